@@ -1,0 +1,114 @@
+"""Lighthouse Attention: pool, score, select, gather, attend, scatter (arXiv 2605.06554)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function as step
+
+from megatron_lighthouse import telemetry
+from megatron_lighthouse.config import LighthouseConfig
+from megatron_lighthouse.reference import gather, scatter, select
+from megatron_lighthouse.scorers import SCORERS
+from megatron_lighthouse.selection import Selection
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Causal attention over the gathered rows: ([S, B, H, D], [S, B, G, D], [S, B, G, D]) -> [S, B, H, D]."""
+
+
+def lighthouse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: LighthouseConfig,
+    *,
+    softmax_scale: float | None = None,
+    attend: Attend | None = None,
+    selection: Selection | None = None,
+) -> Tensor:
+    """Causal attention through a selected set of pyramid entries.
+
+    Args:
+        query: [N, B, H, D], after RoPE; any floating dtype, any strides. Megatron's "sbhd".
+        key, value: [N, B, G, D], G dividing H; same dtype and device as the query.
+        softmax_scale: of the inner attention; 1/sqrt(D) by default. Not with `attend`.
+        attend: the inner attention; torch's scaled_dot_product_attention by default.
+        selection: attend to these entries instead of selecting (it carries no gradient either way).
+
+    Returns:
+        [N, B, H, D] in the query's dtype. Position j depends on tokens 0..j, once the selection is fixed; which
+        windows are refined also depends on the later tokens of their tile.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit each other, or an N that does not fit the config.
+    """
+    _check(query, key, value)
+    if attend is None:
+        attend = _sdpa(softmax_scale)
+    elif softmax_scale is not None:
+        raise ValueError("softmax_scale belongs to the default inner attention: give `attend` its own scale instead.")
+    if selection is None:
+        selection = _select(query, key, config)
+    elif selection.geometry != config.geometry(query.shape[0]):
+        raise ValueError(f"selection was made for {selection.geometry}, not for {config.geometry(query.shape[0])}.")
+    telemetry.record(selection)
+    groups = key.shape[2]
+    with step("lighthouse/gather"):
+        rows_q = gather(query.unflatten(2, (groups, -1)), selection).flatten(2, 3)
+        rows_k, rows_v = gather(key, selection), gather(value, selection)
+    with step("lighthouse/attend"):
+        rows = attend(rows_q, rows_k, rows_v)
+    with step("lighthouse/scatter"):
+        return scatter(rows.unflatten(2, (groups, -1)), selection).flatten(2, 3)
+
+
+def lighthouse_select(query: Tensor, key: Tensor, config: LighthouseConfig) -> Tensor:
+    """The entries that `lighthouse_attention` attends to.
+
+    Args:
+        query, key: as for `lighthouse_attention`.
+
+    Returns:
+        [B, G, S] int64, in causal order, numbered in the concatenated pyramid (level 0 first).
+
+    Raises:
+        ValueError: as `lighthouse_attention`.
+    """
+    _check(query, key, key)
+    return _select(query, key, config).indices
+
+
+@torch.no_grad()
+def _select(query: Tensor, key: Tensor, config: LighthouseConfig) -> Selection:
+    geometry = config.geometry(query.shape[0])
+    with step("lighthouse/score"):
+        score_q, score_k = SCORERS[config.scorer](query, key)
+    with step("lighthouse/select"):
+        return select(score_q, score_k, geometry, config.pin_first)
+
+
+def _sdpa(softmax_scale: float | None) -> Attend:
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        grouped = q.shape[1] != k.shape[1]
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=grouped
+        )
+        return out.permute(2, 0, 1, 3)
+
+    return attend
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape:
+        raise ValueError(f"expected query [N, B, H, D] and key and value of one shape [N, B, G, D], got {shapes}.")
+    if query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]:
+        raise ValueError(f"query, key and value must agree in N, B and D, got {shapes}.")
+    if query.shape[2] % key.shape[2]:
+        raise ValueError(f"the query heads (dimension 2) must be a multiple of the key/value heads, got {shapes}.")
+    kinds = {(x.dtype, x.device) for x in (query, key, value)}
+    if len(kinds) > 1 or not query.dtype.is_floating_point:
+        raise ValueError(f"query, key and value must share one floating dtype and one device, got {sorted(map(str, kinds))}.")

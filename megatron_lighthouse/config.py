@@ -1,0 +1,122 @@
+"""LighthouseConfig: every option of the attention, and the rules it must satisfy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from megatron_lighthouse.geometry import Geometry
+from megatron_lighthouse.scorers import SCORERS
+
+
+def flag(name: str) -> str:
+    """The command-line flag of the config field `name`."""
+    return "--lighthouse-" + name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class LighthouseConfig:
+    """Options of Lighthouse Attention (arXiv 2605.06554), checked when constructed.
+
+    Raises ValueError, naming the flag, its value, the rule and values that would work.
+    """
+
+    levels: int = 3
+    """Levels of the pyramid (L), the input itself being level 0. A coarsest window holds pooling^(levels-1) tokens."""
+
+    pooling: int = 4
+    """Pooling factor (p) from one level to the next."""
+
+    budget: int = 1536
+    """Entries refined per level and key/value head (k). The gathered length is N/p^(L-1) + (L-1)*p*k."""
+
+    tile_budget: int = 128
+    """Entries refined per level within one tile (m). The sequence has budget/tile_budget tiles."""
+
+    scorer: str = "norm"
+    """What ranks the entries: 'norm' takes the L2 norms of the queries and of the keys."""
+
+    pin_first: bool = True
+    """Always refine the first window, so that every position has an output (the authors' code leaves
+    the first p^(L-1)-1 positions zero wherever it does not happen to select that window)."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            kind = {"str": str, "bool": bool, "int": int}[str(field.type)]
+            if type(value) is not kind:
+                raise ValueError(f"{flag(field.name)} {value!r} must be of type {field.type}, not {type(value).__name__}.")
+        if self.levels < 2:
+            raise ValueError(
+                f"{flag('levels')} {self.levels} must be at least 2 (one level is dense attention: use --attention dense "
+                f"for that); the paper uses 3 to 5."
+            )
+        if self.pooling < 2:
+            raise ValueError(f"{flag('pooling')} {self.pooling} must be at least 2; the paper uses 2, 4 and 8.")
+        if self.tile_budget < 2 or self.tile_budget % 2:
+            near = max(2, self.tile_budget // 2 * 2)
+            raise ValueError(
+                f"{flag('tile_budget')} {self.tile_budget} must be even and positive, for half of it goes to the queries' "
+                f"choice and half to the keys': use {near} or {near + 2}."
+            )
+        if self.budget < 1 or self.budget % self.tile_budget:
+            below, above = self._neighbours(self.budget, self.tile_budget)
+            raise ValueError(
+                f"{flag('budget')} {self.budget} must be a positive multiple of {flag('tile_budget')} {self.tile_budget}: "
+                f"use {below} or {above}." if below else
+                f"{flag('budget')} {self.budget} must be a positive multiple of {flag('tile_budget')} {self.tile_budget}: "
+                f"use {above}, or a smaller tile budget."
+            )
+        if self.scorer not in SCORERS:
+            raise ValueError(f"{flag('scorer')} {self.scorer!r} is not known: use {' or '.join(map(repr, SCORERS))}.")
+
+    @staticmethod
+    def _neighbours(value: int, unit: int) -> tuple[int, int]:
+        return value // unit * unit, (value // unit + 1) * unit
+
+    def geometry(self, seq_length: int) -> Geometry:
+        """The integers of this config at a sequence length of `seq_length` tokens (N).
+
+        Raises ValueError where N does not divide into tiles of whole windows, or where a tile
+        has fewer coarsest windows than its budget.
+        """
+        unit = self.budget // self.tile_budget * self.pooling ** (self.levels - 1)
+        window = self.pooling ** (self.levels - 1)
+        if seq_length < 1 or seq_length % unit:
+            below, above = self._neighbours(seq_length, unit)
+            lengths = [n for n in (below, above) if n >= window * self.budget] or [window * self.budget]
+            raise ValueError(
+                f"--seq-length {seq_length} must be a multiple of {unit} (budget {self.budget} / tile budget "
+                f"{self.tile_budget} = {self.budget // self.tile_budget} tiles of whole windows of {window} tokens): "
+                f"use {_either('--seq-length', lengths)}{self._other_budgets(seq_length)}."
+            )
+        if seq_length < window * self.budget:
+            raise ValueError(
+                f"{flag('budget')} {self.budget} refines more windows than the {seq_length // window} windows of {window} "
+                f"tokens that --seq-length {seq_length} has: use --seq-length {window * self.budget} or more"
+                f"{self._other_budgets(seq_length)}."
+            )
+        return Geometry(seq_length, self.levels, self.pooling, self.budget, self.tile_budget)
+
+    def _other_budgets(self, seq_length: int) -> str:
+        """', or --lighthouse-budget …' with the nearest budgets that fit `seq_length`; '' where there is none."""
+        window = self.pooling ** (self.levels - 1)
+        fits = [
+            k
+            for k in range(self.tile_budget, seq_length // window + 1, self.tile_budget)
+            if seq_length % (k // self.tile_budget * window) == 0
+        ]
+        best = sorted(sorted(fits, key=lambda k: abs(k - self.budget))[:2])
+        if best:
+            return f", or {_either(flag('budget'), best)}"
+        for tile_budget in (64, 32, 16, 8, 4, 2):
+            if tile_budget < self.tile_budget and seq_length % window == 0 and tile_budget * window <= seq_length:
+                return f", or {flag('budget')} {tile_budget} {flag('tile_budget')} {tile_budget}"
+        return f", or fewer {flag('levels')}" if self.levels > 2 else ""
+
+    def replace(self, **changes: object) -> LighthouseConfig:
+        """A copy with `changes`, checked again."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+def _either(name: str, values: list[int]) -> str:
+    return f"{name} " + " or ".join(str(v) for v in values)

@@ -1,0 +1,72 @@
+"""The integers of Lighthouse: levels, windows, tiles, places and spill. No tensors, no torch.
+
+Vocabulary: entry (l, i) of level l is the window of tokens [i*p^l, (i+1)*p^l). The concatenated pyramid
+numbers all entries, level 0 first. `Geometry` comes from `LighthouseConfig.geometry`, which checks it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of one layer at one sequence length. All counts are per batch element and key/value head."""
+
+    seq_length: int
+    """N, tokens."""
+    levels: int
+    """L."""
+    pooling: int
+    """p."""
+    budget: int
+    """k, entries refined per level."""
+    tile_budget: int
+    """m, entries refined per level and tile."""
+
+    @property
+    def tiles(self) -> int:
+        """T = k/m."""
+        return self.budget // self.tile_budget
+
+    @property
+    def gathered_length(self) -> int:
+        """S = N/p^(L-1) + (L-1)*p*k: every coarsest entry, and p children of each refined entry."""
+        return self.entries(self.levels - 1) + (self.levels - 1) * self.pooling * self.budget
+
+    @property
+    def pyramid_length(self) -> int:
+        """Entries of all levels together."""
+        return self.offset(self.levels)
+
+    def window(self, level: int) -> int:
+        """Tokens in a window of `level`: p^l."""
+        return self.pooling**level
+
+    def entries(self, level: int) -> int:
+        """Entries of `level`: N/p^l."""
+        return self.seq_length // self.window(level)
+
+    def offset(self, level: int) -> int:
+        """The number that entry (level, 0) has in the concatenated pyramid."""
+        return sum(self.entries(l) for l in range(level))
+
+    def spill(self, level: int) -> range:
+        """Positions that entry (level, 0) adds to, as offsets from its window's first token.
+
+        Source: the paper's shifted scatter. A window's row is complete at its last token, and is
+        added to that position and the p^l - 1 that follow, so that position j receives from level l
+        exactly the entry (j - p^l + 1) // p^l.
+        """
+        window = self.window(level)
+        return range(window - 1, 2 * window - 1)
+
+    def entries_ending_before(self, level: int, position: int, other: int) -> int:
+        """How many entries of `other` stand before an entry of `level` whose window ends at `position` (exclusive).
+
+        The causal order sorts by (last token, level), finer first: at the same last token a finer
+        entry stands before a coarser one.
+        """
+        if other < level:
+            return position // self.window(other)
+        return (position - 1) // self.window(other)

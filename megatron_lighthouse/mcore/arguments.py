@@ -1,0 +1,45 @@
+"""The seam to Megatron's own entry points: its parser takes our arguments, its model takes our layer spec."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from megatron_lighthouse.mcore import settings
+
+ArgumentsProvider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
+
+
+def with_lighthouse_arguments(provider: ArgumentsProvider | None = None) -> ArgumentsProvider:
+    """An `extra_args_provider` that adds `--attention` and `--lighthouse-*` after what `provider` adds."""
+
+    def provide(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return settings.add_arguments(provider(parser) if provider else parser)
+
+    return provide
+
+
+def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
+    """Give `model_cfg` (a GPTModelConfig) the attention that `--attention` names, checked against model and data.
+
+    Raises:
+        ValueError: settings, a model or data that Lighthouse refuses.
+    """
+    from megatron_lighthouse.mcore.checks import check, check_arguments
+    from megatron_lighthouse.mcore.spec import layer_spec
+
+    chosen = settings.settings_from(args) if args.attention == "lighthouse" else None
+    if model_cfg.transformer_layer_spec is not None:
+        if chosen is not None:
+            raise ValueError("--attention lighthouse chooses the layer spec, and so does --spec: leave one of them out.")
+        return model_cfg
+    if chosen is not None:
+        check(model_cfg.transformer, chosen, args.seq_length)
+        check_arguments(args)
+        # the attention is causal and reads no mask; one of seq x seq bytes would not fit at long context
+        args.create_attention_mask_in_dataloader = False
+    if chosen is not None or model_cfg.transformer.sequence_parallel:
+        model_cfg.transformer_layer_spec = partial(layer_spec, settings=chosen)
+    return model_cfg

@@ -1,0 +1,119 @@
+"""What Lighthouse refuses, and what to use instead. Checked when the model is built, before memory or a collective."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+
+from megatron.core.transformer import TransformerConfig
+
+from megatron_lighthouse.config import flag
+from megatron_lighthouse.mcore.settings import LighthouseSettings
+
+
+def check(config: TransformerConfig, settings: LighthouseSettings, seq_length: int | None) -> None:
+    """Refuse a model that Lighthouse cannot train as asked.
+
+    Args:
+        seq_length: N in tokens, where it is known; else the first forward pass checks it.
+
+    Raises:
+        ValueError: every rule that is broken, one a line, each with what would work.
+    """
+    problems = [*_unsupported(config, settings), *_layers(config, settings)]
+    if seq_length is not None:
+        try:
+            settings.config.geometry(seq_length)
+        except ValueError as error:
+            problems.append(str(error))
+    _raise(problems)
+
+
+def check_arguments(args: Namespace) -> None:
+    """Refuse the data and run options, known only to Megatron's arguments, that Lighthouse cannot honour.
+
+    Raises:
+        ValueError: as `check`.
+    """
+    refused = {
+        "reset_attention_mask": "--reset-attention-mask separates documents by a mask, which Lighthouse does not read: "
+        "leave it out (--reset-position-ids works).",
+        "sft": "--sft packs sequences (thd): use --attention dense for it.",
+        "dataloader_inter_document_masking": "--dataloader-inter-document-masking packs sequences (thd): leave it out, or use "
+        "--attention dense.",
+        "hybrid_context_parallel": "--hybrid-context-parallel packs sequences (thd): leave it out, or use --attention dense.",
+        "perform_rl_step": "--perform-rl-step generates text by inference paths that bypass core attention: use --attention "
+        "dense.",
+    }
+    problems = [message for name, message in refused.items() if getattr(args, name, False)]
+    backend = getattr(args, "attention_backend", None)
+    if getattr(backend, "name", backend) == "local":
+        problems.append(
+            "--attention-backend local replaces the core attention of every layer after the specs are built: use "
+            "--transformer-impl local, or another backend."
+        )
+    _raise(problems)
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        raise ValueError("--attention lighthouse cannot run as asked:\n  - " + "\n  - ".join(problems))
+
+
+def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:
+    if config.context_parallel_size > 1:
+        yield (
+            f"--context-parallel-size {config.context_parallel_size} is not supported yet: use 1, with --tensor-model-"
+            "parallel-size, --sequence-parallel and --recompute-granularity for long sequences."
+        )
+    if config.attention_dropout:
+        yield (
+            f"--attention-dropout {config.attention_dropout} would drop whole windows: use --attention-dropout 0 "
+            "(--hidden-dropout works)."
+        )
+    if config.window_size is not None:
+        yield (
+            f"--window-size {config.window_size} (sliding window) has no meaning among gathered entries: leave it out, or use "
+            "--attention dense."
+        )
+    if config.multi_latent_attention:
+        yield "--multi-latent-attention is not supported: use --group-query-attention, or --attention dense."
+    if settings.config.scorer == "norm":
+        for name, what in (("qk_layernorm", "--qk-layernorm"), ("qk_l2_norm", "--qk-l2-norm")):
+            if getattr(config, name, False):
+                yield (
+                    f"{what} makes all queries and keys nearly equally long, so that {flag('scorer')} norm selects at random: "
+                    "leave it out (no other scorer is there yet)."
+                )
+    if getattr(config, "softmax_type", "vanilla") != "vanilla":
+        yield f"--softmax-type {config.softmax_type} counts a sink once per gathered row: use --softmax-type vanilla."
+    if getattr(config, "experimental_attention_variant", None):
+        yield (
+            f"--experimental-attention-variant {config.experimental_attention_variant} brings its own attention: use one or "
+            "the other."
+        )
+    if config.transformer_impl == "inference_optimized" or config.flash_decode:
+        yield (
+            "inference paths (--transformer-impl inference_optimized, --flash-decode) bypass core attention: serve the "
+            "checkpoint with --attention dense."
+        )
+    for name in ("fp8_dot_product_attention", "fp8_multi_head_attention"):
+        if getattr(config, name, False):
+            yield f"--{name.replace('_', '-')} is not supported: leave it out (fp8 in the linear layers works without it)."
+    groups, tensor_parallel = config.num_query_groups or config.num_attention_heads, config.tensor_model_parallel_size
+    if groups % tensor_parallel:
+        yield (
+            f"--num-query-groups {groups} must be a multiple of --tensor-model-parallel-size {tensor_parallel}, for each "
+            f"key/value head selects once: use {groups} or a divisor of it as the tensor-parallel size."
+        )
+
+
+def _layers(config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:
+    for name in ("dense_first", "dense_last"):
+        if getattr(settings, name) < 0:
+            yield f"{flag(name)} {getattr(settings, name)} must not be negative: use 0 to leave no layer dense."
+    if settings.dense_first + settings.dense_last >= config.num_layers:
+        yield (
+            f"{flag('dense_first')} {settings.dense_first} and {flag('dense_last')} {settings.dense_last} leave none of "
+            f"{config.num_layers} layers to Lighthouse: use smaller numbers, or --attention dense."
+        )

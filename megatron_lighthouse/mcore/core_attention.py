@@ -1,0 +1,105 @@
+"""Lighthouse as Megatron core attention: a layer on top of whatever core attention the spec would have used.
+
+The wrapped attention is the *base class*, not a submodule: so parameters, `_extra_state`, checkpoint names and the
+methods Megatron calls on it stay those of the dense layer, and checkpoints pass between the two unchanged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor
+
+from megatron_lighthouse import telemetry
+from megatron_lighthouse.attention import lighthouse_attention
+from megatron_lighthouse.config import LighthouseConfig
+from megatron_lighthouse.mcore.settings import LighthouseSettings
+
+
+class LighthouseMixin:
+    """Selects, lets the base class attend to the gathered rows, and scatters back. Holds no parameters."""
+
+    lighthouse: LighthouseConfig
+    layer_number: int
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Megatron's core-attention contract.
+
+        Args:
+            query: [s, b, np/tp, hn]; key, value: [s, b, ng/tp, hn], after RoPE, any strides.
+            attention_mask: not read: the attention is causal.
+
+        Returns:
+            [s, b, np/tp * hn].
+
+        Raises:
+            ValueError: a call that is not causal self-attention over whole sequences.
+        """
+        self._check_call(query, key, attn_mask_type, attention_bias, packed_seq_params)
+        dense = super().forward  # type: ignore[misc]
+
+        def attend(rows_q: Tensor, rows_k: Tensor, rows_v: Tensor) -> Tensor:
+            out = dense(rows_q, rows_k, rows_v, None, attn_mask_type=attn_mask_type, **kwargs)
+            return out.unflatten(-1, rows_q.shape[2:])
+
+        with telemetry.layer(self.layer_number):
+            return lighthouse_attention(query, key, value, self.lighthouse, attend=attend).flatten(2)
+
+    def _check_call(
+        self, query: Tensor, key: Tensor, mask_type: AttnMaskType | None, bias: Tensor | None, packed: Any
+    ) -> None:
+        if packed is not None:
+            raise ValueError("packed sequences (thd) are not supported by --attention lighthouse: use --attention dense.")
+        if bias is not None:
+            raise ValueError("attention_bias is not supported by --attention lighthouse: use --attention dense.")
+        if mask_type not in (None, AttnMaskType.causal) or query.shape[0] != key.shape[0]:
+            raise ValueError(
+                f"--attention lighthouse is causal self-attention over whole sequences, got mask type {mask_type}, "
+                f"{query.shape[0]} queries and {key.shape[0]} keys: run inference with --attention dense."
+            )
+
+
+@cache
+def lighthouse_class(base: type) -> type:
+    """The Lighthouse layer over the core-attention class `base`."""
+    return type("Lighthouse" + base.__name__, (LighthouseMixin, base), {"__module__": __name__})
+
+
+@dataclass(frozen=True)
+class CoreAttentionBuilder:
+    """Builds the core attention of one layer, Lighthouse or dense by its global number."""
+
+    base: Any
+    """What the spec had: a core-attention class, or a ModuleSpec of one."""
+    settings: LighthouseSettings
+
+    def __call__(self, *, config: TransformerConfig, layer_number: int, **kwargs: Any) -> Any:
+        params: dict[str, Any] = {}
+        module = self.base
+        if isinstance(module, ModuleSpec):
+            module, params = module.module, module.params
+        if self.settings.is_dense(layer_number, config.num_layers):
+            return module(config=config, layer_number=layer_number, **params, **kwargs)
+        if not isinstance(module, type):
+            raise ValueError(
+                f"--attention lighthouse cannot wrap the core attention {module!r}: it wraps classes such as "
+                "DotProductAttention and TEDotProductAttention."
+            )
+        layer = lighthouse_class(module)(config=config, layer_number=layer_number, **params, **kwargs)
+        layer.lighthouse = self.settings.config
+        return layer

@@ -1,0 +1,79 @@
+"""The training run: Megatron's `pretrain` loop with the attention that `--attention` names."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from megatron.core import mpu
+from megatron.core.enums import ModelType
+from megatron.training import initialize, pretrain, print_rank_0, set_startup_timestamps
+from megatron.training import training as megatron_training
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
+
+from megatron_lighthouse import telemetry
+from megatron_lighthouse.mcore import progress, text
+from megatron_lighthouse.mcore.arguments import use_attention, with_lighthouse_arguments
+from megatron_lighthouse.mcore.data import train_valid_test_datasets
+from megatron_lighthouse.mcore.step import forward_step
+
+
+def run(program_start: float | None = None) -> None:
+    """Parse the command line, check it, and train.
+
+    Raises:
+        ValueError: what Lighthouse refuses, before the process group exists.
+    """
+    set_startup_timestamps(program_start=program_start, main_entry=time.time())
+    _adapt_to_this_machine()
+    args = parse_and_validate_args(extra_args_provider=with_lighthouse_arguments(_add_arguments))
+    model_cfg = use_attention(args, gpt_config_from_args(args))
+    watched = args.lighthouse_dense_first + 1
+    if args.lighthouse_selection_map:
+        telemetry.watch(watched)
+    progress.install()
+    container = pretrain_cfg_container_from_args(args, model_cfg)
+    pretrain(container, train_valid_test_datasets, ModelType.encoder_or_decoder, forward_step)
+    selection = telemetry.watched().get(watched)
+    if selection is not None and mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_data_parallel_rank() == 0:
+        from megatron_lighthouse import plots
+
+        plots.selection_map(selection, Path(args.lighthouse_selection_map), f"layer {watched}")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    group = text.add_arguments(parser).add_argument_group("pictures")
+    group.add_argument(
+        "--lighthouse-selection-map",
+        metavar="PNG",
+        help="When training ends, draw what the first Lighthouse layer selected in its last batch.",
+    )
+    return parser
+
+
+def _adapt_to_this_machine() -> None:
+    """Two things that Megatron-core's wheel asks of a machine and does not need."""
+    if _has_dataset_helpers():
+        # the wheel ships the compiled helper but not the Makefile that Megatron would run to build it
+        initialize._compile_dependencies = _skip_compilation
+    if not torch.cuda.is_available():
+        megatron_training.initialize_megatron = partial(megatron_training.initialize_megatron, allow_no_cuda=True)
+
+
+def _has_dataset_helpers() -> bool:
+    try:
+        from megatron.core.datasets import helpers_cpp  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _skip_compilation() -> None:
+    print_rank_0("> the dataset index builder is compiled already")
+    torch.distributed.barrier()

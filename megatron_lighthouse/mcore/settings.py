@@ -1,0 +1,88 @@
+"""Settings: what a run asks of Lighthouse, and the command-line arguments that say so. Imports no Megatron."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from dataclasses import dataclass, field, fields
+
+from megatron_lighthouse.config import LighthouseConfig, flag
+from megatron_lighthouse.scorers import SCORERS
+
+ENVIRONMENT = "LIGHTHOUSE_ARGS"
+"""Where `--spec` finds the arguments in an unpatched Megatron, whose parser does not know them."""
+
+
+@dataclass(frozen=True)
+class LighthouseSettings:
+    """The attention's own options, and which layers take it."""
+
+    config: LighthouseConfig = field(default_factory=LighthouseConfig)
+    dense_first: int = 2
+    """Layers at the bottom of the model that stay dense."""
+    dense_last: int = 2
+    """Layers at the top of the model that stay dense."""
+
+    def is_dense(self, layer_number: int, num_layers: int) -> bool:
+        """Whether the layer of this global, 1-based number stays dense."""
+        return layer_number <= self.dense_first or layer_number > num_layers - self.dense_last
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add `--attention` and `--lighthouse-*` to Megatron's parser."""
+    group = parser.add_argument_group("lighthouse", "Lighthouse Attention (arXiv 2605.06554)")
+    group.add_argument(
+        "--attention",
+        choices=["dense", "lighthouse"],
+        default="dense",
+        help="Core attention of the GPT layers: 'lighthouse' selects a small set of pyramid entries and attends densely to "
+        "it; 'dense' is Megatron's own. Checkpoints are the same for both.",
+    )
+    defaults = LighthouseConfig()
+
+    def integer(name: str, text: str) -> None:
+        group.add_argument(flag(name), type=int, default=getattr(defaults, name), help=f"{text} Default: %(default)s.")
+
+    integer("levels", "Levels of the pyramid (L), the tokens themselves being the finest.")
+    integer("pooling", "Pooling factor (p) from one level to the next.")
+    integer(
+        "budget",
+        "Entries refined per level and key/value head (k). The attended length is seq/p^(L-1) + (L-1)*p*k.",
+    )
+    integer("tile_budget", "Entries refined per level within one tile (m); the sequence has budget/tile-budget tiles.")
+    group.add_argument(
+        flag("scorer"),
+        choices=list(SCORERS),
+        default=defaults.scorer,
+        help="What ranks the entries: 'norm' takes the L2 norms of queries and keys. Default: %(default)s.",
+    )
+    group.add_argument(
+        flag("pin_first"),
+        action=argparse.BooleanOptionalAction,
+        default=defaults.pin_first,
+        help="Always refine the first window, so that the first positions have an output. Default: on; the authors' code "
+        "behaves as with --no-lighthouse-pin-first.",
+    )
+    for name, where in (("dense_first", "bottom"), ("dense_last", "top")):
+        group.add_argument(
+            flag(name),
+            type=int,
+            default=2,
+            help=f"Layers at the {where} of the model that stay dense, counted over the whole model whatever the pipeline "
+            "layout. Default: %(default)s.",
+        )
+    return parser
+
+
+def settings_from(args: argparse.Namespace | None) -> LighthouseSettings:
+    """Settings from parsed arguments, or from the environment where the parser did not know them.
+
+    Raises:
+        ValueError: a setting that cannot be, naming the flag and values that would work.
+    """
+    if args is None or not hasattr(args, "lighthouse_levels"):
+        parser = add_arguments(argparse.ArgumentParser(prog=ENVIRONMENT, allow_abbrev=False))
+        args = parser.parse_args(shlex.split(os.environ.get(ENVIRONMENT, "")))
+    options = {f.name: getattr(args, "lighthouse_" + f.name) for f in fields(LighthouseConfig)}
+    return LighthouseSettings(LighthouseConfig(**options), args.lighthouse_dense_first, args.lighthouse_dense_last)

@@ -1,0 +1,111 @@
+"""Layer specs: Megatron's own, with Lighthouse as the core attention of the layers that take it.
+
+`--spec megatron_lighthouse.mcore.spec lighthouse` works in any Megatron-core 0.19 run; options come from the
+command line or, where its parser does not know them, from the environment variable LIGHTHOUSE_ARGS.
+"""
+
+from __future__ import annotations
+
+import copy
+from argparse import Namespace
+from functools import partial
+from typing import Any
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_lighthouse.mcore.checks import check
+from megatron_lighthouse.mcore.core_attention import CoreAttentionBuilder
+from megatron_lighthouse.mcore.norm import torch_norm
+from megatron_lighthouse.mcore.settings import LighthouseSettings, settings_from
+
+LayerSpec = ModuleSpec | TransformerBlockSubmodules
+
+
+def with_lighthouse(spec: LayerSpec, settings: LighthouseSettings) -> LayerSpec:
+    """A copy of a GPT layer or block spec, local or Transformer Engine, whose core attention is Lighthouse.
+
+    Whether a layer is Lighthouse or dense is decided when it is built, from its global number, so the spec is right on
+    every pipeline stage.
+
+    Raises:
+        ValueError: a spec in which no layer has a core attention.
+    """
+    spec = copy.deepcopy(spec)
+    found = 0
+    for layer in _layers_of(spec):
+        attention = layer.submodules.self_attention if layer.submodules else None
+        submodules = getattr(attention, "submodules", None)
+        if not hasattr(submodules, "core_attention"):
+            continue
+        if not isinstance(submodules.core_attention, CoreAttentionBuilder):
+            submodules.core_attention = CoreAttentionBuilder(submodules.core_attention, settings)
+        found += 1
+    if not found and _layers_of(spec):
+        raise ValueError(
+            f"--attention lighthouse found no core attention in the layer spec {type(spec).__name__}: it takes GPT layer "
+            "specs (local or transformer_engine)."
+        )
+    return spec
+
+
+def lighthouse(model_cfg: Any, vp_stage: int | None = None) -> LayerSpec:
+    """For `--spec megatron_lighthouse.mcore.spec lighthouse`, and for `GPTModelConfig.transformer_layer_spec`.
+
+    Raises:
+        ValueError: settings or a model that Lighthouse refuses.
+    """
+    return layer_spec(model_cfg, vp_stage, settings=settings_from(_global_args()))
+
+
+def layer_spec(model_cfg: Any, vp_stage: int | None = None, *, settings: LighthouseSettings | None) -> LayerSpec:
+    """The spec that Megatron would use for `model_cfg` (a GPTModelConfig); with `settings`, made Lighthouse.
+
+    Raises:
+        ValueError: a model that Lighthouse refuses.
+    """
+    from megatron.training.models.gpt import default_layer_spec
+
+    config: TransformerConfig = model_cfg.transformer
+    if settings is not None:
+        args = _global_args()
+        check(config, settings, args.seq_length if args else None)
+    # upstream's specs raise in Megatron's own words where they cannot build, so ask for them first
+    spec = default_layer_spec(model_cfg, vp_stage)
+    if config.sequence_parallel:
+        spec = _with_sequence_parallel_norm(spec, config, vp_stage)
+    return spec if settings is None else with_lighthouse(spec, settings)
+
+
+def _with_sequence_parallel_norm(spec: LayerSpec, config: TransformerConfig, vp_stage: int | None) -> LayerSpec:
+    """Where Megatron would take torch's norm, which refuses sequence parallelism, take one that works."""
+    if isinstance(spec, ModuleSpec):
+        if spec.submodules.input_layernorm is not WrappedTorchNorm:
+            return spec
+        layers = [spec] * get_num_layers_to_build(config, vp_stage)
+        spec = TransformerBlockSubmodules(layer_specs=layers, layer_norm=WrappedTorchNorm)
+    spec = copy.deepcopy(spec)
+    if spec.layer_norm is WrappedTorchNorm:
+        spec.layer_norm = torch_norm
+    for layer in _layers_of(spec):
+        for name in ("input_layernorm", "pre_mlp_layernorm"):
+            if getattr(layer.submodules, name, None) is WrappedTorchNorm:
+                setattr(layer.submodules, name, torch_norm)
+    return spec
+
+
+def _layers_of(spec: LayerSpec) -> list[ModuleSpec]:
+    return [spec] if isinstance(spec, ModuleSpec) else list(spec.layer_specs or [])
+
+
+def _global_args() -> Namespace | None:
+    """Megatron's arguments, or None outside its training loop."""
+    try:
+        from megatron.training import get_args
+
+        return get_args()
+    except (ImportError, AssertionError):
+        return None

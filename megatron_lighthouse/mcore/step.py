@@ -1,0 +1,78 @@
+"""One forward step of GPT pre-training: batch, model, loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.training import get_args, get_timers
+from megatron.training.utils import is_first_or_last_pipeline_stage
+from torch import Tensor
+
+FIELDS = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
+
+
+def forward_step(data: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """Megatron's forward step: the model's output on this pipeline stage, and the function that makes it a loss."""
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    batch = _batch(data, get_attr_wrapped_model(model, "vp_stage"))
+    timers("batch-generator").stop()
+    tokens, position_ids, attention_mask, labels, loss_mask = (batch.get(name) for name in FIELDS)
+    output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
+    return output, partial(loss_function, loss_mask)
+
+
+def loss_function(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum of the token losses and the number of tokens, on the last pipeline stage.
+
+    Args:
+        loss_mask: [b, s], 1 where a token counts.
+        output: [b, s] fp32 losses, in nats.
+    """
+    weights = loss_mask.view(-1).float()
+    loss = torch.sum(output.view(-1).float() * weights)
+    tokens = weights.sum().detach().to(torch.int)
+    if get_args().check_for_nan_in_loss_and_grad:
+        get_rerun_state_machine().validate_result(
+            result=loss,
+            rejection_func=lambda value: ~torch.isfinite(value),
+            message="the loss of this rank is not finite",
+            tolerance=0.0,
+            fatal=True,
+        )
+    return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens])}
+
+
+def _batch(data: Iterator[dict[str, Tensor]], vp_stage: int | None) -> dict[str, Tensor | None]:
+    """This rank's part of the next batch; empty on the pipeline's middle stages."""
+    if not is_first_or_last_pipeline_stage(vp_stage):
+        return {}
+    args = get_args()
+    first_of_tp = mpu.get_tensor_model_parallel_rank() == 0
+    batch: dict[str, Tensor | None] = {}
+    if first_of_tp:
+        sample = next(data)
+        batch = {name: sample[name].cuda(non_blocking=True) if name in sample else None for name in FIELDS}
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())

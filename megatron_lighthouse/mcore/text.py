@@ -1,0 +1,90 @@
+"""Plain text as training data: one byte, one token. Imports only the Megatron that writes indexed datasets."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+VOCABULARY = 257
+"""256 bytes, and an end-of-document token."""
+END_OF_DOCUMENT = 256
+SUFFIXES = {".txt", ".md", ".rst", ".py", ".tex", ".html", ".json", ".jsonl", ".csv", ".c", ".h", ".cpp", ".cu", ".xml"}
+
+
+class TextData(argparse.Action):
+    """`--text-data`: also chooses the tokenizer, before Megatron looks at it."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        namespace.text_data = values
+        namespace.tokenizer_type, namespace.vocab_size = "NullTokenizer", VOCABULARY
+        namespace.null_tokenizer_eod_id = END_OF_DOCUMENT
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add `--text-data` to Megatron's parser."""
+    group = parser.add_argument_group("text data")
+    group.add_argument(
+        "--text-data",
+        nargs="+",
+        action=TextData,
+        metavar="PATH",
+        help="Plain text files, or folders of them, as training data: one byte is one token, one file one document. Sets "
+        "the tokenizer, so takes the place of --data-path and --tokenizer-type.",
+    )
+    return parser
+
+
+def text_files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """The text files named, and those in the folders named, in a fixed order.
+
+    Raises:
+        ValueError: a path that does not exist, or no text in any of them.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found += sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES and f.is_file())
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise ValueError(f"--text-data {path} does not exist: give text files, or folders that hold them.")
+    found = [f for f in found if f.stat().st_size]
+    if not found:
+        names = " ".join(map(str, paths))
+        raise ValueError(f"--text-data {names} holds no text: give text files, or folders with {' '.join(sorted(SUFFIXES))}.")
+    return found
+
+
+def write_dataset(paths: Sequence[str], folder: str) -> str:
+    """Write the text as a Megatron indexed dataset, unless it is there already.
+
+    Returns:
+        Its prefix, for `--data-path`. The name comes from the files' names, sizes and times.
+    """
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder, get_bin_path, get_idx_path
+
+    files = text_files(paths)
+    key = hashlib.sha256()
+    for file in files:
+        status = file.stat()
+        key.update(f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    prefix = os.path.join(folder, f"text-{key.hexdigest()[:16]}")
+    if os.path.exists(get_idx_path(prefix)):
+        return prefix
+    os.makedirs(folder, exist_ok=True)
+    partial = f"{prefix}.partial-{os.getpid()}"
+    builder = IndexedDatasetBuilder(get_bin_path(partial), dtype=numpy.uint16)
+    for file in files:
+        tokens = numpy.append(numpy.frombuffer(file.read_bytes(), dtype=numpy.uint8).astype(numpy.uint16), END_OF_DOCUMENT)
+        builder.add_document(tokens, [len(tokens)])
+    builder.finalize(get_idx_path(partial))
+    # the index goes last: where it is, the whole dataset is
+    os.replace(get_bin_path(partial), get_bin_path(prefix))
+    os.replace(get_idx_path(partial), get_idx_path(prefix))
+    return prefix

@@ -1,0 +1,28 @@
+"""`python -m megatron_lighthouse.pretrain_gpt …`: Megatron's GPT pre-training, with `--attention lighthouse`.
+
+Takes every argument of Megatron-LM's own pretrain_gpt.py. Without a GPU, torch's CUDA calls are first redirected to
+the CPU (see `megatron_lighthouse.mcore.cpu`); with one, that module is never imported.
+"""
+
+from __future__ import annotations
+
+import time
+
+PROGRAM_START = time.time()
+
+
+def main() -> None:
+    """Train as the command line says."""
+    import torch
+
+    if not torch.cuda.is_available():
+        from megatron_lighthouse.mcore import cpu
+
+        cpu.install()
+    from megatron_lighthouse.mcore.pretrain import run
+
+    run(PROGRAM_START)
+
+
+if __name__ == "__main__":
+    main()

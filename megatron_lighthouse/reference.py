@@ -1,0 +1,170 @@
+"""The steps of Lighthouse Attention in plain PyTorch: any device, any floating dtype, deterministic.
+
+What the kernels are held to, and the path on CPU. Tensors x are [N, B, G, ...] with the heads of a group in the
+trailing dimensions; sums are in fp32, or in fp64 for fp64 inputs. Sources: arXiv 2605.06554 unless marked "ours".
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from megatron_lighthouse.geometry import Geometry
+from megatron_lighthouse.selection import Selection
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def pool(x: Tensor, geometry: Geometry) -> list[Tensor]:
+    """The pyramid of `x`: per level l the [N/p^l, B, G, ...] means of its windows, in x's dtype."""
+    pyramid, mean = [x], x.to(accumulation_dtype(x))
+    for _ in range(1, geometry.levels):
+        mean = mean.unflatten(0, (-1, geometry.pooling)).mean(1)
+        pyramid.append(mean.to(x.dtype))
+    return pyramid
+
+
+def select(score_q: Tensor, score_k: Tensor, geometry: Geometry, pin_first: bool) -> Selection:
+    """Choose entries tile by tile, coarse to fine, and put them in causal order.
+
+    At every level above 0 the m/2 candidates of highest s^Q, then the m/2 of highest s^K among the rest, are refined:
+    their p children are the next level's candidates. All candidates are gathered. Ties go to the lower index. A
+    coarse score is the maximum over the window. `pin_first` (ours) lets the first window win at each level.
+
+    Args:
+        score_q, score_k: level-0 scores, [B, G, N].
+    """
+    batch, groups, _ = score_q.shape
+    half = geometry.tile_budget // 2
+    top = geometry.levels - 1
+    coarse_q, coarse_k = [score_q], [score_k]
+    for _ in range(top):
+        for scores in (coarse_q, coarse_k):
+            scores.append(scores[-1].unflatten(-1, (-1, geometry.pooling)).amax(-1))
+
+    everything = torch.arange(geometry.entries(top), device=score_q.device)
+    candidates = everything.view(geometry.tiles, -1).expand(batch, groups, -1, -1)
+    gathered = [torch.empty(0)] * geometry.levels
+    for level in range(top, -1, -1):
+        mask = torch.zeros(batch, groups, geometry.entries(level), dtype=torch.bool, device=score_q.device)
+        gathered[level] = mask.scatter_(-1, candidates.flatten(2), True)
+        if level == 0:
+            break
+        by_query = _take(coarse_q[level], candidates)
+        by_key = _take(coarse_k[level], candidates)
+        if pin_first:
+            by_query[:, :, 0, 0] = torch.inf
+        first = _highest(by_query, half)
+        second = _highest(by_key.scatter(-1, first, -torch.inf), half)
+        refined = candidates.gather(-1, torch.cat([first, second], -1)).sort(-1).values
+        children = refined.unsqueeze(-1) * geometry.pooling + torch.arange(geometry.pooling, device=refined.device)
+        candidates = children.flatten(-2)
+    return _in_causal_order(gathered, geometry)
+
+
+def _take(scores: Tensor, candidates: Tensor) -> Tensor:
+    return scores.gather(-1, candidates.flatten(2)).view(candidates.shape)
+
+
+def _highest(scores: Tensor, count: int) -> Tensor:
+    # topk leaves the order of ties open; a stable sort gives them to the lower index
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+
+
+def _in_causal_order(gathered: list[Tensor], geometry: Geometry) -> Selection:
+    """An entry's place is the number of gathered entries before it: a prefix sum per level, and no sort."""
+    device = gathered[0].device
+    before = [torch.nn.functional.pad(mask.cumsum(-1), (1, 0)) for mask in gathered]
+    rows = []
+    for level, mask in enumerate(gathered):
+        ends = (torch.arange(geometry.entries(level), device=device) + 1) * geometry.window(level)
+        place = torch.zeros_like(before[level][..., 1:])
+        for other in range(geometry.levels):
+            place += before[other][..., geometry.entries_ending_before(level, ends, other)]
+        rows.append(torch.where(mask, place, -1))
+    place = torch.cat(rows, -1)
+    length = geometry.gathered_length
+    entry = torch.arange(geometry.pyramid_length, device=device).expand_as(place)
+    # entries that are not gathered are written to one slot behind the end, which is cut off
+    indices = place.new_empty(*place.shape[:2], length + 1).scatter_(-1, place.where(place >= 0, length), entry)
+    return Selection(geometry, indices[..., :length].contiguous(), tuple(rows))
+
+
+def gather(x: Tensor, selection: Selection) -> Tensor:
+    """The selected rows of the pyramid of `x`: [N, B, G, ...] -> [S, B, G, ...]. Pools while gathering."""
+    return _Gather.apply(x, selection)
+
+
+def scatter(rows: Tensor, selection: Selection) -> Tensor:
+    """Add each row to the positions of its spill range: [S, B, G, ...] -> [N, B, G, ...].
+
+    Position j sums, over the levels, the row of entry (j - p^l + 1) // p^l where that was gathered.
+    """
+    return _Scatter.apply(rows, selection)
+
+
+class _Gather(torch.autograd.Function):
+    """dX_j = sum over levels of dX̃[row(l, j // p^l)] / p^l."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, selection: Selection) -> Tensor:
+        ctx.selection = selection  # type: ignore[attr-defined]
+        return _read(torch.cat(pool(x, selection.geometry)), selection.indices)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        selection: Selection = ctx.selection  # type: ignore[attr-defined]
+        geometry = selection.geometry
+        total: Tensor | None = None
+        for level in range(geometry.levels - 1, -1, -1):
+            part = _read_or_zero(grad, selection.rows[level]) / geometry.window(level)
+            total = part if total is None else total.repeat_interleave(geometry.pooling, 0).add_(part)
+        assert total is not None
+        return total.to(grad.dtype), None
+
+
+class _Scatter(torch.autograd.Function):
+    """dÕ_m = sum of dO over the spill range of entry m."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows: Tensor, selection: Selection) -> Tensor:
+        ctx.selection = selection  # type: ignore[attr-defined]
+        geometry = selection.geometry
+        out = _read_or_zero(rows, selection.rows[0])
+        for level in range(1, geometry.levels):
+            window, start = geometry.window(level), geometry.spill(level).start
+            spread = _read_or_zero(rows, selection.rows[level]).repeat_interleave(window, 0)
+            out[start:] += spread[: geometry.seq_length - start]
+        return out.to(rows.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        selection: Selection = ctx.selection  # type: ignore[attr-defined]
+        geometry = selection.geometry
+        wide = grad.to(accumulation_dtype(grad))
+        sums = [wide]
+        for level in range(1, geometry.levels):
+            start = geometry.spill(level).start
+            shifted = torch.cat([wide[start:], wide.new_zeros(start, *wide.shape[1:])])
+            sums.append(shifted.unflatten(0, (-1, geometry.window(level))).sum(1))
+        return _read(torch.cat(sums), selection.indices).to(grad.dtype), None
+
+
+def _read(source: Tensor, places: Tensor) -> Tensor:
+    """source [n, B, G, ...] at places [B, G, m] -> [m, B, G, ...]."""
+    batch, groups, _ = places.shape
+    b = torch.arange(batch, device=places.device).view(-1, 1)
+    g = torch.arange(groups, device=places.device)
+    return source[places.permute(2, 0, 1), b, g]
+
+
+def _read_or_zero(source: Tensor, places: Tensor) -> Tensor:
+    """As `_read` in the accumulation dtype, with zero rows where a place is -1."""
+    found = _read(source, places.clamp(min=0)).to(accumulation_dtype(source))
+    missing = (places < 0).permute(2, 0, 1).view(*found.shape[:3], *[1] * (found.dim() - 3))
+    return found.masked_fill_(missing, 0)

@@ -20,8 +20,9 @@ from megatron_lighthouse.mcore import text
 def train_valid_test_datasets(sample_counts: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
     """Megatron's dataset provider. Every rank calls it."""
     args = get_args()
-    if args.text_data and not args.data_path:
-        args.data_path = [_write_on_first_rank(args)]
+    if args.text_data and not args.train_data_path:
+        train, valid = _write_on_first_rank(args)
+        args.train_data_path, args.valid_data_path = [train], [valid]
     config = _dataset_config(args)
     kind = MockGPTDataset if args.mock_data else GPTDataset
     print_rank_0(f"> building {kind.__name__} datasets for training, validation and test ...")
@@ -33,18 +34,22 @@ def train_valid_test_datasets(sample_counts: list[int], vp_stage: int | None = N
 train_valid_test_datasets.is_distributed = True  # type: ignore[attr-defined]
 
 
-def _write_on_first_rank(args: Namespace) -> str:
-    """The prefix, or the first rank's error on every rank: none is left waiting."""
+def _write_on_first_rank(args: Namespace) -> tuple[str, str]:
+    """The prefixes, or the first rank's error on every rank: none is left waiting."""
     outcome: list[Any] = [None]
     if torch.distributed.get_rank() == 0:
         try:
-            outcome = [text.write_dataset(args.text_data, args.data_cache_path or os.path.join(args.save or ".", "data"))]
+            outcome = [text.write_datasets(args.text_data, _text_folder(args))]
         except (OSError, ValueError) as error:
             outcome = [error]
     torch.distributed.broadcast_object_list(outcome, src=0)
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     return outcome[0]
+
+
+def _text_folder(args: Namespace) -> str:
+    return args.data_cache_path or os.path.join(args.save or ".", "data")
 
 
 def _dataset_config(args: Namespace) -> GPTDatasetConfig:

@@ -93,9 +93,7 @@ def _sdpa(softmax_scale: float | None) -> Attend:
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         grouped = q.shape[1] != k.shape[1]
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=grouped
-        )
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=grouped)
         return out.permute(2, 0, 1, 3)
 
     return attend

@@ -60,11 +60,10 @@ class LighthouseConfig:
             )
         if self.budget < 1 or self.budget % self.tile_budget:
             below, above = self._neighbours(self.budget, self.tile_budget)
+            choices = f"{below} or {above}" if below > 0 else f"{self.tile_budget}, or a smaller tile budget"
             raise ValueError(
                 f"{flag('budget')} {self.budget} must be a positive multiple of {flag('tile_budget')} {self.tile_budget}: "
-                f"use {below} or {above}." if below else
-                f"{flag('budget')} {self.budget} must be a positive multiple of {flag('tile_budget')} {self.tile_budget}: "
-                f"use {above}, or a smaller tile budget."
+                f"use {choices}."
             )
         if self.scorer not in SCORERS:
             raise ValueError(f"{flag('scorer')} {self.scorer!r} is not known: use {' or '.join(map(repr, SCORERS))}.")

@@ -7,6 +7,7 @@ numbers all entries, level 0 first. `Geometry` comes from `LighthouseConfig.geom
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,11 @@ class Geometry:
         window = self.window(level)
         return range(window - 1, 2 * window - 1)
 
-    def entries_ending_before(self, level: int, position: int, other: int) -> int:
+    def entries_ending_before(self, level: int, position: Any, other: int) -> Any:
         """How many entries of `other` stand before an entry of `level` whose window ends at `position` (exclusive).
 
-        The causal order sorts by (last token, level), finer first: at the same last token a finer
-        entry stands before a coarser one.
+        The causal order sorts by (last token, level), finer first: at the same last token a finer entry stands before a
+        coarser one. `position` is an integer or a tensor of integers, and so is the answer.
         """
         if other < level:
             return position // self.window(other)

@@ -60,9 +60,7 @@ class LighthouseMixin:
         with telemetry.layer(self.layer_number):
             return lighthouse_attention(query, key, value, self.lighthouse, attend=attend).flatten(2)
 
-    def _check_call(
-        self, query: Tensor, key: Tensor, mask_type: AttnMaskType | None, bias: Tensor | None, packed: Any
-    ) -> None:
+    def _check_call(self, query: Tensor, key: Tensor, mask_type: AttnMaskType | None, bias: Tensor | None, packed: Any) -> None:
         if packed is not None:
             raise ValueError("packed sequences (thd) are not supported by --attention lighthouse: use --attention dense.")
         if bias is not None:

@@ -96,10 +96,10 @@ def _patch_moves() -> None:
 
     tensor.to = moved  # type: ignore[method-assign,assignment]
     tensor.type = typed  # type: ignore[method-assign,assignment]
-    tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
-    tensor.pin_memory = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
-    tensor.is_pinned = lambda self, *_, **__: False  # type: ignore[method-assign,assignment]
-    tensor.record_stream = lambda self, *_: None  # type: ignore[method-assign,assignment]
+    tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
+    tensor.pin_memory = lambda self, *_, **__: self  # type: ignore[method-assign]
+    tensor.is_pinned = lambda self, *_, **__: False  # type: ignore[method-assign]
+    tensor.record_stream = lambda self, *_: None  # type: ignore[method-assign]
 
 
 class Stream:

@@ -23,5 +23,5 @@ def torch_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *
         )
     norm = classes[config.normalization](hidden_size, eps=eps)
     for parameter in norm.parameters():
-        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        parameter.sequence_parallel = config.sequence_parallel
     return norm

@@ -37,14 +37,24 @@ def run(program_start: float | None = None) -> None:
         telemetry.watch(watched)
     progress.install()
     container = pretrain_cfg_container_from_args(args, model_cfg)
-    pretrain(container, train_valid_test_datasets, ModelType.encoder_or_decoder, forward_step)
-    selection = telemetry.watched().get(watched)
+    try:
+        pretrain(container, train_valid_test_datasets, ModelType.encoder_or_decoder, forward_step)
+    except SystemExit as stop:  # how Megatron ends at --exit-interval, at a time limit and on SIGTERM
+        if stop.code:
+            raise
+    if args.lighthouse_selection_map:
+        _draw_selection(watched, Path(args.lighthouse_selection_map))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _draw_selection(layer_number: int, path: Path) -> None:
+    """On the one rank that has the layer's first heads and the first data."""
+    selection = telemetry.watched().get(layer_number)
     if selection is not None and mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_data_parallel_rank() == 0:
         from megatron_lighthouse import plots
 
-        plots.selection_map(selection, Path(args.lighthouse_selection_map), f"layer {watched}")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+        plots.selection_map(selection, path, f"layer {layer_number}")
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from typing import Any
 
 import torch
@@ -11,37 +13,69 @@ from megatron.training import training as megatron_training
 from tqdm import tqdm
 
 
+class Lines:
+    """Where no terminal redraws a line, each state of the bar becomes a line of its own."""
+
+    def __init__(self) -> None:
+        self.last = ""
+
+    def write(self, text: str) -> None:
+        if text.strip() and text.strip() != self.last:
+            self.last = text.strip()
+            sys.stderr.write(self.last + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 class Progress:
     """Follows Megatron's `training_log`, which every rank calls once an iteration."""
 
     def __init__(self) -> None:
         self.bar: Any = None
-        self.seconds_between = 0.2 if sys.stderr.isatty() else 10.0
+        self.drawn = 0.0
+        self.terminal = sys.stderr.isatty()
+        default = 0.2 if self.terminal else 10.0
+        self.seconds_between = float(os.environ.get("LIGHTHOUSE_PROGRESS_SECONDS", default))
+
+    def clear(self) -> None:
+        """Make room for a line of Megatron's log."""
+        if self.bar is not None and self.terminal:
+            self.bar.clear()
 
     def update(self, losses: dict[str, Any], iteration: int) -> None:
         if torch.distributed.get_rank() != torch.distributed.get_world_size() - 1:
             return
         args = get_args()
         if self.bar is None:
-            title = f"{getattr(args, 'attention', 'dense')} {args.seq_length} tokens"
             self.bar = tqdm(
-                total=args.train_iters,
+                total=last_iteration(iteration, args.train_iters, args.exit_interval),
                 initial=iteration - 1,
-                desc=title,
+                desc=f"{getattr(args, 'attention', 'dense')} {args.seq_length} tokens",
                 unit="it",
-                mininterval=self.seconds_between,
-                dynamic_ncols=True,
+                mininterval=0,
+                miniters=1,
+                file=sys.stderr if self.terminal else Lines(),
+                dynamic_ncols=self.terminal,
+                ncols=None if self.terminal else 110,
             )
-        # tqdm answers True when it redrew: only then is the loss read, for that waits for the GPU
-        if self.bar.update(iteration - self.bar.n) or iteration == args.train_iters:
-            rate = self.bar.format_dict["rate"] or 0.0
-            loss = losses.get("lm loss")
-            shown = {"tokens/s": f"{rate * args.global_batch_size * args.seq_length:,.0f}"}
-            if loss is not None:
-                shown["loss"] = f"{float(loss):.3f}"
-            self.bar.set_postfix(shown)
-        if iteration >= args.train_iters:
+            self.drawn = time.monotonic()
+        steps, seconds = iteration - self.bar.n, time.monotonic() - self.drawn
+        last = iteration >= self.bar.total
+        if seconds >= self.seconds_between or last:  # only then is the loss read, for that waits for the GPU
+            shown = {"tokens/s": f"{steps * args.global_batch_size * args.seq_length / seconds:,.0f}"}
+            if "lm loss" in losses:
+                shown["loss"] = f"{float(losses['lm loss']):.3f}"
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update(steps)
+            self.drawn += seconds
+        if last:
             self.bar.close()
+
+
+def last_iteration(iteration: int, train_iters: int, exit_interval: int | None) -> int:
+    """Where a run that is now in `iteration` (1-based) ends: Megatron stops at multiples of --exit-interval."""
+    return min(train_iters, -(-iteration // exit_interval) * exit_interval) if exit_interval else train_iters
 
 
 def install() -> None:
@@ -49,6 +83,7 @@ def install() -> None:
     progress, log = Progress(), megatron_training.training_log
 
     def training_log(losses: dict[str, Any], total: Any, rate: Any, iteration: int, *rest: Any, **kwargs: Any) -> Any:
+        progress.clear()
         answer = log(losses, total, rate, iteration, *rest, **kwargs)
         progress.update(losses, iteration)
         return answer

@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import copy
 from argparse import Namespace
-from functools import partial
 from typing import Any
 
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_lighthouse.mcore.checks import check
 from megatron_lighthouse.mcore.core_attention import CoreAttentionBuilder
 from megatron_lighthouse.mcore.norm import torch_norm
 from megatron_lighthouse.mcore.settings import LighthouseSettings, settings_from
 
-LayerSpec = ModuleSpec | TransformerBlockSubmodules
+type LayerSpec = ModuleSpec | TransformerBlockSubmodules
 
 
 def with_lighthouse(spec: LayerSpec, settings: LighthouseSettings) -> LayerSpec:
@@ -39,7 +36,7 @@ def with_lighthouse(spec: LayerSpec, settings: LighthouseSettings) -> LayerSpec:
     for layer in _layers_of(spec):
         attention = layer.submodules.self_attention if layer.submodules else None
         submodules = getattr(attention, "submodules", None)
-        if not hasattr(submodules, "core_attention"):
+        if submodules is None or not hasattr(submodules, "core_attention"):
             continue
         if not isinstance(submodules.core_attention, CoreAttentionBuilder):
             submodules.core_attention = CoreAttentionBuilder(submodules.core_attention, settings)

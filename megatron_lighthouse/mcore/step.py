@@ -28,13 +28,14 @@ def forward_step(data: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> t
     return output, partial(loss_function, loss_mask)
 
 
-def loss_function(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def loss_function(loss_mask: Tensor | None, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum of the token losses and the number of tokens, on the last pipeline stage.
 
     Args:
         loss_mask: [b, s], 1 where a token counts.
         output: [b, s] fp32 losses, in nats.
     """
+    assert loss_mask is not None  # the last stage has the batch
     weights = loss_mask.view(-1).float()
     loss = torch.sum(output.view(-1).float() * weights)
     tokens = weights.sum().detach().to(torch.int)

@@ -1,0 +1,36 @@
+# make train   set up .venv and train: stage 1 with Lighthouse, stage 2 dense (DATA=path, NAME=run, ARGS="…")
+# make test    set up .venv, then lint, types and tests: what CI runs
+
+NAME ?= demo
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+
+# the first interpreter of at least 3.12 that can make a virtual environment; PYTHON=path takes another
+PYTHON ?= $(shell for p in python3.12 python3.13 python3 $$(ls -d $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python3 2>/dev/null); do \
+	"$$p" -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && command -v "$$p" && break; done)
+
+.PHONY: train test lint types clean
+
+train: $(VENV)/.installed
+	$(RUN) -m megatron_lighthouse.recipe.two_stage --name $(NAME) $(if $(DATA),--data $(DATA)) $(ARGS)
+
+test: lint types
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(VENV)/.installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+types: $(VENV)/.installed
+	$(RUN) -m mypy
+
+# a torch that the interpreter already has, as in NVIDIA's containers, is used rather than installed again
+$(VENV)/.installed: setup.py pyproject.toml
+	@test -n "$(PYTHON)" || { echo "No Python 3.12 or newer with venv found: install it (Debian: apt install python3.12-venv;" \
+		"pyenv install 3.12), or give make PYTHON=path."; exit 1; }
+	"$(PYTHON)" -m venv $$("$(PYTHON)" -c 'import torch' 2>/dev/null && echo --system-site-packages) $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,153 @@
+"""`python -m megatron_lighthouse.recipe.two_stage`: stage 1 with Lighthouse, stage 2 dense, from one command.
+
+Both stages are ordinary runs of `megatron_lighthouse.pretrain_gpt` under torchrun; stage 2 takes up the checkpoint and
+the optimizer of stage 1. Stopped anywhere, the same command goes on from the last whole checkpoint. `make train` calls it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_lighthouse.recipe.presets import Preset, default_text, preset_for
+
+STAGES = ("lighthouse", "dense")
+SHOWN = ("tokens/s=", "validation loss", "saving checkpoint", "loaded checkpoint")
+"""Lines of Megatron's log that the terminal shows; the log file has all."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run both stages and draw the pictures; answers an exit status."""
+    options, extra = _parser().parse_known_args(argv)
+    preset = preset_for(_gpus())
+    steps = preset.steps if options.steps is None else options.steps
+    dense_steps = preset.dense_steps if options.dense_steps is None else options.dense_steps
+    if steps < 1 or dense_steps < 1:
+        raise SystemExit(f"--steps {steps} and --dense-steps {dense_steps} must be at least 1.")
+    run = Path(options.runs) / options.name
+    run.mkdir(parents=True, exist_ok=True)
+    text = options.data or default_text()
+    print(f"{run}: {steps} iterations with Lighthouse, then {dense_steps} dense, on {_where(preset)}", flush=True)
+    for attention, start, stop in (("lighthouse", 0, steps), ("dense", steps, steps + dense_steps)):
+        done = _iterations_done(run)
+        if done >= stop:
+            print(f"{attention}: iteration {done} is reached already", flush=True)
+            continue
+        if done < start:
+            raise SystemExit(f"{run} ends at iteration {done}, before its stage {attention} begins at {start}.")
+        command = _command(preset, run, attention, stop, steps + dense_steps, text, extra)
+        status = _follow(command, run / f"{attention}.log", _environment(preset))
+        if status:
+            return status
+    return _draw(run)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_lighthouse.recipe.two_stage",
+        description="Train a small GPT: stage 1 with Lighthouse, stage 2 dense. Other arguments go to Megatron, to both.",
+    )
+    parser.add_argument("--name", default="demo", help="the run's folder under --runs (default: %(default)s)")
+    parser.add_argument("--runs", default="runs", help="where runs are kept (default: %(default)s)")
+    parser.add_argument(
+        "--data", nargs="+", metavar="PATH", help="text files or folders (default: the Python library's sources and reference)"
+    )
+    parser.add_argument("--steps", type=int, help="iterations of stage 1")
+    parser.add_argument("--dense-steps", type=int, help="iterations of stage 2")
+    return parser
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _where(preset: Preset) -> str:
+    return f"{preset.processes} GPUs" if "--bf16" in preset.arguments else f"{preset.processes} CPU processes"
+
+
+def _environment(preset: Preset) -> dict[str, str]:
+    threads = max(1, (os.cpu_count() or 1) // preset.processes)
+    # Hopper with tensor parallelism needs one connection, for Megatron to order communication before computation
+    defaults = {"OMP_NUM_THREADS": str(threads), "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONUNBUFFERED": "1"}
+    interval = {"LIGHTHOUSE_PROGRESS_SECONDS": "0.5"} if sys.stdout.isatty() else {}
+    return {**defaults, **interval, **os.environ}
+
+
+def _command(
+    preset: Preset, run: Path, attention: str, stop: int, total: int, text: Sequence[str], extra: Sequence[str]
+) -> list[str]:
+    checkpoints = str(run / "checkpoints")
+    every = max(1, stop // 2)
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(preset.processes)),
+        *("-m", "megatron_lighthouse.pretrain_gpt", "--attention", attention),
+        *preset.arguments,
+        # both stages name the whole length, so that the order of the data and the learning rate are those of one run
+        *("--train-iters", str(total), "--exit-interval", str(stop), "--eval-interval", str(stop)),
+        *("--save", checkpoints, "--load", checkpoints, "--save-interval", str(every)),
+        *("--data-cache-path", str(run / "data"), "--tensorboard-dir", str(run / "tensorboard" / attention)),
+        *("--lighthouse-selection-map", str(run / "selection.png")),
+        *extra,
+        *("--text-data", *text),
+    ]
+
+
+def _follow(command: Sequence[str], log: Path, environment: dict[str, str]) -> int:
+    """Run `command`, all its output in `log`, the progress on the terminal. The last lines too, if it fails."""
+    last: deque[str] = deque(maxlen=40)
+    in_place = sys.stdout.isatty()
+    with log.open("a") as file:
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                last.append(line)
+                if any(mark in line for mark in SHOWN):
+                    over = in_place and "tokens/s=" in line
+                    print(("\r" if over else "") + line.strip(), end="" if over else "\n", flush=True)
+            status = process.wait()
+        except BaseException:
+            process.terminate()  # torchrun passes it on to its workers
+            process.wait()
+            raise
+    if status:
+        print("".join(last), f"\nThe run failed; its whole log is in {log}.", file=sys.stderr)
+    return status
+
+
+def _iterations_done(run: Path) -> int:
+    """The iteration of the last whole checkpoint."""
+    tracker = run / "checkpoints" / "latest_checkpointed_iteration.txt"
+    return int(tracker.read_text()) if tracker.exists() else 0
+
+
+def _draw(run: Path) -> int:
+    from megatron_lighthouse import plots
+    from megatron_lighthouse.mcore.text import byte_entropy
+
+    data = sorted((run / "data").glob("text-*-train.bin"), key=lambda path: path.stat().st_mtime)
+    entropy = byte_entropy(str(data[-1].with_suffix(""))) if data else None
+    logs = {attention: run / "tensorboard" / attention for attention in STAGES}
+    plots.loss_curve(logs, run / "loss.png", entropy)
+    for attention, folder in logs.items():
+        steps, values = plots.read_scalars(folder)["lm loss"]
+        print(f"{attention}: loss {values[-1]:.3f} at iteration {steps[-1]}")
+    if entropy is not None:
+        print(f"byte-frequency entropy of the text: {entropy:.3f}")
+    print(f"pictures: {run / 'loss.png'}, {run / 'selection.png'}; log: tensorboard --logdir {run / 'tensorboard'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""Packaging of megatron_lighthouse. `kernels/` at the top level installs as `megatron_lighthouse.kernels`."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megatron_lighthouse/__init__.py").read_text())[1]
+
+setup(
+    name="megatron_lighthouse",
+    version=VERSION,
+    description="Lighthouse Attention for Megatron-core: long-context pre-training several times faster, dense at the end",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.12",
+    packages=[*find_packages(include=["megatron_lighthouse", "megatron_lighthouse.*"]), "megatron_lighthouse.kernels"],
+    package_dir={"megatron_lighthouse.kernels": "kernels"},
+    install_requires=[
+        "megatron-core>=0.19.2,<0.20",  # the model, the parallelism and the training loop that this plugs into
+        "torch>=2.6",  # what Megatron-core itself asks for
+        "numpy",  # text as Megatron's indexed datasets, and the numbers behind the plots
+        "psutil",  # Megatron's distributed checkpoints need it and do not declare it
+        "tqdm",  # the progress bar
+        "tensorboard",  # Megatron logs to it, and the loss plot reads it
+        "matplotlib",  # pictures of the loss and of the selection
+    ],
+    extras_require={
+        "te": ["transformer-engine[core_cu13,pytorch]"],  # --transformer-impl transformer_engine
+        "test": [
+            "pytest",  # runs the tests
+            "hypothesis",  # draws the shapes of the property tests
+            "ruff",  # lint and format
+            "mypy",  # types
+        ],
+    },
+    entry_points={"console_scripts": ["megatron-lighthouse = megatron_lighthouse.pretrain_gpt:main"]},
+)

@@ -1,0 +1,169 @@
+"""Selection: which entries, in which order, and the inverse map; what telemetry says of it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from oracle import Problem, attention, entry_at, last_token, problems
+from torch import Tensor
+
+from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthouse_select, telemetry
+from megatron_lighthouse.attention import _select
+from megatron_lighthouse.geometry import Geometry
+from megatron_lighthouse.reference import select
+from megatron_lighthouse.selection import Selection
+
+thorough = settings(deadline=None, derandomize=True, max_examples=150)
+
+
+def tensors(problem: Problem) -> list[Tensor]:
+    return [torch.from_numpy(x) for x in problem.arrays()]
+
+
+def selection_of(problem: Problem) -> Selection:
+    query, key, _ = tensors(problem)
+    return _select(query, key, LighthouseConfig(**problem.options))
+
+
+def refined(scores_q: list[int], scores_k: list[int], tile_budget: int = 2, pin_first: bool = False) -> list[int]:
+    """The windows of two tokens that one tile refines; a window's score is given, both its tokens have it."""
+    geometry = Geometry(2 * len(scores_q), 2, 2, tile_budget, tile_budget)
+    scores = [torch.tensor(x, dtype=torch.float32).repeat_interleave(2).view(1, 1, -1) for x in (scores_q, scores_k)]
+    tokens = (select(*scores, geometry, pin_first).rows[0][0, 0] >= 0).nonzero().flatten()
+    return tokens[::2].floor_divide(2).tolist()
+
+
+@thorough
+@given(problems())
+def test_entries_are_unique_and_in_causal_order(problem: Problem) -> None:
+    selection = selection_of(problem)
+    length = LighthouseConfig(**problem.options).geometry(problem.seq_length).gathered_length
+    assert selection.indices.shape == (problem.batch, problem.groups, length)
+    for indices in selection.indices.flatten(0, 1).tolist():
+        keys = [(last_token(entry, problem), entry[0]) for entry in (entry_at(i, problem) for i in indices)]
+        assert all(a < b for a, b in pairwise(keys))  # strictly: so unique too
+
+
+@thorough
+@given(problems())
+def test_all_coarsest_and_the_children_of_m_entries_per_tile(problem: Problem) -> None:
+    top, per_tile = problem.levels - 1, problem.seq_length * problem.tile_budget // problem.budget
+    for indices in selection_of(problem).indices.flatten(0, 1).tolist():
+        gathered = {entry_at(i, problem) for i in indices}
+        assert {i for level, i in gathered if level == top} == set(range(problem.seq_length // problem.window))
+        for level in range(top):
+            children = {i for finer, i in gathered if finer == level}
+            parents = {i // problem.pooling for i in children}
+            assert children == {i * problem.pooling + c for i in parents for c in range(problem.pooling)}
+            assert all((level + 1, i) in gathered for i in parents)
+            tile = [i * problem.pooling ** (level + 1) // per_tile for i in parents]
+            assert np.bincount(tile).tolist() == [problem.tile_budget] * (problem.budget // problem.tile_budget)
+
+
+@thorough
+@given(problems())
+def test_rows_are_the_inverse_of_indices(problem: Problem) -> None:
+    selection = selection_of(problem)
+    by_entry = torch.cat(selection.rows, -1)
+    for places, indices in zip(by_entry.flatten(0, 1).tolist(), selection.indices.flatten(0, 1).tolist(), strict=True):
+        expected = {entry: row for row, entry in enumerate(indices)}
+        assert places == [expected.get(entry, -1) for entry in range(len(places))]
+    lengths = [problem.seq_length // problem.pooling**level for level in range(problem.levels)]
+    assert [rows.shape[-1] for rows in selection.rows] == lengths
+
+
+@thorough
+@given(problems(ties=True))
+def test_same_again(problem: Problem) -> None:
+    first, second = selection_of(problem), selection_of(problem)
+    assert torch.equal(first.indices, second.indices)
+    assert all(map(torch.equal, first.rows, second.rows))
+
+
+@thorough
+@given(problems())
+def test_lighthouse_select_gives_the_entries_of_the_oracle(problem: Problem) -> None:
+    query, key, _ = tensors(problem)
+    indices = lighthouse_select(query.requires_grad_(), key, LighthouseConfig(**problem.options))
+    assert indices.dtype == torch.int64
+    assert not indices.requires_grad
+    np.testing.assert_array_equal(indices.numpy(), attention(*problem.arrays(), problem)[0])
+
+
+def test_ties_go_to_the_lower_index() -> None:
+    assert refined([1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], tile_budget=4) == [0, 1, 2, 3]
+    assert refined([0, 0, 5, 5, 5, 0], [0, 0, 0, 7, 7, 7]) == [2, 3]
+
+
+def test_queries_choose_before_keys() -> None:
+    # window 1 leads both lists: the queries take it, and the keys their next best
+    assert refined([0, 9, 0, 0], [0, 9, 5, 7]) == [1, 3]
+    assert refined([0, 9, 5, 7], [0, 9, 0, 0]) == [0, 1]
+
+
+def test_pinning_spends_one_of_the_queries_places() -> None:
+    assert refined([0, 9, 8, 0, 0, 0], [0, 0, 0, 0, 7, 6], tile_budget=4) == [1, 2, 4, 5]
+    assert refined([0, 9, 8, 0, 0, 0], [0, 0, 0, 0, 7, 6], tile_budget=4, pin_first=True) == [0, 1, 4, 5]
+
+
+def test_group_scores_are_the_norm_of_all_its_query_heads() -> None:
+    query = torch.ones(8, 1, 4, 1, dtype=torch.float64)  # two groups of two heads, one dimension
+    query[2, 0, :2, 0] = torch.tensor([3.0, 3.0])  # norm 4.24: more than 4.12, though either maximum is less than 4
+    query[4, 0, :2, 0] = torch.tensor([1.0, 4.0])
+    query[6, 0, 2:, 0] = torch.tensor([1.0, 2.0])
+    key = torch.ones(8, 1, 2, 1, dtype=torch.float64)
+    selected = _select(query, key, LighthouseConfig(2, 2, 2, 2, pin_first=False))
+    # the queries' choice, then the lowest of equal keys
+    assert (selected.rows[0][0, 0] >= 0).nonzero().flatten().tolist() == [0, 1, 2, 3]
+    assert (selected.rows[0][0, 1] >= 0).nonzero().flatten().tolist() == [0, 1, 6, 7]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_norms_beyond_the_dtype_are_ranked(dtype: torch.dtype) -> None:
+    # every norm is above fp16's largest number: in fp16 all would tie at infinity, in bf16 most by rounding
+    problem = Problem(96, 3, 2, 8, 4, pin_first=False, dim=16, queries_per_group=2)
+    shapes = [x.shape for x in problem.arrays()[:2]]
+    generator = torch.Generator().manual_seed(1)
+    query, key = [(40000 + 25000 * torch.rand(shape, generator=generator)).to(dtype) for shape in shapes]
+    indices = lighthouse_select(query, key, LighthouseConfig(**problem.options))
+    wide = [x.double().numpy() for x in (query, key, key)]
+    np.testing.assert_array_equal(indices.numpy(), attention(*wide, problem)[0])
+
+
+@thorough
+@given(problems())
+def test_telemetry_counts_entries_and_tokens(problem: Problem) -> None:
+    selection = selection_of(problem)
+    by_level = telemetry.entries_by_level(selection)
+    gathered = [entry_at(i, problem)[0] for i in selection.indices.flatten().tolist()]
+    assert by_level == [gathered.count(level) / problem.batch / problem.groups for level in range(problem.levels)]
+    assert sum(by_level) == selection.geometry.gathered_length
+    tokens = [count * problem.pooling**level / problem.seq_length for level, count in enumerate(by_level)]
+    assert telemetry.coverage(selection) == pytest.approx(tokens)
+
+
+def test_telemetry_keeps_the_latest_selection_of_watched_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(telemetry, "_watched", {})
+    query, key, value = tensors(Problem(96, 2, 2, 4, 2))
+    config = LighthouseConfig(levels=2, pooling=2, budget=4, tile_budget=2)
+    telemetry.watch(3)
+    telemetry.watch(5)
+    assert telemetry.watched() == {}
+    lighthouse_attention(query, key, value, config)  # outside of any layer
+    with telemetry.layer(4):
+        lighthouse_attention(query, key, value, config)
+    assert telemetry.watched() == {}
+    with telemetry.layer(3):
+        lighthouse_attention(query, key, value, config)
+        with pytest.raises(RuntimeError), telemetry.layer(4):
+            raise RuntimeError
+        lighthouse_attention(-key, query, value, config)  # still layer 3, and the later one counts
+    telemetry.watch(3)  # watching again forgets nothing
+    lighthouse_attention(query, key, value, config)
+    assert list(telemetry.watched()) == [3]
+    assert torch.equal(telemetry.watched()[3].indices, lighthouse_select(key, query, config))
+    assert not torch.equal(lighthouse_select(key, query, config), lighthouse_select(query, key, config))

@@ -1,0 +1,38 @@
+"""How far results may lie from what they are held to: one table, a reason in each line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """|actual - expected| <= absolute + relative * |expected|, element by element."""
+
+    absolute: float
+    relative: float
+    reason: str
+
+
+TOLERANCES: dict[str, Tolerance] = {
+    "golden": Tolerance(1e-5, 0, "the authors' kernels add float32 rows by atomics, in an order that is not fixed"),
+    "float64": Tolerance(1e-12, 1e-12, "the same formula, summed in another order: some thousand roundings of 1.1e-16"),
+    "float32": Tolerance(5e-6, 5e-6, "the same formula in fewer bits: some hundred roundings of 6e-8"),
+    "float16": Tolerance(4e-3, 4e-3, "rows, attention, result and their gradients keep 11 bits: 8 roundings of 4.9e-4"),
+    "bfloat16": Tolerance(3e-2, 3e-2, "rows, attention, result and their gradients keep 8 bits: 8 roundings of 3.9e-3"),
+}
+
+
+def assert_close(actual: Tensor | ArrayLike, expected: Tensor | ArrayLike, kind: str) -> None:
+    """Fails unless `actual` has the shape of `expected` and is within TOLERANCES[kind] of it everywhere. NaN never is."""
+    limit = TOLERANCES[kind]
+    torch.testing.assert_close(
+        *(torch.as_tensor(x).detach().cpu().double() for x in (actual, expected)),
+        atol=limit.absolute,
+        rtol=limit.relative,
+        msg=lambda text: f"not within {kind!r} ({limit.reason})\n{text}",
+    )

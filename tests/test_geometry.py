@@ -76,4 +76,4 @@ def test_entries_before_takes_tensors_of_positions() -> None:
     ends = (torch.arange(SMALL.entries(1)) + 1) * SMALL.window(1)
     for other in range(SMALL.levels):
         one_by_one = [SMALL.entries_ending_before(1, int(end), other) for end in ends]
-        assert SMALL.entries_ending_before(1, ends, other).tolist() == one_by_one  # type: ignore[arg-type, attr-defined]
+        assert SMALL.entries_ending_before(1, ends, other).tolist() == one_by_one

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tolerances import assert_close
 from torch import Tensor
 
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthouse_select
+from tests.tolerances import assert_close
 
 TILE_BUDGET = 128  # the authors' kernels know no other; of all divisors of k only this reproduces the indices
 

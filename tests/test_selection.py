@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from oracle import Problem, attention, entry_at, last_token, problems
 from torch import Tensor
 
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthouse_select, telemetry
@@ -16,6 +16,7 @@ from megatron_lighthouse.attention import _select
 from megatron_lighthouse.geometry import Geometry
 from megatron_lighthouse.reference import select
 from megatron_lighthouse.selection import Selection
+from tests.oracle import Problem, attention, entry_at, last_token, problems
 
 thorough = settings(deadline=None, derandomize=True, max_examples=150)
 
@@ -62,6 +63,16 @@ def test_all_coarsest_and_the_children_of_m_entries_per_tile(problem: Problem) -
             assert all((level + 1, i) in gathered for i in parents)
             tile = [i * problem.pooling ** (level + 1) // per_tile for i in parents]
             assert np.bincount(tile).tolist() == [problem.tile_budget] * (problem.budget // problem.tile_budget)
+
+
+@thorough
+@given(problems())
+def test_a_budget_of_all_windows_gathers_every_token(problem: Problem) -> None:
+    tiles = problem.budget // problem.tile_budget
+    problem = replace(problem, levels=2, seq_length=tiles * problem.tile_budget * problem.pooling)
+    indices = selection_of(problem).indices
+    everything = torch.arange(problem.seq_length + problem.budget)
+    assert torch.equal(indices.sort(-1).values, everything.expand_as(indices))
 
 
 @thorough

@@ -19,6 +19,8 @@ class Tolerance:
 
 
 TOLERANCES: dict[str, Tolerance] = {
+    "parallel loss": Tolerance(1e-5, 0, "fp32 sums over ranks in another order, carried through three optimizer steps"),
+    "parallel gradient norm": Tolerance(0, 1e-5, "as the loss: some ten roundings of 6e-8, amplified by the scores"),
     "golden": Tolerance(1e-5, 0, "the authors' kernels add float32 rows by atomics, in an order that is not fixed"),
     "float64": Tolerance(1e-12, 1e-12, "the same formula, summed in another order: some thousand roundings of 1.1e-16"),
     "float32": Tolerance(5e-6, 5e-6, "the same formula in fewer bits: some hundred roundings of 6e-8"),
@@ -28,7 +30,7 @@ TOLERANCES: dict[str, Tolerance] = {
 
 
 def assert_close(actual: Tensor | ArrayLike, expected: Tensor | ArrayLike, kind: str) -> None:
-    """Fails unless `actual` has the shape of `expected` and is within TOLERANCES[kind] of it everywhere. NaN never is."""
+    """Fails unless `actual` has the shape of `expected` and is within TOLERANCES[kind] of it. NaN never is."""
     limit = TOLERANCES[kind]
     torch.testing.assert_close(
         *(torch.as_tensor(x).detach().cpu().double() for x in (actual, expected)),

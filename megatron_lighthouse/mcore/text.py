@@ -14,6 +14,9 @@ import numpy
 VOCABULARY = 257
 """256 bytes, and an end-of-document token."""
 END_OF_DOCUMENT = 256
+PADDED_VOCABULARY = 384
+"""Rows of the embedding: divides by any usual tensor-parallel size. Megatron's own padding grows with that size, and so
+does the loss, which counts the padding."""
 HELD_OUT = 20
 """One byte in so many is kept for validation."""
 SMALLEST = 1000
@@ -27,6 +30,7 @@ class TextData(argparse.Action):
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
         namespace.text_data = values
         namespace.tokenizer_type, namespace.vocab_size = "NullTokenizer", VOCABULARY
+        namespace.padded_vocab_size = PADDED_VOCABULARY
         namespace.null_tokenizer_eod_id = END_OF_DOCUMENT
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 COMMON = """
     --position-embedding-type rope --normalization RMSNorm --disable-bias-linear --swiglu
     --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
-    --make-vocab-size-divisible-by 1 --micro-batch-size 1 --lr-decay-style cosine --clip-grad 1.0
+    --micro-batch-size 1 --lr-decay-style cosine --clip-grad 1.0
     --weight-decay 0.1 --adam-beta2 0.95 --log-interval 1 --eval-iters 4 --no-create-attention-mask-in-dataloader
 """
 

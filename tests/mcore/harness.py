@@ -1,0 +1,118 @@
+"""Runs of the real entry point in processes of their own, on CPU over gloo."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_lighthouse.plots import read_scalars
+
+ROOT = Path(__file__).parents[2]
+
+MODEL = """
+    --distributed-backend gloo --transformer-impl local --use-cpu-initialization
+    --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-dropout-fusion
+    --no-rope-fusion --no-bias-swiglu-fusion
+    --num-layers 4 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --group-query-attention
+    --num-query-groups 2 --seq-length 256 --max-position-embeddings 256
+    --position-embedding-type rope --normalization RMSNorm --disable-bias-linear --swiglu
+    --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.1
+    --micro-batch-size 1 --global-batch-size 2 --train-iters 3 --seed 7
+    --lr 5e-3 --lr-decay-style constant --log-interval 1 --eval-interval 1000 --eval-iters 0
+    --no-create-attention-mask-in-dataloader
+    --lighthouse-budget 8 --lighthouse-tile-budget 4 --lighthouse-dense-first 1 --lighthouse-dense-last 1
+""".split()
+"""4 layers, the middle two Lighthouse: 256 tokens, 2 tiles, 80 gathered rows."""
+
+TEXT = ["--text-data", str(ROOT / "LICENSE")]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left behind."""
+
+    losses: dict[int, float]
+    """Loss by iteration, as the last rank logged it to TensorBoard (fp32)."""
+    gradient_norms: dict[int, float]
+    """Norm of the whole model's gradient by iteration."""
+    log: str
+
+
+class Processes:
+    """The ranks of one run. None outlives the object's `wait` or `kill`."""
+
+    def __init__(self, folder: Path, ranks: int, arguments: Sequence[str]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.log = folder / "log.txt"
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        environment = {
+            **os.environ,
+            **{"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"},
+            **{"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)},
+        }
+        command = [sys.executable, "-m", "megatron_lighthouse.pretrain_gpt", *arguments]
+        with self.log.open("w") as output:
+            self.processes = [
+                subprocess.Popen(
+                    command,
+                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    cwd=folder,
+                    start_new_session=True,
+                )
+                for rank in range(ranks)
+            ]
+
+    def wait(self, seconds: float = 240) -> list[int]:
+        """The exit statuses. The first rank that fails takes the others with it."""
+        end = time.monotonic() + seconds
+        try:
+            while any(process.poll() is None for process in self.processes):
+                if any(process.poll() for process in self.processes) or time.monotonic() > end:
+                    break
+                time.sleep(0.05)
+            return [process.poll() or 0 if process.poll() is not None else -1 for process in self.processes]
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL, for every process that the ranks started too."""
+        for process in self.processes:
+            try:
+                os.killpg(process.pid, 9)
+            except ProcessLookupError:
+                pass
+            process.wait()
+
+
+def run(folder: Path, *arguments: str, ranks: int = 1, data: Sequence[str] = TEXT) -> Run:
+    """Train MODEL with `arguments` on `ranks` processes; fails the test, showing the log's end, if a rank fails."""
+    processes = Processes(folder, ranks, [*MODEL, *_output(folder), *arguments, *data])
+    statuses = processes.wait()
+    log = processes.log.read_text(errors="replace")
+    assert not any(statuses), f"exit statuses {statuses}:\n{log[-5000:]}"
+    scalars = read_scalars(folder / "tensorboard")
+    losses, norms = ({int(i): float(x) for i, x in zip(*scalars[name], strict=True)} for name in ("lm loss", "grad-norm"))
+    return Run(losses, norms, log)
+
+
+def refused(folder: Path, *arguments: str) -> str:
+    """The error of a run that must fail before it starts training."""
+    processes = Processes(folder, 1, [*MODEL, *_output(folder), *arguments, *TEXT])
+    statuses = processes.wait()
+    log = processes.log.read_text(errors="replace")
+    assert statuses == [1], f"exit statuses {statuses}:\n{log[-5000:]}"
+    return log
+
+
+def _output(folder: Path) -> list[str]:
+    return ["--tensorboard-dir", str(folder / "tensorboard"), "--data-cache-path", str(folder / "data")]

@@ -1,0 +1,55 @@
+"""The same losses at any parallel layout: three optimizer steps from one checkpoint, against one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.mcore.harness import Run, run
+from tests.tolerances import assert_close
+
+START = "--finetune --no-load-optim --no-load-rng".split()
+
+LAYOUTS = {
+    "TP2": (2, "--tensor-model-parallel-size 2"),
+    "TP2+SP": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "PP2": (2, "--pipeline-model-parallel-size 2"),
+    "PP2·VPP2": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
+    "DP2, distributed optimizer": (2, "--use-distributed-optimizer"),
+    "recompute full": (1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
+    "recompute core_attn": (1, "--recompute-granularity selective --recompute-modules core_attn"),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights that every run starts from: pipeline stages would draw others, each from its own seed."""
+    folder = tmp_path_factory.mktemp("start")
+    run(folder, "--attention", "lighthouse", "--train-iters", "1", "--save", str(folder / "checkpoint"), "--save-interval", "1")
+    return folder / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Run:
+    return run(tmp_path_factory.mktemp("one"), "--attention", "lighthouse", "--load", str(checkpoint), *START)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_equal_those_of_one_process(layout: str, tmp_path: Path, checkpoint: Path, one_process: Run) -> None:
+    ranks, arguments = LAYOUTS[layout]
+    start = ["--attention", "lighthouse", "--load", str(checkpoint), *START]
+    result = run(tmp_path, *start, *arguments.split(), ranks=ranks)
+    assert list(result.losses) == [1, 2, 3]
+    for found, expected, kind in (
+        (result.losses, one_process.losses, "parallel loss"),
+        (result.gradient_norms, one_process.gradient_norms, "parallel gradient norm"),
+    ):
+        assert_close(list(found.values()), list(expected.values()), kind)
+        print(layout, kind, "differs by", max(abs(found[i] - expected[i]) for i in expected))
+
+
+def test_dense_differs(tmp_path: Path, checkpoint: Path, one_process: Run) -> None:
+    """Else the parity above could hold because Lighthouse did nothing."""
+    dense = run(tmp_path, "--attention", "dense", "--load", str(checkpoint), *START).losses
+    assert abs(dense[1] - one_process.losses[1]) > 1e-3

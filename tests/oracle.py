@@ -130,11 +130,12 @@ def number(entry: Entry, problem: Problem) -> int:
 
 def entry_at(place: int, problem: Problem) -> Entry:
     """The inverse of `number`."""
-    level = 0
-    while place >= problem.seq_length // problem.pooling**level:
-        place -= problem.seq_length // problem.pooling**level
-        level += 1
-    return level, place
+    for level in range(problem.levels):
+        length = problem.seq_length // problem.pooling**level
+        if 0 <= place < length:
+            return level, place
+        place -= length
+    raise AssertionError("not the number of an entry")
 
 
 def attend(q: Array, k: Array, v: Array, scale: float) -> Array:

@@ -1,0 +1,27 @@
+"""Megatron in this process: one rank over gloo, behind the stand-in for CUDA where there is no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def megatron(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Parallel state of one rank, and seeded generators."""
+    from megatron_lighthouse.mcore import cpu
+
+    standing_in = cpu.install()
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    rendezvous = tmp_path_factory.mktemp("rendezvous") / "store"
+    backend = "gloo" if standing_in else "nccl"
+    torch.distributed.init_process_group(backend, init_method=f"file://{rendezvous}", rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(11)
+    yield
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()

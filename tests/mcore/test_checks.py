@@ -1,0 +1,128 @@
+"""What is refused when the model is built: every rule, both ways, with an alternative that works."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_lighthouse import LighthouseConfig
+from megatron_lighthouse.mcore.settings import LighthouseSettings
+from tests.mcore.harness import refused
+from tests.mcore.test_spec import transformer_config
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+GOOD = LighthouseSettings(LighthouseConfig(budget=8, tile_budget=4), dense_first=1, dense_last=1)
+
+
+def problems(settings: LighthouseSettings = GOOD, seq_length: int | None = 256, **changes: Any) -> str:
+    """The refusal of a model with these options; '' where it is accepted."""
+    from megatron_lighthouse.mcore.checks import check
+
+    config = transformer_config()
+    for name, value in changes.items():  # set afterwards, for Megatron's own checks refuse some combinations first
+        setattr(config, name, value)
+    try:
+        check(config, settings, seq_length)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+REFUSED = [
+    ({"context_parallel_size": 2}, "--context-parallel-size 2", "use 1"),
+    ({"attention_dropout": 0.1}, "--attention-dropout 0.1", "--attention-dropout 0"),
+    ({"window_size": (128, 0)}, "--window-size (128, 0)", "--attention dense"),
+    ({"multi_latent_attention": True}, "--multi-latent-attention", "--group-query-attention"),
+    ({"qk_layernorm": True}, "--qk-layernorm", "leave it out"),
+    ({"qk_l2_norm": True}, "--qk-l2-norm", "leave it out"),
+    ({"softmax_type": "learnable"}, "--softmax-type learnable", "--softmax-type vanilla"),
+    ({"experimental_attention_variant": "dsa"}, "--experimental-attention-variant dsa", "use one or the other"),
+    ({"transformer_impl": "inference_optimized"}, "inference_optimized", "--attention dense"),
+    ({"flash_decode": True}, "--flash-decode", "--attention dense"),
+    ({"fp8_dot_product_attention": True}, "--fp8-dot-product-attention", "leave it out"),
+    ({"fp8_multi_head_attention": True}, "--fp8-multi-head-attention", "leave it out"),
+    ({"tensor_model_parallel_size": 4}, "--tensor-model-parallel-size 4", "use 2 or a divisor"),
+]
+
+
+@pytest.mark.parametrize(("changes", "named", "advice"), REFUSED, ids=[named for _, named, _ in REFUSED])
+def test_options_that_are_refused(changes: dict[str, Any], named: str, advice: str) -> None:
+    message = problems(**changes)
+    assert named in message
+    assert advice in message
+
+
+ACCEPTED = [
+    {},
+    {"hidden_dropout": 0.1},
+    {"num_query_groups": None},
+    {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    {"pipeline_model_parallel_size": 2},
+    {"recompute_granularity": "full"},
+    {"num_moe_experts": 4},
+    {"bf16": True},
+]
+
+
+@pytest.mark.parametrize("changes", ACCEPTED, ids=str)
+def test_options_that_are_accepted(changes: dict[str, Any]) -> None:
+    assert problems(**changes) == ""
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "message"),
+    [
+        (-1, 1, "--lighthouse-dense-first -1 must not be negative"),
+        (1, -1, "--lighthouse-dense-last -1 must not be negative"),
+        (3, 3, "leave none of 6 layers"),
+        (6, 0, "leave none of 6 layers"),
+        (3, 2, ""),
+        (0, 0, ""),
+    ],
+)
+def test_numbers_of_dense_layers(first: int, last: int, message: str) -> None:
+    found = problems(LighthouseSettings(GOOD.config, first, last))
+    assert (message in found) if message else not found
+
+
+def test_sequence_length() -> None:
+    assert "--seq-length 250 must be a multiple of 32" in problems(seq_length=250)
+    assert "refines more windows" in problems(seq_length=96)
+    assert problems(seq_length=None) == ""
+
+
+def test_every_problem_is_named_at_once() -> None:
+    message = problems(seq_length=250, attention_dropout=0.1, qk_layernorm=True)
+    assert all(part in message for part in ("--seq-length 250", "--attention-dropout 0.1", "--qk-layernorm"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["reset_attention_mask", "sft", "dataloader_inter_document_masking", "hybrid_context_parallel", "perform_rl_step"],
+)
+def test_run_options_that_are_refused(name: str) -> None:
+    from megatron_lighthouse.mcore.checks import check_arguments
+
+    check_arguments(Namespace(**{name: False}))
+    with pytest.raises(ValueError, match="--" + name.replace("_", "-")):
+        check_arguments(Namespace(**{name: True}))
+
+
+def test_attention_backend_local() -> None:
+    from megatron.core.transformer.enums import AttnBackend
+    from megatron_lighthouse.mcore.checks import check_arguments
+
+    check_arguments(Namespace(attention_backend=AttnBackend.auto))
+    with pytest.raises(ValueError, match="--transformer-impl local"):
+        check_arguments(Namespace(attention_backend=AttnBackend.local))
+
+
+def test_the_entry_point_refuses_before_anything_starts(tmp_path: Path) -> None:
+    log = refused(tmp_path, "--attention", "lighthouse", "--attention-dropout", "0.1", "--lighthouse-dense-last", "3")
+    assert "--attention-dropout 0.1 would drop whole windows: use --attention-dropout 0" in log
+    assert "leave none of 4 layers" in log
+    assert "initialized tensor model parallel" not in log

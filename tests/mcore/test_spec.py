@@ -1,0 +1,144 @@
+"""Layer specs: which layers take Lighthouse, what they wrap, and that a layer computes what the mathematics says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_lighthouse import LighthouseConfig, lighthouse_attention
+from megatron_lighthouse.mcore.settings import LighthouseSettings
+from tests.tolerances import assert_close
+
+SETTINGS = LighthouseSettings(LighthouseConfig(budget=8, tile_budget=4), dense_first=1, dense_last=2)
+N = 256
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+
+def transformer_config(**changes: Any) -> Any:
+    from megatron.core.transformer import TransformerConfig
+
+    options: dict[str, Any] = {
+        **{"num_layers": 6, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 8},
+        **{"attention_dropout": 0.0, "hidden_dropout": 0.0, "use_cpu_initialization": True, "add_bias_linear": False},
+        **{"attention_softmax_in_fp32": True, "bias_dropout_fusion": False, "masked_softmax_fusion": False},
+    }
+    return TransformerConfig(**{**options, **changes})
+
+
+def gpt(spec: Any, config: Any) -> Any:
+    from megatron.core.models.gpt import GPTModel
+
+    return GPTModel(config, spec, vocab_size=64, max_sequence_length=N, position_embedding_type="rope")
+
+
+def local_spec() -> Any:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    return get_gpt_layer_local_spec()
+
+
+def lighthouse_layers(model: Any) -> list[int]:
+    from megatron_lighthouse.mcore.core_attention import LighthouseMixin
+
+    layers = model.decoder.layers
+    return [layer.layer_number for layer in layers if isinstance(layer.self_attention.core_attention, LighthouseMixin)]
+
+
+def core_attention(**changes: Any) -> Any:
+    from megatron_lighthouse.mcore.spec import with_lighthouse
+
+    model = gpt(with_lighthouse(local_spec(), SETTINGS), transformer_config(**changes))
+    return model.decoder.layers[1].self_attention.core_attention
+
+
+def fused_qkv(batch: int, dtype: torch.dtype) -> list[Tensor]:
+    """Query, key and value as Megatron's layers give them: the value a strided slice."""
+    generator = torch.Generator().manual_seed(5)
+    query = torch.randn(N, batch, 4, 8, generator=generator).to(dtype)
+    key, value = torch.randn(N, batch, 2, 16, generator=generator).to(dtype).split(8, dim=-1)
+    assert not value.is_contiguous()
+    return [x.detach().requires_grad_() for x in (query, key, value)]
+
+
+def test_first_and_last_layers_stay_dense() -> None:
+    from megatron_lighthouse.mcore.spec import with_lighthouse
+
+    spec = local_spec()
+    model = gpt(with_lighthouse(spec, SETTINGS), transformer_config())
+    assert lighthouse_layers(model) == [2, 3, 4]
+    assert lighthouse_layers(gpt(spec, transformer_config())) == [], "the spec that was given has changed"
+
+
+def test_layers_of_a_block_with_experts() -> None:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron_lighthouse.mcore.spec import with_lighthouse
+
+    config = transformer_config(num_moe_experts=2, moe_layer_freq=[0, 1] * 3, moe_ffn_hidden_size=32, moe_router_topk=2)
+    spec = with_lighthouse(get_gpt_decoder_block_spec(config, use_transformer_engine=False), SETTINGS)
+    model = gpt(with_lighthouse(spec, SETTINGS), config)
+    assert lighthouse_layers(model) == [2, 3, 4]
+    assert [hasattr(layer.mlp, "experts") for layer in model.decoder.layers] == [False, True] * 3
+
+
+def test_state_is_that_of_the_dense_model() -> None:
+    from megatron_lighthouse.mcore.spec import with_lighthouse
+
+    dense = gpt(local_spec(), transformer_config()).state_dict()
+    assert gpt(with_lighthouse(local_spec(), SETTINGS), transformer_config()).state_dict().keys() == dense.keys()
+
+
+def test_a_spec_without_core_attention_is_refused() -> None:
+    from megatron.core.transformer import ModuleSpec
+    from megatron_lighthouse.mcore.spec import with_lighthouse
+
+    with pytest.raises(ValueError, match="found no core attention in the layer spec ModuleSpec"):
+        with_lighthouse(ModuleSpec(module=torch.nn.Identity), SETTINGS)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_layer_computes_lighthouse_attention(batch: int) -> None:
+    from megatron.core.transformer.enums import AttnMaskType
+
+    layer = core_attention()
+    inputs, same = fused_qkv(batch, torch.float32), fused_qkv(batch, torch.float32)
+    out = layer(*inputs, None, attn_mask_type=AttnMaskType.causal)
+    expected = lighthouse_attention(*same, SETTINGS.config).flatten(2)
+    assert_close(out, expected, "float32")
+    for tensor in (out, expected):
+        tensor.square().sum().backward()
+    for found, wanted in zip(inputs, same, strict=True):
+        assert_close(found.grad, wanted.grad, "float32")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_precision(dtype: torch.dtype) -> None:
+    from megatron.core.transformer.enums import AttnMaskType
+
+    kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    layer = core_attention(**{kind: True, "params_dtype": dtype})
+    query, key, value = fused_qkv(2, dtype)
+    out = layer(query, key, value, None, attn_mask_type=AttnMaskType.causal)
+    assert out.dtype == dtype
+    wide = lighthouse_attention(query.double(), key.double(), value.double(), SETTINGS.config).flatten(2)
+    assert_close(out, wide, {"bf16": "bfloat16", "fp16": "float16"}[kind])
+
+
+def test_calls_that_are_refused() -> None:
+    from megatron.core.transformer.enums import AttnMaskType
+
+    layer = core_attention()
+    query, key, value = fused_qkv(1, torch.float32)
+    causal: dict[str, Any] = {"attn_mask_type": AttnMaskType.causal}
+    with pytest.raises(ValueError, match=r"packed sequences .* use --attention dense"):
+        layer(query, key, value, None, **causal, packed_seq_params=object())
+    with pytest.raises(ValueError, match=r"attention_bias .* use --attention dense"):
+        layer(query, key, value, None, **causal, attention_bias=torch.zeros(1))
+    with pytest.raises(ValueError, match=r"1 queries and 256 keys: run inference with --attention dense"):
+        layer(query[:1], key, value, None, **causal)
+    for mask_type in (AttnMaskType.padding, AttnMaskType.no_mask, AttnMaskType.padding_causal):
+        with pytest.raises(ValueError, match="causal self-attention"):
+            layer(query, key, value, None, attn_mask_type=mask_type)

@@ -64,7 +64,17 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="PNG",
         help="When training ends, draw what the first Lighthouse layer selected in its last batch.",
     )
+    _repair_help(parser)
     return parser
+
+
+def _repair_help(parser: argparse.ArgumentParser) -> None:
+    """Escape the per cent signs in Megatron's help texts: 0.19 leaves one bare, and its --help raises ValueError."""
+    for action in parser._actions:
+        try:
+            (action.help or "") % {**vars(action), "prog": parser.prog}
+        except (ValueError, TypeError, KeyError):
+            action.help = (action.help or "").replace("%", "%%")
 
 
 def _adapt_to_this_machine() -> None:

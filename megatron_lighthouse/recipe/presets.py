@@ -20,7 +20,7 @@ CPU = """
     --no-rope-fusion --tensor-model-parallel-size 2
     --init-method-std 0.06 --num-layers 4 --hidden-size 128 --ffn-hidden-size 384 --num-attention-heads 4 --group-query-attention
     --num-query-groups 2 --seq-length 2048 --max-position-embeddings 2048 --global-batch-size 1
-    --lr 3e-3 --min-lr 3e-4 --lr-warmup-iters 5
+    --lr 3e-3 --min-lr 3e-4 --lr-warmup-fraction 0.03
     --lighthouse-budget 64 --lighthouse-tile-budget 32 --lighthouse-dense-first 1 --lighthouse-dense-last 1
 """
 
@@ -28,7 +28,7 @@ GPU = """
     --distributed-backend nccl --bf16
     --num-layers 12 --hidden-size 768 --ffn-hidden-size 2048 --num-attention-heads 6
     --seq-length 16384 --max-position-embeddings 16384
-    --lr 1e-3 --min-lr 1e-4 --lr-warmup-iters 20
+    --lr 1e-3 --min-lr 1e-4 --lr-warmup-fraction 0.04
     --lighthouse-budget 256 --lighthouse-dense-first 2 --lighthouse-dense-last 2
 """
 

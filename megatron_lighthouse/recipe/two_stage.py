@@ -102,6 +102,7 @@ def _command(
 def _follow(command: Sequence[str], log: Path, environment: dict[str, str]) -> int:
     """Run `command`, all its output in `log`, the progress on the terminal. The last lines too, if it fails."""
     last: deque[str] = deque(maxlen=40)
+    failed = False  # torchrun's own report follows, which hides the error that caused it
     in_place = sys.stdout.isatty()
     with log.open("a") as file:
         process = subprocess.Popen(
@@ -112,7 +113,9 @@ def _follow(command: Sequence[str], log: Path, environment: dict[str, str]) -> i
             for line in process.stdout:
                 file.write(line)
                 file.flush()
-                last.append(line)
+                failed = failed or "torch/distributed/elastic" in line
+                if not failed:
+                    last.append(line)
                 if any(mark in line for mark in SHOWN):
                     over = in_place and "tokens/s=" in line
                     print(("\r" if over else "") + line.strip(), end="" if over else "\n", flush=True)

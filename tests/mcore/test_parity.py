@@ -12,6 +12,7 @@ from tests.tolerances import assert_close
 START = "--finetune --no-load-optim --no-load-rng".split()
 
 LAYOUTS = {
+    "two sequences at once": (1, "--micro-batch-size 2"),
     "TP2": (2, "--tensor-model-parallel-size 2"),
     "TP2+SP": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "PP2": (2, "--pipeline-model-parallel-size 2"),

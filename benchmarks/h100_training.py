@@ -1,0 +1,198 @@
+"""`python benchmarks/h100_training.py --out FOLDER`: is training on one GPU right? Not a measure of speed.
+
+From one checkpoint, a 100M-class GPT trains 50 steps at 16K context in bf16 with Lighthouse and with dense attention, each
+with Megatron's local implementation and with Transformer Engine; the first step is held to fp32 on the CPU, the
+Transformer Engine checkpoints are resumed with the other attention, and `make train`'s recipe runs in short. The runs share
+the GPU, so their times mean nothing. Leaves summary.json, losses.csv, losses.png, and a log for each run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthouse_select
+from megatron_lighthouse.plots import read_scalars
+from megatron_lighthouse.recipe.presets import COMMON, GPU, default_text
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 50
+RECOMPUTE = "--recompute-granularity selective --recompute-modules core_attn"
+LOCAL = f"--transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion {RECOMPUTE}"
+IMPLEMENTATIONS = {"local": LOCAL, "transformer_engine": "--transformer-impl transformer_engine"}
+CPU = f"{LOCAL} --no-masked-softmax-fusion --no-bias-dropout-fusion --no-rope-fusion --no-bias-swiglu-fusion"
+START = "--finetune --no-load-optim --no-load-rng"
+STRICT = "--dist-ckpt-strictness raise_all"
+
+
+class Bench:
+    """Runs of the entry point, each in a folder of its own under `work`; logs go to `out`."""
+
+    def __init__(self, work: Path, out: Path) -> None:
+        self.work, self.out = work, out
+
+    def train(self, name: str, *options: str, cpu: bool = False) -> dict[int, float]:
+        """Loss by iteration. Raises RuntimeError where the run fails."""
+        model = (COMMON + GPU).replace("nccl --bf16", "gloo") if cpu else COMMON + GPU
+        logs = self.work / name
+        command = [
+            *(sys.executable, "-m", "megatron_lighthouse.pretrain_gpt"),
+            *model.split(),
+            *("--global-batch-size", "1", "--eval-interval", "100000", "--tensorboard-dir", str(logs)),
+            *("--data-cache-path", str(self.work / f"{name}-data")),
+            *" ".join(options).split(),
+            *("--eval-iters", "0", "--text-data", *default_text()),
+        ]
+        seconds = self._run(name, command, {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "12"} if cpu else {})
+        steps, values = read_scalars(logs)["lm loss"]
+        print(f"{name}: {seconds:.0f} s, loss {values[0]:.4f} at {steps[0]}, {values[-1]:.4f} at {steps[-1]}", flush=True)
+        return {int(step): float(value) for step, value in zip(steps, values, strict=True)}
+
+    def recipe(self) -> list[str]:
+        """The last lines of a short `make train`."""
+        command = [sys.executable, "-m", "megatron_lighthouse.recipe.two_stage", "--runs", str(self.out / "recipe")]
+        self._run("recipe", [*command, "--steps", "40", "--dense-steps", "20"], {})
+        return (self.out / "recipe.log").read_text().splitlines()[-4:]
+
+    def _run(self, name: str, command: list[str], environment: dict[str, str]) -> float:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = str(free.getsockname()[1])
+        single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        if name == "recipe":  # torchrun sets these itself
+            single = {}
+        start = time.monotonic()
+        with (self.out / f"{name}.log").open("w") as log:
+            environment = {**os.environ, **paths, **single, "CUDA_DEVICE_MAX_CONNECTIONS": "1", **environment}
+            status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+        if status:
+            print((self.out / f"{name}.log").read_text(errors="replace")[-3000:], flush=True)
+            raise RuntimeError(f"{name} ended with status {status}")
+        return time.monotonic() - start
+
+
+def same_bits_twice() -> dict[str, object]:
+    """The plain PyTorch steps on the GPU: two runs agree in every bit, and with the CPU in every index."""
+    config = LighthouseConfig()
+    query, key, value, grad = (torch.randn(32768, 1, heads, 128).bfloat16() for heads in (8, 8, 8, 8))
+
+    def once() -> list[torch.Tensor]:
+        inputs = [x.cuda().requires_grad_() for x in (query, key, value)]
+        out = lighthouse_attention(*inputs, config)
+        return [out, *torch.autograd.grad(out, inputs, grad.cuda())]
+
+    equal = all(torch.equal(a, b) for a, b in zip(once(), once(), strict=True))
+    indices = torch.equal(lighthouse_select(query.cuda(), key.cuda(), config).cpu(), lighthouse_select(query, key, config))
+    return {"two runs, output and gradients identical": equal, "indices equal to the CPU's": indices}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/h100_training"), help="checkpoints and data (about 10 GB)")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    bench = Bench(options.work, options.out)
+    start = str(options.work / "start")
+    bench.train("start", "--attention dense --train-iters 1", LOCAL, f"--save {start} --save-interval 1")
+
+    losses: dict[str, dict[int, float]] = {}
+
+    def one(attention: str, implementation: str) -> None:
+        save = f"--save {options.work}/{attention}-{implementation}-saved --save-interval {STEPS}"
+        name = f"{attention}-{implementation}"
+        given = f"--attention {attention} --train-iters {STEPS + 10} --exit-interval {STEPS} --load {start}"
+        losses[name] = bench.train(name, given, START, IMPLEMENTATIONS[implementation], save)
+
+    def reference(attention: str) -> None:
+        given = f"--attention {attention} --train-iters 1 --load {start}"
+        losses[f"{attention}-cpu-fp32"] = bench.train(f"{attention}-cpu-fp32", given, START, CPU, cpu=True)
+
+    def resume(attention: str, other: str) -> None:
+        saved = f"{options.work}/{other}-transformer_engine-saved"
+        name = f"{attention}-from-{other}"
+        given = f"--attention {attention} --train-iters {STEPS + 10} --load {saved} {STRICT}"
+        losses[name] = bench.train(name, given, IMPLEMENTATIONS["transformer_engine"])
+
+    attentions = ("lighthouse", "dense")
+    with ThreadPoolExecutor(3) as pool:
+        jobs = [pool.submit(one, a, "transformer_engine") for a in attentions]
+        jobs += [pool.submit(one, "lighthouse", "local"), pool.submit(one, "dense", "local")]
+        jobs += [pool.submit(reference, a) for a in attentions]
+        for job in jobs:
+            job.result()
+        jobs = [pool.submit(resume, "dense", "lighthouse"), pool.submit(resume, "lighthouse", "dense")]
+        bits = same_bits_twice()
+        for job in jobs:
+            job.result()
+    recipe = bench.recipe()
+    write(options.out, losses, {"bits": bits, "recipe": recipe})
+
+
+def write(out: Path, losses: dict[str, dict[int, float]], more: dict[str, object]) -> None:
+    """summary.json, losses.csv and losses.png."""
+    pairs = {a: (losses[f"{a}-local"], losses[f"{a}-transformer_engine"]) for a in ("lighthouse", "dense")}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core", "transformer-engine")}
+    summary = {
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name(),
+        "versions": {**versions, "python": platform.python_version()},
+        "all losses finite": all(math.isfinite(x) for run in losses.values() for x in run.values()),
+        "first loss": {name: run[min(run)] for name, run in losses.items()},
+        "last loss": {name: run[max(run)] for name, run in losses.items()},
+        "first step, distance from the CPU in fp32": {
+            name: abs(losses[name][1] - losses[f"{name.split('-')[0]}-cpu-fp32"][1])
+            for name in losses
+            if name.endswith(("-local", "-transformer_engine"))
+        },
+        "local against transformer_engine, greatest distance": {
+            a: max(abs(x[i] - y[i]) for i in range(1, STEPS + 1)) for a, (x, y) in pairs.items()
+        },
+        "local against transformer_engine, mean distance": {
+            a: sum(abs(x[i] - y[i]) for i in range(1, STEPS + 1)) / STEPS for a, (x, y) in pairs.items()
+        },
+        **more,
+    }
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    with (out / "losses.csv").open("w") as file:
+        table = csv.writer(file)
+        table.writerow(["iteration", *losses])
+        for step in range(1, STEPS + 11):
+            table.writerow([step, *(run.get(step, "") for run in losses.values())])
+    plot(out / "losses.png", losses)
+    print(json.dumps(summary, indent=2))
+
+
+def plot(path: Path, losses: dict[str, dict[int, float]]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, run in losses.items():
+        if len(run) > 1:
+            axes.plot(list(run), list(run.values()), label=name, linestyle="-" if name.startswith("lighthouse") else "--")
+        else:
+            axes.plot(list(run), list(run.values()), "o", label=name)
+    axes.set(xlabel="iteration", ylabel="loss (nats per byte)", title="100M-class GPT, 16K context, one GPU, bf16")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The entry point: its data, its ways to name the attention, and what it leaves behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+
+from megatron_lighthouse.config import flag
+from megatron_lighthouse.mcore.settings import ENVIRONMENT, LighthouseSettings, settings_from
+from tests.mcore.harness import ROOT, TEXT, run
+
+OPTIONS = "--lighthouse-budget 8 --lighthouse-tile-budget 4 --lighthouse-dense-first 1 --lighthouse-dense-last 1"
+NUMBERS = "--tokenizer-type NullTokenizer --vocab-size 257 --padded-vocab-size 384".split()
+
+
+def test_spec_is_the_same_as_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_name = run(tmp_path / "attention", "--attention", "lighthouse")
+    by_spec = run(tmp_path / "spec", "--spec", "megatron_lighthouse.mcore.spec", "lighthouse")
+    assert by_spec.losses == by_name.losses
+    unpinned = run(tmp_path / "unpinned", "--attention", "lighthouse", "--no-lighthouse-pin-first")
+    assert unpinned.losses[1] != by_name.losses[1]
+
+
+def test_settings_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    assert settings_from(None) == LighthouseSettings()
+    monkeypatch.setenv(ENVIRONMENT, OPTIONS + " --no-lighthouse-pin-first")
+    settings = settings_from(None)
+    assert (settings.config.budget, settings.config.tile_budget, settings.dense_first, settings.dense_last) == (8, 4, 1, 1)
+    assert not settings.config.pin_first
+    monkeypatch.setenv(ENVIRONMENT, "--lighthouse-bugdet 8")
+    with pytest.raises(SystemExit):
+        settings_from(None)
+
+
+def test_indexed_data_is_what_text_data_writes(tmp_path: Path) -> None:
+    from_text = run(tmp_path / "text", "--attention", "lighthouse")
+    (written,) = (tmp_path / "text" / "data").glob("text-*-train.idx")
+    prefix = str(written.with_suffix(""))
+    data = ["--train-data-path", prefix, "--valid-data-path", prefix, *NUMBERS]
+    assert run(tmp_path / "indexed", "--attention", "lighthouse", data=data).losses == from_text.losses
+
+
+def test_mock_data_and_the_picture(tmp_path: Path) -> None:
+    picture = tmp_path / "selection.png"
+    options = ["--mock-data", *NUMBERS, "--lighthouse-selection-map", str(picture)]
+    losses = run(tmp_path / "run", "--attention", "lighthouse", data=options).losses
+    assert numpy.isfinite(list(losses.values())).all()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_help_names_every_option() -> None:
+    command = [sys.executable, "-m", "megatron_lighthouse.pretrain_gpt", "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    text = subprocess.run(command, capture_output=True, text=True, env=environment).stdout
+    names = ["levels", "pooling", "budget", "tile_budget", "scorer", "pin_first", "dense_first", "dense_last"]
+    for name in ["--attention", "--no-lighthouse-pin-first", TEXT[0], *map(flag, names)]:
+        assert name in text, name

@@ -1,0 +1,66 @@
+"""The recipe behind `make train`: two stages, pictures, and going on where it stopped."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_lighthouse.mcore.progress import last_iteration
+from megatron_lighthouse.plots import read_scalars
+from megatron_lighthouse.recipe.presets import default_text, preset_for
+from tests.mcore.harness import ROOT
+
+
+def recipe(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megatron_lighthouse.recipe.two_stage", "--runs", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def test_both_stages_and_again(tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("the GPU preset takes minutes; benchmarks/h100_training.py runs it")
+    short = ["--name", "short", "--steps", "2", "--dense-steps", "1", "--data", str(ROOT / "LICENSE")]
+    first = recipe(tmp_path, *short, "--seq-length", "1024", "--eval-iters", "1")
+    assert first.returncode == 0, first.stdout + first.stderr
+    run = tmp_path / "short"
+    assert list(read_scalars(run / "tensorboard" / "lighthouse")["lm loss"][0]) == [1, 2]
+    assert list(read_scalars(run / "tensorboard" / "dense")["lm loss"][0]) == [3]
+    for picture in ("loss.png", "selection.png"):
+        assert (run / picture).read_bytes().startswith(b"\x89PNG")
+    assert "tokens/s=" in first.stdout
+    again = recipe(tmp_path, *short)
+    assert again.returncode == 0
+    assert again.stdout.count("is reached already") == 2
+
+
+def test_a_failed_run_shows_why(tmp_path: Path) -> None:
+    result = recipe(tmp_path, "--data", str(ROOT / "LICENSE"), "--lighthouse-budget", "48")
+    assert result.returncode != 0
+    assert "--lighthouse-budget 48 must be a positive multiple of --lighthouse-tile-budget 32: use 32 or 64" in result.stderr
+    assert "lighthouse.log" in result.stderr
+
+
+@pytest.mark.parametrize(("gpus", "processes", "tensor_parallel"), [(0, 2, 2), (1, 1, 1), (2, 2, 2), (3, 3, 1), (8, 8, 2)])
+def test_presets(gpus: int, processes: int, tensor_parallel: int) -> None:
+    preset = preset_for(gpus)
+    arguments = list(preset.arguments)
+    assert preset.processes == processes
+    assert arguments[arguments.index("--tensor-model-parallel-size") + 1] == str(tensor_parallel)
+    assert arguments[arguments.index("--distributed-backend") + 1] == ("nccl" if gpus else "gloo")
+
+
+def test_default_text_is_there() -> None:
+    assert sum(Path(file).stat().st_size for file in default_text()) > 1_000_000
+
+
+def test_last_iteration() -> None:
+    assert last_iteration(1, 160, 120) == 120
+    assert last_iteration(121, 160, 120) == 160
+    assert last_iteration(120, 160, 120) == 120
+    assert last_iteration(5, 160, None) == 160

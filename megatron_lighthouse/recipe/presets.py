@@ -18,8 +18,9 @@ CPU = """
     --distributed-backend gloo --transformer-impl local --use-cpu-initialization
     --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-dropout-fusion
     --no-rope-fusion --tensor-model-parallel-size 2
-    --init-method-std 0.06 --num-layers 4 --hidden-size 128 --ffn-hidden-size 384 --num-attention-heads 4 --group-query-attention
-    --num-query-groups 2 --seq-length 2048 --max-position-embeddings 2048 --global-batch-size 1
+    --num-layers 4 --hidden-size 128 --ffn-hidden-size 384 --init-method-std 0.06
+    --num-attention-heads 4 --group-query-attention --num-query-groups 2
+    --seq-length 2048 --max-position-embeddings 2048 --global-batch-size 1
     --lr 3e-3 --min-lr 3e-4 --lr-warmup-fraction 0.03
     --lighthouse-budget 64 --lighthouse-tile-budget 32 --lighthouse-dense-first 1 --lighthouse-dense-last 1
 """

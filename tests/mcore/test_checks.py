@@ -114,6 +114,7 @@ def test_run_options_that_are_refused(name: str) -> None:
 
 def test_attention_backend_local() -> None:
     from megatron.core.transformer.enums import AttnBackend
+
     from megatron_lighthouse.mcore.checks import check_arguments
 
     check_arguments(Namespace(attention_backend=AttnBackend.auto))

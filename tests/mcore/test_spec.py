@@ -75,6 +75,7 @@ def test_first_and_last_layers_stay_dense() -> None:
 
 def test_layers_of_a_block_with_experts() -> None:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
     from megatron_lighthouse.mcore.spec import with_lighthouse
 
     config = transformer_config(num_moe_experts=2, moe_layer_freq=[0, 1] * 3, moe_ffn_hidden_size=32, moe_router_topk=2)
@@ -93,6 +94,7 @@ def test_state_is_that_of_the_dense_model() -> None:
 
 def test_a_spec_without_core_attention_is_refused() -> None:
     from megatron.core.transformer import ModuleSpec
+
     from megatron_lighthouse.mcore.spec import with_lighthouse
 
     with pytest.raises(ValueError, match="found no core attention in the layer spec ModuleSpec"):

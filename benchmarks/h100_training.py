@@ -3,7 +3,7 @@
 From one checkpoint, a 100M-class GPT trains 50 steps at 16K context in bf16 with Lighthouse and with dense attention, each
 with Megatron's local implementation and with Transformer Engine; the first step is held to fp32 on the CPU, the
 Transformer Engine checkpoints are resumed with the other attention, and `make train`'s recipe runs in short. The runs share
-the GPU, so their times mean nothing. Leaves summary.json, losses.csv, losses.png, and a log for each run.
+the GPU, so their times mean nothing. Leaves summary.json, losses.csv, losses.png and the recipe's two pictures.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
@@ -32,18 +33,21 @@ from megatron_lighthouse.recipe.presets import COMMON, GPU, default_text
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 50
 RECOMPUTE = "--recompute-granularity selective --recompute-modules core_attn"
-LOCAL = f"--transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion {RECOMPUTE}"
+LOCAL = (
+    f"--transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion {RECOMPUTE}"
+)
 IMPLEMENTATIONS = {"local": LOCAL, "transformer_engine": "--transformer-impl transformer_engine"}
-CPU = f"{LOCAL} --no-masked-softmax-fusion --no-bias-dropout-fusion --no-rope-fusion --no-bias-swiglu-fusion"
+CPU = f"{LOCAL} --use-cpu-initialization --no-bias-dropout-fusion --no-rope-fusion --no-bias-swiglu-fusion"
 START = "--finetune --no-load-optim --no-load-rng"
 STRICT = "--dist-ckpt-strictness raise_all"
 
 
 class Bench:
-    """Runs of the entry point, each in a folder of its own under `work`; logs go to `out`."""
+    """Runs of the entry point, each in a folder of its own under `work`, with a log beside it."""
 
-    def __init__(self, work: Path, out: Path) -> None:
-        self.work, self.out = work, out
+    def __init__(self, work: Path, out: Path, cpu_path: str) -> None:
+        self.work, self.out, self.cpu_path = work, out, cpu_path
+        work.mkdir(parents=True, exist_ok=True)
 
     def train(self, name: str, *options: str, cpu: bool = False) -> dict[int, float]:
         """Loss by iteration. Raises RuntimeError where the run fails."""
@@ -57,16 +61,19 @@ class Bench:
             *" ".join(options).split(),
             *("--eval-iters", "0", "--text-data", *default_text()),
         ]
-        seconds = self._run(name, command, {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "12"} if cpu else {})
+        cpu_only = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "8", "PYTHONPATH": f"{ROOT}{os.pathsep}{self.cpu_path}"}
+        seconds = self._run(name, command, cpu_only if cpu else {})
         steps, values = read_scalars(logs)["lm loss"]
         print(f"{name}: {seconds:.0f} s, loss {values[0]:.4f} at {steps[0]}, {values[-1]:.4f} at {steps[-1]}", flush=True)
         return {int(step): float(value) for step, value in zip(steps, values, strict=True)}
 
     def recipe(self) -> list[str]:
         """The last lines of a short `make train`."""
-        command = [sys.executable, "-m", "megatron_lighthouse.recipe.two_stage", "--runs", str(self.out / "recipe")]
-        self._run("recipe", [*command, "--steps", "40", "--dense-steps", "20"], {})
-        return (self.out / "recipe.log").read_text().splitlines()[-4:]
+        command = [sys.executable, "-m", "megatron_lighthouse.recipe.two_stage", "--runs", str(self.work)]
+        self._run("recipe", [*command, "--name", "short", "--steps", "40", "--dense-steps", "20"], {})
+        for picture in ("loss", "selection"):
+            shutil.copy(self.work / "short" / f"{picture}.png", self.out / f"recipe-{picture}.png")
+        return (self.work / "recipe.log").read_text().splitlines()[-4:]
 
     def _run(self, name: str, command: list[str], environment: dict[str, str]) -> float:
         with socket.socket() as free:
@@ -77,11 +84,11 @@ class Bench:
         if name == "recipe":  # torchrun sets these itself
             single = {}
         start = time.monotonic()
-        with (self.out / f"{name}.log").open("w") as log:
+        with (self.work / f"{name}.log").open("w") as log:
             environment = {**os.environ, **paths, **single, "CUDA_DEVICE_MAX_CONNECTIONS": "1", **environment}
             status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
         if status:
-            print((self.out / f"{name}.log").read_text(errors="replace")[-3000:], flush=True)
+            print((self.work / f"{name}.log").read_text(errors="replace")[-3000:], flush=True)
             raise RuntimeError(f"{name} ended with status {status}")
         return time.monotonic() - start
 
@@ -105,9 +112,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("/tmp/h100_training"), help="checkpoints and data (about 10 GB)")
+    parser.add_argument(
+        "--cpu-path",
+        default=os.environ.get("PYTHONPATH", ""),
+        help="PYTHONPATH of the CPU runs: it must hide Transformer Engine",
+    )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    bench = Bench(options.work, options.out)
+    bench = Bench(options.work, options.out, options.cpu_path)
     start = str(options.work / "start")
     bench.train("start", "--attention dense --train-iters 1", LOCAL, f"--save {start} --save-interval 1")
 

@@ -16,11 +16,12 @@ import math
 import os
 import platform
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from datetime import date
 from pathlib import Path
 
@@ -36,7 +37,10 @@ RECOMPUTE = "--recompute-granularity selective --recompute-modules core_attn"
 LOCAL = (
     f"--transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion {RECOMPUTE}"
 )
-IMPLEMENTATIONS = {"local": LOCAL, "transformer_engine": "--transformer-impl transformer_engine"}
+IMPLEMENTATIONS = {
+    "local": LOCAL,
+    "transformer_engine": "--transformer-impl transformer_engine --no-gradient-accumulation-fusion",
+}
 CPU = f"{LOCAL} --use-cpu-initialization --no-bias-dropout-fusion --no-rope-fusion --no-bias-swiglu-fusion"
 START = "--finetune --no-load-optim --no-load-rng"
 STRICT = "--dist-ckpt-strictness raise_all"
@@ -142,18 +146,21 @@ def main() -> None:
         losses[name] = bench.train(name, given, IMPLEMENTATIONS["transformer_engine"])
 
     attentions = ("lighthouse", "dense")
-    with ThreadPoolExecutor(3) as pool:
-        jobs = [pool.submit(one, a, "transformer_engine") for a in attentions]
-        jobs += [pool.submit(one, "lighthouse", "local"), pool.submit(one, "dense", "local")]
-        jobs += [pool.submit(reference, a) for a in attentions]
-        for job in jobs:
-            job.result()
-        jobs = [pool.submit(resume, "dense", "lighthouse"), pool.submit(resume, "lighthouse", "dense")]
-        bits = same_bits_twice()
-        for job in jobs:
-            job.result()
-    recipe = bench.recipe()
+    with ThreadPoolExecutor(2) as cpu, ThreadPoolExecutor(3) as gpu:
+        references = [cpu.submit(reference, a) for a in attentions]
+        finish([gpu.submit(one, a, i) for i in ("transformer_engine", "local") for a in attentions])
+        finish([gpu.submit(resume, "dense", "lighthouse"), gpu.submit(resume, "lighthouse", "dense")])
+        recipe, bits = bench.recipe(), same_bits_twice()
+        finish(references)
     write(options.out, losses, {"bits": bits, "recipe": recipe})
+
+
+def finish(jobs: list[Future[None]]) -> None:
+    """Wait for `jobs`. Where one fails, end here, with every run that is under way: the machine is lent by the minute."""
+    for job in as_completed(jobs):
+        if job.exception():
+            print(f"{job.exception()}", flush=True)
+            os.killpg(0, signal.SIGTERM)
 
 
 def write(out: Path, losses: dict[str, dict[int, float]], more: dict[str, object]) -> None:

@@ -91,6 +91,7 @@ def test_accepted(options: dict[str, object]) -> None:
         pytest.param({"tile_budget": 0}, "even and positive", id="empty tile budget"),
         pytest.param({"tile_budget": -2}, "even and positive", id="negative tile budget"),
         pytest.param({"tile_budget": 1}, "even and positive", id="tile budget 1"),
+        pytest.param({"tile_budget": 3, "budget": 12}, "even and positive", id="odd tile budget"),
         pytest.param({"budget": 100}, "positive multiple", id="budget under one tile"),
         pytest.param({"budget": 200}, "positive multiple", id="budget between multiples"),
         pytest.param({"budget": 0}, "positive multiple", id="empty budget"),

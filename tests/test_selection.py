@@ -172,9 +172,9 @@ def test_telemetry_keeps_the_latest_selection_of_watched_layers(monkeypatch: pyt
         lighthouse_attention(query, key, value, config)
         with pytest.raises(RuntimeError), telemetry.layer(4):
             raise RuntimeError
-        lighthouse_attention(-key, query, value, config)  # still layer 3, and the later one counts
+        lighthouse_attention(key, value, query, config)  # still layer 3, and the later one counts
     telemetry.watch(3)  # watching again forgets nothing
     lighthouse_attention(query, key, value, config)
     assert list(telemetry.watched()) == [3]
-    assert torch.equal(telemetry.watched()[3].indices, lighthouse_select(key, query, config))
-    assert not torch.equal(lighthouse_select(key, query, config), lighthouse_select(query, key, config))
+    assert torch.equal(telemetry.watched()[3].indices, lighthouse_select(key, value, config))
+    assert not torch.equal(lighthouse_select(key, value, config), lighthouse_select(query, key, config))

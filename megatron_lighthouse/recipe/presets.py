@@ -60,7 +60,9 @@ def preset_for(gpus: int) -> Preset:
         arguments += ["--transformer-impl", "transformer_engine"]
     else:  # Megatron's own attention keeps all scores: recompute them, or 16K tokens do not fit
         arguments += ["--transformer-impl", "local", "--recompute-granularity", "selective", "--recompute-modules", "core_attn"]
-        arguments += ["--no-persist-layer-norm", "--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion"]
+        arguments += ["--no-persist-layer-norm", "--no-masked-softmax-fusion"]
+    if not find_spec("fused_weight_gradient_mlp_cuda"):  # an extension of NVIDIA Apex
+        arguments.append("--no-gradient-accumulation-fusion")
     return Preset(gpus, 400, 100, tuple(arguments))
 
 

@@ -114,7 +114,7 @@ def same_bits_twice() -> dict[str, object]:
     torch.use_deterministic_algorithms(
         True, warn_only=True
     )  # for the inner attention: torch's flash attention adds by atomics without
-    config = LighthouseConfig()
+    config = LighthouseConfig(budget=2048)
     query, key, value, grad = (torch.randn(32768, 1, heads, 128).bfloat16() for heads in (8, 8, 8, 8))
 
     def once() -> list[torch.Tensor]:

@@ -53,6 +53,10 @@ def lighthouse_attention(
         selection = _select(query, key, config)
     elif selection.geometry != config.geometry(query.shape[0]):
         raise ValueError(f"selection was made for {selection.geometry}, not for {config.geometry(query.shape[0])}.")
+    elif selection.indices.shape[:2] != (query.shape[1], key.shape[2]):
+        raise ValueError(
+            f"selection was made for [B, G] {list(selection.indices.shape[:2])}, not for [{query.shape[1]}, {key.shape[2]}]."
+        )
     telemetry.record(selection)
     groups = key.shape[2]
     with step("lighthouse/gather"):
@@ -105,7 +109,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"expected query [N, B, H, D] and key and value of one shape [N, B, G, D], got {shapes}.")
     if query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]:
         raise ValueError(f"query, key and value must agree in N, B and D, got {shapes}.")
-    if query.shape[2] % key.shape[2]:
+    if not key.shape[2] or query.shape[2] % key.shape[2]:
         raise ValueError(f"the query heads (dimension 2) must be a multiple of the key/value heads, got {shapes}.")
     kinds = {(x.dtype, x.device) for x in (query, key, value)}
     if len(kinds) > 1 or not query.dtype.is_floating_point:

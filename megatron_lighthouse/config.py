@@ -53,10 +53,9 @@ class LighthouseConfig:
         if self.pooling < 2:
             raise ValueError(f"{flag('pooling')} {self.pooling} must be at least 2; the paper uses 2, 4 and 8.")
         if self.tile_budget < 2 or self.tile_budget % 2:
-            near = max(2, self.tile_budget // 2 * 2)
             raise ValueError(
                 f"{flag('tile_budget')} {self.tile_budget} must be even and positive, for half of it goes to the queries' "
-                f"choice and half to the keys': use {near} or {near + 2}."
+                f"choice and half to the keys': use {self._other_tile_budgets()}."
             )
         if self.budget < 1 or self.budget % self.tile_budget:
             below, above = self._neighbours(self.budget, self.tile_budget)
@@ -110,7 +109,13 @@ class LighthouseConfig:
         for tile_budget in (64, 32, 16, 8, 4, 2):
             if tile_budget < self.tile_budget and seq_length % window == 0 and tile_budget * window <= seq_length:
                 return f", or {flag('budget')} {tile_budget} {flag('tile_budget')} {tile_budget}"
-        return f", or fewer {flag('levels')}" if self.levels > 2 else ""
+        return ""
+
+    def _other_tile_budgets(self) -> str:
+        """The even divisors of the budget that lie nearest; where there is none, a pair that works."""
+        fits = [m for m in range(2, self.budget + 1, 2) if self.budget % m == 0]
+        best = sorted(sorted(fits, key=lambda m: abs(m - self.tile_budget))[:2])
+        return _either(flag("tile_budget"), best) if best else f"{flag('budget')} 1536 {flag('tile_budget')} 128"
 
     def replace(self, **changes: object) -> LighthouseConfig:
         """A copy with `changes`, checked again."""

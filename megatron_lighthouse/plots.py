@@ -87,7 +87,7 @@ def loss_curve(logs: Mapping[str, Path], path: Path, entropy: float | None = Non
     _save(figure, path)
 
 
-def _running_mean(values: numpy.ndarray[Any, Any], width: int = 20) -> numpy.ndarray[Any, Any]:
+def _running_mean(values: numpy.ndarray[Any, Any], width: int = 10) -> numpy.ndarray[Any, Any]:
     """Mean of each value and up to `width` - 1 before it."""
     sums = numpy.concatenate([[0.0], numpy.cumsum(values)])
     ends = numpy.arange(1, len(values) + 1)

@@ -108,7 +108,6 @@ def test_refused_with_advice_that_works(options: Values, rule: str) -> None:
         assert_works(options, None, offer)
 
 
-@pytest.mark.xfail(strict=True, reason="the advice on the tile budget ignores the budget: 1536 has no tiles of 126")
 @pytest.mark.parametrize("tile_budget", [127, 101], ids="tile budget {}".format)
 def test_advice_on_the_tile_budget_suits_the_budget(tile_budget: int) -> None:
     for offer in advice(message({"tile_budget": tile_budget})):
@@ -195,7 +194,6 @@ def test_every_length_either_fits_or_is_refused_with_advice_that_works(
         assert_works(options, seq_length, offer)
 
 
-@pytest.mark.xfail(strict=True, reason="where no setting suits the length, the message still says: or fewer levels")
 def test_fewer_levels_are_advised_only_where_they_help() -> None:
     text = message({"levels": 3, "pooling": 2, "budget": 2, "tile_budget": 2}, 7)
     assert "fewer --lighthouse-levels" not in text  # 7 has no whole windows of 2 tokens either

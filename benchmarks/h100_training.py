@@ -44,6 +44,11 @@ IMPLEMENTATIONS = {
     "transformer_engine": "--transformer-impl transformer_engine --no-gradient-accumulation-fusion",
 }
 CPU = f"{LOCAL} --use-cpu-initialization --no-bias-dropout-fusion --no-rope-fusion --no-bias-swiglu-fusion"
+DETERMINISTIC = {
+    **{"CUDA_DEVICE_MAX_CONNECTIONS": "1", "NCCL_ALGO": "Ring"},
+    **{"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"},
+}
+"""What --deterministic-mode asks of the environment."""
 START = "--finetune --no-load-optim --no-load-rng"
 STRICT = "--dist-ckpt-strictness log_all"
 
@@ -73,6 +78,14 @@ class Bench:
         print(f"{name}: {seconds:.0f} s, loss {values[0]:.4f} at {steps[0]}, {values[-1]:.4f} at {steps[-1]}", flush=True)
         return {int(step): float(value) for step, value in zip(steps, values, strict=True)}
 
+    def twice(self, implementation: str) -> dict[str, object]:
+        """Whether ten iterations with Megatron's --deterministic-mode give the same losses, bit for bit, when run again."""
+        given = "--attention lighthouse --train-iters 10 --deterministic-mode"
+        names = [f"again-{number}-{implementation}" for number in (1, 2)]
+        with ThreadPoolExecutor(2) as pool:
+            first, second = pool.map(lambda name: self.train(name, given, IMPLEMENTATIONS[implementation]), names)
+        return {f"ten iterations of {implementation} in --deterministic-mode, run twice: losses identical": first == second}
+
     def reported_keys(self, name: str) -> list[str]:
         """Keys that Megatron's log calls missing from the model, or unexpected by the checkpoint."""
         found = re.findall(r"(?:Missing|Unexpected) keys \(.*?\): \{(.*?)\}", (self.work / f"{name}.log").read_text())
@@ -101,7 +114,7 @@ class Bench:
             single = {}
         start = time.monotonic()
         with (self.work / f"{name}.log").open("w") as log:
-            environment = {**os.environ, **paths, **single, "CUDA_DEVICE_MAX_CONNECTIONS": "1", **environment}
+            environment = {**os.environ, **paths, **single, **DETERMINISTIC, **environment}
             status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
         if status:
             print((self.work / f"{name}.log").read_text(errors="replace")[-3000:], flush=True)
@@ -165,7 +178,8 @@ def main() -> None:
         references = [cpu.submit(reference, a) for a in attentions]
         finish([gpu.submit(one, a, i) for i in ("transformer_engine", "local") for a in attentions])
         finish([gpu.submit(resume, "dense", "lighthouse"), gpu.submit(resume, "lighthouse", "dense")])
-        recipe, bits = bench.recipe(), same_bits_twice()
+        recipe = bench.recipe()
+        bits = {**same_bits_twice(), **bench.twice("local"), **bench.twice("transformer_engine")}
         finish(references)
     keys = {a: bench.saved_keys(f"{a}-transformer_engine") for a in attentions}
     checkpoints = {

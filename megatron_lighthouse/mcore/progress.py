@@ -17,15 +17,15 @@ class Lines:
     """Where no terminal redraws a line, each state of the bar becomes a line of its own."""
 
     def __init__(self) -> None:
-        self.last = ""
+        self.last, self.stream = "", sys.stderr
 
     def write(self, text: str) -> None:
         if text.strip() and text.strip() != self.last:
             self.last = text.strip()
-            sys.stderr.write(self.last + "\n")
+            self.stream.write(self.last + "\n")
 
     def flush(self) -> None:
-        sys.stderr.flush()
+        self.stream.flush()
 
 
 class Progress:

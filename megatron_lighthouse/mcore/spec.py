@@ -14,7 +14,7 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
-from megatron_lighthouse.mcore.checks import check
+from megatron_lighthouse.mcore.checks import check, check_arguments
 from megatron_lighthouse.mcore.core_attention import CoreAttentionBuilder
 from megatron_lighthouse.mcore.norm import torch_norm
 from megatron_lighthouse.mcore.settings import LighthouseSettings, settings_from
@@ -53,9 +53,12 @@ def lighthouse(model_cfg: Any, vp_stage: int | None = None) -> LayerSpec:
     """For `--spec megatron_lighthouse.mcore.spec lighthouse`, and for `GPTModelConfig.transformer_layer_spec`.
 
     Raises:
-        ValueError: settings or a model that Lighthouse refuses.
+        ValueError: settings, a model or data that Lighthouse refuses.
     """
-    return layer_spec(model_cfg, vp_stage, settings=settings_from(_global_args()))
+    args = _global_args()
+    if args is not None:
+        check_arguments(args)
+    return layer_spec(model_cfg, vp_stage, settings=settings_from(args))
 
 
 def layer_spec(model_cfg: Any, vp_stage: int | None = None, *, settings: LighthouseSettings | None) -> LayerSpec:

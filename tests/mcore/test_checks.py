@@ -127,3 +127,8 @@ def test_the_entry_point_refuses_before_anything_starts(tmp_path: Path) -> None:
     assert "--attention-dropout 0.1 would drop whole windows: use --attention-dropout 0" in log
     assert "leave none of 4 layers" in log
     assert "initialized tensor model parallel" not in log
+
+
+def test_spec_refuses_run_options_too(tmp_path: Path) -> None:
+    log = refused(tmp_path, "--spec", "megatron_lighthouse.mcore.spec", "lighthouse", "--attention-backend", "local")
+    assert "--attention-backend local replaces the core attention of every layer" in log

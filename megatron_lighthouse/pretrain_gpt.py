@@ -1,7 +1,8 @@
 """`python -m megatron_lighthouse.pretrain_gpt …`: Megatron's GPT pre-training, with `--attention lighthouse`.
 
-Takes every argument of Megatron-LM's own pretrain_gpt.py. Without a GPU, torch's CUDA calls are first redirected to
-the CPU (see `megatron_lighthouse.mcore.cpu`); with one, that module is never imported.
+Takes the arguments of Megatron-LM's own pretrain_gpt.py, and refuses the few whose work it does not do. Without a GPU,
+torch's CUDA calls are first redirected to the CPU (see `megatron_lighthouse.mcore.cpu`); with one, that module is never
+imported.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_lighthouse import telemetry
 from megatron_lighthouse.attention import lighthouse_attention
 from megatron_lighthouse.config import LighthouseConfig
+from megatron_lighthouse.mcore.checks import check
 from megatron_lighthouse.mcore.settings import LighthouseSettings
 
 
@@ -98,6 +99,7 @@ class CoreAttentionBuilder:
                 f"--attention lighthouse cannot wrap the core attention {module!r}: it wraps classes such as "
                 "DotProductAttention and TEDotProductAttention."
             )
+        check(config, self.settings, None)
         layer = lighthouse_class(module)(config=config, layer_number=layer_number, **params, **kwargs)
         layer.lighthouse = self.settings.config
         return layer

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 from argparse import Namespace
+from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
@@ -26,8 +28,13 @@ def train_valid_test_datasets(sample_counts: list[int], vp_stage: int | None = N
     config = _dataset_config(args)
     kind = MockGPTDataset if args.mock_data else GPTDataset
     print_rank_0(f"> building {kind.__name__} datasets for training, validation and test ...")
-    builder = BlendedMegatronDatasetBuilder(kind, sample_counts, lambda: is_first_or_last_pipeline_stage(vp_stage), config)
-    return builder.build()
+    # one of the tensor-parallel ranks reads, and broadcasts what it read
+    reads = partial(_reads_data, vp_stage)
+    return BlendedMegatronDatasetBuilder(kind, sample_counts, reads, config).build()
+
+
+def _reads_data(vp_stage: int | None) -> bool:
+    return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
 
 
 # Megatron calls a provider so marked on all ranks

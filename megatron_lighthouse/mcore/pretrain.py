@@ -19,6 +19,7 @@ from megatron_lighthouse import telemetry
 from megatron_lighthouse.mcore import progress, text
 from megatron_lighthouse.mcore.arguments import use_attention, with_lighthouse_arguments
 from megatron_lighthouse.mcore.data import train_valid_test_datasets
+from megatron_lighthouse.mcore.run_options import check_run_options
 from megatron_lighthouse.mcore.step import forward_step
 
 
@@ -31,6 +32,7 @@ def run(program_start: float | None = None) -> None:
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
     _adapt_to_this_machine()
     args = parse_and_validate_args(extra_args_provider=with_lighthouse_arguments(_add_arguments))
+    check_run_options(args)
     model_cfg = use_attention(args, gpt_config_from_args(args))
     watched = args.lighthouse_dense_first + 1
     if args.lighthouse_selection_map:
@@ -39,9 +41,9 @@ def run(program_start: float | None = None) -> None:
     container = pretrain_cfg_container_from_args(args, model_cfg)
     try:
         pretrain(container, train_valid_test_datasets, ModelType.encoder_or_decoder, forward_step)
-    except SystemExit as stop:  # how Megatron ends at --exit-interval, at a time limit and on SIGTERM
-        if stop.code:
-            raise
+    except SystemExit as stop:  # with 0, how Megatron ends at --exit-interval, at a time limit and on SIGTERM
+        if stop.code != 0:  # with none, how it ends where a checkpoint cannot be read: that is a failure
+            raise SystemExit(stop.code or 1) from stop
     if args.lighthouse_selection_map:
         _draw_selection(watched, Path(args.lighthouse_selection_map))
     torch.distributed.barrier()

@@ -29,7 +29,7 @@ def with_lighthouse(spec: LayerSpec, settings: LighthouseSettings) -> LayerSpec:
     every pipeline stage.
 
     Raises:
-        ValueError: a spec in which no layer has a core attention.
+        ValueError: a layer spec without a core attention.
     """
     spec = copy.deepcopy(spec)
     found = 0
@@ -41,9 +41,10 @@ def with_lighthouse(spec: LayerSpec, settings: LighthouseSettings) -> LayerSpec:
         if not isinstance(submodules.core_attention, CoreAttentionBuilder):
             submodules.core_attention = CoreAttentionBuilder(submodules.core_attention, settings)
         found += 1
-    if not found and _layers_of(spec):
+    # a block spec is one pipeline stage's part, which may hold no attention at all
+    if not found and isinstance(spec, ModuleSpec):
         raise ValueError(
-            f"--attention lighthouse found no core attention in the layer spec {type(spec).__name__}: it takes GPT layer "
+            f"--attention lighthouse found no core attention in the layer spec of {spec.module.__name__}: it takes GPT layer "
             "specs (local or transformer_engine)."
         )
     return spec

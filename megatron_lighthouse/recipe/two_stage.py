@@ -44,6 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _follow(command, run / f"{attention}.log", _environment(preset))
         if status:
             return status
+        if _iterations_done(run) < stop:
+            raise SystemExit(
+                f"{attention} stopped at iteration {_iterations_done(run)}, before {stop}: run the same command again."
+            )
     return _draw(run)
 
 

@@ -112,6 +112,50 @@ def test_run_options_that_are_refused(name: str) -> None:
         check_arguments(Namespace(**{name: True}))
 
 
+def test_the_options_exist_in_megatron() -> None:
+    """Else a renamed option would never be refused."""
+    from argparse import ArgumentParser
+
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_lighthouse.mcore.run_options import NOT_HERE, OTHER_DATA
+
+    known = {action.dest for action in add_megatron_arguments(ArgumentParser())._actions}
+    assert {*NOT_HERE, *OTHER_DATA, "reset_attention_mask", "attention_backend", "mtp_num_layers", "tokenizer_type"} <= known
+
+
+def plain_run(**changes: Any) -> Namespace:
+    options = {"text_data": None, "tokenizer_type": "NullTokenizer", "pipeline_model_parallel_size": 2, "mtp_num_layers": None}
+    return Namespace(**{**options, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sft": True}, r"--sft .* use Megatron-LM's own pretrain_gpt.py"),
+        ({"fim_data": True}, "--fim-data is not done"),
+        ({"dataloader_inter_document_masking": True}, "--dataloader-inter-document-masking"),
+        ({"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
+        ({"perform_rl_step": True}, "--perform-rl-step"),
+        ({"check_for_spiky_loss": True}, "--check-for-spiky-loss"),
+        ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm"),
+        ({"mtp_num_layers": 1}, "--mtp-num-layers 1 with --pipeline-model-parallel-size 2 .* use pipeline size 1"),
+        ({"text_data": ["a"], "data_path": ["b"]}, "so is --data-path: leave one of them out"),
+        ({"text_data": ["a"], "mock_data": True}, "so is --mock-data"),
+        ({"text_data": ["a"], "tokenizer_type": "GPT2BPETokenizer"}, "--tokenizer-type GPT2BPETokenizer does not go with"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_what_the_entry_point_leaves_to_upstream(changes: dict[str, Any], message: str) -> None:
+    from megatron_lighthouse.mcore.run_options import check_run_options
+
+    check_run_options(plain_run())
+    check_run_options(plain_run(text_data=["a"]))
+    check_run_options(plain_run(mtp_num_layers=1, pipeline_model_parallel_size=1))
+    with pytest.raises(ValueError, match=message):
+        check_run_options(plain_run(**changes))
+
+
 def test_attention_backend_local() -> None:
     from megatron.core.transformer.enums import AttnBackend
 

@@ -97,8 +97,21 @@ def test_a_spec_without_core_attention_is_refused() -> None:
 
     from megatron_lighthouse.mcore.spec import with_lighthouse
 
-    with pytest.raises(ValueError, match="found no core attention in the layer spec ModuleSpec"):
+    with pytest.raises(ValueError, match="found no core attention in the layer spec of Identity"):
         with_lighthouse(ModuleSpec(module=torch.nn.Identity), SETTINGS)
+
+
+def test_a_pipeline_stage_without_attention_is_accepted() -> None:
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+    from megatron_lighthouse.mcore.spec import with_lighthouse
+
+    assert with_lighthouse(TransformerBlockSubmodules(layer_specs=[]), SETTINGS).layer_specs == []
+
+
+def test_a_layer_checks_the_model_it_is_built_for() -> None:
+    with pytest.raises(ValueError, match=r"--attention-dropout 0.1 .* use --attention-dropout 0"):
+        core_attention(attention_dropout=0.1)
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -1,0 +1,46 @@
+"""What this entry point leaves to Megatron-LM's own pretrain_gpt.py, whatever the attention. Refused, never ignored."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+ELSEWHERE = "use Megatron-LM's own pretrain_gpt.py for it (patches/patch.py gives that --attention lighthouse)"
+
+NOT_HERE = {
+    "sft": "--sft (packed sequences)",
+    "fim_data": "--fim-data",
+    "dataloader_inter_document_masking": "--dataloader-inter-document-masking (packed sequences)",
+    "hybrid_context_parallel": "--hybrid-context-parallel (packed sequences)",
+    "perform_rl_step": "--perform-rl-step",
+    "check_for_spiky_loss": "--check-for-spiky-loss",
+    "overlap_moe_expert_parallel_comm": "--overlap-moe-expert-parallel-comm",
+}
+
+OTHER_DATA = (
+    *("data_path", "data_args_path", "train_data_path", "valid_data_path", "test_data_path"),
+    *("per_split_data_args_path", "mock_data"),
+)
+
+
+def check_run_options(args: Namespace) -> None:
+    """Refuse options that this entry point would not honour.
+
+    Raises:
+        ValueError: the options, and where they work.
+    """
+    for name, option in NOT_HERE.items():
+        if getattr(args, name, False):
+            raise ValueError(f"{option} is not done by megatron_lighthouse.pretrain_gpt: {ELSEWHERE}.")
+    if getattr(args, "mtp_num_layers", None) and args.pipeline_model_parallel_size > 1:
+        raise ValueError(
+            f"--mtp-num-layers {args.mtp_num_layers} with --pipeline-model-parallel-size {args.pipeline_model_parallel_size} "
+            f"is not done by megatron_lighthouse.pretrain_gpt: use pipeline size 1, or {ELSEWHERE}."
+        )
+    if args.text_data:
+        others = ["--" + name.replace("_", "-") for name in OTHER_DATA if getattr(args, name, None)]
+        if others:
+            raise ValueError(f"--text-data is the data of a run, and so is {' and '.join(others)}: leave one of them out.")
+        if args.tokenizer_type != "NullTokenizer":
+            raise ValueError(
+                f"--tokenizer-type {args.tokenizer_type} does not go with --text-data, whose tokens are bytes: leave it out."
+            )

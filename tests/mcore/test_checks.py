@@ -174,5 +174,5 @@ def test_the_entry_point_refuses_before_anything_starts(tmp_path: Path) -> None:
 
 
 def test_spec_refuses_run_options_too(tmp_path: Path) -> None:
-    log = refused(tmp_path, "--spec", "megatron_lighthouse.mcore.spec", "lighthouse", "--attention-backend", "local")
-    assert "--attention-backend local replaces the core attention of every layer" in log
+    log = refused(tmp_path, "--spec", "megatron_lighthouse.mcore.spec", "lighthouse", "--reset-attention-mask")
+    assert "--reset-attention-mask separates documents by a mask, which Lighthouse does not read: leave it out" in log

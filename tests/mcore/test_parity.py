@@ -54,3 +54,21 @@ def test_dense_differs(tmp_path: Path, checkpoint: Path, one_process: Run) -> No
     """Else the parity above could hold because Lighthouse did nothing."""
     dense = run(tmp_path, "--attention", "dense", "--load", str(checkpoint), *START).losses
     assert abs(dense[1] - one_process.losses[1]) > 1e-3
+
+
+EXPERTS = """
+    --num-experts 4 --moe-router-topk 2 --moe-layer-freq [0,1,0,1] --moe-ffn-hidden-size 64
+    --moe-token-dispatcher-type alltoall --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01
+""".split()
+
+
+def test_layers_of_experts(tmp_path: Path) -> None:
+    """A block spec of unlike layers: on one process, split by tensors, and split by layers."""
+    model = ["--attention", "lighthouse", *EXPERTS]
+    checkpoint = str(tmp_path / "checkpoint")
+    run(tmp_path / "start", *model, "--train-iters", "1", "--save", checkpoint, "--save-interval", "1")
+    one = run(tmp_path / "one", *model, "--load", checkpoint, *START).losses
+    for layout in ("TP2+SP", "PP2"):
+        ranks, arguments = LAYOUTS[layout]
+        losses = run(tmp_path / layout, *model, "--load", checkpoint, *START, *arguments.split(), ranks=ranks).losses
+        assert_close(list(losses.values()), list(one.values()), "parallel loss")

@@ -74,14 +74,14 @@ class Processes:
             ]
 
     def wait(self, seconds: float = 240) -> list[int]:
-        """The exit statuses. The first rank that fails takes the others with it."""
+        """The exit statuses; -1 for a rank that had to be stopped. The first that fails takes the others with it."""
         end = time.monotonic() + seconds
         try:
             while any(process.poll() is None for process in self.processes):
                 if any(process.poll() for process in self.processes) or time.monotonic() > end:
                     break
                 time.sleep(0.05)
-            return [process.poll() or 0 if process.poll() is not None else -1 for process in self.processes]
+            return [-1 if process.poll() is None else process.returncode for process in self.processes]
         finally:
             self.kill()
 

@@ -11,7 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megatron_lighthouse/__init
 setup(
     name="megatron_lighthouse",
     version=VERSION,
-    description="Lighthouse Attention for Megatron-core: long-context pre-training several times faster, dense at the end",
+    description="Lighthouse Attention for Megatron-core: long-context pre-training, and a dense checkpoint at the end",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

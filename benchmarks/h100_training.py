@@ -27,30 +27,27 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthouse_select
 from megatron_lighthouse.plots import read_scalars
-from megatron_lighthouse.recipe.presets import COMMON, GPU, default_text
+from megatron_lighthouse.recipe.presets import COMMON, GPU, LOCAL, ON_CPU, default_text
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 50
-RECOMPUTE = "--recompute-granularity selective --recompute-modules core_attn"
-LOCAL = (
-    f"--transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion {RECOMPUTE}"
-)
+NO_APEX = "--no-gradient-accumulation-fusion"
 IMPLEMENTATIONS = {
-    "local": LOCAL,
-    "transformer_engine": "--transformer-impl transformer_engine --no-gradient-accumulation-fusion",
+    "local": f"{LOCAL} {NO_APEX}",
+    "transformer_engine": f"--transformer-impl transformer_engine {NO_APEX}",
 }
-CPU = f"{LOCAL} --use-cpu-initialization --no-bias-dropout-fusion --no-rope-fusion --no-bias-swiglu-fusion"
+CPU = f"{LOCAL} {ON_CPU} --no-bias-swiglu-fusion"
 DETERMINISTIC = {
     **{"CUDA_DEVICE_MAX_CONNECTIONS": "1", "NCCL_ALGO": "Ring"},
     **{"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"},
 }
 """What --deterministic-mode asks of the environment."""
 START = "--finetune --no-load-optim --no-load-rng"
-STRICT = "--dist-ckpt-strictness log_all"
+LOG_KEYS = "--dist-ckpt-strictness log_all"
 
 
 class Bench:
@@ -131,7 +128,7 @@ def same_bits_twice() -> dict[str, object]:
 
     def once() -> list[torch.Tensor]:
         inputs = [x.cuda().requires_grad_() for x in (query, key, value)]
-        out = lighthouse_attention(*inputs, config)
+        out = lighthouse_attention(inputs[0], inputs[1], inputs[2], config)
         return [out, *torch.autograd.grad(out, inputs, grad.cuda())]
 
     equal = all(torch.equal(a, b) for a, b in zip(once(), once(), strict=True))
@@ -152,7 +149,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     bench = Bench(options.work, options.out, options.cpu_path)
     start = str(options.work / "start")
-    bench.train("start", "--attention dense --train-iters 1", LOCAL, f"--save {start} --save-interval 1")
+    bench.train("start", "--attention dense --train-iters 1", IMPLEMENTATIONS["local"], f"--save {start} --save-interval 1")
 
     losses: dict[str, dict[int, float]] = {}
 
@@ -169,7 +166,7 @@ def main() -> None:
     def resume(attention: str, other: str) -> None:
         saved = f"{options.work}/{other}-transformer_engine-saved"
         name = f"{attention}-from-{other}"
-        given = f"--attention {attention} --train-iters {STEPS + 10} --load {saved} {STRICT}"
+        given = f"--attention {attention} --train-iters {STEPS + 10} --load {saved} {LOG_KEYS}"
         losses[name] = bench.train(name, given, IMPLEMENTATIONS["transformer_engine"])
 
     attentions = ("lighthouse", "dense")

@@ -17,6 +17,8 @@ from megatron_lighthouse import telemetry
 from megatron_lighthouse.selection import Selection
 
 COLOURS = ("#f2a93b", "#d1495b", "#66509b", "#2b3a67", "#1b1f3b", "#0b0c16")
+type Scalars = dict[str, tuple[numpy.ndarray[Any, Any], numpy.ndarray[Any, Any]]]
+"""Per name, the steps and the values of a TensorBoard log."""
 STAGE_COLOURS = {"lighthouse": "#d1495b", "dense": "#2b3a67"}
 
 
@@ -56,18 +58,17 @@ def _tokens(count: int) -> str:
     return "single tokens" if count == 1 else f"windows of {count}"
 
 
-def loss_curve(logs: Mapping[str, Path], path: Path, entropy: float | None = None) -> None:
+def loss_curve(logs: Mapping[str, Scalars], path: Path, entropy: float | None = None) -> None:
     """Draw the training and validation loss of each stage.
 
     Args:
-        logs: per attention, in the order of the stages, the folder of its TensorBoard log.
+        logs: per attention, in the order of the stages, its log as `read_scalars` gives it.
         entropy: byte-frequency entropy of the text in nats a token, drawn as a line.
     """
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     end = None
-    for attention, folder in logs.items():
-        scalars = read_scalars(folder)
+    for attention, scalars in logs.items():
         if "lm loss" not in scalars:
             continue
         steps, values = scalars["lm loss"]
@@ -95,7 +96,7 @@ def _running_mean(values: numpy.ndarray[Any, Any], width: int = 10) -> numpy.nda
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def read_scalars(folder: Path) -> dict[str, tuple[numpy.ndarray[Any, Any], numpy.ndarray[Any, Any]]]:
+def read_scalars(folder: Path) -> Scalars:
     """Per name, the steps and values in a TensorBoard log; of a step logged twice (a resumed run), the later value."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -27,7 +27,7 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
     Raises:
         ValueError: settings, a model or data that Lighthouse refuses.
     """
-    from megatron_lighthouse.mcore.checks import check, check_arguments
+    from megatron_lighthouse.mcore.checks import check_run
     from megatron_lighthouse.mcore.spec import layer_spec
 
     chosen = settings.settings_from(args) if args.attention == "lighthouse" else None
@@ -36,8 +36,7 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
             raise ValueError("--attention lighthouse chooses the layer spec, and so does --spec: leave one of them out.")
         return model_cfg
     if chosen is not None:
-        check(model_cfg.transformer, chosen, args.seq_length)
-        check_arguments(args)
+        check_run(args, model_cfg.transformer, chosen)
         # the attention is causal and reads no mask; one of seq x seq bytes would not fit at long context
         args.create_attention_mask_in_dataloader = False
     if chosen is not None or model_cfg.transformer.sequence_parallel:

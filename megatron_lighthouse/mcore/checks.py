@@ -20,13 +20,7 @@ def check(config: TransformerConfig, settings: LighthouseSettings, seq_length: i
     Raises:
         ValueError: every rule that is broken, one a line, each with what would work.
     """
-    problems = [*_unsupported(config, settings), *_layers(config, settings)]
-    if seq_length is not None:
-        try:
-            settings.config.geometry(seq_length)
-        except ValueError as error:
-            problems.append(str(error))
-    _raise(problems)
+    _raise([*_model(config, settings, seq_length)])
 
 
 def check_arguments(args: Namespace) -> None:
@@ -35,6 +29,34 @@ def check_arguments(args: Namespace) -> None:
     Raises:
         ValueError: as `check`.
     """
+    _raise([*_arguments(args)])
+
+
+def check_run(args: Namespace, config: TransformerConfig, settings: LighthouseSettings) -> None:
+    """`check` and `check_arguments` of one run, before its process group exists.
+
+    Raises:
+        ValueError: as `check`.
+    """
+    _raise([*_model(config, settings, args.seq_length), *_arguments(args)])
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        raise ValueError("--attention lighthouse cannot run as asked:\n  - " + "\n  - ".join(problems))
+
+
+def _model(config: TransformerConfig, settings: LighthouseSettings, seq_length: int | None) -> Iterator[str]:
+    yield from _unsupported(config, settings)
+    yield from _layers(config, settings)
+    if seq_length is not None:
+        try:
+            settings.config.geometry(seq_length)
+        except ValueError as error:
+            yield str(error)
+
+
+def _arguments(args: Namespace) -> Iterator[str]:
     refused = {
         "reset_attention_mask": "--reset-attention-mask separates documents by a mask, which Lighthouse does not read: "
         "leave it out (--reset-position-ids works).",
@@ -45,19 +67,13 @@ def check_arguments(args: Namespace) -> None:
         "perform_rl_step": "--perform-rl-step generates text by inference paths that bypass core attention: use --attention "
         "dense.",
     }
-    problems = [message for name, message in refused.items() if getattr(args, name, False)]
+    yield from (message for name, message in refused.items() if getattr(args, name, False))
     backend = getattr(args, "attention_backend", None)
     if getattr(backend, "name", backend) == "local":
-        problems.append(
+        yield (
             "--attention-backend local replaces the core attention of every layer after the specs are built: use "
             "--transformer-impl local, or another backend."
         )
-    _raise(problems)
-
-
-def _raise(problems: list[str]) -> None:
-    if problems:
-        raise ValueError("--attention lighthouse cannot run as asked:\n  - " + "\n  - ".join(problems))
 
 
 def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:

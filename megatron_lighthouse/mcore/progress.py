@@ -51,7 +51,7 @@ class Progress:
             self.bar = tqdm(
                 total=last_iteration(iteration, args.train_iters, args.exit_interval),
                 initial=iteration - 1,
-                desc=f"{getattr(args, 'attention', 'dense')} {args.seq_length} tokens",
+                desc=f"{args.attention} {args.seq_length} tokens",
                 unit="it",
                 mininterval=0,
                 miniters=1,

@@ -14,7 +14,7 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
-from megatron_lighthouse.mcore.checks import check, check_arguments
+from megatron_lighthouse.mcore.checks import check_run
 from megatron_lighthouse.mcore.core_attention import CoreAttentionBuilder
 from megatron_lighthouse.mcore.norm import torch_norm
 from megatron_lighthouse.mcore.settings import LighthouseSettings, settings_from
@@ -57,9 +57,10 @@ def lighthouse(model_cfg: Any, vp_stage: int | None = None) -> LayerSpec:
         ValueError: settings, a model or data that Lighthouse refuses.
     """
     args = _global_args()
+    settings = settings_from(args)
     if args is not None:
-        check_arguments(args)
-    return layer_spec(model_cfg, vp_stage, settings=settings_from(args))
+        check_run(args, model_cfg.transformer, settings)
+    return layer_spec(model_cfg, vp_stage, settings=settings)
 
 
 def layer_spec(model_cfg: Any, vp_stage: int | None = None, *, settings: LighthouseSettings | None) -> LayerSpec:
@@ -71,9 +72,6 @@ def layer_spec(model_cfg: Any, vp_stage: int | None = None, *, settings: Lightho
     from megatron.training.models.gpt import default_layer_spec
 
     config: TransformerConfig = model_cfg.transformer
-    if settings is not None:
-        args = _global_args()
-        check(config, settings, args.seq_length if args else None)
     # upstream's specs raise in Megatron's own words where they cannot build, so ask for them first
     spec = default_layer_spec(model_cfg, vp_stage)
     if config.sequence_parallel:

@@ -104,25 +104,28 @@ def _documents(files: Iterable[Path], start: int, stop: int) -> Iterator[bytes]:
     """The bytes from `start` to `stop` of all files put end to end, a piece a file."""
     position = 0
     for file in files:
-        content = file.read_bytes()
-        piece = content[max(0, start - position) : max(0, stop - position)]
-        position += len(content)
-        if piece:
-            yield piece
+        size = file.stat().st_size
+        if position < stop and position + size > start:
+            yield file.read_bytes()[max(0, start - position) : stop - position]
+        position += size
 
 
 def _write(prefix: str, documents: Iterable[bytes]) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder, get_bin_path, get_idx_path
 
     partial = f"{prefix}.partial-{os.getpid()}"
-    builder = IndexedDatasetBuilder(get_bin_path(partial), dtype=numpy.uint16)
-    for document in documents:
-        tokens = numpy.append(numpy.frombuffer(document, dtype=numpy.uint8).astype(numpy.uint16), END_OF_DOCUMENT)
-        builder.add_document(tokens, [len(tokens)])
-    builder.finalize(get_idx_path(partial))
-    # the index goes last: where it is, the whole dataset is
-    os.replace(get_bin_path(partial), get_bin_path(prefix))
-    os.replace(get_idx_path(partial), get_idx_path(prefix))
+    try:
+        builder = IndexedDatasetBuilder(get_bin_path(partial), dtype=numpy.uint16)
+        for document in documents:
+            tokens = numpy.append(numpy.frombuffer(document, dtype=numpy.uint8).astype(numpy.uint16), END_OF_DOCUMENT)
+            builder.add_document(tokens, [len(tokens)])
+        builder.finalize(get_idx_path(partial))
+        # the index goes last: where it is, the whole dataset is
+        os.replace(get_bin_path(partial), get_bin_path(prefix))
+        os.replace(get_idx_path(partial), get_idx_path(prefix))
+    finally:
+        for path in (get_bin_path(partial), get_idx_path(partial)):
+            Path(path).unlink(missing_ok=True)
 
 
 def byte_entropy(prefix: str) -> float:

@@ -14,10 +14,21 @@ COMMON = """
     --weight-decay 0.1 --adam-beta2 0.95 --log-interval 1 --eval-iters 4 --no-create-attention-mask-in-dataloader
 """
 
-CPU = """
+ON_CPU = """
     --distributed-backend gloo --transformer-impl local --use-cpu-initialization
     --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-dropout-fusion
-    --no-rope-fusion --tensor-model-parallel-size 2
+    --no-rope-fusion
+"""
+"""What Megatron needs to run without a GPU."""
+
+LOCAL = """
+    --transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion
+    --recompute-granularity selective --recompute-modules core_attn
+"""
+"""Megatron's own layers on a GPU. Their attention keeps all scores: recomputed, 16K tokens fit."""
+
+CPU = """
+    --tensor-model-parallel-size 2
     --num-layers 4 --hidden-size 128 --ffn-hidden-size 384 --init-method-std 0.06
     --num-attention-heads 4 --group-query-attention --num-query-groups 2
     --seq-length 2048 --max-position-embeddings 2048 --global-batch-size 1
@@ -50,17 +61,13 @@ class Preset:
 def preset_for(gpus: int) -> Preset:
     """The preset for a machine with this many GPUs; 0 takes two processes on the CPU."""
     if not gpus:
-        return Preset(2, 120, 40, tuple((COMMON + CPU).split()))
+        return Preset(2, 120, 40, tuple((COMMON + ON_CPU + CPU).split()))
     tensor_parallel = 2 if gpus % 2 == 0 else 1
     arguments = [*(COMMON + GPU).split(), "--tensor-model-parallel-size", str(tensor_parallel)]
     arguments += ["--global-batch-size", str(2 * gpus // tensor_parallel)]
     if tensor_parallel > 1:
         arguments.append("--sequence-parallel")
-    if find_spec("transformer_engine"):
-        arguments += ["--transformer-impl", "transformer_engine"]
-    else:  # Megatron's own attention keeps all scores: recompute them, or 16K tokens do not fit
-        arguments += ["--transformer-impl", "local", "--recompute-granularity", "selective", "--recompute-modules", "core_attn"]
-        arguments += ["--no-persist-layer-norm", "--no-masked-softmax-fusion"]
+    arguments += ["--transformer-impl", "transformer_engine"] if find_spec("transformer_engine") else LOCAL.split()
     if not find_spec("fused_weight_gradient_mlp_cuda"):  # an extension of NVIDIA Apex
         arguments.append("--no-gradient-accumulation-fusion")
     return Preset(gpus, 400, 100, tuple(arguments))

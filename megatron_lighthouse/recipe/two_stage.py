@@ -24,7 +24,8 @@ SHOWN = ("tokens/s=", "validation loss", "saving checkpoint", "loaded checkpoint
 def main(argv: Sequence[str] | None = None) -> int:
     """Run both stages and draw the pictures; answers an exit status."""
     options, extra = _parser().parse_known_args(argv)
-    preset = preset_for(_gpus())
+    gpus = _gpus()
+    preset = preset_for(gpus)
     steps = preset.steps if options.steps is None else options.steps
     dense_steps = preset.dense_steps if options.dense_steps is None else options.dense_steps
     if steps < 1 or dense_steps < 1:
@@ -32,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = Path(options.runs) / options.name
     run.mkdir(parents=True, exist_ok=True)
     text = options.data or default_text()
-    print(f"{run}: {steps} iterations with Lighthouse, then {dense_steps} dense, on {_where(preset)}", flush=True)
+    where = f"{gpus} GPUs" if gpus else f"{preset.processes} CPU processes"
+    print(f"{run}: {steps} iterations with Lighthouse, then {dense_steps} dense, on {where}", flush=True)
     for attention, start, stop in (("lighthouse", 0, steps), ("dense", steps, steps + dense_steps)):
         done = _iterations_done(run)
         if done >= stop:
@@ -70,10 +72,6 @@ def _gpus() -> int:
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
-def _where(preset: Preset) -> str:
-    return f"{preset.processes} GPUs" if "--bf16" in preset.arguments else f"{preset.processes} CPU processes"
 
 
 def _environment(preset: Preset) -> dict[str, str]:
@@ -145,10 +143,10 @@ def _draw(run: Path) -> int:
 
     data = sorted((run / "data").glob("text-*-train.bin"), key=lambda path: path.stat().st_mtime)
     entropy = byte_entropy(str(data[-1].with_suffix(""))) if data else None
-    logs = {attention: run / "tensorboard" / attention for attention in STAGES}
+    logs = {attention: plots.read_scalars(run / "tensorboard" / attention) for attention in STAGES}
     plots.loss_curve(logs, run / "loss.png", entropy)
-    for attention, folder in logs.items():
-        steps, values = plots.read_scalars(folder)["lm loss"]
+    for attention, scalars in logs.items():
+        steps, values = scalars["lm loss"]
         print(f"{attention}: loss {values[-1]:.3f} at iteration {steps[-1]}")
     if entropy is not None:
         print(f"byte-frequency entropy of the text: {entropy:.3f}")

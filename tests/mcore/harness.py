@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_lighthouse.plots import read_scalars
+from megatron_lighthouse.recipe.presets import ON_CPU
 
 ROOT = Path(__file__).parents[2]
 
-MODEL = """
-    --distributed-backend gloo --transformer-impl local --use-cpu-initialization
-    --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-dropout-fusion
-    --no-rope-fusion --no-bias-swiglu-fusion
+MODEL = [
+    *ON_CPU.split(),
+    *"""
+    --no-bias-swiglu-fusion
     --num-layers 4 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --group-query-attention
     --num-query-groups 2 --seq-length 256 --max-position-embeddings 256
     --position-embedding-type rope --normalization RMSNorm --disable-bias-linear --swiglu
@@ -28,7 +29,8 @@ MODEL = """
     --lr 5e-3 --lr-decay-style constant --log-interval 1 --eval-interval 1000 --eval-iters 0
     --no-create-attention-mask-in-dataloader
     --lighthouse-budget 8 --lighthouse-tile-budget 4 --lighthouse-dense-first 1 --lighthouse-dense-last 1
-""".split()
+    """.split(),
+]
 """4 layers, the middle two Lighthouse: 256 tokens, 2 tiles, 80 gathered rows."""
 
 TEXT = ["--text-data", str(ROOT / "LICENSE")]

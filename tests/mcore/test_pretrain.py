@@ -18,7 +18,7 @@ OPTIONS = "--lighthouse-budget 8 --lighthouse-tile-budget 4 --lighthouse-dense-f
 NUMBERS = "--tokenizer-type NullTokenizer --vocab-size 257 --padded-vocab-size 384".split()
 
 
-def test_spec_is_the_same_as_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spec_is_the_same_as_attention(tmp_path: Path) -> None:
     by_name = run(tmp_path / "attention", "--attention", "lighthouse")
     by_spec = run(tmp_path / "spec", "--spec", "megatron_lighthouse.mcore.spec", "lighthouse")
     assert by_spec.losses == by_name.losses

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from importlib.util import find_spec
 
 ELSEWHERE = "use Megatron-LM's own pretrain_gpt.py for it (patches/patch.py gives that --attention lighthouse)"
 
@@ -23,11 +24,16 @@ OTHER_DATA = (
 
 
 def check_run_options(args: Namespace) -> None:
-    """Refuse options that this entry point would not honour.
+    """Refuse options that this entry point would not honour, or that this machine lacks the package for.
 
     Raises:
         ValueError: the options, and where they work.
     """
+    if args.transformer_impl == "transformer_engine" and not find_spec("transformer_engine"):
+        raise ValueError(
+            "--transformer-impl transformer_engine (Megatron's default) needs the package transformer_engine, which is not "
+            "installed: install it (pip install 'transformer-engine[core_cu13,pytorch]'), or use --transformer-impl local."
+        )
     for name, option in NOT_HERE.items():
         if getattr(args, name, False):
             raise ValueError(f"{option} is not done by megatron_lighthouse.pretrain_gpt: {ELSEWHERE}.")

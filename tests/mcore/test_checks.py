@@ -124,8 +124,25 @@ def test_the_options_exist_in_megatron() -> None:
     assert {*NOT_HERE, *OTHER_DATA, "reset_attention_mask", "attention_backend", "mtp_num_layers", "tokenizer_type"} <= known
 
 
+def test_transformer_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_lighthouse.mcore import run_options
+
+    engine = plain_run(transformer_impl="transformer_engine")
+    monkeypatch.setattr(run_options, "find_spec", lambda name: object())
+    run_options.check_run_options(engine)
+    monkeypatch.setattr(run_options, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs the package transformer_engine.*or use --transformer-impl local"):
+        run_options.check_run_options(engine)
+
+
 def plain_run(**changes: Any) -> Namespace:
-    options = {"text_data": None, "tokenizer_type": "NullTokenizer", "pipeline_model_parallel_size": 2, "mtp_num_layers": None}
+    options = {
+        "transformer_impl": "local",
+        "text_data": None,
+        "tokenizer_type": "NullTokenizer",
+        "pipeline_model_parallel_size": 2,
+        "mtp_num_layers": None,
+    }
     return Namespace(**{**options, **changes})
 
 

@@ -23,17 +23,8 @@ def check(config: TransformerConfig, settings: LighthouseSettings, seq_length: i
     _raise([*_model(config, settings, seq_length)])
 
 
-def check_arguments(args: Namespace) -> None:
-    """Refuse the data and run options, known only to Megatron's arguments, that Lighthouse cannot honour.
-
-    Raises:
-        ValueError: as `check`.
-    """
-    _raise([*_arguments(args)])
-
-
 def check_run(args: Namespace, config: TransformerConfig, settings: LighthouseSettings) -> None:
-    """`check` and `check_arguments` of one run, before its process group exists.
+    """`check`, and the data and run options that only Megatron's arguments know, before the process group exists.
 
     Raises:
         ValueError: as `check`.

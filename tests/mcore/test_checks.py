@@ -105,11 +105,11 @@ def test_every_problem_is_named_at_once() -> None:
     ["reset_attention_mask", "sft", "dataloader_inter_document_masking", "hybrid_context_parallel", "perform_rl_step"],
 )
 def test_run_options_that_are_refused(name: str) -> None:
-    from megatron_lighthouse.mcore.checks import check_arguments
+    from megatron_lighthouse.mcore.checks import check_run
 
-    check_arguments(Namespace(**{name: False}))
+    check_run(Namespace(seq_length=256, **{name: False}), transformer_config(), GOOD)
     with pytest.raises(ValueError, match="--" + name.replace("_", "-")):
-        check_arguments(Namespace(**{name: True}))
+        check_run(Namespace(seq_length=256, **{name: True}), transformer_config(), GOOD)
 
 
 def test_the_options_exist_in_megatron() -> None:
@@ -176,11 +176,11 @@ def test_what_the_entry_point_leaves_to_upstream(changes: dict[str, Any], messag
 def test_attention_backend_local() -> None:
     from megatron.core.transformer.enums import AttnBackend
 
-    from megatron_lighthouse.mcore.checks import check_arguments
+    from megatron_lighthouse.mcore.checks import check_run
 
-    check_arguments(Namespace(attention_backend=AttnBackend.auto))
+    check_run(Namespace(seq_length=256, attention_backend=AttnBackend.auto), transformer_config(), GOOD)
     with pytest.raises(ValueError, match="--transformer-impl local"):
-        check_arguments(Namespace(attention_backend=AttnBackend.local))
+        check_run(Namespace(seq_length=256, attention_backend=AttnBackend.local), transformer_config(), GOOD)
 
 
 def test_the_entry_point_refuses_before_anything_starts(tmp_path: Path) -> None:

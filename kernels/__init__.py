@@ -1,1 +1,38 @@
-"""Triton kernels of the steps, one file a step. None yet: the steps run as `megatron_lighthouse.reference`."""
+"""The steps as Triton kernels: what `megatron_lighthouse.reference` computes, at the speed of memory.
+
+One file a step. No atomics, no global sort, no host synchronisation; every element is written once and every sum has one
+order, so results are bit-identical from run to run. Each step is a custom op of torch with a fake implementation and its
+own backward, so that torch.compile passes through. See `megatron_lighthouse.steps` for the interface.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megatron_lighthouse.geometry import Geometry
+from megatron_lighthouse.kernels.gather import Gather
+from megatron_lighthouse.kernels.launch import run
+from megatron_lighthouse.kernels.scatter import Scatter
+from megatron_lighthouse.kernels.score import compute_scores, score_op
+from megatron_lighthouse.kernels.select import compute_places, select_op
+from megatron_lighthouse.selection import Selection
+
+
+def score(query: Tensor, key: Tensor, geometry: Geometry) -> Tensor:
+    """See `Steps.score`."""
+    return run(score_op, compute_scores, query.detach(), key.detach(), geometry.sizes)
+
+
+def select(scores: Tensor, geometry: Geometry, pin_first: bool) -> Selection:
+    """See `Steps.select`."""
+    return Selection(geometry, run(select_op, compute_places, scores, geometry.sizes, pin_first))
+
+
+def gather(query: Tensor, key: Tensor, value: Tensor, selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
+    """See `Steps.gather`."""
+    return Gather.apply(query, key, value, selection.places, selection.geometry.sizes)
+
+
+def scatter(rows: Tensor, selection: Selection) -> Tensor:
+    """See `Steps.scatter`."""
+    return Scatter.apply(rows, selection.places, selection.geometry.sizes)

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function as step
 
 from megatron_lighthouse import telemetry
 from megatron_lighthouse.config import LighthouseConfig
-from megatron_lighthouse.reference import gather, scatter, select
+from megatron_lighthouse.ranges import step
 from megatron_lighthouse.scorers import SCORERS
 from megatron_lighthouse.selection import Selection
+from megatron_lighthouse.steps import steps_for
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Causal attention over the gathered rows: ([S, B, H, D], [S, B, G, D], [S, B, G, D]) -> [S, B, H, D]."""
@@ -53,19 +53,16 @@ def lighthouse_attention(
         selection = _select(query, key, config)
     elif selection.geometry != config.geometry(query.shape[0]):
         raise ValueError(f"selection was made for {selection.geometry}, not for {config.geometry(query.shape[0])}.")
-    elif selection.indices.shape[:2] != (query.shape[1], key.shape[2]):
+    elif selection.places.shape[:2] != (query.shape[1], key.shape[2]):
         raise ValueError(
-            f"selection was made for [B, G] {list(selection.indices.shape[:2])}, not for [{query.shape[1]}, {key.shape[2]}]."
+            f"selection was made for [B, G] {list(selection.places.shape[:2])}, not for [{query.shape[1]}, {key.shape[2]}]."
         )
     telemetry.record(selection)
-    groups = key.shape[2]
-    with step("lighthouse/gather"):
-        rows_q = gather(query.unflatten(2, (groups, -1)), selection).flatten(2, 3)
-        rows_k, rows_v = gather(key, selection), gather(value, selection)
-    with step("lighthouse/attend"):
+    steps = steps_for(query)
+    rows_q, rows_k, rows_v = steps.gather(query, key, value, selection)
+    with step("attend"):
         rows = attend(rows_q, rows_k, rows_v)
-    with step("lighthouse/scatter"):
-        return scatter(rows.unflatten(2, (groups, -1)), selection).flatten(2, 3)
+    return steps.scatter(rows, selection)
 
 
 def lighthouse_select(query: Tensor, key: Tensor, config: LighthouseConfig) -> Tensor:
@@ -86,11 +83,9 @@ def lighthouse_select(query: Tensor, key: Tensor, config: LighthouseConfig) -> T
 
 @torch.no_grad()
 def _select(query: Tensor, key: Tensor, config: LighthouseConfig) -> Selection:
-    geometry = config.geometry(query.shape[0])
-    with step("lighthouse/score"):
-        score_q, score_k = SCORERS[config.scorer](query, key)
-    with step("lighthouse/select"):
-        return select(score_q, score_k, geometry, config.pin_first)
+    geometry, steps = config.geometry(query.shape[0]), steps_for(query)
+    scores = SCORERS[config.scorer](query, key, geometry, steps)
+    return steps.select(scores, geometry, config.pin_first)
 
 
 def _sdpa(softmax_scale: float | None) -> Attend:

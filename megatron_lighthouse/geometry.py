@@ -26,6 +26,11 @@ class Geometry:
     """m, entries refined per level and tile."""
 
     @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """(N, L, p, k, m): what makes a Geometry again."""
+        return self.seq_length, self.levels, self.pooling, self.budget, self.tile_budget
+
+    @property
     def tiles(self) -> int:
         """T = k/m."""
         return self.budget // self.tile_budget
@@ -39,6 +44,11 @@ class Geometry:
     def pyramid_length(self) -> int:
         """Entries of all levels together."""
         return self.offset(self.levels)
+
+    @property
+    def coarse_length(self) -> int:
+        """Entries of levels 1..L-1 together: those that are scored."""
+        return self.pyramid_length - self.seq_length
 
     def window(self, level: int) -> int:
         """Tokens in a window of `level`: p^l."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from megatron_lighthouse.geometry import Geometry
+from megatron_lighthouse.ranges import step
 from megatron_lighthouse.selection import Selection
 
 
@@ -27,46 +28,60 @@ def pool(x: Tensor, geometry: Geometry) -> list[Tensor]:
     return pyramid
 
 
-def select(score_q: Tensor, score_k: Tensor, geometry: Geometry, pin_first: bool) -> Selection:
-    """Choose entries tile by tile, coarse to fine, and put them in causal order.
+@torch.no_grad()
+@step("score")
+def score(query: Tensor, key: Tensor, geometry: Geometry) -> Tensor:
+    """See `Steps.score`. The sums are made in a fixed order, so that every device ranks alike to the last bit."""
+    scores = []
+    for x in (query.unflatten(2, (key.shape[2], -1)), key.unsqueeze(3)):
+        squares = x.to(accumulation_dtype(x)).square()
+        squares = torch.nn.functional.pad(squares, (0, next_power_of_two(x.shape[-1]) - x.shape[-1]))
+        while squares.shape[-1] > 1:
+            squares = squares[..., 0::2] + squares[..., 1::2]
+        total = squares[..., 0, 0]
+        for r in range(1, squares.shape[3]):
+            total = total + squares[..., r, 0]
+        # by way of fp64 because torch's sqrt in fp32 is not correctly rounded on every CPU
+        level, coarse = total.double().sqrt().to(total.dtype).permute(1, 2, 0), []
+        for _ in range(1, geometry.levels):
+            level = level.unflatten(-1, (-1, geometry.pooling)).amax(-1)
+            coarse.append(level)
+        scores.append(torch.cat(coarse, -1))
+    return torch.stack(scores)
 
-    At every level above 0 the m/2 candidates of highest s^Q, then the m/2 of highest s^K among the rest, are refined:
-    their p children are the next level's candidates. All candidates are gathered. Ties go to the lower index. A
-    coarse score is the maximum over the window. `pin_first` (ours) lets the first window win at each level.
 
-    Args:
-        score_q, score_k: level-0 scores, [B, G, N].
-    """
-    batch, groups, _ = score_q.shape
-    half = geometry.tile_budget // 2
-    top = geometry.levels - 1
-    coarse_q, coarse_k = [score_q], [score_k]
-    for _ in range(top):
-        for scores in (coarse_q, coarse_k):
-            scores.append(scores[-1].unflatten(-1, (-1, geometry.pooling)).amax(-1))
+def next_power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
 
-    everything = torch.arange(geometry.entries(top), device=score_q.device)
-    candidates = everything.view(geometry.tiles, -1).expand(batch, groups, -1, -1)
+
+@torch.no_grad()
+@step("select")
+def select(scores: Tensor, geometry: Geometry, pin_first: bool) -> Selection:
+    """See `Steps.select`."""
+    half, top = geometry.tile_budget // 2, geometry.levels - 1
+    by_level = scores.split([geometry.entries(level) for level in range(1, geometry.levels)], -1)
+    batch, groups, device = *scores.shape[1:3], scores.device
+    everything = torch.arange(geometry.entries(top), device=device)
+    candidates = everything.reshape(geometry.tiles, -1).expand(batch, groups, -1, -1)
     gathered = [torch.empty(0)] * geometry.levels
     for level in range(top, -1, -1):
-        mask = torch.zeros(batch, groups, geometry.entries(level), dtype=torch.bool, device=score_q.device)
+        mask = torch.zeros(batch, groups, geometry.entries(level), dtype=torch.bool, device=device)
         gathered[level] = mask.scatter_(-1, candidates.flatten(2), True)
         if level == 0:
             break
-        by_query = _take(coarse_q[level], candidates)
-        by_key = _take(coarse_k[level], candidates)
+        by_query, by_key = (_take(x, candidates) for x in by_level[level - 1])
         if pin_first:
             by_query[:, :, 0, 0] = torch.inf
         first = _highest(by_query, half)
         second = _highest(by_key.scatter(-1, first, -torch.inf), half)
         refined = candidates.gather(-1, torch.cat([first, second], -1)).sort(-1).values
-        children = refined.unsqueeze(-1) * geometry.pooling + torch.arange(geometry.pooling, device=refined.device)
+        children = refined.unsqueeze(-1) * geometry.pooling + torch.arange(geometry.pooling, device=device)
         candidates = children.flatten(-2)
-    return _in_causal_order(gathered, geometry)
+    return Selection(geometry, _places(gathered, geometry))
 
 
 def _take(scores: Tensor, candidates: Tensor) -> Tensor:
-    return scores.gather(-1, candidates.flatten(2)).view(candidates.shape)
+    return scores.gather(-1, candidates.flatten(2)).reshape(candidates.shape)
 
 
 def _highest(scores: Tensor, count: int) -> Tensor:
@@ -74,36 +89,33 @@ def _highest(scores: Tensor, count: int) -> Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
-def _in_causal_order(gathered: list[Tensor], geometry: Geometry) -> Selection:
+def _places(gathered: list[Tensor], geometry: Geometry) -> Tensor:
     """An entry's place is the number of gathered entries before it: a prefix sum per level, and no sort."""
     device = gathered[0].device
     before = [torch.nn.functional.pad(mask.cumsum(-1), (1, 0)) for mask in gathered]
-    rows = []
+    places = []
     for level, mask in enumerate(gathered):
         ends = (torch.arange(geometry.entries(level), device=device) + 1) * geometry.window(level)
         place = torch.zeros_like(before[level][..., 1:])
         for other in range(geometry.levels):
             place += before[other][..., geometry.entries_ending_before(level, ends, other)]
-        rows.append(torch.where(mask, place, -1))
-    place = torch.cat(rows, -1)
-    length = geometry.gathered_length
-    entry = torch.arange(geometry.pyramid_length, device=device).expand_as(place)
-    # entries that are not gathered are written to one slot behind the end, which is cut off
-    indices = place.new_empty(*place.shape[:2], length + 1).scatter_(-1, place.where(place >= 0, length), entry)
-    return Selection(geometry, indices[..., :length].contiguous(), tuple(rows))
+        places.append(torch.where(mask, place, -1))
+    return torch.cat(places, -1).int()
 
 
-def gather(x: Tensor, selection: Selection) -> Tensor:
-    """The selected rows of the pyramid of `x`: [N, B, G, ...] -> [S, B, G, ...]. Pools while gathering."""
-    return _Gather.apply(x, selection)
+@step("gather")
+def gather(query: Tensor, key: Tensor, value: Tensor, selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
+    """See `Steps.gather`."""
+    grouped = query.unflatten(2, (key.shape[2], -1))
+    rows = _Gather.apply(grouped, selection).flatten(2, 3)
+    return rows, _Gather.apply(key, selection), _Gather.apply(value, selection)
 
 
+@step("scatter")
 def scatter(rows: Tensor, selection: Selection) -> Tensor:
-    """Add each row to the positions of its spill range: [S, B, G, ...] -> [N, B, G, ...].
-
-    Position j sums, over the levels, the row of entry (j - p^l + 1) // p^l where that was gathered.
-    """
-    return _Scatter.apply(rows, selection)
+    """See `Steps.scatter`."""
+    grouped = rows.unflatten(2, (selection.places.shape[1], -1))
+    return _Scatter.apply(grouped, selection).flatten(2, 3)
 
 
 class _Gather(torch.autograd.Function):

@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from megatron_lighthouse.scorers.norm import norm_scores
+from megatron_lighthouse.geometry import Geometry
+from megatron_lighthouse.scorers.norm import norm
+from megatron_lighthouse.steps import Steps
 
-Scorer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(query [N, B, H, D], key [N, B, G, D]) -> level-0 scores (s^Q, s^K), each [B, G, N], fp32 or wider, no gradient."""
+Scorer = Callable[[Tensor, Tensor, Geometry, Steps], Tensor]
+"""(query [N, B, H, D], key [N, B, G, D], …) -> what `Steps.score` gives, for the rows that the scorer ranks by."""
 
-SCORERS: dict[str, Scorer] = {"norm": norm_scores}
+SCORERS: dict[str, Scorer] = {"norm": norm}

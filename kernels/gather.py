@@ -1,0 +1,170 @@
+"""Gather: the selected rows of the pyramids of Q, K and V, pooled on the way; one launch each way for all three."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_lighthouse.geometry import Geometry
+from megatron_lighthouse.kernels.launch import last_contiguous, launch, on_device_of, padded, run
+from megatron_lighthouse.kernels.windows import collect, spread
+from megatron_lighthouse.ranges import step
+
+
+@triton.jit
+def _head(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, G):
+    """Where program (·, b * (H + 2G) + head) finds its head among those of Q, K and V: pointer, stride, group."""
+    i_b = tl.program_id(1) // (H + 2 * G)
+    i_head = tl.program_id(1) % (H + 2 * G)
+    i_b64 = i_b.to(tl.int64)
+    if i_head < H:
+        pointer, stride, group = p_q + i_b64 * strides_q[1] + i_head.to(tl.int64) * strides_q[2], strides_q[0], i_head // (H // G)
+    elif i_head < H + G:
+        group = i_head - H
+        pointer, stride = p_k + i_b64 * strides_k[1] + group.to(tl.int64) * strides_k[2], strides_k[0]
+    else:
+        group = i_head - H - G
+        pointer, stride = p_v + i_b64 * strides_v[1] + group.to(tl.int64) * strides_v[2], strides_v[0]
+    return pointer, stride, i_b64 * G + group
+
+
+@triton.jit(repr=lambda _: "lighthouse_gather_forward")
+def gather_forward_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_rows_q,
+    p_rows_k,
+    p_rows_v,
+    p_places,
+    strides_q,
+    strides_k,
+    strides_v,
+    strides_rows_q,
+    strides_rows_k,
+    strides_rows_v,
+    seq_length,
+    pyramid_length,
+    H,
+    G,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    P: tl.constexpr,
+    L: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    p_x, stride_x, i_bg = _head(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, G)
+    p_rows, stride_rows, _ = _head(p_rows_q, p_rows_k, p_rows_v, strides_rows_q, strides_rows_k, strides_rows_v, H, G)
+    p_map = p_places + i_bg * pyramid_length
+    collect(p_x, p_map, p_rows, stride_x, stride_rows, seq_length, D, BLOCK_D, P, L, BLOCK, 0, True)
+
+
+@triton.jit(repr=lambda _: "lighthouse_gather_backward")
+def gather_backward_kernel(
+    p_rows_q,
+    p_rows_k,
+    p_rows_v,
+    p_q,
+    p_k,
+    p_v,
+    p_places,
+    strides_rows_q,
+    strides_rows_k,
+    strides_rows_v,
+    strides_q,
+    strides_k,
+    strides_v,
+    seq_length,
+    pyramid_length,
+    H,
+    G,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    P: tl.constexpr,
+    L: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    p_rows, stride_rows, i_bg = _head(p_rows_q, p_rows_k, p_rows_v, strides_rows_q, strides_rows_k, strides_rows_v, H, G)
+    p_x, stride_x, _ = _head(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, G)
+    p_map = p_places + i_bg * pyramid_length
+    spread(p_rows, p_map, p_x, stride_rows, stride_x, seq_length, D, BLOCK_D, P, L, BLOCK, 0, True)
+
+
+def _launch(
+    kernel: Any, tokens: Sequence[Tensor], rows: Sequence[Tensor], places: Tensor, geometry: Geometry, blocks: int, how: Any
+) -> None:
+    """Launch `kernel` over `blocks` blocks of all heads of Q, K and V; the kernel reads one of `tokens`, `rows` first."""
+    (_, batch, heads, dim), groups = tokens[0].shape, places.shape[1]
+    first, second = (tokens, rows) if kernel is gather_forward_kernel else (rows, tokens)
+    with on_device_of(places):
+        kernel[(blocks, batch * (heads + 2 * groups))](
+            *first,
+            *second,
+            places,
+            *(x.stride()[:3] for x in (*first, *second)),
+            geometry.seq_length,
+            geometry.pyramid_length,
+            heads,
+            groups,
+            D=dim,
+            BLOCK_D=padded(dim),
+            P=geometry.pooling,
+            L=geometry.levels,
+            BLOCK=how.rows,
+            num_warps=how.warps,
+        )
+
+
+def _gather(query: Tensor, key: Tensor, value: Tensor, places: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    with step("gather"):
+        geometry = Geometry(*sizes)
+        rows = _empty(query, key, value, geometry.gathered_length)
+        how = launch("collect", query.shape[3], query.element_size())
+        blocks = triton.cdiv(geometry.entries(geometry.levels - 1), how.rows)
+        _launch(gather_forward_kernel, last_contiguous(query, key, value), rows, places, geometry, blocks, how)
+        return rows
+
+
+def _gather_backward(
+    query: Tensor, key: Tensor, value: Tensor, places: Tensor, sizes: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of the tokens [N, B, ·, D], from those of the rows [S, B, ·, D]."""
+    with step("gather backward"):
+        geometry = Geometry(*sizes)
+        tokens = _empty(query, key, value, geometry.seq_length)
+        how = launch("spread", query.shape[3], query.element_size())
+        blocks = triton.cdiv(geometry.seq_length, how.rows)
+        _launch(gather_backward_kernel, tokens, last_contiguous(query, key, value), places, geometry, blocks, how)
+        return tokens
+
+
+def _empty(query: Tensor, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (torch.empty((length, *x.shape[1:]), dtype=x.dtype, device=x.device) for x in (query, key, value))
+    return q, k, v
+
+
+gather_op = torch.library.custom_op("lighthouse::gather", _gather, mutates_args=())
+gather_backward_op = torch.library.custom_op("lighthouse::gather_backward", _gather_backward, mutates_args=())
+gather_op.register_fake(lambda q, k, v, places, sizes: _empty(q, k, v, Geometry(*sizes).gathered_length))
+gather_backward_op.register_fake(lambda q, k, v, places, sizes: _empty(q, k, v, sizes[0]))
+
+
+class Gather(torch.autograd.Function):
+    """(query, key, value, places, sizes) -> rows of the three; `sizes` is (N, L, p, k, m). See `Steps.gather`."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *_, places, ctx.sizes = args
+        ctx.save_for_backward(places)  # the map alone: Q, K and V, and what they are views of, can be freed
+        return run(gather_op, _gather, *args)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *run(gather_backward_op, _gather_backward, *grads, *ctx.saved_tensors, ctx.sizes), None, None

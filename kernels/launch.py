@@ -1,0 +1,55 @@
+"""How the kernels are launched: one small table, the same on every rank, and nothing tuned at run time.
+
+The shapes of the blocks hardly matter beyond their size (`benchmarks/tune.py` measures it): what counts is that a thread
+moves 16 bytes at a time and has several loads under way. So one row a step, keyed by the bytes of a padded row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.library import CustomOpDef
+
+
+class Launch(NamedTuple):
+    """One launch configuration."""
+
+    rows: int
+    """Rows of D elements that one program holds at a time; a power of two."""
+    warps: int
+
+
+# bytes that one program holds at a time, and its warps
+_BYTES = {"score": (16384, 4), "collect": (4096, 4), "spread": (4096, 2)}
+
+
+def launch(step_name: str, dim: int, itemsize: int) -> Launch:
+    """The launch of `step_name` (score, collect, spread) for rows of `dim` elements of `itemsize` bytes."""
+    size, warps = _BYTES[step_name]
+    return Launch(max(4, min(128, size // (padded(dim) * itemsize))), warps)
+
+
+def padded(n: int) -> int:
+    """The power of two that a kernel's block holds `n` elements in: at least 16."""
+    return max(16, triton.next_power_of_2(n))
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make it the one that holds `x`."""
+    here = x.device.type != "cuda" or x.device.index == torch.cuda.current_device()
+    return nullcontext() if here else torch.cuda.device(x.device)
+
+
+def run[T](op: CustomOpDef, function: Callable[..., T], *args: object) -> T:
+    """Call `op` where torch.compile traces, for which it is opaque; else its `function`, which costs the host far less."""
+    return op(*args) if torch.compiler.is_compiling() else function(*args)
+
+
+def last_contiguous(*tensors: Tensor) -> list[Tensor]:
+    """The tensors, copied only where their last dimension is not contiguous."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]

@@ -1,0 +1,18 @@
+"""What a run says of itself: each thing once, by rank 0."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+
+log = logging.getLogger("megatron_lighthouse")
+
+
+@cache
+def say_once(message: str) -> None:
+    """Warn, on rank 0 alone, the first time that `message` is given. Not from compiled code."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
+    log.warning(message)

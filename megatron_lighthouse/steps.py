@@ -1,0 +1,81 @@
+"""The steps of Lighthouse as an interface, and which implementation of them runs where."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_lighthouse.geometry import Geometry
+from megatron_lighthouse.notice import say_once
+from megatron_lighthouse.selection import Selection
+
+
+HAS_TRITON = find_spec("triton") is not None
+
+
+class Steps(Protocol):
+    """The steps around the inner attention: `megatron_lighthouse.reference`, or `megatron_lighthouse.kernels`."""
+
+    def score(self, query: Tensor, key: Tensor, geometry: Geometry) -> Tensor:
+        """Window maxima of the L2 norms of the rows of both: [2, B, G, coarse length], fp32 (fp64 for fp64), no gradient.
+
+        Args:
+            query: [N, B, H, D], any strides. With grouped queries a token's norm is that of its group's H/G rows taken
+                as one vector (ours; H = G is the paper).
+            key: [N, B, G, D].
+
+        Returns:
+            s^Q, then s^K, of the entries of levels 1..L-1, in the order of the concatenated pyramid.
+        """
+
+    def select(self, scores: Tensor, geometry: Geometry, pin_first: bool) -> Selection:
+        """Choose entries tile by tile, coarse to fine, and number them in causal order.
+
+        At every level above 0 the m/2 candidates of highest s^Q, then the m/2 of highest s^K among the rest, are
+        refined: their p children are the next level's candidates. All candidates are gathered. Ties go to the lower
+        index. `pin_first` (ours) lets the first window win at each level.
+        """
+
+    def gather(self, query: Tensor, key: Tensor, value: Tensor, selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
+        """The selected rows of the three pyramids: [S, B, H, D], [S, B, G, D], [S, B, G, D]. Pools while gathering.
+
+        Differentiable: dX_j = sum over levels of dX̃[row(l, j // p^l)] / p^l. Keeps only the map for backward.
+        """
+
+    def scatter(self, rows: Tensor, selection: Selection) -> Tensor:
+        """Add each row to the positions of its spill range: [S, B, H, D] -> [N, B, H, D].
+
+        Position j sums, over the levels, the row of entry (j - p^l + 1) // p^l where that was gathered.
+        Differentiable: dÕ_m = sum of dO over the range of entry m. Keeps only the map for backward.
+        """
+
+
+def steps_for(query: Tensor) -> Steps:
+    """The kernels where they can run on `query`'s device and dtype; else plain PyTorch, said once on a GPU."""
+    from megatron_lighthouse import reference
+
+    if query.device.type != "cuda":
+        return reference
+    missing = _missing(query.dtype, query.shape[-1])
+    if missing is None:
+        from megatron_lighthouse import kernels
+
+        return kernels
+    say_once(f"--attention lighthouse runs its steps in plain PyTorch, many times slower than its kernels: {missing}.")
+    return reference
+
+
+@cache
+def _missing(dtype: torch.dtype, dim: int) -> str | None:
+    """Why the kernels cannot run, and what would let them; None where they can."""
+    if not HAS_TRITON:
+        return "the package triton is not installed (torch's CUDA builds for Linux bring it)"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"they take bf16, fp16 and fp32, not {dtype}"
+    if dim > 256:
+        return f"they take head dimensions up to 256, not {dim}"
+    return None

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from megatron_lighthouse import telemetry
 from megatron_lighthouse.config import LighthouseConfig
+from megatron_lighthouse.inner import Attend, inner_attention
 from megatron_lighthouse.ranges import step
 from megatron_lighthouse.scorers import SCORERS
 from megatron_lighthouse.selection import Selection
 from megatron_lighthouse.steps import steps_for
-
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Causal attention over the gathered rows: ([S, B, H, D], [S, B, G, D], [S, B, G, D]) -> [S, B, H, D]."""
-
 
 def lighthouse_attention(
     query: Tensor,
@@ -34,7 +29,7 @@ def lighthouse_attention(
         query: [N, B, H, D], after RoPE; any floating dtype, any strides. Megatron's "sbhd".
         key, value: [N, B, G, D], G dividing H; same dtype and device as the query.
         softmax_scale: of the inner attention; 1/sqrt(D) by default. Not with `attend`.
-        attend: the inner attention; torch's scaled_dot_product_attention by default.
+        attend: the inner attention; the backend that `config.inner` names by default.
         selection: attend to these entries instead of selecting (it carries no gradient either way).
 
     Returns:
@@ -42,11 +37,12 @@ def lighthouse_attention(
         windows are refined also depends on the later tokens of their tile.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit each other, or an N that does not fit the config.
+        ValueError: shapes or dtypes that do not fit each other, an N that does not fit the config, or an inner attention
+            that is forced and is not there.
     """
     _check(query, key, value)
     if attend is None:
-        attend = _sdpa(softmax_scale)
+        attend = inner_attention(config.inner, query, key, softmax_scale)
     elif softmax_scale is not None:
         raise ValueError("softmax_scale belongs to the default inner attention: give `attend` its own scale instead.")
     if selection is None:
@@ -86,16 +82,6 @@ def _select(query: Tensor, key: Tensor, config: LighthouseConfig) -> Selection:
     geometry, steps = config.geometry(query.shape[0]), steps_for(query)
     scores = SCORERS[config.scorer](query, key, geometry, steps)
     return steps.select(scores, geometry, config.pin_first)
-
-
-def _sdpa(softmax_scale: float | None) -> Attend:
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        grouped = q.shape[1] != k.shape[1]
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=grouped)
-        return out.permute(2, 0, 1, 3)
-
-    return attend
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:

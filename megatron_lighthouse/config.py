@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from megatron_lighthouse.geometry import Geometry
+from megatron_lighthouse.inner import INNER
 from megatron_lighthouse.scorers import SCORERS
 
 
@@ -34,6 +35,10 @@ class LighthouseConfig:
 
     scorer: str = "norm"
     """What ranks the entries: 'norm' takes the L2 norms of the queries and of the keys."""
+
+    inner: str = "auto"
+    """The attention over the gathered rows: 'auto' takes the fastest that is there (Transformer Engine's in its own layer
+    spec); 'te', 'fa4', 'fa3', 'cudnn', 'fa2' and 'sdpa' force one. See `megatron_lighthouse.inner`."""
 
     pin_first: bool = True
     """Always refine the first window, so that every position has an output (the authors' code leaves
@@ -66,6 +71,8 @@ class LighthouseConfig:
             )
         if self.scorer not in SCORERS:
             raise ValueError(f"{flag('scorer')} {self.scorer!r} is not known: use {' or '.join(map(repr, SCORERS))}.")
+        if self.inner not in INNER:
+            raise ValueError(f"{flag('inner')} {self.inner!r} is not known: use {' or '.join(map(repr, INNER))}.")
 
     @staticmethod
     def _neighbours(value: int, unit: int) -> tuple[int, int]:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
@@ -18,6 +20,7 @@ from torch import Tensor
 from megatron_lighthouse import telemetry
 from megatron_lighthouse.attention import lighthouse_attention
 from megatron_lighthouse.config import LighthouseConfig
+from megatron_lighthouse.inner import Attend, choose, inner_attention
 from megatron_lighthouse.mcore.checks import check
 from megatron_lighthouse.mcore.settings import LighthouseSettings
 
@@ -27,6 +30,10 @@ class LighthouseMixin:
 
     lighthouse: LighthouseConfig
     layer_number: int
+    inner_scale: float | None
+    """Softmax scale of the inner attention; 1/sqrt(hn) if None."""
+    dense_is_inner: bool
+    """Whether the base class attends to the gathered rows, as Transformer Engine's does, or a backend of `inner`."""
 
     def forward(
         self,
@@ -54,10 +61,13 @@ class LighthouseMixin:
         self._check_call(query, key, attn_mask_type, attention_bias, packed_seq_params)
         dense = super().forward  # type: ignore[misc]
 
-        def attend(rows_q: Tensor, rows_k: Tensor, rows_v: Tensor) -> Tensor:
+        def base(rows_q: Tensor, rows_k: Tensor, rows_v: Tensor) -> Tensor:
             out = dense(rows_q, rows_k, rows_v, None, attn_mask_type=attn_mask_type, **kwargs)
             return out.unflatten(-1, rows_q.shape[2:])
 
+        attend: Attend = base
+        if not self.dense_is_inner:
+            attend = inner_attention(self.lighthouse.inner, query, key, self.inner_scale)
         with telemetry.layer(self.layer_number):
             return lighthouse_attention(query, key, value, self.lighthouse, attend=attend).flatten(2)
 
@@ -102,4 +112,18 @@ class CoreAttentionBuilder:
         check(config, self.settings, None)
         layer = lighthouse_class(module)(config=config, layer_number=layer_number, **params, **kwargs)
         layer.lighthouse = self.settings.config
+        layer.inner_scale = kwargs.get("softmax_scale")
+        layer.dense_is_inner = self._dense_is_inner(module, config)
         return layer
+
+    def _dense_is_inner(self, module: type, config: TransformerConfig) -> bool:
+        """Decides who attends to the gathered rows, so that a backend that is missing is named before training starts."""
+        name, of_te = self.settings.config.inner, "transformer_engine" in module.__module__
+        # Megatron's local attention would keep all scores, so it is the one that 'auto' replaces
+        if (of_te and name == "te") or (name == "auto" and module is not DotProductAttention):
+            return True
+        heads, groups = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        sizes = (x // config.tensor_model_parallel_size for x in (heads, groups))
+        choose(name, device, config.params_dtype, *sizes, config.kv_channels)
+        return False

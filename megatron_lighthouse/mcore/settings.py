@@ -8,6 +8,7 @@ import shlex
 from dataclasses import dataclass, field, fields
 
 from megatron_lighthouse.config import LighthouseConfig, flag
+from megatron_lighthouse.inner import INNER
 from megatron_lighthouse.scorers import SCORERS
 
 ENVIRONMENT = "LIGHTHOUSE_ARGS"
@@ -56,6 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         choices=list(SCORERS),
         default=defaults.scorer,
         help="What ranks the entries: 'norm' takes the L2 norms of queries and keys. Default: %(default)s.",
+    )
+    group.add_argument(
+        flag("inner"),
+        choices=INNER,
+        default=defaults.inner,
+        help="The attention over the gathered rows. 'auto': Transformer Engine's in its layer spec, else the fastest of "
+        "FlashAttention 4 or 3, cuDNN and FlashAttention 2 that is there and takes the dtype and head dimension. Another name "
+        "forces that one. Default: %(default)s.",
     )
     group.add_argument(
         flag("pin_first"),

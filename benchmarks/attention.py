@@ -1,0 +1,254 @@
+"""`python benchmarks/attention.py --out FOLDER`: checks, times and plots one attention layer on one GPU.
+
+Dense (cuDNN, FlashAttention), Lighthouse, Lighthouse by step, the inner attention alone and the memory floor, over sequence
+length and over (L, p, k), forward and forward + backward, with peak memory and the bytes kept for backward. `--reference
+PATH` also times the authors' public code from a checkout of yours, in the same run. Leaves attention.csv, summary.json and
+two pictures. Times are medians of CUDA events; inputs are random, bf16, and rotate so that no cache holds them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from attention_checks import check
+from attention_plots import draw
+from competitors import authors, available, dense
+from measure import copy_gb_per_second, environment, host_ms, median_ms, peak_gib
+from torch import Tensor
+
+from megatron_lighthouse import LighthouseConfig, kernels, lighthouse_attention
+from megatron_lighthouse.inner import inner_attention
+from megatron_lighthouse.kernels.gather import _gather_backward
+from megatron_lighthouse.kernels.scatter import _scatter_backward
+
+Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of the layer."""
+
+    seq_length: int
+    budget: int
+    levels: int = 3
+    pooling: int = 4
+    batch: int = 1
+    heads: int = 8
+    groups: int = 8
+    dim: int = 128
+    title: str = ""
+
+    @property
+    def config(self) -> LighthouseConfig:
+        return LighthouseConfig(self.levels, self.pooling, self.budget)
+
+    @property
+    def name(self) -> str:
+        shape = "" if (self.batch, self.heads, self.groups, self.dim) == (1, 8, 8, 128) else (
+            f" B={self.batch} H={self.heads} G={self.groups} D={self.dim}"
+        )
+        return f"N={self.seq_length} L={self.levels} p={self.pooling} k={self.budget}{shape}"
+
+    def inputs(self) -> list[Tensor]:
+        """q, k, v as Megatron hands them over: v is a slice of a fused projection."""
+        q = torch.randn(self.seq_length, self.batch, self.heads, self.dim, device="cuda", dtype=torch.bfloat16)
+        k = torch.randn(self.seq_length, self.batch, self.groups, self.dim, device="cuda", dtype=torch.bfloat16)
+        fused = torch.randn(self.seq_length, self.batch, self.groups, 3, self.dim, device="cuda", dtype=torch.bfloat16)
+        return [q.requires_grad_(), k.requires_grad_(), fused[:, :, :, 2].detach().requires_grad_()]
+
+
+LENGTHS = [
+    Case(8192, 128), Case(16384, 256), Case(32768, 512), Case(65536, 1024), Case(98304, 1536),
+    Case(131072, 1024), Case(262144, 2048), Case(524288, 4096), Case(1048576, 4096, levels=4),
+]  # fmt: skip
+OTHERS = [
+    Case(98304, 1536, levels=3, pooling=2), Case(98304, 1536, levels=4, pooling=2), Case(98304, 1536, levels=5, pooling=2),
+    Case(98304, 1536, levels=3, pooling=8), Case(98304, 3072), Case(98304, 6144), Case(491520, 3840),
+]  # fmt: skip
+SHAPES = [
+    Case(16384, 256, batch=4), Case(98304, 1536, batch=4), Case(16384, 256, heads=32), Case(98304, 1536, heads=32),
+    Case(16384, 256, dim=64), Case(98304, 1536, dim=64), Case(8192, 128, batch=4, heads=32), Case(98304, 1536, dim=96),
+]  # fmt: skip
+
+
+class Table:
+    """Rows of the result, printed as they come."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, object]] = []
+
+    def add(self, case: Case, what: str, direction: str, ms: float | None, **more: object) -> None:
+        row = {"case": case.name, "N": case.seq_length, "what": what, "direction": direction, "ms": ms, **more}
+        self.rows.append(row)
+        print(f"{case.name:34} {what:16} {direction:9} {'fails' if ms is None else f'{ms:10.3f} ms'} {more or ''}", flush=True)
+
+    def ms(self, case: Case, what: str, direction: str) -> float | None:
+        found = [r["ms"] for r in self.rows if (r["case"], r["what"], r["direction"]) == (case.name, what, direction)]
+        return found[0] if found else None  # type: ignore[return-value]
+
+
+def forward(layer: Layer, inputs: Sequence[Tensor]) -> Callable[[], object]:
+    return lambda: layer(*inputs)
+
+
+def both(layer: Layer, inputs: Sequence[Tensor], grad: Tensor) -> Callable[[], object]:
+    return lambda: torch.autograd.grad(layer(*inputs), inputs, grad)
+
+
+def time_layer(table: Table, case: Case, what: str, layer: Layer, sets: list[list[Tensor]], seconds: float) -> None:
+    """Forward and forward + backward of `layer`, and what it needs at its peak."""
+    try:
+        grads = [torch.randn_like(layer(*inputs)) for inputs in sets[:1]]
+        peak = peak_gib(both(layer, sets[0], grads[0]))
+        table.add(case, what, "fwd", median_ms([forward(layer, x) for x in sets], seconds), peak_gib=round(peak, 3))
+        calls = [both(layer, x, grads[0]) for x in sets]
+        extra = {"eager_ms": round(host_ms(calls[0]), 3)} if case.seq_length <= 32768 else {}
+        table.add(case, what, "fwd+bwd", median_ms(calls, seconds), **extra)
+    except Exception as error:  # a competitor that cannot run is a result
+        print(f"{what}: {type(error).__name__}: {str(error)[:300]}")
+        table.add(case, what, "fwd", None)
+        table.add(case, what, "fwd+bwd", None)
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def time_steps(table: Table, case: Case, sets: list[list[Tensor]], rate: float) -> None:
+    """Each step alone, against the bytes it must move at `rate` gigabytes per second."""
+    geometry, sizes = case.config.geometry(case.seq_length), case.config.geometry(case.seq_length).sizes
+    plain = [[x.detach() for x in inputs] for inputs in sets]
+    n, s = case.seq_length, geometry.gathered_length
+    row = case.batch * case.dim * 2
+    heads, all_heads = case.heads, case.heads + 2 * case.groups
+    scores = [kernels.score(q, k, geometry) for q, k, _ in plain]
+    selections = [kernels.select(x, geometry, True) for x in scores]
+    rows = [kernels.gather(*x, y) for x, y in zip(plain, selections, strict=True)]
+    grads = [torch.randn_like(q) for q, _, _ in plain]
+    each = range(len(plain))
+    steps: dict[tuple[str, str], tuple[list[Callable[[], object]], int]] = {
+        ("score", "fwd"): ([lambda i=i: kernels.score(*plain[i][:2], geometry) for i in each], n * (heads + case.groups) * row),
+        ("select", "fwd"): ([lambda i=i: kernels.select(scores[i], geometry, True) for i in each], 0),
+        ("gather", "fwd"): ([lambda i=i: kernels.gather(*plain[i], selections[i]) for i in each], (n + s) * all_heads * row),
+        ("scatter", "fwd"): ([lambda i=i: kernels.scatter(rows[i][0], selections[i]) for i in each], (n + s) * heads * row),
+        ("scatter", "bwd"): (
+            [lambda i=i: _scatter_backward(grads[i], selections[i].places, sizes) for i in each],
+            (n + s) * heads * row,
+        ),
+        ("gather", "bwd"): (
+            [lambda i=i: _gather_backward(*rows[i], selections[i].places, sizes) for i in each],
+            (n + s) * all_heads * row,
+        ),
+    }
+    totals: dict[str, list[float]] = {"fwd": [0.0, 0.0], "bwd": [0.0, 0.0]}
+    for (name, direction), (calls, moved) in steps.items():
+        ms, floor = median_ms(calls), moved / rate / 1e6
+        table.add(case, name, direction, ms, floor_ms=round(floor, 4))
+        totals[direction][0] += ms
+        totals[direction][1] += floor
+    for direction, (ms, floor) in totals.items():
+        table.add(case, "all steps", direction, ms, floor_ms=round(floor, 4), ratio=round(ms / floor, 3))
+    leaves = [[x.detach().requires_grad_() for x in y] for y in rows]
+    layer = inner_attention("auto", rows[0][0], rows[0][1])
+    grad = torch.randn_like(rows[0][0])
+    table.add(case, "inner", "fwd", median_ms([forward(layer, x) for x in leaves]))
+    table.add(case, "inner", "fwd+bwd", median_ms([both(layer, x, grad) for x in leaves]))
+
+
+def kept_bytes(layer: Layer, inputs: list[Tensor]) -> int:
+    """Bytes that the layer keeps for backward, each storage counted once, its output not."""
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = layer(*inputs)
+    kept.pop(out.untyped_storage().data_ptr(), None)
+    return sum(kept.values())
+
+
+def run_case(table: Table, case: Case, reference: Path | None, rate: float, dense_seconds: float, backends: bool) -> None:
+    one = case.inputs()
+    count = max(1, min(3, -(-(200 << 20) // sum(x.nbytes for x in one))))
+    sets = [one, *(case.inputs() for _ in range(count - 1))]
+    config = case.config
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return lighthouse_attention(q, k, v, config)
+
+    time_layer(table, case, "lighthouse", ours, sets, 0.4)
+    time_steps(table, case, sets, rate)
+    names = available(*one[:2]) if backends else ["cudnn"]
+    for name in names:
+        layer = dense(name, *one[:2])
+        if layer is not None:
+            time_layer(table, case, f"dense {name}", layer, sets, dense_seconds)
+    if reference is not None and case.heads == case.groups:
+        theirs = authors(reference, case.levels, case.pooling, case.budget)
+        time_layer(
+            table, case, "authors", lambda q, k, v: theirs(*(x.transpose(0, 1) for x in (q, k, v))), sets, 0.4
+        )
+    if case.seq_length == 98304:
+        alone = [x.detach().contiguous().requires_grad_() for x in one]  # v as a view would count what it is a view of
+        mine, full = kept_bytes(ours, alone), kept_bytes(dense("cudnn", *one[:2]), alone)  # type: ignore[arg-type]
+        table.add(case, "kept bytes", "fwd", 0.0, lighthouse=mine, dense=full, ratio=round(mine / full, 4))
+    del sets, one
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "attention")
+    parser.add_argument("--reference", type=Path, help="a checkout of the authors' repository; needs the package einops")
+    parser.add_argument("--quick", action="store_true", help="the two lengths of the targets alone")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    table, rate = Table(), copy_gb_per_second()
+    print(f"{environment()}\ncopy {rate:.0f} GB/s", flush=True)
+    checks = check()
+    cases = [Case(98304, 1536), Case(524288, 4096)] if options.quick else [*LENGTHS, *OTHERS, *SHAPES]
+    for case in cases:
+        # dense attention over half a million tokens takes seconds: once is enough
+        run_case(table, case, options.reference, rate, 0.4 if case.seq_length <= 131072 else 0.1, case.seq_length <= 98304)
+        write(options.out, table, rate, checks)
+    draw(options.out, table.rows)
+
+
+def write(out: Path, table: Table, rate: float, checks: dict[str, object]) -> None:
+    columns = list(dict.fromkeys(column for row in table.rows for column in row))
+    with (out / "attention.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(table.rows)
+    summary = {**environment(), "copy GB/s": round(rate), "checks": checks, "targets": targets(table)}
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def targets(table: Table) -> list[dict[str, object]]:
+    """The figures that README and docs quote."""
+    found: list[dict[str, object]] = []
+    for case in dict.fromkeys(case for case in [*LENGTHS, *OTHERS, *SHAPES]):
+        for direction in ("fwd", "fwd+bwd"):
+            ours = table.ms(case, "lighthouse", direction)
+            if ours is None:
+                continue
+            row: dict[str, object] = {"case": case.name, "direction": direction, "lighthouse ms": round(ours, 3)}
+            for what in ("dense cudnn", "authors", "inner"):
+                other = table.ms(case, what, direction)
+                row[f"{what} ms"] = None if other is None else round(other, 3)
+                if other is not None:
+                    row[f"times {what}"] = round(other / ours, 2)
+            found.append(row)
+    return found
+
+
+if __name__ == "__main__":
+    main()

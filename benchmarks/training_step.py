@@ -1,0 +1,101 @@
+"""`python benchmarks/training_step.py --out FOLDER`: a training step of the paper's 530M model at 98,304 tokens, one GPU.
+
+Megatron with Transformer Engine, bf16, no recompute: dense attention, 26 of 30 layers Lighthouse, and all 30, each in a
+process of its own through `megatron_lighthouse.pretrain_gpt`. Reads step time and peak memory from Megatron's log. Leaves
+training_step.csv, summary.json and the logs. `--budget`, `--seq-length` and `--layers` change the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from measure import environment
+
+from megatron_lighthouse.recipe.presets import default_text
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = """
+    --bf16 --transformer-impl transformer_engine --attention-backend fused --distributed-backend nccl
+    --hidden-size 1024 --ffn-hidden-size 1536 --num-attention-heads 8 --kv-channels 128
+    --position-embedding-type rope --normalization RMSNorm --disable-bias-linear --swiglu
+    --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --no-gradient-accumulation-fusion
+    --micro-batch-size 1 --global-batch-size 1 --lr 1e-4 --lr-decay-style constant --clip-grad 1.0
+    --log-interval 1 --log-throughput --eval-iters 0 --eval-interval 100000 --seed 7
+    --no-create-attention-mask-in-dataloader
+""".split()
+RUNS = {
+    "dense": ["--attention", "dense"],
+    "lighthouse, first and last two layers dense": ["--attention", "lighthouse"],
+    "lighthouse, all layers": ["--attention", "lighthouse", "--lighthouse-dense-first", "0", "--lighthouse-dense-last", "0"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "training_step")
+    parser.add_argument("--seq-length", type=int, default=98304)
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--budget", type=int, default=1536)
+    parser.add_argument("--steps", type=int, default=10, help="iterations a run; the first three are not counted")
+    options, more = parser.parse_known_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name, arguments in RUNS.items():
+        rows.append({"run": name, **measure(name, arguments, options, more)})
+        print(rows[-1], flush=True)
+    dense = rows[0]["seconds a step"]
+    for row in rows:
+        ours = row["seconds a step"]
+        row["times dense"] = round(dense / ours, 2) if dense and ours else None  # type: ignore[operator]
+    with (options.out / "training_step.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    (options.out / "summary.json").write_text(json.dumps({**environment(), "runs": rows}, indent=2) + "\n")
+    print(json.dumps(rows, indent=2))
+
+
+def measure(name: str, arguments: list[str], options: argparse.Namespace, more: list[str]) -> dict[str, object]:
+    """Median step time after three warm-up steps, and peak memory, as Megatron logs them; None for a run that failed."""
+    log = options.out / (re.sub(r"\W+", "-", name) + ".log")
+    length = str(options.seq_length)
+    sizes = ["--seq-length", length, "--max-position-embeddings", length, "--num-layers", str(options.layers)]
+    command = [
+        *(sys.executable, "-m", "megatron_lighthouse.pretrain_gpt", *MODEL, *sizes, *arguments),
+        *("--lighthouse-budget", str(options.budget), "--train-iters", str(options.steps), *more),
+        *("--data-cache-path", str(options.out / "data"), "--text-data", *default_text()),
+    ]
+    single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29511"}
+    defaults = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    with log.open("w") as file:
+        status = subprocess.run(
+            command, stdout=file, stderr=subprocess.STDOUT, env={**defaults, **os.environ, **single, **paths}
+        ).returncode
+    text = log.read_text(errors="replace")
+    if status:
+        print(text[-3000:], flush=True)
+    times = [float(x) / 1000 for x in re.findall(r"elapsed time per iteration \(ms\): ([\d.]+)", text)]
+    losses = [float(x) for x in re.findall(r"lm loss: ([\d.E+-]+)", text)]
+    peaks = [float(x) for x in re.findall(r"max allocated: ([\d.]+)", text)]
+    return {
+        "seconds a step": round(statistics.median(times[3:]), 4) if len(times) > 3 else None,
+        "tokens a second": round(options.seq_length / statistics.median(times[3:])) if len(times) > 3 else None,
+        # Megatron logs MiB once, after the second step; the optimizer's state is there by then
+        "peak GB": round(max(peaks) * 2**20 / 1e9, 2) if peaks else None,
+        "peak GiB": round(max(peaks) / 1024, 2) if peaks else None,
+        "first loss": losses[0] if losses else None,
+        "last loss": losses[-1] if losses else None,
+    }
+
+
+if __name__ == "__main__":
+    main()

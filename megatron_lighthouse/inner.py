@@ -1,0 +1,198 @@
+"""The inner attention: plain causal attention over the gathered rows, by the fastest backend that is there.
+
+Chosen once for a device, dtype and head dimension, and said once. Where torch is asked to be deterministic, only backends
+whose backward repeats to the bit are taken: cuDNN's in torch does not.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megatron_lighthouse.notice import say_once
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Causal attention over the gathered rows: ([S, B, H, D], [S, B, G, D], [S, B, G, D]) -> [S, B, H, D]."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a backend must be able to take."""
+
+    device: torch.device
+    dtype: torch.dtype
+    heads: int
+    groups: int
+    dim: int
+
+    @property
+    def capability(self) -> int:
+        """The device's compute capability times ten; 0 on a CPU."""
+        if self.device.type != "cuda":
+            return 0
+        major, minor = torch.cuda.get_device_capability(self.device)
+        return 10 * major + minor
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}, {self.heads} query and {self.groups} key/value heads of {self.dim}"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the inner attention."""
+
+    title: str
+    problem: Callable[[Rows], str | None]
+    """Why it cannot take these rows, as the end of a sentence; None where it can."""
+    attend: Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
+    repeats: bool = True
+    """Whether its backward gives the same bits again, when torch is asked to be deterministic."""
+
+
+def inner_attention(name: str, query: Tensor, key: Tensor, softmax_scale: float | None = None) -> Attend:
+    """The backend `name` of BACKENDS for these rows, or the fastest for 'auto'.
+
+    Args:
+        query: [S, B, H, D]; key: [S, B, G, D]; of these only shapes, dtype and device count.
+        softmax_scale: 1/sqrt(D) by default.
+
+    Raises:
+        ValueError: a backend that is forced and is not there, or cannot take these rows.
+    """
+    chosen = choose(name, query.device, query.dtype, query.shape[2], key.shape[2], query.shape[3])
+    attend = BACKENDS[chosen].attend
+    return lambda q, k, v: attend(q, k, v, softmax_scale)
+
+
+@torch._dynamo.assume_constant_result
+def choose(name: str, device: torch.device, dtype: torch.dtype, heads: int, groups: int, dim: int) -> str:
+    """The name in BACKENDS that `name` stands for; says it the first time.
+
+    Raises:
+        ValueError: as `inner_attention`.
+    """
+    return _choose(name, Rows(device, dtype, heads, groups, dim), torch.are_deterministic_algorithms_enabled())
+
+
+@cache
+def _choose(name: str, rows: Rows, deterministic: bool) -> str:
+    if name == "te":
+        raise ValueError(
+            "--lighthouse-inner te is the attention of Transformer Engine's layer spec: use it with --transformer-impl "
+            "transformer_engine, or --lighthouse-inner auto."
+        )
+    problems = {other: _problem(other, rows, deterministic) for other in _fastest_first(rows)}
+    fits = [other for other, problem in problems.items() if problem is None]
+    if name == "auto":
+        name = fits[0]
+        passed = "; ".join(f"{BACKENDS[other].title} {problems[other]}" for other in list(problems)[: list(problems).index(name)])
+        why = f" ({passed})" if passed and rows.capability else ""
+        say_once(f"lighthouse: the inner attention of {rows} is {BACKENDS[name].title}{why}.")
+    elif problems[name] is not None:
+        raise ValueError(
+            f"--lighthouse-inner {name} cannot run: {BACKENDS[name].title} {problems[name]}. For {rows} use "
+            f"--lighthouse-inner {' or '.join(['auto', *fits])}."
+        )
+    return name
+
+
+def _problem(name: str, rows: Rows, deterministic: bool) -> str | None:
+    backend = BACKENDS[name]
+    if deterministic and not backend.repeats:
+        return "is not deterministic, and torch.use_deterministic_algorithms is on"
+    return backend.problem(rows)
+
+
+def _fastest_first(rows: Rows) -> list[str]:
+    """All backends; on Hopper and Blackwell as `benchmarks/attention.py` and their authors measured them."""
+    if rows.capability >= 100:
+        return ["fa4", "cudnn", "fa2", "fa3", "sdpa"]
+    if rows.capability >= 90:
+        return ["fa3", "cudnn", "fa4", "fa2", "sdpa"]
+    return ["fa2", "cudnn", "fa3", "fa4", "sdpa"]
+
+
+def _flash_problem(package: str, module: str, capability: int) -> Callable[[Rows], str | None]:
+    def problem(rows: Rows) -> str | None:
+        if rows.capability // 10 * 10 not in ((90,) if capability == 90 else (90, 100, 110)):
+            return "does not run on this device"
+        if rows.dtype not in (torch.bfloat16, torch.float16):
+            return "takes bf16 and fp16 alone"
+        if rows.dim > (256 if capability == 90 else 128) or rows.dim % 8:
+            return f"does not take head dimension {rows.dim}"
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            missing = error.name is not None and module.startswith(error.name)
+            return f"is not installed ({package})" if missing else f"is installed but does not import ({error})"
+        except Exception as error:
+            return f"is installed but does not import ({error})"
+        return None
+
+    return problem
+
+
+def _flash(module: str) -> Callable[[Tensor, Tensor, Tensor, float | None], Tensor]:
+    def attend(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None) -> Tensor:
+        function = importlib.import_module(module).flash_attn_func
+        q, k, v = (x.transpose(0, 1) for x in (query, key, value))  # [B, S, heads, D]
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        out = function(q, k, v, softmax_scale=softmax_scale, causal=True, deterministic=deterministic)
+        return (out[0] if isinstance(out, tuple) else out).transpose(0, 1)
+
+    return attend
+
+
+def _torch_problem(backend: SDPBackend) -> Callable[[Rows], str | None]:
+    def problem(rows: Rows) -> str | None:
+        if rows.device.type != "cuda":
+            return "needs a GPU"
+        q, k, v = (
+            torch.empty(1, heads, 128, rows.dim, dtype=rows.dtype, device=rows.device, requires_grad=True)
+            for heads in (rows.heads, rows.groups, rows.groups)
+        )
+        given = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, rows.heads != rows.groups)
+        can = torch.backends.cuda
+        usable = can.can_use_cudnn_attention if backend == SDPBackend.CUDNN_ATTENTION else can.can_use_flash_attention
+        return None if usable(given, False) else f"does not take {rows}"
+
+    return problem
+
+
+def _torch(backend: SDPBackend | None) -> Callable[[Tensor, Tensor, Tensor, float | None], Tensor]:
+    def attend(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None) -> Tensor:
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        grouped = q.shape[1] != k.shape[1]
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        if backend is None:
+            return sdpa(q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=grouped).permute(2, 0, 1, 3)
+        with sdpa_kernel(backend):
+            return sdpa(q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=grouped).permute(2, 0, 1, 3)
+
+    return attend
+
+
+BACKENDS: dict[str, Backend] = {
+    "fa4": Backend("FlashAttention 4", _flash_problem("flash-attn-4", "flash_attn.cute", 100), _flash("flash_attn.cute")),
+    "fa3": Backend(
+        "FlashAttention 3",
+        _flash_problem("hopper/ of the flash-attention repository", "flash_attn_interface", 90),
+        _flash("flash_attn_interface"),
+    ),
+    "cudnn": Backend(
+        "cuDNN's attention in torch", _torch_problem(SDPBackend.CUDNN_ATTENTION), _torch(SDPBackend.CUDNN_ATTENTION), False
+    ),
+    "fa2": Backend(
+        "FlashAttention 2 in torch", _torch_problem(SDPBackend.FLASH_ATTENTION), _torch(SDPBackend.FLASH_ATTENTION)
+    ),
+    "sdpa": Backend("torch's scaled_dot_product_attention", lambda rows: None, _torch(None)),
+}
+"""What `--lighthouse-inner` can name, beside 'auto' and 'te' (Transformer Engine's, in its own layer spec)."""
+
+INNER = ("auto", "te", *BACKENDS)

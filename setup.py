@@ -1,4 +1,4 @@
-"""Packaging of megatron_lighthouse. `kernels/` at the top level installs as `megatron_lighthouse.kernels`."""
+"""Packaging of megatron_lighthouse. `kernels/` installs as `megatron_lighthouse.kernels`, where a link in a clone shows it."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.12",
-    packages=[*find_packages(include=["megatron_lighthouse", "megatron_lighthouse.*"]), "megatron_lighthouse.kernels"],
+    packages=sorted({*find_packages(include=["megatron_lighthouse", "megatron_lighthouse.*"]), "megatron_lighthouse.kernels"}),
     package_dir={"megatron_lighthouse.kernels": "kernels"},
     install_requires=[
         "megatron-core>=0.19.2,<0.20",  # the model, the parallelism and the training loop that this plugs into

@@ -12,12 +12,13 @@ import argparse
 import csv
 import gc
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from attention_checks import check
+from attention_checks import QKV, check, each
 from attention_plots import draw
 from competitors import authors, available, dense
 from measure import copy_gb_per_second, environment, host_ms, median_ms, peak_gib
@@ -51,17 +52,19 @@ class Case:
 
     @property
     def name(self) -> str:
-        shape = "" if (self.batch, self.heads, self.groups, self.dim) == (1, 8, 8, 128) else (
-            f" B={self.batch} H={self.heads} G={self.groups} D={self.dim}"
+        shape = (
+            ""
+            if (self.batch, self.heads, self.groups, self.dim) == (1, 8, 8, 128)
+            else (f" B={self.batch} H={self.heads} G={self.groups} D={self.dim}")
         )
         return f"N={self.seq_length} L={self.levels} p={self.pooling} k={self.budget}{shape}"
 
-    def inputs(self) -> list[Tensor]:
+    def inputs(self) -> QKV:
         """q, k, v as Megatron hands them over: v is a slice of a fused projection."""
         q = torch.randn(self.seq_length, self.batch, self.heads, self.dim, device="cuda", dtype=torch.bfloat16)
         k = torch.randn(self.seq_length, self.batch, self.groups, self.dim, device="cuda", dtype=torch.bfloat16)
         fused = torch.randn(self.seq_length, self.batch, self.groups, 3, self.dim, device="cuda", dtype=torch.bfloat16)
-        return [q.requires_grad_(), k.requires_grad_(), fused[:, :, :, 2].detach().requires_grad_()]
+        return q.requires_grad_(), k.requires_grad_(), fused[:, :, :, 2].detach().requires_grad_()
 
 
 LENGTHS = [
@@ -94,15 +97,15 @@ class Table:
         return found[0] if found else None  # type: ignore[return-value]
 
 
-def forward(layer: Layer, inputs: Sequence[Tensor]) -> Callable[[], object]:
+def forward(layer: Layer, inputs: QKV) -> Callable[[], object]:
     return lambda: layer(*inputs)
 
 
-def both(layer: Layer, inputs: Sequence[Tensor], grad: Tensor) -> Callable[[], object]:
+def both(layer: Layer, inputs: QKV, grad: Tensor) -> Callable[[], object]:
     return lambda: torch.autograd.grad(layer(*inputs), inputs, grad)
 
 
-def time_layer(table: Table, case: Case, what: str, layer: Layer, sets: list[list[Tensor]], seconds: float) -> None:
+def time_layer(table: Table, case: Case, what: str, layer: Layer, sets: list[QKV], seconds: float) -> None:
     """Forward and forward + backward of `layer`, and what it needs at its peak."""
     try:
         grads = [torch.randn_like(layer(*inputs)) for inputs in sets[:1]]
@@ -119,10 +122,10 @@ def time_layer(table: Table, case: Case, what: str, layer: Layer, sets: list[lis
     torch.cuda.empty_cache()
 
 
-def time_steps(table: Table, case: Case, sets: list[list[Tensor]], rate: float) -> None:
+def time_steps(table: Table, case: Case, sets: list[QKV], rate: float) -> None:
     """Each step alone, against the bytes it must move at `rate` gigabytes per second."""
     geometry, sizes = case.config.geometry(case.seq_length), case.config.geometry(case.seq_length).sizes
-    plain = [[x.detach() for x in inputs] for inputs in sets]
+    plain = [each(inputs, torch.Tensor.detach) for inputs in sets]
     n, s = case.seq_length, geometry.gathered_length
     row = case.batch * case.dim * 2
     heads, all_heads = case.heads, case.heads + 2 * case.groups
@@ -130,37 +133,31 @@ def time_steps(table: Table, case: Case, sets: list[list[Tensor]], rate: float) 
     selections = [kernels.select(x, geometry, True) for x in scores]
     rows = [kernels.gather(*x, y) for x, y in zip(plain, selections, strict=True)]
     grads = [torch.randn_like(q) for q, _, _ in plain]
-    each = range(len(plain))
-    steps: dict[tuple[str, str], tuple[list[Callable[[], object]], int]] = {
-        ("score", "fwd"): ([lambda i=i: kernels.score(*plain[i][:2], geometry) for i in each], n * (heads + case.groups) * row),
-        ("select", "fwd"): ([lambda i=i: kernels.select(scores[i], geometry, True) for i in each], 0),
-        ("gather", "fwd"): ([lambda i=i: kernels.gather(*plain[i], selections[i]) for i in each], (n + s) * all_heads * row),
-        ("scatter", "fwd"): ([lambda i=i: kernels.scatter(rows[i][0], selections[i]) for i in each], (n + s) * heads * row),
-        ("scatter", "bwd"): (
-            [lambda i=i: _scatter_backward(grads[i], selections[i].places, sizes) for i in each],
-            (n + s) * heads * row,
-        ),
-        ("gather", "bwd"): (
-            [lambda i=i: _gather_backward(*rows[i], selections[i].places, sizes) for i in each],
-            (n + s) * all_heads * row,
-        ),
+    # what a step does on the inputs of set i, and the bytes that it must move
+    steps: dict[tuple[str, str], tuple[Callable[[int], object], int]] = {
+        ("score", "fwd"): (lambda i: kernels.score(plain[i][0], plain[i][1], geometry), n * (heads + case.groups) * row),
+        ("select", "fwd"): (lambda i: kernels.select(scores[i], geometry, True), 0),
+        ("gather", "fwd"): (lambda i: kernels.gather(*plain[i], selections[i]), (n + s) * all_heads * row),
+        ("scatter", "fwd"): (lambda i: kernels.scatter(rows[i][0], selections[i]), (n + s) * heads * row),
+        ("scatter", "bwd"): (lambda i: _scatter_backward(grads[i], selections[i].places, sizes), (n + s) * heads * row),
+        ("gather", "bwd"): (lambda i: _gather_backward(*rows[i], selections[i].places, sizes), (n + s) * all_heads * row),
     }
     totals: dict[str, list[float]] = {"fwd": [0.0, 0.0], "bwd": [0.0, 0.0]}
-    for (name, direction), (calls, moved) in steps.items():
-        ms, floor = median_ms(calls), moved / rate / 1e6
+    for (name, direction), (work, moved) in steps.items():
+        ms, floor = median_ms([partial(work, i) for i in range(len(plain))]), moved / rate / 1e6
         table.add(case, name, direction, ms, floor_ms=round(floor, 4))
         totals[direction][0] += ms
         totals[direction][1] += floor
     for direction, (ms, floor) in totals.items():
         table.add(case, "all steps", direction, ms, floor_ms=round(floor, 4), ratio=round(ms / floor, 3))
-    leaves = [[x.detach().requires_grad_() for x in y] for y in rows]
+    leaves = [each(y, lambda x: x.detach().requires_grad_()) for y in rows]
     layer = inner_attention("auto", rows[0][0], rows[0][1])
     grad = torch.randn_like(rows[0][0])
     table.add(case, "inner", "fwd", median_ms([forward(layer, x) for x in leaves]))
     table.add(case, "inner", "fwd+bwd", median_ms([both(layer, x, grad) for x in leaves]))
 
 
-def kept_bytes(layer: Layer, inputs: list[Tensor]) -> int:
+def kept_bytes(layer: Layer, inputs: QKV) -> int:
     """Bytes that the layer keeps for backward, each storage counted once, its output not."""
     kept: dict[int, int] = {}
 
@@ -192,11 +189,9 @@ def run_case(table: Table, case: Case, reference: Path | None, rate: float, dens
             time_layer(table, case, f"dense {name}", layer, sets, dense_seconds)
     if reference is not None and case.heads == case.groups:
         theirs = authors(reference, case.levels, case.pooling, case.budget)
-        time_layer(
-            table, case, "authors", lambda q, k, v: theirs(*(x.transpose(0, 1) for x in (q, k, v))), sets, 0.4
-        )
+        time_layer(table, case, "authors", lambda q, k, v: theirs(*(x.transpose(0, 1) for x in (q, k, v))), sets, 0.4)
     if case.seq_length == 98304:
-        alone = [x.detach().contiguous().requires_grad_() for x in one]  # v as a view would count what it is a view of
+        alone = each(one, lambda x: x.detach().contiguous().requires_grad_())  # v as a view would count what it is a view of
         mine, full = kept_bytes(ours, alone), kept_bytes(dense("cudnn", *one[:2]), alone)  # type: ignore[arg-type]
         table.add(case, "kept bytes", "fwd", 0.0, lighthouse=mine, dense=full, ratio=round(mine / full, 4))
     del sets, one

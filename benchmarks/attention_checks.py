@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import product
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from megatron_lighthouse import LighthouseConfig, kernels, lighthouse_attention, reference
 from megatron_lighthouse.inner import inner_attention
 from megatron_lighthouse.selection import Selection
+from megatron_lighthouse.steps import Steps
 
 # N, L, p, k, m, B, H, G, D
 SHAPES = [
@@ -23,6 +25,13 @@ SHAPES = [
     (32768, 3, 4, 1024, 1024, 1, 2, 1, 80),
     (163840, 2, 2, 1280, 1280, 1, 1, 1, 32),
 ]
+
+
+QKV = tuple[Tensor, Tensor, Tensor]
+
+
+def each(qkv: QKV, function: Callable[[Tensor], Tensor]) -> QKV:
+    return function(qkv[0]), function(qkv[1]), function(qkv[2])
 
 
 def poison() -> None:
@@ -48,10 +57,10 @@ def check() -> dict[str, object]:
     return found
 
 
-def _inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+def _inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[QKV, Tensor]:
     n, *_, b, h, g, d = shape
     fused = torch.randn(n, b, g, h // g + 2, d, device="cuda").to(dtype)
-    views = [fused[:, :, :, : h // g].flatten(2, 3), fused[:, :, :, -2], fused[:, :, :, -1]]
+    views = fused[:, :, :, : h // g].flatten(2, 3), fused[:, :, :, -2], fused[:, :, :, -1]
     return views, torch.randn(n, b, h, d, device="cuda").to(dtype)
 
 
@@ -59,26 +68,27 @@ def _against_float64(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, fl
     n, levels, pooling, budget, tile_budget, *_ = shape
     geometry = LighthouseConfig(levels, pooling, budget, tile_budget).geometry(n)
     inputs, grad = _inputs(shape, dtype)
-    scores = kernels.score(*inputs[:2], geometry)
-    assert torch.equal(scores, reference.score(*inputs[:2], geometry)), shape
-    assert torch.equal(scores.cpu(), reference.score(*(x.cpu() for x in inputs[:2]), geometry)), shape
+    query, key, _ = inputs
+    scores = kernels.score(query, key, geometry)
+    assert torch.equal(scores, reference.score(query, key, geometry)), shape
+    assert torch.equal(scores.cpu(), reference.score(query.cpu(), key.cpu(), geometry)), shape
     for pin_first in (True, False):
         selection = kernels.select(scores, geometry, pin_first)
         assert torch.equal(selection.places, reference.select(scores, geometry, pin_first).places), shape
     got = _steps(kernels, inputs, grad, selection)
-    exact = _steps(reference, [x.double() for x in inputs], grad.double(), selection)
+    exact = _steps(reference, each(inputs, torch.Tensor.double), grad.double(), selection)
     return {name: _distance(got[name], exact[name]) for name in got}
 
 
-def _steps(steps: object, inputs: list[Tensor], grad: Tensor, selection: Selection) -> dict[str, Tensor]:
+def _steps(steps: Steps, inputs: QKV, grad: Tensor, selection: Selection) -> dict[str, Tensor]:
     """The rows, an output made of all three of them, and the gradients."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
+    leaves = each(inputs, lambda x: x.detach().requires_grad_())
     poison()
-    rows = steps.gather(*leaves, selection)  # type: ignore[attr-defined]
+    rows = steps.gather(*leaves, selection)
     ratio = inputs[0].shape[2] // inputs[1].shape[2]
     mixed = rows[0] + 2 * rows[1].repeat_interleave(ratio, 2) + 3 * rows[2].repeat_interleave(ratio, 2)
     poison()
-    out = steps.scatter(mixed, selection)  # type: ignore[attr-defined]
+    out = steps.scatter(mixed, selection)
     grads = torch.autograd.grad(out, leaves, grad)
     names = ("rows q", "rows k", "rows v", "out", "dq", "dk", "dv")
     return {name: x.detach() for name, x in zip(names, (*rows, out, *grads), strict=True)}
@@ -94,13 +104,12 @@ def _beside_dense() -> dict[str, float]:
     shape = (24576, 3, 4, 384, 128, 1, 8, 8, 128)
     config = LighthouseConfig(3, 4, 384)
     inputs, _ = _inputs(shape, torch.bfloat16)
-    scores = kernels.score(*inputs[:2], config.geometry(shape[0]))
+    scores = kernels.score(inputs[0], inputs[1], config.geometry(shape[0]))
     selection = kernels.select(scores, config.geometry(shape[0]), True)
-    rows = [x.double() for x in inputs]
-    exact_rows = reference.gather(*rows, selection)
+    exact_rows = reference.gather(*each(inputs, torch.Tensor.double), selection)
     exact = _attention64(*exact_rows)
-    bf16 = [x.bfloat16() for x in exact_rows]
-    dense = inner_attention("auto", *bf16[:2])(*bf16)
+    bf16 = each(exact_rows, torch.Tensor.bfloat16)
+    dense = inner_attention("auto", bf16[0], bf16[1])(*bf16)
     # what the dense rows come to in the output: added exactly, then rounded to bf16 once
     scattered = reference.scatter(dense.double(), selection).bfloat16()
     exact_out = reference.scatter(exact, selection)
@@ -125,7 +134,7 @@ def _repeats() -> dict[str, str]:
     """The whole layer with deterministic algorithms asked of torch, 100 times."""
     shape = (16384, 3, 4, 256, 128, 1, 8, 2, 128)
     inputs, grad = _inputs(shape, torch.bfloat16)
-    leaves = [x.detach().requires_grad_() for x in inputs]
+    leaves = each(inputs, lambda x: x.detach().requires_grad_())
     config, found = LighthouseConfig(3, 4, 256), {}
     for name in ("auto", "fa4", "fa2"):
         torch.use_deterministic_algorithms(True)

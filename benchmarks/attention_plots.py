@@ -59,9 +59,7 @@ def _steps(path: Path, rows: Sequence[Row]) -> None:
                 for row in found:
                     axes.bar(x, row["ms"], 0.5, bottom=bottom, color=colour, label=step if direction == "fwd" else None)
                     bottom += row["ms"]
-            floor = sum(
-                r["floor_ms"] for r in rows if r["case"] == case and r["what"] in STEPS and r["direction"] == direction
-            )
+            floor = sum(r["floor_ms"] for r in rows if r["case"] == case and r["what"] in STEPS and r["direction"] == direction)
             axes.hlines(floor, x - 0.35, x + 0.35, color="black", label="memory floor" if direction == "fwd" else None)
         axes.set(xticks=[0, 1], xticklabels=["forward", "backward"], ylabel="milliseconds", title=case)
         axes.spines[["top", "right"]].set_visible(False)

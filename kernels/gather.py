@@ -24,7 +24,8 @@ def _head(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, G):
     i_head = tl.program_id(1) % (H + 2 * G)
     i_b64 = i_b.to(tl.int64)
     if i_head < H:
-        pointer, stride, group = p_q + i_b64 * strides_q[1] + i_head.to(tl.int64) * strides_q[2], strides_q[0], i_head // (H // G)
+        group = i_head // (H // G)
+        pointer, stride = p_q + i_b64 * strides_q[1] + i_head.to(tl.int64) * strides_q[2], strides_q[0]
     elif i_head < H + G:
         group = i_head - H
         pointer, stride = p_k + i_b64 * strides_k[1] + group.to(tl.int64) * strides_k[2], strides_k[0]
@@ -127,7 +128,8 @@ def _gather(query: Tensor, key: Tensor, value: Tensor, places: Tensor, sizes: Se
         rows = _empty(query, key, value, geometry.gathered_length)
         how = launch("collect", query.shape[3], query.element_size())
         blocks = triton.cdiv(geometry.entries(geometry.levels - 1), how.rows)
-        _launch(gather_forward_kernel, last_contiguous(query, key, value), rows, places, geometry, blocks, how)
+        tokens = [last_contiguous(x) for x in (query, key, value)]
+        _launch(gather_forward_kernel, tokens, rows, places, geometry, blocks, how)
         return rows
 
 
@@ -140,7 +142,8 @@ def _gather_backward(
         tokens = _empty(query, key, value, geometry.seq_length)
         how = launch("spread", query.shape[3], query.element_size())
         blocks = triton.cdiv(geometry.seq_length, how.rows)
-        _launch(gather_backward_kernel, tokens, last_contiguous(query, key, value), places, geometry, blocks, how)
+        rows = [last_contiguous(x) for x in (query, key, value)]
+        _launch(gather_backward_kernel, tokens, rows, places, geometry, blocks, how)
         return tokens
 
 

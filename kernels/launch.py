@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
-from torch.library import CustomOpDef
+from torch._library.custom_ops import CustomOpDef
 
 
 class Launch(NamedTuple):
@@ -50,6 +50,6 @@ def run[T](op: CustomOpDef, function: Callable[..., T], *args: object) -> T:
     return op(*args) if torch.compiler.is_compiling() else function(*args)
 
 
-def last_contiguous(*tensors: Tensor) -> list[Tensor]:
-    """The tensors, copied only where their last dimension is not contiguous."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+def last_contiguous(x: Tensor) -> Tensor:
+    """`x`, copied only where its last dimension is not contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -96,7 +96,7 @@ def _scatter(rows: Tensor, places: Tensor, sizes: Sequence[int]) -> Tensor:
         out = _empty(rows, geometry.seq_length)
         how = launch("spread", rows.shape[3], rows.element_size())
         blocks = triton.cdiv(geometry.seq_length, how.rows)
-        _launch(scatter_forward_kernel, *last_contiguous(rows), out, places, geometry, blocks, how)
+        _launch(scatter_forward_kernel, last_contiguous(rows), out, places, geometry, blocks, how)
         return out
 
 
@@ -108,7 +108,7 @@ def _scatter_backward(grad: Tensor, places: Tensor, sizes: Sequence[int]) -> Ten
         how = launch("collect", grad.shape[3], grad.element_size())
         # one window more: the first of the shifted positions is cut short, and so is the last
         blocks = triton.cdiv(geometry.entries(geometry.levels - 1) + 1, how.rows)
-        _launch(scatter_backward_kernel, *last_contiguous(grad), rows, places, geometry, blocks, how)
+        _launch(scatter_backward_kernel, last_contiguous(grad), rows, places, geometry, blocks, how)
         return rows
 
 

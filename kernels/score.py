@@ -102,7 +102,7 @@ def compute_scores(query: Tensor, key: Tensor, sizes: Sequence[int]) -> Tensor:
     """See `Steps.score`; `sizes` is (N, L, p, k, m)."""
     with step("score"), on_device_of(query):
         geometry = Geometry(*sizes)
-        query, key = last_contiguous(query, key)
+        query, key = last_contiguous(query), last_contiguous(key)
         scores = _empty(key, geometry)
         (_, batch, heads, dim), groups = query.shape, key.shape[2]
         how = launch("score", dim, query.element_size())

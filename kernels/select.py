@@ -11,13 +11,15 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from megatron_lighthouse.kernels.launch import on_device_of
+from megatron_lighthouse.kernels.windows import level_offset
 from torch import Tensor
 
 from megatron_lighthouse.geometry import Geometry
-from megatron_lighthouse.kernels.launch import on_device_of
-from megatron_lighthouse.kernels.windows import level_offset
 from megatron_lighthouse.ranges import step
 
+BLOCK = 4096
+"""Scores that a program holds at most at a time; a longer tile is read in parts."""
 CHOSEN = tl.constexpr(-2)
 REJECTED = tl.constexpr(-1)
 HIGHEST = tl.constexpr(0x7FFFFFFF)
@@ -50,9 +52,9 @@ def _threshold(p_keys, length, WANTED: tl.constexpr, BLOCK: tl.constexpr, ONE: t
     i = tl.arange(0, BLOCK)
     keys = tl.load(p_keys + i, mask=i < length, other=REJECTED)
     threshold = 0
-    for step in range(16):
-        # two of the 31 bits at a time, from the top; the last step decides one of them again, alike
-        shift = tl.maximum(29 - 2 * step, 0)
+    for i_pair in range(16):
+        # two of the 31 bits at a time, from the top; the last pair decides one of them again, alike
+        shift = tl.maximum(29 - 2 * i_pair, 0)
         t1, t2, t3 = threshold | (1 << shift), threshold | (2 << shift), threshold | (3 << shift)
         n1, n2, n3 = _count(p_keys, length, keys, t1, t2, t3, BLOCK, ONE)
         threshold = tl.where(n3 >= WANTED, t3, tl.where(n2 >= WANTED, t2, tl.where(n1 >= WANTED, t1, threshold)))
@@ -148,9 +150,7 @@ def refine_kernel(
 
 
 @triton.jit
-def _gathered_before(
-    p_rank, i_entry, mask, seq_length, budget, LEVEL: tl.constexpr, P: tl.constexpr, L: tl.constexpr
-):
+def _gathered_before(p_rank, i_entry, mask, seq_length, budget, LEVEL: tl.constexpr, P: tl.constexpr, L: tl.constexpr):
     """How many entries of LEVEL before `i_entry` are gathered: the children of refined parents."""
     if LEVEL == L - 1:
         return i_entry
@@ -192,10 +192,7 @@ def place_kernel(
                 gathered = tl.load(p_rank + offset + i_entry // P, mask=mask, other=0) % 2 == 1
             place = tl.zeros([BLOCK], tl.int32)
             for other in tl.static_range(L):
-                if other < level:
-                    end = (i_entry + 1) * P ** (level - other)
-                else:
-                    end = i_entry // P ** (other - level)
+                end = (i_entry + 1) * P ** (level - other) if other < level else i_entry // P ** (other - level)
                 place += _gathered_before(p_rank, end, mask, seq_length, budget, other, P, L)
             tl.store(p_place + i_entry, tl.where(gathered, place, -1), mask=mask)
         p_place += length
@@ -209,7 +206,7 @@ def compute_places(scores: Tensor, sizes: Sequence[int], pin_first: bool) -> Ten
         ranks = torch.empty(scores.shape[1:], dtype=torch.int32, device=scores.device)
         rows = ranks.shape[0] * ranks.shape[1]
         longest = geometry.entries(1) // geometry.tiles
-        block = min(4096, triton.next_power_of_2(longest))
+        block = min(BLOCK, triton.next_power_of_2(longest))
         refine_kernel[(geometry.tiles, rows)](
             scores,
             ranks,

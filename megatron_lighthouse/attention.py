@@ -13,6 +13,7 @@ from megatron_lighthouse.scorers import SCORERS
 from megatron_lighthouse.selection import Selection
 from megatron_lighthouse.steps import steps_for
 
+
 def lighthouse_attention(
     query: Tensor,
     key: Tensor,
@@ -54,7 +55,7 @@ def lighthouse_attention(
             f"selection was made for [B, G] {list(selection.places.shape[:2])}, not for [{query.shape[1]}, {key.shape[2]}]."
         )
     telemetry.record(selection)
-    steps = steps_for(query)
+    steps = steps_for(config.steps, query)
     rows_q, rows_k, rows_v = steps.gather(query, key, value, selection)
     with step("attend"):
         rows = attend(rows_q, rows_k, rows_v)
@@ -79,7 +80,7 @@ def lighthouse_select(query: Tensor, key: Tensor, config: LighthouseConfig) -> T
 
 @torch.no_grad()
 def _select(query: Tensor, key: Tensor, config: LighthouseConfig) -> Selection:
-    geometry, steps = config.geometry(query.shape[0]), steps_for(query)
+    geometry, steps = config.geometry(query.shape[0]), steps_for(config.steps, query)
     scores = SCORERS[config.scorer](query, key, geometry, steps)
     return steps.select(scores, geometry, config.pin_first)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from megatron_lighthouse.geometry import Geometry
 from megatron_lighthouse.inner import INNER
 from megatron_lighthouse.scorers import SCORERS
+from megatron_lighthouse.steps import STEPS
 
 
 def flag(name: str) -> str:
@@ -40,6 +41,10 @@ class LighthouseConfig:
     """The attention over the gathered rows: 'auto' takes the fastest that is there (Transformer Engine's in its own layer
     spec); 'te', 'fa4', 'fa3', 'cudnn', 'fa2' and 'sdpa' force one. See `megatron_lighthouse.inner`."""
 
+    steps: str = "auto"
+    """What runs the steps around it: 'kernels' (Triton), 'reference' (plain PyTorch, what the kernels are held to), or 'auto':
+    the kernels on a GPU."""
+
     pin_first: bool = True
     """Always refine the first window, so that every position has an output (the authors' code leaves
     the first p^(L-1)-1 positions zero wherever it does not happen to select that window)."""
@@ -69,10 +74,10 @@ class LighthouseConfig:
                 f"{flag('budget')} {self.budget} must be a positive multiple of {flag('tile_budget')} {self.tile_budget}: "
                 f"use {choices}."
             )
-        if self.scorer not in SCORERS:
-            raise ValueError(f"{flag('scorer')} {self.scorer!r} is not known: use {' or '.join(map(repr, SCORERS))}.")
-        if self.inner not in INNER:
-            raise ValueError(f"{flag('inner')} {self.inner!r} is not known: use {' or '.join(map(repr, INNER))}.")
+        for name, known in (("scorer", SCORERS), ("inner", INNER), ("steps", STEPS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{flag(name)} {value!r} is not known: use {' or '.join(map(repr, known))}.")
 
     @staticmethod
     def _neighbours(value: int, unit: int) -> tuple[int, int]:

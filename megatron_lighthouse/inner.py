@@ -70,7 +70,7 @@ def inner_attention(name: str, query: Tensor, key: Tensor, softmax_scale: float 
     return lambda q, k, v: attend(q, k, v, softmax_scale)
 
 
-@torch._dynamo.assume_constant_result
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def choose(name: str, device: torch.device, dtype: torch.dtype, heads: int, groups: int, dim: int) -> str:
     """The name in BACKENDS that `name` stands for; says it the first time.
 
@@ -91,7 +91,9 @@ def _choose(name: str, rows: Rows, deterministic: bool) -> str:
     fits = [other for other, problem in problems.items() if problem is None]
     if name == "auto":
         name = fits[0]
-        passed = "; ".join(f"{BACKENDS[other].title} {problems[other]}" for other in list(problems)[: list(problems).index(name)])
+        passed = "; ".join(
+            f"{BACKENDS[other].title} {problems[other]}" for other in list(problems)[: list(problems).index(name)]
+        )
         why = f" ({passed})" if passed and rows.capability else ""
         say_once(f"lighthouse: the inner attention of {rows} is {BACKENDS[name].title}{why}.")
     elif problems[name] is not None:
@@ -188,9 +190,7 @@ BACKENDS: dict[str, Backend] = {
     "cudnn": Backend(
         "cuDNN's attention in torch", _torch_problem(SDPBackend.CUDNN_ATTENTION), _torch(SDPBackend.CUDNN_ATTENTION), False
     ),
-    "fa2": Backend(
-        "FlashAttention 2 in torch", _torch_problem(SDPBackend.FLASH_ATTENTION), _torch(SDPBackend.FLASH_ATTENTION)
-    ),
+    "fa2": Backend("FlashAttention 2 in torch", _torch_problem(SDPBackend.FLASH_ATTENTION), _torch(SDPBackend.FLASH_ATTENTION)),
     "sdpa": Backend("torch's scaled_dot_product_attention", lambda rows: None, _torch(None)),
 }
 """What `--lighthouse-inner` can name, beside 'auto' and 'te' (Transformer Engine's, in its own layer spec)."""

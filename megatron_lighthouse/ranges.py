@@ -8,7 +8,7 @@ from types import TracebackType
 import torch
 
 
-class step(ContextDecorator):  # noqa: N801, as contextlib's own
+class step(ContextDecorator):
     """Run as the step `lighthouse/<name>`; a context or a decorator. Leaves no trace in compiled code."""
 
     def __init__(self, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from importlib.util import find_spec
 from typing import Protocol
@@ -12,7 +13,6 @@ from torch import Tensor
 from megatron_lighthouse.geometry import Geometry
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.selection import Selection
-
 
 HAS_TRITON = find_spec("triton") is not None
 
@@ -54,26 +54,40 @@ class Steps(Protocol):
         """
 
 
-def steps_for(query: Tensor) -> Steps:
-    """The kernels where they can run on `query`'s device and dtype; else plain PyTorch, said once on a GPU."""
+STEPS = ("auto", "kernels", "reference")
+
+
+def steps_for(name: str, query: Tensor) -> Steps:
+    """The implementation of the steps that `name` stands for, on `query`'s device and dtype.
+
+    Args:
+        name: 'kernels', 'reference', or 'auto': the kernels on a GPU where they can run, else plain PyTorch, said once.
+
+    Raises:
+        ValueError: 'kernels' where they cannot run.
+    """
     from megatron_lighthouse import reference
 
-    if query.device.type != "cuda":
+    if name == "reference" or (name == "auto" and query.device.type != "cuda"):
         return reference
-    missing = _missing(query.dtype, query.shape[-1])
+    missing = _missing(query.device.type, query.dtype, query.shape[-1])
     if missing is None:
-        from megatron_lighthouse import kernels
+        import megatron_lighthouse.kernels as kernels
 
         return kernels
-    say_once(f"--attention lighthouse runs its steps in plain PyTorch, many times slower than its kernels: {missing}.")
+    if name == "kernels":
+        raise ValueError(f"--lighthouse-steps kernels cannot run: {missing}. Use auto or reference.")
+    say_once(f"lighthouse: the steps run in plain PyTorch, many times slower than the kernels: {missing}.")
     return reference
 
 
 @cache
-def _missing(dtype: torch.dtype, dim: int) -> str | None:
+def _missing(device: str, dtype: torch.dtype, dim: int) -> str | None:
     """Why the kernels cannot run, and what would let them; None where they can."""
     if not HAS_TRITON:
         return "the package triton is not installed (torch's CUDA builds for Linux bring it)"
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"they run on GPUs, not on the device {device!r} (but with TRITON_INTERPRET=1 in the environment, slowly)"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"they take bf16, fp16 and fp32, not {dtype}"
     if dim > 256:

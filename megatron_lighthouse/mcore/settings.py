@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from megatron_lighthouse.config import LighthouseConfig, flag
 from megatron_lighthouse.inner import INNER
 from megatron_lighthouse.scorers import SCORERS
+from megatron_lighthouse.steps import STEPS
 
 ENVIRONMENT = "LIGHTHOUSE_ARGS"
 """Where `--spec` finds the arguments in an unpatched Megatron, whose parser does not know them."""
@@ -65,6 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="The attention over the gathered rows. 'auto': Transformer Engine's in its layer spec, else the fastest of "
         "FlashAttention 4 or 3, cuDNN and FlashAttention 2 that is there and takes the dtype and head dimension. Another name "
         "forces that one. Default: %(default)s.",
+    )
+    group.add_argument(
+        flag("steps"),
+        choices=STEPS,
+        default=defaults.steps,
+        help="What runs the steps around the inner attention: the Triton 'kernels', or plain PyTorch as a 'reference'; 'auto' "
+        "takes the kernels on a GPU. Default: %(default)s.",
     )
     group.add_argument(
         flag("pin_first"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from itertools import pairwise
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,15 +16,13 @@ from torch import Tensor
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthouse_select, telemetry
 from megatron_lighthouse.attention import _select
 from megatron_lighthouse.geometry import Geometry
-from megatron_lighthouse.reference import select
 from megatron_lighthouse.selection import Selection
-from tests.oracle import Problem, attention, entry_at, last_token, problems
+from megatron_lighthouse.steps import Steps
+from tests.oracle import Problem, attention, entry_at, last_token, number, order, problems
+from tests.oracle import select as select_entries
+from tests.steps import DEVICE, both, poisoned, tensors
 
 thorough = settings(deadline=None, derandomize=True, max_examples=150)
-
-
-def tensors(problem: Problem) -> list[Tensor]:
-    return [torch.from_numpy(x) for x in problem.arrays()]
 
 
 def selection_of(problem: Problem) -> Selection:
@@ -30,12 +30,57 @@ def selection_of(problem: Problem) -> Selection:
     return _select(query, key, LighthouseConfig(**problem.options))
 
 
-def refined(scores_q: list[int], scores_k: list[int], tile_budget: int = 2, pin_first: bool = False) -> list[int]:
-    """The windows of two tokens that one tile refines; a window's score is given, both its tokens have it."""
+def refined(steps: Steps, scores_q: list[int], scores_k: list[int], tile_budget: int = 2, pin_first: bool = False) -> list[int]:
+    """The windows of two tokens that one tile refines, by the windows' scores."""
     geometry = Geometry(2 * len(scores_q), 2, 2, tile_budget, tile_budget)
-    scores = [torch.tensor(x, dtype=torch.float32).repeat_interleave(2).view(1, 1, -1) for x in (scores_q, scores_k)]
-    tokens = (select(*scores, geometry, pin_first).rows[0][0, 0] >= 0).nonzero().flatten()
+    scores = torch.tensor([scores_q, scores_k], dtype=torch.float32, device=DEVICE).view(2, 1, 1, -1)
+    tokens = (steps.select(scores, geometry, pin_first).rows[0][0, 0] >= 0).nonzero().flatten()
     return tokens[::2].floor_divide(2).tolist()
+
+
+def places_by_hand(scores: Tensor, problem: Problem) -> list[list[list[int]]]:
+    """The rows of all entries, from level-0 scores [2, B, G, N], by the loops of the oracle."""
+    length, found = LighthouseConfig(**problem.options).geometry(problem.seq_length).pyramid_length, []
+    for b in range(problem.batch):
+        found.append([[-1] * length for _ in range(problem.groups)])
+        for g in range(problem.groups):
+            by_query, by_key = scores[:, b, g].tolist()
+            for row, entry in enumerate(order(select_entries(by_query, by_key, problem), problem)):
+                found[b][g][number(entry, problem)] = row
+    return found
+
+
+def level_scores(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Random level-0 scores [2, B, G, N] with many ties, and the maxima that the steps take."""
+    generator = torch.Generator().manual_seed(problem.seed)
+    scores = torch.randint(0, 6, (2, problem.batch, problem.groups, problem.seq_length), generator=generator).float() / 3
+    widths = [problem.pooling**level for level in range(1, problem.levels)]
+    return scores, torch.cat([scores.unflatten(-1, (-1, width)).amax(-1) for width in widths], -1).to(DEVICE)
+
+
+@both
+@pytest.mark.parametrize("block", [4096, 8], ids=["one block a tile", "many blocks a tile"])
+@settings(deadline=None, derandomize=True, max_examples=12)
+@given(problem=problems())
+def test_places_are_those_of_the_oracle(steps: Steps, block: int, problem: Problem) -> None:
+    scores, coarse = level_scores(problem)
+    geometry = LighthouseConfig(**problem.options).geometry(problem.seq_length)
+    module = importlib.import_module("megatron_lighthouse.kernels.select")
+    with mock.patch.object(module, "BLOCK", block), poisoned():
+        selection = steps.select(coarse, geometry, problem.pin_first)
+    assert selection.places.dtype == torch.int32
+    assert selection.places.tolist() == places_by_hand(scores, problem)
+
+
+@both
+def test_scores_of_every_size_are_ranked(steps: Steps) -> None:
+    """Bit patterns from the smallest to the largest float, zero and infinity too."""
+    values = [0.0, 1e-45, 1e-38, 1.0, 1.0000001, 3.4028234e38, float("inf"), 2.0]
+    geometry = Geometry(16, 2, 2, 4, 4)
+    scores = torch.tensor([values, values[::-1]], device=DEVICE).view(2, 1, 1, -1)
+    tokens = (steps.select(scores, geometry, False).rows[0][0, 0] >= 0).nonzero().flatten()
+    # of s^Q the two highest are windows 6 and 5; of s^K, the rest's highest, 1 and 2
+    assert tokens[::2].floor_divide(2).tolist() == [1, 2, 5, 6]
 
 
 @thorough
@@ -105,20 +150,23 @@ def test_lighthouse_select_gives_the_entries_of_the_oracle(problem: Problem) -> 
     np.testing.assert_array_equal(indices.numpy(), attention(*problem.arrays(), problem)[0])
 
 
-def test_ties_go_to_the_lower_index() -> None:
-    assert refined([1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], tile_budget=4) == [0, 1, 2, 3]
-    assert refined([0, 0, 5, 5, 5, 0], [0, 0, 0, 7, 7, 7]) == [2, 3]
+@both
+def test_ties_go_to_the_lower_index(steps: Steps) -> None:
+    assert refined(steps, [1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], tile_budget=4) == [0, 1, 2, 3]
+    assert refined(steps, [0, 0, 5, 5, 5, 0], [0, 0, 0, 7, 7, 7]) == [2, 3]
 
 
-def test_queries_choose_before_keys() -> None:
+@both
+def test_queries_choose_before_keys(steps: Steps) -> None:
     # window 1 leads both lists: the queries take it, and the keys their next best
-    assert refined([0, 9, 0, 0], [0, 9, 5, 7]) == [1, 3]
-    assert refined([0, 9, 5, 7], [0, 9, 0, 0]) == [0, 1]
+    assert refined(steps, [0, 9, 0, 0], [0, 9, 5, 7]) == [1, 3]
+    assert refined(steps, [0, 9, 5, 7], [0, 9, 0, 0]) == [0, 1]
 
 
-def test_pinning_spends_one_of_the_queries_places() -> None:
-    assert refined([0, 9, 8, 0, 0, 0], [0, 0, 0, 0, 7, 6], tile_budget=4) == [1, 2, 4, 5]
-    assert refined([0, 9, 8, 0, 0, 0], [0, 0, 0, 0, 7, 6], tile_budget=4, pin_first=True) == [0, 1, 4, 5]
+@both
+def test_pinning_spends_one_of_the_queries_places(steps: Steps) -> None:
+    assert refined(steps, [0, 9, 8, 0, 0, 0], [0, 0, 0, 0, 7, 6], tile_budget=4) == [1, 2, 4, 5]
+    assert refined(steps, [0, 9, 8, 0, 0, 0], [0, 0, 0, 0, 7, 6], tile_budget=4, pin_first=True) == [0, 1, 4, 5]
 
 
 def test_group_scores_are_the_norm_of_all_its_query_heads() -> None:

@@ -1,0 +1,194 @@
+"""The inner attention: which backend is chosen, what is said of it, and how FlashAttention is called."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_lighthouse import LighthouseConfig, inner, lighthouse_attention
+from megatron_lighthouse.inner import BACKENDS, Rows, choose
+from tests.oracle import Problem, attention
+from tests.tolerances import assert_close
+
+MODULES = {"fa4": "flash_attn.cute", "fa3": "flash_attn_interface"}
+GQA = Problem(96, 3, 2, 8, 4, batch=2, groups=2, queries_per_group=3, seed=1)
+either_mode = pytest.mark.parametrize("deterministic", [False, True], ids=["any", "deterministic"])
+either_scale = pytest.mark.parametrize("scale", [None, 0.3], ids="scale={}".format)
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing was chosen or said before a test, and what it pretends is forgotten after it."""
+    for name in ("_choose", "say_once"):
+        monkeypatch.setattr(inner, name, cache(getattr(inner, name).__wrapped__))
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, capability: int, problems: dict[str, str] | None = None) -> None:
+    """A device of this capability; with `problems`, all backends run there but these."""
+    inner._choose.cache_clear()
+    monkeypatch.setattr(Rows, "capability", capability)
+    for name, backend in list(BACKENDS.items()) if problems is not None else []:
+        monkeypatch.setitem(BACKENDS, name, replace(backend, problem=lambda rows, name=name: problems.get(name)))
+
+
+def chosen(name: str = "auto", dtype: torch.dtype = torch.bfloat16, dim: int = 64) -> str:
+    return choose(name, torch.device("cpu"), dtype, 4, 2, dim)
+
+
+def refusal(name: str, dtype: torch.dtype = torch.bfloat16, dim: int = 64) -> str:
+    with pytest.raises(ValueError, match=f"^--lighthouse-inner {name} ") as error:
+        chosen(name, dtype, dim)
+    return str(error.value)
+
+
+@dataclass
+class FlashAttention:
+    """Stands in for a FlashAttention module, and keeps the options it was called with."""
+
+    answers_with_lse: bool = False
+    calls: list[dict[str, Any]] = field(default_factory=list)
+
+    def flash_attn_func(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+        """[B, S, H, D], [B, S, G, D], [B, S, G, D] -> [B, S, H, D], or that and the log-sum-exp."""
+        self.calls.append(options)
+        causal, scale = options["causal"], options["softmax_scale"]
+        attend = torch.nn.functional.scaled_dot_product_attention
+        out = attend(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal, scale=scale, enable_gqa=True).transpose(1, 2)
+        return (out, torch.zeros(out.shape[:3])) if self.answers_with_lse else out
+
+
+@either_mode
+@pytest.mark.parametrize(("capability", "fastest"), [(100, "fa4"), (90, "fa3"), (80, "fa2")])
+def test_auto_takes_the_fastest_that_runs(
+    capability: int, fastest: str, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.use_deterministic_algorithms(deterministic)
+    taken: list[str] = []
+    while "sdpa" not in taken:  # the last, for it always runs
+        pretend(monkeypatch, capability, dict.fromkeys(taken, "is broken"))
+        taken.append(chosen())
+    assert taken[0] == fastest
+    assert (taken[1] == "cudnn") != deterministic
+    assert sorted(taken) == sorted(BACKENDS.keys() - ({"cudnn"} if deterministic else set()))
+
+
+def test_asking_for_determinism_later_chooses_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, 90, {"fa3": "is broken", "fa4": "is broken"})
+    assert chosen() == "cudnn"
+    torch.use_deterministic_algorithms(True)
+    assert chosen() == "fa2"
+    assert "cuDNN's attention in torch is not deterministic, and torch.use_deterministic_algorithms is on" in refusal("cudnn")
+
+
+def test_capability_of_a_gpu_and_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 3))
+    assert [Rows(torch.device(x), torch.bfloat16, 4, 2, 64).capability for x in ("cuda", "cpu")] == [103, 0]
+
+
+def test_the_choice_and_what_was_passed_over_are_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen()  # on a CPU nothing faster is to be expected, so there is nothing to explain
+    for _ in range(2):
+        pretend(monkeypatch, 100, {"fa4": "is lost", "cudnn": "is broken", "fa3": "is slower anyway"})
+        assert chosen() == "fa2"
+    start = "lighthouse: the inner attention of bfloat16, 4 query and 2 key/value heads of 64 is "
+    why = "(FlashAttention 4 is lost; cuDNN's attention in torch is broken)"
+    ends = ["torch's scaled_dot_product_attention.", f"FlashAttention 2 in torch {why}."]
+    assert caplog.messages == [start + end for end in ends]
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "sdpa"])
+def test_what_a_cpu_cannot_run_is_refused_with_advice_that_works(name: str) -> None:
+    text, reason = refusal(name), "does not run on this device" if name in MODULES else "needs a GPU"
+    assert f"{name} cannot run: {BACKENDS[name].title} {reason}. " in text
+    offers = re.findall(r"--lighthouse-inner (\w+) or (\w+)\.$", text)
+    assert offers == [("auto", "sdpa")]
+    assert {chosen(offer) for offer in offers[0]} == {"sdpa"}
+
+
+def test_te_is_for_the_layers_of_transformer_engine() -> None:
+    assert "--transformer-impl transformer_engine, or --lighthouse-inner auto" in refusal("te")
+
+
+@pytest.mark.parametrize(("name", "largest", "devices"), [("fa4", 128, [90, 100, 103, 110]), ("fa3", 256, [90])])
+def test_what_flash_attention_takes(name: str, largest: int, devices: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, MODULES[name], FlashAttention())
+    for capability in devices:
+        pretend(monkeypatch, capability)
+        assert chosen(name, torch.float16, largest) == name
+        assert "takes bf16 and fp16 alone" in refusal(name, torch.float32)
+        for dim in (60, largest + 8):
+            assert f"does not take head dimension {dim}" in refusal(name, dim=dim)
+    for capability in {80, 90, 100, 103, 110} - set(devices):
+        pretend(monkeypatch, capability)
+        assert "does not run on this device" in refusal(name)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        pytest.param(None, "is not installed (", id="missing"),
+        pytest.param("import cutlass_of_another_world", "is installed but does not import (No module named", id="half there"),
+        pytest.param("raise OSError('libcudart.so.12')", "is installed but does not import (libcudart", id="broken"),
+    ],
+)
+@pytest.mark.parametrize("name", MODULES)
+def test_packages_that_do_not_import(
+    name: str, source: str | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = ModuleType("flash_attn")  # FlashAttention 2 may be there without 4
+    parent.__path__ = [str(tmp_path / "flash_attn")]
+    monkeypatch.setitem(sys.modules, "flash_attn", parent)
+    monkeypatch.setitem(sys.modules, MODULES[name], None)  # hides one that is installed
+    if source is not None:
+        monkeypatch.delitem(sys.modules, MODULES[name])
+        file = tmp_path.joinpath(*MODULES[name].split("."), "__init__.py")
+        file.parent.mkdir(parents=True)
+        file.write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+    pretend(monkeypatch, 90)
+    assert f"cannot run: {BACKENDS[name].title} {reason}" in refusal(name)
+
+
+@either_mode
+@either_scale
+@pytest.mark.parametrize("answers_with_lse", [False, True], ids=["tensor", "tuple"])
+@pytest.mark.parametrize("name", MODULES)
+def test_how_flash_attention_is_called(
+    name: str, answers_with_lse: bool, scale: float | None, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, generator = FlashAttention(answers_with_lse), torch.Generator().manual_seed(3)
+    monkeypatch.setitem(sys.modules, MODULES[name], package)
+    torch.use_deterministic_algorithms(deterministic)
+    rows = [torch.randn(7, 3, heads, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)]
+    out = BACKENDS[name].attend(*rows, scale)
+    assert package.calls == [{"softmax_scale": scale, "causal": True, "deterministic": deterministic}]
+    assert_close(out, BACKENDS["sdpa"].attend(*rows, scale), "float64")
+
+
+@either_scale
+def test_the_layer_attends_by_the_backend_that_its_config_names(scale: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, config = [torch.from_numpy(x) for x in GQA.arrays()], LighthouseConfig(**GQA.options)
+    default = lighthouse_attention(*inputs, config, softmax_scale=scale)
+    assert torch.equal(lighthouse_attention(*inputs, config.replace(inner="sdpa"), softmax_scale=scale), default)
+    package = FlashAttention()
+    monkeypatch.setitem(sys.modules, MODULES["fa3"], package)
+    pretend(monkeypatch, 90, {})
+    flash = lighthouse_attention(*inputs, config.replace(inner="fa3"), softmax_scale=scale)
+    assert [call["softmax_scale"] for call in package.calls] == [scale]
+    _, expected = attention(*GQA.arrays(), GQA, scale)
+    for out in (default, flash):
+        assert_close(out, expected, "float64")

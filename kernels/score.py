@@ -106,9 +106,7 @@ def compute_scores(query: Tensor, key: Tensor, sizes: Sequence[int]) -> Tensor:
         scores = _empty(key, geometry)
         (_, batch, heads, dim), groups = query.shape, key.shape[2]
         how = launch("score", dim, query.element_size())
-        digit = triton.next_power_of_2(geometry.pooling)
-        block = max(how.rows, digit)
-        fused = max(l for l in range(1, geometry.levels) if digit**l <= block)
+        block, digit, fused = blocks_of(geometry, how.rows)
         slots = geometry.entries(geometry.levels - 1) * digit ** (geometry.levels - 1)
         score_kernel[(triton.cdiv(slots, block), batch * groups, 2)](
             query,
@@ -137,6 +135,13 @@ def compute_scores(query: Tensor, key: Tensor, sizes: Sequence[int]) -> Tensor:
                 levels[level - 2], levels[level - 1], geometry.coarse_length, length, P=geometry.pooling, BLOCK=256
             )
         return scores
+
+
+def blocks_of(geometry: Geometry, rows: int) -> tuple[int, int, int]:
+    """Tokens a program scores, the power of two from p on, and how many levels of windows fit in those tokens."""
+    digit = triton.next_power_of_2(geometry.pooling)
+    block = max(rows, digit)
+    return block, digit, max(level for level in range(1, geometry.levels) if digit**level <= block)
 
 
 def _empty(key: Tensor, geometry: Geometry) -> Tensor:

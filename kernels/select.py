@@ -11,15 +11,17 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from megatron_lighthouse.kernels.launch import on_device_of
-from megatron_lighthouse.kernels.windows import level_offset
 from torch import Tensor
 
 from megatron_lighthouse.geometry import Geometry
+from megatron_lighthouse.kernels.launch import on_device_of
+from megatron_lighthouse.kernels.windows import level_offset
 from megatron_lighthouse.ranges import step
 
-BLOCK = 4096
+BLOCK = 2048
 """Scores that a program holds at most at a time; a longer tile is read in parts."""
+REGISTERS = 128
+"""What a thread may use: left alone, the assembler allows itself less and spills."""
 CHOSEN = tl.constexpr(-2)
 REJECTED = tl.constexpr(-1)
 HIGHEST = tl.constexpr(0x7FFFFFFF)
@@ -205,8 +207,7 @@ def compute_places(scores: Tensor, sizes: Sequence[int], pin_first: bool) -> Ten
         places = _empty(scores, geometry)
         ranks = torch.empty(scores.shape[1:], dtype=torch.int32, device=scores.device)
         rows = ranks.shape[0] * ranks.shape[1]
-        longest = geometry.entries(1) // geometry.tiles
-        block = min(BLOCK, triton.next_power_of_2(longest))
+        block, one = block_of(geometry)
         refine_kernel[(geometry.tiles, rows)](
             scores,
             ranks,
@@ -218,8 +219,9 @@ def compute_places(scores: Tensor, sizes: Sequence[int], pin_first: bool) -> Ten
             TILE_BUDGET=geometry.tile_budget,
             PIN_FIRST=pin_first,
             BLOCK=block,
-            ONE=longest <= block,
-            num_warps=max(1, min(8, block // 256)),
+            ONE=one,
+            num_warps=warps_of(block),
+            maxnreg=REGISTERS,
         )
         place_kernel[(triton.cdiv(geometry.seq_length, 256), rows)](
             ranks,
@@ -234,6 +236,18 @@ def compute_places(scores: Tensor, sizes: Sequence[int], pin_first: bool) -> Ten
             num_warps=4,
         )
         return places
+
+
+def block_of(geometry: Geometry) -> tuple[int, bool]:
+    """Scores that a program holds at a time, and whether that is all of a tile's level 1, the longest."""
+    longest = geometry.entries(1) // geometry.tiles
+    block = min(BLOCK, triton.next_power_of_2(longest))
+    return block, longest <= block
+
+
+def warps_of(block: int) -> int:
+    """Four scores a thread, so that none are spilled."""
+    return max(1, block // 128)
 
 
 def _empty(scores: Tensor, geometry: Geometry) -> Tensor:

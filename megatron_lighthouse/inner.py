@@ -7,6 +7,7 @@ whose backward repeats to the bit are taken: cuDNN's in torch does not.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -51,8 +52,8 @@ class Backend:
     problem: Callable[[Rows], str | None]
     """Why it cannot take these rows, as the end of a sentence; None where it can."""
     attend: Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
-    repeats: bool = True
-    """Whether its backward gives the same bits again, when torch is asked to be deterministic."""
+    repeats: Callable[[Rows], bool] = lambda rows: True
+    """Whether its backward of these rows gives the same bits again, when torch is asked to be deterministic."""
 
 
 def inner_attention(name: str, query: Tensor, key: Tensor, softmax_scale: float | None = None) -> Attend:
@@ -106,7 +107,7 @@ def _choose(name: str, rows: Rows, deterministic: bool) -> str:
 
 def _problem(name: str, rows: Rows, deterministic: bool) -> str | None:
     backend = BACKENDS[name]
-    if deterministic and not backend.repeats:
+    if deterministic and not backend.repeats(rows):
         return "is not deterministic, and torch.use_deterministic_algorithms is on"
     return backend.problem(rows)
 
@@ -128,16 +129,21 @@ def _flash_problem(package: str, module: str, capability: int) -> Callable[[Rows
             return "takes bf16 and fp16 alone"
         if rows.dim > (256 if capability == 90 else 128) or rows.dim % 8:
             return f"does not take head dimension {rows.dim}"
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            missing = error.name is not None and module.startswith(error.name)
-            return f"is not installed ({package})" if missing else f"is installed but does not import ({error})"
-        except Exception as error:
-            return f"is installed but does not import ({error})"
-        return None
+        return _import_problem(package, module)
 
     return problem
+
+
+def _import_problem(package: str, module: str) -> str | None:
+    try:
+        function = importlib.import_module(module).flash_attn_func
+    except ModuleNotFoundError as error:
+        missing = f"{module}.".startswith(f"{error.name}.")
+        return f"is not installed ({package})" if missing else f"is installed but does not import ({error})"
+    except Exception as error:
+        return f"is installed but does not import ({error})"
+    # FlashAttention 2.8 ships an early flash_attn.cute
+    return None if "deterministic" in inspect.signature(function).parameters else "is installed, but too old"
 
 
 def _flash(module: str) -> Callable[[Tensor, Tensor, Tensor, float | None], Tensor]:
@@ -186,9 +192,13 @@ BACKENDS: dict[str, Backend] = {
         "FlashAttention 3",
         _flash_problem("hopper/ of the flash-attention repository", "flash_attn_interface", 90),
         _flash("flash_attn_interface"),
+        lambda rows: rows.dim <= 192,
     ),
     "cudnn": Backend(
-        "cuDNN's attention in torch", _torch_problem(SDPBackend.CUDNN_ATTENTION), _torch(SDPBackend.CUDNN_ATTENTION), False
+        "cuDNN's attention in torch",
+        _torch_problem(SDPBackend.CUDNN_ATTENTION),
+        _torch(SDPBackend.CUDNN_ATTENTION),
+        lambda rows: False,
     ),
     "fa2": Backend("FlashAttention 2 in torch", _torch_problem(SDPBackend.FLASH_ATTENTION), _torch(SDPBackend.FLASH_ATTENTION)),
     "sdpa": Backend("torch's scaled_dot_product_attention", lambda rows: None, _torch(None)),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from functools import cache
 from importlib.util import find_spec
 from typing import Protocol
 
@@ -81,7 +80,6 @@ def steps_for(name: str, query: Tensor) -> Steps:
     return reference
 
 
-@cache
 def _missing(device: str, dtype: torch.dtype, dim: int) -> str | None:
     """Why the kernels cannot run, and what would let them; None where they can."""
     if not HAS_TRITON:

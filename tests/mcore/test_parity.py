@@ -72,3 +72,12 @@ def test_layers_of_experts(tmp_path: Path) -> None:
         ranks, arguments = LAYOUTS[layout]
         losses = run(tmp_path / layout, *model, "--load", checkpoint, *START, *arguments.split(), ranks=ranks).losses
         assert_close(list(losses.values()), list(one.values()), "parallel loss")
+
+
+def test_kernels_and_reference_train_alike(tmp_path: Path, checkpoint: Path, one_process: Run) -> None:
+    """In fp32, step by step; on a CPU under Triton's interpreter, which tests/conftest.py asks for."""
+    start = ["--attention", "lighthouse", "--load", str(checkpoint), *START]
+    result = run(tmp_path, *start, "--lighthouse-steps", "kernels")
+    assert list(result.losses) == [1, 2, 3]
+    assert_close(list(result.losses.values()), list(one_process.losses.values()), "parallel loss")
+    assert_close(list(result.gradient_norms.values()), list(one_process.gradient_norms.values()), "parallel gradient norm")

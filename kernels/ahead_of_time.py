@@ -1,0 +1,120 @@
+"""`python -m megatron_lighthouse.kernels.ahead_of_time`: compile every kernel for GPUs that need not be there.
+
+Reports registers, shared memory and spills of each kernel for Hopper and Blackwell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from megatron_lighthouse.geometry import Geometry
+from megatron_lighthouse.kernels.gather import gather_backward_kernel, gather_forward_kernel
+from megatron_lighthouse.kernels.launch import launch, padded
+from megatron_lighthouse.kernels.scatter import scatter_backward_kernel, scatter_forward_kernel
+from megatron_lighthouse.kernels.score import blocks_of, coarsen_kernel, score_kernel
+from megatron_lighthouse.kernels.select import REGISTERS, block_of, place_kernel, refine_kernel, warps_of
+
+FP32, INT32 = {"p_scores", "p_finer", "p_coarser"}, {"p_ranks", "p_places"}
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+class Report(NamedTuple):
+    """What the assembler says of one kernel."""
+
+    kernel: str
+    registers: int
+    shared_bytes: int
+    spilled_bytes: int
+
+
+def compile_all(capability: int, geometry: Geometry, dtype: str, dim: int, ratio: int = 1) -> Iterator[Report]:
+    """Compile the kernels of a layer as they would be launched.
+
+    Args:
+        capability: 90 for Hopper, 100 for Blackwell.
+        dtype: of Q, K and V: bf16, fp16 or fp32.
+        dim: D.
+    """
+    size = {"D": dim, "BLOCK_D": padded(dim), "P": geometry.pooling, "L": geometry.levels}
+    for kernel, step in (
+        (gather_forward_kernel, "collect"),
+        (gather_backward_kernel, "spread"),
+        (scatter_forward_kernel, "spread"),
+        (scatter_backward_kernel, "collect"),
+    ):
+        how = launch(step, dim, BYTES[dtype])
+        yield _compile(kernel, capability, dtype, {**size, "BLOCK": how.rows}, how.warps)
+    how = launch("score", dim, BYTES[dtype])
+    block, digit, fused = blocks_of(geometry, how.rows)
+    constants = {**size, "P2": digit, "FUSED": fused, "BLOCK": block}
+    yield _compile(score_kernel, capability, dtype, constants, how.warps, enable_fp_fusion=False)
+    yield _compile(coarsen_kernel, capability, dtype, {"P": geometry.pooling, "BLOCK": 256}, 4)
+    block, one = block_of(geometry)
+    levels = {"P": geometry.pooling, "L": geometry.levels}
+    constants = {**levels, "TILE_BUDGET": geometry.tile_budget, "PIN_FIRST": True, "BLOCK": block, "ONE": one}
+    yield _compile(refine_kernel, capability, dtype, constants, warps_of(block), maxnreg=REGISTERS)
+    yield _compile(place_kernel, capability, dtype, {**levels, "BLOCK": 256}, 4)
+
+
+def _compile(kernel: Any, capability: int, dtype: str, constants: dict[str, Any], warps: int, **options: Any) -> Report:
+    signature: dict[str, Any] = {}
+    aligned: dict[tuple[int, ...], Any] = {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.startswith("strides"):
+            signature[name] = ("i32", "i32", "i32")
+            aligned |= {(i, j): [["tt.divisibility", 16]] for j in range(3)}
+        else:
+            kind = "fp32" if name in FP32 else "i32" if name in INT32 else dtype
+            signature[name] = f"*{kind}" if name.startswith("p_") else "i32"
+            aligned[i,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": warps, **options})
+    return _assembled(compiled.metadata.name, compiled.asm["ptx"], capability)
+
+
+def _assembled(name: str, ptx: str, capability: int) -> Report:
+    """Registers and spills, from the assembler that Triton itself uses."""
+    tool = triton.knobs.nvidia.ptxas_blackwell if capability >= 100 else triton.knobs.nvidia.ptxas
+    architecture = re.search(r"\.target (\w+)", ptx)
+    assert architecture is not None
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [tool.path, "-v", f"--gpu-name={architecture[1]}", "-o", "/dev/null", file.name]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", log)]
+    registers, shared = re.search(r"Used (\d+) registers", log), re.search(r"(\d+) bytes smem", log)
+    assert registers is not None, log
+    return Report(name, int(registers[1]), int(shared[1]) if shared else 0, sum(spills))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--capability", type=int, nargs="+", default=[90, 100], help="90: Hopper, 100: Blackwell")
+    parser.add_argument("--dtype", choices=list(BYTES), default="bf16")
+    parser.add_argument("--dim", type=int, default=128, help="head dimension")
+    names = ("seq_length", "levels", "pooling", "budget", "tile_budget")
+    for name, default in zip(names, (98304, 3, 4, 1536, 128), strict=True):
+        parser.add_argument("--" + name.replace("_", "-"), type=int, default=default)
+    options = parser.parse_args()
+    geometry = Geometry(*(getattr(options, name) for name in names))
+    for capability in options.capability:
+        print(f"sm_{capability}  {'kernel':32} registers  shared bytes  spilled bytes")
+        for report in compile_all(capability, geometry, options.dtype, options.dim):
+            print(f"        {report.kernel:32} {report.registers:9} {report.shared_bytes:13} {report.spilled_bytes:14}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""The kernels as a whole: the same layer as the reference, through torch.compile too, and compiled for GPUs not here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthouse_select
+from megatron_lighthouse.geometry import Geometry
+from tests.oracle import Problem, attention
+from tests.steps import DEVICE, needs_rounding_to, poisoned, tensors
+from tests.test_golden import config_of as golden_config
+from tests.test_golden import tensor as golden_tensor
+from tests.tolerances import assert_close
+
+PROBLEM = Problem(96, 3, 2, 8, 4, batch=2, groups=2, queries_per_group=2, dim=8, seed=5)
+CONFIG = LighthouseConfig(**PROBLEM.options, steps="kernels")
+
+
+def differentiated(layer, inputs: list[Tensor]) -> list[Tensor]:
+    """Output and gradients, for a random gradient of the output."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = layer(*leaves)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(4)).to(out)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def test_the_layer_equals_the_oracle() -> None:
+    inputs = tensors(PROBLEM, "float32")
+    with poisoned():
+        out = lighthouse_attention(*inputs, CONFIG)
+    indices, expected = attention(*(x.double().cpu().numpy() for x in inputs), PROBLEM)
+    np.testing.assert_array_equal(lighthouse_select(*inputs[:2], CONFIG).cpu().numpy(), indices)
+    assert_close(out, expected, "float32")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_layer_equals_the_reference(dtype: str) -> None:
+    from megatron_lighthouse import kernels
+
+    needs_rounding_to(dtype, kernels)
+    inputs = tensors(PROBLEM, dtype)
+    with poisoned():
+        actual = differentiated(lambda *x: lighthouse_attention(*x, CONFIG), inputs)
+    wide = CONFIG.replace(steps="reference")
+    expected = differentiated(lambda *x: lighthouse_attention(*x, wide), [x.double() for x in inputs])
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype == inputs[0].dtype
+        assert_close(a, b, dtype)
+
+
+@pytest.mark.parametrize("name", ["case_a", "case_d"])
+def test_golden_vectors(name: str) -> None:
+    case = dict(np.load(Path(__file__).parent / "golden" / f"{name}.npz"))
+    config = golden_config(case).replace(steps="kernels")
+    query, key, value, grad = (golden_tensor(case, x).to(DEVICE) for x in ("q", "k", "v", "dout"))
+    np.testing.assert_array_equal(lighthouse_select(query, key, config)[0].cpu().numpy(), case["indices"])
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    out = lighthouse_attention(*leaves, config)
+    for x, actual in zip(("out", "dq", "dk", "dv"), (out, *torch.autograd.grad(out, leaves, grad)), strict=True):
+        assert_close(actual, golden_tensor(case, x), "golden")
+
+
+def test_bit_identical_from_run_to_run() -> None:
+    inputs = tensors(PROBLEM, "float32")
+    first, second = (differentiated(lambda *x: lighthouse_attention(*x, CONFIG), inputs) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def test_a_compiled_layer_around_it_has_no_graph_break() -> None:
+    def layer(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return lighthouse_attention(2 * query, key, value, CONFIG).sin()
+
+    inputs = tensors(PROBLEM, "float32")
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for a, b in zip(differentiated(compiled, inputs), differentiated(layer, inputs), strict=True):
+        assert_close(a, b, "float32")
+
+
+def test_fake_implementations_are_those_of_the_ops() -> None:
+    """Shapes, dtypes, no aliasing: torch's own check of every custom op."""
+    query, key, value = tensors(PROBLEM, "float32")
+    sizes = LighthouseConfig(**PROBLEM.options).geometry(PROBLEM.seq_length).sizes
+    ops, checks = torch.ops.lighthouse, ["test_schema", "test_faketensor"]
+    scores = ops.score(query, key, sizes)
+    places = ops.select(scores, sizes, True)
+    rows = ops.gather(query, key, value, places, sizes)
+    out = ops.scatter(rows[0], places, sizes)
+    for op, args in (
+        (ops.score, (query, key, sizes)),
+        (ops.select, (scores, sizes, True)),
+        (ops.gather, (query, key, value, places, sizes)),
+        (ops.gather_backward, (*rows, places, sizes)),
+        (ops.scatter, (rows[0], places, sizes)),
+        (ops.scatter_backward, (out, places, sizes)),
+    ):
+        torch.library.opcheck(op, args, test_utils=checks)
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "rule"),
+    [
+        pytest.param({}, "float64", "they take bf16, fp16 and fp32, not torch.float64", id="float64"),
+        pytest.param({"dim": 264}, "float32", "head dimensions up to 256, not 264", id="D=264"),
+    ],
+)
+def test_forced_kernels_that_cannot_run_are_refused(change: dict[str, int], dtype: str, rule: str) -> None:
+    from dataclasses import replace
+
+    with pytest.raises(ValueError, match=rule):
+        lighthouse_attention(*tensors(replace(PROBLEM, **change), dtype), CONFIG)
+
+
+def test_a_cpu_takes_the_reference_and_kernels_only_when_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_lighthouse import reference, steps
+
+    x = torch.zeros(1)
+    assert steps.steps_for("auto", x) is reference
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="--lighthouse-steps kernels cannot run: they run on GPUs, not on the device 'cpu'"):
+        steps.steps_for("kernels", x)
+
+
+COMPILED = """
+import json, sys
+from megatron_lighthouse.geometry import Geometry
+from megatron_lighthouse.kernels.ahead_of_time import compile_all
+sizes, dtype, dim = json.loads(sys.argv[2])
+print(json.dumps([tuple(r) for r in compile_all(int(sys.argv[1]), Geometry(*sizes), dtype, dim)]))
+"""
+LAYERS = {
+    "98K, bf16, D=128": ((98304, 3, 4, 1536, 128), "bf16", 128),
+    "1M, fp32, D=256": ((1048576, 4, 4, 4096, 128), "fp32", 256),
+    "p=8, fp16, D=80": ((32768, 3, 8, 128, 128), "fp16", 80),
+    "p=3, bf16, D=64, one tile": ((98304 * 3, 3, 3, 1536, 1536), "bf16", 64),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("capability", [90, 100], ids="sm_{}".format)
+def test_compiles_for_hopper_and_blackwell_without_spills(capability: int, layer: str) -> None:
+    # in a process of its own: the interpreter, which the other tests run under, is chosen at import
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILED, str(capability), json.dumps(LAYERS[layer])]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    reports = json.loads(done.stdout)
+    assert len(reports) == 8
+    for kernel, registers, shared_bytes, spilled_bytes in reports:
+        print(f"sm_{capability} {kernel}: {registers} registers, {shared_bytes} bytes shared, {spilled_bytes} spilled")
+        assert spilled_bytes == 0, kernel
+        assert 0 < registers <= 255
+        assert shared_bytes <= 48 * 1024
+
+
+@pytest.mark.gpu
+def test_more_rows_than_a_launch_grid_holds() -> None:
+    """S = 131,072: the authors' launch grid ends at 65,535."""
+    config = LighthouseConfig(levels=2, pooling=2, budget=32768, tile_budget=128)
+    assert config.geometry(2**17).gathered_length == 131072
+    inputs = [torch.randn(2**17, 1, 1, 32, device="cuda") for _ in range(3)]
+    selection = [config.replace(steps=name) for name in ("kernels", "reference")]
+    assert torch.equal(*(lighthouse_select(*inputs[:2], c) for c in selection))
+
+
+@pytest.mark.gpu
+def test_captured_in_a_cuda_graph() -> None:
+    inputs = [torch.randn(4096, 1, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    config = LighthouseConfig(3, 4, 64, 64, inner="fa2")
+    lighthouse_attention(*inputs, config)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = lighthouse_attention(*inputs, config)
+    for x in inputs:
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(out, lighthouse_attention(*inputs, config))
+
+
+def test_geometry_is_made_again_from_its_sizes() -> None:
+    geometry = CONFIG.geometry(PROBLEM.seq_length)
+    assert Geometry(*geometry.sizes) == geometry

@@ -11,7 +11,7 @@ from megatron_lighthouse.inner import Attend, inner_attention
 from megatron_lighthouse.ranges import step
 from megatron_lighthouse.scorers import SCORERS
 from megatron_lighthouse.selection import Selection
-from megatron_lighthouse.steps import steps_for
+from megatron_lighthouse.steps import Steps, steps_for
 
 
 def lighthouse_attention(
@@ -41,6 +41,23 @@ def lighthouse_attention(
         ValueError: shapes or dtypes that do not fit each other, an N that does not fit the config, or an inner attention
             that is forced and is not there.
     """
+    rows, selection, steps = attend_to_selection(
+        query, key, value, config, softmax_scale=softmax_scale, attend=attend, selection=selection
+    )
+    return steps.scatter(rows, selection)
+
+
+def attend_to_selection(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: LighthouseConfig,
+    *,
+    softmax_scale: float | None = None,
+    attend: Attend | None = None,
+    selection: Selection | None = None,
+) -> tuple[Tensor, Selection, Steps]:
+    """All steps of `lighthouse_attention` but the last: the attended rows [S, B, H, D], and what scatters them."""
     _check(query, key, value)
     if attend is None:
         attend = inner_attention(config.inner, query, key, softmax_scale)
@@ -56,10 +73,9 @@ def lighthouse_attention(
         )
     telemetry.record(selection)
     steps = steps_for(config.steps, query)
-    rows_q, rows_k, rows_v = steps.gather(query, key, value, selection)
+    gathered = steps.gather(query, key, value, selection)
     with step("attend"):
-        rows = attend(rows_q, rows_k, rows_v)
-    return steps.scatter(rows, selection)
+        return attend(*gathered), selection, steps
 
 
 def lighthouse_select(query: Tensor, key: Tensor, config: LighthouseConfig) -> Tensor:

@@ -25,6 +25,8 @@ class LighthouseSettings:
     """Layers at the bottom of the model that stay dense."""
     dense_last: int = 2
     """Layers at the top of the model that stay dense."""
+    discard_output: bool = True
+    """Whether a layer's output is scattered again in backward rather than kept: see `megatron_lighthouse.mcore.output`."""
 
     def is_dense(self, layer_number: int, num_layers: int) -> bool:
         """Whether the layer of this global, 1-based number stays dense."""
@@ -81,6 +83,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Always refine the first window, so that the first positions have an output. Default: on; the authors' code "
         "behaves as with --no-lighthouse-pin-first.",
     )
+    group.add_argument(
+        flag("discard_output"),
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Free a layer's output after its projection, and scatter it again in backward: the same bits for as much less "
+        "memory as the queries take. Default: on; turn it off where hooks of yours read the projection's input.",
+    )
     for name, where in (("dense_first", "bottom"), ("dense_last", "top")):
         group.add_argument(
             flag(name),
@@ -102,4 +111,5 @@ def settings_from(args: argparse.Namespace | None) -> LighthouseSettings:
         parser = add_arguments(argparse.ArgumentParser(prog=ENVIRONMENT, allow_abbrev=False))
         args = parser.parse_args(shlex.split(os.environ.get(ENVIRONMENT, "")))
     options = {f.name: getattr(args, "lighthouse_" + f.name) for f in fields(LighthouseConfig)}
-    return LighthouseSettings(LighthouseConfig(**options), args.lighthouse_dense_first, args.lighthouse_dense_last)
+    own = {name: getattr(args, "lighthouse_" + name) for name in ("dense_first", "dense_last", "discard_output")}
+    return LighthouseSettings(LighthouseConfig(**options), **own)

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron_lighthouse.mcore.checks import check_run
 from megatron_lighthouse.mcore.core_attention import CoreAttentionBuilder
 from megatron_lighthouse.mcore.norm import torch_norm
+from megatron_lighthouse.mcore.output import without_kept_output
 from megatron_lighthouse.mcore.settings import LighthouseSettings, settings_from
 
 type LayerSpec = ModuleSpec | TransformerBlockSubmodules
@@ -40,6 +41,8 @@ def with_lighthouse(spec: LayerSpec, settings: LighthouseSettings) -> LayerSpec:
             continue
         if not isinstance(submodules.core_attention, CoreAttentionBuilder):
             submodules.core_attention = CoreAttentionBuilder(submodules.core_attention, settings)
+            if settings.discard_output:
+                submodules.linear_proj = without_kept_output(submodules.linear_proj)
         found += 1
     # a block spec is one pipeline stage's part, which may hold no attention at all
     if not found and isinstance(spec, ModuleSpec):

@@ -1,0 +1,80 @@
+"""The output of a Lighthouse layer is not kept for backward: it is scattered again when it is needed.
+
+The projection that follows keeps its input, [s, b, np/tp * hn], for the gradient of its weights: as much as Q. But that input
+is a sum of the gathered rows, which the inner attention keeps anyway, and scattering costs a read of S rows and a write of N.
+So its memory is freed once the projection has run, and filled again just before the projection's backward. Ours; Megatron's
+CheckpointWithoutOutput does the same for norms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor
+
+from megatron_lighthouse.selection import Selection
+from megatron_lighthouse.steps import Steps
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a layer's output is made of."""
+
+    rows: Tensor
+    selection: Selection
+    steps: Steps
+
+    def scatter(self) -> Tensor:
+        with torch.no_grad():
+            return self.steps.scatter(self.rows, self.selection)
+
+
+def remember_source(output: Tensor, rows: Tensor, selection: Selection, steps: Steps) -> Tensor:
+    """`output`, marked as the scattered `rows` where its backward will be asked for."""
+    if output.requires_grad and not torch.compiler.is_compiling():
+        output.lighthouse_source = Source(rows.detach(), selection, steps)  # type: ignore[attr-defined]
+    return output
+
+
+def discard_input(module: torch.nn.Module, args: tuple[Any, ...], result: Any) -> None:
+    """A forward hook of the projection: free its input, if that is a layer's output, until its backward."""
+    source: Source | None = getattr(args[0], "lighthouse_source", None)
+    out = result[0] if isinstance(result, tuple) else result
+    if source is None or not out.requires_grad or _is_capturing(out):
+        return
+    storage = args[0].untyped_storage()
+    size = storage.nbytes()
+
+    def restore(_: Tensor) -> None:
+        if not storage.nbytes():
+            storage.resize_(size)
+            storage.copy_(source.scatter().untyped_storage())
+
+    out.register_hook(restore)
+    storage.resize_(0)
+
+
+def _is_capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+@dataclass(frozen=True)
+class ProjectionBuilder:
+    """Builds the output projection of one layer, with the hook on it."""
+
+    base: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        projection = self.base(*args, **kwargs)
+        projection.register_forward_hook(discard_input)
+        return projection
+
+
+def without_kept_output(linear_proj: Any) -> Any:
+    """The builder of the projection in a layer spec, so that it does not keep a Lighthouse layer's output."""
+    if isinstance(linear_proj, (ModuleSpec, ProjectionBuilder)):  # a spec is not called but read: left as it is
+        return linear_proj
+    return ProjectionBuilder(linear_proj)

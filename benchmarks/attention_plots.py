@@ -1,7 +1,9 @@
-"""Pictures of benchmarks/attention.py, from the rows of its table."""
+"""Pictures of benchmarks/attention.py, from the rows of its table; `python benchmarks/attention_plots.py CSV…` draws again."""
 
 from __future__ import annotations
 
+import csv
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,16 @@ def draw(out: Path, rows: Sequence[Row]) -> None:
     """times.png (time against sequence length) and steps.png (each step beside its memory floor)."""
     _times(out / "times.png", rows)
     _steps(out / "steps.png", rows)
+
+
+def read(files: Sequence[Path]) -> list[Row]:
+    """The rows of some CSV files, numbers as numbers."""
+    rows: list[Row] = []
+    for file in files:
+        with file.open() as lines:
+            for row in csv.DictReader(lines):
+                rows.append({key: float(x) if key in ("N", "ms", "floor_ms") and x else x or None for key, x in row.items()})
+    return rows
 
 
 def _plain(row: Row) -> bool:
@@ -65,3 +77,8 @@ def _steps(path: Path, rows: Sequence[Row]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside right center")
     figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    files = [Path(name) for name in sys.argv[1:]]
+    draw(files[0].parent, read(files))

@@ -114,10 +114,8 @@ def _problem(name: str, rows: Rows, deterministic: bool) -> str | None:
 
 def _fastest_first(rows: Rows) -> list[str]:
     """All backends; on Hopper and Blackwell as `benchmarks/attention.py` and their authors measured them."""
-    if rows.capability >= 100:
-        return ["fa4", "cudnn", "fa2", "fa3", "sdpa"]
     if rows.capability >= 90:
-        return ["fa3", "cudnn", "fa4", "fa2", "sdpa"]
+        return ["fa4", "fa3", "cudnn", "fa2", "sdpa"]
     return ["fa2", "cudnn", "fa3", "fa4", "sdpa"]
 
 

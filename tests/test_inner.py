@@ -72,7 +72,7 @@ class FlashAttention:
 
 
 @either_mode
-@pytest.mark.parametrize(("capability", "fastest"), [(100, "fa4"), (90, "fa3"), (80, "fa2")])
+@pytest.mark.parametrize(("capability", "fastest"), [(100, "fa4"), (90, "fa4"), (80, "fa2")])
 def test_auto_takes_the_fastest(capability: int, fastest: str, deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.use_deterministic_algorithms(deterministic)
     taken: list[str] = []
@@ -80,7 +80,7 @@ def test_auto_takes_the_fastest(capability: int, fastest: str, deterministic: bo
         pretend(monkeypatch, capability, dict.fromkeys(taken, "is broken"))
         taken.append(chosen())
     assert taken[0] == fastest
-    assert (taken[1] == "cudnn") != deterministic
+    assert taken.index("fa2") < taken.index("sdpa")
     assert sorted(taken) == sorted(BACKENDS.keys() - ({"cudnn"} if deterministic else set()))
 
 
@@ -95,10 +95,10 @@ def test_asking_for_determinism_later_chooses_anew(monkeypatch: pytest.MonkeyPat
 def test_the_choice_and_why_are_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     chosen()  # on a CPU nothing faster is to be expected, so there is nothing to explain
     for _ in range(2):
-        pretend(monkeypatch, 100, {"fa4": "is lost", "cudnn": "is broken", "fa3": "is slower anyway"})
+        pretend(monkeypatch, 100, {"fa4": "is lost", "fa3": "is old", "cudnn": "is broken", "sdpa": "is slower anyway"})
         assert chosen() == "fa2"
     start = "lighthouse: the inner attention of bfloat16, 4 query and 2 key/value heads of 64 is "
-    why = "(FlashAttention 4 is lost; cuDNN's attention in torch is broken)"
+    why = "(FlashAttention 4 is lost; FlashAttention 3 is old; cuDNN's attention in torch is broken)"
     ends = ["torch's scaled_dot_product_attention.", f"FlashAttention 2 in torch {why}."]
     assert caplog.messages == [start + end for end in ends]
 
@@ -138,9 +138,9 @@ def test_an_early_flash_attention_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_flash_attention_3_is_not_deterministic_beyond_dimension_192(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, 90, {})
+    pretend(monkeypatch, 90, {"fa4": "is lost"})
     torch.use_deterministic_algorithms(True)
-    assert (chosen(dim=192), chosen(dim=256)) == ("fa3", "fa4")
+    assert (chosen(dim=192), chosen(dim=256)) == ("fa3", "fa2")
 
 
 @pytest.mark.parametrize(

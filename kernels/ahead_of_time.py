@@ -36,7 +36,7 @@ class Report(NamedTuple):
     spilled_bytes: int
 
 
-def compile_all(capability: int, geometry: Geometry, dtype: str, dim: int, ratio: int = 1) -> Iterator[Report]:
+def compile_all(capability: int, geometry: Geometry, dtype: str, dim: int) -> Iterator[Report]:
     """Compile the kernels of a layer as they would be launched.
 
     Args:
@@ -81,11 +81,12 @@ def _compile(kernel: Any, capability: int, dtype: str, constants: dict[str, Any]
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options={"num_warps": warps, **options})
-    return _assembled(compiled.metadata.name, compiled.asm["ptx"], capability)
+    registers, spilled = _assembled(compiled.asm["ptx"], capability)
+    return Report(compiled.metadata.name, registers, compiled.metadata.shared, spilled)
 
 
-def _assembled(name: str, ptx: str, capability: int) -> Report:
-    """Registers and spills, from the assembler that Triton itself uses."""
+def _assembled(ptx: str, capability: int) -> tuple[int, int]:
+    """Registers, and bytes spilled, from the assembler that Triton itself uses."""
     tool = triton.knobs.nvidia.ptxas_blackwell if capability >= 100 else triton.knobs.nvidia.ptxas
     architecture = re.search(r"\.target (\w+)", ptx)
     assert architecture is not None
@@ -95,9 +96,9 @@ def _assembled(name: str, ptx: str, capability: int) -> Report:
         command = [tool.path, "-v", f"--gpu-name={architecture[1]}", "-o", "/dev/null", file.name]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill", log)]
-    registers, shared = re.search(r"Used (\d+) registers", log), re.search(r"(\d+) bytes smem", log)
+    registers = re.search(r"Used (\d+) registers", log)
     assert registers is not None, log
-    return Report(name, int(registers[1]), int(shared[1]) if shared else 0, sum(spills))
+    return int(registers[1]), sum(spills)
 
 
 def main() -> None:

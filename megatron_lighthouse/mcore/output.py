@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
@@ -67,9 +68,11 @@ class ProjectionBuilder:
 
     base: Any
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        projection = self.base(*args, **kwargs)
-        projection.register_forward_hook(discard_input)
+    def __call__(self, *args: Any, config: TransformerConfig, **kwargs: Any) -> Any:
+        projection = self.base(*args, config=config, **kwargs)
+        # offloading copies what is kept on a stream of its own, from memory that must stay
+        if not (config.cpu_offloading or getattr(config, "fine_grained_activation_offloading", False)):
+            projection.register_forward_hook(discard_input)
         return projection
 
 

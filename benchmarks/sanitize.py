@@ -1,4 +1,7 @@
-"""`python benchmarks/sanitize.py`: a small run of every kernel under compute-sanitizer's memcheck and racecheck."""
+"""`python benchmarks/sanitize.py`: a small run of every kernel under compute-sanitizer's memcheck and racecheck.
+
+Racecheck watches shared memory alone; what the kernels exchange through global memory (select) is held by barriers, and tested.
+"""
 
 from __future__ import annotations
 

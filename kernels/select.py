@@ -25,11 +25,12 @@ REGISTERS = 128
 CHOSEN = tl.constexpr(-2)
 REJECTED = tl.constexpr(-1)
 HIGHEST = tl.constexpr(0x7FFFFFFF)
+FIELD = tl.constexpr(0x1FFFFF)
 
 
 @triton.jit
 def _at_least(keys, t1, t2, t3):
-    """Of each key, how many of t1 <= t2 <= t3 it reaches, as three counters of 21 bits each."""
+    """Which of three thresholds each key reaches, as counters of 21 bits each."""
     one, two, three = (keys >= t1).to(tl.int64), (keys >= t2).to(tl.int64), (keys >= t3).to(tl.int64)
     return one + (two << 21) + (three << 42)
 
@@ -38,14 +39,14 @@ def _at_least(keys, t1, t2, t3):
 def _count(p_keys, length, keys, t1, t2, t3, BLOCK: tl.constexpr, ONE: tl.constexpr):
     """How many keys reach each of three thresholds: of `keys` where one block holds all, else of memory."""
     if ONE:
-        counts = _at_least(keys, t1, t2, t3)
-    else:
-        counts = tl.zeros([BLOCK], tl.int64)
-        for start in range(0, length, BLOCK):
-            i = start + tl.arange(0, BLOCK)
-            counts += _at_least(tl.load(p_keys + i, mask=i < length, other=REJECTED), t1, t2, t3)
-    total = tl.sum(counts)
-    return total & 0x1FFFFF, (total >> 21) & 0x1FFFFF, total >> 42
+        total = tl.sum(_at_least(keys, t1, t2, t3))
+        return total & FIELD, (total >> 21) & FIELD, total >> 42
+    counts = tl.zeros([BLOCK], tl.int64)
+    for start in range(0, length, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        counts += _at_least(tl.load(p_keys + i, mask=i < length, other=REJECTED), t1, t2, t3)
+    # apart, for the count of a long tile may need more bits than a field has
+    return tl.sum(counts & FIELD), tl.sum((counts >> 21) & FIELD), tl.sum(counts >> 42)
 
 
 @triton.jit
@@ -78,7 +79,7 @@ def _among(keys, threshold, equals_left, equals_seen):
 
 @triton.jit
 def _key(p_score, i, mask):
-    # without the sign, which only a NaN can have: as in torch's sort, NaN ranks highest
+    # without the sign, which only a NaN can have: a key must not be negative
     return tl.load(p_score + i, mask=mask, other=0.0).to(tl.int32, bitcast=True) & HIGHEST
 
 

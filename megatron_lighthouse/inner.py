@@ -1,7 +1,7 @@
 """The inner attention: plain causal attention over the gathered rows, by the fastest backend that is there.
 
-Chosen once for a device, dtype and head dimension, and said once. Where torch is asked to be deterministic, only backends
-whose backward repeats to the bit are taken: cuDNN's in torch does not.
+Chosen once for a device, dtype and head dimension, and said once. Where torch is asked to be deterministic (and not only to
+warn), only backends whose backward repeats to the bit are taken: cuDNN's in torch does not.
 """
 
 from __future__ import annotations
@@ -78,7 +78,12 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, heads: int, grou
     Raises:
         ValueError: as `inner_attention`.
     """
-    return _choose(name, Rows(device, dtype, heads, groups, dim), torch.are_deterministic_algorithms_enabled())
+    return _choose(name, Rows(device, dtype, heads, groups, dim), deterministic())
+
+
+def deterministic() -> bool:
+    """Whether torch is asked for algorithms that repeat. With `warn_only` it takes others too, and so do we."""
+    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 @cache
@@ -132,6 +137,10 @@ def _flash_problem(package: str, module: str, capability: int) -> Callable[[Rows
     return problem
 
 
+_functions: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {}
+"""flash_attn_func of the modules that were found; looked up here by compiled code, which cannot import."""
+
+
 def _import_problem(package: str, module: str) -> str | None:
     try:
         function = importlib.import_module(module).flash_attn_func
@@ -140,16 +149,16 @@ def _import_problem(package: str, module: str) -> str | None:
         return f"is not installed ({package})" if missing else f"is installed but does not import ({error})"
     except Exception as error:
         return f"is installed but does not import ({error})"
-    # FlashAttention 2.8 ships an early flash_attn.cute
-    return None if "deterministic" in inspect.signature(function).parameters else "is installed, but too old"
+    if "deterministic" not in inspect.signature(function).parameters:  # FlashAttention 2.8 ships an early flash_attn.cute
+        return "is installed, but too old"
+    _functions[module] = function
+    return None
 
 
 def _flash(module: str) -> Callable[[Tensor, Tensor, Tensor, float | None], Tensor]:
     def attend(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None) -> Tensor:
-        function = importlib.import_module(module).flash_attn_func
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))  # [B, S, heads, D]
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        out = function(q, k, v, softmax_scale=softmax_scale, causal=True, deterministic=deterministic)
+        out = _functions[module](q, k, v, softmax_scale=softmax_scale, causal=True, deterministic=deterministic())
         return (out[0] if isinstance(out, tuple) else out).transpose(0, 1)
 
     return attend

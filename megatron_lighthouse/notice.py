@@ -10,9 +10,14 @@ import torch
 log = logging.getLogger("megatron_lighthouse")
 
 
-@cache
 def say_once(message: str) -> None:
-    """Warn, on rank 0 alone, the first time that `message` is given. Not from compiled code."""
+    """Warn, on rank 0 alone, the first time that `message` is given. Silent in compiled code."""
+    if not torch.compiler.is_compiling():
+        _say(message)
+
+
+@cache
+def _say(message: str) -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
         return
     log.warning(message)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_lighthouse import LighthouseConfig, inner, lighthouse_attention
+from megatron_lighthouse import LighthouseConfig, inner, lighthouse_attention, notice
 from megatron_lighthouse.inner import BACKENDS, Rows, choose
 from tests.oracle import Problem, attention
 from tests.tolerances import assert_close
@@ -29,8 +29,9 @@ either_scale = pytest.mark.parametrize("scale", [None, 0.3], ids="scale={}".form
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing was chosen or said before a test, and what it pretends is forgotten after it."""
-    for name in ("_choose", "say_once"):
-        monkeypatch.setattr(inner, name, cache(getattr(inner, name).__wrapped__))
+    monkeypatch.setattr(inner, "_choose", cache(inner._choose.__wrapped__))
+    monkeypatch.setattr(notice, "_say", cache(notice._say.__wrapped__))
+    monkeypatch.setattr(inner, "_functions", {})
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -90,6 +91,13 @@ def test_asking_for_determinism_later_chooses_anew(monkeypatch: pytest.MonkeyPat
     torch.use_deterministic_algorithms(True)
     assert chosen() == "fa2"
     assert "cuDNN's attention in torch is not deterministic, and torch.use_deterministic_algorithms is on" in refusal("cudnn")
+
+
+def test_with_warnings_only_determinism_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own backends do not repeat then either."""
+    pretend(monkeypatch, 90, {"fa3": "is broken", "fa4": "is broken"})
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert chosen() == "cudnn"
 
 
 def test_the_choice_and_why_are_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -178,6 +186,7 @@ def test_how_flash_attention_is_called(
 ) -> None:
     package, generator = FlashAttention(answers_with_lse), torch.Generator().manual_seed(3)
     monkeypatch.setitem(sys.modules, MODULES[name], package)
+    assert inner._import_problem(name, MODULES[name]) is None
     torch.use_deterministic_algorithms(deterministic)
     rows = [torch.randn(7, 3, heads, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)]
     out = BACKENDS[name].attend(*rows, scale)
@@ -192,6 +201,7 @@ def test_the_layer_attends_by_the_backend_that_its_config_names(scale: float | N
     assert torch.equal(lighthouse_attention(*inputs, config.replace(inner="sdpa"), softmax_scale=scale), default)
     package = FlashAttention()
     monkeypatch.setitem(sys.modules, MODULES["fa3"], package)
+    assert inner._import_problem("fa3", MODULES["fa3"]) is None
     pretend(monkeypatch, 90, {})
     flash = lighthouse_attention(*inputs, config.replace(inner="fa3"), softmax_scale=scale)
     assert [call["softmax_scale"] for call in package.calls] == [scale]

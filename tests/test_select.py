@@ -226,3 +226,19 @@ def test_telemetry_keeps_the_latest_selection_of_watched_layers(monkeypatch: pyt
     assert list(telemetry.watched()) == [3]
     assert torch.equal(telemetry.watched()[3].indices, lighthouse_select(key, value, config))
     assert not torch.equal(lighthouse_select(key, value, config), lighthouse_select(query, key, config))
+
+
+def test_a_tile_of_two_million_windows() -> None:
+    """Counts that need more bits than the kernel gives each of the three that it makes at a time."""
+    module = importlib.import_module("megatron_lighthouse.kernels.select")
+    geometry = Geometry(2**22, 2, 2, 128, 128)
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.rand(2, 1, 1, geometry.coarse_length, generator=generator).to(DEVICE)
+    ranks = torch.empty(1, 1, geometry.coarse_length, dtype=torch.int32, device=DEVICE)
+    sizes = {"P": 2, "L": 2, "TILES": 1, "TILE_BUDGET": 128, "PIN_FIRST": False, "ONE": False}
+    block = module.BLOCK if DEVICE == "cuda" else 2**18  # few and long blocks are quick to interpret
+    module.refine_kernel[(1, 1)](scores, ranks, geometry.seq_length, geometry.coarse_length, **sizes, BLOCK=block)
+    refined = (ranks[0, 0] % 2).nonzero().flatten()
+    by_query = scores[0, 0, 0].topk(64).indices
+    by_key = scores[1, 0, 0].index_fill(0, by_query, -1.0).topk(64).indices
+    assert torch.equal(refined, torch.cat([by_query, by_key]).sort().values)

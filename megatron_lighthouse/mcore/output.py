@@ -1,9 +1,10 @@
 """The output of a Lighthouse layer is not kept for backward: it is scattered again when it is needed.
 
 The projection that follows keeps its input, [s, b, np/tp * hn], for the gradient of its weights: as much as Q. But that input
-is a sum of the gathered rows, which the inner attention keeps anyway, and scattering costs a read of S rows and a write of N.
-So its memory is freed once the projection has run, and filled again just before the projection's backward. Ours; Megatron's
-CheckpointWithoutOutput does the same for norms.
+is a sum of the gathered rows, which the inner attention keeps anyway, and scattering again costs little more than writing N
+rows twice. So its memory is freed once the projection has run, and filled again just before the projection's backward. Ours;
+Megatron's CheckpointWithoutOutput does the same for norms. It saves nothing where something else holds that input (a quantised
+copy, an output gate), and is left out where a saved-tensor hook may still read it.
 """
 
 from __future__ import annotations
@@ -42,24 +43,27 @@ def remember_source(output: Tensor, rows: Tensor, selection: Selection, steps: S
 
 def discard_input(module: torch.nn.Module, args: tuple[Any, ...], result: Any) -> None:
     """A forward hook of the projection: free its input, if that is a layer's output, until its backward."""
-    source: Source | None = getattr(args[0], "lighthouse_source", None)
+    source: Source | None = getattr(args[0], "lighthouse_source", None) if args else None
     out = result[0] if isinstance(result, tuple) else result
-    if source is None or not out.requires_grad or _is_capturing(out):
+    if source is None or not out.requires_grad or _is_held(out):
         return
-    storage = args[0].untyped_storage()
+    kept = args[0].data  # with a version of its own: what autograd saved has not changed when it is filled again
+    storage = kept.untyped_storage()
     size = storage.nbytes()
 
     def restore(_: Tensor) -> None:
-        if not storage.nbytes():
-            storage.resize_(size)
-            storage.copy_(source.scatter().untyped_storage())
+        storage.resize_(size)
+        kept.copy_(source.scatter().flatten(2))
+        handle.remove()  # with it go the rows, and the output as soon as the projection has read it
 
-    out.register_hook(restore)
+    handle = out.register_hook(restore)
     storage.resize_(0)
 
 
-def _is_capturing(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+def _is_held(x: Tensor) -> bool:
+    """Whether memory must stay: under a CUDA graph's capture, or a hook on saved tensors (a checkpoint's, an offloader's)."""
+    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return capturing or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,7 @@ class ProjectionBuilder:
 
     def __call__(self, *args: Any, config: TransformerConfig, **kwargs: Any) -> Any:
         projection = self.base(*args, config=config, **kwargs)
-        # offloading copies what is kept on a stream of its own, from memory that must stay
-        if not (config.cpu_offloading or getattr(config, "fine_grained_activation_offloading", False)):
+        if not config.cpu_offloading:  # which copies what is kept on a stream of its own, from memory that must stay
             projection.register_forward_hook(discard_input)
         return projection
 

@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="Free a layer's output after its projection, and scatter it again in backward: the same bits for as much less "
-        "memory as the queries take. Default: on; turn it off where hooks of yours read the projection's input.",
+        "memory as the queries take. Default: on; turn it off where adapters or hooks read the projection's input.",
     )
     for name, where in (("dense_first", "bottom"), ("dense_last", "top")):
         group.add_argument(

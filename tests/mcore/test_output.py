@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -33,11 +34,12 @@ RECOMPUTE = {
 }
 
 
+@pytest.mark.parametrize("groups", [4, 2], ids="{} groups of 4 heads".format)
 @pytest.mark.parametrize("recompute", RECOMPUTE)
-def test_the_same_loss_and_gradients(recompute: str) -> None:
+def test_the_same_loss_and_gradients(recompute: str, groups: int) -> None:
     found = []
     for discard in (True, False):
-        one = model(discard, **RECOMPUTE[recompute])
+        one = model(discard, num_query_groups=groups, **RECOMPUTE[recompute])
         value = loss(one)
         value.backward()
         found.append([value.detach(), *(p.grad for p in one.parameters())])
@@ -64,3 +66,27 @@ def test_without_gradients_nothing_is_freed() -> None:
     with torch.no_grad():
         loss(one)
     assert seen[0].untyped_storage().nbytes()
+
+
+def test_a_checkpoint_that_reads_what_is_saved_keeps_it() -> None:
+    """Non-reentrant checkpoints, and offloaders, put hooks on what autograd saves."""
+    found = []
+    for discard in (True, False):
+        one = model(discard)
+        value = torch.utils.checkpoint.checkpoint(loss, one, use_reentrant=False)
+        value.backward()
+        found.append([value.detach(), *(p.grad for p in one.parameters())])
+    assert all(map(torch.equal, *found))
+
+
+def test_nothing_is_held_after_backward() -> None:
+    one, sources = model(True), []
+    for number in lighthouse_layers(one):
+        one.decoder.layers[number - 1].self_attention.core_attention.register_forward_hook(
+            lambda module, args, out: sources.append(weakref.ref(out.lighthouse_source))
+        )
+    value = loss(one)
+    assert len(sources) == 3
+    assert all(source() for source in sources)
+    value.backward()
+    assert not any(source() for source in sources), "the loss is still there, the rows need not be"

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.geometry import Geometry
-from megatron_lighthouse.kernels.launch import last_contiguous, launch, on_device_of, padded, run
+from megatron_lighthouse.kernels.launch import Launch, last_contiguous, launch, on_device_of, padded, run
 from megatron_lighthouse.kernels.windows import collect, spread
 from megatron_lighthouse.ranges import step
 
@@ -98,17 +98,23 @@ def gather_backward_kernel(
 
 
 def _launch(
-    kernel: Any, tokens: Sequence[Tensor], rows: Sequence[Tensor], places: Tensor, geometry: Geometry, blocks: int, how: Any
+    kernel: Any,
+    sources: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    places: Tensor,
+    geometry: Geometry,
+    blocks: int,
+    how: Launch,
 ) -> None:
-    """Launch `kernel` over `blocks` blocks of all heads of Q, K and V; the kernel reads one of `tokens`, `rows` first."""
-    (_, batch, heads, dim), groups = tokens[0].shape, places.shape[1]
-    first, second = (tokens, rows) if kernel is gather_forward_kernel else (rows, tokens)
+    """Launch `kernel` over `blocks` blocks of all heads of Q, K and V."""
+    (_, batch, heads, dim), groups = sources[0].shape, places.shape[1]
+    sources = [last_contiguous(x) for x in sources]
     with on_device_of(places):
         kernel[(blocks, batch * (heads + 2 * groups))](
-            *first,
-            *second,
+            *sources,
+            *targets,
             places,
-            *(x.stride()[:3] for x in (*first, *second)),
+            *(x.stride()[:3] for x in (*sources, *targets)),
             geometry.seq_length,
             geometry.pyramid_length,
             heads,
@@ -128,8 +134,7 @@ def _gather(query: Tensor, key: Tensor, value: Tensor, places: Tensor, sizes: Se
         rows = _empty(query, key, value, geometry.gathered_length)
         how = launch("collect", query.shape[3], query.element_size())
         blocks = triton.cdiv(geometry.entries(geometry.levels - 1), how.rows)
-        tokens = [last_contiguous(x) for x in (query, key, value)]
-        _launch(gather_forward_kernel, tokens, rows, places, geometry, blocks, how)
+        _launch(gather_forward_kernel, (query, key, value), rows, places, geometry, blocks, how)
         return rows
 
 
@@ -142,8 +147,7 @@ def _gather_backward(
         tokens = _empty(query, key, value, geometry.seq_length)
         how = launch("spread", query.shape[3], query.element_size())
         blocks = triton.cdiv(geometry.seq_length, how.rows)
-        rows = [last_contiguous(x) for x in (query, key, value)]
-        _launch(gather_backward_kernel, tokens, rows, places, geometry, blocks, how)
+        _launch(gather_backward_kernel, (query, key, value), tokens, places, geometry, blocks, how)
         return tokens
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.geometry import Geometry
-from megatron_lighthouse.kernels.launch import last_contiguous, launch, on_device_of, padded, run
+from megatron_lighthouse.kernels.launch import Launch, last_contiguous, launch, on_device_of, padded, run
 from megatron_lighthouse.kernels.windows import collect, spread
 from megatron_lighthouse.ranges import step
 
@@ -68,8 +68,9 @@ def scatter_backward_kernel(
     collect(p_out, p_map, p_rows, strides_out[0], strides_rows[0], seq_length, D, BLOCK_D, P, L, BLOCK, 1, False)
 
 
-def _launch(kernel: Any, source: Tensor, target: Tensor, places: Tensor, geometry: Geometry, blocks: int, how: Any) -> None:
+def _launch(kernel: Any, source: Tensor, target: Tensor, places: Tensor, geometry: Geometry, blocks: int, how: Launch) -> None:
     _, batch, heads, dim = source.shape
+    source = last_contiguous(source)
     with on_device_of(places):
         kernel[(blocks, batch * heads)](
             source,
@@ -96,7 +97,7 @@ def _scatter(rows: Tensor, places: Tensor, sizes: Sequence[int]) -> Tensor:
         out = _empty(rows, geometry.seq_length)
         how = launch("spread", rows.shape[3], rows.element_size())
         blocks = triton.cdiv(geometry.seq_length, how.rows)
-        _launch(scatter_forward_kernel, last_contiguous(rows), out, places, geometry, blocks, how)
+        _launch(scatter_forward_kernel, rows, out, places, geometry, blocks, how)
         return out
 
 
@@ -108,7 +109,7 @@ def _scatter_backward(grad: Tensor, places: Tensor, sizes: Sequence[int]) -> Ten
         how = launch("collect", grad.shape[3], grad.element_size())
         # one window more: the first of the shifted positions is cut short, and so is the last
         blocks = triton.cdiv(geometry.entries(geometry.levels - 1) + 1, how.rows)
-        _launch(scatter_backward_kernel, last_contiguous(grad), rows, places, geometry, blocks, how)
+        _launch(scatter_backward_kernel, grad, rows, places, geometry, blocks, how)
         return rows
 
 

@@ -24,6 +24,7 @@ from megatron_lighthouse.inner import Attend, choose, inner_attention
 from megatron_lighthouse.mcore.checks import check
 from megatron_lighthouse.mcore.output import remember_source
 from megatron_lighthouse.mcore.settings import LighthouseSettings
+from megatron_lighthouse.steps import steps_for
 
 
 class LighthouseMixin:
@@ -112,20 +113,21 @@ class CoreAttentionBuilder:
                 "DotProductAttention and TEDotProductAttention."
             )
         check(config, self.settings, None)
+        here = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        steps_for(self.settings.config.steps, torch.empty(0, config.kv_channels, dtype=config.params_dtype, device=here))
         layer = lighthouse_class(module)(config=config, layer_number=layer_number, **params, **kwargs)
         layer.lighthouse = self.settings.config
         layer.inner_scale = kwargs.get("softmax_scale")
-        layer.dense_is_inner = self._dense_is_inner(module, config)
+        layer.dense_is_inner = self._dense_is_inner(module, config, here)
         return layer
 
-    def _dense_is_inner(self, module: type, config: TransformerConfig) -> bool:
+    def _dense_is_inner(self, module: type, config: TransformerConfig, device: torch.device) -> bool:
         """Decides who attends to the gathered rows, so that a backend that is missing is named before training starts."""
         name, of_te = self.settings.config.inner, "transformer_engine" in module.__module__
         # Megatron's local attention would keep all scores, so it is the one that 'auto' replaces
         if (of_te and name == "te") or (name == "auto" and module is not DotProductAttention):
             return True
         heads, groups = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         sizes = (x // config.tensor_model_parallel_size for x in (heads, groups))
         choose(name, device, config.params_dtype, *sizes, config.kv_channels)
         return False

@@ -157,3 +157,23 @@ def test_calls_that_are_refused() -> None:
     for mask_type in (AttnMaskType.padding, AttnMaskType.no_mask, AttnMaskType.padding_causal):
         with pytest.raises(ValueError, match="causal self-attention"):
             layer(query, key, value, None, attn_mask_type=mask_type)
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        pytest.param({"inner": "cudnn"}, "--lighthouse-inner cudnn cannot run", id="inner"),
+        pytest.param({"inner": "te"}, "use it with --transformer-impl transformer_engine", id="te"),
+        pytest.param({"steps": "kernels"}, "--lighthouse-steps kernels cannot run", id="steps"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has what these name")
+def test_what_is_forced_and_not_there_is_named_when_the_model_is_built(
+    options: dict[str, str], rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_lighthouse.mcore.spec import with_lighthouse
+
+    monkeypatch.delenv("TRITON_INTERPRET")
+    settings = LighthouseSettings(SETTINGS.config.replace(**options), dense_first=1, dense_last=2)
+    with pytest.raises(ValueError, match=rule):
+        gpt(with_lighthouse(local_spec(), settings), transformer_config())

@@ -7,14 +7,14 @@ own backward, so that torch.compile passes through. See `megatron_lighthouse.ste
 
 from __future__ import annotations
 
+from torch import Tensor
+
+from megatron_lighthouse.geometry import Geometry
 from megatron_lighthouse.kernels.gather import Gather
 from megatron_lighthouse.kernels.launch import run
 from megatron_lighthouse.kernels.scatter import Scatter
 from megatron_lighthouse.kernels.score import compute_scores, score_op
 from megatron_lighthouse.kernels.select import compute_places, select_op
-from torch import Tensor
-
-from megatron_lighthouse.geometry import Geometry
 from megatron_lighthouse.selection import Selection
 
 

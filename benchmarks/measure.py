@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
+import socket
 import statistics
 from collections.abc import Callable, Sequence
 from datetime import date
+from pathlib import Path
 
 import torch
 
 Call = Callable[[], object]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def median_ms(calls: Sequence[Call], seconds: float = 0.4, most: int = 50) -> float:
@@ -81,6 +85,19 @@ def environment() -> dict[str, object]:
         "python": platform.python_version(),
         "cudnn": torch.backends.cudnn.version(),
         **{name: version for name, version in versions.items() if version},
+    }
+
+
+def one_rank() -> dict[str, str]:
+    """The environment of a run of the entry point as the only rank, from this checkout."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    return {
+        **{"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
+        **os.environ,
+        **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port},
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
 
 

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-from measure import environment
+from measure import environment, one_rank
 
 from megatron_lighthouse.plots import read_scalars
 from megatron_lighthouse.recipe.presets import COMMON, LOCAL, default_text
 
-ROOT = Path(__file__).resolve().parents[1]
 MODEL = f"""
     {COMMON} {LOCAL} --no-gradient-accumulation-fusion --distributed-backend nccl
     --num-layers 6 --hidden-size 512 --ffn-hidden-size 1024 --num-attention-heads 8 --group-query-attention
@@ -33,10 +31,7 @@ def losses(steps: str, out: Path) -> list[float]:
         *(sys.executable, "-m", "megatron_lighthouse.pretrain_gpt", *MODEL, "--lighthouse-steps", steps, "--eval-iters", "0"),
         *("--tensorboard-dir", str(out / steps), "--data-cache-path", str(out / "data"), "--text-data", *default_text()),
     ]
-    single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29512"}
-    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", **os.environ, **single, **paths}
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=one_rank(), text=True)
     if done.returncode:
         raise SystemExit(done.stdout[-3000:])
     return [float(x) for x in read_scalars(out / steps)["lm loss"][1]]

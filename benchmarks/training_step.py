@@ -10,18 +10,16 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import re
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-from measure import environment
+from measure import environment, one_rank
 
 from megatron_lighthouse.recipe.presets import default_text
 
-ROOT = Path(__file__).resolve().parents[1]
 MODEL = """
     --bf16 --transformer-impl transformer_engine --attention-backend fused --distributed-backend nccl
     --hidden-size 1024 --ffn-hidden-size 1536 --num-attention-heads 8 --kv-channels 128
@@ -73,13 +71,8 @@ def measure(name: str, arguments: list[str], options: argparse.Namespace, more: 
         *("--lighthouse-budget", str(options.budget), "--train-iters", str(options.steps), *more),
         *("--data-cache-path", str(options.out / "data"), "--text-data", *default_text()),
     ]
-    single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29511"}
-    defaults = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     with log.open("w") as file:
-        status = subprocess.run(
-            command, stdout=file, stderr=subprocess.STDOUT, env={**defaults, **os.environ, **single, **paths}
-        ).returncode
+        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=one_rank()).returncode
     text = log.read_text(errors="replace")
     if status:
         print(text[-3000:], flush=True)

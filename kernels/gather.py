@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.geometry import Geometry
-from megatron_lighthouse.kernels.launch import Launch, last_contiguous, launch, on_device_of, padded, run
+from megatron_lighthouse.kernels.launch import launch, launch_windows, run
 from megatron_lighthouse.kernels.windows import collect, spread
 from megatron_lighthouse.ranges import step
 
@@ -97,44 +97,13 @@ def gather_backward_kernel(
     spread(p_rows, p_map, p_x, stride_rows, stride_x, seq_length, D, BLOCK_D, P, L, BLOCK, 0, True)
 
 
-def _launch(
-    kernel: Any,
-    sources: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    places: Tensor,
-    geometry: Geometry,
-    blocks: int,
-    how: Launch,
-) -> None:
-    """Launch `kernel` over `blocks` blocks of all heads of Q, K and V."""
-    (_, batch, heads, dim), groups = sources[0].shape, places.shape[1]
-    sources = [last_contiguous(x) for x in sources]
-    with on_device_of(places):
-        kernel[(blocks, batch * (heads + 2 * groups))](
-            *sources,
-            *targets,
-            places,
-            *(x.stride()[:3] for x in (*sources, *targets)),
-            geometry.seq_length,
-            geometry.pyramid_length,
-            heads,
-            groups,
-            D=dim,
-            BLOCK_D=padded(dim),
-            P=geometry.pooling,
-            L=geometry.levels,
-            BLOCK=how.rows,
-            num_warps=how.warps,
-        )
-
-
 def _gather(query: Tensor, key: Tensor, value: Tensor, places: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     with step("gather"):
         geometry = Geometry(*sizes)
         rows = _empty(query, key, value, geometry.gathered_length)
         how = launch("collect", query.shape[3], query.element_size())
         blocks = triton.cdiv(geometry.entries(geometry.levels - 1), how.rows)
-        _launch(gather_forward_kernel, (query, key, value), rows, places, geometry, blocks, how)
+        launch_windows(gather_forward_kernel, (query, key, value), rows, places, geometry, blocks, how)
         return rows
 
 
@@ -147,7 +116,7 @@ def _gather_backward(
         tokens = _empty(query, key, value, geometry.seq_length)
         how = launch("spread", query.shape[3], query.element_size())
         blocks = triton.cdiv(geometry.seq_length, how.rows)
-        _launch(gather_backward_kernel, (query, key, value), tokens, places, geometry, blocks, how)
+        launch_windows(gather_backward_kernel, (query, key, value), tokens, places, geometry, blocks, how)
         return tokens
 
 

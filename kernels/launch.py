@@ -6,14 +6,16 @@ matters (tried on an H100 from 1 to 32 KB and 1 to 8 warps). So one line a step,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
+
+from megatron_lighthouse.geometry import Geometry
 
 
 class Launch(NamedTuple):
@@ -43,6 +45,37 @@ def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device: make it the one that holds `x`."""
     here = x.device.type != "cuda" or x.device.index == torch.cuda.current_device()
     return nullcontext() if here else torch.cuda.device(x.device)
+
+
+def launch_windows(
+    kernel: Any,
+    sources: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    places: Tensor,
+    geometry: Geometry,
+    blocks: int,
+    how: Launch,
+) -> None:
+    """Launch a kernel of gather or scatter over `blocks` blocks of every head of `sources`, the first of which has H heads."""
+    (_, batch, heads, dim), groups = sources[0].shape, places.shape[1]
+    sources = [last_contiguous(x) for x in sources]
+    with on_device_of(places):
+        kernel[(blocks, batch * sum(x.shape[2] for x in sources))](
+            *sources,
+            *targets,
+            places,
+            *(x.stride()[:3] for x in (*sources, *targets)),
+            geometry.seq_length,
+            geometry.pyramid_length,
+            heads,
+            groups,
+            D=dim,
+            BLOCK_D=padded(dim),
+            P=geometry.pooling,
+            L=geometry.levels,
+            BLOCK=how.rows,
+            num_warps=how.warps,
+        )
 
 
 def run[T](op: CustomOpDef, function: Callable[..., T], *args: object) -> T:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.geometry import Geometry
-from megatron_lighthouse.kernels.launch import Launch, last_contiguous, launch, on_device_of, padded, run
+from megatron_lighthouse.kernels.launch import launch, launch_windows, run
 from megatron_lighthouse.kernels.windows import collect, spread
 from megatron_lighthouse.ranges import step
 
@@ -34,14 +34,14 @@ def scatter_forward_kernel(
     seq_length,
     pyramid_length,
     H,
-    R,
+    G,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     P: tl.constexpr,
     L: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    p_map = p_places + (tl.program_id(1) // R).to(tl.int64) * pyramid_length
+    p_map = p_places + (tl.program_id(1) // (H // G)).to(tl.int64) * pyramid_length
     p_rows, p_out = _head(p_rows, strides_rows, H), _head(p_out, strides_out, H)
     spread(p_rows, p_map, p_out, strides_rows[0], strides_out[0], seq_length, D, BLOCK_D, P, L, BLOCK, 1, False)
 
@@ -56,39 +56,16 @@ def scatter_backward_kernel(
     seq_length,
     pyramid_length,
     H,
-    R,
+    G,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     P: tl.constexpr,
     L: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    p_map = p_places + (tl.program_id(1) // R).to(tl.int64) * pyramid_length
+    p_map = p_places + (tl.program_id(1) // (H // G)).to(tl.int64) * pyramid_length
     p_rows, p_out = _head(p_rows, strides_rows, H), _head(p_out, strides_out, H)
     collect(p_out, p_map, p_rows, strides_out[0], strides_rows[0], seq_length, D, BLOCK_D, P, L, BLOCK, 1, False)
-
-
-def _launch(kernel: Any, source: Tensor, target: Tensor, places: Tensor, geometry: Geometry, blocks: int, how: Launch) -> None:
-    _, batch, heads, dim = source.shape
-    source = last_contiguous(source)
-    with on_device_of(places):
-        kernel[(blocks, batch * heads)](
-            source,
-            target,
-            places,
-            source.stride()[:3],
-            target.stride()[:3],
-            geometry.seq_length,
-            geometry.pyramid_length,
-            heads,
-            heads // places.shape[1],
-            D=dim,
-            BLOCK_D=padded(dim),
-            P=geometry.pooling,
-            L=geometry.levels,
-            BLOCK=how.rows,
-            num_warps=how.warps,
-        )
 
 
 def _scatter(rows: Tensor, places: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -97,7 +74,7 @@ def _scatter(rows: Tensor, places: Tensor, sizes: Sequence[int]) -> Tensor:
         out = _empty(rows, geometry.seq_length)
         how = launch("spread", rows.shape[3], rows.element_size())
         blocks = triton.cdiv(geometry.seq_length, how.rows)
-        _launch(scatter_forward_kernel, rows, out, places, geometry, blocks, how)
+        launch_windows(scatter_forward_kernel, [rows], [out], places, geometry, blocks, how)
         return out
 
 
@@ -109,7 +86,7 @@ def _scatter_backward(grad: Tensor, places: Tensor, sizes: Sequence[int]) -> Ten
         how = launch("collect", grad.shape[3], grad.element_size())
         # one window more: the first of the shifted positions is cut short, and so is the last
         blocks = triton.cdiv(geometry.entries(geometry.levels - 1) + 1, how.rows)
-        _launch(scatter_backward_kernel, grad, rows, places, geometry, blocks, how)
+        launch_windows(scatter_backward_kernel, [grad], [rows], places, geometry, blocks, how)
         return rows
 
 

@@ -11,12 +11,16 @@ from typing import Any
 Row = dict[str, Any]
 COLOURS = {"lighthouse": "#0b6e4f", "authors": "#d1495b", "dense cudnn": "#3d5a80", "inner": "#9aa5b1"}
 STEPS = {"score": "#f4d35e", "select": "#ee964b", "gather": "#0b6e4f", "scatter": "#3d5a80"}
+DETAILED = ("N=98304 L=3 p=4 k=1536", "N=524288 L=3 p=4 k=4096")
+"""Cases whose steps are drawn."""
 
 
 def draw(out: Path, rows: Sequence[Row]) -> None:
     """times.png (time against sequence length) and steps.png (each step beside its memory floor)."""
-    _times(out / "times.png", rows)
-    _steps(out / "steps.png", rows)
+    if any(_plain(r) for r in rows):
+        _times(out / "times.png", rows)
+    if any(r["case"] in DETAILED for r in rows):
+        _steps(out / "steps.png", rows)
 
 
 def read(files: Sequence[Path]) -> list[Row]:
@@ -62,7 +66,7 @@ def _steps(path: Path, rows: Sequence[Row]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.6), layout="constrained")
-    cases = [name for name in ("N=98304 L=3 p=4 k=1536", "N=524288 L=3 p=4 k=4096") if any(r["case"] == name for r in rows)]
+    cases = [name for name in DETAILED if any(r["case"] == name for r in rows)]
     for axes, case in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True):
         for x, direction in enumerate(("fwd", "bwd")):
             bottom = 0.0

@@ -132,7 +132,7 @@ def time_layer(table: Table, case: Case, what: str, layer: Layer, sets: list[QKV
 
 def time_steps(table: Table, case: Case, sets: list[QKV], rate: float) -> None:
     """Each step alone, against the bytes it must move at `rate` gigabytes per second."""
-    geometry, sizes = case.config.geometry(case.seq_length), case.config.geometry(case.seq_length).sizes
+    geometry = case.config.geometry(case.seq_length)
     plain = [each(inputs, torch.Tensor.detach) for inputs in sets]
     n, s = case.seq_length, geometry.gathered_length
     row = case.batch * case.dim * 2
@@ -147,8 +147,8 @@ def time_steps(table: Table, case: Case, sets: list[QKV], rate: float) -> None:
         ("select", "fwd"): (lambda i: kernels.select(scores[i], geometry, True), 0),
         ("gather", "fwd"): (lambda i: kernels.gather(*plain[i], selections[i]), (n + s) * all_heads * row),
         ("scatter", "fwd"): (lambda i: kernels.scatter(rows[i][0], selections[i]), (n + s) * heads * row),
-        ("scatter", "bwd"): (lambda i: _scatter_backward(grads[i], selections[i].places, sizes), (n + s) * heads * row),
-        ("gather", "bwd"): (lambda i: _gather_backward(*rows[i], selections[i].places, sizes), (n + s) * all_heads * row),
+        ("scatter", "bwd"): (lambda i: _scatter_backward(grads[i], selections[i].places, selections[i].sizes, False), (n + s) * heads * row),
+        ("gather", "bwd"): (lambda i: _gather_backward(*rows[i], selections[i].places, selections[i].sizes), (n + s) * all_heads * row),
     }
     totals: dict[str, list[float]] = {"fwd": [0.0, 0.0], "bwd": [0.0, 0.0]}
     for (name, direction), (work, moved) in steps.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megatron_lighthouse.geometry import Geometry
+from megatron_lighthouse.geometry import Geometry, Pyramid
 from megatron_lighthouse.kernels.gather import Gather
 from megatron_lighthouse.kernels.launch import run
 from megatron_lighthouse.kernels.scatter import Scatter
@@ -18,21 +18,22 @@ from megatron_lighthouse.kernels.select import compute_places, select_op
 from megatron_lighthouse.selection import Selection
 
 
-def score(query: Tensor, key: Tensor, geometry: Geometry) -> Tensor:
+def score(query: Tensor, key: Tensor, geometry: Pyramid) -> Tensor:
     """See `Steps.score`."""
-    return run(score_op, compute_scores, query.detach(), key.detach(), geometry.sizes)
+    return run(score_op, compute_scores, query.detach(), key.detach(), geometry.pyramid)
 
 
 def select(scores: Tensor, geometry: Geometry, pin_first: bool) -> Selection:
     """See `Steps.select`."""
-    return Selection(geometry, run(select_op, compute_places, scores, geometry.sizes, pin_first))
+    places = run(select_op, compute_places, scores, geometry.sizes, pin_first)
+    return Selection(geometry, places, geometry.gathered_length)
 
 
 def gather(query: Tensor, key: Tensor, value: Tensor, selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
     """See `Steps.gather`."""
-    return Gather.apply(query, key, value, selection.places, selection.geometry.sizes)
+    return Gather.apply(query, key, value, selection.places, selection.sizes)
 
 
-def scatter(rows: Tensor, selection: Selection) -> Tensor:
+def scatter(rows: Tensor, selection: Selection, halo: Tensor | None = None) -> Tensor:
     """See `Steps.scatter`."""
-    return Scatter.apply(rows, selection.places, selection.geometry.sizes)
+    return Scatter.apply(rows, halo, selection.places, selection.sizes)

@@ -45,14 +45,14 @@ def compile_all(capability: int, geometry: Geometry, dtype: str, dim: int) -> It
         dim: D.
     """
     size = {"D": dim, "BLOCK_D": padded(dim), "P": geometry.pooling, "L": geometry.levels}
-    for kernel, step in (
-        (gather_forward_kernel, "collect"),
-        (gather_backward_kernel, "spread"),
-        (scatter_forward_kernel, "spread"),
-        (scatter_backward_kernel, "collect"),
+    for kernel, step, constants in (
+        (gather_forward_kernel, "collect", {}),
+        (gather_backward_kernel, "spread", {}),
+        (scatter_forward_kernel, "spread", {"HALO": True}),
+        (scatter_backward_kernel, "collect", {"HALO": True}),
     ):
         how = launch(step, dim, BYTES[dtype])
-        yield _compile(kernel, capability, dtype, {**size, "BLOCK": how.rows}, how.warps)
+        yield _compile(kernel, capability, dtype, {**size, **constants, "BLOCK": how.rows}, how.warps)
     how = launch("score", dim, BYTES[dtype])
     block, digit, fused = blocks_of(geometry, how.rows)
     constants = {**size, "P2": digit, "FUSED": fused, "BLOCK": block}

@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_lighthouse.geometry import Geometry
 from megatron_lighthouse.kernels.launch import launch, launch_windows, run
 from megatron_lighthouse.kernels.windows import collect, spread
 from megatron_lighthouse.ranges import step
@@ -50,7 +49,8 @@ def gather_forward_kernel(
     strides_rows_q,
     strides_rows_k,
     strides_rows_v,
-    seq_length,
+    length,
+    chunks,
     pyramid_length,
     H,
     G,
@@ -63,7 +63,7 @@ def gather_forward_kernel(
     p_x, stride_x, i_bg = _head(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, G)
     p_rows, stride_rows, _ = _head(p_rows_q, p_rows_k, p_rows_v, strides_rows_q, strides_rows_k, strides_rows_v, H, G)
     p_map = p_places + i_bg * pyramid_length
-    collect(p_x, p_map, p_rows, stride_x, stride_rows, seq_length, D, BLOCK_D, P, L, BLOCK, 0, True)
+    collect(p_x, p_map, p_rows, p_rows, stride_x, stride_rows, 0, length, chunks, D, BLOCK_D, P, L, BLOCK, 0, True, False)
 
 
 @triton.jit(repr=lambda _: "lighthouse_gather_backward")
@@ -81,7 +81,8 @@ def gather_backward_kernel(
     strides_q,
     strides_k,
     strides_v,
-    seq_length,
+    length,
+    chunks,
     pyramid_length,
     H,
     G,
@@ -94,16 +95,16 @@ def gather_backward_kernel(
     p_rows, stride_rows, i_bg = _head(p_rows_q, p_rows_k, p_rows_v, strides_rows_q, strides_rows_k, strides_rows_v, H, G)
     p_x, stride_x, _ = _head(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, G)
     p_map = p_places + i_bg * pyramid_length
-    spread(p_rows, p_map, p_x, stride_rows, stride_x, seq_length, D, BLOCK_D, P, L, BLOCK, 0, True)
+    spread(p_rows, p_map, p_x, p_rows, stride_rows, stride_x, 0, length, chunks, D, BLOCK_D, P, L, BLOCK, 0, True, False)
 
 
 def _gather(query: Tensor, key: Tensor, value: Tensor, places: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     with step("gather"):
-        geometry = Geometry(*sizes)
-        rows = _empty(query, key, value, geometry.gathered_length)
+        length, levels, pooling, rows_length, chunks = sizes
+        rows = _empty(query, key, value, rows_length)
         how = launch("collect", query.shape[3], query.element_size())
-        blocks = triton.cdiv(geometry.entries(geometry.levels - 1), how.rows)
-        launch_windows(gather_forward_kernel, (query, key, value), rows, places, geometry, blocks, how)
+        blocks = triton.cdiv(length // chunks // pooling ** (levels - 1), how.rows)
+        launch_windows(gather_forward_kernel, (query, key, value, *rows), places, sizes, _heads(query, key), blocks, how)
         return rows
 
 
@@ -112,12 +113,15 @@ def _gather_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the tokens [N, B, ·, D], from those of the rows [S, B, ·, D]."""
     with step("gather backward"):
-        geometry = Geometry(*sizes)
-        tokens = _empty(query, key, value, geometry.seq_length)
+        tokens = _empty(query, key, value, sizes[0])
         how = launch("spread", query.shape[3], query.element_size())
-        blocks = triton.cdiv(geometry.seq_length, how.rows)
-        launch_windows(gather_backward_kernel, (query, key, value), tokens, places, geometry, blocks, how)
+        blocks = triton.cdiv(sizes[0] // sizes[4], how.rows)
+        launch_windows(gather_backward_kernel, (query, key, value, *tokens), places, sizes, _heads(query, key), blocks, how)
         return tokens
+
+
+def _heads(query: Tensor, key: Tensor) -> tuple[int, int]:
+    return query.shape[2], query.shape[2] + 2 * key.shape[2]
 
 
 def _empty(query: Tensor, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,12 +131,12 @@ def _empty(query: Tensor, key: Tensor, value: Tensor, length: int) -> tuple[Tens
 
 gather_op = torch.library.custom_op("lighthouse::gather", _gather, mutates_args=())
 gather_backward_op = torch.library.custom_op("lighthouse::gather_backward", _gather_backward, mutates_args=())
-gather_op.register_fake(lambda q, k, v, places, sizes: _empty(q, k, v, Geometry(*sizes).gathered_length))
+gather_op.register_fake(lambda q, k, v, places, sizes: _empty(q, k, v, sizes[3]))
 gather_backward_op.register_fake(lambda q, k, v, places, sizes: _empty(q, k, v, sizes[0]))
 
 
 class Gather(torch.autograd.Function):
-    """(query, key, value, places, sizes) -> rows of the three; `sizes` is (N, L, p, k, m). See `Steps.gather`."""
+    """(query, key, value, places, sizes) -> rows of the three; `sizes` is (N, L, p, S, chunks). See `Steps.gather`."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,8 +15,6 @@ import triton
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
-from megatron_lighthouse.geometry import Geometry
-
 
 class Launch(NamedTuple):
     """One launch configuration."""
@@ -49,32 +47,42 @@ def on_device_of(x: Tensor) -> AbstractContextManager[object]:
 
 def launch_windows(
     kernel: Any,
-    sources: Sequence[Tensor],
-    targets: Sequence[Tensor],
+    tensors: Sequence[Tensor],
     places: Tensor,
-    geometry: Geometry,
+    sizes: Sequence[int],
+    heads: tuple[int, int],
     blocks: int,
     how: Launch,
+    **constants: bool,
 ) -> None:
-    """Launch a kernel of gather or scatter over `blocks` blocks of every head of `sources`, the first of which has H heads."""
-    (_, batch, heads, dim), groups = sources[0].shape, places.shape[1]
-    sources = [last_contiguous(x) for x in sources]
+    """Launch a kernel of gather or scatter.
+
+    Args:
+        tensors: [·, B, ·, D], as the kernel takes them.
+        sizes: (N, L, p, S, chunks).
+        heads: H, and the heads over which the grid runs.
+        blocks: of a chunk.
+    """
+    (_, batch, _, dim), groups = tensors[0].shape, places.shape[1]
+    tensors = [last_contiguous(x) for x in tensors]
+    length, levels, pooling, _, chunks = sizes
     with on_device_of(places):
-        kernel[(blocks, batch * sum(x.shape[2] for x in sources))](
-            *sources,
-            *targets,
+        kernel[(blocks * chunks, batch * heads[1])](
+            *tensors,
             places,
-            *(x.stride()[:3] for x in (*sources, *targets)),
-            geometry.seq_length,
-            geometry.pyramid_length,
-            heads,
+            *(x.stride()[:3] for x in tensors),
+            length // chunks,
+            chunks,
+            places.shape[2],
+            heads[0],
             groups,
             D=dim,
             BLOCK_D=padded(dim),
-            P=geometry.pooling,
-            L=geometry.levels,
+            P=pooling,
+            L=levels,
             BLOCK=how.rows,
             num_warps=how.warps,
+            **constants,
         )
 
 

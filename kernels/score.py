@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_lighthouse.geometry import Geometry
+from megatron_lighthouse.geometry import Pyramid
 from megatron_lighthouse.kernels.launch import last_contiguous, launch, on_device_of, padded
 from megatron_lighthouse.ranges import step
 
@@ -99,9 +99,9 @@ def coarsen_kernel(p_finer, p_coarser, stride, length, P: tl.constexpr, BLOCK: t
 
 
 def compute_scores(query: Tensor, key: Tensor, sizes: Sequence[int]) -> Tensor:
-    """See `Steps.score`; `sizes` is (N, L, p, k, m)."""
+    """See `Steps.score`; `sizes` is (N, L, p)."""
     with step("score"), on_device_of(query):
-        geometry = Geometry(*sizes)
+        geometry = Pyramid(*sizes)
         query, key = last_contiguous(query), last_contiguous(key)
         scores = _empty(key, geometry)
         (_, batch, heads, dim), groups = query.shape, key.shape[2]
@@ -137,16 +137,16 @@ def compute_scores(query: Tensor, key: Tensor, sizes: Sequence[int]) -> Tensor:
         return scores
 
 
-def blocks_of(geometry: Geometry, rows: int) -> tuple[int, int, int]:
+def blocks_of(geometry: Pyramid, rows: int) -> tuple[int, int, int]:
     """Tokens a program scores, the power of two from p on, and how many levels of windows fit in those tokens."""
     digit = triton.next_power_of_2(geometry.pooling)
     block = max(rows, digit)
     return block, digit, max(level for level in range(1, geometry.levels) if digit**level <= block)
 
 
-def _empty(key: Tensor, geometry: Geometry) -> Tensor:
+def _empty(key: Tensor, geometry: Pyramid) -> Tensor:
     return torch.empty((2, *key.shape[1:3], geometry.coarse_length), dtype=torch.float32, device=key.device)
 
 
 score_op = torch.library.custom_op("lighthouse::score", compute_scores, mutates_args=())
-score_op.register_fake(lambda query, key, sizes: _empty(key, Geometry(*sizes)))
+score_op.register_fake(lambda query, key, sizes: _empty(key, Pyramid(*sizes)))

@@ -5,6 +5,9 @@ element is written once, and each sum has one order. Windows are counted in posi
 (l, i) holds the tokens of its window (gather), with SHIFT = 1 the positions that it spills to (scatter), for
 [i*p^l + p^l - 1, i*p^l + 2*p^l - 2] is window i + 1 of the positions t + 1.
 
+Tokens come in `chunks` of `length` each, and nothing crosses from one to the next: what spills past the end of a chunk belongs
+to the chunk that follows in the whole sequence, and reaches it as its halo, the rows of the entries (l, -1).
+
 Names: p_ pointers, i_ indices, m_ masks, stride_ strides in elements. Sums are in fp32, offsets of rows in 64 bits.
 """
 
@@ -13,14 +16,30 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+NONE = tl.constexpr(-2)
+"""No entry: -1 is the entry before the first of a chunk."""
+
 
 @triton.jit
-def level_offset(seq_length, LEVEL: tl.constexpr, P: tl.constexpr):
-    """The number of entry (LEVEL, 0) in the concatenated pyramid."""
-    offset = seq_length * 0
+def level_offset(length, LEVEL: tl.constexpr, P: tl.constexpr):
+    """The number of entry (LEVEL, 0) in the concatenated pyramid of `length` tokens."""
+    offset = length * 0
     for l in tl.static_range(LEVEL):
-        offset += seq_length // P**l
+        offset += length // P**l
     return offset
+
+
+@triton.jit
+def _chunk_of(p_x, stride, length, per_chunk):
+    """The chunk of this program, its block in that chunk, and where the chunk's tokens begin."""
+    i_chunk = tl.program_id(0) // per_chunk
+    return i_chunk, tl.program_id(0) % per_chunk, p_x + (i_chunk * length).to(tl.int64) * stride
+
+
+@triton.jit
+def _level(p_places, i_chunk, length, chunks, LEVEL: tl.constexpr, P: tl.constexpr):
+    """Where the entries of LEVEL of a chunk begin."""
+    return p_places + chunks * level_offset(length, LEVEL, P) + i_chunk * (length // P**LEVEL)
 
 
 @triton.jit
@@ -28,9 +47,12 @@ def collect(
     p_x,
     p_places,
     p_rows,
+    p_halo,
     stride_x,
     stride_rows,
-    seq_length,
+    stride_halo,
+    length,
+    chunks,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     P: tl.constexpr,
@@ -38,15 +60,19 @@ def collect(
     BLOCK: tl.constexpr,
     SHIFT: tl.constexpr,
     MEAN: tl.constexpr,
+    HALO: tl.constexpr,
 ):
     """rows[place(l, i)] = the sum (or mean) of x over entry (l, i), for BLOCK coarsest windows; reads x once.
 
     Args:
-        p_x: tokens [N, D] of one batch element and head, `stride_x` apart.
+        p_x: tokens [chunks * length, D] of one batch element and head, `stride_x` apart.
         p_places: [pyramid length] int32 of that batch element and group.
         p_rows: rows [S, D], `stride_rows` apart.
+        p_halo: where HALO, rows [chunks * (L-1), D] for the sums over entries (l, -1), `stride_halo` apart.
     """
-    i_window = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i_chunk, i_block, p_x = _chunk_of(p_x, stride_x, length, tl.cdiv(length // P ** (L - 1) + SHIFT, BLOCK))
+    p_halo += (i_chunk * (L - 1)).to(tl.int64) * stride_halo
+    i_window = i_block * BLOCK + tl.arange(0, BLOCK)
     i_d = tl.arange(0, BLOCK_D)
     m_d = (i_d < D)[None, :]
     sums = (tl.zeros([BLOCK, BLOCK_D], tl.float32),) * (L - 1)
@@ -55,30 +81,35 @@ def collect(
         tokens = ()
         for c in tl.static_range(P):
             i_token = i_unit * P + c - SHIFT
-            m_token = ((i_token >= 0) & (i_token < seq_length))[:, None]
+            m_token = ((i_token >= 0) & (i_token < length))[:, None]
             tokens += (tl.load(p_x + i_token.to(tl.int64)[:, None] * stride_x + i_d[None, :], mask=m_token & m_d, other=0.0),)
         unit = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+        p_level = _level(p_places, i_chunk, length, chunks, 0, P)
         for c in tl.static_range(P):
-            _emit(tokens[c], i_unit * P + c - SHIFT, p_places, p_rows, stride_rows, seq_length, i_d, m_d, 0, P, False)
+            _emit(tokens[c], i_unit * P + c - SHIFT, p_level, p_rows, stride_rows, length, i_d, m_d, 0, P, False)
             unit += tokens[c].to(tl.float32)
         carried = ()
         for l in tl.static_range(1, L):
             total = sums[l - 1] + unit
             # the part that completes a window of level l stores it and starts the next
             complete = (i_part + 1) % P ** (l - 1) == 0
-            i_entry = tl.where(complete, (i_unit + 1) // P ** (l - 1) - 1 - SHIFT, -1)
-            _emit(total, i_entry, p_places, p_rows, stride_rows, seq_length, i_d, m_d, l, P, MEAN)
+            i_entry = tl.where(complete, (i_unit + 1) // P ** (l - 1) - 1 - SHIFT, NONE)
+            p_level = _level(p_places, i_chunk, length, chunks, l, P)
+            _emit(total, i_entry, p_level, p_rows, stride_rows, length, i_d, m_d, l, P, MEAN)
+            if HALO:
+                p_out = p_halo + (l - 1) * stride_halo + i_d[None, :] + tl.zeros([BLOCK, 1], tl.int32)
+                tl.store(p_out, total.to(p_halo.dtype.element_ty), mask=(i_entry == -1)[:, None] & m_d)
             carried += (tl.where(complete, 0.0, total),)
         sums = carried
 
 
 @triton.jit
 def _emit(
-    x, i_entry, p_places, p_rows, stride_rows, seq_length, i_d, m_d, LEVEL: tl.constexpr, P: tl.constexpr, MEAN: tl.constexpr
+    x, i_entry, p_level, p_rows, stride_rows, length, i_d, m_d, LEVEL: tl.constexpr, P: tl.constexpr, MEAN: tl.constexpr
 ):
-    """Store the rows of entries that are gathered; those that lie outside of the sequence are not."""
-    m_entry = (i_entry >= 0) & (i_entry < seq_length // P**LEVEL)
-    i_row = tl.load(p_places + level_offset(seq_length, LEVEL, P) + i_entry, mask=m_entry, other=-1)
+    """Store the rows of entries that are gathered; those that lie outside of the chunk are not."""
+    m_entry = (i_entry >= 0) & (i_entry < length // P**LEVEL)
+    i_row = tl.load(p_level + i_entry, mask=m_entry, other=-1)
     if MEAN:
         x = x * (1.0 / P**LEVEL)
     p_out = p_rows + i_row.to(tl.int64)[:, None] * stride_rows + i_d[None, :]
@@ -90,9 +121,12 @@ def spread(
     p_rows,
     p_places,
     p_out,
+    p_halo,
     stride_rows,
     stride_out,
-    seq_length,
+    stride_halo,
+    length,
+    chunks,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     P: tl.constexpr,
@@ -100,26 +134,33 @@ def spread(
     BLOCK: tl.constexpr,
     SHIFT: tl.constexpr,
     MEAN: tl.constexpr,
+    HALO: tl.constexpr,
 ):
     """out[t] = the sum over levels of rows[place(l, (t + SHIFT) // p^l - SHIFT)] (over p^l), for BLOCK tokens.
 
     Args:
         p_rows: rows [S, D] of one batch element and head, `stride_rows` apart.
         p_places: as for `collect`.
-        p_out: tokens [N, D], `stride_out` apart; every one is written.
+        p_out: tokens [chunks * length, D], `stride_out` apart; every one is written.
+        p_halo: where HALO, the rows [chunks * (L-1), D] of entries (l, -1), `stride_halo` apart.
     """
-    i_token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i_chunk, i_block, p_out = _chunk_of(p_out, stride_out, length, tl.cdiv(length, BLOCK))
+    p_halo += (i_chunk * (L - 1)).to(tl.int64) * stride_halo
+    i_token = i_block * BLOCK + tl.arange(0, BLOCK)
     i_d = tl.arange(0, BLOCK_D)
     m_d = (i_d < D)[None, :]
-    m_token = i_token < seq_length
+    m_token = i_token < length
     total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for l in tl.static_range(L):
-        # window 0 of the shifted positions belongs to no entry
+        # window 0 of the shifted positions belongs to no entry of this chunk
         i_window = (i_token + SHIFT) // P**l
-        p_place = p_places + level_offset(seq_length, l, P) + i_window - SHIFT
+        p_place = _level(p_places, i_chunk, length, chunks, l, P) + i_window - SHIFT
         i_row = tl.load(p_place, mask=m_token & (i_window >= SHIFT), other=-1)
         p_x = p_rows + i_row.to(tl.int64)[:, None] * stride_rows + i_d[None, :]
         x = tl.load(p_x, mask=(i_row >= 0)[:, None] & m_d, other=0.0).to(tl.float32)
+        if HALO and l > 0:
+            p_x = p_halo + (l - 1) * stride_halo + i_d[None, :] + tl.zeros([BLOCK, 1], tl.int32)
+            x += tl.load(p_x, mask=(m_token & (i_window == 0))[:, None] & m_d, other=0.0).to(tl.float32)
         if MEAN:
             x = x * (1.0 / P**l)
         total += x

@@ -11,8 +11,8 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """Sizes of one layer at one sequence length. All counts are per batch element and key/value head."""
+class Pyramid:
+    """Windows of some tokens: of a whole sequence, or of what one context-parallel rank holds of it."""
 
     seq_length: int
     """N, tokens."""
@@ -20,25 +20,11 @@ class Geometry:
     """L."""
     pooling: int
     """p."""
-    budget: int
-    """k, entries refined per level."""
-    tile_budget: int
-    """m, entries refined per level and tile."""
 
     @property
-    def sizes(self) -> tuple[int, int, int, int, int]:
-        """(N, L, p, k, m): what makes a Geometry again."""
-        return self.seq_length, self.levels, self.pooling, self.budget, self.tile_budget
-
-    @property
-    def tiles(self) -> int:
-        """T = k/m."""
-        return self.budget // self.tile_budget
-
-    @property
-    def gathered_length(self) -> int:
-        """S = N/p^(L-1) + (L-1)*p*k: every coarsest entry, and p children of each refined entry."""
-        return self.entries(self.levels - 1) + (self.levels - 1) * self.pooling * self.budget
+    def pyramid(self) -> tuple[int, int, int]:
+        """(N, L, p): what makes a Pyramid again."""
+        return self.seq_length, self.levels, self.pooling
 
     @property
     def pyramid_length(self) -> int:
@@ -81,3 +67,28 @@ class Geometry:
         if other < level:
             return position // self.window(other)
         return (position - 1) // self.window(other)
+
+
+@dataclass(frozen=True)
+class Geometry(Pyramid):
+    """Sizes of one layer at one sequence length. All counts are per batch element and key/value head."""
+
+    budget: int
+    """k, entries refined per level."""
+    tile_budget: int
+    """m, entries refined per level and tile."""
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """(N, L, p, k, m): what makes a Geometry again."""
+        return self.seq_length, self.levels, self.pooling, self.budget, self.tile_budget
+
+    @property
+    def tiles(self) -> int:
+        """T = k/m."""
+        return self.budget // self.tile_budget
+
+    @property
+    def gathered_length(self) -> int:
+        """S = N/p^(L-1) + (L-1)*p*k: every coarsest entry, and p children of each refined entry."""
+        return self.entries(self.levels - 1) + (self.levels - 1) * self.pooling * self.budget

@@ -50,7 +50,7 @@ def selection_map(selection: Selection, path: Path, title: str) -> None:
     )
     counts = telemetry.entries_by_level(selection)
     narrow.bar(range(geometry.levels), counts, color=colours)
-    narrow.set(xlabel="level", xticks=range(geometry.levels), title=f"{geometry.gathered_length:,} rows gathered")
+    narrow.set(xlabel="level", xticks=range(geometry.levels), title=f"{selection.length:,} rows gathered")
     _save(figure, path)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from megatron_lighthouse.geometry import Geometry
+from megatron_lighthouse.geometry import Geometry, Pyramid
 from megatron_lighthouse.ranges import step
 from megatron_lighthouse.selection import Selection
 
@@ -19,7 +19,7 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def pool(x: Tensor, geometry: Geometry) -> list[Tensor]:
+def pool(x: Tensor, geometry: Pyramid) -> list[Tensor]:
     """The pyramid of `x`: per level l the [N/p^l, B, G, ...] means of its windows, in x's dtype."""
     pyramid, mean = [x], x.to(accumulation_dtype(x))
     for _ in range(1, geometry.levels):
@@ -30,7 +30,7 @@ def pool(x: Tensor, geometry: Geometry) -> list[Tensor]:
 
 @torch.no_grad()
 @step("score")
-def score(query: Tensor, key: Tensor, geometry: Geometry) -> Tensor:
+def score(query: Tensor, key: Tensor, geometry: Pyramid) -> Tensor:
     """See `Steps.score`. The sums are made in a fixed order, so that every device ranks alike to the last bit."""
     scores = []
     for x in (query.unflatten(2, (key.shape[2], -1)), key.unsqueeze(3)):
@@ -77,7 +77,7 @@ def select(scores: Tensor, geometry: Geometry, pin_first: bool) -> Selection:
         refined = candidates.gather(-1, torch.cat([first, second], -1)).sort(-1).values
         children = refined.unsqueeze(-1) * geometry.pooling + torch.arange(geometry.pooling, device=device)
         candidates = children.flatten(-2)
-    return Selection(geometry, _places(gathered, geometry))
+    return Selection(geometry, _places(gathered, geometry), geometry.gathered_length)
 
 
 def _take(scores: Tensor, candidates: Tensor) -> Tensor:
@@ -112,10 +112,11 @@ def gather(query: Tensor, key: Tensor, value: Tensor, selection: Selection) -> t
 
 
 @step("scatter")
-def scatter(rows: Tensor, selection: Selection) -> Tensor:
+def scatter(rows: Tensor, selection: Selection, halo: Tensor | None = None) -> Tensor:
     """See `Steps.scatter`."""
-    grouped = rows.unflatten(2, (selection.places.shape[1], -1))
-    return _Scatter.apply(grouped, selection).flatten(2, 3)
+    groups = selection.places.shape[1]
+    grouped = rows.unflatten(2, (groups, -1))
+    return _Scatter.apply(grouped, None if halo is None else halo.unflatten(3, (groups, -1)), selection).flatten(2, 3)
 
 
 class _Gather(torch.autograd.Function):
@@ -140,31 +141,35 @@ class _Gather(torch.autograd.Function):
 
 
 class _Scatter(torch.autograd.Function):
-    """dÕ_m = sum of dO over the spill range of entry m."""
+    """dÕ_m = sum of dO over the spill range of entry m. Works on chunks: [n, ...] -> [chunks, n / chunks, ...]."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor, selection: Selection) -> Tensor:
-        ctx.selection = selection  # type: ignore[attr-defined]
-        geometry = selection.geometry
-        out = _read_or_zero(rows, selection.rows[0])
+    def forward(ctx: FunctionCtx, rows: Tensor, halo: Tensor | None, selection: Selection) -> Tensor:
+        ctx.selection, ctx.has_halo = selection, halo is not None  # type: ignore[attr-defined]
+        geometry, chunks = selection.geometry, selection.chunks
+        out = _read_or_zero(rows, selection.rows[0]).unflatten(0, (chunks, -1))
         for level in range(1, geometry.levels):
             window, start = geometry.window(level), geometry.spill(level).start
-            spread = _read_or_zero(rows, selection.rows[level]).repeat_interleave(window, 0)
-            out[start:] += spread[: geometry.seq_length - start]
-        return out.to(rows.dtype)
+            entries = _read_or_zero(rows, selection.rows[level]).unflatten(0, (chunks, -1))
+            out[:, start:] += entries.repeat_interleave(window, 1)[:, : out.shape[1] - start]
+            if halo is not None:
+                out[:, :start] += halo[:, level - 1, None].to(out.dtype)
+        return out.flatten(0, 1).to(rows.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         selection: Selection = ctx.selection  # type: ignore[attr-defined]
         geometry = selection.geometry
-        wide = grad.to(accumulation_dtype(grad))
-        sums = [wide]
+        wide = grad.to(accumulation_dtype(grad)).unflatten(0, (selection.chunks, -1))
+        sums, halo = [wide.flatten(0, 1)], []
         for level in range(1, geometry.levels):
             start = geometry.spill(level).start
-            shifted = torch.cat([wide[start:], wide.new_zeros(start, *wide.shape[1:])])
-            sums.append(shifted.unflatten(0, (-1, geometry.window(level))).sum(1))
-        return _read(torch.cat(sums), selection.indices).to(grad.dtype), None
+            shifted = torch.cat([wide[:, start:], wide.new_zeros(wide.shape[0], start, *wide.shape[2:])], 1)
+            sums.append(shifted.flatten(0, 1).unflatten(0, (-1, geometry.window(level))).sum(1))
+            halo.append(wide[:, :start].sum(1))
+        rows = _read(torch.cat(sums), selection.indices).to(grad.dtype)
+        return rows, torch.stack(halo, 1).to(grad.dtype) if ctx.has_halo else None, None  # type: ignore[attr-defined]
 
 
 def _read(source: Tensor, places: Tensor) -> Tensor:

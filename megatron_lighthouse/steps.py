@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_lighthouse.geometry import Geometry
+from megatron_lighthouse.geometry import Geometry, Pyramid
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.selection import Selection
 
@@ -19,7 +19,7 @@ HAS_TRITON = find_spec("triton") is not None
 class Steps(Protocol):
     """The steps around the inner attention: `megatron_lighthouse.reference`, or `megatron_lighthouse.kernels`."""
 
-    def score(self, query: Tensor, key: Tensor, geometry: Geometry) -> Tensor:
+    def score(self, query: Tensor, key: Tensor, geometry: Pyramid) -> Tensor:
         """Window maxima of the L2 norms of the rows of both: [2, B, G, coarse length], fp32 (fp64 for fp64), no gradient.
 
         Args:
@@ -45,11 +45,13 @@ class Steps(Protocol):
         Differentiable: dX_j = sum over levels of dX̃[row(l, j // p^l)] / p^l. Keeps only the map for backward.
         """
 
-    def scatter(self, rows: Tensor, selection: Selection) -> Tensor:
+    def scatter(self, rows: Tensor, selection: Selection, halo: Tensor | None = None) -> Tensor:
         """Add each row to the positions of its spill range: [S, B, H, D] -> [N, B, H, D].
 
-        Position j sums, over the levels, the row of entry (j - p^l + 1) // p^l where that was gathered.
-        Differentiable: dÕ_m = sum of dO over the range of entry m. Keeps only the map for backward.
+        Position j sums, over the levels, the row of entry (j - p^l + 1) // p^l where that was gathered. What an entry spills
+        past the end of its chunk is dropped. `halo` is [chunks, L-1, B, H, D]: the rows of the entries of levels 1..L-1 that
+        end where a chunk begins, zero where not gathered. Differentiable in `rows` and `halo`: dÕ_m = sum of dO over the
+        range of entry m. Keeps only the map for backward.
         """
 
 

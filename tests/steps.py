@@ -67,7 +67,7 @@ def selection_of(problem: Problem, chosen: list[list[list[Entry]]]) -> Selection
         for g, row in enumerate(groups):
             for place, entry in enumerate(row):
                 places[b, g, number(entry, problem)] = place
-    return Selection(geometry, places.to(DEVICE))
+    return Selection(geometry, places.to(DEVICE), geometry.gathered_length)
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def test_grouped_queries_equal_repeated_keys_and_values() -> None:
     query, key, value = tensors(GQA)
     ratio, config = GQA.queries_per_group, config_of(GQA)
     grouped = _select(query, key, config)
-    each = Selection(grouped.geometry, grouped.places.repeat_interleave(ratio, 1))
+    each = Selection(grouped.geometry, grouped.places.repeat_interleave(ratio, 1), grouped.length)
     actual = forward_backward([query, key, value], config)
     expected = forward_backward([query, *(x.repeat_interleave(ratio, 2) for x in (key, value))], config, each)
     expected[2:] = [x.unflatten(2, (-1, ratio)).sum(3) for x in expected[2:]]
@@ -164,7 +164,7 @@ def test_the_inner_attention_sees_the_gathered_rows_alone() -> None:
         return rows[0]
 
     out = lighthouse_attention(query, key, value, config_of(GQA), attend=attend)
-    length = selection.geometry.gathered_length
+    length = selection.length
     assert [x.shape for x in seen] == [(length, 2, heads, 4) for heads in (6, 2, 2)]
     for actual, expected in zip(seen, gather(query, key, value, selection), strict=True):
         assert_close(actual, expected, "float64")

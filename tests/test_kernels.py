@@ -88,19 +88,20 @@ def test_a_compiled_layer_around_it_has_no_graph_break() -> None:
 def test_fake_implementations_are_those_of_the_ops() -> None:
     """Shapes, dtypes, no aliasing: torch's own check of every custom op."""
     query, key, value = tensors(PROBLEM, "float32")
-    sizes = LighthouseConfig(**PROBLEM.options).geometry(PROBLEM.seq_length).sizes
+    geometry = LighthouseConfig(**PROBLEM.options).geometry(PROBLEM.seq_length)
+    sizes = [*geometry.pyramid, geometry.gathered_length, 1]
     ops, checks = torch.ops.lighthouse, ["test_schema", "test_faketensor"]
-    scores = ops.score(query, key, sizes)
-    places = ops.select(scores, sizes, True)
+    scores = ops.score(query, key, geometry.pyramid)
+    places = ops.select(scores, geometry.sizes, True)
     rows = ops.gather(query, key, value, places, sizes)
-    out = ops.scatter(rows[0], places, sizes)
+    out = ops.scatter(rows[0], None, places, sizes)
     for op, args in (
-        (ops.score, (query, key, sizes)),
-        (ops.select, (scores, sizes, True)),
+        (ops.score, (query, key, geometry.pyramid)),
+        (ops.select, (scores, geometry.sizes, True)),
         (ops.gather, (query, key, value, places, sizes)),
         (ops.gather_backward, (*rows, places, sizes)),
-        (ops.scatter, (rows[0], places, sizes)),
-        (ops.scatter_backward, (out, places, sizes)),
+        (ops.scatter, (rows[0], None, places, sizes)),
+        (ops.scatter_backward, (out, places, sizes, True)),
     ):
         torch.library.opcheck(op, args, test_utils=checks)
 

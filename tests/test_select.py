@@ -200,7 +200,7 @@ def test_telemetry_counts_entries_and_tokens(problem: Problem) -> None:
     by_level = telemetry.entries_by_level(selection)
     gathered = [entry_at(i, problem)[0] for i in selection.indices.flatten().tolist()]
     assert by_level == [gathered.count(level) / problem.batch / problem.groups for level in range(problem.levels)]
-    assert sum(by_level) == selection.geometry.gathered_length
+    assert sum(by_level) == selection.length
     tokens = [count * problem.pooling**level / problem.seq_length for level, count in enumerate(by_level)]
     assert telemetry.coverage(selection) == pytest.approx(tokens)
 

@@ -1,0 +1,93 @@
+"""Exchange: the collectives of context parallelism, and how many bytes a rank sends in them.
+
+Every rank of the group calls the same methods in the same order. Tensors travel in their own dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_lighthouse.context_parallel.layout import Layout
+
+sent: dict[str, int] = {}
+"""Bytes that this process has sent to other ranks, by purpose: what `context_parallel.plan` is held to."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The context-parallel ranks of one sequence, as this rank talks to them."""
+
+    group: dist.ProcessGroup
+    layout: Layout
+
+    @staticmethod
+    def over(group: dist.ProcessGroup | None) -> Exchange | None:
+        """The exchange over `group`; None where there is nobody to talk to."""
+        if group is None or group.size() == 1:
+            return None
+        return Exchange(group, Layout(group.size(), group.rank()))
+
+    @property
+    def size(self) -> int:
+        return self.layout.size
+
+    @property
+    def rank(self) -> int:
+        return self.layout.rank
+
+    def all_gather(self, x: Tensor, purpose: str) -> Tensor:
+        """[C, *x.shape]: the tensors of all ranks, which have one shape."""
+        _count(purpose, x, self.size - 1)
+        x = x.contiguous()
+        out = x.new_empty(self.size, *x.shape)
+        dist.all_gather_into_tensor(out.flatten(0, 1) if x.dim() else out, x, group=self.group)
+        return out
+
+    def all_to_all(self, x: Tensor, purpose: str, to: Sequence[int] | None = None, by: Sequence[int] | None = None) -> Tensor:
+        """`x` [rows, ...] cut along dimension 0, one piece for each rank, against the pieces that they have for this one.
+
+        Args:
+            to, by: rows for each rank, and from each; equal shares by default.
+        """
+        pieces = x.shape[0] // self.size if to is None else to[self.rank]
+        _count(purpose, x[: x.shape[0] - pieces])
+        out = x.new_empty(x.shape[0] if by is None else sum(by), *x.shape[1:])
+        splits = (None if by is None else list(by), None if to is None else list(to))
+        dist.all_to_all_single(out, x.contiguous(), *splits, group=self.group)
+        return out
+
+    def start(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], purpose: str) -> list[dist.Work]:
+        """Begin to send contiguous tensors to ranks of the group, and to receive into others; `finish` what it returns.
+
+        Two ranks that send each other several tensors list them in the same order.
+        """
+        for x, _ in sends:
+            _count(purpose, x)
+        operations = [dist.P2POp(dist.irecv, x, group=self.group, group_peer=peer) for x, peer in receives]
+        operations += [dist.P2POp(dist.isend, x, group=self.group, group_peer=peer) for x, peer in sends]
+        return dist.batch_isend_irecv(operations) if operations else []
+
+    def in_order(self, x: Tensor) -> Tensor:
+        """`x` [C, n, ...] with the tokens of each rank, as one sequence [C * n, ...]."""
+        chunks = x.unflatten(1, (2, -1)).flatten(0, 1)
+        return chunks[torch.tensor(self.layout.order(), device=x.device)].flatten(0, 1)
+
+    def own(self, x: Tensor) -> Tensor:
+        """This rank's tokens of a whole sequence `x` [N, ...]: [N / C, ...]."""
+        chunks = x.unflatten(0, (2 * self.size, -1))
+        return torch.cat([chunks[chunk] for chunk in self.layout.chunks])
+
+
+def finish(works: Sequence[dist.Work]) -> None:
+    """Wait until everything begun has arrived: the host on a CPU, the current stream on a GPU."""
+    for work in works:
+        work.wait()
+
+
+def _count(purpose: str, x: Tensor, times: int = 1) -> None:
+    sent[purpose] = sent.get(purpose, 0) + x.numel() * x.element_size() * times

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_lighthouse import telemetry
 from megatron_lighthouse.config import LighthouseConfig
+from megatron_lighthouse.context_parallel.attention import sharded_attention
+from megatron_lighthouse.context_parallel.deal import Deal
+from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.context_parallel.halo import halo_of
+from megatron_lighthouse.context_parallel.layout import Layout
+from megatron_lighthouse.context_parallel.select import select_shard
+from megatron_lighthouse.geometry import Geometry, Pyramid
 from megatron_lighthouse.inner import Attend, inner_attention
 from megatron_lighthouse.ranges import step
 from megatron_lighthouse.scorers import SCORERS
@@ -21,6 +31,8 @@ def lighthouse_attention(
     config: LighthouseConfig,
     *,
     softmax_scale: float | None = None,
+    cp_group: ProcessGroup | None = None,
+    cp_comm_type: str = "p2p",
     attend: Attend | None = None,
     selection: Selection | None = None,
 ) -> Tensor:
@@ -30,75 +42,158 @@ def lighthouse_attention(
         query: [N, B, H, D], after RoPE; any floating dtype, any strides. Megatron's "sbhd".
         key, value: [N, B, G, D], G dividing H; same dtype and device as the query.
         softmax_scale: of the inner attention; 1/sqrt(D) by default. Not with `attend`.
-        attend: the inner attention; the backend that `config.inner` names by default.
-        selection: attend to these entries instead of selecting (it carries no gradient either way).
+        cp_group: the context-parallel ranks among which the sequence is sharded. Each of C ranks passes its zigzag shard,
+            [N/C, B, ·, D]: of 2C equal chunks, rank r holds chunk r and chunk 2C-1-r.
+        cp_comm_type: 'p2p', 'all_gather' or 'a2a': how the inner attention crosses ranks. See `sharded_attention`.
+        attend: the inner attention, over this rank's rows under context parallelism; the backend that `config.inner` names by
+            default.
+        selection: attend to these entries instead of selecting (it carries no gradient either way). Not under context
+            parallelism.
 
     Returns:
-        [N, B, H, D] in the query's dtype. Position j depends on tokens 0..j, once the selection is fixed; which
-        windows are refined also depends on the later tokens of their tile.
+        [N, B, H, D] in the query's dtype; under context parallelism, this rank's shard of it: the same values at any number of
+        ranks, up to the order of sums in the inner attention. Position j depends on tokens 0..j, once the selection is fixed;
+        which windows are refined also depends on the later tokens of their tile.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit each other, an N that does not fit the config, or an inner attention
-            that is forced and is not there.
+        ValueError: shapes or dtypes that do not fit each other, an N that does not fit the config or the ranks, or an inner
+            attention that is forced and is not there. Raised before any collective, and on every rank alike.
     """
-    rows, selection, steps = attend_to_selection(
-        query, key, value, config, softmax_scale=softmax_scale, attend=attend, selection=selection
-    )
-    return steps.scatter(rows, selection)
+    return attended_rows(
+        query,
+        key,
+        value,
+        config,
+        softmax_scale=softmax_scale,
+        exchange=Exchange.over(cp_group),
+        cp_comm_type=cp_comm_type,
+        attend=attend,
+        selection=selection,
+    ).scatter()
 
 
-def attend_to_selection(
+class Attended(NamedTuple):
+    """What the last step needs: all of a layer but its output."""
+
+    rows: Tensor
+    """[S, B, H, D], attended to."""
+    selection: Selection
+    halo: Tensor | None
+    """Under context parallelism, the rows that spill into this rank's chunks."""
+    steps: Steps
+
+    def scatter(self) -> Tensor:
+        """[N, B, H, D]: the layer's output."""
+        return self.steps.scatter(self.rows, self.selection, self.halo)
+
+
+def attended_rows(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     config: LighthouseConfig,
     *,
     softmax_scale: float | None = None,
+    exchange: Exchange | None = None,
+    cp_comm_type: str = "p2p",
     attend: Attend | None = None,
     selection: Selection | None = None,
-) -> tuple[Tensor, Selection, Steps]:
-    """All steps of `lighthouse_attention` but the last: the attended rows [S, B, H, D], and what scatters them."""
+) -> Attended:
+    """All steps of `lighthouse_attention` but the last."""
     _check(query, key, value)
+    geometry = config.geometry(query.shape[0] * (exchange.size if exchange else 1), exchange.size if exchange else 1)
     if attend is None:
-        attend = inner_attention(config.inner, query, key, softmax_scale)
+        if exchange is None:
+            attend = inner_attention(config.inner, query, key, softmax_scale)
+        else:
+            attend = sharded_attention(config.inner, query, key, exchange, cp_comm_type, softmax_scale)
     elif softmax_scale is not None:
         raise ValueError("softmax_scale belongs to the default inner attention: give `attend` its own scale instead.")
+    deal = None
     if selection is None:
-        selection = _select(query, key, config)
-    elif selection.geometry != config.geometry(query.shape[0]):
-        raise ValueError(f"selection was made for {selection.geometry}, not for {config.geometry(query.shape[0])}.")
-    elif selection.places.shape[:2] != (query.shape[1], key.shape[2]):
-        raise ValueError(
-            f"selection was made for [B, G] {list(selection.places.shape[:2])}, not for [{query.shape[1]}, {key.shape[2]}]."
-        )
+        selection, deal = _select(query, key, value, config, geometry, exchange)
+    else:
+        _check_selection(selection, query, key, geometry, exchange)
     telemetry.record(selection)
     steps = steps_for(config.steps, query)
     gathered = steps.gather(query, key, value, selection)
+    if deal:
+        gathered = deal.out(*gathered)
     with step("attend"):
-        return attend(*gathered), selection, steps
+        rows = attend(*gathered)
+    if deal:
+        rows = deal.back(rows, key.shape[2])
+    halo = halo_of(rows, selection, exchange) if exchange else None
+    return Attended(rows, selection, halo, steps)
 
 
-def lighthouse_select(query: Tensor, key: Tensor, config: LighthouseConfig) -> Tensor:
+def lighthouse_select(
+    query: Tensor, key: Tensor, config: LighthouseConfig, *, value: Tensor | None = None, cp_group: ProcessGroup | None = None
+) -> Tensor:
     """The entries that `lighthouse_attention` attends to.
 
     Args:
         query, key: as for `lighthouse_attention`.
+        value: likewise, for the scorers that read it: 'summary', 'dilated' and 'gla'.
+        cp_group: the context-parallel ranks among which the sequence is sharded.
 
     Returns:
-        [B, G, S] int64, in causal order, numbered in the concatenated pyramid (level 0 first).
+        [B, G, S] int64, in causal order, numbered in the concatenated pyramid (level 0 first). Of C context-parallel ranks, each
+        gets the [B, G, S/C] entries whose rows it attends to, chunk r and chunk 2C-1-r of all S, numbered as without them.
 
     Raises:
-        ValueError: as `lighthouse_attention`.
+        ValueError: as `lighthouse_attention`, or a scorer that lacks the values.
     """
-    _check(query, key, key)
-    return _select(query, key, config).indices
+    if value is None:
+        if config.scorer != "norm":
+            raise ValueError(f"--lighthouse-scorer {config.scorer} reads the values: pass `value`.")
+        value = key
+    _check(query, key, value)
+    exchange = Exchange.over(cp_group)
+    size = exchange.size if exchange else 1
+    geometry = config.geometry(query.shape[0] * size, size)
+    selection, deal = _select(query, key, value, config, geometry, exchange)
+    if exchange is None:
+        return selection.indices
+    entries = _numbered_in_whole(selection.indices, selection.geometry, exchange.layout)
+    if deal is None:
+        return entries
+    dealt, _, _ = deal.out(*[entries.movedim(-1, 0).unsqueeze(-1)] * 3)
+    return dealt.squeeze(-1).movedim(0, -1).contiguous()
 
 
 @torch.no_grad()
-def _select(query: Tensor, key: Tensor, config: LighthouseConfig) -> Selection:
-    geometry, steps = config.geometry(query.shape[0]), steps_for(config.steps, query)
-    scores = SCORERS[config.scorer](query, key, geometry, steps)
-    return steps.select(scores, geometry, config.pin_first)
+def _select(
+    query: Tensor, key: Tensor, value: Tensor, config: LighthouseConfig, geometry: Geometry, exchange: Exchange | None
+) -> tuple[Selection, Deal | None]:
+    steps, here = steps_for(config.steps, query), Pyramid(query.shape[0], config.levels, config.pooling)
+    scores = SCORERS[config.scorer](query, key, value, here, steps, exchange)
+    if exchange is None:
+        return steps.select(scores, geometry, config.pin_first), None
+    return select_shard(scores, geometry, config.pin_first, steps, exchange)
+
+
+def _numbered_in_whole(entries: Tensor, here: Pyramid, layout: Layout) -> Tensor:
+    """Numbers in the pyramid of a rank's two chunks, as numbers in that of the whole sequence."""
+    whole = Pyramid(here.seq_length * layout.size, here.levels, here.pooling)
+    early, late = layout.chunks
+    numbered = torch.zeros_like(entries)
+    for level in range(here.levels):
+        entry, half = entries - here.offset(level), here.entries(level) // 2
+        moved = torch.where(entry < half, entry + early * half, entry + (late - 1) * half) + whole.offset(level)
+        numbered = torch.where((entry >= 0) & (entry < 2 * half), moved, numbered)
+    return numbered
+
+
+def _check_selection(selection: Selection, query: Tensor, key: Tensor, geometry: Geometry, exchange: Exchange | None) -> None:
+    if exchange is not None:
+        raise ValueError("a selection can be given without context parallelism alone: leave out `selection` or `cp_group`.")
+    if selection.geometry != geometry:
+        raise ValueError(f"selection was made for {selection.geometry}, not for {geometry}.")
+    if selection.places.shape[:2] != (query.shape[1], key.shape[2]):
+        raise ValueError(
+            f"selection was made for [B, G] {list(selection.places.shape[:2])}, not for [{query.shape[1]}, {key.shape[2]}]."
+        )
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 
 from megatron_lighthouse.geometry import Geometry
@@ -83,11 +84,11 @@ class LighthouseConfig:
     def _neighbours(value: int, unit: int) -> tuple[int, int]:
         return value // unit * unit, (value // unit + 1) * unit
 
-    def geometry(self, seq_length: int) -> Geometry:
-        """The integers of this config at a sequence length of `seq_length` tokens (N).
+    def geometry(self, seq_length: int, context_parallel: int = 1) -> Geometry:
+        """The integers of this config at a sequence length of `seq_length` tokens (N), on `context_parallel` ranks (C).
 
-        Raises ValueError where N does not divide into tiles of whole windows, or where a tile
-        has fewer coarsest windows than its budget.
+        Raises ValueError where N does not divide into tiles of whole windows, where a tile has fewer coarsest windows than its
+        budget, or where tokens or rows do not divide into 2C equal chunks.
         """
         unit = self.budget // self.tile_budget * self.pooling ** (self.levels - 1)
         window = self.pooling ** (self.levels - 1)
@@ -105,7 +106,36 @@ class LighthouseConfig:
                 f"tokens that --seq-length {seq_length} has: use --seq-length {window * self.budget} or more"
                 f"{self._other_budgets(seq_length)}."
             )
-        return Geometry(seq_length, self.levels, self.pooling, self.budget, self.tile_budget)
+        geometry = Geometry(seq_length, self.levels, self.pooling, self.budget, self.tile_budget)
+        if context_parallel > 1:
+            self._check_chunks(geometry, context_parallel)
+        return geometry
+
+    def _check_chunks(self, geometry: Geometry, ranks: int) -> None:
+        """Tokens come in 2C chunks of whole windows, and so do the gathered rows."""
+        seq_length, chunks = geometry.seq_length, 2 * ranks
+        window = geometry.window(self.levels - 1)
+        fits = [n for n in range(2, seq_length // (2 * window) + 1) if seq_length % (2 * n * window) == 0]
+        fits = [n for n in fits if (self.levels - 1) * self.pooling * self.budget % (2 * n) == 0]
+        best = sorted(sorted(fits, key=lambda n: abs(n - ranks))[:2])
+        other = f"--context-parallel-size {' or '.join(map(str, best or [1]))}"
+        if seq_length % (chunks * window):
+            lengths = [n for n in self._neighbours(seq_length, self._unit(chunks)) if n >= window * self.budget]
+            raise ValueError(
+                f"--context-parallel-size {ranks} cuts the sequence into {chunks} chunks of whole windows of {window} tokens, so "
+                f"--seq-length {seq_length} must be a multiple of {chunks * window}: use {_either('--seq-length', lengths)}, or "
+                f"{other}."
+            )
+        if geometry.gathered_length % chunks:
+            raise ValueError(
+                f"--context-parallel-size {ranks} deals the gathered rows into {chunks} equal chunks, and {flag('levels')} "
+                f"{self.levels} with {flag('pooling')} {self.pooling} and {flag('budget')} {self.budget} gathers "
+                f"{geometry.gathered_length}: use {other}, or a budget that is a multiple of {chunks}."
+            )
+
+    def _unit(self, chunks: int) -> int:
+        """What a sequence length must be a multiple of: of tiles of whole windows, and of chunks of these."""
+        return math.lcm(self.budget // self.tile_budget, chunks) * self.pooling ** (self.levels - 1)
 
     def _other_budgets(self, seq_length: int) -> str:
         """', or --lighthouse-budget …' with the nearest budgets that fit `seq_length`; '' where there is none."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -86,14 +86,31 @@ def deterministic() -> bool:
     return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
+def choose_for_blocks(
+    name: str, known: Sequence[str], device: torch.device, dtype: torch.dtype, heads: int, groups: int, dim: int
+) -> str:
+    """As `choose`, among the backends `known` that return their log-sum-exp: context parallelism merges by it.
+
+    Raises:
+        ValueError: as `inner_attention`, or a backend that is forced and is not among those.
+    """
+    if name in BACKENDS and name not in known:
+        raise ValueError(
+            f"--lighthouse-inner {name} does not attend over shards: under --context-parallel-size use --lighthouse-inner "
+            f"{' or '.join(['auto', *known])}, or --cp-comm-type a2a, which attends to whole sequences."
+        )
+    return _choose(name, Rows(device, dtype, heads, groups, dim), deterministic(), tuple(known))
+
+
 @cache
-def _choose(name: str, rows: Rows, deterministic: bool) -> str:
+def _choose(name: str, rows: Rows, deterministic: bool, known: tuple[str, ...] = ()) -> str:
     if name == "te":
         raise ValueError(
             "--lighthouse-inner te is the attention of Transformer Engine's layer spec: use it with --transformer-impl "
             "transformer_engine, or --lighthouse-inner auto."
         )
-    problems = {other: _problem(other, rows, deterministic) for other in _fastest_first(rows)}
+    candidates = [other for other in _fastest_first(rows) if not known or other in known]
+    problems = {other: _problem(other, rows, deterministic) for other in candidates}
     fits = [other for other, problem in problems.items() if problem is None]
     if name == "auto":
         name = fits[0]
@@ -101,7 +118,8 @@ def _choose(name: str, rows: Rows, deterministic: bool) -> str:
             f"{BACKENDS[other].title} {problems[other]}" for other in list(problems)[: list(problems).index(name)]
         )
         why = f" ({passed})" if passed and rows.capability else ""
-        say_once(f"lighthouse: the inner attention of {rows} is {BACKENDS[name].title}{why}.")
+        title = "plain PyTorch" if known and name == "sdpa" else BACKENDS[name].title
+        say_once(f"lighthouse: the inner attention {'over shards ' if known else ''}of {rows} is {title}{why}.")
     elif problems[name] is not None:
         raise ValueError(
             f"--lighthouse-inner {name} cannot run: {BACKENDS[name].title} {problems[name]}. For {rows} use "

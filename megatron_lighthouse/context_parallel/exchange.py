@@ -61,7 +61,9 @@ class Exchange:
         dist.all_to_all_single(out, x.contiguous(), *splits, group=self.group)
         return out
 
-    def start(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], purpose: str) -> list[dist.Work]:
+    def start(
+        self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], purpose: str
+    ) -> list[dist.Work]:
         """Begin to send contiguous tensors to ranks of the group, and to receive into others; `finish` what it returns.
 
         Two ranks that send each other several tensors list them in the same order.
@@ -75,7 +77,13 @@ class Exchange:
     def in_order(self, x: Tensor) -> Tensor:
         """`x` [C, n, ...] with the tokens of each rank, as one sequence [C * n, ...]."""
         chunks = x.unflatten(1, (2, -1)).flatten(0, 1)
-        return chunks[torch.tensor(self.layout.order(), device=x.device)].flatten(0, 1)
+        return torch.cat([chunks[place] for place in self.layout.order()])
+
+    def out_of_order(self, x: Tensor) -> Tensor:
+        """A whole sequence [C * n, ...] as the tokens of each rank [C, n, ...]: the way back from `in_order`."""
+        chunks = x.unflatten(0, (2 * self.size, -1))
+        order = [chunk for rank in range(self.size) for chunk in Layout(self.size, rank).chunks]
+        return torch.cat([chunks[chunk] for chunk in order]).unflatten(0, (self.size, -1))
 
     def own(self, x: Tensor) -> Tensor:
         """This rank's tokens of a whole sequence `x` [N, ...]: [N / C, ...]."""

@@ -18,7 +18,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from megatron_lighthouse import telemetry
-from megatron_lighthouse.attention import attend_to_selection
+from megatron_lighthouse.attention import attended_rows
 from megatron_lighthouse.config import LighthouseConfig
 from megatron_lighthouse.inner import Attend, choose, inner_attention
 from megatron_lighthouse.mcore.checks import check
@@ -71,8 +71,8 @@ class LighthouseMixin:
         if not self.dense_is_inner:
             attend = inner_attention(self.lighthouse.inner, query, key, self.inner_scale)
         with telemetry.layer(self.layer_number):
-            rows, selection, steps = attend_to_selection(query, key, value, self.lighthouse, attend=attend)
-            return remember_source(steps.scatter(rows, selection).flatten(2), rows, selection, steps)
+            attended = attended_rows(query, key, value, self.lighthouse, attend=attend)
+            return remember_source(attended.scatter().flatten(2), attended)
 
     def _check_call(self, query: Tensor, key: Tensor, mask_type: AttnMaskType | None, bias: Tensor | None, packed: Any) -> None:
         if packed is not None:

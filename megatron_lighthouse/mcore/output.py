@@ -17,33 +17,21 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
-from megatron_lighthouse.selection import Selection
-from megatron_lighthouse.steps import Steps
+from megatron_lighthouse.attention import Attended
 
 
-@dataclass(frozen=True)
-class Source:
-    """What a layer's output is made of."""
-
-    rows: Tensor
-    selection: Selection
-    steps: Steps
-
-    def scatter(self) -> Tensor:
-        with torch.no_grad():
-            return self.steps.scatter(self.rows, self.selection)
-
-
-def remember_source(output: Tensor, rows: Tensor, selection: Selection, steps: Steps) -> Tensor:
-    """`output`, marked as the scattered `rows` where its backward will be asked for."""
+def remember_source(output: Tensor, attended: Attended) -> Tensor:
+    """`output`, marked with what it was scattered from, where its backward will be asked for."""
     if output.requires_grad and not torch.compiler.is_compiling():
-        output.lighthouse_source = Source(rows.detach(), selection, steps)  # type: ignore[attr-defined]
+        halo = None if attended.halo is None else attended.halo.detach()
+        source = attended._replace(rows=attended.rows.detach(), halo=halo)
+        output.lighthouse_source = source  # type: ignore[attr-defined]
     return output
 
 
 def discard_input(module: torch.nn.Module, args: tuple[Any, ...], result: Any) -> None:
     """A forward hook of the projection: free its input, if that is a layer's output, until its backward."""
-    source: Source | None = getattr(args[0], "lighthouse_source", None) if args else None
+    source: Attended | None = getattr(args[0], "lighthouse_source", None) if args else None
     out = result[0] if isinstance(result, tuple) else result
     if source is None or not out.requires_grad or _is_held(out):
         return
@@ -53,7 +41,8 @@ def discard_input(module: torch.nn.Module, args: tuple[Any, ...], result: Any) -
 
     def restore(_: Tensor) -> None:
         storage.resize_(size)
-        kept.copy_(source.scatter().flatten(2))
+        with torch.no_grad():
+            kept.copy_(source.scatter().flatten(2))
         handle.remove()  # with it go the rows, and the output as soon as the projection has read it
 
     handle = out.register_hook(restore)

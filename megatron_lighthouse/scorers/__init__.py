@@ -6,11 +6,23 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from megatron_lighthouse.geometry import Geometry
+from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.geometry import Pyramid
+from megatron_lighthouse.scorers.dilated import dilated
+from megatron_lighthouse.scorers.gla import gla
 from megatron_lighthouse.scorers.norm import norm
+from megatron_lighthouse.scorers.streams import stream_problem
+from megatron_lighthouse.scorers.summary import summary
 from megatron_lighthouse.steps import Steps
 
-Scorer = Callable[[Tensor, Tensor, Geometry, Steps], Tensor]
-"""(query [N, B, H, D], key [N, B, G, D], …) -> what `Steps.score` gives, for the rows that the scorer ranks by."""
+Scorer = Callable[[Tensor, Tensor, Tensor, Pyramid, Steps, Exchange | None], Tensor]
+"""(query [n, B, H, D], key and value [n, B, G, D], of this rank's tokens, their pyramid, …) -> [2, B, G, coarse length], fp32
+(fp64 for fp64): s^Q, then s^K, of the entries of levels 1..L-1, in the order of the concatenated pyramid. The numbers do not
+depend on how many ranks there are, which `Exchange` connects; it is None where there is one. Called without gradients."""
 
-SCORERS: dict[str, Scorer] = {"norm": norm}
+SCORERS: dict[str, Scorer] = {"norm": norm, "dilated": dilated, "gla": gla, "summary": summary}
+
+
+def problem(scorer: str, seq_length: int, size: int) -> str | None:
+    """Why `scorer` cannot rank a sequence of `seq_length` tokens on `size` context-parallel ranks; None where it can."""
+    return stream_problem(scorer, seq_length, size) if scorer in ("dilated", "gla") else None

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megatron_lighthouse.geometry import Geometry
+from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.geometry import Pyramid
 from megatron_lighthouse.steps import Steps
 
 
-def norm(query: Tensor, key: Tensor, geometry: Geometry, steps: Steps) -> Tensor:
+def norm(query: Tensor, key: Tensor, value: Tensor, pyramid: Pyramid, steps: Steps, exchange: Exchange | None) -> Tensor:
     """s^Q_j = ‖Q_j‖₂ and s^K_j = ‖K_j‖₂ (paper, "norm" scorer): the rows are scored as they are."""
-    return steps.score(query, key, geometry)
+    return steps.score(query, key, pyramid)

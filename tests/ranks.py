@@ -1,0 +1,92 @@
+"""Processes that stand ready as context-parallel ranks, over gloo: what the tests of several ranks run on.
+
+They are made once for all tests. A function that a test hands them must be at the top level of a module.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from functools import cache
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+SIZES = (2, 4, 8)
+SECONDS = 120
+
+
+class RankError(Exception):
+    """What one of the ranks raised."""
+
+
+class Ranks:
+    """Eight processes, of which the first 2, 4 or 8 work together."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed", "megatron_lighthouse"])
+        store = Path(tempfile.mkdtemp()) / "store"
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(max(SIZES)):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, str(store)), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What `function(group, *args)` returns on each of `size` ranks.
+
+        Raises:
+            RankError: what the first rank that failed raised.
+        """
+        task = pickle.dumps((size, function, args))
+        for pipe in self.pipes[:size]:
+            pipe.send_bytes(task)
+        answers = []
+        for rank, pipe in enumerate(self.pipes[:size]):
+            if not pipe.poll(SECONDS):
+                ranks.cache_clear()
+                for process in self.processes:
+                    process.kill()
+                raise RankError(f"rank {rank} of {size} did not answer within {SECONDS} s")
+            answers.append(pickle.loads(pipe.recv_bytes()))
+        for error, _ in answers:
+            if error:
+                raise RankError(error)
+        return [result for _, result in answers]
+
+
+@cache
+def ranks() -> Ranks:
+    return Ranks()
+
+
+def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """See `Ranks.run`."""
+    return ranks().run(size, function, *args)
+
+
+def _serve(pipe: Connection, rank: int, store: str) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    minutes = timedelta(seconds=SECONDS)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=max(SIZES), timeout=minutes)
+    groups = {size: dist.new_group(list(range(size))) for size in SIZES}
+    while True:
+        size, function, args = pickle.loads(pipe.recv_bytes())
+        try:
+            answer = (None, function(groups[size], *args))
+        except Exception:
+            answer = (traceback.format_exc(), None)
+        pipe.send_bytes(pickle.dumps(answer))

@@ -141,14 +141,21 @@ def time_steps(table: Table, case: Case, sets: list[QKV], rate: float) -> None:
     selections = [kernels.select(x, geometry, True) for x in scores]
     rows = [kernels.gather(*x, y) for x, y in zip(plain, selections, strict=True)]
     grads = [torch.randn_like(q) for q, _, _ in plain]
+    maps = [(y.places, y.sizes) for y in selections]
     # what a step does on the inputs of set i, and the bytes that it must move
     steps: dict[tuple[str, str], tuple[Callable[[int], object], int]] = {
         ("score", "fwd"): (lambda i: kernels.score(plain[i][0], plain[i][1], geometry), n * (heads + case.groups) * row),
         ("select", "fwd"): (lambda i: kernels.select(scores[i], geometry, True), 0),
         ("gather", "fwd"): (lambda i: kernels.gather(*plain[i], selections[i]), (n + s) * all_heads * row),
         ("scatter", "fwd"): (lambda i: kernels.scatter(rows[i][0], selections[i]), (n + s) * heads * row),
-        ("scatter", "bwd"): (lambda i: _scatter_backward(grads[i], selections[i].places, selections[i].sizes, False), (n + s) * heads * row),
-        ("gather", "bwd"): (lambda i: _gather_backward(*rows[i], selections[i].places, selections[i].sizes), (n + s) * all_heads * row),
+        ("scatter", "bwd"): (
+            lambda i: _scatter_backward(grads[i], selections[i].places, selections[i].sizes, False),
+            (n + s) * heads * row,
+        ),
+        ("gather", "bwd"): (
+            lambda i: _gather_backward(*rows[i], selections[i].places, selections[i].sizes),
+            (n + s) * all_heads * row,
+        ),
     }
     totals: dict[str, list[float]] = {"fwd": [0.0, 0.0], "bwd": [0.0, 0.0]}
     for (name, direction), (work, moved) in steps.items():

@@ -1,0 +1,82 @@
+"""`python benchmarks/context_parallel.py --out FOLDER`: checks and times context parallelism over the GPUs of one machine.
+
+One process a GPU, over NCCL. `--part check`: the layer on all ranks against one rank, on fresh random inputs: selection, output
+and gradients, by each scheme and inner attention, Transformer Engine's too where it is installed; and whether results repeat to
+the bit. `--part time`: one rank against all ranks on the same total of tokens, Lighthouse and dense, by scheme, with the share
+of communication. Leaves a CSV, a JSON summary and a picture. The selection is the same to the last bit, or the run fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from context_parallel_checks import check
+from context_parallel_times import TIMED, time_case
+from measure import environment
+
+from megatron_lighthouse.scorers import SCORERS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "context_parallel")
+    parser.add_argument("--ranks", type=int, default=torch.cuda.device_count(), help="GPUs to use (default: all)")
+    parser.add_argument("--part", choices=["check", "time"], nargs="+", default=["check", "time"])
+    parser.add_argument("--cases", nargs="+", default=list(TIMED), choices=list(TIMED), help="lengths to time")
+    parser.add_argument("--scorers", nargs="+", default=list(SCORERS), choices=list(SCORERS), help="whose selection to compare")
+    parser.add_argument("--quick", action="store_true", help="p2p and cuDNN alone")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    store = tempfile.mkdtemp()
+    torch.multiprocessing.spawn(_rank, args=(options, store), nprocs=options.ranks)
+
+
+def _rank(rank: int, options: argparse.Namespace, store: str) -> None:
+    torch.cuda.set_device(rank)
+    where = f"file://{store}/store"
+    device = torch.device("cuda", rank)
+    dist.init_process_group("nccl", init_method=where, rank=rank, world_size=options.ranks, device_id=device)
+    results: dict[str, Any] = {**environment(), "ranks": options.ranks}
+    torch.manual_seed(1)
+    if "check" in options.part:
+        results["checks"] = check(dist.group.WORLD, options.scorers)
+        _write(rank, options.out / "checks.json", results)
+    if "time" in options.part:
+        rows: list[dict[str, Any]] = []
+        for name in options.cases:
+            rows += time_case(name, dist.group.WORLD, options.quick, options.out)
+            if rank == 0:
+                _table(options.out / "times.csv", rows)
+        if rank == 0:
+            from context_parallel_plots import draw
+
+            _write(rank, options.out / "times.json", {**environment(), "ranks": options.ranks})
+            draw(options.out / "times.png", rows, options.ranks)
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)  # Transformer Engine's atexit hooks can outlive the process group
+
+
+def _write(rank: int, path: Path, results: dict[str, Any]) -> None:
+    if rank == 0:
+        path.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def _table(path: Path, rows: list[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

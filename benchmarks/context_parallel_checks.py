@@ -1,0 +1,119 @@
+"""Checks of benchmarks/context_parallel.py: all ranks against one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from context_parallel_layers import COMM_TYPES, HAS_TE, both, exchange_of, inputs, te_attention
+from torch import Tensor
+
+from megatron_lighthouse import LighthouseConfig, lighthouse_attention
+from megatron_lighthouse.attention import lighthouse_select
+
+SHAPES = {
+    "N=16384 H=G=8, tiles within chunks": (16384, 1, 8, 8, LighthouseConfig(3, 4, 512, 128)),
+    "N=16384 H=8 G=2 B=2, one tile": (16384, 2, 8, 2, LighthouseConfig(3, 4, 512, 512)),
+    "N=32768 L=4 H=G=8, tiles span chunks": (32768, 1, 8, 8, LighthouseConfig(4, 4, 384, 128)),
+}
+REPEATS = 10
+
+
+def check(group: dist.ProcessGroup, scorers: list[str]) -> dict[str, Any]:
+    """Greatest error of all, in norms and relative to one rank's result, by shape and way of attending."""
+    result: dict[str, Any] = {}
+    for title, (length, batch, heads, groups, config) in SHAPES.items():
+        q, k, v, grad = inputs(length, batch, heads, groups, 128)
+        whole = both(lambda *x, c=config: lighthouse_attention(*x, c), (q, k, v, grad))
+        errors = {"one rank, cudnn against fa2": _errors(both(_layer(config, "fa2"), (q, k, v, grad)), whole)}
+        exchange = exchange_of(group)
+        shards = [exchange.own(x) for x in (q, k, v, grad)]
+        for scorer in scorers:
+            _same_selection(q, k, v, config.replace(scorer=scorer), group)
+        for inner in ("cudnn", "fa2"):
+            for comm_type in COMM_TYPES:
+                if comm_type == "a2a" and groups % exchange.size:
+                    continue
+                parts = both(_layer(config, inner, group, comm_type), shards)
+                errors[f"{inner} {comm_type}"] = _errors([_whole(x, group) for x in parts], whole)
+        if HAS_TE:
+            for comm_type in COMM_TYPES:
+                attend = te_attention(group, heads, groups, 128, comm_type)
+                parts = both(lambda *x, a=attend, c=config: lighthouse_attention(*x, c, cp_group=group, attend=a), shards)
+                errors[f"te {comm_type}"] = _errors([_whole(x, group) for x in parts], whole)
+        result[title] = errors
+        _say(f"{title}: {errors}")
+    result["fp32, greatest distance of any element"] = _fp32(group)
+    result["repeats to the bit"] = _repeats(group)
+    _say(str({k: v for k, v in result.items() if k not in SHAPES}))
+    return result
+
+
+def _layer(config: LighthouseConfig, inner: str, group: dist.ProcessGroup | None = None, comm_type: str = "p2p") -> Any:
+    chosen = config.replace(inner=inner)
+    return lambda q, k, v: lighthouse_attention(q, k, v, chosen, cp_group=group, cp_comm_type=comm_type)
+
+
+def _whole(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    exchange = exchange_of(group)
+    return exchange.in_order(exchange.all_gather(x, "check"))
+
+
+def _errors(found: list[Tensor], expected: list[Tensor]) -> dict[str, float]:
+    norms = {
+        name: ((a.double() - b.double()).norm() / b.double().norm()).item()
+        for name, a, b in zip(("out", "dq", "dk", "dv"), found, expected, strict=True)
+    }
+    if not all(x < 2e-2 for x in norms.values()):
+        raise SystemExit(f"results differ: {norms}")
+    return {name: float(f"{x:.2e}") for name, x in norms.items()}
+
+
+def _same_selection(q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig, group: dist.ProcessGroup) -> None:
+    exchange = exchange_of(group)
+    try:
+        expected = lighthouse_select(q, k, config, value=v)
+    except ValueError as error:  # a scorer whose package is not installed
+        return _say(str(error))
+    own = lighthouse_select(*(exchange.own(x) for x in (q, k)), config, value=exchange.own(v), cp_group=group)
+    if not torch.equal(_whole(own.movedim(-1, 0), group).movedim(0, -1), expected):
+        raise SystemExit(f"selection by {config.scorer} differs between {exchange.size} ranks and one")
+    return _say(f"selection by {config.scorer}: identical")
+
+
+def _fp32(group: dist.ProcessGroup) -> float:
+    config = LighthouseConfig(3, 4, 128, 128, inner="sdpa")
+    tensors = inputs(4096, 1, 4, 4, 64, torch.float32)
+    whole = both(lambda *x: lighthouse_attention(*x, config), tensors)
+    shards = [exchange_of(group).own(x) for x in tensors]
+    found = [both(_layer(config, "sdpa", group, comm_type), shards) for comm_type in COMM_TYPES]
+    return max((_whole(a, group) - b).abs().max().item() for parts in found for a, b in zip(parts, whole, strict=True))
+
+
+def _repeats(group: dist.ProcessGroup) -> dict[str, bool]:
+    """Whether output and gradients are the same bits in each of REPEATS runs, under torch's deterministic algorithms."""
+    config = LighthouseConfig(3, 4, 512, 128)
+    shards = [exchange_of(group).own(x) for x in inputs(16384, 1, 8, 8, 128)]
+    layers = {f"fa2 {comm_type}": _layer(config, "auto", group, comm_type) for comm_type in COMM_TYPES}
+    one_tile = config.replace(tile_budget=512)
+    layers["fa2 p2p, one tile"] = _layer(one_tile, "auto", group)
+    if HAS_TE:
+        for comm_type in COMM_TYPES:
+            attend = te_attention(group, 8, 8, 128, comm_type)
+            layers[f"te {comm_type}"] = lambda *x, a=attend: lighthouse_attention(*x, config, cp_group=group, attend=a)
+    torch.use_deterministic_algorithms(True)
+    result = {}
+    for name, layer in layers.items():
+        first = both(layer, shards)
+        same = all(torch.equal(a, b) for _ in range(REPEATS) for a, b in zip(both(layer, shards), first, strict=True))
+        every = torch.tensor([same], device="cuda", dtype=torch.int32)
+        dist.all_reduce(every, dist.ReduceOp.MIN)
+        result[name] = bool(every.item())
+    torch.use_deterministic_algorithms(False)
+    return result
+
+
+def _say(text: str) -> None:
+    if dist.get_rank() == 0:
+        print(text, flush=True)

@@ -1,0 +1,56 @@
+"""What the checks and the times of context parallelism have in common: inputs, shards, and Transformer Engine's attention."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.inner import Attend
+
+HAS_TE = importlib.util.find_spec("transformer_engine") is not None
+COMM_TYPES = ("p2p", "all_gather", "a2a")
+_stream: list[torch.cuda.Stream] = []
+
+
+def exchange_of(group: dist.ProcessGroup) -> Exchange:
+    exchange = Exchange.over(group)
+    assert exchange is not None, "needs more than one rank"
+    return exchange
+
+
+def inputs(length: int, batch: int, heads: int, groups: int, dim: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    """q, k, v and the gradient of the output, the same on every rank."""
+    tensors = [torch.randn(length, batch, n, dim, device="cuda", dtype=dtype) for n in (heads, groups, groups, heads)]
+    for x in tensors:
+        dist.broadcast(x, 0)
+    return tensors
+
+
+def both(layer: Attend, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Output and the gradients of q, k, v."""
+    *qkv, grad = tensors
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    out = layer(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def te_attention(group: dist.ProcessGroup | None, heads: int, groups: int, dim: int, comm_type: str = "p2p") -> Attend:
+    """Transformer Engine's causal attention; over the shards of `group`, or over whole sequences."""
+    from transformer_engine.pytorch import DotProductAttention
+
+    layer = DotProductAttention(heads, dim, num_gqa_groups=groups, attention_dropout=0.0, attn_mask_type="causal").cuda()
+    if group is not None:
+        if not _stream:
+            _stream.append(torch.cuda.Stream())
+        layer.set_context_parallel_group(group, dist.get_process_group_ranks(group), _stream[0], comm_type)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = layer(query, key, value, qkv_format="sbhd")
+        return out.unflatten(-1, query.shape[2:])  # type: ignore[no-any-return]
+
+    return attend

@@ -1,0 +1,148 @@
+"""Times of benchmarks/context_parallel.py: one rank and all ranks on the same total of tokens, in the same run."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from context_parallel_layers import COMM_TYPES, HAS_TE, both, exchange_of, inputs, te_attention
+from torch import Tensor
+
+from megatron_lighthouse import LighthouseConfig, lighthouse_attention
+from megatron_lighthouse.context_parallel import exchange as exchange_module
+from megatron_lighthouse.context_parallel.attention import sharded_attention
+from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.inner import Attend, inner_attention
+
+TIMED = {
+    "96K": (98304, LighthouseConfig(3, 4, 1536)),
+    "256K": (262144, LighthouseConfig(3, 4, 2048)),
+    "512K": (524288, LighthouseConfig(3, 4, 4096)),
+    "1M": (1048576, LighthouseConfig(4, 4, 4096)),
+}
+HEADS, DIM = 8, 128
+TRACED = "96K"
+
+
+def time_case(name: str, group: dist.ProcessGroup, quick: bool, out: Path) -> list[dict[str, Any]]:
+    """Rows of the table for one sequence length."""
+    length, config = TIMED[name]
+    exchange = exchange_of(group)
+    tensors = inputs(length, 1, HEADS, HEADS, DIM)
+    shards = [exchange.own(x) for x in tensors]
+    rows: list[dict[str, Any]] = []
+
+    def add(what: str, ranks: int, layer: Attend, given: list[Tensor], **more: Any) -> dict[str, Any]:
+        row = {"case": name, "N": length, "what": what, "ranks": ranks, **_times(layer, given), **more}
+        rows.append(row)
+        if dist.get_rank() == 0:
+            print(row, flush=True)
+        return row
+
+    one = add("lighthouse", 1, lambda *x: lighthouse_attention(*x, config), tensors)
+    if not quick and name != "1M":
+        geometry = config.geometry(length)
+        gathered = [x[: geometry.gathered_length].contiguous() for x in tensors]
+        add("inner alone", 1, inner_attention("auto", *gathered[:2]), gathered)
+        for comm_type in COMM_TYPES:
+            attend = sharded_attention("auto", *gathered[:2], exchange, comm_type)
+            add(f"inner alone {comm_type}", exchange.size, attend, [exchange.own(x) for x in gathered])
+    for comm_type in COMM_TYPES[:1] if quick else COMM_TYPES:
+
+        def layer(*x: Tensor, c: str = comm_type) -> Tensor:
+            return lighthouse_attention(*x, config, cp_group=group, cp_comm_type=c)
+
+        with silent(exchange):
+            alone = _times(layer, shards)
+        row = add(f"lighthouse {comm_type}", exchange.size, layer, shards)
+        row["exposed_communication"] = round(1 - alone["fwd+bwd_ms"] / row["fwd+bwd_ms"], 4)
+        row["efficiency"] = round(one["fwd+bwd_ms"] / row["fwd+bwd_ms"] / exchange.size, 4)
+        if dist.get_rank() == 0:
+            print("   efficiency", row["efficiency"], "exposed", row["exposed_communication"], flush=True)
+        if name == TRACED and comm_type == "p2p":
+            _trace(layer, shards, out)
+    if HAS_TE and not quick:
+        for comm_type in COMM_TYPES:
+            attend = te_attention(group, HEADS, HEADS, DIM, comm_type)
+            add(
+                f"lighthouse, TE {comm_type}",
+                exchange.size,
+                lambda *x, a=attend: lighthouse_attention(*x, config, cp_group=group, attend=a),
+                shards,
+            )
+    if name != "1M":
+        add("dense p2p", exchange.size, sharded_attention("auto", *shards[:2], exchange, "p2p"), shards)
+        if HAS_TE and not quick:
+            add("dense, TE p2p", exchange.size, te_attention(group, HEADS, HEADS, DIM), shards)
+    del tensors, shards
+    torch.cuda.empty_cache()
+    return rows
+
+
+def _times(layer: Attend, tensors: list[Tensor]) -> dict[str, Any]:
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    both(layer, tensors)
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+    forward = _median(lambda: layer(*tensors[:3]))
+    return {"fwd_ms": forward, "fwd+bwd_ms": _median(lambda: both(layer, tensors)), "peak_gib": round(peak, 3)}
+
+
+def _median(call: Callable[[], object]) -> float:
+    """Median milliseconds of one call, of the slowest rank; all ranks' GPUs begin at once and have the host ahead of them."""
+    _timed(call, 1)
+    rough = _timed(call, 1)
+    calls = max(1, min(10, int(30 / rough)))
+    return round(statistics.median(_timed(call, calls) for _ in range(5 if rough < 500 else 1)), 4)
+
+
+def _timed(call: Callable[[], object], calls: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    meet = torch.zeros(1, device="cuda")
+    torch.cuda.synchronize()
+    dist.barrier()
+    torch.cuda._sleep(8_000_000 * calls)
+    dist.all_reduce(meet)
+    start.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    ms = torch.tensor(start.elapsed_time(end) / calls, device="cuda")
+    dist.all_reduce(ms, dist.ReduceOp.MAX)
+    return ms.item()
+
+
+@contextmanager
+def silent(exchange: Exchange) -> Iterator[None]:
+    """Nothing travels: what a layer takes then is its work alone, and the rest communication that is not hidden behind it."""
+
+    def all_gather(self: Exchange, x: Tensor, purpose: str) -> Tensor:
+        return x.new_empty(self.size, *x.shape)
+
+    def all_to_all(self: Exchange, x: Tensor, purpose: str, to: Any = None, by: Any = None) -> Tensor:
+        return x.contiguous() if by is None else x.new_empty(sum(by), *x.shape[1:])
+
+    def start(self: Exchange, sends: Any, receives: Any, purpose: str) -> list[Any]:
+        return []
+
+    with mock.patch.multiple(exchange_module.Exchange, all_gather=all_gather, all_to_all=all_to_all, start=start):
+        yield
+
+
+def _trace(layer: Attend, tensors: list[Tensor], out: Path) -> None:
+    """Leave a trace of one step, and print where its time goes."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(3):
+            both(layer, tensors)
+        torch.cuda.synchronize()
+    if dist.get_rank() == 0:
+        profile.export_chrome_trace(str(out / "trace.json.gz"))
+        print(profile.key_averages().table(sort_by="cuda_time_total", row_limit=25, max_name_column_width=60), flush=True)

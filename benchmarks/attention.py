@@ -148,14 +148,8 @@ def time_steps(table: Table, case: Case, sets: list[QKV], rate: float) -> None:
         ("select", "fwd"): (lambda i: kernels.select(scores[i], geometry, True), 0),
         ("gather", "fwd"): (lambda i: kernels.gather(*plain[i], selections[i]), (n + s) * all_heads * row),
         ("scatter", "fwd"): (lambda i: kernels.scatter(rows[i][0], selections[i]), (n + s) * heads * row),
-        ("scatter", "bwd"): (
-            lambda i: _scatter_backward(grads[i], selections[i].places, selections[i].sizes, False),
-            (n + s) * heads * row,
-        ),
-        ("gather", "bwd"): (
-            lambda i: _gather_backward(*rows[i], selections[i].places, selections[i].sizes),
-            (n + s) * all_heads * row,
-        ),
+        ("scatter", "bwd"): (lambda i: _scatter_backward(grads[i], *maps[i], False), (n + s) * heads * row),
+        ("gather", "bwd"): (lambda i: _gather_backward(*rows[i], *maps[i]), (n + s) * all_heads * row),
     }
     totals: dict[str, list[float]] = {"fwd": [0.0, 0.0], "bwd": [0.0, 0.0]}
     for (name, direction), (work, moved) in steps.items():

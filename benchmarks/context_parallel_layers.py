@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,10 @@ from torch import Tensor
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.inner import Attend
 
-HAS_TE = importlib.util.find_spec("transformer_engine") is not None
+HAS_TE = importlib.util.find_spec("transformer_engine") is not None and not os.environ.get("WITHOUT_TE")
+if HAS_TE:
+    import transformer_engine.pytorch  # noqa: F401  before torch loads its own cuDNN, with which it would clash
+
 COMM_TYPES = ("p2p", "all_gather", "a2a")
 _stream: list[torch.cuda.Stream] = []
 

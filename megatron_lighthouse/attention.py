@@ -13,8 +13,9 @@ from megatron_lighthouse.config import LighthouseConfig
 from megatron_lighthouse.context_parallel.attention import sharded_attention
 from megatron_lighthouse.context_parallel.deal import Deal
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.context_parallel.halo import halo_of
+from megatron_lighthouse.context_parallel.halo import with_halo
 from megatron_lighthouse.context_parallel.layout import Layout
+from megatron_lighthouse.context_parallel.ring import begin_backward_with
 from megatron_lighthouse.context_parallel.select import select_shard
 from megatron_lighthouse.geometry import Geometry, Pyramid
 from megatron_lighthouse.inner import Attend, inner_attention
@@ -81,10 +82,14 @@ class Attended(NamedTuple):
     halo: Tensor | None
     """Under context parallelism, the rows that spill into this rank's chunks."""
     steps: Steps
+    dealt: Tensor
+    """The rows as the inner attention gave them: before they were dealt back to the ranks that hold their entries."""
 
     def scatter(self) -> Tensor:
         """[N, B, H, D]: the layer's output."""
-        return self.steps.scatter(self.rows, self.selection, self.halo)
+        output = self.steps.scatter(self.rows, self.selection, self.halo)
+        begin_backward_with(output, self.dealt)
+        return output
 
 
 def attended_rows(
@@ -120,11 +125,12 @@ def attended_rows(
     if deal:
         gathered = deal.out(*gathered)
     with step("attend"):
-        rows = attend(*gathered)
-    if deal:
-        rows = deal.back(rows, key.shape[2])
-    halo = halo_of(rows, selection, exchange) if exchange else None
-    return Attended(rows, selection, halo, steps)
+        attended = attend(*gathered)
+    rows = deal.back(attended, key.shape[2]) if deal else attended
+    if exchange is None:
+        return Attended(rows, selection, None, steps, attended)
+    rows, halo = with_halo(rows, selection, exchange)
+    return Attended(rows, selection, halo, steps, attended)
 
 
 def lighthouse_select(
@@ -138,8 +144,8 @@ def lighthouse_select(
         cp_group: the context-parallel ranks among which the sequence is sharded.
 
     Returns:
-        [B, G, S] int64, in causal order, numbered in the concatenated pyramid (level 0 first). Of C context-parallel ranks, each
-        gets the [B, G, S/C] entries whose rows it attends to, chunk r and chunk 2C-1-r of all S, numbered as without them.
+        [B, G, S] int64, in causal order, numbered in the concatenated pyramid (level 0 first). Of C context-parallel ranks,
+        each gets the [B, G, S/C] entries whose rows it attends to, chunk r and chunk 2C-1-r of all S, numbered as without them.
 
     Raises:
         ValueError: as `lighthouse_attention`, or a scorer that lacks the values.

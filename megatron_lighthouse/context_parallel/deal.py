@@ -82,7 +82,7 @@ class Deal:
 
 
 class _Pass(torch.autograd.Function):
-    """The rows `take` of x, sent, and put where they belong; each row goes to one place, so backward is the same the other way."""
+    """The rows `take` of x, sent, and put where they belong. Each goes to one place, so backward is the same the other way."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, take: Tensor, to: Any, put: Tensor, by: Any, length: int, exchange: Exchange) -> Tensor:

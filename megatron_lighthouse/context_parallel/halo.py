@@ -14,38 +14,59 @@ from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.context_parallel.exchange import Exchange, finish
 from megatron_lighthouse.selection import Selection
+from megatron_lighthouse.steps import HAS_TRITON
 
 
-def halo_of(rows: Tensor, selection: Selection, exchange: Exchange) -> Tensor:
-    """The rows that end where this rank's chunks begin: [S, B, H, D] -> [2, L-1, B, H, D], zero where not gathered.
+def with_halo(rows: Tensor, selection: Selection, exchange: Exchange) -> tuple[Tensor, Tensor]:
+    """`rows` [S, B, H, D], and the rows that end where this rank's chunks begin: [2, L-1, B, H, D], zero where not gathered.
 
-    Differentiable: its mirror image in backward.
+    Differentiable: the gradient of the halo returns, and is added to that of the rows.
     """
-    halo: Tensor = _Halo.apply(rows, selection, exchange)
-    return halo
+    return _Halo.apply(rows, selection, exchange)  # type: ignore[no-any-return]
 
 
 class _Halo(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, selection: Selection, exchange: Exchange) -> Tensor:
-        places = selection.last_places  # [2, L-1, B, G]
-        heads = rows.shape[2] // places.shape[3]
-        places = places.repeat_interleave(heads, 3).long()
-        ctx.save_for_backward(places)
-        ctx.exchange, ctx.length = exchange, rows.shape[0]
-        batch, head = (torch.arange(n, device=rows.device) for n in rows.shape[1:3])
-        last = rows[places.clamp(min=0), batch.unsqueeze(1), head]
-        return _shift(last.masked_fill_((places < 0).unsqueeze(-1), 0), exchange, forward=True)
+    def forward(ctx: Any, rows: Tensor, selection: Selection, exchange: Exchange) -> tuple[Tensor, Tensor]:
+        ctx.selection, ctx.exchange = selection, exchange
+        return rows, _shift(edge(rows, selection), exchange, forward=True)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (places,) = ctx.saved_tensors
-        last = _shift(grad.contiguous(), ctx.exchange, forward=False)
-        rows = last.new_zeros(ctx.length + 1, *last.shape[2:])  # one behind the end, for the rows of entries not gathered
-        batch, head = (torch.arange(n, device=last.device) for n in last.shape[2:4])
-        rows[places.where(places >= 0, ctx.length), batch.unsqueeze(1), head] = last
-        return rows[: ctx.length], None, None
+    def backward(ctx: Any, grad: Tensor, grad_halo: Tensor) -> tuple[Tensor, None, None]:
+        add_edge(grad, _shift(grad_halo.contiguous(), ctx.exchange, forward=False), ctx.selection)
+        return grad, None, None
+
+
+def edge(rows: Tensor, selection: Selection) -> Tensor:
+    """The rows of the last entry of each chunk at levels 1..L-1: [chunks, L-1, B, H, D], zero where not gathered."""
+    if rows.is_cuda and HAS_TRITON:
+        from megatron_lighthouse.kernels.edge import edge as kernel
+
+        return kernel(rows, selection.places, selection.sizes)
+    places, index = _places_of_edge(rows, selection)
+    return rows[index].masked_fill((places < 0).unsqueeze(-1), 0)
+
+
+def add_edge(rows: Tensor, edges: Tensor, selection: Selection) -> None:
+    """Add `edges`, as `edge` gives them, to their rows in place; those of entries that are not gathered go nowhere."""
+    if rows.is_cuda and HAS_TRITON:
+        from megatron_lighthouse.kernels.edge import add_edge as kernel
+
+        return kernel(rows, edges, selection.places, selection.sizes)
+    places, index = _places_of_edge(rows, selection)
+    found = places >= 0
+    index = tuple(x.expand(places.shape)[found] for x in index)
+    rows[index] += edges[found]
+    return None
+
+
+def _places_of_edge(rows: Tensor, selection: Selection) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The place of each row of the edge [chunks, L-1, B, H], and what indexes `rows` by it."""
+    last = selection.last_places
+    places = last.repeat_interleave(rows.shape[2] // last.shape[3], 3).long()
+    batch, head = (torch.arange(n, device=rows.device) for n in rows.shape[1:3])
+    return places, (places.clamp(min=0), batch.unsqueeze(1), head)
 
 
 def _shift(x: Tensor, exchange: Exchange, forward: bool) -> Tensor:

@@ -2,7 +2,8 @@
 
 They come straight from the rank that holds them, and only the half that will be read: of a lower rank the early chunk. In
 backward they come again, and the gradients of keys and values go straight back to their rank, which sums them: no partial sum
-is rounded on its way.
+is rounded on its way. A rank's own keys come first in forward, while the first others travel, and last in backward, while the
+last gradients do; there the first keys set out before the gradient of the rows is known (`begin_backward_with`).
 """
 
 from __future__ import annotations
@@ -24,9 +25,8 @@ class Ring(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, block: Block, exchange: Exchange, scale: float) -> Tensor:
-        ctx.block, ctx.exchange, ctx.scale = block, exchange, scale
-        arriving = _arriving(key, value, exchange)
-        next(arriving)
+        ctx.block, ctx.exchange, ctx.scale, ctx.arriving = block, exchange, scale, None
+        arriving = _Arriving(key, value, exchange)
         out, lse = block.forward(query, key, value, True, scale)
         dtype, several = out.dtype, exchange.size > 2
         out = out.to(lse.dtype) if several else out  # what is merged once is rounded once
@@ -42,20 +42,31 @@ class Ring(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
         exchange: Exchange = ctx.exchange
-        arriving = _arriving(key, value, exchange)
-        next(arriving)
-        dq, dk, dv = ctx.block.backward(grad, query, key, value, out, lse, True, ctx.scale)
-        sums = torch.promote_types(dq.dtype, torch.float32) if exchange.size > 2 else dq.dtype
-        dq, dk, dv = dq.to(sums), dk.to(sums), dv.to(sums)
-        returning = _Returning(dk, dv, exchange, key.dtype)
+        arriving, ctx.arriving = ctx.arriving or _Arriving(key, value, exchange), None
+        dq, dk, dv = (_Sum(x, lse.dtype, exchange.size > 2) for x in (query, key, value))
+        returning = _Returning(dk, dv, exchange)
         for rank, k, v in arriving:
             rows = _rows(rank, exchange.rank, query)
             given = (grad[rows], query[rows], k, v, out[rows], lse[..., rows])
             part_q, part_k, part_v = ctx.block.backward(*given, False, ctx.scale)
             returning.send(rank, part_k, part_v)
-            dq[rows] += part_q
-        returning.add()
-        return dq.to(query.dtype), dk.to(key.dtype), dv.to(key.dtype), None, None, None
+            dq.add(rows, part_q)
+        own_q, own_k, own_v = ctx.block.backward(grad, query, key, value, out, lse, True, ctx.scale)
+        returning.arrive()
+        return dq.with_own(own_q), dk.with_own(own_k), dv.with_own(own_v), None, None, None
+
+
+def begin_backward_with(output: Tensor, rows: Tensor) -> None:
+    """Let the keys and values of `rows`, if `Ring` made them, set out as soon as the gradient of `output` is there."""
+    node: Any = rows.grad_fn  # of `Ring` this is its ctx
+    if not output.requires_grad or not hasattr(node, "arriving"):
+        return
+
+    def begin(_: Tensor) -> None:
+        _, key, value, *_ = node.saved_tensors
+        node.arriving = _Arriving(key, value, node.exchange)
+
+    output.register_hook(begin)
 
 
 def _rows(rank: int, own: int, x: Tensor) -> slice:
@@ -68,53 +79,78 @@ def _seen(rank: int, by: int, x: Tensor) -> slice:
     return slice(None, x.shape[0] // 2) if rank < by else slice(None)
 
 
-def _arriving(key: Tensor, value: Tensor, exchange: Exchange) -> Iterator[tuple[int, Tensor, Tensor]]:
+class _Arriving:
     """The other ranks' keys and values, in ring order; each is under way while the one before it is used.
 
-    The first item is this rank's own: what follows it is then already under way.
+    The first set out when this is made. Yields the rank, its keys and its values.
     """
-    key, value = key.contiguous(), value.contiguous()
 
-    def begin(step: int) -> tuple[int, Tensor, Tensor, list[Any]]:
-        to, by = (exchange.rank + step) % exchange.size, (exchange.rank - step) % exchange.size
-        rows, seen = _seen(exchange.rank, to, key), _seen(by, exchange.rank, key)
-        k, v = torch.empty_like(key[seen]), torch.empty_like(value[seen])
-        return by, k, v, exchange.start([(key[rows], to), (value[rows], to)], [(k, by), (v, by)], "attend")
+    def __init__(self, key: Tensor, value: Tensor, exchange: Exchange) -> None:
+        self.key, self.value, self.exchange = key.contiguous(), value.contiguous(), exchange
+        self.following = self._begin(1)
 
-    following = begin(1)
-    yield exchange.rank, key, value
-    for step in range(2, exchange.size + 1):
-        rank, k, v, works = following
-        finish(works)
-        if step < exchange.size:
-            following = begin(step)
-        yield rank, k, v
+    def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        for step in range(2, self.exchange.size + 1):
+            rank, k, v, works = self.following
+            finish(works)
+            if step < self.exchange.size:
+                self.following = self._begin(step)
+            yield rank, k, v
+
+    def _begin(self, step: int) -> tuple[int, Tensor, Tensor, list[Any]]:
+        size, rank = self.exchange.size, self.exchange.rank
+        to, by = (rank + step) % size, (rank - step) % size
+        sends = [(x[_seen(rank, to, x)], to) for x in (self.key, self.value)]
+        k, v = (torch.empty_like(x[_seen(by, rank, x)]) for x in (self.key, self.value))
+        return by, k, v, self.exchange.start(sends, [(k, by), (v, by)], "attend")
+
+
+class _Sum:
+    """The gradient of a rank's rows: of one part and its own rounded once, of several in the dtype of sums."""
+
+    def __init__(self, like: Tensor, dtype: torch.dtype, several: bool) -> None:
+        self.like = like
+        self.total = torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format) if several else None
+        self.part: tuple[slice, Tensor] | None = None
+
+    def add(self, rows: slice, part: Tensor) -> None:
+        if self.total is None:
+            self.part = rows, part
+        else:
+            self.total[rows] += part
+
+    def with_own(self, own: Tensor) -> Tensor:
+        if self.total is not None:
+            return (self.total + own).to(self.like.dtype)
+        if self.part is not None:
+            rows, part = self.part
+            own[rows] += part
+        return own
 
 
 class _Returning:
     """Gradients of keys and values on their way back to the ranks that hold these."""
 
-    def __init__(self, dk: Tensor, dv: Tensor, exchange: Exchange, dtype: torch.dtype) -> None:
-        self.grads, self.exchange, self.dtype = (dk, dv), exchange, dtype
-        self.step = 0
-        self.under_way: tuple[slice, list[Tensor], list[Any], Any] | None = None
+    def __init__(self, dk: _Sum, dv: _Sum, exchange: Exchange) -> None:
+        self.sums, self.exchange, self.step = (dk, dv), exchange, 0
+        self.under_way: tuple[slice, list[Tensor], tuple[Tensor, ...], list[Any]] | None = None
 
     def send(self, rank: int, part_k: Tensor, part_v: Tensor) -> None:
         """Send this step's gradients to `rank`, and add those that the step before brought."""
-        self.add()
+        self.arrive()
         self.step += 1
         by = (self.exchange.rank + self.step) % self.exchange.size
-        rows = _seen(self.exchange.rank, by, self.grads[0])
-        received = [torch.empty_like(x[rows], dtype=self.dtype, memory_format=torch.contiguous_format) for x in self.grads]
+        rows = _seen(self.exchange.rank, by, self.sums[0].like)
+        received = [torch.empty_like(x.like[rows], memory_format=torch.contiguous_format) for x in self.sums]
         parts = part_k.contiguous(), part_v.contiguous()
         works = self.exchange.start([(x, rank) for x in parts], [(x, by) for x in received], "attend")
-        self.under_way = rows, received, works, parts
+        self.under_way = rows, received, parts, works
 
-    def add(self) -> None:
+    def arrive(self) -> None:
         """Add what is under way to this rank's own."""
         if self.under_way is not None:
-            rows, received, works, _ = self.under_way
+            rows, received, _, works = self.under_way
             finish(works)
-            for total, part in zip(self.grads, received, strict=True):
-                total[rows] += part
+            for total, part in zip(self.sums, received, strict=True):
+                total.add(rows, part)
             self.under_way = None

@@ -24,7 +24,7 @@ def remember_source(output: Tensor, attended: Attended) -> Tensor:
     """`output`, marked with what it was scattered from, where its backward will be asked for."""
     if output.requires_grad and not torch.compiler.is_compiling():
         halo = None if attended.halo is None else attended.halo.detach()
-        source = attended._replace(rows=attended.rows.detach(), halo=halo)
+        source = attended._replace(rows=attended.rows.detach(), halo=halo, dealt=attended.dealt.detach())
         output.lighthouse_source = source  # type: ignore[attr-defined]
     return output
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 import json
 import os
 import tempfile
@@ -36,6 +37,9 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     store = tempfile.mkdtemp()
+    bundled = Path(importlib.util.find_spec("nvidia.cudnn").submodule_search_locations[0]) / "lib"
+    # one cuDNN for torch and Transformer Engine, which would else load the system's
+    os.environ["LD_LIBRARY_PATH"] = os.pathsep.join([str(bundled), os.environ.get("LD_LIBRARY_PATH", "")])
     torch.multiprocessing.spawn(_rank, args=(options, store), nprocs=options.ranks)
 
 

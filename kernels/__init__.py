@@ -7,20 +7,33 @@ own backward, so that torch.compile passes through. See `megatron_lighthouse.ste
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
+from megatron_lighthouse.context_parallel.layout import Layout
 from megatron_lighthouse.geometry import Geometry, Pyramid
+from megatron_lighthouse.kernels.attended import attended_op, compute_squares
 from megatron_lighthouse.kernels.gather import Gather
 from megatron_lighthouse.kernels.launch import run
 from megatron_lighthouse.kernels.scatter import Scatter
 from megatron_lighthouse.kernels.score import compute_scores, score_op
 from megatron_lighthouse.kernels.select import compute_places, select_op
+from megatron_lighthouse.reference import chunk_starts, group_norms
 from megatron_lighthouse.selection import Selection
+from megatron_lighthouse.steps import Travel
 
 
 def score(query: Tensor, key: Tensor, geometry: Pyramid) -> Tensor:
     """See `Steps.score`."""
     return run(score_op, compute_scores, query.detach(), key.detach(), geometry.pyramid)
+
+
+def attended_norms(query: Tensor, key: Tensor, value: Tensor, layout: Layout | None) -> Tensor:
+    """See `Steps.attended_norms`."""
+    starts = chunk_starts(query.shape[0], layout)
+    squares = run(attended_op, compute_squares, query.detach(), key.detach(), value.detach(), starts)
+    return group_norms(squares.unflatten(1, (key.shape[2], -1)))
 
 
 def select(scores: Tensor, geometry: Geometry, pin_first: bool) -> Selection:
@@ -29,11 +42,17 @@ def select(scores: Tensor, geometry: Geometry, pin_first: bool) -> Selection:
     return Selection(geometry, places, geometry.gathered_length)
 
 
-def gather(query: Tensor, key: Tensor, value: Tensor, selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
+def gather(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: Selection,
+    keys_first: Callable[[Tensor, Tensor], None] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `Steps.gather`."""
-    return Gather.apply(query, key, value, selection.places, selection.sizes)
+    return Gather.apply(query, key, value, selection.places, selection.sizes, keys_first)
 
 
-def scatter(rows: Tensor, selection: Selection, halo: Tensor | None = None) -> Tensor:
+def scatter(rows: Tensor, selection: Selection, halo: Tensor | None = None, travel: Travel | None = None) -> Tensor:
     """See `Steps.scatter`."""
-    return Scatter.apply(rows, halo, selection.places, selection.sizes)
+    return Scatter.apply(rows, halo, selection.places, selection.sizes, travel)

@@ -17,13 +17,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megatron_lighthouse.geometry import Geometry
+from megatron_lighthouse.kernels import attended
+from megatron_lighthouse.kernels.edge import edge_kernel
 from megatron_lighthouse.kernels.gather import gather_backward_kernel, gather_forward_kernel
 from megatron_lighthouse.kernels.launch import launch, padded
+from megatron_lighthouse.kernels.merge import merge_kernel
 from megatron_lighthouse.kernels.scatter import scatter_backward_kernel, scatter_forward_kernel
 from megatron_lighthouse.kernels.score import blocks_of, coarsen_kernel, score_kernel
 from megatron_lighthouse.kernels.select import REGISTERS, block_of, place_kernel, refine_kernel, warps_of
 
-FP32, INT32 = {"p_scores", "p_finer", "p_coarser"}, {"p_ranks", "p_places"}
+FP32, INT32 = {"p_scores", "p_finer", "p_coarser", "p_squares", "p_lse", "p_part_lse"}, {"p_ranks", "p_places"}
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -44,7 +47,8 @@ def compile_all(capability: int, geometry: Geometry, dtype: str, dim: int) -> It
         dtype: of Q, K and V: bf16, fp16 or fp32.
         dim: D.
     """
-    size = {"D": dim, "BLOCK_D": padded(dim), "P": geometry.pooling, "L": geometry.levels}
+    size: dict[str, Any] = {"D": dim, "BLOCK_D": padded(dim), "P": geometry.pooling, "L": geometry.levels}
+    constants: dict[str, Any]
     for kernel, step, constants in (
         (gather_forward_kernel, "collect", {}),
         (gather_backward_kernel, "spread", {}),
@@ -53,6 +57,10 @@ def compile_all(capability: int, geometry: Geometry, dtype: str, dim: int) -> It
     ):
         how = launch(step, dim, BYTES[dtype])
         yield _compile(kernel, capability, dtype, {**size, **constants, "BLOCK": how.rows}, how.warps)
+    how = launch("spread", dim, BYTES[dtype])
+    shape = {"D": dim, "BLOCK_D": padded(dim)}
+    yield _compile(merge_kernel, capability, dtype, {**shape, "BLOCK": how.rows}, how.warps)
+    yield _compile(edge_kernel, capability, dtype, {**size, "ADD": True}, 1)
     how = launch("score", dim, BYTES[dtype])
     block, digit, fused = blocks_of(geometry, how.rows)
     constants = {**size, "P2": digit, "FUSED": fused, "BLOCK": block}
@@ -63,6 +71,9 @@ def compile_all(capability: int, geometry: Geometry, dtype: str, dim: int) -> It
     constants = {**levels, "TILE_BUDGET": geometry.tile_budget, "PIN_FIRST": True, "BLOCK": block, "ONE": one}
     yield _compile(refine_kernel, capability, dtype, constants, warps_of(block), maxnreg=REGISTERS)
     yield _compile(place_kernel, capability, dtype, {**levels, "BLOCK": 256}, 4)
+    blocks = attended.blocks_of(dim, BYTES[dtype])
+    constants = {**shape, "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
+    yield _compile(attended.attended_kernel, capability, dtype, constants, blocks.warps, num_stages=blocks.stages)
 
 
 def _compile(kernel: Any, capability: int, dtype: str, constants: dict[str, Any], warps: int, **options: Any) -> Report:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,10 @@ from megatron_lighthouse.ranges import step
 
 
 @triton.jit
-def _head(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, G):
-    """Where program (·, b * (H + 2G) + head) finds its head among those of Q, K and V: pointer, stride, group."""
-    i_b = tl.program_id(1) // (H + 2 * G)
-    i_head = tl.program_id(1) % (H + 2 * G)
+def _head(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, heads, first_head, G):
+    """Where program (·, b * heads + head - first_head) finds its head among those of Q, K and V: pointer, stride, group."""
+    i_b = tl.program_id(1) // heads
+    i_head = tl.program_id(1) % heads + first_head
     i_b64 = i_b.to(tl.int64)
     if i_head < H:
         group = i_head // (H // G)
@@ -51,8 +51,12 @@ def gather_forward_kernel(
     strides_rows_v,
     length,
     chunks,
+    first,
+    blocks,
     pyramid_length,
     H,
+    heads,
+    first_head,
     G,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -60,10 +64,32 @@ def gather_forward_kernel(
     L: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    p_x, stride_x, i_bg = _head(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, G)
-    p_rows, stride_rows, _ = _head(p_rows_q, p_rows_k, p_rows_v, strides_rows_q, strides_rows_k, strides_rows_v, H, G)
+    p_x, stride_x, i_bg = _head(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, heads, first_head, G)
+    p_rows, stride_rows, _ = _head(
+        p_rows_q, p_rows_k, p_rows_v, strides_rows_q, strides_rows_k, strides_rows_v, H, heads, first_head, G
+    )
     p_map = p_places + i_bg * pyramid_length
-    collect(p_x, p_map, p_rows, p_rows, stride_x, stride_rows, 0, length, chunks, D, BLOCK_D, P, L, BLOCK, 0, True, False)
+    collect(
+        p_x,
+        p_map,
+        p_rows,
+        p_rows,
+        stride_x,
+        stride_rows,
+        0,
+        length,
+        chunks,
+        first,
+        blocks,
+        D,
+        BLOCK_D,
+        P,
+        L,
+        BLOCK,
+        0,
+        True,
+        False,
+    )
 
 
 @triton.jit(repr=lambda _: "lighthouse_gather_backward")
@@ -83,8 +109,12 @@ def gather_backward_kernel(
     strides_v,
     length,
     chunks,
+    first,
+    blocks,
     pyramid_length,
     H,
+    heads,
+    first_head,
     G,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -92,19 +122,55 @@ def gather_backward_kernel(
     L: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    p_rows, stride_rows, i_bg = _head(p_rows_q, p_rows_k, p_rows_v, strides_rows_q, strides_rows_k, strides_rows_v, H, G)
-    p_x, stride_x, _ = _head(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, G)
+    p_rows, stride_rows, i_bg = _head(
+        p_rows_q, p_rows_k, p_rows_v, strides_rows_q, strides_rows_k, strides_rows_v, H, heads, first_head, G
+    )
+    p_x, stride_x, _ = _head(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, heads, first_head, G)
     p_map = p_places + i_bg * pyramid_length
-    spread(p_rows, p_map, p_x, p_rows, stride_rows, stride_x, 0, length, chunks, D, BLOCK_D, P, L, BLOCK, 0, True, False)
+    spread(
+        p_rows,
+        p_map,
+        p_x,
+        p_rows,
+        stride_rows,
+        stride_x,
+        0,
+        length,
+        chunks,
+        first,
+        blocks,
+        D,
+        BLOCK_D,
+        P,
+        L,
+        BLOCK,
+        0,
+        True,
+        False,
+    )
 
 
-def _gather(query: Tensor, key: Tensor, value: Tensor, places: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _gather(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    places: Tensor,
+    sizes: Sequence[int],
+    keys_first: Callable[[Tensor, Tensor], None] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     with step("gather"):
         length, levels, pooling, rows_length, chunks = sizes
         rows = _empty(query, key, value, rows_length)
         how = launch("collect", query.shape[3], query.element_size())
-        blocks = triton.cdiv(length // chunks // pooling ** (levels - 1), how.rows)
-        launch_windows(gather_forward_kernel, (query, key, value, *rows), places, sizes, _heads(query, key), blocks, how)
+        blocks = range(triton.cdiv(length // chunks // pooling ** (levels - 1), how.rows))
+        tensors, (heads, all_heads) = (query, key, value, *rows), _heads(query, key)
+        if keys_first is None:
+            launch_windows(gather_forward_kernel, tensors, places, sizes, (heads, all_heads, 0), blocks, how)
+        else:
+            of_keys = (heads, all_heads - heads, heads)
+            launch_windows(gather_forward_kernel, tensors, places, sizes, of_keys, blocks, how)
+            keys_first(*rows[1:])
+            launch_windows(gather_forward_kernel, tensors, places, sizes, (heads, heads, 0), blocks, how)
         return rows
 
 
@@ -115,8 +181,9 @@ def _gather_backward(
     with step("gather backward"):
         tokens = _empty(query, key, value, sizes[0])
         how = launch("spread", query.shape[3], query.element_size())
-        blocks = triton.cdiv(sizes[0] // sizes[4], how.rows)
-        launch_windows(gather_backward_kernel, (query, key, value, *tokens), places, sizes, _heads(query, key), blocks, how)
+        blocks = range(triton.cdiv(sizes[0] // sizes[4], how.rows))
+        tensors, heads = (query, key, value, *tokens), (*_heads(query, key), 0)
+        launch_windows(gather_backward_kernel, tensors, places, sizes, heads, blocks, how)
         return tokens
 
 
@@ -129,22 +196,30 @@ def _empty(query: Tensor, key: Tensor, value: Tensor, length: int) -> tuple[Tens
     return q, k, v
 
 
-gather_op = torch.library.custom_op("lighthouse::gather", _gather, mutates_args=())
+def _gather_whole(
+    query: Tensor, key: Tensor, value: Tensor, places: Tensor, sizes: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _gather(query, key, value, places, sizes)
+
+
+gather_op = torch.library.custom_op("lighthouse::gather", _gather_whole, mutates_args=())
 gather_backward_op = torch.library.custom_op("lighthouse::gather_backward", _gather_backward, mutates_args=())
 gather_op.register_fake(lambda q, k, v, places, sizes: _empty(q, k, v, sizes[3]))
 gather_backward_op.register_fake(lambda q, k, v, places, sizes: _empty(q, k, v, sizes[0]))
 
 
 class Gather(torch.autograd.Function):
-    """(query, key, value, places, sizes) -> rows of the three; `sizes` is (N, L, p, S, chunks). See `Steps.gather`."""
+    """(query, key, value, places, sizes, keys_first) -> rows; `sizes` is (N, L, p, S, chunks). See `Steps.gather`."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *_, places, ctx.sizes = args
+        *_, places, ctx.sizes, keys_first = args
         ctx.save_for_backward(places)  # the map alone: Q, K and V, and what they are views of, can be freed
-        return run(gather_op, _gather, *args)
+        if keys_first is not None:
+            return _gather(*args)
+        return run(gather_op, _gather_whole, *args[:-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *run(gather_backward_op, _gather_backward, *grads, *ctx.saved_tensors, ctx.sizes), None, None
+        return *run(gather_backward_op, _gather_backward, *grads, *ctx.saved_tensors, ctx.sizes), None, None, None

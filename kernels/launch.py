@@ -50,8 +50,8 @@ def launch_windows(
     tensors: Sequence[Tensor],
     places: Tensor,
     sizes: Sequence[int],
-    heads: tuple[int, int],
-    blocks: int,
+    heads: tuple[int, int, int],
+    blocks: range,
     how: Launch,
     **constants: bool,
 ) -> None:
@@ -60,21 +60,23 @@ def launch_windows(
     Args:
         tensors: [·, B, ·, D], as the kernel takes them.
         sizes: (N, L, p, S, chunks).
-        heads: H, and the heads over which the grid runs.
-        blocks: of a chunk.
+        heads: H; the heads over which the grid runs, of all that the kernel knows; and the first of them.
+        blocks: of each chunk.
     """
     (_, batch, _, dim), groups = tensors[0].shape, places.shape[1]
     tensors = [last_contiguous(x) for x in tensors]
     length, levels, pooling, _, chunks = sizes
     with on_device_of(places):
-        kernel[(blocks * chunks, batch * heads[1])](
+        kernel[(len(blocks) * chunks, batch * heads[1])](
             *tensors,
             places,
             *(x.stride()[:3] for x in tensors),
             length // chunks,
             chunks,
+            blocks.start,
+            len(blocks),
             places.shape[2],
-            heads[0],
+            *heads,
             groups,
             D=dim,
             BLOCK_D=padded(dim),

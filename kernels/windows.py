@@ -6,7 +6,8 @@ element is written once, and each sum has one order. Windows are counted in posi
 [i*p^l + p^l - 1, i*p^l + 2*p^l - 2] is window i + 1 of the positions t + 1.
 
 Tokens come in `chunks` of `length` each, and nothing crosses from one to the next: what spills past the end of a chunk belongs
-to the chunk that follows in the whole sequence, and reaches it as its halo, the rows of the entries (l, -1).
+to the chunk that follows in the whole sequence, and reaches it as its halo, the rows of the entries (l, -1). A launch works on
+the `blocks` blocks of each chunk from `first` on.
 
 Names: p_ pointers, i_ indices, m_ masks, stride_ strides in elements. Sums are in fp32, offsets of rows in 64 bits.
 """
@@ -30,10 +31,10 @@ def level_offset(length, LEVEL: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def _chunk_of(p_x, stride, length, per_chunk):
+def _chunk_of(p_x, stride, length, first, blocks):
     """The chunk of this program, its block in that chunk, and where the chunk's tokens begin."""
-    i_chunk = tl.program_id(0) // per_chunk
-    return i_chunk, tl.program_id(0) % per_chunk, p_x + (i_chunk * length).to(tl.int64) * stride
+    i_chunk = tl.program_id(0) // blocks
+    return i_chunk, tl.program_id(0) % blocks + first, p_x + (i_chunk * length).to(tl.int64) * stride
 
 
 @triton.jit
@@ -53,6 +54,8 @@ def collect(
     stride_halo,
     length,
     chunks,
+    first,
+    blocks,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     P: tl.constexpr,
@@ -70,7 +73,7 @@ def collect(
         p_rows: rows [S, D], `stride_rows` apart.
         p_halo: where HALO, rows [chunks * (L-1), D] for the sums over entries (l, -1), `stride_halo` apart.
     """
-    i_chunk, i_block, p_x = _chunk_of(p_x, stride_x, length, tl.cdiv(length // P ** (L - 1) + SHIFT, BLOCK))
+    i_chunk, i_block, p_x = _chunk_of(p_x, stride_x, length, first, blocks)
     p_halo += (i_chunk * (L - 1)).to(tl.int64) * stride_halo
     i_window = i_block * BLOCK + tl.arange(0, BLOCK)
     i_d = tl.arange(0, BLOCK_D)
@@ -104,9 +107,7 @@ def collect(
 
 
 @triton.jit
-def _emit(
-    x, i_entry, p_level, p_rows, stride_rows, length, i_d, m_d, LEVEL: tl.constexpr, P: tl.constexpr, MEAN: tl.constexpr
-):
+def _emit(x, i_entry, p_level, p_rows, stride_rows, length, i_d, m_d, LEVEL: tl.constexpr, P: tl.constexpr, MEAN: tl.constexpr):
     """Store the rows of entries that are gathered; those that lie outside of the chunk are not."""
     m_entry = (i_entry >= 0) & (i_entry < length // P**LEVEL)
     i_row = tl.load(p_level + i_entry, mask=m_entry, other=-1)
@@ -127,6 +128,8 @@ def spread(
     stride_halo,
     length,
     chunks,
+    first,
+    blocks,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     P: tl.constexpr,
@@ -144,7 +147,7 @@ def spread(
         p_out: tokens [chunks * length, D], `stride_out` apart; every one is written.
         p_halo: where HALO, the rows [chunks * (L-1), D] of entries (l, -1), `stride_halo` apart.
     """
-    i_chunk, i_block, p_out = _chunk_of(p_out, stride_out, length, tl.cdiv(length, BLOCK))
+    i_chunk, i_block, p_out = _chunk_of(p_out, stride_out, length, first, blocks)
     p_halo += (i_chunk * (L - 1)).to(tl.int64) * stride_halo
     i_token = i_block * BLOCK + tl.arange(0, BLOCK)
     i_d = tl.arange(0, BLOCK_D)

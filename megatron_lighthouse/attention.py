@@ -22,7 +22,7 @@ from megatron_lighthouse.inner import Attend, inner_attention
 from megatron_lighthouse.ranges import step
 from megatron_lighthouse.scorers import SCORERS
 from megatron_lighthouse.selection import Selection
-from megatron_lighthouse.steps import Steps, steps_for
+from megatron_lighthouse.steps import Steps, Travel, steps_for
 
 
 def lighthouse_attention(
@@ -78,16 +78,18 @@ class Attended(NamedTuple):
 
     rows: Tensor
     """[S, B, H, D], attended to."""
-    selection: Selection
-    halo: Tensor | None
-    """Under context parallelism, the rows that spill into this rank's chunks."""
-    steps: Steps
     dealt: Tensor
-    """The rows as the inner attention gave them: before they were dealt back to the ranks that hold their entries."""
+    """The same as the inner attention gave them: before they were dealt back to the ranks that hold their entries."""
+    selection: Selection
+    steps: Steps
+    halo: Tensor | None = None
+    """Under context parallelism, the rows that spill into this rank's chunks."""
+    travel: Travel | None = None
+    """By which the halo comes."""
 
     def scatter(self) -> Tensor:
         """[N, B, H, D]: the layer's output."""
-        output = self.steps.scatter(self.rows, self.selection, self.halo)
+        output = self.steps.scatter(self.rows, self.selection, self.halo, self.travel)
         begin_backward_with(output, self.dealt)
         return output
 
@@ -121,16 +123,18 @@ def attended_rows(
         _check_selection(selection, query, key, geometry, exchange)
     telemetry.record(selection)
     steps = steps_for(config.steps, query)
-    gathered = steps.gather(query, key, value, selection)
+    # keys and values can set out to other ranks while the queries are gathered
+    keys_first = None if deal else getattr(attend, "keys_first", None)
+    gathered = steps.gather(query, key, value, selection, keys_first)
     if deal:
         gathered = deal.out(*gathered)
     with step("attend"):
         attended = attend(*gathered)
     rows = deal.back(attended, key.shape[2]) if deal else attended
     if exchange is None:
-        return Attended(rows, selection, None, steps, attended)
-    rows, halo = with_halo(rows, selection, exchange)
-    return Attended(rows, selection, halo, steps, attended)
+        return Attended(rows, attended, selection, steps)
+    rows, halo, travel = with_halo(rows, selection, exchange)
+    return Attended(rows, attended, selection, steps, halo, travel)
 
 
 def lighthouse_select(

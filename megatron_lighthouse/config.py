@@ -36,7 +36,9 @@ class LighthouseConfig:
     """Entries refined per level within one tile (m). The sequence has budget/tile_budget tiles."""
 
     scorer: str = "norm"
-    """What ranks the entries: 'norm' takes the L2 norms of the queries and of the keys."""
+    """What ranks the entries: 'norm' takes the L2 norms of the queries and of the keys; 'dilated' those of the outputs of
+    attention among every fourth token, both ways; 'gla' the same by gated linear attention (on a GPU it needs
+    flash-linear-attention); 'summary' attends among the coarsest windows, and takes 'norm' for the finer ones."""
 
     inner: str = "auto"
     """The attention over the gathered rows: 'auto' takes the fastest that is there (Transformer Engine's in its own layer
@@ -122,9 +124,9 @@ class LighthouseConfig:
         if seq_length % (chunks * window):
             lengths = [n for n in self._neighbours(seq_length, self._unit(chunks)) if n >= window * self.budget]
             raise ValueError(
-                f"--context-parallel-size {ranks} cuts the sequence into {chunks} chunks of whole windows of {window} tokens, so "
-                f"--seq-length {seq_length} must be a multiple of {chunks * window}: use {_either('--seq-length', lengths)}, or "
-                f"{other}."
+                f"--context-parallel-size {ranks} cuts the sequence into {chunks} chunks of whole windows of {window} tokens, "
+                f"so --seq-length {seq_length} must be a multiple of {chunks * window}: use "
+                f"{_either('--seq-length', lengths)}, or {other}."
             )
         if geometry.gathered_length % chunks:
             raise ValueError(

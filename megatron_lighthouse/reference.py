@@ -6,13 +6,17 @@ trailing dimensions; sums are in fp32, or in fp64 for fp64 inputs. Sources: arXi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from megatron_lighthouse.context_parallel.layout import Layout
 from megatron_lighthouse.geometry import Geometry, Pyramid
 from megatron_lighthouse.ranges import step
 from megatron_lighthouse.selection import Selection
+from megatron_lighthouse.steps import Travel
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -41,13 +45,63 @@ def score(query: Tensor, key: Tensor, geometry: Pyramid) -> Tensor:
         total = squares[..., 0, 0]
         for r in range(1, squares.shape[3]):
             total = total + squares[..., r, 0]
-        # by way of fp64 because torch's sqrt in fp32 is not correctly rounded on every CPU
-        level, coarse = total.double().sqrt().to(total.dtype).permute(1, 2, 0), []
-        for _ in range(1, geometry.levels):
-            level = level.unflatten(-1, (-1, geometry.pooling)).amax(-1)
-            coarse.append(level)
-        scores.append(torch.cat(coarse, -1))
+        scores.append(window_maxima(_sqrt(total).permute(1, 2, 0), geometry))
     return torch.stack(scores)
+
+
+def window_maxima(level: Tensor, geometry: Pyramid) -> Tensor:
+    """The maxima of level-0 scores [..., N] over the windows of levels 1..L-1: [..., coarse length] (paper)."""
+    coarse = []
+    for _ in range(1, geometry.levels):
+        level = level.unflatten(-1, (-1, geometry.pooling)).amax(-1)
+        coarse.append(level)
+    return torch.cat(coarse, -1)
+
+
+QUERIES = 64
+"""Rows that `attended_norms` works on at a time."""
+
+
+@torch.no_grad()
+@step("attended_norms")
+def attended_norms(query: Tensor, key: Tensor, value: Tensor, layout: Layout | None) -> Tensor:
+    """See `Steps.attended_norms`. Every product has a shape that the position in the sequence settles, and so one order."""
+    heads, groups, dim = query.shape[2], key.shape[2], query.shape[3]
+    kind, squares = accumulation_dtype(query), []
+    keys, values = (x.permute(1, 2, 0, 3) for x in (key, value))
+    begins = chunk_starts(query.shape[0], layout)
+    for begin, chunk in zip(begins, query.chunk(len(begins)), strict=True):
+        before = begin % QUERIES  # a chunk may begin within a block: rows that another rank has are zero here
+        rows = torch.nn.functional.pad(chunk, (0, 0, 0, 0, 0, 0, before, -(before + chunk.shape[0]) % QUERIES))
+        for i, block in enumerate(rows.split(QUERIES)):
+            position = begin - before + i * QUERIES + torch.arange(QUERIES, device=query.device)
+            end = begin - before + (i + 1) * QUERIES
+            k, v = (x[:, :, :end].to(kind) for x in (keys, values))
+            q = block.to(kind).unflatten(2, (groups, -1)).permute(1, 2, 3, 0, 4).flatten(2, 3)
+            logits = (q @ k.mT / dim**0.5).unflatten(2, (-1, QUERIES))
+            hidden = torch.arange(k.shape[2], device=query.device) > position.unsqueeze(-1)
+            weights = logits.masked_fill_(hidden, -torch.inf).softmax(-1).flatten(2, 3)
+            mine = slice(max(0, before - i * QUERIES), before + chunk.shape[0] - i * QUERIES)
+            squares.append((weights @ v).square().sum(-1).unflatten(2, (heads // groups, QUERIES))[..., mine])
+    return group_norms(torch.cat(squares, -1))
+
+
+def chunk_starts(rows: int, layout: Layout | None) -> list[int]:
+    """The positions in the sequence at which the chunks begin that `rows` tokens of a rank are made of."""
+    return [0] if layout is None else [chunk * (rows // 2) for chunk in layout.chunks]
+
+
+def group_norms(squares: Tensor) -> Tensor:
+    """The norms [B, G, n] of a group's rows taken as one vector, from their squared norms [B, G, R, n]; in a fixed order."""
+    total = squares[:, :, 0]
+    for r in range(1, squares.shape[2]):
+        total = total + squares[:, :, r]
+    return _sqrt(total)
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    # by way of fp64 because torch's sqrt in fp32 is not correctly rounded on every CPU
+    return x.double().sqrt().to(x.dtype)
 
 
 def next_power_of_two(n: int) -> int:
@@ -104,16 +158,26 @@ def _places(gathered: list[Tensor], geometry: Geometry) -> Tensor:
 
 
 @step("gather")
-def gather(query: Tensor, key: Tensor, value: Tensor, selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
+def gather(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: Selection,
+    keys_first: Callable[[Tensor, Tensor], None] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `Steps.gather`."""
+    rows_k, rows_v = _Gather.apply(key, selection), _Gather.apply(value, selection)
+    if keys_first is not None:
+        keys_first(rows_k, rows_v)
     grouped = query.unflatten(2, (key.shape[2], -1))
-    rows = _Gather.apply(grouped, selection).flatten(2, 3)
-    return rows, _Gather.apply(key, selection), _Gather.apply(value, selection)
+    return _Gather.apply(grouped, selection).flatten(2, 3), rows_k, rows_v
 
 
 @step("scatter")
-def scatter(rows: Tensor, selection: Selection, halo: Tensor | None = None) -> Tensor:
+def scatter(rows: Tensor, selection: Selection, halo: Tensor | None = None, travel: Travel | None = None) -> Tensor:
     """See `Steps.scatter`."""
+    if travel is not None:
+        travel.arrive()
     groups = selection.places.shape[1]
     grouped = rows.unflatten(2, (groups, -1))
     return _Scatter.apply(grouped, None if halo is None else halo.unflatten(3, (groups, -1)), selection).flatten(2, 3)

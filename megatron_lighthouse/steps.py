@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from megatron_lighthouse.context_parallel.layout import Layout
 from megatron_lighthouse.geometry import Geometry, Pyramid
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.selection import Selection
 
 HAS_TRITON = find_spec("triton") is not None
+
+
+class Travel(Protocol):
+    """A halo that is under way to this rank, or its gradient back."""
+
+    def arrive(self) -> None:
+        """Wait for the halo."""
+
+    def send_back(self, grad: Tensor) -> None:
+        """Begin to send its gradient back."""
 
 
 class Steps(Protocol):
@@ -31,6 +43,20 @@ class Steps(Protocol):
             s^Q, then s^K, of the entries of levels 1..L-1, in the order of the concatenated pyramid.
         """
 
+    def attended_norms(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout | None) -> Tensor:
+        """The L2 norms of the rows of causal attention, scale 1/sqrt(D): [B, G, n], fp32 (fp64 for fp64), no gradient.
+
+        The same to the last bit whichever rank computes a row, for any number of ranks.
+
+        Args:
+            query: [n, B, H, D], any strides: the rows of the two chunks that `layout` gives a rank, one after the other; all
+                rows of the sequence where it is None.
+            key, value: [C * n, B, G, D], any strides: the whole sequence in its order.
+
+        Returns:
+            For each token the norm of its group's H/G rows of the output, taken as one vector (ours; H = G is the paper).
+        """
+
     def select(self, scores: Tensor, geometry: Geometry, pin_first: bool) -> Selection:
         """Choose entries tile by tile, coarse to fine, and number them in causal order.
 
@@ -39,19 +65,28 @@ class Steps(Protocol):
         index. `pin_first` (ours) lets the first window win at each level.
         """
 
-    def gather(self, query: Tensor, key: Tensor, value: Tensor, selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
+    def gather(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        selection: Selection,
+        keys_first: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The selected rows of the three pyramids: [S, B, H, D], [S, B, G, D], [S, B, G, D]. Pools while gathering.
+
+        `keys_first` is called with the rows of keys and values as soon as these are gathered.
 
         Differentiable: dX_j = sum over levels of dX̃[row(l, j // p^l)] / p^l. Keeps only the map for backward.
         """
 
-    def scatter(self, rows: Tensor, selection: Selection, halo: Tensor | None = None) -> Tensor:
+    def scatter(self, rows: Tensor, selection: Selection, halo: Tensor | None = None, travel: Travel | None = None) -> Tensor:
         """Add each row to the positions of its spill range: [S, B, H, D] -> [N, B, H, D].
 
         Position j sums, over the levels, the row of entry (j - p^l + 1) // p^l where that was gathered. What an entry spills
         past the end of its chunk is dropped. `halo` is [chunks, L-1, B, H, D]: the rows of the entries of levels 1..L-1 that
-        end where a chunk begins, zero where not gathered. Differentiable in `rows` and `halo`: dÕ_m = sum of dO over the
-        range of entry m. Keeps only the map for backward.
+        end where a chunk begins, zero where not gathered; with `travel` it may still be under way. Differentiable in `rows`
+        and `halo`: dÕ_m = sum of dO over the range of entry m. Keeps only the map for backward.
         """
 
 

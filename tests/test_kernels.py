@@ -154,12 +154,13 @@ def test_compiles_for_hopper_and_blackwell_without_spills(capability: int, layer
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     reports = json.loads(done.stdout)
-    assert len(reports) == 8
+    assert len(reports) == 11
     for kernel, registers, shared_bytes, spilled_bytes in reports:
         print(f"sm_{capability} {kernel}: {registers} registers, {shared_bytes} bytes shared, {spilled_bytes} spilled")
         assert spilled_bytes == 0, kernel
         assert 0 < registers <= 255
-        assert shared_bytes <= 48 * 1024
+        # attended_norms works on tiles as FlashAttention does; Hopper and Blackwell have 227 KiB for them
+        assert shared_bytes <= (227 if kernel == "lighthouse_attended" else 48) * 1024
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ from megatron_lighthouse.context_parallel.blocks import block_for
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.gathered import Gathered
 from megatron_lighthouse.context_parallel.heads import attend_by_heads
-from megatron_lighthouse.context_parallel.ring import Ring
+from megatron_lighthouse.context_parallel.ring import RingAttention
 from megatron_lighthouse.inner import Attend
 
 COMM_TYPES = ("p2p", "all_gather", "a2a")
@@ -44,8 +44,9 @@ def sharded_attention(
     if comm_type == "a2a":
         return lambda q, k, v: attend_by_heads(q, k, v, name, exchange, scale)
     block = block_for(name, query, key)
-    scheme = Ring if comm_type == "p2p" else Gathered
-    return lambda q, k, v: scheme.apply(q, k, v, block, exchange, scale)  # type: ignore[no-any-return]
+    if comm_type == "p2p":
+        return RingAttention(block, exchange, scale)
+    return lambda q, k, v: Gathered.apply(q, k, v, block, exchange, scale)
 
 
 def comm_type_problem(comm_type: str, heads: int, groups: int, size: int) -> str | None:

@@ -17,24 +17,57 @@ from megatron_lighthouse.selection import Selection
 from megatron_lighthouse.steps import HAS_TRITON
 
 
-def with_halo(rows: Tensor, selection: Selection, exchange: Exchange) -> tuple[Tensor, Tensor]:
+def with_halo(rows: Tensor, selection: Selection, exchange: Exchange) -> tuple[Tensor, Tensor, HaloTravel]:
     """`rows` [S, B, H, D], and the rows that end where this rank's chunks begin: [2, L-1, B, H, D], zero where not gathered.
 
-    Differentiable: the gradient of the halo returns, and is added to that of the rows.
+    These are still under way: `Steps.scatter` waits for them. Differentiable: the gradient of the halo returns, and is added
+    to that of the rows.
     """
-    return _Halo.apply(rows, selection, exchange)  # type: ignore[no-any-return]
+    travel = HaloTravel(exchange)
+    rows, halo = _Halo.apply(rows, selection, travel)
+    return rows, halo, travel
+
+
+class HaloTravel:
+    """The halo on its way from the rank before a chunk to the chunk's rank, or its gradient back."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
+        self.works: list[Any] = []
+        self.edges: Tensor | None = None
+
+    def send(self, edges: Tensor) -> Tensor:
+        """Begin to send the rows that this rank's chunks end with; `arrive` before the result is read."""
+        halo, self.works = _shift(edges, self.exchange, forward=True)
+        return halo
+
+    def arrive(self) -> None:
+        finish(self.works)
+        self.works = []
+
+    def send_back(self, grad: Tensor) -> None:
+        self.edges, self.works = _shift(grad.contiguous(), self.exchange, forward=False)
+
+    def returned(self, grad: Tensor) -> Tensor:
+        """The gradients of the rows that this rank's chunks end with, for those of its halo."""
+        if self.edges is None:
+            self.send_back(grad)
+        edges, self.edges = self.edges, None
+        self.arrive()
+        assert edges is not None
+        return edges
 
 
 class _Halo(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, selection: Selection, exchange: Exchange) -> tuple[Tensor, Tensor]:
-        ctx.selection, ctx.exchange = selection, exchange
-        return rows, _shift(edge(rows, selection), exchange, forward=True)
+    def forward(ctx: Any, rows: Tensor, selection: Selection, travel: HaloTravel) -> tuple[Tensor, Tensor]:
+        ctx.selection, ctx.travel = selection, travel
+        return rows, travel.send(edge(rows, selection))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_halo: Tensor) -> tuple[Tensor, None, None]:
-        add_edge(grad, _shift(grad_halo.contiguous(), ctx.exchange, forward=False), ctx.selection)
+        add_edge(grad, ctx.travel.returned(grad_halo), ctx.selection)
         return grad, None, None
 
 
@@ -69,8 +102,8 @@ def _places_of_edge(rows: Tensor, selection: Selection) -> tuple[Tensor, tuple[T
     return places, (places.clamp(min=0), batch.unsqueeze(1), head)
 
 
-def _shift(x: Tensor, exchange: Exchange, forward: bool) -> Tensor:
-    """x [2, ...] of each chunk, moved to the chunk after it in the sequence (or before it); zeros come in at the end.
+def _shift(x: Tensor, exchange: Exchange, forward: bool) -> tuple[Tensor, list[Any]]:
+    """x [2, ...] of each chunk, moved to the chunk after it in the sequence (or before it), zeros in; and what to wait for.
 
     Chunk r of rank r is followed by chunk r+1 of rank r+1, chunk 2C-1-r by chunk 2C-r of rank r-1; the middle two are both
     of the last rank.
@@ -88,5 +121,4 @@ def _shift(x: Tensor, exchange: Exchange, forward: bool) -> Tensor:
     if rank > 0:
         sends.append((x[down], rank - 1))
         receives.append((out[up], rank - 1))
-    finish(exchange.start(sends, receives, "halo"))
-    return out
+    return out, exchange.start(sends, receives, "halo")

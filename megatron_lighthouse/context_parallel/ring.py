@@ -9,6 +9,7 @@ last gradients do; there the first keys set out before the gradient of the rows 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,13 +21,32 @@ from megatron_lighthouse.context_parallel.exchange import Exchange, finish
 from megatron_lighthouse.context_parallel.merge import merge
 
 
+@dataclass
+class RingAttention:
+    """Attention over shards by ring, as `sharded_attention` gives it."""
+
+    block: Block
+    exchange: Exchange
+    scale: float
+    arriving: _Arriving | None = None
+
+    def keys_first(self, key: Tensor, value: Tensor) -> None:
+        """Let keys and values set out before the call with them."""
+        self.arriving = _Arriving(key, value, self.exchange)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        arriving, self.arriving = self.arriving, None
+        return Ring.apply(query, key, value, self.block, self.exchange, self.scale, arriving)  # type: ignore[no-any-return]
+
+
 class Ring(torch.autograd.Function):
-    """(query, key, value, block, exchange, scale) -> output."""
+    """(query, key, value, block, exchange, scale, keys that have set out or None) -> output."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, block: Block, exchange: Exchange, scale: float) -> Tensor:
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        query, key, value, block, exchange, scale, arriving = args
         ctx.block, ctx.exchange, ctx.scale, ctx.arriving = block, exchange, scale, None
-        arriving = _Arriving(key, value, exchange)
+        arriving = arriving or _Arriving(key, value, exchange)
         out, lse = block.forward(query, key, value, True, scale)
         dtype, several = out.dtype, exchange.size > 2
         out = out.to(lse.dtype) if several else out  # what is merged once is rounded once
@@ -53,7 +73,7 @@ class Ring(torch.autograd.Function):
             dq.add(rows, part_q)
         own_q, own_k, own_v = ctx.block.backward(grad, query, key, value, out, lse, True, ctx.scale)
         returning.arrive()
-        return dq.with_own(own_q), dk.with_own(own_k), dv.with_own(own_v), None, None, None
+        return dq.with_own(own_q), dk.with_own(own_k), dv.with_own(own_v), None, None, None, None
 
 
 def begin_backward_with(output: Tensor, rows: Tensor) -> None:

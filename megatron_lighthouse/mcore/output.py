@@ -24,7 +24,8 @@ def remember_source(output: Tensor, attended: Attended) -> Tensor:
     """`output`, marked with what it was scattered from, where its backward will be asked for."""
     if output.requires_grad and not torch.compiler.is_compiling():
         halo = None if attended.halo is None else attended.halo.detach()
-        source = attended._replace(rows=attended.rows.detach(), halo=halo, dealt=attended.dealt.detach())
+        rows = attended.rows.detach()
+        source = attended._replace(rows=rows, dealt=rows, halo=halo, travel=None)
         output.lighthouse_source = source  # type: ignore[attr-defined]
     return output
 

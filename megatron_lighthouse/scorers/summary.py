@@ -15,10 +15,10 @@ from megatron_lighthouse.steps import Steps
 def summary(query: Tensor, key: Tensor, value: Tensor, pyramid: Pyramid, steps: Steps, exchange: Exchange | None) -> Tensor:
     """The coarsest level by causal attention over the coarsest pooled rows, both ways; finer levels as `norm` (ours).
 
-    Where `norm` looks at each window alone, this looks at Q·K too, for time of (N/F)²: F = p^(L-1) tokens are a coarsest window.
+    Unlike `norm` it looks at Q·K, and takes time of (N/F)² for that: F = p^(L-1) tokens are a coarsest window.
     """
-    pooled = (coarsest(x, pyramid) for x in (query, key, value))
-    top = attended_both_ways(*pooled, steps, exchange)
+    q, k, v = (coarsest(x, pyramid) for x in (query, key, value))
+    top = attended_both_ways(q, k, v, steps, exchange)
     finer = steps.score(query, key, pyramid)[..., : -top.shape[-1]]
     return torch.cat([finer, top], -1)
 

@@ -1,0 +1,174 @@
+"""Attended norms: how long the rows of causal attention are. Forward only, and the rows are never written.
+
+Keys are taken in blocks from the first key on, by online softmax in fp32. The blocks of queries begin at whole multiples of
+their size in the sequence, not in what a rank holds, and their sizes do not hang on any length: so the arithmetic of a row is
+that of its position, whichever rank computes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_lighthouse.kernels.launch import last_contiguous, on_device_of, padded
+from megatron_lighthouse.ranges import step
+
+
+class Blocks(NamedTuple):
+    """Queries and keys that a program holds at a time, its warps, and how many blocks of keys are under way."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def blocks_of(dim: int, itemsize: int) -> Blocks:
+    """By D and the dtype alone. fp32 is multiplied without tensor cores, as exactly as fp32 can: smaller blocks."""
+    if itemsize == 4:
+        return Blocks(32, 16, 4, 2)
+    return Blocks(128, 64, 8, 3) if padded(dim) <= 128 else Blocks(64, 64, 8, 2)
+
+
+@triton.jit
+def _attend(
+    state,
+    q,
+    p_k,
+    p_v,
+    stride_k,
+    stride_v,
+    i_position,
+    begin,
+    end,
+    keys,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+):
+    """Online softmax (acc, total, best) over the keys begin..end - 1; DIAGONAL: not all rows see all of them."""
+    acc, total, best = state
+    scale: tl.constexpr = 1.4426950408889634 / D**0.5  # log2(e): what follows takes powers of 2
+    i_n, i_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    p_k += i_n.to(tl.int64)[:, None] * stride_k + i_d[None, :]
+    p_v += i_n.to(tl.int64)[:, None] * stride_v + i_d[None, :]
+    for i_first in range(begin, end, BLOCK_N):
+        m_key = (i_d < D)[None, :] & (tl.full([BLOCK_N, 1], True, tl.int1) if not DIAGONAL else (i_first + i_n < keys)[:, None])
+        k = tl.load(p_k + tl.cast(i_first, tl.int64) * stride_k, mask=m_key, other=0.0)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if DIAGONAL:
+            logits = tl.where(i_position[:, None] >= i_first + i_n[None, :], logits, float("-inf"))
+        higher = tl.maximum(best, tl.max(logits, 1))
+        # keys that a row does not see leave all of this as it was, to the last bit
+        weights = tl.exp2(logits - higher[:, None])
+        shrink = tl.exp2(best - higher)
+        total = total * shrink + tl.sum(weights, 1)
+        v = tl.load(p_v + tl.cast(i_first, tl.int64) * stride_v, mask=m_key, other=0.0)
+        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        best = higher
+    return acc, total, best
+
+
+@triton.jit(repr=lambda _: "lighthouse_attended", do_not_specialize=["first", "second", "length", "blocks", "chunks"])
+def attended_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_squares,
+    strides_q,
+    strides_k,
+    strides_v,
+    first,
+    second,
+    length,
+    blocks,
+    chunks,
+    keys,
+    H,
+    R,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Squared row norms [B, H, chunks * length]; program (block of a chunk, b * H + h). Chunks start at first and second."""
+    # late blocks have the most keys: they are begun first
+    i_program = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_chunk, i_b, i_h = i_program // blocks, tl.program_id(1) // H, tl.program_id(1) % H
+    start = tl.where(i_chunk == 0, first, second)
+    i_first = (start // BLOCK_M + i_program % blocks) * BLOCK_M
+    if i_first >= start + length:  # past the end of its chunk: the other chunk has a block more
+        return
+    i_position = i_first + tl.arange(0, BLOCK_M)
+    i_row = i_position - start
+    m_row = (i_row >= 0) & (i_row < length)
+    i_row += i_chunk * length
+    i_d = tl.arange(0, BLOCK_D)
+
+    i_b, i_h, i_g = i_b.to(tl.int64), i_h.to(tl.int64), (i_h // R).to(tl.int64)
+    p_q += i_b * strides_q[1] + i_h * strides_q[2]
+    p_k += i_b * strides_k[1] + i_g * strides_k[2]
+    p_v += i_b * strides_v[1] + i_g * strides_v[2]
+    p_q += i_row.to(tl.int64)[:, None] * strides_q[0] + i_d[None, :]
+    q = tl.load(p_q, mask=m_row[:, None] & (i_d < D)[None, :], other=0.0)
+    acc, total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    state = (acc, total, tl.full([BLOCK_M], float("-inf"), tl.float32))
+    end = tl.minimum(i_first + BLOCK_M, keys)
+    state = _attend(state, q, p_k, p_v, strides_k[0], strides_v[0], i_position, 0, i_first, keys, D, BLOCK_D, BLOCK_N, False)
+    acc, total, _ = _attend(
+        state, q, p_k, p_v, strides_k[0], strides_v[0], i_position, i_first, end, keys, D, BLOCK_D, BLOCK_N, True
+    )
+    acc = acc / total[:, None]
+    p_squares += tl.program_id(1).to(tl.int64) * (chunks * length)
+    tl.store(p_squares + i_row, tl.sum(acc * acc, 1), mask=m_row)
+
+
+def compute_squares(query: Tensor, key: Tensor, value: Tensor, starts: Sequence[int]) -> Tensor:
+    """[B, H, n] fp32: the squared norms of the rows of attention, for `Steps.attended_norms`.
+
+    Args:
+        starts: the position in the sequence of the first token of each chunk of the queries; one chunk or two.
+    """
+    with step("attended_norms"), on_device_of(query):
+        query, key, value = (last_contiguous(x) for x in (query, key, value))
+        (rows, batch, heads, dim), (keys, _, groups, _) = query.shape, key.shape
+        squares, length, how = _empty(query), rows // len(starts), blocks_of(dim, query.element_size())
+        # a chunk may begin within a block
+        blocks = max(triton.cdiv(start % how.queries + length, how.queries) for start in starts)
+        attended_kernel[(blocks * len(starts), batch * heads)](
+            query,
+            key,
+            value,
+            squares,
+            *(x.stride()[:3] for x in (query, key, value)),
+            starts[0],
+            starts[-1],
+            length,
+            blocks,
+            len(starts),
+            keys,
+            heads,
+            heads // groups,
+            D=dim,
+            BLOCK_D=padded(dim),
+            BLOCK_M=how.queries,
+            BLOCK_N=how.keys,
+            num_warps=how.warps,
+            num_stages=how.stages,
+        )
+        return squares
+
+
+def _empty(query: Tensor) -> Tensor:
+    rows, batch, heads, _ = query.shape
+    return torch.empty((batch, heads, rows), dtype=torch.float32, device=query.device)
+
+
+attended_op = torch.library.custom_op("lighthouse::attended_squares", compute_squares, mutates_args=())
+attended_op.register_fake(lambda query, key, value, starts: _empty(query))

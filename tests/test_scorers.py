@@ -1,0 +1,245 @@
+"""Scorers: what they score, the same on any number of context-parallel ranks, and what they refuse."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from importlib import import_module
+from threading import Barrier, Lock
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_lighthouse import kernels, reference
+from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.context_parallel.layout import Layout
+from megatron_lighthouse.geometry import Pyramid
+from megatron_lighthouse.scorers import SCORERS, problem
+from megatron_lighthouse.steps import Steps
+from tests.oracle import Array, Problem, attend, norms
+from tests.steps import LAYOUTS, both, poisoned, precision, restride, tensors
+from tests.tolerances import assert_close
+
+# the package has the function under the module's name
+gla = import_module("megatron_lighthouse.scorers.gla")
+
+Pair = tuple[Array, Array]
+"""s^Q and s^K of each row."""
+
+
+def both_ways(rows_of: Callable[[Array, Array, Array], Array], q: Array, k: Array, v: Array) -> Pair:
+    """Rows over rows, then the other way round: q [n, R, D], k and v [n, D]."""
+    by_query = np.stack([rows_of(q[:, r], k, v) for r in range(q.shape[1])], 1)
+    return np.array(norms(by_query)), np.array(norms(rows_of(k, q.mean(1), v)))
+
+
+def softmax_rows(q: Array, k: Array, v: Array) -> Array:
+    return attend(q, k, v, 1 / math.sqrt(q.shape[1]))
+
+
+def streams(score: Callable[[Array, Array, Array], Pair], q: Array, k: Array, v: Array) -> Pair:
+    """Every fourth token by itself."""
+    out = np.zeros(len(q)), np.zeros(len(q))
+    for c in range(4):
+        for whole, part in zip(out, score(q[c::4], k[c::4], v[c::4]), strict=True):
+            whole[c::4] = part
+    return out
+
+
+def dilated_oracle(q: Array, k: Array, v: Array) -> Pair:
+    return streams(lambda *x: both_ways(softmax_rows, *x), q, k, v)
+
+
+def gla_oracle(q: Array, k: Array, v: Array) -> Pair:
+    weight = gla._weight(q.shape[-1], torch.device("cpu")).numpy()
+
+    def stream(q: Array, k: Array, v: Array) -> Pair:
+        gates = [-math.log1p(math.exp(-float(x @ weight))) / 16 for x in q.mean(1)]
+
+        def recurrence(q: Array, k: Array, v: Array) -> Array:
+            state, rows = np.zeros((q.shape[1], q.shape[1])), []
+            for t in range(len(q)):
+                state = math.exp(gates[t]) * state + np.outer(k[t], v[t])
+                rows.append(q[t] @ state / math.sqrt(q.shape[1]))
+            return np.array(rows)
+
+        return both_ways(recurrence, q, k, v)
+
+    return streams(stream, q, k, v)
+
+
+def norm_oracle(q: Array, k: Array, v: Array) -> Pair:
+    return np.array(norms(q)), np.array(norms(k))
+
+
+def windows(scores: Array, problem: Problem) -> list[Array]:
+    """The maxima of level-0 scores, level by level."""
+    return [scores.reshape(-1, problem.pooling**level).max(1) for level in range(1, problem.levels)]
+
+
+def oracle(scorer: str, q: Array, k: Array, v: Array, problem: Problem) -> Array:
+    """[2, B, G, coarse length], of q [N, B, H, D], k and v [N, B, G, D]."""
+    token = {"norm": norm_oracle, "summary": norm_oracle, "dilated": dilated_oracle, "gla": gla_oracle}[scorer]
+    ratio, out = problem.queries_per_group, np.zeros((2, problem.batch, problem.groups, pyramid_of(problem).coarse_length))
+    for b in range(problem.batch):
+        for g in range(problem.groups):
+            inputs = q[:, b, g * ratio : (g + 1) * ratio], k[:, b, g], v[:, b, g]
+            levels = [windows(x, problem) for x in token(*inputs)]
+            if scorer == "summary":
+                pooled = [x.reshape(-1, problem.window, *x.shape[1:]).mean(1) for x in inputs]
+                for level, top in zip(levels, both_ways(softmax_rows, *pooled), strict=True):
+                    level[-1] = top
+            out[:, b, g] = [np.concatenate(level) for level in levels]
+    return out
+
+
+def pyramid_of(problem: Problem) -> Pyramid:
+    return Pyramid(problem.seq_length, problem.levels, problem.pooling)
+
+
+def in_plain_pytorch(monkeypatch: pytest.MonkeyPatch, segment: int, block: int) -> None:
+    """Gated linear attention as on a CPU, which counts in fp32."""
+    monkeypatch.setattr(gla, "SEGMENT", segment)
+    monkeypatch.setattr(gla, "BLOCK", block)
+    monkeypatch.setattr(gla, "_flash_linear_attention", lambda: gla.plain)
+
+
+PROBLEMS = {
+    "grouped queries": Problem(96, 3, 2, 8, 4, batch=2, groups=2, queries_per_group=3, dim=8),
+    "a head for each": Problem(72, 2, 3, 4, 4, groups=2, dim=5),
+}
+
+
+@both
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", PROBLEMS)
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_equals_the_oracle(scorer: str, shape: str, layout: str, steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    # segments that do not divide a stream, and blocks that do not divide a segment
+    in_plain_pytorch(monkeypatch, segment=7, block=3)
+    case = PROBLEMS[shape]
+    inputs = tensors(case, precision(steps))
+    expected = oracle(scorer, *(x.double().cpu().numpy() for x in inputs), case)
+    with poisoned():
+        scores = SCORERS[scorer](*restride(layout, *inputs), pyramid_of(case), steps, None)
+    assert scores.dtype == inputs[0].dtype
+    assert_close(scores, expected, precision(steps))
+
+
+def in_ranks(size: int, function: Callable[[Exchange], Tensor]) -> list[Tensor]:
+    """What `function` returns on each of `size` ranks: threads that take turns, and change over where they exchange."""
+    barrier, turn, slots = Barrier(size), Lock(), [torch.empty(0)] * size
+
+    class Threads(Exchange):
+        def all_gather(self, x: Tensor, purpose: str) -> Tensor:
+            assert purpose == "scorer"
+            slots[self.rank] = x
+            turn.release()
+            barrier.wait(60)
+            gathered = torch.stack(slots)
+            barrier.wait(60)
+            turn.acquire()
+            return gathered
+
+    def run(rank: int) -> Tensor:
+        with turn:
+            return function(Threads(None, Layout(size, rank)))
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(run, range(size)))
+
+
+def of_ranks(scorer: str, size: int, case: Problem, steps: Steps, inputs: list[Tensor]) -> list[Tensor]:
+    """The scores of the whole sequence, level by level [2, B, G, N/p^l], put together from those of `size` ranks."""
+    here = replace(pyramid_of(case), seq_length=case.seq_length // size)
+
+    def score(exchange: Exchange) -> Tensor:
+        return SCORERS[scorer](*(exchange.own(x) for x in inputs), here, steps, exchange)
+
+    scores = torch.stack(in_ranks(size, score))
+    exchange, levels = (
+        Exchange(None, Layout(size, 0)),
+        scores.split([here.entries(level) for level in range(1, here.levels)], -1),
+    )
+    return [exchange.in_order(x.movedim(-1, 1)).movedim(0, -1) for x in levels]
+
+
+@both
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_scores_have_the_same_bits_on_any_number_of_ranks(
+    scorer: str, size: int, steps: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_plain_pytorch(monkeypatch, segment=4, block=3)
+    case = Problem(128, 3, 2, 8, 4, batch=2, groups=2, queries_per_group=2, dim=8)
+    inputs = tensors(case, precision(steps))
+    expected = SCORERS[scorer](*inputs, pyramid_of(case), steps, None)
+    assert torch.equal(torch.cat(of_ranks(scorer, size, case, steps, inputs), -1), expected)
+
+
+def test_gla_on_chunks_that_are_not_whole_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_plain_pytorch(monkeypatch, segment=5, block=3)
+    case = Problem(96, 3, 2, 8, 4, dim=8)
+    inputs = tensors(case)
+    expected = SCORERS["gla"](*inputs, pyramid_of(case), reference, None)
+    assert_close(torch.cat(of_ranks("gla", 2, case, reference, inputs), -1), expected, "float64")
+
+
+@both
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_no_gradient(scorer: str, steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_plain_pytorch(monkeypatch, segment=8, block=8)
+    case = PROBLEMS["a head for each"]
+    inputs = [x.requires_grad_() for x in tensors(case, "float32")]
+    with torch.no_grad():
+        scores = SCORERS[scorer](*inputs, pyramid_of(case), steps, None)
+    assert not scores.requires_grad
+
+
+def test_the_gate_is_fixed() -> None:
+    weight = gla._weight(4096, torch.device("cpu"))
+    assert 0.019 < weight.std() < 0.021
+    assert weight.abs().max() < 0.1
+    assert torch.equal(weight, gla._weight.__wrapped__(4096, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("scorer", ["dilated", "gla"])
+def test_lengths_that_streams_do_not_divide_are_refused(scorer: str) -> None:
+    assert problem(scorer, 96, 1) is problem(scorer, 96, 4) is None
+    assert problem(scorer, 90, 1) == (
+        f"--seq-length 90 must be a multiple of 4 for --lighthouse-scorer {scorer}, which takes every 4th token: "
+        "use --seq-length 88 or 92."
+    )
+    assert problem(scorer, 72, 4) == (
+        f"--seq-length 72 must be a multiple of 32 for --lighthouse-scorer {scorer}, which takes every 4th token of each of "
+        "the 8 chunks of 4 context-parallel ranks: use --seq-length 64 or 96."
+    )
+    x, exchange = torch.zeros(12, 1, 1, 4), Exchange(None, Layout(2, 0))
+    with pytest.raises(ValueError, match=r"--seq-length 24 must be a multiple of 16 .* use --seq-length 16 or 32"):
+        SCORERS[scorer](x, x, x, Pyramid(12, 2, 2), reference, exchange)
+
+
+@pytest.mark.parametrize("scorer", ["norm", "summary"])
+def test_other_scorers_take_any_length(scorer: str) -> None:
+    assert problem(scorer, 90, 3) is None
+
+
+def test_gla_on_a_gpu_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fla.ops.simple_gla", None)
+    with pytest.raises(ValueError, match=r"--lighthouse-scorer gla .* pip install flash-linear-attention"):
+        gla._flash_linear_attention()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_gla_on_a_gpu_equals_plain_pytorch(dtype: str) -> None:
+    pytest.importorskip("fla.ops.simple_gla", reason="flash-linear-attention is not installed")
+    case = Problem(8192, 3, 4, 8, 4, batch=2, groups=2, queries_per_group=2, dim=64)
+    inputs = tensors(case, dtype)
+    expected = SCORERS["gla"](*(x.double() for x in inputs), pyramid_of(case), reference, None)
+    assert_close(SCORERS["gla"](*inputs, pyramid_of(case), kernels, None), expected, dtype)

@@ -33,21 +33,30 @@ def main() -> None:
     parser.add_argument("--part", choices=["check", "time"], nargs="+", default=["check", "time"])
     parser.add_argument("--cases", nargs="+", default=list(TIMED), choices=list(TIMED), help="lengths to time")
     parser.add_argument("--scorers", nargs="+", default=list(SCORERS), choices=list(SCORERS), help="whose selection to compare")
+    parser.add_argument("--low-priority", action="store_true", help="NCCL on a stream of no higher priority, as by default")
     parser.add_argument("--quick", action="store_true", help="p2p and cuDNN alone")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     store = tempfile.mkdtemp()
-    bundled = Path(importlib.util.find_spec("nvidia.cudnn").submodule_search_locations[0]) / "lib"
-    # one cuDNN for torch and Transformer Engine, which would else load the system's
-    os.environ["LD_LIBRARY_PATH"] = os.pathsep.join([str(bundled), os.environ.get("LD_LIBRARY_PATH", "")])
+    _one_cudnn()
     torch.multiprocessing.spawn(_rank, args=(options, store), nprocs=options.ranks)
+
+
+def _one_cudnn() -> None:
+    """Let Transformer Engine load the cuDNN that torch brings, not the system's: two do not work in one process."""
+    found = importlib.util.find_spec("nvidia.cudnn")
+    if found is not None and found.submodule_search_locations:
+        home = found.submodule_search_locations[0]
+        os.environ |= {"CUDNN_HOME": home, "LD_LIBRARY_PATH": f"{home}/lib:{os.environ.get('LD_LIBRARY_PATH', '')}"}
 
 
 def _rank(rank: int, options: argparse.Namespace, store: str) -> None:
     torch.cuda.set_device(rank)
     where = f"file://{store}/store"
     device = torch.device("cuda", rank)
-    dist.init_process_group("nccl", init_method=where, rank=rank, world_size=options.ranks, device_id=device)
+    # as Megatron's --high-priority-stream-groups cp: what is sent need not wait for a kernel that fills the GPU
+    urgent = dist.ProcessGroupNCCL.Options(is_high_priority_stream=not options.low_priority)
+    dist.init_process_group("nccl", init_method=where, rank=rank, world_size=options.ranks, device_id=device, pg_options=urgent)
     results: dict[str, Any] = {**environment(), "ranks": options.ranks}
     torch.manual_seed(1)
     if "check" in options.part:

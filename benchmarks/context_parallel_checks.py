@@ -15,7 +15,7 @@ from megatron_lighthouse.attention import lighthouse_select
 SHAPES = {
     "N=16384 H=G=8, tiles within chunks": (16384, 1, 8, 8, LighthouseConfig(3, 4, 512, 128)),
     "N=16384 H=8 G=2 B=2, one tile": (16384, 2, 8, 2, LighthouseConfig(3, 4, 512, 512)),
-    "N=32768 L=4 H=G=8, tiles span chunks": (32768, 1, 8, 8, LighthouseConfig(4, 4, 384, 128)),
+    "N=32768 L=4 H=G=8, tiles span chunks": (32768, 1, 8, 8, LighthouseConfig(4, 4, 256, 128)),
 }
 REPEATS = 10
 

@@ -90,7 +90,8 @@ class Attended(NamedTuple):
     def scatter(self) -> Tensor:
         """[N, B, H, D]: the layer's output."""
         output = self.steps.scatter(self.rows, self.selection, self.halo, self.travel)
-        begin_backward_with(output, self.dealt)
+        if self.halo is not None:
+            begin_backward_with(output, self.dealt)
         return output
 
 

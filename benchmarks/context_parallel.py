@@ -20,8 +20,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from context_parallel_checks import check
+from context_parallel_layers import world
 from context_parallel_times import TIMED, time_case
 from measure import environment
+from torch.multiprocessing.spawn import spawn
 
 from megatron_lighthouse.scorers import SCORERS
 
@@ -39,7 +41,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     store = tempfile.mkdtemp()
     _one_cudnn()
-    torch.multiprocessing.spawn(_rank, args=(options, store), nprocs=options.ranks)
+    spawn(_rank, args=(options, store), nprocs=options.ranks)
 
 
 def _one_cudnn() -> None:
@@ -60,12 +62,12 @@ def _rank(rank: int, options: argparse.Namespace, store: str) -> None:
     results: dict[str, Any] = {**environment(), "ranks": options.ranks}
     torch.manual_seed(1)
     if "check" in options.part:
-        results["checks"] = check(dist.group.WORLD, options.scorers)
+        results["checks"] = check(world(), options.scorers)
         _write(rank, options.out / "checks.json", results)
     if "time" in options.part:
         rows: list[dict[str, Any]] = []
         for name in options.cases:
-            rows += time_case(name, dist.group.WORLD, options.quick, options.out)
+            rows += time_case(name, world(), options.quick, options.out)
             if rank == 0:
                 _table(options.out / "times.csv", rows)
         if rank == 0:

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from context_parallel_layers import COMM_TYPES, HAS_TE, both, exchange_of, inputs, te_attention
+from context_parallel_layers import COMM_TYPES, HAS_TE, both, exchange_of, inputs, lighthouse, te_attention
 from torch import Tensor
 
-from megatron_lighthouse import LighthouseConfig, lighthouse_attention
+from megatron_lighthouse import LighthouseConfig
 from megatron_lighthouse.attention import lighthouse_select
+from megatron_lighthouse.inner import Attend
 
 SHAPES = {
     "N=16384 H=G=8, tiles within chunks": (16384, 1, 8, 8, LighthouseConfig(3, 4, 512, 128)),
@@ -25,7 +26,7 @@ def check(group: dist.ProcessGroup, scorers: list[str]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for title, (length, batch, heads, groups, config) in SHAPES.items():
         q, k, v, grad = inputs(length, batch, heads, groups, 128)
-        whole = both(lambda *x, c=config: lighthouse_attention(*x, c), (q, k, v, grad))
+        whole = both(lighthouse(config), (q, k, v, grad))
         errors = {"one rank, cudnn against fa2": _errors(both(_layer(config, "fa2"), (q, k, v, grad)), whole)}
         exchange = exchange_of(group)
         shards = [exchange.own(x) for x in (q, k, v, grad)]
@@ -40,7 +41,7 @@ def check(group: dist.ProcessGroup, scorers: list[str]) -> dict[str, Any]:
         if HAS_TE:
             for comm_type in COMM_TYPES:
                 attend = te_attention(group, heads, groups, 128, comm_type)
-                parts = both(lambda *x, a=attend, c=config: lighthouse_attention(*x, c, cp_group=group, attend=a), shards)
+                parts = both(lighthouse(config, cp_group=group, attend=attend), shards)
                 errors[f"te {comm_type}"] = _errors([_whole(x, group) for x in parts], whole)
         result[title] = errors
         _say(f"{title}: {errors}")
@@ -50,9 +51,8 @@ def check(group: dist.ProcessGroup, scorers: list[str]) -> dict[str, Any]:
     return result
 
 
-def _layer(config: LighthouseConfig, inner: str, group: dist.ProcessGroup | None = None, comm_type: str = "p2p") -> Any:
-    chosen = config.replace(inner=inner)
-    return lambda q, k, v: lighthouse_attention(q, k, v, chosen, cp_group=group, cp_comm_type=comm_type)
+def _layer(config: LighthouseConfig, inner: str, group: dist.ProcessGroup | None = None, comm_type: str = "p2p") -> Attend:
+    return lighthouse(config.replace(inner=inner), cp_group=group, cp_comm_type=comm_type)
 
 
 def _whole(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -76,7 +76,7 @@ def _same_selection(q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig, g
         expected = lighthouse_select(q, k, config, value=v)
     except ValueError as error:  # a scorer whose package is not installed
         return _say(str(error))
-    own = lighthouse_select(*(exchange.own(x) for x in (q, k)), config, value=exchange.own(v), cp_group=group)
+    own = lighthouse_select(exchange.own(q), exchange.own(k), config, value=exchange.own(v), cp_group=group)
     if not torch.equal(_whole(own.movedim(-1, 0), group).movedim(0, -1), expected):
         raise SystemExit(f"selection by {config.scorer} differs between {exchange.size} ranks and one")
     return _say(f"selection by {config.scorer}: identical")
@@ -85,7 +85,7 @@ def _same_selection(q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig, g
 def _fp32(group: dist.ProcessGroup) -> float:
     config = LighthouseConfig(3, 4, 128, 128, inner="sdpa")
     tensors = inputs(4096, 1, 4, 4, 64, torch.float32)
-    whole = both(lambda *x: lighthouse_attention(*x, config), tensors)
+    whole = both(lighthouse(config), tensors)
     shards = [exchange_of(group).own(x) for x in tensors]
     found = [both(_layer(config, "sdpa", group, comm_type), shards) for comm_type in COMM_TYPES]
     return max((_whole(a, group) - b).abs().max().item() for parts in found for a, b in zip(parts, whole, strict=True))
@@ -101,7 +101,7 @@ def _repeats(group: dist.ProcessGroup) -> dict[str, bool]:
     if HAS_TE:
         for comm_type in COMM_TYPES:
             attend = te_attention(group, 8, 8, 128, comm_type)
-            layers[f"te {comm_type}"] = lambda *x, a=attend: lighthouse_attention(*x, config, cp_group=group, attend=a)
+            layers[f"te {comm_type}"] = lighthouse(config, cp_group=group, attend=attend)
     torch.use_deterministic_algorithms(True)
     result = {}
     for name, layer in layers.items():

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_lighthouse import LighthouseConfig, lighthouse_attention
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.inner import Attend
 
@@ -35,6 +37,20 @@ def inputs(length: int, batch: int, heads: int, groups: int, dim: int, dtype: to
     return tensors
 
 
+def lighthouse(config: LighthouseConfig, **how: Any) -> Attend:
+    """The layer with `config`, and `how` as `lighthouse_attention` takes it."""
+
+    def layer(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return lighthouse_attention(query, key, value, config, **how)
+
+    return layer
+
+
+def world() -> dist.ProcessGroup:
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
 def both(layer: Attend, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Output and the gradients of q, k, v."""
     *qkv, grad = tensors
@@ -55,6 +71,6 @@ def te_attention(group: dist.ProcessGroup | None, heads: int, groups: int, dim: 
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         out = layer(query, key, value, qkv_format="sbhd")
-        return out.unflatten(-1, query.shape[2:])  # type: ignore[no-any-return]
+        return out.unflatten(-1, query.shape[2:])
 
     return attend

@@ -26,8 +26,8 @@ def draw(path: Path, rows: list[dict[str, Any]], ranks: int) -> None:
     left.legend(frameon=False, loc="lower right")
     curves = {"lighthouse": "one GPU", "lighthouse p2p": f"{ranks} GPUs", "dense p2p": f"dense, {ranks} GPUs"}
     for what, label in curves.items():
-        found = {row["case"]: float(row["fwd+bwd_ms"]) for row in rows if row["what"] == what}
-        right.plot([cases.index(case) for case in found], list(found.values()), "o-", label=label)
+        points = [(cases.index(row["case"]), float(row["fwd+bwd_ms"])) for row in rows if row["what"] == what]
+        right.plot(*zip(*points, strict=True), "o-", label=label)
     right.set(xticks=range(len(cases)), xticklabels=cases, yscale="log", ylabel="ms, forward + backward", title="One layer")
     right.legend(frameon=False)
     for axes in (left, right):

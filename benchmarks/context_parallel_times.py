@@ -6,16 +6,17 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-from context_parallel_layers import COMM_TYPES, HAS_TE, both, exchange_of, inputs, te_attention
+from context_parallel_layers import COMM_TYPES, HAS_TE, both, exchange_of, inputs, lighthouse, te_attention
 from torch import Tensor
 
-from megatron_lighthouse import LighthouseConfig, lighthouse_attention
+from megatron_lighthouse import LighthouseConfig
 from megatron_lighthouse.context_parallel import exchange as exchange_module
 from megatron_lighthouse.context_parallel.attention import sharded_attention
 from megatron_lighthouse.context_parallel.exchange import Exchange
@@ -46,23 +47,20 @@ def time_case(name: str, group: dist.ProcessGroup, quick: bool, out: Path) -> li
             print(row, flush=True)
         return row
 
-    one = add("lighthouse", 1, lambda *x: lighthouse_attention(*x, config), tensors)
+    one = add("lighthouse", 1, lighthouse(config), tensors)
     if not quick and name != "1M":
         geometry = config.geometry(length)
         gathered = [x[: geometry.gathered_length].contiguous() for x in tensors]
-        add("inner alone", 1, inner_attention("auto", *gathered[:2]), gathered)
+        add("inner alone", 1, inner_attention("auto", gathered[0], gathered[1]), gathered)
         for comm_type in COMM_TYPES:
-            attend = sharded_attention("auto", *gathered[:2], exchange, comm_type)
+            attend = sharded_attention("auto", gathered[0], gathered[1], exchange, comm_type)
             add(f"inner alone {comm_type}", exchange.size, attend, [exchange.own(x) for x in gathered])
     for comm_type in COMM_TYPES[:1] if quick else COMM_TYPES:
-
-        def layer(*x: Tensor, c: str = comm_type) -> Tensor:
-            return lighthouse_attention(*x, config, cp_group=group, cp_comm_type=c)
-
+        layer = lighthouse(config, cp_group=group, cp_comm_type=comm_type)
         with silent(exchange):
             alone = _times(layer, shards)
         row = add(f"lighthouse {comm_type}", exchange.size, layer, shards)
-        row["host_ms"] = _host_ms(lambda: both(layer, shards))
+        row["host_ms"] = _host_ms(partial(both, layer, shards))
         row["exposed_communication"] = round(1 - alone["fwd+bwd_ms"] / row["fwd+bwd_ms"], 4)
         row["efficiency"] = round(one["fwd+bwd_ms"] / row["fwd+bwd_ms"] / exchange.size, 4)
         if dist.get_rank() == 0:
@@ -72,14 +70,10 @@ def time_case(name: str, group: dist.ProcessGroup, quick: bool, out: Path) -> li
     if HAS_TE and not quick:
         for comm_type in COMM_TYPES:
             attend = te_attention(group, HEADS, HEADS, DIM, comm_type)
-            add(
-                f"lighthouse, TE {comm_type}",
-                exchange.size,
-                lambda *x, a=attend: lighthouse_attention(*x, config, cp_group=group, attend=a),
-                shards,
-            )
+            layer = lighthouse(config, cp_group=group, attend=attend)
+            add(f"lighthouse, TE {comm_type}", exchange.size, layer, shards)
     if name != "1M":
-        add("dense p2p", exchange.size, sharded_attention("auto", *shards[:2], exchange, "p2p"), shards)
+        add("dense p2p", exchange.size, sharded_attention("auto", shards[0], shards[1], exchange, "p2p"), shards)
         if HAS_TE and not quick:
             add("dense, TE p2p", exchange.size, te_attention(group, HEADS, HEADS, DIM), shards)
     return rows

@@ -162,9 +162,9 @@ class Scatter(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        args = (grad, *ctx.saved_tensors, ctx.sizes, ctx.has_halo)
+        (places,) = ctx.saved_tensors
         if ctx.travel:
-            rows, halo = _scatter_backward(*args, ctx.travel)
+            rows, halo = _scatter_backward(grad, places, ctx.sizes, ctx.has_halo, ctx.travel)
         else:
-            rows, halo = run(scatter_backward_op, _scatter_backward_whole, *args)
+            rows, halo = run(scatter_backward_op, _scatter_backward_whole, grad, places, ctx.sizes, ctx.has_halo)
         return rows, halo if ctx.has_halo else None, None, None, None

@@ -58,12 +58,13 @@ def _tokens(count: int) -> str:
     return "single tokens" if count == 1 else f"windows of {count}"
 
 
-def loss_curve(logs: Mapping[str, Scalars], path: Path, entropy: float | None = None) -> None:
+def loss_curve(logs: Mapping[str, Scalars], path: Path, entropy: float | None = None, title: str = "") -> None:
     """Draw the training and validation loss of each stage.
 
     Args:
         logs: per attention, in the order of the stages, its log as `read_scalars` gives it.
         entropy: byte-frequency entropy of the text in nats a token, drawn as a line.
+        title: what was run, and on what.
     """
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -82,7 +83,7 @@ def loss_curve(logs: Mapping[str, Scalars], path: Path, entropy: float | None = 
         end = steps[-1]
     if entropy is not None:
         axes.axhline(entropy, color="#999999", linestyle="--", linewidth=1, label="byte-frequency entropy")
-    axes.set(xlabel="iteration", ylabel="loss (nats per byte)" if entropy is not None else "loss (nats per token)")
+    axes.set(xlabel="iteration", ylabel="loss (nats per byte)" if entropy is not None else "loss (nats per token)", title=title)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     _save(figure, path)

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
+from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.geometry import Pyramid
 from megatron_lighthouse.selection import Selection
 
 _watched: dict[int, Selection | None] = {}
@@ -36,6 +40,22 @@ def record(selection: Selection) -> None:
     """Called by the attention with every selection it made."""
     if _current in _watched:
         _watched[_current] = selection
+
+
+def whole(selection: Selection, exchange: Exchange | None) -> Selection:
+    """The selection of the whole sequence, from those of its context-parallel ranks, which all call this.
+
+    Rows are not numbered anew: gathered entries have place 0.
+    """
+    if exchange is None:
+        return selection
+    geometry, places = selection.geometry, []
+    for rows in selection.rows:
+        gathered = (rows >= 0).to(torch.int32).movedim(-1, 0)
+        places.append(exchange.in_order(exchange.all_gather(gathered, "telemetry")).movedim(0, -1) - 1)
+    wide = Pyramid(geometry.seq_length * exchange.size, geometry.levels, geometry.pooling)
+    length = int((torch.cat(places, -1) >= 0).sum(-1).max())
+    return Selection(wide, torch.cat(places, -1), length)
 
 
 def entries_by_level(selection: Selection) -> list[float]:

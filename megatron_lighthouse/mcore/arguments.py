@@ -39,6 +39,6 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
         check_run(args, model_cfg.transformer, chosen)
         # the attention is causal and reads no mask; one of seq x seq bytes would not fit at long context
         args.create_attention_mask_in_dataloader = False
-    if chosen is not None or model_cfg.transformer.sequence_parallel:
+    if chosen is not None or model_cfg.transformer.sequence_parallel or model_cfg.transformer.context_parallel_size > 1:
         model_cfg.transformer_layer_spec = partial(layer_spec, settings=chosen)
     return model_cfg

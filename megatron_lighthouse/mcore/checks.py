@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from megatron.core.transformer import TransformerConfig
 
 from megatron_lighthouse.config import flag
+from megatron_lighthouse.context_parallel.attention import comm_type_problem
 from megatron_lighthouse.mcore.settings import LighthouseSettings
+from megatron_lighthouse.scorers import problem
 
 
 def check(config: TransformerConfig, settings: LighthouseSettings, seq_length: int | None) -> None:
@@ -42,9 +44,11 @@ def _model(config: TransformerConfig, settings: LighthouseSettings, seq_length: 
     yield from _layers(config, settings)
     if seq_length is not None:
         try:
-            settings.config.geometry(seq_length)
+            settings.config.geometry(seq_length, config.context_parallel_size)
         except ValueError as error:
             yield str(error)
+        if message := problem(settings.config.scorer, seq_length, config.context_parallel_size):
+            yield message
 
 
 def _arguments(args: Namespace) -> Iterator[str]:
@@ -68,11 +72,6 @@ def _arguments(args: Namespace) -> Iterator[str]:
 
 
 def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:
-    if config.context_parallel_size > 1:
-        yield (
-            f"--context-parallel-size {config.context_parallel_size} is not supported yet: use 1, with --tensor-model-"
-            "parallel-size, --sequence-parallel and --recompute-granularity for long sequences."
-        )
     if config.attention_dropout:
         yield (
             f"--attention-dropout {config.attention_dropout} would drop whole windows: use --attention-dropout 0 "
@@ -85,12 +84,13 @@ def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Ite
         )
     if config.multi_latent_attention:
         yield "--multi-latent-attention is not supported: use --group-query-attention, or --attention dense."
-    if settings.config.scorer == "norm":
+    if settings.config.scorer in ("norm", "summary"):
         for name, what in (("qk_layernorm", "--qk-layernorm"), ("qk_l2_norm", "--qk-l2-norm")):
             if getattr(config, name, False):
                 yield (
-                    f"{what} makes all queries and keys nearly equally long, so that {flag('scorer')} norm selects at random: "
-                    "leave it out (no other scorer is there yet)."
+                    f"{what} makes all queries and keys nearly equally long, so that {flag('scorer')} "
+                    f"{settings.config.scorer}, which goes by their length, selects at random: leave it out, or use "
+                    f"{flag('scorer')} dilated or gla."
                 )
     if getattr(config, "softmax_type", "vanilla") != "vanilla":
         yield f"--softmax-type {config.softmax_type} counts a sink once per gathered row: use --softmax-type vanilla."
@@ -107,12 +107,26 @@ def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Ite
     for name in ("fp8_dot_product_attention", "fp8_multi_head_attention"):
         if getattr(config, name, False):
             yield f"--{name.replace('_', '-')} is not supported: leave it out (fp8 in the linear layers works without it)."
+    yield from _comm_types(config, settings)
     groups, tensor_parallel = config.num_query_groups or config.num_attention_heads, config.tensor_model_parallel_size
     if groups % tensor_parallel:
         yield (
             f"--num-query-groups {groups} must be a multiple of --tensor-model-parallel-size {tensor_parallel}, for each "
             f"key/value head selects once: use {groups} or a divisor of it as the tensor-parallel size."
         )
+
+
+def _comm_types(config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:
+    """Of this project's own attention over shards; what Transformer Engine's can do it says itself."""
+    of_te = config.transformer_impl == "transformer_engine" and settings.config.inner in ("auto", "te")
+    if config.context_parallel_size == 1 or of_te:
+        return
+    kinds, tensor_parallel = config.cp_comm_type or "p2p", config.tensor_model_parallel_size
+    heads, groups = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
+    for kind in [kinds] if isinstance(kinds, str) else sorted(set(kinds)):
+        shares = max(1, heads // tensor_parallel), max(1, groups // tensor_parallel)
+        if message := comm_type_problem(kind, *shares, config.context_parallel_size):
+            yield message
 
 
 def _layers(config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:

@@ -20,8 +20,12 @@ from torch import Tensor
 from megatron_lighthouse import telemetry
 from megatron_lighthouse.attention import attended_rows
 from megatron_lighthouse.config import LighthouseConfig
-from megatron_lighthouse.inner import Attend, choose, inner_attention
+from megatron_lighthouse.context_parallel.attention import comm_type_problem
+from megatron_lighthouse.context_parallel.blocks import BLOCKS
+from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.inner import choose, choose_for_blocks
 from megatron_lighthouse.mcore.checks import check
+from megatron_lighthouse.mcore.context_parallel import context_parallel_group, over_shards
 from megatron_lighthouse.mcore.output import remember_source
 from megatron_lighthouse.mcore.settings import LighthouseSettings
 from megatron_lighthouse.steps import steps_for
@@ -36,6 +40,10 @@ class LighthouseMixin:
     """Softmax scale of the inner attention; 1/sqrt(hn) if None."""
     dense_is_inner: bool
     """Whether the base class attends to the gathered rows, as Transformer Engine's does, or a backend of `inner`."""
+    exchange: Exchange | None
+    """The context-parallel ranks that share the sequence."""
+    cp_comm_type: str
+    """How a backend of `inner` attends over their shards."""
 
     def forward(
         self,
@@ -51,11 +59,11 @@ class LighthouseMixin:
         """Megatron's core-attention contract.
 
         Args:
-            query: [s, b, np/tp, hn]; key, value: [s, b, ng/tp, hn], after RoPE, any strides.
+            query: [s/cp, b, np/tp, hn]; key, value: [s/cp, b, ng/tp, hn], after RoPE, any strides.
             attention_mask: not read: the attention is causal.
 
         Returns:
-            [s, b, np/tp * hn].
+            [s/cp, b, np/tp * hn].
 
         Raises:
             ValueError: a call that is not causal self-attention over whole sequences.
@@ -67,11 +75,11 @@ class LighthouseMixin:
             out = dense(rows_q, rows_k, rows_v, None, attn_mask_type=attn_mask_type, **kwargs)
             return out.unflatten(-1, rows_q.shape[2:])
 
-        attend: Attend = base
-        if not self.dense_is_inner:
-            attend = inner_attention(self.lighthouse.inner, query, key, self.inner_scale)
+        how: dict[str, Any] = {"attend": base} if self.dense_is_inner else {"softmax_scale": self.inner_scale}
         with telemetry.layer(self.layer_number):
-            attended = attended_rows(query, key, value, self.lighthouse, attend=attend)
+            attended = attended_rows(
+                query, key, value, self.lighthouse, exchange=self.exchange, cp_comm_type=self.cp_comm_type, **how
+            )
             return remember_source(attended.scatter().flatten(2), attended)
 
     def _check_call(self, query: Tensor, key: Tensor, mask_type: AttnMaskType | None, bias: Tensor | None, packed: Any) -> None:
@@ -105,6 +113,7 @@ class CoreAttentionBuilder:
         module = self.base
         if isinstance(module, ModuleSpec):
             module, params = module.module, module.params
+        module = over_shards(module, config)
         if self.settings.is_dense(layer_number, config.num_layers):
             return module(config=config, layer_number=layer_number, **params, **kwargs)
         if not isinstance(module, type):
@@ -118,16 +127,30 @@ class CoreAttentionBuilder:
         layer = lighthouse_class(module)(config=config, layer_number=layer_number, **params, **kwargs)
         layer.lighthouse = self.settings.config
         layer.inner_scale = kwargs.get("softmax_scale")
-        layer.dense_is_inner = self._dense_is_inner(module, config, here)
+        layer.exchange = Exchange.over(context_parallel_group(kwargs.get("pg_collection")))
+        layer.cp_comm_type = kwargs.get("cp_comm_type") or "p2p"
+        layer.dense_is_inner = dense_is_inner(self.settings, module)
+        if not layer.dense_is_inner:
+            self._check_inner(layer, config, here)
         return layer
 
-    def _dense_is_inner(self, module: type, config: TransformerConfig, device: torch.device) -> bool:
-        """Decides who attends to the gathered rows, so that a backend that is missing is named before training starts."""
-        name, of_te = self.settings.config.inner, "transformer_engine" in module.__module__
-        # Megatron's local attention would keep all scores, so it is the one that 'auto' replaces
-        if (of_te and name == "te") or (name == "auto" and module is not DotProductAttention):
-            return True
+    def _check_inner(self, layer: Any, config: TransformerConfig, device: torch.device) -> None:
+        """Name a backend that is missing, or a scheme that cannot be, before training starts."""
         heads, groups = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
-        sizes = (x // config.tensor_model_parallel_size for x in (heads, groups))
-        choose(name, device, config.params_dtype, *sizes, config.kv_channels)
-        return False
+        heads, groups = (x // config.tensor_model_parallel_size for x in (heads, groups))
+        name, rows = self.settings.config.inner, (device, config.params_dtype, heads, groups, config.kv_channels)
+        if layer.exchange is None or layer.cp_comm_type == "a2a":
+            choose(name, *rows)
+        else:
+            choose_for_blocks(name, list(BLOCKS), *rows)
+        if layer.exchange and (problem := comm_type_problem(layer.cp_comm_type, heads, groups, layer.exchange.size)):
+            raise ValueError(problem)
+
+
+def dense_is_inner(settings: LighthouseSettings, module: type) -> bool:
+    """Whether the core attention `module` of the spec attends to the gathered rows itself.
+
+    Transformer Engine's does, unless another is forced. Megatron's local one would keep all scores, so it does not.
+    """
+    name, of_te = settings.config.inner, "transformer_engine" in module.__module__
+    return (of_te and name == "te") or (name == "auto" and not issubclass(module, DotProductAttention))

@@ -16,6 +16,7 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.arguments import parse_and_validate_args
 
 from megatron_lighthouse import telemetry
+from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.mcore import progress, text
 from megatron_lighthouse.mcore.arguments import use_attention, with_lighthouse_arguments
 from megatron_lighthouse.mcore.data import train_valid_test_datasets
@@ -51,12 +52,17 @@ def run(program_start: float | None = None) -> None:
 
 
 def _draw_selection(layer_number: int, path: Path) -> None:
-    """On the one rank that has the layer's first heads and the first data."""
+    """On the one rank that has the layer's first heads and the first data; with the context-parallel ranks of its sequence."""
     selection = telemetry.watched().get(layer_number)
-    if selection is not None and mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_data_parallel_rank() == 0:
+    if selection is None or mpu.get_tensor_model_parallel_rank() or mpu.get_data_parallel_rank():
+        return
+    exchange = Exchange.over(mpu.get_context_parallel_group())
+    selection = telemetry.whole(selection, exchange)
+    if exchange is None or exchange.rank == 0:
         from megatron_lighthouse import plots
 
-        plots.selection_map(selection, path, f"layer {layer_number}")
+        ranks = f", context parallel {exchange.size}" if exchange else ""
+        plots.selection_map(selection, path, f"layer {layer_number}{ranks}")
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -14,11 +14,14 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+from megatron_lighthouse.context_parallel.plan import Layer, summary
 from megatron_lighthouse.mcore.checks import check_run
+from megatron_lighthouse.mcore.context_parallel import over_shards
 from megatron_lighthouse.mcore.core_attention import CoreAttentionBuilder
 from megatron_lighthouse.mcore.norm import torch_norm
 from megatron_lighthouse.mcore.output import without_kept_output
 from megatron_lighthouse.mcore.settings import LighthouseSettings, settings_from
+from megatron_lighthouse.notice import say_once
 
 type LayerSpec = ModuleSpec | TransformerBlockSubmodules
 
@@ -79,7 +82,41 @@ def layer_spec(model_cfg: Any, vp_stage: int | None = None, *, settings: Lightho
     spec = default_layer_spec(model_cfg, vp_stage)
     if config.sequence_parallel:
         spec = _with_sequence_parallel_norm(spec, config, vp_stage)
-    return spec if settings is None else with_lighthouse(spec, settings)
+    if settings is None:
+        return _dense_over_shards(spec, config)
+    _say_what_is_sent(config, settings)
+    return with_lighthouse(spec, settings)
+
+
+def _say_what_is_sent(config: TransformerConfig, settings: LighthouseSettings) -> None:
+    """One line, where this project's own attention crosses context-parallel ranks; Transformer Engine's does it its own way."""
+    args, size = _global_args(), config.context_parallel_size
+    of_te = config.transformer_impl == "transformer_engine" and settings.config.inner in ("auto", "te")
+    if args is None or size == 1 or of_te:
+        return
+    heads, groups = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
+    tensor_parallel, kinds = config.tensor_model_parallel_size, config.cp_comm_type or "p2p"
+    layer = Layer(
+        args.micro_batch_size,
+        heads // tensor_parallel,
+        groups // tensor_parallel,
+        config.kv_channels,
+        config.params_dtype.itemsize,
+    )
+    for comm_type in [kinds] if isinstance(kinds, str) else sorted(set(kinds)):
+        say_once(summary(settings.config.geometry(args.seq_length, size), layer, size, comm_type))
+
+
+def _dense_over_shards(spec: LayerSpec, config: TransformerConfig) -> LayerSpec:
+    """The spec of a dense model; with context parallelism, Megatron's local core attention made one that can do it."""
+    if config.context_parallel_size == 1:
+        return spec
+    spec = copy.deepcopy(spec)
+    for layer in _layers_of(spec):
+        submodules = getattr(layer.submodules.self_attention if layer.submodules else None, "submodules", None)
+        if submodules is not None and hasattr(submodules, "core_attention"):
+            submodules.core_attention = over_shards(submodules.core_attention, config)
+    return spec
 
 
 def _with_sequence_parallel_norm(spec: LayerSpec, config: TransformerConfig, vp_stage: int | None) -> LayerSpec:

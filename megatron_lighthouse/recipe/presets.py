@@ -28,12 +28,12 @@ LOCAL = """
 """Megatron's own layers on a GPU. Their attention keeps all scores: recomputed, 16K tokens fit."""
 
 CPU = """
-    --tensor-model-parallel-size 2
+    --context-parallel-size 2
     --num-layers 4 --hidden-size 128 --ffn-hidden-size 384 --init-method-std 0.06
     --num-attention-heads 4 --group-query-attention --num-query-groups 2
     --seq-length 2048 --max-position-embeddings 2048 --global-batch-size 1
     --lr 3e-3 --min-lr 3e-4 --lr-warmup-fraction 0.03
-    --lighthouse-budget 64 --lighthouse-tile-budget 32 --lighthouse-dense-first 1 --lighthouse-dense-last 1
+    --lighthouse-budget 64 --lighthouse-tile-budget 16 --lighthouse-dense-first 1 --lighthouse-dense-last 1
 """
 
 GPU = """
@@ -50,6 +50,8 @@ class Preset:
     """A model, how it is spread over processes, and how long the two stages are."""
 
     processes: int
+    context_parallel: int
+    """Processes that share a sequence."""
     steps: int
     """Iterations of stage 1 (Lighthouse)."""
     dense_steps: int
@@ -59,18 +61,16 @@ class Preset:
 
 
 def preset_for(gpus: int) -> Preset:
-    """The preset for a machine with this many GPUs; 0 takes two processes on the CPU."""
+    """The preset for a machine with this many GPUs; 0 takes two processes on the CPU. Where it can, two share a sequence."""
     if not gpus:
-        return Preset(2, 120, 40, tuple((COMMON + ON_CPU + CPU).split()))
-    tensor_parallel = 2 if gpus % 2 == 0 else 1
-    arguments = [*(COMMON + GPU).split(), "--tensor-model-parallel-size", str(tensor_parallel)]
-    arguments += ["--global-batch-size", str(2 * gpus // tensor_parallel)]
-    if tensor_parallel > 1:
-        arguments.append("--sequence-parallel")
+        return Preset(2, 2, 120, 40, tuple((COMMON + ON_CPU + CPU).split()))
+    context_parallel = 2 if gpus % 2 == 0 else 1
+    arguments = [*(COMMON + GPU).split(), "--context-parallel-size", str(context_parallel)]
+    arguments += ["--global-batch-size", str(2 * gpus // context_parallel)]
     arguments += ["--transformer-impl", "transformer_engine"] if find_spec("transformer_engine") else LOCAL.split()
     if not find_spec("fused_weight_gradient_mlp_cuda"):  # an extension of NVIDIA Apex
         arguments.append("--no-gradient-accumulation-fusion")
-    return Preset(gpus, 400, 100, tuple(arguments))
+    return Preset(gpus, context_parallel, 400, 100, tuple(arguments))
 
 
 def default_text() -> list[str]:

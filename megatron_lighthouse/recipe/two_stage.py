@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.mkdir(parents=True, exist_ok=True)
     text = options.data or default_text()
     where = f"{gpus} GPUs" if gpus else f"{preset.processes} CPU processes"
+    where = f"{where}, context parallel {preset.context_parallel}"
     print(f"{run}: {steps} iterations with Lighthouse, then {dense_steps} dense, on {where}", flush=True)
     for attention, start, stop in (("lighthouse", 0, steps), ("dense", steps, steps + dense_steps)):
         done = _iterations_done(run)
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SystemExit(
                 f"{attention} stopped at iteration {_iterations_done(run)}, before {stop}: run the same command again."
             )
-    return _draw(run)
+    return _draw(run, where)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -137,14 +138,14 @@ def _iterations_done(run: Path) -> int:
     return int(tracker.read_text()) if tracker.exists() else 0
 
 
-def _draw(run: Path) -> int:
+def _draw(run: Path, where: str) -> int:
     from megatron_lighthouse import plots
     from megatron_lighthouse.mcore.text import byte_entropy
 
     data = sorted((run / "data").glob("text-*-train.bin"), key=lambda path: path.stat().st_mtime)
     entropy = byte_entropy(str(data[-1].with_suffix(""))) if data else None
     logs = {attention: plots.read_scalars(run / "tensorboard" / attention) for attention in STAGES}
-    plots.loss_curve(logs, run / "loss.png", entropy)
+    plots.loss_curve(logs, run / "loss.png", entropy, title=f"{run.name}: {where}")
     for attention, scalars in logs.items():
         steps, values = scalars["lm loss"]
         print(f"{attention}: loss {values[-1]:.3f} at iteration {steps[-1]}")

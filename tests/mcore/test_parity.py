@@ -18,6 +18,12 @@ LAYOUTS = {
     "PP2": (2, "--pipeline-model-parallel-size 2"),
     "PP2·VPP2": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
     "DP2, distributed optimizer": (2, "--use-distributed-optimizer"),
+    "CP2": (2, "--context-parallel-size 2"),
+    "CP2, all-gather and all-to-all by layer": (2, "--context-parallel-size 2 --cp-comm-type p2p all_gather a2a p2p"),
+    "CP2, recompute": (2, "--context-parallel-size 2 --recompute-granularity selective --recompute-modules core_attn"),
+    "TP2·CP2": (4, "--tensor-model-parallel-size 2 --context-parallel-size 2 --sequence-parallel"),
+    "PP2·CP2": (4, "--pipeline-model-parallel-size 2 --context-parallel-size 2"),
+    "DP2·CP2": (4, "--context-parallel-size 2"),
     "recompute full": (1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
     "recompute core_attn": (1, "--recompute-granularity selective --recompute-modules core_attn"),
 }

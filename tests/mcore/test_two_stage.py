@@ -46,12 +46,12 @@ def test_a_failed_run_shows_why(tmp_path: Path) -> None:
     assert "lighthouse.log" in result.stderr
 
 
-@pytest.mark.parametrize(("gpus", "processes", "tensor_parallel"), [(0, 2, 2), (1, 1, 1), (2, 2, 2), (3, 3, 1), (8, 8, 2)])
-def test_presets(gpus: int, processes: int, tensor_parallel: int) -> None:
+@pytest.mark.parametrize(("gpus", "processes", "context_parallel"), [(0, 2, 2), (1, 1, 1), (2, 2, 2), (3, 3, 1), (8, 8, 2)])
+def test_presets(gpus: int, processes: int, context_parallel: int) -> None:
     preset = preset_for(gpus)
     arguments = list(preset.arguments)
     assert preset.processes == processes
-    assert arguments[arguments.index("--tensor-model-parallel-size") + 1] == str(tensor_parallel)
+    assert arguments[arguments.index("--context-parallel-size") + 1] == str(context_parallel)
     assert arguments[arguments.index("--distributed-backend") + 1] == ("nccl" if gpus else "gloo")
 
 

@@ -1,0 +1,57 @@
+"""What is planned to be sent is what is sent, to the byte."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed import ProcessGroup
+
+from megatron_lighthouse import LighthouseConfig, lighthouse_attention
+from megatron_lighthouse.context_parallel import exchange
+from megatron_lighthouse.context_parallel.layout import Layout
+from megatron_lighthouse.context_parallel.plan import Layer, layer_bytes, summary
+from tests.ranks import run_ranks
+
+TOKENS, BATCH, HEADS, GROUPS, DIM = 256, 2, 8, 4, 8
+SELECT_ALONE = LighthouseConfig(levels=3, pooling=2, budget=32, tile_budget=4)
+DEAL = SELECT_ALONE.replace(tile_budget=32)
+
+
+def _sent(group: ProcessGroup, config: LighthouseConfig, comm_type: str) -> list[dict[str, int]]:
+    """What this rank sends forward, and backward."""
+    torch.manual_seed(group.rank())
+    tokens = TOKENS // group.size()
+    query, key, value = (torch.randn(tokens, BATCH, n, DIM, requires_grad=True) for n in (HEADS, GROUPS, GROUPS))
+    ways: list[dict[str, int]] = []
+    exchange.sent.clear()
+    out = lighthouse_attention(query, key, value, config, cp_group=group, cp_comm_type=comm_type)
+    ways.append(dict(exchange.sent))
+    exchange.sent.clear()
+    out.sum().backward()
+    return [*ways, dict(exchange.sent)]
+
+
+@pytest.mark.parametrize("comm_type", ["p2p", "all_gather", "a2a"])
+@pytest.mark.parametrize("config", [SELECT_ALONE, DEAL], ids=["ranks select alone", "one tile"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_send_what_was_planned(size: int, config: LighthouseConfig, comm_type: str) -> None:
+    geometry = config.geometry(TOKENS, size)
+    for rank, ways in enumerate(run_ranks(size, _sent, config, comm_type)):
+        plan = layer_bytes(comm_type, geometry, Layer(BATCH, HEADS, GROUPS, DIM, 4), Layout(size, rank))
+        for way, sent in enumerate(ways):
+            planned: dict[str, Any] = {name: both[way] for name, both in plan.items() if both[way]}
+            most = planned.pop("deal", 0)
+            assert sent.pop("deal", 0) <= most
+            assert sent == planned
+
+
+def test_the_line_at_the_start_names_every_scheme_and_the_way_of_selecting() -> None:
+    layer = Layer(1, 8, 8, 128, 2)
+    line = summary(LighthouseConfig().geometry(98304), layer, 2, "p2p")
+    # keys and values of 4,608 rows or twice that, at 4 KB a row, three ways: 4,608 * 4096 * (2 + 2 + 1) and the halo's 16 rows
+    assert "a rank sends 94.4 MB in a layer and step by p2p (113.3 by all_gather, 75.5 by a2a)" in line
+    assert "each of 12 tiles lies in one of 4 chunks" in line
+    line = summary(LighthouseConfig(tile_budget=1536).geometry(98304), layer, 2, "a2a")
+    assert "at most" in line and "1 tile spans the 4 chunks" in line

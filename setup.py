@@ -30,6 +30,7 @@ setup(
     ],
     extras_require={
         "te": ["transformer-engine[core_cu13,pytorch]"],  # --transformer-impl transformer_engine
+        "gla": ["flash-linear-attention"],  # --lighthouse-scorer gla on a GPU
         "test": [
             "pytest",  # runs the tests
             "hypothesis",  # draws the shapes of the property tests

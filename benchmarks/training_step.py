@@ -2,7 +2,8 @@
 
 Megatron with Transformer Engine, bf16, no recompute: dense attention, 26 of 30 layers Lighthouse, and all 30, each in a
 process of its own through `megatron_lighthouse.pretrain_gpt`. Reads step time and peak memory from Megatron's log. Leaves
-training_step.csv, summary.json and the logs. `--budget`, `--seq-length` and `--layers` change the model.
+training_step.csv, summary.json and the logs. `--budget`, `--seq-length` and `--layers` change the model; `--ranks 2` shares the
+sequence between two GPUs by context parallelism.
 """
 
 from __future__ import annotations
@@ -43,16 +44,18 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--budget", type=int, default=1536)
     parser.add_argument("--steps", type=int, default=10, help="iterations a run; the first three are not counted")
+    parser.add_argument("--ranks", type=int, default=1, help="GPUs, by context parallelism")
+    parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS), help="which of them")
     options, more = parser.parse_known_args()
     options.out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for name, arguments in RUNS.items():
-        rows.append({"run": name, **measure(name, arguments, options, more)})
+    for name in options.runs:
+        rows.append({"run": name, "GPUs": options.ranks, **measure(name, RUNS[name], options, more)})
         print(rows[-1], flush=True)
-    dense = rows[0]["seconds a step"]
+    dense = next((row["seconds a step"] for row in rows if row["run"] == "dense"), None)
     for row in rows:
         ours = row["seconds a step"]
-        row["times dense"] = round(dense / ours, 2) if dense and ours else None  # type: ignore[operator]
+        row["times dense"] = round(dense / ours, 2) if dense and ours else None
     with (options.out / "training_step.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -67,7 +70,9 @@ def measure(name: str, arguments: list[str], options: argparse.Namespace, more: 
     length = str(options.seq_length)
     sizes = ["--seq-length", length, "--max-position-embeddings", length, "--num-layers", str(options.layers)]
     command = [
-        *(sys.executable, "-m", "megatron_lighthouse.pretrain_gpt", *MODEL, *sizes, *arguments),
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks)),
+        *("-m", "megatron_lighthouse.pretrain_gpt", *MODEL, *sizes, *arguments),
+        *("--context-parallel-size", str(options.ranks), "--high-priority-stream-groups", "cp"),
         *("--lighthouse-budget", str(options.budget), "--train-iters", str(options.steps), *more),
         *("--data-cache-path", str(options.out / "data"), "--text-data", *default_text()),
     ]

@@ -117,23 +117,28 @@ class LighthouseConfig:
         """Tokens come in 2C chunks of whole windows, and so do the gathered rows."""
         seq_length, chunks = geometry.seq_length, 2 * ranks
         window = geometry.window(self.levels - 1)
-        fits = [n for n in range(2, seq_length // (2 * window) + 1) if seq_length % (2 * n * window) == 0]
-        fits = [n for n in fits if (self.levels - 1) * self.pooling * self.budget % (2 * n) == 0]
-        best = sorted(sorted(fits, key=lambda n: abs(n - ranks))[:2])
-        other = f"--context-parallel-size {' or '.join(map(str, best or [1]))}"
         if seq_length % (chunks * window):
             lengths = [n for n in self._neighbours(seq_length, self._unit(chunks)) if n >= window * self.budget]
             raise ValueError(
                 f"--context-parallel-size {ranks} cuts the sequence into {chunks} chunks of whole windows of {window} tokens, "
                 f"so --seq-length {seq_length} must be a multiple of {chunks * window}: use "
-                f"{_either('--seq-length', lengths)}, or {other}."
+                f"{_either('--seq-length', lengths)}, or {self._other_ranks(geometry, ranks)}."
             )
         if geometry.gathered_length % chunks:
             raise ValueError(
                 f"--context-parallel-size {ranks} deals the gathered rows into {chunks} equal chunks, and {flag('levels')} "
                 f"{self.levels} with {flag('pooling')} {self.pooling} and {flag('budget')} {self.budget} gathers "
-                f"{geometry.gathered_length}: use {other}, or a budget that is a multiple of {chunks}."
+                f"{geometry.gathered_length}: use {self._other_ranks(geometry, ranks)}, or a budget that is a multiple "
+                f"of {chunks}."
             )
+
+    def _other_ranks(self, geometry: Geometry, ranks: int) -> str:
+        """'--context-parallel-size …' with the nearest numbers of ranks that fit; 1 always does."""
+        refined = (self.levels - 1) * self.pooling * self.budget
+        windows = geometry.entries(self.levels - 1)
+        fits = [n for n in range(1, windows // 2 + 1) if windows % (2 * n) == 0 and refined % (2 * n) == 0]
+        best = sorted(sorted(fits or [1], key=lambda n: abs(n - ranks))[:2])
+        return _either("--context-parallel-size", best)
 
     def _unit(self, chunks: int) -> int:
         """What a sequence length must be a multiple of: of tiles of whole windows, and of chunks of these."""

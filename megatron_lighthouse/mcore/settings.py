@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         choices=list(SCORERS),
         default=defaults.scorer,
         help="What ranks the entries: 'norm' takes the L2 norms of queries and keys, 'summary' attention over the coarsest "
-        "windows, 'dilated' attention over every fourth token, 'gla' gated linear attention over the same. Default: %(default)s.",
+        "windows, 'dilated' attention over every fourth token, 'gla' gated linear attention over these. Default: %(default)s.",
     )
     group.add_argument(
         flag("inner"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -73,7 +73,8 @@ def lighthouse_attention(
     ).scatter()
 
 
-class Attended(NamedTuple):
+@dataclass(frozen=True)
+class Attended:
     """What the last step needs: all of a layer but its output."""
 
     rows: Tensor
@@ -107,7 +108,7 @@ def attended_rows(
     attend: Attend | None = None,
     selection: Selection | None = None,
 ) -> Attended:
-    """All steps of `lighthouse_attention` but the last."""
+    """All steps of `lighthouse_attention` but the last, which must follow: the halo is under way until then."""
     _check(query, key, value)
     geometry = config.geometry(query.shape[0] * (exchange.size if exchange else 1), exchange.size if exchange else 1)
     if attend is None:

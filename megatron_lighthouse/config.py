@@ -92,84 +92,87 @@ class LighthouseConfig:
         Raises ValueError where N does not divide into tiles of whole windows, where a tile has fewer coarsest windows than its
         budget, or where tokens or rows do not divide into 2C equal chunks.
         """
-        unit = self.budget // self.tile_budget * self.pooling ** (self.levels - 1)
-        window = self.pooling ** (self.levels - 1)
-        if seq_length < 1 or seq_length % unit:
-            below, above = self._neighbours(seq_length, unit)
-            lengths = [n for n in (below, above) if n >= window * self.budget] or [window * self.budget]
+        window, tiles, chunks = self.pooling ** (self.levels - 1), self.budget // self.tile_budget, _chunks(context_parallel)
+        geometry = Geometry(seq_length, self.levels, self.pooling, self.budget, self.tile_budget)
+        if self._refined % chunks:
             raise ValueError(
-                f"--seq-length {seq_length} must be a multiple of {unit} (budget {self.budget} / tile budget "
-                f"{self.tile_budget} = {self.budget // self.tile_budget} tiles of whole windows of {window} tokens): "
-                f"use {_either('--seq-length', lengths)}{self._other_budgets(seq_length)}."
+                f"--context-parallel-size {context_parallel} deals the gathered rows into {chunks} equal chunks, and "
+                f"{flag('levels')} {self.levels} with {flag('pooling')} {self.pooling} and {flag('budget')} {self.budget} "
+                f"refines into {self._refined} rows, no multiple of it: use {self._others(seq_length, context_parallel)}."
+            )
+        if seq_length < 1 or seq_length % (tiles * window):
+            raise ValueError(
+                f"--seq-length {seq_length} must be a multiple of {tiles * window} (budget {self.budget} / tile budget "
+                f"{self.tile_budget} = {tiles} tiles of whole windows of {window} tokens): "
+                f"use {self._others(seq_length, context_parallel)}."
+            )
+        if seq_length % (chunks * window):
+            raise ValueError(
+                f"--context-parallel-size {context_parallel} cuts the sequence into {chunks} chunks of whole windows of "
+                f"{window} tokens, so --seq-length {seq_length} must be a multiple of {chunks * window}: use "
+                f"{self._others(seq_length, context_parallel)}."
             )
         if seq_length < window * self.budget:
             raise ValueError(
                 f"{flag('budget')} {self.budget} refines more windows than the {seq_length // window} windows of {window} "
-                f"tokens that --seq-length {seq_length} has: use --seq-length {window * self.budget} or more"
-                f"{self._other_budgets(seq_length)}."
+                f"tokens that --seq-length {seq_length} has: use {self._others(seq_length, context_parallel)}."
             )
-        geometry = Geometry(seq_length, self.levels, self.pooling, self.budget, self.tile_budget)
-        if context_parallel > 1:
-            self._check_chunks(geometry, context_parallel)
         return geometry
 
-    def _check_chunks(self, geometry: Geometry, ranks: int) -> None:
-        """Tokens come in 2C chunks of whole windows, and so do the gathered rows."""
-        seq_length, chunks = geometry.seq_length, 2 * ranks
-        window = geometry.window(self.levels - 1)
-        if seq_length % (chunks * window):
-            lengths = [n for n in self._neighbours(seq_length, self._unit(chunks)) if n >= window * self.budget]
-            raise ValueError(
-                f"--context-parallel-size {ranks} cuts the sequence into {chunks} chunks of whole windows of {window} tokens, "
-                f"so --seq-length {seq_length} must be a multiple of {chunks * window}: use "
-                f"{_either('--seq-length', lengths)}, or {self._other_ranks(geometry, ranks)}."
-            )
-        if geometry.gathered_length % chunks:
-            raise ValueError(
-                f"--context-parallel-size {ranks} deals the gathered rows into {chunks} equal chunks, and {flag('levels')} "
-                f"{self.levels} with {flag('pooling')} {self.pooling} and {flag('budget')} {self.budget} gathers "
-                f"{geometry.gathered_length}: use {self._other_ranks(geometry, ranks)}, or a budget that is a multiple "
-                f"of {chunks}."
-            )
+    @property
+    def _refined(self) -> int:
+        """Gathered rows but for the coarsest: (L-1)*p*k."""
+        return (self.levels - 1) * self.pooling * self.budget
 
-    def _other_ranks(self, geometry: Geometry, ranks: int) -> str:
-        """'--context-parallel-size …' with the nearest numbers of ranks that fit; 1 always does."""
-        refined = (self.levels - 1) * self.pooling * self.budget
-        windows = geometry.entries(self.levels - 1)
-        fits = [n for n in range(1, windows // 2 + 1) if windows % (2 * n) == 0 and refined % (2 * n) == 0]
-        best = sorted(sorted(fits or [1], key=lambda n: abs(n - ranks))[:2])
-        return _either("--context-parallel-size", best)
+    def _unit(self, ranks: int) -> int:
+        """What a sequence length must be a multiple of: whole windows in each tile and in each chunk."""
+        return math.lcm(self.budget // self.tile_budget, _chunks(ranks)) * self.pooling ** (self.levels - 1)
 
-    def _unit(self, chunks: int) -> int:
-        """What a sequence length must be a multiple of: of tiles of whole windows, and of chunks of these."""
-        return math.lcm(self.budget // self.tile_budget, chunks) * self.pooling ** (self.levels - 1)
+    def _fits(self, seq_length: int, ranks: int) -> bool:
+        least = self.pooling ** (self.levels - 1) * self.budget
+        return seq_length >= least and seq_length % self._unit(ranks) == 0 and self._refined % _chunks(ranks) == 0
 
-    def _other_budgets(self, seq_length: int) -> str:
-        """', or --lighthouse-budget …' with the nearest budgets that fit `seq_length`; '' where there is none."""
-        window = self.pooling ** (self.levels - 1)
-        fits = [
+    def _others(self, seq_length: int, ranks: int) -> str:
+        """The nearest settings that would work: of each kind up to two, every one tried against all rules."""
+        unit, window = self._unit(ranks), self.pooling ** (self.levels - 1)
+        below, above = self._neighbours(seq_length, unit)
+        least = self._neighbours(window * self.budget - 1, unit)[1]
+        lengths = [n for n in (below, above) if self._fits(n, ranks)] or [n for n in (least,) if self._fits(n, ranks)]
+        budgets = [
             k
-            for k in range(self.tile_budget, seq_length // window + 1, self.tile_budget)
-            if seq_length % (k // self.tile_budget * window) == 0
+            for k in range(self.tile_budget, max(0, seq_length) // window + 1, self.tile_budget)
+            if k != self.budget and self.replace(budget=k)._fits(seq_length, ranks)
         ]
-        best = sorted(sorted(fits, key=lambda k: abs(k - self.budget))[:2])
-        if best:
-            return f", or {_either(flag('budget'), best)}"
-        for tile_budget in (64, 32, 16, 8, 4, 2):
-            if tile_budget < self.tile_budget and seq_length % window == 0 and tile_budget * window <= seq_length:
-                return f", or {flag('budget')} {tile_budget} {flag('tile_budget')} {tile_budget}"
-        return ""
+        sizes = [n for n in range(1, max(0, seq_length) // (2 * window) + 1) if n != ranks and self._fits(seq_length, n)]
+        offers = [_either("--seq-length", lengths), _either(flag("budget"), _nearest(budgets, self.budget))]
+        if ranks > 1:
+            offers.append(_either("--context-parallel-size", _nearest(sizes, ranks)))
+        if not budgets:
+            for m in (64, 32, 16, 8, 4, 2):
+                if m < self.tile_budget and self.replace(budget=m, tile_budget=m)._fits(seq_length, ranks):
+                    offers.append(f"{flag('budget')} {m} {flag('tile_budget')} {m}")
+                    break
+        return ", or ".join(filter(None, offers)) or "other sizes"
 
     def _other_tile_budgets(self) -> str:
         """The even divisors of the budget that lie nearest; where there is none, a pair that works."""
         fits = [m for m in range(2, self.budget + 1, 2) if self.budget % m == 0]
-        best = sorted(sorted(fits, key=lambda m: abs(m - self.tile_budget))[:2])
-        return _either(flag("tile_budget"), best) if best else f"{flag('budget')} 1536 {flag('tile_budget')} 128"
+        best = _either(flag("tile_budget"), _nearest(fits, self.tile_budget))
+        return best or f"{flag('budget')} 1536 {flag('tile_budget')} 128"
 
     def replace(self, **changes: object) -> LighthouseConfig:
         """A copy with `changes`, checked again."""
         return replace(self, **changes)  # type: ignore[arg-type]
 
 
+def _chunks(ranks: int) -> int:
+    """Chunks of the sequence that `ranks` context-parallel ranks hold: two each, or all of it as one."""
+    return 2 * ranks if ranks > 1 else 1
+
+
+def _nearest(values: list[int], to: int) -> list[int]:
+    return sorted(sorted(values, key=lambda x: abs(x - to))[:2])
+
+
 def _either(name: str, values: list[int]) -> str:
-    return f"{name} " + " or ".join(str(v) for v in values)
+    return f"{name} " + " or ".join(str(v) for v in values) if values else ""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse import LighthouseConfig, kernels, reference
+from megatron_lighthouse.attention import _select
 from megatron_lighthouse.selection import Selection
 from megatron_lighthouse.steps import Steps
 from tests.oracle import Entry, Problem, number, order, select
@@ -68,6 +69,12 @@ def selection_of(problem: Problem, chosen: list[list[list[Entry]]]) -> Selection
             for place, entry in enumerate(row):
                 places[b, g, number(entry, problem)] = place
     return Selection(geometry, places.to(DEVICE), geometry.gathered_length)
+
+
+def chosen(query: Tensor, key: Tensor, config: LighthouseConfig) -> Selection:
+    """The selection that `lighthouse_attention` makes on one rank, by the norms."""
+    selection, _ = _select(query, key, key, config, config.geometry(query.shape[0]), None)
+    return selection
 
 
 @contextmanager

@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention
-from megatron_lighthouse.attention import _select
 from megatron_lighthouse.reference import gather, scatter
 from megatron_lighthouse.selection import Selection
 from tests.oracle import Problem, attention, problems
-from tests.steps import LAYOUTS, restride, tensors
+from tests.steps import LAYOUTS, chosen, restride, tensors
 from tests.tolerances import assert_close
 
 thorough = settings(deadline=None, derandomize=True, max_examples=100)
@@ -47,7 +46,7 @@ def test_equals_the_oracle(problem: Problem, layout: str, scale: float | None) -
     out = lighthouse_attention(*inputs, config_of(problem), softmax_scale=scale)
     assert out.dtype == torch.float64
     indices, expected = attention(*problem.arrays(), problem, scale)
-    np.testing.assert_array_equal(_select(*inputs[:2], config_of(problem)).indices.numpy(), indices)
+    np.testing.assert_array_equal(chosen(*inputs[:2], config_of(problem)).indices.numpy(), indices)
     assert_close(out, expected, "float64")
 
 
@@ -57,7 +56,7 @@ def test_gradients_are_those_of_finite_differences(ratio: int, levels: int, pool
     problem = Problem(length, levels, pooling, 4, 2, groups=2 if ratio == 1 else 1, queries_per_group=ratio, dim=2)
     inputs = [x.requires_grad_() for x in tensors(problem)]
     config = config_of(problem)
-    selection = _select(*inputs[:2], config)  # held fixed: a step of the differences must not move a choice
+    selection = chosen(*inputs[:2], config)  # held fixed: a step of the differences must not move a choice
     assert torch.autograd.gradcheck(lambda *qkv: lighthouse_attention(*qkv, config, selection=selection), inputs)
 
 
@@ -81,7 +80,7 @@ def test_with_one_query_head_a_group_each_head_is_its_own_layer() -> None:
 def test_grouped_queries_equal_repeated_keys_and_values() -> None:
     query, key, value = tensors(GQA)
     ratio, config = GQA.queries_per_group, config_of(GQA)
-    grouped = _select(query, key, config)
+    grouped = chosen(query, key, config)
     each = Selection(grouped.geometry, grouped.places.repeat_interleave(ratio, 1), grouped.length)
     actual = forward_backward([query, key, value], config)
     expected = forward_backward([query, *(x.repeat_interleave(ratio, 2) for x in (key, value))], config, each)
@@ -103,7 +102,7 @@ def test_each_batch_element_equals_running_it_alone() -> None:
 def test_later_tokens_never_change_earlier_outputs(problem: Problem, data: st.DataObject) -> None:
     start = data.draw(st.integers(1, problem.seq_length - 1), label="first changed token")
     config, inputs = config_of(problem), tensors(problem)
-    selection = _select(*inputs[:2], config)
+    selection = chosen(*inputs[:2], config)
     before = lighthouse_attention(*inputs, config, selection=selection)
     for x, other in zip(inputs, tensors(replace(problem, seed=problem.seed + 1, ties=False)), strict=True):
         x[start:] = 10 * other[start:]
@@ -131,7 +130,7 @@ def test_pinning_the_first_window_leaves_no_position_empty(problem: Problem) -> 
 def test_every_precision_is_near_float64(kind: str) -> None:
     dtype = getattr(torch, kind)
     inputs = [x.to(dtype) for x in tensors(GQA)]
-    selection = _select(*inputs[:2], config_of(GQA))
+    selection = chosen(*inputs[:2], config_of(GQA))
     actual = forward_backward(inputs, config_of(GQA), selection)
     expected = forward_backward([x.double() for x in inputs], config_of(GQA), selection)
     for a, b, like in zip(actual, expected, [inputs[0], *inputs], strict=True):
@@ -156,7 +155,7 @@ def test_backward_when_only_some_inputs_require_grad(wanted: tuple[int, ...]) ->
 
 def test_the_inner_attention_sees_the_gathered_rows_alone() -> None:
     query, key, value = tensors(GQA)
-    selection = _select(query, key, config_of(GQA))
+    selection = chosen(query, key, config_of(GQA))
     seen: list[Tensor] = []
 
     def attend(*rows: Tensor) -> Tensor:
@@ -214,11 +213,11 @@ def test_a_scale_beside_an_inner_attention_is_refused() -> None:
 def test_a_selection_of_another_geometry_is_refused() -> None:
     other = replace(GQA, seq_length=48)
     with pytest.raises(ValueError, match=r"selection was made for .*48.*, not for .*96"):
-        lighthouse_attention(*tensors(GQA), config_of(GQA), selection=_select(*tensors(other)[:2], config_of(other)))
+        lighthouse_attention(*tensors(GQA), config_of(GQA), selection=chosen(*tensors(other)[:2], config_of(other)))
 
 
 def test_a_selection_of_another_batch_is_refused() -> None:
     query, key, value = tensors(GQA)
-    selection = _select(query[:, :1], key[:, :1], config_of(GQA))
+    selection = chosen(query[:, :1], key[:, :1], config_of(GQA))
     with pytest.raises(ValueError, match="selection"):
         lighthouse_attention(query, key, value, config_of(GQA), selection=selection)

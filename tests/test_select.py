@@ -14,20 +14,19 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthouse_select, telemetry
-from megatron_lighthouse.attention import _select
 from megatron_lighthouse.geometry import Geometry
 from megatron_lighthouse.selection import Selection
 from megatron_lighthouse.steps import Steps
 from tests.oracle import Problem, attention, entry_at, last_token, number, order, problems
 from tests.oracle import select as select_entries
-from tests.steps import DEVICE, both, poisoned, tensors
+from tests.steps import DEVICE, both, chosen, poisoned, tensors
 
 thorough = settings(deadline=None, derandomize=True, max_examples=150)
 
 
 def selection_of(problem: Problem) -> Selection:
     query, key, _ = tensors(problem)
-    return _select(query, key, LighthouseConfig(**problem.options))
+    return chosen(query, key, LighthouseConfig(**problem.options))
 
 
 def refined(steps: Steps, scores_q: list[int], scores_k: list[int], tile_budget: int = 2, pin_first: bool = False) -> list[int]:
@@ -175,7 +174,7 @@ def test_group_scores_are_the_norm_of_all_its_query_heads() -> None:
     query[4, 0, :2, 0] = torch.tensor([1.0, 4.0])
     query[6, 0, 2:, 0] = torch.tensor([1.0, 2.0])
     key = torch.ones(8, 1, 2, 1, dtype=torch.float64)
-    selected = _select(query, key, LighthouseConfig(2, 2, 2, 2, pin_first=False))
+    selected = chosen(query, key, LighthouseConfig(2, 2, 2, 2, pin_first=False))
     # the queries' choice, then the lowest of equal keys
     assert (selected.rows[0][0, 0] >= 0).nonzero().flatten().tolist() == [0, 1, 2, 3]
     assert (selected.rows[0][0, 1] >= 0).nonzero().flatten().tolist() == [0, 1, 6, 7]

@@ -19,7 +19,7 @@ from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.gathered import Gathered
 from megatron_lighthouse.context_parallel.heads import attend_by_heads
 from megatron_lighthouse.context_parallel.ring import RingAttention
-from megatron_lighthouse.inner import Attend
+from megatron_lighthouse.inner import Attend, inner_attention
 
 COMM_TYPES = ("p2p", "all_gather", "a2a")
 
@@ -42,7 +42,9 @@ def sharded_attention(
     if problem := comm_type_problem(comm_type, query.shape[2], key.shape[2], exchange.size):
         raise ValueError(problem)
     if comm_type == "a2a":
-        return lambda q, k, v: attend_by_heads(q, k, v, name, exchange, scale)
+        q, k = (x[:, :, : x.shape[2] // exchange.size] for x in (query, key))
+        whole = inner_attention(name, q, k, scale)
+        return lambda q, k, v: attend_by_heads(q, k, v, whole, exchange)
     block = block_for(name, query, key)
     if comm_type == "p2p":
         return RingAttention(block, exchange, scale)
@@ -52,8 +54,9 @@ def sharded_attention(
 def comm_type_problem(comm_type: str, heads: int, groups: int, size: int) -> str | None:
     """Why `size` ranks cannot attend by this scheme; None where they can. Heads and groups are those of one rank."""
     if comm_type not in COMM_TYPES:
+        what = "is Transformer Engine's" if comm_type == "a2a+p2p" else "is not known"
         return (
-            f"--cp-comm-type {comm_type} is Transformer Engine's: use {', '.join(COMM_TYPES[:2])} or {COMM_TYPES[2]}, or "
+            f"--cp-comm-type {comm_type} {what}: use {', '.join(COMM_TYPES[:2])} or {COMM_TYPES[2]}, or "
             "--transformer-impl transformer_engine."
         )
     if comm_type == "a2a" and (heads % size or groups % size):

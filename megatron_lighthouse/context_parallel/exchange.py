@@ -45,7 +45,8 @@ class Exchange:
         _count(purpose, x, self.size - 1)
         x = x.contiguous()
         out = x.new_empty(self.size, *x.shape)
-        dist.all_gather_into_tensor(out.flatten(0, 1) if x.dim() else out, x, group=self.group)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.14
+        gather(out.flatten(0, 1) if x.dim() else out, x, group=self.group)
         return out
 
     def all_to_all(self, x: Tensor, purpose: str, to: Sequence[int] | None = None, by: Sequence[int] | None = None) -> Tensor:

@@ -67,6 +67,7 @@ class _Halo(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_halo: Tensor) -> tuple[Tensor, None, None]:
+        # in place: `grad` is what scatter's backward has just made
         add_edge(grad, ctx.travel.returned(grad_halo), ctx.selection)
         return grad, None, None
 

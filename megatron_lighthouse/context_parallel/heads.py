@@ -9,13 +9,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.inner import inner_attention
+from megatron_lighthouse.inner import Attend
 
 
-def attend_by_heads(query: Tensor, key: Tensor, value: Tensor, name: str, exchange: Exchange, scale: float) -> Tensor:
-    """[2s, B, H, D] and twice [2s, B, G, D] -> [2s, B, H, D], by the backend `name` of `inner_attention` on all 2sC rows."""
-    q, k, v = (_ToHeads.apply(x, exchange) for x in (query, key, value))
-    out: Tensor = _ToRows.apply(inner_attention(name, q, k, scale)(q, k, v), exchange)
+def attend_by_heads(query: Tensor, key: Tensor, value: Tensor, whole: Attend, exchange: Exchange) -> Tensor:
+    """[2s, B, H, D] and twice [2s, B, G, D] -> [2s, B, H, D]; `whole` attends to all 2sC rows of H/C and G/C heads."""
+    out: Tensor = _ToRows.apply(whole(*(_ToHeads.apply(x, exchange) for x in (query, key, value))), exchange)
     return out
 
 

@@ -45,7 +45,7 @@ class Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         query, key, value, block, exchange, scale, arriving = args
-        ctx.block, ctx.exchange, ctx.scale, ctx.arriving = block, exchange, scale, None
+        ctx.block, ctx.exchange, ctx.scale, ctx.begun = block, exchange, scale, None
         arriving = arriving or _Arriving(key, value, exchange)
         out, lse = block.forward(query, key, value, True, scale)
         dtype, several = out.dtype, exchange.size > 2
@@ -60,9 +60,9 @@ class Ring(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
+        begun, ctx.begun = ctx.begun or _begin_backward(ctx), None
+        (query, key, value, out, lse), arriving = begun
         exchange: Exchange = ctx.exchange
-        arriving, ctx.arriving = ctx.arriving or _Arriving(key, value, exchange), None
         dq, dk, dv = (_Sum(x, lse.dtype, exchange.size > 2) for x in (query, key, value))
         returning = _Returning(dk, dv, exchange)
         for rank, k, v in arriving:
@@ -79,14 +79,19 @@ class Ring(torch.autograd.Function):
 def begin_backward_with(output: Tensor, rows: Tensor) -> None:
     """Let the keys and values of `rows`, if `Ring` made them, set out as soon as the gradient of `output` is there."""
     node: Any = rows.grad_fn  # of `Ring` this is its ctx
-    if not output.requires_grad or not hasattr(node, "arriving"):
+    if not output.requires_grad or not hasattr(node, "begun"):
         return
 
     def begin(_: Tensor) -> None:
-        _, key, value, *_ = node.saved_tensors
-        node.arriving = _Arriving(key, value, node.exchange)
+        node.begun = _begin_backward(node)
 
     output.register_hook(begin)
+
+
+def _begin_backward(ctx: Any) -> tuple[tuple[Tensor, ...], _Arriving]:
+    """What forward saved, read once as checkpoints demand, and the others' keys and values on their way."""
+    saved = ctx.saved_tensors
+    return saved, _Arriving(saved[1], saved[2], ctx.exchange)
 
 
 def _rows(rank: int, own: int, x: Tensor) -> slice:

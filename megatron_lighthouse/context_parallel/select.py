@@ -1,8 +1,8 @@
 """Selection per shard: each rank selects in its own chunks, or all decide alike about the tiles that span them.
 
 Where the tiles lie within chunks (T is a multiple of 2C) nothing need be said to anyone. Where they do not, down to one tile
-for the whole sequence, the ranks exchange the scores of their windows, the block summaries that selection decides by, around
-the ring, and each decides everything; so their decisions are equal, and equal to those of one rank, to the last bit.
+for the whole sequence, the ranks exchange the scores of their windows, the block summaries that selection decides by, in one
+all-gather, and each decides everything; so their decisions are equal, and equal to those of one rank, to the last bit.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ copy, an output gate), and is left out where a saved-tensor hook may still read 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ def remember_source(output: Tensor, attended: Attended) -> Tensor:
     if output.requires_grad and not torch.compiler.is_compiling():
         halo = None if attended.halo is None else attended.halo.detach()
         rows = attended.rows.detach()
-        source = attended._replace(rows=rows, dealt=rows, halo=halo, travel=None)
+        source = replace(attended, rows=rows, dealt=rows, halo=halo, travel=None)
         output.lighthouse_source = source  # type: ignore[attr-defined]
     return output
 

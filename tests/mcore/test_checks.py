@@ -32,12 +32,18 @@ def problems(settings: LighthouseSettings = GOOD, seq_length: int | None = 256, 
     return ""
 
 
+LOCAL_RANKS = {"context_parallel_size": 2, "transformer_impl": "local"}
 REFUSED = [
-    ({"context_parallel_size": 2}, "--context-parallel-size 2", "use 1"),
+    (
+        {**LOCAL_RANKS, "cp_comm_type": "a2a+p2p"},
+        "--cp-comm-type a2a+p2p",
+        "--transformer-impl transformer_engine",
+    ),
+    ({**LOCAL_RANKS, "context_parallel_size": 4, "cp_comm_type": "a2a"}, "--cp-comm-type a2a", "--context-parallel-size 2"),
     ({"attention_dropout": 0.1}, "--attention-dropout 0.1", "--attention-dropout 0"),
     ({"window_size": (128, 0)}, "--window-size (128, 0)", "--attention dense"),
     ({"multi_latent_attention": True}, "--multi-latent-attention", "--group-query-attention"),
-    ({"qk_layernorm": True}, "--qk-layernorm", "leave it out"),
+    ({"qk_layernorm": True}, "--qk-layernorm", "--lighthouse-scorer dilated or gla"),
     ({"qk_l2_norm": True}, "--qk-l2-norm", "leave it out"),
     ({"softmax_type": "learnable"}, "--softmax-type learnable", "--softmax-type vanilla"),
     ({"experimental_attention_variant": "dsa"}, "--experimental-attention-variant dsa", "use one or the other"),

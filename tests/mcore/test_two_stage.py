@@ -40,9 +40,9 @@ def test_both_stages_and_again(tmp_path: Path) -> None:
 
 
 def test_a_failed_run_shows_why(tmp_path: Path) -> None:
-    result = recipe(tmp_path, "--data", str(ROOT / "LICENSE"), "--lighthouse-budget", "48")
+    result = recipe(tmp_path, "--data", str(ROOT / "LICENSE"), "--lighthouse-budget", "40")
     assert result.returncode != 0
-    assert "--lighthouse-budget 48 must be a positive multiple of --lighthouse-tile-budget 32: use 32 or 64" in result.stderr
+    assert "--lighthouse-budget 40 must be a positive multiple of --lighthouse-tile-budget 16: use 32 or 48" in result.stderr
     assert "lighthouse.log" in result.stderr
 
 

@@ -40,11 +40,14 @@ def main() -> None:
     result: dict[str, object] = {**environment(), "steps": options.steps}
     for title, base, others in _comparisons():
         expected = _losses(title, 1, base, options)
-        found = {name: _losses(f"{title} {name}", ranks, [*base, *more], options) for name, (ranks, more) in others.items()}
-        distances = {name: max(abs(a - b) for a, b in zip(expected, x, strict=True)) for name, x in found.items()}
-        result[title] = {"greatest distance": distances, "one rank": expected, **found}
-        print(f"{title}: losses {expected[0]:.4f} to {expected[-1]:.4f}; greatest distance {distances}", flush=True)
-        (options.out / "agreement.json").write_text(json.dumps(result, indent=2) + "\n")
+        rows: dict[str, object] = {"one rank": expected}
+        result[title] = rows
+        for name, (ranks, more) in others.items():
+            found = _losses(f"{title} {name}", ranks, [*base, *more], options)
+            distance = max(abs(a - b) for a, b in zip(expected, found, strict=True))
+            rows[name] = {"greatest distance": distance, "losses": found}
+            print(f"{title}, {name}: {expected[0]:.4f} to {expected[-1]:.4f}, greatest distance {distance:.2e}", flush=True)
+            (options.out / "agreement.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 def _comparisons() -> list[tuple[str, list[str], dict[str, tuple[int, list[str]]]]]:

@@ -117,8 +117,8 @@ SIZES = _sizes()
             8,
             Problem(64, 2, 2, 4, 2),
             "--context-parallel-size 8 deals the gathered rows into 16 equal chunks, and --lighthouse-levels 2 with "
-            "--lighthouse-pooling 2 and --lighthouse-budget 4 refines into 8 rows, no multiple of it: use --lighthouse-budget 8 "
-            "or 16, or --context-parallel-size 2 or 4",
+            "--lighthouse-pooling 2 and --lighthouse-budget 4 refines into 8 rows, no multiple of it: use "
+            "--lighthouse-budget 8 or 16, or --context-parallel-size 2 or 4",
             id="rows that cannot be dealt evenly",
         ),
         pytest.param(

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from megatron_lighthouse.context_parallel.layout import Layout
 from megatron_lighthouse.geometry import Geometry
+from megatron_lighthouse.scorers.gla import SEGMENT
+from megatron_lighthouse.scorers.streams import DELTA
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,23 @@ def attend_bytes(comm_type: str, rows: int, layer: Layer, layout: Layout) -> tup
     return once, once
 
 
-def layer_bytes(comm_type: str, geometry: Geometry, layer: Layer, layout: Layout) -> dict[str, tuple[int, int]]:
-    """(forward, backward) bytes that a rank sends in one Lighthouse layer with the norm scorer, by purpose.
+def scorer_bytes(scorer: str, geometry: Geometry, layer: Layer, layout: Layout) -> int:
+    """Bytes that a rank sends, forward, for the scorer of that name."""
+    tokens, heads, wide = geometry.seq_length // layout.size, layer.batch * layer.groups, max(4, layer.itemsize)
+    if scorer in ("dilated", "summary"):  # keys, values and mean queries; of the coarsest windows, or of all tokens
+        rows = tokens if scorer == "dilated" else tokens // geometry.window(geometry.levels - 1)
+        return (layout.size - 1) * 3 * rows * heads * layer.dim * layer.itemsize
+    if scorer == "gla":  # the state and the gate of each segment of each stream, both ways
+        positions = tokens // 2 // DELTA
+        segments = 2 * -(-positions // min(SEGMENT, positions)) * DELTA
+        return (layout.size - 1) * 2 * segments * heads * (layer.dim**2 + 1) * wide
+    return 0
+
+
+def layer_bytes(
+    comm_type: str, geometry: Geometry, layer: Layer, layout: Layout, scorer: str = "norm"
+) -> dict[str, tuple[int, int]]:
+    """(forward, backward) bytes that a rank sends in one Lighthouse layer, by purpose.
 
     'deal', of rows that are dealt because tiles span chunks, is the most it can be: how many are dealt depends on the data.
     """
@@ -56,6 +73,8 @@ def layer_bytes(comm_type: str, geometry: Geometry, layer: Layer, layout: Layout
         "attend": attend_bytes(comm_type, geometry.gathered_length, layer, layout),
         "halo": (halo * layer.itemsize, halo * layer.itemsize),
     }
+    if scorer != "norm":
+        plan["scorer"] = (scorer_bytes(scorer, geometry, layer, layout), 0)
     if geometry.tiles % (2 * size):
         scores = 2 * layer.batch * layer.groups * (geometry.coarse_length // size) * max(4, layer.itemsize)
         plan["select"] = (scores * (size - 1), 0)
@@ -65,11 +84,11 @@ def layer_bytes(comm_type: str, geometry: Geometry, layer: Layer, layout: Layout
     return plan
 
 
-def summary(geometry: Geometry, layer: Layer, size: int, comm_type: str) -> str:
+def summary(geometry: Geometry, layer: Layer, size: int, comm_type: str, scorer: str = "norm") -> str:
     """One line for the start of a run: what the busiest rank sends in a layer and step, by each scheme."""
 
     def megabytes(scheme: str) -> str:
-        ranks = [layer_bytes(scheme, geometry, layer, Layout(size, rank)) for rank in range(size)]
+        ranks = [layer_bytes(scheme, geometry, layer, Layout(size, rank), scorer) for rank in range(size)]
         return f"{max(sum(f + b for f, b in plan.values()) for plan in ranks) / 1e6:,.1f}"
 
     others = [name for name in ("p2p", "all_gather", "a2a") if name != comm_type]

@@ -104,7 +104,8 @@ def _say_what_is_sent(config: TransformerConfig, settings: LighthouseSettings) -
         config.params_dtype.itemsize,
     )
     for comm_type in [kinds] if isinstance(kinds, str) else sorted(set(kinds)):
-        say_once(summary(settings.config.geometry(args.seq_length, size), layer, size, comm_type))
+        geometry, scorer = settings.config.geometry(args.seq_length, size), settings.config.scorer
+        say_once(summary(geometry, layer, size, comm_type, scorer))
 
 
 def _dense_over_shards(spec: LayerSpec, config: TransformerConfig) -> LayerSpec:

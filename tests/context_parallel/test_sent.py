@@ -12,6 +12,7 @@ from megatron_lighthouse import LighthouseConfig, lighthouse_attention
 from megatron_lighthouse.context_parallel import exchange
 from megatron_lighthouse.context_parallel.layout import Layout
 from megatron_lighthouse.context_parallel.plan import Layer, layer_bytes, summary
+from megatron_lighthouse.scorers import SCORERS
 from tests.ranks import run_ranks
 
 TOKENS, BATCH, HEADS, GROUPS, DIM = 256, 2, 8, 4, 8
@@ -45,6 +46,16 @@ def test_ranks_send_what_was_planned(size: int, config: LighthouseConfig, comm_t
             most = planned.pop("deal", 0)
             assert sent.pop("deal", 0) <= most
             assert sent == planned
+
+
+@pytest.mark.parametrize("scorer", [name for name in SCORERS if name != "norm"])
+def test_what_a_scorer_sends_was_planned(scorer: str) -> None:
+    config = SELECT_ALONE.replace(scorer=scorer)
+    layer, geometry = Layer(BATCH, HEADS, GROUPS, DIM, 4), config.geometry(TOKENS, 4)
+    for rank, (sent, _) in enumerate(run_ranks(4, _sent, config, "p2p")):
+        planned = layer_bytes("p2p", geometry, layer, Layout(4, rank), scorer)
+        assert sent == {name: forward for name, (forward, _) in planned.items()}
+        assert sent["scorer"] > 0
 
 
 def test_the_line_at_the_start_names_every_scheme_and_the_way_of_selecting() -> None:

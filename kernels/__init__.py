@@ -7,8 +7,6 @@ own backward, so that torch.compile passes through. See `megatron_lighthouse.ste
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.layout import Layout
@@ -21,7 +19,7 @@ from megatron_lighthouse.kernels.score import compute_scores, score_op
 from megatron_lighthouse.kernels.select import compute_places, select_op
 from megatron_lighthouse.reference import chunk_starts, group_norms
 from megatron_lighthouse.selection import Selection
-from megatron_lighthouse.steps import Travel
+from megatron_lighthouse.steps import HaloTravel, KeyTravel
 
 
 def score(query: Tensor, key: Tensor, geometry: Pyramid) -> Tensor:
@@ -47,12 +45,12 @@ def gather(
     key: Tensor,
     value: Tensor,
     selection: Selection,
-    keys_first: Callable[[Tensor, Tensor], None] | None = None,
+    travel: KeyTravel | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Steps.gather`."""
-    return Gather.apply(query, key, value, selection.places, selection.sizes, keys_first)
+    return Gather.apply(query, key, value, selection.places, selection.sizes, travel)
 
 
-def scatter(rows: Tensor, selection: Selection, halo: Tensor | None = None, travel: Travel | None = None) -> Tensor:
+def scatter(rows: Tensor, selection: Selection, halo: Tensor | None = None, travel: HaloTravel | None = None) -> Tensor:
     """See `Steps.scatter`."""
     return Scatter.apply(rows, halo, selection.places, selection.sizes, travel)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from megatron_lighthouse.kernels.launch import launch, launch_windows, run
 from megatron_lighthouse.kernels.windows import collect, spread
 from megatron_lighthouse.ranges import step
+from megatron_lighthouse.steps import KeyTravel
 
 
 @triton.jit
@@ -156,39 +157,52 @@ def _gather(
     value: Tensor,
     places: Tensor,
     sizes: Sequence[int],
-    keys_first: Callable[[Tensor, Tensor], None] | None = None,
+    travel: KeyTravel | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with step("gather"):
         length, levels, pooling, rows_length, chunks = sizes
         rows = _empty(query, key, value, rows_length)
         how = launch("collect", query.shape[3], query.element_size())
         blocks = range(triton.cdiv(length // chunks // pooling ** (levels - 1), how.rows))
-        tensors, (heads, all_heads) = (query, key, value, *rows), _heads(query, key)
-        if keys_first is None:
-            launch_windows(gather_forward_kernel, tensors, places, sizes, (heads, all_heads, 0), blocks, how)
+        tensors, (all_of, of_keys, of_queries) = (query, key, value, *rows), _heads(query, key)
+        if travel is None:
+            launch_windows(gather_forward_kernel, tensors, places, sizes, all_of, blocks, how)
         else:
-            of_keys = (heads, all_heads - heads, heads)
             launch_windows(gather_forward_kernel, tensors, places, sizes, of_keys, blocks, how)
-            keys_first(*rows[1:])
-            launch_windows(gather_forward_kernel, tensors, places, sizes, (heads, heads, 0), blocks, how)
+            travel.set_out(*rows[1:])
+            launch_windows(gather_forward_kernel, tensors, places, sizes, of_queries, blocks, how)
         return rows
 
 
 def _gather_backward(
-    query: Tensor, key: Tensor, value: Tensor, places: Tensor, sizes: Sequence[int]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    places: Tensor,
+    sizes: Sequence[int],
+    travel: KeyTravel | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the tokens [N, B, ·, D], from those of the rows [S, B, ·, D]."""
     with step("gather backward"):
         tokens = _empty(query, key, value, sizes[0])
         how = launch("spread", query.shape[3], query.element_size())
         blocks = range(triton.cdiv(sizes[0] // sizes[4], how.rows))
-        tensors, heads = (query, key, value, *tokens), (*_heads(query, key), 0)
-        launch_windows(gather_backward_kernel, tensors, places, sizes, heads, blocks, how)
+        all_of, of_keys, of_queries = _heads(query, key)
+        if travel is None:
+            tensors = (query, key, value, *tokens)
+            launch_windows(gather_backward_kernel, tensors, places, sizes, all_of, blocks, how)
+        else:
+            tensors = (query, key, value, *tokens)
+            launch_windows(gather_backward_kernel, tensors, places, sizes, of_queries, blocks, how)
+            tensors = (query, *travel.come_home(key, value), *tokens)
+            launch_windows(gather_backward_kernel, tensors, places, sizes, of_keys, blocks, how)
         return tokens
 
 
-def _heads(query: Tensor, key: Tensor) -> tuple[int, int]:
-    return query.shape[2], query.shape[2] + 2 * key.shape[2]
+def _heads(query: Tensor, key: Tensor) -> tuple[tuple[int, int, int], ...]:
+    """The heads of a launch, as `launch_windows` takes them: all, those of keys and values, those of queries."""
+    heads, others = query.shape[2], 2 * key.shape[2]
+    return (heads, heads + others, 0), (heads, others, heads), (heads, heads, 0)
 
 
 def _empty(query: Tensor, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -202,24 +216,31 @@ def _gather_whole(
     return _gather(query, key, value, places, sizes)
 
 
+def _gather_backward_whole(
+    query: Tensor, key: Tensor, value: Tensor, places: Tensor, sizes: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _gather_backward(query, key, value, places, sizes)
+
+
 gather_op = torch.library.custom_op("lighthouse::gather", _gather_whole, mutates_args=())
-gather_backward_op = torch.library.custom_op("lighthouse::gather_backward", _gather_backward, mutates_args=())
+gather_backward_op = torch.library.custom_op("lighthouse::gather_backward", _gather_backward_whole, mutates_args=())
 gather_op.register_fake(lambda q, k, v, places, sizes: _empty(q, k, v, sizes[3]))
 gather_backward_op.register_fake(lambda q, k, v, places, sizes: _empty(q, k, v, sizes[0]))
 
 
 class Gather(torch.autograd.Function):
-    """(query, key, value, places, sizes, keys_first) -> rows; `sizes` is (N, L, p, S, chunks). See `Steps.gather`."""
+    """(query, key, value, places, sizes, travel) -> rows; `sizes` is (N, L, p, S, chunks). See `Steps.gather`."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *_, places, ctx.sizes, keys_first = args
+        *_, places, ctx.sizes, ctx.travel = args
         ctx.save_for_backward(places)  # the map alone: Q, K and V, and what they are views of, can be freed
-        if keys_first is not None:
-            return _gather(*args)
-        return run(gather_op, _gather_whole, *args[:-1])
+        return _gather(*args) if ctx.travel else run(gather_op, _gather_whole, *args[:-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *run(gather_backward_op, _gather_backward, *grads, *ctx.saved_tensors, ctx.sizes), None, None, None
+        (places,), (dq, dk, dv) = ctx.saved_tensors, grads
+        if ctx.travel:
+            return *_gather_backward(dq, dk, dv, places, ctx.sizes, ctx.travel), None, None, None
+        return *run(gather_backward_op, _gather_backward_whole, dq, dk, dv, places, ctx.sizes), None, None, None

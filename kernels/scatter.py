@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from megatron_lighthouse.kernels.launch import launch, launch_windows, run
 from megatron_lighthouse.kernels.windows import collect, spread
 from megatron_lighthouse.ranges import step
-from megatron_lighthouse.steps import Travel
+from megatron_lighthouse.steps import HaloTravel
 
 
 @triton.jit
@@ -86,7 +86,9 @@ def scatter_backward_kernel(
     collect(p_out, p_map, p_rows, p_halo, *strides, length, chunks, first, blocks, D, BLOCK_D, P, L, BLOCK, 1, False, HALO)
 
 
-def _scatter(rows: Tensor, halo: Tensor | None, places: Tensor, sizes: Sequence[int], travel: Travel | None = None) -> Tensor:
+def _scatter(
+    rows: Tensor, halo: Tensor | None, places: Tensor, sizes: Sequence[int], travel: HaloTravel | None = None
+) -> Tensor:
     with step("scatter"):
         length, levels, pooling, _, chunks = sizes
         out = _empty(rows, length)
@@ -107,7 +109,7 @@ def _scatter(rows: Tensor, halo: Tensor | None, places: Tensor, sizes: Sequence[
 
 
 def _scatter_backward(
-    grad: Tensor, places: Tensor, sizes: Sequence[int], has_halo: bool, travel: Travel | None = None
+    grad: Tensor, places: Tensor, sizes: Sequence[int], has_halo: bool, travel: HaloTravel | None = None
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the rows [S, B, H, D] and of the halo [chunks, L-1, B, H, D], from that of the output [N, B, H, D]."""
     with step("scatter backward"):

@@ -15,14 +15,14 @@ from megatron_lighthouse.context_parallel.deal import Deal
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.halo import with_halo
 from megatron_lighthouse.context_parallel.layout import Layout
-from megatron_lighthouse.context_parallel.ring import begin_backward_with
+from megatron_lighthouse.context_parallel.ring import RingAttention, begin_backward_with
 from megatron_lighthouse.context_parallel.select import select_shard
 from megatron_lighthouse.geometry import Geometry, Pyramid
 from megatron_lighthouse.inner import Attend, inner_attention
 from megatron_lighthouse.ranges import step
 from megatron_lighthouse.scorers import SCORERS
 from megatron_lighthouse.selection import Selection
-from megatron_lighthouse.steps import Steps, Travel, steps_for
+from megatron_lighthouse.steps import HaloTravel, Steps, steps_for
 
 
 def lighthouse_attention(
@@ -85,7 +85,7 @@ class Attended:
     steps: Steps
     halo: Tensor | None = None
     """Under context parallelism, the rows that spill into this rank's chunks."""
-    travel: Travel | None = None
+    travel: HaloTravel | None = None
     """By which the halo comes."""
 
     def scatter(self) -> Tensor:
@@ -125,9 +125,9 @@ def attended_rows(
         _check_selection(selection, query, key, geometry, exchange)
     telemetry.record(selection)
     steps = steps_for(config.steps, query)
-    # keys and values can set out to other ranks while the queries are gathered
-    keys_first = None if deal else getattr(attend, "keys_first", None)
-    gathered = steps.gather(query, key, value, selection, keys_first)
+    # what is gathered for a ring can set out at once, unless it is dealt first
+    ring = attend if isinstance(attend, RingAttention) and deal is None else None
+    gathered = steps.gather(query, key, value, selection, ring)
     if deal:
         gathered = deal.out(*gathered)
     with step("attend"):

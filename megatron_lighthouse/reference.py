@@ -6,8 +6,6 @@ trailing dimensions; sums are in fp32, or in fp64 for fp64 inputs. Sources: arXi
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -16,7 +14,7 @@ from megatron_lighthouse.context_parallel.layout import Layout
 from megatron_lighthouse.geometry import Geometry, Pyramid
 from megatron_lighthouse.ranges import step
 from megatron_lighthouse.selection import Selection
-from megatron_lighthouse.steps import Travel
+from megatron_lighthouse.steps import HaloTravel, KeyTravel
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -163,18 +161,18 @@ def gather(
     key: Tensor,
     value: Tensor,
     selection: Selection,
-    keys_first: Callable[[Tensor, Tensor], None] | None = None,
+    travel: KeyTravel | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Steps.gather`."""
     rows_k, rows_v = _Gather.apply(key, selection), _Gather.apply(value, selection)
-    if keys_first is not None:
-        keys_first(rows_k, rows_v)
+    if travel is not None:
+        rows_k, rows_v = _Travel.apply(rows_k, rows_v, travel)
     grouped = query.unflatten(2, (key.shape[2], -1))
     return _Gather.apply(grouped, selection).flatten(2, 3), rows_k, rows_v
 
 
 @step("scatter")
-def scatter(rows: Tensor, selection: Selection, halo: Tensor | None = None, travel: Travel | None = None) -> Tensor:
+def scatter(rows: Tensor, selection: Selection, halo: Tensor | None = None, travel: HaloTravel | None = None) -> Tensor:
     """See `Steps.scatter`."""
     if travel is not None:
         travel.arrive()
@@ -202,6 +200,21 @@ class _Gather(torch.autograd.Function):
             total = part if total is None else total.repeat_interleave(geometry.pooling, 0).add_(part)
         assert total is not None
         return total.to(grad.dtype), None
+
+
+class _Travel(torch.autograd.Function):
+    """(rows of keys, of values, travel) -> the same, which set out, and whose gradients come home."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, key: Tensor, value: Tensor, travel: KeyTravel) -> tuple[Tensor, Tensor]:
+        ctx.travel = travel  # type: ignore[attr-defined]
+        travel.set_out(key, value)
+        return key, value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *ctx.travel.come_home(grad_key, grad_value), None  # type: ignore[attr-defined]
 
 
 class _Scatter(torch.autograd.Function):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Protocol
 
@@ -18,7 +17,17 @@ from megatron_lighthouse.selection import Selection
 HAS_TRITON = find_spec("triton") is not None
 
 
-class Travel(Protocol):
+class KeyTravel(Protocol):
+    """Gathered keys and values on their way to other ranks, and their gradients on the way back."""
+
+    def set_out(self, key: Tensor, value: Tensor) -> None:
+        """Begin to send rows that have just been gathered."""
+
+    def come_home(self, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor, Tensor]:
+        """Wait for the other ranks' parts of the gradients, and add them to this rank's own."""
+
+
+class HaloTravel(Protocol):
     """A halo that is under way to this rank, or its gradient back."""
 
     def arrive(self) -> None:
@@ -71,16 +80,19 @@ class Steps(Protocol):
         key: Tensor,
         value: Tensor,
         selection: Selection,
-        keys_first: Callable[[Tensor, Tensor], None] | None = None,
+        travel: KeyTravel | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The selected rows of the three pyramids: [S, B, H, D], [S, B, G, D], [S, B, G, D]. Pools while gathering.
 
-        `keys_first` is called with the rows of keys and values as soon as these are gathered.
+        With `travel`, keys and values are gathered first, and set out while the queries are; in backward their gradients come
+        home while those of the queries are spread.
 
         Differentiable: dX_j = sum over levels of dX̃[row(l, j // p^l)] / p^l. Keeps only the map for backward.
         """
 
-    def scatter(self, rows: Tensor, selection: Selection, halo: Tensor | None = None, travel: Travel | None = None) -> Tensor:
+    def scatter(
+        self, rows: Tensor, selection: Selection, halo: Tensor | None = None, travel: HaloTravel | None = None
+    ) -> Tensor:
         """Add each row to the positions of its spill range: [S, B, H, D] -> [N, B, H, D].
 
         Position j sums, over the levels, the row of entry (j - p^l + 1) // p^l where that was gathered. What an entry spills

@@ -2,8 +2,9 @@
 
 They come straight from the rank that holds them, and only the half that will be read: of a lower rank the early chunk. In
 backward they come again, and the gradients of keys and values go straight back to their rank, which sums them: no partial sum
-is rounded on its way. A rank's own keys come first in forward, while the first others travel, and last in backward, while the
-last gradients do; there the first keys set out before the gradient of the rows is known (`begin_backward_with`).
+is rounded on its way. A rank's own keys come first in forward, while the first others travel, and last in backward, where the
+first others set out before the gradient of the rows is known (`begin_backward_with`). What travels beside an attention kernel
+that takes all SMs costs its own time; so the last gradients go while those of the queries are spread over the tokens.
 """
 
 from __future__ import annotations
@@ -23,30 +24,39 @@ from megatron_lighthouse.context_parallel.merge import merge
 
 @dataclass
 class RingAttention:
-    """Attention over shards by ring, as `sharded_attention` gives it."""
+    """Attention over shards by ring, as `sharded_attention` gives it, for one call.
+
+    Where the rows are gathered just before, the gather calls `set_out` and `come_home` (see `steps.KeyTravel`): keys travel
+    while queries are gathered, and the last gradients while those of the queries are spread.
+    """
 
     block: Block
     exchange: Exchange
     scale: float
     arriving: _Arriving | None = None
+    returning: _Returning | None = None
+    travels: bool = False
+    """Whether `come_home` will be called for the gradients."""
 
-    def keys_first(self, key: Tensor, value: Tensor) -> None:
-        """Let keys and values set out before the call with them."""
-        self.arriving = _Arriving(key, value, self.exchange)
+    def set_out(self, key: Tensor, value: Tensor) -> None:
+        self.arriving, self.travels = _Arriving(key, value, self.exchange), True
+
+    def come_home(self, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor, Tensor]:
+        returning, self.returning = self.returning, None
+        return (grad_key, grad_value) if returning is None else returning.added_to(grad_key, grad_value)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        arriving, self.arriving = self.arriving, None
-        return Ring.apply(query, key, value, self.block, self.exchange, self.scale, arriving)
+        return Ring.apply(query, key, value, self)
 
 
 class Ring(torch.autograd.Function):
-    """(query, key, value, block, exchange, scale, keys that have set out or None) -> output."""
+    """(query, key, value, attention) -> output."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        query, key, value, block, exchange, scale, arriving = args
-        ctx.block, ctx.exchange, ctx.scale, ctx.begun = block, exchange, scale, None
-        arriving = arriving or _Arriving(key, value, exchange)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, attention: RingAttention) -> Tensor:
+        ctx.attention, ctx.begun = attention, None
+        block, exchange, scale = attention.block, attention.exchange, attention.scale
+        arriving, attention.arriving = attention.arriving or _Arriving(key, value, exchange), None
         out, lse = block.forward(query, key, value, True, scale)
         dtype, several = out.dtype, exchange.size > 2
         out = out.to(lse.dtype) if several else out  # what is merged once is rounded once
@@ -62,18 +72,22 @@ class Ring(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         begun, ctx.begun = ctx.begun or _begin_backward(ctx), None
         (query, key, value, out, lse), arriving = begun
-        exchange: Exchange = ctx.exchange
-        dq, dk, dv = (_Sum(x, lse.dtype, exchange.size > 2) for x in (query, key, value))
-        returning = _Returning(dk, dv, exchange)
+        attention: RingAttention = ctx.attention
+        block, exchange, scale = attention.block, attention.exchange, attention.scale
+        dq, returning = _Sum(query, lse.dtype, exchange.size > 2), _Returning(key, value, lse.dtype, exchange)
         for rank, k, v in arriving:
             rows = _rows(rank, exchange.rank, query)
-            given = (grad[rows], query[rows], k, v, out[rows], lse[..., rows])
-            part_q, part_k, part_v = ctx.block.backward(*given, False, ctx.scale)
-            returning.send(rank, part_k, part_v)
+            part_q, *parts = block.backward(grad[rows], query[rows], k, v, out[rows], lse[..., rows], False, scale)
+            returning.send()
+            returning.pack(rank, *parts)
             dq.add(rows, part_q)
-        own_q, own_k, own_v = ctx.block.backward(grad, query, key, value, out, lse, True, ctx.scale)
-        returning.arrive()
-        return dq.with_own(own_q), dk.with_own(own_k), dv.with_own(own_v), None, None, None, None
+        own_q, own_k, own_v = block.backward(grad, query, key, value, out, lse, True, scale)
+        returning.send()
+        if attention.travels and all(ctx.needs_input_grad[1:3]):
+            attention.returning = returning
+        else:
+            own_k, own_v = returning.added_to(own_k, own_v)
+        return dq.with_own(own_q), own_k, own_v, None
 
 
 def begin_backward_with(output: Tensor, rows: Tensor) -> None:
@@ -91,7 +105,7 @@ def begin_backward_with(output: Tensor, rows: Tensor) -> None:
 def _begin_backward(ctx: Any) -> tuple[tuple[Tensor, ...], _Arriving]:
     """What forward saved, read once as checkpoints demand, and the others' keys and values on their way."""
     saved = ctx.saved_tensors
-    return saved, _Arriving(saved[1], saved[2], ctx.exchange)
+    return saved, _Arriving(saved[1], saved[2], ctx.attention.exchange)
 
 
 def _rows(rank: int, own: int, x: Tensor) -> slice:
@@ -156,23 +170,36 @@ class _Sum:
 class _Returning:
     """Gradients of keys and values on their way back to the ranks that hold these."""
 
-    def __init__(self, dk: _Sum, dv: _Sum, exchange: Exchange) -> None:
-        self.sums, self.exchange, self.step = (dk, dv), exchange, 0
+    def __init__(self, key: Tensor, value: Tensor, dtype: torch.dtype, exchange: Exchange) -> None:
+        self.sums = tuple(_Sum(x, dtype, exchange.size > 2) for x in (key, value))
+        self.exchange, self.step = exchange, 0
+        self.packed: tuple[int, tuple[Tensor, ...]] | None = None
         self.under_way: tuple[slice, list[Tensor], tuple[Tensor, ...], list[Any]] | None = None
 
-    def send(self, rank: int, part_k: Tensor, part_v: Tensor) -> None:
-        """Send this step's gradients to `rank`, and add those that the step before brought."""
-        self.arrive()
+    def pack(self, rank: int, *parts: Tensor) -> None:
+        """Have this step's gradients of the keys and values of `rank` ready."""
+        self.packed = rank, tuple(x.contiguous() for x in parts)
+
+    def send(self) -> None:
+        """Send what is packed, if anything is, and add what the step before brought."""
+        if self.packed is None:
+            return
+        self._arrive()
+        (rank, parts), self.packed = self.packed, None
         self.step += 1
         by = (self.exchange.rank + self.step) % self.exchange.size
         rows = _seen(self.exchange.rank, by, self.sums[0].like)
         received = [torch.empty_like(x.like[rows], memory_format=torch.contiguous_format) for x in self.sums]
-        parts = part_k.contiguous(), part_v.contiguous()
         works = self.exchange.start([(x, rank) for x in parts], [(x, by) for x in received], "attend")
         self.under_way = rows, received, parts, works
 
-    def arrive(self) -> None:
-        """Add what is under way to this rank's own."""
+    def added_to(self, own_key: Tensor, own_value: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's gradients and all that came."""
+        self._arrive()
+        dk, dv = self.sums
+        return dk.with_own(own_key), dv.with_own(own_value)
+
+    def _arrive(self) -> None:
         if self.under_way is not None:
             rows, received, _, works = self.under_way
             finish(works)

@@ -56,8 +56,9 @@ def equals_one_rank(
     scorer: str = "norm",
     strides: str = "contiguous",
     scale: float | None = None,
+    steps: str = "reference",
 ) -> None:
-    inputs, config = inputs_of(problem, dtype), config_of(problem, scorer)
+    inputs, config = inputs_of(problem, dtype), config_of(problem, scorer).replace(steps=steps)
     *actual, entries = together(size, layer, inputs, config, comm_type, strides, False, scale)
     *expected, expected_entries = layer(None, inputs, config, scale=scale)
     assert torch.equal(entries, expected_entries)
@@ -84,6 +85,13 @@ def test_ranks_equal_one_in_other_layouts(name: str, comm_type: str, size: int) 
 @pytest.mark.parametrize("name", ["a tile in each chunk", "tiles that begin within chunks"])
 def test_ranks_equal_one_in_fp32(name: str, comm_type: str, size: int) -> None:
     equals_one_rank(size, grouped(PROBLEMS[name], comm_type, size), comm_type, "float32")
+
+
+@pytest.mark.parametrize("tile_budget", [2, 8], ids=["a tile in each chunk", "one tile"])
+def test_the_kernels_on_ranks_equal_those_on_one(tile_budget: int) -> None:
+    """With all that travels while they run."""
+    problem = Problem(64, 3, 2, 8, tile_budget, groups=1, queries_per_group=2, dim=4)
+    equals_one_rank(2, problem, "p2p", "float32", steps="kernels")
 
 
 @by_comm_type

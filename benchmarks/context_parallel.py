@@ -62,8 +62,8 @@ def _rank(rank: int, options: argparse.Namespace, store: str) -> None:
     results: dict[str, Any] = {**environment(), "ranks": options.ranks}
     torch.manual_seed(1)
     if "check" in options.part:
-        results["checks"] = check(world(), options.scorers)
-        _write(rank, options.out / "checks.json", results)
+        path = options.out / "checks.json"
+        check(world(), options.scorers, lambda found: _write(rank, path, {**results, "checks": found}))
     if "time" in options.part:
         rows: list[dict[str, Any]] = []
         for name in options.cases:

@@ -128,17 +128,14 @@ def _timed(call: Callable[[], object], calls: int) -> float:
 @contextmanager
 def silent(exchange: Exchange) -> Iterator[None]:
     """Nothing travels: what a layer takes then is its work alone, and the rest communication that is not hidden behind it."""
-    stock = torch.randn(2**27, device="cuda", dtype=torch.bfloat16)
 
     def all_gather(self: Exchange, x: Tensor, purpose: str) -> Tensor:
-        return x.expand(self.size, *x.shape).contiguous()
+        return x.new_empty(self.size, *x.shape)
 
     def all_to_all(self: Exchange, x: Tensor, purpose: str, to: Any = None, by: Any = None) -> Tensor:
-        return x.clone(memory_format=torch.contiguous_format) if by is None else x.new_zeros(sum(by), *x.shape[1:])
+        return x.new_empty(x.shape[0] if by is None else sum(by), *x.shape[1:])
 
     def start(self: Exchange, sends: Any, receives: Any, purpose: str) -> list[Any]:
-        for x, _ in receives:  # real numbers, for what they are multiplied with takes power
-            x.copy_(stock[: x.numel()].view_as(x))
         return []
 
     with mock.patch.multiple(exchange_module.Exchange, all_gather=all_gather, all_to_all=all_to_all, start=start):

@@ -187,12 +187,10 @@ def _gather_backward(
         tokens = _empty(query, key, value, sizes[0])
         how = launch("spread", query.shape[3], query.element_size())
         blocks = range(triton.cdiv(sizes[0] // sizes[4], how.rows))
-        all_of, of_keys, of_queries = _heads(query, key)
+        tensors, (all_of, of_keys, of_queries) = (query, key, value, *tokens), _heads(query, key)
         if travel is None:
-            tensors = (query, key, value, *tokens)
             launch_windows(gather_backward_kernel, tensors, places, sizes, all_of, blocks, how)
         else:
-            tensors = (query, key, value, *tokens)
             launch_windows(gather_backward_kernel, tensors, places, sizes, of_queries, blocks, how)
             tensors = (query, *travel.come_home(key, value), *tokens)
             launch_windows(gather_backward_kernel, tensors, places, sizes, of_keys, blocks, how)

@@ -94,12 +94,14 @@ def choose_for_blocks(
     Raises:
         ValueError: as `inner_attention`, or a backend that is forced and is not among those.
     """
-    if name in BACKENDS and name not in known:
+    fits = [other for other in known if other != "fa2" or dim % 8 == 0]  # which torch pads only for whole sequences
+    if name in BACKENDS and name not in fits:
+        of = f" with head dimension {dim}" if name in known else ""
         raise ValueError(
-            f"--lighthouse-inner {name} does not attend over shards: under --context-parallel-size use --lighthouse-inner "
-            f"{' or '.join(['auto', *known])}, or --cp-comm-type a2a, which attends to whole sequences."
+            f"--lighthouse-inner {name} does not attend over shards{of}: under --context-parallel-size use --lighthouse-inner "
+            f"{' or '.join(['auto', *fits])}, or --cp-comm-type a2a, which attends to whole sequences."
         )
-    return _choose(name, Rows(device, dtype, heads, groups, dim), deterministic(), tuple(known))
+    return _choose(name, Rows(device, dtype, heads, groups, dim), deterministic(), tuple(fits))
 
 
 @cache

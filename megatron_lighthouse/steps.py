@@ -102,6 +102,11 @@ class Steps(Protocol):
         """
 
 
+def triton_takes(x: Tensor) -> bool:
+    """Whether what is said of a rank's edges and parts is done by Triton on `x`: on a GPU, but not in fp64."""
+    return HAS_TRITON and x.is_cuda and x.dtype != torch.float64
+
+
 STEPS = ("auto", "kernels", "reference")
 
 

@@ -29,7 +29,7 @@ class Cudnn:
         none = torch.zeros((), dtype=torch.int64, device=q.device)  # no dropout, so its seed and offset are not read
         lengths = (None, None, q.shape[2], k.shape[2])
         grads = aten._scaled_dot_product_cudnn_attention_backward(
-            g, q, k, v, o, lse.unsqueeze(-1), none, none, None, *lengths, 0.0, causal, scale=scale
+            g, q, k, v, o, lse.contiguous().unsqueeze(-1), none, none, None, *lengths, 0.0, causal, scale=scale
         )
         return tokens_first(grads[0]), tokens_first(grads[1]), tokens_first(grads[2])
 

@@ -22,8 +22,11 @@ class Gathered(torch.autograd.Function):
         ctx.block, ctx.exchange, ctx.scale = block, exchange, scale
         keys, values = (exchange.all_gather(x, "attend") for x in (key, value))
         out, lse = block.forward(query, key, value, True, scale)
-        for _, rows, k, v in _parts(keys, values, exchange.rank):
+        dtype, parts = out.dtype, list(_parts(keys, values, exchange.rank))
+        out = out.to(lse.dtype) if len(parts) > 1 else out  # what is merged once is rounded once
+        for _, rows, k, v in parts:
             merge(out[rows], lse[..., rows], *block.forward(query[rows], k, v, False, scale))
+        out = out.to(dtype)
         ctx.save_for_backward(query, key, value, out, lse)
         return out
 

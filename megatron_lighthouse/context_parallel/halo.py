@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.context_parallel.exchange import Exchange, finish
 from megatron_lighthouse.selection import Selection
-from megatron_lighthouse.steps import HAS_TRITON
+from megatron_lighthouse.steps import triton_takes
 
 
 def with_halo(rows: Tensor, selection: Selection, exchange: Exchange) -> tuple[Tensor, Tensor, HaloTravel]:
@@ -46,7 +46,7 @@ class HaloTravel:
         self.works = []
 
     def send_back(self, grad: Tensor) -> None:
-        self.edges, self.works = _shift(grad.contiguous(), self.exchange, forward=False)
+        self.edges, self.works = _shift(grad, self.exchange, forward=False)
 
     def returned(self, grad: Tensor) -> Tensor:
         """The gradients of the rows that this rank's chunks end with, for those of its halo."""
@@ -74,7 +74,7 @@ class _Halo(torch.autograd.Function):
 
 def edge(rows: Tensor, selection: Selection) -> Tensor:
     """The rows of the last entry of each chunk at levels 1..L-1: [chunks, L-1, B, H, D], zero where not gathered."""
-    if rows.is_cuda and HAS_TRITON:
+    if triton_takes(rows):
         from megatron_lighthouse.kernels.edge import edge as kernel
 
         return kernel(rows, selection.places, selection.sizes)
@@ -84,7 +84,7 @@ def edge(rows: Tensor, selection: Selection) -> Tensor:
 
 def add_edge(rows: Tensor, edges: Tensor, selection: Selection) -> None:
     """Add `edges`, as `edge` gives them, to their rows in place; those of entries that are not gathered go nowhere."""
-    if rows.is_cuda and HAS_TRITON:
+    if triton_takes(rows):
         from megatron_lighthouse.kernels.edge import add_edge as kernel
 
         return kernel(rows, edges, selection.places, selection.sizes)
@@ -109,7 +109,7 @@ def _shift(x: Tensor, exchange: Exchange, forward: bool) -> tuple[Tensor, list[A
     Chunk r of rank r is followed by chunk r+1 of rank r+1, chunk 2C-1-r by chunk 2C-r of rank r-1; the middle two are both
     of the last rank.
     """
-    rank, last = exchange.rank, exchange.size - 1
+    x, rank, last = x.contiguous(), exchange.rank, exchange.size - 1
     out = torch.zeros_like(x)
     # forward, the early chunk goes up a rank and the late chunk down; backward the other way round
     up, down = (0, 1) if forward else (1, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_lighthouse.steps import HAS_TRITON
+from megatron_lighthouse.steps import triton_takes
 
 
 def merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
@@ -18,7 +18,7 @@ def merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
         lse, part_lse: [B, H, n].
         part_out: [n, B, H, D].
     """
-    if out.is_cuda and HAS_TRITON:
+    if triton_takes(out):
         from megatron_lighthouse.kernels.merge import merge as kernel
 
         return kernel(out, lse, part_out, part_lse)

@@ -24,7 +24,7 @@ from megatron_lighthouse.context_parallel.merge import merge
 
 @dataclass
 class RingAttention:
-    """Attention over shards by ring, as `sharded_attention` gives it, for one call.
+    """Attention over shards by ring, as `sharded_attention` gives it.
 
     Where the rows are gathered just before, the gather calls `set_out` and `come_home` (see `steps.KeyTravel`): keys travel
     while queries are gathered, and the last gradients while those of the queries are spread.
@@ -36,7 +36,7 @@ class RingAttention:
     arriving: _Arriving | None = None
     returning: _Returning | None = None
     travels: bool = False
-    """Whether `come_home` will be called for the gradients."""
+    """Whether `come_home` will be called for the gradients of the next call."""
 
     def set_out(self, key: Tensor, value: Tensor) -> None:
         self.arriving, self.travels = _Arriving(key, value, self.exchange), True
@@ -55,6 +55,7 @@ class Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, attention: RingAttention) -> Tensor:
         ctx.attention, ctx.begun = attention, None
+        ctx.travels, attention.travels = attention.travels, False
         block, exchange, scale = attention.block, attention.exchange, attention.scale
         arriving, attention.arriving = attention.arriving or _Arriving(key, value, exchange), None
         out, lse = block.forward(query, key, value, True, scale)
@@ -81,9 +82,12 @@ class Ring(torch.autograd.Function):
             returning.send()
             returning.pack(rank, *parts)
             dq.add(rows, part_q)
+        late = ctx.travels and all(ctx.needs_input_grad[1:3])
+        if not late:
+            returning.send()  # nothing but the rank's own attention is left for it to hide behind
         own_q, own_k, own_v = block.backward(grad, query, key, value, out, lse, True, scale)
-        returning.send()
-        if attention.travels and all(ctx.needs_input_grad[1:3]):
+        if late:
+            returning.send()
             attention.returning = returning
         else:
             own_k, own_v = returning.added_to(own_k, own_v)
@@ -145,7 +149,7 @@ class _Arriving:
 
 
 class _Sum:
-    """The gradient of a rank's rows: of one part and its own rounded once, of several in the dtype of sums."""
+    """The gradient of a rank's rows: one part is added to its own as it is, several in the dtype of sums."""
 
     def __init__(self, like: Tensor, dtype: torch.dtype, several: bool) -> None:
         self.like = like

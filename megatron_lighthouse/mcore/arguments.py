@@ -35,10 +35,18 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
         if chosen is not None:
             raise ValueError("--attention lighthouse chooses the layer spec, and so does --spec: leave one of them out.")
         return model_cfg
+    config = model_cfg.transformer
+    ours = config.context_parallel_size > 1 and config.transformer_impl == "local"
     if chosen is not None:
-        check_run(args, model_cfg.transformer, chosen)
+        check_run(args, config, chosen)
+    elif ours and getattr(args, "reset_attention_mask", False):
+        raise ValueError(
+            "--reset-attention-mask separates documents by a mask, which context parallelism without Transformer Engine does "
+            "not read: leave it out (--reset-position-ids works)."
+        )
+    if chosen is not None or ours:
         # the attention is causal and reads no mask; one of seq x seq bytes would not fit at long context
         args.create_attention_mask_in_dataloader = False
-    if chosen is not None or model_cfg.transformer.sequence_parallel or model_cfg.transformer.context_parallel_size > 1:
+    if chosen is not None or config.sequence_parallel or config.context_parallel_size > 1:
         model_cfg.transformer_layer_spec = partial(layer_spec, settings=chosen)
     return model_cfg

@@ -38,12 +38,17 @@ class ContextParallelAttention(DotProductAttention):  # type: ignore[misc]
         """See `DotProductAttention`.
 
         Raises:
-            ValueError: dropout, or a `cp_comm_type` that these heads or this layer cannot do.
+            ValueError: dropout, a window, a softmax with a sink, or a `cp_comm_type` that cannot be.
         """
         if attention_dropout or (attention_dropout is None and config.attention_dropout):
             raise ValueError(
                 f"--attention-dropout {attention_dropout or config.attention_dropout} does not go with "
                 f"--context-parallel-size {config.context_parallel_size} without Transformer Engine: use --attention-dropout 0."
+            )
+        if config.window_size is not None or config.softmax_type != "vanilla":
+            raise ValueError(
+                f"--window-size {config.window_size} and --softmax-type {config.softmax_type} do not go with "
+                f"--context-parallel-size {config.context_parallel_size} without Transformer Engine: leave them out."
             )
         alone = copy.copy(config)
         alone.context_parallel_size = 1

@@ -42,7 +42,7 @@ class LighthouseMixin:
     """Whether the base class attends to the gathered rows, as Transformer Engine's does, or a backend of `inner`."""
     exchange: Exchange | None
     """The context-parallel ranks that share the sequence."""
-    cp_comm_type: str
+    inner_comm_type: str
     """How a backend of `inner` attends over their shards."""
 
     def forward(
@@ -78,7 +78,7 @@ class LighthouseMixin:
         how: dict[str, Any] = {"attend": base} if self.dense_is_inner else {"softmax_scale": self.inner_scale}
         with telemetry.layer(self.layer_number):
             attended = attended_rows(
-                query, key, value, self.lighthouse, exchange=self.exchange, cp_comm_type=self.cp_comm_type, **how
+                query, key, value, self.lighthouse, exchange=self.exchange, cp_comm_type=self.inner_comm_type, **how
             )
             return remember_source(attended.scatter().flatten(2), attended)
 
@@ -128,7 +128,7 @@ class CoreAttentionBuilder:
         layer.lighthouse = self.settings.config
         layer.inner_scale = kwargs.get("softmax_scale")
         layer.exchange = Exchange.over(context_parallel_group(kwargs.get("pg_collection")))
-        layer.cp_comm_type = kwargs.get("cp_comm_type") or "p2p"
+        layer.inner_comm_type = kwargs.get("cp_comm_type") or "p2p"
         layer.dense_is_inner = dense_is_inner(self.settings, module)
         if not layer.dense_is_inner:
             self._check_inner(layer, config, here)
@@ -139,11 +139,11 @@ class CoreAttentionBuilder:
         heads, groups = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
         heads, groups = (x // config.tensor_model_parallel_size for x in (heads, groups))
         name, rows = self.settings.config.inner, (device, config.params_dtype, heads, groups, config.kv_channels)
-        if layer.exchange is None or layer.cp_comm_type == "a2a":
+        if layer.exchange is None or layer.inner_comm_type == "a2a":
             choose(name, *rows)
         else:
             choose_for_blocks(name, list(BLOCKS), *rows)
-        if layer.exchange and (problem := comm_type_problem(layer.cp_comm_type, heads, groups, layer.exchange.size)):
+        if layer.exchange and (problem := comm_type_problem(layer.inner_comm_type, heads, groups, layer.exchange.size)):
             raise ValueError(problem)
 
 

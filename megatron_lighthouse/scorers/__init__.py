@@ -18,7 +18,7 @@ from megatron_lighthouse.steps import Steps
 Scorer = Callable[[Tensor, Tensor, Tensor, Pyramid, Steps, Exchange | None], Tensor]
 """(query [n, B, H, D], key and value [n, B, G, D], of this rank's tokens, their pyramid, …) -> [2, B, G, coarse length], fp32
 (fp64 for fp64): s^Q, then s^K, of the entries of levels 1..L-1, in the order of the concatenated pyramid. The numbers do not
-depend on how many ranks there are (those of `gla` through flash-linear-attention, but for rounding); `Exchange` connects these,
+depend on how many ranks there are (those of `gla` only but for rounding: see there); `Exchange` connects these,
 and is None where there is one. Called without gradients."""
 
 SCORERS: dict[str, Scorer] = {"norm": norm, "dilated": dilated, "gla": gla, "summary": summary}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import cycle
 
@@ -9,11 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from megatron_lighthouse import LighthouseConfig
-from megatron_lighthouse.context_parallel.attention import COMM_TYPES
+from megatron_lighthouse import LighthouseConfig, lighthouse_attention
+from megatron_lighthouse.context_parallel.attention import COMM_TYPES, sharded_attention
+from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.inner import inner_attention
 from megatron_lighthouse.scorers import SCORERS
-from tests.context_parallel.shards import deep, dense, inputs_of, layer, together
+from tests.context_parallel.shards import Group, deep, dense, inputs_of, layer, shards_of, together
 from tests.oracle import Problem
 from tests.ranks import SIZES
 from tests.steps import LAYOUTS
@@ -198,4 +202,22 @@ def test_dense_attention_over_shards_equals_attention_over_the_whole(scale: floa
     out = sdpa(query, key, value, is_causal=True, scale=scale, enable_gqa=True).permute(2, 0, 1, 3)
     expected = [out, *torch.autograd.grad(out, leaves, grad)]
     for a, b in zip(together(size, dense, [*inputs, grad], comm_type, scale), expected, strict=True):
+        assert_close(a, b, "ranks float64")
+
+
+def _used_twice(group: Group, inputs: Sequence[Tensor], config: LighthouseConfig) -> list[Tensor]:
+    """Gradients by one ring that first serves a layer, which calls its `set_out`, and then attends on its own."""
+    query, key, value, grad = (x.requires_grad_() for x in shards_of(group, inputs))
+    exchange = Exchange.over(group)
+    if exchange is None:
+        attend = inner_attention("sdpa", query, key)
+        return list(torch.autograd.grad(attend(query, key, value), (query, key, value), grad))
+    attend = sharded_attention("auto", query, key, exchange, "p2p")
+    lighthouse_attention(query, key, value, config, cp_group=group, attend=attend).backward(grad)
+    return list(torch.autograd.grad(attend(query, key, value), (query, key, value), grad))
+
+
+def test_one_ring_serves_layers_and_rows() -> None:
+    inputs, config = inputs_of(PROBLEMS["a tile in each chunk"]), config_of(PROBLEMS["a tile in each chunk"])
+    for a, b in zip(together(2, _used_twice, inputs, config), _used_twice(None, inputs, config), strict=True):
         assert_close(a, b, "ranks float64")

@@ -19,6 +19,7 @@ setup(
     python_requires=">=3.12",
     packages=sorted({*find_packages(include=["megatron_lighthouse", "megatron_lighthouse.*"]), "megatron_lighthouse.kernels"}),
     package_dir={"megatron_lighthouse.kernels": "kernels"},
+    package_data={"megatron_lighthouse.plan": ["*.csv", "*.toml"]},
     install_requires=[
         "megatron-core>=0.19.2,<0.20",  # the model, the parallelism and the training loop that this plugs into
         "torch>=2.6",  # what Megatron-core itself asks for

@@ -1,0 +1,95 @@
+"""`python -m megatron_lighthouse.plan`: memory, time and cost of a run before it is queued; `… plan scaling RESULTS…` after.
+
+Start from a recipe (--recipe) and change what differs; every number has the flag that Megatron knows it by. `--list` shows
+the recipes, `--errors` every point that the model was fitted to. No GPU is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_lighthouse.plan import report, scaling
+from megatron_lighthouse.plan.calibration import coefficients
+from megatron_lighthouse.plan.device import DEVICES, device_of
+from megatron_lighthouse.plan.model import FLAGS
+from megatron_lighthouse.plan.run import COMM_TYPES, RECOMPUTE, Run, recipes, run_of
+
+RUN_FLAGS = {
+    "seq_length": "--seq-length",
+    "gpus": "--gpus",
+    "tensor_parallel": "--tensor-model-parallel-size",
+    "context_parallel": "--context-parallel-size",
+    "pipeline_parallel": "--pipeline-model-parallel-size",
+    "global_batch": "--global-batch-size",
+}
+CONFIG_FLAGS = {name: f"--lighthouse-{name.replace('_', '-')}" for name in ("levels", "pooling", "budget", "tile_budget")}
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m megatron_lighthouse.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--recipe", default="530m-98k", help="where to start from; default: %(default)s")
+    made.add_argument("--device", default="b200", help=f"{', '.join(DEVICES)}; default: %(default)s")
+    made.add_argument("--attention", default="lighthouse", help="dense or lighthouse; default: %(default)s")
+    made.add_argument("--tokens", type=float, default=10e9, help="token budget, for GPU-hours; default: 10 billion")
+    made.add_argument("--recompute", help=f"{', '.join(RECOMPUTE)}")
+    made.add_argument("--cp-comm-type", help=f"{', '.join(COMM_TYPES)}")
+    for flags in (FLAGS, RUN_FLAGS, CONFIG_FLAGS):
+        for name, flag in flags.items():
+            made.add_argument(flag, dest=name, type=int, metavar="N", help="instead of the recipe's")
+    made.add_argument("--list", action="store_true", help="show the recipes and stop")
+    made.add_argument("--errors", action="store_true", help="show the model beside every measured point and stop")
+    return made
+
+
+def run_from(options: argparse.Namespace) -> Run:
+    """The recipe's run with what was asked for instead. Raises ValueError where it cannot be."""
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    changes = {name: given[name] for name in (*RUN_FLAGS, "recompute", "cp_comm_type") if name in given}
+    run = run_of(options.recipe, device=device_of(options.device), attention=options.attention, **changes)
+    model = replace(run.model, **{name: given[name] for name in FLAGS if name in given})
+    config = run.config.replace(**{name: given[name] for name in CONFIG_FLAGS if name in given})
+    return run.change(model=model, config=config).check()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["scaling"]:
+        return scaling_main(arguments[1:])
+    options = parser().parse_args(arguments)
+    try:
+        if options.list:
+            print(report.table(["recipe", "what"], [(name, table["description"]) for name, table in recipes().items()]))
+        elif options.errors:
+            print(report.errors(coefficients(), every=True))
+        else:
+            if options.tokens <= 0:
+                raise ValueError(f"--tokens {options.tokens:g} must be above 0: use 1e9 for a billion.")
+            print(report.whole(run_from(options), coefficients(), options.tokens))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def scaling_main(arguments: Sequence[str]) -> int:
+    made = argparse.ArgumentParser(prog="python -m megatron_lighthouse.plan scaling", description=scaling.__doc__)
+    made.formatter_class = argparse.RawDescriptionHelpFormatter
+    made.add_argument("results", nargs="+", type=Path, help="folders of runs, or folders that hold such folders")
+    made.add_argument("--out", type=Path, default=Path("scaling"), help="where CSV, table and plots go; default: %(default)s")
+    options = made.parse_args(arguments)
+    try:
+        print(scaling.collect(options.results, options.out))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

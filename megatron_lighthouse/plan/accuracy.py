@@ -1,0 +1,99 @@
+"""The model beside every number that was measured, and beside the published ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_lighthouse.plan import calibration, memory, time
+from megatron_lighthouse.plan.calibration import Point
+from megatron_lighthouse.plan.coefficients import Coefficients
+from megatron_lighthouse.plan.device import DEVICES
+from megatron_lighthouse.plan.run import run_of
+
+BOUNDS = {"one GPU": 0.15, "two GPUs (CP 2)": 0.20, "training step": 0.15, "memory": 0.10}
+"""Relative error that the plan promises, by group; the groups that are not here are only reported."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    group: str
+    name: str
+    measured: float
+    predicted: float
+
+    @property
+    def error(self) -> float:
+        """Relative: positive where the model says more than was measured."""
+        return self.predicted / self.measured - 1
+
+
+def compared(speed: Coefficients) -> list[Comparison]:
+    """Every point of measured.csv, but for the authors' code."""
+    return [
+        Comparison(_group(p), f"{p.name} [{p.source}]", p.value, predicted(p, speed))
+        for p in calibration.points()
+        if p.what != "authors" and p.kind != "host"
+    ]
+
+
+def _group(p: Point) -> str:
+    if p.kind == "run":
+        return "memory" if p.direction == "peak GiB" else "training step"
+    if p.ranks > 1:
+        return f"two GPUs (CP {p.ranks})"
+    if p.what in ("score", "select", "gather", "scatter"):
+        return "single steps of a layer"
+    return "one GPU" if p.plain and p.geometry.seq_length >= 16384 else "other shapes and below 16K"
+
+
+def predicted(p: Point, speed: Coefficients) -> float:
+    """What the model says of a measured point, in its unit."""
+    device = calibration.DEVICE
+    if p.kind == "run":
+        run = calibration.measured_run(p)
+        return memory.total(run) / 2**30 if p.direction == "peak GiB" else sum(time.step_parts(run, speed).values())
+    what, _, scheme = p.what.partition(" ")
+    shape = (p.layer, p.ranks, scheme or "p2p", p.ranks, device, speed)
+    if what == "dense":
+        return time.dense_layer(p.rows, *shape)[p.direction]
+    if what == "inner":
+        which = p.direction == "fwd+bwd"
+        plain = time.attention_seconds("inner", p.rows, p.layer, p.ranks, device, speed)
+        more = time.crossing_seconds(scheme or "p2p", p.rows, p.layer, p.ranks, p.ranks, device, speed, plain)
+        return plain[which] + more[which]
+    layer = time.lighthouse_layer(p.geometry, *shape)
+    return layer[p.direction] if what == "lighthouse" else layer[what + (" bwd" if p.direction == "bwd" else "")]
+
+
+def authors_over_dense() -> float:
+    """How many times as fast as dense cuDNN the authors' layer was on the H100 at 491,520 tokens, forward."""
+    found = {
+        p.what: p.value
+        for p in calibration.points()
+        if p.geometry.seq_length == 491520 and (p.direction, p.ranks) == ("fwd", 1)
+    }
+    return found["dense"] / found["authors"]
+
+
+def published(speed: Coefficients) -> list[Comparison]:
+    """The paper's figures beside the model's, on one B200: extrapolated."""
+    given, device = calibration.given(), DEVICES["b200"]
+    point = next(p for p in calibration.points() if p.what == "lighthouse" and p.plain and p.geometry.seq_length == 524288)
+    dense = time.dense_layer(524288, point.layer, 1, "p2p", 1, device, speed)
+    ours = time.lighthouse_layer(point.geometry, point.layer, 1, "p2p", 1, device, speed)
+    inner = time.attention_seconds("inner", point.rows, point.layer, 1, device, speed)
+    rows = []
+    for direction, label in (("fwd", "forward"), ("fwd+bwd", "forward+backward")):
+        start, slope = speed.authors[direction]
+        around = start + slope * calibration.authors_bytes(point, direction) / device.memory_bytes_s
+        theirs = inner[direction == "fwd+bwd"] + around
+        figure, title = given[f"published {label}"], f"512K, {label}, times dense cuDNN"
+        rows.append(Comparison("published", f"{title}: our kernels", figure, dense[direction] / ours[direction]))
+        rows.append(Comparison("published", f"{title}: the authors' code", figure, dense[direction] / theirs))
+    run = run_of("530m-98k", device=device, gpus=1, global_batch=1)
+    rates = {name: time.tokens_per_gpu(run.change(attention=name), speed) for name in ("dense", "lighthouse")}
+    stage, plain = given["published stage-1"], given["published dense"]
+    rows.append(Comparison("published", "98K, 530M, dense, tokens/s/GPU", plain, rates["dense"]))
+    rows.append(Comparison("published", "98K, 530M, stage 1, tokens/s/GPU: our kernels", stage, rates["lighthouse"]))
+    rows.append(Comparison("published", "98K, 530M, stage 1 over dense", stage / plain, rates["lighthouse"] / rates["dense"]))
+    return rows

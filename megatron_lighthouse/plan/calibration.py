@@ -1,0 +1,191 @@
+"""Fits `Coefficients` to measured.csv and given.csv, which ship with the package. No number is typed here."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
+
+import numpy
+
+from megatron_lighthouse.config import LighthouseConfig
+from megatron_lighthouse.context_parallel.layout import Layout
+from megatron_lighthouse.context_parallel.plan import Layer, attend_bytes
+from megatron_lighthouse.geometry import Geometry
+from megatron_lighthouse.plan import time, work
+from megatron_lighthouse.plan.coefficients import Coefficients, Fit
+from megatron_lighthouse.plan.device import DEVICES
+from megatron_lighthouse.plan.run import COMM_TYPES, Run, run_of
+
+DEVICE = DEVICES["h100"]
+"""Where everything was measured."""
+MEASURED_VOCAB = 384
+"""Rows of the embedding in the measured training steps: plain text, one byte a token (docs/usage.md)."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measured number."""
+
+    kind: str
+    source: str
+    what: str
+    direction: str
+    geometry: Geometry
+    layer: Layer
+    ranks: int
+    value: float
+    """Seconds; GiB where the direction is 'peak GiB'."""
+
+    @property
+    def rows(self) -> int:
+        """Rows that the attention in it attends to."""
+        return self.geometry.seq_length if self.what.split()[0] == "dense" else self.geometry.gathered_length
+
+    @property
+    def plain(self) -> bool:
+        """Of the shape that the paper measures: B=1, H=G=8, D=128."""
+        return (self.layer.batch, self.layer.heads, self.layer.groups, self.layer.dim) == (1, 8, 8, 128)
+
+    @property
+    def name(self) -> str:
+        n, g, l = self.geometry.seq_length, self.geometry, self.layer
+        shape = "" if self.plain or self.kind == "run" else f" B={l.batch} H={l.heads} G={l.groups} D={l.dim}"
+        return f"{self.what}, {self.direction}, N={n} L={g.levels} p={g.pooling} k={g.budget}{shape} CP={self.ranks}"
+
+
+@cache
+def points() -> tuple[Point, ...]:
+    """All of measured.csv."""
+    lines = (files("megatron_lighthouse.plan") / "measured.csv").read_text().splitlines()
+    return tuple(_point(row) for row in csv.DictReader(line for line in lines if not line.startswith("#")))
+
+
+def _point(row: dict[str, str]) -> Point:
+    config = LighthouseConfig(int(row["levels"]), int(row["pooling"]), int(row["budget"]))
+    geometry = config.geometry(int(row["tokens"]), int(row["ranks"]))
+    batch, heads, groups, dim = (int(row[key] or 0) for key in ("batch", "heads", "groups", "dim"))
+    layer = Layer(batch, heads, groups, dim, 2)
+    value = float(row["value"]) * (1 if row["kind"] == "run" else 1e-3)
+    return Point(row["kind"], row["source"], row["what"], row["direction"], geometry, layer, int(row["ranks"]), value)
+
+
+@cache
+def given() -> dict[str, float]:
+    """given.csv: ceilings of one H100, and published figures."""
+    text = (files("megatron_lighthouse.plan") / "given.csv").read_text().splitlines()
+    return {row["name"]: float(row["value"]) for row in csv.DictReader(text)}
+
+
+@cache
+def coefficients() -> Coefficients:
+    """The fit."""
+    speed = Coefficients(
+        {}, {}, (), {}, _host(), DEVICE.flops / given()["matmul"], 0.0, DEVICE.nvlink_bytes_s / given()["link"]
+    )
+    for kind in ("dense", "inner"):
+        for direction, factor in (("fwd", 1.0), ("fwd+bwd", work.FORWARD_AND_BACKWARD)):
+            found = _layers(kind, direction)
+            speed.attention[kind, direction] = fit(
+                [[1.0, work.attention_flops(p.rows, p.layer) * factor / DEVICE.flops] for p in found], [p.value for p in found]
+            )
+    for step, direction in work.STEPS:
+        found = _layers(step, direction)
+        moved = [work.step_bytes(step, p.geometry.seq_length, p.geometry.gathered_length, p.layer) for p in found]
+        speed.steps[step, direction] = fit([[1.0, x / DEVICE.memory_bytes_s] for x in moved], [p.value for p in found])
+    found = _layers("select", "fwd")
+    features = [work.select_features(p.geometry, p.layer, 1, DEVICE.multiprocessors) for p in found]
+    copy = speed.steps["gather", "fwd"][1]
+    speed = replace(speed, copy=copy, select=fit(features, [p.value for p in found]))
+    for scheme in COMM_TYPES:
+        for direction in ("fwd", "fwd+bwd"):
+            speed.ranks[scheme, direction] = _crossing(scheme, direction, speed)
+    for direction in ("fwd", "fwd+bwd"):
+        speed.authors[direction] = _authors(direction, speed)
+    return replace(speed, elementwise=_elementwise(speed))
+
+
+def _host() -> dict[str, float]:
+    """Medians over lengths, of one rank and of two by each scheme."""
+    found: dict[str, list[float]] = {}
+    for p in points():
+        if p.kind == "host" and p.plain:
+            found.setdefault(p.what.partition(" ")[2], []).append(p.value)
+    return {scheme: statistics.median(values) for scheme, values in found.items()}
+
+
+def _layers(what: str, direction: str) -> list[Point]:
+    """Layer points of one rank of head dimension 128 and at least 16K tokens: what is fitted."""
+    return [
+        p
+        for p in points()
+        if (p.kind, p.what, p.direction, p.ranks) == ("layer", what, direction, 1)
+        and p.layer.dim == 128
+        and p.geometry.seq_length >= 16384
+    ]
+
+
+def _crossing(scheme: str, direction: str, speed: Coefficients) -> Fit:
+    """(seconds for each other rank, 0, times over bytes): from the inner attention alone on two ranks."""
+    found = [p for p in points() if p.what == f"inner {scheme}" and p.direction == direction]
+    which = direction == "fwd+bwd"
+    known, features = [], []
+    for p in found:
+        known.append(time.attention_seconds("inner", p.rows, p.layer, p.ranks, DEVICE, speed)[which])
+        forward, backward = attend_bytes(scheme, p.rows, p.layer, Layout(p.ranks, p.ranks - 1))
+        travel = (forward + which * backward) / DEVICE.nvlink_bytes_s * speed.link
+        features.append([p.ranks - 1.0, 0.0 if scheme == "p2p" else travel])
+    each, slope = fit(features, [p.value for p in found], known)
+    return each, 0.0, slope
+
+
+def _authors(direction: str, speed: Coefficients) -> Fit:
+    """Times over the bytes of the steps, from what the authors' layer takes beyond the inner attention."""
+    found = _layers("authors", direction)
+    known = [time.attention_seconds("inner", p.rows, p.layer, 1, DEVICE, speed)[direction == "fwd+bwd"] for p in found]
+    return fit([[1.0, authors_bytes(p, direction) / DEVICE.memory_bytes_s] for p in found], [p.value for p in found], known)
+
+
+def authors_bytes(point: Point, direction: str) -> float:
+    """Bytes of the steps around the inner attention, in that direction."""
+    steps = [step for step, way in work.STEPS if way == "fwd" or direction == "fwd+bwd"]
+    return sum(work.step_bytes(step, point.geometry.seq_length, point.geometry.gathered_length, point.layer) for step in steps)
+
+
+def _elementwise(speed: Coefficients) -> float:
+    """What the training steps take beyond what is known of them, over the bytes of the elementwise operations."""
+    found = [p for p in points() if (p.kind, p.direction) == ("run", "seconds")]
+    known, features = [], []
+    for p in found:
+        parts = time.step_parts(measured_run(p), speed)
+        features.append([parts.pop("elementwise")])
+        known.append(sum(parts.values()))
+    return fit(features, [p.value for p in found], known)[0]
+
+
+def measured_run(point: Point) -> Run:
+    """The run of a training step that was measured."""
+    run = run_of("530m-98k", device=DEVICE, gpus=1, global_batch=1, discard_output="outputs kept" not in point.what)
+    model = replace(run.model, vocab=MEASURED_VOCAB)
+    if "all layers" in point.what:
+        model = replace(model, dense_first=0, dense_last=0)
+    return run.change(model=model, attention="dense" if point.what.startswith("dense") else "lighthouse")
+
+
+def fit(features: list[list[float]], values: list[float], known: list[float] | None = None) -> Fit:
+    """Non-negative coefficients c of least relative error of known + features·c against the values."""
+    y = numpy.array(values)
+    x = numpy.array(features) / y[:, None]
+    target = 1 - (numpy.array(known) if known else numpy.zeros_like(y)) / y
+    kept = list(range(x.shape[1]))
+    while kept:  # leave out what would be negative, the most negative first
+        solution = numpy.linalg.lstsq(x[:, kept], target, rcond=None)[0]
+        if solution.min() >= 0:
+            break
+        kept.pop(int(solution.argmin()))
+    full = numpy.zeros(x.shape[1])
+    if kept:
+        full[kept] = solution
+    return tuple(float(c) for c in full)

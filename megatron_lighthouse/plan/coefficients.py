@@ -1,0 +1,33 @@
+"""What measurements say about speed, as `calibration` fits it and `time` uses it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+type Fit = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """Seconds that do not depend on the device, and times over what the datasheet of the device allows."""
+
+    attention: dict[tuple[str, str], Fit]
+    """('dense' or 'inner', 'fwd' or 'fwd+bwd') -> seconds a call, times over flops at the datasheet's rate."""
+    steps: dict[tuple[str, str], Fit]
+    """(step, direction) -> seconds a call, times over bytes at the datasheet's rate."""
+    select: Fit
+    """Seconds for each of `work.select_features`."""
+    ranks: dict[tuple[str, str], Fit]
+    """(scheme, direction) -> seconds for each other rank, seconds a call, times over bytes sent at the link's rate."""
+    host: dict[str, float]
+    """Scheme, or none -> seconds that the host takes for a Lighthouse layer's attention, forward and backward."""
+    linear: float
+    """Times over flops at the datasheet's rate."""
+    copy: float
+    """Times over bytes at the datasheet's rate, of a large copy."""
+    link: float
+    """Times over bytes at the link's datasheet rate."""
+    elementwise: float = 1.0
+    """Times over the elementwise bytes at the speed of a copy; holds all that a training step has beside what is named."""
+    authors: dict[str, Fit] = field(default_factory=dict)
+    """Direction -> seconds a call, times over bytes, of the steps in the authors' code; for the published figures alone."""

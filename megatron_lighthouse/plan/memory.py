@@ -1,0 +1,101 @@
+"""Memory of the fullest rank, by part. Bytes, from what Megatron 0.19 with Transformer Engine keeps; no factor is fitted.
+
+Activations are those of the first pipeline stage, which holds as many micro batches as there are stages (1F1B). With tensor
+parallelism sequence parallelism is on, so all of it is shared out.
+"""
+
+from __future__ import annotations
+
+from megatron_lighthouse.plan.run import Run
+from megatron_lighthouse.plan.time import rank_parameters
+
+BF16, FP32 = 2, 4
+
+
+def dense_activations(run: Run) -> float:
+    """Kept by a layer for a micro batch.
+
+    Both norms' inputs and outputs (4h), Q, K, V after RoPE, the output and fp32 log-sum-exp of attention, gate and up (2 FFN)
+    and what goes down (FFN).
+    """
+    model, columns = run.model, run.model.heads * run.model.head_dim
+    elements = 4 * model.hidden + model.qkv + columns + _mlp(run)
+    return run.tokens / run.tensor_parallel * (BF16 * elements + FP32 * model.heads)
+
+
+def lighthouse_activations(run: Run) -> float:
+    """Kept by a Lighthouse layer: the gathered rows and their output in place of Q, K, V and the output; the map of entries.
+
+    The layer's own output too, unless it is freed and scattered again. The map has a 32-bit number for each entry of all levels
+    and each key/value head.
+    """
+    model, geometry = run.model, run.geometry
+    columns = model.heads * model.head_dim
+    rows = geometry.gathered_length / run.context_parallel * (BF16 * (model.qkv + columns) + FP32 * model.heads)
+    entries = geometry.pyramid_length / run.context_parallel * model.groups * FP32
+    other = run.tokens * BF16 * (4 * model.hidden + _mlp(run) + (0 if run.discard_output else columns))
+    return (rows + entries + other) / run.tensor_parallel
+
+
+def _mlp(run: Run) -> int:
+    """Elements a token that the MLP keeps: gate and up, and what goes down. Its input is the norm's output."""
+    return 0 if run.recompute == "mlp" else 3 * run.model.ffn
+
+
+def parts(run: Run) -> dict[str, float]:
+    """Bytes by part. Their sum is the peak that Megatron logs as 'max allocated'."""
+    model, tp, cp, pp = run.model, run.tensor_parallel, run.context_parallel, run.pipeline_parallel
+    parameters, shards = rank_parameters(run), run.data_parallel * cp
+    flight = min(pp, run.micro_batches)
+    layers = model.layers / pp
+    # the first stage holds the dense layers at the bottom
+    dense = min(layers, model.dense_first + (model.dense_last if pp == 1 else 0)) if run.attention == "lighthouse" else layers
+    share = run.tokens / tp
+    layer = max(dense_activations(run) if dense else 0.0, lighthouse_activations(run) if layers > dense else 0.0)
+    kept = dense * dense_activations(run) + ((layers - dense) * lighthouse_activations(run) if layers > dense else 0.0)
+    backward = share * BF16 * (model.hidden + 3 * model.ffn)  # gradients of a layer's output and of the MLP's
+    if run.recompute == "full":
+        kept, backward = layers * share * BF16 * model.hidden, backward + layer
+    elif run.recompute == "mlp":
+        backward += share * BF16 * 3 * model.ffn
+    logits = run.tokens * run.vocab_rank * (BF16 + FP32)  # Megatron's loss makes an fp32 copy
+    found = {
+        "parameters (bf16)": BF16 * parameters,
+        "gradients (fp32)": FP32 * parameters,
+        "optimizer (fp32 master, two moments)": 3 * FP32 * parameters / shards,
+        "activations": kept * flight,
+        "backward of a layer": max(backward, 0.0),
+        "logits and loss": max(0.0, logits - (backward if pp == 1 else 0.0)),  # not both at once
+        "communication buffers": _buffers(run),
+    }
+    if pp > 1:  # the logits are the last stage's, which holds one micro batch
+        spare = kept * (flight - 1)
+        found["logits and loss"] = max(0.0, logits - spare - backward)
+    return found
+
+
+def _buffers(run: Run) -> float:
+    """Gathered inputs of sequence parallelism; keys and values of other ranks in the widest attention of the run (two sets for
+    p2p, their gradients in fp32; all for all_gather; as much as the rank's own rows for a2a)."""
+    model, tp, cp = run.model, run.tensor_parallel, run.context_parallel
+    gathered = run.tokens * model.hidden * BF16 if tp > 1 else 0.0
+    if cp == 1:
+        return gathered
+    only = run.attention == "lighthouse" and run.lighthouse_layers == model.layers
+    rows = run.geometry.gathered_length if only else run.seq_length
+    keys = rows / cp * 2 * run.layer.groups * model.head_dim
+    sets = {
+        "p2p": 2 * BF16 + 2 * FP32,
+        "all_gather": cp * (BF16 + FP32),
+        "a2a": 2 * BF16 * (1 + run.layer.heads / run.layer.groups),
+    }
+    return gathered + keys * sets[run.cp_comm_type]
+
+
+def total(run: Run) -> float:
+    return sum(parts(run).values())
+
+
+def fits(run: Run) -> bool:
+    """Whether the peak is within what the device lets a run allocate."""
+    return total(run) <= run.device.usable_bytes

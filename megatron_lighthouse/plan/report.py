@@ -1,0 +1,185 @@
+"""The plan as plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean
+
+from megatron_lighthouse.context_parallel.layout import Layout
+from megatron_lighthouse.context_parallel.plan import attend_bytes, layer_bytes
+from megatron_lighthouse.plan import accuracy, memory, search, time
+from megatron_lighthouse.plan.coefficients import Coefficients
+from megatron_lighthouse.plan.device import HELD_BACK
+from megatron_lighthouse.plan.run import Run
+
+SHOWN = 8
+"""Layouts of the ranking that are shown."""
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of equal width; the first to the left, the others to the right."""
+    lines = [list(map(str, row)) for row in [header, *rows]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+        for line in lines
+    )
+
+
+def whole(run: Run, speed: Coefficients, tokens: float) -> str:
+    """The report of a run: its own layout, the ranking, and what the model is worth."""
+    parts = [title(run), memory_table(run), time_table(run, speed, tokens), link_table(run)]
+    parts += [limits(run, speed), ranking(run, speed), errors(speed), published(speed)]
+    return "\n\n".join(parts)
+
+
+def extrapolated(run: Run) -> str:
+    return "" if run.device.measured else " [extrapolated from H100 by datasheet ratios]"
+
+
+def layout(run: Run) -> str:
+    scheme = f" {run.cp_comm_type}" if run.context_parallel > 1 else ""
+    sizes = f"TP {run.tensor_parallel} CP {run.context_parallel}{scheme} PP {run.pipeline_parallel} DP {run.data_parallel}"
+    return f"{sizes}, recompute {run.recompute}"
+
+
+def title(run: Run) -> str:
+    model = run.model
+    kind = "dense attention"
+    if run.attention == "lighthouse":
+        c = run.config
+        kind = f"Lighthouse in {run.lighthouse_layers} of {model.layers} layers (L={c.levels} p={c.pooling} k={c.budget})"
+    return (
+        f"{model.parameters / 1e6:,.0f}M parameters, {run.seq_length:,} tokens, {kind}\n"
+        f"{run.gpus} x {run.device.name}, {layout(run)}, {run.global_batch} sequences a step{extrapolated(run)}\n"
+        f"device: {run.device.source}"
+    )
+
+
+def memory_table(run: Run) -> str:
+    rows = [(name, f"{value / 2**30:.2f}") for name, value in memory.parts(run).items()]
+    whole, usable = memory.total(run) / 2**30, run.device.usable_bytes / 2**30
+    verdict = "fits" if memory.fits(run) else "DOES NOT FIT"
+    rows += [("all", f"{whole:.2f}"), (f"usable ({HELD_BACK:.0%} held back)", f"{usable:.2f}")]
+    return table(["memory per GPU", "GiB"], rows) + f"\n{verdict}{extrapolated(run)}"
+
+
+def time_table(run: Run, speed: Coefficients, tokens: float) -> str:
+    parts = time.step_parts(run, speed)
+    step = sum(parts.values())
+    rows = [(name, f"{1e3 * x:.1f}", f"{x / step:.1%}") for name, x in parts.items() if x]
+    rows.append(("all", f"{1e3 * step:.1f}", ""))
+    rate, host = time.tokens_per_gpu(run, speed), time.host_seconds(run, speed)
+    hours = tokens / rate / 3600
+    lines = [table(["time of a step", "ms", "share"], rows)]
+    if host:
+        verdict = "less than" if host < step else "MORE THAN: the host may be the limit, for it is longer than"
+        lines.append(
+            f"not in it: the host's {1e3 * host:,.0f} ms for the attention of Lighthouse layers, {verdict} the GPU's step"
+        )
+    lines.append(f"{rate:,.0f} tokens/s/GPU, {rate * run.gpus:,.0f} in all{extrapolated(run)}")
+    if run.attention == "lighthouse":
+        dense = run.change(attention="dense")
+        other = time.tokens_per_gpu(dense, speed)
+        note = "" if memory.fits(dense) else ", which would not fit in this layout"
+        lines.append(f"{rate / other:.2f} x dense ({other:,.0f} tokens/s/GPU{note})")
+    lines.append(f"{tokens / 1e9:,.1f}B tokens: {hours:,.0f} GPU-hours, {hours / run.gpus / 24:,.2f} days on {run.gpus} GPUs")
+    return "\n".join(lines)
+
+
+def link_table(run: Run) -> str:
+    """Gigabytes that the busiest rank sends in a step, and over which link."""
+    tensor, between, gradients = time.link_bytes(run)
+    tp, cp, pp, layer = run.tensor_parallel, run.context_parallel, run.pipeline_parallel, run.layer
+    micro, ours = run.micro_batches, run.lighthouse_layers / pp
+    crossing = 0.0
+    if cp > 1:
+        ranks = [Layout(cp, rank) for rank in range(cp)]
+        forward = 1 + (run.recompute == "full")  # what is recomputed sends its forward's bytes again
+        dense = max(forward * f + b for f, b in (attend_bytes(run.cp_comm_type, run.seq_length, layer, r) for r in ranks))
+        crossing = (run.model.layers / pp - ours) * dense
+        if ours:
+            plans = [layer_bytes(run.cp_comm_type, run.geometry, layer, r).values() for r in ranks]
+            crossing += ours * max(sum(forward * f + b for f, b in plan) for plan in plans)
+    rows = []
+    for name, sent, span in (
+        ("tensor parallel", tensor * micro, tp),
+        ("context parallel", crossing * micro, tp * cp),
+        ("pipeline", between * micro, tp * cp + 1 if pp > 1 else 1),
+        ("data parallel", gradients, run.gpus),
+    ):
+        link = "NVLink" if span <= run.device.domain else "network"
+        rows.append((name, f"{sent / 1e9:.3f}", link if sent else "-"))
+    note = (
+        "\ncontext parallelism beyond 2 ranks is extrapolated: what each other rank costs was measured on 2" if cp > 2 else ""
+    )
+    return table(["a rank sends in a step", "GB", "over"], rows) + note
+
+
+def limits(run: Run, speed: Coefficients) -> str:
+    longest = search.longest(run)
+    lines = [
+        f"longest context of this layout and budget: {f'{longest:,} tokens' if longest else 'none fits'}{extrapolated(run)}"
+    ]
+    rows = search.crossover(run, speed)
+    first = next((length for length, _, ratio in rows if ratio > 1), None)
+    where = f"from {first:,} tokens on" if first else "at none of these lengths"
+    lines.append(
+        f"a Lighthouse layer is faster than a dense one {where} (forward + backward, GPU time; below 16K extrapolated):"
+    )
+    lines.append(table(["tokens", "k", "x dense"], [(f"{n:,}", str(k), f"{ratio:.1f}") for n, k, ratio in rows]))
+    return "\n".join(lines)
+
+
+def ranking(run: Run, speed: Coefficients) -> str:
+    found = search.rank(run, speed)
+    refused = ", ".join(f"{count} by {name}" for name, count in found.refused.most_common())
+    if not found.layouts:
+        return f"no layout of {run.gpus} GPUs fits (refused: {refused}): use more GPUs, or a shorter --seq-length."
+    rows = [(layout(r), f"{rate:,.0f}", f"{memory.total(r) / 2**30:.1f}") for r, rate in found.layouts[:SHOWN]]
+    best = found.layouts[0][0]
+    flags = f"--tensor-model-parallel-size {best.tensor_parallel} --context-parallel-size {best.context_parallel}"
+    flags += f" --pipeline-model-parallel-size {best.pipeline_parallel}"
+    if best.context_parallel > 1:
+        flags += f" --cp-comm-type {best.cp_comm_type}"
+    if best.tensor_parallel > 1:
+        flags += " --sequence-parallel"
+    flags += {
+        "none": "",
+        "mlp": " --recompute-granularity selective --recompute-modules mlp",
+        "full": " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    }[best.recompute]
+    head = table([f"ranking of {len(found.layouts)} layouts that fit", "tokens/s/GPU", "GiB"], rows)
+    return f"{head}\nrefused: {refused or 'none'}{extrapolated(run)}\nrecommended: {flags}"
+
+
+def errors(speed: Coefficients, every: bool = False) -> str:
+    """Greatest and mean error by group; the points themselves with `every`, else those out of bounds."""
+    points = accuracy.compared(speed)
+    rows, lines = [], []
+    for group in dict.fromkeys(p.group for p in points):
+        own = [p for p in points if p.group == group]
+        bound = accuracy.BOUNDS.get(group)
+        found = [abs(p.error) for p in own]
+        outside = sum(e > bound for e in found) if bound else 0
+        rows.append(
+            (group, str(len(own)), f"{max(found):.1%}", f"{mean(found):.1%}", f"{bound:.0%}" if bound else "-", str(outside))
+        )
+        for p in own:
+            if every or (bound and abs(p.error) > bound):
+                lines.append((p.name, f"{p.measured:.6g}", f"{p.predicted:.6g}", f"{p.error:+.1%}"))
+    text = table(["error of this model against H100 points", "points", "greatest", "mean", "promised", "outside"], rows)
+    return text + ("\n" + table(["point (s or GiB)", "measured", "model", "error"], lines) if lines else "")
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
+
+
+def published(speed: Coefficients) -> str:
+    rows = [(p.name, number(p.measured), number(p.predicted), f"{p.error:+.0%}") for p in accuracy.published(speed)]
+    head = table(["published, one B200 [extrapolated from H100 by datasheet ratios]", "paper", "model", "deviation"], rows)
+    return head + (
+        f"\nThe paper times the authors' code. On one H100 that is {accuracy.authors_over_dense():.0f} x dense at 491,520 "
+        "tokens, forward (measured.csv):\nthe paper's ratios do not follow from datasheets. Trust B200 figures no further."
+    )

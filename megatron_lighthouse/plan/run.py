@@ -1,0 +1,149 @@
+"""A run: model, attention, length, device and layout, and the rules that these must keep."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from typing import Any
+
+from megatron_lighthouse.config import LighthouseConfig
+from megatron_lighthouse.context_parallel.plan import Layer
+from megatron_lighthouse.geometry import Geometry
+from megatron_lighthouse.plan.device import DEVICES, Device
+from megatron_lighthouse.plan.model import GPT
+
+RECOMPUTE = ("none", "mlp", "full")
+"""No layer's forward again in backward; that of the MLP (--recompute-modules mlp); or that of whole layers."""
+COMM_TYPES = ("p2p", "all_gather", "a2a")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Micro batches hold one sequence. The optimizer is distributed; with tensor parallelism sequence parallelism is on."""
+
+    model: GPT
+    seq_length: int
+    device: Device = DEVICES["b200"]
+    attention: str = "lighthouse"
+    config: LighthouseConfig = field(default_factory=LighthouseConfig)
+    gpus: int = 1
+    tensor_parallel: int = 1
+    context_parallel: int = 1
+    pipeline_parallel: int = 1
+    global_batch: int = 1
+    recompute: str = "none"
+    cp_comm_type: str = "p2p"
+    discard_output: bool = True
+
+    def check(self) -> Run:
+        """This run. Raises ValueError, naming flag, value, rule and values that work, where it cannot be."""
+        model, tp, cp, pp = self.model, self.tensor_parallel, self.context_parallel, self.pipeline_parallel
+        for flag, value in (
+            *(("--tensor-model-parallel-size", tp), ("--context-parallel-size", cp), ("--pipeline-model-parallel-size", pp)),
+            *(("--gpus", self.gpus), ("--seq-length", self.seq_length), ("--global-batch-size", self.global_batch)),
+        ):
+            if value < 1:
+                raise ValueError(f"{flag} {value} must be at least 1: use 1 or more.")
+        for flag, name, known in (
+            *(("--attention", self.attention, ("dense", "lighthouse")), ("--recompute", self.recompute, RECOMPUTE)),
+            ("--cp-comm-type", self.cp_comm_type, COMM_TYPES),
+        ):
+            if name not in known:
+                raise ValueError(f"{flag} {name!r} is not known: use {' or '.join(known)}.")
+        if model.groups % tp or model.ffn % tp or model.hidden % tp:
+            raise ValueError(
+                f"--tensor-model-parallel-size {tp} must divide the {model.groups} key/value heads, hidden size {model.hidden} "
+                f"and FFN size {model.ffn}: use {_divisors(model.groups)}."
+            )
+        if model.layers % pp:
+            raise ValueError(
+                f"--pipeline-model-parallel-size {pp} must divide --num-layers {model.layers}: use {_divisors(model.layers)}."
+            )
+        if self.gpus % (tp * cp * pp):
+            raise ValueError(
+                f"--gpus {self.gpus} must be a multiple of TP {tp} x CP {cp} x PP {pp} = {tp * cp * pp}: "
+                f"use {max(1, self.gpus // (tp * cp * pp)) * tp * cp * pp}."
+            )
+        if self.global_batch % self.data_parallel:
+            dp = self.data_parallel
+            raise ValueError(
+                f"--global-batch-size {self.global_batch} must be a multiple of the {dp} data-parallel ranks: "
+                f"use {-(-self.global_batch // dp) * dp}."
+            )
+        if self.attention == "lighthouse":
+            _ = self.geometry
+        elif cp > 1 and self.seq_length % (2 * cp):
+            raise ValueError(
+                f"--seq-length {self.seq_length} must be a multiple of {2 * cp}, two chunks for each of "
+                f"--context-parallel-size {cp}: use {max(1, self.seq_length // (2 * cp)) * 2 * cp}."
+            )
+        if self.seq_length % (cp * tp):
+            raise ValueError(
+                f"--seq-length {self.seq_length} must be a multiple of {cp * tp}, for sequence parallelism shares out "
+                f"each rank's tokens: use {max(1, self.seq_length // (cp * tp)) * cp * tp}."
+            )
+        if self.cp_comm_type == "a2a" and (model.groups // tp) % cp:
+            raise ValueError(
+                f"--cp-comm-type a2a shares out the {model.groups // tp} key/value heads of a tensor-parallel rank among "
+                f"--context-parallel-size {cp}, which must divide them: use --cp-comm-type p2p, or --context-parallel-size "
+                f"{_divisors(model.groups // tp)}."
+            )
+        return self
+
+    @property
+    def geometry(self) -> Geometry:
+        """Lighthouse's integers. Raises ValueError where length, config and context parallelism do not fit."""
+        return self.config.geometry(self.seq_length, self.context_parallel)
+
+    @property
+    def data_parallel(self) -> int:
+        return self.gpus // (self.tensor_parallel * self.context_parallel * self.pipeline_parallel)
+
+    @property
+    def micro_batches(self) -> int:
+        """Sequences that a data-parallel rank takes in a step."""
+        return self.global_batch // self.data_parallel
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a sequence on one context-parallel rank."""
+        return self.seq_length // self.context_parallel
+
+    @property
+    def layer(self) -> Layer:
+        """Inputs of a layer's attention on one tensor-parallel rank, bf16."""
+        model, tp = self.model, self.tensor_parallel
+        return Layer(1, model.heads // tp, model.groups // tp, model.head_dim, 2)
+
+    @property
+    def lighthouse_layers(self) -> int:
+        return self.model.lighthouse_layers if self.attention == "lighthouse" else 0
+
+    @property
+    def vocab_rank(self) -> int:
+        """Rows of the vocabulary on a tensor-parallel rank, padded to 128 as Megatron does."""
+        return -(-self.model.vocab // (128 * self.tensor_parallel)) * 128
+
+    def change(self, **changes: Any) -> Run:
+        """A copy with `changes`."""
+        return replace(self, **changes)
+
+
+def recipes() -> dict[str, dict[str, Any]]:
+    """The tables of recipes.toml, by name."""
+    return tomllib.loads((files("megatron_lighthouse.plan") / "recipes.toml").read_text())
+
+
+def run_of(name: str, **changes: Any) -> Run:
+    """The run of a recipe, with `changes`. Raises ValueError where the recipe is not known."""
+    known = recipes()
+    if name not in known:
+        raise ValueError(f"--recipe {name!r} is not known: use {' or '.join(known)}.")
+    table = known[name]
+    own = {key: value for key, value in table.items() if key not in ("description", "model", "lighthouse")}
+    return Run(**{**own, "model": GPT(**table["model"]), "config": LighthouseConfig(**table["lighthouse"]), **changes})
+
+
+def _divisors(value: int) -> str:
+    return " or ".join(str(n) for n in range(1, value + 1) if value % n == 0)

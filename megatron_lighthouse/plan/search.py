@@ -1,0 +1,99 @@
+"""Layouts in the order of their predicted speed; the longest context; where Lighthouse overtakes dense attention."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_lighthouse.config import LighthouseConfig
+from megatron_lighthouse.plan import memory, time
+from megatron_lighthouse.plan.coefficients import Coefficients
+from megatron_lighthouse.plan.run import RECOMPUTE, Run
+
+SCHEMES = ("p2p", "a2a")
+"""What the ranking tries: all_gather holds the keys of all ranks and hides nothing (docs/context_parallel.md)."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    layouts: list[tuple[Run, float]]
+    """Runs that are accepted and fit, with tokens/s/GPU, best first."""
+    refused: Counter[str]
+    """Flag or 'memory' -> layouts that it refused."""
+
+
+def rank(run: Run, speed: Coefficients) -> Ranking:
+    """All layouts of the run's GPUs, length and batch."""
+    found, refused = [], Counter[str]()
+    for layout in _layouts(run):
+        try:
+            layout.check()
+        except ValueError as error:
+            refused[str(error).split()[0]] += 1
+            continue
+        if memory.fits(layout):
+            found.append((layout, time.tokens_per_gpu(layout, speed)))
+        else:
+            refused["memory"] += 1
+    # where the speed is the same, the layout that needs less memory
+    return Ranking(sorted(found, key=lambda x: (-round(x[1], 3), memory.total(x[0]))), refused)
+
+
+def _layouts(run: Run) -> Iterator[Run]:
+    model = run.model
+    for tp in _divisors(math.gcd(model.groups, run.gpus)):
+        if tp > run.device.domain:
+            continue  # tensor parallelism stays within an NVLink domain
+        for pp in _divisors(math.gcd(model.layers, run.gpus // tp)):
+            for cp in _divisors(run.gpus // (tp * pp)):
+                for recompute in RECOMPUTE:
+                    for scheme in SCHEMES[: 1 if cp == 1 else None]:
+                        sizes = {"tensor_parallel": tp, "pipeline_parallel": pp, "context_parallel": cp}
+                        yield run.change(**sizes, recompute=recompute, cp_comm_type=scheme)
+
+
+def _divisors(value: int) -> list[int]:
+    return [n for n in range(1, value + 1) if value % n == 0]
+
+
+def longest(run: Run, most: int = 2**27) -> int | None:
+    """The greatest sequence length of this layout that is accepted and fits, with the run's budget; None where none is."""
+    window, tiles = run.config.pooling ** (run.config.levels - 1), run.config.budget // run.config.tile_budget
+    unit = math.lcm(window * tiles, 2 * run.context_parallel * window * run.tensor_parallel, 1024)
+    low, high = 0, most // unit
+    while low < high:  # memory grows with length
+        middle = (low + high + 1) // 2
+        short = run.attention == "lighthouse" and middle * unit < window * run.config.budget  # too short for the budget
+        low, high = (middle, high) if short or _works(run.change(seq_length=middle * unit)) else (low, middle - 1)
+    return low * unit if low and _works(run.change(seq_length=low * unit)) else None
+
+
+def _works(run: Run) -> bool:
+    """Whether the run is accepted and fits."""
+    try:
+        return memory.fits(run.check())
+    except ValueError:
+        return False
+
+
+def crossover(run: Run, speed: Coefficients) -> list[tuple[int, int, float]]:
+    """(length, budget, times as fast as dense) of one layer, forward + backward, from 4,096 tokens on by doubling to 1M.
+
+    The budget is the run's share of its length, N/k; lengths that the config refuses are left out.
+    """
+    rows, share = [], run.seq_length / run.config.budget
+    cp, span = run.context_parallel, run.tensor_parallel * run.context_parallel
+    for length in (2**n for n in range(12, 21)):
+        tile = run.config.tile_budget
+        budget = max(tile, round(length / share / tile) * tile)
+        config = LighthouseConfig(run.config.levels, run.config.pooling, budget, tile)
+        try:
+            geometry = config.geometry(length, cp)
+        except ValueError:
+            continue
+        shape = (run.layer, cp, run.cp_comm_type, span, run.device, speed)
+        dense, ours = time.dense_layer(length, *shape), time.lighthouse_layer(geometry, *shape)
+        rows.append((length, budget, dense["fwd+bwd"] / ours["fwd+bwd"]))
+    return rows

@@ -1,0 +1,164 @@
+"""Time of a step by part. Seconds. What is fitted comes from `Coefficients`; all else is counted, and said so here.
+
+Not measured, so assumed: tensor-parallel communication is not hidden; the gradients' reduction hides behind the last
+micro batch's work; links of the network reach the share of their datasheet that NVLink does; a context-parallel group that
+spans NVLink domains sends all its bytes over the network.
+"""
+
+from __future__ import annotations
+
+from megatron_lighthouse.context_parallel.layout import Layout
+from megatron_lighthouse.context_parallel.plan import Layer, attend_bytes, layer_bytes
+from megatron_lighthouse.geometry import Geometry
+from megatron_lighthouse.plan import work
+from megatron_lighthouse.plan.coefficients import Coefficients
+from megatron_lighthouse.plan.device import Device
+from megatron_lighthouse.plan.run import Run
+
+type Parts = dict[str, float]
+OPTIMIZER_BYTES = 30
+"""Read gradient, master and moments (16), write master, moments and bf16 parameter (14), of each parameter a rank updates."""
+
+
+def attention_seconds(
+    kind: str, rows: int, layer: Layer, ranks: int, device: Device, speed: Coefficients
+) -> tuple[float, float]:
+    """(forward, forward + backward) of causal attention over `rows` rows, of which each rank does an equal part of the work."""
+    flops = work.attention_flops(rows, layer) / ranks
+    start, slope = speed.attention[kind, "fwd"]
+    both_start, both_slope = speed.attention[kind, "fwd+bwd"]
+    both = both_start + both_slope * flops * work.FORWARD_AND_BACKWARD / device.flops
+    return start + slope * flops / device.flops, both
+
+
+def crossing_seconds(
+    scheme: str, rows: int, layer: Layer, ranks: int, span: int, device: Device, speed: Coefficients, hide: tuple[float, float]
+) -> tuple[float, float]:
+    """(forward, forward + backward) that attention over several ranks takes beyond its share of the work.
+
+    Args:
+        span: GPUs from the first to the last of the group, which says what links it has.
+        hide: seconds of attention, behind which p2p's bytes travel.
+    """
+    if ranks == 1:
+        return 0.0, 0.0
+    sent = [attend_bytes(scheme, rows, layer, Layout(ranks, rank)) for rank in range(ranks)]
+    found = []
+    for direction, bytes_sent, behind in (
+        ("fwd", max(f for f, _ in sent), hide[0]),
+        ("fwd+bwd", max(f + b for f, b in sent), hide[1]),
+    ):
+        each, start, slope = speed.ranks[scheme, direction]
+        travel = bytes_sent / device.link_bytes_s(span) * speed.link
+        exposed = max(0.0, travel - behind * (ranks - 1) / ranks) if scheme == "p2p" else slope * travel
+        found.append(start + each * (ranks - 1) + exposed)
+    return found[0], found[1]
+
+
+def dense_layer(rows: int, layer: Layer, ranks: int, scheme: str, span: int, device: Device, speed: Coefficients) -> Parts:
+    """Dense attention without projections: 'fwd', 'fwd+bwd', and 'exposed fwd' and 'exposed', which lie within them."""
+    forward, both = attention_seconds("dense", rows, layer, ranks, device, speed)
+    more, more_both = crossing_seconds(scheme, rows, layer, ranks, span, device, speed, (forward, both))
+    return {"fwd": forward + more, "fwd+bwd": both + more_both, "exposed fwd": more, "exposed": more_both}
+
+
+def lighthouse_layer(
+    geometry: Geometry, layer: Layer, ranks: int, scheme: str, span: int, device: Device, speed: Coefficients
+) -> Parts:
+    """As `dense_layer`, and each step by name: 'score', 'select', 'gather', 'gather bwd', 'scatter', 'scatter bwd', 'inner'."""
+    rows = geometry.gathered_length
+    parts: Parts = {}
+    for step, direction in work.STEPS:
+        start, slope = speed.steps[step, direction]
+        moved = work.step_bytes(step, geometry.seq_length // ranks, rows // ranks, layer)
+        parts[step + (" bwd" if direction == "bwd" else "")] = start + slope * moved / device.memory_bytes_s
+    alone = ranks if geometry.tiles % (2 * ranks) == 0 else 1  # where tiles span chunks, every rank decides about all
+    features = work.select_features(geometry, layer, alone, device.multiprocessors)
+    parts["select"] = sum(a * b for a, b in zip(speed.select, features, strict=True))
+    inner, inner_both = attention_seconds("inner", rows, layer, ranks, device, speed)
+    more, more_both = crossing_seconds(scheme, rows, layer, ranks, span, device, speed, (inner, inner_both))
+    if ranks > 1:
+        plans = [layer_bytes(scheme, geometry, layer, Layout(ranks, rank)) for rank in range(ranks)]
+        link = speed.link / device.link_bytes_s(span)
+        aside = [{key: value for key, value in plan.items() if key != "attend"} for plan in plans]
+        more += max(sum(f for f, _ in plan.values()) for plan in aside) * link
+        more_both += max(sum(f + b for f, b in plan.values()) for plan in aside) * link
+    forward = sum(parts[name] for name in ("score", "select", "gather", "scatter"))
+    backward = parts["gather bwd"] + parts["scatter bwd"]
+    parts |= {"inner": inner_both, "inner fwd": inner, "exposed fwd": more, "exposed": more_both}
+    return {**parts, "fwd": forward + inner + more, "fwd+bwd": forward + backward + inner_both + more_both}
+
+
+def step_parts(run: Run, speed: Coefficients) -> Parts:
+    """Seconds of one optimizer step by part, of a pipeline stage with its share of all layers. Their sum is the step."""
+    model, device, tp, cp, pp = run.model, run.device, run.tensor_parallel, run.context_parallel, run.pipeline_parallel
+    layers, tokens = model.layers / pp, run.tokens
+    ours = run.lighthouse_layers / pp
+    span, shape = tp * cp, (run.layer, cp, run.cp_comm_type)
+    parts: Parts = {}
+    full, mlp = run.recompute == "full", run.recompute == "mlp"
+    passes = 3 + full + mlp * work.mlp_share(model)  # a forward, a backward of twice its work, and what is done again
+    per_token = work.linear_flops(model) / tp / device.flops * speed.linear
+    parts["linear layers"] = layers * tokens * per_token * passes
+    moved = work.elementwise_bytes(model) / tp / device.memory_bytes_s * speed.copy
+    parts["elementwise"] = layers * tokens * moved * speed.elementwise * (3 + full)
+    output = 2.0 * model.hidden * run.vocab_rank / device.flops * speed.linear * 3
+    parts["logits and loss"] = tokens * (output + 20 * run.vocab_rank / device.memory_bytes_s * speed.copy)
+    dense = dense_layer(run.seq_length, *shape, span, device, speed)
+    exposed = (layers - ours) * (dense["exposed"] + full * dense["exposed fwd"])
+    parts["dense attention"] = (layers - ours) * (dense["fwd+bwd"] + full * dense["fwd"]) - exposed
+    if ours:
+        layer = lighthouse_layer(run.geometry, *shape, span, device, speed)
+        for name in ("score", "select", "gather", "scatter"):
+            again = full + (run.discard_output and name == "scatter")
+            parts[name] = ours * (layer[name] * (1 + again) + layer.get(f"{name} bwd", 0.0))
+        parts["inner attention"] = ours * (layer["inner"] + full * layer["inner fwd"])
+        exposed += ours * (layer["exposed"] + full * layer["exposed fwd"])
+    parts["context parallel, exposed"] = exposed
+    link = speed.link / device.link_bytes_s(tp)
+    tensor, between, gradients = link_bytes(run)
+    parts["tensor parallel, exposed"] = tensor * link
+    parts["pipeline, exposed"] = between * speed.link / device.link_bytes_s(span + 1 if pp > 1 else 1)
+    micro = sum(parts.values())
+    parts = {name: value * run.micro_batches for name, value in parts.items()}
+    parts["pipeline bubble"] = micro * (pp - 1)
+    reduce = gradients * speed.link / device.link_bytes_s(run.gpus if run.gpus > device.domain else cp * tp * run.data_parallel)
+    parts["data parallel, exposed"] = max(0.0, reduce - micro)
+    share = rank_parameters(run) / (run.data_parallel * cp)
+    parts["optimizer"] = share * OPTIMIZER_BYTES / device.memory_bytes_s * speed.copy
+    return parts
+
+
+def host_seconds(run: Run, speed: Coefficients) -> float:
+    """What the host of the measured machine needs in a step to start the attention of a rank's Lighthouse layers.
+
+    With more ranks as with two, so at least; the dense layers and the rest of a layer are not measured.
+    """
+    scheme = run.cp_comm_type if run.context_parallel > 1 else ""
+    return run.lighthouse_layers / run.pipeline_parallel * run.micro_batches * speed.host[scheme]
+
+
+def link_bytes(run: Run) -> tuple[float, float, float]:
+    """Bytes that a rank sends, by tensor and by pipeline parallelism in a micro batch, and by data parallelism in a step.
+
+    Tensor: with sequence parallelism a layer gathers and scatters its input twice forward; backward once more gathers each.
+    Data: fp32 gradients scattered and bf16 parameters gathered, over data- and context-parallel ranks (ring).
+    """
+    tp, pp, dp = run.tensor_parallel, run.pipeline_parallel, run.data_parallel * run.context_parallel
+    activation = run.tokens * run.model.hidden * 2.0
+    calls = 10 + 4 * (run.recompute == "full") + 2 * (run.recompute == "mlp")
+    tensor = run.model.layers / pp * calls * activation * (tp - 1) / tp
+    between = 2 * activation / tp if pp > 1 else 0.0
+    return tensor, between, rank_parameters(run) * 6 * (dp - 1) / dp
+
+
+def rank_parameters(run: Run) -> float:
+    """Parameters on a rank of the fullest stage: its layers, and the embedding or the output weights (both if alone)."""
+    model, tp, pp = run.model, run.tensor_parallel, run.pipeline_parallel
+    layers = model.layers / pp * (model.layer_matrices / tp + 2 * model.hidden)
+    return layers + model.hidden + (2 if pp == 1 else 1) * run.vocab_rank * model.hidden
+
+
+def tokens_per_gpu(run: Run, speed: Coefficients) -> float:
+    """Tokens a second and GPU."""
+    return run.seq_length * run.global_batch / sum(step_parts(run, speed).values()) / run.gpus

@@ -1,0 +1,50 @@
+"""What each part has to do: floating-point operations, and bytes it cannot avoid to move. Counts, no speeds."""
+
+from __future__ import annotations
+
+from megatron_lighthouse.context_parallel.plan import Layer
+from megatron_lighthouse.geometry import Geometry
+from megatron_lighthouse.plan.model import GPT
+
+FORWARD_AND_BACKWARD = 3.5
+"""Operations of attention forward and backward over those forward: two products, and five more (FlashAttention-2 paper)."""
+STEPS = (("score", "fwd"), ("gather", "fwd"), ("scatter", "fwd"), ("gather", "bwd"), ("scatter", "bwd"))
+"""The steps that memory bounds, and when they run."""
+
+
+def attention_flops(rows: int, layer: Layer) -> float:
+    """Forward: two causal products of rows^2/2 * D multiply-adds a head, 2 operations each."""
+    return 2.0 * rows**2 * layer.batch * layer.heads * layer.dim
+
+
+def step_bytes(step: str, tokens: int, rows: int, layer: Layer) -> float:
+    """Bytes that a step must move, each once, either direction (as benchmarks/attention.py counts its floor)."""
+    row = layer.batch * layer.dim * layer.itemsize
+    return {
+        "score": tokens * (layer.heads + layer.groups) * row,
+        "gather": (tokens + rows) * (layer.heads + 2 * layer.groups) * row,
+        "scatter": (tokens + rows) * layer.heads * row,
+    }[step]
+
+
+def select_features(geometry: Geometry, layer: Layer, ranks: int, multiprocessors: int) -> list[float]:
+    """What select's time is linear in: turns over the tiles; those times levels to refine; those times windows a tile."""
+    programs = geometry.tiles * layer.batch * layer.groups / ranks
+    turns = max(1.0, programs / multiprocessors)
+    windows = geometry.entries(geometry.levels - 1) / geometry.tiles
+    return [turns, turns * (geometry.levels - 1), turns * windows]
+
+
+def linear_flops(model: GPT) -> float:
+    """Forward, for a token and layer: 2 operations for each element of its matrices."""
+    return 2.0 * model.layer_matrices
+
+
+def elementwise_bytes(model: GPT) -> float:
+    """Forward, for a token and layer, bf16: two norms and two residual sums (10h), RoPE on Q and K, SwiGLU (3 FFN)."""
+    return 2.0 * (10 * model.hidden + 2 * (model.heads + model.groups) * model.head_dim + 3 * model.ffn)
+
+
+def mlp_share(model: GPT) -> float:
+    """The part of a layer's matrices that belongs to the MLP."""
+    return 3 * model.hidden * model.ffn / model.layer_matrices

@@ -1,0 +1,70 @@
+"""The collector, on logs as Megatron writes them: whole, cut short, missing and broken."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_lighthouse.plan.__main__ import main
+
+INFO = {"recipe": "530m-98k", "seq_length": 98304, "gpus": 1, "device": "h100", "vocab": 384}
+
+
+def write(folder: Path, iterations: int, ms: float, gib: float | None, **info: object) -> None:
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({**INFO, **info}))
+    lines = []
+    for i in range(1, iterations + 1):
+        time = 9 * ms if i <= 3 else ms
+        lines.append(
+            f" [2026-11-24 10:00:00] iteration {i:8d}/      10 | elapsed time per iteration (ms): {time:.1f} | "
+            f"learning rate: 1.0E-04 | lm loss: {6 - i / 10:.6E} | grad norm: 1.0 |"
+        )
+        if i == 2 and gib is not None:
+            lines.append(f"[Rank 0] memory (MB) | allocated: 900.0 | max allocated: {gib * 1024:.2f} | reserved: 1 |")
+    (folder / "node0.log").write_text("\n".join(lines))
+
+
+def test_collect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    write(runs / "dense", 8, 4000.0, 75.8, attention="dense", context_parallel=1)
+    write(runs / "ours-1", 8, 1000.0, 60.0, attention="lighthouse", context_parallel=1)
+    write(runs / "ours-2", 8, 625.0, 31.0, attention="lighthouse", context_parallel=2, gpus=2)
+    write(runs / "cut", 2, 1000.0, None, attention="lighthouse", context_parallel=4, gpus=4)
+    (runs / "queued").mkdir()
+    (runs / "queued" / "run.json").write_text(json.dumps({**INFO, "attention": "dense", "context_parallel": 4, "gpus": 4}))
+    (runs / "broken").mkdir()
+    (runs / "broken" / "run.json").write_text('{"attention": ')
+    (runs / "poor").mkdir()
+    (runs / "poor" / "run.json").write_text('{"attention": "dense", "gpus": 1}')
+    assert main(["scaling", str(runs), "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    with (out / "scaling.csv").open() as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    assert rows.keys() == {"dense", "ours-1", "ours-2", "cut", "queued", "broken", "poor"}
+    ours = rows["ours-2"]
+    assert float(ours["seconds_a_step"]) == 0.625
+    assert float(ours["tokens_s_gpu"]) == pytest.approx(98304 / 0.625 / 2, abs=0.1)
+    assert float(ours["efficiency"]) == pytest.approx(0.8, abs=1e-3)
+    assert float(ours["peak_gib"]) == 31.0
+    assert float(rows["dense"]["efficiency"]) == 1
+    assert float(rows["dense"]["predicted_peak_gib"]) == pytest.approx(75.81, rel=0.1)
+    assert float(rows["ours-1"]["predicted_tokens_s_gpu"]) == pytest.approx(99087, rel=0.15)
+    assert rows["cut"]["tokens_s_gpu"] == rows["cut"]["peak_gib"] == rows["queued"]["iterations"].strip("0") == ""
+    assert rows["queued"]["predicted_tokens_s_gpu"]
+    for note in ("cut: 2 iterations", "queued: no log", "broken: run.json is no JSON", "poor: run.json lacks seq_length"):
+        assert note in said
+    assert said.startswith((out / "scaling.txt").read_text().rstrip())
+    for name in ("throughput.png", "efficiency.png", "memory.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_cannot_be_keeps_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "odd", 8, 500.0, 10.0, attention="lighthouse", context_parallel=1, seq_length=1000, recipe="mine")
+    assert main(["scaling", str(tmp_path / "odd"), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "--recipe 'mine' is not known" in said
+    assert "2000.0" in said

@@ -1,0 +1,114 @@
+"""The ranking offers only what the config accepts and what fits; refusals and the command line."""
+
+from __future__ import annotations
+
+import itertools
+import runpy
+import sys
+
+import pytest
+
+from megatron_lighthouse.plan import memory, report, search, time
+from megatron_lighthouse.plan.__main__ import main
+from megatron_lighthouse.plan.calibration import coefficients
+from megatron_lighthouse.plan.device import device_of
+from megatron_lighthouse.plan.run import Run, run_of
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        run_of("530m-98k", device=device_of("h100")),
+        run_of("530m-1m"),
+        run_of("llama3-8b-512k"),
+        run_of("530m-98k", seq_length=98304 + 192, gpus=6, global_batch=6),
+    ],
+    ids=["530m on h100", "1m", "8b", "six GPUs, an odd length"],
+)
+def test_ranking(run: Run) -> None:
+    found = search.rank(run, coefficients())
+    assert found.layouts
+    for layout, rate in found.layouts:
+        layout.config.geometry(layout.seq_length, layout.context_parallel)  # raises where it refuses
+        layout.check()
+        assert memory.total(layout) <= layout.device.memory_gib * 2**30
+        assert rate == time.tokens_per_gpu(layout, coefficients())
+    rates = [rate for _, rate in found.layouts]
+    assert rates[0] == max(rates)
+    assert all(a >= b - 1e-3 for a, b in itertools.pairwise(rates))
+
+
+def test_context_parallelism_that_does_not_fit_is_left_out() -> None:
+    """98,304 + 16·12 = 98,496 is 16 · 6156: of 2C chunks of whole windows only for C that 3078 is a multiple of."""
+    found = search.rank(run_of("530m-98k", seq_length=98496, gpus=4, global_batch=4), coefficients())
+    assert {r.context_parallel for r, _ in found.layouts} == {1, 2}
+    assert found.refused["--context-parallel-size"]
+
+
+def test_longest_fits_and_the_next_does_not() -> None:
+    run = run_of("530m-256k-cp8")
+    longest = search.longest(run)
+    assert longest
+    assert longest >= run.seq_length
+    assert memory.fits(run.change(seq_length=longest).check())
+    assert not memory.fits(run.change(seq_length=2 * longest))
+
+
+def test_longest_of_none() -> None:
+    run = run_of("llama3-8b-512k", gpus=1, tensor_parallel=1, context_parallel=1, pipeline_parallel=1, global_batch=1)
+    assert search.longest(run) is None
+
+
+def test_crossover_grows() -> None:
+    ratios = [ratio for _, _, ratio in search.crossover(run_of("530m-98k", device=device_of("h100")), coefficients())]
+    assert ratios[0] < 1 < ratios[-1]
+    assert ratios == sorted(ratios)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--recipe", "nothing"], ["--recipe 'nothing'", "use 530m-98k"]),
+        (["--device", "a100"], ["--device 'a100'", "h100 or h200"]),
+        (["--seq-length", "98305"], ["--seq-length 98305 must be a multiple of 192", "use --seq-length 98304"]),
+        (["--tensor-model-parallel-size", "3"], ["--tensor-model-parallel-size 3 must divide", "use 1 or 2 or 4 or 8"]),
+        (
+            ["--pipeline-model-parallel-size", "4"],
+            ["--pipeline-model-parallel-size 4 must divide --num-layers 30", "use 1 or 2"],
+        ),
+        (["--gpus", "12", "--context-parallel-size", "8"], ["--gpus 12 must be a multiple of", "use 8"]),
+        (["--global-batch-size", "9"], ["--global-batch-size 9 must be a multiple of the 8", "use 16"]),
+        (["--context-parallel-size", "0"], ["--context-parallel-size 0 must be at least 1"]),
+        (["--num-query-groups", "3"], ["--num-query-groups 3 must divide --num-attention-heads 8"]),
+        (["--lighthouse-budget", "100"], ["--lighthouse-budget 100 must be a positive multiple", "use"]),
+        (["--attention", "sparse"], ["--attention 'sparse'", "dense or lighthouse"]),
+        (["--tokens", "0"], ["--tokens 0 must be above 0"]),
+        (["scaling", "/nowhere"], ["scaling /nowhere", "run.json"]),
+    ],
+    ids=lambda x: " ".join(x[:2]) if isinstance(x, list) and x[0].startswith(("-", "s")) else "",
+)
+def test_refusals(arguments: list[str], said: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    for text in said:
+        assert text in error
+
+
+def test_report_says_what_it_is_worth(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--recipe", "530m-256k-cp8"]) == 0
+    out = capsys.readouterr().out
+    for part in ("memory per GPU", "time of a step", "context parallel", "longest context", "ranking of", "recommended:"):
+        assert part in out
+    for part in ("GPU-hours", "error of this model", "published", "extrapolated from H100"):
+        assert part in out
+    h100 = report.time_table(run_of("530m-98k", device=device_of("h100")), coefficients(), 1e9)
+    assert "extrapolated" not in h100
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_entry_point(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["plan", "--list"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("megatron_lighthouse.plan", run_name="__main__")
+    assert stop.value.code == 0
+    assert "llama3-8b-1m" in capsys.readouterr().out

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import time
+import traceback
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +48,10 @@ def run(program_start: float | None = None) -> None:
     except SystemExit as stop:  # with 0, how Megatron ends at --exit-interval, at a time limit and on SIGTERM
         if stop.code != 0:  # with none, how it ends where a checkpoint cannot be read: that is a failure
             raise SystemExit(stop.code or 1) from stop
+    except Exception:
+        traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)  # data loaders and the checkpoint's writer would keep a rank that failed, and so the job, alive
     if args.lighthouse_selection_map:
         _draw_selection(watched, Path(args.lighthouse_selection_map))
     torch.distributed.barrier()

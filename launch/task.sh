@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# One rank: its number from Slurm (torchrun has set it already), node-local caches, NUMA binding, then the command.
+#
+# Usage: srun … launch/task.sh COMMAND…
+set -euo pipefail
+
+export RANK=${SLURM_PROCID:-$RANK} LOCAL_RANK=${SLURM_LOCALID:-$LOCAL_RANK} WORLD_SIZE=${SLURM_NTASKS:-$WORLD_SIZE}
+# on a shared file system all ranks would compile into one folder
+caches=${TMPDIR:-/tmp}/megatron_lighthouse-$(id -u)
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$caches/triton} TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$caches/inductor}
+mkdir -p "$TRITON_CACHE_DIR" "$TORCHINDUCTOR_CACHE_DIR"
+
+say() { ((RANK > 0)) || echo "launch: $*"; }
+
+# the NUMA node of this rank's GPU in NUMA, or why there is none in REASON
+find_numa() {
+    local devices device bus
+    NUMA='' REASON='no numactl'
+    command -v numactl >/dev/null || return 0
+    REASON='no nvidia-smi'
+    command -v nvidia-smi >/dev/null || return 0
+    IFS=, read -ra devices <<<"${CUDA_VISIBLE_DEVICES:-}"
+    device=${devices[LOCAL_RANK]:-$LOCAL_RANK}
+    bus=$(nvidia-smi --query-gpu=pci.bus_id --format=csv,noheader -i "$device" 2>/dev/null | tr '[:upper:]' '[:lower:]') || bus=''
+    bus=/sys/bus/pci/devices/${bus#0000}/numa_node # nvidia-smi writes eight digits of domain, the kernel four
+    REASON="no node in $bus"
+    [[ -r $bus ]] || return 0
+    NUMA=$(<"$bus")
+    ((NUMA >= 0)) || NUMA=''
+}
+
+bind=()
+if [[ ${LIGHTHOUSE_ARCH:-} != cpu ]]; then
+    find_numa
+    if [[ -n $NUMA ]]; then
+        bind=(numactl --cpunodebind="$NUMA" --membind="$NUMA")
+        say "NUMA node $NUMA"
+    else
+        say "no NUMA binding: $REASON"
+    fi
+fi
+
+wrap=()
+if [[ ${LIGHTHOUSE_PROFILER:-} == nsys && " ${LIGHTHOUSE_PROFILER_RANKS:-0} " == *" $RANK "* ]]; then
+    wrap=(nsys profile --capture-range=cudaProfilerApi --capture-range-end=stop --trace="cuda,nvtx,cublas,cudnn" --force-overwrite=true
+        --output="$LIGHTHOUSE_PROFILER_FOLDER/${SLURM_JOB_ID:-local}_$(hostname)_$RANK")
+fi
+
+if ((RANK == 0)); then
+    echo "launch: the environment of $WORLD_SIZE ranks:"
+    env | grep -E '^(CUDA_|NVTE_|NCCL_|GLOO_|PYTORCH_|TRITON_|TORCHINDUCTOR_|OMP_NUM|MASTER_|WORLD_SIZE)' | sort | sed 's/^/launch:   /'
+fi
+
+# Not exec: what a killed rank leaves behind (data loaders, the checkpoint's writer) holds its output open, and Slurm would wait
+# for that before it says that the rank is dead.
+set -m # the command gets a process group
+"${bind[@]}" "${wrap[@]}" "$@" </dev/null &
+child=$! status=0
+# Slurm signals every process of a step. URG kills none that does not catch it, as TERM would the checkpoint's writer
+trap 'kill -TERM "$child" 2>/dev/null || true' URG TERM INT
+while kill -0 "$child" 2>/dev/null; do # a trap ends wait early
+    status=0
+    wait "$child" || status=$?
+done
+kill -KILL -- "-$child" 2>/dev/null || true
+exit "$status"

@@ -1,0 +1,135 @@
+"""`python -m megatron_lighthouse.launch.check`: refuse a run before it is queued. Imports no Megatron.
+
+Looks at the layout on these nodes, the sizes of Lighthouse, and whether the data is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_lighthouse.mcore.settings import add_arguments, settings_from
+from megatron_lighthouse.scorers import problem
+
+DATA = ("--data-path", "--train-data-path", "--valid-data-path", "--test-data-path")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check the command line; answers an exit status."""
+    parser = argparse.ArgumentParser(prog="python -m megatron_lighthouse.launch.check", description=__doc__)
+    parser.add_argument("--nodes", type=int, required=True, help="nodes of the job")
+    parser.add_argument("--gpus-per-node", type=int, required=True, help="GPUs, and so processes, of a node")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="Megatron's command line")
+    options = parser.parse_args(argv)
+    words = options.arguments[1:] if options.arguments[:1] == ["--"] else options.arguments
+    args = parse(words)
+    problems = [*layout(args, options.nodes, options.gpus_per_node), *sizes(args), *data(args)]
+    if problems:
+        print("The run cannot start as asked:\n  - " + "\n  - ".join(problems), file=sys.stderr)
+        return 1
+    print(summary(args, options.nodes * options.gpus_per_node))
+    return 0
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Those of Megatron's arguments that the rules need; others pass unread."""
+    parser = add_arguments(argparse.ArgumentParser(prog="recipe", allow_abbrev=False, add_help=False))
+    for name, default in (
+        *(("tensor-model-parallel-size", 1), ("pipeline-model-parallel-size", 1), ("context-parallel-size", 1)),
+        *(("num-layers", None), ("num-attention-heads", None), ("num-query-groups", None), ("seq-length", None)),
+        *(("micro-batch-size", 1), ("global-batch-size", None), ("train-iters", None)),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    for name in (*DATA, "--text-data"):
+        parser.add_argument(name, nargs="*", default=[])
+    for name in ("--data-args-path", "--per-split-data-args-path"):
+        parser.add_argument(name)
+    parser.add_argument("--mock-data", action="store_true")
+    return parser.parse_known_args(words)[0]
+
+
+def layout(args: argparse.Namespace, nodes: int, gpus_per_node: int) -> Iterator[str]:
+    """The arithmetic of tensor, context, pipeline and data parallel ranks."""
+    tensor, context = args.tensor_model_parallel_size, args.context_parallel_size
+    pipeline, world = args.pipeline_model_parallel_size, nodes * gpus_per_node
+    one = tensor * context * pipeline
+    flags = (("tensor-model", tensor), ("context", context), ("pipeline-model", pipeline))
+    product = " x ".join(f"--{name}-parallel-size {size}" for name, size in flags)
+    if world % one:
+        fits = [n for n in range(1, 4 * one + 1) if n * gpus_per_node % one == 0]
+        fit = " or ".join(map(str, sorted(sorted(fits, key=lambda n: abs(n - nodes))[:2])))
+        yield (
+            f"{product} = {one} must divide the GPUs of the job, {nodes} nodes x {gpus_per_node} = {world}: use --nodes {fit}, "
+            "or smaller sizes."
+        )
+    elif args.global_batch_size and args.global_batch_size % (args.micro_batch_size * (world // one)):
+        unit = args.micro_batch_size * (world // one)
+        yield (
+            f"--global-batch-size {args.global_batch_size} must be a multiple of {unit} (--micro-batch-size "
+            f"{args.micro_batch_size} x {world // one} data-parallel ranks): use {-(-args.global_batch_size // unit) * unit}."
+        )
+    if args.num_layers and args.num_layers % pipeline:
+        yield f"--num-layers {args.num_layers} must be a multiple of --pipeline-model-parallel-size {pipeline}."
+    for name, value in (("num-attention-heads", args.num_attention_heads), ("num-query-groups", args.num_query_groups)):
+        if value and value % tensor:
+            yield f"--{name} {value} must be a multiple of --tensor-model-parallel-size {tensor}: use a divisor of {value}."
+
+
+def sizes(args: argparse.Namespace) -> Iterator[str]:
+    """What Lighthouse says of the sequence length on this many context-parallel ranks."""
+    if not args.train_iters:
+        yield "--train-iters is missing: a requeued job goes on until the checkpoint is there."
+    if args.seq_length is None:
+        yield "--seq-length is missing."
+    elif args.attention == "lighthouse":
+        try:
+            config = settings_from(args).config
+            config.geometry(args.seq_length, args.context_parallel_size)
+        except ValueError as error:
+            yield str(error)
+        if message := problem(args.lighthouse_scorer, args.seq_length, args.context_parallel_size):
+            yield message
+
+
+def data(args: argparse.Namespace) -> Iterator[str]:
+    """Whether there is data, and every file of it."""
+    given = {name: getattr(args, name[2:].replace("-", "_")) for name in DATA}
+    files = [path for path in (args.data_args_path, args.per_split_data_args_path) if path]
+    if not (any(given.values()) or files or args.text_data or args.mock_data):
+        yield "the run has no data: add --data-path PREFIX, --text-data PATH or --mock-data after the --."
+    for name, words in given.items():
+        for prefix in (word for word in words if not _number(word)):
+            missing = [suffix for suffix in (".bin", ".idx") if not Path(prefix + suffix).is_file()]
+            if missing:
+                absent = " and no ".join(prefix + suffix for suffix in missing)
+                yield f"{name} {prefix} has no {absent}: give the prefix of an indexed dataset."
+    for path in (*args.text_data, *files):
+        if not Path(path).exists():
+            yield f"{path} (--text-data or a list of data) is not there: give a path that all nodes see."
+
+
+def _number(word: str) -> bool:
+    """The weight of a dataset in a mixture."""
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def summary(args: argparse.Namespace, world: int) -> str:
+    """What will run, in one line."""
+    tensor, context = args.tensor_model_parallel_size, args.context_parallel_size
+    pipeline = args.pipeline_model_parallel_size
+    layout = f"TP {tensor} x CP {context} x PP {pipeline} x DP {world // (tensor * context * pipeline)}"
+    line = f"{world} ranks = {layout}; {args.seq_length} tokens, {args.attention}"
+    if args.attention == "lighthouse":
+        geometry = settings_from(args).config.geometry(args.seq_length, context)
+        line += f", {geometry.gathered_length} rows attended"
+    return line
+
+
+if __name__ == "__main__":
+    sys.exit(main())

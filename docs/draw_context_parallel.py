@@ -132,13 +132,15 @@ def _backward(axes: Axes, y: float, order: list[int]) -> None:
     _box(axes, 0, y, 2.25, 1.5, STEP, "scatter backward\n(halo first)")
     attends = _attends(axes, 2.25, y, [*order, SHOWN])
     end = 2.25 + 1.55 * RANKS
-    _box(axes, end, y, 2.6, 1.5, STEP, "gather backward")
+    _box(axes, end, y, 1.5, 1.5, STEP, "gather\nbackward Q")
+    _box(axes, end + 1.5, y, 1.5, 1.5, STEP, "gather\nbackward K, V")
     begins = [0.0, attends[0], attends[1]]
     for rank, begin, until in zip(order, begins, attends, strict=False):
         _box(axes, begin, y + 1.75, until - begin, 0.85, COLOURS[rank], f"K, V of {rank}", "white", 0.06)
-    for i, rank in enumerate(order):
-        until = attends[i + 2] if i + 2 < RANKS else end
-        _box(axes, attends[i + 1], y + 2.7, until - attends[i + 1], 0.85, "white", f"grads to {rank}", COLOURS[rank], 0.06)
+    # the last wait for the rank's own attention, and go beside a kernel that leaves them room
+    begins, ends = [attends[1], attends[2], end], [attends[2], attends[3], end + 1.5]
+    for rank, begin, until in zip(order, begins, ends, strict=True):
+        _box(axes, begin, y + 2.7, until - begin, 0.85, "white", f"grads to {rank}", COLOURS[rank], 0.06)
     _box(axes, 0.75, y + 2.7, 1.5, 0.85, "white", "halo's grad", DARK, 0.06)
 
 

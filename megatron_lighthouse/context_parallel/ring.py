@@ -76,15 +76,16 @@ class Ring(torch.autograd.Function):
         attention: RingAttention = ctx.attention
         block, exchange, scale = attention.block, attention.exchange, attention.scale
         dq, returning = _Sum(query, lse.dtype, exchange.size > 2), _Returning(key, value, lse.dtype, exchange)
-        for rank, k, v in arriving:
+        for step, (rank, k, v) in enumerate(arriving, 1):
             rows = _rows(rank, exchange.rank, query)
             part_q, *parts = block.backward(grad[rows], query[rows], k, v, out[rows], lse[..., rows], False, scale)
-            returning.send()
-            returning.pack(rank, *parts)
             dq.add(rows, part_q)
+            returning.pack(rank, *parts)
+            if step < exchange.size - 1:
+                returning.send()
         late = ctx.travels and all(ctx.needs_input_grad[1:3])
         if not late:
-            returning.send()  # nothing but the rank's own attention is left for it to hide behind
+            returning.send()  # there is nothing but the rank's own attention for them to hide behind
         own_q, own_k, own_v = block.backward(grad, query, key, value, out, lse, True, scale)
         if late:
             returning.send()
@@ -185,9 +186,8 @@ class _Returning:
         self.packed = rank, tuple(x.contiguous() for x in parts)
 
     def send(self) -> None:
-        """Send what is packed, if anything is, and add what the step before brought."""
-        if self.packed is None:
-            return
+        """Send what is packed, and add what the step before brought."""
+        assert self.packed is not None
         self._arrive()
         (rank, parts), self.packed = self.packed, None
         self.step += 1

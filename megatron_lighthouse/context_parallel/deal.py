@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.context_parallel.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,7 @@ def _move(x: Tensor, take: Tensor, to: Any, put: Tensor, by: Any, length: int, e
 
 def _rows_between(counts: list[int], size: int, share: int, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Rows that `rank` sends to each rank, and receives from each, from the rows of each chunk (by batch element and head)."""
-    to, by = [0] * size, [0] * size
-
-    def holder(chunk: int) -> int:
-        return min(chunk, 2 * size - 1 - chunk)
-
+    to, by, holder = [0] * size, [0] * size, Layout(size, rank).owner
     for at in range(0, len(counts), 2 * size):
         start = 0
         for chunk, count in enumerate(counts[at : at + 2 * size]):

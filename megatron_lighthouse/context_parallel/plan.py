@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_lighthouse.context_parallel.attention import COMM_TYPES
 from megatron_lighthouse.context_parallel.layout import Layout
 from megatron_lighthouse.geometry import Geometry
 from megatron_lighthouse.scorers.gla import SEGMENT
@@ -91,7 +92,7 @@ def summary(geometry: Geometry, layer: Layer, size: int, comm_type: str, scorer:
         ranks = [layer_bytes(scheme, geometry, layer, Layout(size, rank), scorer) for rank in range(size)]
         return f"{max(sum(f + b for f, b in plan.values()) for plan in ranks) / 1e6:,.1f}"
 
-    others = [name for name in ("p2p", "all_gather", "a2a") if name != comm_type]
+    others = [name for name in COMM_TYPES if name != comm_type]
     spans, chunks = geometry.tiles % (2 * size) != 0, 2 * size
     tiles = "1 tile spans" if geometry.tiles == 1 else f"{geometry.tiles} tiles span"
     ways = f"{megabytes(comm_type)} MB in a layer and step by {comm_type}"

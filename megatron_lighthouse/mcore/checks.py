@@ -9,7 +9,7 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_lighthouse.config import flag
 from megatron_lighthouse.context_parallel.attention import comm_type_problem
-from megatron_lighthouse.mcore.settings import LighthouseSettings
+from megatron_lighthouse.mcore.settings import LighthouseSettings, heads_of_rank, own_comm_types
 from megatron_lighthouse.scorers import problem
 
 
@@ -118,14 +118,9 @@ def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Ite
 
 def _comm_types(config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:
     """Of this project's own attention over shards; what Transformer Engine's can do it says itself."""
-    of_te = config.transformer_impl == "transformer_engine" and settings.config.inner in ("auto", "te")
-    if config.context_parallel_size == 1 or of_te:
-        return
-    kinds, tensor_parallel = config.cp_comm_type or "p2p", config.tensor_model_parallel_size
-    heads, groups = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
-    for kind in [kinds] if isinstance(kinds, str) else sorted(set(kinds)):
-        shares = max(1, heads // tensor_parallel), max(1, groups // tensor_parallel)
-        if message := comm_type_problem(kind, *shares, config.context_parallel_size):
+    heads, groups = (max(1, n) for n in heads_of_rank(config))  # fewer groups than ranks are refused elsewhere
+    for kind in own_comm_types(config, settings):
+        if message := comm_type_problem(kind, heads, groups, config.context_parallel_size):
             yield message
 
 

@@ -27,7 +27,7 @@ from megatron_lighthouse.inner import choose, choose_for_blocks
 from megatron_lighthouse.mcore.checks import check
 from megatron_lighthouse.mcore.context_parallel import context_parallel_group, over_shards
 from megatron_lighthouse.mcore.output import remember_source
-from megatron_lighthouse.mcore.settings import LighthouseSettings
+from megatron_lighthouse.mcore.settings import LighthouseSettings, heads_of_rank
 from megatron_lighthouse.steps import steps_for
 
 
@@ -136,8 +136,7 @@ class CoreAttentionBuilder:
 
     def _check_inner(self, layer: Any, config: TransformerConfig, device: torch.device) -> None:
         """Name a backend that is missing, or a scheme that cannot be, before training starts."""
-        heads, groups = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
-        heads, groups = (x // config.tensor_model_parallel_size for x in (heads, groups))
+        heads, groups = heads_of_rank(config)
         name, rows = self.settings.config.inner, (device, config.params_dtype, heads, groups, config.kv_channels)
         if layer.exchange is None or layer.inner_comm_type == "a2a":
             choose(name, *rows)

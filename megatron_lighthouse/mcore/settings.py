@@ -6,11 +6,15 @@ import argparse
 import os
 import shlex
 from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
 
 from megatron_lighthouse.config import LighthouseConfig, flag
 from megatron_lighthouse.inner import INNER
 from megatron_lighthouse.scorers import SCORERS
 from megatron_lighthouse.steps import STEPS
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
 
 ENVIRONMENT = "LIGHTHOUSE_ARGS"
 """Where `--spec` finds the arguments in an unpatched Megatron, whose parser does not know them."""
@@ -31,6 +35,21 @@ class LighthouseSettings:
     def is_dense(self, layer_number: int, num_layers: int) -> bool:
         """Whether the layer of this global, 1-based number stays dense."""
         return layer_number <= self.dense_first or layer_number > num_layers - self.dense_last
+
+
+def heads_of_rank(config: TransformerConfig) -> tuple[int, int]:
+    """Query heads and key/value heads of one tensor-parallel rank."""
+    heads, groups = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
+    return heads // config.tensor_model_parallel_size, groups // config.tensor_model_parallel_size
+
+
+def own_comm_types(config: TransformerConfig, settings: LighthouseSettings) -> list[str]:
+    """The schemes by which this project's own attention crosses ranks; none where Transformer Engine's does it."""
+    of_te = config.transformer_impl == "transformer_engine" and settings.config.inner in ("auto", "te")
+    if config.context_parallel_size == 1 or of_te:
+        return []
+    kinds = config.cp_comm_type or "p2p"
+    return [kinds] if isinstance(kinds, str) else sorted(set(kinds))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

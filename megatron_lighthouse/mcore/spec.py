@@ -20,7 +20,7 @@ from megatron_lighthouse.mcore.context_parallel import over_shards
 from megatron_lighthouse.mcore.core_attention import CoreAttentionBuilder
 from megatron_lighthouse.mcore.norm import torch_norm
 from megatron_lighthouse.mcore.output import without_kept_output
-from megatron_lighthouse.mcore.settings import LighthouseSettings, settings_from
+from megatron_lighthouse.mcore.settings import LighthouseSettings, heads_of_rank, own_comm_types, settings_from
 from megatron_lighthouse.notice import say_once
 
 type LayerSpec = ModuleSpec | TransformerBlockSubmodules
@@ -91,21 +91,13 @@ def layer_spec(model_cfg: Any, vp_stage: int | None = None, *, settings: Lightho
 def _say_what_is_sent(config: TransformerConfig, settings: LighthouseSettings) -> None:
     """One line, where this project's own attention crosses context-parallel ranks; Transformer Engine's does it its own way."""
     args, size = _global_args(), config.context_parallel_size
-    of_te = config.transformer_impl == "transformer_engine" and settings.config.inner in ("auto", "te")
-    if args is None or size == 1 or of_te:
+    comm_types = own_comm_types(config, settings)
+    if args is None or not comm_types:
         return
-    heads, groups = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
-    tensor_parallel, kinds = config.tensor_model_parallel_size, config.cp_comm_type or "p2p"
-    layer = Layer(
-        args.micro_batch_size,
-        heads // tensor_parallel,
-        groups // tensor_parallel,
-        config.kv_channels,
-        config.params_dtype.itemsize,
-    )
-    for comm_type in [kinds] if isinstance(kinds, str) else sorted(set(kinds)):
-        geometry, scorer = settings.config.geometry(args.seq_length, size), settings.config.scorer
-        say_once(summary(geometry, layer, size, comm_type, scorer))
+    layer = Layer(args.micro_batch_size, *heads_of_rank(config), config.kv_channels, config.params_dtype.itemsize)
+    geometry = settings.config.geometry(args.seq_length, size)
+    for comm_type in comm_types:
+        say_once(summary(geometry, layer, size, comm_type, settings.config.scorer))
 
 
 def _dense_over_shards(spec: LayerSpec, config: TransformerConfig) -> LayerSpec:

@@ -138,7 +138,10 @@ def silent(exchange: Exchange) -> Iterator[None]:
     def start(self: Exchange, sends: Any, receives: Any, purpose: str) -> list[Any]:
         return []
 
-    with mock.patch.multiple(exchange_module.Exchange, all_gather=all_gather, all_to_all=all_to_all, start=start):
+    with (
+        mock.patch.multiple(exchange_module.Exchange, all_gather=all_gather, all_to_all=all_to_all, start=start),
+        mock.patch.object(exchange_module, "copies_over", return_value="silent"),
+    ):
         yield
 
 

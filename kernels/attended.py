@@ -29,10 +29,23 @@ class Blocks(NamedTuple):
 
 
 def blocks_of(dim: int, itemsize: int) -> Blocks:
-    """By D and the dtype alone. fp32 is multiplied without tensor cores, as exactly as fp32 can: smaller blocks."""
+    """By D and the dtype alone; whole blocks of keys in one of queries. fp32 is multiplied without tensor cores, as exactly as
+    fp32 can: smaller blocks."""
     if itemsize == 4:
         return Blocks(32, 16, 4, 2)
-    return Blocks(128, 64, 8, 3) if padded(dim) <= 128 else Blocks(64, 64, 8, 2)
+    return Blocks(128, 128, 8, 3) if padded(dim) <= 128 else Blocks(64, 64, 8, 2)
+
+
+@triton.jit
+def _rows(p_x, i_row, i_d, rows, D: tl.constexpr, BLOCK_D: tl.constexpr, LAST: tl.constexpr):
+    """Rows of keys or values; LAST: some may lie past the end. Without a mask where there is nothing to mask."""
+    if LAST:
+        x = tl.load(p_x, mask=(i_row < rows)[:, None] & (i_d < D)[None, :], other=0.0)
+    elif D < BLOCK_D:
+        x = tl.load(p_x, mask=(i_d < D)[None, :], other=0.0)
+    else:
+        x = tl.load(p_x)
+    return x
 
 
 @triton.jit
@@ -56,22 +69,23 @@ def _attend(
     acc, total, best = state
     scale: tl.constexpr = 1.4426950408889634 / D**0.5  # log2(e): what follows takes powers of 2
     i_n, i_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    p_k += i_n.to(tl.int64)[:, None] * stride_k + i_d[None, :]
-    p_v += i_n.to(tl.int64)[:, None] * stride_v + i_d[None, :]
+    p_k += (begin + i_n).to(tl.int64)[:, None] * stride_k + i_d[None, :]
+    p_v += (begin + i_n).to(tl.int64)[:, None] * stride_v + i_d[None, :]
     for i_first in range(begin, end, BLOCK_N):
-        m_key = (i_d < D)[None, :] & (tl.full([BLOCK_N, 1], True, tl.int1) if not DIAGONAL else (i_first + i_n < keys)[:, None])
-        k = tl.load(p_k + tl.cast(i_first, tl.int64) * stride_k, mask=m_key, other=0.0)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        k = _rows(p_k, i_first + i_n, i_d, keys, D, BLOCK_D, DIAGONAL)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee")
         if DIAGONAL:
             logits = tl.where(i_position[:, None] >= i_first + i_n[None, :], logits, float("-inf"))
-        higher = tl.maximum(best, tl.max(logits, 1))
+        higher = tl.maximum(best, tl.max(logits, 1) * scale)
         # keys that a row does not see leave all of this as it was, to the last bit
-        weights = tl.exp2(logits - higher[:, None])
+        weights = tl.exp2(logits * scale - higher[:, None])
         shrink = tl.exp2(best - higher)
         total = total * shrink + tl.sum(weights, 1)
-        v = tl.load(p_v + tl.cast(i_first, tl.int64) * stride_v, mask=m_key, other=0.0)
+        v = _rows(p_v, i_first + i_n, i_d, keys, D, BLOCK_D, DIAGONAL)
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         best = higher
+        p_k += tl.cast(stride_k, tl.int64) * BLOCK_N
+        p_v += tl.cast(stride_v, tl.int64) * BLOCK_N
     return acc, total, best
 
 

@@ -7,15 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_lighthouse.context_parallel.copies import Copies, copies_over
 from megatron_lighthouse.context_parallel.layout import Layout
 
 sent: dict[str, int] = {}
 """Bytes that this process has sent to other ranks, by purpose: what `context_parallel.plan` is held to."""
+
+
+class Parcel(Protocol):
+    """Tensors under way to this rank."""
+
+    def open(self) -> list[Tensor]:
+        """The tensors: the host waits for them on a CPU, the current stream on a GPU."""
+
+    def close(self) -> None:
+        """They have been read, or will be by what the current stream has been given: their memory is used anew."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,28 @@ class Exchange:
         operations += [dist.P2POp(dist.isend, x, group=self.group, group_peer=peer) for x, peer in sends]
         return dist.batch_isend_irecv(operations) if operations else []
 
+    def swap(
+        self, tensors: Sequence[Tensor], to: int, by: int, shapes: Sequence[torch.Size], purpose: str, channel: str, room: int
+    ) -> Parcel:
+        """Begin to send contiguous tensors to rank `to`; what `by` sends comes as tensors of `shapes` and the same dtypes.
+
+        Args:
+            channel: names messages of which a rank has two open at most, and closes them in the order in which they come.
+            room: bytes of the largest message, the same on all ranks.
+        """
+        if copies := self.copies(tensors[0].device):
+            for x in tensors:
+                _count(purpose, x)
+            return copies.send(channel, tensors, to, by, shapes, room)
+        received = [x.new_empty(shape) for x, shape in zip(tensors, shapes, strict=True)]
+        works = self.start([(x, to) for x in tensors], [(x, by) for x in received], purpose)
+        return _Received(received, works, tuple(tensors))
+
+    def copies(self, device: torch.device) -> Copies | None:
+        """What `swap` sends by from GPU to GPU; None where it leaves that to the process group."""
+        copies = copies_over(self.group, device)
+        return copies if isinstance(copies, Copies) else None
+
     def in_order(self, x: Tensor) -> Tensor:
         """`x` [C, n, ...] with the tokens of each rank, as one sequence [C * n, ...]."""
         chunks = x.unflatten(1, (2, -1)).flatten(0, 1)
@@ -90,6 +124,23 @@ class Exchange:
         """This rank's tokens of a whole sequence `x` [N, ...]: [N / C, ...]."""
         chunks = x.unflatten(0, (2 * self.size, -1))
         return torch.cat([chunks[chunk] for chunk in self.layout.chunks])
+
+
+@dataclass
+class _Received:
+    """A parcel that the process group brings."""
+
+    tensors: list[Tensor]
+    works: list[dist.Work]
+    sent: tuple[Tensor, ...]
+    """Kept until they have been sent."""
+
+    def open(self) -> list[Tensor]:
+        finish(self.works)
+        return self.tensors
+
+    def close(self) -> None:
+        pass
 
 
 def finish(works: Sequence[dist.Work]) -> None:

@@ -3,8 +3,9 @@
 They come straight from the rank that holds them, and only the half that will be read: of a lower rank the early chunk. In
 backward they come again, and the gradients of keys and values go straight back to their rank, which sums them: no partial sum
 is rounded on its way. A rank's own keys come first in forward, while the first others travel, and last in backward, where the
-first others set out before the gradient of the rows is known (`begin_backward_with`). What travels beside an attention kernel
-that takes all SMs costs its own time; so the last gradients go while those of the queries are spread over the tokens.
+first others set out before the gradient of the rows is known (`begin_backward_with`). What NCCL sends beside an attention
+kernel that takes all SMs costs its own time; so where NCCL sends (see `copies`), the last gradients go while those of the
+queries are spread over the tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.context_parallel.blocks import Block
-from megatron_lighthouse.context_parallel.exchange import Exchange, finish
+from megatron_lighthouse.context_parallel.exchange import Exchange, Parcel
 from megatron_lighthouse.context_parallel.merge import merge
 
 
@@ -83,9 +84,9 @@ class Ring(torch.autograd.Function):
             returning.pack(rank, *parts)
             if step < exchange.size - 1:
                 returning.send()
-        late = ctx.travels and all(ctx.needs_input_grad[1:3])
+        late = ctx.travels and all(ctx.needs_input_grad[1:3]) and not exchange.copies(query.device)
         if not late:
-            returning.send()  # there is nothing but the rank's own attention for them to hide behind
+            returning.send()
         own_q, own_k, own_v = block.backward(grad, query, key, value, out, lse, True, scale)
         if late:
             returning.send()
@@ -135,18 +136,19 @@ class _Arriving:
 
     def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         for step in range(2, self.exchange.size + 1):
-            rank, k, v, works = self.following
-            finish(works)
+            rank, parcel = self.following
+            k, v = parcel.open()
             if step < self.exchange.size:
                 self.following = self._begin(step)
             yield rank, k, v
+            parcel.close()
 
-    def _begin(self, step: int) -> tuple[int, Tensor, Tensor, list[Any]]:
-        size, rank = self.exchange.size, self.exchange.rank
+    def _begin(self, step: int) -> tuple[int, Parcel]:
+        size, rank, whole = self.exchange.size, self.exchange.rank, (self.key, self.value)
         to, by = (rank + step) % size, (rank - step) % size
-        sends = [(x[_seen(rank, to, x)], to) for x in (self.key, self.value)]
-        k, v = (torch.empty_like(x[_seen(by, rank, x)]) for x in (self.key, self.value))
-        return by, k, v, self.exchange.start(sends, [(k, by), (v, by)], "attend")
+        parts = [x[_seen(rank, to, x)] for x in whole]
+        shapes = [x[_seen(by, rank, x)].shape for x in whole]
+        return by, self.exchange.swap(parts, to, by, shapes, "attend", "keys", sum(x.nbytes for x in whole))
 
 
 class _Sum:
@@ -179,7 +181,7 @@ class _Returning:
         self.sums = tuple(_Sum(x, dtype, exchange.size > 2) for x in (key, value))
         self.exchange, self.step = exchange, 0
         self.packed: tuple[int, tuple[Tensor, ...]] | None = None
-        self.under_way: tuple[slice, list[Tensor], tuple[Tensor, ...], list[Any]] | None = None
+        self.under_way: tuple[slice, Parcel] | None = None
 
     def pack(self, rank: int, *parts: Tensor) -> None:
         """Have this step's gradients of the keys and values of `rank` ready."""
@@ -188,25 +190,30 @@ class _Returning:
     def send(self) -> None:
         """Send what is packed, and add what the step before brought."""
         assert self.packed is not None
-        self._arrive()
+        if parcel := self._arrive():
+            parcel.close()
         (rank, parts), self.packed = self.packed, None
         self.step += 1
         by = (self.exchange.rank + self.step) % self.exchange.size
         rows = _seen(self.exchange.rank, by, self.sums[0].like)
-        received = [torch.empty_like(x.like[rows], memory_format=torch.contiguous_format) for x in self.sums]
-        works = self.exchange.start([(x, rank) for x in parts], [(x, by) for x in received], "attend")
-        self.under_way = rows, received, parts, works
+        shapes = [x.like[rows].shape for x in self.sums]
+        room = sum(x.like.nbytes for x in self.sums)
+        self.under_way = rows, self.exchange.swap(parts, rank, by, shapes, "attend", "gradients", room)
 
     def added_to(self, own_key: Tensor, own_value: Tensor) -> tuple[Tensor, Tensor]:
         """This rank's gradients and all that came."""
-        self._arrive()
+        parcel = self._arrive()
         dk, dv = self.sums
-        return dk.with_own(own_key), dv.with_own(own_value)
+        whole = dk.with_own(own_key), dv.with_own(own_value)
+        if parcel is not None:
+            parcel.close()
+        return whole
 
-    def _arrive(self) -> None:
-        if self.under_way is not None:
-            rows, received, _, works = self.under_way
-            finish(works)
-            for total, part in zip(self.sums, received, strict=True):
-                total.add(rows, part)
-            self.under_way = None
+    def _arrive(self) -> Parcel | None:
+        """Add what is under way; the parcel, to be closed when the sums have been made."""
+        if self.under_way is None:
+            return None
+        (rows, parcel), self.under_way = self.under_way, None
+        for total, part in zip(self.sums, parcel.open(), strict=True):
+            total.add(rows, part)
+        return parcel

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.geometry import Pyramid
-from megatron_lighthouse.reference import accumulation_dtype
-from megatron_lighthouse.scorers.both_ways import attended_both_ways, ordered_mean
+from megatron_lighthouse.scorers.both_ways import attended_both_ways
+from megatron_lighthouse.selection import Selection
 from megatron_lighthouse.steps import Steps
 
 
@@ -17,15 +17,15 @@ def summary(query: Tensor, key: Tensor, value: Tensor, pyramid: Pyramid, steps: 
 
     Unlike `norm` it looks at Q·K, and takes time of (N/F)² for that: F = p^(L-1) tokens are a coarsest window.
     """
-    q, k, v = (coarsest(x, pyramid) for x in (query, key, value))
+    q, k, v = coarsest(query, key, value, pyramid, steps)
     top = attended_both_ways(q, k, v, steps, exchange)
     finer = steps.score(query, key, pyramid)[..., : -top.shape[-1]]
     return torch.cat([finer, top], -1)
 
 
-def coarsest(x: Tensor, pyramid: Pyramid) -> Tensor:
-    """The means of x's coarsest windows: [n, ...] -> [n/F, ...], by sums in fp32 (fp64 for fp64), in x's dtype."""
-    mean = x.to(accumulation_dtype(x))
-    for _ in range(1, pyramid.levels):
-        mean = ordered_mean([mean[c :: pyramid.pooling] for c in range(pyramid.pooling)])
-    return mean.to(x.dtype)
+def coarsest(query: Tensor, key: Tensor, value: Tensor, pyramid: Pyramid, steps: Steps) -> tuple[Tensor, Tensor, Tensor]:
+    """The means of the coarsest windows: [n, ...] -> [n/F, ...] for each of the three, as `Steps.gather` makes them."""
+    windows = query.shape[0] // pyramid.window(pyramid.levels - 1)
+    places = query.new_full((query.shape[1], key.shape[2], pyramid.pyramid_length), -1, dtype=torch.int32)
+    places[..., -windows:] = torch.arange(windows, dtype=torch.int32, device=query.device)
+    return steps.gather(query, key, value, Selection(pyramid, places, windows))

@@ -1,0 +1,200 @@
+"""Copies: tensors straight into the memory of another GPU of this machine, by its copy engines.
+
+NCCL's kernels take SMs. Attention kernels are one persistent block an SM, so what NCCL sends beside them costs about its own
+time, which a copy engine does not. Each rank has two slots a channel in memory that its peers can write (torch's symmetric
+memory). The sender writes the tensors, then a counter, for which the receiver's stream waits; when that has read the slot, it
+writes a counter for which the sender waits before it fills the slot anew. No kernel spins for that: it is streams that wait.
+
+Every rank sends a message when another does, so the messages of a channel have the same numbers everywhere. What a stream waits
+for has been given to its GPU before, by the order of the program, which is one on all ranks: so nobody waits for what comes
+later, even where all streams share one queue (CUDA_DEVICE_MAX_CONNECTIONS=1).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+SLOTS = 2
+ALIGNMENT = 256
+COUNTER = 4
+"""Bytes."""
+SWITCH = "LIGHTHOUSE_COPY_ENGINE"
+"""Environment variable: 0 leaves all to the process group."""
+
+_of_group: dict[dist.ProcessGroup, Copies | str] = {}
+
+
+def copies_over(group: dist.ProcessGroup, device: torch.device) -> Copies | str:
+    """The copies between the ranks of `group`, which all call this; or why there are none, the same on every rank."""
+    if device.type != "cuda":
+        return "there is no GPU"
+    if group not in _of_group:
+        reasons: list[Any] = [None] * group.size()
+        dist.all_gather_object(reasons, (_problem(device), socket.gethostname()), group=group)
+        problem = next((own for own, _ in reasons if own), None)
+        if problem is None and len({host for _, host in reasons}) > 1:
+            problem = "the ranks of a sequence are on several nodes"
+        _of_group[group] = problem or Copies(group.rank(), group.size(), _Gpu(group, device))
+    return _of_group[group]
+
+
+def _problem(device: torch.device) -> str | None:
+    """Why this rank cannot."""
+    if os.environ.get(SWITCH) == "0":
+        return f"{SWITCH} is 0"
+    try:
+        import torch.distributed._symmetric_memory
+        from cuda.bindings import driver  # noqa: F401
+    except ImportError as error:
+        return f"the package {error.name} is not installed"
+    others = [i for i in range(torch.cuda.device_count()) if i != device.index]
+    if not all(torch.cuda.can_device_access_peer(device, i) for i in others):
+        return "the GPUs cannot reach each other's memory"
+    return None
+
+
+@dataclass
+class _Channel:
+    """Slots in the memory of every rank, and counters: of messages that have arrived at it, and that it knows to be read."""
+
+    slots: Any
+    counters: Any
+    room: int
+    """Bytes of a slot."""
+    messages: int = 0
+
+    def arrived(self, at: int, by: int) -> int:
+        """The address, on rank `at`, of the number of messages that have come, the last of them from `by`."""
+        return int(self.counters.buffer_ptrs[at]) + COUNTER * by
+
+    def read(self, at: int, by: int) -> int:
+        """The address, on rank `at`, of the number of messages that `by` has read."""
+        return self.arrived(at, by) + COUNTER * len(self.counters.buffer_ptrs)
+
+
+class Copies:
+    """Messages between the ranks of a group."""
+
+    def __init__(self, rank: int, size: int, gpu: _Gpu) -> None:
+        self.rank, self.size, self.gpu = rank, size, gpu
+        self.channels: dict[str, _Channel] = {}
+
+    def send(
+        self, channel: str, tensors: Sequence[Tensor], to: int, by: int, shapes: Sequence[torch.Size], room: int
+    ) -> Message:
+        """Begin to copy contiguous `tensors` to rank `to`, and expect tensors of `shapes` and the same dtypes of rank `by`.
+
+        Args:
+            room: bytes of the largest message, the same on all ranks.
+        """
+        at = self._channel(channel, room + ALIGNMENT * len(tensors))
+        number, at.messages = at.messages, at.messages + 1
+        begin = number % SLOTS * at.room
+        with self.gpu.copying():
+            self.gpu.wait(at.read(self.rank, to), number + 1 - SLOTS)
+            for x, target in zip(tensors, self._views(at, to, begin, [x.shape for x in tensors], tensors), strict=True):
+                self.gpu.copy(target, x)
+            self.gpu.write(at.arrived(to, self.rank), number + 1)
+        return Message(self, at, number, by, self._views(at, self.rank, begin, shapes, tensors))
+
+    def _views(self, at: _Channel, rank: int, begin: int, shapes: Sequence[torch.Size], like: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors of `shapes`, one after another from byte `begin` on in the slots of `rank`."""
+        views = []
+        for shape, x in zip(shapes, like, strict=True):
+            views.append(at.slots.get_buffer(rank, shape, x.dtype, begin // x.element_size()))
+            begin += -(-prod(shape) * x.element_size() // ALIGNMENT) * ALIGNMENT
+        return views
+
+    def _channel(self, name: str, room: int) -> _Channel:
+        """The channel, its slots of `room` bytes at least: all ranks make it at the same time, anew for larger messages."""
+        at = self.channels.get(name)
+        if at is None or at.room < room:
+            room = -(-room // ALIGNMENT) * ALIGNMENT
+            counters = at.counters if at else self.gpu.shared(2 * self.size * COUNTER)
+            at = self.channels[name] = _Channel(self.gpu.shared(SLOTS * room), counters, room, at.messages if at else 0)
+        return at
+
+
+@dataclass
+class Message:
+    """Tensors on their way to this rank."""
+
+    copies: Copies
+    channel: _Channel
+    number: int
+    by: int
+    tensors: list[Tensor]
+
+    def open(self) -> list[Tensor]:
+        """The tensors, for which the current stream waits."""
+        self.copies.gpu.wait(self.channel.arrived(self.copies.rank, self.by), self.number + 1)
+        return self.tensors
+
+    def close(self) -> None:
+        """Give the slot back, once what the current stream has been given is done."""
+        for rank in range(self.copies.size):
+            if rank != self.copies.rank:
+                self.copies.gpu.write(self.channel.read(rank, self.copies.rank), self.number + 1)
+
+
+class _Gpu:
+    """What copies ask of a GPU: shared memory, a stream of their own, and streams that wait for each other across GPUs."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.group, self.device = group, device
+        self.stream = torch.cuda.Stream(device, priority=-1)
+        self.memory: list[Tensor] = []
+
+    def shared(self, size: int) -> Any:
+        """`size` bytes of zeros on every rank, and where those of the others are: torch's handle of symmetric memory."""
+        from torch.distributed import _symmetric_memory as symmetric
+
+        memory = symmetric.empty(size, dtype=torch.uint8, device=self.device).zero_()
+        self.memory.append(memory)
+        shared = symmetric.rendezvous(memory, self.group)
+        torch.cuda.synchronize(self.device)
+        dist.barrier(self.group)  # nobody writes before all are zero
+        return shared
+
+    @contextmanager
+    def copying(self) -> Iterator[None]:
+        """What is done inside begins when what the current stream has been given is done, and lets it go on."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            yield
+
+    def copy(self, target: Tensor, x: Tensor) -> None:
+        target.copy_(x)
+        x.record_stream(self.stream)
+
+    def wait(self, address: int, value: int) -> None:
+        """What follows in the current stream begins when the counter at `address` is `value` or more, counted around."""
+        from cuda.bindings import driver
+
+        flag = driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
+        _check(driver.cuStreamWaitValue32(self._current(), address, value % 2**32, flag))
+
+    def write(self, address: int, value: int) -> None:
+        """The counter becomes `value` when what the current stream has been given is done and seen by all GPUs."""
+        from cuda.bindings import driver
+
+        flag = driver.CUstreamWriteValue_flags.CU_STREAM_WRITE_VALUE_DEFAULT
+        _check(driver.cuStreamWriteValue32(self._current(), address, value % 2**32, flag))
+
+    def _current(self) -> int:
+        return torch.cuda.current_stream(self.device).cuda_stream
+
+
+def _check(result: tuple[Any, ...]) -> None:
+    if result[0].value:
+        raise RuntimeError(f"CUDA refuses a stream memory operation: {result[0].name}")

@@ -1,0 +1,173 @@
+"""Copies between GPUs, with threads in their place: each rank is a thread, its copying stream another, in one memory."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from queue import Queue
+from threading import Barrier, Thread
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_lighthouse.context_parallel import exchange as exchange_module
+from megatron_lighthouse.context_parallel.blocks import BLOCKS
+from megatron_lighthouse.context_parallel.copies import Copies
+from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.context_parallel.layout import Layout
+from megatron_lighthouse.context_parallel.ring import RingAttention
+from tests.tolerances import assert_close
+
+BATCH, HEADS, GROUPS, DIM = 2, 4, 2, 8
+SECONDS = 20.0
+
+
+@dataclass
+class World:
+    """What the threads of a test share."""
+
+    size: int
+    barrier: Barrier = field(init=False)
+    memory: list[list[Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.barrier = Barrier(self.size)
+
+
+@dataclass
+class Shared:
+    """As torch's handle of symmetric memory."""
+
+    buffers: list[Tensor]
+
+    @property
+    def buffer_ptrs(self) -> list[int]:
+        return [x.data_ptr() for x in self.buffers]
+
+    def get_buffer(self, rank: int, shape: Sequence[int], dtype: torch.dtype, offset: int) -> Tensor:
+        return self.buffers[rank].view(dtype)[offset : offset + math.prod(shape)].view(shape)
+
+
+class Gpu:
+    """Work given to the copying stream is done by a thread, in order and late; all other at once."""
+
+    def __init__(self, rank: int, world: World) -> None:
+        self.rank, self.world, self.inside = rank, world, False
+        self.counters: dict[int, Tensor] = {}
+        self.queue: Queue[Callable[[], None]] = Queue()
+        Thread(target=self._copy_for_ever, daemon=True).start()
+
+    def shared(self, size: int) -> Shared:
+        own = torch.zeros(size, dtype=torch.uint8)
+        if self.rank == 0:
+            self.world.memory.append([torch.empty(0)] * self.world.size)
+        self.world.barrier.wait(SECONDS)
+        buffers = self.world.memory[-1]
+        buffers[self.rank] = own
+        self.world.barrier.wait(SECONDS)
+        return Shared(buffers)
+
+    @contextmanager
+    def copying(self) -> Iterator[None]:
+        self.inside = True
+        yield
+        self.inside = False
+
+    def copy(self, target: Tensor, x: Tensor) -> None:
+        self._give(lambda: target.copy_(x))
+
+    def wait(self, address: int, value: int) -> None:
+        counter = self._counter(address)
+
+        def wait() -> None:
+            end = time.monotonic() + SECONDS
+            while int(counter) < value:
+                assert time.monotonic() < end, f"rank {self.rank} waits for {value} for ever, and has {int(counter)}"
+                time.sleep(1e-5)
+
+        self._give(wait)
+
+    def write(self, address: int, value: int) -> None:
+        counter = self._counter(address)
+        self._give(lambda: counter.fill_(value))
+
+    def _counter(self, address: int) -> Tensor:
+        for shared in self.world.memory:
+            for memory in shared:
+                if 0 <= (offset := address - memory.data_ptr()) < memory.nbytes:
+                    return memory.view(torch.int32)[offset // 4]
+        raise AssertionError("an address that nobody has")
+
+    def _give(self, work: Callable[[], Any]) -> None:
+        if self.inside:
+            self.queue.put(work)
+        else:
+            work()
+
+    def _copy_for_ever(self) -> None:
+        with torch.no_grad():
+            while True:
+                self.queue.get()()
+
+
+class Slow:
+    """An attention whose rank 0 falls behind."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.block = rank, BLOCKS["sdpa"]
+
+    def forward(self, *args: Any) -> Any:
+        time.sleep(0 if self.rank else 0.01)
+        return self.block.forward(*args)
+
+    def backward(self, *args: Any) -> Any:
+        time.sleep(0 if self.rank else 0.01)
+        return self.block.backward(*args)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ring_by_copies_equals_one_rank(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of different lengths one after another: slots are used again, and made anew for longer ones."""
+    world = World(size)
+    copies = [Copies(rank, size, Gpu(rank, world)) for rank in range(size)]  # type: ignore[arg-type]
+    monkeypatch.setattr(exchange_module, "copies_over", lambda group, device: copies[group])
+    cases = [_case(n, seed) for seed, n in enumerate([16, 48, 16, 32, 48])]
+
+    def of_rank(rank: int) -> list[list[Tensor]]:
+        exchange: Any = Exchange(rank, Layout(size, rank))  # type: ignore[arg-type]
+        attend = RingAttention(Slow(rank), exchange, 0.3)  # type: ignore[arg-type]
+        outs = []
+        for *qkv, grad in cases:
+            query, key, value = (exchange.own(x).requires_grad_() for x in qkv)
+            out = attend(query, key, value)
+            outs.append([out.detach(), *torch.autograd.grad(out, (query, key, value), exchange.own(grad))])
+        return outs
+
+    with ThreadPoolExecutor(size) as pool:
+        found = list(pool.map(of_rank, range(size)))
+    layout: Any = Exchange(0, Layout(size, 0))  # type: ignore[arg-type]
+    for number, case in enumerate(cases):
+        for part, expected in enumerate(_attention(*case)):
+            whole = layout.in_order(torch.stack([found[rank][number][part] for rank in range(size)]))
+            assert_close(whole, expected, "float64")
+
+
+def _case(length: int, seed: int) -> list[Tensor]:
+    numbers = torch.Generator().manual_seed(seed)
+    heads = (HEADS, GROUPS, GROUPS, HEADS)
+    return [torch.randn(length, BATCH, n, DIM, dtype=torch.float64, generator=numbers) for n in heads]
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> list[Tensor]:
+    """Output and gradients of one rank, by torch's own attention."""
+    leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+    q, k, v = (x.permute(1, 2, 0, 3) for x in leaves)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
+    out = out.permute(2, 0, 1, 3)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]

@@ -1,12 +1,14 @@
 # shellcheck shell=bash
-# Sourced by every launch script: options, the cluster profile, the recipe, and what they mean for srun and the environment.
+# Sourced by every launch script: options, the cluster file, the recipe, and what they mean for srun and the environment.
 
 LAUNCH=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$(dirname "$LAUNCH")
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+# shellcheck source=launch/profiler.sh
+source "$LAUNCH/profiler.sh"
 
-# keys of a profile: what the scripts need, and variables that go to the ranks as they are
-PROFILE_KEYS="NODES GPUS_PER_NODE ARCH PARTITION ACCOUNT QOS TIME SIGNAL_SECONDS MAX_REQUEUES SEGMENT EXCLUSIVE CPUS_PER_TASK
+# keys of a cluster file: what the scripts need, and variables that go to the ranks as they are
+CLUSTER_KEYS="NODES GPUS_PER_NODE ARCH PARTITION ACCOUNT QOS TIME SIGNAL_SECONDS MAX_REQUEUES SEGMENT EXCLUSIVE CPUS_PER_TASK
     IMAGE MOUNTS PYTHON PREFLIGHT"
 ENVIRONMENT_KEYS="CUDA_DEVICE_MAX_CONNECTIONS NVTE_FWD_LAYERNORM_SM_MARGIN NVTE_BWD_LAYERNORM_SM_MARGIN NCCL_NVLS_ENABLE
     PYTORCH_CUDA_ALLOC_CONF NCCL_IB_HCA NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME NCCL_DEBUG OMP_NUM_THREADS TRITON_CACHE_DIR
@@ -26,7 +28,8 @@ words() { printf '%s\n' "$@" | xargs; }
 parse_options() {
     local script=$1 pair
     shift
-    PROFILE='' RECIPE='' RUN='' OVER_NODES='' OVER_TIME='' MEGATRON=()
+    CLUSTER='' RECIPE='' RUN='' OVER_NODES='' OVER_TIME='' MEGATRON=() AS=train
+    PROFILE='' PROFILE_STEPS=11-12 PROFILE_RANKS=0
     while (($#)); do
         case $1 in
             -h | --help) usage "$script" && exit 0 ;;
@@ -36,7 +39,8 @@ parse_options() {
                 break
                 ;;
         esac
-        for pair in --profile=PROFILE --recipe=RECIPE --run=RUN --nodes=OVER_NODES --time=OVER_TIME ${OWN:-}; do
+        for pair in --cluster=CLUSTER --recipe=RECIPE --run=RUN --nodes=OVER_NODES --time=OVER_TIME --as=AS \
+            --profile=PROFILE --profile-steps=PROFILE_STEPS --profile-ranks=PROFILE_RANKS ${OWN:-}; do
             [[ $1 == "${pair%%=*}" ]] || continue
             (($# > 1)) || die "$1 needs a value."
             declare -g "${pair#*=}=$2"
@@ -45,24 +49,27 @@ parse_options() {
         done
         die "$1 is not an option of $(basename "$script"): see --help. Megatron's arguments come after a --."
     done
-    for pair in --profile=PROFILE --recipe=RECIPE --run=RUN; do
+    for pair in --cluster=CLUSTER --recipe=RECIPE --run=RUN; do
         [[ -n $(declare -n value=${pair#*=} && echo "$value") ]] || die "${pair%%=*} is missing: see --help."
     done
-    [[ -e $PROFILE || $PROFILE == */* ]] || PROFILE=$LAUNCH/profiles/$PROFILE.env
+    [[ $AS =~ ^(train|point|evaluation)$ ]] || die "--as $AS is not known: use train, point or evaluation."
+    [[ -e $CLUSTER || $CLUSTER == */* ]] || CLUSTER=$LAUNCH/clusters/$CLUSTER.env
     [[ -e $RECIPE || $RECIPE == */* ]] || RECIPE=$LAUNCH/recipes/$RECIPE.args
-    read_profile "$PROFILE"
+    read_cluster "$CLUSTER"
     NODES=${OVER_NODES:-$NODES} TIME=${OVER_TIME:-$TIME}
-    check_profile
+    check_cluster
+    check_profiler
     read_recipe "$RECIPE"
     mkdir -p "$RUN/logs"
     RUN=$(cd "$RUN" && pwd)
-    PROFILE=$(realpath "$PROFILE") RECIPE=$(realpath "$RECIPE")
+    CLUSTER=$(realpath "$CLUSTER") RECIPE=$(realpath "$RECIPE")
 }
 
-read_profile() {
+read_cluster() {
     local file=$1 line key value number=0
-    [[ -r $file ]] || die "--profile $file cannot be read: give a file, or one of $(words "$LAUNCH"/profiles/*.env)."
-    for key in $PROFILE_KEYS; do declare -g "$key="; done
+    [[ -r $file ]] || die "--cluster $file cannot be read: give a file, or one of $(words "$LAUNCH"/clusters/*.env)."
+    local python=${PYTHON:-} # the environment wins
+    for key in $CLUSTER_KEYS; do declare -g "$key="; done
     while IFS= read -r line || [[ -n $line ]]; do
         number=$((number + 1))
         line=${line%%[[:space:]]#*}
@@ -70,30 +77,37 @@ read_profile() {
         [[ -z $line || $line == \#* ]] && continue
         [[ $line =~ ^([A-Za-z_0-9]+)=(.*)$ ]] || die "$file, line $number: '$line' is not KEY=VALUE."
         key=${BASH_REMATCH[1]} value=${BASH_REMATCH[2]}
-        if [[ " $(words "$PROFILE_KEYS") " == *" $key "* ]]; then
+        if [[ " $(words "$CLUSTER_KEYS") " == *" $key "* ]]; then
             declare -g "$key=$value"
         elif [[ " $(words "$ENVIRONMENT_KEYS") " == *" $key "* ]]; then
             [[ -n ${!key+set} ]] || export "$key=$value" # the environment wins
         else
-            die "$file, line $number: $key is not a key of a profile: use one of $(words "$PROFILE_KEYS" "$ENVIRONMENT_KEYS")."
+            die "$file, line $number: $key is not a key of a cluster file: use one of $(words "$CLUSTER_KEYS" "$ENVIRONMENT_KEYS")."
         fi
     done <"$file"
+    PYTHON=${python:-$PYTHON}
 }
 
-check_profile() {
-    local key
+check_cluster() {
+    local key n fit
     : "${TIME:=4:00:00}" "${SIGNAL_SECONDS:=600}" "${MAX_REQUEUES:=10}" "${EXCLUSIVE:=0}" "${PREFLIGHT:=1}"
     for key in NODES GPUS_PER_NODE SIGNAL_SECONDS MAX_REQUEUES; do
-        [[ ${!key} =~ ^[0-9]+$ ]] || die "$key='${!key}' in $PROFILE must be a whole number."
+        [[ ${!key} =~ ^[0-9]+$ ]] || die "$key='${!key}' in $CLUSTER must be a whole number."
     done
-    ((NODES > 0 && GPUS_PER_NODE > 0)) || die "NODES=$NODES and GPUS_PER_NODE=$GPUS_PER_NODE in $PROFILE must be at least 1."
+    ((NODES > 0 && GPUS_PER_NODE > 0)) || die "NODES=$NODES and GPUS_PER_NODE=$GPUS_PER_NODE in $CLUSTER must be at least 1."
     for key in EXCLUSIVE PREFLIGHT; do
-        [[ ${!key} =~ ^[01]$ ]] || die "$key='${!key}' in $PROFILE must be 0 or 1."
+        [[ ${!key} =~ ^[01]$ ]] || die "$key='${!key}' in $CLUSTER must be 0 or 1."
     done
-    [[ $ARCH =~ ^(blackwell|hopper|cpu)$ ]] || die "ARCH='$ARCH' in $PROFILE is not known: use blackwell, hopper or cpu."
+    [[ $ARCH =~ ^(blackwell|hopper|cpu)$ ]] || die "ARCH='$ARCH' in $CLUSTER is not known: use blackwell, hopper or cpu."
     [[ -z $SEGMENT ]] || { [[ $SEGMENT =~ ^[0-9]+$ ]] && ((SEGMENT >= 1 && SEGMENT <= 18)); } ||
-        die "SEGMENT='$SEGMENT' in $PROFILE must be 1 to 18: an NVLink domain has 18 trays."
-    [[ -z $MOUNTS || -n $IMAGE ]] || die "MOUNTS=$MOUNTS in $PROFILE is for a container: set IMAGE too, or leave it out."
+        die "SEGMENT='$SEGMENT' in $CLUSTER must be 1 to 18: an NVLink domain has 18 trays."
+    if [[ -n $SEGMENT ]] && ((NODES % SEGMENT)); then
+        fit=$(for ((n = 1; n <= 18 && n <= NODES; n++)); do ((NODES % n)) || echo "$n"; done)
+        n=$((NODES / SEGMENT * SEGMENT))
+        die "SEGMENT=$SEGMENT in $CLUSTER must divide the $NODES nodes: use SEGMENT=$(words "$fit" | sed 's/ / or /g')," \
+            "or --nodes $( ((n == 0)) || echo "$n or ")$((n + SEGMENT))."
+    fi
+    [[ -z $MOUNTS || -n $IMAGE ]] || die "MOUNTS=$MOUNTS in $CLUSTER is for a container: set IMAGE too, or leave it out."
     if [[ -z $PYTHON ]]; then
         PYTHON=python3
         [[ -n $IMAGE || ! -x $ROOT/.venv/bin/python ]] || PYTHON=$ROOT/.venv/bin/python
@@ -111,18 +125,32 @@ read_recipe() {
     done <"$file"
 }
 
-# the run's whole command line in ARGUMENTS: the recipe, the folders of --run, then what stood after --
+# the run's whole command line in ARGUMENTS: the recipe, the folders of --run, what stood after --, and what --as and --profile add
+# shellcheck disable=SC2034 # the scripts run MODULE
 run_arguments() {
-    local word
+    local word folders=(--tensorboard-dir "$RUN/tensorboard" --data-cache-path "$RUN/data") last=()
     for word in "${RECIPE_ARGUMENTS[@]}" "${MEGATRON[@]}"; do
         case $word in
             --save | --load | --save=* | --load=*)
                 die "$word is set by --run, so that a requeued job finds its checkpoint: leave it out (--pretrained-checkpoint starts from another)."
                 ;;
+            --profile)
+                die "--profile after the -- is Megatron's: give this script --profile nsys or --profile torch before it."
+                ;;
         esac
     done
-    ARGUMENTS=("${RECIPE_ARGUMENTS[@]}" --save "$RUN/checkpoints" --load "$RUN/checkpoints"
-        --tensorboard-dir "$RUN/tensorboard" --data-cache-path "$RUN/data" --exit-signal-handler "${MEGATRON[@]}")
+    case $AS in
+        train) folders+=(--save "$RUN/checkpoints" --load "$RUN/checkpoints" --exit-signal-handler) ;;
+        point) last=(--log-interval 1 --log-throughput) ;; # no checkpoint: it is short, and begins again
+        evaluation)
+            folders+=(--load "$RUN/checkpoints" --exit-on-missing-checkpoint)
+            last=(--attention dense --skip-train)
+            ;;
+    esac
+    # an --evaluate that asks for more than the validation loss would name megatron_lighthouse.recipe.evaluate here
+    MODULE=megatron_lighthouse.pretrain_gpt
+    ARGUMENTS=("${RECIPE_ARGUMENTS[@]}" "${folders[@]}" "${MEGATRON[@]}" "${last[@]}")
+    profiler_arguments
 }
 
 # the value of flag $1 in ARGUMENTS, the last one counting, as for Megatron; else $2
@@ -140,14 +168,31 @@ argument() {
 # the iteration of the last whole checkpoint
 iteration() { cat "$RUN/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0; }
 
-# whether the run is where --train-iters or --exit-interval ends it
+# whether there is nothing left to do: by the checkpoint, by a point's log, by the evaluation's result
 finished() {
-    local reached every
-    reached=$(iteration) every=$(argument --exit-interval 0)
-    ((reached > 0)) && ((reached >= $(argument --train-iters 0) || (every > 0 && reached % every == 0)))
+    local reached every last
+    reached=$(iteration) every=$(argument --exit-interval 0) last=$(argument --train-iters 0)
+    case $AS in
+        train) ((reached > 0)) && ((reached >= last || (every > 0 && reached % every == 0))) ;;
+        point) grep -aqsE "iteration +$last/ +$last \|" "$RUN"/logs/*.log ;;
+        evaluation) evaluated ;;
+    esac
 }
 
-# by architecture; what the environment or the profile has set stays
+# whether RUN/evaluation.json is that of the last checkpoint
+evaluated() { grep -qs "\"iteration\": $(iteration)," "$RUN/evaluation.json"; }
+
+# RUN/evaluation.json from the log $1 of an evaluation; fails where there is no loss in it
+write_evaluation() {
+    local line number='([0-9.E+-]+)'
+    line=$(grep -aE 'validation loss at iteration [0-9]+ on validation set' "$1" | tail -n 1) || return 1
+    [[ $line =~ iteration\ ([0-9]+)\ .*\ loss\ value:\ $number\ .*PPL:\ $number ]] || return 1
+    printf '{"iteration": %d, "attention": "dense", "seq_length": %d, "eval_iters": %d, "validation_loss": %s, "perplexity": %s}\n' \
+        "${BASH_REMATCH[1]}" "$(argument --seq-length 0)" "$(argument --eval-iters 100)" "${BASH_REMATCH[2]}" "${BASH_REMATCH[3]}" \
+        >"$RUN/evaluation.json"
+}
+
+# by architecture; what the environment or the cluster file has set stays
 architecture_environment() {
     export PYTHONUNBUFFERED=1 LIGHTHOUSE_ARCH=$ARCH
     if [[ $ARCH == cpu ]]; then
@@ -165,7 +210,7 @@ architecture_environment() {
     export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 }
 
-# srun's flags for a container in CONTAINER; none where the profile names no image
+# srun's flags for a container in CONTAINER; none where the cluster file names no image
 # shellcheck disable=SC2034 # used by the scripts
 container_flags() {
     CONTAINER=()

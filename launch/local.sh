@@ -1,21 +1,101 @@
 #!/usr/bin/env bash
-# The same run on this machine, by torchrun and without Slurm.
+# A run, or a scaling study, on this machine, by torchrun and without Slurm.
 #
-# Usage: launch/local.sh --profile NAME|FILE --recipe NAME|FILE --run FOLDER [--gpus N] [-- MEGATRON ARGUMENTS]
+# Usage: launch/local.sh --cluster NAME|FILE --recipe NAME|FILE --run FOLDER [options] [-- MEGATRON ARGUMENTS]
 #
-#   --gpus N   processes, instead of the profile's GPUS_PER_NODE
+#   --gpus N       processes, instead of the cluster file's GPUS_PER_NODE; of a study, how many a point may take
+#   --study "CP=1:2 SEQ=32768:98304 ATTENTION=dense:lighthouse"
+#                  every combination one after another, each on just the GPUs of one sequence, in RUN/ATTENTION-SEQ-cpCP.
+#                  Nothing starts unless all can; one that fails does not stop the others; those done are skipped next time
+#   --profile nsys|torch|dlprof, --profile-steps FIRST-LAST (11-12), --profile-ranks "RANKS" (0)
+#                  traces in RUN/profile
+#   --as evaluation
+#                  load the last checkpoint, dense, and leave its validation loss in RUN/evaluation.json
 #
-# Its log is RUN/logs/local.log and the terminal. SIGTERM saves and ends it; the same command goes on from there.
+# CUDA_VISIBLE_DEVICES says which GPUs: two studies can share a machine. The log is RUN/logs/local.log and the terminal.
+# SIGTERM saves and ends a run; the same command goes on from there.
 
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+# shellcheck source=launch/study.sh
+source "$LAUNCH/study.sh"
 
-GPUS=''
-OWN="--gpus=GPUS" parse_options "${BASH_SOURCE[0]}" "$@"
-GPUS=${GPUS:-$GPUS_PER_NODE}
+GPUS='' STUDY=''
+OWN="--gpus=GPUS --study=STUDY" parse_options "${BASH_SOURCE[0]}" "$@"
+
+# GPUs that a process here sees; nothing where that cannot be told
+gpus_here() {
+    local seen
+    [[ $ARCH != cpu ]] || return 0
+    if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+        IFS=, read -ra seen <<<"$CUDA_VISIBLE_DEVICES"
+        echo "${#seen[@]}"
+    elif command -v nvidia-smi >/dev/null; then
+        nvidia-smi -L | grep -c '^GPU' || true
+    fi
+}
+
+# ARGUMENTS on $1 processes, logged to $2
+train_here() {
+    make_profile_folder
+    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$1" --no-python bash "$LAUNCH/task.sh" \
+        "$PYTHON" -m "$MODULE" "${ARGUMENTS[@]}" 2>&1 | tee -a "$2"
+}
+
+# a subshell: each point has its own folder, arguments and environment
+run_point() (
+    enter_point "$1"
+    if point_is_done; then
+        echo "study: $NAME is done already"
+        exit 0
+    fi
+    gpus=$(gpus_of_sequence)
+    describe_point "$gpus"
+    architecture_environment
+    echo "study: $NAME on $gpus GPUs"
+    train_here "$gpus" "$RUN/logs/local.log" || exit 1
+    finished || exit 1
+    say_how_to_report
+)
+
+run_study() {
+    local found failed=()
+    trap 'echo "study: stopped" >&2; exit 143' INT TERM
+    for found in "${POINTS[@]}"; do
+        point "$found"
+        run_point "$found" || { failed+=("$NAME") && echo "study: $NAME failed: $RUN/$NAME/logs/local.log" >&2; }
+    done
+    "$PYTHON" -m megatron_lighthouse.plan scaling "$RUN" --out "$RUN" || failed+=("the table")
+    ((${#failed[@]} == 0)) || die "study: failed: ${failed[*]}"
+}
+
+here=$(gpus_here)
+if [[ -n $STUDY ]]; then
+    AS=point
+    study_points "$STUDY"
+    GPUS=${GPUS:-${here:-$GPUS_PER_NODE}}
+else
+    GPUS=${GPUS:-$GPUS_PER_NODE}
+fi
+[[ $GPUS =~ ^[1-9][0-9]*$ ]] || die "--gpus $GPUS must be a whole number of at least 1."
+[[ -z $here ]] || ((GPUS <= here)) || die "$GPUS GPUs are asked for, and this machine shows $here: use --gpus $here, or fewer."
+find_profiler env
+if [[ -n $STUDY ]]; then
+    run_arguments
+    check_study 1 "$GPUS" --exact
+    run_study
+    exit
+fi
+
+[[ $AS != evaluation ]] || (($(iteration))) || die "--as evaluation: $RUN/checkpoints holds no whole checkpoint."
 run_arguments
 architecture_environment
 "$PYTHON" -m megatron_lighthouse.launch.check --nodes 1 --gpus-per-node "$GPUS" -- "${ARGUMENTS[@]}"
-"$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$GPUS" --no-python bash "$LAUNCH/task.sh" \
-    "$PYTHON" -m megatron_lighthouse.pretrain_gpt "${ARGUMENTS[@]}" 2>&1 | tee -a "$RUN/logs/local.log"
+log=$RUN/logs/$([[ $AS == evaluation ]] && echo evaluation || echo local).log
+train_here "$GPUS" "$log"
+if [[ $AS == evaluation ]]; then
+    write_evaluation "$log" || die "There is no validation loss in $log: has the data a validation part, and is --eval-iters above 0?"
+    cat "$RUN/evaluation.json"
+fi
+say_how_to_report

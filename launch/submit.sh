@@ -1,15 +1,19 @@
 #!/usr/bin/env bash
-# Check a run and queue it.
+# Check a run, or every point of a scaling study, and queue it.
 #
-# Usage: launch/submit.sh --profile NAME|FILE --recipe NAME|FILE --run FOLDER [options] [-- MEGATRON ARGUMENTS]
+# Usage: launch/submit.sh --cluster NAME|FILE --recipe NAME|FILE --run FOLDER [options] [-- MEGATRON ARGUMENTS]
 #
-#   --profile NAME|FILE   the cluster: launch/profiles/NAME.env, or a file of KEY=VALUE lines
+#   --cluster NAME|FILE   the cluster: launch/clusters/NAME.env, or a file of KEY=VALUE lines
 #   --recipe NAME|FILE    the model: launch/recipes/NAME.args, or a file of Megatron's arguments
 #   --run FOLDER          checkpoints, logs, tensorboard; on a file system that all nodes share
-#   --nodes N, --time T   instead of the profile's
-#   --script NAME         pretrain (default)
+#   --nodes N, --time T   instead of the cluster file's
+#   --study "CP=1:2 SEQ=32768:98304 ATTENTION=dense:lighthouse"
+#                         an array of short runs, one for each combination: see launch/scaling.sbatch
+#   --profile nsys|torch|dlprof, --profile-steps FIRST-LAST (11-12), --profile-ranks "RANKS" (0)
+#                         traces in RUN/profile
+#   --as evaluation       load the last checkpoint, dense, and leave its validation loss in RUN/evaluation.json
 #   --sbatch "FLAGS"      more flags of sbatch, such as "--dependency=afterok:7 --exclude=node3"
-#   --check 0             do not check the layout and the data here (a login node without torch)
+#   --check 0             check nothing here (a login node without torch or nsys)
 #   --only-check 1        check, ask sbatch --test-only, and queue nothing
 #
 # Prints the job's number. Data is among Megatron's arguments: --data-path, --text-data or --mock-data.
@@ -17,15 +21,25 @@
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+# shellcheck source=launch/study.sh
+source "$LAUNCH/study.sh"
 
-SCRIPT=pretrain SBATCH='' CHECK=1 ONLY_CHECK=0
-OWN="--script=SCRIPT --sbatch=SBATCH --check=CHECK --only-check=ONLY_CHECK" parse_options "${BASH_SOURCE[0]}" "$@"
-[[ -r $LAUNCH/$SCRIPT.sbatch ]] || die "--script $SCRIPT is not there: use $(cd "$LAUNCH" && words ./*.sbatch)."
+STUDY='' SBATCH='' CHECK=1 ONLY_CHECK=0
+OWN="--study=STUDY --sbatch=SBATCH --check=CHECK --only-check=ONLY_CHECK" parse_options "${BASH_SOURCE[0]}" "$@"
+script=pretrain
+if [[ -n $STUDY ]]; then
+    script=scaling AS=point
+    study_points "$STUDY"
+fi
 run_arguments
 
 if ((CHECK)); then
-    "$PYTHON" -m megatron_lighthouse.launch.check --nodes "$NODES" --gpus-per-node "$GPUS_PER_NODE" -- "${ARGUMENTS[@]}" >&2 ||
-        die "Nothing was queued. (--check 0 leaves this check out, where $PYTHON has no torch.)"
+    [[ -n $IMAGE ]] || find_profiler env
+    if [[ -n $STUDY ]]; then
+        check_study "$NODES" "$GPUS_PER_NODE"
+    else
+        "$PYTHON" -m megatron_lighthouse.launch.check --nodes "$NODES" --gpus-per-node "$GPUS_PER_NODE" -- "${ARGUMENTS[@]}"
+    fi >&2 || die "Nothing was queued. (--check 0 leaves this check out, where $PYTHON has no torch.)"
 fi
 
 flags=(--job-name="$(basename "$RUN")" --nodes="$NODES" --ntasks-per-node="$GPUS_PER_NODE" --time="$TIME"
@@ -37,10 +51,14 @@ flags=(--job-name="$(basename "$RUN")" --nodes="$NODES" --ntasks-per-node="$GPUS
 [[ -z $CPUS_PER_TASK ]] || flags+=(--cpus-per-task="$CPUS_PER_TASK")
 ((EXCLUSIVE == 0)) || flags+=(--exclusive --mem=0)
 [[ $ARCH == cpu ]] || flags+=(--gpus-per-node="$GPUS_PER_NODE")
+[[ -z $STUDY ]] || flags+=(--array="0-$((${#POINTS[@]} - 1))")
 read -ra more <<<"$SBATCH"
 flags+=("${more[@]}")
 
 export LIGHTHOUSE_LAUNCH=$LAUNCH
-job=("$LAUNCH/$SCRIPT.sbatch" --profile "$PROFILE" --recipe "$RECIPE" --run "$RUN" --nodes "$NODES" -- "${MEGATRON[@]}")
+job=("$LAUNCH/$script.sbatch" --cluster "$CLUSTER" --recipe "$RECIPE" --run "$RUN" --nodes "$NODES" --as "$AS")
+[[ -z $STUDY ]] || job+=(--study "$STUDY")
+[[ -z $PROFILE ]] || job+=(--profile "$PROFILE" --profile-steps "$PROFILE_STEPS" --profile-ranks "$PROFILE_RANKS")
+job+=(-- "${MEGATRON[@]}")
 sbatch --test-only "${flags[@]}" "${job[@]}" >&2 || die "Nothing was queued: Slurm refuses the flags above."
 ((ONLY_CHECK)) || sbatch --parsable "${flags[@]}" "${job[@]}"

@@ -41,9 +41,15 @@ if [[ ${LIGHTHOUSE_ARCH:-} != cpu ]]; then
 fi
 
 wrap=()
-if [[ ${LIGHTHOUSE_PROFILER:-} == nsys && " ${LIGHTHOUSE_PROFILER_RANKS:-0} " == *" $RANK "* ]]; then
-    wrap=(nsys profile --capture-range=cudaProfilerApi --capture-range-end=stop --trace="cuda,nvtx,cublas,cudnn" --force-overwrite=true
-        --output="$LIGHTHOUSE_PROFILER_FOLDER/${SLURM_JOB_ID:-local}_$(hostname)_$RANK")
+if [[ " ${LIGHTHOUSE_PROFILER_RANKS:-0} " == *" $RANK "* ]]; then
+    trace=${LIGHTHOUSE_PROFILER_FOLDER:-}/${SLURM_JOB_ID:-local}_$(hostname)_$RANK
+    case ${LIGHTHOUSE_PROFILER:-} in
+        nsys)
+            wrap=(nsys profile --capture-range=cudaProfilerApi --capture-range-end=stop --trace="cuda,nvtx,cublas,cudnn"
+                --force-overwrite=true --output="$trace")
+            ;;
+        dlprof) wrap=(dlprof --mode=pytorch --force=true --output_path="$trace") ;; # Nsight Systems inside
+    esac
 fi
 
 if ((RANK == 0)); then

@@ -1,32 +1,51 @@
 #!/usr/bin/env bash
-# Stage 1 with Lighthouse, stage 2 dense: two jobs, the second of which waits for the first to be done, requeues included.
+# Stage 1 with Lighthouse, stage 2 dense, then an evaluation: three jobs, each of which waits for the one before to be done,
+# requeues included.
 #
-# Usage: launch/two_stage.sh --profile NAME|FILE --recipe NAME|FILE --run FOLDER --stage1 K --total T [-- MEGATRON ARGUMENTS]
+# Usage: launch/two_stage.sh --cluster NAME|FILE --recipe NAME|FILE --run FOLDER --stage1 K --total T [options] [-- MEGATRON ARGUMENTS]
 #
-#   --stage1 K   iterations with --attention lighthouse
-#   --total T    iterations of both stages: --train-iters of both, so that data and learning rate are those of one run
-#   --nodes, --time, --sbatch as for launch/submit.sh
+#   --stage1 K       iterations with --attention lighthouse
+#   --total T        iterations of both stages: --train-iters of both, so that data and learning rate are those of one run
+#   --eval-iters N   batches of the evaluation, dense, on the last checkpoint; 0: none. Default: the run's own --eval-iters
+#   --nodes, --time, --sbatch, --profile as for launch/submit.sh (--profile is for stage 1)
 #
-# Prints both jobs' numbers. Where stage 1 is done already, stage 2 alone is queued.
+# Prints the jobs' numbers. What is done already is not queued again. The loss lands in RUN/evaluation.json.
 
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-STAGE1='' TOTAL='' SBATCH=''
-OWN="--stage1=STAGE1 --total=TOTAL --sbatch=SBATCH" parse_options "${BASH_SOURCE[0]}" "$@"
+STAGE1='' TOTAL='' EVAL_ITERS='' SBATCH=''
+OWN="--stage1=STAGE1 --total=TOTAL --eval-iters=EVAL_ITERS --sbatch=SBATCH" parse_options "${BASH_SOURCE[0]}" "$@"
 for pair in --stage1=STAGE1 --total=TOTAL; do
     [[ $(declare -n value=${pair#*=} && echo "$value") =~ ^[1-9][0-9]*$ ]] || die "${pair%%=*} must be a number of iterations: see --help."
 done
 ((STAGE1 < TOTAL)) || die "--stage1 $STAGE1 must be less than --total $TOTAL: what is left is stage 2."
+MEGATRON+=(--train-iters "$TOTAL")
+run_arguments
+EVAL_ITERS=${EVAL_ITERS:-$(argument --eval-iters 100)}
+[[ $EVAL_ITERS =~ ^[0-9]+$ ]] || die "--eval-iters $EVAL_ITERS must be a number of batches: use 32, or 0 for no evaluation."
 
-submit=("$LAUNCH/submit.sh" --profile "$PROFILE" --recipe "$RECIPE" --run "$RUN" --nodes "$NODES" --time "$TIME")
 after=''
-if (($(iteration) < STAGE1)); then
-    first=$("${submit[@]}" --sbatch "$SBATCH" -- "${MEGATRON[@]}" \
-        --attention lighthouse --train-iters "$TOTAL" --exit-interval "$STAGE1")
-    echo "stage 1: job $first, to iteration $STAGE1"
-    after="--dependency=afterok:$first --kill-on-invalid-dep=yes"
+# queue the job that the others then wait for: its name, options of submit.sh, what Megatron is given beyond all stages'
+queue() {
+    local name=$1 job options=()
+    while [[ $2 != -- ]]; do
+        options+=("$2")
+        set -- "$1" "${@:3}"
+    done
+    job=$("$LAUNCH/submit.sh" --cluster "$CLUSTER" --recipe "$RECIPE" --run "$RUN" --nodes "$NODES" --time "$TIME" \
+        --sbatch "$SBATCH $after" "${options[@]}" -- "${MEGATRON[@]}" "${@:3}")
+    echo "$name: job $job"
+    after="--dependency=afterok:$job --kill-on-invalid-dep=yes"
+}
+
+profile=()
+[[ -z $PROFILE ]] || profile=(--profile "$PROFILE" --profile-steps "$PROFILE_STEPS" --profile-ranks "$PROFILE_RANKS")
+(($(iteration) >= STAGE1)) ||
+    queue "stage 1, to iteration $STAGE1" "${profile[@]}" -- --attention lighthouse --exit-interval "$STAGE1"
+(($(iteration) >= TOTAL)) || queue "stage 2, to iteration $TOTAL" -- --attention dense
+if ((EVAL_ITERS)) && { [[ -n $after ]] || ! evaluated; }; then
+    queue "evaluation" --as evaluation -- --eval-iters "$EVAL_ITERS"
 fi
-second=$("${submit[@]}" --sbatch "$SBATCH $after" -- "${MEGATRON[@]}" --attention dense --train-iters "$TOTAL")
-echo "stage 2: job $second, to iteration $TOTAL"
+[[ -n $after ]] || echo "$RUN is at iteration $(iteration), and evaluated: there is nothing to queue"

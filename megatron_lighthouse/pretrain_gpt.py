@@ -16,6 +16,9 @@ def main() -> None:
     """Train as the command line says."""
     import torch
 
+    from megatron_lighthouse.launch import dlprof
+
+    dlprof.start()
     if not torch.cuda.is_available():
         from megatron_lighthouse.mcore import cpu
 

@@ -21,15 +21,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m megatron_lighthouse.launch.check", description=__doc__)
     parser.add_argument("--nodes", type=int, required=True, help="nodes of the job")
     parser.add_argument("--gpus-per-node", type=int, required=True, help="GPUs, and so processes, of a node")
+    parser.add_argument(
+        "--point", action="append", default=[], metavar="'NAME WORDS'", help="a point of a study: its name, and what it adds"
+    )
+    parser.add_argument("--exact", action="store_true", help="a run takes just the GPUs of one sequence, of those given")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="Megatron's command line")
     options = parser.parse_args(argv)
     words = options.arguments[1:] if options.arguments[:1] == ["--"] else options.arguments
-    args = parse(words)
-    problems = [*layout(args, options.nodes, options.gpus_per_node), *sizes(args), *data(args)]
-    if problems:
-        print("The run cannot start as asked:\n  - " + "\n  - ".join(problems), file=sys.stderr)
+    points = [point.split() for point in options.point] or [[""]]
+    wrong: list[str] = []
+    lines: list[str] = []
+    for name, *more in points:
+        args = parse([*words, *more])
+        world = options.nodes * options.gpus_per_node
+        problems = [*enough(args, world)] if options.exact else []
+        world = one_sequence(args) if options.exact else world
+        nodes, gpus_per_node = (1, world) if options.exact else (options.nodes, options.gpus_per_node)
+        problems += [*layout(args, nodes, gpus_per_node), *sizes(args), *data(args)]
+        prefix = f"{name}: " if name else ""
+        wrong += [prefix + problem for problem in problems]
+        lines += [] if problems else [prefix + summary(args, world)]
+    if wrong:
+        print("The run cannot start as asked:\n  - " + "\n  - ".join(wrong), file=sys.stderr)
         return 1
-    print(summary(args, options.nodes * options.gpus_per_node))
+    print("\n".join(lines))
     return 0
 
 
@@ -39,22 +54,38 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     for name, default in (
         *(("tensor-model-parallel-size", 1), ("pipeline-model-parallel-size", 1), ("context-parallel-size", 1)),
         *(("num-layers", None), ("num-attention-heads", None), ("num-query-groups", None), ("seq-length", None)),
-        *(("micro-batch-size", 1), ("global-batch-size", None), ("train-iters", None)),
+        *(("max-position-embeddings", None), ("micro-batch-size", 1), ("global-batch-size", None), ("train-iters", None)),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     for name in (*DATA, "--text-data"):
         parser.add_argument(name, nargs="*", default=[])
     for name in ("--data-args-path", "--per-split-data-args-path"):
         parser.add_argument(name)
+    parser.add_argument("--cp-comm-type", nargs="*", default=[])
     parser.add_argument("--mock-data", action="store_true")
     return parser.parse_known_args(words)[0]
+
+
+def one_sequence(args: argparse.Namespace) -> int:
+    """GPUs that hold one copy of the model and one sequence."""
+    return args.tensor_model_parallel_size * args.context_parallel_size * args.pipeline_model_parallel_size
+
+
+def enough(args: argparse.Namespace, gpus: int) -> Iterator[str]:
+    """Whether one sequence fits on these GPUs."""
+    if (one := one_sequence(args)) > gpus:
+        yield (
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} x --context-parallel-size "
+            f"{args.context_parallel_size} x --pipeline-model-parallel-size {args.pipeline_model_parallel_size} = {one} GPUs, "
+            f"and there are {gpus}: use smaller sizes (CP of --study), or more --gpus."
+        )
 
 
 def layout(args: argparse.Namespace, nodes: int, gpus_per_node: int) -> Iterator[str]:
     """The arithmetic of tensor, context, pipeline and data parallel ranks."""
     tensor, context = args.tensor_model_parallel_size, args.context_parallel_size
     pipeline, world = args.pipeline_model_parallel_size, nodes * gpus_per_node
-    one = tensor * context * pipeline
+    one = one_sequence(args)
     flags = (("tensor-model", tensor), ("context", context), ("pipeline-model", pipeline))
     product = " x ".join(f"--{name}-parallel-size {size}" for name, size in flags)
     if world % one:
@@ -75,14 +106,25 @@ def layout(args: argparse.Namespace, nodes: int, gpus_per_node: int) -> Iterator
     for name, value in (("num-attention-heads", args.num_attention_heads), ("num-query-groups", args.num_query_groups)):
         if value and value % tensor:
             yield f"--{name} {value} must be a multiple of --tensor-model-parallel-size {tensor}: use a divisor of {value}."
+    groups = (args.num_query_groups or args.num_attention_heads or context * tensor) // tensor
+    if "a2a" in args.cp_comm_type and groups % context:
+        yield (
+            f"--cp-comm-type a2a shares out a tensor-parallel rank's {groups} key/value heads, and --context-parallel-size "
+            f"{context} does not divide them: use --cp-comm-type p2p, or a divisor of {groups}."
+        )
 
 
 def sizes(args: argparse.Namespace) -> Iterator[str]:
-    """What Lighthouse says of the sequence length on this many context-parallel ranks."""
+    """Iterations, and what the attention says of the sequence length on this many context-parallel ranks."""
     if not args.train_iters:
         yield "--train-iters is missing: a requeued job goes on until the checkpoint is there."
     if args.seq_length is None:
         yield "--seq-length is missing."
+    elif (args.max_position_embeddings or args.seq_length) < args.seq_length:
+        yield (
+            f"--max-position-embeddings {args.max_position_embeddings} must be at least --seq-length {args.seq_length}: "
+            f"use {args.seq_length}."
+        )
     elif args.attention == "lighthouse":
         try:
             config = settings_from(args).config
@@ -91,6 +133,11 @@ def sizes(args: argparse.Namespace) -> Iterator[str]:
             yield str(error)
         if message := problem(args.lighthouse_scorer, args.seq_length, args.context_parallel_size):
             yield message
+    elif args.context_parallel_size > 1 and args.seq_length % (unit := 2 * args.context_parallel_size):
+        yield (
+            f"--seq-length {args.seq_length} must be a multiple of {unit}, two chunks for each of --context-parallel-size "
+            f"{args.context_parallel_size}: use {max(1, args.seq_length // unit) * unit}."
+        )
 
 
 def data(args: argparse.Namespace) -> Iterator[str]:

@@ -107,7 +107,7 @@ def findings(reports: Sequence[Report], gpus: int, arch: str) -> Iterator[str]:
     """What is wrong, each line beginning with the node's name. Of versions, those that most nodes have are right."""
     for node in reports:
         if arch != "cpu" and node.gpus != gpus:
-            yield f"{node.host}: {node.gpus or 0} GPUs, and the profile says GPUS_PER_NODE={gpus}"
+            yield f"{node.host}: {node.gpus or 0} GPUs, and the cluster file says GPUS_PER_NODE={gpus}"
         yield from (f"{node.host}: {error}" for error in node.errors)
     for name in sorted({name for node in reports for name in node.versions}):
         versions = Counter(node.versions.get(name, "none") for node in reports)

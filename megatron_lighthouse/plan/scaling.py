@@ -1,7 +1,7 @@
 """Collects runs into scaling.csv, scaling.txt and plots: throughput, efficiency and memory, measured beside predicted.
 
-A run is a folder with a `run.json` and, once it has begun, Megatron's `*.log` (with --log-interval 1). What launch scripts
-write into run.json before the run starts:
+A run is a folder with a `run.json` and, once it has begun, Megatron's `*.log` (with --log-interval 1), beside it or in `logs/`.
+What launch scripts write into run.json before the run starts:
 
     {"attention": "lighthouse",     dense or lighthouse
      "seq_length": 98304,           tokens
@@ -11,12 +11,15 @@ write into run.json before the run starts:
      "global_batch": 1,             sequences a step; 1 for each data-parallel rank where missing
      "device": "h100",              for the prediction; none where missing
      "vocab": 384,                  rows of the embedding; the recipe's where missing
-     "levels": 3, "pooling": 4, "budget": 1536,     the recipe's where missing
-     "recompute": "none", "cp_comm_type": "p2p", "job": "1234_0"}
+     "levels": 3, "pooling": 4, "budget": 1536, "tile_budget": 128,     the recipe's where missing
+     "layers": 30, "hidden": 1024, "ffn": 1536, "heads": 8, "groups": 8, "head_dim": 128, "dense_first": 2, "dense_last": 2,
+                                    the recipe's where missing; a recipe that is not in recipes.toml needs all but the last two
+     "recompute": "none",           none, mlp or full
+     "cp_comm_type": "p2p", "job": "1234_0", "arguments": "--attention lighthouse …"}
 
-The median of the iterations after the third is the step; a run with no more than that, without a log, or whose run.json lacks
-something has empty cells, and a line under the table says why. Efficiency is tokens/s/GPU over that of the run of fewest
-context-parallel ranks of the same attention, length and recipe.
+The median of the iterations after the third of each log is the step; a run with no more than that, without a log, or whose
+run.json lacks something has empty cells, and a line under the table says why. Efficiency is tokens/s/GPU over that of the
+run of fewest context-parallel ranks of the same attention, length, recipe and recompute.
 """
 
 from __future__ import annotations
@@ -26,23 +29,29 @@ import json
 import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from megatron_lighthouse.plan import memory, scaling_plots, time
+from megatron_lighthouse.plan import memory, time
 from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import device_of
+from megatron_lighthouse.plan.model import GPT
 from megatron_lighthouse.plan.report import table
-from megatron_lighthouse.plan.run import run_of
+from megatron_lighthouse.plan.run import Run, recipes, run_of
 
 NEEDED = ("attention", "seq_length", "context_parallel", "gpus", "recipe")
 WARM_UP = 3
 """Iterations that are not counted."""
 COLUMNS = (
-    *("run", "recipe", "attention", "seq_length", "context_parallel", "gpus", "iterations", "seconds_a_step"),
+    *("run", "recipe", "attention", "seq_length", "context_parallel", "gpus", "recompute", "iterations", "seconds_a_step"),
     *("tokens_s_gpu", "efficiency", "peak_gib", "predicted_tokens_s_gpu", "predicted_peak_gib", "last_loss"),
 )
+MODEL = tuple(field.name for field in fields(GPT))
+CONFIG = ("levels", "pooling", "budget", "tile_budget")
+ALIKE = ("recipe", "attention", "seq_length", "recompute")
+"""What two runs share of which one is the other's measure of efficiency."""
 type Row = dict[str, Any]
 
 
@@ -64,7 +73,13 @@ def collect(results: Sequence[Path], out: Path) -> str:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         writer.writeheader()
         writer.writerows(rows)
-    pictures = scaling_plots.draw(rows, out)
+    pictures: list[str] = []
+    if find_spec("matplotlib"):
+        from megatron_lighthouse.plan import scaling_plots
+
+        pictures = scaling_plots.draw(rows, out)
+    else:
+        notes.append("matplotlib is not installed: no pictures")
     text = table(COLUMNS, [[_cell(row.get(name)) for name in COLUMNS] for row in rows])
     text = "\n".join([text, *notes])
     (out / "scaling.txt").write_text(text + "\n")
@@ -80,21 +95,27 @@ def read(folder: Path) -> tuple[Row, list[str]]:
         return {"run": folder.name}, [f"run.json is no JSON ({error})"]
     if not isinstance(info, dict):
         return {"run": folder.name}, ["run.json holds no JSON object"]
-    row: Row = {"run": folder.name, **{name: info[name] for name in NEEDED if name in info}}
+    row: Row = {"run": folder.name, **{name: info[name] for name in (*NEEDED, "recompute") if name in info}}
     missing = [name for name in NEEDED if name not in info]
     notes = [f"run.json lacks {', '.join(missing)}"] if missing else []
-    text = "\n".join(log.read_text(errors="replace") for log in sorted(folder.glob("*.log")))
-    times = [float(x) / 1000 for x in re.findall(r"elapsed time per iteration \(ms\): ([\d.]+)", text)]
+    logs = [log.read_text(errors="replace") for log in sorted([*folder.glob("*.log"), *folder.glob("logs/*.log")])]
+    text = "\n".join(logs)
+    # each log is of one start, and each start warms up
+    found = [[float(x) / 1000 for x in re.findall(r"elapsed time per iteration \(ms\): ([\d.]+)", log)] for log in logs]
+    times = [seconds for one in found for seconds in one[WARM_UP:]]
+    iterations = sum(map(len, found))
     losses = re.findall(r"lm loss: ([\d.E+-]+)", text)
-    peaks = [float(x) for x in re.findall(r"max allocated: ([\d.]+)", text)]  # MiB
-    row |= {"iterations": len(times), "last_loss": float(losses[-1]) if losses else None}
+    peaks = [float(x) for x in re.findall(r"max allocated: ([\d.]+)", text) if float(x)]  # MiB; 0 without a GPU
+    row |= {"iterations": iterations, "last_loss": float(losses[-1]) if losses else None}
     row["peak_gib"] = round(max(peaks) / 1024, 2) if peaks else None
     if not text:
         notes.append("no log: not started, or still queued")
-    elif len(times) <= WARM_UP:
-        notes.append(f"{len(times)} iterations, of which {WARM_UP} warm up: no step time")
+    elif not times:
+        notes.append(f"{iterations} iterations, of which the first {WARM_UP} of a start warm up: no step time")
     if text and not peaks:
         notes.append("no 'max allocated' in the log: no memory")
+    if "device" not in info:
+        notes.append("run.json names no device: nothing is predicted")
     if not missing:
         try:
             _speeds(row, info, times)
@@ -108,28 +129,29 @@ def _speeds(row: Row, info: Row, times: list[float]) -> None:
     ranks = {name: int(info.get(name, 1)) for name in ("tensor_parallel", "context_parallel", "pipeline_parallel")}
     apart = int(info["gpus"]) // (ranks["tensor_parallel"] * ranks["context_parallel"] * ranks["pipeline_parallel"])
     batch = int(info.get("global_batch", apart))
-    if len(times) > WARM_UP:
-        row["seconds_a_step"] = round(statistics.median(times[WARM_UP:]), 4)
+    if times:
+        row["seconds_a_step"] = round(statistics.median(times), 4)
         row["tokens_s_gpu"] = round(info["seq_length"] * batch / row["seconds_a_step"] / info["gpus"], 1)
+    if "device" not in info:
+        return
     own: Row = {name: info[name] for name in ("attention", "seq_length", "gpus", "recompute", "cp_comm_type") if name in info}
     changes: Row = {"recompute": "none", **own, **ranks, "global_batch": batch}
-    run = run_of(info["recipe"], **changes)
-    config = run.config.replace(**{name: info[name] for name in ("levels", "pooling", "budget") if name in info})
-    model = replace(
-        run.model, **{name: info[name] for name in ("vocab", "layers", "dense_first", "dense_last") if name in info}
-    )
-    if "device" in info:
-        run = run.change(config=config, model=model, device=device_of(info["device"])).check()
-        row["predicted_tokens_s_gpu"] = round(time.tokens_per_gpu(run, coefficients()), 1)
-        row["predicted_peak_gib"] = round(memory.total(run) / 2**30, 2)
+    sizes = {name: info[name] for name in MODEL if name in info}
+    if info["recipe"] in recipes() or len(sizes) < len(MODEL) - 2:
+        run = run_of(info["recipe"], **changes)
+        run = run.change(model=replace(run.model, **sizes))
+    else:
+        run = Run(GPT(**sizes), **changes)
+    config = run.config.replace(**{name: info[name] for name in CONFIG if name in info})
+    run = run.change(config=config, device=device_of(info["device"])).check()
+    row["predicted_tokens_s_gpu"] = round(time.tokens_per_gpu(run, coefficients()), 1)
+    row["predicted_peak_gib"] = round(memory.total(run) / 2**30, 2)
 
 
 def _efficiency(rows: list[Row]) -> None:
-    """Tokens/s/GPU over that of the fewest context-parallel ranks of the same attention, length and recipe."""
+    """Tokens/s/GPU over that of the fewest context-parallel ranks of a run alike."""
     for row in rows:
-        alike = [
-            r for r in rows if r.get("tokens_s_gpu") and all(r[k] == row.get(k) for k in ("recipe", "attention", "seq_length"))
-        ]
+        alike = [r for r in rows if r.get("tokens_s_gpu") and all(r.get(k) == row.get(k) for k in ALIKE)]
         if row.get("tokens_s_gpu"):
             base = min(alike, key=lambda r: r["context_parallel"])
             row["efficiency"] = round(row["tokens_s_gpu"] / base["tokens_s_gpu"], 4)

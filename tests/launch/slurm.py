@@ -104,6 +104,7 @@ class Slurm:
         script = START.format(root=root, numbers=" ".join(map(str, numbers)))
         path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
         self.environment = {**os.environ, "SLURM_CONF": f"{root}/slurm.conf", "PATH": path}
+        self.environment.pop("PYTHON", None)  # it would win over a cluster file's
         with (root / "start.log").open("w") as log:
             self.process = subprocess.Popen(
                 ["unshare", "-pmnu", "--mount-proc", "--fork", "--kill-child", "bash", "-c", script],

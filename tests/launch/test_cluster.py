@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -11,6 +12,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from megatron_lighthouse.plan.__main__ import main
 from megatron_lighthouse.plots import read_scalars
 from tests.launch import slurm
 from tests.launch.slurm import Slurm
@@ -20,19 +24,19 @@ DATA = ("--text-data", str(ROOT / "LICENSE"))
 ITERATION = re.compile(r"iteration +(\d+)/ .*lm loss: (\S+)")
 
 
-def submit(cluster: Slurm, run: Path, *options: str, profile: Path | str = "cpu-test", data: tuple[str, ...] = DATA) -> str:
+def submit(cluster: Slurm, run: Path, *options: str, file: Path | str = "cpu-test", data: tuple[str, ...] = DATA) -> str:
     """The number of the queued job."""
     path = f"{Path(sys.executable).parent}:{cluster.environment['PATH']}"
-    command = ["--profile", str(profile), "--recipe", "cpu-test", "--run", str(run), *options]
+    command = ["--cluster", str(file), "--recipe", "cpu-test", "--run", str(run), *options]
     done = cluster.run(str(ROOT / "launch" / "submit.sh"), *command, "--", *data, PATH=path)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
-def profile(folder: Path, *lines: str) -> Path:
-    """The CPU profile with some keys set otherwise."""
-    file = folder / "profile.env"
-    file.write_text((ROOT / "launch" / "profiles" / "cpu-test.env").read_text() + "\n".join(lines) + "\n")
+def cluster_file(folder: Path, *lines: str) -> Path:
+    """That of the CPU with some keys set otherwise."""
+    file = folder / "cluster.env"
+    file.write_text((ROOT / "launch" / "clusters" / "cpu-test.env").read_text() + "\n".join(lines) + "\n")
     return file
 
 
@@ -57,8 +61,8 @@ def wait_for[T](what: Callable[[], T], seconds: float, why: Callable[[], str]) -
 def test_a_run_survives_a_dead_rank_and_the_time_limit(cluster: Slurm, tmp_path: Path) -> None:
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     iterations = ("--train-iters", "40", *DATA)
-    hasty = profile(tmp_path, "TIME=1", "MAX_REQUEUES=6", "PREFLIGHT=0")
-    job = submit(cluster, broken, "--check", "0", profile=hasty, data=iterations)
+    hasty = cluster_file(tmp_path, "TIME=1", "MAX_REQUEUES=6", "PREFLIGHT=0")
+    job = submit(cluster, broken, "--check", "0", file=hasty, data=iterations)
 
     def trains(restart: int) -> int | None:
         """The restart that trains beyond its first checkpoint, of this number or later."""
@@ -111,6 +115,14 @@ def test_a_run_survives_a_dead_rank_and_the_time_limit(cluster: Slurm, tmp_path:
     for line in ("MASTER_ADDR=node", "OMP_NUM_THREADS=1", "TRITON_CACHE_DIR=/"):
         assert f"launch:   {line}" in text
 
+    # its last checkpoint, loaded for nothing but the validation loss
+    job = submit(cluster, whole, "--as", "evaluation", data=(*iterations, "--eval-iters", "2", "--use-distributed-optimizer"))
+    assert cluster.wait(job)["JobState"] == "COMPLETED", log(whole, f"{job}_0")[-3000:]
+    found = json.loads((whole / "evaluation.json").read_text())
+    assert (found["iteration"], found["attention"], found["eval_iters"]) == (40, "dense", 2)
+    assert 0 < found["validation_loss"] < 1.5 * float(values[-1])
+    assert (whole / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "40"
+
 
 BAD_NVIDIA_SMI = """#!/bin/sh
 gpus=8
@@ -123,13 +135,13 @@ def test_a_bad_node_is_named_and_requeues_have_a_limit(cluster: Slurm, tmp_path:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "nvidia-smi").write_text(BAD_NVIDIA_SMI)
     (tmp_path / "bin" / "nvidia-smi").chmod(0o755)
-    failing = profile(tmp_path, "MAX_REQUEUES=1", "PREFLIGHT=0", "PYTHON=false")
-    limited = submit(cluster, tmp_path / "limited", "--check", "0", profile=failing)
+    failing = cluster_file(tmp_path, "MAX_REQUEUES=1", "PREFLIGHT=0", "PYTHON=false")
+    limited = submit(cluster, tmp_path / "limited", "--check", "0", file=failing)
 
     fabric = tmp_path / "gpu.env"
     fabric.write_text("NODES=2\nGPUS_PER_NODE=8\nARCH=hopper\n")
     path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{cluster.environment['PATH']}"
-    command = ["--profile", str(fabric), "--recipe", "530m-1m", "--run", str(tmp_path / "bad"), "--check", "0"]
+    command = ["--cluster", str(fabric), "--recipe", "530m-1m", "--run", str(tmp_path / "bad"), "--check", "0"]
     command += ["--sbatch", "--nodelist=node[3-4]"]
     done = cluster.run(str(ROOT / "launch" / "submit.sh"), *command, "--", "--mock-data", PATH=path)
     assert done.returncode == 0, done.stderr
@@ -137,7 +149,7 @@ def test_a_bad_node_is_named_and_requeues_have_a_limit(cluster: Slurm, tmp_path:
 
     assert cluster.wait(bad, 40)["JobState"] == "FAILED"
     text = log(tmp_path / "bad", bad)
-    assert "preflight: node4: 7 GPUs, and the profile says GPUS_PER_NODE=8" in text
+    assert "preflight: node4: 7 GPUs, and the cluster file says GPUS_PER_NODE=8" in text
     assert "preflight: node3: GPU 4: 3 uncorrected ECC errors" in text
     assert "the pre-flight check failed" in text
     assert not (tmp_path / "bad" / "logs" / f"{bad}_0.log").exists()
@@ -148,49 +160,76 @@ def test_a_bad_node_is_named_and_requeues_have_a_limit(cluster: Slurm, tmp_path:
 
 
 TRAINER = """#!/usr/bin/env bash
-# in the place of Python: a run that reaches its --exit-interval or --train-iters, but fails the first time
+# in the place of Python: a run that reaches its --exit-interval or --train-iters, or an evaluation; each fails the first time
 [[ $2 == megatron_lighthouse.pretrain_gpt ]] || exit 0
 for ((i = 1; i <= $#; i++)); do
     case ${!i} in
-        --save) j=$((i + 1)) save=${!j} ;;
+        --save | --load) j=$((i + 1)) folder=${!j} ;;
         --exit-interval | --train-iters) j=$((i + 1)) target=${stop:-${!j}} && [[ ${!i} == --train-iters ]] || stop=${!j} ;;
         --attention) j=$((i + 1)) attention=${!j} ;;
+        --skip-train) only=evaluation ;;
     esac
 done
 ((RANK == 0)) || exit 0
-[[ -e $save ]] || { mkdir "$save" && exit 3; }
-echo "${stop:-$target}" >"$save/latest_checkpointed_iteration.txt"
+[[ -e $folder ]] || { mkdir "$folder" && exit 3; }
+if [[ -n $only ]]; then
+    [[ -e $folder/tried ]] || { touch "$folder/tried" && exit 3; }
+    reached=$(cat "$folder/latest_checkpointed_iteration.txt")
+    echo " validation loss at iteration $reached on validation set | lm loss value: 2.5E+00 | lm loss PPL: 1.2E+01 | "
+    exit
+fi
+echo "${stop:-$target}" >"$folder/latest_checkpointed_iteration.txt"
 echo "$attention to ${stop:-$target}"
 """
 
 
-def test_two_stages_and_a_scaling_array(cluster: Slurm, tmp_path: Path) -> None:
-    """Their Slurm side, with a stand-in for Python: training itself is the same script as above."""
+def test_two_stages_and_their_evaluation(cluster: Slurm, tmp_path: Path) -> None:
+    """Their Slurm side, with a stand-in for Python: training and evaluation themselves are as above."""
     trainer = tmp_path / "trainer"
     trainer.write_text(TRAINER)
     trainer.chmod(0o755)
-    fake = profile(tmp_path, "PREFLIGHT=0", f"PYTHON={trainer}")
-    common = ["--profile", str(fake), "--recipe", "cpu-test", "--run"]
-    stages = ["--stage1", "30", "--total", "40", "--", "--mock-data"]
-    done = cluster.run(str(ROOT / "launch" / "two_stage.sh"), *common, str(tmp_path / "chain"), *stages)
+    fake = cluster_file(tmp_path, "PREFLIGHT=0", f"PYTHON={trainer}")
+    run = tmp_path / "chain"
+    command = [str(ROOT / "launch" / "two_stage.sh"), "--cluster", str(fake), "--recipe", "cpu-test", "--run", str(run)]
+    command += ["--stage1", "30", "--total", "40", "--eval-iters"]
+    done = cluster.run(*command, "4", "--", "--mock-data")
     assert done.returncode == 0, done.stderr
-    first, second = re.findall(r"stage \d: job (\d+)", done.stdout)
+    assert re.findall(r"^(.*): job", done.stdout, re.M) == [
+        *("stage 1, to iteration 30", "stage 2, to iteration 40", "evaluation")
+    ]
+    first, second, last = re.findall(r": job (\d+)", done.stdout)
 
-    array = ["--script", "scaling", "--sbatch", "--array=0-4 --export=ALL,CP=1:2,SEQ=256,ATTENTION=dense:lighthouse"]
-    done = cluster.run(str(ROOT / "launch" / "submit.sh"), *array, *common, str(tmp_path / "study"), "--", "--mock-data")
-    assert done.returncode == 0, done.stderr
-
-    assert cluster.wait(second, 60)["JobState"] == "COMPLETED"
-    assert cluster.state(first)["Restarts"] == "1"
-    assert "lighthouse to 30" in log(tmp_path / "chain", f"{first}_1")
-    assert "dense to 40" in log(tmp_path / "chain", f"{second}_0")
-    done = cluster.run(str(ROOT / "launch" / "two_stage.sh"), *common, str(tmp_path / "chain"), *stages)
-    assert "stage 1" not in done.stdout
-
-    folders = [f"{attention}-256-cp{size}" for size in (1, 2) for attention in ("dense", "lighthouse")]
-    found = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "study").glob("*/run.json")}
-    assert sorted(found) == sorted(folders)
-    assert found["lighthouse-256-cp2"] == {
-        **{"attention": "lighthouse", "seq_length": 256, "context_parallel": 2},
-        **{"gpus": 2, "recipe": "cpu-test"},
+    assert cluster.wait(last, 60)["JobState"] == "COMPLETED"
+    assert [cluster.state(job)["Restarts"] for job in (first, second, last)] == ["1", "0", "1"]
+    assert "lighthouse to 30" in log(run, f"{first}_1")
+    assert "dense to 40" in log(run, f"{second}_0")
+    assert json.loads((run / "evaluation.json").read_text()) == {
+        **{"iteration": 40, "attention": "dense", "seq_length": 256, "eval_iters": 4},
+        **{"validation_loss": 2.5, "perplexity": 12.0},
     }
+    for batches in ("4", "0"):
+        done = cluster.run(*command, batches, "--", "--mock-data")
+        assert "nothing to queue" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_scaling_array(cluster: Slurm, tmp_path: Path) -> None:
+    file, study = cluster_file(tmp_path, "PREFLIGHT=0"), tmp_path / "study"
+    points = ["--study", "CP=1:2 SEQ=256 ATTENTION=dense:lighthouse", "--check", "0"]
+    job = submit(cluster, study, *points, file=file, data=(*DATA, "--train-iters", "5", "--global-batch-size", "2"))
+    for task in range(4):
+        state = cluster.wait(f"{job}_{task}")
+        assert state["JobState"] == "COMPLETED", "\n".join(path.read_text()[-2000:] for path in study.glob("*/logs/*.log"))
+    assert main(["scaling", str(study), "--out", str(study)]) == 0
+    with (study / "scaling.csv").open() as table:
+        rows = {row["run"]: row for row in csv.DictReader(table)}
+    assert sorted(rows) == sorted(f"{attention}-256-cp{size}" for size in (1, 2) for attention in ("dense", "lighthouse"))
+    for row in rows.values():
+        assert (row["iterations"], row["gpus"]) == ("5", "2")
+        assert float(row["tokens_s_gpu"]) == pytest.approx(2 * 256 / 2 / float(row["seconds_a_step"]), rel=1e-3)
+    assert float(rows["dense-256-cp1"]["efficiency"]) == 1
+    assert "names no device" in (study / "scaling.txt").read_text()
+    for name in ("throughput.png", "efficiency.png"):
+        assert (study / name).read_bytes().startswith(b"\x89PNG")
+    info = json.loads((study / "lighthouse-256-cp2" / "run.json").read_text())
+    assert (info["budget"], info["vocab"], info["global_batch"], info["recompute"]) == (8, 384, 2, "none")
+    assert not list(study.glob("*/checkpoints"))

@@ -17,7 +17,7 @@ from tests.launch.slurm import Slurm
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 RECIPES = sorted(path.stem for path in (LAUNCH / "recipes").glob("*.args"))
-SCRIPTS = sorted({path.name for path in LAUNCH.glob("*.s*")} - {"common.sh", "task.sh"})
+SCRIPTS = sorted({path.name for path in LAUNCH.glob("*.s*")} - {"common.sh", "profiler.sh", "study.sh", "task.sh"})
 FITS = {"530m-98k": 8, "530m-256k-cp8": 8, "530m-1m": 32, "llama3-8b-512k": 64, "llama3-8b-1m": 128, "cpu-test": 2}
 """GPUs that a recipe is for."""
 
@@ -35,7 +35,8 @@ def submit(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     (programs / "sbatch").chmod(0o755)
     path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     command = [str(LAUNCH / "submit.sh"), "--run", str(folder / "run"), *arguments]
-    return subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True, cwd=folder)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHON"} | {"PATH": path}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
 
 
 def refused(folder: Path, *arguments: str) -> str:
@@ -61,6 +62,9 @@ def test_a_recipe_fits(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
         ("llama3-8b-512k", 8, "--num-layers 33", ("--num-layers 33",)),
         ("llama3-8b-512k", 8, "--tensor-model-parallel-size 16 --context-parallel-size 2", ("--num-query-groups 8 must",)),
         ("530m-98k", 1, "--train-iters 0", ("--train-iters is missing",)),
+        ("530m-98k", 1, "--seq-length 131072", ("--max-position-embeddings 98304 must be at least", "use 131072")),
+        ("530m-98k", 1, "--attention dense --context-parallel-size 8 --seq-length 98300", ("a multiple of 16", "use 98288")),
+        ("llama3-8b-512k", 8, "--cp-comm-type a2a", ("shares out a tensor-parallel rank's 2 key/value heads", "divisor of 2")),
     ],
 )
 def test_an_impossible_layout_says_what_works(
@@ -73,13 +77,26 @@ def test_an_impossible_layout_says_what_works(
 
 
 def test_an_impossible_layout_is_not_queued(tmp_path: Path) -> None:
-    error = refused(tmp_path, "--profile", "cpu-test", "--recipe", "cpu-test", "--nodes", "3", "--", "--mock-data")
+    error = refused(tmp_path, "--cluster", "cpu-test", "--recipe", "cpu-test", "--nodes", "3", "--", "--mock-data")
     assert "--context-parallel-size 2" in error
     assert "use --nodes 2 or 4" in error
 
 
+def test_a_study_is_an_array_of_points_that_can_all_run(tmp_path: Path) -> None:
+    ours = ["--cluster", "cpu-test", "--recipe", "cpu-test", "--study", "CP=2:3 SEQ=256 ATTENTION=dense:lighthouse"]
+    error = refused(tmp_path, *ours, "--", "--mock-data")
+    assert "dense-256-cp3: " in error
+    assert "lighthouse-256-cp3: " in error
+    assert "256-cp2" not in error
+    done = submit(tmp_path, *ours, "--check", "0", "--sbatch", "--array=0-3%1", "--", "--mock-data")
+    assert done.returncode == 0, done.stderr
+    flags, _, job = (tmp_path / "queued").read_text().splitlines()[-1].partition("scaling.sbatch ")
+    assert flags.split()[-3:-1] == ["--array=0-3", "--array=0-3%1"]  # the last counts
+    assert "--as point --study CP=2:3 SEQ=256 ATTENTION=dense:lighthouse -- --mock-data" in job
+
+
 def test_missing_data_is_not_queued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    error = refused(tmp_path, "--profile", "cpu-test", "--recipe", "cpu-test", "--", "--data-path", "0.5", "nowhere/corpus")
+    error = refused(tmp_path, "--cluster", "cpu-test", "--recipe", "cpu-test", "--", "--data-path", "0.5", "nowhere/corpus")
     assert "--data-path nowhere/corpus has no nowhere/corpus.bin" in error
     assert check.main(["--nodes", "2", "--gpus-per-node", "1", "--", *words("cpu-test")]) == 1
     assert "--text-data PATH or --mock-data" in capsys.readouterr().err
@@ -88,31 +105,45 @@ def test_missing_data_is_not_queued(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("GPUS=8", "GPUS is not a key of a profile: use one of NODES GPUS_PER_NODE ARCH"),
+        ("GPUS=8", "GPUS is not a key of a cluster file: use one of NODES GPUS_PER_NODE ARCH"),
         ("ARCH=volta", "ARCH='volta' in"),
         ("NODES=two", "NODES='two' in"),
         ("SEGMENT=19", "must be 1 to 18"),
+        ("NODES=12\nSEGMENT=8", "must divide the 12 nodes: use SEGMENT=1 or 2 or 3 or 4 or 6 or 12, or --nodes 8 or 16."),
+        ("SEGMENT=8", "must divide the 2 nodes: use SEGMENT=1 or 2, or --nodes 8."),
         ("MOUNTS=/data:/data", "set IMAGE too"),
         ("NODES 4", "'NODES 4' is not KEY=VALUE"),
     ],
 )
-def test_a_wrong_profile_is_not_queued(line: str, says: str, tmp_path: Path) -> None:
-    profile = tmp_path / "mine.env"
-    profile.write_text(f"NODES=2\nGPUS_PER_NODE=1\nARCH=cpu\n{line}\n")
-    error = refused(tmp_path, "--profile", str(profile), "--recipe", "cpu-test", "--", "--mock-data")
+def test_a_wrong_cluster_file_is_not_queued(line: str, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.env"
+    file.write_text(f"NODES=2\nGPUS_PER_NODE=1\nARCH=cpu\n{line}\n")
+    error = refused(tmp_path, "--cluster", str(file), "--recipe", "cpu-test", "--", "--mock-data")
     assert says in error
-    assert str(profile) in error
+    assert str(file) in error
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ("--profile moon --recipe cpu-test", "cpu-test.env"),
-        ("--profile cpu-test --recipe moon", "cpu-test.args"),
-        ("--profile cpu-test", "--recipe is missing"),
-        ("--profile cpu-test --recipe cpu-test --lr 1", "--lr is not an option of submit.sh"),
-        ("--profile cpu-test --recipe cpu-test -- --load elsewhere", "--load is set by --run"),
-        ("--profile cpu-test --recipe cpu-test --script moon -- --mock-data", "--script moon is not there"),
+        ("--cluster moon --recipe cpu-test", "cpu-test.env"),
+        ("--cluster cpu-test --recipe moon", "cpu-test.args"),
+        ("--cluster cpu-test", "--recipe is missing"),
+        ("--cluster cpu-test --recipe cpu-test --lr 1", "--lr is not an option of submit.sh"),
+        ("--cluster cpu-test --recipe cpu-test -- --load elsewhere", "--load is set by --run"),
+        (
+            "--cluster cpu-test --recipe cpu-test --profile hgx-h100",
+            "use nsys, torch or dlprof (--cluster names the cluster file)",
+        ),
+        ("--cluster cpu-test --recipe cpu-test --profile nsys -- --mock-data", "nsys is not on PATH"),
+        ("--cluster cpu-test --recipe cpu-test --profile dlprof -- --mock-data", "last release was in 2021"),
+        ("--cluster cpu-test --recipe cpu-test --profile nsys --profile-steps 5", "use 11-12"),
+        ("--cluster cpu-test --recipe cpu-test --profile torch --profile-steps 9-20", "must end before --train-iters 20"),
+        ("--cluster cpu-test --recipe cpu-test --profile torch --profile-ranks 0,8", 'use 0 or "0 8"'),
+        ("--cluster cpu-test --recipe cpu-test -- --profile", "--profile after the -- is Megatron's"),
+        ("--cluster cpu-test --recipe cpu-test --study CP:1", 'use "CP=1:2 SEQ='),
+        ("--cluster cpu-test --recipe cpu-test --study CP=1:two", "and 'two' is none"),
+        ("--cluster cpu-test --recipe cpu-test --study ATTENTION=sparse", "'sparse' is neither"),
     ],
 )
 def test_a_wrong_option_is_not_queued(arguments: str, says: str, tmp_path: Path) -> None:
@@ -120,10 +151,10 @@ def test_a_wrong_option_is_not_queued(arguments: str, says: str, tmp_path: Path)
 
 
 def test_what_slurm_is_asked_for(tmp_path: Path) -> None:
-    profile = tmp_path / "mine.env"
-    text = (LAUNCH / "profiles" / "gb200.env").read_text() + "PARTITION=long\nACCOUNT=team\nIMAGE=docker://host#name:1 # ours\n"
-    profile.write_text(text)
-    ours = ["--profile", str(profile), "--recipe", "530m-1m", "--check", "0", "--sbatch", "--exclude=node3"]
+    file = tmp_path / "mine.env"
+    text = (LAUNCH / "clusters" / "gb200.env").read_text() + "PARTITION=long\nACCOUNT=team\nIMAGE=docker://host#name:1 # ours\n"
+    file.write_text(text)
+    ours = ["--cluster", str(file), "--recipe", "530m-1m", "--check", "0", "--sbatch", "--exclude=node3"]
     done = submit(tmp_path, *ours, "--", "--mock-data")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "7\n"
@@ -137,14 +168,12 @@ def test_what_slurm_is_asked_for(tmp_path: Path) -> None:
     assert "container" not in queued
 
 
-@pytest.mark.parametrize(
-    "script", sorted(path.name for path in LAUNCH.glob("*.s*") if path.name not in ("common.sh", "task.sh"))
-)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_explains_itself(script: str) -> None:
     done = subprocess.run(["bash", LAUNCH / script, "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Usage: launch/")
-    assert "--profile" in done.stdout
+    assert "--cluster" in done.stdout
 
 
 def test_shellcheck() -> None:
@@ -165,16 +194,16 @@ def test_a_bad_node_is_named() -> None:
         Report("node3", 8, {"torch": "2.14", "driver": "570.9"}, ["GPU 5: 2 uncorrected ECC errors"]),
     ]
     assert list(findings(reports, 8, "hopper")) == [
-        "node2: 7 GPUs, and the profile says GPUS_PER_NODE=8",
+        "node2: 7 GPUs, and the cluster file says GPUS_PER_NODE=8",
         "node3: GPU 5: 2 uncorrected ECC errors",
         "node3: driver 570.9, and 2 of 3 nodes have 580.1",
     ]
     assert list(findings(reports[:2], 8, "cpu")) == []
 
 
-@pytest.mark.parametrize(("profile", "nodes"), [("hgx-b200", 4), ("hgx-h100", 4)])
-def test_slurm_takes_the_profile(profile: str, nodes: int, cluster: Slurm, tmp_path: Path) -> None:
-    ours = ["--profile", profile, "--recipe", "530m-1m", "--run", str(tmp_path), "--check", "0", "--only-check", "1"]
+@pytest.mark.parametrize(("name", "nodes"), [("hgx-b200", 4), ("hgx-h100", 4)])
+def test_slurm_takes_the_cluster_file(name: str, nodes: int, cluster: Slurm, tmp_path: Path) -> None:
+    ours = ["--cluster", name, "--recipe", "530m-1m", "--run", str(tmp_path), "--check", "0", "--only-check", "1"]
     done = cluster.run(str(LAUNCH / "submit.sh"), *ours, "--", "--mock-data")
     assert done.returncode == 0, done.stderr
     assert f"on nodes node[1-{nodes}]" in done.stderr
@@ -182,7 +211,7 @@ def test_slurm_takes_the_profile(profile: str, nodes: int, cluster: Slurm, tmp_p
 
 
 def test_slurm_refuses_before_queuing(cluster: Slurm, tmp_path: Path) -> None:
-    ours = ["--profile", "hgx-b200", "--nodes", "5", "--recipe", "530m-1m", "--run", str(tmp_path), "--check", "0"]
+    ours = ["--cluster", "hgx-b200", "--nodes", "5", "--recipe", "530m-1m", "--run", str(tmp_path), "--check", "0"]
     done = cluster.run(str(LAUNCH / "submit.sh"), *ours, "--", "--mock-data")
     assert done.returncode == 2
     assert "Nothing was queued" in done.stderr

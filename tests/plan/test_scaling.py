@@ -68,3 +68,21 @@ def test_a_run_that_cannot_be_keeps_what_was_measured(tmp_path: Path, capsys: py
     said = capsys.readouterr().out
     assert "--recipe 'mine' is not known" in said
     assert "2000.0" in said
+
+
+def test_each_start_warms_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Logs lie beside run.json or in logs/, one for each start of the run; a recipe of one's own brings its sizes along."""
+    sizes = {"layers": 30, "hidden": 1024, "ffn": 1536, "heads": 8, "groups": 8, "head_dim": 128, "budget": 1536}
+    ours = {"attention": "lighthouse", "context_parallel": 1}
+    for name, more in (("known", {}), ("own", {"recipe": "mine", **sizes}), ("full", {"recompute": "full"})):
+        write(tmp_path / name, 5, 500.0, 10.0, **ours, **more)
+        (tmp_path / name / "logs").mkdir()
+        text = (tmp_path / name / "node0.log").read_text()
+        (tmp_path / name / "logs" / "7_1.log").write_text(text.replace(": 500.0", ": 600.0"))
+    assert main(["scaling", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    with (tmp_path / "out" / "scaling.csv").open() as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    for row in rows.values():
+        assert (row["iterations"], float(row["seconds_a_step"]), row["efficiency"]) == ("10", 0.55, "1.0")
+    predicted = {name: float(row["predicted_tokens_s_gpu"]) for name, row in rows.items()}
+    assert predicted["known"] == predicted["own"] > predicted["full"]

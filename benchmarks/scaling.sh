@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# The scaling study of docs/performance.md on the GPUs of one machine, by launch/local.sh: the 530M recipe, CP 1 and 2, dense and
+# Lighthouse, at 32K, 98K and 256K tokens (there with full recompute), and all layers Lighthouse at 98K.
+#
+# Usage: benchmarks/scaling.sh --out FOLDER [--part one|two|all] [--work FOLDER]
+#
+#   --part one   one GPU a point, two points at a time, on GPUs 0 and 1 (about eight minutes on H100s)
+#   --part two   two GPUs a point (about seven)
+#   --work       the runs' folders (default: a temporary one); points that are done there are skipped
+#
+# After every point the logs and run.json of all points are in FOLDER/scaling.tgz, and the table and pictures in FOLDER: a machine
+# that is taken away leaves what was done. `python -m megatron_lighthouse.plan scaling` makes the table again from them.
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+OUT='' PART=all WORK=''
+while (($#)); do
+    case $1 in
+        --out) OUT=$2 ;;
+        --part) PART=$2 ;;
+        --work) WORK=$2 ;;
+        *) sed -n '/^# Usage/,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 2 ;;
+    esac
+    shift 2
+done
+[[ -n $OUT && $PART =~ ^(one|two|all)$ ]] || { echo "--out FOLDER is needed, and --part is one, two or all." >&2 && exit 2; }
+WORK=${WORK:-$(mktemp -d)}
+mkdir -p "$OUT" "$WORK"
+export PYTHON=${PYTHON:-python3} PYTHONUNBUFFERED=1
+read -ra text <<<"$("$PYTHON" -c 'from megatron_lighthouse.recipe.presets import default_text; print(*default_text())')"
+common=(--text-data "${text[@]}" --global-batch-size 1 --eval-iters 0 --log-interval 1 --log-throughput --seed 7
+    --high-priority-stream-groups cp)
+long=(--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 --lighthouse-budget 2048)
+
+# points "$2" of the study in folder $1, for $3 iterations; more of Megatron's arguments follow. Data is indexed once a GPU
+points() {
+    local folder=$WORK/$1 study=$2 iterations=$3 begun=$SECONDS status=0
+    launch/local.sh --cluster hgx-h100 --recipe 530m-98k --run "$folder" --study "$study" -- "${common[@]}" \
+        --data-cache-path "$WORK/data-${CUDA_VISIBLE_DEVICES:-all}" --train-iters "$iterations" "${@:4}" \
+        >"$folder-$study.log" 2>&1 || status=$?
+    echo "$study: status $status, $((SECONDS - begun)) s, at $SECONDS s"
+    grep -hE "elapsed time" "$folder"/*/logs/*.log | tail -n 1 | cut -c1-200 || true
+    keep
+}
+
+# what is there so far, under a lock: two GPUs keep at once
+keep() (
+    flock 9
+    tar -C "$WORK" -czf "$OUT/scaling.tgz" --exclude='data*' --exclude=tensorboard --exclude=lock .
+    "$PYTHON" -m megatron_lighthouse.plan scaling "$WORK/study" --out "$OUT" >/dev/null || true
+) 9>"$WORK/lock"
+
+first_gpu() {
+    points study "CP=1 SEQ=262144 ATTENTION=dense" 4 "${long[@]}"
+    points all-layers "CP=1 SEQ=98304 ATTENTION=lighthouse" 6 --lighthouse-dense-first 0 --lighthouse-dense-last 0
+}
+
+second_gpu() {
+    points study "CP=1 SEQ=98304 ATTENTION=lighthouse" 6
+    points study "CP=1 SEQ=98304 ATTENTION=dense" 6
+    points study "CP=1 SEQ=262144 ATTENTION=lighthouse" 6 "${long[@]}"
+    points study "CP=1 SEQ=32768 ATTENTION=lighthouse:dense" 6 --lighthouse-budget 512
+}
+
+both_gpus() {
+    points study "CP=2 SEQ=98304 ATTENTION=lighthouse" 6
+    points study "CP=2 SEQ=98304 ATTENTION=dense" 6
+    points study "CP=2 SEQ=262144 ATTENTION=lighthouse" 6 "${long[@]}"
+    points study "CP=2 SEQ=32768 ATTENTION=lighthouse:dense" 6 --lighthouse-budget 512
+    points study "CP=2 SEQ=262144 ATTENTION=dense" 4 "${long[@]}"
+}
+
+if [[ $PART != two ]]; then
+    CUDA_VISIBLE_DEVICES=0 first_gpu &
+    CUDA_VISIBLE_DEVICES=1 second_gpu &
+    wait
+fi
+[[ $PART == one ]] || both_gpus

@@ -1,0 +1,120 @@
+# shellcheck shell=bash
+# Sourced by the scripts that run a scaling study: its points, and what stands in the run.json of each.
+
+# the points of "CP=1:2 SEQ=32768:98304 ATTENTION=dense:lighthouse" in POINTS, "ATTENTION LENGTH CP" each, the attention changing fastest
+study_points() {
+    local study=$1 word value CP=1:2 SEQ=32768:98304:262144 ATTENTION=dense:lighthouse sizes lengths attentions size length attention
+    for word in $study; do
+        [[ $word =~ ^(CP|SEQ|ATTENTION)=([^:]+(:[^:]+)*)$ ]] ||
+            die "--study '$study': '$word' is none of CP=…, SEQ=…, ATTENTION=… with values apart by colons:" \
+                "use \"CP=1:2 SEQ=32768:98304 ATTENTION=dense:lighthouse\"."
+        declare "${BASH_REMATCH[1]}=${BASH_REMATCH[2]}"
+    done
+    IFS=: read -ra sizes <<<"$CP"
+    IFS=: read -ra lengths <<<"$SEQ"
+    IFS=: read -ra attentions <<<"$ATTENTION"
+    for value in "${sizes[@]}" "${lengths[@]}"; do
+        [[ $value =~ ^[1-9][0-9]*$ ]] || die "--study '$study': CP and SEQ hold whole numbers apart by colons, and '$value' is none."
+    done
+    POINTS=()
+    for size in "${sizes[@]}"; do
+        for length in "${lengths[@]}"; do
+            for attention in "${attentions[@]}"; do
+                [[ $attention =~ ^(dense|lighthouse)$ ]] || die "--study '$study': ATTENTION holds dense or lighthouse, and '$attention' is neither."
+                POINTS+=("$attention $length $size")
+            done
+        done
+    done
+}
+
+# the name of point $1 in NAME, what it adds to Megatron's arguments in POINT
+point() {
+    local attention length size
+    read -r attention length size <<<"$1"
+    NAME=$attention-$length-cp$size
+    POINT=(--attention "$attention" --seq-length "$length" --max-position-embeddings "$length" --context-parallel-size "$size")
+}
+
+# check every point before any runs: on the GPUs of $1 nodes x $2, or with --exact on no more of them than one sequence takes
+check_study() {
+    local found points=()
+    for found in "${POINTS[@]}"; do
+        point "$found"
+        points+=(--point "$NAME ${POINT[*]}")
+    done
+    "$PYTHON" -m megatron_lighthouse.launch.check "${points[@]}" --nodes "$1" --gpus-per-node "$2" "${@:3}" -- "${ARGUMENTS[@]}"
+}
+
+# go to point $1: RUN is its folder, ARGUMENTS its command line
+# shellcheck disable=SC2034 # common.sh reads AS
+enter_point() {
+    point "$1"
+    RUN=$RUN/$NAME AS=point MEGATRON+=("${POINT[@]}")
+    mkdir -p "$RUN/logs"
+    run_arguments
+}
+
+# GPUs that one sequence takes
+gpus_of_sequence() {
+    echo $(($(argument --tensor-model-parallel-size 1) * $(argument --context-parallel-size 1) * $(argument --pipeline-model-parallel-size 1)))
+}
+
+# the name that the plan knows this machine's GPUs by; nothing where it cannot be read or is another
+device() {
+    local name
+    name=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1) || return 0
+    case $name in
+        *GB200*) echo gb200 ;;
+        *B200*) echo b200 ;;
+        *H200*) echo h200 ;;
+        *H100*) echo h100 ;;
+    esac
+}
+
+quoted() {
+    local text=${1//\\/\\\\}
+    printf '"%s"' "${text//\"/\\\"}"
+}
+
+# how the point recomputes, in the plan's words
+recompute() {
+    case $(argument --recompute-granularity none) in
+        selective) argument --recompute-modules core_attn ;;
+        *) argument --recompute-granularity none ;;
+    esac
+}
+
+# whether run.json says that these very arguments have run, and the log that they ran to the end
+point_is_done() { grep -qsF "\"arguments\": $(quoted "${ARGUMENTS[*]}")" "$RUN/run.json" && finished; }
+
+# run.json of the point that ARGUMENTS is, on $1 GPUs: see `python -m megatron_lighthouse.plan scaling --help`. Earlier logs go aside
+describe_point() {
+    local gpus=$1 pair value apart text
+    if compgen -G "$RUN/logs/*.log" >/dev/null; then
+        rm -rf "$RUN/logs.before"
+        mv "$RUN/logs" "$RUN/logs.before"
+        mkdir "$RUN/logs"
+    fi
+    apart=$((gpus / $(gpus_of_sequence)))
+    text="{\"attention\": $(quoted "$(argument --attention dense)"), \"gpus\": $gpus, \"recipe\": $(quoted "$(basename "$RECIPE" .args)")"
+    text+=", \"global_batch\": $(argument --global-batch-size $(($(argument --micro-batch-size 1) * apart)))"
+    text+=", \"recompute\": $(quoted "$(recompute)"), \"cp_comm_type\": $(quoted "$(argument --cp-comm-type p2p)")"
+    for pair in seq_length=--seq-length tensor_parallel=--tensor-model-parallel-size context_parallel=--context-parallel-size \
+        pipeline_parallel=--pipeline-model-parallel-size levels=--lighthouse-levels pooling=--lighthouse-pooling \
+        budget=--lighthouse-budget tile_budget=--lighthouse-tile-budget dense_first=--lighthouse-dense-first \
+        dense_last=--lighthouse-dense-last layers=--num-layers hidden=--hidden-size ffn=--ffn-hidden-size \
+        heads=--num-attention-heads head_dim=--kv-channels vocab=--vocab-size; do
+        value=$(argument "${pair#*=}" '')
+        # a text's tokens are bytes: PADDED_VOCABULARY of megatron_lighthouse.mcore.text
+        [[ $pair != vocab=* || -z $(argument --text-data '') ]] || value=384
+        [[ -z $value ]] || text+=", \"${pair%%=*}\": $value"
+    done
+    value=$(argument --num-attention-heads '') # what Megatron takes where a flag is not given
+    [[ -z $value ]] || text+=", \"groups\": $(argument --num-query-groups "$value")"
+    [[ -z $value || -n $(argument --kv-channels '') ]] || text+=", \"head_dim\": $(($(argument --hidden-size 0) / value))"
+    value=$(device)
+    [[ -z $value ]] || text+=", \"device\": $(quoted "$value")"
+    [[ -z ${SLURM_JOB_ID:-} ]] || text+=", \"job\": $(quoted "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}")"
+    text+=", \"arguments\": $(quoted "${ARGUMENTS[*]}")"
+    printf '%s}\n' "$text" >"$RUN/run.json"
+}

@@ -1,8 +1,9 @@
 # make train   set up .venv and train: stage 1 with Lighthouse, stage 2 dense (DATA=path, NAME=run, ARGS="…")
-# make test    set up .venv, then lint, types and tests: what CI runs
+# make test    set up .venv, then lint, types and tests: what CI runs (WORKERS=2 test files at a time)
 
 NAME ?= demo
 VENV ?= .venv
+WORKERS ?= 2
 RUN := $(VENV)/bin/python
 
 # the first interpreter of at least 3.12 that can make a virtual environment; PYTHON=path takes another
@@ -15,7 +16,7 @@ train: $(VENV)/.installed
 	$(RUN) -m megatron_lighthouse.recipe.two_stage --name $(NAME) $(if $(DATA),--data $(DATA)) $(ARGS)
 
 test: lint types
-	$(RUN) -m pytest $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .

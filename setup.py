@@ -34,6 +34,7 @@ setup(
         "gla": ["flash-linear-attention"],  # --lighthouse-scorer gla on a GPU
         "test": [
             "pytest",  # runs the tests
+            "pytest-xdist",  # two files of tests at a time: half the time on two cores
             "hypothesis",  # draws the shapes of the property tests
             "ruff",  # lint and format
             "mypy",  # types

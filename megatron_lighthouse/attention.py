@@ -123,7 +123,6 @@ def attended_rows(
         selection, deal = _select(query, key, value, config, geometry, exchange)
     else:
         _check_selection(selection, query, key, geometry, exchange)
-    telemetry.record(selection)
     steps = steps_for(config.steps, query)
     # what is gathered for a ring can set out at once, unless it is dealt first
     ring = attend if isinstance(attend, RingAttention) and deal is None else None
@@ -180,9 +179,13 @@ def _select(
 ) -> tuple[Selection, Deal | None]:
     steps, here = steps_for(config.steps, query), Pyramid(query.shape[0], config.levels, config.pooling)
     scores = SCORERS[config.scorer](query, key, value, here, steps, exchange)
+    deal = None
     if exchange is None:
-        return steps.select(scores, geometry, config.pin_first), None
-    return select_shard(scores, geometry, config.pin_first, steps, exchange)
+        selection = steps.select(scores, geometry, config.pin_first)
+    else:
+        selection, deal = select_shard(scores, geometry, config.pin_first, steps, exchange)
+    telemetry.record(selection, scores, geometry, config.pin_first, steps)
+    return selection, deal
 
 
 def _numbered_in_whole(entries: Tensor, here: Pyramid, layout: Layout) -> Tensor:

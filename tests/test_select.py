@@ -1,4 +1,4 @@
-"""Selection: which entries, in which order, and the inverse map; what telemetry says of it."""
+"""Selection: which entries, in which order, and the inverse map."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthouse_select, telemetry
+from megatron_lighthouse import LighthouseConfig, lighthouse_select
 from megatron_lighthouse.geometry import Geometry
 from megatron_lighthouse.selection import Selection
 from megatron_lighthouse.steps import Steps
@@ -190,41 +190,6 @@ def test_norms_beyond_the_dtype_are_ranked(dtype: torch.dtype) -> None:
     indices = lighthouse_select(query, key, LighthouseConfig(**problem.options))
     wide = [x.double().numpy() for x in (query, key, key)]
     np.testing.assert_array_equal(indices.numpy(), attention(*wide, problem)[0])
-
-
-@thorough
-@given(problems())
-def test_telemetry_counts_entries_and_tokens(problem: Problem) -> None:
-    selection = selection_of(problem)
-    by_level = telemetry.entries_by_level(selection)
-    gathered = [entry_at(i, problem)[0] for i in selection.indices.flatten().tolist()]
-    assert by_level == [gathered.count(level) / problem.batch / problem.groups for level in range(problem.levels)]
-    assert sum(by_level) == selection.length
-    tokens = [count * problem.pooling**level / problem.seq_length for level, count in enumerate(by_level)]
-    assert telemetry.coverage(selection) == pytest.approx(tokens)
-
-
-def test_telemetry_keeps_the_latest_selection_of_watched_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(telemetry, "_watched", {})
-    query, key, value = tensors(Problem(96, 2, 2, 4, 2))
-    config = LighthouseConfig(levels=2, pooling=2, budget=4, tile_budget=2)
-    telemetry.watch(3)
-    telemetry.watch(5)
-    assert telemetry.watched() == {}
-    lighthouse_attention(query, key, value, config)  # outside of any layer
-    with telemetry.layer(4):
-        lighthouse_attention(query, key, value, config)
-    assert telemetry.watched() == {}
-    with telemetry.layer(3):
-        lighthouse_attention(query, key, value, config)
-        with pytest.raises(RuntimeError), telemetry.layer(4):
-            raise RuntimeError
-        lighthouse_attention(key, value, query, config)  # still layer 3, and the later one counts
-    telemetry.watch(3)  # watching again forgets nothing
-    lighthouse_attention(query, key, value, config)
-    assert list(telemetry.watched()) == [3]
-    assert torch.equal(telemetry.watched()[3].indices, lighthouse_select(key, value, config))
-    assert not torch.equal(lighthouse_select(key, value, config), lighthouse_select(query, key, config))
 
 
 def test_a_tile_of_two_million_windows() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from megatron_lighthouse.mcore import settings
+from megatron_lighthouse.mcore import selection_log, settings
 
 ArgumentsProvider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
@@ -16,7 +16,7 @@ def with_lighthouse_arguments(provider: ArgumentsProvider | None = None) -> Argu
     """An `extra_args_provider` that adds `--attention` and `--lighthouse-*` after what `provider` adds."""
 
     def provide(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        return settings.add_arguments(provider(parser) if provider else parser)
+        return selection_log.add_arguments(settings.add_arguments(provider(parser) if provider else parser))
 
     return provide
 
@@ -28,17 +28,28 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
         ValueError: settings, a model or data that Lighthouse refuses.
     """
     from megatron_lighthouse.mcore.checks import check_run
-    from megatron_lighthouse.mcore.spec import layer_spec
+    from megatron_lighthouse.mcore.spec import layer_spec, lighthouse
 
     chosen = settings.settings_from(args) if args.attention == "lighthouse" else None
+    by_spec = model_cfg.transformer_layer_spec is lighthouse
+    if chosen is None and not by_spec:
+        if args.lighthouse_stage2_at is not None:
+            raise ValueError(
+                f"--lighthouse-stage2-at {args.lighthouse_stage2_at} makes Lighthouse layers dense, and with --attention dense "
+                "there are none: leave it out, or use --attention lighthouse."
+            )
+        selection_log.say_nothing_is_logged(args)
     if model_cfg.transformer_layer_spec is not None:
         if chosen is not None:
             raise ValueError("--attention lighthouse chooses the layer spec, and so does --spec: leave one of them out.")
+        if by_spec:
+            selection_log.install(args, settings.settings_from(args))
         return model_cfg
     config = model_cfg.transformer
     ours = config.context_parallel_size > 1 and config.transformer_impl == "local"
     if chosen is not None:
         check_run(args, config, chosen)
+        selection_log.install(args, chosen)
     elif ours and getattr(args, "reset_attention_mask", False):
         raise ValueError(
             "--reset-attention-mask separates documents by a mask, which context parallelism without Transformer Engine does "

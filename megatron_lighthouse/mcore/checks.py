@@ -31,7 +31,7 @@ def check_run(args: Namespace, config: TransformerConfig, settings: LighthouseSe
     Raises:
         ValueError: as `check`.
     """
-    _raise([*_model(config, settings, args.seq_length), *_arguments(args)])
+    _raise([*_model(config, settings, args.seq_length), *_arguments(args), *_stage2(args, settings)])
 
 
 def _raise(problems: list[str]) -> None:
@@ -71,6 +71,15 @@ def _arguments(args: Namespace) -> Iterator[str]:
         )
 
 
+def _stage2(args: Namespace, settings: LighthouseSettings) -> Iterator[str]:
+    if settings.stage2 is None:
+        return
+    iterations = args.train_iters
+    if not iterations and args.train_samples and args.step_batch_size_schedule is None:
+        iterations = args.train_samples // args.global_batch_size
+    yield from settings.stage2.problems(iterations or None)
+
+
 def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:
     if config.attention_dropout:
         yield (
@@ -107,6 +116,13 @@ def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Ite
     for name in ("fp8_dot_product_attention", "fp8_multi_head_attention"):
         if getattr(config, name, False):
             yield f"--{name.replace('_', '-')} is not supported: leave it out (fp8 in the linear layers works without it)."
+    graphs = getattr(config, "cuda_graph_impl", "none")
+    if settings.stage2 is not None and graphs != "none":
+        at = settings.stage2.at
+        yield (
+            f"--cuda-graph-impl {graphs} repeats what the first iterations did, so that {flag('stage2_at')} {at} would change "
+            f"nothing: leave one of them out (--exit-interval {at} and a second job with --attention dense give the same run)."
+        )
     yield from _comm_types(config, settings)
     groups, tensor_parallel = config.num_query_groups or config.num_attention_heads, config.tensor_model_parallel_size
     if groups % tensor_parallel:

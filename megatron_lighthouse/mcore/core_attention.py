@@ -24,6 +24,7 @@ from megatron_lighthouse.context_parallel.attention import comm_type_problem
 from megatron_lighthouse.context_parallel.blocks import BLOCKS
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.inner import choose, choose_for_blocks
+from megatron_lighthouse.mcore import switch
 from megatron_lighthouse.mcore.checks import check
 from megatron_lighthouse.mcore.context_parallel import context_parallel_group, over_shards
 from megatron_lighthouse.mcore.output import remember_source
@@ -44,6 +45,9 @@ class LighthouseMixin:
     """The context-parallel ranks that share the sequence."""
     inner_comm_type: str
     """How a backend of `inner` attends over their shards."""
+    settings: LighthouseSettings
+    """Of the whole model: whether, and when, this layer becomes dense."""
+    config: TransformerConfig
 
     def forward(
         self,
@@ -58,9 +62,11 @@ class LighthouseMixin:
     ) -> Tensor:
         """Megatron's core-attention contract.
 
+        In stage 2 it is the base class's, called as Megatron calls a dense layer.
+
         Args:
             query: [s/cp, b, np/tp, hn]; key, value: [s/cp, b, ng/tp, hn], after RoPE, any strides.
-            attention_mask: not read: the attention is causal.
+            attention_mask: not read in stage 1: the attention is causal.
 
         Returns:
             [s/cp, b, np/tp * hn].
@@ -68,8 +74,11 @@ class LighthouseMixin:
         Raises:
             ValueError: a call that is not causal self-attention over whole sequences.
         """
-        self._check_call(query, key, attn_mask_type, attention_bias, packed_seq_params)
         dense = super().forward  # type: ignore[misc]
+        if self._is_dense_now():
+            given = {"attn_mask_type": attn_mask_type, "attention_bias": attention_bias, "packed_seq_params": packed_seq_params}
+            return dense(query, key, value, attention_mask, **given, **kwargs)
+        self._check_call(query, key, attn_mask_type, attention_bias, packed_seq_params)
 
         def base(rows_q: Tensor, rows_k: Tensor, rows_v: Tensor) -> Tensor:
             out = dense(rows_q, rows_k, rows_v, None, attn_mask_type=attn_mask_type, **kwargs)
@@ -81,6 +90,10 @@ class LighthouseMixin:
                 query, key, value, self.lighthouse, exchange=self.exchange, cp_comm_type=self.inner_comm_type, **how
             )
             return remember_source(attended.scatter().flatten(2), attended)
+
+    def _is_dense_now(self) -> bool:
+        given = self.settings
+        return given.stage2 is not None and given.is_dense(self.layer_number, self.config.num_layers, switch.iteration())
 
     def _check_call(self, query: Tensor, key: Tensor, mask_type: AttnMaskType | None, bias: Tensor | None, packed: Any) -> None:
         if packed is not None:
@@ -126,6 +139,7 @@ class CoreAttentionBuilder:
         steps_for(self.settings.config.steps, torch.empty(0, config.kv_channels, dtype=config.params_dtype, device=here))
         layer = lighthouse_class(module)(config=config, layer_number=layer_number, **params, **kwargs)
         layer.lighthouse = self.settings.config
+        layer.settings = self.settings
         layer.inner_scale = kwargs.get("softmax_scale")
         layer.exchange = Exchange.over(context_parallel_group(kwargs.get("pg_collection")))
         layer.inner_comm_type = kwargs.get("cp_comm_type") or "p2p"

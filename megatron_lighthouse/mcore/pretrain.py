@@ -19,12 +19,14 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.arguments import parse_and_validate_args
 
 from megatron_lighthouse import telemetry
-from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.mcore import progress, text
+from megatron_lighthouse.mcore import progress, selection_log, text
 from megatron_lighthouse.mcore.arguments import use_attention, with_lighthouse_arguments
 from megatron_lighthouse.mcore.data import train_valid_test_datasets
 from megatron_lighthouse.mcore.run_options import check_run_options
 from megatron_lighthouse.mcore.step import forward_step
+
+LAYER = "{layer}"
+"""In the name of a picture: the layer's number."""
 
 
 def run(program_start: float | None = None) -> None:
@@ -34,13 +36,13 @@ def run(program_start: float | None = None) -> None:
         ValueError: what Lighthouse refuses, before the process group exists.
     """
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
-    _adapt_to_this_machine()
-    args = parse_and_validate_args(extra_args_provider=with_lighthouse_arguments(_add_arguments))
+    adapt_to_this_machine()
+    args = parse_and_validate_args(extra_args_provider=with_lighthouse_arguments(add_arguments))
     check_run_options(args)
     model_cfg = use_attention(args, gpt_config_from_args(args))
-    watched = args.lighthouse_dense_first + 1
-    if args.lighthouse_selection_map:
-        telemetry.watch(watched)
+    pictures = pictures_of(args)
+    for layer_number in pictures:
+        telemetry.watch(layer_number)
     progress.install()
     container = pretrain_cfg_container_from_args(args, model_cfg)
     try:
@@ -52,32 +54,41 @@ def run(program_start: float | None = None) -> None:
         traceback.print_exc()
         sys.stdout.flush()
         os._exit(1)  # data loaders and the checkpoint's writer would keep a rank that failed, and so the job, alive
-    if args.lighthouse_selection_map:
-        _draw_selection(watched, Path(args.lighthouse_selection_map))
+    for layer_number, path in pictures.items():
+        _draw_selection(layer_number, path)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
+def pictures_of(args: argparse.Namespace) -> dict[int, Path]:
+    """Where the selection of which layers is drawn: of all that are watched if the name tells them apart, else of the first."""
+    name, layers = args.lighthouse_selection_map, selection_log.watched_layers(args)
+    if not name:
+        return {}
+    return {n: Path(name.replace(LAYER, str(n))) for n in (layers if LAYER in name else layers[:1])}
+
+
 def _draw_selection(layer_number: int, path: Path) -> None:
-    """On the one rank that has the layer's first heads and the first data; with the context-parallel ranks of its sequence."""
-    selection = telemetry.watched().get(layer_number)
-    if selection is None or mpu.get_tensor_model_parallel_rank() or mpu.get_data_parallel_rank():
+    """By the first of the ranks that share the first sequence, which all put together what they selected."""
+    choice = telemetry.watched().get(layer_number)
+    if choice is None or mpu.get_data_parallel_rank():
         return
-    exchange = Exchange.over(mpu.get_context_parallel_group())
-    selection = telemetry.whole(selection, exchange)
-    if exchange is None or exchange.rank == 0:
+    selection, size = selection_log.whole(choice).selection, mpu.get_context_parallel_world_size()
+    if not mpu.get_tensor_model_parallel_rank() and not mpu.get_context_parallel_rank():
         from megatron_lighthouse import plots
 
-        ranks = f", context parallel {exchange.size}" if exchange else ""
+        ranks = f", context parallel {size}" if size > 1 else ""
         plots.selection_map(selection, path, f"layer {layer_number}{ranks}")
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add what the entry point takes beside Lighthouse's arguments."""
     group = text.add_arguments(parser).add_argument_group("pictures")
     group.add_argument(
         "--lighthouse-selection-map",
         metavar="PNG",
-        help="When training ends, draw what the first Lighthouse layer selected in its last batch.",
+        help=f"When training ends, draw what the first Lighthouse layer selected in its last batch; with {LAYER} in the file's "
+        f"name, one picture for each of {selection_log.LAYERS}.",
     )
     _repair_help(parser)
     return parser
@@ -92,7 +103,7 @@ def _repair_help(parser: argparse.ArgumentParser) -> None:
             action.help = (action.help or "").replace("%", "%%")
 
 
-def _adapt_to_this_machine() -> None:
+def adapt_to_this_machine() -> None:
     """Two things that Megatron-core's wheel asks of a machine and does not need."""
     if _has_dataset_helpers():
         # the wheel ships the compiled helper but not the Makefile that Megatron would run to build it

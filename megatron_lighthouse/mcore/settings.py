@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_lighthouse.config import LighthouseConfig, flag
 from megatron_lighthouse.inner import INNER
+from megatron_lighthouse.mcore import stage
 from megatron_lighthouse.scorers import SCORERS
 from megatron_lighthouse.steps import STEPS
 
@@ -31,10 +32,21 @@ class LighthouseSettings:
     """Layers at the top of the model that stay dense."""
     discard_output: bool = True
     """Whether a layer's output is scattered again in backward rather than kept: see `megatron_lighthouse.mcore.output`."""
+    stage2: stage.Stage2 | None = None
+    """When Lighthouse layers become dense; None where another job does that, or none."""
 
-    def is_dense(self, layer_number: int, num_layers: int) -> bool:
-        """Whether the layer of this global, 1-based number stays dense."""
-        return layer_number <= self.dense_first or layer_number > num_layers - self.dense_last
+    def is_dense(self, layer_number: int, num_layers: int, iteration: int = 0) -> bool:
+        """Whether the layer of this global, 1-based number is dense in this iteration, from 1; in 0, whether it always is."""
+        first = self.dense_first + self.dense_by_now(num_layers, iteration)
+        return layer_number <= first or layer_number > num_layers - self.dense_last
+
+    def lighthouse_layers(self, num_layers: int) -> int:
+        """How many of the model's layers begin with Lighthouse."""
+        return max(0, num_layers - self.dense_first - self.dense_last)
+
+    def dense_by_now(self, num_layers: int, iteration: int) -> int:
+        """How many of those are dense in this iteration."""
+        return self.stage2.dense_layers(iteration, self.lighthouse_layers(num_layers)) if self.stage2 else 0
 
 
 def heads_of_rank(config: TransformerConfig) -> tuple[int, int]:
@@ -118,6 +130,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             help=f"Layers at the {where} of the model that stay dense, counted over the whole model whatever the pipeline "
             "layout. Default: %(default)s.",
         )
+    stage.add_arguments(group)
     return parser
 
 
@@ -132,4 +145,4 @@ def settings_from(args: argparse.Namespace | None) -> LighthouseSettings:
         args = parser.parse_args(shlex.split(os.environ.get(ENVIRONMENT, "")))
     options = {f.name: getattr(args, "lighthouse_" + f.name) for f in fields(LighthouseConfig)}
     own = {name: getattr(args, "lighthouse_" + name) for name in ("dense_first", "dense_last", "discard_output")}
-    return LighthouseSettings(LighthouseConfig(**options), **own)
+    return LighthouseSettings(LighthouseConfig(**options), **own, stage2=stage.stage2_from(args))

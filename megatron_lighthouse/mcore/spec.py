@@ -10,11 +10,15 @@ import copy
 from argparse import Namespace
 from typing import Any
 
+import torch
+from megatron.core import parallel_state
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+from megatron_lighthouse.context_parallel.copies import copies_over
 from megatron_lighthouse.context_parallel.plan import Layer, summary
+from megatron_lighthouse.mcore import switch
 from megatron_lighthouse.mcore.checks import check_run
 from megatron_lighthouse.mcore.context_parallel import over_shards
 from megatron_lighthouse.mcore.core_attention import CoreAttentionBuilder
@@ -53,6 +57,8 @@ def with_lighthouse(spec: LayerSpec, settings: LighthouseSettings) -> LayerSpec:
             f"--attention lighthouse found no core attention in the layer spec of {spec.module.__name__}: it takes GPT layer "
             "specs (local or transformer_engine)."
         )
+    if _global_args() is not None:
+        switch.install(settings)
     return spec
 
 
@@ -98,6 +104,11 @@ def _say_what_is_sent(config: TransformerConfig, settings: LighthouseSettings) -
     geometry = settings.config.geometry(args.seq_length, size)
     for comm_type in comm_types:
         say_once(summary(geometry, layer, size, comm_type, settings.config.scorer))
+    if "p2p" in comm_types and torch.cuda.is_available():
+        here = torch.device("cuda", torch.cuda.current_device())
+        copies = copies_over(parallel_state.get_context_parallel_group(), here)
+        how = f"NCCL, beside whose kernels attention is slower: {copies}" if isinstance(copies, str) else "copy engines"
+        say_once(f"lighthouse: keys, values and their gradients travel by {how}.")
 
 
 def _dense_over_shards(spec: LayerSpec, config: TransformerConfig) -> LayerSpec:

@@ -46,12 +46,15 @@ def test_indexed_data_is_what_text_data_writes(tmp_path: Path) -> None:
     assert run(tmp_path / "indexed", "--attention", "lighthouse", data=data).losses == from_text.losses
 
 
-def test_mock_data_and_the_picture(tmp_path: Path) -> None:
-    picture = tmp_path / "selection.png"
-    options = ["--mock-data", *NUMBERS, "--lighthouse-selection-map", str(picture)]
+def test_mock_data_and_a_picture_of_each_layer(tmp_path: Path) -> None:
+    options = ["--mock-data", *NUMBERS, "--lighthouse-selection-map", str(tmp_path / "selection-{layer}.png")]
     losses = run(tmp_path / "run", "--attention", "lighthouse", data=options).losses
     assert numpy.isfinite(list(losses.values())).all()
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    pictures = [tmp_path / f"selection-{layer}.png" for layer in (2, 3)]
+    assert sorted(tmp_path.glob("*.png")) == pictures
+    first, second = (picture.read_bytes() for picture in pictures)
+    assert first.startswith(b"\x89PNG")
+    assert first != second
 
 
 def test_help_names_every_option() -> None:

@@ -1,0 +1,258 @@
+"""`python -m megatron_lighthouse.recipe.recovery RUN [--dense RUN2]`: what the switch to dense attention cost.
+
+Reads the TensorBoard log of a run that switched in one job (`--lighthouse-stage2-at`) or between two, in one folder or in
+`tensorboard/lighthouse` and `tensorboard/dense` as `recipe.two_stage` writes them. Leaves recovery.csv and recovery.png.
+
+Definitions, ours; W is --smooth, and losses are the training losses that were logged:
+- smoothed: the mean of a loss and of up to W - 1 before it in the same stage, so that no mean has both attentions in it.
+- level: the last smoothed loss of stage 1; scatter: the standard deviation of the W losses in it, to judge the spike by.
+- spike: the highest single loss from the switch to the W-th loss after all layers are dense, less the level.
+- recovered: in the first iteration, from that of the spike on, whose smoothed loss is at most the level. The mean lags, so that
+  is up to W - 1 losses late. Without a spike above 0 there is nothing to recover from: 0 iterations.
+- final loss: the last smoothed loss. Gap: the mean of the last W losses less that of the dense run in the same iterations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from megatron_lighthouse.plots import STAGE_COLOURS, read_scalars
+
+STAGES = ("lighthouse", "dense")
+LAYERS = "lighthouse/layers"
+"""The scalar that `mcore.switch` writes: layers that use Lighthouse."""
+type Losses = dict[int, float]
+"""Loss in nats by iteration, in order."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a log says."""
+
+    losses: Losses
+    switch: int
+    """The last iteration before any layer became dense."""
+    dense_from: int
+    """The first logged one in which all are."""
+    tokens: int | None
+    """Tokens of an iteration, where the log has the run's arguments."""
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """The measures that this module defines."""
+
+    level: float
+    scatter: float
+    spike: float
+    spike_iteration: int
+    recovered: int | None
+    """The iteration; None where the run ends before."""
+    final: float
+    final_iteration: int
+
+
+def smoothed(losses: Losses, width: int) -> Losses:
+    """The mean of each loss and up to `width` - 1 before it."""
+    values = list(losses.values())
+    return {i: float(numpy.mean(values[max(0, n + 1 - width) : n + 1])) for n, i in enumerate(losses)}
+
+
+def measure(losses: Losses, switch: int, dense_from: int, width: int) -> Recovery:
+    """Measure a run whose layers all use Lighthouse up to iteration `switch`, and are all dense from `dense_from` on.
+
+    Raises:
+        ValueError: no loss on one side of the switch.
+    """
+    before, after = ({i: x for i, x in losses.items() if (i > switch) == later} for later in (False, True))
+    if not before or not after:
+        where, what = ("after", "stage 2 is") if before else ("up to", "stage 1 is")
+        raise ValueError(
+            f"there is no loss {where} iteration {switch}, the last with Lighthouse: {what} missing, or --switch wrong."
+        )
+    last = list(before.values())[-width:]
+    level, scatter = float(numpy.mean(last)), float(numpy.std(last))
+    mean = smoothed(after, width)
+    settled = [i for i in after if i >= dense_from][:width]
+    near = [i for i in after if i < dense_from] + settled
+    peak = max(near, key=lambda i: after[i])
+    spike = after[peak] - level
+    back = next((i for i in after if i >= peak and mean[i] <= level), None) if spike > 0 else switch
+    end = max(after)
+    return Recovery(level, scatter, spike, peak, back, mean[end], end)
+
+
+def gap(losses: Losses, dense: Losses, width: int) -> tuple[float, float, int]:
+    """The mean of the last `width` losses that both have, less the dense run's; that of the dense run; the last iteration.
+
+    Raises:
+        ValueError: runs that have no iteration in common.
+    """
+    common = sorted(losses.keys() & dense.keys())[-width:]
+    if not common:
+        raise ValueError("the run and --dense have no logged iteration in common: give runs of the same --log-interval.")
+    ours, theirs = (float(numpy.mean([x[i] for i in common])) for x in (losses, dense))
+    return ours - theirs, theirs, common[-1]
+
+
+def read_losses(folders: Sequence[Path]) -> tuple[Losses, list[int], Losses]:
+    """Of logs that follow each other: the losses, the first iteration of each log, and Lighthouse layers by iteration.
+
+    Raises:
+        ValueError: a folder without a log of training losses.
+    """
+    losses: Losses = {}
+    layers: Losses = {}
+    starts = []
+    for folder in folders:
+        scalars = read_scalars(folder) if folder.is_dir() else {}
+        if "lm loss" not in scalars:
+            raise ValueError(f"{folder} has no TensorBoard log with training losses: give the folder of a run, or of its log.")
+        steps, values = scalars["lm loss"]
+        starts.append(int(steps[0]))
+        losses, layers = ({i: x for i, x in known.items() if i < starts[-1]} for known in (losses, layers))
+        losses |= {int(i): float(x) for i, x in zip(steps, values, strict=True)}
+        layers |= {int(i): float(n) for i, n in zip(*scalars.get(LAYERS, ((), ())), strict=True)}
+    return losses, starts, layers
+
+
+def read_run(folder: Path, switch: int | None = None) -> Run:
+    """A run and where it switched: as `switch` says, else by the scalar of Lighthouse layers, else between its two logs.
+
+    Raises:
+        ValueError: a log without losses, or one that does not say where the switch was.
+    """
+    folders = logs(folder)
+    losses, starts, layers = read_losses(folders)
+    layers = {i: n for i, n in layers.items() if i in losses}
+    if switch is not None:
+        layers = {}
+    elif layers:
+        switch = max(i for i, n in layers.items() if n == max(layers.values()))
+    elif len(folders) > 1:
+        switch = max((i for i in losses if i < starts[-1]), default=starts[-1] - 1)
+    else:
+        raise ValueError(f"the log in {folders[0]} does not say when layers became dense: add --switch ITER.")
+    dense_from = min((i for i in losses if i > switch and not layers.get(i)), default=switch + 1)
+    return Run(losses, switch, dense_from, tokens_of(folders[0]))
+
+
+def logs(folder: Path) -> list[Path]:
+    """The folders of a run's log: one, or one a stage."""
+    base = folder / "tensorboard" if (folder / "tensorboard").is_dir() else folder
+    return [base / name for name in STAGES if (base / name).is_dir()] or [base]
+
+
+def tokens_of(folder: Path) -> int | None:
+    """Tokens of an iteration, from the arguments that Megatron writes into the log."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(str(folder), size_guidance={"tensors": 0})
+    log.Reload()
+    tags = [f"{name}/text_summary" for name in ("seq_length", "global_batch_size")]
+    if not set(tags) <= set(log.Tags()["tensors"]):
+        return None
+    sequence, batch = (int(log.Tensors(tag)[-1].tensor_proto.string_val[0]) for tag in tags)
+    return sequence * batch
+
+
+def report(run: Run, measured: Recovery, dense: tuple[float, float, int] | None) -> dict[str, Any]:
+    """The row of recovery.csv; empty where something is not known."""
+    iterations = None if measured.recovered is None else measured.recovered - run.switch
+    row: dict[str, Any] = {"switch": run.switch, "dense_from": run.dense_from}
+    row |= {name: getattr(measured, name) for name in ("level", "scatter", "spike", "spike_iteration")}
+    row["iterations_to_recover"] = iterations
+    row["tokens_to_recover"] = None if iterations is None or run.tokens is None else iterations * run.tokens
+    row |= {"final_iteration": measured.final_iteration, "final_loss": measured.final}
+    row |= dict(zip(("gap", "dense_loss", "gap_iteration"), dense or (None, None, None), strict=True))
+    return row
+
+
+def table(row: dict[str, Any]) -> str:
+    """The row for a reader."""
+    back = "not within the run"
+    if row["iterations_to_recover"] is not None:
+        tokens = row["tokens_to_recover"]
+        back = f"{row['iterations_to_recover']:,} iterations" + ("" if tokens is None else f", {tokens:,} tokens")
+    lines = [
+        ("Lighthouse to iteration", f"{row['switch']:,}"),
+        ("all layers dense from", f"{row['dense_from']:,}"),
+        ("level before the switch", f"{row['level']:.4f}, single losses scatter by {row['scatter']:.4f}"),
+        ("spike above it", f"{row['spike']:+.4f} at iteration {row['spike_iteration']:,}"),
+        ("back at the level after", back),
+        ("final loss", f"{row['final_loss']:.4f} at iteration {row['final_iteration']:,}"),
+    ]
+    if row["gap"] is not None:
+        at = f"(which has {row['dense_loss']:.4f} at iteration {row['gap_iteration']:,})"
+        lines.append(("above dense from scratch", f"{row['gap']:+.4f} {at}"))
+    return "\n".join(f"{name:<24} {value}" for name, value in lines)
+
+
+def draw(run: Run, measured: Recovery, dense: Losses | None, width: int, path: Path, title: str) -> None:
+    """Draw the losses, faint, and smoothed by stage; the switch, the level, and where the run is back at it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    if dense:
+        mean = smoothed(dense, width)
+        axes.plot(list(mean), list(mean.values()), color="#999999", label="dense from scratch")
+    for stage, later in zip(STAGES, (False, True), strict=True):
+        part = {i: x for i, x in run.losses.items() if (i > run.switch) == later}
+        mean, colour = smoothed(part, width), STAGE_COLOURS[stage]
+        axes.plot(list(part), list(part.values()), color=colour, alpha=0.25, linewidth=1)
+        axes.plot(list(mean), list(mean.values()), color=colour, label=f"stage {1 + later}, {stage} (mean of {width})")
+    axes.axvline(run.switch + 0.5, color="#999999", linestyle=":", label=f"switch after {run.switch:,}")
+    axes.hlines(
+        measured.level, run.switch, measured.final_iteration, color="#999999", linestyle="--", linewidth=1, label="level"
+    )
+    if measured.recovered is not None and measured.spike > 0:
+        label = f"back after {measured.recovered - run.switch:,} iterations"
+        axes.plot([measured.recovered], [measured.level], "o", color="#f2a93b", label=label)
+    axes.set(xlabel="iteration", ylabel="training loss (nats per token)", title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Report on the run that the command line names; answers an exit status."""
+    parser = argparse.ArgumentParser(prog="python -m megatron_lighthouse.recipe.recovery", description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run, or of its TensorBoard log")
+    parser.add_argument("--dense", type=Path, metavar="RUN2", help="a run that was dense from the start")
+    parser.add_argument("--switch", type=int, metavar="ITER", help="last iteration with Lighthouse, where the log does not say")
+    parser.add_argument("--smooth", type=int, default=10, metavar="W", help="losses in a mean (default: %(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where recovery.csv and recovery.png go (default: RUN)")
+    options = parser.parse_args(argv)
+    try:
+        if options.smooth < 1:
+            raise ValueError(f"--smooth {options.smooth} must be at least 1: use 10, or more where single losses scatter.")
+        run = read_run(options.run, options.switch)
+        measured = measure(run.losses, run.switch, run.dense_from, options.smooth)
+        dense = read_losses(logs(options.dense))[0] if options.dense else None
+        row = report(run, measured, gap(run.losses, dense, options.smooth) if dense else None)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    out = options.out or options.run
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "recovery.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["run", "smooth", *row])
+        writer.writeheader()
+        writer.writerow({"run": options.run.name, "smooth": options.smooth, **row})
+    draw(run, measured, dense, options.smooth, out / "recovery.png", title=str(options.run))
+    print(f"{options.run}, means of {options.smooth} losses\n{table(row)}\n{out / 'recovery.csv'}, {out / 'recovery.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

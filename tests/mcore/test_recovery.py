@@ -1,0 +1,137 @@
+"""The recovery report: its measures on curves made by hand, and the logs that it understands."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_lighthouse.mcore import switch
+from megatron_lighthouse.recipe import recovery
+from megatron_lighthouse.recipe.recovery import Recovery, gap, main, measure, read_run, smoothed
+
+
+def curve(*losses: float, start: int = 1, step: int = 1) -> dict[int, float]:
+    return {start + step * n: loss for n, loss in enumerate(losses)}
+
+
+def test_smoothed() -> None:
+    assert smoothed(curve(4.0, 2.0, 3.0, 7.0), 3) == {1: 4.0, 2: 3.0, 3: 3.0, 4: 4.0}
+    assert smoothed(curve(4.0, 2.0), 1) == {1: 4.0, 2: 2.0}
+
+
+SPIKE = curve(8.0, 3.0, 3.0, 5.0, 4.0, 3.0, 2.0, 2.0, 1.0)
+"""Switches after iteration 3. In means of two: 3 before; 5, 4.5, 3.5, 2.5, 2, 1.5 after."""
+
+
+def test_a_spike_and_the_way_back() -> None:
+    assert measure(SPIKE, 3, 4, 2) == Recovery(3.0, 0.0, 2.0, 4, 7, 1.5, 9)
+    assert measure(SPIKE, 3, 4, 1) == Recovery(3.0, 0.0, 2.0, 4, 6, 1.0, 9)
+
+
+def test_no_mean_has_both_stages_in_it() -> None:
+    """Else a run just after its switch would look recovered, or the level would hold the spike."""
+    assert measure(curve(1.0, 1.0, 1.0, 9.0, 1.0), 3, 4, 3) == Recovery(1.0, 0.0, 8.0, 4, None, 5.0, 5)
+
+
+def test_a_spike_that_grows() -> None:
+    """Below the level before the spike is not back at it."""
+    assert measure(curve(3.0, 3.0, 2.0, 6.0, 3.0, 3.0), 2, 3, 2) == Recovery(3.0, 0.0, 3.0, 4, 6, 3.0, 6)
+
+
+def test_a_late_loss_is_no_spike() -> None:
+    assert measure(curve(3.0, 4.0, 2.0, 2.0, 9.0), 1, 2, 2).spike == 1.0
+
+
+def test_while_layers_become_dense_one_by_one() -> None:
+    """The spike may come as late as the last of them, and W losses more."""
+    losses = curve(3.0, 3.1, 3.2, 3.3, 5.0, 2.0, 9.0)
+    assert measure(losses, 1, 4, 1).spike_iteration == 4
+    assert measure(losses, 1, 4, 2).spike_iteration == 5
+
+
+def test_without_a_spike_nothing_is_lost() -> None:
+    assert measure(curve(4.0, 2.0, 2.5, 2.75), 2, 3, 2) == Recovery(3.0, 1.0, -0.25, 4, 2, 2.625, 4)
+
+
+def test_iterations_that_were_logged_now_and_then() -> None:
+    losses = curve(3.0, 3.0, 5.0, 4.0, 2.0, start=10, step=10)
+    assert measure(losses, 25, 30, 1) == Recovery(3.0, 0.0, 2.0, 30, 50, 2.0, 50)
+
+
+@pytest.mark.parametrize(("at", "message"), [(9, "stage 2 is missing"), (0, "stage 1 is missing")])
+def test_one_stage_is_not_enough(at: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        measure(SPIKE, at, at + 1, 2)
+
+
+def test_gap_at_equal_iterations() -> None:
+    dense = curve(7.0, 3.0, 3.0, 3.0, 3.0, 2.0, 2.0, 1.0)  # one iteration less
+    assert gap(SPIKE, dense, 2) == (2.0 - 1.5, 1.5, 8)
+    with pytest.raises(ValueError, match="no logged iteration in common"):
+        gap(SPIKE, curve(1.0, start=50), 2)
+
+
+def write(folder: Path, losses: dict[int, float], layers: dict[int, int] | None = None) -> None:
+    with SummaryWriter(str(folder)) as log:
+        for name, value in (("seq_length", 64), ("global_batch_size", 2)):
+            log.add_text(name, str(value))
+        for iteration, loss in losses.items():
+            log.add_scalar("lm loss", loss, iteration)
+        for iteration, count in (layers or {}).items():
+            log.add_scalar(recovery.LAYERS, count, iteration)
+
+
+def test_the_scalar_is_the_one_that_a_run_writes() -> None:
+    assert recovery.LAYERS == switch.SCALAR
+
+
+def test_one_job(tmp_path: Path) -> None:
+    layers = curve(4, 4, 4, 3, 1, 0, 0, 0, 0)
+    write(tmp_path / "tensorboard", SPIKE, {**layers, 10: 0})  # of an iteration that failed
+    run = read_run(tmp_path)
+    assert (run.losses, run.switch, run.dense_from, run.tokens) == (SPIKE, 3, 6, 128)
+    assert read_run(tmp_path / "tensorboard", switch=5).switch == 5
+
+
+@pytest.mark.parametrize("says", [True, False], ids=["with the scalar", "without it"])
+def test_two_jobs_in_two_folders(says: bool, tmp_path: Path) -> None:
+    first = {i: SPIKE[i] for i in (1, 2, 3)} | {4: 2.5}  # trained on past the checkpoint that stage 2 takes up
+    write(tmp_path / "tensorboard" / "lighthouse", first, dict.fromkeys(first, 4) if says else None)
+    write(tmp_path / "tensorboard" / "dense", {i: x for i, x in SPIKE.items() if i > 3})
+    run = read_run(tmp_path)
+    assert (run.losses, run.switch, run.dense_from) == (SPIKE, 3, 4)
+
+
+def test_two_jobs_in_one_folder(tmp_path: Path) -> None:
+    write(tmp_path, {i: SPIKE[i] for i in (1, 2, 3)}, curve(4, 4, 4))
+    write(tmp_path, {i: x for i, x in SPIKE.items() if i > 3})
+    run = read_run(tmp_path)
+    assert (run.losses, run.switch, run.dense_from) == (SPIKE, 3, 4)
+
+
+def test_a_log_that_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, SPIKE)
+    assert main([str(tmp_path)]) == 1
+    assert "does not say when layers became dense: add --switch ITER" in capsys.readouterr().err
+    assert main([str(tmp_path / "nothing")]) == 1
+    assert "no TensorBoard log with training losses" in capsys.readouterr().err
+
+
+def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "run", SPIKE, curve(4, 4, 4, 0, 0, 0, 0, 0, 0))
+    write(tmp_path / "scratch", curve(7.0, 3.0, 3.0, 3.0, 3.0, 2.0, 2.0, 1.0, 0.5))
+    assert main([str(tmp_path / "run"), "--dense", str(tmp_path / "scratch"), "--smooth", "2"]) == 0
+    text = capsys.readouterr().out
+    for line in (
+        "+2.0000 at iteration 4",
+        "4 iterations, 512 tokens",
+        "1.5000 at iteration 9",
+        "+0.7500 (which has 0.7500 at iteration 9)",
+    ):
+        assert line in text
+    (row,) = csv.DictReader((tmp_path / "run" / "recovery.csv").open())
+    assert (row["iterations_to_recover"], row["tokens_to_recover"], row["gap"]) == ("4", "512", "0.75")
+    assert (tmp_path / "run" / "recovery.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,244 @@
+"""`python -m megatron_lighthouse.recipe.evaluate`: what a checkpoint has learnt of long text.
+
+Takes the arguments of the run of `megatron_lighthouse.pretrain_gpt`, with `--load` its checkpoints, and `--held-out TEXT --out
+FOLDER`. Two measurements, with the same text and questions for every checkpoint: the loss by position in the sequence, and the
+one-digit passkey probe. For models of bytes (`--text-data`). Dense unless `--attention lighthouse` is given. One process, or
+torchrun: its ranks share out the samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import math
+import os
+import platform
+import socket
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+import megatron_lighthouse
+from megatron_lighthouse.mcore import text
+from megatron_lighthouse.recipe import passkey, positions
+
+if TYPE_CHECKING:
+    from megatron_lighthouse.recipe.trained import Trained
+
+type Array = numpy.ndarray[Any, Any]
+
+
+class HeldOut(text.TextData):
+    """`--held-out`: chooses the tokenizer as `--text-data` does, and is no data to train on."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        train = getattr(namespace, "text_data", None)
+        super().__call__(parser, namespace, values, option)
+        namespace.text_data, namespace.held_out = train, values
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add what an evaluation asks for to Megatron's parser."""
+    group = parser.add_argument_group("evaluation")
+    add = group.add_argument
+    add("--held-out", nargs="+", action=HeldOut, metavar="PATH", required=True, help="Text that was not trained on.")
+    add("--out", type=Path, metavar="FOLDER", required=True, help="Where the results go.")
+    add("--loss-sequences", type=int, default=64, help="Sequences of --seq-length, at most; 0 for no loss. Default: 64.")
+    add("--loss-grid", choices=positions.GRIDS, default="log2", help="How positions are put into buckets. Default: log2.")
+    add("--loss-buckets", type=int, default=16, help="Buckets of --loss-grid equal. Default: 16.")
+    add("--passkey-samples", type=int, default=20, help="Questions a cell, best a multiple of ten; 0 for none. Default: 20.")
+    add("--passkey-lengths", type=int, nargs="+", help="Context lengths. Default: --seq-length and its 1/2, 1/4 and 1/8.")
+    add("--passkey-depths", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1], help="0 is first. Default: by quarters.")
+    add("--passkey-fillers", nargs="+", choices=passkey.FILLERS, default=passkey.FILLERS, help="Default: both.")
+    add("--passkey-seed", type=int, default=1234, help="Of the questions. Default: 1234.")
+    return parser
+
+
+def read(paths: Sequence[str]) -> tuple[list[Path], Array]:
+    """The files, and their bytes as tokens, uint16, each file with the end-of-document token after it.
+
+    Raises:
+        ValueError: a path that does not exist, or no text.
+    """
+    try:
+        files = text.text_files(paths)
+    except ValueError as error:
+        raise ValueError(str(error).replace("--text-data", "--held-out")) from None
+    parts: list[Array] = []
+    for file in files:
+        parts += [numpy.frombuffer(file.read_bytes(), dtype=numpy.uint8), numpy.array([text.END_OF_DOCUMENT])]
+    return files, numpy.concatenate([part.astype(numpy.uint16) for part in parts])
+
+
+def grid_of(args: argparse.Namespace, tokens: int) -> passkey.Grid:
+    """The passkey questions that `args` ask for.
+
+    Raises:
+        ValueError: lengths, depths or samples that cannot be.
+    """
+    shorter = [args.seq_length // part for part in (8, 4, 2)]
+    lengths = args.passkey_lengths or [*(n for n in shorter if n >= passkey.SHORTEST), args.seq_length]
+    grid = passkey.Grid(lengths, args.passkey_depths, args.passkey_samples, args.passkey_fillers, args.passkey_seed)
+    grid.check(tokens)
+    multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    for length in lengths:
+        if length > args.seq_length or length % multiple:
+            more = f" and a multiple of --tensor-model-parallel-size {multiple}" if multiple > 1 else ""
+            raise ValueError(f"--passkey-lengths {length} must be at most --seq-length {args.seq_length}{more}.")
+    if args.attention == "lighthouse":
+        from megatron_lighthouse.mcore.settings import settings_from
+
+        for length in lengths:
+            try:
+                settings_from(args).config.geometry(length)
+            except ValueError as error:
+                raise ValueError(f"--passkey-lengths {length} with --attention lighthouse: {error}") from None
+    return grid
+
+
+def loss_by_position(trained: Trained, tokens: Array) -> dict[str, Any]:
+    """Mean loss by bucket and over all, and each sequence's, over evenly spread sequences. Every rank calls it."""
+    from megatron_lighthouse.recipe.trained import over_ranks
+
+    args = trained.args
+    edges = positions.bucket_edges(args.seq_length, args.loss_grid, args.loss_buckets)
+    starts = positions.sequence_starts(len(tokens), args.seq_length, args.loss_sequences)
+
+    def compute(index: int) -> Array:
+        sequence = tokens[starts[index] : starts[index] + args.seq_length + 1]
+        return positions.bucket_means(trained.token_losses(sequence), edges)
+
+    by_sequence = over_ranks(len(starts), len(edges) - 1, compute, "loss by position")
+    means, errors = positions.mean_and_error(by_sequence)
+    mean, error = positions.mean_and_error(by_sequence @ numpy.diff(edges) / args.seq_length)
+    columns = zip(edges[:-1], edges[1:], means.tolist(), errors.tolist(), strict=True)
+    return {
+        "sequences": len(starts),
+        "length": args.seq_length,
+        "mean": float(mean),
+        "standard_error": float(error),
+        "buckets": [dict(zip(("start", "stop", "loss", "standard_error"), row, strict=True)) for row in columns],
+        "by_sequence": [
+            {"starts_at": start, **dict(zip(edges[:-1], row, strict=True))}
+            for start, row in zip(starts, by_sequence.tolist(), strict=True)
+        ],
+    }
+
+
+def passkey_probe(trained: Trained, tokens: Array, grid: passkey.Grid) -> dict[str, Any]:
+    """Accuracy and log-probability by cell, by filler and over all. Every rank calls it."""
+    from megatron_lighthouse.recipe.trained import over_ranks
+
+    questions = grid.questions()
+
+    def compute(index: int) -> tuple[float, float]:
+        return passkey.answer(questions[index], tokens, grid.seed, trained.next_token)
+
+    answers = over_ranks(len(questions), 2, compute, "passkey")
+    fillers = answers.reshape(len(grid.fillers), -1, 2)
+    return {
+        "chance": passkey.CHANCE,
+        "greatest_standard_error_of_a_cell": 0.5 / math.sqrt(grid.samples),
+        "seed": grid.seed,
+        "fillers": {name: passkey.statistics(part) for name, part in zip(grid.fillers, fillers, strict=True)},
+        "cells": passkey.by_cell(grid, answers),
+    }
+
+
+def main() -> None:
+    """Evaluate as the command line says."""
+    if "RANK" not in os.environ:  # not under torchrun
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    import torch
+
+    if not torch.cuda.is_available():
+        from megatron_lighthouse.mcore import cpu
+
+        cpu.install()
+    from megatron_lighthouse.recipe import trained as checkpoint
+
+    args = checkpoint.parse(add_arguments)
+    files, tokens = read(args.held_out)
+    checkpoint.check_not_trained_on(files, checkpoint.training_text(args))
+    grid = grid_of(args, len(tokens)) if args.passkey_samples else None
+    if args.loss_sequences:  # refused before the model is built
+        positions.bucket_edges(args.seq_length, args.loss_grid, args.loss_buckets)
+        positions.sequence_starts(len(tokens), args.seq_length, args.loss_sequences)
+    trained = checkpoint.load(args)
+    loss = loss_by_position(trained, tokens) if args.loss_sequences else None
+    probe = passkey_probe(trained, tokens, grid) if grid else None
+    if torch.distributed.get_rank() == 0:
+        _write(args, trained.iteration, tokens, loss, probe)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _write(
+    args: argparse.Namespace, iteration: int, tokens: Array, loss: dict[str, Any] | None, probe: dict[str, Any] | None
+) -> None:
+    import megatron.core
+    import torch
+
+    from megatron_lighthouse.recipe import evaluation_plots
+
+    out: Path = args.out
+    out.mkdir(parents=True, exist_ok=True)
+    name = f"{args.load}, iteration {iteration}, {args.attention} attention"
+    if loss:
+        _write_csv(out / "loss.csv", loss["buckets"])
+        _write_csv(out / "loss_by_sequence.csv", loss.pop("by_sequence"))
+        evaluation_plots.loss_by_position(loss["buckets"], out / "loss.png", name)
+        print(f"held-out loss {loss['mean']:.4f} ± {loss['standard_error']:.4f} nats per byte, {loss['sequences']} sequences")
+    if probe:
+        cells = probe.pop("cells")
+        _write_csv(out / "passkey.csv", cells)
+        evaluation_plots.passkey(cells, out / "passkey.png", name)
+        for filler, result in probe["fillers"].items():
+            error = result["accuracy_standard_error"]
+            print(f"passkey in {filler}: {result['accuracy']:.1%} ± {error:.1%} right of {result['samples']}, chance 10%")
+    summary = {
+        "load": str(args.load),
+        "iteration": iteration,
+        "attention": args.attention,
+        "held_out": {"tokens": len(tokens), "sha256": hashlib.sha256(tokens.tobytes()).hexdigest()},
+        "loss": loss,
+        "passkey": probe,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "versions": {
+            "megatron_lighthouse": megatron_lighthouse.__version__,
+            "megatron-core": megatron.core.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    (out / "evaluation.json").write_text(json.dumps(_without_nan(summary), indent=1) + "\n")
+    print(f"results: {out}")
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: null in its place."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _write_csv(path: Path, rows: Sequence[dict[Any, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

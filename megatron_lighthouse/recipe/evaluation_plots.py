@@ -1,0 +1,50 @@
+"""Pictures of an evaluation: the loss by position, and the passkey probe as heat maps. Written as PNG, without a screen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from megatron_lighthouse.recipe.passkey import CHANCE
+
+
+def loss_by_position(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw the mean loss of each bucket, and one standard error to either side, over the bucket's middle."""
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    middles = [(row["start"] + row["stop"]) / 2 for row in rows]
+    axes.errorbar(middles, [row["loss"] for row in rows], [row["standard_error"] for row in rows], fmt="o-", capsize=3)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="position in the sequence", ylabel="held-out loss (nats per byte)", title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def passkey(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw the accuracy of each cell, depth by length, a map for each filler."""
+    fillers = list(dict.fromkeys(row["filler"] for row in rows))
+    lengths, depths = (sorted({row[name] for row in rows}) for name in ("length", "depth"))
+    figure = Figure(figsize=(1.5 + (0.9 * len(lengths) + 1) * len(fillers), 1.8 + 0.45 * len(depths)), layout="constrained")
+    maps = figure.subplots(1, len(fillers), squeeze=False)[0]
+    for axes, filler in zip(maps, fillers, strict=True):
+        accuracy = numpy.zeros((len(depths), len(lengths)))
+        for row in (row for row in rows if row["filler"] == filler):
+            accuracy[depths.index(row["depth"]), lengths.index(row["length"])] = row["accuracy"]
+        image = axes.imshow(accuracy, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        for (i, j), value in numpy.ndenumerate(accuracy):
+            axes.text(j, i, f"{value:.0%}", ha="center", va="center", color="white" if value < 0.6 else "black")
+        axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+        axes.set(xlabel="tokens", ylabel="depth of the key", title=filler)
+    figure.colorbar(image, ax=maps.tolist(), label=f"right digits (chance: {CHANCE:.0%})")
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    FigureCanvasAgg(figure).print_png(str(path))

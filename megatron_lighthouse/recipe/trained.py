@@ -1,0 +1,156 @@
+"""A trained checkpoint as a function: Megatron builds and loads the model, for forward passes alone."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from megatron.core import dist_checkpointing, mpu
+from megatron.core.enums import ModelType
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training import training
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
+from megatron.training.checkpointing import (
+    checkpoint_exists,
+    get_checkpoint_name,
+    get_checkpoint_tracker_filename,
+    read_metadata,
+)
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_lighthouse.mcore import pretrain
+from megatron_lighthouse.mcore.arguments import ArgumentsProvider, use_attention, with_lighthouse_arguments
+from megatron_lighthouse.mcore.fused import with_fused_attention
+from megatron_lighthouse.mcore.run_options import check_run_options
+from megatron_lighthouse.mcore.text import text_files
+
+type Array = numpy.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with the weights of a checkpoint."""
+
+    args: argparse.Namespace
+    iteration: int
+    """Of the checkpoint."""
+    model: torch.nn.Module
+    """Megatron's GPT model, in evaluation mode; this tensor-parallel rank's part."""
+
+    def token_losses(self, tokens: Array) -> Array:
+        """[s + 1] tokens -> [s] losses of the last s, each after those before it, in nats, fp32."""
+        given = torch.from_numpy(tokens.astype(numpy.int64)).cuda().unsqueeze(0)
+        return self._forward(given[:, :-1], labels=given[:, 1:].contiguous())[0].float().cpu().numpy()
+
+    def next_token(self, tokens: Array) -> Array:
+        """[s] tokens -> [vocabulary] logits of the token after the last, fp32."""
+        given = torch.from_numpy(tokens.astype(numpy.int64)).cuda().unsqueeze(0)
+        return self._forward(given, runtime_gather_output=True)[0, -1].float().cpu().numpy()
+
+    @torch.no_grad()
+    def _forward(self, tokens: Tensor, **how: Any) -> Tensor:
+        """One sequence, causal, as a training run without attention masks."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
+        return self.model(tokens.contiguous(), positions, None, **how)
+
+
+def parse(add_arguments: ArgumentsProvider) -> argparse.Namespace:
+    """Megatron's arguments and those of the entry point, so that a run's own command line is understood, and what is added.
+
+    Raises:
+        ValueError: a checkpoint that is not there, or a layout that is not supported.
+    """
+    pretrain.adapt_to_this_machine()
+    args = parse_and_validate_args(extra_args_provider=with_lighthouse_arguments(_with(add_arguments)))
+    args.skip_train = args.no_load_optim = args.no_load_rng = True  # no optimizer is made
+    args.finetune, args.save = False, None
+    if args.attention == "dense":
+        args.lighthouse_stage2_at = None  # of a training run's arguments: there is nothing to switch
+    check_run_options(args)
+    for name in ("context_parallel_size", "pipeline_model_parallel_size"):
+        if getattr(args, name) != 1:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{flag} {getattr(args, name)}: an evaluation splits neither sequences nor layers over ranks. Use {flag} 1: "
+                "a checkpoint loads in any layout, and more ranks share out the samples."
+            )
+    if args.tokenizer_type != "NullTokenizer":
+        raise ValueError(f"--tokenizer-type {args.tokenizer_type}: an evaluation reads bytes as tokens, so leave it out.")
+    if not checkpoint_exists(args.load):
+        raise ValueError(f"--load {args.load} holds no checkpoint: name the folder that the run was given as --save.")
+    if not Path(_folder(args)).is_dir():
+        there = ", ".join(sorted(path.name for path in Path(args.load).glob("iter_*")))
+        raise ValueError(f"--load {args.load} has no {Path(_folder(args)).name}: give --ckpt-step one of {there}.")
+    return args
+
+
+def _with(add_arguments: ArgumentsProvider) -> ArgumentsProvider:
+    return lambda parser: add_arguments(pretrain.add_arguments(parser))
+
+
+def load(args: argparse.Namespace) -> Trained:
+    """Start Megatron, build the model and load the checkpoint. Every rank calls it.
+
+    Raises:
+        ValueError: what Lighthouse refuses, before the process group exists.
+    """
+    model_cfg = with_fused_attention(use_attention(args, gpt_config_from_args(args)))
+    container = pretrain_cfg_container_from_args(args, model_cfg)
+    training.initialize_megatron()
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    kind = ModelType.encoder_or_decoder
+    models, _, _ = training.setup_model_and_optimizer(kind, cfg_container=container, pg_collection=groups)
+    return Trained(args, args.iteration, models[0].eval())
+
+
+def _folder(args: argparse.Namespace) -> str:
+    iteration, release = read_metadata(get_checkpoint_tracker_filename(args.load))
+    return get_checkpoint_name(args.load, args.ckpt_step or iteration, release and not args.ckpt_step, return_base_dir=True)
+
+
+def training_text(args: argparse.Namespace) -> list[str]:
+    """What the run that made the checkpoint was given as --text-data; nothing for other data or formats."""
+    folder = _folder(args)
+    if not dist_checkpointing.check_is_distributed_checkpoint(folder):
+        return []
+    return getattr(dist_checkpointing.load_common_state_dict(folder).get("args"), "text_data", None) or []
+
+
+def check_not_trained_on(held_out: Iterable[Path], text: Iterable[str]) -> None:
+    """Refuse to call held out what a run was given to read. Compares paths, so it cannot tell copies.
+
+    Raises:
+        ValueError: a file of `held_out` that is among `text`.
+    """
+    there = [path for path in text if Path(path).exists()]
+    read = {file.resolve() for file in (text_files(there) if there else [])}
+    both = sorted(file for file in held_out if file.resolve() in read)
+    if both:
+        raise ValueError(
+            f"--held-out {both[0]} was read in training (--text-data of the checkpoint): hold other text out, as "
+            "megatron_lighthouse.recipe.corpus does."
+        )
+
+
+def over_ranks(count: int, columns: int, compute: Callable[[int], Any], title: str) -> Array:
+    """[count, columns] float64 results of `compute`, shared out over the data-parallel ranks. Every rank calls it.
+
+    All ranks compute as often, so that none waits where models communicate across data-parallel ranks, as experts do.
+    """
+    rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+    results = torch.zeros(count, columns, dtype=torch.float64, device="cuda")
+    for turn in tqdm(range(-(-count // size)), desc=title, disable=torch.distributed.get_rank() != 0, file=sys.stderr):
+        index = turn * size + rank
+        computed = torch.as_tensor(compute(min(index, count - 1)), dtype=torch.float64)
+        if index < count:
+            results[index] = computed
+    torch.distributed.all_reduce(results, group=mpu.get_data_parallel_group())
+    return results.cpu().numpy()

@@ -81,7 +81,7 @@ def environment() -> dict[str, object]:
     versions = {name: _version(name) for name in ("torch", "triton", "megatron-core", "transformer-engine", "flash-attn-4")}
     return {
         "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "python": platform.python_version(),
         "cudnn": torch.backends.cudnn.version(),
         **{name: version for name, version in versions.items() if version},

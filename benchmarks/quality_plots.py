@@ -1,0 +1,192 @@
+"""Pictures of benchmarks/quality.py, and its table in Markdown, from the files of --out: `quality.py --draw FOLDER`."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from quality_results import Results, pairs, positions
+from quality_runs import BASE, REFERENCE, RUNS
+
+from megatron_lighthouse.recipe.passkey import CHANCE
+from megatron_lighthouse.recipe.recovery import smoothed
+
+COLOURS = {name: colormaps["tab20"](i) for i, name in enumerate(RUNS)} | {REFERENCE: "#2b3a67", BASE: "#d1495b"}
+
+
+def draw(results: Results, out: Path) -> None:
+    """loss.png, positions.png, passkey.png, cost.png and table.md, as far as there is something to draw."""
+    out.mkdir(parents=True, exist_ok=True)
+    if results.tables["curves"]:
+        _loss(results, out / "loss.png")
+    if results.tables["sequences"]:
+        _positions(results, out / "positions.png")
+        _cost(results, out / "cost.png")
+    if results.tables["passkey"]:
+        _passkey(results, out / "passkey.png")
+    text = table(results)
+    (out / "table.md").write_text(text)
+    print(text)
+
+
+def table(results: Results) -> str:
+    """A line a run, in Markdown."""
+    columns = (
+        "run",
+        "steady s",
+        "tokens/s stage 1",
+        "stage 2",
+        "held-out loss",
+        "above dense",
+        "passkey",
+        "log p",
+        "spike",
+        "back",
+    )
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    above = {row["run"]: row for row in reversed(pairs(results))}  # the first that a run is compared with
+    for row in results.tables["runs"]:
+        pair = above.get(row["run"], {})
+        cells = [
+            f"`{row['run']}`: {row['title']}"
+            + ("" if row["iterations"] == row["steps"] else f" ({row['iterations']} iterations)"),
+            f"{row['steady_seconds']:,.0f}" + (f" × {row['ranks']}" if row["ranks"] > 1 else ""),
+            *(_number(row[f"tokens_per_second_{stage}"], ",.0f") for stage in ("lighthouse", "dense")),
+            _number(row["held_out_loss"], ".4f"),
+            f"{pair['difference']:+.4f} ± {pair['standard_error']:.4f}" if pair.get("difference") is not None else "",
+            _number(row["noise_accuracy"], ".1%"),
+            _number(row["noise_log_probability"], ".3f"),
+            _number(row["spike"], "+.3f"),
+            _number(row["iterations_to_recover"], ",.0f"),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _loss(results: Results, path: Path) -> None:
+    """Smoothed training losses by iteration and by time, marked at the switch and where the loss is back; and less dense's.
+
+    Runs of a seed read the same sequence in the same iteration, so that the last has none of the text's scatter in it.
+    """
+    figure = Figure(figsize=(18, 4.8), layout="constrained")
+    by_iteration, by_time, above = figure.subplots(1, 3)
+    ends, tops = [], []
+    for row in results.tables["runs"]:
+        run, points = row["run"], results.of("curves", row["run"])
+        if not points:
+            continue
+        mean = smoothed({point["iteration"]: point["loss"] for point in points}, row["smooth"])
+        iterations, losses = list(mean), list(mean.values())
+        seconds = list(accumulate(point["seconds"] for point in points))
+        marks = [(row["switch"], "o")] if row["switch"] else []
+        if row["iterations_to_recover"]:
+            marks.append((row["switch"] + row["iterations_to_recover"], "s"))
+        for axes, x in ((by_iteration, iterations), (by_time, seconds)):
+            axes.plot(x, losses, color=COLOURS[run], label=f"{run}: {row['title']}", linewidth=1.2)
+            for iteration, form in marks:
+                if iteration in mean:
+                    i = iterations.index(iteration)
+                    axes.plot([x[i]], [losses[i]], form, color=COLOURS[run], fillstyle="none" if form == "s" else "full")
+        dense = results.losses(next((name for name in RUNS[run].against if name.startswith(REFERENCE)), ""))
+        differences = {
+            point["iteration"]: point["loss"] - dense[point["iteration"]] for point in points if point["iteration"] in dense
+        }
+        if differences and run != "dense-2":  # which reads other text than `dense` in the same iteration
+            mean = smoothed(differences, row["smooth"])
+            late = {i: x for i, x in mean.items() if i > row["steps"] // 10}
+            above.plot(list(late), list(late.values()), color=COLOURS[run], linewidth=1.2)
+        ends.append(min(losses))
+        tops.append(losses[len(losses) // 10])
+    by_iteration.set_ylim(min(ends) - 0.03, max(tops) + 0.05)  # the fall at the start would flatten all that follows
+    by_iteration.set(xlabel="iteration", ylabel="training loss, running mean (nats per byte)")
+    by_time.set(
+        xlabel="seconds of training", title="●: switch to dense   □: back at the level before it", ylim=by_iteration.get_ylim()
+    )
+    above.axhline(0, color=COLOURS[REFERENCE], linewidth=1)
+    above.set(xlabel="iteration", title="above dense from scratch, in the same iterations")
+    _tidy(figure, (by_iteration, by_time, above))
+    _save(figure, path)
+
+
+def _positions(results: Results, path: Path) -> None:
+    """Held-out loss by position, and what each run has above dense, with the standard error of the pairs."""
+    figure = Figure(figsize=(13, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    rows = positions(results)
+    for run in dict.fromkeys(row["run"] for row in rows):
+        own = [row for row in rows if row["run"] == run]
+        x = [(row["start"] + row["stop"]) / 2 for row in own]
+        left.plot(x, [row["loss"] for row in own], ".-", color=COLOURS[run], label=f"{run}: {RUNS[run].title}", linewidth=1.2)
+        if own[0]["above"] is not None:
+            values, errors = ([row[name] for row in own] for name in ("above", "above_error"))
+            right.errorbar(x, values, errors, fmt=".-", color=COLOURS[run], capsize=2, linewidth=1.2)
+    right.axhline(0, color=COLOURS[REFERENCE], linewidth=1)
+    for axes, title in ((left, "held-out loss (nats per byte)"), (right, "above dense from scratch, in pairs")):
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="position in the sequence", title=title)
+    _tidy(figure, (left, right))
+    _save(figure, path)
+
+
+def _cost(results: Results, path: Path) -> None:
+    """What each run cost and where it came out. The bars are the standard error of the difference to dense."""
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axes = figure.subplots()
+    errors = {row["run"]: row["standard_error"] for row in pairs(results) if row["against"].startswith(REFERENCE)}
+    for row in results.tables["runs"]:
+        if row["held_out_loss"] is None:
+            continue
+        run, x = row["run"], row["steady_seconds"] * row["ranks"]
+        axes.errorbar([x], [row["held_out_loss"]], [errors.get(run) or 0], fmt="o", color=COLOURS[run], capsize=3)
+        axes.annotate(f" {run}", (x, row["held_out_loss"]), fontsize=8)
+        if run == REFERENCE:
+            axes.axhline(row["held_out_loss"], color=COLOURS[run], linewidth=1, linestyle=":")
+    axes.set(xlabel="GPU seconds of training", ylabel="held-out loss (nats per byte)")
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def _passkey(results: Results, path: Path) -> None:
+    """Accuracy, depth by length: a column a run, a row a filler."""
+    rows = results.tables["passkey"]
+    runs, fillers = (list(dict.fromkeys(row[name] for row in rows)) for name in ("run", "filler"))
+    lengths, depths = (sorted({row[name] for row in rows}) for name in ("length", "depth"))
+    figure = Figure(figsize=(1.6 + 2.6 * len(runs), 0.8 + 2.2 * len(fillers)), layout="constrained")
+    maps = figure.subplots(len(fillers), len(runs), squeeze=False)
+    image: Any = None
+    for (i, j), axes in numpy.ndenumerate(maps):
+        accuracy = numpy.full((len(depths), len(lengths)), numpy.nan)
+        for row in rows:
+            if (row["filler"], row["run"]) == (fillers[i], runs[j]):
+                accuracy[depths.index(row["depth"]), lengths.index(row["length"])] = row["accuracy"]
+        image = axes.imshow(accuracy, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        for (y, x), value in numpy.ndenumerate(accuracy):
+            colour = "white" if value < 0.6 else "black"
+            axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=8)
+        axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=7)
+        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=7)
+        axes.set_title(f"{runs[j]}, {fillers[i]}", fontsize=9)
+    figure.colorbar(image, ax=maps.ravel().tolist(), label=f"right digits (chance: {CHANCE:.0%})")
+    figure.supxlabel("tokens")
+    figure.supylabel("depth of the key")
+    _save(figure, path)
+
+
+def _tidy(figure: Figure, panels: tuple[Any, ...]) -> None:
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside right center", fontsize=8)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    FigureCanvasAgg(figure).print_png(str(path))

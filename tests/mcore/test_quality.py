@@ -1,0 +1,238 @@
+"""benchmarks/quality.py: runs that the product takes, statistics by hand, and two short runs whose tables agree."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+from megatron_lighthouse.mcore import settings
+from megatron_lighthouse.plots import read_scalars
+from megatron_lighthouse.recipe import recovery
+from tests.mcore.harness import ROOT
+from tests.tolerances import assert_close
+
+sys.path.append(str(ROOT / "benchmarks"))
+import quality
+import quality_results as results
+from quality_runs import BASE, MODELS, RUNS, Size, attention_arguments
+
+STEPS, SEQUENCE = 10, 256
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", RUNS)
+def test_every_run_is_one_that_the_product_takes(name: str, model: str) -> None:
+    size = Size(model, MODELS[model].seq_length, MODELS[model].steps, 1)
+    parser = settings.add_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    args, rest = parser.parse_known_args(attention_arguments(RUNS[name], size))
+    assert (args.attention == "lighthouse") == bool(RUNS[name].share)
+    assert rest == (["--context-parallel-size", "2", "--high-priority-stream-groups", "cp"] if name == "cp-2" else [])
+    if args.attention == "lighthouse":
+        found = settings.settings_from(args)
+        assert found.config.geometry(size.seq_length)
+        assert found.stage2 is not None
+        assert not list(found.stage2.problems(size.steps))
+        assert found.stage2.at == RUNS[name].switch(size.steps) == size.steps * RUNS[name].share // 100
+        assert found.stage2.at + found.stage2.over == RUNS[name].dense_from(size.steps)
+
+
+def test_variants_change_one_thing() -> None:
+    size = Size("40m", 32768, 2000, 1)
+    base = attention_arguments(RUNS[BASE], size)
+    for name in ("norm-75", "summary-60", "dilated-60", "half-budget", "double-budget"):
+        changed = [i for i, (a, b) in enumerate(zip(base, attention_arguments(RUNS[name], size), strict=True)) if a != b]
+        assert len(changed) == 1, name
+    budget = base.index("--lighthouse-budget") + 1
+    assert [attention_arguments(RUNS[n], size)[budget] for n in ("half-budget", BASE, "double-budget")] == [
+        "256",
+        "512",
+        "1024",
+    ]
+
+
+LOG = """
+ [2026-11-25 00:00:00] iteration {i:8d}/      10 | consumed samples: {i:12d} | elapsed time per iteration (ms): {ms} | \
+learning rate: 1.000000E-03 | global batch size:     1 | lm loss: {loss} | loss scale: 1.0 | grad norm: 2.0 |
+"""
+
+
+def lines(*points: tuple[int, str, str]) -> str:
+    return "".join(LOG.format(i=i, ms=ms, loss=loss) for i, ms, loss in points)
+
+
+def test_a_log_that_was_taken_up_again() -> None:
+    first = lines((1, "900.0", "5.000000E+00"), (2, "500.0", "4.500000E+00"), (6, "100.0", "9.000000E+00"))
+    again = lines((3, "800.0", "3.500000E+00"), (4, "500.0", "3.000000E+00"), (5, "200.0", "2.000000E+00"))
+    found = [(p["iteration"], p["loss"], p["seconds"]) for p in results.curve(first + results.STARTED + again)]
+    # what Megatron logs of a process's second iteration is the mean of two
+    assert found == [(1, 5.0, 0.9), (2, 4.0, 0.1), (3, 3.5, 0.8), (4, 2.5, 0.2), (5, 2.0, 0.2)]
+
+
+def facts(run: str, **more: Any) -> dict[str, Any]:
+    known = {
+        "title": RUNS[run].title,
+        "seed": 1,
+        "ranks": 1,
+        "model": "tiny",
+        "seq_length": 4,
+        "tokens": 8,
+        "steps": 5,
+        "smooth": 2,
+    }
+    return {"run": run, **known, "switch": 0, "dense_from": 1, **more}
+
+
+def test_a_row_by_hand() -> None:
+    seconds = [9.0, 1.0, 1.0, 5.0, 2.0]
+    points = [{"iteration": i + 1, "loss": 5.0 - i, "seconds": s} for i, s in enumerate(seconds)]
+    row = results.run_row(facts(BASE, switch=3, dense_from=4), points, None)
+    # three iterations with a median of 1 second, two with one of 3.5
+    assert (row["seconds"], row["steady_seconds"], row["tokens"], row["training_loss"]) == (18.0, 10.0, 40, 1.5)
+    assert (row["tokens_per_second_lighthouse"], row["tokens_per_second_dense"]) == (8.0, 2.3)
+    # 2 and 1 after a level of 3.5, the mean of 4 and 3
+    assert (row["level"], row["spike"], row["iterations_to_recover"], row["held_out_loss"]) == (3.5, -1.5, 0, None)
+
+
+def made(run: str, losses: list[list[float]], curve: list[float], **more: Any) -> results.Results:
+    """Of sequences of four tokens in the buckets 0, 1 and 2-3."""
+    found = results.Results(facts={"corpus": {}, "runs": {run: facts(run, **more)}})
+    found.tables["curves"] = [{"run": run, "iteration": i + 1, "loss": x, "seconds": 1.0} for i, x in enumerate(curve)]
+    names = ("run", "starts_at", "0", "1", "2")
+    found.tables["sequences"] = [dict(zip(names, (run, 4 * i, *x), strict=True)) for i, x in enumerate(losses)]
+    return found
+
+
+DENSE = made("dense", [[1.0, 1.0, 1.0], [5.0, 3.0, 2.0]], [3.0, 2.0, 1.0])
+OURS = made(BASE, [[2.0, 1.0, 1.5], [5.0, 4.0, 4.0]], [3.5, 2.0, 2.0])
+
+
+def test_pairs_by_hand(tmp_path: Path) -> None:
+    results.write(results.merged([DENSE, OURS]), tmp_path)
+    (pair,) = results.read_csv(tmp_path / "pairs.csv")
+    # by sequence (1 + 0 + 2 * 0.5) / 4 = 0.5 and (0 + 1 + 2 * 2) / 4 = 1.25, which are 0.375 either side of their mean
+    assert (pair["run"], pair["against"], pair["sequences"]) == (BASE, "dense", 2)
+    assert_close(numpy.array([pair["difference"], pair["standard_error"]]), [0.875, 0.375], "float64")
+    assert (pair["gap"], pair["greatest_distance_at_first"], pair["mean_distance"]) == (0.5, 1.0, 0.5)
+    above = [row["above"] for row in results.read_csv(tmp_path / "positions.csv") if row["run"] == BASE]
+    assert above == [0.5, 0.5, 1.25]
+
+
+def test_what_the_later_folder_knows_counts() -> None:
+    later = made("dense", [[0.0, 0.0, 0.0]], [1.0])
+    both = results.merged([DENSE, OURS, later])
+    assert both.losses("dense") == {1: 1.0}
+    assert [row["run"] for row in both.tables["sequences"]] == ["dense", BASE, BASE]
+    with pytest.raises(ValueError, match="different sequences"):
+        results.pairs(both)
+    with pytest.raises(ValueError, match=r"different steps \(5, 7\) do not compare"):
+        results.merged([DENSE, made(BASE, [], [], steps=7)])
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What two commands side by side left."""
+
+    work: Path
+    out: Path
+    options: list[str]
+
+    def rows(self, name: str) -> list[dict[str, str]]:
+        with (self.out / f"{name}.csv").open() as file:
+            return list(csv.DictReader(file))
+
+    def of(self, name: str, run: str, column: str) -> numpy.ndarray[Any, Any]:
+        return numpy.array([float(row[column]) for row in self.rows(name) if row["run"] == run])
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    if torch.cuda.is_available():
+        pytest.skip("there the benchmark itself is run")
+    folder = tmp_path_factory.mktemp("quality")
+    for part, source in (("train", "LICENSE"), ("held-out", "README.md")):
+        (folder / "corpus" / part).mkdir(parents=True)
+        (folder / "corpus" / part / "1.txt").write_bytes((ROOT / source).read_bytes())
+    options = ["--model", "tiny", "--steps", str(STEPS), "--loss-sequences", "4", "--passkey-samples", "1"]
+    options += ["--corpus", str(folder / "corpus"), "--work", str(folder / "work"), "--out", str(folder / "out")]
+    processes = []
+    for number, run in enumerate(("dense", BASE)):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": str(number)}
+        command = [sys.executable, str(ROOT / "benchmarks" / "quality.py"), "--runs", run, *options]
+        log = (folder / f"{run}.txt").open("w")
+        processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    statuses = [process.wait() for process in processes]
+    assert not any(statuses), "".join(log.read_text()[-3000:] for log in folder.glob("*.txt"))
+    return Bench(folder / "work", folder / "out", options)
+
+
+def test_curves_are_those_of_tensorboard(bench: Bench) -> None:
+    for run in ("dense", BASE):
+        steps, losses = read_scalars(bench.work / run / "tensorboard")["lm loss"]
+        assert list(bench.of("curves", run, "iteration")) == list(steps) == list(range(1, STEPS + 1))
+        assert_close(bench.of("curves", run, "loss"), losses, "float32")
+    assert list(read_scalars(bench.work / BASE / "tensorboard")["lighthouse/layers"][1]) == [2.0] * 6 + [0.0] * 4
+
+
+def test_the_tables_agree(bench: Bench) -> None:
+    widths = numpy.diff([*(int(name) for name in list(bench.rows("sequences")[0])[2:]), SEQUENCE])
+    held_out = {}
+    for row in bench.rows("runs"):
+        run, losses = row["run"], bench.of("curves", row["run"], "loss")
+        assert (row["iterations"], row["tokens"], row["switch"]) == ("10", "2560", {"dense": "0", BASE: "6"}[run])
+        assert_close(numpy.float64(row["training_loss"]), losses[-2:].mean(), "float64")
+        assert_close(numpy.float64(row["seconds"]), round(bench.of("curves", run, "seconds").sum(), 2), "float64")
+        held_out[run] = numpy.float64(row["held_out_loss"])
+        assert_close(held_out[run], bench.of("positions", run, "loss") @ widths / SEQUENCE, "float64")
+        # two lengths, five depths and two fillers, and one question of each
+        cells = [row for row in bench.rows("passkey") if row["run"] == run]
+        assert len(cells) == 20
+        noise = [float(cell["log_probability"]) for cell in cells if cell["filler"] == "noise"]
+        assert_close(numpy.float64(row["noise_log_probability"]), numpy.mean(noise), "float64")
+    (pair,) = bench.rows("pairs")
+    assert_close(numpy.float64(pair["difference"]), held_out[BASE] - held_out["dense"], "float64")
+    assert abs(float(pair["difference"])) > 0
+
+
+def test_recovery_is_what_the_report_finds_in_tensorboard(bench: Bench, tmp_path: Path) -> None:
+    assert recovery.main([str(bench.work / BASE), "--smooth", "2", "--out", str(tmp_path)]) == 0
+    (expected,) = results.read_csv(tmp_path / "recovery.csv")
+    found = results.read_csv(bench.out / "runs.csv")[1]
+    for name in ("level", "scatter", "spike"):
+        assert_close(found[name], expected[name], "float32")
+    for name in ("switch", "dense_from", "spike_iteration", "iterations_to_recover", "tokens_to_recover"):
+        assert found[name] == expected[name], name
+
+
+def test_quality_json_says_what_was_run(bench: Bench) -> None:
+    found = json.loads((bench.out / "quality.json").read_text())["runs"]
+    assert list(found) == ["dense", BASE]
+    assert "--lighthouse-stage2-at 6" in found[BASE]["train"]
+    assert "--attention dense" in found[BASE]["evaluate"]
+    assert found["dense"]["held_out"] == found[BASE]["held_out"]
+    assert {"torch", "megatron-core", "date", "device"} <= set(found["dense"]["versions"])
+
+
+def test_again_starts_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(subprocess, "Popen", None)
+    assert quality.main(["--runs", "dense", BASE, *bench.options]) == 0
+    with pytest.raises(SystemExit):
+        quality.main(["--runs", "dense", *bench.options, "--steps", "20"])
+    assert "holds dense with --eval-interval 11 --train-iters 10, not --eval-interval 21" in capsys.readouterr().err
+
+
+def test_pictures(bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert quality.main(["--draw", str(bench.out), "--out", str(tmp_path)]) == 0
+    for name in ("loss", "positions", "passkey", "cost"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert f"| `{BASE}`: 60% Lighthouse, then dense |" in capsys.readouterr().out

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,13 +41,31 @@ def copies_over(group: dist.ProcessGroup, device: torch.device) -> Copies | str:
     if device.type != "cuda":
         return "there is no GPU"
     if group not in _of_group:
-        reasons: list[Any] = [None] * group.size()
-        dist.all_gather_object(reasons, (_problem(device), socket.gethostname()), group=group)
-        problem = next((own for own, _ in reasons if own), None)
-        if problem is None and len({host for _, host in reasons}) > 1:
-            problem = "the ranks of a sequence are on several nodes"
+        of_ranks: list[Any] = [None] * group.size()
+        dist.all_gather_object(of_ranks, (_problem(device), _place(), device.index), group=group)
+        problem = problem_of_all(of_ranks)
         _of_group[group] = problem or Copies(group.rank(), group.size(), _Gpu(group, device))
     return _of_group[group]
+
+
+def problem_of_all(of_ranks: Sequence[tuple[str | None, str, int]]) -> str | None:
+    """Why these ranks cannot, by the problem, the place and the GPU's number of each; None where they can."""
+    problems, places, gpus = zip(*of_ranks, strict=True)
+    if any(problems):
+        return next(problem for problem in problems if problem)
+    if len(set(places)) > 1:
+        return "the ranks of a sequence are on several nodes, or in several containers"
+    if len(set(gpus)) < len(gpus):
+        return "ranks do not see each other's GPUs (CUDA_VISIBLE_DEVICES, or Slurm's --gpus-per-task or --gpu-bind)"
+    return None
+
+
+def _place() -> str:
+    """Equal where processes can hand each other memory: torch does it by a socket in the temporary folder, named by process."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    machine = boot.read_text() if boot.exists() else socket.gethostname()
+    spaces = [os.readlink(space) for space in ("/proc/self/ns/pid", "/proc/self/ns/mnt") if os.path.islink(space)]
+    return " ".join([machine, *spaces, tempfile.gettempdir()])
 
 
 def _problem(device: torch.device) -> str | None:
@@ -53,10 +73,15 @@ def _problem(device: torch.device) -> str | None:
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH} is 0"
     try:
-        import torch.distributed._symmetric_memory
-        from cuda.bindings import driver  # noqa: F401
+        from cuda.bindings import driver
+        from torch.distributed import _symmetric_memory as symmetric
     except ImportError as error:
         return f"the package {error.name} is not installed"
+    if (backend := symmetric.get_backend(device)) not in (None, "CUDA"):
+        return f"torch's symmetric memory is {backend}'s here, not CUDA's"
+    able = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS
+    if not driver.cuDeviceGetAttribute(able, device.index)[1]:
+        return "streams cannot wait for memory here"
     others = [i for i in range(torch.cuda.device_count()) if i != device.index]
     if not all(torch.cuda.can_device_access_peer(device, i) for i in others):
         return "the GPUs cannot reach each other's memory"
@@ -72,6 +97,8 @@ class _Channel:
     room: int
     """Bytes of a slot."""
     messages: int = 0
+    """Sent by this rank, and so expected by it."""
+    closed: int = 0
 
     def arrived(self, at: int, by: int) -> int:
         """The address, on rank `at`, of the number of messages that have come, the last of them from `by`."""
@@ -99,6 +126,8 @@ class Copies:
         """
         at = self._channel(channel, room + ALIGNMENT * len(tensors))
         number, at.messages = at.messages, at.messages + 1
+        if at.closed < number + 1 - SLOTS:  # it would wait for this rank itself
+            raise RuntimeError(f"{channel}: message {number} is sent while {at.closed} and later ones are open.")
         begin = number % SLOTS * at.room
         with self.gpu.copying():
             self.gpu.wait(at.read(self.rank, to), number + 1 - SLOTS)
@@ -116,12 +145,13 @@ class Copies:
         return views
 
     def _channel(self, name: str, room: int) -> _Channel:
-        """The channel, its slots of `room` bytes at least: all ranks make it at the same time, anew for larger messages."""
+        """The channel, its slots of `room` bytes at least: all ranks make it at the same time, and larger ones later."""
+        room = -(-room // ALIGNMENT) * ALIGNMENT
         at = self.channels.get(name)
-        if at is None or at.room < room:
-            room = -(-room // ALIGNMENT) * ALIGNMENT
-            counters = at.counters if at else self.gpu.shared(2 * self.size * COUNTER)
-            at = self.channels[name] = _Channel(self.gpu.shared(SLOTS * room), counters, room, at.messages if at else 0)
+        if at is None:
+            at = self.channels[name] = _Channel(self.gpu.shared(SLOTS * room), self.gpu.shared(2 * self.size * COUNTER), room)
+        elif at.room < room:
+            at.slots, at.room = self.gpu.shared(SLOTS * room), room
         return at
 
 
@@ -141,7 +171,10 @@ class Message:
         return self.tensors
 
     def close(self) -> None:
-        """Give the slot back, once what the current stream has been given is done."""
+        """Give the slot back, once what the current stream has been given is done. In the order in which messages came."""
+        if self.number != self.channel.closed:
+            raise RuntimeError(f"message {self.number} is closed before {self.channel.closed}.")
+        self.channel.closed += 1
         for rank in range(self.copies.size):
             if rank != self.copies.rank:
                 self.copies.gpu.write(self.channel.read(rank, self.copies.rank), self.number + 1)
@@ -159,9 +192,13 @@ class _Gpu:
         """`size` bytes of zeros on every rank, and where those of the others are: torch's handle of symmetric memory."""
         from torch.distributed import _symmetric_memory as symmetric
 
+        torch.cuda.empty_cache()  # what follows is taken from beside torch's cache, which may hold all
         memory = symmetric.empty(size, dtype=torch.uint8, device=self.device).zero_()
         self.memory.append(memory)
-        shared = symmetric.rendezvous(memory, self.group)
+        with _without_multicast():
+            shared = symmetric.rendezvous(memory, self.group)
+        if int(shared.buffer_ptrs[self.group.rank()]) != memory.data_ptr():
+            raise RuntimeError(f"torch {torch.__version__} puts symmetric memory elsewhere than expected: set {SWITCH}=0.")
         torch.cuda.synchronize(self.device)
         dist.barrier(self.group)  # nobody writes before all are zero
         return shared
@@ -169,6 +206,8 @@ class _Gpu:
     @contextmanager
     def copying(self) -> Iterator[None]:
         """What is done inside begins when what the current stream has been given is done, and lets it go on."""
+        if torch.cuda.is_current_stream_capturing():  # a graph would repeat the numbers of its messages
+            raise RuntimeError(f"copies between GPUs cannot be captured in a CUDA graph: set {SWITCH}=0.")
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             yield
@@ -193,6 +232,21 @@ class _Gpu:
 
     def _current(self) -> int:
         return torch.cuda.current_stream(self.device).cuda_stream
+
+
+@contextmanager
+def _without_multicast() -> Iterator[None]:
+    """torch would set up NVLink multicast too, which nothing here uses and which has failures of its own."""
+    name = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _check(result: tuple[Any, ...]) -> None:

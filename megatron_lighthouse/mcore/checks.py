@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Iterator
 
@@ -9,6 +10,7 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_lighthouse.config import flag
 from megatron_lighthouse.context_parallel.attention import comm_type_problem
+from megatron_lighthouse.context_parallel.copies import SWITCH
 from megatron_lighthouse.mcore.settings import LighthouseSettings, heads_of_rank, own_comm_types
 from megatron_lighthouse.scorers import problem
 
@@ -122,6 +124,11 @@ def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Ite
         yield (
             f"--cuda-graph-impl {graphs} repeats what the first iterations did, so that {flag('stage2_at')} {at} would change "
             f"nothing: leave one of them out (--exit-interval {at} and a second job with --attention dense give the same run)."
+        )
+    if graphs != "none" and "p2p" in own_comm_types(config, settings) and os.environ.get(SWITCH) != "0":
+        yield (
+            f"--cuda-graph-impl {graphs} would repeat the numbers of the messages by which --cp-comm-type p2p copies between "
+            f"GPUs: leave it out, use --cp-comm-type all_gather, or set {SWITCH}=0 in the environment."
         )
     yield from _comm_types(config, settings)
     groups, tensor_parallel = config.num_query_groups or config.num_attention_heads, config.tensor_model_parallel_size

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_lighthouse.context_parallel import exchange as exchange_module
 from megatron_lighthouse.context_parallel.blocks import BLOCKS
-from megatron_lighthouse.context_parallel.copies import Copies
+from megatron_lighthouse.context_parallel.copies import Copies, problem_of_all
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.layout import Layout
 from megatron_lighthouse.context_parallel.ring import RingAttention
@@ -55,11 +55,13 @@ class Shared:
 
 
 class Gpu:
-    """Work given to the copying stream is done by a thread, in order and late; all other at once."""
+    """Work given to the copying stream is done by a thread, in order and late; all other at once.
 
-    def __init__(self, rank: int, world: World) -> None:
-        self.rank, self.world, self.inside = rank, world, False
-        self.counters: dict[int, Tensor] = {}
+    With `one_queue` that too, as where all streams share one: what waits for later work then waits for ever.
+    """
+
+    def __init__(self, rank: int, world: World, one_queue: bool) -> None:
+        self.rank, self.world, self.one_queue, self.inside = rank, world, one_queue, False
         self.queue: Queue[Callable[[], None]] = Queue()
         Thread(target=self._copy_for_ever, daemon=True).start()
 
@@ -105,7 +107,7 @@ class Gpu:
         raise AssertionError("an address that nobody has")
 
     def _give(self, work: Callable[[], Any]) -> None:
-        if self.inside:
+        if self.inside and not self.one_queue:
             self.queue.put(work)
         else:
             work()
@@ -131,13 +133,14 @@ class Slow:
         return self.block.backward(*args)
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_ring_by_copies_equals_one_rank(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("one_queue", [False, True])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_ring_by_copies_equals_one_rank(size: int, one_queue: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers of different lengths one after another: slots are used again, and made anew for longer ones."""
     world = World(size)
-    copies = [Copies(rank, size, Gpu(rank, world)) for rank in range(size)]  # type: ignore[arg-type]
+    copies = [Copies(rank, size, Gpu(rank, world, one_queue)) for rank in range(size)]  # type: ignore[arg-type]
     monkeypatch.setattr(exchange_module, "copies_over", lambda group, device: copies[group])
-    cases = [_case(n, seed) for seed, n in enumerate([16, 48, 16, 32, 48])]
+    cases = [_case(n, seed) for seed, n in enumerate([24, 72, 24, 48, 72])]
 
     def of_rank(rank: int) -> list[list[Tensor]]:
         exchange: Any = Exchange(rank, Layout(size, rank))  # type: ignore[arg-type]
@@ -156,6 +159,32 @@ def test_ring_by_copies_equals_one_rank(size: int, monkeypatch: pytest.MonkeyPat
         for part, expected in enumerate(_attention(*case)):
             whole = layout.in_order(torch.stack([found[rank][number][part] for rank in range(size)]))
             assert_close(whole, expected, "float64")
+
+
+@pytest.mark.parametrize(
+    ("of_ranks", "problem"),
+    [
+        ([(None, "a", 0), (None, "a", 1)], None),
+        ([(None, "a", 0), ("no package", "a", 1)], "no package"),
+        ([(None, "a", 0), (None, "b", 1)], "several nodes"),
+        ([(None, "a", 0), (None, "a", 0)], "CUDA_VISIBLE_DEVICES"),
+    ],
+)
+def test_ranks_agree_on_why_they_cannot(of_ranks: list[tuple[str | None, str, int]], problem: str | None) -> None:
+    found = problem_of_all(of_ranks)
+    assert found is problem if problem is None else problem in str(found)
+
+
+def test_messages_out_of_order_are_refused() -> None:
+    """A rank that would wait for itself, or give back a slot that is still read, must not go on in silence."""
+    copies = Copies(0, 1, Gpu(0, World(1), one_queue=False))  # type: ignore[arg-type]
+    x = torch.zeros(4)
+    first, second = (copies.send("keys", [x], 0, 0, [x.shape], x.nbytes) for _ in range(2))
+    with pytest.raises(RuntimeError, match="message 1 is closed before 0"):
+        second.close()
+    with pytest.raises(RuntimeError, match="message 2 is sent while 0"):
+        copies.send("keys", [x], 0, 0, [x.shape], x.nbytes)
+    first.close()
 
 
 def _case(length: int, seed: int) -> list[Tensor]:

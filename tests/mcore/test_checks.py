@@ -40,6 +40,7 @@ REFUSED = [
         "--transformer-impl transformer_engine",
     ),
     ({**LOCAL_RANKS, "context_parallel_size": 4, "cp_comm_type": "a2a"}, "--cp-comm-type a2a", "--context-parallel-size 2"),
+    ({**LOCAL_RANKS, "cuda_graph_impl": "local"}, "--cuda-graph-impl local", "LIGHTHOUSE_COPY_ENGINE=0"),
     ({"attention_dropout": 0.1}, "--attention-dropout 0.1", "--attention-dropout 0"),
     ({"window_size": (128, 0)}, "--window-size (128, 0)", "--attention dense"),
     ({"multi_latent_attention": True}, "--multi-latent-attention", "--group-query-attention"),

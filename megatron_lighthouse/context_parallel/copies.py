@@ -77,7 +77,8 @@ def _problem(device: torch.device) -> str | None:
         from torch.distributed import _symmetric_memory as symmetric
     except ImportError as error:
         return f"the package {error.name} is not installed"
-    if (backend := symmetric.get_backend(device)) not in (None, "CUDA"):
+    backend_of = getattr(symmetric, "get_backend", None)  # not there in older torch, which has CUDA's alone
+    if backend_of and (backend := backend_of(device)) not in (None, "CUDA"):
         return f"torch's symmetric memory is {backend}'s here, not CUDA's"
     able = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS
     if not driver.cuDeviceGetAttribute(able, device.index)[1]:

@@ -25,6 +25,7 @@ TOLERANCES: dict[str, Tolerance] = {
     "ranks float32": Tolerance(1e-5, 0, "softmax merged from parts: some hundred roundings of 6e-8, which mostly cancel"),
     "golden": Tolerance(1e-5, 0, "the authors' kernels add float32 rows by atomics, in an order that is not fixed"),
     "float64": Tolerance(1e-12, 1e-12, "the same formula, summed in another order: some thousand roundings of 1.1e-16"),
+    "two decimals": Tolerance(5.1e-3, 0, "written in a table with two decimals: half of the last"),
     "adjoint float64": Tolerance(1e-9, 1e-9, "inner products of some thousand terms, which cancel"),
     "adjoint float32": Tolerance(1e-3, 1e-4, "inner products of some thousand rounded terms, which cancel"),
     "float32": Tolerance(5e-6, 5e-6, "the same formula in fewer bits: some hundred roundings of 6e-8"),

@@ -92,13 +92,14 @@ class ContextParallelAttention(DotProductAttention):  # type: ignore[misc]
 
 def over_shards(core_attention: Any, config: TransformerConfig) -> Any:
     """`core_attention` of a layer spec; where it is Megatron's local one and there are context-parallel ranks, ours."""
-    if config.context_parallel_size == 1:
-        return core_attention
-    if core_attention is DotProductAttention:
-        return ContextParallelAttention
+    return core_attention if config.context_parallel_size == 1 else in_place_of_local(core_attention, ContextParallelAttention)
+
+
+def in_place_of_local(core_attention: Any, other: type) -> Any:
+    """`core_attention` of a layer spec, a class or a ModuleSpec; where it is Megatron's local one, `other`."""
     if isinstance(core_attention, ModuleSpec) and core_attention.module is DotProductAttention:
-        return ModuleSpec(ContextParallelAttention, params=core_attention.params, submodules=core_attention.submodules)
-    return core_attention
+        return ModuleSpec(other, params=core_attention.params, submodules=core_attention.submodules)
+    return other if core_attention is DotProductAttention else core_attention
 
 
 def context_parallel_group(pg_collection: ProcessGroupCollection | None) -> Any:

@@ -18,7 +18,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megatron_lighthouse.inner import inner_attention
+from megatron_lighthouse.mcore.context_parallel import in_place_of_local
 from megatron_lighthouse.mcore.core_attention import CoreAttentionBuilder
+from megatron_lighthouse.mcore.spec import attentions_of
 
 
 class FusedAttention(DotProductAttention):  # type: ignore[misc]
@@ -65,11 +67,8 @@ def with_fused_attention(model_cfg: Any) -> Any:
         make: Callable[..., Any] = default_layer_spec if given is None else given
         stage = {"vp_stage": vp_stage} if "vp_stage" in inspect.signature(make).parameters else {}
         spec = copy.deepcopy(make(model_cfg, **stage))
-        for layer in [spec] if isinstance(spec, ModuleSpec) else spec.layer_specs or []:
-            attention = getattr(layer.submodules, "self_attention", None)
-            submodules = getattr(attention, "submodules", None)
-            if submodules is not None and hasattr(submodules, "core_attention"):
-                submodules.core_attention = _fused(submodules.core_attention)
+        for submodules in attentions_of(spec):
+            submodules.core_attention = _fused(submodules.core_attention)
         return spec
 
     if given is None or (callable(given) and not isinstance(given, ModuleSpec)):
@@ -80,6 +79,4 @@ def with_fused_attention(model_cfg: Any) -> Any:
 def _fused(core_attention: Any) -> Any:
     if isinstance(core_attention, CoreAttentionBuilder):
         return replace(core_attention, base=_fused(core_attention.base))
-    if isinstance(core_attention, ModuleSpec) and core_attention.module is DotProductAttention:
-        return ModuleSpec(FusedAttention, params=core_attention.params, submodules=core_attention.submodules)
-    return FusedAttention if core_attention is DotProductAttention else core_attention
+    return in_place_of_local(core_attention, FusedAttention)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from argparse import Namespace
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -41,11 +42,7 @@ def with_lighthouse(spec: LayerSpec, settings: LighthouseSettings) -> LayerSpec:
     """
     spec = copy.deepcopy(spec)
     found = 0
-    for layer in _layers_of(spec):
-        attention = layer.submodules.self_attention if layer.submodules else None
-        submodules = getattr(attention, "submodules", None)
-        if submodules is None or not hasattr(submodules, "core_attention"):
-            continue
+    for submodules in attentions_of(spec):
         if not isinstance(submodules.core_attention, CoreAttentionBuilder):
             submodules.core_attention = CoreAttentionBuilder(submodules.core_attention, settings)
             if settings.discard_output:
@@ -116,10 +113,8 @@ def _dense_over_shards(spec: LayerSpec, config: TransformerConfig) -> LayerSpec:
     if config.context_parallel_size == 1:
         return spec
     spec = copy.deepcopy(spec)
-    for layer in _layers_of(spec):
-        submodules = getattr(layer.submodules.self_attention if layer.submodules else None, "submodules", None)
-        if submodules is not None and hasattr(submodules, "core_attention"):
-            submodules.core_attention = over_shards(submodules.core_attention, config)
+    for submodules in attentions_of(spec):
+        submodules.core_attention = over_shards(submodules.core_attention, config)
     return spec
 
 
@@ -138,6 +133,15 @@ def _with_sequence_parallel_norm(spec: LayerSpec, config: TransformerConfig, vp_
             if getattr(layer.submodules, name, None) is WrappedTorchNorm:
                 setattr(layer.submodules, name, torch_norm)
     return spec
+
+
+def attentions_of(spec: LayerSpec) -> Iterator[Any]:
+    """The submodules of each layer's self-attention that has a core attention among them."""
+    for layer in _layers_of(spec):
+        attention = getattr(layer.submodules, "self_attention", None)
+        submodules = getattr(attention, "submodules", None)
+        if submodules is not None and hasattr(submodules, "core_attention"):
+            yield submodules
 
 
 def _layers_of(spec: LayerSpec) -> list[ModuleSpec]:

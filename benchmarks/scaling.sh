@@ -2,9 +2,9 @@
 # The scaling study of docs/performance.md on the GPUs of one machine, by launch/local.sh: the 530M recipe, CP 1 and 2, dense and
 # Lighthouse, at 32K, 98K and 256K tokens (there with full recompute), and all layers Lighthouse at 98K.
 #
-# Usage: benchmarks/scaling.sh --out FOLDER [--part one|two|all] [--work FOLDER]
+# Usage: benchmarks/scaling.sh --out FOLDER [--part one|first|second|two|all] [--work FOLDER]
 #
-#   --part one   one GPU a point, two points at a time, on GPUs 0 and 1 (about eight minutes on H100s)
+#   --part one   one GPU a point, two points at a time, on GPUs 0 and 1 (about five minutes on H100s); first, second: one half of it
 #   --part two   two GPUs a point (about seven)
 #   --work       the runs' folders (default: a temporary one); points that are done there are skipped
 #
@@ -23,7 +23,8 @@ while (($#)); do
     esac
     shift 2
 done
-[[ -n $OUT && $PART =~ ^(one|two|all)$ ]] || { echo "--out FOLDER is needed, and --part is one, two or all." >&2 && exit 2; }
+[[ -n $OUT && $PART =~ ^(one|first|second|two|all)$ ]] ||
+    { echo "--out FOLDER is needed, and --part is one, first, second, two or all." >&2 && exit 2; }
 WORK=${WORK:-$(mktemp -d)}
 mkdir -p "$OUT" "$WORK"
 export PYTHON=${PYTHON:-python3} PYTHONUNBUFFERED=1
@@ -43,23 +44,24 @@ points() {
     keep
 }
 
-# what is there so far, under a lock: two GPUs keep at once
+# what is there so far, with the table and pictures that the study has made of it, under a lock: two GPUs keep at once
 keep() (
     flock 9
     tar -C "$WORK" -czf "$OUT/scaling.tgz" --exclude='data*' --exclude=tensorboard --exclude=lock .
-    "$PYTHON" -m megatron_lighthouse.plan scaling "$WORK/study" --out "$OUT" >/dev/null || true
+    cp "$WORK"/study/*.csv "$WORK"/study/*.png "$OUT" || true
 ) 9>"$WORK/lock"
 
 first_gpu() {
     points study "CP=1 SEQ=262144 ATTENTION=dense" 4 "${long[@]}"
     points all-layers "CP=1 SEQ=98304 ATTENTION=lighthouse" 6 --lighthouse-dense-first 0 --lighthouse-dense-last 0
+    points study "CP=1 SEQ=32768 ATTENTION=dense" 6 --lighthouse-budget 512
 }
 
 second_gpu() {
     points study "CP=1 SEQ=98304 ATTENTION=lighthouse" 6
     points study "CP=1 SEQ=98304 ATTENTION=dense" 6
     points study "CP=1 SEQ=262144 ATTENTION=lighthouse" 6 "${long[@]}"
-    points study "CP=1 SEQ=32768 ATTENTION=lighthouse:dense" 6 --lighthouse-budget 512
+    points study "CP=1 SEQ=32768 ATTENTION=lighthouse" 6 --lighthouse-budget 512
 }
 
 both_gpus() {
@@ -70,9 +72,14 @@ both_gpus() {
     points study "CP=2 SEQ=262144 ATTENTION=dense" 4 "${long[@]}"
 }
 
-if [[ $PART != two ]]; then
-    CUDA_VISIBLE_DEVICES=0 first_gpu &
-    CUDA_VISIBLE_DEVICES=1 second_gpu &
-    wait
-fi
-[[ $PART == one ]] || both_gpus
+case $PART in
+    first) CUDA_VISIBLE_DEVICES=0 first_gpu ;;
+    second) CUDA_VISIBLE_DEVICES=1 second_gpu ;;
+    two) both_gpus ;;
+    one | all)
+        CUDA_VISIBLE_DEVICES=0 first_gpu &
+        CUDA_VISIBLE_DEVICES=1 second_gpu &
+        wait
+        [[ $PART == one ]] || both_gpus
+        ;;
+esac

@@ -1,8 +1,10 @@
 """`python benchmarks/training_agreement.py --out FOLDER`: do runs that must agree train alike on these GPUs?
 
 One small GPT, 4,096 tokens, from the same seed, in fp32 with the same inner attention: `--lighthouse-steps kernels` against
-`reference`; and on two GPUs or more, context parallel 2 against 1, by each scheme. In bf16 with Transformer Engine too, where
-that is installed: there what differs is rounding. Leaves agreement.json with the losses of every step.
+`reference`; and on two GPUs or more, context parallel 2 against 1, by each scheme. Where Transformer Engine is installed, the
+schemes in bf16 too, where what differs is rounding; and on our own ring a run with full recompute, evaluations and a switch to
+dense, whose messages go by copy engine or by NCCL: with --deterministic-mode both give the same bits, and when repeated.
+Leaves agreement.json with the losses of every step. --at-once runs several side by side: losses are compared, not times.
 """
 
 from __future__ import annotations
@@ -10,13 +12,19 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from h100_training import DETERMINISTIC
 from measure import environment, one_rank
 
+from megatron_lighthouse.context_parallel.copies import SWITCH
 from megatron_lighthouse.plots import read_scalars
 from megatron_lighthouse.recipe.presets import COMMON, LOCAL, default_text
 
@@ -24,59 +32,111 @@ MODEL = f"""
     {COMMON} --no-gradient-accumulation-fusion --distributed-backend nccl
     --num-layers 6 --hidden-size 512 --ffn-hidden-size 1024 --num-attention-heads 8 --group-query-attention
     --num-query-groups 4 --seq-length 4096 --max-position-embeddings 4096 --global-batch-size 2 --seed 7
-    --lr 1e-3 --lr-warmup-iters 2 --eval-interval 1000 --attention lighthouse --lighthouse-budget 64
-    --lighthouse-tile-budget 16
+    --lr 1e-3 --lr-warmup-iters 2 --attention lighthouse --lighthouse-budget 64 --lighthouse-tile-budget 16
 """.split()
 FP32 = [*LOCAL.split(), "--lighthouse-inner", "sdpa"]
 TE = "--bf16 --transformer-impl transformer_engine --attention-backend fused".split()
+RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
+NCCL = {SWITCH: "0"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of the entry point, for the first of a comparison or held to it."""
+
+    name: str
+    ranks: int = 1
+    more: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs that must agree with the first of them."""
+
+    title: str
+    arguments: list[str]
+    runs: list[Run]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "training_agreement")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--at-once", type=int, default=1, help="runs at a time (default: %(default)s)")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     result: dict[str, object] = {**environment(), "steps": options.steps}
-    for title, base, others in _comparisons():
-        expected = _losses(title, 1, base, options)
-        rows: dict[str, object] = {"one rank": expected}
-        result[title] = rows
-        for name, (ranks, more) in others.items():
-            found = _losses(f"{title} {name}", ranks, [*base, *more], options)
-            distance = max(abs(a - b) for a, b in zip(expected, found, strict=True))
-            rows[name] = {"greatest distance": distance, "losses": found}
-            print(f"{title}, {name}: {expected[0]:.4f} to {expected[-1]:.4f}, greatest distance {distance:.2e}", flush=True)
-            (options.out / "agreement.json").write_text(json.dumps(result, indent=2) + "\n")
+    failed = False
+    with ThreadPoolExecutor(options.at_once) as pool:
+        started = [(one, [pool.submit(_losses, one, run, options) for run in one.runs]) for one in _comparisons(options.steps)]
+        for comparison, found in started:
+            rows: dict[str, object] = {}
+            result[comparison.title] = rows
+            for run, future in zip(comparison.runs, found, strict=True):
+                title, losses, expected = f"{comparison.title}, {run.name}", future.result(), found[0].result()
+                failed |= not losses
+                if not losses or not expected:
+                    continue
+                distance = max(abs(a - b) for a, b in zip(expected, losses, strict=True))
+                rows[run.name] = {"greatest distance": distance, "losses": losses}
+                print(f"{title}: {losses[0]:.4f} to {losses[-1]:.4f}, distance {distance:.2e}", flush=True)
+                (options.out / "agreement.json").write_text(json.dumps(result, indent=2) + "\n")
+    if failed:
+        raise SystemExit(1)
 
 
-def _comparisons() -> list[tuple[str, list[str], dict[str, tuple[int, list[str]]]]]:
-    """Title, the arguments of one rank's run, and by name the ranks and the further arguments of those held to it."""
-    several = torch.cuda.device_count() > 1
-    schemes = {
-        f"context parallel 2, {scheme}": (2, ["--context-parallel-size", "2", "--cp-comm-type", scheme])
-        for scheme in ("p2p", "all_gather", "a2a")
-        if several
-    }
-    reference = {"reference": (1, ["--lighthouse-steps", "reference"])}
-    comparisons = [("fp32", FP32, {**reference, **schemes})]
-    if several and importlib.util.find_spec("transformer_engine"):
-        comparisons.append(("bf16, Transformer Engine", TE, schemes))
+def _comparisons(steps: int) -> list[Comparison]:
+    one, reference = Run("one rank"), Run("reference", more=("--lighthouse-steps", "reference"))
+    if torch.cuda.device_count() < 2:
+        return [Comparison("fp32", FP32, [one, reference])]
+    two = ("--context-parallel-size", "2", "--cp-comm-type")
+    schemes = [Run(f"context parallel 2, {scheme}", 2, (*two, scheme)) for scheme in ("p2p", "all_gather", "a2a")]
+    comparisons = [Comparison("fp32", FP32, [one, reference, *schemes])]
+    if importlib.util.find_spec("transformer_engine"):
+        # an evaluation before the switch and one after it
+        whole = [*TE, *RECOMPUTE, "--lighthouse-stage2-at", str(3 * steps // 5), "--eval-interval", str(steps // 2)]
+        exact = [*whole, "--eval-iters", "2", "--deterministic-mode", "--lighthouse-inner", "fa2"]
+        rounded = [*whole, "--eval-iters", "2", "--lighthouse-inner", "cudnn"]
+        p2p = (*two, "p2p")
+        comparisons += [
+            Comparison("bf16, Transformer Engine", TE, [one, *schemes]),
+            Comparison(
+                "bf16, our own ring, --deterministic-mode",
+                exact,
+                [
+                    Run("copies", 2, p2p, DETERMINISTIC),
+                    Run("copies again", 2, p2p, DETERMINISTIC),
+                    Run("NCCL", 2, p2p, {**DETERMINISTIC, **NCCL}),
+                ],
+            ),
+            Comparison("bf16, our own ring, cuDNN", rounded, [Run("copies", 2, p2p), Run("NCCL", 2, p2p, NCCL), one]),
+        ]
     return comparisons
 
 
-def _losses(name: str, ranks: int, arguments: list[str], options: argparse.Namespace) -> list[float]:
-    folder = options.out / "runs" / "".join(c if c.isalnum() else "-" for c in name)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+def _losses(comparison: Comparison, run: Run, options: argparse.Namespace) -> list[float]:
+    """The training losses of every step, then the validation losses; none, and the end of the log, of a run that failed."""
+    folder = options.out / "runs" / "".join(c if c.isalnum() else "-" for c in f"{comparison.title} {run.name}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    checkpoints = ["--save", str(folder / "checkpoints")] if "--lighthouse-stage2-at" in comparison.arguments else []
+    evaluation = [] if "--eval-iters" in comparison.arguments else ["--eval-iters", "0", "--eval-interval", "1000"]
     command = [
-        *(sys.executable, *launch, "-m", "megatron_lighthouse.pretrain_gpt", *MODEL, *arguments, "--eval-iters", "0"),
-        *("--train-iters", str(options.steps), "--tensorboard-dir", str(folder)),
-        *("--data-cache-path", str(options.out / "runs" / "data"), "--text-data", *default_text()),
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(run.ranks)),
+        *("-m", "megatron_lighthouse.pretrain_gpt", *MODEL, *evaluation, *comparison.arguments, *run.more, *checkpoints),
+        *("--train-iters", str(options.steps), "--tensorboard-dir", str(folder / "tensorboard")),
+        *("--data-cache-path", str(folder / "data"), "--text-data", *default_text()),
     ]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=one_rank(), text=True)
+    log = folder / "log.txt"
+    with log.open("w") as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env={**one_rank(), **run.environment})
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     if done.returncode:
-        raise SystemExit(done.stdout[-5000:])
-    return [float(x) for x in read_scalars(folder)["lm loss"][1]]
+        print(f"{log} ends with\n{log.read_text(errors='replace')[-5000:]}", flush=True)
+        return []
+    scalars = read_scalars(folder / "tensorboard")
+    return [float(x) for name in ("lm loss", "lm loss validation") if name in scalars for x in scalars[name][1]]
 
 
 if __name__ == "__main__":

@@ -63,13 +63,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "training_agreement")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--only", default="", help="comparisons whose title holds this; agreement.json keeps the others")
     parser.add_argument("--at-once", type=int, default=1, help="runs at a time (default: %(default)s)")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    result: dict[str, object] = {**environment(), "steps": options.steps}
+    path = options.out / "agreement.json"
+    before = json.loads(path.read_text()) if options.only and path.exists() else {}
+    result: dict[str, object] = {**before, **environment(), "steps": options.steps}
     failed = False
     with ThreadPoolExecutor(options.at_once) as pool:
-        started = [(one, [pool.submit(_losses, one, run, options) for run in one.runs]) for one in _comparisons(options.steps)]
+        comparisons = [one for one in _comparisons(options.steps) if options.only in one.title]
+        started = [(one, [pool.submit(_losses, one, run, options) for run in one.runs]) for one in comparisons]
         for comparison, found in started:
             rows: dict[str, object] = {}
             result[comparison.title] = rows
@@ -81,7 +85,7 @@ def main() -> None:
                 distance = max(abs(a - b) for a, b in zip(expected, losses, strict=True))
                 rows[run.name] = {"greatest distance": distance, "losses": losses}
                 print(f"{title}: {losses[0]:.4f} to {losses[-1]:.4f}, distance {distance:.2e}", flush=True)
-                (options.out / "agreement.json").write_text(json.dumps(result, indent=2) + "\n")
+                path.write_text(json.dumps(result, indent=2) + "\n")
     if failed:
         raise SystemExit(1)
 
@@ -120,7 +124,7 @@ def _losses(comparison: Comparison, run: Run, options: argparse.Namespace) -> li
     folder = options.out / "runs" / "".join(c if c.isalnum() else "-" for c in f"{comparison.title} {run.name}")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    checkpoints = ["--save", str(folder / "checkpoints")] if "--lighthouse-stage2-at" in comparison.arguments else []
+    checkpoints = ["--save", str(folder / "checkpoints"), "--save-interval", "1000"]  # at the switch, and at the end
     evaluation = [] if "--eval-iters" in comparison.arguments else ["--eval-iters", "0", "--eval-interval", "1000"]
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(run.ranks)),

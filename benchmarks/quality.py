@@ -52,11 +52,11 @@ class Bench:
     def __init__(self, options: argparse.Namespace, more: Sequence[str]) -> None:
         self.work, self.out, self.corpus, self.packages = options.work, options.out, options.corpus, options.packages
         model = MODELS[options.model]
-        steps, length = (
+        steps, length, batch = (
             getattr(model, name) if getattr(options, name) is None else getattr(options, name)
-            for name in ("steps", "seq_length")
+            for name in ("steps", "seq_length", "batch")
         )
-        self.size = Size(options.model, length, steps, options.batch)
+        self.size = Size(options.model, length, steps, batch)
         self.smooth = options.smooth or max(2, self.size.steps // 40)
         self.probes = [*("--loss-sequences", str(options.loss_sequences), "--passkey-samples", str(options.passkey_samples))]
         self.of_machine, self.more, self.environment = implementation(), list(more), environment()
@@ -219,9 +219,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, metavar="FOLDER", help="for the tables (default: benchmarks/results/quality)")
     add("--work", type=Path, default=Path(gettempdir()) / "quality", metavar="FOLDER", help="for checkpoints and logs")
     add("--model", choices=list(MODELS), default="40m", help="'tiny' is for a CPU (default: %(default)s)")
-    add("--steps", type=int, help="iterations of every run (default: the model's: 2000)")
+    add("--steps", type=int, help="iterations of every run (default: the model's: 1000)")
     add("--seq-length", type=int, help="tokens of a sequence (default: the model's: 32768)")
-    add("--batch", type=int, default=1, help="sequences an iteration (default: %(default)s)")
+    add("--batch", type=int, help="sequences an iteration (default: the model's: 2)")
     add("--corpus", type=Path, metavar="FOLDER", help="one of recipe.corpus (default: made in --work)")
     add("--packages", nargs="+", metavar="NAME", help="of that corpus (default: recipe.corpus's)")
     add("--smooth", type=int, metavar="W", help="losses in a mean (default: a fortieth of --steps)")

@@ -23,6 +23,8 @@ class Model:
     arguments: str
     seq_length: int
     steps: int
+    batch: int
+    """Sequences an iteration, all in one micro batch."""
     budget: int
     """k is the sequence length over this."""
     tile_budget: int
@@ -36,14 +38,15 @@ MODELS = {
         --num-layers 12 --hidden-size 512 --ffn-hidden-size 1408 --num-attention-heads 8 --rotary-base 500000
         --lr 1e-3 --min-lr 1e-4
         """,
-        *(32768, 2000, 64, 128),
+        # two sequences at once: with one the host, not the GPU, sets the pace of so small a model's Lighthouse iterations
+        *(32768, 1000, 2, 64, 128),
     ),
     "tiny": Model(
         """
         --num-layers 4 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --init-method-std 0.1
         --lr 5e-3 --min-lr 5e-4
         """,
-        *(256, 10, 32, 4),
+        *(256, 10, 1, 32, 4),
     ),
 }
 
@@ -136,6 +139,7 @@ def model_arguments(run: Run, size: Size, of_machine: list[str]) -> list[str]:
     return [
         *(*COMMON.split(), *of_machine, *MODELS[size.model].arguments.split()),
         *("--seq-length", length, "--max-position-embeddings", length, "--global-batch-size", str(size.batch)),
+        *("--micro-batch-size", str(size.batch)),
         *("--train-iters", str(size.steps), "--lr-warmup-fraction", str(WARM_UP), "--seed", str(run.seed)),
         # COMMON asks for validation, whose text is not the evaluation's
         *("--eval-iters", "0", "--eval-interval", str(size.steps + 1)),

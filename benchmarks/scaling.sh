@@ -40,14 +40,14 @@ points() {
         --data-cache-path "$WORK/data-${CUDA_VISIBLE_DEVICES:-all}" --train-iters "$iterations" "${@:4}" \
         >"$folder-$study.log" 2>&1 || status=$?
     echo "$study: status $status, $((SECONDS - begun)) s, at $SECONDS s"
-    grep -hE "elapsed time" "$folder"/*/logs/*.log | tail -n 1 | cut -c1-200 || true
     keep
 }
 
 # what is there so far, with the table and pictures that the study has made of it, under a lock: two GPUs keep at once
 keep() (
     flock 9
-    tar -C "$WORK" -czf "$OUT/scaling.tgz" --exclude='data*' --exclude=tensorboard --exclude=lock .
+    # 1 is of a log that grows meanwhile
+    tar -C "$WORK" -czf "$OUT/scaling.tgz" --exclude='data*' --exclude=tensorboard --exclude=lock . || (($? == 1))
     cp "$WORK"/study/*.csv "$WORK"/study/*.png "$OUT" || true
 ) 9>"$WORK/lock"
 

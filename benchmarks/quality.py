@@ -214,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    titles = ", ".join(f"{name} ({run.title})" for name, run in RUNS.items())
+    titles = ", ".join(f"{name} ({run.title})" for name, run in RUNS.items()).replace("%", "%%")
     add("--runs", nargs="+", choices=list(RUNS), default=[REFERENCE, "norm-60"], metavar="RUN", help=titles)
     add("--out", type=Path, metavar="FOLDER", help="for the tables (default: benchmarks/results/quality)")
     add("--work", type=Path, default=Path(gettempdir()) / "quality", metavar="FOLDER", help="for checkpoints and logs")

@@ -47,6 +47,13 @@ def test_every_run_is_one_that_the_product_takes(name: str, model: str) -> None:
         assert found.stage2.at + found.stage2.over == RUNS[name].dense_from(size.steps)
 
 
+def test_help_names_the_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        quality.main(["--help"])
+    assert stopped.value.code == 0
+    assert f"{BASE} ({RUNS[BASE].title})" in " ".join(capsys.readouterr().out.split())
+
+
 def test_variants_change_one_thing() -> None:
     size = Size("40m", 32768, 2000, 1)
     base = attention_arguments(RUNS[BASE], size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import time
@@ -11,6 +12,8 @@ import torch
 from megatron.training import get_args
 from megatron.training import training as megatron_training
 from tqdm import tqdm
+
+from megatron_lighthouse.mcore.stage import stage2_from
 
 
 class Lines:
@@ -47,11 +50,12 @@ class Progress:
         if torch.distributed.get_rank() != torch.distributed.get_world_size() - 1:
             return
         args = get_args()
+        what = f"{attention_in(args, iteration)} {args.seq_length} tokens"
         if self.bar is None:
             self.bar = tqdm(
                 total=last_iteration(iteration, args.train_iters, args.exit_interval),
                 initial=iteration - 1,
-                desc=f"{args.attention} {args.seq_length} tokens",
+                desc=what,
                 unit="it",
                 mininterval=0,
                 miniters=1,
@@ -66,11 +70,18 @@ class Progress:
             shown = {"tokens/s": f"{steps * args.global_batch_size * args.seq_length / seconds:,.0f}"}
             if "lm loss" in losses:
                 shown["loss"] = f"{float(losses['lm loss']):.3f}"
+            self.bar.set_description(what, refresh=False)
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update(steps)
             self.drawn += seconds
         if last:
             self.bar.close()
+
+
+def attention_in(args: argparse.Namespace, iteration: int) -> str:
+    """--attention, until --lighthouse-stage2-at has made all layers dense."""
+    stage2 = stage2_from(args) if args.attention == "lighthouse" else None
+    return "dense" if stage2 and iteration >= stage2.at + stage2.over else str(args.attention)
 
 
 def last_iteration(iteration: int, train_iters: int, exit_interval: int | None) -> int:

@@ -215,6 +215,7 @@ def test_the_checkpoint_before_the_switch(folder: Path, in_one_job: Run) -> None
 
 def test_what_the_run_says(folder: Path, in_one_job: Run) -> None:
     assert in_one_job.log.count("Lighthouse layers are dense") == 1
+    assert "dense 256 tokens: 100%" in in_one_job.log  # the progress bar
     assert f"iteration {ITER + 1}: 2 of 2 Lighthouse layers are dense (--lighthouse-stage2-at {ITER})" in in_one_job.log
     steps, layers = read_scalars(folder / "one" / "tensorboard")["lighthouse/layers"]
     assert dict(zip(steps, layers, strict=True)) == {1: 2, 2: 2, 3: 2, 4: 0, 5: 0}

@@ -24,10 +24,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from tempfile import gettempdir
+from threading import Lock
 
 import quality_results as tables
 from measure import environment, one_rank
@@ -43,7 +45,7 @@ START = time.monotonic()
 
 
 def say(text: str) -> None:
-    print(f"[{time.monotonic() - START:5.0f} s] {text}", flush=True)
+    print(f"[{time.monotonic() - START:5.0f} s] {text}\n", end="", flush=True)  # two threads speak
 
 
 class Bench:
@@ -60,6 +62,8 @@ class Bench:
         self.smooth = options.smooth or max(2, self.size.steps // 40)
         self.probes = [*("--loss-sequences", str(options.loss_sequences), "--passkey-samples", str(options.passkey_samples))]
         self.of_machine, self.more, self.environment = implementation(), list(more), environment()
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.publishing = Lock()
         check(options.runs, self.size)
         self.work.mkdir(parents=True, exist_ok=True)
 
@@ -85,38 +89,64 @@ class Bench:
         need = self.size.tokens * self.size.steps
         say(f"corpus {self.corpus}: {have / 1e6:.1f} MB to train on, a run reads {need / 1e6:.1f} ({need / have:.2f} epochs)")
 
-    def one(self, name: str) -> int:
-        """Train and evaluate one run, as far as that is not done; answers an exit status."""
-        run, folder = RUNS[name], self.work / name
-        folder.mkdir(exist_ok=True)
-        with _locked(folder / "lock", f"--runs {name} is under way in another process: give the two different runs."):
-            train, evaluate = self._commands(name, run)
-            self._remember(name, run, train, evaluate)
-            if self._iterations_done(folder) < self.size.steps:
-                say(f"{name}: training, {run.title}, from iteration {self._iterations_done(folder)}")
-                status = self._follow(name, train, folder / "train.log")
-                if status:
-                    return status
-            if tables.read_json(folder / "evaluation" / "evaluation.json") is None:
-                say(f"{name}: evaluating")
-                status = self._follow(name, evaluate, folder / "evaluate.log")
-                if status:
-                    return status
-            for checkpoint in (folder / "checkpoints").glob("iter_*"):
-                if checkpoint.name != f"iter_{self.size.steps:07}":
-                    shutil.rmtree(checkpoint)  # half a gigabyte each
-            self.publish()
-            (found,) = tables.from_work(self.work).of("runs", name)
-            shown = ("seconds", "training_loss", "held_out_loss", "noise_accuracy", "noise_log_probability")
-            say(
-                f"{name}: done; "
-                + ", ".join(f"{key.replace('_', ' ')} {found[key]:.4g}" for key in shown if found[key] is not None)
-            )
+    def all(self, names: list[str]) -> list[str]:
+        """Train and evaluate these runs, as far as that is not done; answers those that failed.
+
+        A run is evaluated while the next one starts: its process needs the GPU only half a minute later.
+        """
+        failed: list[str] = []
+        evaluations: dict[str, Future[int]] = {}
+        with ExitStack() as stack:
+            pool = stack.enter_context(ThreadPoolExecutor(1))
+            stack.callback(self._end)  # before the pool waits
+            stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+            for name in names:
+                (self.work / name).mkdir(exist_ok=True)
+                refusal = f"--runs {name} is under way in another process: give the two different runs."
+                stack.enter_context(_locked(self.work / name / "lock", refusal))
+                train, evaluate = self._commands(name, RUNS[name])
+                self._remember(name, RUNS[name], train, evaluate)
+                if self._train(name, train):
+                    failed.append(name)
+                else:
+                    evaluations[name] = pool.submit(self._evaluate, name, evaluate)
+            return failed + [name for name, evaluation in evaluations.items() if evaluation.result()]
+
+    def _end(self) -> None:
+        """End what runs: nothing, but where this process was told to stop."""
+        for process in self.processes:
+            process.terminate()
+
+    def _train(self, name: str, command: list[str]) -> int:
+        folder = self.work / name
+        if self._iterations_done(folder) >= self.size.steps:
+            return 0
+        say(f"{name}: training, {RUNS[name].title}, from iteration {self._iterations_done(folder)}")
+        return self._follow(name, command, folder / "train.log")
+
+    def _evaluate(self, name: str, command: list[str]) -> int:
+        folder = self.work / name
+        if tables.read_json(folder / "evaluation" / "evaluation.json") is None:
+            say(f"{name}: evaluating")
+            status = self._follow(name, command, folder / "evaluate.log")
+            if status:
+                return status
+        for checkpoint in (folder / "checkpoints").glob("iter_*"):
+            if checkpoint.name != f"iter_{self.size.steps:07}":
+                shutil.rmtree(checkpoint)  # half a gigabyte each
+        self.publish()
+        (found,) = tables.from_work(self.work).of("runs", name)
+        shown = ("seconds", "training_loss", "held_out_loss", "noise_accuracy", "noise_log_probability")
+        say(
+            f"{name}: done; "
+            + ", ".join(f"{key.replace('_', ' ')} {found[key]:.4g}" for key in shown if found[key] is not None)
+        )
         return 0
 
     def publish(self) -> None:
         """Renew --out from all that --work holds, also of other processes."""
-        tables.write(tables.from_work(self.work), self.out)
+        with self.publishing:
+            tables.write(tables.from_work(self.work), self.out)
 
     def _commands(self, name: str, run: Run) -> tuple[list[str], list[str]]:
         folder = self.work / name
@@ -168,6 +198,7 @@ class Bench:
             file.write(tables.STARTED)
             file.flush()
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        self.processes.append(process)
         shown = 0
         try:
             while process.poll() is None:
@@ -252,10 +283,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.out = options.out or Path(__file__).parent / "results" / "quality"
         bench = Bench(options, more)
         bench.prepare()
-        statuses = {name: bench.one(name) for name in options.runs}  # the machine is lent by the minute: the others go on
+        failed = bench.all(options.runs)
     except ValueError as error:
         parser.error(str(error))
-    failed = [name for name, status in statuses.items() if status]
     say(f"failed: {', '.join(failed)}" if failed else f"results: {options.out}")
     return 1 if failed else 0
 

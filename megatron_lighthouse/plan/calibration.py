@@ -23,6 +23,8 @@ DEVICE = DEVICES["h100"]
 """Where everything was measured."""
 MEASURED_VOCAB = 384
 """Rows of the embedding in the measured training steps: plain text, one byte a token (docs/usage.md)."""
+ROUNDS, SMALL = 3, 1e-6
+"""How often `_training` fits (once is enough for these points), and by what it moves a coefficient to see its slope."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def coefficients() -> Coefficients:
             speed.ranks[scheme, direction] = _crossing(scheme, direction, speed)
     for direction in ("fwd", "fwd+bwd"):
         speed.authors[direction] = _authors(direction, speed)
-    return replace(speed, elementwise=_elementwise(speed))
+    return _training(speed)
 
 
 def _host() -> dict[str, float]:
@@ -154,24 +156,50 @@ def authors_bytes(point: Point, direction: str) -> float:
     return sum(work.step_bytes(step, point.geometry.seq_length, point.geometry.gathered_length, point.layer) for step in steps)
 
 
-def _elementwise(speed: Coefficients) -> float:
-    """What the training steps take beyond what is known of them, over the bytes of the elementwise operations."""
+def _training(speed: Coefficients) -> Coefficients:
+    """With `elementwise` and `layer_host` from the training steps.
+
+    A step is linear in both as long as the same layers wait for the host: fit, see which do by that, and fit again.
+    """
     found = [p for p in points() if (p.kind, p.direction) == ("run", "seconds")]
-    known, features = [], []
-    for p in found:
-        parts = time.step_parts(measured_run(p), speed)
-        features.append([parts.pop("elementwise")])
-        known.append(sum(parts.values()))
-    return fit(features, [p.value for p in found], known)[0]
+    runs, values = [measured_run(p) for p in found], [p.value for p in found]
+    most = min(value / run.model.layers for value, run in zip(values, runs, strict=True))  # all of the shortest step
+    elementwise, layer_host = speed.elementwise, most
+
+    def step(run: Run, elementwise: float, layer_host: float) -> float:
+        return sum(time.step_parts(run, replace(speed, elementwise=elementwise, layer_host=layer_host)).values())
+
+    for _ in range(ROUNDS):
+        known, features = [], []
+        for run in runs:
+            base = step(run, elementwise, layer_host)
+            slopes = [
+                (step(run, elementwise + SMALL, layer_host) - base) / SMALL,
+                (step(run, elementwise, layer_host + SMALL) - base) / SMALL,
+            ]
+            features.append(slopes)
+            known.append(base - slopes[0] * elementwise - slopes[1] * layer_host)
+        elementwise, layer_host = fit(features, values, known)
+    return replace(speed, elementwise=elementwise, layer_host=layer_host)
 
 
 def measured_run(point: Point) -> Run:
     """The run of a training step that was measured."""
-    run = run_of("530m-98k", device=DEVICE, gpus=1, global_batch=1, discard_output="outputs kept" not in point.what)
-    model = replace(run.model, vocab=MEASURED_VOCAB)
-    if "all layers" in point.what:
-        model = replace(model, dense_first=0, dense_last=0)
-    return run.change(model=model, attention="dense" if point.what.startswith("dense") else "lighthouse")
+    g, what = point.geometry, point.what
+    run = run_of(
+        "530m-98k",
+        device=DEVICE,
+        attention="dense" if what.startswith("dense") else "lighthouse",
+        seq_length=g.seq_length,
+        config=LighthouseConfig(g.levels, g.pooling, g.budget),
+        gpus=point.ranks,
+        context_parallel=point.ranks,
+        global_batch=1,
+        recompute="full" if "recompute full" in what else "none",
+        discard_output="outputs kept" not in what,
+    )
+    ends = {"dense_first": 0, "dense_last": 0} if "all layers" in what else {}
+    return run.change(model=replace(run.model, vocab=MEASURED_VOCAB, **ends))
 
 
 def fit(features: list[list[float]], values: list[float], known: list[float] | None = None) -> Fit:

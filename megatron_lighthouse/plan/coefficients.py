@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 type Fit = tuple[float, ...]
 
@@ -20,7 +20,7 @@ class Coefficients:
     ranks: dict[tuple[str, str], Fit]
     """(scheme, direction) -> seconds for each other rank, seconds a call, times over bytes sent at the link's rate."""
     host: dict[str, float]
-    """Scheme, or none -> seconds that the host takes for a Lighthouse layer's attention, forward and backward."""
+    """Scheme, or none -> seconds that the host takes for the attention of a layer, forward and backward."""
     linear: float
     """Times over flops at the datasheet's rate."""
     copy: float
@@ -29,5 +29,11 @@ class Coefficients:
     """Times over bytes at the link's datasheet rate."""
     elementwise: float = 1.0
     """Times over the elementwise bytes at the speed of a copy; holds all that a training step has beside what is named."""
+    layer_host: float = 0.0
+    """Seconds that the host takes for the rest of a layer, forward and backward; holds all that it does in a step."""
     authors: dict[str, Fit] = field(default_factory=dict)
     """Direction -> seconds a call, times over bytes, of the steps in the authors' code; for the published figures alone."""
+
+    def without_host(self) -> Coefficients:
+        """With a host that is never waited for: the GPU's time alone."""
+        return replace(self, layer_host=0.0, host=dict.fromkeys(self.host, 0.0))

@@ -26,6 +26,8 @@ def collected(results: Path = RESULTS) -> str:
         *_attention(results, "shapes.csv"),
         *_ranks(results),
         *_steps(results),
+        *_scaling(results, "scaling.csv"),
+        *_scaling(results, "all-layers/scaling.csv"),
     ]
     text = io.StringIO()
     text.write(
@@ -85,6 +87,19 @@ def _steps(results: Path) -> list[dict[str, object]]:
         sizes = {"tokens": 98304, "levels": 3, "pooling": 4, "budget": 1536}
         rows += [{**head, **sizes, "direction": "seconds", "value": row["seconds a step"]}]
         rows += [{**head, **sizes, "direction": "peak GiB", "value": row["peak GiB"]}]
+    return rows
+
+
+def _scaling(results: Path, name: str) -> list[dict[str, object]]:
+    """The points of the scaling study: of the 530M recipe, one sequence a step, by p2p on as many GPUs as context ranks."""
+    rows: list[dict[str, object]] = []
+    for row in _read(results / "scaling" / name):
+        what = row["attention"] + (", all layers" if name.startswith("all-layers") else "")
+        what += "" if row["recompute"] == "none" else f", recompute {row['recompute']}"
+        head = {"kind": "run", "source": f"scaling/{name}", "what": what, "ranks": row["context_parallel"]}
+        sizes = {"tokens": row["seq_length"], **{name: row[name] for name in ("levels", "pooling", "budget")}}
+        rows += [{**head, **sizes, "direction": "seconds", "value": row["seconds_a_step"]}]
+        rows += [{**head, **sizes, "direction": "peak GiB", "value": row["peak_gib"]}]
     return rows
 
 

@@ -1,7 +1,8 @@
 """Memory of the fullest rank, by part. Bytes, from what Megatron 0.19 with Transformer Engine keeps; no factor is fitted.
 
 Activations are those of the first pipeline stage, which holds as many micro batches as there are stages (1F1B). With tensor
-parallelism sequence parallelism is on, so all of it is shared out.
+parallelism sequence parallelism is on, so all of it is shared out. A layer's backward peaks in its MLP or, when the MLP's
+activations are gone, in attention with what context parallelism exchanges: not both at once.
 """
 
 from __future__ import annotations
@@ -53,43 +54,50 @@ def parts(run: Run) -> dict[str, float]:
     share = run.tokens / tp
     layer = max(dense_activations(run) if dense else 0.0, lighthouse_activations(run) if layers > dense else 0.0)
     kept = dense * dense_activations(run) + ((layers - dense) * lighthouse_activations(run) if layers > dense else 0.0)
-    backward = share * BF16 * (model.hidden + 3 * model.ffn)  # gradients of a layer's output and of the MLP's
+    # gradients of a layer's output and of the MLP's, and what --recompute-modules mlp makes again
+    backward = mlp = share * BF16 * (model.hidden + (6 if run.recompute == "mlp" else 3) * model.ffn)
     if run.recompute == "full":
-        kept, backward = layers * share * BF16 * model.hidden, backward + layer
-    elif run.recompute == "mlp":
-        backward += share * BF16 * 3 * model.ffn
+        kept, backward = layers * share * BF16 * model.hidden, mlp + layer
+    gone = share * BF16 * (2 * model.hidden + _mlp(run))  # the MLP's, and its norm's input and output
+    beyond = max(0.0, _attention_backward(run) - gone - mlp)
     logits = run.tokens * run.vocab_rank * (BF16 + FP32)  # Megatron's loss makes an fp32 copy
     found = {
         "parameters (bf16)": BF16 * parameters,
         "gradients (fp32)": FP32 * parameters,
         "optimizer (fp32 master, two moments)": 3 * FP32 * parameters / shards,
         "activations": kept * flight,
-        "backward of a layer": max(backward, 0.0),
-        "logits and loss": max(0.0, logits - (backward if pp == 1 else 0.0)),  # not both at once
-        "communication buffers": _buffers(run),
+        "backward of a layer": backward,
+        "backward of its attention, beyond that": beyond,
+        "logits and loss": max(0.0, logits - (backward + beyond if pp == 1 else 0.0)),  # not both at once
+        "gathered for tensor parallelism": run.tokens * model.hidden * BF16 if tp > 1 else 0.0,
     }
     if pp > 1:  # the logits are the last stage's, which holds one micro batch
         spare = kept * (flight - 1)
-        found["logits and loss"] = max(0.0, logits - spare - backward)
+        found["logits and loss"] = max(0.0, logits - spare - backward - beyond)
     return found
 
 
-def _buffers(run: Run) -> float:
-    """Gathered inputs of sequence parallelism; keys and values of other ranks in the widest attention of the run (two sets for
-    p2p, their gradients in fp32; all for all_gather; as much as the rank's own rows for a2a)."""
+def _attention_backward(run: Run) -> float:
+    """What the backward of a layer's attention holds beyond what its forward kept.
+
+    Gradients of the residual sum, the output, Q, K and V, and cuDNN's of Q in fp32 (a workspace: the measured peaks say so, no
+    trace does). Over several ranks also the sum over ranks of the gradients of Q, and what is exchanged in the widest attention
+    of the run: for p2p two sets of keys, values and their gradients (bf16 in Transformer Engine's ring, of dense layers; fp32
+    in ours), for all_gather all keys and values and their fp32 gradients, for a2a as much as the rank's own rows.
+    """
     model, tp, cp = run.model, run.tensor_parallel, run.context_parallel
-    gathered = run.tokens * model.hidden * BF16 if tp > 1 else 0.0
+    columns, keys = model.heads * model.head_dim // tp, 2 * run.layer.groups * model.head_dim
+    gradients = BF16 * (model.hidden / tp + 2 * columns + keys) + FP32 * columns
     if cp == 1:
-        return gathered
-    only = run.attention == "lighthouse" and run.lighthouse_layers == model.layers
-    rows = run.geometry.gathered_length if only else run.seq_length
-    keys = rows / cp * 2 * run.layer.groups * model.head_dim
-    sets = {
-        "p2p": 2 * BF16 + 2 * FP32,
+        return run.tokens * gradients
+    only = run.lighthouse_layers == model.layers
+    rows = (run.geometry.gathered_length if only else run.seq_length) / cp
+    exchanged = {
+        "p2p": 2 * (BF16 + (FP32 if only else BF16)),
         "all_gather": cp * (BF16 + FP32),
         "a2a": 2 * BF16 * (1 + run.layer.heads / run.layer.groups),
     }
-    return gathered + keys * sets[run.cp_comm_type]
+    return run.tokens * (gradients + BF16 * columns) + rows * keys * exchanged[run.cp_comm_type]
 
 
 def total(run: Run) -> float:

@@ -69,14 +69,9 @@ def time_table(run: Run, speed: Coefficients, tokens: float) -> str:
     step = sum(parts.values())
     rows = [(name, f"{1e3 * x:.1f}", f"{x / step:.1%}") for name, x in parts.items() if x]
     rows.append(("all", f"{1e3 * step:.1f}", ""))
-    rate, host = time.tokens_per_gpu(run, speed), time.host_seconds(run, speed)
+    rate = time.tokens_per_gpu(run, speed)
     hours = tokens / rate / 3600
-    lines = [table(["time of a step", "ms", "share"], rows)]
-    if host:
-        verdict = "less than" if host < step else "MORE THAN: the host may be the limit, for it is longer than"
-        lines.append(
-            f"not in it: the host's {1e3 * host:,.0f} ms for the attention of Lighthouse layers, {verdict} the GPU's step"
-        )
+    lines = [table(["time of a step", "ms", "share"], rows), host_lines(run, speed)]
     lines.append(f"{rate:,.0f} tokens/s/GPU, {rate * run.gpus:,.0f} in all{extrapolated(run)}")
     if run.attention == "lighthouse":
         dense = run.change(attention="dense")
@@ -85,6 +80,31 @@ def time_table(run: Run, speed: Coefficients, tokens: float) -> str:
         lines.append(f"{rate / other:.2f} x dense ({other:,.0f} tokens/s/GPU{note})")
     lines.append(f"{tokens / 1e9:,.1f}B tokens: {hours:,.0f} GPU-hours, {hours / run.gpus / 24:,.2f} days on {run.gpus} GPUs")
     return "\n".join(lines)
+
+
+def host_lines(run: Run, speed: Coefficients) -> str:
+    """What the host costs the step, whose host that is, and the step without it."""
+    alone = speed.without_host()
+    step, rate = sum(time.step_parts(run, alone).values()), time.tokens_per_gpu(run, alone)
+    layer, whole = time.layer_host_seconds(run, speed), time.host_seconds(run, speed)
+    lines = [
+        f"host: {1e3 * layer:.1f} ms a layer, {1e3 * whole:,.0f} ms in all, as on the slow host of the H100 points{_host(run)}"
+    ]
+    if time.step_parts(run, speed)["host, exposed"]:
+        lines += [
+            f"by the GPU alone: {1e3 * step:.1f} ms, {rate:,.0f} tokens/s/GPU; a faster host or CUDA graphs come closer to it"
+        ]
+    else:
+        lines[0] += "; the GPU does not wait for it"
+    return "\n".join(lines)
+
+
+def _host(run: Run) -> str:
+    """What of the host's time was not measured."""
+    lacking = [] if run.device.measured else ["no other host was measured"]
+    lacking += ["more than two context-parallel ranks are taken as two"] if run.context_parallel > 2 else []
+    lacking += ["tensor parallelism is taken to cost it what the ring of two ranks does"] if run.tensor_parallel > 1 else []
+    return f" [{'; '.join(lacking)}]" if lacking else ""
 
 
 def link_table(run: Run) -> str:
@@ -137,7 +157,10 @@ def ranking(run: Run, speed: Coefficients) -> str:
     if not found.layouts:
         return f"no layout of {run.gpus} GPUs fits (refused: {refused}): use more GPUs, or a shorter --seq-length."
     rows = [(layout(r), f"{rate:,.0f}", f"{memory.total(r) / 2**30:.1f}") for r, rate in found.layouts[:SHOWN]]
-    best = found.layouts[0][0]
+    best, alone = found.layouts[0][0], search.rank(run, speed.without_host()).layouts[0]
+    other = ""
+    if alone[0] != best:
+        other = f"by the GPU alone the first would be {layout(alone[0])}, at {alone[1]:,.0f} tokens/s/GPU: the host decides\n"
     flags = f"--tensor-model-parallel-size {best.tensor_parallel} --context-parallel-size {best.context_parallel}"
     flags += f" --pipeline-model-parallel-size {best.pipeline_parallel}"
     if best.context_parallel > 1:
@@ -150,7 +173,7 @@ def ranking(run: Run, speed: Coefficients) -> str:
         "full": " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     }[best.recompute]
     head = table([f"ranking of {len(found.layouts)} layouts that fit", "tokens/s/GPU", "GiB"], rows)
-    return f"{head}\nrefused: {refused or 'none'}{extrapolated(run)}\nrecommended: {flags}"
+    return f"{head}\nrefused: {refused or 'none'}{extrapolated(run)}\n{other}recommended: {flags}"
 
 
 def errors(speed: Coefficients, every: bool = False) -> str:

@@ -48,6 +48,8 @@ COLUMNS = (
     *("run", "recipe", "attention", "seq_length", "context_parallel", "gpus", "recompute", "iterations", "seconds_a_step"),
     *("tokens_s_gpu", "efficiency", "peak_gib", "predicted_tokens_s_gpu", "predicted_peak_gib", "last_loss"),
 )
+BESIDE = ("tensor_parallel", "pipeline_parallel", "levels", "pooling", "budget")
+"""In scaling.csv alone: what else tells one run from another; L, p and k are empty where run.json does not say."""
 MODEL = tuple(field.name for field in fields(GPT))
 CONFIG = ("levels", "pooling", "budget", "tile_budget")
 ALIKE = ("recipe", "attention", "seq_length", "recompute")
@@ -70,7 +72,7 @@ def collect(results: Sequence[Path], out: Path) -> str:
     _efficiency(rows)
     out.mkdir(parents=True, exist_ok=True)
     with (out / "scaling.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer = csv.DictWriter(file, [*COLUMNS, *BESIDE], restval="")
         writer.writeheader()
         writer.writerows(rows)
     pictures: list[str] = []
@@ -95,7 +97,12 @@ def read(folder: Path) -> tuple[Row, list[str]]:
         return {"run": folder.name}, [f"run.json is no JSON ({error})"]
     if not isinstance(info, dict):
         return {"run": folder.name}, ["run.json holds no JSON object"]
-    row: Row = {"run": folder.name, **{name: info[name] for name in (*NEEDED, "recompute") if name in info}}
+    row: Row = {
+        "run": folder.name,
+        "tensor_parallel": 1,
+        "pipeline_parallel": 1,
+        **{name: info[name] for name in (*NEEDED, "recompute", *BESIDE) if name in info},
+    }
     missing = [name for name in NEEDED if name not in info]
     notes = [f"run.json lacks {', '.join(missing)}"] if missing else []
     logs = [log.read_text(errors="replace") for log in sorted([*folder.glob("*.log"), *folder.glob("logs/*.log")])]

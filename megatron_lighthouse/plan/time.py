@@ -1,8 +1,12 @@
 """Time of a step by part. Seconds. What is fitted comes from `Coefficients`; all else is counted, and said so here.
 
-Not measured, so assumed: tensor-parallel communication is not hidden; the gradients' reduction hides behind the last
-micro batch's work; links of the network reach the share of their datasheet that NVLink does; a context-parallel group that
-spans NVLink domains sends all its bytes over the network.
+GPU and host work at once, so a layer takes the longer of the two times (ours). The host is the measured machine's, for every
+device; a dense layer is taken to need it for as long as a Lighthouse layer, which agrees with the measured steps.
+
+Not measured, so assumed: tensor-parallel communication is not hidden, and costs the host what the ring of two ranks does;
+context parallelism costs it on more ranks what it does on two; the gradients' reduction hides behind the last micro batch's
+work; links of the network reach the share of their datasheet that NVLink does; a context-parallel group that spans NVLink
+domains sends all its bytes over the network.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ from megatron_lighthouse.plan.run import Run
 type Parts = dict[str, float]
 OPTIMIZER_BYTES = 30
 """Read gradient, master and moments (16), write master, moments and bf16 parameter (14), of each parameter a rank updates."""
+HOST_AGAIN = {"none": 0.0, "mlp": 0.25, "full": 0.5}
+"""Share of a layer's host time that recomputing repeats. Assumed: half of it is the forward, and half of that the MLP's."""
 
 
 def attention_seconds(
@@ -90,35 +96,35 @@ def lighthouse_layer(
 
 
 def step_parts(run: Run, speed: Coefficients) -> Parts:
-    """Seconds of one optimizer step by part, of a pipeline stage with its share of all layers. Their sum is the step."""
+    """Seconds of one optimizer step by part, of a pipeline stage with its share of all layers. Their sum is the step.
+
+    'host, exposed' is what the GPU waits for the host in all of them; `speed.without_host()` gives the step without it.
+    """
     model, device, tp, cp, pp = run.model, run.device, run.tensor_parallel, run.context_parallel, run.pipeline_parallel
     layers, tokens = model.layers / pp, run.tokens
     ours = run.lighthouse_layers / pp
-    span, shape = tp * cp, (run.layer, cp, run.cp_comm_type)
-    parts: Parts = {}
     full, mlp = run.recompute == "full", run.recompute == "mlp"
     passes = 3 + full + mlp * work.mlp_share(model)  # a forward, a backward of twice its work, and what is done again
-    per_token = work.linear_flops(model) / tp / device.flops * speed.linear
-    parts["linear layers"] = layers * tokens * per_token * passes
-    moved = work.elementwise_bytes(model) / tp / device.memory_bytes_s * speed.copy
-    parts["elementwise"] = layers * tokens * moved * speed.elementwise * (3 + full)
+    linear = tokens * work.linear_flops(model) / tp / device.flops * speed.linear * passes
+    moved = tokens * work.elementwise_bytes(model) / tp / device.memory_bytes_s * speed.copy
+    tensor, between, gradients = link_bytes(run)
+    every = {
+        "linear layers": linear,
+        "elementwise": moved * speed.elementwise * (3 + full),
+        "tensor parallel, exposed": tensor / layers * speed.link / device.link_bytes_s(tp),
+    }
+    parts = {name: layers * value for name, value in every.items()}
     output = 2.0 * model.hidden * run.vocab_rank / device.flops * speed.linear * 3
     parts["logits and loss"] = tokens * (output + 20 * run.vocab_rank / device.memory_bytes_s * speed.copy)
-    dense = dense_layer(run.seq_length, *shape, span, device, speed)
-    exposed = (layers - ours) * (dense["exposed"] + full * dense["exposed fwd"])
-    parts["dense attention"] = (layers - ours) * (dense["fwd+bwd"] + full * dense["fwd"]) - exposed
-    if ours:
-        layer = lighthouse_layer(run.geometry, *shape, span, device, speed)
-        for name in ("score", "select", "gather", "scatter"):
-            again = full + (run.discard_output and name == "scatter")
-            parts[name] = ours * (layer[name] * (1 + again) + layer.get(f"{name} bwd", 0.0))
-        parts["inner attention"] = ours * (layer["inner"] + full * layer["inner fwd"])
-        exposed += ours * (layer["exposed"] + full * layer["exposed fwd"])
-    parts["context parallel, exposed"] = exposed
-    link = speed.link / device.link_bytes_s(tp)
-    tensor, between, gradients = link_bytes(run)
-    parts["tensor parallel, exposed"] = tensor * link
-    parts["pipeline, exposed"] = between * speed.link / device.link_bytes_s(span + 1 if pp > 1 else 1)
+    waits, host = 0.0, layer_host_seconds(run, speed)
+    for count, attention in ((layers - ours, _dense_parts), (ours, _lighthouse_parts)):
+        if count:
+            own = attention(run, speed)
+            for name, value in own.items():
+                parts[name] = parts.get(name, 0.0) + count * value
+            waits += count * max(0.0, host - sum(every.values()) - sum(own.values()))
+    parts["host, exposed"] = waits
+    parts["pipeline, exposed"] = between * speed.link / device.link_bytes_s(tp * cp + 1 if pp > 1 else 1)
     micro = sum(parts.values())
     parts = {name: value * run.micro_batches for name, value in parts.items()}
     parts["pipeline bubble"] = micro * (pp - 1)
@@ -129,13 +135,36 @@ def step_parts(run: Run, speed: Coefficients) -> Parts:
     return parts
 
 
-def host_seconds(run: Run, speed: Coefficients) -> float:
-    """What the host of the measured machine needs in a step to start the attention of a rank's Lighthouse layers.
+def _dense_parts(run: Run, speed: Coefficients) -> Parts:
+    """Seconds of the attention of a dense layer for a micro batch, by part of the step."""
+    tp, cp, full = run.tensor_parallel, run.context_parallel, run.recompute == "full"
+    layer = dense_layer(run.seq_length, run.layer, cp, run.cp_comm_type, tp * cp, run.device, speed)
+    exposed = layer["exposed"] + full * layer["exposed fwd"]
+    return {"dense attention": layer["fwd+bwd"] + full * layer["fwd"] - exposed, "context parallel, exposed": exposed}
 
-    With more ranks as with two, so at least; the dense layers and the rest of a layer are not measured.
-    """
+
+def _lighthouse_parts(run: Run, speed: Coefficients) -> Parts:
+    """As `_dense_parts`, of a Lighthouse layer."""
+    tp, cp, full = run.tensor_parallel, run.context_parallel, run.recompute == "full"
+    layer = lighthouse_layer(run.geometry, run.layer, cp, run.cp_comm_type, tp * cp, run.device, speed)
+    parts = {}
+    for name in ("score", "select", "gather", "scatter"):
+        again = full + (run.discard_output and name == "scatter")
+        parts[name] = layer[name] * (1 + again) + layer.get(f"{name} bwd", 0.0)
+    parts["inner attention"] = layer["inner"] + full * layer["inner fwd"]
+    return {**parts, "context parallel, exposed": layer["exposed"] + full * layer["exposed fwd"]}
+
+
+def layer_host_seconds(run: Run, speed: Coefficients) -> float:
+    """What the host of the measured machine takes to start one layer's work, forward, backward and what is done again."""
     scheme = run.cp_comm_type if run.context_parallel > 1 else ""
-    return run.lighthouse_layers / run.pipeline_parallel * run.micro_batches * speed.host[scheme]
+    tensor = speed.host["p2p"] - speed.host[""] if run.tensor_parallel > 1 else 0.0
+    return (speed.layer_host + speed.host[scheme] + tensor) * (1 + HOST_AGAIN[run.recompute])
+
+
+def host_seconds(run: Run, speed: Coefficients) -> float:
+    """What that host takes in a step for a rank's layers: the step is never shorter."""
+    return run.model.layers / run.pipeline_parallel * run.micro_batches * layer_host_seconds(run, speed)
 
 
 def link_bytes(run: Run) -> tuple[float, float, float]:

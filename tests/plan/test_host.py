@@ -1,0 +1,118 @@
+"""The step's two clocks, GPU and host: which of them a layer waits for, and how well that is fitted."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from megatron_lighthouse.plan import accuracy, calibration, report, search, time
+from megatron_lighthouse.plan.calibration import coefficients
+from megatron_lighthouse.plan.device import DEVICES
+from megatron_lighthouse.plan.run import RECOMPUTE, Run, recipes, run_of
+
+SPEED = coefficients()
+ALONE = SPEED.without_host()
+STEPS = [p for p in calibration.points() if (p.kind, p.direction) == ("run", "seconds")]
+STUDY = [calibration.measured_run(p) for p in STEPS]
+RUNS = [*STUDY, *(run_of(name, recompute=again) for name in recipes() for again in RECOMPUTE)]
+
+
+def step(run: Run) -> float:
+    return sum(time.step_parts(run, SPEED).values())
+
+
+def study(tokens: int, ranks: int, attention: str) -> Run:
+    """That point of the scaling study."""
+    return next(r for r in STUDY if (r.seq_length, r.context_parallel, r.attention) == (tokens, ranks, attention))
+
+
+def test_never_below_gpu_or_host() -> None:
+    for run in RUNS:
+        gpu, host = sum(time.step_parts(run, ALONE).values()), time.host_seconds(run, SPEED)
+        assert max(gpu, host) <= step(run) <= gpu + host * run.pipeline_parallel
+
+
+def test_only_the_host_differs() -> None:
+    """What the GPU does takes as long as without the host; a bubble and gradients that hide may change with the step."""
+    for run in STUDY:
+        ours, alone = time.step_parts(run, SPEED), time.step_parts(run, ALONE)
+        assert alone["host, exposed"] == 0 <= ours["host, exposed"]
+        assert {n: x for n, x in ours.items() if n != "host, exposed"} == {
+            n: x for n, x in alone.items() if n != "host, exposed"
+        }
+
+
+def test_each_kind_of_layer_waits_for_itself() -> None:
+    """At 98,304 tokens over two ranks Lighthouse layers wait for the host and dense ones do not; the sums would not show it."""
+    run = study(98304, 2, "lighthouse")
+    assert time.step_parts(study(98304, 2, "dense"), SPEED)["host, exposed"] == 0
+    alone = time.step_parts(run.change(model=replace(run.model, dense_first=0, dense_last=0)), ALONE)
+    layer = sum(value for name, value in alone.items() if name not in ("logits and loss", "optimizer")) / 30
+    waits = 26 * (time.layer_host_seconds(run, SPEED) - layer)
+    assert time.step_parts(run, SPEED)["host, exposed"] == pytest.approx(waits)
+    assert waits > 0
+    assert time.host_seconds(run, SPEED) < sum(time.step_parts(run, ALONE).values())
+
+
+@pytest.mark.parametrize("attention", ["dense", "lighthouse"])
+def test_which_points_are_the_hosts(attention: str) -> None:
+    short, long = study(32768, 2, attention), study(262144, 2, attention)
+    assert time.step_parts(short, SPEED)["host, exposed"] > 0.25 * step(short)
+    assert time.step_parts(long, SPEED)["host, exposed"] == 0
+
+
+def test_parallelism_takes_the_host_longer() -> None:
+    one, tensor, context = (
+        time.layer_host_seconds(run_of("530m-98k", gpus=2, tensor_parallel=t, context_parallel=c), SPEED)
+        for t, c in ((1, 1), (2, 1), (1, 2))
+    )
+    assert one < tensor == context
+
+
+def test_recompute_takes_the_host_longer() -> None:
+    times = [time.layer_host_seconds(run_of("530m-98k", recompute=again), SPEED) for again in RECOMPUTE]
+    assert times == sorted(set(times))
+
+
+def test_the_host_is_the_same_on_every_device() -> None:
+    assert len({time.host_seconds(run_of("530m-98k", device=d), SPEED) for d in DEVICES.values()}) == 1
+
+
+def test_no_other_fit_is_better() -> None:
+    """The fit goes by slopes; a grid around it and far from it finds no less error."""
+
+    def error(elementwise: float, layer_host: float) -> float:
+        speed = replace(SPEED, elementwise=elementwise, layer_host=layer_host)
+        return sum((accuracy.predicted(p, speed) / p.value - 1) ** 2 for p in STEPS)
+
+    factors = (0.0, 0.5, 0.9, 0.99, 1.01, 1.1, 1.5, 2.5)
+    least = error(SPEED.elementwise, SPEED.layer_host)
+    assert all(least < error(SPEED.elementwise * a, SPEED.layer_host * b) for a, b in itertools.product(factors, factors))
+
+
+def test_two_gpus_follow_from_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fitted without any training step of two GPUs, the model foretells those within what is promised of them."""
+    one = tuple(p for p in calibration.points() if p.kind != "run" or p.ranks == 1)
+    monkeypatch.setattr(calibration, "points", lambda: one)
+    speed = calibration._training(SPEED)
+    assert speed.layer_host != SPEED.layer_host
+    for p in STEPS:
+        assert abs(accuracy.predicted(p, speed) / p.value - 1) < accuracy.BOUNDS["training step, CP 2"], p.name
+
+
+def test_report_says_whose_host() -> None:
+    assert "as on the slow host of the H100 points\nby the GPU alone" in report.host_lines(study(32768, 2, "dense"), SPEED)
+    assert "the GPU does not wait for it" in report.host_lines(study(262144, 2, "dense"), SPEED)
+    wide = report.host_lines(run_of("530m-256k-cp8"), SPEED)
+    assert "[no other host was measured; more than two context-parallel ranks are taken as two]" in wide
+
+
+def test_ranking_is_by_the_whole_step() -> None:
+    """Where the host decides, the order differs from that of the GPU alone, and the report says so."""
+    run = run_of("530m-256k-cp8", device=DEVICES["b200"], gpus=8)
+    ours, alone = (search.rank(run, speed).layouts[0] for speed in (SPEED, ALONE))
+    assert ours[0] != alone[0]
+    assert ours[1] < alone[1]
+    assert f"by the GPU alone the first would be {report.layout(alone[0])}" in report.ranking(run, SPEED)

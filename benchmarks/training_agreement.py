@@ -3,7 +3,8 @@
 One small GPT, 4,096 tokens, from the same seed, in fp32 with the same inner attention: `--lighthouse-steps kernels` against
 `reference`; and on two GPUs or more, context parallel 2 against 1, by each scheme. Where Transformer Engine is installed, the
 schemes in bf16 too, where what differs is rounding; and on our own ring a run with full recompute, evaluations and a switch to
-dense, whose messages go by copy engine or by NCCL: with --deterministic-mode both give the same bits, and when repeated.
+dense, whose messages go by copy engine or by NCCL: with --deterministic-mode both give the same bits, and when repeated. And
+one GPU with Megatron's CUDA graphs against it without (not run yet: see docs/performance.md).
 Leaves agreement.json with the losses of every step. --at-once runs several side by side: losses are compared, not times.
 """
 
@@ -92,12 +93,22 @@ def main() -> None:
 
 def _comparisons(steps: int) -> list[Comparison]:
     one, reference = Run("one rank"), Run("reference", more=("--lighthouse-steps", "reference"))
+    has_te = importlib.util.find_spec("transformer_engine")
+    graphs = [
+        Run(how, 1, ("--cuda-graph-impl", how, *more), {"NCCL_GRAPH_REGISTER": "0"})
+        for how, more in (
+            ("local", ()),
+            ("transformer_engine", ()),
+            ("full_iteration", ("--no-check-for-nan-in-loss-and-grad",)),
+        )
+    ]
+    graphed = [Comparison("bf16, CUDA graphs", TE, [one, *graphs])] if has_te else []
     if torch.cuda.device_count() < 2:
-        return [Comparison("fp32", FP32, [one, reference])]
+        return [Comparison("fp32", FP32, [one, reference]), *graphed]
     two = ("--context-parallel-size", "2", "--cp-comm-type")
     schemes = [Run(f"context parallel 2, {scheme}", 2, (*two, scheme)) for scheme in ("p2p", "all_gather", "a2a")]
     comparisons = [Comparison("fp32", FP32, [one, reference, *schemes])]
-    if importlib.util.find_spec("transformer_engine"):
+    if has_te:
         # an evaluation before the switch and one after it
         whole = [*TE, *RECOMPUTE, "--lighthouse-stage2-at", str(3 * steps // 5), "--eval-interval", str(steps // 2)]
         exact = [*whole, "--eval-iters", "2", "--deterministic-mode", "--lighthouse-inner", "fa2"]
@@ -116,7 +127,7 @@ def _comparisons(steps: int) -> list[Comparison]:
             ),
             Comparison("bf16, our own ring, cuDNN", rounded, [Run("copies", 2, p2p), Run("NCCL", 2, p2p, NCCL), one]),
         ]
-    return comparisons
+    return comparisons + graphed
 
 
 def _losses(comparison: Comparison, run: Run, options: argparse.Namespace) -> list[float]:

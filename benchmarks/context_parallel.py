@@ -3,7 +3,8 @@
 One process a GPU, over NCCL. `--part check`: the layer on all ranks against one rank, on fresh random inputs: selection, output
 and gradients, by each scheme and inner attention, Transformer Engine's too where it is installed; and whether results repeat to
 the bit. `--part time`: one rank against all ranks on the same total of tokens, Lighthouse and dense, by scheme, with the share
-of communication. Leaves a CSV, a JSON summary and a picture. The selection is the same to the last bit, or the run fails.
+of communication; `--ranks` takes fewer GPUs than there are. Leaves a CSV, a JSON summary and a picture. The selection is the same
+to the last bit, or the run fails.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import torch
 import torch.distributed as dist
 from context_parallel_checks import check
 from context_parallel_layers import world
-from context_parallel_times import TIMED, time_case
+from context_parallel_times import CASES, TIMED, time_case
 from measure import environment
 from torch.multiprocessing.spawn import spawn
 
 from megatron_lighthouse.scorers import SCORERS
+
+RANKS = (2, 4, 8)
 
 
 def main() -> None:
@@ -33,11 +36,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "context_parallel")
     parser.add_argument("--ranks", type=int, default=torch.cuda.device_count(), help="GPUs to use (default: all)")
     parser.add_argument("--part", choices=["check", "time"], nargs="+", default=["check", "time"])
-    parser.add_argument("--cases", nargs="+", default=list(TIMED), choices=list(TIMED), help="lengths to time")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(TIMED), help="lengths to time")
     parser.add_argument("--scorers", nargs="+", default=list(SCORERS), choices=list(SCORERS), help="whose selection to compare")
     parser.add_argument("--low-priority", action="store_true", help="NCCL on a stream of no higher priority, as by default")
     parser.add_argument("--quick", action="store_true", help="p2p and cuDNN alone")
     options = parser.parse_args()
+    if options.ranks not in RANKS or options.ranks > torch.cuda.device_count():
+        seen = torch.cuda.device_count()
+        parser.error(
+            f"--ranks {options.ranks} must be one of {RANKS}, whose sizes the cases fit, of the {seen} GPUs that are visible."
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     store = tempfile.mkdtemp()
     _one_cudnn()

@@ -29,6 +29,11 @@ def exchange_of(group: dist.ProcessGroup) -> Exchange:
     return exchange
 
 
+def shares_out(comm_type: str, heads: int, ranks: int) -> bool:
+    """Whether a scheme can be tried: `a2a` shares out the key/value heads."""
+    return comm_type != "a2a" or heads % ranks == 0
+
+
 def inputs(length: int, batch: int, heads: int, groups: int, dim: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
     """q, k, v and the gradient of the output, the same on every rank."""
     tensors = [torch.randn(length, batch, n, dim, device="cuda", dtype=dtype) for n in (heads, groups, groups, heads)]

@@ -20,6 +20,7 @@ from megatron_lighthouse import LighthouseConfig
 from megatron_lighthouse.context_parallel import exchange as exchange_module
 from megatron_lighthouse.context_parallel.attention import sharded_attention
 from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.context_parallel.select import is_local
 from megatron_lighthouse.inner import Attend, inner_attention
 
 TIMED = {
@@ -27,7 +28,13 @@ TIMED = {
     "256K": (262144, LighthouseConfig(3, 4, 2048)),
     "512K": (524288, LighthouseConfig(3, 4, 4096)),
     "1M": (1048576, LighthouseConfig(4, 4, 4096)),
+    "128K": (131072, LighthouseConfig(3, 4, 1024)),
+    "1M-L3": (1048576, LighthouseConfig(3, 4, 8192)),
 }
+CASES = ("96K", "256K", "512K", "1M")
+"""Timed where no others are asked for."""
+DENSE = 2**37
+"""N²/C up to which dense attention is timed too: two seconds on H100s."""
 HEADS, DIM = 8, 128
 TRACED = "96K"
 
@@ -48,7 +55,7 @@ def time_case(name: str, group: dist.ProcessGroup, quick: bool, out: Path) -> li
         return row
 
     one = add("lighthouse", 1, lighthouse(config), tensors)
-    if not quick and name != "1M":
+    if not quick and length < 2**20:
         geometry = config.geometry(length)
         gathered = [x[: geometry.gathered_length].contiguous() for x in tensors]
         add("inner alone", 1, inner_attention("auto", gathered[0], gathered[1]), gathered)
@@ -60,11 +67,12 @@ def time_case(name: str, group: dist.ProcessGroup, quick: bool, out: Path) -> li
         with silent(exchange):
             alone = _times(layer, shards)
         row = add(f"lighthouse {comm_type}", exchange.size, layer, shards)
-        row["host_ms"] = _host_ms(partial(both, layer, shards))
+        if is_local(config.geometry(length, exchange.size), exchange.size):  # else the host waits for the GPU
+            row["host_ms"] = _host_ms(partial(both, layer, shards))
         row["exposed_communication"] = round(1 - alone["fwd+bwd_ms"] / row["fwd+bwd_ms"], 4)
         row["efficiency"] = round(one["fwd+bwd_ms"] / row["fwd+bwd_ms"] / exchange.size, 4)
         if dist.get_rank() == 0:
-            print({key: row[key] for key in ("efficiency", "exposed_communication", "host_ms")}, flush=True)
+            print({key: row[key] for key in ("efficiency", "exposed_communication", "host_ms") if key in row}, flush=True)
         if name == TRACED and comm_type == "p2p":
             _trace(layer, shards, out)
     if HAS_TE and not quick:
@@ -72,7 +80,7 @@ def time_case(name: str, group: dist.ProcessGroup, quick: bool, out: Path) -> li
             attend = te_attention(group, HEADS, HEADS, DIM, comm_type)
             layer = lighthouse(config, cp_group=group, attend=attend)
             add(f"lighthouse, TE {comm_type}", exchange.size, layer, shards)
-    if name != "1M":
+    if length**2 <= DENSE * exchange.size:
         add("dense p2p", exchange.size, sharded_attention("auto", shards[0], shards[1], exchange, "p2p"), shards)
         if HAS_TE and not quick:
             add("dense, TE p2p", exchange.size, te_attention(group, HEADS, HEADS, DIM), shards)
@@ -92,8 +100,13 @@ def _median(call: Callable[[], object]) -> float:
     """Median milliseconds of one call, of the slowest rank; all ranks' GPUs begin at once and have the host ahead of them."""
     _timed(call, 1)
     rough = _timed(call, 1)
-    calls = max(1, min(10, int(30 / rough)))
+    calls = max(1, min(_calls(10), int(30 / rough)))
     return round(statistics.median(_timed(call, calls) for _ in range(5 if rough < 500 else 1)), 4)
+
+
+def _calls(of_two: int) -> int:
+    """Calls in a row that fit into the GPU's queue of 1024 kernels: each other rank adds some to a call."""
+    return max(1, 2 * of_two // dist.get_world_size())
 
 
 def _host_ms(call: Callable[[], object]) -> float:
@@ -101,9 +114,10 @@ def _host_ms(call: Callable[[], object]) -> float:
     torch.cuda.synchronize()
     torch.cuda._sleep(200_000_000)
     start = time.perf_counter()
-    for _ in range(5):
+    calls = _calls(5)
+    for _ in range(calls):
         call()
-    ms = (time.perf_counter() - start) * 200
+    ms = (time.perf_counter() - start) * 1000 / calls
     torch.cuda.synchronize()
     return round(ms, 3)
 
@@ -113,7 +127,7 @@ def _timed(call: Callable[[], object], calls: int) -> float:
     meet = torch.zeros(1, device="cuda")
     torch.cuda.synchronize()
     dist.barrier()
-    torch.cuda._sleep(20_000_000 * calls)
+    torch.cuda._sleep(10_000_000 * calls * dist.get_world_size())
     dist.all_reduce(meet)
     start.record()
     for _ in range(calls):
@@ -127,10 +141,13 @@ def _timed(call: Callable[[], object], calls: int) -> float:
 
 @contextmanager
 def silent(exchange: Exchange) -> Iterator[None]:
-    """Nothing travels: what a layer takes then is its work alone, and the rest communication that is not hidden behind it."""
+    """Nothing travels: what a layer takes then is its work alone, and the rest communication that is not hidden behind it.
+
+    Where ranks would exchange scores, each takes its own for those of all: garbage would select rows that are not there.
+    """
 
     def all_gather(self: Exchange, x: Tensor, purpose: str) -> Tensor:
-        return x.new_empty(self.size, *x.shape)
+        return x.expand(self.size, *x.shape) if purpose == "select" else x.new_empty(self.size, *x.shape)
 
     def all_to_all(self: Exchange, x: Tensor, purpose: str, to: Any = None, by: Any = None) -> Tensor:
         return x.new_empty(x.shape[0] if by is None else sum(by), *x.shape[1:])

@@ -2,32 +2,38 @@
 # The scaling study of docs/performance.md on the GPUs of one machine, by launch/local.sh: the 530M recipe, CP 1 and 2, dense and
 # Lighthouse, at 32K, 98K and 256K tokens (there with full recompute), and all layers Lighthouse at 98K.
 #
-# Usage: benchmarks/scaling.sh --out FOLDER [--part one|first|second|two|all] [--work FOLDER]
+# On 4 or 8 GPUs, that of docs/scaling.md: attention alone on 8, 4 and 2 ranks, and the points of benchmarks/scaling_points.py.
+#
+# Usage: benchmarks/scaling.sh --out FOLDER [--part one|first|second|two|all|4|8] [--work FOLDER] [--from scaling.tgz]
 #
 #   --part one   one GPU a point, two points at a time, on GPUs 0 and 1 (about five minutes on H100s); first, second: one half of it
 #   --part two   two GPUs a point (about seven)
+#   --part 8, 4  all of docs/scaling.md on so many GPUs: first what takes all of them, then the rest side by side
 #   --work       the runs' folders (default: a temporary one); points that are done there are skipped
+#   --from       what another machine left of the same --work, unpacked there first
 #
 # After every point the logs and run.json of all points are in FOLDER/scaling.tgz, and the table and pictures in FOLDER: a machine
 # that is taken away leaves what was done. `python -m megatron_lighthouse.plan scaling` makes the table again from them.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-OUT='' PART=all WORK=''
+OUT='' PART=all WORK='' FROM=''
 while (($#)); do
     case $1 in
         --out) OUT=$2 ;;
         --part) PART=$2 ;;
         --work) WORK=$2 ;;
+        --from) FROM=$2 ;;
         *) sed -n '/^# Usage/,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 2 ;;
     esac
     shift 2
 done
-[[ -n $OUT && $PART =~ ^(one|first|second|two|all)$ ]] ||
-    { echo "--out FOLDER is needed, and --part is one, first, second, two or all." >&2 && exit 2; }
+[[ -n $OUT && $PART =~ ^(one|first|second|two|all|4|8)$ ]] ||
+    { echo "--out FOLDER is needed, and --part is one, first, second, two, all, 4 or 8." >&2 && exit 2; }
 WORK=${WORK:-$(mktemp -d)}
 mkdir -p "$OUT" "$WORK"
-export PYTHON=${PYTHON:-python3} PYTHONUNBUFFERED=1
+[[ -z $FROM ]] || tar -C "$WORK" -xzf "$FROM"
+export PYTHON=${PYTHON:-python3} PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 read -ra text <<<"$("$PYTHON" -c 'from megatron_lighthouse.recipe.presets import default_text; print(*default_text())')"
 common=(--text-data "${text[@]}" --global-batch-size 1 --eval-iters 0 --log-interval 1 --log-throughput --seed 7
     --high-priority-stream-groups cp)
@@ -72,10 +78,56 @@ both_gpus() {
     points study "CP=2 SEQ=262144 ATTENTION=dense" 4 "${long[@]}"
 }
 
+# attention alone on $1 GPUs, checked first; then the points of $1 GPUs
+on_many() {
+    local folder=$WORK/attention-$1 status=0 begun=$SECONDS tables
+    if [[ ! -e $folder/times.json ]]; then
+        mkdir -p "$folder"
+        timeout 480 "$PYTHON" benchmarks/context_parallel.py --ranks "$1" --out "$folder" --cases 128K 256K 512K 1M 1M-L3 \
+            --scorers norm summary dilated >"$folder.log" 2>&1 || status=$?
+        echo "attention on $1: status $status, $((SECONDS - begun)) s, at $SECONDS s"
+        keep_tables
+        mapfile -t tables < <(compgen -G "$WORK/attention-*/times.csv")
+        ((${#tables[@]} < 2)) || "$PYTHON" benchmarks/context_parallel_plots.py "${tables[@]}" "$OUT/attention.png"
+    fi
+    listed --gpus "$1"
+}
+
+# the points that scaling_points.py gives for "$@"
+listed() {
+    local list folder study iterations more
+    list=$("$PYTHON" benchmarks/scaling_points.py "$@")
+    while IFS=$'\t' read -r folder study iterations more <&3; do
+        read -ra more <<<"$more"
+        points "$folder" "$study" "$iterations" "${more[@]}" --distributed-timeout-minutes 5
+        keep_tables
+    done 3<<<"$list"
+}
+
+# the tables and pictures of all folders, besides those that `keep` leaves
+keep_tables() (
+    flock 9
+    local folder
+    for folder in "$WORK"/*/; do
+        compgen -G "$folder*.csv" >/dev/null || continue
+        mkdir -p "$OUT/$(basename "$folder")"
+        cp "$folder"*.csv "$folder"*.json "$folder"*.png "$OUT/$(basename "$folder")" 2>/dev/null || true
+    done
+) 9>"$WORK/lock"
+
 case $PART in
     first) CUDA_VISIBLE_DEVICES=0 first_gpu ;;
     second) CUDA_VISIBLE_DEVICES=1 second_gpu ;;
     two) both_gpus ;;
+    4 | 8)
+        after=$((PART == 8 ? 4 : 0)) # on eight, four work on while the others do what takes fewer
+        on_many "$PART"
+        if ((PART == 8)); then CUDA_VISIBLE_DEVICES=0,1,2,3 on_many 4 & fi
+        CUDA_VISIBLE_DEVICES=$after,$((after + 1)) on_many 2 &
+        CUDA_VISIBLE_DEVICES=$((after + 2)) listed --gpus 1 --attention lighthouse &
+        CUDA_VISIBLE_DEVICES=$((after + 3)) listed --gpus 1 --attention dense &
+        wait
+        ;;
     one | all)
         CUDA_VISIBLE_DEVICES=0 first_gpu &
         CUDA_VISIBLE_DEVICES=1 second_gpu &

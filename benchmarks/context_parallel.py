@@ -3,8 +3,8 @@
 One process a GPU, over NCCL. `--part check`: the layer on all ranks against one rank, on fresh random inputs: selection, output
 and gradients, by each scheme and inner attention, Transformer Engine's too where it is installed; and whether results repeat to
 the bit. `--part time`: one rank against all ranks on the same total of tokens, Lighthouse and dense, by scheme, with the share
-of communication; `--ranks` takes fewer GPUs than there are. Leaves a CSV, a JSON summary and a picture. The selection is the same
-to the last bit, or the run fails.
+of communication; `--ranks` takes fewer GPUs than there are. Leaves a CSV, a JSON summary and a picture. The selection is the
+same to the last bit, or the run fails.
 """
 
 from __future__ import annotations

@@ -1,0 +1,160 @@
+"""The training runs of the scaling study on 4 or 8 GPUs ([docs/scaling.md](../docs/scaling.md)), in the order of their worth.
+
+`python benchmarks/scaling_points.py` prints them, each with what the plan expects of it, and those that are left out with the
+reason. `--gpus N [--attention A]` prints, for benchmarks/scaling.sh, those that take N GPUs: folder, study, iterations and more
+of Megatron's arguments, apart by tabs.
+
+Left out is what the plan says does not fit, and what would train for more than `SECONDS`; but not what the study is for.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+
+from megatron_lighthouse.config import LighthouseConfig
+from megatron_lighthouse.plan import memory, time
+from megatron_lighthouse.plan.calibration import MEASURED_VOCAB, coefficients
+from megatron_lighthouse.plan.device import DEVICES
+from megatron_lighthouse.plan.run import Run, run_of
+
+K = 1024
+LENGTHS = (256 * K, 512 * K, 1024 * K)
+SIZES = (1, 2, 4, 8)
+TOKENS = 128 * K
+"""Of a rank, in weak scaling: N = TOKENS · C."""
+SECONDS = 180
+"""Of training, by the plan, that a point may take."""
+START = 45
+"""Seconds that a point takes before it trains, measured on two GPUs."""
+RECIPE_1M = LighthouseConfig(4, 4, 4096)
+"""Of launch/recipes/530m-1m.args."""
+FLAGS = {
+    "none": "",
+    "mlp": "--recompute-granularity selective --recompute-modules mlp",
+    "full": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+}
+
+
+def by_length(seq_length: int) -> LighthouseConfig:
+    """L = 3, p = 4, k = N/128."""
+    return LighthouseConfig(3, 4, seq_length // 128)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One training run of the 530M model on one sequence a data-parallel rank."""
+
+    attention: str
+    seq_length: int
+    context_parallel: int
+    folder: str = "study"
+    """Points of one folder differ in attention, length and context-parallel ranks."""
+    config: LighthouseConfig | None = None
+    """`by_length` where there is none."""
+    recompute: str = "full"
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    dense: int = 2
+    """Dense layers at either end of a Lighthouse run."""
+    cp_comm_type: str = "p2p"
+    global_batch: int = 1
+    wanted: bool = False
+    """Whether it runs however long it takes: a target of the study."""
+
+    @property
+    def run(self) -> Run:
+        """As the plan knows it."""
+        run = run_of("530m-98k", device=DEVICES["h100"], gpus=self.gpus, global_batch=self.global_batch)
+        model = replace(run.model, vocab=MEASURED_VOCAB, dense_first=self.dense, dense_last=self.dense)
+        run = run.change(model=model, config=self.config or by_length(self.seq_length), attention=self.attention)
+        names = ("seq_length", "context_parallel", "tensor_parallel", "pipeline_parallel", "recompute", "cp_comm_type")
+        return run.change(**{name: getattr(self, name) for name in names}).check()
+
+    @property
+    def gpus(self) -> int:
+        return self.context_parallel * self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def step(self) -> float:
+        """Seconds, by the plan."""
+        return self.seq_length * self.global_batch / time.tokens_per_gpu(self.run, coefficients()) / self.gpus
+
+    @property
+    def iterations(self) -> int:
+        """The first three warm up (`plan scaling`)."""
+        return 5 if self.step < 10 else 4
+
+    @property
+    def left_out(self) -> str | None:
+        """Why it does not run; None where it does."""
+        need, usable = memory.total(self.run) / 2**30, DEVICES["h100"].usable_bytes / 2**30
+        if not memory.fits(self.run):
+            return f"needs {need:.0f} of {usable:.0f} GiB"
+        seconds = self.step * self.iterations
+        return f"trains for {seconds:.0f} s" if seconds > SECONDS and not self.wanted else None
+
+    @property
+    def study(self) -> str:
+        """For launch/local.sh."""
+        return f"CP={self.context_parallel} SEQ={self.seq_length} ATTENTION={self.attention}"
+
+    @property
+    def arguments(self) -> str:
+        """Megatron's, beyond those of the recipe and of `study`."""
+        config = self.config or by_length(self.seq_length)
+        words = [f"--lighthouse-levels {config.levels} --lighthouse-budget {config.budget}", FLAGS[self.recompute]]
+        words += [f"--lighthouse-dense-first {self.dense} --lighthouse-dense-last {self.dense}"] if self.dense != 2 else []
+        words += (
+            [f"--tensor-model-parallel-size {self.tensor_parallel} --sequence-parallel"] if self.tensor_parallel > 1 else []
+        )
+        words += [f"--pipeline-model-parallel-size {self.pipeline_parallel}"] if self.pipeline_parallel > 1 else []
+        words += [f"--cp-comm-type {self.cp_comm_type}"] if self.cp_comm_type != "p2p" else []
+        words += [f"--global-batch-size {self.global_batch}"] if self.global_batch > 1 else []
+        return " ".join(filter(None, words))
+
+
+def candidates() -> list[Point]:
+    """All of them: what runs, and what `left_out` drops."""
+    million, quarter = 1024 * K, 256 * K
+    recipe = Point("lighthouse", million, 8, "1m", RECIPE_1M, "mlp", wanted=True)
+    points = [
+        recipe,
+        replace(recipe, attention="dense"),
+        replace(recipe, folder="1m-all-layers", dense=0),
+        replace(recipe, folder="1m-one-dense", dense=1),
+    ]
+    points += [Point(a, n, c) for c in reversed(SIZES) for n in LENGTHS for a in ("lighthouse", "dense")]
+    points += [Point(a, TOKENS, 1) for a in ("lighthouse", "dense")]
+    points += [
+        Point("lighthouse", quarter, 4, "tp2", tensor_parallel=2),
+        Point("lighthouse", quarter, 4, "pp2", pipeline_parallel=2, global_batch=4),
+    ]
+    return points + [Point("lighthouse", quarter, 4, scheme, cp_comm_type=scheme) for scheme in ("all_gather", "a2a")]
+
+
+def points(gpus: int, attention: str | None = None) -> list[Point]:
+    """Those that run on `gpus` GPUs."""
+    found = [p for p in candidates() if p.gpus == gpus and attention in (None, p.attention)]
+    return [p for p in found if p.left_out is None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", type=int, choices=SIZES)
+    parser.add_argument("--attention", choices=("lighthouse", "dense"))
+    options = parser.parse_args()
+    if options.gpus:
+        for p in points(options.gpus, options.attention):
+            print(p.folder, p.study, p.iterations, p.arguments, sep="\t")
+        return
+    for p in candidates():
+        name = f"{p.folder:14} {p.study:40} {p.gpus} GPUs, recompute {p.recompute}"
+        print(f"{name}: {p.left_out or f'{p.iterations} steps of {p.step:.1f} s'}{', left out' if p.left_out else ''}")
+    for gpus in reversed(SIZES):
+        seconds = sum(START + p.step * p.iterations for p in points(gpus))
+        print(f"{gpus} GPUs: {len(points(gpus))} points, about {seconds:.0f} s one after another")
+
+
+if __name__ == "__main__":
+    main()

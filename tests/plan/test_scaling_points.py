@@ -1,0 +1,80 @@
+"""benchmarks/scaling_points.py: what the study on 4 and 8 GPUs would run can run, and is what the plan predicts."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_lighthouse.launch import check
+from megatron_lighthouse.mcore.settings import settings_from
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from scaling_points import SIZES, Point, candidates, points
+
+ROOT = Path(__file__).parents[2]
+RUN = [point for gpus in SIZES for point in points(gpus)]
+
+
+def recipe(name: str) -> list[str]:
+    lines = (ROOT / "launch/recipes" / f"{name}.args").read_text().splitlines()
+    return [word for line in lines for word in line.split("#")[0].split()]
+
+
+def words(point: Point) -> list[str]:
+    """What launch/local.sh makes of it."""
+    length = str(point.seq_length)
+    own = ["--attention", point.attention, "--seq-length", length, "--max-position-embeddings", length]
+    more = ["--global-batch-size", "1", *point.arguments.split(), *own, "--context-parallel-size", str(point.context_parallel)]
+    return [*recipe("530m-98k"), "--mock-data", "--train-iters", "4", *more]
+
+
+def test_every_point_can_start(capsys: pytest.CaptureFixture[str]) -> None:
+    for point in RUN:
+        one = ["--exact", "--nodes", "1", "--gpus-per-node", str(point.gpus), "--", *words(point)]
+        assert check.main(one) == 0, capsys.readouterr().err
+        assert f"{point.gpus} ranks = TP {point.tensor_parallel} x CP {point.context_parallel} x" in capsys.readouterr().out
+
+
+def test_the_plan_knows_the_point_that_runs() -> None:
+    for point in RUN:
+        args, run = check.parse(words(point)), point.run
+        assert args.global_batch_size == run.global_batch
+        assert args.pipeline_model_parallel_size == run.pipeline_parallel
+        assert (args.cp_comm_type or ["p2p"]) == [run.cp_comm_type]
+        if point.attention == "lighthouse":
+            settings = settings_from(args)
+            assert settings.config == run.config
+            assert (args.lighthouse_dense_first, args.lighthouse_dense_last) == (run.model.dense_first, run.model.dense_last)
+
+
+def test_a_million_tokens_is_the_recipe() -> None:
+    """But for what the study sets: the data, and how long it trains."""
+    ours = next(p for p in RUN if p.folder == "1m" and p.attention == "lighthouse")
+    theirs = recipe("530m-1m")
+    given = words(ours)
+    last = {name: value for name, value in zip(given, [*given[1:], ""], strict=True) if name.startswith("--")}
+    for name, value in zip(theirs, [*theirs[1:], ""], strict=True):
+        if name.startswith("--") and name not in ("--train-iters", "--cp-comm-type", "--high-priority-stream-groups"):
+            assert last[name] == value or value.startswith("--"), name
+
+
+def test_points_do_not_share_a_folder() -> None:
+    names = [(p.folder, p.attention, p.seq_length, p.context_parallel) for p in candidates()]
+    assert len(names) == len(set(names))
+
+
+def test_all_that_the_issue_asks_for_is_there() -> None:
+    """Or left out with a reason."""
+    asked = {(a, n * 1024, c) for a in ("lighthouse", "dense") for n in (256, 512, 1024) for c in (1, 2, 4, 8)}
+    study = {(p.attention, p.seq_length, p.context_parallel): p for p in candidates() if p.folder == "study"}
+    assert asked <= study.keys()
+    assert {(p.tensor_parallel, p.context_parallel, p.pipeline_parallel) for p in RUN} >= {(2, 4, 1), (1, 4, 2)}
+    assert {p.cp_comm_type for p in RUN} == {"p2p", "all_gather", "a2a"}
+    assert {p.attention for p in RUN if p.folder == "1m"} == {"lighthouse", "dense"}
+    huge = study["dense", 1024 * 1024, 1]
+    assert "GiB" in (huge.left_out or "")
+    assert "trains for" in (study["dense", 1024 * 1024, 8].left_out or "")
+    assert replace(study["dense", 1024 * 1024, 8], wanted=True).left_out is None

@@ -46,7 +46,7 @@ def _write_on_first_rank(args: Namespace) -> tuple[str, str]:
     outcome: list[Any] = [None]
     if torch.distributed.get_rank() == 0:
         try:
-            outcome = [text.write_datasets(args.text_data, _text_folder(args))]
+            outcome = [text.write_datasets(args.text_data, _text_folder(args), args.seq_length)]
         except (OSError, ValueError) as error:
             outcome = [error]
     torch.distributed.broadcast_object_list(outcome, src=0)

@@ -62,6 +62,13 @@ def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
         text.write_datasets([str(tmp_path)], str(tmp_path / "out"))
 
 
+def test_validation_needs_a_sequence(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x" * 2000)
+    text.write_datasets([str(tmp_path / "a.txt")], str(tmp_path / "out"), 100)
+    with pytest.raises(ValueError, match=r"a 20th, 100, is for validation.*least 2,020 bytes, or use --seq-length 100"):
+        text.write_datasets([str(tmp_path / "a.txt")], str(tmp_path / "out"), 101)
+
+
 def test_byte_entropy(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"abcd" * 5000)
     train, _ = text.write_datasets([str(tmp_path)], str(tmp_path / "out"))

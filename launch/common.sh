@@ -9,10 +9,11 @@ source "$LAUNCH/profiler.sh"
 
 # keys of a cluster file: what the scripts need, and variables that go to the ranks as they are
 CLUSTER_KEYS="NODES GPUS_PER_NODE ARCH PARTITION ACCOUNT QOS TIME SIGNAL_SECONDS MAX_REQUEUES SEGMENT EXCLUSIVE CPUS_PER_TASK
-    IMAGE MOUNTS PYTHON PREFLIGHT"
+    IMAGE MOUNTS PYTHON PREFLIGHT NUMA"
 ENVIRONMENT_KEYS="CUDA_DEVICE_MAX_CONNECTIONS NVTE_FWD_LAYERNORM_SM_MARGIN NVTE_BWD_LAYERNORM_SM_MARGIN NCCL_NVLS_ENABLE
     PYTORCH_CUDA_ALLOC_CONF NCCL_IB_HCA NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME NCCL_DEBUG OMP_NUM_THREADS TRITON_CACHE_DIR
     TORCHINDUCTOR_CACHE_DIR"
+ENVIRONMENT_PREFIXES="NCCL_ GLOO_ UCX_ FI_ NVTE_ HF_ TORCH_ NVSHMEM_"
 
 die() {
     printf '%s\n' "$*" >&2
@@ -52,6 +53,7 @@ parse_options() {
     for pair in --cluster=CLUSTER --recipe=RECIPE --run=RUN; do
         [[ -n $(declare -n value=${pair#*=} && echo "$value") ]] || die "${pair%%=*} is missing: see --help."
     done
+    [[ -z $OVER_NODES || $OVER_NODES =~ ^[1-9][0-9]*$ ]] || die "--nodes $OVER_NODES must be a whole number of at least 1."
     [[ $AS =~ ^(train|point|evaluation)$ ]] || die "--as $AS is not known: use train, point or evaluation."
     [[ -e $CLUSTER || $CLUSTER == */* ]] || CLUSTER=$LAUNCH/clusters/$CLUSTER.env
     [[ -e $RECIPE || $RECIPE == */* ]] || RECIPE=$LAUNCH/recipes/$RECIPE.args
@@ -60,8 +62,7 @@ parse_options() {
     check_cluster
     check_profiler
     read_recipe "$RECIPE"
-    mkdir -p "$RUN/logs"
-    RUN=$(cd "$RUN" && pwd)
+    RUN=$(realpath -ms "$RUN") # whoever runs or queues something makes the folder
     CLUSTER=$(realpath "$CLUSTER") RECIPE=$(realpath "$RECIPE")
 }
 
@@ -70,6 +71,7 @@ read_cluster() {
     [[ -r $file ]] || die "--cluster $file cannot be read: give a file, or one of $(words "$LAUNCH"/clusters/*.env)."
     local python=${PYTHON:-} # the environment wins
     for key in $CLUSTER_KEYS; do declare -g "$key="; done
+    FABRIC=() # the environment variables that the file names
     while IFS= read -r line || [[ -n $line ]]; do
         number=$((number + 1))
         line=${line%%[[:space:]]#*}
@@ -79,10 +81,12 @@ read_cluster() {
         key=${BASH_REMATCH[1]} value=${BASH_REMATCH[2]}
         if [[ " $(words "$CLUSTER_KEYS") " == *" $key "* ]]; then
             declare -g "$key=$value"
-        elif [[ " $(words "$ENVIRONMENT_KEYS") " == *" $key "* ]]; then
+        elif [[ " $(words "$ENVIRONMENT_KEYS") " == *" $key "* || " $ENVIRONMENT_PREFIXES " == *" ${key%%_*}_ "* ]]; then
+            FABRIC+=("$key")
             [[ -n ${!key+set} ]] || export "$key=$value" # the environment wins
         else
-            die "$file, line $number: $key is not a key of a cluster file: use one of $(words "$CLUSTER_KEYS" "$ENVIRONMENT_KEYS")."
+            die "$file, line $number: $key is not a key of a cluster file: use one of $(words "$CLUSTER_KEYS" "$ENVIRONMENT_KEYS")," \
+                "or a variable that begins with one of $ENVIRONMENT_PREFIXES."
         fi
     done <"$file"
     PYTHON=${python:-$PYTHON}
@@ -90,12 +94,12 @@ read_cluster() {
 
 check_cluster() {
     local key n fit
-    : "${TIME:=4:00:00}" "${SIGNAL_SECONDS:=600}" "${MAX_REQUEUES:=10}" "${EXCLUSIVE:=0}" "${PREFLIGHT:=1}"
+    : "${TIME:=4:00:00}" "${SIGNAL_SECONDS:=600}" "${MAX_REQUEUES:=10}" "${EXCLUSIVE:=0}" "${PREFLIGHT:=1}" "${NUMA:=1}"
     for key in NODES GPUS_PER_NODE SIGNAL_SECONDS MAX_REQUEUES; do
         [[ ${!key} =~ ^[0-9]+$ ]] || die "$key='${!key}' in $CLUSTER must be a whole number."
     done
     ((NODES > 0 && GPUS_PER_NODE > 0)) || die "NODES=$NODES and GPUS_PER_NODE=$GPUS_PER_NODE in $CLUSTER must be at least 1."
-    for key in EXCLUSIVE PREFLIGHT; do
+    for key in EXCLUSIVE PREFLIGHT NUMA; do
         [[ ${!key} =~ ^[01]$ ]] || die "$key='${!key}' in $CLUSTER must be 0 or 1."
     done
     [[ $ARCH =~ ^(blackwell|hopper|cpu)$ ]] || die "ARCH='$ARCH' in $CLUSTER is not known: use blackwell, hopper or cpu."
@@ -112,6 +116,30 @@ check_cluster() {
         PYTHON=python3
         [[ -n $IMAGE || ! -x $ROOT/.venv/bin/python ]] || PYTHON=$ROOT/.venv/bin/python
     fi
+}
+
+# seconds of a time limit as Slurm writes it; 0 is none
+seconds() {
+    local days=0 hours=0 minutes=0 rest=0
+    if [[ $1 =~ ^([0-9]+)-([0-9]+)(:([0-9]+))?(:([0-9]+))?$ ]]; then
+        days=${BASH_REMATCH[1]} hours=${BASH_REMATCH[2]} minutes=${BASH_REMATCH[4]} rest=${BASH_REMATCH[6]}
+    elif [[ $1 =~ ^(([0-9]+):)?([0-9]+):([0-9]+)$ ]]; then
+        hours=${BASH_REMATCH[2]} minutes=${BASH_REMATCH[3]} rest=${BASH_REMATCH[4]}
+    elif [[ $1 =~ ^[0-9]+$ ]]; then
+        minutes=$1
+    elif [[ ! ${1,,} =~ ^(infinite|unlimited)$ ]]; then
+        die "TIME='$1' (--time, or $CLUSTER) is no time limit of Slurm's: use minutes, hours:minutes:seconds or days-hours."
+    fi
+    echo $(((10#$days * 24 + 10#${hours:-0}) * 3600 + 10#${minutes:-0} * 60 + 10#${rest:-0})) # 10#: 08 is eight
+}
+
+# the ranks are told to save SIGNAL_SECONDS before the time limit, which must leave time to train
+check_time() {
+    local limit
+    limit=$(seconds "$TIME")
+    ((limit == 0 || limit > SIGNAL_SECONDS)) ||
+        die "TIME=$TIME (--time, or $CLUSTER) must be longer than SIGNAL_SECONDS=$SIGNAL_SECONDS in $CLUSTER, when the ranks save:" \
+            "use --time $((SIGNAL_SECONDS / 60 + 10)) or longer, or fewer SIGNAL_SECONDS."
 }
 
 # a recipe: Megatron's arguments, words apart by blanks, # begins a comment
@@ -168,6 +196,9 @@ argument() {
 # the iteration of the last whole checkpoint
 iteration() { cat "$RUN/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0; }
 
+# how many starts in a row gained no iteration: $1 is where this one began, $2 how many before it gained none
+fruitless() { (($(iteration) > $1)) && echo 0 || echo $(($2 + 1)); }
+
 # whether there is nothing left to do: by the checkpoint, by a point's log, by the evaluation's result
 finished() {
     local reached every last
@@ -194,7 +225,7 @@ write_evaluation() {
 
 # by architecture; what the environment or the cluster file has set stays
 architecture_environment() {
-    export PYTHONUNBUFFERED=1 LIGHTHOUSE_ARCH=$ARCH
+    export PYTHONUNBUFFERED=1 LIGHTHOUSE_ARCH=$ARCH LIGHTHOUSE_NUMA=$NUMA
     if [[ $ARCH == cpu ]]; then
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
         return
@@ -217,5 +248,5 @@ container_flags() {
     [[ -n $IMAGE ]] || return 0
     CONTAINER=(--container-image="$IMAGE" --no-container-mount-home
         --container-mounts="$ROOT:$ROOT,$RUN:$RUN${MOUNTS:+,$MOUNTS}"
-        --container-env="$(words "$ENVIRONMENT_KEYS" PYTHONPATH PYTHONUNBUFFERED | tr ' ' ,)")
+        --container-env="$(words "$ENVIRONMENT_KEYS" "${FABRIC[@]}" PYTHONPATH PYTHONUNBUFFERED | tr ' ' ,)")
 }

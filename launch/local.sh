@@ -13,7 +13,7 @@
 #                  load the last checkpoint, dense, and leave its validation loss in RUN/evaluation.json
 #
 # CUDA_VISIBLE_DEVICES says which GPUs: two studies can share a machine. The log is RUN/logs/local.log and the terminal.
-# SIGTERM saves and ends a run; the same command goes on from there.
+# --nodes above 1 and --time are for Slurm. SIGTERM saves and ends a run; the same command goes on from there.
 
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -38,6 +38,7 @@ gpus_here() {
 
 # ARGUMENTS on $1 processes, logged to $2
 train_here() {
+    mkdir -p "$RUN/logs"
     make_profile_folder
     "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$1" --no-python bash "$LAUNCH/task.sh" \
         "$PYTHON" -m "$MODULE" "${ARGUMENTS[@]}" 2>&1 | tee -a "$2"
@@ -70,7 +71,11 @@ run_study() {
     ((${#failed[@]} == 0)) || die "study: failed: ${failed[*]}"
 }
 
+((${OVER_NODES:-1} == 1)) || die "--nodes $OVER_NODES: local.sh runs on this machine alone: use --gpus, or launch/submit.sh for Slurm."
+[[ -z $OVER_TIME ]] || die "--time $OVER_TIME: local.sh has no time limit: leave it out, or use launch/submit.sh for Slurm."
 here=$(gpus_here)
+[[ $here != 0 ]] || die "ARCH=$ARCH in $CLUSTER needs a GPU, and this process sees none (CUDA_VISIBLE_DEVICES='${CUDA_VISIBLE_DEVICES-unset}'):" \
+    "name GPUs, as in CUDA_VISIBLE_DEVICES=0,1, or use --cluster cpu-test."
 if [[ -n $STUDY ]]; then
     AS=point
     study_points "$STUDY"
@@ -91,7 +96,10 @@ fi
 [[ $AS != evaluation ]] || (($(iteration))) || die "--as evaluation: $RUN/checkpoints holds no whole checkpoint."
 run_arguments
 architecture_environment
-"$PYTHON" -m megatron_lighthouse.launch.check --nodes 1 --gpus-per-node "$GPUS" -- "${ARGUMENTS[@]}"
+one=$(gpus_of_sequence)
+((GPUS % one == 0)) || die "--gpus $GPUS must be a multiple of $one, the GPUs of one sequence (TP x CP x PP): use --gpus $(((GPUS + one - 1) / one * one))."
+"$PYTHON" -m megatron_lighthouse.launch.check --arch "$ARCH" --device "$(device)" \
+    --nodes 1 --gpus-per-node "$GPUS" -- "${ARGUMENTS[@]}"
 log=$RUN/logs/$([[ $AS == evaluation ]] && echo evaluation || echo local).log
 train_here "$GPUS" "$log"
 if [[ $AS == evaluation ]]; then

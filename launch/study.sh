@@ -42,7 +42,8 @@ check_study() {
         point "$found"
         points+=(--point "$NAME ${POINT[*]}")
     done
-    "$PYTHON" -m megatron_lighthouse.launch.check "${points[@]}" --nodes "$1" --gpus-per-node "$2" "${@:3}" -- "${ARGUMENTS[@]}"
+    "$PYTHON" -m megatron_lighthouse.launch.check "${points[@]}" --arch "$ARCH" --device "$(device)" \
+        --nodes "$1" --gpus-per-node "$2" "${@:3}" -- "${ARGUMENTS[@]}"
 }
 
 # go to point $1: RUN is its folder, ARGUMENTS its command line

@@ -13,7 +13,7 @@
 #                         traces in RUN/profile
 #   --as evaluation       load the last checkpoint, dense, and leave its validation loss in RUN/evaluation.json
 #   --sbatch "FLAGS"      more flags of sbatch, such as "--dependency=afterok:7 --exclude=node3"
-#   --check 0             check nothing here (a login node without torch or nsys)
+#   --check 0             check nothing here, layout and data neither (a login node without torch or nsys)
 #   --only-check 1        check, ask sbatch --test-only, and queue nothing
 #
 # Prints the job's number. Data is among Megatron's arguments: --data-path, --text-data or --mock-data.
@@ -26,6 +26,9 @@ source "$LAUNCH/study.sh"
 
 STUDY='' SBATCH='' CHECK=1 ONLY_CHECK=0
 OWN="--study=STUDY --sbatch=SBATCH --check=CHECK --only-check=ONLY_CHECK" parse_options "${BASH_SOURCE[0]}" "$@"
+for pair in --check=CHECK --only-check=ONLY_CHECK; do
+    [[ $(declare -n value=${pair#*=} && echo "$value") =~ ^[01]$ ]] || die "${pair%%=*} must be 0 or 1: see --help."
+done
 script=pretrain
 if [[ -n $STUDY ]]; then
     script=scaling AS=point
@@ -33,17 +36,30 @@ if [[ -n $STUDY ]]; then
 fi
 run_arguments
 
-if ((CHECK)); then
-    [[ -n $IMAGE ]] || find_profiler env
+# the run, or each point, on the layout that Slurm is asked for
+check_here() {
+    local PYTHON=$PYTHON # a container's is not here
+    [[ -z $IMAGE || ! -x $ROOT/.venv/bin/python ]] || PYTHON=$ROOT/.venv/bin/python
+    "$PYTHON" -c 'import importlib.util as found, sys; sys.exit(not found.find_spec("torch"))' 2>/dev/null ||
+        die "The check needs a Python with torch, and $PYTHON is none here. Nothing was queued: put torch (a build for CPUs will do)" \
+            "into $ROOT/.venv, or give --check 0, and layout and data are not checked."
     if [[ -n $STUDY ]]; then
         check_study "$NODES" "$GPUS_PER_NODE"
     else
-        "$PYTHON" -m megatron_lighthouse.launch.check --nodes "$NODES" --gpus-per-node "$GPUS_PER_NODE" -- "${ARGUMENTS[@]}"
-    fi >&2 || die "Nothing was queued. (--check 0 leaves this check out, where $PYTHON has no torch.)"
+        "$PYTHON" -m megatron_lighthouse.launch.check --arch "$ARCH" --device "$(device)" \
+            --nodes "$NODES" --gpus-per-node "$GPUS_PER_NODE" -- "${ARGUMENTS[@]}"
+    fi
+}
+
+[[ $AS != train ]] || check_time
+if ((CHECK)); then
+    [[ -n $IMAGE ]] || find_profiler env
+    check_here >&2 || die "Nothing was queued."
 fi
 
 flags=(--job-name="$(basename "$RUN")" --nodes="$NODES" --ntasks-per-node="$GPUS_PER_NODE" --time="$TIME"
-    --signal="URG@$SIGNAL_SECONDS" --output="$RUN/logs/%j.log" --requeue --open-mode=append)
+    --output="$RUN/logs/%j.log" --requeue --open-mode=append)
+[[ $AS != train ]] || flags+=(--signal="URG@$SIGNAL_SECONDS") # the others have nothing to save
 [[ -z $PARTITION ]] || flags+=(--partition="$PARTITION")
 [[ -z $ACCOUNT ]] || flags+=(--account="$ACCOUNT")
 [[ -z $QOS ]] || flags+=(--qos="$QOS")
@@ -61,4 +77,6 @@ job=("$LAUNCH/$script.sbatch" --cluster "$CLUSTER" --recipe "$RECIPE" --run "$RU
 [[ -z $PROFILE ]] || job+=(--profile "$PROFILE" --profile-steps "$PROFILE_STEPS" --profile-ranks "$PROFILE_RANKS")
 job+=(-- "${MEGATRON[@]}")
 sbatch --test-only "${flags[@]}" "${job[@]}" >&2 || die "Nothing was queued: Slurm refuses the flags above."
-((ONLY_CHECK)) || sbatch --parsable "${flags[@]}" "${job[@]}"
+((ONLY_CHECK == 0)) || exit 0
+mkdir -p "$RUN/logs"
+sbatch --parsable "${flags[@]}" "${job[@]}"

@@ -2,7 +2,9 @@
 # One rank: its number from Slurm (torchrun has set it already), node-local caches, NUMA binding, then the command.
 #
 # Usage: srun … launch/task.sh COMMAND…
+
 set -euo pipefail
+[[ ! ${1:-} =~ ^(-h|--help)$ ]] || { sed -n '/^# Usage/s/^# //p' "${BASH_SOURCE[0]}" && exit 0; }
 
 export RANK=${SLURM_PROCID:-$RANK} LOCAL_RANK=${SLURM_LOCALID:-$LOCAL_RANK} WORLD_SIZE=${SLURM_NTASKS:-$WORLD_SIZE}
 # on a shared file system all ranks would compile into one folder
@@ -15,7 +17,9 @@ say() { ((RANK > 0)) || echo "launch: $*"; }
 # the NUMA node of this rank's GPU in NUMA, or why there is none in REASON
 find_numa() {
     local devices device bus
-    NUMA='' REASON='no numactl'
+    NUMA='' REASON='NUMA=0 in the cluster file'
+    ((${LIGHTHOUSE_NUMA:-1})) || return 0
+    REASON='no numactl'
     command -v numactl >/dev/null || return 0
     REASON='no nvidia-smi'
     command -v nvidia-smi >/dev/null || return 0
@@ -32,7 +36,10 @@ find_numa() {
 bind=()
 if [[ ${LIGHTHOUSE_ARCH:-} != cpu ]]; then
     find_numa
-    if [[ -n $NUMA ]]; then
+    if [[ -n $NUMA ]] && ! numactl --cpunodebind="$NUMA" --membind="$NUMA" true 2>/dev/null; then
+        # no core of that node in the job, or a container forbids it. It may befall some ranks only: those of the first node say so
+        ((RANK != LOCAL_RANK)) || echo "launch: rank $RANK: no NUMA binding: numactl may not bind to node $NUMA"
+    elif [[ -n $NUMA ]]; then
         bind=(numactl --cpunodebind="$NUMA" --membind="$NUMA")
         say "NUMA node $NUMA"
     else
@@ -54,7 +61,7 @@ fi
 
 if ((RANK == 0)); then
     echo "launch: the environment of $WORLD_SIZE ranks:"
-    env | grep -E '^(CUDA_|NVTE_|NCCL_|GLOO_|PYTORCH_|TRITON_|TORCHINDUCTOR_|OMP_NUM|MASTER_|WORLD_SIZE)' | sort | sed 's/^/launch:   /'
+    env | grep -E '^(CUDA_|NVTE_|NCCL_|GLOO_|UCX_|FI_|NVSHMEM_|TORCH_|PYTORCH_|TRITON_|TORCHINDUCTOR_|OMP_NUM|MASTER_|WORLD_SIZE)' | sort | sed 's/^/launch:   /'
 fi
 
 # Not exec: what a killed rank leaves behind (data loaders, the checkpoint's writer) holds its output open, and Slurm would wait

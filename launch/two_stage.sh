@@ -7,7 +7,7 @@
 #   --stage1 K       iterations with --attention lighthouse
 #   --total T        iterations of both stages: --train-iters of both, so that data and learning rate are those of one run
 #   --eval-iters N   batches of the evaluation, dense, on the last checkpoint; 0: none. Default: the run's own --eval-iters
-#   --nodes, --time, --sbatch, --profile as for launch/submit.sh (--profile is for stage 1)
+#   --nodes, --time, --sbatch, --check, --profile as for launch/submit.sh (--profile is for stage 1)
 #
 # Prints the jobs' numbers. What is done already is not queued again. The loss lands in RUN/evaluation.json.
 
@@ -15,8 +15,8 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-STAGE1='' TOTAL='' EVAL_ITERS='' SBATCH=''
-OWN="--stage1=STAGE1 --total=TOTAL --eval-iters=EVAL_ITERS --sbatch=SBATCH" parse_options "${BASH_SOURCE[0]}" "$@"
+STAGE1='' TOTAL='' EVAL_ITERS='' SBATCH='' CHECK=1
+OWN="--stage1=STAGE1 --total=TOTAL --eval-iters=EVAL_ITERS --sbatch=SBATCH --check=CHECK" parse_options "${BASH_SOURCE[0]}" "$@"
 for pair in --stage1=STAGE1 --total=TOTAL; do
     [[ $(declare -n value=${pair#*=} && echo "$value") =~ ^[1-9][0-9]*$ ]] || die "${pair%%=*} must be a number of iterations: see --help."
 done
@@ -35,7 +35,7 @@ queue() {
         set -- "$1" "${@:3}"
     done
     job=$("$LAUNCH/submit.sh" --cluster "$CLUSTER" --recipe "$RECIPE" --run "$RUN" --nodes "$NODES" --time "$TIME" \
-        --sbatch "$SBATCH $after" "${options[@]}" -- "${MEGATRON[@]}" "${@:3}")
+        --check "$CHECK" --sbatch "$SBATCH $after" "${options[@]}" -- "${MEGATRON[@]}" "${@:3}")
     echo "$name: job $job"
     after="--dependency=afterok:$job --kill-on-invalid-dep=yes"
 }

@@ -1,6 +1,6 @@
 """`python -m megatron_lighthouse.launch.check`: refuse a run before it is queued. Imports no Megatron.
 
-Looks at the layout on these nodes, the sizes of Lighthouse, and whether the data is there.
+Looks at the layout on these nodes, the sizes of Lighthouse, whether the data is there, and the memory as the plan counts it.
 """
 
 from __future__ import annotations
@@ -8,12 +8,23 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_lighthouse.mcore.settings import add_arguments, settings_from
+from megatron_lighthouse.mcore.text import PADDED_VOCABULARY, held_out_problem, text_files
+from megatron_lighthouse.plan import memory
+from megatron_lighthouse.plan.device import DEVICES, Device
+from megatron_lighthouse.plan.run import Run
+from megatron_lighthouse.plan.words import RECOMPUTE_WORDS, run_of_words
 from megatron_lighthouse.scorers import problem
 
 DATA = ("--data-path", "--train-data-path", "--valid-data-path", "--test-data-path")
+
+KINDS = {"hopper": ("h100", "h200"), "blackwell": ("b200", "gb200"), "cpu": ()}
+"""Devices of an architecture, as the plan names them. The first has the least memory, and is taken where none is named."""
+REFUSED = 1.25
+"""Memory over what a run may allocate above which it is refused: the count may be wrong by 10%, and no logits were measured."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,10 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--point", action="append", default=[], metavar="'NAME WORDS'", help="a point of a study: its name, and what it adds"
     )
+    parser.add_argument("--arch", choices=KINDS, default="cpu", help="of the GPUs; with cpu memory is not looked at")
+    parser.add_argument("--device", default="", help="which GPU of that architecture; another is not heeded")
     parser.add_argument("--exact", action="store_true", help="a run takes just the GPUs of one sequence, of those given")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="Megatron's command line")
     options = parser.parse_args(argv)
     words = options.arguments[1:] if options.arguments[:1] == ["--"] else options.arguments
+    kinds = KINDS[options.arch]
+    device = DEVICES[options.device if options.device in kinds else kinds[0]] if kinds else None
     points = [point.split() for point in options.point] or [[""]]
     wrong: list[str] = []
     lines: list[str] = []
@@ -38,9 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         world = one_sequence(args) if options.exact else world
         nodes, gpus_per_node = (1, world) if options.exact else (options.nodes, options.gpus_per_node)
         problems += [*layout(args, nodes, gpus_per_node), *sizes(args), *data(args)]
+        run = counted([*words, *more], args, device, world) if device and not problems else None
+        problems += [*too_much(run if names_vocabulary([*words, *more]) else without_logits(run))] if run else []
         prefix = f"{name}: " if name else ""
         wrong += [prefix + problem for problem in problems]
-        lines += [] if problems else [prefix + summary(args, world)]
+        lines += [] if problems else [prefix + summary(args, world) + (f"; {needs(run)}" if run else "")]
     if wrong:
         print("The run cannot start as asked:\n  - " + "\n  - ".join(wrong), file=sys.stderr)
         return 1
@@ -155,6 +172,73 @@ def data(args: argparse.Namespace) -> Iterator[str]:
     for path in (*args.text_data, *files):
         if not Path(path).exists():
             yield f"{path} (--text-data or a list of data) is not there: give a path that all nodes see."
+    if args.text_data and args.seq_length and all(Path(path).exists() for path in args.text_data):
+        try:
+            total = sum(file.stat().st_size for file in text_files(args.text_data))
+        except ValueError as error:
+            yield str(error)
+        else:
+            yield from filter(None, [held_out_problem(total, args.seq_length)])
+
+
+def counted(words: Sequence[str], args: argparse.Namespace, device: Device, world: int) -> Run | None:
+    """The run as the plan counts it, of both its stages the one that needs more; None where the plan knows no such model."""
+    try:
+        run = run_of_words(words, device, world)
+    except ValueError:
+        return None
+    return max([run, run.change(attention="dense")] if args.lighthouse_stage2_at else [run], key=memory.total)
+
+
+def needs(run: Run) -> str:
+    """The memory of a GPU, in words."""
+    total, usable = memory.total(run), run.device.usable_bytes
+    found = f"{total / 2**30:.1f} of {usable / 2**30:.1f} GiB by the plan ({run.device.name}, vocabulary {run.model.vocab:,})"
+    return found if total <= usable else f"{found}: IT MAY RUN OUT OF MEMORY"
+
+
+def names_vocabulary(words: Sequence[str]) -> bool:
+    """Whether the rows of the vocabulary are known here: else a tokenizer says so when the run starts."""
+    return any(word.partition("=")[0] in ("--vocab-size", "--text-data") for word in words)
+
+
+def without_logits(run: Run) -> Run:
+    """With as small a vocabulary as there is: no run is refused for what is only assumed."""
+    return run.change(model=replace(run.model, vocab=PADDED_VOCABULARY))
+
+
+def too_much(run: Run) -> Iterator[str]:
+    """Whether the run needs far more memory than a GPU has."""
+    total, usable = memory.total(run), run.device.usable_bytes
+    if total <= REFUSED * usable:
+        return
+    use = " or ".join(enough_memory(run)) or "more of --context-parallel-size and recompute together, or a shorter --seq-length"
+    yield (
+        f"--seq-length {run.seq_length} needs {total / 2**30:.1f} GiB of a GPU by the plan, with a vocabulary of "
+        f"{run.model.vocab:,} (--vocab-size), and {usable / 2**30:.1f} are there ({run.device.name}; "
+        f"where the nodes have others, --check 0 of submit.sh): use {use}."
+    )
+
+
+def enough_memory(run: Run) -> Iterator[str]:
+    """Single changes with which it fits: what it recomputes, or as few more context- or tensor-parallel ranks as it takes."""
+    tp, cp = run.tensor_parallel, run.context_parallel
+    for tries in (
+        [(RECOMPUTE_WORDS[name], {"recompute": name}) for name in ("mlp", "full")],
+        [(f"--context-parallel-size {cp * n}", {"context_parallel": cp * n}) for n in (2, 4, 8, 16, 32)],
+        [(f"--tensor-model-parallel-size {tp * n} --sequence-parallel", {"tensor_parallel": tp * n}) for n in (2, 4, 8)],
+    ):
+        yield from [text for text, change in tries if _fits(run.change(**change))][:1]
+
+
+def _fits(run: Run) -> bool:
+    """On these GPUs, or on just those of one sequence where it takes more."""
+    one = run.tensor_parallel * run.context_parallel * run.pipeline_parallel
+    gpus = max(run.gpus, one)
+    try:
+        return memory.fits(run.change(gpus=gpus, global_batch=gpus // one).check())
+    except ValueError:
+        return False
 
 
 def _number(word: str) -> bool:

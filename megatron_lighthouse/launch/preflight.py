@@ -1,7 +1,8 @@
 """`python -m megatron_lighthouse.launch.preflight`: are the nodes of this job fit to train? One task a node, by srun.
 
 Each node reports its GPUs, versions and memory errors. The first compares, names the bad nodes, and all end with 1. If there
-are none, a short all-reduce follows: NCCL where there are GPUs, gloo else.
+are none, a short all-reduce follows: NCCL where there are GPUs, gloo else. Where that fails every node says so, and which of
+them is at fault is not known.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
@@ -42,7 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m megatron_lighthouse.launch.preflight", description=__doc__)
     parser.add_argument("--gpus-per-node", type=int, required=True, help="GPUs that each node must have")
     parser.add_argument("--arch", choices=["blackwell", "hopper", "cpu"], required=True, help="cpu asks for no GPUs")
-    parser.add_argument("--seconds", type=float, default=120, help="how long to wait for a node (default: %(default)s)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=120,
+        help="how long to wait for a node, and twice as long for the all-reduce (default: %(default)s)",
+    )
     options = parser.parse_args(argv)
     rank, size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
     hosts = os.environ["LIGHTHOUSE_NODES"].split()
@@ -61,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         store.wait(["verdict"], 2 * wait)
         if store.get("verdict") != b"0":
             return _leave(store, rank, size, 1)
-        seconds = all_reduce(store, rank, size, wait)
+        with at_most(2 * options.seconds):
+            seconds = all_reduce(store, rank, size, wait)
     except (dist.DistError, RuntimeError) as error:
         print(f"preflight: {hosts[rank]}: {error}", file=sys.stderr)
         return 1
@@ -126,7 +135,8 @@ def all_reduce(store: Store, rank: int, size: int, wait: timedelta) -> float:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(0)
-    dist.init_process_group("nccl" if cuda else "gloo", store=PrefixStore("reduce", store), rank=rank, world_size=size)
+    kind = "nccl" if cuda else "gloo"
+    dist.init_process_group(kind, store=PrefixStore("reduce", store), rank=rank, world_size=size, timeout=wait)
     seconds = 0.0
     for _ in range(2):
         values = torch.full((1 << 20,), rank + 1.0, device="cuda" if cuda else "cpu")
@@ -138,6 +148,23 @@ def all_reduce(store: Store, rank: int, size: int, wait: timedelta) -> float:
             raise RuntimeError(f"the all-reduce over {size} nodes gave {total}, not {size * (size + 1) / 2}")
     dist.destroy_process_group()
     return seconds
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """End this process with 1 if what is inside takes longer: the start of NCCL, in the first sum, knows no limit."""
+
+    def give_up() -> None:
+        print(f"preflight: {socket.gethostname()}: the all-reduce took over {seconds:.0f} s", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _reports(store: Store, hosts: Sequence[str], end: float) -> Iterator[Report | None]:

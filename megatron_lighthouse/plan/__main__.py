@@ -7,6 +7,7 @@ the recipes, `--errors` every point that the model was fitted to. No GPU is need
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import DEVICES, device_of
 from megatron_lighthouse.plan.model import FLAGS
 from megatron_lighthouse.plan.run import COMM_TYPES, RECOMPUTE, Run, recipes, run_of
+from megatron_lighthouse.plan.words import recipe_words, run_of_words
 
 RUN_FLAGS = {
     "seq_length": "--seq-length",
@@ -33,9 +35,11 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m megatron_lighthouse.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--recipe", default="530m-98k", help="where to start from; default: %(default)s")
+    made.add_argument(
+        "--recipe", default="530m-98k", help="where to start from: a name, or a file of launch/recipes; default: %(default)s"
+    )
     made.add_argument("--device", default="b200", help=f"{', '.join(DEVICES)}; default: %(default)s")
-    made.add_argument("--attention", default="lighthouse", help="dense or lighthouse; default: %(default)s")
+    made.add_argument("--attention", help="dense or lighthouse; default: the file's, else lighthouse")
     made.add_argument("--tokens", type=float, default=10e9, help="token budget, for GPU-hours; default: 10 billion")
     made.add_argument("--recompute", help=f"{', '.join(RECOMPUTE)}")
     made.add_argument("--cp-comm-type", help=f"{', '.join(COMM_TYPES)}")
@@ -50,8 +54,15 @@ def parser() -> argparse.ArgumentParser:
 def run_from(options: argparse.Namespace) -> Run:
     """The recipe's run with what was asked for instead. Raises ValueError where it cannot be."""
     given = {name: value for name, value in vars(options).items() if value is not None}
-    changes = {name: given[name] for name in (*RUN_FLAGS, "recompute", "cp_comm_type") if name in given}
-    run = run_of(options.recipe, device=device_of(options.device), attention=options.attention, **changes)
+    changes = {name: given[name] for name in (*RUN_FLAGS, "attention", "recompute", "cp_comm_type") if name in given}
+    device = device_of(options.device)
+    if options.recipe in recipes() or not (options.recipe.endswith(".args") or Path(options.recipe).is_file()):
+        run = run_of(options.recipe, device=device, **changes)
+    else:  # what is given comes last, where it wins and sizes that follow from it do so
+        flags = {**RUN_FLAGS, "attention": "--attention", "cp_comm_type": "--cp-comm-type"}
+        own = [word for name, flag in flags.items() if name in given for word in (flag, str(given[name]))]
+        run = run_of_words([*recipe_words(Path(options.recipe)), *own], device, options.gpus)
+        run = run.change(recompute=options.recompute or run.recompute)
     model = replace(run.model, **{name: given[name] for name in FLAGS if name in given})
     config = run.config.replace(**{name: given[name] for name in CONFIG_FLAGS if name in given})
     return run.change(model=model, config=config).check()
@@ -68,8 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.errors:
             print(report.errors(coefficients(), every=True))
         else:
-            if options.tokens <= 0:
-                raise ValueError(f"--tokens {options.tokens:g} must be above 0: use 1e9 for a billion.")
+            if not 0 < options.tokens < math.inf:
+                raise ValueError(f"--tokens {options.tokens:g} must be above 0, and finite: use 1e9 for a billion.")
             print(report.whole(run_from(options), coefficients(), options.tokens))
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -85,6 +96,12 @@ def scaling_main(arguments: Sequence[str]) -> int:
     options = made.parse_args(arguments)
     try:
         print(scaling.collect(options.results, options.out))
+    except OSError as error:  # of --out alone: a run that cannot be read has a note
+        print(
+            f"--out {options.out} cannot be written ({error.strerror}): name a folder, or one that can be made.",
+            file=sys.stderr,
+        )
+        return 2
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

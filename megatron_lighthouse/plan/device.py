@@ -49,7 +49,7 @@ DEVICES = {
 
 
 def device_of(name: str) -> Device:
-    """Raises ValueError where `name` is not known."""
-    if name not in DEVICES:
+    """By its name, in capitals or not. Raises ValueError where that is not known."""
+    if name.lower() not in DEVICES:
         raise ValueError(f"--device {name!r} is not known: use {' or '.join(DEVICES)}.")
-    return DEVICES[name]
+    return DEVICES[name.lower()]

@@ -11,6 +11,8 @@ from megatron_lighthouse.plan.run import Run
 from megatron_lighthouse.plan.time import rank_parameters
 
 BF16, FP32 = 2, 4
+PROMISED = 0.10
+"""Greatest relative error against the measured peaks that the plan promises."""
 
 
 def dense_activations(run: Run) -> float:
@@ -107,3 +109,8 @@ def total(run: Run) -> float:
 def fits(run: Run) -> bool:
     """Whether the peak is within what the device lets a run allocate."""
     return total(run) <= run.device.usable_bytes
+
+
+def tight(run: Run) -> bool:
+    """Whether it may not fit after all: with as much more as the promised error allows."""
+    return total(run) > run.device.usable_bytes * (1 - PROMISED)

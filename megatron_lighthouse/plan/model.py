@@ -28,6 +28,11 @@ class GPT:
                 raise ValueError(
                     f"{FLAGS[field.name]} {getattr(self, field.name)} must be at least {least}: use {least} or more."
                 )
+        if self.head_dim % 8 or self.head_dim > 256:
+            fit = min(256, -(-self.head_dim // 8) * 8)
+            raise ValueError(
+                f"--kv-channels {self.head_dim} must be a multiple of 8 and at most 256, as attention kernels want: use {fit}."
+            )
         if self.heads % self.groups:
             fits = [g for g in range(1, self.heads + 1) if self.heads % g == 0]
             raise ValueError(

@@ -11,9 +11,11 @@ from megatron_lighthouse.plan import accuracy, memory, search, time
 from megatron_lighthouse.plan.coefficients import Coefficients
 from megatron_lighthouse.plan.device import HELD_BACK
 from megatron_lighthouse.plan.run import Run
+from megatron_lighthouse.plan.words import layout_words
 
 SHOWN = 8
 """Layouts of the ranking that are shown."""
+TIGHT = f"tight: less than {memory.PROMISED:.0%} room, which is what the count may be wrong by"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -59,7 +61,9 @@ def title(run: Run) -> str:
 def memory_table(run: Run) -> str:
     rows = [(name, f"{value / 2**30:.2f}") for name, value in memory.parts(run).items()]
     whole, usable = memory.total(run) / 2**30, run.device.usable_bytes / 2**30
-    verdict = "fits" if memory.fits(run) else "DOES NOT FIT"
+    verdict = "DOES NOT FIT"
+    if memory.fits(run):
+        verdict = f"fits, but {TIGHT}" if memory.tight(run) else "fits"
     rows += [("all", f"{whole:.2f}"), (f"usable ({HELD_BACK:.0%} held back)", f"{usable:.2f}")]
     return table(["memory per GPU", "GiB"], rows) + f"\n{verdict}{extrapolated(run)}"
 
@@ -156,24 +160,20 @@ def ranking(run: Run, speed: Coefficients) -> str:
     refused = ", ".join(f"{count} by {name}" for name, count in found.refused.most_common())
     if not found.layouts:
         return f"no layout of {run.gpus} GPUs fits (refused: {refused}): use more GPUs, or a shorter --seq-length."
-    rows = [(layout(r), f"{rate:,.0f}", f"{memory.total(r) / 2**30:.1f}") for r, rate in found.layouts[:SHOWN]]
-    best, alone = found.layouts[0][0], search.rank(run, speed.without_host()).layouts[0]
+    rows = [
+        (layout(r), f"{rate:,.0f}", f"{memory.total(r) / 2**30:.1f}", "tight" if memory.tight(r) else "")
+        for r, rate in found.layouts[:SHOWN]
+    ]
+    best, alone = found.recommended, search.rank(run, speed.without_host()).recommended
     other = ""
-    if alone[0] != best:
+    if alone[0] != best[0]:
         other = f"by the GPU alone the first would be {layout(alone[0])}, at {alone[1]:,.0f} tokens/s/GPU: the host decides\n"
-    flags = f"--tensor-model-parallel-size {best.tensor_parallel} --context-parallel-size {best.context_parallel}"
-    flags += f" --pipeline-model-parallel-size {best.pipeline_parallel}"
-    if best.context_parallel > 1:
-        flags += f" --cp-comm-type {best.cp_comm_type}"
-    if best.tensor_parallel > 1:
-        flags += " --sequence-parallel"
-    flags += {
-        "none": "",
-        "mlp": " --recompute-granularity selective --recompute-modules mlp",
-        "full": " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
-    }[best.recompute]
-    head = table([f"ranking of {len(found.layouts)} layouts that fit", "tokens/s/GPU", "GiB"], rows)
-    return f"{head}\nrefused: {refused or 'none'}{extrapolated(run)}\n{other}recommended: {flags}"
+    if memory.tight(best[0]):
+        other += f"all are {TIGHT}\n"
+    elif any(memory.tight(r) for r, _ in found.layouts):
+        other += f"{TIGHT}; recommended is the fastest that is not, at {best[1]:,.0f} tokens/s/GPU\n"
+    head = table([f"ranking of {len(found.layouts)} layouts that fit", "tokens/s/GPU", "GiB", ""], rows)
+    return f"{head}\nrefused: {refused or 'none'}{extrapolated(run)}\n{other}recommended: {layout_words(best[0])}"
 
 
 def errors(speed: Coefficients, every: bool = False) -> str:

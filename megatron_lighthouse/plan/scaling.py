@@ -52,17 +52,25 @@ BESIDE = ("tensor_parallel", "pipeline_parallel", "levels", "pooling", "budget")
 """In scaling.csv alone: what else tells one run from another; L, p and k are empty where run.json does not say."""
 MODEL = tuple(field.name for field in fields(GPT))
 CONFIG = ("levels", "pooling", "budget", "tile_budget")
+NAMES = ("attention", "recipe", "recompute", "cp_comm_type", "device")
+NUMBERS = ("seq_length", "context_parallel", "tensor_parallel", "pipeline_parallel", "gpus", "global_batch", *CONFIG, *MODEL)
 ALIKE = ("recipe", "attention", "seq_length", "recompute")
 """What two runs share of which one is the other's measure of efficiency."""
 type Row = dict[str, Any]
 
 
 def collect(results: Sequence[Path], out: Path) -> str:
-    """Write everything to `out`; the table and what it lacks. Raises ValueError where there is no run at all."""
+    """Write everything to `out`; the table and what it lacks.
+
+    Raises:
+        ValueError: there is no run at all.
+        OSError: `out` cannot be written. A run that cannot be read has a note instead.
+    """
     folders = sorted({file.parent for root in results for file in [*root.glob("run.json"), *root.glob("**/run.json")]})
     if not folders:
         named = " ".join(map(str, results))
         raise ValueError(f"scaling {named}: no run.json in there: name folders that hold one for each run, beside its *.log.")
+    out.mkdir(parents=True, exist_ok=True)  # before the work
     rows, notes = [], []
     for folder in folders:
         row, found = read(folder)
@@ -70,7 +78,6 @@ def collect(results: Sequence[Path], out: Path) -> str:
         notes += [f"{folder}: {note}" for note in found]
     rows.sort(key=lambda r: [str(r.get(k) or "").rjust(12) for k in ("recipe", "seq_length", "attention", "context_parallel")])
     _efficiency(rows)
-    out.mkdir(parents=True, exist_ok=True)
     with (out / "scaling.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [*COLUMNS, *BESIDE], restval="")
         writer.writeheader()
@@ -93,10 +100,14 @@ def read(folder: Path) -> tuple[Row, list[str]]:
     """One row of the table, and what is missing."""
     try:
         info = json.loads((folder / "run.json").read_text())
+        logs = [log.read_text(errors="replace") for log in sorted([*folder.glob("*.log"), *folder.glob("logs/*.log")])]
+    except OSError as error:
+        return {"run": folder.name}, [f"cannot be read ({error})"]
     except ValueError as error:
         return {"run": folder.name}, [f"run.json is no JSON ({error})"]
     if not isinstance(info, dict):
         return {"run": folder.name}, ["run.json holds no JSON object"]
+    notes = [f"run.json: {name} is {info.pop(name)!r}, not {rule}: left out" for name, rule in _wrong(info).items()]
     row: Row = {
         "run": folder.name,
         "tensor_parallel": 1,
@@ -104,15 +115,14 @@ def read(folder: Path) -> tuple[Row, list[str]]:
         **{name: info[name] for name in (*NEEDED, "recompute", *BESIDE) if name in info},
     }
     missing = [name for name in NEEDED if name not in info]
-    notes = [f"run.json lacks {', '.join(missing)}"] if missing else []
-    logs = [log.read_text(errors="replace") for log in sorted([*folder.glob("*.log"), *folder.glob("logs/*.log")])]
+    notes += [f"run.json lacks {', '.join(missing)}"] if missing else []
     text = "\n".join(logs)
     # each log is of one start, and each start warms up
-    found = [[float(x) / 1000 for x in re.findall(r"elapsed time per iteration \(ms\): ([\d.]+)", log)] for log in logs]
+    found = [[float(x) / 1000 for x in re.findall(r"elapsed time per iteration \(ms\): (\d+\.\d+)", log)] for log in logs]
     times = [seconds for one in found for seconds in one[WARM_UP:]]
     iterations = sum(map(len, found))
-    losses = re.findall(r"lm loss: ([\d.E+-]+)", text)
-    peaks = [float(x) for x in re.findall(r"max allocated: ([\d.]+)", text) if float(x)]  # MiB; 0 without a GPU
+    losses = re.findall(r"lm loss: (-?\d\.\d+E[+-]\d+)", text)
+    peaks = [float(x) for x in re.findall(r"max allocated: (\d+\.\d+)", text) if float(x)]  # MiB; 0 without a GPU
     row |= {"iterations": iterations, "last_loss": float(losses[-1]) if losses else None}
     row["peak_gib"] = round(max(peaks) / 1024, 2) if peaks else None
     if not text:
@@ -126,16 +136,26 @@ def read(folder: Path) -> tuple[Row, list[str]]:
     if not missing:
         try:
             _speeds(row, info, times)
-        except (ValueError, TypeError, ZeroDivisionError) as error:
+        except (ValueError, TypeError, ArithmeticError) as error:
             notes.append(f"run.json describes no run, so nothing is predicted: {error}")
     return row, notes
 
 
+def _wrong(info: Row) -> dict[str, str]:
+    """What run.json holds that is no such thing, and what it should be."""
+    least = {name: 0 if name.startswith("dense") else 1 for name in NUMBERS}
+    found = {name: "a name" for name in NAMES if name in info and not isinstance(info[name], str)}
+    for name in NUMBERS:
+        if name in info and not (type(info[name]) is int and info[name] >= least[name]):  # True is an int too
+            found[name] = f"a whole number of at least {least[name]}"
+    return found
+
+
 def _speeds(row: Row, info: Row, times: list[float]) -> None:
     """Step and throughput as measured, and as predicted where the device is known."""
-    ranks = {name: int(info.get(name, 1)) for name in ("tensor_parallel", "context_parallel", "pipeline_parallel")}
-    apart = int(info["gpus"]) // (ranks["tensor_parallel"] * ranks["context_parallel"] * ranks["pipeline_parallel"])
-    batch = int(info.get("global_batch", apart))
+    ranks = {name: info.get(name, 1) for name in ("tensor_parallel", "context_parallel", "pipeline_parallel")}
+    apart = info["gpus"] // (ranks["tensor_parallel"] * ranks["context_parallel"] * ranks["pipeline_parallel"])
+    batch = info.get("global_batch", apart)
     if times:
         row["seconds_a_step"] = round(statistics.median(times), 4)
         row["tokens_s_gpu"] = round(info["seq_length"] * batch / row["seconds_a_step"] / info["gpus"], 1)

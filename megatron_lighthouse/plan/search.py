@@ -23,6 +23,11 @@ class Ranking:
     refused: Counter[str]
     """Flag or 'memory' -> layouts that it refused."""
 
+    @property
+    def recommended(self) -> tuple[Run, float]:
+        """The fastest whose memory is not tight; where all are, the fastest. There must be one."""
+        return next((found for found in self.layouts if not memory.tight(found[0])), self.layouts[0])
+
 
 def rank(run: Run, speed: Coefficients) -> Ranking:
     """All layouts of the run's GPUs, length and batch."""

@@ -135,7 +135,11 @@ def test_a_bad_node_is_named_and_requeues_have_a_limit(cluster: Slurm, tmp_path:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "nvidia-smi").write_text(BAD_NVIDIA_SMI)
     (tmp_path / "bin" / "nvidia-smi").chmod(0o755)
-    failing = cluster_file(tmp_path, "MAX_REQUEUES=1", "PREFLIGHT=0", "PYTHON=false")
+    trainer = tmp_path / "failing"  # the first start gains iterations, those after it do not
+    checkpoints = tmp_path / "limited" / "checkpoints"
+    trainer.write_text(f"#!/bin/sh\nmkdir -p {checkpoints}\necho 5 >{checkpoints}/latest_checkpointed_iteration.txt\nexit 3\n")
+    trainer.chmod(0o755)
+    failing = cluster_file(tmp_path, "MAX_REQUEUES=1", "PREFLIGHT=0", f"PYTHON={trainer}")
     limited = submit(cluster, tmp_path / "limited", "--check", "0", file=failing)
 
     fabric = tmp_path / "gpu.env"
@@ -155,7 +159,7 @@ def test_a_bad_node_is_named_and_requeues_have_a_limit(cluster: Slurm, tmp_path:
     assert not (tmp_path / "bad" / "logs" / f"{bad}_0.log").exists()
 
     state = cluster.wait(limited, 40)
-    assert (state["JobState"], state["Restarts"]) == ("FAILED", "1")
+    assert (state["JobState"], state["Restarts"]) == ("FAILED", "2")
     assert "MAX_REQUEUES=1 is reached" in log(tmp_path / "limited", limited)
 
 

@@ -137,6 +137,49 @@ def test_gpus_are_those_that_are_there(machine: Path) -> None:
     assert one.returncode == 0, one.stderr
     assert "no whole checkpoint" in local(machine, "--as", "evaluation", "--gpus", "1", "--", "--mock-data").stderr
     assert "--gpus-per-node 1 --exact" in (machine / "noted").read_text()
+    assert "this process sees none (CUDA_VISIBLE_DEVICES='')" in local(machine, *study, CUDA_VISIBLE_DEVICES="").stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--nodes 2", "--nodes 2: local.sh runs on this machine alone: use --gpus"),
+        ("--nodes 1 --time 20", "--time 20: local.sh has no time limit"),
+        ("--gpus 1 -- --context-parallel-size 2", "--gpus 1 must be a multiple of 2"),
+    ],
+)
+def test_what_only_slurm_takes_is_refused(arguments: str, says: str, machine: Path) -> None:
+    done = local(machine, *arguments.split(), *([] if "--" in arguments.split() else ["--"]), "--mock-data")
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert not (machine / "noted").exists()
+    assert not (machine / "run").exists()
+
+
+@pytest.mark.skipif(not Path("/sys/bus/pci/devices").is_dir(), reason="a kernel without PCI devices")
+@pytest.mark.parametrize(
+    ("switch", "allowed", "rank", "says"),
+    [
+        ("1", True, 0, "NUMA node 1"),
+        ("1", False, 0, "rank 0: no NUMA binding: numactl may not bind to node 1"),
+        ("1", False, 3, "rank 3: no NUMA binding: numactl may not bind to node 1"),
+        ("0", True, 0, "no NUMA binding: NUMA=0 in the cluster file"),
+    ],
+)
+def test_a_rank_that_cannot_be_bound_runs_unbound(switch: str, allowed: bool, rank: int, says: str, machine: Path) -> None:
+    (machine / "numa_node").write_text("1")
+    for name, text in (
+        ("nvidia-smi", f"echo 0000/../../../..{machine}"),  # a device whose node is in our file
+        ("numactl", f'{"" if allowed else "exit 1"}\nshift 2\nBOUND=1 exec "$@"'),
+    ):
+        (machine / name).write_text(f"#!/bin/sh\n{text}\n")
+        (machine / name).chmod(0o755)
+    own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "4", "LIGHTHOUSE_NUMA": switch, "TMPDIR": str(machine)}
+    environment = {**os.environ, **own, "PATH": f"{machine}:{os.environ['PATH']}"}
+    command = ["bash", LAUNCH / "task.sh", "bash", "-c", 'echo "bound ${BOUND:-0}"']
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert f"launch: {says}\n" in done.stdout
+    assert f"bound {int(allowed and switch == '1')}\n" in done.stdout
 
 
 @pytest.mark.parametrize("kind", ["nsys", "torch"])

@@ -43,6 +43,7 @@ def refused(folder: Path, *arguments: str) -> str:
     done = submit(folder, *arguments)
     assert done.returncode != 0
     assert not (folder / "queued").exists()
+    assert not (folder / "run").exists()
     return done.stderr
 
 
@@ -112,6 +113,8 @@ def test_missing_data_is_not_queued(tmp_path: Path, capsys: pytest.CaptureFixtur
         ("NODES=12\nSEGMENT=8", "must divide the 12 nodes: use SEGMENT=1 or 2 or 3 or 4 or 6 or 12, or --nodes 8 or 16."),
         ("SEGMENT=8", "must divide the 2 nodes: use SEGMENT=1 or 2, or --nodes 8."),
         ("MOUNTS=/data:/data", "set IMAGE too"),
+        ("NUMA=2", "NUMA='2' in"),
+        ("TIME=10:00", "must be longer than SIGNAL_SECONDS=600"),
         ("NODES 4", "'NODES 4' is not KEY=VALUE"),
     ],
 )
@@ -130,6 +133,11 @@ def test_a_wrong_cluster_file_is_not_queued(line: str, says: str, tmp_path: Path
         ("--cluster cpu-test --recipe moon", "cpu-test.args"),
         ("--cluster cpu-test", "--recipe is missing"),
         ("--cluster cpu-test --recipe cpu-test --lr 1", "--lr is not an option of submit.sh"),
+        ("--cluster cpu-test --recipe cpu-test --nodes x", "--nodes x must be a whole number"),
+        ("--cluster cpu-test --recipe cpu-test --check no", "--check must be 0 or 1"),
+        ("--cluster cpu-test --recipe cpu-test --only-check yes", "--only-check must be 0 or 1"),
+        ("--cluster cpu-test --recipe cpu-test --time 4h", "TIME='4h' (--time, or"),
+        ("--cluster cpu-test --recipe cpu-test --time 0:05", "use --time 10 or longer"),
         ("--cluster cpu-test --recipe cpu-test -- --load elsewhere", "--load is set by --run"),
         (
             "--cluster cpu-test --recipe cpu-test --profile hgx-h100",
@@ -152,7 +160,9 @@ def test_a_wrong_option_is_not_queued(arguments: str, says: str, tmp_path: Path)
 
 def test_what_slurm_is_asked_for(tmp_path: Path) -> None:
     file = tmp_path / "mine.env"
-    text = (LAUNCH / "clusters" / "gb200.env").read_text() + "PARTITION=long\nACCOUNT=team\nIMAGE=docker://host#name:1 # ours\n"
+    text = (
+        LAUNCH / "clusters" / "gb200.env"
+    ).read_text() + "PARTITION=long\nACCOUNT=team\nSEGMENT=8\nIMAGE=docker://host#name:1 # ours\n"
     file.write_text(text)
     ours = ["--cluster", str(file), "--recipe", "530m-1m", "--check", "0", "--sbatch", "--exclude=node3"]
     done = submit(tmp_path, *ours, "--", "--mock-data")
@@ -166,6 +176,59 @@ def test_what_slurm_is_asked_for(tmp_path: Path) -> None:
     ):
         assert flag in queued
     assert "container" not in queued
+    assert (tmp_path / "run" / "logs").is_dir()
+    for short in (("--as", "evaluation"), ("--study", "CP=8 SEQ=1048576 ATTENTION=dense")):  # nothing to save: all of the time
+        assert submit(tmp_path, *ours, *short, "--time", "5", "--", "--mock-data").returncode == 0
+        assert "--signal" not in (tmp_path / "queued").read_text().splitlines()[-1]
+
+
+def common(script: str, *arguments: str, **variables: str) -> str:
+    """What a line of bash prints that has common.sh."""
+    command = ["bash", "-euc", f'source "{LAUNCH}/common.sh"; {script}', "bash", *arguments]
+    return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=True).stdout
+
+
+def test_slurms_time_limits() -> None:
+    limits = {
+        "5": 300,
+        "5:30": 330,
+        "1:08:09": 4089,
+        "2-1": 176400,
+        "2-1:10": 177000,
+        "2-1:10:5": 177005,
+        "0": 0,
+        "UNLIMITED": 0,
+    }
+    assert common('for limit; do seconds "$limit"; done', *limits).split() == list(map(str, limits.values()))
+
+
+def test_only_starts_that_gain_nothing_count(tmp_path: Path) -> None:
+    reached = tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt"
+    script = 'fruitless 500 "$1"'
+    assert common(script, "0", RUN=str(tmp_path)) == "1\n"  # began at 500, and the checkpoint is gone
+    reached.parent.mkdir()
+    for iteration, before, count in (("500", "2", "3"), ("501", "9", "0")):
+        reached.write_text(iteration)
+        assert common(script, before, RUN=str(tmp_path)) == f"{count}\n"
+
+
+def test_a_container_gets_what_the_cluster_file_sets(tmp_path: Path) -> None:
+    (tmp_path / "mine.env").write_text("NODES=1\nGPUS_PER_NODE=1\nARCH=hopper\nIMAGE=image\nNCCL_IB_TC=106\nFI_PROVIDER=efa\n")
+    script = 'read_cluster "$1"; container_flags; echo "$FI_PROVIDER" "${CONTAINER[@]}"'
+    flags = common(script, str(tmp_path / "mine.env"), RUN="/run", NCCL_IB_TC="41")
+    assert flags.startswith("efa ")
+    names = flags.split("--container-env=")[1].strip().split(",")
+    assert {"NCCL_IB_TC", "FI_PROVIDER", "NVTE_FWD_LAYERNORM_SM_MARGIN", "PYTHONPATH"} <= set(names)
+    assert common('read_cluster "$1"; echo "$NCCL_IB_TC"', str(tmp_path / "mine.env"), NCCL_IB_TC="41") == "41\n"
+
+
+def test_a_login_node_without_torch_is_told_what_to_do(tmp_path: Path) -> None:
+    file = tmp_path / "mine.env"
+    file.write_text("NODES=2\nGPUS_PER_NODE=1\nARCH=cpu\nPYTHON=/nowhere/python\n")
+    error = refused(tmp_path, "--cluster", str(file), "--recipe", "cpu-test", "--", "--mock-data")
+    assert "/nowhere/python is none here" in error
+    assert "--check 0" in error
+    assert "No such file" not in error
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -174,6 +237,11 @@ def test_a_script_explains_itself(script: str) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Usage: launch/")
     assert "--cluster" in done.stdout
+
+
+def test_a_rank_explains_itself() -> None:
+    done = subprocess.run(["bash", LAUNCH / "task.sh", "--help"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "Usage: srun … launch/task.sh COMMAND…\n")
 
 
 def test_shellcheck() -> None:
@@ -201,13 +269,35 @@ def test_a_bad_node_is_named() -> None:
     assert list(findings(reports[:2], 8, "cpu")) == []
 
 
-@pytest.mark.parametrize(("name", "nodes"), [("hgx-b200", 4), ("hgx-h100", 4)])
+HANGS = """
+import sys, time
+from datetime import timedelta
+from torch.distributed import DistError, TCPStore
+from megatron_lighthouse.launch.preflight import all_reduce, at_most
+try:
+    all_reduce(TCPStore("127.0.0.1", 0, None, True, timedelta(hours=1)), 0, 2, timedelta(seconds=0.5))
+except (DistError, RuntimeError):
+    print("no second node", flush=True)
+with at_most(0.5):
+    time.sleep(3600)
+"""
+
+
+def test_the_all_reduce_ends_though_another_node_does_not_come() -> None:
+    done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (1, "no second node\n"), done.stderr
+    assert "the all-reduce took over" in done.stderr
+
+
+@pytest.mark.parametrize(("name", "nodes"), [("gb200", 4), ("hgx-b200", 4), ("hgx-h100", 4)])
 def test_slurm_takes_the_cluster_file(name: str, nodes: int, cluster: Slurm, tmp_path: Path) -> None:
-    ours = ["--cluster", name, "--recipe", "530m-1m", "--run", str(tmp_path), "--check", "0", "--only-check", "1"]
+    sizes = ["--nodes", str(nodes)]  # those that are emulated
+    ours = [*sizes, "--cluster", name, "--recipe", "530m-1m", "--run", str(tmp_path), "--check", "0", "--only-check", "1"]
     done = cluster.run(str(LAUNCH / "submit.sh"), *ours, "--", "--mock-data")
     assert done.returncode == 0, done.stderr
     assert f"on nodes node[1-{nodes}]" in done.stderr
     assert done.stdout == ""
+    assert not (tmp_path / "logs").exists()
 
 
 def test_slurm_refuses_before_queuing(cluster: Slurm, tmp_path: Path) -> None:

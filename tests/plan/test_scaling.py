@@ -86,3 +86,52 @@ def test_each_start_warms_up(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert (row["iterations"], float(row["seconds_a_step"]), row["efficiency"]) == ("10", 0.55, "1.0")
     predicted = {name: float(row["predicted_tokens_s_gpu"]) for name, row in rows.items()}
     assert predicted["known"] == predicted["own"] > predicted["full"]
+
+
+def test_one_bad_run_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Words for numbers, nulls, numbers that cannot be, a folder for a file: a note each, and the table of the rest."""
+    runs, ours = tmp_path / "runs", {"attention": "lighthouse", "context_parallel": 1}
+    write(runs / "good", 8, 1000.0, 60.0, **ours)
+    write(runs / "words", 8, 1000.0, 60.0, **{**ours, "seq_length": "98304", "context_parallel": "1", "gpus": "1"})
+    write(runs / "nulls", 8, 1000.0, 60.0, **dict.fromkeys((*INFO, *ours, "levels", "recompute", "dense_first")))
+    write(runs / "zero", 8, 1000.0, 60.0, **ours, global_batch=0, budget=True, layers=30.5)
+    write(runs / "list", 8, 1000.0, 60.0, **{**ours, "recipe": ["530m-98k"], "device": {}})
+    (runs / "folder" / "run.json").mkdir(parents=True)
+    write(runs / "logless", 8, 1000.0, 60.0, **ours)
+    (runs / "logless" / "b.log").mkdir()
+    write(runs / "latin", 8, 1000.0, 60.0, **ours)
+    (runs / "latin" / "run.json").write_bytes(b'{"recipe": "\xe9"}')
+    write(runs / "torn", 8, 1000.0, 60.0, **ours)
+    with (runs / "torn" / "node0.log").open("a") as log:
+        log.write(" iteration 9/ 10 | elapsed time per iteration (ms): . | lm loss: 5.2E")
+    assert main(["scaling", str(runs), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    with (tmp_path / "out" / "scaling.csv").open() as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    assert len(rows) == 9
+    for name in ("good", "zero", "torn"):
+        assert (rows[name]["tokens_s_gpu"], rows[name]["efficiency"]) == ("98304.0", "1.0")
+        assert rows[name]["predicted_tokens_s_gpu"] == rows["good"]["predicted_tokens_s_gpu"] != ""
+    assert rows["words"]["tokens_s_gpu"] == rows["nulls"]["tokens_s_gpu"] == rows["list"]["tokens_s_gpu"] == ""
+    assert rows["words"]["peak_gib"] == "60.0"
+    for note in (
+        "words: run.json: gpus is '1', not a whole number of at least 1: left out",
+        "words: run.json lacks seq_length, context_parallel, gpus",
+        "nulls: run.json: attention is None, not a name: left out",
+        "nulls: run.json: dense_first is None, not a whole number of at least 0",
+        "zero: run.json: global_batch is 0, not",
+        "zero: run.json: budget is True, not",
+        "folder: cannot be read (",
+        "logless: cannot be read (",
+        "latin: run.json is no JSON",
+    ):
+        assert note in said
+
+
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_out_must_be_a_folder(out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "run", 8, 1000.0, 60.0, attention="dense", context_parallel=1)
+    (tmp_path / "file").write_text("mine")
+    assert main(["scaling", str(tmp_path / "run"), "--out", str(tmp_path / out)]) == 2
+    assert f"--out {tmp_path / out} cannot be written (" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"

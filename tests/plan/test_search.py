@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import runpy
 import sys
+from collections import Counter
 
 import pytest
 
@@ -12,7 +13,7 @@ from megatron_lighthouse.plan import memory, report, search, time
 from megatron_lighthouse.plan.__main__ import main
 from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import device_of
-from megatron_lighthouse.plan.run import Run, run_of
+from megatron_lighthouse.plan.run import RECOMPUTE, Run, run_of
 
 
 @pytest.mark.parametrize(
@@ -112,3 +113,47 @@ def test_entry_point(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         runpy.run_module("megatron_lighthouse.plan", run_name="__main__")
     assert stop.value.code == 0
     assert "llama3-8b-1m" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--tokens", "nan"], "--tokens nan must be above 0, and finite"),
+        (["--tokens", "inf"], "--tokens inf must be above 0, and finite"),
+        (
+            ["--kv-channels", "100"],
+            "--kv-channels 100 must be a multiple of 8 and at most 256, as attention kernels want: use 104",
+        ),
+        (["--kv-channels", "264"], "use 256"),
+        (["--recipe", "nowhere.args"], "--recipe nowhere.args cannot be read"),
+    ],
+)
+def test_what_is_no_number_of_a_run(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_capitals_do_not_matter() -> None:
+    assert device_of("GB200") is device_of("gb200")
+
+
+def test_recommended_leaves_room() -> None:
+    """For what the count may be wrong by; the fastest of this run does not."""
+    run = run_of("530m-1m")
+    found = search.rank(run, coefficients())
+    first, (best, rate) = found.layouts[0][0], found.recommended
+    usable = run.device.usable_bytes
+    assert memory.total(first) / (1 - 0.1) > usable >= memory.total(best) / (1 - 0.1)
+    assert all(memory.total(r) > 0.9 * usable for r, other in found.layouts if other > rate)
+    said = report.ranking(run, coefficients()).splitlines()
+    assert said[1].endswith("tight")
+    assert "tight: less than 10% room" in said[-2]
+    assert "--recompute-modules mlp" in said[-1]
+
+
+def test_where_all_are_tight_the_fastest_is_recommended() -> None:
+    run = run_of("530m-98k", device=device_of("h100"), gpus=1, global_batch=1, seq_length=98304 + 192 * 40)
+    tight = [r for r in (run.change(recompute=again) for again in RECOMPUTE) if memory.tight(r)]
+    found = search.Ranking([(r, 2.0 - i) for i, r in enumerate(tight)], Counter())
+    assert len(tight) > 1
+    assert found.recommended == (tight[0], 2.0)

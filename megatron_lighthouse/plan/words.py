@@ -1,0 +1,149 @@
+"""Megatron's command line to the plan's `Run`, and the flags of a layout. Reads as Megatron 0.19 does; imports none of it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_lighthouse.mcore.settings import add_arguments, settings_from
+from megatron_lighthouse.mcore.text import PADDED_VOCABULARY
+from megatron_lighthouse.plan.device import Device
+from megatron_lighthouse.plan.model import GPT
+from megatron_lighthouse.plan.run import COMM_TYPES, Run
+
+LLAMA3_VOCAB = 128256
+"""Rows of the vocabulary where the words name none: that of the recipes."""
+SIZES = ("--num-layers", "--hidden-size", "--num-attention-heads", "--seq-length")
+NEEDED = ("--swiglu", "--untie-embeddings-and-output-weights", "--bf16", "--use-distributed-optimizer")
+NOT_COUNTED = (
+    *("--num-experts", "--multi-latent-attention", "--experimental-attention-variant", "--mtp-num-layers", "--yaml-cfg"),
+    *("--is-hybrid-model", "--hybrid-layer-pattern", "--hybrid-override-pattern", "--heterogeneous-layers-config-path"),
+    *("--fp8-format", "--fp4-format", "--use-precision-aware-optimizer", "--grad-reduce-in-bf16", "--optimizer-cpu-offload"),
+    *("--use-megatron-fsdp", "--use-torch-fsdp2", "--cpu-offloading-num-layers", "--fine-grained-activation-offloading"),
+    *("--num-layers-per-virtual-pipeline-stage", "--num-virtual-stages-per-pipeline-rank", "--skip-train"),
+    *("--pipeline-model-parallel-layout", "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"),
+    *("--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split"),
+)
+"""Flags that change what takes memory in ways that the plan does not know."""
+RECOMPUTE_WORDS = {
+    "none": "",
+    "mlp": "--recompute-granularity selective --recompute-modules mlp",
+    "full": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+}
+
+
+def recipe_words(path: Path) -> list[str]:
+    """The words of a recipe of launch/: apart by blanks, # begins a comment. Raises ValueError where it cannot be read."""
+    try:
+        return [word for line in path.read_text().splitlines() for word in line.split("#")[0].split()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--recipe {path} cannot be read ({error}): name a text file of Megatron's arguments.") from error
+
+
+def run_of_words(words: Sequence[str], device: Device, gpus: int | None = None) -> Run:
+    """The run that these words ask for, not yet checked.
+
+    Args:
+        gpus: of the job; those of one sequence where None.
+
+    Without --global-batch-size each data-parallel rank has one sequence, as in Megatron.
+
+    Raises:
+        ValueError: a model or a setting that the plan does not count.
+    """
+    names = {word.partition("=")[0] for word in words}
+    if lacking := [flag for flag in (*SIZES, *NEEDED) if flag not in names]:
+        raise ValueError(f"the plan counts Llamas in bf16, and {' '.join(lacking)} is missing: add it.")
+    if odd := [flag for flag in NOT_COUNTED if flag in names]:
+        raise ValueError(f"{' '.join(odd)} is not counted by the plan: leave it out, to plan the run without it.")
+    args = _parse(words)
+    tp, cp, pp = args.tensor_model_parallel_size, args.context_parallel_size, args.pipeline_model_parallel_size
+    schemes = set(args.cp_comm_type) or {"p2p"}
+    for wrong, text in (
+        (args.transformer_impl == "local", "--transformer-impl local is not counted by the plan: use transformer_engine."),
+        (args.micro_batch_size != 1, f"--micro-batch-size {args.micro_batch_size} is not counted by the plan: use 1."),
+        (
+            tp > 1 and not args.sequence_parallel,
+            f"--tensor-model-parallel-size {tp} is counted with --sequence-parallel: add it.",
+        ),
+        (
+            len(schemes) > 1 or not schemes <= set(COMM_TYPES),
+            f"--cp-comm-type: the plan counts one of {', '.join(COMM_TYPES)}.",
+        ),
+    ):
+        if wrong:
+            raise ValueError(text)
+    settings, gpus = settings_from(args), gpus or max(1, tp * cp * pp)
+    return Run(
+        model=_model(args),
+        seq_length=args.seq_length,
+        device=device,
+        attention=args.attention,
+        config=settings.config,
+        gpus=gpus,
+        tensor_parallel=tp,
+        context_parallel=cp,
+        pipeline_parallel=pp,
+        global_batch=args.global_batch_size or max(1, gpus // max(1, tp * cp * pp)),
+        recompute=_recompute(args),
+        cp_comm_type=schemes.pop(),
+        discard_output=settings.discard_output,
+    )
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    parser = add_arguments(argparse.ArgumentParser(prog="recipe", allow_abbrev=False, add_help=False))
+    for flag in (*SIZES, "--ffn-hidden-size", "--kv-channels", "--vocab-size", "--global-batch-size", "--recompute-num-layers"):
+        parser.add_argument(flag, type=int)
+    for name in ("tensor-model-parallel-size", "context-parallel-size", "pipeline-model-parallel-size"):
+        parser.add_argument(f"--{name}", type=int, default=1)
+    parser.add_argument("--num-query-groups", type=int, default=1)
+    parser.add_argument("--micro-batch-size", type=int, default=1)
+    for flag in ("--recompute-granularity", "--recompute-method", "--transformer-impl"):
+        parser.add_argument(flag)
+    for flag in ("--group-query-attention", "--sequence-parallel", "--recompute-activations"):
+        parser.add_argument(flag, action="store_true")
+    for flag in ("--cp-comm-type", "--recompute-modules", "--text-data"):
+        parser.add_argument(flag, nargs="*", default=[])
+    return parser.parse_known_args(words)[0]
+
+
+def _model(args: argparse.Namespace) -> GPT:
+    """The model, with what Megatron takes where a size is not given."""
+    hidden, heads = args.hidden_size, args.num_attention_heads
+    if not args.kv_channels and (heads < 1 or hidden % heads):
+        raise ValueError(
+            f"--hidden-size {hidden} must be a multiple of --num-attention-heads {heads} where --kv-channels is not given: "
+            f"use {-(-hidden // max(1, heads)) * max(1, heads)}, or give --kv-channels."
+        )
+    return GPT(
+        layers=args.num_layers,
+        hidden=hidden,
+        ffn=args.ffn_hidden_size or hidden * 8 // 3 // 64 * 64,
+        heads=heads,
+        groups=args.num_query_groups if args.group_query_attention else heads,
+        head_dim=args.kv_channels or hidden // heads,
+        vocab=PADDED_VOCABULARY if args.text_data else args.vocab_size or LLAMA3_VOCAB,
+        dense_first=args.lighthouse_dense_first,
+        dense_last=args.lighthouse_dense_last,
+    )
+
+
+def _recompute(args: argparse.Namespace) -> str:
+    """How it recomputes, in the plan's words: recomputing less than the MLP counts as nothing."""
+    if args.recompute_granularity == "full" and not args.recompute_activations:
+        if (args.recompute_method, args.recompute_num_layers) != ("uniform", 1):
+            raise ValueError(f"--recompute-granularity full is counted as {RECOMPUTE_WORDS['full']}: use that.")
+        return "full"
+    selective = args.recompute_activations or args.recompute_granularity == "selective"
+    return "mlp" if selective and "mlp" in args.recompute_modules else "none"
+
+
+def layout_words(run: Run) -> str:
+    """The flags of a run's layout."""
+    found = f"--tensor-model-parallel-size {run.tensor_parallel} --context-parallel-size {run.context_parallel}"
+    found += f" --pipeline-model-parallel-size {run.pipeline_parallel}"
+    found += f" --cp-comm-type {run.cp_comm_type}" if run.context_parallel > 1 else ""
+    found += " --sequence-parallel" if run.tensor_parallel > 1 else ""
+    return f"{found} {RECOMPUTE_WORDS[run.recompute]}".rstrip()

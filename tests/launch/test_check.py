@@ -1,0 +1,121 @@
+"""The memory that the check foretells: what is refused, what is only said, and what it keeps silent about."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_lighthouse.launch import check
+from megatron_lighthouse.plan import memory
+from megatron_lighthouse.plan.run import DEVICES, run_of
+from tests.launch.test_submit import LAUNCH, words
+
+CLUSTERS = {"530m-98k": 8, "530m-256k-cp8": 8, "530m-1m": 32, "llama3-8b-512k": 64, "llama3-8b-1m": 128}
+"""GPUs of a recipe, with which it must fit a B200."""
+
+H100 = ("--arch", "hopper")
+NOTES = """#!/bin/sh
+[ "$1" = -c ] && exit 0
+echo "$@" >>"$NOTED"
+exit 1
+"""
+
+
+def checked(recipe: str, gpus: int, more: str = "", *options: str) -> int:
+    own = ["--nodes", str(gpus), "--gpus-per-node", "1", *options]
+    return check.main([*own, "--", *words(recipe), "--mock-data", *more.split()])
+
+
+@pytest.mark.parametrize("recipe", CLUSTERS)
+def test_a_recipe_fits_by_the_plan(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert checked(recipe, CLUSTERS[recipe], "", "--arch", "blackwell") == 0
+    found = memory.total(run_of(recipe, device=DEVICES["b200"])) / 2**30
+    assert f"; {found:.1f} of 171.0 GiB by the plan (HGX B200 180GB, vocabulary 128,256)\n" in capsys.readouterr().out
+
+
+def test_a_point_that_cannot_fit_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    million = (
+        "--vocab-size 128256 --attention dense --seq-length 1048576 --max-position-embeddings 1048576 --context-parallel-size 1"
+    )
+    assert checked("530m-98k", 32, "", "--arch", "blackwell", "--point", f"dense-1m {million}") == 1
+    error = capsys.readouterr().err
+    assert re.search(r"dense-1m: --seq-length 1048576 needs \d+\.\d GiB of a GPU .* 171\.0 are there \(HGX B200 180GB; ", error)
+    found = re.search(r"use --context-parallel-size (\d+)\.", error)
+    assert found
+    more = million.replace("--context-parallel-size 1", f"--context-parallel-size {found[1]}")
+    assert checked("530m-98k", 32, more, "--arch", "blackwell") == 0
+
+
+def test_what_is_offered_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    vocabulary = "--vocab-size 128256 "
+    assert checked("530m-1m", 32, vocabulary, "--arch", "hopper") == 1
+    offered = capsys.readouterr().err.partition(": use ")[2].rstrip(".\n").split(" or ")
+    assert offered == ["--context-parallel-size 16", "--tensor-model-parallel-size 2 --sequence-parallel"]
+    for more in offered:
+        assert checked("530m-1m", 32, vocabulary + more, "--arch", "hopper") == 0
+        assert "RUN OUT" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "options", "says"),
+    [
+        ("--vocab-size 32000 --seq-length 110592 --max-position-embeddings 110592", H100, "of 76.0 GiB .* MAY RUN OUT"),
+        ("--vocab-size 32000", H100, r"of 76.0 GiB by the plan \(H100 SXM 80GB, vocabulary 32,000\)$"),
+        ("", (*H100, "--device", "h200"), r"of 13[34]\.\d GiB by the plan \(H200"),
+        ("", ("--arch", "blackwell", "--device", "h100"), "HGX B200"),  # the GPU of a login node
+        ("", ("--arch", "blackwell", "--device", ""), "HGX B200"),
+        ("--vocab-size 384", H100, "57.5 of"),
+    ],
+)
+def test_what_is_said(more: str, options: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert checked("530m-98k", 8, more, *options) == 0
+    assert re.search(says, capsys.readouterr().out)
+
+
+def test_no_run_is_refused_for_an_assumed_vocabulary(capsys: pytest.CaptureFixture[str]) -> None:
+    assert checked("530m-98k", 8, "", *H100) == 0
+    assert "vocabulary 128,256): IT MAY RUN OUT OF MEMORY" in capsys.readouterr().out
+    assert checked("530m-98k", 8, "--vocab-size 128256", *H100) == 1
+
+
+@pytest.mark.parametrize("more", ["--num-experts 8", "--multi-latent-attention", "--micro-batch-size 2", "--skip-train"])
+def test_silence_about_what_the_plan_does_not_know(more: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert checked("530m-98k", 8, more, *H100) == 0
+    assert "GiB" not in capsys.readouterr().out
+
+
+def test_silence_without_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTHOUSE_ARCH", "hopper")  # of a job around this one
+    for options in ((), ("--arch", "cpu", "--device", "h100")):
+        assert checked("530m-98k", 8, "", *options) == 0
+        assert "GiB" not in capsys.readouterr().out
+
+
+def test_the_dense_stage_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that returns to dense attention needs what that needs."""
+    found = []
+    for more in ("--attention dense", "--lighthouse-stage2-at 100", ""):
+        assert checked("530m-98k", 8, more, "--arch", "blackwell") == 0
+        found += [float(x) for x in re.findall(r"; ([\d.]+) of", capsys.readouterr().out)]
+    assert found[0] == found[1] > found[2]
+
+
+@pytest.mark.parametrize("study", [(), ("--study", "CP=1 SEQ=98304 ATTENTION=dense")], ids=["run", "study"])
+@pytest.mark.parametrize("script", ["submit.sh", "local.sh"])
+def test_the_scripts_say_which_gpus(script: str, study: tuple[str, ...], tmp_path: Path) -> None:
+    """By the cluster file, whatever the environment says, and by name where this machine has one."""
+    programs = {"python": NOTES, "nvidia-smi": '#!/bin/sh\n[ "$1" = -L ] && echo "GPU 0: NVIDIA H200" || echo "NVIDIA H200"\n'}
+    for name, text in programs.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    own = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": f"{tmp_path}/python", "NOTED": f"{tmp_path}/noted"}
+    command = [str(LAUNCH / script), "--cluster", "hgx-h100", "--recipe", "530m-98k", "--run", f"{tmp_path}/run", *study]
+    gpus = ["--gpus", "1"] if script == "local.sh" else []
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    done = subprocess.run([*command, *gpus, "--", "--mock-data"], env={**environment, **own, "LIGHTHOUSE_ARCH": "cpu"})
+    assert done.returncode != 0
+    assert re.search(r"launch\.check (--point .* )?--arch hopper --device h200 --nodes", (tmp_path / "noted").read_text())

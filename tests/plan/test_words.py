@@ -1,0 +1,99 @@
+"""Megatron's words to the plan's run: the recipes of launch/ are those of recipes.toml, and what is not counted is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_lighthouse.plan import report
+from megatron_lighthouse.plan.__main__ import main, parser, run_from
+from megatron_lighthouse.plan.device import DEVICES
+from megatron_lighthouse.plan.run import RECOMPUTE, Run, recipes, run_of
+from megatron_lighthouse.plan.words import layout_words, recipe_words, run_of_words
+
+FILES = Path(__file__).parents[2] / "launch/recipes"
+B200 = DEVICES["b200"]
+
+
+def of(name: str, more: str = "", gpus: int | None = None) -> Run:
+    return run_of_words([*recipe_words(FILES / f"{name}.args"), *more.split()], B200, gpus)
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_a_recipe_of_launch_is_that_of_the_plan(name: str) -> None:
+    assert of(name, gpus=run_of(name).gpus).check() == run_of(name)
+
+
+def test_what_megatron_takes_where_nothing_is_given() -> None:
+    words = [word for word in recipe_words(FILES / "530m-98k.args") if word not in ("--kv-channels", "128")]
+    model = run_of_words([*words, "--num-query-groups", "2", "--hidden-size", "2048"], B200).model
+    assert (model.groups, model.head_dim, model.vocab) == (8, 256, 128256)  # no --group-query-attention
+    assert of("530m-98k", "--group-query-attention").model.groups == 1
+    del words[words.index("--ffn-hidden-size") : words.index("--ffn-hidden-size") + 2]
+    assert run_of_words(words, B200).model.ffn == 2688  # int((4 * 1024 * 2 / 3) / 64) * 64
+    assert of("530m-98k", "--vocab-size 32000").model.vocab == 32000
+    assert of("530m-98k", "--vocab-size 32000 --text-data a b --bf16").model.vocab == 384
+    assert (of("530m-1m").gpus, of("530m-1m").global_batch, of("530m-1m", gpus=32).global_batch) == (8, 1, 4)
+    assert not of("530m-98k", "--no-lighthouse-discard-output").discard_output
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ("--recompute-activations", "none"),
+        ("--recompute-granularity selective --recompute-modules core_attn mlp", "mlp"),
+        ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", "full"),
+    ],
+)
+def test_recompute(more: str, expected: str) -> None:
+    assert of("530m-98k", more).recompute == expected
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_the_words_of_a_layout_give_it_back(recompute: str) -> None:
+    sizes = {"tensor_parallel": 2, "context_parallel": 4, "pipeline_parallel": 2}
+    run = run_of("530m-98k", gpus=16, global_batch=8, cp_comm_type="a2a", recompute=recompute, **sizes)
+    assert of("530m-98k", f"{layout_words(run)} --global-batch-size 8", gpus=16) == run
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ("--num-experts 8", "--num-experts is not counted"),
+        ("--multi-latent-attention", "--multi-latent-attention is not counted"),
+        ("--skip-train", "--skip-train"),
+        ("--micro-batch-size=2", "--micro-batch-size 2 is not counted by the plan: use 1"),
+        ("--tensor-model-parallel-size 2", "add it"),
+        ("--cp-comm-type p2p a2a", "one of p2p, all_gather, a2a"),
+        (
+            "--recompute-granularity full --recompute-method block --recompute-num-layers 3",
+            "--recompute-num-layers 1: use that",
+        ),
+        ("--transformer-impl local", "use transformer_engine"),
+    ],
+)
+def test_what_is_not_counted_is_refused(more: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        of("530m-98k", more)
+
+
+def test_sizes_that_are_missing_or_do_not_divide() -> None:
+    words = recipe_words(FILES / "530m-98k.args")
+    with pytest.raises(ValueError, match="--num-layers --swiglu is missing"):
+        run_of_words([word for word in words if word not in ("--num-layers", "--swiglu")], B200)
+    with pytest.raises(ValueError, match=r"--hidden-size 1001 must be a multiple of --num-attention-heads 8 .* use 1008"):
+        run_of_words([*(w for w in words if w not in ("--kv-channels", "128")), "--hidden-size", "1001"], B200)
+
+
+def test_the_command_takes_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    """And what is given beside it wins, as in a named recipe."""
+    for more in ([], ["--attention", "dense", "--recompute", "full", "--vocab-size", "384", "--context-parallel-size", "16"]):
+        options = ["--gpus", "32", *more]
+        runs = [
+            run_from(parser().parse_args(["--recipe", name, *options])) for name in (str(FILES / "530m-1m.args"), "530m-1m")
+        ]
+        assert runs[0].change(global_batch=4) == runs[1]
+    assert main(["--recipe", str(FILES / "cpu-test.args")]) == 2
+    assert "--bf16 --use-distributed-optimizer is missing" in capsys.readouterr().err
+    assert "Lighthouse in 26 of 30" in report.title(runs[0].change(attention="lighthouse"))

@@ -7,6 +7,7 @@ finished. Two such commands may run side by side, on different GPUs (CUDA_VISIBL
 --work and --out. Arguments that are not known here go to Megatron, in all runs.
 
     python benchmarks/quality.py --draw FOLDER [FOLDER …]            pictures and a table of what is there, without a GPU
+    python benchmarks/quality.py --remake FOLDER --out NEW           all tables from a --work folder, or from work.tgz, unpacked
     python benchmarks/quality.py --merge FOLDER FOLDER … --out NEW   results of several machines in one folder
 """
 
@@ -31,13 +32,26 @@ from pathlib import Path
 from tempfile import gettempdir
 from threading import Lock
 
+import quality_pairs
 import quality_results as tables
 from measure import environment, one_rank
-from quality_runs import MODELS, REFERENCE, RUNS, Run, Size, attention_arguments, check, implementation, model_arguments
+from quality_runs import (
+    MODELS,
+    REFERENCE,
+    RUNS,
+    Run,
+    Size,
+    and_also,
+    attention_arguments,
+    check,
+    hardware,
+    implementation,
+    model_arguments,
+)
 
-from megatron_lighthouse.recipe import corpus
+from megatron_lighthouse.recipe import corpus, passkey
 
-SAVES = 4
+SAVES = 2
 """Checkpoints a run, and one at the switch."""
 EVERY = 15
 """Seconds between two looks at a run that is under way."""
@@ -61,9 +75,10 @@ class Bench:
         self.size = Size(options.model, length, steps, batch)
         self.smooth = options.smooth or max(2, self.size.steps // 40)
         self.probes = [*("--loss-sequences", str(options.loss_sequences), "--passkey-samples", str(options.passkey_samples))]
+        self.unbalanced = passkey.Grid([], [], options.passkey_samples).unbalanced()
         self.of_machine, self.more, self.environment = implementation(), list(more), environment()
         self.processes: list[subprocess.Popen[bytes]] = []
-        self.publishing = Lock()
+        self.publishing, self.said = Lock(), ""
         check(options.runs, self.size)
         self.work.mkdir(parents=True, exist_ok=True)
 
@@ -87,6 +102,8 @@ class Bench:
             tables.write_json(self.work / "corpus.json", facts)
         have = sum(file.stat().st_size for file in (self.corpus / "train").rglob("*.txt"))
         need = self.size.tokens * self.size.steps
+        if self.unbalanced:
+            say(self.unbalanced)
         say(f"corpus {self.corpus}: {have / 1e6:.1f} MB to train on, a run reads {need / 1e6:.1f} ({need / have:.2f} epochs)")
 
     def all(self, names: list[str]) -> list[str]:
@@ -134,19 +151,34 @@ class Bench:
         for checkpoint in (folder / "checkpoints").glob("iter_*"):
             if checkpoint.name != f"iter_{self.size.steps:07}":
                 shutil.rmtree(checkpoint)  # half a gigabyte each
-        self.publish()
-        (found,) = tables.from_work(self.work).of("runs", name)
+        results = self.publish()
+        found = results.of("runs", name)[0] if results else {}
         shown = ("seconds", "training_loss", "held_out_loss", "noise_accuracy", "noise_log_probability")
         say(
             f"{name}: done; "
-            + ", ".join(f"{key.replace('_', ' ')} {found[key]:.4g}" for key in shown if found[key] is not None)
+            + ", ".join(f"{key.replace('_', ' ')} {found[key]:.4g}" for key in shown if found.get(key) is not None)
         )
         return 0
 
-    def publish(self) -> None:
-        """Renew --out from all that --work holds, also of other processes."""
+    def publish(self, must: bool = False) -> tables.Results | None:
+        """Renew --out from all that --work holds, also of other processes.
+
+        What goes wrong here is said and, unless it `must` go well, not raised: the runs that are still to come are worth more.
+        """
         with self.publishing:
-            tables.write(tables.from_work(self.work), self.out)
+            try:
+                tables.pack(self.work, self.out / "work.tgz")
+                results = tables.from_work(self.work)
+                quality_pairs.write(results, self.out)
+            except Exception as error:
+                if must:
+                    raise
+                said = f"--out {self.out} could not be renewed: {type(error).__name__}: {error}"
+                if said != self.said:
+                    say(said)
+                self.said = said
+                return None
+        return results
 
     def _commands(self, name: str, run: Run) -> tuple[list[str], list[str]]:
         folder = self.work / name
@@ -170,7 +202,7 @@ class Bench:
         return train, evaluate
 
     def _remember(self, name: str, run: Run, train: list[str], evaluate: list[str]) -> None:
-        """run.json. A folder's run keeps its arguments for good.
+        """run.json. A folder's run keeps its arguments for good, and names all GPUs that it has been trained on.
 
         Raises:
             ValueError: --work has a run of this name that was trained otherwise.
@@ -178,7 +210,9 @@ class Bench:
         size, path = self.size, self.work / name / "run.json"
         arguments = [*model_arguments(run, size, self.of_machine), *attention_arguments(run, size), *self.more, *self.probes]
         arguments += ["--corpus", str(self.corpus)]
-        if path.exists() and (before := json.loads(path.read_text())["arguments"]) != arguments:
+        known = json.loads(path.read_text()) if path.exists() else {}
+        before = known.get("arguments", arguments)
+        if before != arguments:
             flags = [{f"{a} {b}" for a, b in pairwise(these) if a.startswith("--")} for these in (before, arguments)]
             old, new = (" ".join(sorted(these)) for these in (flags[0] - flags[1], flags[1] - flags[0]))
             raise ValueError(f"--work {self.work} holds {name} with {old}, not {new}: name another folder, or the same values.")
@@ -187,6 +221,11 @@ class Bench:
         facts |= {"switch": run.switch(size.steps), "dense_from": run.dense_from(size.steps) if run.share else 1}
         facts |= {"command": shlex.join(sys.argv), "train": shlex.join(train), "evaluate": shlex.join(evaluate)}
         facts |= {"versions": self.environment, "arguments": arguments}
+        device, gpu = hardware(run.ranks)
+        if self._iterations_done(path.parent) >= size.steps:  # nothing is trained here
+            facts |= {name: known[name] for name in ("versions", "device", "gpu") if name in known}
+        else:
+            facts |= {"device": and_also(known.get("device"), device), "gpu": and_also(known.get("gpu"), gpu)}
         tables.write_json(path, facts)
 
     def _follow(self, name: str, command: list[str], log: Path) -> int:
@@ -216,7 +255,8 @@ class Bench:
 
     def _show(self, name: str, log: Path, shown: int) -> int:
         """Publish, and say how far a run is at its first iteration and every tenth of it; answers the last iteration said."""
-        self.publish()
+        if self.publish() is None:
+            return shown
         point = (tables.curve(log.read_text(errors="replace")) or [{"iteration": 0}])[-1]
         now = int(point["iteration"])
         if now == 0 or 0 < shown <= now < shown + self.size.steps // 10:
@@ -250,14 +290,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, metavar="FOLDER", help="for the tables (default: benchmarks/results/quality)")
     add("--work", type=Path, default=Path(gettempdir()) / "quality", metavar="FOLDER", help="for checkpoints and logs")
     add("--model", choices=list(MODELS), default="40m", help="'tiny' is for a CPU (default: %(default)s)")
-    add("--steps", type=int, help="iterations of every run (default: the model's: 1000)")
+    add("--steps", type=int, help="iterations of every run (default: the model's: 800)")
     add("--seq-length", type=int, help="tokens of a sequence (default: the model's: 32768)")
     add("--batch", type=int, help="sequences an iteration (default: the model's: 2)")
     add("--corpus", type=Path, metavar="FOLDER", help="one of recipe.corpus (default: made in --work)")
     add("--packages", nargs="+", metavar="NAME", help="of that corpus (default: recipe.corpus's)")
     add("--smooth", type=int, metavar="W", help="losses in a mean (default: a fortieth of --steps)")
     add("--loss-sequences", type=int, default=200, help="of the evaluation (default: %(default)s)")
-    add("--passkey-samples", type=int, default=20, help="of the evaluation, a cell (default: %(default)s)")
+    add("--passkey-samples", type=int, default=20, help="of the evaluation, a cell: a multiple of ten (default: %(default)s)")
+    add("--remake", type=Path, metavar="WORK", help="write all tables again, in --out, from what is left in this folder")
     add("--merge", nargs="+", type=Path, metavar="FOLDER", help="put results together in --out")
     add("--draw", nargs="+", type=Path, metavar="FOLDER", help="draw results, in --out or the first folder")
     return parser
@@ -269,12 +310,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, more = parser.parse_known_args(argv)
     try:
+        if options.remake:
+            results = tables.from_work(options.remake)
+            if options.out is None or not results.facts["runs"]:
+                missing = "needs --out, a folder for the tables" if options.out is None else "has no FOLDER/RUN/run.json"
+                raise ValueError(f"--remake {options.remake} {missing}: give a --work folder, or work.tgz unpacked, and --out.")
+            quality_pairs.write(results, options.out)
+            return 0
         if options.merge or options.draw:
             results = tables.merged(tables.read(folder) for folder in options.merge or options.draw)
             if options.merge:
                 if options.out is None:
                     raise ValueError("--merge needs --out, a folder for what is put together.")
-                tables.write(results, options.out)
+                quality_pairs.write(results, options.out)
             if options.draw:
                 import quality_plots
 
@@ -284,6 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         bench = Bench(options, more)
         bench.prepare()
         failed = bench.all(options.runs)
+        bench.publish(must=True)
     except ValueError as error:
         parser.error(str(error))
     say(f"failed: {', '.join(failed)}" if failed else f"results: {options.out}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,21 @@ import numpy
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from quality_results import Results, pairs, positions
+from quality_pairs import pairs, positions
+from quality_results import Results, steady
 from quality_runs import BASE, REFERENCE, RUNS
 
 from megatron_lighthouse.recipe.passkey import CHANCE
 from megatron_lighthouse.recipe.recovery import smoothed
 
+SECOND_SEED = "dense-2"
+MARGIN = 0.005
+"""Nats of held-out loss that the recipe may end above dense; seeds that differ by more cannot decide it."""
 COLOURS = {name: colormaps["tab20"](i) for i, name in enumerate(RUNS)} | {REFERENCE: "#2b3a67", BASE: "#d1495b"}
 
 
 def draw(results: Results, out: Path) -> None:
-    """loss.png, positions.png, passkey.png, cost.png and table.md, as far as there is something to draw."""
+    """loss.png, positions.png, passkey.png, cost.png, telemetry.png and table.md, as far as there is something to draw."""
     out.mkdir(parents=True, exist_ok=True)
     if results.tables["curves"]:
         _loss(results, out / "loss.png")
@@ -29,6 +34,8 @@ def draw(results: Results, out: Path) -> None:
         _cost(results, out / "cost.png")
     if results.tables["passkey"]:
         _passkey(results, out / "passkey.png")
+    if results.tables["telemetry"]:
+        _telemetry(results, out / "telemetry.png")
     text = table(results)
     (out / "table.md").write_text(text)
     print(text)
@@ -39,33 +46,51 @@ def table(results: Results) -> str:
     columns = (
         "run",
         "steady s",
+        "× dense",
         "tokens/s stage 1",
         "stage 2",
         "held-out loss",
         "above dense",
         "passkey",
+        "above dense",
         "log p",
         "spike",
         "back",
     )
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     above = {row["run"]: row for row in reversed(pairs(results))}  # the first that a run is compared with
+    notes: list[str] = []
+    devices = {row["run"]: row.get("device") or "device not known" for row in results.tables["runs"]}
     for row in results.tables["runs"]:
         pair = above.get(row["run"], {})
+        other_gpu = pair.get("same_gpu") == "no"
         cells = [
             f"`{row['run']}`: {row['title']}"
+            + (f", on {devices[row['run']]}" if len(set(devices.values())) > 1 else "")
             + ("" if row["iterations"] == row["steps"] else f" ({row['iterations']} iterations)"),
             f"{row['steady_seconds']:,.0f}" + (f" × {row['ranks']}" if row["ranks"] > 1 else ""),
+            _number(pair.get("steady_ratio"), ".3f") + ("*" if other_gpu and pair["steady_ratio"] else ""),
             *(_number(row[f"tokens_per_second_{stage}"], ",.0f") for stage in ("lighthouse", "dense")),
             _number(row["held_out_loss"], ".4f"),
-            f"{pair['difference']:+.4f} ± {pair['standard_error']:.4f}" if pair.get("difference") is not None else "",
+            _difference(pair.get("difference"), pair.get("standard_error"), ".4f"),
             _number(row["noise_accuracy"], ".1%"),
+            _difference(pair.get("noise_accuracy_difference"), pair.get("noise_accuracy_error"), ".1%"),
             _number(row["noise_log_probability"], ".3f"),
             _number(row["spike"], "+.3f"),
             _number(row["iterations_to_recover"], ",.0f"),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        if other_gpu and not notes:
+            notes.append("\\* not on the same GPU")
+    seeds = above.get(SECOND_SEED, {}).get("difference")
+    if seeds is not None:
+        judged = f": no less than {MARGIN}, so a difference of that size is **not distinguishable** from none"
+        notes.append(f"Another seed alone: {abs(seeds):.4f} nats{judged if abs(seeds) > MARGIN else ''}.")
+    return "\n".join([*lines, *(f"\n{note}" for note in notes)]) + "\n"
+
+
+def _difference(value: float | None, error: float | None, form: str) -> str:
+    return _number(value, f"+{form}") + ("" if error is None else f" ± {error:{form}}")
 
 
 def _number(value: float | None, form: str) -> str:
@@ -86,7 +111,7 @@ def _loss(results: Results, path: Path) -> None:
             continue
         mean = smoothed({point["iteration"]: point["loss"] for point in points}, row["smooth"])
         iterations, losses = list(mean), list(mean.values())
-        seconds = list(accumulate(point["seconds"] for point in points))
+        seconds = list(accumulate(steady(row, points)))
         marks = [(row["switch"], "o")] if row["switch"] else []
         if row["iterations_to_recover"]:
             marks.append((row["switch"] + row["iterations_to_recover"], "s"))
@@ -100,7 +125,7 @@ def _loss(results: Results, path: Path) -> None:
         differences = {
             point["iteration"]: point["loss"] - dense[point["iteration"]] for point in points if point["iteration"] in dense
         }
-        if differences and run != "dense-2":  # which reads other text than `dense` in the same iteration
+        if differences and run != SECOND_SEED:  # which reads other text than `dense` in the same iteration
             mean = smoothed(differences, row["smooth"])
             late = {i: x for i, x in mean.items() if i > row["steps"] // 10}
             above.plot(list(late), list(late.values()), color=COLOURS[run], linewidth=1.2)
@@ -109,7 +134,9 @@ def _loss(results: Results, path: Path) -> None:
     by_iteration.set_ylim(min(ends) - 0.03, max(tops) + 0.05)  # the fall at the start would flatten all that follows
     by_iteration.set(xlabel="iteration", ylabel="training loss, running mean (nats per byte)")
     by_time.set(
-        xlabel="seconds of training", title="●: switch to dense   □: back at the level before it", ylim=by_iteration.get_ylim()
+        xlabel="seconds of training, steady",
+        title="●: switch to dense   □: back at the level before it",
+        ylim=by_iteration.get_ylim(),
     )
     above.axhline(0, color=COLOURS[REFERENCE], linewidth=1)
     above.set(xlabel="iteration", title="above dense from scratch, in the same iterations")
@@ -178,6 +205,28 @@ def _passkey(results: Results, path: Path) -> None:
     figure.colorbar(image, ax=maps.ravel().tolist(), label=f"right digits (chance: {CHANCE:.0%})")
     figure.supxlabel("tokens")
     figure.supylabel("depth of the key")
+    _save(figure, path)
+
+
+def _telemetry(results: Results, path: Path) -> None:
+    """What selection does in each logged layer, over training."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    shown = {
+        "later-tokens/cut-50": "share of the selection in a tile's first half\nthat rests on its second half",
+        "coverage/level-0": "coverage: share of tokens\ngathered singly, a head",
+    }
+    for axes, (measure, title) in zip(panels, shown.items(), strict=True):
+        what, which = measure.split("/")
+        rows = [
+            row for row in results.tables["telemetry"] if re.fullmatch(f"lighthouse/{what}/layer-\\d+/{which}", row["name"])
+        ]
+        for run, name in dict.fromkeys((row["run"], row["name"]) for row in rows):
+            own = [row for row in rows if (row["run"], row["name"]) == (run, name)]
+            label = f"{run}, {name.split('/')[2].replace('-', ' ')}"
+            axes.plot([row["iteration"] for row in own], [row["value"] for row in own], ".-", label=label)
+        axes.set(xlabel="iteration", title=title)
+    _tidy(figure, tuple(panels))
     _save(figure, path)
 
 

@@ -1,14 +1,17 @@
-"""The tables of benchmarks/quality.py: read from the folders of its runs, merged, paired, and written as CSV.
+"""The tables of benchmarks/quality.py: read from the folders of its runs, merged, and written as CSV.
 
     curves.csv      run, iteration, loss (nats per byte), seconds of that iteration
     runs.csv        a row a run: see `run_row`
     sequences.csv   held-out loss of each sequence by position bucket: what pairs are made of
     passkey.csv     a row a run and cell
+    passkey_by_question.csv   each question, whether it was answered right, and the right digit's log-probability (nats)
+    telemetry.csv   what selection did in the runs that log it: run, iteration, name of the scalar, value
     positions.csv   held-out loss by position bucket, and less that of the dense run of the same seed
-    pairs.csv       each run less those that it is compared with: see `pair`
+    pairs.csv       each run less those that it is compared with: see quality_pairs.py
     quality.json    by run: arguments, command lines, versions, device, date; and the corpus
+    work.tgz        what all of these were made from: `pack`
 
-The last two tables follow from those before them. Imports no Megatron. Ours.
+positions.csv and pairs.csv follow from the tables before them (quality_pairs.py). Imports no Megatron. Ours.
 """
 
 from __future__ import annotations
@@ -18,26 +21,23 @@ import json
 import os
 import re
 import statistics
+import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy
-from quality_runs import REFERENCE, RUNS
+from quality_runs import RUNS
 
 from megatron_lighthouse.recipe import recovery
-from megatron_lighthouse.recipe.positions import mean_and_error
 
 type Row = dict[str, Any]
-type Array = numpy.ndarray[Any, Any]
-TABLES = ("curves", "runs", "sequences", "passkey")
+TABLES = ("curves", "runs", "sequences", "passkey", "passkey_by_question", "telemetry")
+PACKED = ("run.json", "*.log", "evaluation/*.csv", "evaluation/*.json")
+"""What is kept of each run; and its TensorBoard log, where telemetry is read from it."""
 LINE = re.compile(r"iteration +(\d+)/ *\d+ \|.*? elapsed time per iteration \(ms\): ([^ ]+) \|.*? lm loss: ([^ ]+) \|")
 """An iteration in Megatron's log."""
 STARTED = "===== benchmarks/quality.py starts a process\n"
-FIRST = 20
-"""Iterations in which runs that differ by rounding alone should not have drifted apart yet."""
 
 
 @dataclass
@@ -73,12 +73,33 @@ def curve(log: str) -> list[Row]:
     return list(rows.values())
 
 
+def stages(facts: Row, points: Sequence[Row]) -> dict[str, list[float]]:
+    """The seconds of the iterations of each stage. `facts` has the switch: run.json, or a row of runs.csv."""
+    found: dict[str, list[float]] = {"lighthouse": [], "return": [], "dense": []}
+    for point in points:
+        i = point["iteration"]
+        found["lighthouse" if i <= facts["switch"] else "return" if i < facts["dense_from"] else "dense"].append(
+            point["seconds"]
+        )
+    return found
+
+
+def median(times: Sequence[float]) -> float | None:
+    """Of the second half: in the first, iterations compile, and the evaluation of the run before may use the GPU."""
+    return statistics.median(times[len(times) // 2 :]) if times else None
+
+
+def steady(facts: Row, points: Sequence[Row]) -> list[float]:
+    """[iterations] seconds, each iteration taking the `median` of its stage."""
+    return [seconds for times in stages(facts, points).values() for seconds in [median(times) or 0.0] * len(times)]
+
+
 def run_row(facts: Row, points: Sequence[Row], evaluation: Row | None) -> Row:
     """A run's row of runs.csv.
 
     Seconds are of the training loop as Megatron logs them: without start-up, checkpoints and evaluation, but with whatever
-    the first iterations of a process compile. Steady seconds are without that too: iterations times their median, by stage.
-    Tokens per second are those of the median iteration of each stage. Recovery is as megatron_lighthouse.recipe.recovery
+    the first iterations of a process compile. Steady seconds are without that too: the sum of `steady`.
+    Tokens per second are those of the `median` of each stage. Recovery is as megatron_lighthouse.recipe.recovery
     measures it, here from Megatron's log: a process that is killed takes the last minutes of its TensorBoard log with it.
 
     Args:
@@ -86,19 +107,16 @@ def run_row(facts: Row, points: Sequence[Row], evaluation: Row | None) -> Row:
         points: its part of curves.csv.
         evaluation: evaluation.json of its last checkpoint, where there is one.
     """
-    switch, dense_from = facts["switch"], facts["dense_from"]
-    stages: dict[str, list[float]] = {"lighthouse": [], "return": [], "dense": []}
-    for point in points:
-        i = point["iteration"]
-        stages["lighthouse" if i <= switch else "return" if i < dense_from else "dense"].append(point["seconds"])
-    medians = {name: statistics.median(times) if times else None for name, times in stages.items()}
+    switch, dense_from, times = facts["switch"], facts["dense_from"], stages(facts, points)
     last = [point["loss"] for point in points[-facts["smooth"] :]]
     answer: Row = {name: facts[name] for name in ("run", "title", "seed", "ranks", "steps", "switch", "dense_from", "smooth")}
+    answer |= {"device": facts.get("device"), "gpu": facts.get("gpu")}
     answer |= {"iterations": len(points), "tokens": len(points) * facts["tokens"]}
-    answer["seconds"] = round(sum(sum(times) for times in stages.values()), 2)
-    answer["steady_seconds"] = round(sum(len(times) * (medians[name] or 0) for name, times in stages.items()), 2)
+    answer["seconds"] = round(sum(point["seconds"] for point in points), 2)
+    answer["steady_seconds"] = round(sum(steady(facts, points)), 2)
     for name in ("lighthouse", "dense"):
-        answer[f"tokens_per_second_{name}"] = round(facts["tokens"] / medians[name], 1) if medians[name] else None
+        seconds = median(times[name])
+        answer[f"tokens_per_second_{name}"] = round(facts["tokens"] / seconds, 1) if seconds else None
     answer["training_loss"] = statistics.fmean(last) if last else None
     loss, probe = ((evaluation or {}).get(name) or {} for name in ("loss", "passkey"))
     answer |= {"sequences": loss.get("sequences"), "held_out_loss": loss.get("mean")}
@@ -108,7 +126,7 @@ def run_row(facts: Row, points: Sequence[Row], evaluation: Row | None) -> Row:
         for name in ("accuracy", "log_probability"):
             answer |= {f"{filler}_{name}": found.get(name), f"{filler}_{name}_error": found.get(f"{name}_standard_error")}
     found = {}
-    if stages["lighthouse"] and stages["dense"]:
+    if times["lighthouse"] and times["dense"]:
         losses = {point["iteration"]: point["loss"] for point in points}
         measured = recovery.measure(losses, switch, dense_from, facts["smooth"])
         found = recovery.report(recovery.Run(losses, switch, dense_from, facts["tokens"]), measured, None)
@@ -118,7 +136,7 @@ def run_row(facts: Row, points: Sequence[Row], evaluation: Row | None) -> Row:
 
 
 def from_work(work: Path) -> Results:
-    """All that the runs in a --work folder have left by now."""
+    """All that the runs in a --work folder have left by now, or in what `pack` kept of it."""
     results = Results(facts={"corpus": read_json(work / "corpus.json") or {}, "runs": {}})
     for name in RUNS:
         folder = work / name
@@ -127,19 +145,35 @@ def from_work(work: Path) -> Results:
             continue
         log, evaluation = folder / "train.log", read_json(folder / "evaluation" / "evaluation.json")
         points = curve(log.read_text(errors="replace")) if log.exists() else []
+        facts.setdefault("device", facts.get("versions", {}).get("device"))
         found: dict[str, list[Row]] = {"curves": points, "runs": [run_row(facts, points, evaluation)]}
         if evaluation:  # it is written last
             facts["held_out"], facts["versions"] = evaluation["held_out"], facts["versions"] | evaluation["versions"]
             found["sequences"] = read_csv(folder / "evaluation" / "loss_by_sequence.csv")
-            found["passkey"] = read_csv(folder / "evaluation" / "passkey.csv")
+            for table in ("passkey", "passkey_by_question"):
+                found[table] = read_csv(folder / "evaluation" / f"{table}.csv")
+        if RUNS[name].telemetry and (folder / "tensorboard").is_dir():
+            found["telemetry"] = telemetry(folder / "tensorboard")
         results.facts["runs"][name] = facts
         for table, rows in found.items():
             results.tables[table] += [{"run": name, **values} for values in rows]
     return results
 
 
+def telemetry(folder: Path) -> list[Row]:
+    """The measures of selection in a TensorBoard log, 'lighthouse/what/layer-N/which'."""
+    from megatron_lighthouse.plots import read_scalars
+
+    return [
+        {"iteration": int(i), "name": name, "value": float(value)}
+        for name, scalars in sorted(read_scalars(folder).items())
+        if name.startswith("lighthouse/") and "/layer-" in name
+        for i, value in zip(*scalars, strict=True)
+    ]
+
+
 def read(folder: Path) -> Results:
-    """What `write` wrote.
+    """What quality_pairs.write wrote.
 
     Raises:
         ValueError: a folder without results.
@@ -172,89 +206,24 @@ def merged(all_results: Iterable[Results]) -> Results:
     return answer
 
 
-def buckets_of(results: Results, run: str) -> tuple[list[int], list[int], Array]:
-    """Where the run's held-out sequences start, the edges of the buckets, and [sequences, buckets] losses."""
-    rows = results.of("sequences", run)
-    starts = [int(name) for name in rows[0] if name not in ("run", "starts_at")] if rows else []
-    length = results.facts["runs"][run]["seq_length"]
-    losses = numpy.array([[row[str(start)] for start in starts] for row in rows], dtype=float)
-    return [row["starts_at"] for row in rows], [*starts, length], losses
+def pack(work: Path, path: Path) -> None:
+    """Keep in `path`, a .tgz, what all tables are made from, without checkpoints: `from_work` reads it, unpacked."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(_replacing(path), "w:gz") as archive:
+        logs = [f"{name}/tensorboard/*" for name, run in RUNS.items() if run.telemetry]
+        for name in ["corpus.json", *(f"{run}/{kept}" for run in RUNS for kept in PACKED), *logs]:
+            for file in sorted(work.glob(name)):
+                archive.add(file, file.relative_to(work))
+    os.replace(_replacing(path), path)
 
 
-def paired(results: Results, run: str, against: str) -> Array | None:
-    """[sequences, buckets] held-out losses of `run` less those of `against`, over the same text; None where one is not there.
-
-    Raises:
-        ValueError: evaluations of different sequences.
-    """
-    if not (results.of("sequences", run) and results.of("sequences", against)):
-        return None
-    (starts, edges, ours), (others, other_edges, theirs) = (buckets_of(results, name) for name in (run, against))
-    if (starts, edges) != (others, other_edges):
-        raise ValueError(f"{run} and {against} were evaluated on different sequences: use the same --loss-sequences.")
-    return ours - theirs
-
-
-def pair(results: Results, run: str, against: str) -> Row | None:
-    """A row of pairs.csv; None where the two have no iteration in common.
-
-    `difference` is the mean over held-out sequences of the run's loss less the other's, and its standard error over them: of
-    the text, not of training, for which there is a second seed. `gap` is that of the last training losses (recipe.recovery).
-    """
-    ours, theirs = results.losses(run), results.losses(against)
-    common = [abs(ours[i] - theirs[i]) for i in sorted(ours.keys() & theirs.keys())]
-    if not common:
-        return None
-    facts = results.facts["runs"][run]
-    answer: Row = {"run": run, "against": against, "sequences": None, "difference": None, "standard_error": None}
-    differences = paired(results, run, against)
-    if differences is not None:
-        widths = numpy.diff(buckets_of(results, run)[1])
-        mean, error = mean_and_error(differences @ widths / widths.sum())
-        answer |= {"sequences": len(differences), "difference": float(mean), "standard_error": float(error)}
-    answer["gap"], _, answer["gap_iteration"] = recovery.gap(ours, theirs, facts["smooth"])
-    answer |= {"greatest_distance_at_first": max(common[:FIRST]), "mean_distance": statistics.fmean(common)}
-    return answer
-
-
-def pairs(results: Results) -> list[Row]:
-    """pairs.csv."""
-    wanted = [(run, other) for run in results.facts["runs"] for other in RUNS[run].against]
-    found = (pair(results, run, other) for run, other in wanted if other in results.facts["runs"])
-    return [row for row in found if row]
-
-
-def positions(results: Results) -> list[Row]:
-    """positions.csv. `above` is the run's loss less that of the dense run of its seed, in pairs."""
-    rows = []
-    for run in results.facts["runs"]:
-        if not results.of("sequences", run):
-            continue
-        _, edges, losses = buckets_of(results, run)
-        means, errors = mean_and_error(losses)
-        dense = next((name for name in RUNS[run].against if name.startswith(REFERENCE)), "")
-        differences = paired(results, run, dense) if dense in results.facts["runs"] else None
-        above = (None, None) if differences is None else mean_and_error(differences)
-        columns = {"loss": means, "standard_error": errors, "above": above[0], "above_error": above[1]}
-        for i, (start, stop) in enumerate(pairwise(edges)):
-            values = {name: None if column is None else float(column[i]) for name, column in columns.items()}
-            rows.append({"run": run, "start": start, "stop": stop, **values})
-    return rows
-
-
-def write(results: Results, out: Path) -> None:
-    """Write all tables. Each file is replaced whole, so that a reader finds the old one or the new one."""
-    out.mkdir(parents=True, exist_ok=True)
-    tables = {**results.tables, "positions": positions(results), "pairs": pairs(results)}
-    for name, rows in tables.items():
-        if not rows:
-            continue
-        with _replacing(out / f"{name}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(_replacing(out / f"{name}.csv"), out / f"{name}.csv")
-    write_json(out / "quality.json", results.facts)
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Written whole or not at all. A column that some rows lack is empty there."""
+    with _replacing(path).open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(_replacing(path), path)
 
 
 def write_json(path: Path, content: Row) -> None:

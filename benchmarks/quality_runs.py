@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -39,7 +40,7 @@ MODELS = {
         --lr 1e-3 --min-lr 1e-4
         """,
         # two sequences at once: with one the host, not the GPU, sets the pace of so small a model's Lighthouse iterations
-        *(32768, 1000, 2, 64, 128),
+        *(32768, 800, 2, 64, 128),
     ),
     "tiny": Model(
         """
@@ -68,6 +69,8 @@ class Run:
     """Of the initial weights and of the order of the data."""
     ranks: int = 1
     """GPUs, by context parallelism."""
+    telemetry: bool = False
+    """Whether it logs what selection does, ten times in all. Not for a run whose time counts."""
     against: tuple[str, ...] = (REFERENCE,)
     """The runs that it is compared with."""
 
@@ -92,13 +95,13 @@ RUNS = {
     "dense-2": Run("dense from scratch, second seed", seed=2),
     "norm-60-2": Run("60% Lighthouse, second seed", 60, seed=2, against=("dense-2", BASE)),
     # 2. the scorers
-    "summary-60": Run("scorer summary", 60, scorer="summary", against=OTHERS),
+    "summary-60": Run("scorer summary", 60, scorer="summary", against=(*OTHERS, "dilated-60")),
     "dilated-60": Run("scorer dilated", 60, scorer="dilated", against=OTHERS),
     # 3. one thing changed
     "half-budget": Run("half the budget", 60, budget=0.5, against=OTHERS),
     "double-budget": Run("twice the budget", 60, budget=2, against=OTHERS),
     "no-pin": Run("first window not pinned", 60, options="--no-lighthouse-pin-first", against=OTHERS),
-    "layers": Run("layer by layer to dense", 60, gradual=True, against=OTHERS),
+    "layers": Run("layer by layer to dense", 60, gradual=True, telemetry=True, against=OTHERS),
     "cp-2": Run("context parallel 2", 60, ranks=2, against=OTHERS),
 }
 
@@ -133,6 +136,18 @@ def implementation() -> list[str]:
     return arguments
 
 
+def hardware(ranks: int) -> tuple[str, str]:
+    """The name of the device that a run of so many ranks has here, and the UUIDs of its GPUs; of a CPU no UUID."""
+    if not torch.cuda.is_available():
+        return platform.machine(), ""
+    return torch.cuda.get_device_name(), " ".join(str(torch.cuda.get_device_properties(i).uuid) for i in range(ranks))
+
+
+def and_also(known: str | None, new: str) -> str:
+    """`new` after what is known, once."""
+    return new if not known or known == new else known if new in known.split(", ") else f"{known}, {new}"
+
+
 def model_arguments(run: Run, size: Size, of_machine: list[str]) -> list[str]:
     """Model, optimizer and schedule: what a run and the evaluation of its checkpoint are both given."""
     length = str(size.seq_length)
@@ -160,6 +175,8 @@ def attention_arguments(run: Run, size: Size) -> list[str]:
     ]
     if run.gradual:
         arguments += ["--lighthouse-return", "layers", "--lighthouse-return-iters", str(run.dense_from(size.steps) - at)]
+    if run.telemetry:
+        arguments += ["--lighthouse-telemetry-interval", str(size.steps // 10)]
     if run.ranks > 1:
         arguments += ["--context-parallel-size", str(run.ranks), "--high-priority-stream-groups", "cp"]
     return arguments

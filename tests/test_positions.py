@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy
 import pytest
 
-from megatron_lighthouse.recipe.positions import bucket_edges, bucket_means, mean_and_error, sequence_starts
+from megatron_lighthouse.recipe.positions import bucket_edges, bucket_means, documents, mean_and_error, sequence_starts
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,8 @@ def test_sequences_share_their_ends_and_are_spread_evenly() -> None:
         sequence_starts(256, 256, 1)
     with pytest.raises(ValueError, match="--loss-sequences -1 must be at least 1"):
         sequence_starts(1000, 256, -1)
+
+
+def test_documents_by_the_middle_of_a_sequence() -> None:
+    # documents end with tokens 5, 9 and 30; middles stand at 2, 6, 10 and 26
+    assert documents([0, 4, 8, 24], 4, numpy.array([5, 9, 30])) == [0, 1, 2, 2]

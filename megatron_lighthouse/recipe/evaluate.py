@@ -25,6 +25,7 @@ import numpy
 
 import megatron_lighthouse
 from megatron_lighthouse.mcore import text
+from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.recipe import passkey, positions
 
 if TYPE_CHECKING:
@@ -102,7 +103,10 @@ def grid_of(args: argparse.Namespace, tokens: int) -> passkey.Grid:
 
 
 def loss_by_position(trained: Trained, tokens: Array) -> dict[str, Any]:
-    """Mean loss by bucket and over all, and each sequence's, over evenly spread sequences. Every rank calls it."""
+    """Mean loss by bucket and over all, and each sequence's, over evenly spread sequences. Every rank calls it.
+
+    A sequence is named by where it starts in the text, and by the document in which its middle stands.
+    """
     from megatron_lighthouse.recipe.trained import over_ranks
 
     args = trained.args
@@ -116,6 +120,7 @@ def loss_by_position(trained: Trained, tokens: Array) -> dict[str, Any]:
     by_sequence = over_ranks(len(starts), len(edges) - 1, compute, "loss by position")
     means, errors = positions.mean_and_error(by_sequence)
     mean, error = positions.mean_and_error(by_sequence @ numpy.diff(edges) / args.seq_length)
+    documents = positions.documents(starts, args.seq_length, numpy.flatnonzero(tokens == text.END_OF_DOCUMENT))
     columns = zip(edges[:-1], edges[1:], means.tolist(), errors.tolist(), strict=True)
     return {
         "sequences": len(starts),
@@ -124,14 +129,14 @@ def loss_by_position(trained: Trained, tokens: Array) -> dict[str, Any]:
         "standard_error": float(error),
         "buckets": [dict(zip(("start", "stop", "loss", "standard_error"), row, strict=True)) for row in columns],
         "by_sequence": [
-            {"starts_at": start, **dict(zip(edges[:-1], row, strict=True))}
-            for start, row in zip(starts, by_sequence.tolist(), strict=True)
+            {"starts_at": start, "document": document, **dict(zip(edges[:-1], row, strict=True))}
+            for start, document, row in zip(starts, documents, by_sequence.tolist(), strict=True)
         ],
     }
 
 
 def passkey_probe(trained: Trained, tokens: Array, grid: passkey.Grid) -> dict[str, Any]:
-    """Accuracy and log-probability by cell, by filler and over all. Every rank calls it."""
+    """Accuracy and log-probability by question, by cell and by filler. Every rank calls it."""
     from megatron_lighthouse.recipe.trained import over_ranks
 
     questions = grid.questions()
@@ -147,6 +152,7 @@ def passkey_probe(trained: Trained, tokens: Array, grid: passkey.Grid) -> dict[s
         "seed": grid.seed,
         "fillers": {name: passkey.statistics(part) for name, part in zip(grid.fillers, fillers, strict=True)},
         "cells": passkey.by_cell(grid, answers),
+        "questions": passkey.by_question(grid, answers),
     }
 
 
@@ -173,6 +179,8 @@ def main() -> None:
         positions.bucket_edges(args.seq_length, args.loss_grid, args.loss_buckets)
         positions.sequence_starts(len(tokens), args.seq_length, args.loss_sequences)
     trained = checkpoint.load(args)
+    if grid and (said := grid.unbalanced()):
+        say_once(said)
     loss = loss_by_position(trained, tokens) if args.loss_sequences else None
     probe = passkey_probe(trained, tokens, grid) if grid else None
     if torch.distributed.get_rank() == 0:
@@ -200,6 +208,7 @@ def _write(
     if probe:
         cells = probe.pop("cells")
         _write_csv(out / "passkey.csv", cells)
+        _write_csv(out / "passkey_by_question.csv", probe.pop("questions"))
         evaluation_plots.passkey(cells, out / "passkey.png", name)
         for filler, result in probe["fillers"].items():
             error = result["accuracy_standard_error"]

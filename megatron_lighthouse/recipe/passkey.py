@@ -51,6 +51,10 @@ class Sample:
     number: int
     """Which of the cell's samples. Its last digit is the answer: so each answer is right equally often."""
 
+    @property
+    def digit(self) -> int:
+        return self.number % 10
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -68,6 +72,12 @@ class Grid:
 
     def questions(self) -> list[Sample]:
         return [Sample(*cell, number) for cell in self.cells() for number in range(self.samples)]
+
+    def unbalanced(self) -> str | None:
+        """What to say of samples that do not ask for each digit equally often; None where they do."""
+        if self.samples % 10 == 0:
+            return None
+        return f"--passkey-samples {self.samples} does not ask for each digit equally often: use a multiple of ten."
 
     def check(self, text: int) -> None:
         """Refuse a grid that cannot be asked with `text` tokens of held-out text.
@@ -95,8 +105,7 @@ def prompt(sample: Sample, text: Array, seed: int) -> Prompt:
     Args:
         text: tokens from which 'noise' is cut, at least as many as the sample is long.
     """
-    digit = sample.number % 10
-    key, question = KEY % digit, QUESTION
+    key, question = KEY % sample.digit, QUESTION
     room = sample.length - len(key) - len(question)
     before = round(sample.depth * room)
     generator = numpy.random.default_rng(
@@ -109,7 +118,7 @@ def prompt(sample: Sample, text: Array, seed: int) -> Prompt:
         start = generator.integers(len(CLASSIC))
         filler = numpy.resize(_tokens(CLASSIC[start:] + CLASSIC[:start]), room)
     tokens = numpy.concatenate([filler[:before], _tokens(key), filler[before:], _tokens(question)])
-    return Prompt(tokens, digit, before + KEY.index(b"%d"))
+    return Prompt(tokens, sample.digit, before + KEY.index(b"%d"))
 
 
 def _tokens(content: bytes) -> Array:
@@ -142,6 +151,21 @@ def by_cell(grid: Grid, answers: Array) -> list[dict[str, Any]]:
     for (filler, length, depth), cell in zip(grid.cells(), answers.reshape(-1, grid.samples, 2), strict=True):
         rows.append({"filler": filler, "length": length, "depth": depth, **statistics(cell)})
     return rows
+
+
+def by_question(grid: Grid, answers: Array) -> list[dict[str, Any]]:
+    """Each question and how it was answered: with these, two models may be compared in pairs.
+
+    Args:
+        answers: as for `by_cell`.
+    """
+    return [
+        {
+            **{"filler": sample.filler, "length": sample.length, "depth": sample.depth, "sample": sample.number},
+            **{"digit": sample.digit, "right": int(right), "log_probability": log_probability},
+        }
+        for sample, (right, log_probability) in zip(grid.questions(), answers.tolist(), strict=True)
+    ]
 
 
 def statistics(answers: Array) -> dict[str, Any]:

@@ -33,11 +33,20 @@ def bucket_means(losses: Array, edges: Sequence[int]) -> Array:
     return sums / numpy.diff(edges)
 
 
-def mean_and_error(values: Array) -> tuple[Array, Array]:
-    """[n, …] independent values -> their mean and its standard error, both […]; of one value the error is NaN."""
-    n = len(values)
-    error = values.std(axis=0, ddof=1) / n**0.5 if n > 1 else numpy.full(values.shape[1:], numpy.nan)
-    return values.mean(axis=0), error
+def mean_and_error(values: Array, groups: Sequence[int] | None = None) -> tuple[Array, Array]:
+    """[n, …] values -> their mean and its standard error, both […].
+
+    The error is s/√n of independent values. Given `groups`, [n] numbers, only values of different groups are independent: then
+    it is sqrt(m / (m - 1) Σ (sum of a group's deviations from the mean)²) / n of m groups, the usual estimate for clusters;
+    with groups of one size, s/√m of their means. NaN where there is one group, or one value.
+    """
+    mean, n = values.mean(axis=0), len(values)
+    names, which = numpy.unique(range(n) if groups is None else groups, return_inverse=True)
+    sums = numpy.zeros((len(names), *values.shape[1:]))
+    numpy.add.at(sums, which, values - mean)
+    m = len(names)
+    error = numpy.sqrt(m / (m - 1) * (sums**2).sum(axis=0)) / n if m > 1 else numpy.full(mean.shape, numpy.nan)
+    return mean, error
 
 
 def sequence_starts(tokens: int, length: int, most: int) -> list[int]:
@@ -55,3 +64,13 @@ def sequence_starts(tokens: int, length: int, most: int) -> list[int]:
         raise ValueError(f"--held-out has {tokens} tokens: give more than --seq-length {length}.")
     taken = min(most, there)
     return [length * (there * i // taken) for i in range(taken)]
+
+
+def documents(starts: Sequence[int], length: int, ends: Array) -> list[int]:
+    """The document, from 0, in which the middle of each sequence of `length` tokens stands.
+
+    Args:
+        starts: where the sequences start.
+        ends: where the documents' last tokens stand, in order.
+    """
+    return [int(document) for document in numpy.searchsorted(ends, numpy.array(starts) + length // 2)]

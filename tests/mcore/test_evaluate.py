@@ -129,6 +129,7 @@ def test_the_mean_is_megatrons_validation_loss(evaluated: Evaluated) -> None:
 def test_errors_are_over_sequences(evaluated: Evaluated) -> None:
     buckets, sequences = evaluated.rows("loss.csv"), evaluated.rows("loss_by_sequence.csv")
     assert [row["starts_at"] for row in sequences] == ["0", "256", "512", "768"]
+    assert {row["document"] for row in sequences} == {"0"}  # the text is one file
     for bucket in buckets:
         values = [float(row[bucket["start"]]) for row in sequences]
         assert len(set(values)) == 4, "each rank's sequences must be its own"
@@ -140,6 +141,11 @@ def test_every_cell_of_the_probe_is_there(evaluated: Evaluated) -> None:
     assert len(cells) == 2 * 2 * 2
     assert {row["samples"] for row in cells} == {"2"}
     assert all(-20 < float(row["log_probability"]) < 0 for row in cells)
+    questions = evaluated.rows("passkey_by_question.csv")
+    assert [row["digit"] for row in questions] == ["0", "1"] * len(cells)
+    for cell, first, second in zip(cells, questions[::2], questions[1::2], strict=True):
+        assert all(first[name] == second[name] == cell[name] for name in ("filler", "length", "depth"))
+        assert float(cell["accuracy"]) == (int(first["right"]) + int(second["right"])) / 2
     assert "passkey in noise" in evaluated.printed
     for name in ("loss.png", "passkey.png"):
         assert (evaluated.out / name).read_bytes().startswith(b"\x89PNG")

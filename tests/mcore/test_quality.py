@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ import torch
 from megatron_lighthouse.mcore import settings
 from megatron_lighthouse.plots import read_scalars
 from megatron_lighthouse.recipe import recovery
+from megatron_lighthouse.recipe.positions import mean_and_error
 from tests.mcore.harness import ROOT
 from tests.tolerances import assert_close
 
 sys.path.append(str(ROOT / "benchmarks"))
 import quality
+import quality_pairs as pairs
 import quality_results as results
 from quality_runs import BASE, MODELS, RUNS, Size, attention_arguments
 
@@ -37,7 +40,9 @@ def test_every_run_is_one_that_the_product_takes(name: str, model: str) -> None:
     parser = settings.add_arguments(argparse.ArgumentParser(allow_abbrev=False))
     args, rest = parser.parse_known_args(attention_arguments(RUNS[name], size))
     assert (args.attention == "lighthouse") == bool(RUNS[name].share)
-    assert rest == (["--context-parallel-size", "2", "--high-priority-stream-groups", "cp"] if name == "cp-2" else [])
+    more = {"cp-2": "--context-parallel-size 2 --high-priority-stream-groups cp"}
+    more["layers"] = f"--lighthouse-telemetry-interval {size.steps // 10}"
+    assert rest == more.get(name, "").split()
     if args.attention == "lighthouse":
         found = settings.settings_from(args)
         assert found.config.geometry(size.seq_length)
@@ -104,9 +109,9 @@ def test_a_row_by_hand() -> None:
     seconds = [9.0, 1.0, 1.0, 5.0, 2.0]
     points = [{"iteration": i + 1, "loss": 5.0 - i, "seconds": s} for i, s in enumerate(seconds)]
     row = results.run_row(facts(BASE, switch=3, dense_from=4), points, None)
-    # three iterations with a median of 1 second, two with one of 3.5
-    assert (row["seconds"], row["steady_seconds"], row["tokens"], row["training_loss"]) == (18.0, 10.0, 40, 1.5)
-    assert (row["tokens_per_second_lighthouse"], row["tokens_per_second_dense"]) == (8.0, 2.3)
+    # three iterations, of whose second half the median is 1 second, two of whose second half it is 2
+    assert (row["seconds"], row["steady_seconds"], row["tokens"], row["training_loss"]) == (18.0, 7.0, 40, 1.5)
+    assert (row["tokens_per_second_lighthouse"], row["tokens_per_second_dense"]) == (8.0, 4.0)
     # 2 and 1 after a level of 3.5, the mean of 4 and 3
     assert (row["level"], row["spike"], row["iterations_to_recover"], row["held_out_loss"]) == (3.5, -1.5, 0, None)
 
@@ -115,8 +120,8 @@ def made(run: str, losses: list[list[float]], curve: list[float], **more: Any) -
     """Of sequences of four tokens in the buckets 0, 1 and 2-3."""
     found = results.Results(facts={"corpus": {}, "runs": {run: facts(run, **more)}})
     found.tables["curves"] = [{"run": run, "iteration": i + 1, "loss": x, "seconds": 1.0} for i, x in enumerate(curve)]
-    names = ("run", "starts_at", "0", "1", "2")
-    found.tables["sequences"] = [dict(zip(names, (run, 4 * i, *x), strict=True)) for i, x in enumerate(losses)]
+    names = ("run", "starts_at", "document", "0", "1", "2")
+    found.tables["sequences"] = [dict(zip(names, (run, 4 * i, i, *x), strict=True)) for i, x in enumerate(losses)]
     return found
 
 
@@ -125,7 +130,7 @@ OURS = made(BASE, [[2.0, 1.0, 1.5], [5.0, 4.0, 4.0]], [3.5, 2.0, 2.0])
 
 
 def test_pairs_by_hand(tmp_path: Path) -> None:
-    results.write(results.merged([DENSE, OURS]), tmp_path)
+    pairs.write(results.merged([DENSE, OURS]), tmp_path)
     (pair,) = results.read_csv(tmp_path / "pairs.csv")
     # by sequence (1 + 0 + 2 * 0.5) / 4 = 0.5 and (0 + 1 + 2 * 2) / 4 = 1.25, which are 0.375 either side of their mean
     assert (pair["run"], pair["against"], pair["sequences"]) == (BASE, "dense", 2)
@@ -135,13 +140,58 @@ def test_pairs_by_hand(tmp_path: Path) -> None:
     assert above == [0.5, 0.5, 1.25]
 
 
+def test_sequences_of_one_document_count_as_one(tmp_path: Path) -> None:
+    together = [results.merged([DENSE, OURS])]
+    for row in together[0].tables["sequences"]:
+        row["document"] = 7
+    held_out = pairs.held_out(together[0], BASE, "dense")
+    assert (held_out["documents"], held_out["difference"]) == (1, 0.875)
+    assert numpy.isnan(held_out["standard_error"])
+    values = numpy.array([1.0, 3.0, 2.0, 6.0])
+    mean, error = mean_and_error(values, [0, 0, 1, 1])
+    assert_close(numpy.array([mean, error]), [3.0, numpy.array([2.0, 4.0]).std(ddof=1) / 2**0.5], "float64")
+    assert_close(mean_and_error(values, range(4))[1], mean_and_error(values)[1], "float64")
+
+
+def asked(run: str, right: list[int], **more: Any) -> results.Results:
+    """A finished run of that many seconds, and its answers to one question a digit."""
+    found = made(run, [], [3.0], **more)
+    found.tables["runs"] = [{"run": run, "iterations": 5, "steps": 5, "seconds": 9.0, "gpu": "a", **more}]
+    found.tables["passkey_by_question"] = [
+        {"run": run, "filler": "noise", "length": 4, "depth": 0, "sample": i, "right": x, "log_probability": -float(i)}
+        for i, x in enumerate(right)
+    ]
+    return found
+
+
+def test_answers_and_seconds_in_pairs() -> None:
+    both = results.merged([asked("dense", [1, 0, 0, 1], steady_seconds=8.0), asked(BASE, [1, 1, 0, 1], steady_seconds=6.0)])
+    row = pairs.pair(both, BASE, "dense")
+    assert row is not None
+    assert (row["questions"], row["steady_ratio"], row["seconds_ratio"], row["same_gpu"]) == (4, 0.75, 1.0, "yes")
+    # one question in four
+    assert_close(numpy.array([row["noise_accuracy_difference"], row["noise_accuracy_error"]]), [0.25, 0.25], "float64")
+    assert (row["noise_log_probability_difference"], row["classic_accuracy_difference"]) == (0, None)
+    others = results.merged([asked("dense", [1]), asked(BASE, [1, 1])])
+    with pytest.raises(ValueError, match="different questions"):
+        pairs.passkey(others, BASE, "dense")
+
+
+def test_runs_of_different_seeds_read_different_text() -> None:
+    both = results.merged([DENSE, made("dense-2", [], [3.0, 2.0], seed=2)])
+    assert set(pairs.training(both, "dense-2", "dense").values()) == {None}
+    same = results.merged([OURS, made("norm-75", [], [3.0, 2.0, 7.0], switch=2)])
+    same.facts["runs"][BASE]["switch"] = 2
+    assert pairs.training(same, "norm-75", BASE)["distance_before_switch"] == 0.25
+
+
 def test_what_the_later_folder_knows_counts() -> None:
     later = made("dense", [[0.0, 0.0, 0.0]], [1.0])
     both = results.merged([DENSE, OURS, later])
     assert both.losses("dense") == {1: 1.0}
     assert [row["run"] for row in both.tables["sequences"]] == ["dense", BASE, BASE]
     with pytest.raises(ValueError, match="different sequences"):
-        results.pairs(both)
+        pairs.pairs(both)
     with pytest.raises(ValueError, match=r"different steps \(5, 7\) do not compare"):
         results.merged([DENSE, made(BASE, [], [], steps=7)])
 
@@ -192,7 +242,7 @@ def test_curves_are_those_of_tensorboard(bench: Bench) -> None:
 
 
 def test_the_tables_agree(bench: Bench) -> None:
-    widths = numpy.diff([*(int(name) for name in list(bench.rows("sequences")[0])[2:]), SEQUENCE])
+    widths = numpy.diff([*(int(name) for name in list(bench.rows("sequences")[0])[3:]), SEQUENCE])
     held_out = {}
     for row in bench.rows("runs"):
         run, losses = row["run"], bench.of("curves", row["run"], "loss")
@@ -206,9 +256,39 @@ def test_the_tables_agree(bench: Bench) -> None:
         assert len(cells) == 20
         noise = [float(cell["log_probability"]) for cell in cells if cell["filler"] == "noise"]
         assert_close(numpy.float64(row["noise_log_probability"]), numpy.mean(noise), "float64")
+        questions = bench.of("passkey_by_question", run, "log_probability")
+        assert len(questions) == 20
+        assert_close(questions, [float(cell["log_probability"]) for cell in cells], "float32")
     (pair,) = bench.rows("pairs")
+    assert float(pair["steady_ratio"]) > 0
     assert_close(numpy.float64(pair["difference"]), held_out[BASE] - held_out["dense"], "float64")
     assert abs(float(pair["difference"])) > 0
+
+
+def test_remade_from_what_was_packed(bench: Bench, tmp_path: Path) -> None:
+    with tarfile.open(bench.out / "work.tgz") as packed:
+        assert not [name for name in packed.getnames() if "checkpoints" in name]
+        packed.extractall(tmp_path / "work", filter="data")
+    assert quality.main(["--remake", str(tmp_path / "work"), "--out", str(tmp_path / "out")]) == 0
+    tables = sorted(file.name for file in bench.out.iterdir() if file.suffix == ".csv")
+    assert {"pairs.csv", "runs.csv", "curves.csv", "passkey_by_question.csv"} <= set(tables)
+    for name in (*tables, "quality.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (bench.out / name).read_bytes(), name
+
+
+def test_a_table_that_cannot_be_written_ends_no_run(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(pairs, "write", broken)
+    with pytest.raises(OSError, match="the disk is full"):
+        quality.main(["--runs", "dense", BASE, *bench.options])
+    said = capsys.readouterr().out
+    assert "dense: done" in said
+    assert f"{BASE}: done" in said
+    assert said.count("could not be renewed: OSError: the disk is full") == 1
 
 
 def test_recovery_is_what_the_report_finds_in_tensorboard(bench: Bench, tmp_path: Path) -> None:

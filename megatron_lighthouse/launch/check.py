@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_lighthouse.mcore.settings import add_arguments, settings_from
-from megatron_lighthouse.mcore.text import PADDED_VOCABULARY, held_out_problem, text_files
+from megatron_lighthouse.mcore.text import PADDED_VOCABULARY
 from megatron_lighthouse.plan import memory
 from megatron_lighthouse.plan.device import DEVICES, Device
 from megatron_lighthouse.plan.run import Run
@@ -172,13 +172,6 @@ def data(args: argparse.Namespace) -> Iterator[str]:
     for path in (*args.text_data, *files):
         if not Path(path).exists():
             yield f"{path} (--text-data or a list of data) is not there: give a path that all nodes see."
-    if args.text_data and args.seq_length and all(Path(path).exists() for path in args.text_data):
-        try:
-            total = sum(file.stat().st_size for file in text_files(args.text_data))
-        except ValueError as error:
-            yield str(error)
-        else:
-            yield from filter(None, [held_out_problem(total, args.seq_length)])
 
 
 def counted(words: Sequence[str], args: argparse.Namespace, device: Device, world: int) -> Run | None:

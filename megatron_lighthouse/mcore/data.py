@@ -30,7 +30,10 @@ def train_valid_test_datasets(sample_counts: list[int], vp_stage: int | None = N
     print_rank_0(f"> building {kind.__name__} datasets for training, validation and test ...")
     # one of the tensor-parallel ranks reads, and broadcasts what it read
     reads = partial(_reads_data, vp_stage)
-    return BlendedMegatronDatasetBuilder(kind, sample_counts, reads, config).build()
+    datasets = BlendedMegatronDatasetBuilder(kind, sample_counts, reads, config).build()
+    # Megatron would read one sequence of validation even where it never validates, which a short text has not
+    never = args.eval_iters == 0 and not args.full_validation
+    return (datasets[0], None, None) if never else tuple(datasets)
 
 
 def _reads_data(vp_stage: int | None) -> bool:
@@ -46,7 +49,7 @@ def _write_on_first_rank(args: Namespace) -> tuple[str, str]:
     outcome: list[Any] = [None]
     if torch.distributed.get_rank() == 0:
         try:
-            outcome = [text.write_datasets(args.text_data, _text_folder(args), args.seq_length)]
+            outcome = [text.write_datasets(args.text_data, _text_folder(args))]
         except (OSError, ValueError) as error:
             outcome = [error]
     torch.distributed.broadcast_object_list(outcome, src=0)

@@ -69,28 +69,10 @@ def text_files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     return found
 
 
-def held_out_problem(total: int, seq_length: int) -> str | None:
-    """Why `total` bytes of text are too few for sequences of this length; None where they are enough.
-
-    Megatron wants a sequence of validation text even where it never validates.
-    """
-    held_out = total // HELD_OUT
-    if held_out >= seq_length:
-        return None
-    shorter = f", or use --seq-length {held_out} or less" if held_out else ""
-    return (
-        f"--text-data holds {total:,} bytes of text, of which a {HELD_OUT}th, {held_out:,}, is for validation: less than a "
-        f"sequence of --seq-length {seq_length}. Give at least {HELD_OUT * seq_length:,} bytes{shorter}."
-    )
-
-
-def write_datasets(paths: Sequence[str], folder: str, seq_length: int = 1) -> tuple[str, str]:
+def write_datasets(paths: Sequence[str], folder: str) -> tuple[str, str]:
     """Write the text as two Megatron indexed datasets, unless they are there already.
 
     The split is by bytes, not by documents as Megatron's `--split` is: one file is enough.
-
-    Args:
-        seq_length: tokens of a sequence.
 
     Returns:
         The prefixes for training and for validation, the last twentieth of the text. The names come from the files'
@@ -109,12 +91,10 @@ def write_datasets(paths: Sequence[str], folder: str, seq_length: int = 1) -> tu
         total += status.st_size
     if total < SMALLEST:
         raise ValueError(f"--text-data holds {total} bytes of text: give at least {SMALLEST}.")
-    if problem := held_out_problem(total, seq_length):
-        raise ValueError(problem)
-    held_out = total // HELD_OUT
     names = tuple(os.path.join(folder, f"text-{key.hexdigest()[:16]}-{part}") for part in ("train", "valid"))
     if not all(os.path.exists(get_idx_path(name)) for name in names):
         os.makedirs(folder, exist_ok=True)
+        held_out = total // HELD_OUT
         _write(names[0], _documents(files, 0, total - held_out))
         _write(names[1], _documents(files, total - held_out, total))
     return names[0], names[1]

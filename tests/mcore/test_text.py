@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lighthouse.mcore import text
+from tests.mcore.harness import ROOT, run
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -62,11 +63,12 @@ def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
         text.write_datasets([str(tmp_path)], str(tmp_path / "out"))
 
 
-def test_validation_needs_a_sequence(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("x" * 2000)
-    text.write_datasets([str(tmp_path / "a.txt")], str(tmp_path / "out"), 100)
-    with pytest.raises(ValueError, match=r"a 20th, 100, is for validation.*least 2,020 bytes, or use --seq-length 100"):
-        text.write_datasets([str(tmp_path / "a.txt")], str(tmp_path / "out"), 101)
+def test_a_short_text_trains_where_nothing_validates(tmp_path: Path) -> None:
+    """A twentieth of the text, which is for validation, is less than one sequence."""
+    file = tmp_path / "short.txt"
+    file.write_bytes((ROOT / "LICENSE").read_bytes()[:4000])
+    one = run(tmp_path / "run", "--train-iters", "1", "--attention", "dense", data=["--text-data", str(file)])
+    assert list(one.losses) == [1]
 
 
 def test_byte_entropy(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ case $PART in
     second) CUDA_VISIBLE_DEVICES=1 second_gpu ;;
     two) both_gpus ;;
     4 | 8)
-        # a twentieth of the text is for validation, which Megatron asks for a whole sequence even where it does not validate
+        # so that no run reads any of it twice
         for _ in {1..8}; do cat "${text[@]}"; done >"$WORK/data.txt"
         after=$((PART == 8 ? 4 : 0)) # on eight, four work on while the others do what takes fewer
         on_many "$PART"

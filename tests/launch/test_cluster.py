@@ -163,6 +163,23 @@ def test_a_bad_node_is_named_and_requeues_have_a_limit(cluster: Slurm, tmp_path:
     assert "MAX_REQUEUES=1 is reached" in log(tmp_path / "limited", limited)
 
 
+def test_two_stages_train(cluster: Slurm, tmp_path: Path) -> None:
+    """Stage 1, stage 2 and the evaluation of its checkpoint, on two nodes that share each sequence."""
+    run, path = tmp_path / "chain", f"{Path(sys.executable).parent}:{cluster.environment['PATH']}"
+    command = ["--cluster", str(cluster_file(tmp_path, "PREFLIGHT=0")), "--recipe", "cpu-test", "--run", str(run)]
+    command += ["--stage1", "6", "--total", "10", "--eval-iters", "2", "--", *DATA]
+    done = cluster.run(str(ROOT / "launch" / "two_stage.sh"), *command, PATH=path)
+    assert done.returncode == 0, done.stderr
+    jobs = re.findall(r": job (\d+)", done.stdout)
+    assert cluster.wait(jobs[-1])["JobState"] == "COMPLETED", "".join(log(run, job)[-2000:] for job in jobs)
+    stages = [log(run, f"{job}_0") for job in jobs[:2]]
+    assert [list(losses(stage)) for stage in stages] == [[*range(1, 7)], [*range(7, 11)]]
+    assert all(f"{name} 256 tokens: " in stage for name, stage in zip(("lighthouse", "dense"), stages, strict=True))
+    found = json.loads((run / "evaluation.json").read_text())
+    assert (found["iteration"], found["attention"]) == (10, "dense")
+    assert found["validation_loss"] < float(losses(stages[0])[1])
+
+
 TRAINER = """#!/usr/bin/env bash
 # in the place of Python: a run that reaches its --exit-interval or --train-iters, or an evaluation; each fails the first time
 [[ $2 == megatron_lighthouse.pretrain_gpt ]] || exit 0
@@ -188,7 +205,7 @@ echo "$attention to ${stop:-$target}"
 
 
 def test_two_stages_and_their_evaluation(cluster: Slurm, tmp_path: Path) -> None:
-    """Their Slurm side, with a stand-in for Python: training and evaluation themselves are as above."""
+    """Where each fails the first time; with a stand-in for Python, for training and evaluation themselves are as above."""
     trainer = tmp_path / "trainer"
     trainer.write_text(TRAINER)
     trainer.chmod(0o755)

@@ -17,6 +17,7 @@ from megatron_lighthouse.plan import memory, time
 from megatron_lighthouse.plan.calibration import MEASURED_VOCAB, coefficients
 from megatron_lighthouse.plan.device import DEVICES
 from megatron_lighthouse.plan.run import Run, run_of
+from megatron_lighthouse.plan.words import RECOMPUTE_WORDS
 
 K = 1024
 LENGTHS = (256 * K, 512 * K, 1024 * K)
@@ -29,11 +30,6 @@ START = 45
 """Seconds that a point takes before it trains, measured on two GPUs."""
 RECIPE_1M = LighthouseConfig(4, 4, 4096)
 """Of launch/recipes/530m-1m.args."""
-FLAGS = {
-    "none": "",
-    "mlp": "--recompute-granularity selective --recompute-modules mlp",
-    "full": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
-}
 
 
 def by_length(seq_length: int) -> LighthouseConfig:
@@ -103,7 +99,7 @@ class Point:
     def arguments(self) -> str:
         """Megatron's, beyond those of the recipe and of `study`."""
         config = self.config or by_length(self.seq_length)
-        words = [f"--lighthouse-levels {config.levels} --lighthouse-budget {config.budget}", FLAGS[self.recompute]]
+        words = [f"--lighthouse-levels {config.levels} --lighthouse-budget {config.budget}", RECOMPUTE_WORDS[self.recompute]]
         words += [f"--lighthouse-dense-first {self.dense} --lighthouse-dense-last {self.dense}"] if self.dense != 2 else []
         words += (
             [f"--tensor-model-parallel-size {self.tensor_parallel} --sequence-parallel"] if self.tensor_parallel > 1 else []

@@ -26,6 +26,7 @@ from h100_training import DETERMINISTIC
 from measure import environment, one_rank
 
 from megatron_lighthouse.context_parallel.copies import SWITCH
+from megatron_lighthouse.plan.words import RECOMPUTE_WORDS
 from megatron_lighthouse.plots import read_scalars
 from megatron_lighthouse.recipe.presets import COMMON, LOCAL, default_text
 
@@ -37,7 +38,7 @@ MODEL = f"""
 """.split()
 FP32 = [*LOCAL.split(), "--lighthouse-inner", "sdpa"]
 TE = "--bf16 --transformer-impl transformer_engine --attention-backend fused".split()
-RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
+RECOMPUTE = RECOMPUTE_WORDS["full"].split()
 NCCL = {SWITCH: "0"}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy
 from quality_results import Results, Row, write_csv, write_json
-from quality_runs import REFERENCE, RUNS
+from quality_runs import REFERENCE
 
 from megatron_lighthouse.recipe import recovery
 from megatron_lighthouse.recipe.passkey import FILLERS
@@ -124,10 +124,13 @@ def training(results: Results, run: str, against: str) -> Row:
 
 
 def cost(results: Results, run: str, against: str) -> Row:
-    """The run's seconds over the other's, once both are finished, and whether both were trained on the same GPU."""
+    """The run's seconds over the other's, once both are finished, and whether both were trained on the same GPU.
+
+    Nothing of runs that shared a GPU with others.
+    """
     answer: Row = dict.fromkeys(("steady_ratio", "seconds_ratio", "same_gpu"))
     rows = [row for name in (run, against) for row in results.of("runs", name)]
-    if len(rows) < 2 or any(row["iterations"] < row["steps"] for row in rows):
+    if len(rows) < 2 or any(row["iterations"] < row["steps"] or row["at_once"] > 1 for row in rows):
         return answer
     ours, theirs = rows
     for name, column in (("steady_ratio", "steady_seconds"), ("seconds_ratio", "seconds")):
@@ -152,9 +155,14 @@ def pair(results: Results, run: str, against: str) -> Row | None:
 
 def pairs(results: Results) -> list[Row]:
     """pairs.csv."""
-    wanted = [(run, other) for run in results.facts["runs"] for other in RUNS[run].against]
+    wanted = [(run, other) for run in results.facts["runs"] for other in results.runs[run].against]
     found = (pair(results, run, other) for run, other in wanted if other in results.facts["runs"])
     return [row for row in found if row]
+
+
+def dense_of(results: Results, run: str) -> str:
+    """The dense run that a run is held to; '' of a dense run."""
+    return next((name for name in results.runs[run].against if name.startswith(REFERENCE)), "")
 
 
 def positions(results: Results) -> list[Row]:
@@ -166,7 +174,7 @@ def positions(results: Results) -> list[Row]:
         _, edges, losses = buckets_of(results, run)
         documents = documents_of(results, run)
         means, errors = mean_and_error_of(losses, documents)
-        dense = next((name for name in RUNS[run].against if name.startswith(REFERENCE)), "")
+        dense = dense_of(results, run)
         differences = paired(results, run, dense) if dense in results.facts["runs"] else None
         above = (None, None) if differences is None else mean_and_error_of(differences, documents)
         columns = {"loss": means, "standard_error": errors, "above": above[0], "above_error": above[1]}

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from quality_pairs import pairs, positions
+from quality_pairs import dense_of, pairs, positions
 from quality_results import Results, steady
-from quality_runs import BASE, REFERENCE, RUNS
+from quality_runs import REFERENCE
 
 from megatron_lighthouse.recipe.passkey import CHANCE
 from megatron_lighthouse.recipe.recovery import smoothed
@@ -21,19 +20,27 @@ from megatron_lighthouse.recipe.recovery import smoothed
 SECOND_SEED = "dense-2"
 MARGIN = 0.005
 """Nats of held-out loss that the recipe may end above dense; seeds that differ by more cannot decide it."""
-COLOURS = {name: colormaps["tab20"](i) for i, name in enumerate(RUNS)} | {REFERENCE: "#2b3a67", BASE: "#d1495b"}
+PALETTE = ("#2b3a67", "#d1495b", "#6d8fd1", "#e8a04c", "#3a9d8f", "#8d6cab", "#7a9e3c", "#8a6d3b", "#d37fb0", "#5f6c7b")
+
+
+def colours(results: Results) -> dict[str, str]:
+    """A colour for each run of the experiment, whichever of them are there."""
+    return dict(zip(results.runs, PALETTE, strict=False))
 
 
 def draw(results: Results, out: Path) -> None:
-    """loss.png, positions.png, passkey.png, cost.png, telemetry.png and table.md, as far as there is something to draw."""
+    """loss.png, positions.png, passkey.png, cost.png, hindsight.png, telemetry.png and table.md, of what there is."""
     out.mkdir(parents=True, exist_ok=True)
     if results.tables["curves"]:
         _loss(results, out / "loss.png")
     if results.tables["sequences"]:
         _positions(results, out / "positions.png")
-        _cost(results, out / "cost.png")
+        if all(row["at_once"] == 1 for row in results.tables["runs"]):
+            _cost(results, out / "cost.png")
     if results.tables["passkey"]:
         _passkey(results, out / "passkey.png")
+    if results.tables["hindsight"]:
+        _hindsight(results, out / "hindsight.png")
     if results.tables["telemetry"]:
         _telemetry(results, out / "telemetry.png")
     text = table(results)
@@ -49,6 +56,7 @@ def table(results: Results) -> str:
         "× dense",
         "tokens/s stage 1",
         "stage 2",
+        "training loss, above dense",
         "held-out loss",
         "above dense",
         "passkey",
@@ -64,13 +72,15 @@ def table(results: Results) -> str:
     for row in results.tables["runs"]:
         pair = above.get(row["run"], {})
         other_gpu = pair.get("same_gpu") == "no"
+        alone = row["at_once"] == 1
         cells = [
             f"`{row['run']}`: {row['title']}"
             + (f", on {devices[row['run']]}" if len(set(devices.values())) > 1 else "")
             + ("" if row["iterations"] == row["steps"] else f" ({row['iterations']} iterations)"),
-            f"{row['steady_seconds']:,.0f}" + (f" × {row['ranks']}" if row["ranks"] > 1 else ""),
+            (f"{row['steady_seconds']:,.0f}" + (f" × {row['ranks']}" if row["ranks"] > 1 else "")) if alone else "",
             _number(pair.get("steady_ratio"), ".3f") + ("*" if other_gpu and pair["steady_ratio"] else ""),
-            *(_number(row[f"tokens_per_second_{stage}"], ",.0f") for stage in ("lighthouse", "dense")),
+            *(_number(row[f"tokens_per_second_{stage}"] if alone else None, ",.0f") for stage in ("lighthouse", "dense")),
+            _number(pair.get("gap"), "+.4f"),
             _number(row["held_out_loss"], ".4f"),
             _difference(pair.get("difference"), pair.get("standard_error"), ".4f"),
             _number(row["noise_accuracy"], ".1%"),
@@ -86,6 +96,12 @@ def table(results: Results) -> str:
     if seeds is not None:
         judged = f": no less than {MARGIN}, so a difference of that size is **not distinguishable** from none"
         notes.append(f"Another seed alone: {abs(seeds):.4f} nats{judged if abs(seeds) > MARGIN else ''}.")
+    for row in results.tables["hindsight"]:
+        if row["distance"] == 0:
+            known = _difference(row["difference"], row["standard_error"], ".3f")
+            notes.append(
+                f"`{row['run']}` at the switch, with Lighthouse: {known} nats without what selections tell of later text."
+            )
     return "\n".join([*lines, *(f"\n{note}" for note in notes)]) + "\n"
 
 
@@ -102,8 +118,11 @@ def _loss(results: Results, path: Path) -> None:
 
     Runs of a seed read the same sequence in the same iteration, so that the last has none of the text's scatter in it.
     """
-    figure = Figure(figsize=(18, 4.8), layout="constrained")
-    by_iteration, by_time, above = figure.subplots(1, 3)
+    timed = all(row["at_once"] == 1 for row in results.tables["runs"])
+    figure = Figure(figsize=(18 if timed else 13, 4.8), layout="constrained")
+    panels: list[Any] = [*figure.subplots(1, 3 if timed else 2)]
+    by_iteration, *by_time, above = panels
+    colour = colours(results)
     ends, tops = [], []
     for row in results.tables["runs"]:
         run, points = row["run"], results.of("curves", row["run"])
@@ -111,36 +130,35 @@ def _loss(results: Results, path: Path) -> None:
             continue
         mean = smoothed({point["iteration"]: point["loss"] for point in points}, row["smooth"])
         iterations, losses = list(mean), list(mean.values())
-        seconds = list(accumulate(steady(row, points)))
+        x_of: tuple[list[Any], ...] = (iterations, list(accumulate(steady(row, points))))
         marks = [(row["switch"], "o")] if row["switch"] else []
         if row["iterations_to_recover"]:
             marks.append((row["switch"] + row["iterations_to_recover"], "s"))
-        for axes, x in ((by_iteration, iterations), (by_time, seconds)):
-            axes.plot(x, losses, color=COLOURS[run], label=f"{run}: {row['title']}", linewidth=1.2)
+        for axes, x in zip((by_iteration, *by_time), x_of, strict=False):
+            axes.plot(x, losses, color=colour[run], label=f"{run}: {row['title']}", linewidth=1.2)
             for iteration, form in marks:
                 if iteration in mean:
                     i = iterations.index(iteration)
-                    axes.plot([x[i]], [losses[i]], form, color=COLOURS[run], fillstyle="none" if form == "s" else "full")
-        dense = results.losses(next((name for name in RUNS[run].against if name.startswith(REFERENCE)), ""))
+                    axes.plot([x[i]], [losses[i]], form, color=colour[run], fillstyle="none" if form == "s" else "full")
+        dense = results.losses(dense_of(results, run))
         differences = {
             point["iteration"]: point["loss"] - dense[point["iteration"]] for point in points if point["iteration"] in dense
         }
         if differences and run != SECOND_SEED:  # which reads other text than `dense` in the same iteration
             mean = smoothed(differences, row["smooth"])
             late = {i: x for i, x in mean.items() if i > row["steps"] // 10}
-            above.plot(list(late), list(late.values()), color=COLOURS[run], linewidth=1.2)
+            above.plot(list(late), list(late.values()), color=colour[run], linewidth=1.2)
         ends.append(min(losses))
         tops.append(losses[len(losses) // 10])
     by_iteration.set_ylim(min(ends) - 0.03, max(tops) + 0.05)  # the fall at the start would flatten all that follows
     by_iteration.set(xlabel="iteration", ylabel="training loss, running mean (nats per byte)")
-    by_time.set(
-        xlabel="seconds of training, steady",
-        title="●: switch to dense   □: back at the level before it",
-        ylim=by_iteration.get_ylim(),
-    )
-    above.axhline(0, color=COLOURS[REFERENCE], linewidth=1)
+    by_iteration.set_title("●: switch to dense   □: back at the level before it")
+    for axes in by_time:
+        axes.set(xlabel="seconds of training, steady", ylim=by_iteration.get_ylim())
+    above.set_yscale("symlog", linthresh=0.02)  # a spike is a hundred times what is left at the end
+    above.axhline(0, color=colour[REFERENCE], linewidth=1)
     above.set(xlabel="iteration", title="above dense from scratch, in the same iterations")
-    _tidy(figure, (by_iteration, by_time, above))
+    _tidy(figure, (by_iteration, *by_time, above))
     _save(figure, path)
 
 
@@ -148,15 +166,18 @@ def _positions(results: Results, path: Path) -> None:
     """Held-out loss by position, and what each run has above dense, with the standard error of the pairs."""
     figure = Figure(figsize=(13, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
+    colour = colours(results)
     rows = positions(results)
     for run in dict.fromkeys(row["run"] for row in rows):
         own = [row for row in rows if row["run"] == run]
         x = [(row["start"] + row["stop"]) / 2 for row in own]
-        left.plot(x, [row["loss"] for row in own], ".-", color=COLOURS[run], label=f"{run}: {RUNS[run].title}", linewidth=1.2)
+        left.plot(
+            x, [row["loss"] for row in own], ".-", color=colour[run], label=f"{run}: {results.runs[run].title}", linewidth=1.2
+        )
         if own[0]["above"] is not None:
             values, errors = ([row[name] for row in own] for name in ("above", "above_error"))
-            right.errorbar(x, values, errors, fmt=".-", color=COLOURS[run], capsize=2, linewidth=1.2)
-    right.axhline(0, color=COLOURS[REFERENCE], linewidth=1)
+            right.errorbar(x, values, errors, fmt=".-", color=colour[run], capsize=2, linewidth=1.2)
+    right.axhline(0, color=colour[REFERENCE], linewidth=1)
     for axes, title in ((left, "held-out loss (nats per byte)"), (right, "above dense from scratch, in pairs")):
         axes.set_xscale("log", base=2)
         axes.set(xlabel="position in the sequence", title=title)
@@ -168,15 +189,16 @@ def _cost(results: Results, path: Path) -> None:
     """What each run cost and where it came out. The bars are the standard error of the difference to dense."""
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.subplots()
+    colour = colours(results)
     errors = {row["run"]: row["standard_error"] for row in pairs(results) if row["against"].startswith(REFERENCE)}
     for row in results.tables["runs"]:
         if row["held_out_loss"] is None:
             continue
         run, x = row["run"], row["steady_seconds"] * row["ranks"]
-        axes.errorbar([x], [row["held_out_loss"]], [errors.get(run) or 0], fmt="o", color=COLOURS[run], capsize=3)
+        axes.errorbar([x], [row["held_out_loss"]], [errors.get(run) or 0], fmt="o", color=colour[run], capsize=3)
         axes.annotate(f" {run}", (x, row["held_out_loss"]), fontsize=8)
         if run == REFERENCE:
-            axes.axhline(row["held_out_loss"], color=COLOURS[run], linewidth=1, linestyle=":")
+            axes.axhline(row["held_out_loss"], color=colour[run], linewidth=1, linestyle=":")
     axes.set(xlabel="GPU seconds of training", ylabel="held-out loss (nats per byte)")
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
@@ -205,6 +227,24 @@ def _passkey(results: Results, path: Path) -> None:
     figure.colorbar(image, ax=maps.ravel().tolist(), label=f"right digits (chance: {CHANCE:.0%})")
     figure.supxlabel("tokens")
     figure.supylabel("depth of the key")
+    _save(figure, path)
+
+
+def _hindsight(results: Results, path: Path) -> None:
+    """The loss of the checkpoint at the switch, with Lighthouse, by how many true later tokens it is left."""
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axes = figure.subplots()
+    colour = colours(results)
+    rows = results.tables["hindsight"]
+    for run in dict.fromkeys(row["run"] for row in rows):
+        own = [row for row in rows if row["run"] == run]
+        x = [row["distance"] for row in own]
+        for name, form, what in (("other", ".-", "other text after them"), ("true", ".:", "all later text as it is")):
+            losses = [row[f"loss_{name}_future"] for row in own]
+            axes.plot(x, losses, form, color=colour[run], label=f"{run}, {what}", linewidth=1.2)
+    axes.set_xscale("symlog", base=2, linthresh=1)
+    axes.set(xlabel="true later tokens that are there", ylabel="loss with Lighthouse attention (nats per byte)")
+    _tidy(figure, (axes,))
     _save(figure, path)
 
 

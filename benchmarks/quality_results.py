@@ -5,6 +5,7 @@
     sequences.csv   held-out loss of each sequence by position bucket: what pairs are made of
     passkey.csv     a row a run and cell
     passkey_by_question.csv   each question, whether it was answered right, and the right digit's log-probability (nats)
+    hindsight.csv   what the selections of the checkpoint at the switch know of later tokens: a row a run and distance
     telemetry.csv   what selection did in the runs that log it: run, iteration, name of the scalar, value
     positions.csv   held-out loss by position bucket, and less that of the dense run of the same seed
     pairs.csv       each run less those that it is compared with: see quality_pairs.py
@@ -17,6 +18,7 @@ positions.csv and pairs.csv follow from the tables before them (quality_pairs.py
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -27,14 +29,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quality_runs import RUNS
+from quality_runs import EXPERIMENTS, Run
 
 from megatron_lighthouse.recipe import recovery
 
 type Row = dict[str, Any]
-TABLES = ("curves", "runs", "sequences", "passkey", "passkey_by_question", "telemetry")
-PACKED = ("run.json", "*.log", "evaluation/*.csv", "evaluation/*.json")
-"""What is kept of each run; and its TensorBoard log, where telemetry is read from it."""
+TABLES = ("curves", "runs", "sequences", "passkey", "passkey_by_question", "hindsight", "telemetry")
+PACKED = (
+    "run.json",
+    "train.log",
+    *(f"{folder}/*.{kind}" for folder in ("evaluation", "hindsight") for kind in ("csv", "json")),
+)
+"""What is kept of each run, of the log its iterations alone; and its TensorBoard log, where telemetry is read from it."""
 LINE = re.compile(r"iteration +(\d+)/ *\d+ \|.*? elapsed time per iteration \(ms\): ([^ ]+) \|.*? lm loss: ([^ ]+) \|")
 """An iteration in Megatron's log."""
 STARTED = "===== benchmarks/quality.py starts a process\n"
@@ -47,6 +53,11 @@ class Results:
     tables: dict[str, list[Row]] = field(default_factory=lambda: {name: [] for name in TABLES})
     facts: Row = field(default_factory=dict)
     """quality.json."""
+
+    @property
+    def runs(self) -> dict[str, Run]:
+        """Those of the experiment."""
+        return EXPERIMENTS[self.facts["experiment"]].runs
 
     def of(self, table: str, run: str) -> list[Row]:
         return [row for row in self.tables[table] if row["run"] == run]
@@ -109,8 +120,8 @@ def run_row(facts: Row, points: Sequence[Row], evaluation: Row | None) -> Row:
     """
     switch, dense_from, times = facts["switch"], facts["dense_from"], stages(facts, points)
     last = [point["loss"] for point in points[-facts["smooth"] :]]
-    answer: Row = {name: facts[name] for name in ("run", "title", "seed", "ranks", "steps", "switch", "dense_from", "smooth")}
-    answer |= {"device": facts.get("device"), "gpu": facts.get("gpu")}
+    answer: Row = {name: facts[name] for name in ("run", "title", "seed", "ranks", "at_once", "steps", "switch", "dense_from")}
+    answer |= {"smooth": facts["smooth"], "device": facts.get("device"), "gpu": facts.get("gpu")}
     answer |= {"iterations": len(points), "tokens": len(points) * facts["tokens"]}
     answer["seconds"] = round(sum(point["seconds"] for point in points), 2)
     answer["steady_seconds"] = round(sum(steady(facts, points)), 2)
@@ -136,23 +147,28 @@ def run_row(facts: Row, points: Sequence[Row], evaluation: Row | None) -> Row:
 
 
 def from_work(work: Path) -> Results:
-    """All that the runs in a --work folder have left by now, or in what `pack` kept of it."""
-    results = Results(facts={"corpus": read_json(work / "corpus.json") or {}, "runs": {}})
-    for name in RUNS:
-        folder = work / name
-        facts = read_json(folder / "run.json")
-        if facts is None:
-            continue
+    """All that the runs in a --work folder have left by now, or in what `pack` kept of it.
+
+    Raises:
+        ValueError: a folder without runs.
+    """
+    known = {path.parent.name: facts for path in sorted(work.glob("*/run.json")) if (facts := read_json(path))}
+    if not known:
+        raise ValueError(f"{work} has no RUN/run.json: give a --work folder, or work.tgz unpacked.")
+    (experiment,) = {facts["experiment"] for facts in known.values()}
+    results = Results(facts={"experiment": experiment, "corpus": read_json(work / "corpus.json") or {}, "runs": {}})
+    for name in (name for name in results.runs if name in known):
+        folder, facts = work / name, known[name]
         log, evaluation = folder / "train.log", read_json(folder / "evaluation" / "evaluation.json")
         points = curve(log.read_text(errors="replace")) if log.exists() else []
-        facts.setdefault("device", facts.get("versions", {}).get("device"))
         found: dict[str, list[Row]] = {"curves": points, "runs": [run_row(facts, points, evaluation)]}
         if evaluation:  # it is written last
             facts["held_out"], facts["versions"] = evaluation["held_out"], facts["versions"] | evaluation["versions"]
             found["sequences"] = read_csv(folder / "evaluation" / "loss_by_sequence.csv")
             for table in ("passkey", "passkey_by_question"):
                 found[table] = read_csv(folder / "evaluation" / f"{table}.csv")
-        if RUNS[name].telemetry and (folder / "tensorboard").is_dir():
+        found["hindsight"] = read_csv(folder / "hindsight" / "hindsight.csv")
+        if results.runs[name].telemetry and (folder / "tensorboard").is_dir():
             found["telemetry"] = telemetry(folder / "tensorboard")
         results.facts["runs"][name] = facts
         for table, rows in found.items():
@@ -188,20 +204,21 @@ def merged(all_results: Iterable[Results]) -> Results:
     """The results of several machines in one. Of a run that two have, what the later one knows counts.
 
     Raises:
-        ValueError: results that cannot be compared: of another model, length or corpus.
+        ValueError: results that cannot be compared: of another experiment, length or corpus.
     """
-    answer = Results(facts={"corpus": {}, "runs": {}})
+    answer = Results(facts={"experiment": None, "corpus": {}, "runs": {}})
     for results in all_results:
         known = {**answer.facts["runs"], **results.facts["runs"]}
-        for name in ("model", "tokens", "steps", "seq_length", "held_out"):
+        for name in ("experiment", "tokens", "steps", "seq_length", "held_out"):
             values = {json.dumps(facts[name], sort_keys=True) for facts in known.values() if facts.get(name) is not None}
             if len(values) > 1:
                 raise ValueError(f"runs of different {name} ({', '.join(sorted(values))}) do not compare: merge others.")
+        answer.facts["experiment"] = results.facts["experiment"]
         for table in TABLES:
             later = {row["run"] for row in results.tables[table]}
             kept = [row for row in answer.tables[table] if row["run"] not in later]
-            answer.tables[table] = sorted(kept + results.tables[table], key=lambda row: list(RUNS).index(row["run"]))
-        answer.facts["runs"] = {name: known[name] for name in RUNS if name in known}
+            answer.tables[table] = sorted(kept + results.tables[table], key=lambda row: list(answer.runs).index(row["run"]))
+        answer.facts["runs"] = {name: known[name] for name in answer.runs if name in known}
         answer.facts["corpus"] = results.facts["corpus"] or answer.facts["corpus"]
     return answer
 
@@ -210,10 +227,18 @@ def pack(work: Path, path: Path) -> None:
     """Keep in `path`, a .tgz, what all tables are made from, without checkpoints: `from_work` reads it, unpacked."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(_replacing(path), "w:gz") as archive:
-        logs = [f"{name}/tensorboard/*" for name, run in RUNS.items() if run.telemetry]
-        for name in ["corpus.json", *(f"{run}/{kept}" for run in RUNS for kept in PACKED), *logs]:
-            for file in sorted(work.glob(name)):
-                archive.add(file, file.relative_to(work))
+        logged = {name for one in EXPERIMENTS.values() for name, run in one.runs.items() if run.telemetry}
+        logs = [f"{name}/tensorboard/*" for name in sorted(logged)]
+        for pattern in ["corpus.json", *(f"*/{kept}" for kept in PACKED), *logs]:
+            for file in sorted(work.glob(pattern)):
+                if file.suffix == ".log":
+                    lines = file.read_text(errors="replace").splitlines(keepends=True)
+                    content = "".join(line for line in lines if line == STARTED or LINE.search(line)).encode()
+                else:
+                    content = file.read_bytes()
+                member = tarfile.TarInfo(str(file.relative_to(work)))
+                member.size, member.mtime = len(content), file.stat().st_mtime
+                archive.addfile(member, io.BytesIO(content))
     os.replace(_replacing(path), path)
 
 

@@ -4,7 +4,7 @@ One small GPT, 4,096 tokens, from the same seed, in fp32 with the same inner att
 `reference`; and on two GPUs or more, context parallel 2 against 1, by each scheme. Where Transformer Engine is installed, the
 schemes in bf16 too, where what differs is rounding; and on our own ring a run with full recompute, evaluations and a switch to
 dense, whose messages go by copy engine or by NCCL: with --deterministic-mode both give the same bits, and when repeated. And
-one GPU with Megatron's CUDA graphs against it without (not run yet: see docs/performance.md).
+one GPU with Megatron's CUDA graphs against it without.
 Leaves agreement.json with the losses of every step. --at-once runs several side by side: losses are compared, not times.
 """
 

@@ -1,9 +1,9 @@
 """`python -m megatron_lighthouse.recipe.evaluate`: what a checkpoint has learnt of long text.
 
 Takes the arguments of the run of `megatron_lighthouse.pretrain_gpt`, with `--load` its checkpoints, and `--held-out TEXT --out
-FOLDER`. Two measurements, with the same text and questions for every checkpoint: the loss by position in the sequence, and the
-one-digit passkey probe. For models of bytes (`--text-data`). Dense unless `--attention lighthouse` is given. One process, or
-torchrun: its ranks share out the samples.
+FOLDER`. Three measurements, with the same text and questions for every checkpoint: the loss by position in the sequence, the
+one-digit passkey probe, and hindsight, what the loss owes to later tokens. For models of bytes (`--text-data`). Dense unless
+`--attention lighthouse` is given. One process, or torchrun: its ranks share out the samples.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ import numpy
 import megatron_lighthouse
 from megatron_lighthouse.mcore import text
 from megatron_lighthouse.notice import say_once
-from megatron_lighthouse.recipe import passkey, positions
+from megatron_lighthouse.recipe import hindsight, passkey, positions
 
 if TYPE_CHECKING:
     from megatron_lighthouse.recipe.trained import Trained
 
 type Array = numpy.ndarray[Any, Any]
+type Result = dict[str, Any] | None
+"""Of a measurement; None where it was not asked for."""
 
 
 class HeldOut(text.TextData):
@@ -57,6 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--passkey-depths", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1], help="0 is first. Default: by quarters.")
     add("--passkey-fillers", nargs="+", choices=passkey.FILLERS, default=passkey.FILLERS, help="Default: both.")
     add("--passkey-seed", type=int, default=1234, help="Of the questions. Default: 1234.")
+    add("--hindsight-samples", type=int, default=0, help="Sequences with another future; 0 for no hindsight. Default: 0.")
+    add("--hindsight-seed", type=int, default=1234, help="Of the samples. Default: 1234.")
     return parser
 
 
@@ -156,6 +160,22 @@ def passkey_probe(trained: Trained, tokens: Array, grid: passkey.Grid) -> dict[s
     }
 
 
+def hindsight_by_distance(trained: Trained, tokens: Array) -> dict[str, Any]:
+    """The loss with the true later tokens and with others, at a position and at distances before it. Every rank calls it."""
+    from megatron_lighthouse.recipe.trained import over_ranks
+
+    args = trained.args
+    samples, seed, length = args.hindsight_samples, args.hindsight_seed, args.seq_length
+
+    def compute(index: int) -> Array:
+        return hindsight.losses(hindsight.draw(index, tokens, length, seed), trained.token_losses).ravel()
+
+    found = over_ranks(samples, 2 * len(hindsight.distances(length)), compute, "hindsight").reshape(samples, 2, -1)
+    at = numpy.array([hindsight.draw(index, tokens, length, seed).position for index in range(samples)])
+    rows = hindsight.by_distance(at, length, found)
+    return {"length": length, "seed": seed, **rows[0], "distances": rows}
+
+
 def main() -> None:
     """Evaluate as the command line says."""
     if "RANK" not in os.environ:  # not under torchrun
@@ -178,20 +198,21 @@ def main() -> None:
     if args.loss_sequences:  # refused before the model is built
         positions.bucket_edges(args.seq_length, args.loss_grid, args.loss_buckets)
         positions.sequence_starts(len(tokens), args.seq_length, args.loss_sequences)
+    if args.hindsight_samples:
+        hindsight.check(len(tokens), args.seq_length, args.hindsight_samples, args.hindsight_seed)
     trained = checkpoint.load(args)
     if grid and (said := grid.unbalanced()):
         say_once(said)
     loss = loss_by_position(trained, tokens) if args.loss_sequences else None
     probe = passkey_probe(trained, tokens, grid) if grid else None
+    later = hindsight_by_distance(trained, tokens) if args.hindsight_samples else None
     if torch.distributed.get_rank() == 0:
-        _write(args, trained.iteration, tokens, loss, probe)
+        _write(args, trained.iteration, tokens, loss, probe, later)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def _write(
-    args: argparse.Namespace, iteration: int, tokens: Array, loss: dict[str, Any] | None, probe: dict[str, Any] | None
-) -> None:
+def _write(args: argparse.Namespace, iteration: int, tokens: Array, loss: Result, probe: Result, later: Result) -> None:
     import megatron.core
     import torch
 
@@ -213,6 +234,11 @@ def _write(
         for filler, result in probe["fillers"].items():
             error = result["accuracy_standard_error"]
             print(f"passkey in {filler}: {result['accuracy']:.1%} ± {error:.1%} right of {result['samples']}, chance 10%")
+    if later:
+        rows = later.pop("distances")
+        _write_csv(out / "hindsight.csv", rows)
+        evaluation_plots.hindsight(rows, out / "hindsight.png", name)
+        print(f"hindsight {later['difference']:.4f} ± {later['standard_error']:.4f} nats per byte, {later['samples']} samples")
     summary = {
         "load": str(args.load),
         "iteration": iteration,
@@ -220,6 +246,7 @@ def _write(
         "held_out": {"tokens": len(tokens), "sha256": hashlib.sha256(tokens.tobytes()).hexdigest()},
         "loss": loss,
         "passkey": probe,
+        "hindsight": later,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "versions": {

@@ -1,4 +1,7 @@
-"""Pictures of an evaluation: the loss by position, and the passkey probe as heat maps. Written as PNG, without a screen."""
+"""Pictures of an evaluation: loss by position, the passkey probe as heat maps, hindsight by distance.
+
+Written as PNG, without a screen.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +46,19 @@ def passkey(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
         axes.set(xlabel="tokens", ylabel="depth of the key", title=filler)
     figure.colorbar(image, ax=maps.tolist(), label=f"right digits (chance: {CHANCE:.0%})")
     figure.suptitle(title)
+    _save(figure, path)
+
+
+def hindsight(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw what the loss gains from the tokens beyond each distance, and one standard error to either side."""
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    gains, errors = ([row[name] for row in rows] for name in ("difference", "standard_error"))
+    axes.axhline(0, color="0.7", linewidth=1)
+    axes.errorbar(range(len(rows)), gains, errors, fmt="o-", capsize=3)
+    axes.set_xticks(range(len(rows)), [str(row["distance"]) for row in rows])
+    axes.set(xlabel="later tokens left as they are", ylabel="hindsight (nats per byte)", title=title)
+    axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
 

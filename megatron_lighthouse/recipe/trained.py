@@ -45,10 +45,14 @@ class Trained:
     model: torch.nn.Module
     """Megatron's GPT model, in evaluation mode; this tensor-parallel rank's part."""
 
-    def token_losses(self, tokens: Array) -> Array:
-        """[s + 1] tokens -> [s] losses of the last s, each after those before it, in nats, fp32."""
-        given = torch.from_numpy(tokens.astype(numpy.int64)).cuda().unsqueeze(0)
-        return self._forward(given[:, :-1], labels=given[:, 1:].contiguous())[0].float().cpu().numpy()
+    def token_losses(self, tokens: Array, inputs: Array | None = None) -> Array:
+        """[s + 1] tokens -> [s] losses of the last s, each after those before it, in nats, fp32.
+
+        Given `inputs`, [s] tokens, the model reads these in place of the first s; the losses still are those of `tokens`.
+        """
+        read = tokens[:-1] if inputs is None else inputs
+        given, labels = (torch.from_numpy(x.astype(numpy.int64)).cuda().unsqueeze(0) for x in (read, tokens[1:]))
+        return self._forward(given, labels=labels)[0].float().cpu().numpy()
 
     def next_token(self, tokens: Array) -> Array:
         """[s] tokens -> [vocabulary] logits of the token after the last, fp32."""

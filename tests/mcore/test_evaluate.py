@@ -1,4 +1,4 @@
-"""Evaluation of a checkpoint: the loss by position, held to Megatron's own validation, and the whole command."""
+"""Evaluation of a checkpoint: losses held to Megatron's own validation and logits, hindsight, and the whole command."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ from typing import Any
 import numpy
 import pytest
 
+from megatron_lighthouse.config import LighthouseConfig
+from megatron_lighthouse.mcore.settings import LighthouseSettings
 from megatron_lighthouse.plots import read_scalars
+from megatron_lighthouse.recipe import hindsight
 from tests.mcore.harness import MODEL, ROOT, run
 from tests.tolerances import assert_close
 
 SEQUENCE = 256
+TOKENS = numpy.random.default_rng(2).integers(257, size=1000).astype(numpy.uint16)
 HELD_OUT = 4 * SEQUENCE
 """Bytes; with the end of the document, four sequences that share their ends."""
 
@@ -67,19 +71,23 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
     options = ["--load", str(checkpoint), "--held-out", str(folder / "held-out.txt"), "--out", str(folder / "out")]
     lighthouse = ["--attention", "lighthouse"]  # as the run validated
     probe = ["--passkey-samples", "2", "--passkey-lengths", "128", "256", "--passkey-depths", "0", "1"]
-    result = evaluate(2, *lighthouse, *options, *probe)
+    result = evaluate(2, *lighthouse, *options, *probe, "--hindsight-samples", "5")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return Evaluated(float(validation), folder / "out", result.stdout, checkpoint, text)
 
 
-def tiny(fused: bool) -> Any:
-    """A model of random weights, the same for both: with Megatron's own attention, or with what an evaluation takes for it."""
+def tiny(fused: bool, budget: int | None = None) -> Any:
+    """A model of random weights, the same for all: with Megatron's own attention, or with what an evaluation takes for it.
+
+    With `budget`, of the 16 windows of 4 tokens in 64, all layers use Lighthouse in two tiles.
+    """
     import torch
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
 
     from megatron_lighthouse.mcore.fused import with_fused_attention
+    from megatron_lighthouse.mcore.spec import with_lighthouse
 
     torch.manual_seed(3)
     options: dict[str, Any] = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2}
@@ -87,11 +95,15 @@ def tiny(fused: bool) -> Any:
         "transformer_impl": "local",
         "use_cpu_initialization": True,
         "add_bias_linear": False,
+        "attention_dropout": 0.0,
         "bias_dropout_fusion": False,
     }
     config = TransformerConfig(**options, init_method_std=0.3, masked_softmax_fusion=False)
     given = SimpleNamespace(transformer=config, transformer_layer_spec=lambda model_cfg: get_gpt_layer_local_spec())
     spec = with_fused_attention(given).transformer_layer_spec(given) if fused else get_gpt_layer_local_spec()
+    if budget:
+        lighthouse = LighthouseConfig(levels=2, pooling=4, budget=budget, tile_budget=budget // 2)
+        spec = with_lighthouse(spec, LighthouseSettings(lighthouse, dense_first=0, dense_last=0))
     model = GPTModel(config, spec, vocab_size=384, max_sequence_length=SEQUENCE, position_embedding_type="rope")
     return model.cuda().eval()
 
@@ -113,6 +125,50 @@ def test_losses_and_the_next_token_are_those_of_megatrons_logits() -> None:
     expected = -logits.log_softmax(-1)[torch.arange(64), torch.from_numpy(tokens[1:].astype(numpy.int64))]
     assert_close(trained.token_losses(tokens), expected, "float32")
     assert expected.std() > 0.1, "each position must have a loss of its own"
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize(("budget", "least"), [(None, 0), (16, 0), (4, 0.05)], ids=["dense", "all selected", "lighthouse"])
+def test_hindsight_is_nothing_where_later_tokens_choose_nothing(budget: int | None, least: float) -> None:
+    from megatron_lighthouse.recipe.evaluate import hindsight_by_distance
+    from megatron_lighthouse.recipe.trained import Trained
+
+    args = Namespace(seq_length=64, hindsight_samples=16, hindsight_seed=5)
+    found = hindsight_by_distance(Trained(args, 0, tiny(fused=True, budget=budget)), TOKENS)
+    differences = numpy.array([row["difference"] for row in found["distances"]])
+    assert len(differences) == 7  # 0, 1, 2, …, 32
+    if least:
+        assert numpy.abs(differences).max() > least
+    else:
+        assert_close(differences, numpy.zeros(7), "float32")
+    assert found["difference"] == differences[0]
+
+
+@pytest.mark.usefixtures("megatron")
+def test_hindsight_ends_where_the_tile_ends() -> None:
+    """Tiles hold 32 tokens: from the last of one on, another future changes nothing; from its middle on, it does."""
+    import torch
+
+    from megatron_lighthouse.recipe.trained import Trained
+
+    model = tiny(fused=True, budget=4)
+    trained, tokens, other = Trained(Namespace(), 0, model), TOKENS[:65], TOKENS[500:564]
+
+    def losses(position: int) -> Any:
+        inputs = numpy.concatenate([tokens[: position + 1], other[position + 1 :]])
+        found = hindsight.losses(hindsight.Sample(tokens, position, inputs), trained.token_losses)
+        with torch.no_grad():  # the same from Megatron's logits
+            given = torch.from_numpy(numpy.stack([tokens[:-1], inputs]).astype(numpy.int64)).cuda()
+            logits = model(given, torch.arange(64).cuda()[None], None).double().cpu()
+        at = position - numpy.array(hindsight.distances(64))
+        expected = -logits.log_softmax(-1)[:, at, torch.from_numpy(tokens[at + 1].astype(numpy.int64))]
+        assert_close(found[:, at >= 0], expected[:, at >= 0], "float32")
+        return found[:, at >= 0]
+
+    assert_close(*losses(31), "float32")
+    true, changed = losses(47)  # distances 0 to 8 are in the second tile, 16 and 32 in the first
+    assert_close(true[5:], changed[5:], "float32")
+    assert (numpy.abs(true - changed)[:5] > 1e-3).any()
 
 
 def test_the_mean_is_megatrons_validation_loss(evaluated: Evaluated) -> None:
@@ -149,6 +205,45 @@ def test_every_cell_of_the_probe_is_there(evaluated: Evaluated) -> None:
     assert "passkey in noise" in evaluated.printed
     for name in ("loss.png", "passkey.png"):
         assert (evaluated.out / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_hindsight_is_written(evaluated: Evaluated) -> None:
+    rows = evaluated.rows("hindsight.csv")
+    text = numpy.append(numpy.frombuffer((ROOT / "LICENSE").read_bytes()[-HELD_OUT:], numpy.uint8), 256).astype(numpy.uint16)
+    positions = [hindsight.draw(number, text, SEQUENCE, 1234).position for number in range(5)]
+    expected = [(d, sum(position >= d for position in positions)) for d in hindsight.distances(SEQUENCE)]
+    assert [(int(row["distance"]), int(row["samples"])) for row in rows] == [row for row in expected if row[1]]
+    for row in rows:
+        losses = [float(row[name]) for name in ("loss_true_future", "loss_other_future")]
+        assert 1 < losses[0] < 10
+        assert_close(losses[1] - losses[0], float(row["difference"]), "float64")
+    assert any(abs(float(row["difference"])) > 1e-3 for row in rows)
+    summary = json.loads((evaluated.out / "evaluation.json").read_text())["hindsight"]
+    assert {name: str(summary[name]) for name in rows[0]} == rows[0]
+    assert f"hindsight {summary['difference']:.4f} ± " in evaluated.printed
+    assert (evaluated.out / "hindsight.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_hindsight_is_refused_before_the_model_is_built(evaluated: Evaluated, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_bytes(b"a" * 510)
+    others = ["--loss-sequences", "0", "--passkey-samples", "0", "--hindsight-samples", "1"]
+    result = evaluate(1, "--load", str(evaluated.checkpoint), "--out", str(tmp_path), "--held-out", str(short), *others)
+    assert result.returncode != 0
+    assert "--held-out has 511 tokens: --hindsight-samples needs at least 512, twice --seq-length 256" in result.stderr
+    built = "number of parameters on"  # Megatron's word of a model
+    assert built in evaluated.printed
+    assert built not in result.stdout
+
+
+@pytest.mark.usefixtures("megatron")
+def test_what_was_not_asked_for_is_none(tmp_path: Path) -> None:
+    from megatron_lighthouse.recipe.evaluate import _write
+
+    _write(Namespace(out=tmp_path, load="ckpt", attention="dense"), 3, TOKENS, None, None, None)
+    summary = json.loads((tmp_path / "evaluation.json").read_text())
+    assert [summary[name] for name in ("loss", "passkey", "hindsight")] == [None] * 3
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
 
 
 def test_what_was_trained_on_is_refused(evaluated: Evaluated, tmp_path: Path) -> None:

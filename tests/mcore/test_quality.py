@@ -28,49 +28,62 @@ sys.path.append(str(ROOT / "benchmarks"))
 import quality
 import quality_pairs as pairs
 import quality_results as results
-from quality_runs import BASE, MODELS, RUNS, Size, attention_arguments
+from quality_runs import BASE, EXPERIMENTS, Size, attention_arguments
 
 STEPS, SEQUENCE = 10, 256
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("name", RUNS)
-def test_every_run_is_one_that_the_product_takes(name: str, model: str) -> None:
-    size = Size(model, MODELS[model].seq_length, MODELS[model].steps, 1)
+def size_of(experiment: str) -> Size:
+    one = EXPERIMENTS[experiment]
+    return Size(experiment, one.seq_length, one.steps, one.batch)
+
+
+@pytest.mark.parametrize(("experiment", "name"), [(one, name) for one in EXPERIMENTS for name in EXPERIMENTS[one].runs])
+def test_every_run_is_one_that_the_product_takes(experiment: str, name: str) -> None:
+    size, run = size_of(experiment), EXPERIMENTS[experiment].runs[name]
     parser = settings.add_arguments(argparse.ArgumentParser(allow_abbrev=False))
-    args, rest = parser.parse_known_args(attention_arguments(RUNS[name], size))
-    assert (args.attention == "lighthouse") == bool(RUNS[name].share)
-    more = {"cp-2": "--context-parallel-size 2 --high-priority-stream-groups cp"}
-    more["layers"] = f"--lighthouse-telemetry-interval {size.steps // 10}"
-    assert rest == more.get(name, "").split()
+    args, rest = parser.parse_known_args(attention_arguments(run, size))
+    assert (args.attention == "lighthouse") == bool(run.share)
+    more = "--context-parallel-size 2 --high-priority-stream-groups cp " if run.ranks == 2 else ""
+    more += f"--lighthouse-telemetry-interval {size.steps // 10} " if run.telemetry else ""
+    more += f"--exit-interval {run.until}" if run.until else ""
+    assert rest == more.split()
+    assert set(run.against) <= EXPERIMENTS[experiment].runs.keys()
     if args.attention == "lighthouse":
         found = settings.settings_from(args)
         assert found.config.geometry(size.seq_length)
         assert found.stage2 is not None
         assert not list(found.stage2.problems(size.steps))
-        assert found.stage2.at == RUNS[name].switch(size.steps) == size.steps * RUNS[name].share // 100
-        assert found.stage2.at + found.stage2.over == RUNS[name].dense_from(size.steps)
+        assert found.stage2.at == run.switch(size.steps) == size.steps * run.share // 100
+        assert found.stage2.at + found.stage2.over == run.dense_from(size.steps)
 
 
 def test_help_names_the_runs(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         quality.main(["--help"])
     assert stopped.value.code == 0
-    assert f"{BASE} ({RUNS[BASE].title})" in " ".join(capsys.readouterr().out.split())
+    assert f"{BASE}: {EXPERIMENTS['recipe'].runs[BASE].title}" in capsys.readouterr().out
 
 
 def test_variants_change_one_thing() -> None:
-    size = Size("40m", 32768, 2000, 1)
-    base = attention_arguments(RUNS[BASE], size)
+    runs, size = EXPERIMENTS["variants"].runs, size_of("variants")
+    base = attention_arguments(runs[BASE], size)
     for name in ("norm-75", "summary-60", "dilated-60", "half-budget", "double-budget"):
-        changed = [i for i, (a, b) in enumerate(zip(base, attention_arguments(RUNS[name], size), strict=True)) if a != b]
+        changed = [i for i, (a, b) in enumerate(zip(base, attention_arguments(runs[name], size), strict=True)) if a != b]
         assert len(changed) == 1, name
     budget = base.index("--lighthouse-budget") + 1
-    assert [attention_arguments(RUNS[n], size)[budget] for n in ("half-budget", BASE, "double-budget")] == [
+    assert [attention_arguments(runs[n], size)[budget] for n in ("half-budget", BASE, "double-budget")] == [
         "256",
         "512",
         "1024",
     ]
+
+
+def test_a_run_of_another_experiment_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        quality.main(["--experiment", "tiny", "--runs", "summary-60"])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--runs summary-60 is not one of --experiment tiny: dense, norm-60, dense-2, norm-60-2, cp-2." in said
 
 
 LOG = """
@@ -93,10 +106,11 @@ def test_a_log_that_was_taken_up_again() -> None:
 
 def facts(run: str, **more: Any) -> dict[str, Any]:
     known = {
-        "title": RUNS[run].title,
+        "experiment": "short",
+        "title": EXPERIMENTS["short"].runs[run].title,
         "seed": 1,
         "ranks": 1,
-        "model": "tiny",
+        "at_once": 1,
         "seq_length": 4,
         "tokens": 8,
         "steps": 5,
@@ -118,7 +132,7 @@ def test_a_row_by_hand() -> None:
 
 def made(run: str, losses: list[list[float]], curve: list[float], **more: Any) -> results.Results:
     """Of sequences of four tokens in the buckets 0, 1 and 2-3."""
-    found = results.Results(facts={"corpus": {}, "runs": {run: facts(run, **more)}})
+    found = results.Results(facts={"experiment": "short", "corpus": {}, "runs": {run: facts(run, **more)}})
     found.tables["curves"] = [{"run": run, "iteration": i + 1, "loss": x, "seconds": 1.0} for i, x in enumerate(curve)]
     names = ("run", "starts_at", "document", "0", "1", "2")
     found.tables["sequences"] = [dict(zip(names, (run, 4 * i, i, *x), strict=True)) for i, x in enumerate(losses)]
@@ -156,7 +170,8 @@ def test_sequences_of_one_document_count_as_one(tmp_path: Path) -> None:
 def asked(run: str, right: list[int], **more: Any) -> results.Results:
     """A finished run of that many seconds, and its answers to one question a digit."""
     found = made(run, [], [3.0], **more)
-    found.tables["runs"] = [{"run": run, "iterations": 5, "steps": 5, "seconds": 9.0, "gpu": "a", **more}]
+    row = {"run": run, "iterations": 5, "steps": 5, "at_once": 1, "seconds": 9.0, "gpu": "a"}
+    found.tables["runs"] = [{**row, **more}]
     found.tables["passkey_by_question"] = [
         {"run": run, "filler": "noise", "length": 4, "depth": 0, "sample": i, "right": x, "log_probability": -float(i)}
         for i, x in enumerate(right)
@@ -172,6 +187,8 @@ def test_answers_and_seconds_in_pairs() -> None:
     # one question in four
     assert_close(numpy.array([row["noise_accuracy_difference"], row["noise_accuracy_error"]]), [0.25, 0.25], "float64")
     assert (row["noise_log_probability_difference"], row["classic_accuracy_difference"]) == (0, None)
+    shared = results.merged([asked("dense", [1], steady_seconds=8.0), asked(BASE, [1], steady_seconds=6.0, at_once=2)])
+    assert set(pairs.cost(shared, BASE, "dense").values()) == {None}
     others = results.merged([asked("dense", [1]), asked(BASE, [1, 1])])
     with pytest.raises(ValueError, match="different questions"):
         pairs.passkey(others, BASE, "dense")
@@ -220,7 +237,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     for part, source in (("train", "LICENSE"), ("held-out", "README.md")):
         (folder / "corpus" / part).mkdir(parents=True)
         (folder / "corpus" / part / "1.txt").write_bytes((ROOT / source).read_bytes())
-    options = ["--model", "tiny", "--steps", str(STEPS), "--loss-sequences", "4", "--passkey-samples", "1"]
+    options = ["--experiment", "tiny", "--steps", str(STEPS), "--loss-sequences", "4", "--passkey-samples", "1"]
+    options += ["--hindsight-samples", "2"]
     options += ["--corpus", str(folder / "corpus"), "--work", str(folder / "work"), "--out", str(folder / "out")]
     processes = []
     for number, run in enumerate(("dense", BASE)):
@@ -263,6 +281,13 @@ def test_the_tables_agree(bench: Bench) -> None:
     assert float(pair["steady_ratio"]) > 0
     assert_close(numpy.float64(pair["difference"]), held_out[BASE] - held_out["dense"], "float64")
     assert abs(float(pair["difference"])) > 0
+
+
+def test_hindsight_is_of_the_checkpoint_at_the_switch(bench: Bench) -> None:
+    rows = bench.rows("hindsight")
+    assert {row["run"] for row in rows} == {BASE}
+    assert [row["distance"] for row in rows][:3] == ["0", "1", "2"]
+    assert json.loads((bench.work / BASE / "hindsight" / "evaluation.json").read_text())["iteration"] == 6
 
 
 def test_remade_from_what_was_packed(bench: Bench, tmp_path: Path) -> None:
@@ -318,8 +343,23 @@ def test_again_starts_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch, cap
     assert "holds dense with --eval-interval 11 --train-iters 10, not --eval-interval 21" in capsys.readouterr().err
 
 
+def test_side_by_side_and_one_that_ends_early(bench: Bench, tmp_path: Path) -> None:
+    paths = ["--corpus", str(bench.work.parent / "corpus"), "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    options = [*bench.options, "--passkey-samples", "0", *paths, "--at-once", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "benchmarks" / "quality.py"), "--runs", "cp-2", "dense-2", *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = results.read_csv(tmp_path / "out" / "runs.csv")
+    assert [(row["run"], row["iterations"], row["at_once"]) for row in found] == [("dense-2", STEPS, 2), ("cp-2", 5, 2)]
+    assert [row["held_out_loss"] is None for row in found] == [False, True]
+    assert (
+        done.stdout.index("cp-2: training") < done.stdout.index("dense-2: training") < done.stdout.index("dense-2: evaluation")
+    )
+
+
 def test_pictures(bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert quality.main(["--draw", str(bench.out), "--out", str(tmp_path)]) == 0
-    for name in ("loss", "positions", "passkey", "cost"):
+    for name in ("loss", "positions", "passkey", "cost", "hindsight"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert f"| `{BASE}`: 60% Lighthouse, then dense |" in capsys.readouterr().out

@@ -1,0 +1,292 @@
+"""The runs of benchmarks/quality.py as processes: trained, evaluated, taken up again where they were cut off. Ours."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
+from pathlib import Path
+from threading import Lock
+
+import quality_pairs
+import quality_results as tables
+from measure import environment, one_rank
+from quality_runs import (
+    EXPERIMENTS,
+    Size,
+    and_also,
+    attention_arguments,
+    check,
+    hardware,
+    implementation,
+    lighthouse_arguments,
+    model_arguments,
+)
+
+from megatron_lighthouse.recipe import corpus, passkey
+
+SAVES = 2
+"""Checkpoints a run, and one at the switch."""
+EVERY = 15
+"""Seconds between two looks at a run that is under way."""
+START = time.monotonic()
+
+
+def say(text: str) -> None:
+    print(f"[{time.monotonic() - START:5.0f} s] {text}\n", end="", flush=True)  # threads speak
+
+
+class Bench:
+    """The runs of one --work folder, which are of one experiment."""
+
+    def __init__(self, options: argparse.Namespace, more: Sequence[str]) -> None:
+        self.work, self.out, self.corpus, self.packages = options.work, options.out, options.corpus, options.packages
+        experiment = EXPERIMENTS[options.experiment]
+        steps, length, batch = (
+            getattr(experiment, name) if getattr(options, name) is None else getattr(options, name)
+            for name in ("steps", "seq_length", "batch")
+        )
+        self.runs, self.size, self.at_once = experiment.runs, Size(options.experiment, length, steps, batch), options.at_once
+        self.smooth = options.smooth or max(2, self.size.steps // 40)
+        self.probes = [*("--loss-sequences", str(options.loss_sequences), "--passkey-samples", str(options.passkey_samples))]
+        self.foresight = ["--hindsight-samples", str(options.hindsight_samples)]
+        self.unbalanced = passkey.Grid([], [], options.passkey_samples).unbalanced()
+        self.of_machine, self.more, self.environment = implementation(), list(more), environment()
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.publishing, self.said = Lock(), ""
+        check(options.runs, self.size)
+        self.work.mkdir(parents=True, exist_ok=True)
+
+    def prepare(self) -> None:
+        """The corpus, made once for all who share --work, and what quality.json says of it."""
+        with _locked(self.work / "corpus.lock"):
+            if self.corpus is None:
+                self.corpus = self.work / "corpus"
+                if not self.corpus.exists():
+                    say("making the corpus")
+                    half = self.work / "corpus.partial"
+                    shutil.rmtree(half, ignore_errors=True)  # of a process that was killed
+                    more = ["--packages", *self.packages] if self.packages else []
+                    corpus.main(["--out", str(half), "--megabytes", "0", *more])
+                    os.replace(half, self.corpus)
+            manifest = self.corpus / "manifest.json"
+            facts = {"folder": str(self.corpus)}
+            if manifest.exists():
+                facts |= {"manifest_sha256": hashlib.sha256(manifest.read_bytes()).hexdigest()}
+                facts |= json.loads(manifest.read_text())
+            tables.write_json(self.work / "corpus.json", facts)
+        have = sum(file.stat().st_size for file in (self.corpus / "train").rglob("*.txt"))
+        need = self.size.tokens * self.size.steps
+        if self.unbalanced:
+            say(self.unbalanced)
+        say(f"corpus {self.corpus}: {have / 1e6:.1f} MB to train on, a run reads {need / 1e6:.1f} ({need / have:.2f} epochs)")
+
+    def all(self, names: list[str]) -> list[str]:
+        """Train and evaluate these runs, as far as that is not done; answers those that failed.
+
+        A run is evaluated while the next one starts: its process needs the GPU only half a minute later.
+        """
+        trained: dict[str, Future[int]] = {}
+        with ExitStack() as stack:
+            training, evaluating = (stack.enter_context(ThreadPoolExecutor(self.at_once)) for _ in range(2))
+            stack.callback(self._end)  # before the pools wait
+            for pool in (training, evaluating):
+                stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+            for name in names:
+                (self.work / name).mkdir(exist_ok=True)
+                refusal = f"--runs {name} is under way in another process: give the two different runs."
+                stack.enter_context(_locked(self.work / name / "lock", refusal))
+                self._remember(name)
+            for name in names:
+                trained[name] = training.submit(self._train, name)
+            evaluated = {
+                name: evaluating.submit(self._evaluate, name)
+                for name in names
+                if not trained[name].result() and not self.runs[name].until
+            }
+            return [name for name in names if trained[name].result() or (name in evaluated and evaluated[name].result())]
+
+    def _end(self) -> None:
+        """End what runs: nothing, but where this process was told to stop."""
+        for process in self.processes:
+            process.terminate()
+
+    def _train(self, name: str) -> int:
+        folder, run = self.work / name, self.runs[name]
+        if self._iterations_done(folder) >= self.size.last(run):
+            return 0
+        say(f"{name}: training, {run.title}, from iteration {self._iterations_done(folder)}")
+        return self._follow(name, self._training(name), folder / "train.log")
+
+    def _evaluate(self, name: str) -> int:
+        folder = self.work / name
+        measurements = {"evaluation": self._evaluation(name)}
+        if self.runs[name].hindsight:
+            measurements["hindsight"] = self._hindsight(name)
+        for measurement, command in measurements.items():
+            if tables.read_json(folder / measurement / "evaluation.json") is None:
+                say(f"{name}: {measurement}")
+                status = self._follow(name, command, folder / f"{measurement}.log")
+                if status:
+                    return status
+        for checkpoint in (folder / "checkpoints").glob("iter_*"):
+            if checkpoint.name != f"iter_{self.size.steps:07}":
+                shutil.rmtree(checkpoint)  # half a gigabyte each
+        results = self.publish()
+        found = results.of("runs", name)[0] if results else {}
+        shown = ("seconds", "training_loss", "held_out_loss", "noise_accuracy", "noise_log_probability")
+        say(
+            f"{name}: done; "
+            + ", ".join(f"{key.replace('_', ' ')} {found[key]:.4g}" for key in shown if found.get(key) is not None)
+        )
+        return 0
+
+    def publish(self, must: bool = False) -> tables.Results | None:
+        """Renew --out from all that --work holds, also of other processes.
+
+        What goes wrong here is said and, unless it `must` go well, not raised: the runs that are still to come are worth more.
+        """
+        with self.publishing:
+            try:
+                tables.pack(self.work, self.out / "work.tgz")
+                results = tables.from_work(self.work)
+                quality_pairs.write(results, self.out)
+            except Exception as error:
+                if must:
+                    raise
+                said = f"--out {self.out} could not be renewed: {type(error).__name__}: {error}"
+                if said != self.said:
+                    say(said)
+                self.said = said
+                return None
+        return results
+
+    def _training(self, name: str) -> list[str]:
+        run, checkpoints = self.runs[name], str(self.work / name / "checkpoints")
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(run.ranks), "-m"] if run.ranks > 1 else []
+        # Megatron's index files are not written whole, so processes side by side have each their own
+        data = self.work / name / "data"
+        return [
+            *(sys.executable, "-m", *torchrun, "megatron_lighthouse.pretrain_gpt"),
+            *model_arguments(run, self.size, self.of_machine),
+            *(*attention_arguments(run, self.size), *self.more),
+            *("--save", checkpoints, "--load", checkpoints, "--save-interval", str(max(1, self.size.steps // SAVES))),
+            *("--tensorboard-dir", str(self.work / name / "tensorboard"), "--data-cache-path", str(data)),
+            *("--text-data", str(self.corpus / "train")),
+        ]
+
+    def _evaluation(self, name: str) -> list[str]:
+        return [*self._measured(name, "evaluation"), "--attention", "dense", *self.probes]
+
+    def _hindsight(self, name: str) -> list[str]:
+        """Of the checkpoint at the switch, with Lighthouse attention."""
+        run = self.runs[name]
+        at = ["--ckpt-step", str(run.switch(self.size.steps)), "--loss-sequences", "0", "--passkey-samples", "0"]
+        return [*self._measured(name, "hindsight"), *lighthouse_arguments(run, self.size), *at, *self.foresight]
+
+    def _measured(self, name: str, into: str) -> list[str]:
+        folder = self.work / name
+        return [
+            *(sys.executable, "-m", "megatron_lighthouse.recipe.evaluate"),
+            *(*model_arguments(self.runs[name], self.size, self.of_machine), *self.more),
+            *("--load", str(folder / "checkpoints"), "--held-out", str(self.corpus / "held-out"), "--out", str(folder / into)),
+        ]
+
+    def _remember(self, name: str) -> None:
+        """run.json. A folder's run keeps its arguments for good, and names all GPUs that it has been trained on.
+
+        Raises:
+            ValueError: --work has runs of another experiment, or this one trained otherwise.
+        """
+        run, size, path = self.runs[name], self.size, self.work / name / "run.json"
+        others = {json.loads(other.read_text())["experiment"] for other in self.work.glob("*/run.json")} - {size.experiment}
+        if others:
+            raise ValueError(f"--work {self.work} holds runs of {others.pop()}, not {size.experiment}: name another folder.")
+        arguments = [*model_arguments(run, size, self.of_machine), *attention_arguments(run, size), *self.more]
+        arguments += [*self.probes, *self.foresight, "--corpus", str(self.corpus)]
+        known = json.loads(path.read_text()) if path.exists() else {}
+        before = known.get("arguments", arguments)
+        if before != arguments:
+            flags = [{f"{a} {b}" for a, b in pairwise(these) if a.startswith("--")} for these in (before, arguments)]
+            old, new = (" ".join(sorted(these)) for these in (flags[0] - flags[1], flags[1] - flags[0]))
+            raise ValueError(f"--work {self.work} holds {name} with {old}, not {new}: name another folder, or the same values.")
+        facts = {"run": name, "experiment": size.experiment, "title": run.title, "seed": run.seed, "ranks": run.ranks}
+        facts |= {"at_once": max(self.at_once, known.get("at_once", 1)), "smooth": self.smooth}
+        facts |= {"seq_length": size.seq_length, "tokens": size.tokens, "steps": size.steps}
+        facts |= {"switch": run.switch(size.steps), "dense_from": run.dense_from(size.steps)}
+        commands = {"train": self._training(name)}
+        if not run.until:
+            commands["evaluate"] = self._evaluation(name)
+        if run.hindsight:
+            commands["hindsight"] = self._hindsight(name)
+        facts |= {"command": shlex.join(sys.argv)}
+        facts |= {what: shlex.join(["python", *command[1:]]) for what, command in commands.items()}
+        facts |= {"versions": self.environment, "arguments": arguments}
+        device, gpu = hardware(run.ranks)
+        if self._iterations_done(path.parent) >= size.last(run):  # nothing is trained here
+            facts |= {name: known[name] for name in ("versions", "device", "gpu", "at_once") if name in known}
+        else:
+            facts |= {"device": and_also(known.get("device"), device), "gpu": and_also(known.get("gpu"), gpu)}
+        tables.write_json(path, facts)
+
+    def _follow(self, name: str, command: list[str], log: Path) -> int:
+        """Run `command`, its output in `log`, and publish now and then. The log's end is shown where it fails."""
+        settings = {"OMP_NUM_THREADS": "4", "PYTHONUNBUFFERED": "1", "LIGHTHOUSE_PROGRESS_SECONDS": "60"}
+        # a port that is free now may not be when the process asks for it: 0 lets it choose (torchrun sets another)
+        environment = {**settings, **one_rank(), "MASTER_PORT": "0"}
+        with log.open("a") as file:
+            file.write(tables.STARTED)
+            file.flush()
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        self.processes.append(process)
+        shown = 0
+        try:
+            while process.poll() is None:
+                try:
+                    process.wait(EVERY)
+                except subprocess.TimeoutExpired:
+                    shown = self._show(name, log, shown)
+        finally:
+            process.terminate()
+            status = process.wait()
+        self.publish()
+        if status:
+            say(f"{name}: ended with status {status}; {log} ends with\n{log.read_text(errors='replace')[-3000:]}")
+        return status
+
+    def _show(self, name: str, log: Path, shown: int) -> int:
+        """Publish, and say how far a run is at its first iteration and every tenth of it; answers the last iteration said."""
+        if self.publish() is None:
+            return shown
+        point = (tables.curve(log.read_text(errors="replace")) or [{"iteration": 0}])[-1]
+        now = int(point["iteration"])
+        if now == 0 or 0 < shown <= now < shown + self.size.steps // 10:
+            return shown
+        say(f"{name}: iteration {now} of {self.size.last(self.runs[name])}, loss {point['loss']:.4f}, {point['seconds']:.3f} s")
+        return now
+
+    def _iterations_done(self, folder: Path) -> int:
+        tracker = folder / "checkpoints" / "latest_checkpointed_iteration.txt"
+        return int(tracker.read_text()) if tracker.exists() else 0
+
+
+@contextmanager
+def _locked(path: Path, refusal: str | None = None) -> Iterator[None]:
+    """Alone among the processes that name `path`, after the others or, with `refusal`, not at all."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
+        except BlockingIOError:
+            raise ValueError(refusal) from None
+        yield

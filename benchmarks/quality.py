@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--smooth", type=int, metavar="W", help="losses in a mean (default: a fortieth of --steps)")
     add("--loss-sequences", type=int, default=200, help="of the evaluation (default: %(default)s)")
     add("--passkey-samples", type=int, default=20, help="of the evaluation, a cell: a multiple of ten (default: %(default)s)")
-    add("--hindsight-samples", type=int, default=1000, help="of the checkpoint at the switch (default: %(default)s)")
+    add("--hindsight-samples", type=int, default=500, help="of the checkpoint at the switch (default: %(default)s)")
     add("--remake", type=Path, metavar="WORK", help="write all tables again, in --out, from what is left in this folder")
     add("--merge", nargs="+", type=Path, metavar="FOLDER", help="put results together in --out")
     add("--draw", nargs="+", type=Path, metavar="FOLDER", help="draw results, in --out or the first folder")

@@ -193,7 +193,7 @@ class Bench:
         """Of the checkpoint at the switch, with Lighthouse attention."""
         run = self.runs[name]
         at = ["--ckpt-step", str(run.switch(self.size.steps)), "--loss-sequences", "0", "--passkey-samples", "0"]
-        return [*self._measured(name, "hindsight"), *lighthouse_arguments(run, self.size), *at, *self.foresight]
+        return [*self._measured(name, "hindsight"), *lighthouse_arguments(run, self.size), *self.more, *at, *self.foresight]
 
     def _measured(self, name: str, into: str) -> list[str]:
         folder = self.work / name

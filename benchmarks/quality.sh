@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# benchmarks/quality.sh recipe|variants --work FOLDER --out FOLDER …: all runs of an experiment of quality.py, on two GPUs.
+# A recipe and its dense run take turns on one GPU, so that their times compare; five variants share one.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+trap 'kill $(jobs -p) 2>/dev/null; exit 143' TERM INT
+
+experiment=${1:-}
+shift || true
+one=("${PYTHON:-python3}" "$root/benchmarks/quality.py" --experiment "$experiment" "$@")
+case $experiment in
+recipe) first="norm-60 dense" second="norm-60-2 dense-2" last=cp-2 ;;
+variants)
+	one+=(--at-once 5)
+	first="dense norm-60 summary-60 dilated-60 three-levels" second="norm-75 half-budget double-budget no-pin layers" last=
+	;;
+*)
+	echo "usage: $0 recipe|variants [--work FOLDER] [--out FOLDER] [arguments of quality.py]" >&2
+	exit 2
+	;;
+esac
+
+IFS=' ' read -ra runs <<<"$first"
+CUDA_VISIBLE_DEVICES=0 "${one[@]}" --runs "${runs[@]}" &
+on_first=$!
+IFS=' ' read -ra runs <<<"$second"
+CUDA_VISIBLE_DEVICES=1 "${one[@]}" --runs "${runs[@]}" &
+on_second=$!
+status=0
+wait "$on_first" || status=1
+wait "$on_second" || status=1
+[[ -z $last ]] || CUDA_VISIBLE_DEVICES=0,1 "${one[@]}" --runs "$last" || status=1
+exit "$status"

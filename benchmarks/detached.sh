@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# A benchmark that outlives the command that starts it, on a machine where commands are cut off and the checkout may change under it.
+#
+#   benchmarks/detached.sh start FOLDER COMMAND…     run COMMAND in FOLDER/repo, a copy of the checkout; its output is FOLDER/log
+#   benchmarks/detached.sh look FOLDER SECONDS OUT   wait so long, or until it has ended; show the end of its log and its exit
+#                                                    status, and put the log and FOLDER/out, as they are, in OUT/out.tgz
+set -euo pipefail
+
+case ${1:-} in
+start)
+	folder=$2
+	shift 2
+	rm -rf "$folder/repo" "$folder/status"
+	mkdir -p "$folder/out" "$folder/repo"
+	tar -C "$(dirname "${BASH_SOURCE[0]}")/.." --exclude=./.git --exclude=./.venv --exclude=./runs -cf - . | tar -C "$folder/repo" -xf -
+	cd "$folder/repo"
+	# shellcheck disable=SC2016  # expanded by the shell that is started
+	setsid nohup bash -c 'folder=$1; shift; status=0; "$@" || status=$?; echo "$status" >"$folder/status"' \
+		detached "$folder" "$@" >"$folder/log" 2>&1 </dev/null &
+	;;
+look)
+	folder=$2 seconds=$3 out=$4
+	for ((i = 0; i < seconds; i++)); do
+		[[ ! -e $folder/status ]] || break
+		sleep 1
+	done
+	tail -n 20 "$folder/log"
+	if [[ -e $folder/status ]]; then echo "ended with status $(<"$folder/status")"; else echo "goes on"; fi
+	mkdir -p "$out"
+	# a file that is written to meanwhile is no error
+	tar --warning=no-file-changed -czf "$out/out.tgz" -C "$folder" log out || [[ $? == 1 ]]
+	;;
+*)
+	sed -n '2,7s/^# \?//p' "${BASH_SOURCE[0]}" >&2
+	exit 2
+	;;
+esac

@@ -1,0 +1,34 @@
+"""benchmarks/detached.sh: a command goes on without the one that started it, and what it left comes back."""
+
+from __future__ import annotations
+
+import subprocess
+import tarfile
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "detached.sh"
+
+
+def detached(*arguments: str | Path) -> str:
+    done = subprocess.run(["bash", SCRIPT, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_command_outlives_its_start(tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    waits = f"until [ -e {go} ]; do sleep 0.1; done; pwd; echo 1 > {tmp_path}/out/table.csv; exit 3"
+    detached("start", tmp_path, "bash", "-c", waits)
+    assert "goes on" in detached("look", tmp_path, "0", tmp_path / "first")
+    go.touch()
+    said = detached("look", tmp_path, "60", tmp_path / "second")
+    assert f"{tmp_path}/repo\nended with status 3\n" in said
+    assert (tmp_path / "repo" / "benchmarks" / "detached.sh").exists()
+    with tarfile.open(tmp_path / "second" / "out.tgz") as packed:
+        assert {"log", "out/table.csv"} <= set(packed.getnames())
+
+
+def test_it_explains_itself() -> None:
+    done = subprocess.run(["bash", SCRIPT], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "benchmarks/detached.sh start FOLDER COMMAND" in done.stderr

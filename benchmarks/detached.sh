@@ -6,10 +6,19 @@
 #                                                    status, and put the log and FOLDER/out, as they are, in OUT/out.tgz
 set -euo pipefail
 
+pack() { # a file that is written to meanwhile is no error
+	tar --warning=no-file-changed -czf "$1/.out.tgz" -C "$2" log out || [[ $? == 1 ]]
+	mv "$1/.out.tgz" "$1/out.tgz"
+}
+
 case ${1:-} in
 start)
-	folder=$2
+	folder=$(realpath -m "$2")
 	shift 2
+	if [[ -e $folder/log && ! -e $folder/status ]]; then
+		echo "$folder has a command that goes on: look at it, or give another folder." >&2
+		exit 2
+	fi
 	rm -rf "$folder/repo" "$folder/status"
 	mkdir -p "$folder/out" "$folder/repo"
 	tar -C "$(dirname "${BASH_SOURCE[0]}")/.." --exclude=./.git --exclude=./.venv --exclude=./runs -cf - . | tar -C "$folder/repo" -xf -
@@ -17,18 +26,19 @@ start)
 	# shellcheck disable=SC2016  # expanded by the shell that is started
 	setsid nohup bash -c 'folder=$1; shift; status=0; "$@" || status=$?; echo "$status" >"$folder/status"' \
 		detached "$folder" "$@" >"$folder/log" 2>&1 </dev/null &
+	sleep 1 # so that it is in a session of its own before this one ends
 	;;
 look)
-	folder=$2 seconds=$3 out=$4
+	folder=$(realpath -m "$2") seconds=$3 out=$4
+	mkdir -p "$out"
 	for ((i = 0; i < seconds; i++)); do
 		[[ ! -e $folder/status ]] || break
+		((i % 30)) || pack "$out" "$folder" # for a look that is cut off
 		sleep 1
 	done
 	tail -n 20 "$folder/log"
 	if [[ -e $folder/status ]]; then echo "ended with status $(<"$folder/status")"; else echo "goes on"; fi
-	mkdir -p "$out"
-	# a file that is written to meanwhile is no error
-	tar --warning=no-file-changed -czf "$out/out.tgz" -C "$folder" log out || [[ $? == 1 ]]
+	pack "$out" "$folder"
 	;;
 *)
 	sed -n '2,7s/^# \?//p' "${BASH_SOURCE[0]}" >&2

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # benchmarks/quality.sh recipe|variants --work FOLDER --out FOLDER …: all runs of an experiment of quality.py, on two GPUs.
-# A recipe and its dense run take turns on one GPU, so that their times compare; five variants share one.
+# A recipe and its dense run take turns on one GPU, so that their times compare; five or six variants share one.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
@@ -9,11 +9,14 @@ trap 'kill $(jobs -p) 2>/dev/null; exit 143' TERM INT
 experiment=${1:-}
 shift || true
 one=("${PYTHON:-python3}" "$root/benchmarks/quality.py" --experiment "$experiment" "$@")
+last=
 case $experiment in
-recipe) first="norm-60 dense" second="norm-60-2 dense-2" last=cp-2 ;;
+recipe) first="norm-60 dense" second="norm-60-2 dense-2" ;;
 variants)
-	one+=(--at-once 5)
-	first="dense norm-60 summary-60 dilated-60 three-levels" second="norm-75 half-budget double-budget no-pin layers" last=
+	one+=(--at-once 6)
+	first="norm-60 norm-75 summary-60 half-budget dense"
+	second="norm-60-again dilated-60 double-budget three-levels no-pin layers"
+	last=cp-2
 	;;
 *)
 	echo "usage: $0 recipe|variants [--work FOLDER] [--out FOLDER] [arguments of quality.py]" >&2

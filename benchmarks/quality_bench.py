@@ -6,14 +6,16 @@ import argparse
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -64,7 +66,8 @@ class Bench:
         self.unbalanced = passkey.Grid([], [], options.passkey_samples).unbalanced()
         self.of_machine, self.more, self.environment = implementation(), list(more), environment()
         self.processes: list[subprocess.Popen[bytes]] = []
-        self.publishing, self.said = Lock(), ""
+        self.publishing, self.published, self.said = Lock(), -math.inf, ""
+        self.results: tables.Results | None = None
         check(options.runs, self.size)
         self.work.mkdir(parents=True, exist_ok=True)
 
@@ -97,7 +100,6 @@ class Bench:
 
         A run is evaluated while the next one starts: its process needs the GPU only half a minute later.
         """
-        trained: dict[str, Future[int]] = {}
         with ExitStack() as stack:
             training, evaluating = (stack.enter_context(ThreadPoolExecutor(self.at_once)) for _ in range(2))
             stack.callback(self._end)  # before the pools wait
@@ -108,14 +110,21 @@ class Bench:
                 refusal = f"--runs {name} is under way in another process: give the two different runs."
                 stack.enter_context(_locked(self.work / name / "lock", refusal))
                 self._remember(name)
-            for name in names:
-                trained[name] = training.submit(self._train, name)
-            evaluated = {
-                name: evaluating.submit(self._evaluate, name)
-                for name in names
-                if not trained[name].result() and not self.runs[name].until
-            }
+            trained = {name: training.submit(self._guarded, self._train, name) for name in names}
+            evaluated: dict[str, Future[int]] = {}
+            for future in as_completed(trained.values()):
+                name = next(name for name in names if trained[name] is future)
+                if future.result() == 0 and not self.runs[name].until:
+                    evaluated[name] = evaluating.submit(self._guarded, self._evaluate, name)
             return [name for name in names if trained[name].result() or (name in evaluated and evaluated[name].result())]
+
+    def _guarded(self, step: Callable[[str], int], name: str) -> int:
+        """The status of `step`, 1 where it raises: the runs beside it go on."""
+        try:
+            return step(name)
+        except Exception:
+            say(f"{name}: {traceback.format_exc()}")
+            return 1
 
     def _end(self) -> None:
         """End what runs: nothing, but where this process was told to stop."""
@@ -143,8 +152,8 @@ class Bench:
         for checkpoint in (folder / "checkpoints").glob("iter_*"):
             if checkpoint.name != f"iter_{self.size.steps:07}":
                 shutil.rmtree(checkpoint)  # half a gigabyte each
-        results = self.publish()
-        found = results.of("runs", name)[0] if results else {}
+        self.publish()
+        found = tables.from_work(self.work).of("runs", name)[0]
         shown = ("seconds", "training_loss", "held_out_loss", "noise_accuracy", "noise_log_probability")
         say(
             f"{name}: done; "
@@ -153,24 +162,28 @@ class Bench:
         return 0
 
     def publish(self, must: bool = False) -> tables.Results | None:
-        """Renew --out from all that --work holds, also of other processes.
+        """Renew --out from all that --work holds, also of other processes; answers what it last held.
 
-        What goes wrong here is said and, unless it `must` go well, not raised: the runs that are still to come are worth more.
+        Not again within `EVERY` seconds, unless it `must`. What goes wrong is said and, unless it must go well, not raised: the
+        runs that are still to come are worth more.
         """
         with self.publishing:
+            if not must and time.monotonic() - self.published < EVERY:
+                return self.results
             try:
-                tables.pack(self.work, self.out / "work.tgz")
-                results = tables.from_work(self.work)
-                quality_pairs.write(results, self.out)
+                with _locked(self.work / "publish.lock"):
+                    tables.pack(self.work, self.out / "work.tgz")
+                    self.results = tables.from_work(self.work)
+                    quality_pairs.write(self.results, self.out)
             except Exception as error:
                 if must:
                     raise
                 said = f"--out {self.out} could not be renewed: {type(error).__name__}: {error}"
                 if said != self.said:
                     say(said)
-                self.said = said
-                return None
-        return results
+                self.said, self.results = said, None
+            self.published = time.monotonic()
+            return self.results
 
     def _training(self, name: str) -> list[str]:
         run, checkpoints = self.runs[name], str(self.work / name / "checkpoints")
@@ -187,19 +200,19 @@ class Bench:
         ]
 
     def _evaluation(self, name: str) -> list[str]:
-        return [*self._measured(name, "evaluation"), "--attention", "dense", *self.probes]
+        return self._measured(name, "evaluation", ["--attention", "dense", *self.probes])
 
     def _hindsight(self, name: str) -> list[str]:
         """Of the checkpoint at the switch, with Lighthouse attention."""
         run = self.runs[name]
         at = ["--ckpt-step", str(run.switch(self.size.steps)), "--loss-sequences", "0", "--passkey-samples", "0"]
-        return [*self._measured(name, "hindsight"), *lighthouse_arguments(run, self.size), *self.more, *at, *self.foresight]
+        return self._measured(name, "hindsight", [*lighthouse_arguments(run, self.size), *at, *self.foresight])
 
-    def _measured(self, name: str, into: str) -> list[str]:
+    def _measured(self, name: str, into: str, how: list[str]) -> list[str]:
         folder = self.work / name
         return [
             *(sys.executable, "-m", "megatron_lighthouse.recipe.evaluate"),
-            *(*model_arguments(self.runs[name], self.size, self.of_machine), *self.more),
+            *(*model_arguments(self.runs[name], self.size, self.of_machine), *how, *self.more),
             *("--load", str(folder / "checkpoints"), "--held-out", str(self.corpus / "held-out"), "--out", str(folder / into)),
         ]
 
@@ -235,7 +248,7 @@ class Bench:
         facts |= {"versions": self.environment, "arguments": arguments}
         device, gpu = hardware(run.ranks)
         if self._iterations_done(path.parent) >= size.last(run):  # nothing is trained here
-            facts |= {name: known[name] for name in ("versions", "device", "gpu", "at_once") if name in known}
+            facts |= {key: known[key] for key in ("versions", "device", "gpu", "at_once") if key in known}
         else:
             facts |= {"device": and_also(known.get("device"), device), "gpu": and_also(known.get("gpu"), gpu)}
         tables.write_json(path, facts)

@@ -11,16 +11,16 @@ import numpy
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from quality_pairs import dense_of, pairs, positions
-from quality_results import Results, steady
-from quality_runs import REFERENCE
+from quality_results import Results, Row, steady
+from quality_runs import BASE, REFERENCE
 
 from megatron_lighthouse.recipe.passkey import CHANCE
 from megatron_lighthouse.recipe.recovery import smoothed
 
 SECOND_SEED = "dense-2"
 MARGIN = 0.005
-"""Nats of held-out loss that the recipe may end above dense; seeds that differ by more cannot decide it."""
-PALETTE = ("#2b3a67", "#d1495b", "#6d8fd1", "#e8a04c", "#3a9d8f", "#8d6cab", "#7a9e3c", "#8a6d3b", "#d37fb0", "#5f6c7b")
+"""Nats of held-out loss that the recipe may end above dense."""
+PALETTE = "#2b3a67 #d1495b #6d8fd1 #e8a04c #3a9d8f #8d6cab #7a9e3c #8a6d3b #d37fb0 #5f6c7b #c9b037 #37b6c9".split()
 
 
 def colours(results: Results) -> dict[str, str]:
@@ -92,10 +92,7 @@ def table(results: Results) -> str:
         lines.append("| " + " | ".join(cells) + " |")
         if other_gpu and not notes:
             notes.append("\\* not on the same GPU")
-    seeds = above.get(SECOND_SEED, {}).get("difference")
-    if seeds is not None:
-        judged = f": no less than {MARGIN}, so a difference of that size is **not distinguishable** from none"
-        notes.append(f"Another seed alone: {abs(seeds):.4f} nats{judged if abs(seeds) > MARGIN else ''}.")
+    notes += _verdict(above)
     for row in results.tables["hindsight"]:
         if row["distance"] == 0:
             known = _difference(row["difference"], row["standard_error"], ".3f")
@@ -103,6 +100,21 @@ def table(results: Results) -> str:
                 f"`{row['run']}` at the switch, with Lighthouse: {known} nats without what selections tell of later text."
             )
     return "\n".join([*lines, *(f"\n{note}" for note in notes)]) + "\n"
+
+
+def _verdict(above: dict[str, Row]) -> list[str]:
+    """What two seeds say of the recipe, each held to the dense run of its own; and how far seeds of dense lie apart."""
+    notes = []
+    known = (above.get(name, {}).get("difference") for name in (BASE, f"{BASE}-2"))
+    found = [float(difference) for difference in known if difference is not None]
+    if len(found) == 2:
+        mean, half = (found[0] + found[1]) / 2, abs(found[0] - found[1]) / 2
+        notes.append(
+            f"The recipe above dense, mean of two seeds: {mean:+.4f} nats, each {half:.4f} from it; the bar is +{MARGIN}."
+        )
+    if (seeds := above.get(SECOND_SEED, {}).get("difference")) is not None:
+        notes.append(f"Dense with another seed: {seeds:+.4f} nats.")
+    return notes
 
 
 def _difference(value: float | None, error: float | None, form: str) -> str:
@@ -149,8 +161,10 @@ def _loss(results: Results, path: Path) -> None:
             late = {i: x for i, x in mean.items() if i > row["steps"] // 10}
             above.plot(list(late), list(late.values()), color=colour[run], linewidth=1.2)
         ends.append(min(losses))
-        tops.append(losses[len(losses) // 10])
-    by_iteration.set_ylim(min(ends) - 0.03, max(tops) + 0.05)  # the fall at the start would flatten all that follows
+        tops += [mean[i] for i in [row["steps"] // 10] if i in mean]
+    by_iteration.set_ylim(
+        min(ends) - 0.03, max(tops, default=max(ends)) + 0.05
+    )  # the fall at the start would flatten all that follows
     by_iteration.set(xlabel="iteration", ylabel="training loss, running mean (nats per byte)")
     by_iteration.set_title("●: switch to dense   □: back at the level before it")
     for axes in by_time:

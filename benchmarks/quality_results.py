@@ -101,7 +101,7 @@ def median(times: Sequence[float]) -> float | None:
 
 
 def steady(facts: Row, points: Sequence[Row]) -> list[float]:
-    """[iterations] seconds, each iteration taking the `median` of its stage."""
+    """[iterations] the seconds of each iteration, replaced by the `median` of its stage."""
     return [seconds for times in stages(facts, points).values() for seconds in [median(times) or 0.0] * len(times)]
 
 

@@ -20,6 +20,8 @@ def test_a_command_outlives_its_start(tmp_path: Path) -> None:
     waits = f"until [ -e {go} ]; do sleep 0.1; done; pwd; echo 1 > {tmp_path}/out/table.csv; exit 3"
     detached("start", tmp_path, "bash", "-c", waits)
     assert "goes on" in detached("look", tmp_path, "0", tmp_path / "first")
+    again = subprocess.run(["bash", SCRIPT, "start", tmp_path, "true"], capture_output=True, text=True)
+    assert (again.returncode, "has a command that goes on" in again.stderr) == (2, True)
     go.touch()
     said = detached("look", tmp_path, "60", tmp_path / "second")
     assert f"{tmp_path}/repo\nended with status 3\n" in said

@@ -8,7 +8,7 @@ export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 source "$LAUNCH/profiler.sh"
 
 # keys of a cluster file: what the scripts need, and variables that go to the ranks as they are
-CLUSTER_KEYS="NODES GPUS_PER_NODE ARCH PARTITION ACCOUNT QOS TIME SIGNAL_SECONDS MAX_REQUEUES SEGMENT EXCLUSIVE CPUS_PER_TASK
+CLUSTER_KEYS="NODES GPUS_PER_NODE ARCH GPU PARTITION ACCOUNT QOS TIME SIGNAL_SECONDS MAX_REQUEUES SEGMENT EXCLUSIVE CPUS_PER_TASK
     IMAGE MOUNTS PYTHON PREFLIGHT NUMA"
 ENVIRONMENT_KEYS="CUDA_DEVICE_MAX_CONNECTIONS NVTE_FWD_LAYERNORM_SM_MARGIN NVTE_BWD_LAYERNORM_SM_MARGIN NCCL_NVLS_ENABLE
     PYTORCH_CUDA_ALLOC_CONF NCCL_IB_HCA NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME NCCL_DEBUG OMP_NUM_THREADS TRITON_CACHE_DIR
@@ -103,6 +103,8 @@ check_cluster() {
         [[ ${!key} =~ ^[01]$ ]] || die "$key='${!key}' in $CLUSTER must be 0 or 1."
     done
     [[ $ARCH =~ ^(blackwell|hopper|cpu)$ ]] || die "ARCH='$ARCH' in $CLUSTER is not known: use blackwell, hopper or cpu."
+    [[ -z $GPU || "$ARCH $GPU" =~ ^(hopper h[12]00|blackwell g?b200)$ ]] ||
+        die "GPU='$GPU' in $CLUSTER is no GPU of ARCH=$ARCH: use h100 or h200 with hopper, b200 or gb200 with blackwell, or leave it out."
     [[ -z $SEGMENT ]] || { [[ $SEGMENT =~ ^[0-9]+$ ]] && ((SEGMENT >= 1 && SEGMENT <= 18)); } ||
         die "SEGMENT='$SEGMENT' in $CLUSTER must be 1 to 18: an NVLink domain has 18 trays."
     if [[ -n $SEGMENT ]] && ((NODES % SEGMENT)); then

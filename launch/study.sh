@@ -60,15 +60,16 @@ gpus_of_sequence() {
     echo $(($(argument --tensor-model-parallel-size 1) * $(argument --context-parallel-size 1) * $(argument --pipeline-model-parallel-size 1)))
 }
 
-# the name that the plan knows this machine's GPUs by; nothing where it cannot be read or is another
+# the name that the plan knows this machine's GPUs by; where it cannot be read, as on a login node, what the cluster file says
 device() {
     local name
-    name=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1) || return 0
+    name=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1) || name=''
     case $name in
         *GB200*) echo gb200 ;;
         *B200*) echo b200 ;;
         *H200*) echo h200 ;;
         *H100*) echo h100 ;;
+        *) echo "$GPU" ;;
     esac
 }
 

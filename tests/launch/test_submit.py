@@ -108,6 +108,7 @@ def test_missing_data_is_not_queued(tmp_path: Path, capsys: pytest.CaptureFixtur
     [
         ("GPUS=8", "GPUS is not a key of a cluster file: use one of NODES GPUS_PER_NODE ARCH"),
         ("ARCH=volta", "ARCH='volta' in"),
+        ("GPU=h200", "is no GPU of ARCH=cpu: use h100 or h200 with hopper"),
         ("NODES=two", "NODES='two' in"),
         ("SEGMENT=19", "must be 1 to 18"),
         ("NODES=12\nSEGMENT=8", "must divide the 12 nodes: use SEGMENT=1 or 2 or 3 or 4 or 6 or 12, or --nodes 8 or 16."),
@@ -220,6 +221,15 @@ def test_a_container_gets_what_the_cluster_file_sets(tmp_path: Path) -> None:
     names = flags.split("--container-env=")[1].strip().split(",")
     assert {"NCCL_IB_TC", "FI_PROVIDER", "NVTE_FWD_LAYERNORM_SM_MARGIN", "PYTHONPATH"} <= set(names)
     assert common('read_cluster "$1"; echo "$NCCL_IB_TC"', str(tmp_path / "mine.env"), NCCL_IB_TC="41") == "41\n"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "read", "says"), [("h200", "", "h200"), ("", "", ""), ("h200", "NVIDIA H100 80GB HBM3", "h100")]
+)
+def test_a_login_node_goes_by_the_cluster_file(gpu: str, read: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.env").write_text(f"NODES=1\nGPUS_PER_NODE=1\nARCH=hopper\nGPU={gpu}\n")
+    script = f'read_cluster "$1"; source "$LAUNCH/study.sh"; nvidia-smi() {{ echo "{read}"; }}; device'
+    assert common(script, str(tmp_path / "mine.env")).strip() == says
 
 
 def test_a_login_node_without_torch_is_told_what_to_do(tmp_path: Path) -> None:

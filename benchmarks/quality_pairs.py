@@ -23,6 +23,8 @@ from megatron_lighthouse.recipe.positions import mean_and_error
 type Array = numpy.ndarray[Any, Any]
 FIRST = 20
 """Iterations in which runs that differ by rounding alone should not have drifted apart yet."""
+EARLY = 300
+"""Iterations of a run that ends early: over them, others are compared too."""
 
 
 def buckets_of(results: Results, run: str) -> tuple[list[int], list[int], Array]:
@@ -108,7 +110,7 @@ def training(results: Results, run: str, against: str) -> Row:
     runs that are the same until then, it is what the order of floating-point sums does.
     """
     answer: Row = dict.fromkeys(
-        ("gap", "gap_iteration", "greatest_distance_at_first", "mean_distance", "distance_before_switch")
+        ("gap", "gap_iteration", "greatest_distance_at_first", "early_distance", "mean_distance", "distance_before_switch")
     )
     facts, other = (results.facts["runs"][name] for name in (run, against))
     if facts["seed"] != other["seed"]:
@@ -117,6 +119,7 @@ def training(results: Results, run: str, against: str) -> Row:
     distance = {i: abs(ours[i] - theirs[i]) for i in sorted(ours.keys() & theirs.keys())}
     answer["gap"], _, answer["gap_iteration"] = recovery.gap(ours, theirs, facts["smooth"])
     answer["greatest_distance_at_first"] = max([*distance.values()][:FIRST])
+    answer["early_distance"] = statistics.fmean([*distance.values()][:EARLY])
     answer["mean_distance"] = statistics.fmean(distance.values())
     before = [x for i, x in distance.items() if i <= min(facts["switch"], other["switch"])]
     answer["distance_before_switch"] = statistics.fmean(before) if before else None

@@ -200,7 +200,8 @@ def test_runs_of_different_seeds_read_different_text() -> None:
     assert set(pairs.training(both, "dense-2", "dense").values()) == {None}
     same = results.merged([OURS, made("norm-75", [], [3.0, 2.0, 7.0], switch=2)])
     same.facts["runs"][BASE]["switch"] = 2
-    assert pairs.training(same, "norm-75", BASE)["distance_before_switch"] == 0.25
+    found = pairs.training(same, "norm-75", BASE)
+    assert (found["distance_before_switch"], found["early_distance"], found["mean_distance"]) == (0.25, 5.5 / 3, 5.5 / 3)
 
 
 def test_what_the_later_folder_knows_counts() -> None:

@@ -11,17 +11,23 @@ pack() { # a file that is written to meanwhile is no error
 	mv "$1/.out.tgz" "$1/out.tgz"
 }
 
+refuse() {
+	echo "$*" >&2
+	exit 2
+}
+
+usage=$(sed -n '2,6s/^# \?//p' "${BASH_SOURCE[0]}")
+root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 case ${1:-} in
 start)
+	(($# >= 3)) || refuse "$usage"
 	folder=$(realpath -m "$2")
 	shift 2
-	if [[ -e $folder/log && ! -e $folder/status ]]; then
-		echo "$folder has a command that goes on: look at it, or give another folder." >&2
-		exit 2
-	fi
+	[[ $folder/ != "$root"/* ]] || refuse "$folder is in the checkout, which is copied there: give a folder outside $root."
+	[[ ! -e $folder/log || -e $folder/status ]] || refuse "$folder has a command that goes on: look at it, or give another folder."
 	rm -rf "$folder/repo" "$folder/status"
 	mkdir -p "$folder/out" "$folder/repo"
-	tar -C "$(dirname "${BASH_SOURCE[0]}")/.." --exclude=./.git --exclude=./.venv --exclude=./runs -cf - . | tar -C "$folder/repo" -xf -
+	tar -C "$root" --exclude=./.git --exclude=./.venv --exclude=./runs -cf - . | tar -C "$folder/repo" -xf -
 	cd "$folder/repo"
 	# shellcheck disable=SC2016  # expanded by the shell that is started
 	setsid nohup bash -c 'folder=$1; shift; status=0; "$@" || status=$?; echo "$status" >"$folder/status"' \
@@ -29,7 +35,9 @@ start)
 	sleep 1 # so that it is in a session of its own before this one ends
 	;;
 look)
+	(($# == 4)) || refuse "$usage"
 	folder=$(realpath -m "$2") seconds=$3 out=$4
+	[[ -e $folder/log ]] || refuse "$folder has no log: start a command there first."
 	mkdir -p "$out"
 	for ((i = 0; i < seconds; i++)); do
 		[[ ! -e $folder/status ]] || break
@@ -40,8 +48,5 @@ look)
 	if [[ -e $folder/status ]]; then echo "ended with status $(<"$folder/status")"; else echo "goes on"; fi
 	pack "$out" "$folder"
 	;;
-*)
-	sed -n '2,7s/^# \?//p' "${BASH_SOURCE[0]}" >&2
-	exit 2
-	;;
+*) refuse "$usage" ;;
 esac

@@ -23,6 +23,11 @@ variants)
 	exit 2
 	;;
 esac
+gpus=$("${PYTHON:-python3}" -c 'import torch; print(torch.cuda.device_count())')
+if ((gpus < 2)); then
+	echo "$0 takes two GPUs, and $gpus can be seen: give quality.py --experiment $experiment one run after the other." >&2
+	exit 2
+fi
 
 IFS=' ' read -ra runs <<<"$first"
 CUDA_VISIBLE_DEVICES=0 "${one[@]}" --runs "${runs[@]}" &

@@ -36,7 +36,7 @@ from quality_runs import (
     model_arguments,
 )
 
-from megatron_lighthouse.recipe import corpus, passkey
+from megatron_lighthouse.recipe import corpus, hindsight, passkey
 
 SAVES = 2
 """Checkpoints a run, and one at the switch."""
@@ -66,13 +66,17 @@ class Bench:
         self.unbalanced = passkey.Grid([], [], options.passkey_samples).unbalanced()
         self.of_machine, self.more, self.environment = implementation(), list(more), environment()
         self.processes: list[subprocess.Popen[bytes]] = []
-        self.publishing, self.published, self.said = Lock(), -math.inf, ""
-        self.results: tables.Results | None = None
-        check(options.runs, self.size)
+        self.publishing, self.published, self.renewed, self.said = Lock(), -math.inf, False, ""
+        check(options.runs, self.size, options.at_once)
+        self.foreseen = options.hindsight_samples if any(self.runs[name].hindsight for name in options.runs) else 0
         self.work.mkdir(parents=True, exist_ok=True)
 
     def prepare(self) -> None:
-        """The corpus, made once for all who share --work, and what quality.json says of it."""
+        """The corpus, made once for all who share --work, and what quality.json says of it.
+
+        Raises:
+            ValueError: a corpus that holds out too little, or a number of samples that cannot be.
+        """
         with _locked(self.work / "corpus.lock"):
             if self.corpus is None:
                 self.corpus = self.work / "corpus"
@@ -89,6 +93,9 @@ class Bench:
                 facts |= {"manifest_sha256": hashlib.sha256(manifest.read_bytes()).hexdigest()}
                 facts |= json.loads(manifest.read_text())
             tables.write_json(self.work / "corpus.json", facts)
+        if self.foreseen:  # refused now, not when a run is trained
+            held_out = sum(file.stat().st_size + 1 for file in (self.corpus / "held-out").rglob("*.txt"))
+            hindsight.check(held_out, self.size.seq_length, self.foreseen, seed=0)
         have = sum(file.stat().st_size for file in (self.corpus / "train").rglob("*.txt"))
         need = self.size.tokens * self.size.steps
         if self.unbalanced:
@@ -110,13 +117,16 @@ class Bench:
                 refusal = f"--runs {name} is under way in another process: give the two different runs."
                 stack.enter_context(_locked(self.work / name / "lock", refusal))
                 self._remember(name)
-            trained = {name: training.submit(self._guarded, self._train, name) for name in names}
+            trained = {training.submit(self._guarded, self._train, name): name for name in names}
+            failed: list[str] = []
             evaluated: dict[str, Future[int]] = {}
-            for future in as_completed(trained.values()):
-                name = next(name for name in names if trained[name] is future)
-                if future.result() == 0 and not self.runs[name].until:
+            for future in as_completed(trained):
+                name = trained[future]
+                if future.result():
+                    failed.append(name)
+                elif not self.runs[name].until:
                     evaluated[name] = evaluating.submit(self._guarded, self._evaluate, name)
-            return [name for name in names if trained[name].result() or (name in evaluated and evaluated[name].result())]
+            return failed + [name for name, evaluation in evaluated.items() if evaluation.result()]
 
     def _guarded(self, step: Callable[[str], int], name: str) -> int:
         """The status of `step`, 1 where it raises: the runs beside it go on."""
@@ -161,29 +171,29 @@ class Bench:
         )
         return 0
 
-    def publish(self, must: bool = False) -> tables.Results | None:
-        """Renew --out from all that --work holds, also of other processes; answers what it last held.
+    def publish(self, must: bool = False) -> bool:
+        """Renew --out from all that --work holds, also of other processes; answers whether it went well, the last time.
 
         Not again within `EVERY` seconds, unless it `must`. What goes wrong is said and, unless it must go well, not raised: the
         runs that are still to come are worth more.
         """
         with self.publishing:
             if not must and time.monotonic() - self.published < EVERY:
-                return self.results
+                return self.renewed
             try:
                 with _locked(self.work / "publish.lock"):
                     tables.pack(self.work, self.out / "work.tgz")
-                    self.results = tables.from_work(self.work)
-                    quality_pairs.write(self.results, self.out)
+                    quality_pairs.write(tables.from_work(self.work), self.out)
+                self.renewed = True
             except Exception as error:
                 if must:
                     raise
                 said = f"--out {self.out} could not be renewed: {type(error).__name__}: {error}"
                 if said != self.said:
                     say(said)
-                self.said, self.results = said, None
+                self.said, self.renewed = said, False
             self.published = time.monotonic()
-            return self.results
+            return self.renewed
 
     def _training(self, name: str) -> list[str]:
         run, checkpoints = self.runs[name], str(self.work / name / "checkpoints")
@@ -280,7 +290,7 @@ class Bench:
 
     def _show(self, name: str, log: Path, shown: int) -> int:
         """Publish, and say how far a run is at its first iteration and every tenth of it; answers the last iteration said."""
-        if self.publish() is None:
+        if not self.publish():
             return shown
         point = (tables.curve(log.read_text(errors="replace")) or [{"iteration": 0}])[-1]
         now = int(point["iteration"])

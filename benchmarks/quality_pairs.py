@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy
 from quality_results import Results, Row, write_csv, write_json
-from quality_runs import REFERENCE
+from quality_runs import EARLY, REFERENCE
 
 from megatron_lighthouse.recipe import recovery
 from megatron_lighthouse.recipe.passkey import FILLERS
@@ -23,8 +23,6 @@ from megatron_lighthouse.recipe.positions import mean_and_error
 type Array = numpy.ndarray[Any, Any]
 FIRST = 20
 """Iterations in which runs that differ by rounding alone should not have drifted apart yet."""
-EARLY = 300
-"""Iterations of a run that ends early: over them, others are compared too."""
 
 
 def buckets_of(results: Results, run: str) -> tuple[list[int], list[int], Array]:

@@ -150,12 +150,14 @@ def from_work(work: Path) -> Results:
     """All that the runs in a --work folder have left by now, or in what `pack` kept of it.
 
     Raises:
-        ValueError: a folder without runs.
+        ValueError: a folder without runs, or with those of two experiments.
     """
     known = {path.parent.name: facts for path in sorted(work.glob("*/run.json")) if (facts := read_json(path))}
     if not known:
         raise ValueError(f"{work} has no RUN/run.json: give a --work folder, or work.tgz unpacked.")
-    (experiment,) = {facts["experiment"] for facts in known.values()}
+    experiment, *others = sorted({facts["experiment"] for facts in known.values()})
+    if others:
+        raise ValueError(f"{work} has runs of {experiment} and of {', '.join(others)}: give a folder for each experiment.")
     results = Results(facts={"experiment": experiment, "corpus": read_json(work / "corpus.json") or {}, "runs": {}})
     for name in (name for name in results.runs if name in known):
         folder, facts = work / name, known[name]

@@ -14,6 +14,8 @@ REFERENCE, BASE = "dense", "norm-60"
 """The run that others are held to, and the recipe that is judged."""
 OTHERS = (REFERENCE, BASE)
 """What a variant is compared with: dense from scratch, and the recipe of which it is a variant."""
+EARLY = 300
+"""Iterations of a run that ends early, and over which others are held to it."""
 GRADUAL = 20
 """The gradual return takes one iteration in so many."""
 
@@ -269,14 +271,15 @@ def attention_arguments(run: Run, size: Size) -> list[str]:
     return arguments
 
 
-def check(names: list[str], size: Size) -> None:
+def check(names: list[str], size: Size, at_once: int = 1) -> None:
     """Refuse, before work starts, what cannot run.
 
     Raises:
         ValueError: the option, its value, and what would work.
     """
     runs = EXPERIMENTS[size.experiment].runs
-    for option, value in (("--steps", size.steps), ("--seq-length", size.seq_length), ("--batch", size.batch)):
+    sizes = (("--steps", size.steps), ("--seq-length", size.seq_length), ("--batch", size.batch), ("--at-once", at_once))
+    for option, value in sizes:
         if value < 1:
             raise ValueError(f"{option} {value} must be at least 1.")
     if size.steps < 10:

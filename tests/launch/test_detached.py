@@ -6,6 +6,8 @@ import subprocess
 import tarfile
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "detached.sh"
 
 
@@ -28,6 +30,21 @@ def test_a_command_outlives_its_start(tmp_path: Path) -> None:
     assert (tmp_path / "repo" / "benchmarks" / "detached.sh").exists()
     with tarfile.open(tmp_path / "second" / "out.tgz") as packed:
         assert {"log", "out/table.csv"} <= set(packed.getnames())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("start", "here"), "benchmarks/detached.sh start FOLDER COMMAND"),
+        (("start", str(SCRIPT.parent / "away"), "true"), "is in the checkout, which is copied there: give a folder outside"),
+        (("look", "/nowhere", "1", "/nowhere/out"), "/nowhere has no log: start a command there first."),
+    ],
+)
+def test_what_cannot_be_is_refused(arguments: tuple[str, ...], says: str, tmp_path: Path) -> None:
+    done = subprocess.run(["bash", SCRIPT, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_it_explains_itself() -> None:

@@ -87,6 +87,29 @@ def test_a_run_of_another_experiment_is_refused(capsys: pytest.CaptureFixture[st
     assert "--runs summary-60 is not one of --experiment tiny: dense, norm-60, dense-2, norm-60-2, cp-2." in said
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("--at-once 0", "--at-once 0 must be at least 1."),
+        ("--hindsight-samples -1", "--hindsight-samples -1 must be at least 1, or 0 for no hindsight."),
+        ("--seq-length 1024", "--held-out has 513 tokens: --hindsight-samples needs at least 2048"),
+    ],
+)
+def test_refused_before_a_run_is_trained(
+    options: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subprocess, "Popen", None)
+    (tmp_path / "corpus" / "held-out").mkdir(parents=True)
+    (tmp_path / "corpus" / "train").mkdir()
+    for part in ("train", "held-out"):
+        (tmp_path / "corpus" / part / "1.txt").write_text(512 * "a")
+    paths = [f"--{name}={tmp_path / name}" for name in ("corpus", "work", "out")]
+    with pytest.raises(SystemExit):
+        quality.main(["--experiment", "tiny", "--runs", BASE, *paths, *options.split()])
+    assert says in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
 LOG = """
  [2026-11-25 00:00:00] iteration {i:8d}/      10 | consumed samples: {i:12d} | elapsed time per iteration (ms): {ms} | \
 learning rate: 1.000000E-03 | global batch size:     1 | lm loss: {loss} | loss scale: 1.0 | grad norm: 2.0 |

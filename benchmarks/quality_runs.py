@@ -172,7 +172,7 @@ EXPERIMENTS = {
         },
     ),
     "tiny": Experiment(
-        "a minute on a CPU, to see it work",
+        "a minute or two on a CPU, to see it work",
         "--num-layers 4 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --init-method-std 0.1",
         "--lr 5e-3 --min-lr 5e-4 --lr-warmup-fraction 0.05",
         *(256, 10, 1, 4),

@@ -104,11 +104,15 @@ def passkey(results: Results, run: str, against: str) -> Row:
 def training(results: Results, run: str, against: str) -> Row:
     """How far the training losses lie apart. Empty where the seeds differ: the runs then read other text in an iteration.
 
-    `gap` is that of the last ones (recipe.recovery). `distance_before_switch` is the mean up to the earlier of two switches: of
-    runs that are the same until then, it is what the order of floating-point sums does.
+    `gap` is that of the last ones, and `iterations_to_catch_up` is counted from the switch to dense attention, of a run that
+    switched and one that was dense from the start (recipe.recovery). `distance_before_switch` is the mean up to the earlier of
+    two switches: of runs that are the same until then, it is what the order of floating-point sums does.
     """
     answer: Row = dict.fromkeys(
-        ("gap", "gap_iteration", "greatest_distance_at_first", "early_distance", "mean_distance", "distance_before_switch")
+        (
+            *("gap", "gap_iteration", "iterations_to_catch_up"),
+            *("greatest_distance_at_first", "early_distance", "mean_distance", "distance_before_switch"),
+        )
     )
     facts, other = (results.facts["runs"][name] for name in (run, against))
     if facts["seed"] != other["seed"]:
@@ -116,6 +120,11 @@ def training(results: Results, run: str, against: str) -> Row:
     ours, theirs = results.losses(run), results.losses(against)
     distance = {i: abs(ours[i] - theirs[i]) for i in sorted(ours.keys() & theirs.keys())}
     answer["gap"], _, answer["gap_iteration"] = recovery.gap(ours, theirs, facts["smooth"])
+    switch, dense_from = facts["switch"], facts["dense_from"]
+    if switch and not other["switch"] and max(ours, default=0) >= dense_from:
+        spike = recovery.measure(ours, switch, dense_from, facts["smooth"]).spike_iteration
+        level = recovery.caught_up(ours, theirs, spike, facts["smooth"])
+        answer["iterations_to_catch_up"] = None if level is None else level - switch
     answer["greatest_distance_at_first"] = max([*distance.values()][:FIRST])
     answer["early_distance"] = statistics.fmean([*distance.values()][:EARLY])
     answer["mean_distance"] = statistics.fmean(distance.values())

@@ -64,6 +64,7 @@ def table(results: Results) -> str:
         "log p",
         "spike",
         "back",
+        "level with dense",
     )
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     above = {row["run"]: row for row in reversed(pairs(results))}  # the first that a run is compared with
@@ -88,6 +89,7 @@ def table(results: Results) -> str:
             _number(row["noise_log_probability"], ".3f"),
             _number(row["spike"], "+.3f"),
             _number(row["iterations_to_recover"], ",.0f"),
+            _number(pair.get("iterations_to_catch_up"), ",.0f"),
         ]
         lines.append("| " + " | ".join(cells) + " |")
         if other_gpu and not notes:

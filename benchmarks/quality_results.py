@@ -140,7 +140,7 @@ def run_row(facts: Row, points: Sequence[Row], evaluation: Row | None) -> Row:
     if times["lighthouse"] and times["dense"]:
         losses = {point["iteration"]: point["loss"] for point in points}
         measured = recovery.measure(losses, switch, dense_from, facts["smooth"])
-        found = recovery.report(recovery.Run(losses, switch, dense_from, facts["tokens"]), measured, None)
+        found = recovery.report(recovery.Run(losses, switch, dense_from, facts["tokens"]), measured, None, facts["smooth"])
     for name in ("level", "scatter", "spike", "spike_iteration", "iterations_to_recover", "tokens_to_recover"):
         answer[name] = found.get(name)
     return answer

@@ -10,6 +10,8 @@ Definitions, ours; W is --smooth, and losses are the training losses that were l
 - recovered: in the first iteration, from that of the spike on, whose smoothed loss is at most the level. The mean lags, so that
   is up to W - 1 losses late. Without a spike above 0 there is nothing to recover from: 0 iterations.
 - final loss: the last smoothed loss. Gap: the mean of the last W losses less that of the dense run in the same iterations.
+- level with dense: in the first iteration, from that of the spike on, in which the mean of up to W such differences, all since
+  the spike, is at most 0. The level of stage 1 may be out of reach: a part of it is hindsight (docs/evaluation.md).
 """
 
 from __future__ import annotations
@@ -103,6 +105,12 @@ def gap(losses: Losses, dense: Losses, width: int) -> tuple[float, float, int]:
     return ours - theirs, theirs, common[-1]
 
 
+def caught_up(losses: Losses, dense: Losses, spike_iteration: int, width: int) -> int | None:
+    """The iteration in which a run is level with `dense`; None where it is not by its end."""
+    above = {i: x - dense[i] for i, x in losses.items() if i >= spike_iteration and i in dense}
+    return next((i for i, mean in smoothed(above, width).items() if mean <= 0), None)
+
+
 def read_losses(folders: Sequence[Path]) -> tuple[Losses, list[int], Losses]:
     """Of logs that follow each other: the losses, the first iteration of each log, and Lighthouse layers by iteration.
 
@@ -164,34 +172,44 @@ def tokens_of(folder: Path) -> int | None:
     return sequence * batch
 
 
-def report(run: Run, measured: Recovery, dense: tuple[float, float, int] | None) -> dict[str, Any]:
-    """The row of recovery.csv; empty where something is not known."""
-    iterations = None if measured.recovered is None else measured.recovered - run.switch
+def report(run: Run, measured: Recovery, dense: Losses | None, width: int) -> dict[str, Any]:
+    """The row of recovery.csv; empty where something is not known.
+
+    Raises:
+        ValueError: `run` and `dense` have no iteration in common.
+    """
     row: dict[str, Any] = {"switch": run.switch, "dense_from": run.dense_from}
     row |= {name: getattr(measured, name) for name in ("level", "scatter", "spike", "spike_iteration")}
-    row["iterations_to_recover"] = iterations
-    row["tokens_to_recover"] = None if iterations is None or run.tokens is None else iterations * run.tokens
+    level = caught_up(run.losses, dense, measured.spike_iteration, width) if dense else None
+    for what, iteration in (("recover", measured.recovered), ("catch_up", level)):
+        iterations = None if iteration is None else iteration - run.switch
+        row[f"iterations_to_{what}"] = iterations
+        row[f"tokens_to_{what}"] = None if iterations is None or run.tokens is None else iterations * run.tokens
     row |= {"final_iteration": measured.final_iteration, "final_loss": measured.final}
-    row |= dict(zip(("gap", "dense_loss", "gap_iteration"), dense or (None, None, None), strict=True))
-    return row
+    found = gap(run.losses, dense, width) if dense else (None, None, None)
+    return row | dict(zip(("gap", "dense_loss", "gap_iteration"), found, strict=True))
 
 
 def table(row: dict[str, Any]) -> str:
     """The row for a reader."""
-    back = "not within the run"
-    if row["iterations_to_recover"] is not None:
-        tokens = row["tokens_to_recover"]
-        back = f"{row['iterations_to_recover']:,} iterations" + ("" if tokens is None else f", {tokens:,} tokens")
+
+    def after(what: str) -> str:
+        iterations, tokens = (row[f"{unit}_to_{what}"] for unit in ("iterations", "tokens"))
+        if iterations is None:
+            return "not within the run"
+        return f"{iterations:,} iterations" + ("" if tokens is None else f", {tokens:,} tokens")
+
     lines = [
         ("Lighthouse to iteration", f"{row['switch']:,}"),
         ("all layers dense from", f"{row['dense_from']:,}"),
         ("level before the switch", f"{row['level']:.4f}, single losses scatter by {row['scatter']:.4f}"),
         ("spike above it", f"{row['spike']:+.4f} at iteration {row['spike_iteration']:,}"),
-        ("back at the level after", back),
+        ("back at the level after", after("recover")),
         ("final loss", f"{row['final_loss']:.4f} at iteration {row['final_iteration']:,}"),
     ]
     if row["gap"] is not None:
         at = f"(which has {row['dense_loss']:.4f} at iteration {row['gap_iteration']:,})"
+        lines.append(("level with dense after", after("catch_up")))
         lines.append(("above dense from scratch", f"{row['gap']:+.4f} {at}"))
     return "\n".join(f"{name:<24} {value}" for name, value in lines)
 
@@ -239,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = read_run(options.run, options.switch)
         measured = measure(run.losses, run.switch, run.dense_from, options.smooth)
         dense = read_losses(logs(options.dense))[0] if options.dense else None
-        row = report(run, measured, gap(run.losses, dense, options.smooth) if dense else None)
+        row = report(run, measured, dense, options.smooth)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1

@@ -174,8 +174,43 @@ def test_pairs_by_hand(tmp_path: Path) -> None:
     assert (pair["run"], pair["against"], pair["sequences"]) == (BASE, "dense", 2)
     assert_close(numpy.array([pair["difference"], pair["standard_error"]]), [0.875, 0.375], "float64")
     assert (pair["gap"], pair["greatest_distance_at_first"], pair["mean_distance"]) == (0.5, 1.0, 0.5)
+    assert pair["iterations_to_catch_up"] is None  # from no switch
     above = [row["above"] for row in results.read_csv(tmp_path / "positions.csv") if row["run"] == BASE]
     assert above == [0.5, 0.5, 1.25]
+
+
+def test_docs_say_what_the_results_say() -> None:
+    """The table of docs/quality.md, from its results."""
+    found = results.read(ROOT / "benchmarks" / "results" / "quality" / "recipe")
+    runs = {row["run"]: row for row in found.tables["runs"]}
+    above = {row["run"]: row for row in pairs.pairs(found) if row["against"].startswith("dense")}
+    mean = (above[BASE]["difference"] + above[f"{BASE}-2"]["difference"]) / 2
+    rows = [f"| mean | | | **{mean:+.4f}** (it was to be at most +0.005) |"]
+    for dense, run in (("dense", BASE), ("dense-2", f"{BASE}-2")):
+        ours, theirs, pair = runs[run], runs[dense], above[run]
+        assert pair["same_gpu"] == "yes"
+        held_out = f"{pair['difference']:+.4f} ± {pair['standard_error']:.4f}"
+        rows.append(f"| {theirs['held_out_loss']:.4f} | {ours['held_out_loss']:.4f} | {held_out} |")
+        rows.append(f"| {theirs['steady_seconds']:.0f} | {ours['steady_seconds']:.0f} | **{pair['steady_ratio']:.3f}**")
+        speeds = [ours[f"tokens_per_second_{stage}"] for stage in ("lighthouse", "dense")]
+        rows.append(f"| {theirs['tokens_per_second_dense']:,.0f} | {speeds[0]:,.0f} and {speeds[1]:,.0f} | |")
+        for filler in ("noise", "classic"):
+            change, error = (pair[f"{filler}_accuracy_{what}"] for what in ("difference", "error"))
+            accuracies = [row[f"{filler}_accuracy"] for row in (theirs, ours)]
+            rows.append(f"| {accuracies[0]:.1%} | {accuracies[1]:.1%} | {change:+.1%} ± {error:.1%} |")
+    for name, form in (("spike", "+.3f"), ("iterations_to_catch_up", ",.0f")):
+        values = [({**runs[run], **above[run]})[name] for run in (BASE, f"{BASE}-2")]
+        rows.append(f"| 1, 2 | | | {values[0]:{form}}, {values[1]:{form}} |")
+    text = (ROOT / "docs" / "quality.md").read_text()
+    missing = [row for row in (row.replace("-", "−") for row in rows) if row not in text]
+    assert not missing
+
+
+def test_iterations_until_level_with_dense() -> None:
+    """Counted from the switch; the mean of two differences is 1 in iteration 2, 0.75 and 0 in the next."""
+    dense = made("dense", [], [3.0, 2.0, 1.0, 1.0])
+    ours = made(BASE, [], [3.5, 3.0, 1.5, 0.5], switch=1, dense_from=2)
+    assert pairs.training(results.merged([dense, ours]), BASE, "dense")["iterations_to_catch_up"] == 3
 
 
 def test_sequences_of_one_document_count_as_one(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_lighthouse.mcore import switch
 from megatron_lighthouse.recipe import recovery
-from megatron_lighthouse.recipe.recovery import Recovery, gap, main, measure, read_run, smoothed
+from megatron_lighthouse.recipe.recovery import Recovery, caught_up, gap, main, measure, read_run, smoothed
 
 
 def curve(*losses: float, start: int = 1, step: int = 1) -> dict[int, float]:
@@ -74,6 +74,15 @@ def test_gap_at_equal_iterations() -> None:
         gap(SPIKE, curve(1.0, start=50), 2)
 
 
+def test_level_with_dense() -> None:
+    """From the spike, in iteration 4, the differences are 2, 1, 0, -1, 0, 0: in means of two 2, 1.5, 0.5, -0.5."""
+    dense = curve(9.0, 9.0, 9.0, 3.0, 3.0, 3.0, 3.0, 2.0, 1.0)
+    assert caught_up(SPIKE, dense, 4, 2) == 7
+    assert caught_up(SPIKE, dense, 4, 1) == 6
+    assert caught_up(SPIKE, dense, 4, 9) is None
+    assert caught_up(SPIKE, curve(0.5, start=9), 4, 2) is None
+
+
 def write(folder: Path, losses: dict[int, float], layers: dict[int, int] | None = None) -> None:
     with SummaryWriter(str(folder)) as log:
         for name, value in (("seq_length", 64), ("global_batch_size", 2)):
@@ -127,11 +136,13 @@ def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for line in (
         "+2.0000 at iteration 4",
-        "4 iterations, 512 tokens",
+        "back at the level after  4 iterations, 512 tokens",
+        "level with dense after   not within the run",
         "1.5000 at iteration 9",
         "+0.7500 (which has 0.7500 at iteration 9)",
     ):
         assert line in text
     (row,) = csv.DictReader((tmp_path / "run" / "recovery.csv").open())
     assert (row["iterations_to_recover"], row["tokens_to_recover"], row["gap"]) == ("4", "512", "0.75")
+    assert row["iterations_to_catch_up"] == ""
     assert (tmp_path / "run" / "recovery.png").read_bytes().startswith(b"\x89PNG")

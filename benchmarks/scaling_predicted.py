@@ -18,11 +18,11 @@ from typing import Any
 from context_parallel_times import DIM, HEADS, TIMED
 from scaling_points import LENGTHS, SIZES, Point, candidates
 
+from megatron_lighthouse.context_parallel.attention import COMM_TYPES
 from megatron_lighthouse.context_parallel.plan import Layer
 from megatron_lighthouse.plan import memory, time
 from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import DEVICES
-from megatron_lighthouse.plan.run import COMM_TYPES
 
 RESULTS = Path(__file__).parent / "results"
 DEVICE = DEVICES["h100"]

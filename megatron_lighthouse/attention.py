@@ -52,9 +52,10 @@ def lighthouse_attention(
             parallelism.
 
     Returns:
-        [N, B, H, D] in the query's dtype; under context parallelism, this rank's shard of it: the same values at any number of
-        ranks, up to the order of sums in the inner attention. Position j depends on tokens 0..j, once the selection is fixed;
-        which windows are refined also depends on the later tokens of their tile.
+        [N, B, H, D] in the query's dtype (under torch.autocast in the inner attention's); under context parallelism, this
+        rank's shard of it: the same values at any number of ranks, up to the order of sums in the inner attention. Position j
+        depends on tokens 0..j, once the selection is fixed; which windows are refined also depends on the later tokens of
+        their tile.
 
     Raises:
         ValueError: shapes or dtypes that do not fit each other, an N that does not fit the config or the ranks, or an inner

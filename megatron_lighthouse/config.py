@@ -27,7 +27,7 @@ class LighthouseConfig:
     """Levels of the pyramid (L), the input itself being level 0. A coarsest window holds pooling^(levels-1) tokens."""
 
     pooling: int = 4
-    """Pooling factor (p) from one level to the next."""
+    """Pooling factor (p) from one level to the next. The kernels are made for 2 to 16: at 32 they run out of registers."""
 
     budget: int = 1536
     """Entries refined per level and key/value head (k). The gathered length is N/p^(L-1) + (L-1)*p*k."""
@@ -128,9 +128,13 @@ class LighthouseConfig:
         """What a sequence length must be a multiple of: whole windows in each tile and in each chunk."""
         return math.lcm(self.budget // self.tile_budget, _chunks(ranks)) * self.pooling ** (self.levels - 1)
 
-    def _fits(self, seq_length: int, ranks: int) -> bool:
-        least = self.pooling ** (self.levels - 1) * self.budget
-        return seq_length >= least and seq_length % self._unit(ranks) == 0 and self._refined % _chunks(ranks) == 0
+    def _fits(self, seq_length: int, ranks: int, budget: int = 0, tile_budget: int = 0) -> bool:
+        """Whether a length is right, with other budgets where they are given. In integers alone: it is asked of thousands."""
+        budget, tile_budget = budget or self.budget, tile_budget or self.tile_budget
+        window, chunks = self.pooling ** (self.levels - 1), _chunks(ranks)
+        unit = math.lcm(budget // tile_budget, chunks) * window
+        refined = (self.levels - 1) * self.pooling * budget
+        return seq_length >= window * budget and seq_length % unit == 0 and refined % chunks == 0
 
     def _others(self, seq_length: int, ranks: int) -> str:
         """The nearest settings that would work: of each kind up to two, every one tried against all rules."""
@@ -141,7 +145,7 @@ class LighthouseConfig:
         budgets = [
             k
             for k in range(self.tile_budget, max(0, seq_length) // window + 1, self.tile_budget)
-            if k != self.budget and self.replace(budget=k)._fits(seq_length, ranks)
+            if k != self.budget and self._fits(seq_length, ranks, k)
         ]
         sizes = [n for n in range(1, max(0, seq_length) // (2 * window) + 1) if n != ranks and self._fits(seq_length, n)]
         offers = [_either("--seq-length", lengths), _either(flag("budget"), _nearest(budgets, self.budget))]
@@ -149,7 +153,7 @@ class LighthouseConfig:
             offers.append(_either("--context-parallel-size", _nearest(sizes, ranks)))
         if not budgets:
             for m in (64, 32, 16, 8, 4, 2):
-                if m < self.tile_budget and self.replace(budget=m, tile_budget=m)._fits(seq_length, ranks):
+                if m < self.tile_budget and self._fits(seq_length, ranks, m, m):
                     offers.append(f"{flag('budget')} {m} {flag('tile_budget')} {m}")
                     break
         return ", or ".join(filter(None, offers)) or "other sizes"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -31,7 +31,7 @@ def selection_map(selection: Selection, path: Path, title: str) -> None:
         finest[seen] = level
     figure = Figure(figsize=(11, 1.8 + 0.35 * len(finest)), layout="constrained")
     wide, narrow = figure.subplots(1, 2, width_ratios=(4, 1))
-    colours = COLOURS[: geometry.levels]
+    colours = _colours(geometry.levels)
     wide.imshow(
         finest.numpy(),
         aspect="auto",
@@ -52,6 +52,14 @@ def selection_map(selection: Selection, path: Path, title: str) -> None:
     narrow.bar(range(geometry.levels), counts, color=colours)
     narrow.set(xlabel="level", xticks=range(geometry.levels), title=f"{selection.length:,} rows gathered")
     _save(figure, path)
+
+
+def _colours(levels: int) -> list[Any]:
+    """One a level, from light to dark; shades between them where there are more levels than colours."""
+    if levels <= len(COLOURS):
+        return list(COLOURS[:levels])
+    between = LinearSegmentedColormap.from_list("levels", COLOURS)
+    return [between(level / (levels - 1)) for level in range(levels)]
 
 
 def _tokens(count: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from hypothesis import given
 from torch import Tensor
 
-from megatron_lighthouse import LighthouseConfig, kernels, lighthouse_attention, lighthouse_select, reference, telemetry
+from megatron_lighthouse import LighthouseConfig, kernels, lighthouse_attention, lighthouse_select, plots, reference, telemetry
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.geometry import Geometry
 from megatron_lighthouse.scorers import SCORERS
@@ -233,3 +234,11 @@ def test_measures_of_two_ranks(problem: Problem) -> None:
     assert list(one) == telemetry.measure_names(3)
     assert one["coverage/level-2"] == 1
     assert 0 < one["distance/p10"] < one["distance/p90"] < 1
+
+
+def test_a_picture_of_more_levels_than_colours(tmp_path: Path) -> None:
+    config = LighthouseConfig(levels=8, pooling=2, budget=4, tile_budget=4)
+    selection = choice_of(config, *(torch.randn(512, 1, 2, 8) for _ in range(3))).selection
+    plots.selection_map(selection, tmp_path / "map.png", "eight levels")
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    assert len(set(plots._colours(8))) == 8

@@ -194,7 +194,18 @@ class _Gpu:
         from torch.distributed import _symmetric_memory as symmetric
 
         torch.cuda.empty_cache()  # what follows is taken from beside torch's cache, which may hold all
-        memory = symmetric.empty(size, dtype=torch.uint8, device=self.device).zero_()
+        outcome: list[Any] = [None] * self.group.size()
+        problem = None
+        try:
+            memory = symmetric.empty(size, dtype=torch.uint8, device=self.device).zero_()
+        except Exception as error:
+            problem = f"rank {torch.distributed.get_rank()}: {type(error).__name__}: {error}"
+        dist.all_gather_object(outcome, problem, group=self.group)
+        if any(outcome):  # on every rank, or the others would wait for this one
+            raise RuntimeError(
+                f"no room for {size / 2**20:,.0f} MiB of messages between GPUs ({next(filter(None, outcome))}): leave memory "
+                f"beside torch's cache, or set {SWITCH}=0 in the environment, so that NCCL sends them."
+            )
         self.memory.append(memory)
         with _without_multicast():
             shared = symmetric.rendezvous(memory, self.group)

@@ -43,7 +43,10 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
         if chosen is not None:
             raise ValueError("--attention lighthouse chooses the layer spec, and so does --spec: leave one of them out.")
         if by_spec:
-            selection_log.install(args, settings.settings_from(args))
+            given = settings.settings_from(args)
+            check_run(args, model_cfg.transformer, given)
+            selection_log.install(args, given)
+            args.create_attention_mask_in_dataloader = False  # as below
         return model_cfg
     config = model_cfg.transformer
     ours = config.context_parallel_size > 1 and config.transformer_impl == "local"

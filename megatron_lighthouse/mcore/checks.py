@@ -110,6 +110,12 @@ def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Ite
             f"--experimental-attention-variant {config.experimental_attention_variant} brings its own attention: use one or "
             "the other."
         )
+    for name, option in (("qk_clip", "--qk-clip"), ("log_max_attention_logit", "--log-max-attention-logit")):
+        if getattr(config, name, False):
+            yield (
+                f"{option} goes by the greatest logit of a layer, which Lighthouse has of gathered rows alone, not of tokens: "
+                "leave it out, or use --attention dense."
+            )
     if config.transformer_impl == "inference_optimized" or config.flash_decode:
         yield (
             "inference paths (--transformer-impl inference_optimized, --flash-decode) bypass core attention: serve the "

@@ -29,6 +29,7 @@ from megatron_lighthouse.mcore.checks import check
 from megatron_lighthouse.mcore.context_parallel import context_parallel_group, over_shards
 from megatron_lighthouse.mcore.output import remember_source
 from megatron_lighthouse.mcore.settings import LighthouseSettings, heads_of_rank
+from megatron_lighthouse.scorers import missing
 from megatron_lighthouse.steps import steps_for
 
 
@@ -89,7 +90,8 @@ class LighthouseMixin:
             attended = attended_rows(
                 query, key, value, self.lighthouse, exchange=self.exchange, cp_comm_type=self.inner_comm_type, **how
             )
-            return remember_source(attended.scatter().flatten(2), attended)
+            output = attended.scatter().flatten(2)
+        return remember_source(output, attended) if self.settings.discard_output else output
 
     def _is_dense_now(self) -> bool:
         given = self.settings
@@ -125,7 +127,9 @@ class CoreAttentionBuilder:
         params: dict[str, Any] = {}
         module = self.base
         if isinstance(module, ModuleSpec):
-            module, params = module.module, module.params
+            module, params = module.module, dict(module.params)
+            if self.base.submodules is not None:
+                params["submodules"] = self.base.submodules
         module = over_shards(module, config)
         if self.settings.is_dense(layer_number, config.num_layers):
             return module(config=config, layer_number=layer_number, **params, **kwargs)
@@ -137,6 +141,8 @@ class CoreAttentionBuilder:
         check(config, self.settings, None)
         here = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         steps_for(self.settings.config.steps, torch.empty(0, config.kv_channels, dtype=config.params_dtype, device=here))
+        if scorer_missing := missing(self.settings.config.scorer, self.settings.config.steps, here):
+            raise ValueError(scorer_missing)
         layer = lighthouse_class(module)(config=config, layer_number=layer_number, **params, **kwargs)
         layer.lighthouse = self.settings.config
         layer.settings = self.settings

@@ -50,7 +50,7 @@ def _write_on_first_rank(args: Namespace) -> tuple[str, str]:
     if torch.distributed.get_rank() == 0:
         try:
             outcome = [text.write_datasets(args.text_data, _text_folder(args))]
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of any kind: the others wait for it
             outcome = [error]
     torch.distributed.broadcast_object_list(outcome, src=0)
     if isinstance(outcome[0], Exception):

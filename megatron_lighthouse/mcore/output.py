@@ -1,10 +1,11 @@
 """The output of a Lighthouse layer is not kept for backward: it is scattered again when it is needed.
 
 The projection that follows keeps its input, [s, b, np/tp * hn], for the gradient of its weights: as much as Q. But that input
-is a sum of the gathered rows, which the inner attention keeps anyway, and scattering again costs little more than writing N
-rows twice. So its memory is freed once the projection has run, and filled again just before the projection's backward. Ours;
-Megatron's CheckpointWithoutOutput does the same for norms. It saves nothing where something else holds that input (a quantised
-copy, an output gate), and is left out where a saved-tensor hook may still read it.
+is a sum of the gathered rows, and scattering again costs little more than writing N rows twice. So its memory is freed once the
+projection has run, and filled again just before the projection's backward. The rows are fewer, and the inner attention keeps
+them anyway, but where ranks deal them anew (context parallelism by a2a, or uneven chunks). Ours; Megatron's
+CheckpointWithoutOutput does the same for norms. It saves nothing where something else holds that input (a quantised copy, an
+output gate), and is left out where a saved-tensor hook may still read it.
 """
 
 from __future__ import annotations

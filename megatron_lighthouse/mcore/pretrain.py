@@ -7,19 +7,17 @@ import os
 import sys
 import time
 import traceback
-from functools import partial
 from pathlib import Path
 
 import torch
 from megatron.core import mpu
 from megatron.core.enums import ModelType
-from megatron.training import initialize, pretrain, print_rank_0, set_startup_timestamps
-from megatron.training import training as megatron_training
+from megatron.training import pretrain, set_startup_timestamps
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 
 from megatron_lighthouse import telemetry
-from megatron_lighthouse.mcore import progress, selection_log, text
+from megatron_lighthouse.mcore import machine, progress, selection_log, text
 from megatron_lighthouse.mcore.arguments import use_attention, with_lighthouse_arguments
 from megatron_lighthouse.mcore.data import train_valid_test_datasets
 from megatron_lighthouse.mcore.run_options import check_run_options
@@ -36,7 +34,7 @@ def run(program_start: float | None = None) -> None:
         ValueError: what Lighthouse refuses, before the process group exists.
     """
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
-    adapt_to_this_machine()
+    machine.adapt()
     args = parse_and_validate_args(extra_args_provider=with_lighthouse_arguments(add_arguments))
     check_run_options(args)
     model_cfg = use_attention(args, gpt_config_from_args(args))
@@ -78,7 +76,10 @@ def _draw_selection(layer_number: int, path: Path) -> None:
         from megatron_lighthouse import plots
 
         ranks = f", context parallel {size}" if size > 1 else ""
-        plots.selection_map(selection, path, f"layer {layer_number}{ranks}")
+        try:
+            plots.selection_map(selection, path, f"layer {layer_number}{ranks}")
+        except Exception as error:  # the training is done: a picture is not worth its exit status, nor other ranks' waiting
+            print(f"lighthouse: --lighthouse-selection-map {path} could not be drawn: {type(error).__name__}: {error}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -90,36 +91,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help=f"When training ends, draw what the first Lighthouse layer selected in its last batch; with {LAYER} in the file's "
         f"name, one picture for each of {selection_log.LAYERS}.",
     )
-    _repair_help(parser)
+    machine.repair_help(parser)
     return parser
-
-
-def _repair_help(parser: argparse.ArgumentParser) -> None:
-    """Escape the per cent signs in Megatron's help texts: 0.19 leaves one bare, and its --help raises ValueError."""
-    for action in parser._actions:
-        try:
-            (action.help or "") % {**vars(action), "prog": parser.prog}
-        except (ValueError, TypeError, KeyError):
-            action.help = (action.help or "").replace("%", "%%")
-
-
-def adapt_to_this_machine() -> None:
-    """Two things that Megatron-core's wheel asks of a machine and does not need."""
-    if _has_dataset_helpers():
-        # the wheel ships the compiled helper but not the Makefile that Megatron would run to build it
-        initialize._compile_dependencies = _skip_compilation
-    if not torch.cuda.is_available():
-        megatron_training.initialize_megatron = partial(megatron_training.initialize_megatron, allow_no_cuda=True)
-
-
-def _has_dataset_helpers() -> bool:
-    try:
-        from megatron.core.datasets import helpers_cpp  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def _skip_compilation() -> None:
-    print_rank_0("> the dataset index builder is compiled already")
-    torch.distributed.barrier()

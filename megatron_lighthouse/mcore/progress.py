@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import torch
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 from megatron.training import get_args
 from megatron.training import training as megatron_training
 from tqdm import tqdm
@@ -37,6 +38,8 @@ class Progress:
     def __init__(self) -> None:
         self.bar: Any = None
         self.drawn = 0.0
+        self.sequences = 0
+        """Since the bar was last drawn; how many an iteration has may change."""
         self.terminal = sys.stderr.isatty()
         default = 0.2 if self.terminal else 10.0
         self.seconds_between = float(os.environ.get("LIGHTHOUSE_PROGRESS_SECONDS", default))
@@ -64,16 +67,17 @@ class Progress:
                 ncols=None if self.terminal else 110,
             )
             self.drawn = time.monotonic()
+        self.sequences += get_current_global_batch_size()
         steps, seconds = iteration - self.bar.n, time.monotonic() - self.drawn
         last = iteration >= self.bar.total
         if seconds >= self.seconds_between or last:  # only then is the loss read, for that waits for the GPU
-            shown = {"tokens/s": f"{steps * args.global_batch_size * args.seq_length / seconds:,.0f}"}
+            shown = {"tokens/s": f"{self.sequences * args.seq_length / seconds:,.0f}"}
             if "lm loss" in losses:
                 shown["loss"] = f"{float(losses['lm loss']):.3f}"
             self.bar.set_description(what, refresh=False)
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update(steps)
-            self.drawn += seconds
+            self.drawn, self.sequences = self.drawn + seconds, 0
         if last:
             self.bar.close()
 

@@ -21,7 +21,9 @@ def forward_step(data: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> t
     """Megatron's forward step: the model's output on this pipeline stage, and the function that makes it a loss."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
-    batch = _batch(data, get_attr_wrapped_model(model, "vp_stage"))
+    args = get_args()
+    size = args.micro_batch_size if model.training else args.eval_micro_batch_size
+    batch = _batch(data, get_attr_wrapped_model(model, "vp_stage"), size)
     timers("batch-generator").stop()
     tokens, position_ids, attention_mask, labels, loss_mask = (batch.get(name) for name in FIELDS)
     output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
@@ -50,7 +52,7 @@ def loss_function(loss_mask: Tensor | None, output: Tensor) -> tuple[Tensor, Ten
     return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens])}
 
 
-def _batch(data: Iterator[dict[str, Tensor]], vp_stage: int | None) -> dict[str, Tensor | None]:
+def _batch(data: Iterator[dict[str, Tensor]], vp_stage: int | None, micro_batch_size: int) -> dict[str, Tensor | None]:
     """This rank's part of the next batch; empty on the pipeline's middle stages."""
     if not is_first_or_last_pipeline_stage(vp_stage):
         return {}
@@ -69,7 +71,7 @@ def _batch(data: Iterator[dict[str, Tensor]], vp_stage: int | None) -> dict[str,
         broadcast_group=mpu.get_tensor_model_parallel_group(),
         cp_size=args.context_parallel_size,
         tp_rank=mpu.get_tensor_model_parallel_rank(),
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=micro_batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=False,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,

@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_lighthouse.context_parallel.attention import COMM_TYPES
 from megatron_lighthouse.plan import report, scaling
 from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import DEVICES, device_of
 from megatron_lighthouse.plan.model import FLAGS
-from megatron_lighthouse.plan.run import COMM_TYPES, RECOMPUTE, Run, recipes, run_of
+from megatron_lighthouse.plan.run import RECOMPUTE, Run, recipes, run_of
 from megatron_lighthouse.plan.words import recipe_words, run_of_words
 
 RUN_FLAGS = {

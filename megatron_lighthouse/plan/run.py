@@ -8,6 +8,7 @@ from importlib.resources import files
 from typing import Any
 
 from megatron_lighthouse.config import LighthouseConfig
+from megatron_lighthouse.context_parallel.attention import COMM_TYPES
 from megatron_lighthouse.context_parallel.plan import Layer
 from megatron_lighthouse.geometry import Geometry
 from megatron_lighthouse.plan.device import DEVICES, Device
@@ -15,7 +16,6 @@ from megatron_lighthouse.plan.model import GPT
 
 RECOMPUTE = ("none", "mlp", "full")
 """No layer's forward again in backward; that of the MLP (--recompute-modules mlp); or that of whole layers."""
-COMM_TYPES = ("p2p", "all_gather", "a2a")
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_lighthouse.context_parallel.attention import COMM_TYPES
 from megatron_lighthouse.mcore.settings import add_arguments, settings_from
 from megatron_lighthouse.mcore.text import PADDED_VOCABULARY
 from megatron_lighthouse.plan.device import Device
 from megatron_lighthouse.plan.model import GPT
-from megatron_lighthouse.plan.run import COMM_TYPES, Run
+from megatron_lighthouse.plan.run import Run
 
 LLAMA3_VOCAB = 128256
 """Rows of the vocabulary where the words name none: that of the recipes."""

@@ -26,7 +26,7 @@ from megatron.training.checkpointing import (
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_lighthouse.mcore import pretrain
+from megatron_lighthouse.mcore import machine, pretrain
 from megatron_lighthouse.mcore.arguments import ArgumentsProvider, use_attention, with_lighthouse_arguments
 from megatron_lighthouse.mcore.fused import with_fused_attention
 from megatron_lighthouse.mcore.run_options import check_run_options
@@ -72,7 +72,7 @@ def parse(add_arguments: ArgumentsProvider) -> argparse.Namespace:
     Raises:
         ValueError: a checkpoint that is not there, or a layout that is not supported.
     """
-    pretrain.adapt_to_this_machine()
+    machine.adapt()
     args = parse_and_validate_args(extra_args_provider=with_lighthouse_arguments(_with(add_arguments)))
     args.skip_train = args.no_load_optim = args.no_load_rng = True  # no optimizer is made
     args.finetune, args.save = False, None

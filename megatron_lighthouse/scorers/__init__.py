@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.geometry import Pyramid
 from megatron_lighthouse.scorers.dilated import dilated
-from megatron_lighthouse.scorers.gla import gla
+from megatron_lighthouse.scorers.gla import gla, gla_missing
 from megatron_lighthouse.scorers.norm import norm
 from megatron_lighthouse.scorers.streams import stream_problem
 from megatron_lighthouse.scorers.summary import summary
@@ -27,3 +28,8 @@ SCORERS: dict[str, Scorer] = {"norm": norm, "dilated": dilated, "gla": gla, "sum
 def problem(scorer: str, seq_length: int, size: int) -> str | None:
     """Why `scorer` cannot rank a sequence of `seq_length` tokens on `size` context-parallel ranks; None where it can."""
     return stream_problem(scorer, seq_length, size) if scorer in ("dilated", "gla") else None
+
+
+def missing(scorer: str, steps: str, device: torch.device) -> str | None:
+    """What is not installed that `scorer` needs on `device`; None where it can run. `steps` is the config's."""
+    return gla_missing() if scorer == "gla" and steps != "reference" and device.type == "cuda" else None

@@ -124,14 +124,22 @@ def plain(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, state: Tensor
     return torch.cat(rows, 2).transpose(1, 2), state
 
 
-def _flash_linear_attention() -> Linear:
+def gla_missing() -> str | None:
+    """Why the scorer cannot run on a GPU; None where it can."""
     try:
-        chunk_simple_gla = import_module("fla.ops.simple_gla").chunk_simple_gla
+        import_module("fla.ops.simple_gla")
     except ImportError as error:
-        raise ValueError(
+        return (
             f"--lighthouse-scorer gla runs on a GPU by flash-linear-attention, which cannot be imported ({error}): "
             "pip install flash-linear-attention, or use --lighthouse-scorer norm, summary or dilated."
-        ) from error
+        )
+    return None
+
+
+def _flash_linear_attention() -> Linear:
+    if problem := gla_missing():
+        raise ValueError(problem)
+    chunk_simple_gla = import_module("fla.ops.simple_gla").chunk_simple_gla
 
     def linear(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         scale = query.shape[-1] ** -0.5

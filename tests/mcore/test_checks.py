@@ -49,6 +49,8 @@ REFUSED = [
     ({"softmax_type": "learnable"}, "--softmax-type learnable", "--softmax-type vanilla"),
     ({"experimental_attention_variant": "dsa"}, "--experimental-attention-variant dsa", "use one or the other"),
     ({"transformer_impl": "inference_optimized"}, "inference_optimized", "--attention dense"),
+    ({"qk_clip": True}, "--qk-clip", "--attention dense"),
+    ({"log_max_attention_logit": True}, "--log-max-attention-logit", "leave it out"),
     ({"flash_decode": True}, "--flash-decode", "--attention dense"),
     ({"fp8_dot_product_attention": True}, "--fp8-dot-product-attention", "leave it out"),
     ({"fp8_multi_head_attention": True}, "--fp8-multi-head-attention", "leave it out"),
@@ -200,3 +202,4 @@ def test_the_entry_point_refuses_before_anything_starts(tmp_path: Path) -> None:
 def test_spec_refuses_run_options_too(tmp_path: Path) -> None:
     log = refused(tmp_path, "--spec", "megatron_lighthouse.mcore.spec", "lighthouse", "--reset-attention-mask")
     assert "--reset-attention-mask separates documents by a mask, which Lighthouse does not read: leave it out" in log
+    assert "initialized tensor model parallel" not in log

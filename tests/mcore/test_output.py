@@ -90,3 +90,10 @@ def test_nothing_is_held_after_backward() -> None:
     assert all(source() for source in sources)
     value.backward()
     assert not any(source() for source in sources), "the loss is still there, the rows need not be"
+
+
+def test_an_output_that_is_kept_holds_no_rows() -> None:
+    one, seen = model(False), []
+    one.decoder.layers[2].self_attention.core_attention.register_forward_hook(lambda module, args, out: seen.append(out))
+    loss(one)
+    assert not hasattr(seen[0], "lighthouse_source")

@@ -13,7 +13,8 @@ START = "--finetune --no-load-optim --no-load-rng".split()
 
 LAYOUTS = {
     "two sequences at once": (1, "--micro-batch-size 2"),
-    "TP2": (2, "--tensor-model-parallel-size 2"),
+    # evaluates in micro batches of another size, which all ranks must know
+    "TP2": (2, "--tensor-model-parallel-size 2 --eval-interval 2 --eval-iters 2 --eval-micro-batch-size 2"),
     "TP2+SP": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "PP2": (2, "--pipeline-model-parallel-size 2"),
     "PP2·VPP2": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),

@@ -22,8 +22,11 @@ def test_spec_is_the_same_as_attention(tmp_path: Path) -> None:
     by_name = run(tmp_path / "attention", "--attention", "lighthouse")
     by_spec = run(tmp_path / "spec", "--spec", "megatron_lighthouse.mcore.spec", "lighthouse")
     assert by_spec.losses == by_name.losses
-    unpinned = run(tmp_path / "unpinned", "--attention", "lighthouse", "--no-lighthouse-pin-first")
+    (tmp_path / "file").touch()
+    nowhere = ["--lighthouse-selection-map", str(tmp_path / "file" / "picture.png")]
+    unpinned = run(tmp_path / "unpinned", "--attention", "lighthouse", "--no-lighthouse-pin-first", *nowhere)
     assert unpinned.losses[1] != by_name.losses[1]
+    assert "picture.png could not be drawn" in unpinned.log  # and the run ends well
 
 
 def test_settings_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

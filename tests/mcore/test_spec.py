@@ -177,3 +177,28 @@ def test_what_is_forced_and_not_there_is_named_when_the_model_is_built(
     settings = LighthouseSettings(SETTINGS.config.replace(**options), dense_first=1, dense_last=2)
     with pytest.raises(ValueError, match=rule):
         gpt(with_lighthouse(local_spec(), settings), transformer_config())
+
+
+def test_a_scorer_whose_package_is_missing_is_refused_when_a_layer_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_lighthouse.mcore import core_attention as module
+
+    monkeypatch.setattr(module, "missing", lambda scorer, steps, device: f"{scorer} needs a package")
+    with pytest.raises(ValueError, match="norm needs a package"):
+        core_attention()
+
+
+def test_the_submodules_of_a_wrapped_spec_are_passed_on() -> None:
+    from megatron.core.transformer import ModuleSpec
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    from megatron_lighthouse.mcore.spec import with_lighthouse
+
+    class WithParts(DotProductAttention):
+        def __init__(self, *args: Any, submodules: str, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.parts = submodules
+
+    spec = local_spec()
+    spec.submodules.self_attention.submodules.core_attention = ModuleSpec(module=WithParts, submodules="parts")
+    layers = gpt(with_lighthouse(spec, SETTINGS), transformer_config()).decoder.layers
+    assert [layer.self_attention.core_attention.parts for layer in layers] == ["parts"] * 6

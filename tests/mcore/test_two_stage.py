@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from megatron_lighthouse.mcore import progress
 from megatron_lighthouse.mcore.progress import last_iteration
 from megatron_lighthouse.plots import read_scalars
 from megatron_lighthouse.recipe.presets import default_text, preset_for
@@ -64,3 +66,24 @@ def test_last_iteration() -> None:
     assert last_iteration(121, 160, 120) == 160
     assert last_iteration(120, 160, 120) == 120
     assert last_iteration(5, 160, None) == 160
+
+
+def test_tokens_a_second_where_batches_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 and then 6 sequences of 100 tokens, each in 4 seconds."""
+    bar, seconds, batches = SimpleNamespace(n=0, total=9), iter([0, 0, 4.0, 8.0]), iter([1, 2, 6])
+    shown = []
+    bar.set_description = lambda *_, **__: None
+    bar.set_postfix = lambda values, **_: shown.append(values["tokens/s"])
+    bar.update = lambda steps: setattr(bar, "n", bar.n + steps)
+    monkeypatch.setattr(progress, "tqdm", lambda **_: bar)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
+    monkeypatch.setattr(progress, "get_current_global_batch_size", lambda: next(batches))
+    args = SimpleNamespace(attention="dense", seq_length=100, train_iters=9, exit_interval=None, global_batch_size=1)
+    monkeypatch.setattr(progress, "get_args", lambda: args)
+    for name, value in (("get_rank", 0), ("get_world_size", 1)):
+        monkeypatch.setattr(progress.torch.distributed, name, lambda value=value: value)
+    one = progress.Progress()
+    one.seconds_between = 3
+    for iteration in (1, 2, 3):
+        one.update({}, iteration)
+    assert shown == ["75", "150"]  # the first iteration was too soon to draw

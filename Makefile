@@ -16,7 +16,7 @@ train: $(VENV)/.installed
 	$(RUN) -m megatron_lighthouse.recipe.two_stage --name $(NAME) $(if $(DATA),--data $(DATA)) $(ARGS)
 
 test: lint types
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .

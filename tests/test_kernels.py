@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -134,8 +136,9 @@ COMPILED = """
 import json, sys
 from megatron_lighthouse.geometry import Geometry
 from megatron_lighthouse.kernels.ahead_of_time import compile_all
-sizes, dtype, dim = json.loads(sys.argv[2])
-print(json.dumps([tuple(r) for r in compile_all(int(sys.argv[1]), Geometry(*sizes), dtype, dim)]))
+layers = json.loads(sys.argv[2])
+reports = {name: compile_all(int(sys.argv[1]), Geometry(*sizes), *more) for name, (sizes, *more) in layers.items()}
+print(json.dumps({name: [tuple(r) for r in found] for name, found in reports.items()}))
 """
 LAYERS = {
     "98K, bf16, D=128": ((98304, 3, 4, 1536, 128), "bf16", 128),
@@ -145,15 +148,21 @@ LAYERS = {
 }
 
 
+@cache
+def compiled(capability: int) -> dict[str, list[Any]]:
+    """By layer, what is said of its kernels."""
+    # in a process of its own: the interpreter, which the other tests run under, is chosen at import
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILED, str(capability), json.dumps(LAYERS)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("capability", [90, 100], ids="sm_{}".format)
 def test_compiles_for_hopper_and_blackwell_without_spills(capability: int, layer: str) -> None:
-    # in a process of its own: the interpreter, which the other tests run under, is chosen at import
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILED, str(capability), json.dumps(LAYERS[layer])]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    reports = json.loads(done.stdout)
+    reports = compiled(capability)[layer]
     assert len(reports) == 11
     for kernel, registers, shared_bytes, spilled_bytes in reports:
         print(f"sm_{capability} {kernel}: {registers} registers, {shared_bytes} bytes shared, {spilled_bytes} spilled")

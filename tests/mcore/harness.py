@@ -12,8 +12,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from megatron_lighthouse.plots import read_scalars
 from megatron_lighthouse.recipe.presets import ON_CPU
+from tests.mcore.forks import Fork
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,10 +64,11 @@ class Processes:
             **{"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"},
             **{"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)},
         }
+        start = subprocess.Popen if torch.cuda.is_available() else Fork  # a fork has no CUDA
         command = [sys.executable, "-m", "megatron_lighthouse.pretrain_gpt", *arguments]
         with self.log.open("w") as output:
             self.processes = [
-                subprocess.Popen(
+                start(
                     command,
                     env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                     stdout=output,

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy
@@ -12,7 +9,7 @@ import pytest
 
 from megatron_lighthouse.config import flag
 from megatron_lighthouse.mcore.settings import ENVIRONMENT, LighthouseSettings, settings_from
-from tests.mcore.harness import ROOT, TEXT, run
+from tests.mcore.harness import TEXT, Processes, run
 
 OPTIONS = "--lighthouse-budget 8 --lighthouse-tile-budget 4 --lighthouse-dense-first 1 --lighthouse-dense-last 1"
 NUMBERS = "--tokenizer-type NullTokenizer --vocab-size 257 --padded-vocab-size 384".split()
@@ -60,10 +57,10 @@ def test_mock_data_and_a_picture_of_each_layer(tmp_path: Path) -> None:
     assert first != second
 
 
-def test_help_names_every_option() -> None:
-    command = [sys.executable, "-m", "megatron_lighthouse.pretrain_gpt", "--help"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    text = subprocess.run(command, capture_output=True, text=True, env=environment).stdout
+def test_help_names_every_option(tmp_path: Path) -> None:
+    processes = Processes(tmp_path, 1, ["--help"])
+    assert processes.wait() == [0]
+    text = processes.log.read_text()
     names = ["levels", "pooling", "budget", "tile_budget", "scorer", "pin_first", "dense_first", "dense_last"]
     for name in ["--attention", "--no-lighthouse-pin-first", TEXT[0], *map(flag, names)]:
         assert name in text, name

@@ -16,6 +16,8 @@ refuse() {
 	exit 2
 }
 
+goes_on() { [[ ! -e $folder/status && -s $folder/pid ]] && kill -0 "$(<"$folder/pid")" 2>/dev/null; }
+
 usage=$(sed -n '2,6s/^# \?//p' "${BASH_SOURCE[0]}")
 root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 case ${1:-} in
@@ -24,7 +26,7 @@ start)
 	folder=$(realpath -m "$2")
 	shift 2
 	[[ $folder/ != "$root"/* ]] || refuse "$folder is in the checkout, which is copied there: give a folder outside $root."
-	[[ ! -e $folder/log || -e $folder/status ]] || refuse "$folder has a command that goes on: look at it, or give another folder."
+	! goes_on || refuse "$folder has a command that goes on: look at it, or give another folder."
 	rm -rf "$folder/repo" "$folder/status"
 	mkdir -p "$folder/out" "$folder/repo"
 	tar -C "$root" --exclude=./.git --exclude=./.venv --exclude=./runs -cf - . | tar -C "$folder/repo" -xf -
@@ -32,6 +34,7 @@ start)
 	# shellcheck disable=SC2016  # expanded by the shell that is started
 	setsid nohup bash -c 'folder=$1; shift; status=0; "$@" || status=$?; echo "$status" >"$folder/status"' \
 		detached "$folder" "$@" >"$folder/log" 2>&1 </dev/null &
+	echo "$!" >"$folder/pid"
 	sleep 1 # so that it is in a session of its own before this one ends
 	;;
 look)
@@ -40,12 +43,18 @@ look)
 	[[ -e $folder/log ]] || refuse "$folder has no log: start a command there first."
 	mkdir -p "$out"
 	for ((i = 0; i < seconds; i++)); do
-		[[ ! -e $folder/status ]] || break
+		goes_on || break
 		((i % 30)) || pack "$out" "$folder" # for a look that is cut off
 		sleep 1
 	done
 	tail -n 20 "$folder/log"
-	if [[ -e $folder/status ]]; then echo "ended with status $(<"$folder/status")"; else echo "goes on"; fi
+	if goes_on; then
+		echo "goes on"
+	elif [[ -e $folder/status ]]; then
+		echo "ended with status $(<"$folder/status")"
+	else
+		echo "was killed: start may begin it again"
+	fi
 	pack "$out" "$folder"
 	;;
 *) refuse "$usage" ;;

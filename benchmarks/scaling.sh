@@ -13,7 +13,8 @@
 #   --from       what another machine left of the same --work, unpacked there first
 #
 # After every point the logs and run.json of all points are in FOLDER/scaling.tgz, and the table and pictures in FOLDER: a machine
-# that is taken away leaves what was done. `python -m megatron_lighthouse.plan scaling` makes the table again from them.
+# that is taken away leaves what was done. `python -m megatron_lighthouse.plan scaling` makes the table again from them. Where a
+# point fails the others go on, and the script ends with 1.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -33,6 +34,7 @@ done
 WORK=${WORK:-$(mktemp -d)}
 mkdir -p "$OUT" "$WORK"
 [[ -z $FROM ]] || tar -C "$WORK" -xzf "$FROM"
+rm -f "$WORK/failed" # what failed, a line each
 export PYTHON=${PYTHON:-python3} PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 read -ra text <<<"$("$PYTHON" -c 'from megatron_lighthouse.recipe.presets import default_text; print(*default_text())')"
 common=(--text-data "${text[@]}" --global-batch-size 1 --eval-iters 0 --log-interval 1 --log-throughput --seed 7
@@ -46,6 +48,7 @@ points() {
         --data-cache-path "$WORK/data-${CUDA_VISIBLE_DEVICES:-all}" --train-iters "$iterations" "${@:4}" \
         >"$folder-$study.log" 2>&1 || status=$?
     echo "$study: status $status, $((SECONDS - begun)) s, at $SECONDS s"
+    ((status == 0)) || echo "$study: $folder-$study.log" >>"$WORK/failed"
     keep
 }
 
@@ -86,6 +89,7 @@ on_many() {
         timeout 480 "$PYTHON" benchmarks/context_parallel.py --ranks "$1" --out "$folder" --cases 128K 256K 512K 1M 1M-L3 \
             --scorers norm summary dilated >"$folder.log" 2>&1 || status=$?
         echo "attention on $1: status $status, $((SECONDS - begun)) s, at $SECONDS s"
+        ((status == 0)) || echo "attention on $1: $folder.log" >>"$WORK/failed"
         keep_tables
         mapfile -t tables < <(compgen -G "$WORK/attention-*/times.csv")
         ((${#tables[@]} < 2)) || "$PYTHON" benchmarks/context_parallel_plots.py "${tables[@]}" "$OUT/attention.png"
@@ -115,6 +119,12 @@ keep_tables() (
     done
 ) 9>"$WORK/lock"
 
+# wait for what runs beside this script
+all_end() {
+    local pid
+    for pid in $(jobs -p); do wait "$pid" || echo "a process ended early, status $?" >>"$WORK/failed"; done
+}
+
 case $PART in
     first) CUDA_VISIBLE_DEVICES=0 first_gpu ;;
     second) CUDA_VISIBLE_DEVICES=1 second_gpu ;;
@@ -128,12 +138,16 @@ case $PART in
         CUDA_VISIBLE_DEVICES=$after,$((after + 1)) on_many 2 &
         CUDA_VISIBLE_DEVICES=$((after + 2)) listed --gpus 1 --attention lighthouse &
         CUDA_VISIBLE_DEVICES=$((after + 3)) listed --gpus 1 --attention dense &
-        wait
+        all_end
         ;;
     one | all)
         CUDA_VISIBLE_DEVICES=0 first_gpu &
         CUDA_VISIBLE_DEVICES=1 second_gpu &
-        wait
+        all_end
         [[ $PART == one ]] || both_gpus
         ;;
 esac
+if [[ -e $WORK/failed ]]; then
+    echo "failed:" && cat "$WORK/failed"
+    exit 1
+fi >&2

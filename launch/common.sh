@@ -9,7 +9,7 @@ source "$LAUNCH/profiler.sh"
 
 # keys of a cluster file: what the scripts need, and variables that go to the ranks as they are
 CLUSTER_KEYS="NODES GPUS_PER_NODE ARCH GPU PARTITION ACCOUNT QOS TIME SIGNAL_SECONDS MAX_REQUEUES SEGMENT EXCLUSIVE CPUS_PER_TASK
-    IMAGE MOUNTS PYTHON PREFLIGHT NUMA"
+    IMAGE MOUNTS PYTHON CHECK_PYTHON PREFLIGHT PREFLIGHT_SECONDS NUMA"
 ENVIRONMENT_KEYS="CUDA_DEVICE_MAX_CONNECTIONS NVTE_FWD_LAYERNORM_SM_MARGIN NVTE_BWD_LAYERNORM_SM_MARGIN NCCL_NVLS_ENABLE
     PYTORCH_CUDA_ALLOC_CONF NCCL_IB_HCA NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME NCCL_DEBUG OMP_NUM_THREADS TRITON_CACHE_DIR
     TORCHINDUCTOR_CACHE_DIR"
@@ -69,7 +69,7 @@ parse_options() {
 read_cluster() {
     local file=$1 line key value number=0
     [[ -r $file ]] || die "--cluster $file cannot be read: give a file, or one of $(words "$LAUNCH"/clusters/*.env)."
-    local python=${PYTHON:-} # the environment wins
+    local python=${PYTHON:-} check_python=${CHECK_PYTHON:-} # the environment wins
     for key in $CLUSTER_KEYS; do declare -g "$key="; done
     FABRIC=() # the environment variables that the file names
     while IFS= read -r line || [[ -n $line ]]; do
@@ -89,13 +89,14 @@ read_cluster() {
                 "or a variable that begins with one of $ENVIRONMENT_PREFIXES."
         fi
     done <"$file"
-    PYTHON=${python:-$PYTHON}
+    PYTHON=${python:-$PYTHON} CHECK_PYTHON=${check_python:-$CHECK_PYTHON}
 }
 
 check_cluster() {
     local key n fit
-    : "${TIME:=4:00:00}" "${SIGNAL_SECONDS:=600}" "${MAX_REQUEUES:=10}" "${EXCLUSIVE:=0}" "${PREFLIGHT:=1}" "${NUMA:=1}"
-    for key in NODES GPUS_PER_NODE SIGNAL_SECONDS MAX_REQUEUES; do
+    : "${TIME:=4:00:00}" "${SIGNAL_SECONDS:=600}" "${MAX_REQUEUES:=10}" "${EXCLUSIVE:=0}" "${NUMA:=1}"
+    : "${PREFLIGHT:=1}" "${PREFLIGHT_SECONDS:=600}"
+    for key in NODES GPUS_PER_NODE SIGNAL_SECONDS MAX_REQUEUES PREFLIGHT_SECONDS; do
         [[ ${!key} =~ ^[0-9]+$ ]] || die "$key='${!key}' in $CLUSTER must be a whole number."
     done
     ((NODES > 0 && GPUS_PER_NODE > 0)) || die "NODES=$NODES and GPUS_PER_NODE=$GPUS_PER_NODE in $CLUSTER must be at least 1."
@@ -201,12 +202,13 @@ iteration() { cat "$RUN/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/nu
 # how many starts in a row gained no iteration: $1 is where this one began, $2 how many before it gained none
 fruitless() { (($(iteration) > $1)) && echo 0 || echo $(($2 + 1)); }
 
-# whether there is nothing left to do: by the checkpoint, by a point's log, by the evaluation's result
+# whether there is nothing left to do: by the checkpoint (an --exit-interval is reached only beyond FIRST, where the job began), by a
+# point's log, by the evaluation's result
 finished() {
     local reached every last
     reached=$(iteration) every=$(argument --exit-interval 0) last=$(argument --train-iters 0)
     case $AS in
-        train) ((reached > 0)) && ((reached >= last || (every > 0 && reached % every == 0))) ;;
+        train) ((reached > 0)) && ((reached >= last || (every > 0 && reached % every == 0 && reached > ${FIRST:-0}))) ;;
         point) grep -aqsE "iteration +$last/ +$last \|" "$RUN"/logs/*.log ;;
         evaluation) evaluated ;;
     esac
@@ -251,4 +253,16 @@ container_flags() {
     CONTAINER=(--container-image="$IMAGE" --no-container-mount-home
         --container-mounts="$ROOT:$ROOT,$RUN:$RUN${MOUNTS:+,$MOUNTS}"
         --container-env="$(words "$ENVIRONMENT_KEYS" "${FABRIC[@]}" PYTHONPATH PYTHONUNBUFFERED | tr ' ' ,)")
+}
+
+# the folders that such a container sees, apart by colons; none without an image
+container_folders() {
+    local mounts mount from to
+    [[ -n $IMAGE ]] || return 0
+    IFS=, read -ra mounts <<<"$MOUNTS"
+    printf %s "$ROOT:$RUN"
+    for mount in "${mounts[@]}"; do
+        IFS=: read -r from to _ <<<"$mount"
+        printf %s ":${to:-$from}"
+    done
 }

@@ -13,7 +13,8 @@
 #                  load the last checkpoint, dense, and leave its validation loss in RUN/evaluation.json
 #
 # CUDA_VISIBLE_DEVICES says which GPUs: two studies can share a machine. The log is RUN/logs/local.log and the terminal.
-# --nodes above 1 and --time are for Slurm. SIGTERM saves and ends a run; the same command goes on from there.
+# --nodes above 1 and --time are for Slurm. SIGTERM or Ctrl-C saves and ends a run, and ends a study; the same command
+# goes on from there. A second signal, 5 s later or more, ends it within 30 s.
 
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -36,16 +37,43 @@ gpus_here() {
     fi
 }
 
-# ARGUMENTS on $1 processes, logged to $2
-train_here() {
-    mkdir -p "$RUN/logs"
-    make_profile_folder
-    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$1" --no-python bash "$LAUNCH/task.sh" \
-        "$PYTHON" -m "$MODULE" "${ARGUMENTS[@]}" 2>&1 | tee -a "$2"
+STOPPED='' # when the first signal came
+# wait for process $1, and answer its status; a signal meanwhile calls `$2 $1`, where bash would hold it back until a command has ended
+wait_for() {
+    local child=$1 stop=$2 status=0
+    trap ': "${STOPPED:=$SECONDS}"; "$stop" "$child"' TERM INT HUP
+    while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a trap ends wait early
+    wait "$child" || status=$? # bash remembers
+    trap - TERM INT HUP
+    return "$status"
 }
 
-# a subshell: each point has its own folder, arguments and environment
-run_point() (
+end() { kill -TERM "$1" 2>/dev/null || true; }
+
+# torchrun would give its ranks 30 s: they are asked themselves, unless it is asked again (`timeout` signals twice at once)
+save() { { ((SECONDS < STOPPED + 5)) && pkill -URG -P "$1"; } || end "$1"; }
+
+# ARGUMENTS on $1 processes, logged to $2
+train_here() {
+    local out tee status=0
+    mkdir -p "$RUN/logs"
+    make_profile_folder
+    exec {out}> >(trap '' TERM INT HUP && exec tee -a "$2") # it outlives a signal to the group
+    tee=$!
+    set -m # a process group of its own: Ctrl-C reaches this script alone
+    # inside `srun --pty` Slurm's variables would make every rank the first
+    env -u SLURM_PROCID -u SLURM_LOCALID -u SLURM_NTASKS \
+        "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$1" --no-python bash "$LAUNCH/task.sh" \
+        "$PYTHON" -m "$MODULE" "${ARGUMENTS[@]}" >&"$out" 2>&1 {out}>&- &
+    set +m
+    exec {out}>&-
+    wait_for $! save || status=$?
+    wait "$tee" || true # the end of the log
+    return "$status"
+}
+
+# with & each point has its own folder, arguments and environment
+run_point() {
     enter_point "$1"
     if point_is_done; then
         echo "study: $NAME is done already"
@@ -58,14 +86,15 @@ run_point() (
     train_here "$gpus" "$RUN/logs/local.log" || exit 1
     finished || exit 1
     say_how_to_report
-)
+}
 
 run_study() {
     local found failed=()
-    trap 'echo "study: stopped" >&2; exit 143' INT TERM
     for found in "${POINTS[@]}"; do
         point "$found"
-        run_point "$found" || { failed+=("$NAME") && echo "study: $NAME failed: $RUN/$NAME/logs/local.log" >&2; }
+        run_point "$found" &
+        wait_for $! end || { failed+=("$NAME") && echo "study: $NAME failed: $RUN/$NAME/logs/local.log" >&2; }
+        [[ -z $STOPPED ]] || { echo "study: stopped" >&2 && exit 143; }
     done
     "$PYTHON" -m megatron_lighthouse.plan scaling "$RUN" --out "$RUN" || failed+=("the table")
     ((${#failed[@]} == 0)) || die "study: failed: ${failed[*]}"
@@ -101,6 +130,7 @@ one=$(gpus_of_sequence)
 "$PYTHON" -m megatron_lighthouse.launch.check --arch "$ARCH" --device "$(device)" \
     --nodes 1 --gpus-per-node "$GPUS" -- "${ARGUMENTS[@]}"
 log=$RUN/logs/$([[ $AS == evaluation ]] && echo evaluation || echo local).log
+[[ $AS != evaluation ]] || rm -f "$log" # the loss of an earlier one is not this one's
 train_here "$GPUS" "$log"
 if [[ $AS == evaluation ]]; then
     write_evaluation "$log" || die "There is no validation loss in $log: has the data a validation part, and is --eval-iters above 0?"

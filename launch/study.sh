@@ -80,10 +80,14 @@ quoted() {
 
 # how the point recomputes, in the plan's words
 recompute() {
-    case $(argument --recompute-granularity none) in
-        selective) argument --recompute-modules core_attn ;;
-        *) argument --recompute-granularity none ;;
-    esac
+    local words=" ${ARGUMENTS[*]} " found modules=''
+    found=$(argument --recompute-granularity none)
+    [[ $words != *" --recompute-activations "* ]] || found=selective
+    if [[ $found == selective ]]; then # less than the MLP counts as nothing
+        [[ $words != *" --recompute-modules"[=\ ]* ]] || modules=${words##*" --recompute-modules"[=\ ]}
+        [[ " ${modules%% --*} " == *" mlp "* ]] && found=mlp || found=none
+    fi
+    echo "$found"
 }
 
 # whether run.json says that these very arguments have run, and the log that they ran to the end
@@ -112,8 +116,9 @@ describe_point() {
         [[ -z $value ]] || text+=", \"${pair%%=*}\": $value"
     done
     value=$(argument --num-attention-heads '') # what Megatron takes where a flag is not given
-    [[ -z $value ]] || text+=", \"groups\": $(argument --num-query-groups "$value")"
     [[ -z $value || -n $(argument --kv-channels '') ]] || text+=", \"head_dim\": $(($(argument --hidden-size 0) / value))"
+    [[ " ${ARGUMENTS[*]} " != *" --group-query-attention "* ]] || value=$(argument --num-query-groups 1)
+    [[ -z $value ]] || text+=", \"groups\": $value"
     value=$(device)
     [[ -z $value ]] || text+=", \"device\": $(quoted "$value")"
     [[ -z ${SLURM_JOB_ID:-} ]] || text+=", \"job\": $(quoted "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}")"

@@ -38,20 +38,41 @@ run_arguments
 
 # the run, or each point, on the layout that Slurm is asked for
 check_here() {
-    local PYTHON=$PYTHON # a container's is not here
+    local PYTHON=$PYTHON sees # a container's is not here
     [[ -z $IMAGE || ! -x $ROOT/.venv/bin/python ]] || PYTHON=$ROOT/.venv/bin/python
+    PYTHON=${CHECK_PYTHON:-$PYTHON} sees=$(container_folders)
     "$PYTHON" -c 'import importlib.util as found, sys; sys.exit(not found.find_spec("torch"))' 2>/dev/null ||
         die "The check needs a Python with torch, and $PYTHON is none here. Nothing was queued: put torch (a build for CPUs will do)" \
-            "into $ROOT/.venv, or give --check 0, and layout and data are not checked."
+            "into $ROOT/.venv, name another Python by CHECK_PYTHON, or give --check 0, and layout and data are not checked."
     if [[ -n $STUDY ]]; then
-        check_study "$NODES" "$GPUS_PER_NODE"
+        check_study "$NODES" "$GPUS_PER_NODE" --sees "$sees"
     else
         "$PYTHON" -m megatron_lighthouse.launch.check --arch "$ARCH" --device "$(device)" \
-            --nodes "$NODES" --gpus-per-node "$GPUS_PER_NODE" -- "${ARGUMENTS[@]}"
+            --nodes "$NODES" --gpus-per-node "$GPUS_PER_NODE" --sees "$sees" -- "${ARGUMENTS[@]}"
     fi
 }
 
+jobs=$RUN/logs/$AS.jobs # the numbers of those that were queued
+# two jobs would write one checkpoint: the last that Slurm knows must have ended, or be waited for
+check_alone() {
+    local last
+    [[ -z $STUDY && -s $jobs ]] || return 0
+    last=$(squeue -h -o %A -j "$(paste -sd, "$jobs")" 2>/dev/null | sort -n | tail -n 1) || last=''
+    [[ -z $last || "$SBATCH " =~ (singleton|after[a-z]+(:[0-9]+)*:$last)[^0-9] ]] ||
+        die "--run $RUN: its job $last ($AS) is queued or runs. Nothing was queued: scancel $last, wait for its end, or add" \
+            "--sbatch \"--dependency=afterok:$last\"."
+}
+
+# without either, Slurm gives a task one core
+check_cores() {
+    [[ $ARCH == cpu || $EXCLUSIVE == 1 || -n $CPUS_PER_TASK || $SBATCH =~ --(exclusive|cpus-per-) ]] ||
+        die "EXCLUSIVE=0 and no CPUS_PER_TASK in $CLUSTER is one core for each GPU: set EXCLUSIVE=1, or CPUS_PER_TASK to a node's" \
+            "cores / GPUS_PER_NODE=$GPUS_PER_NODE, such as 8."
+}
+
 [[ $AS != train ]] || check_time
+check_cores
+check_alone
 if ((CHECK)); then
     [[ -n $IMAGE ]] || find_profiler env
     check_here >&2 || die "Nothing was queued."
@@ -79,4 +100,6 @@ job+=(-- "${MEGATRON[@]}")
 sbatch --test-only "${flags[@]}" "${job[@]}" >&2 || die "Nothing was queued: Slurm refuses the flags above."
 ((ONLY_CHECK == 0)) || exit 0
 mkdir -p "$RUN/logs"
-sbatch --parsable "${flags[@]}" "${job[@]}"
+number=$(sbatch --parsable "${flags[@]}" "${job[@]}")
+[[ -n $STUDY ]] || echo "${number%%;*}" >>"$jobs" # a federation adds the cluster's name
+echo "$number"

@@ -7,8 +7,10 @@ set -euo pipefail
 [[ ! ${1:-} =~ ^(-h|--help)$ ]] || { sed -n '/^# Usage/s/^# //p' "${BASH_SOURCE[0]}" && exit 0; }
 
 export RANK=${SLURM_PROCID:-$RANK} LOCAL_RANK=${SLURM_LOCALID:-$LOCAL_RANK} WORLD_SIZE=${SLURM_NTASKS:-$WORLD_SIZE}
-# on a shared file system all ranks would compile into one folder
-caches=${TMPDIR:-/tmp}/megatron_lighthouse-$(id -u)
+# on a shared file system all ranks would compile into one folder; under Slurm TMPDIR is the login shell's
+[[ -n ${SLURM_PROCID:-} ]] && caches=${SLURM_TMPDIR:-/tmp} || caches=${TMPDIR:-/tmp}
+caches+=/megatron_lighthouse-$(id -u)
+mkdir -p "$caches" 2>/dev/null || caches=/tmp/megatron_lighthouse-$(id -u)
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$caches/triton} TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$caches/inductor}
 mkdir -p "$TRITON_CACHE_DIR" "$TORCHINDUCTOR_CACHE_DIR"
 
@@ -69,11 +71,15 @@ fi
 set -m # the command gets a process group
 "${bind[@]}" "${wrap[@]}" "$@" </dev/null &
 child=$! status=0
+# torchrun kills this script where it does not end in time, and a rank that lives on would hold its GPU
+(while kill -0 $$; do sleep 2; done && sleep 5 && kill -KILL -- "-$child") </dev/null >/dev/null 2>&1 &
+watcher=$!
 # Slurm signals every process of a step. URG kills none that does not catch it, as TERM would the checkpoint's writer
 trap 'kill -TERM "$child" 2>/dev/null || true' URG TERM INT
 while kill -0 "$child" 2>/dev/null; do # a trap ends wait early
     status=0
     wait "$child" || status=$?
 done
-kill -KILL -- "-$child" 2>/dev/null || true
+kill -KILL -- "-$child" "-$watcher" 2>/dev/null || true
+((status != 2)) || echo "launch: rank $RANK ended with status 2: its command line is refused" # pretrain.sbatch looks for this
 exit "$status"

@@ -26,26 +26,34 @@ run_arguments
 EVAL_ITERS=${EVAL_ITERS:-$(argument --eval-iters 100)}
 [[ $EVAL_ITERS =~ ^[0-9]+$ ]] || die "--eval-iters $EVAL_ITERS must be a number of batches: use 32, or 0 for no evaluation."
 
-after=''
-# queue the job that the others then wait for: its name, options of submit.sh, what Megatron is given beyond all stages'
+after='' queued=() needed=0
+# queue the job that the others then wait for, or with ONLY=1 check it: its name, options of submit.sh, what Megatron is given beyond
+# all stages'
 queue() {
     local name=$1 job options=()
+    needed=1
     while [[ $2 != -- ]]; do
         options+=("$2")
         set -- "$1" "${@:3}"
     done
     job=$("$LAUNCH/submit.sh" --cluster "$CLUSTER" --recipe "$RECIPE" --run "$RUN" --nodes "$NODES" --time "$TIME" \
-        --check "$CHECK" --sbatch "$SBATCH $after" "${options[@]}" -- "${MEGATRON[@]}" "${@:3}")
+        --check "$CHECK" --only-check "$ONLY" --sbatch "$SBATCH $after" "${options[@]}" -- "${MEGATRON[@]}" "${@:3}") ||
+        die "$name was not queued.${queued[*]:+ Queued are jobs ${queued[*]}: scancel ${queued[*]}, or the same command when they are done.}"
+    ((ONLY == 0)) || return 0
     echo "$name: job $job"
+    queued+=("$job")
     after="--dependency=afterok:$job --kill-on-invalid-dep=yes"
 }
 
 profile=()
 [[ -z $PROFILE ]] || profile=(--profile "$PROFILE" --profile-steps "$PROFILE_STEPS" --profile-ranks "$PROFILE_RANKS")
-(($(iteration) >= STAGE1)) ||
-    queue "stage 1, to iteration $STAGE1" "${profile[@]}" -- --attention lighthouse --exit-interval "$STAGE1"
-(($(iteration) >= TOTAL)) || queue "stage 2, to iteration $TOTAL" -- --attention dense
-if ((EVAL_ITERS)) && { [[ -n $after ]] || ! evaluated; }; then
-    queue "evaluation" --as evaluation -- --eval-iters "$EVAL_ITERS"
-fi
-[[ -n $after ]] || echo "$RUN is at iteration $(iteration), and evaluated: there is nothing to queue"
+for ONLY in 1 0; do # all are checked before one is queued
+    (($(iteration) >= STAGE1)) ||
+        queue "stage 1, to iteration $STAGE1" "${profile[@]}" -- --attention lighthouse --exit-interval "$STAGE1"
+    (($(iteration) >= TOTAL)) || queue "stage 2, to iteration $TOTAL" -- --attention dense
+    if ((EVAL_ITERS)) && { ((needed)) || ! evaluated; }; then
+        queue "evaluation" --as evaluation -- --eval-iters "$EVAL_ITERS"
+    fi
+    CHECK=0 # done
+done
+((needed)) || echo "$RUN is at iteration $(iteration), and evaluated: there is nothing to queue"

@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--arch", choices=KINDS, default="cpu", help="of the GPUs; with cpu memory is not looked at")
     parser.add_argument("--device", default="", help="which GPU of that architecture; another is not heeded")
+    parser.add_argument("--sees", default="", help="folders that the job's container sees, apart by colons; none: no container")
     parser.add_argument("--exact", action="store_true", help="a run takes just the GPUs of one sequence, of those given")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="Megatron's command line")
     options = parser.parse_args(argv)
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         problems = [*enough(args, world)] if options.exact else []
         world = one_sequence(args) if options.exact else world
         nodes, gpus_per_node = (1, world) if options.exact else (options.nodes, options.gpus_per_node)
-        problems += [*layout(args, nodes, gpus_per_node), *sizes(args), *data(args)]
+        problems += [*layout(args, nodes, gpus_per_node), *sizes(args), *data(args), *unseen(args, options.sees)]
         run = counted([*words, *more], args, device, world) if device and not problems else None
         problems += [*too_much(run if names_vocabulary([*words, *more]) else without_logits(run))] if run else []
         prefix = f"{name}: " if name else ""
@@ -76,7 +77,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default)
     for name in (*DATA, "--text-data"):
         parser.add_argument(name, nargs="*", default=[])
-    for name in ("--data-args-path", "--per-split-data-args-path"):
+    for name in ("--data-args-path", "--per-split-data-args-path", "--tokenizer-model", "--pretrained-checkpoint"):
         parser.add_argument(name)
     parser.add_argument("--cp-comm-type", nargs="*", default=[])
     parser.add_argument("--mock-data", action="store_true")
@@ -172,6 +173,26 @@ def data(args: argparse.Namespace) -> Iterator[str]:
     for path in (*args.text_data, *files):
         if not Path(path).exists():
             yield f"{path} (--text-data or a list of data) is not there: give a path that all nodes see."
+    if (path := tokenizer(args)) and not Path(path).exists():
+        yield f"--tokenizer-model {path} is not there: give a path that all nodes see, or a name of Hugging Face's hub."
+
+
+def tokenizer(args: argparse.Namespace) -> str | None:
+    """The path of the tokenizer; None where there is none, or it has a name."""
+    return args.tokenizer_model if (args.tokenizer_model or "").startswith(("/", ".")) else None
+
+
+def unseen(args: argparse.Namespace, folders: str) -> Iterator[str]:
+    """Paths that a container does not see, of `folders` apart by colons."""
+    paths = {name: getattr(args, name[2:].replace("-", "_")) for name in (*DATA, "--text-data")}
+    paths |= {"--tokenizer-model": [tokenizer(args)], "--pretrained-checkpoint": [args.pretrained_checkpoint]}
+    for name, words in paths.items():
+        for path in (word for word in words if word and not _number(word)):
+            if folders and not any(Path(path).is_relative_to(folder) for folder in folders.split(":")):
+                yield (
+                    f"{name} {path} is not in the container (IMAGE), which sees {' '.join(folders.split(':'))}: "
+                    "give a path under one of these, or add its folder to MOUNTS."
+                )
 
 
 def counted(words: Sequence[str], args: argparse.Namespace, device: Device, world: int) -> Run | None:

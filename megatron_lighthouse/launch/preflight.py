@@ -1,8 +1,9 @@
 """`python -m megatron_lighthouse.launch.preflight`: are the nodes of this job fit to train? One task a node, by srun.
 
-Each node reports its GPUs, versions and memory errors. The first compares, names the bad nodes, and all end with 1. If there
-are none, a short all-reduce follows: NCCL where there are GPUs, gloo else. Where that fails every node says so, and which of
-them is at fault is not known.
+Each node reports its GPUs, versions, memory errors and what it cannot import. The first compares, names the bad nodes, and all
+end with 1. If there are none, a short all-reduce follows: NCCL where there are GPUs, gloo else. Where that fails every node
+says so and ends with 1, and which of them is at fault is not known. Where nodes do not meet, those that find out end with 75:
+another start may help.
 """
 
 from __future__ import annotations
@@ -21,11 +22,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from importlib import import_module
 
 import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
+
+UNMET = 75
+"""The exit status where nodes did not meet, which pretrain.sbatch knows: EX_TEMPFAIL."""
+REDUCE = timedelta(seconds=120)
+"""For either of the all-reduce's sums, and half of what both may take with NCCL's start."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Report:
     """None where neither a driver nor torch sees a GPU's tools."""
     versions: dict[str, str]
     errors: list[str]
-    """GPUs with uncorrected memory errors, and GPUs that do not compute."""
+    """Modules that cannot be imported, GPUs with uncorrected memory errors, and GPUs that do not compute."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,32 +52,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m megatron_lighthouse.launch.preflight", description=__doc__)
     parser.add_argument("--gpus-per-node", type=int, required=True, help="GPUs that each node must have")
     parser.add_argument("--arch", choices=["blackwell", "hopper", "cpu"], required=True, help="cpu asks for no GPUs")
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=120,
-        help="how long to wait for a node, and twice as long for the all-reduce (default: %(default)s)",
-    )
+    parser.add_argument("--seconds", type=float, default=600, help="how long to wait for a node (default: %(default)s)")
+    parser.add_argument("--needs", nargs="*", default=[], metavar="MODULE", help="what each node must be able to import")
     options = parser.parse_args(argv)
     rank, size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
     hosts = os.environ["LIGHTHOUSE_NODES"].split()
-    wait = timedelta(seconds=options.seconds)
+    wait, port = timedelta(seconds=options.seconds), int(os.environ["MASTER_PORT"])
+    own = report(options.needs)
     try:
-        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, rank == 0, wait, False)
-        store.set(f"report/{rank}", json.dumps(asdict(report())))
+        store = TCPStore(os.environ["MASTER_ADDR"], port, size, rank == 0, wait, False)
+        store.set(f"report/{rank}", json.dumps(asdict(own)))
         reports = list(_reports(store, hosts, time.monotonic() + options.seconds)) if rank == 0 else []
         if rank == 0:
             missing = [host for host, found in zip(hosts, reports, strict=True) if found is None]
             found = [report for report in reports if report]
-            problems = [*_silent(missing, options.seconds), *findings(found, options.gpus_per_node, options.arch)]
-            for line in problems:
+            problems = [*findings(found, options.gpus_per_node, options.arch)]
+            for line in (*_silent(missing, options.seconds), *problems):
                 print(f"preflight: {line}", file=sys.stderr)
-            store.set("verdict", str(len(problems)))
+            store.set("verdict", str(1 if problems else UNMET if missing else 0))
         store.wait(["verdict"], 2 * wait)
-        if store.get("verdict") != b"0":
-            return _leave(store, rank, size, 1)
-        with at_most(2 * options.seconds):
-            seconds = all_reduce(store, rank, size, wait)
+        verdict = int(store.get("verdict"))
+    except (dist.DistError, RuntimeError) as error:
+        what = "reach" if rank else "listen on"
+        print(f"preflight: {hosts[rank]}: cannot {what} {hosts[0]}, port {port}: {error}", file=sys.stderr)
+        return UNMET
+    if verdict:
+        return _leave(store, rank, size, verdict)
+    try:
+        with at_most(2 * REDUCE.total_seconds()):
+            seconds = all_reduce(store, rank, size, REDUCE)
     except (dist.DistError, RuntimeError) as error:
         print(f"preflight: {hosts[rank]}: {error}", file=sys.stderr)
         return 1
@@ -79,10 +89,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _leave(store, rank, size, 0)
 
 
-def report() -> Report:
-    """Of the node that this runs on."""
+def report(needs: Sequence[str] = ()) -> Report:
+    """Of the node that this runs on, and whether it can import what a run `needs`."""
     versions = {"torch": str(torch.__version__)}
     errors = []
+    for name in needs:
+        try:
+            import_module(name)
+        except Exception as error:  # a library that does not fit may raise anything
+            errors.append(f"{name} cannot be imported by {sys.executable}: {type(error).__name__}: {error}")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else None
     if gpus:
         versions["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))

@@ -129,8 +129,8 @@ def link_table(run: Run) -> str:
     for name, sent, span in (
         ("tensor parallel", tensor * micro, tp),
         ("context parallel", crossing * micro, tp * cp),
-        ("pipeline", between * micro, tp * cp + 1 if pp > 1 else 1),
-        ("data parallel", gradients, run.gpus),
+        ("pipeline", between * micro, run.gpus // pp + 1 if pp > 1 else 1),
+        ("data parallel", gradients, run.gpus // pp),
     ):
         link = "NVLink" if span <= run.device.domain else "network"
         rows.append((name, f"{sent / 1e9:.3f}", link if sent else "-"))

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -24,9 +25,11 @@ DATA = ("--text-data", str(ROOT / "LICENSE"))
 ITERATION = re.compile(r"iteration +(\d+)/ .*lm loss: (\S+)")
 
 
-def submit(cluster: Slurm, run: Path, *options: str, file: Path | str = "cpu-test", data: tuple[str, ...] = DATA) -> str:
-    """The number of the queued job."""
-    path = f"{Path(sys.executable).parent}:{cluster.environment['PATH']}"
+def submit(
+    cluster: Slurm, run: Path, *options: str, file: Path | str = "cpu-test", data: tuple[str, ...] = DATA, bin: str = ""
+) -> str:
+    """The number of the queued job, which finds programs in `bin` first."""
+    path = f"{bin}:{Path(sys.executable).parent}:{cluster.environment['PATH']}".removeprefix(":")
     command = ["--cluster", str(file), "--recipe", "cpu-test", "--run", str(run), *options]
     done = cluster.run(str(ROOT / "launch" / "submit.sh"), *command, "--", *data, PATH=path)
     assert done.returncode == 0, done.stderr
@@ -131,6 +134,12 @@ for gpu in $(seq $gpus); do echo "580.1, $([ "$(hostname)$gpu" = node35 ] && ech
 """
 
 
+BAD_SCONTROL = """#!/bin/sh
+[ "$1" = requeue ] && [ ! -e {note} ] && touch {note} && echo no controller && exit 1
+exec {real} "$@"
+"""
+
+
 def test_a_bad_node_is_named_and_requeues_have_a_limit(cluster: Slurm, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "nvidia-smi").write_text(BAD_NVIDIA_SMI)
@@ -139,11 +148,20 @@ def test_a_bad_node_is_named_and_requeues_have_a_limit(cluster: Slurm, tmp_path:
     checkpoints = tmp_path / "limited" / "checkpoints"
     trainer.write_text(f"#!/bin/sh\nmkdir -p {checkpoints}\necho 5 >{checkpoints}/latest_checkpointed_iteration.txt\nexit 3\n")
     trainer.chmod(0o755)
+    (tmp_path / "bin" / "scontrol").write_text(BAD_SCONTROL.format(note=tmp_path / "asked", real=shutil.which("scontrol")))
+    (tmp_path / "bin" / "scontrol").chmod(0o755)
     failing = cluster_file(tmp_path, "MAX_REQUEUES=1", "PREFLIGHT=0", f"PYTHON={trainer}")
-    limited = submit(cluster, tmp_path / "limited", "--check", "0", file=failing)
+    limited = submit(cluster, tmp_path / "limited", "--check", "0", file=failing, bin=str(tmp_path / "bin"))
+    others = []
+    for name, status, more in (("refused", 2, "PREFLIGHT=0"), ("unmet", 75, "PREFLIGHT=1")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "python").write_text(f"#!/bin/sh\nexit {status}\n")
+        (tmp_path / name / "python").chmod(0o755)
+        file = cluster_file(tmp_path / name, "MAX_REQUEUES=1", f"PYTHON={tmp_path}/{name}/python", more)
+        others.append(submit(cluster, tmp_path / name, "--check", "0", file=file))
 
     fabric = tmp_path / "gpu.env"
-    fabric.write_text("NODES=2\nGPUS_PER_NODE=8\nARCH=hopper\n")
+    fabric.write_text("NODES=2\nGPUS_PER_NODE=8\nARCH=hopper\nEXCLUSIVE=0\nCPUS_PER_TASK=1\n")
     path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{cluster.environment['PATH']}"
     command = ["--cluster", str(fabric), "--recipe", "530m-1m", "--run", str(tmp_path / "bad"), "--check", "0"]
     command += ["--sbatch", "--nodelist=node[3-4]"]
@@ -160,7 +178,16 @@ def test_a_bad_node_is_named_and_requeues_have_a_limit(cluster: Slurm, tmp_path:
 
     state = cluster.wait(limited, 40)
     assert (state["JobState"], state["Restarts"]) == ("FAILED", "2")
-    assert "MAX_REQUEUES=1 is reached" in log(tmp_path / "limited", limited)
+    text = log(tmp_path / "limited", limited)
+    assert "MAX_REQUEUES=1 is reached" in text
+    assert text.index("no controller") < text.index("requeued")
+    for name, job, restarts, says in zip(
+        *(("refused", "unmet"), others, "01", ("Megatron refuses its command line", "did not meet for the pre-flight")),
+        strict=True,
+    ):
+        state = cluster.wait(job, 40)
+        assert (state["JobState"], state["Restarts"]) == ("FAILED", restarts)
+        assert says in log(tmp_path / name, job)
 
 
 def test_two_stages_train(cluster: Slurm, tmp_path: Path) -> None:
@@ -219,6 +246,9 @@ def test_two_stages_and_their_evaluation(cluster: Slurm, tmp_path: Path) -> None
         *("stage 1, to iteration 30", "stage 2, to iteration 40", "evaluation")
     ]
     first, second, last = re.findall(r": job (\d+)", done.stdout)
+    again = cluster.run(*command, "4", "--", "--mock-data")
+    assert (again.returncode, again.stdout) == (2, "")
+    assert f"its job {second} (train) is queued or runs" in again.stderr
 
     assert cluster.wait(last, 60)["JobState"] == "COMPLETED"
     assert [cluster.state(job)["Restarts"] for job in (first, second, last)] == ["1", "0", "1"]

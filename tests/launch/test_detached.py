@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import tarfile
 from pathlib import Path
@@ -30,6 +32,14 @@ def test_a_command_outlives_its_start(tmp_path: Path) -> None:
     assert (tmp_path / "repo" / "benchmarks" / "detached.sh").exists()
     with tarfile.open(tmp_path / "second" / "out.tgz") as packed:
         assert {"log", "out/table.csv"} <= set(packed.getnames())
+
+
+def test_a_killed_command_may_begin_again(tmp_path: Path) -> None:
+    detached("start", tmp_path, "sleep", "1000")
+    os.killpg(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    assert "was killed: start may begin it again" in detached("look", tmp_path, "10", tmp_path / "first")
+    detached("start", tmp_path, "true")
+    assert "ended with status 0" in detached("look", tmp_path, "10", tmp_path / "second")
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,7 @@ def trained(machine: Path) -> list[str]:
 
 def test_a_study_runs_what_is_not_done(machine: Path) -> None:
     more = ("--text-data", "a text.txt", "--train-iters", "6", "--global-batch-size", "1", "--lighthouse-budget", "2048")
+    more += ("--num-query-groups", "2")  # nothing without --group-query-attention
     done = local(machine, "--study", STUDY, "--", *more)
     names = [
         f"{attention}-{length}-cp{size}"
@@ -227,6 +228,45 @@ def test_the_chosen_ranks_are_wrapped(kind: str, machine: Path) -> None:
     }
     assert noted[0].startswith(f"1 {options[kind]} ")
     assert noted[0].endswith("_1 true and more")
+
+
+@pytest.mark.parametrize(
+    ("variables", "folder"),
+    [
+        ({"TMPDIR": "{machine}"}, "{machine}"),
+        ({"TMPDIR": "/proc/nowhere"}, "/tmp"),
+        ({"TMPDIR": "/proc/nowhere", "SLURM_PROCID": "0", "SLURM_TMPDIR": "{machine}"}, "{machine}"),
+    ],
+)
+def test_caches_lie_on_the_node(variables: dict[str, str], folder: str, machine: Path) -> None:
+    own = {name: value.format(machine=machine) for name, value in variables.items()}
+    own |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LIGHTHOUSE_ARCH": "cpu"}
+    environment = {name: value for name, value in os.environ.items() if "CACHE_DIR" not in name}
+    command = ["bash", LAUNCH / "task.sh", "true"]
+    done = subprocess.run(command, env={**environment, **own}, capture_output=True, text=True, check=True)
+    assert f" TRITON_CACHE_DIR={folder.format(machine=machine)}/megatron_lighthouse-{os.getuid()}/triton\n" in done.stdout
+
+
+def test_an_evaluation_takes_no_earlier_loss(machine: Path) -> None:
+    (machine / "run" / "checkpoints").mkdir(parents=True)
+    (machine / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("9")
+    (machine / "run" / "logs").mkdir()
+    line = " validation loss at iteration 9 on validation set | lm loss value: 2.5E+00 | lm loss PPL: 1.2E+01 | \n"
+    (machine / "run" / "logs" / "evaluation.log").write_text(line)
+    done = local(machine, "--as", "evaluation", "--gpus", "1", "--", "--mock-data")
+    assert done.returncode == 2
+    assert "There is no validation loss in" in done.stderr
+    assert not (machine / "run" / "evaluation.json").exists()
+
+
+def test_a_failed_point_is_the_status_of_the_scaling_study(machine: Path) -> None:
+    (machine / "python").write_text("#!/bin/sh\nexit $([ $2 = megatron_lighthouse.launch.check ] && echo 1 || echo 0)\n")
+    own = {"PATH": f"{machine}:{os.environ['PATH']}", "PYTHON": str(machine / "python")}
+    command = ["bash", LAUNCH.parent / "benchmarks" / "scaling.sh", "--out", machine / "out", "--work", machine / "work"]
+    done = subprocess.run([*command, "--part", "one"], env={**os.environ, **own}, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stderr.count(f"{machine}/work/study-CP=1 ") == 6
+    assert (machine / "out" / "scaling.tgz").exists()
 
 
 def test_dlprof_is_started_on_the_chosen_ranks_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from megatron_lighthouse.launch import check
-from megatron_lighthouse.launch.preflight import Report, findings
 from tests.launch.slurm import Slurm
 
 ROOT = Path(__file__).parents[2]
@@ -27,14 +26,16 @@ def words(recipe: str) -> list[str]:
     return [word for line in lines for word in line.split("#")[0].split()]
 
 
-def submit(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """submit.sh before a Slurm whose sbatch notes that it was called."""
+def submit(folder: Path, *arguments: str, script: str = "submit.sh", known: str = "") -> subprocess.CompletedProcess[str]:
+    """A script before a Slurm that knows the jobs `known`. Its sbatch notes that it was called, and fails for a later stage."""
     programs = folder / "bin"
     programs.mkdir(exist_ok=True)
-    (programs / "sbatch").write_text(f'#!/bin/sh\necho "$@" >> {folder}/queued\necho 7\n')
-    (programs / "sbatch").chmod(0o755)
+    fails = 'case "$*" in --test-only*) ;; *kill-on-invalid*) exit 1 ;; esac'
+    for name, text in (("sbatch", f'echo "$@" >> {folder}/queued\n{fails}\necho 7'), ("squeue", f"printf '{known}'")):
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
     path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    command = [str(LAUNCH / "submit.sh"), "--run", str(folder / "run"), *arguments]
+    command = [str(LAUNCH / script), "--run", str(folder / "run"), *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHON"} | {"PATH": path}
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
 
@@ -101,6 +102,33 @@ def test_missing_data_is_not_queued(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "--data-path nowhere/corpus has no nowhere/corpus.bin" in error
     assert check.main(["--nodes", "2", "--gpus-per-node", "1", "--", *words("cpu-test")]) == 1
     assert "--text-data PATH or --mock-data" in capsys.readouterr().err
+    tokenizer = ["--mock-data", "--tokenizer-model"]
+    assert check.main(["--nodes", "2", "--gpus-per-node", "1", "--", *words("cpu-test"), *tokenizer, "/nowhere/model"]) == 1
+    assert "--tokenizer-model /nowhere/model is not there" in capsys.readouterr().err
+    assert check.main(["--nodes", "2", "--gpus-per-node", "1", "--", *words("cpu-test"), *tokenizer, "meta-llama/Llama-3"]) == 0
+
+
+def test_what_the_container_does_not_see_is_not_queued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the Python that the cluster file names for the check; that of the image is not here."""
+    file, python = tmp_path / "mine.env", tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] || echo "$@" >{tmp_path}/noted\n')
+    python.chmod(0o755)
+    keys = f"NODES=2\nGPUS_PER_NODE=1\nARCH=cpu\nIMAGE=image\nPYTHON=/nowhere\nCHECK_PYTHON={python}\n"
+    file.write_text(f"{keys}MOUNTS=/elsewhere:/data:ro,/models\n")
+    done = submit(tmp_path, "--cluster", str(file), "--recipe", "cpu-test", "--", "--mock-data")
+    assert done.returncode == 0, done.stderr
+    sees = f"{ROOT}:{tmp_path}/run:/data:/models"
+    assert f" --sees {sees} -- " in (tmp_path / "noted").read_text()
+
+    text, model = str(ROOT / "LICENSE"), tmp_path / "model"
+    model.touch()
+    given = ["--text-data", text, "--tokenizer-model", str(model), "--pretrained-checkpoint", "/data/first"]
+    ours = ["--nodes", "2", "--gpus-per-node", "1", "--", *words("cpu-test"), *given]
+    assert check.main(["--sees", sees, *ours]) == 1
+    error = capsys.readouterr().err
+    assert f"--tokenizer-model {model} is not in the container (IMAGE), which sees {sees.replace(':', ' ')}: " in error
+    assert error.count("is not in the container") == 1
+    assert check.main(["--sees", f"{sees}:{tmp_path}", *ours]) == check.main(ours) == 0
 
 
 @pytest.mark.parametrize(
@@ -115,6 +143,8 @@ def test_missing_data_is_not_queued(tmp_path: Path, capsys: pytest.CaptureFixtur
         ("SEGMENT=8", "must divide the 2 nodes: use SEGMENT=1 or 2, or --nodes 8."),
         ("MOUNTS=/data:/data", "set IMAGE too"),
         ("NUMA=2", "NUMA='2' in"),
+        ("PREFLIGHT_SECONDS=2m", "PREFLIGHT_SECONDS='2m' in"),
+        ("ARCH=hopper", "is one core for each GPU: set EXCLUSIVE=1, or CPUS_PER_TASK"),
         ("TIME=10:00", "must be longer than SIGNAL_SECONDS=600"),
         ("NODES 4", "'NODES 4' is not KEY=VALUE"),
     ],
@@ -213,6 +243,19 @@ def test_only_starts_that_gain_nothing_count(tmp_path: Path) -> None:
         assert common(script, before, RUN=str(tmp_path)) == f"{count}\n"
 
 
+def test_recomputing_in_the_plans_words() -> None:
+    cases = {
+        "": "none",
+        "--recompute-granularity full --recompute-method uniform": "full",
+        "--recompute-granularity selective": "none",
+        "--recompute-granularity selective --recompute-modules core_attn mlp --lr 1": "mlp",
+        "--recompute-granularity selective --recompute-modules mlp --recompute-modules core_attn": "none",
+        "--recompute-activations --recompute-modules layernorm mlp": "mlp",
+    }
+    script = 'source "$LAUNCH/study.sh"; for words; do read -ra ARGUMENTS <<<"$words"; recompute; done'
+    assert common(script, *cases).split() == list(cases.values())
+
+
 def test_a_container_gets_what_the_cluster_file_sets(tmp_path: Path) -> None:
     (tmp_path / "mine.env").write_text("NODES=1\nGPUS_PER_NODE=1\nARCH=hopper\nIMAGE=image\nNCCL_IB_TC=106\nFI_PROVIDER=efa\n")
     script = 'read_cluster "$1"; container_flags; echo "$FI_PROVIDER" "${CONTAINER[@]}"'
@@ -262,41 +305,6 @@ def test_shellcheck() -> None:
     scripts = sorted(map(str, [*LAUNCH.glob("*.s*"), *(ROOT / "benchmarks").glob("*.sh")]))
     done = subprocess.run([program, "-x", *scripts], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout
-
-
-def test_a_bad_node_is_named() -> None:
-    good = {"torch": "2.14", "driver": "580.1"}
-    reports = [
-        Report("node1", 8, good, []),
-        Report("node2", 7, good, []),
-        Report("node3", 8, {"torch": "2.14", "driver": "570.9"}, ["GPU 5: 2 uncorrected ECC errors"]),
-    ]
-    assert list(findings(reports, 8, "hopper")) == [
-        "node2: 7 GPUs, and the cluster file says GPUS_PER_NODE=8",
-        "node3: GPU 5: 2 uncorrected ECC errors",
-        "node3: driver 570.9, and 2 of 3 nodes have 580.1",
-    ]
-    assert list(findings(reports[:2], 8, "cpu")) == []
-
-
-HANGS = """
-import sys, time
-from datetime import timedelta
-from torch.distributed import DistError, TCPStore
-from megatron_lighthouse.launch.preflight import all_reduce, at_most
-try:
-    all_reduce(TCPStore("127.0.0.1", 0, None, True, timedelta(hours=1)), 0, 2, timedelta(seconds=0.5))
-except (DistError, RuntimeError):
-    print("no second node", flush=True)
-with at_most(0.5):
-    time.sleep(3600)
-"""
-
-
-def test_the_all_reduce_ends_though_another_node_does_not_come() -> None:
-    done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=60, cwd=ROOT)
-    assert (done.returncode, done.stdout) == (1, "no second node\n"), done.stderr
-    assert "the all-reduce took over" in done.stderr
 
 
 @pytest.mark.parametrize(("name", "nodes"), [("gb200", 4), ("hgx-b200", 4), ("hgx-h100", 4)])

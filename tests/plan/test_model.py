@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_lighthouse.plan import accuracy, copy_measured, memory, time
+from megatron_lighthouse.plan import accuracy, copy_measured, memory, report, time
 from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import DEVICES, device_of
 from megatron_lighthouse.plan.run import recipes, run_of
@@ -100,6 +100,16 @@ def test_optimizer_is_shared_among_data_and_context_ranks() -> None:
 def test_recipes_are_accepted_and_fit_a_b200(name: str) -> None:
     run = run_of(name, device=device_of("b200")).check()
     assert memory.fits(run), memory.parts(run)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "links"),
+    [("gb200", 128, ("NVLink", "NVLink")), ("gb200", 144, ("network", "NVLink")), ("b200", 64, ("network", "network"))],
+)
+def test_pipeline_stages_lie_apart(device: str, gpus: int, links: tuple[str, str]) -> None:
+    """In Megatron's order the next stage is gpus / PP ranks away, and the gradients stay within a stage."""
+    rows = report.link_table(run_of("llama3-8b-512k", device=device_of(device), gpus=gpus)).splitlines()
+    assert tuple(row.split()[-1] for name in ("pipeline", "data parallel") for row in rows if row.startswith(name)) == links
 
 
 def test_faster_device_is_faster() -> None:

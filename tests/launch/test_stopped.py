@@ -1,0 +1,54 @@
+"""What ends a run on this machine: no rank stays, and a signal reaches those that save."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.launch.test_submit import LAUNCH
+
+
+def test_no_rank_outlives_a_killed_task(tmp_path: Path) -> None:
+    own = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LIGHTHOUSE_ARCH": "cpu", "TMPDIR": str(tmp_path)}
+    command = ["bash", LAUNCH / "task.sh", "bash", "-c", "trap '' TERM; echo rank $$; sleep 1000; :"]
+    with subprocess.Popen(command, env={**os.environ, **own}, stdout=subprocess.PIPE, text=True) as task:
+        assert task.stdout
+        rank = next(line.split()[1] for line in task.stdout if line.startswith("rank "))
+        task.kill()
+        task.wait()
+        assert Path(f"/proc/{rank}").exists()
+        task.communicate(timeout=30)  # until nobody can write any more
+
+
+STOPPED = """#!/usr/bin/env bash
+# in the place of Python: torchrun, whose rank saves when it is told to by the signal of task.sh
+[[ $2 == torch.distributed.run ]] || exit 0
+bash -c 'trap "echo saved; exit 5" URG; echo ready; while :; do sleep 0.1; done' &
+rank=$!
+trap 'echo torchrun is told; exit 1' TERM
+while kill -0 $rank; do wait $rank; status=$?; done
+exit $status
+"""
+
+
+@pytest.mark.parametrize("study", [(), ("--study", "CP=1 SEQ=98304 ATTENTION=dense:lighthouse")], ids=["run", "study"])
+def test_sigterm_ends_a_run_or_a_study(study: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "python").write_text(STOPPED)
+    (tmp_path / "python").chmod(0o755)
+    own = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python")}
+    command = [str(LAUNCH / "local.sh"), "--cluster", "cpu-test", "--recipe", "530m-98k", "--run", f"{tmp_path}/run"]
+    command += [*study, "--gpus", "1", "--", "--mock-data"]
+    with subprocess.Popen(command, env={**os.environ, **own}, stdout=subprocess.PIPE, text=True) as script:
+        assert script.stdout
+        while "ready" not in script.stdout.readline():
+            assert script.poll() is None
+        script.terminate()
+        rest = script.stdout.read()
+    assert "saved" in rest
+    assert "torchrun is told" not in rest
+    assert "lighthouse" not in rest
+    assert script.returncode == (143 if study else 5)
+    assert len(list((tmp_path / "run").glob("**/local.log"))) == 1

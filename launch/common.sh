@@ -199,6 +199,13 @@ argument() {
 # the iteration of the last whole checkpoint
 iteration() { cat "$RUN/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0; }
 
+# the last job of kind $1 (train, evaluation) that was queued for RUN and that Slurm still knows; empty where there is none
+job_under_way() {
+    local jobs=$RUN/logs/$1.jobs
+    [[ -s $jobs ]] || return 0
+    squeue -h -o %A -j "$(paste -sd, "$jobs")" 2>/dev/null | sort -n | tail -n 1 || true
+}
+
 # how many starts in a row gained no iteration: $1 is where this one began, $2 how many before it gained none
 fruitless() { (($(iteration) > $1)) && echo 0 || echo $(($2 + 1)); }
 
@@ -255,7 +262,7 @@ container_flags() {
         --container-env="$(words "$ENVIRONMENT_KEYS" "${FABRIC[@]}" PYTHONPATH PYTHONUNBUFFERED | tr ' ' ,)")
 }
 
-# the folders that such a container sees, apart by colons; none without an image
+# the folders that such a container sees, apart by colons, as FOLDER or FOLDER=HERE where it has another name here; none without an image
 container_folders() {
     local mounts mount from to
     [[ -n $IMAGE ]] || return 0
@@ -264,5 +271,6 @@ container_folders() {
     for mount in "${mounts[@]}"; do
         IFS=: read -r from to _ <<<"$mount"
         printf %s ":${to:-$from}"
+        [[ ${to:-$from} == "$from" ]] || printf %s "=$from"
     done
 }

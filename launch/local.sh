@@ -64,7 +64,7 @@ train_here() {
     # inside `srun --pty` Slurm's variables would make every rank the first
     env -u SLURM_PROCID -u SLURM_LOCALID -u SLURM_NTASKS \
         "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$1" --no-python bash "$LAUNCH/task.sh" \
-        "$PYTHON" -m "$MODULE" "${ARGUMENTS[@]}" >&"$out" 2>&1 {out}>&- &
+        "$PYTHON" -m "$MODULE" "${ARGUMENTS[@]}" </dev/null >&"$out" 2>&1 {out}>&- &
     set +m
     exec {out}>&-
     wait_for $! save || status=$?

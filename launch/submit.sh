@@ -56,8 +56,8 @@ jobs=$RUN/logs/$AS.jobs # the numbers of those that were queued
 # two jobs would write one checkpoint: the last that Slurm knows must have ended, or be waited for
 check_alone() {
     local last
-    [[ -z $STUDY && -s $jobs ]] || return 0
-    last=$(squeue -h -o %A -j "$(paste -sd, "$jobs")" 2>/dev/null | sort -n | tail -n 1) || last=''
+    [[ -z $STUDY ]] || return 0
+    last=$(job_under_way "$AS")
     [[ -z $last || "$SBATCH " =~ (singleton|after[a-z]+(:[0-9]+)*:$last)[^0-9] ]] ||
         die "--run $RUN: its job $last ($AS) is queued or runs. Nothing was queued: scancel $last, wait for its end, or add" \
             "--sbatch \"--dependency=afterok:$last\"."
@@ -65,7 +65,7 @@ check_alone() {
 
 # without either, Slurm gives a task one core
 check_cores() {
-    [[ $ARCH == cpu || $EXCLUSIVE == 1 || -n $CPUS_PER_TASK || $SBATCH =~ --(exclusive|cpus-per-) ]] ||
+    [[ $ARCH == cpu || $EXCLUSIVE == 1 || -n $CPUS_PER_TASK || $SBATCH =~ (--(exclusive|cpus-per-)|-c\ ) ]] ||
         die "EXCLUSIVE=0 and no CPUS_PER_TASK in $CLUSTER is one core for each GPU: set EXCLUSIVE=1, or CPUS_PER_TASK to a node's" \
             "cores / GPUS_PER_NODE=$GPUS_PER_NODE, such as 8."
 }

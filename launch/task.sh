@@ -6,6 +6,9 @@
 set -euo pipefail
 [[ ! ${1:-} =~ ^(-h|--help)$ ]] || { sed -n '/^# Usage/s/^# //p' "${BASH_SOURCE[0]}" && exit 0; }
 
+child='' # a signal that comes before the command is not lost
+# Slurm signals every process of a step. URG kills none that does not catch it, as TERM would the checkpoint's writer
+trap '[[ -n $child ]] || exit 143; kill -TERM "$child" 2>/dev/null || true' URG TERM INT
 export RANK=${SLURM_PROCID:-$RANK} LOCAL_RANK=${SLURM_LOCALID:-$LOCAL_RANK} WORLD_SIZE=${SLURM_NTASKS:-$WORLD_SIZE}
 # on a shared file system all ranks would compile into one folder; under Slurm TMPDIR is the login shell's
 [[ -n ${SLURM_PROCID:-} ]] && caches=${SLURM_TMPDIR:-/tmp} || caches=${TMPDIR:-/tmp}
@@ -74,8 +77,6 @@ child=$! status=0
 # torchrun kills this script where it does not end in time, and a rank that lives on would hold its GPU
 (while kill -0 $$; do sleep 2; done && sleep 5 && kill -KILL -- "-$child") </dev/null >/dev/null 2>&1 &
 watcher=$!
-# Slurm signals every process of a step. URG kills none that does not catch it, as TERM would the checkpoint's writer
-trap 'kill -TERM "$child" 2>/dev/null || true' URG TERM INT
 while kill -0 "$child" 2>/dev/null; do # a trap ends wait early
     status=0
     wait "$child" || status=$?

@@ -26,6 +26,10 @@ run_arguments
 EVAL_ITERS=${EVAL_ITERS:-$(argument --eval-iters 100)}
 [[ $EVAL_ITERS =~ ^[0-9]+$ ]] || die "--eval-iters $EVAL_ITERS must be a number of batches: use 32, or 0 for no evaluation."
 
+# a job that waits for that one would go on from where it ends, whichever stage that is
+under_way=$(job_under_way train)
+[[ -z $under_way ]] || die "--run $RUN: its job $under_way (train) is queued or runs. Nothing was queued: scancel $under_way, or wait for its end."
+
 after='' queued=() needed=0
 # queue the job that the others then wait for, or with ONLY=1 check it: its name, options of submit.sh, what Megatron is given beyond
 # all stages'

@@ -203,8 +203,8 @@ class _Gpu:
         dist.all_gather_object(outcome, problem, group=self.group)
         if any(outcome):  # on every rank, or the others would wait for this one
             raise RuntimeError(
-                f"no room for {size / 2**20:,.0f} MiB of messages between GPUs ({next(filter(None, outcome))}): leave memory "
-                f"beside torch's cache, or set {SWITCH}=0 in the environment, so that NCCL sends them."
+                f"{size / 2**20:,.0f} MiB for messages between GPUs, beside torch's cache, cannot be had: "
+                f"{next(filter(None, outcome))}. Leave more memory, or set {SWITCH}=0 in the environment: then NCCL sends them."
             )
         self.memory.append(memory)
         with _without_multicast():

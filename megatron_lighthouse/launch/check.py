@@ -37,7 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--arch", choices=KINDS, default="cpu", help="of the GPUs; with cpu memory is not looked at")
     parser.add_argument("--device", default="", help="which GPU of that architecture; another is not heeded")
-    parser.add_argument("--sees", default="", help="folders that the job's container sees, apart by colons; none: no container")
+    parser.add_argument(
+        "--sees",
+        default="",
+        help="what the job's container sees, apart by colons: FOLDER, or FOLDER=HERE; none: no container",
+    )
     parser.add_argument("--exact", action="store_true", help="a run takes just the GPUs of one sequence, of those given")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="Megatron's command line")
     options = parser.parse_args(argv)
@@ -45,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     kinds = KINDS[options.arch]
     device = DEVICES[options.device if options.device in kinds else kinds[0]] if kinds else None
     points = [point.split() for point in options.point] or [[""]]
+    folders = (folder.partition("=") for folder in options.sees.split(":") if folder)
+    sees = {inside: outside or inside for inside, _, outside in folders}
     wrong: list[str] = []
     lines: list[str] = []
     for name, *more in points:
@@ -53,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         problems = [*enough(args, world)] if options.exact else []
         world = one_sequence(args) if options.exact else world
         nodes, gpus_per_node = (1, world) if options.exact else (options.nodes, options.gpus_per_node)
-        problems += [*layout(args, nodes, gpus_per_node), *sizes(args), *data(args), *unseen(args, options.sees)]
+        problems += [*layout(args, nodes, gpus_per_node), *sizes(args), *data(args, sees), *unseen(args, sees)]
         run = counted([*words, *more], args, device, world) if device and not problems else None
         problems += [*too_much(run if names_vocabulary([*words, *more]) else without_logits(run))] if run else []
         prefix = f"{name}: " if name else ""
@@ -158,7 +164,17 @@ def sizes(args: argparse.Namespace) -> Iterator[str]:
         )
 
 
-def data(args: argparse.Namespace) -> Iterator[str]:
+type Sees = dict[str, str]
+"""A container's folders, and what they are on this machine; none without a container."""
+
+
+def here(path: str, sees: Sees) -> Path:
+    """Where a path of the container is on this machine."""
+    inside = max((folder for folder in sees if Path(path).is_relative_to(folder)), key=len, default=None)
+    return Path(path) if inside is None else Path(sees[inside]) / Path(path).relative_to(inside)
+
+
+def data(args: argparse.Namespace, sees: Sees) -> Iterator[str]:
     """Whether there is data, and every file of it."""
     given = {name: getattr(args, name[2:].replace("-", "_")) for name in DATA}
     files = [path for path in (args.data_args_path, args.per_split_data_args_path) if path]
@@ -166,14 +182,14 @@ def data(args: argparse.Namespace) -> Iterator[str]:
         yield "the run has no data: add --data-path PREFIX, --text-data PATH or --mock-data after the --."
     for name, words in given.items():
         for prefix in (word for word in words if not _number(word)):
-            missing = [suffix for suffix in (".bin", ".idx") if not Path(prefix + suffix).is_file()]
+            missing = [suffix for suffix in (".bin", ".idx") if not here(prefix + suffix, sees).is_file()]
             if missing:
                 absent = " and no ".join(prefix + suffix for suffix in missing)
                 yield f"{name} {prefix} has no {absent}: give the prefix of an indexed dataset."
     for path in (*args.text_data, *files):
-        if not Path(path).exists():
+        if not here(path, sees).exists():
             yield f"{path} (--text-data or a list of data) is not there: give a path that all nodes see."
-    if (path := tokenizer(args)) and not Path(path).exists():
+    if (path := tokenizer(args)) and not here(path, sees).exists():
         yield f"--tokenizer-model {path} is not there: give a path that all nodes see, or a name of Hugging Face's hub."
 
 
@@ -182,15 +198,15 @@ def tokenizer(args: argparse.Namespace) -> str | None:
     return args.tokenizer_model if (args.tokenizer_model or "").startswith(("/", ".")) else None
 
 
-def unseen(args: argparse.Namespace, folders: str) -> Iterator[str]:
-    """Paths that a container does not see, of `folders` apart by colons."""
+def unseen(args: argparse.Namespace, sees: Sees) -> Iterator[str]:
+    """Paths that a container does not see."""
     paths = {name: getattr(args, name[2:].replace("-", "_")) for name in (*DATA, "--text-data")}
     paths |= {"--tokenizer-model": [tokenizer(args)], "--pretrained-checkpoint": [args.pretrained_checkpoint]}
     for name, words in paths.items():
         for path in (word for word in words if word and not _number(word)):
-            if folders and not any(Path(path).is_relative_to(folder) for folder in folders.split(":")):
+            if sees and not any(Path(path).is_relative_to(folder) for folder in sees):
                 yield (
-                    f"{name} {path} is not in the container (IMAGE), which sees {' '.join(folders.split(':'))}: "
+                    f"{name} {path} is not in the container (IMAGE), which sees {' '.join(sees)}: "
                     "give a path under one of these, or add its folder to MOUNTS."
                 )
 

@@ -50,8 +50,10 @@ def _write_on_first_rank(args: Namespace) -> tuple[str, str]:
     if torch.distributed.get_rank() == 0:
         try:
             outcome = [text.write_datasets(args.text_data, _text_folder(args))]
-        except Exception as error:  # of any kind: the others wait for it
+        except (OSError, ValueError) as error:
             outcome = [error]
+        except Exception as error:  # of any kind, which may not pickle: the others wait for it
+            outcome = [RuntimeError(f"--text-data: {type(error).__name__}: {error}")]
     torch.distributed.broadcast_object_list(outcome, src=0)
     if isinstance(outcome[0], Exception):
         raise outcome[0]

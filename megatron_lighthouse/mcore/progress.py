@@ -67,7 +67,9 @@ class Progress:
                 ncols=None if self.terminal else 110,
             )
             self.drawn = time.monotonic()
-        self.sequences += get_current_global_batch_size()
+            self.bar.update(1)  # its time is not known
+        else:
+            self.sequences += get_current_global_batch_size()
         steps, seconds = iteration - self.bar.n, time.monotonic() - self.drawn
         last = iteration >= self.bar.total
         if seconds >= self.seconds_between or last:  # only then is the loss read, for that waits for the GPU

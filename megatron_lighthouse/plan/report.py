@@ -129,7 +129,7 @@ def link_table(run: Run) -> str:
     for name, sent, span in (
         ("tensor parallel", tensor * micro, tp),
         ("context parallel", crossing * micro, tp * cp),
-        ("pipeline", between * micro, run.gpus // pp + 1 if pp > 1 else 1),
+        ("pipeline", between * micro, run.gpus if pp > 1 else 1),
         ("data parallel", gradients, run.gpus // pp),
     ):
         link = "NVLink" if span <= run.device.domain else "network"

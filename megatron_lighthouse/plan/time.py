@@ -6,7 +6,9 @@ device; a dense layer is taken to need it for as long as a Lighthouse layer, whi
 Not measured, so assumed: tensor-parallel communication is not hidden, and costs the host what the ring of two ranks does;
 context parallelism costs it on more ranks what it does on two; the gradients' reduction hides behind the last micro batch's
 work; links of the network reach the share of their datasheet that NVLink does; a context-parallel group that spans NVLink
-domains sends all its bytes over the network. Ranks lie in Megatron's order: tensor, context, data, pipeline.
+domains sends all its bytes over the network. Ranks lie in
+Megatron's order (tensor, context, data, pipeline): of stages that do not all lie in one domain some neighbours are in another,
+and sets the pace; a stage that fits a domain is taken to lie in one.
 """
 
 from __future__ import annotations
@@ -124,7 +126,7 @@ def step_parts(run: Run, speed: Coefficients) -> Parts:
                 parts[name] = parts.get(name, 0.0) + count * value
             waits += count * max(0.0, host - sum(every.values()) - sum(own.values()))
     parts["host, exposed"] = waits
-    parts["pipeline, exposed"] = between * speed.link / device.link_bytes_s(run.gpus // pp + 1 if pp > 1 else 1)
+    parts["pipeline, exposed"] = between * speed.link / device.link_bytes_s(run.gpus if pp > 1 else 1)
     micro = sum(parts.values())
     parts = {name: value * run.micro_batches for name, value in parts.items()}
     parts["pipeline bubble"] = micro * (pp - 1)

@@ -10,8 +10,8 @@ Definitions, ours; W is --smooth, and losses are the training losses that were l
 - recovered: in the first iteration, from that of the spike on, whose smoothed loss is at most the level. The mean lags, so that
   is up to W - 1 losses late. Without a spike above 0 there is nothing to recover from: 0 iterations.
 - final loss: the last smoothed loss. Gap: the mean of the last W losses less that of the dense run in the same iterations.
-- level with dense: in the first iteration, from that of the spike on, in which the mean of up to W such differences, all since
-  the spike, is at most 0. The level of stage 1 may be out of reach: a part of it is hindsight (docs/evaluation.md).
+- level with dense: in the first iteration in which the mean of W such differences, all since the spike, is at most 0. The level
+  of stage 1 may be out of reach: a part of it is hindsight (docs/evaluation.md).
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def gap(losses: Losses, dense: Losses, width: int) -> tuple[float, float, int]:
 def caught_up(losses: Losses, dense: Losses, spike_iteration: int, width: int) -> int | None:
     """The iteration in which a run is level with `dense`; None where it is not by its end."""
     above = {i: x - dense[i] for i, x in losses.items() if i >= spike_iteration and i in dense}
-    return next((i for i, mean in smoothed(above, width).items() if mean <= 0), None)
+    return next((i for i, mean in [*smoothed(above, width).items()][width - 1 :] if mean <= 0), None)
 
 
 def read_losses(folders: Sequence[Path]) -> tuple[Losses, list[int], Losses]:

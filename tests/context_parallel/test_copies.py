@@ -11,17 +11,20 @@ from dataclasses import dataclass, field
 from queue import Queue
 from threading import Barrier, Thread
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel import exchange as exchange_module
 from megatron_lighthouse.context_parallel.blocks import BLOCKS
-from megatron_lighthouse.context_parallel.copies import Copies, problem_of_all
+from megatron_lighthouse.context_parallel.copies import Copies, _Gpu, problem_of_all
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.layout import Layout
 from megatron_lighthouse.context_parallel.ring import RingAttention
+from tests.ranks import run_ranks
 from tests.tolerances import assert_close
 
 BATCH, HEADS, GROUPS, DIM = 2, 4, 2, 8
@@ -200,3 +203,29 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> list[
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
     out = out.permute(2, 0, 1, 3)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def no_room_on_one_rank(group: dist.ProcessGroup) -> str:
+    """What each rank says where the second of two has no memory left; a rendezvous would wait for it."""
+    from torch.distributed import _symmetric_memory as symmetric
+
+    def empty(size: int, **_: Any) -> Tensor:
+        if dist.get_rank() == 1:
+            raise torch.OutOfMemoryError("nothing left")
+        return torch.empty(size, dtype=torch.uint8)
+
+    gpu = object.__new__(_Gpu)
+    gpu.group, gpu.device, gpu.memory = group, torch.device("cpu"), []
+    with mock.patch.object(symmetric, "empty", empty), mock.patch.object(torch.cuda, "empty_cache"):
+        try:
+            gpu.shared(2**20)
+        except RuntimeError as error:
+            return str(error)
+    return ""
+
+
+def test_no_rank_waits_for_one_that_has_no_room() -> None:
+    for said in run_ranks(2, no_room_on_one_rank):
+        assert said.startswith("1 MiB for messages between GPUs")
+        assert "rank 1: OutOfMemoryError: nothing left" in said
+        assert "set LIGHTHOUSE_COPY_ENGINE=0" in said

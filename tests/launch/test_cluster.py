@@ -198,7 +198,7 @@ def test_two_stages_train(cluster: Slurm, tmp_path: Path) -> None:
     done = cluster.run(str(ROOT / "launch" / "two_stage.sh"), *command, PATH=path)
     assert done.returncode == 0, done.stderr
     jobs = re.findall(r": job (\d+)", done.stdout)
-    assert cluster.wait(jobs[-1])["JobState"] == "COMPLETED", "".join(log(run, job)[-2000:] for job in jobs)
+    assert cluster.wait(jobs[-1], 240)["JobState"] == "COMPLETED", "".join(log(run, job)[-2000:] for job in jobs)
     stages = [log(run, f"{job}_0") for job in jobs[:2]]
     assert [list(losses(stage)) for stage in stages] == [[*range(1, 7)], [*range(7, 11)]]
     assert all(f"{name} 256 tokens: " in stage for name, stage in zip(("lighthouse", "dense"), stages, strict=True))

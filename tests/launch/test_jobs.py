@@ -36,8 +36,11 @@ def test_no_stage_is_queued_unless_all_can_be(tmp_path: Path) -> None:
     calls = [line.startswith("--test-only ") for line in (tmp_path / "queued").read_text().splitlines()]
     assert calls == [True, True, True, True, False, True, False]
     (tmp_path / "queued").unlink()
-    done = submit(tmp_path, *ours, script="two_stage.sh", known="7\n")
-    assert "stage 1, to iteration 6 was not queued.\n" in done.stderr
+    # not even to wait for it: from where that job ends, stage 1 would go on
+    waits = ["--sbatch", "--dependency=afterok:7", *ours]
+    done = submit(tmp_path, *waits, script="two_stage.sh", known="7\n")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "its job 7 (train) is queued or runs. Nothing was queued: scancel 7, or wait" in done.stderr
     assert not (tmp_path / "queued").exists()
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,29 @@ def test_no_rank_outlives_a_killed_task(tmp_path: Path) -> None:
         task.wait()
         assert Path(f"/proc/{rank}").exists()
         task.communicate(timeout=30)  # until nobody can write any more
+
+
+def test_a_signal_before_the_command_is_not_lost(tmp_path: Path) -> None:
+    """While nvidia-smi says on which node a GPU is."""
+    for name, does in (("numactl", "exit 0"), ("nvidia-smi", "echo asked >&2; sleep 3")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    own = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "TMPDIR": str(tmp_path),
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        task = subprocess.Popen(
+            ["bash", LAUNCH / "task.sh", "echo", "trained"], env={**os.environ, **own}, stdout=out, stderr=out
+        )
+    time.sleep(1)
+    task.send_signal(signal.SIGURG)
+    assert task.wait(30) == 143
+    assert "trained" not in log.read_text()
 
 
 STOPPED = """#!/usr/bin/env bash

@@ -117,7 +117,7 @@ def test_what_the_container_does_not_see_is_not_queued(tmp_path: Path, capsys: p
     file.write_text(f"{keys}MOUNTS=/elsewhere:/data:ro,/models\n")
     done = submit(tmp_path, "--cluster", str(file), "--recipe", "cpu-test", "--", "--mock-data")
     assert done.returncode == 0, done.stderr
-    sees = f"{ROOT}:{tmp_path}/run:/data:/models"
+    sees = f"{ROOT}:{tmp_path}/run:/data=/elsewhere:/models"
     assert f" --sees {sees} -- " in (tmp_path / "noted").read_text()
 
     text, model = str(ROOT / "LICENSE"), tmp_path / "model"
@@ -126,9 +126,15 @@ def test_what_the_container_does_not_see_is_not_queued(tmp_path: Path, capsys: p
     ours = ["--nodes", "2", "--gpus-per-node", "1", "--", *words("cpu-test"), *given]
     assert check.main(["--sees", sees, *ours]) == 1
     error = capsys.readouterr().err
-    assert f"--tokenizer-model {model} is not in the container (IMAGE), which sees {sees.replace(':', ' ')}: " in error
+    assert (
+        f"--tokenizer-model {model} is not in the container (IMAGE), which sees {ROOT} {tmp_path}/run /data /models: " in error
+    )
     assert error.count("is not in the container") == 1
     assert check.main(["--sees", f"{sees}:{tmp_path}", *ours]) == check.main(ours) == 0
+    ours[ours.index(str(model))] = "/in/model"  # its name in the container
+    assert check.main(["--sees", f"{sees}:/in={tmp_path}", *ours]) == 0
+    assert check.main(["--sees", f"{sees}:/in={tmp_path}/not", *ours]) == 1
+    assert "--tokenizer-model /in/model is not there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,9 @@ def _serve() -> None:
     """Answer a command with the process that runs it, and a process with its exit status, null while it runs."""
     from megatron_lighthouse.mcore import cpu
 
+    before = dict(os.environ)
     cpu.install()
+    installed = {name: value for name, value in os.environ.items() if before.get(name) != value}
     import megatron_lighthouse.mcore.pretrain  # noqa: F401
 
     answers = os.fdopen(os.dup(1), "w")
@@ -70,6 +72,7 @@ def _serve() -> None:
             os.setpgid(answer, answer)
         else:
             answers.close()
+            request["environment"] |= installed
             return _run(**request)
         print(json.dumps(answer), file=answers, flush=True)
 
@@ -80,7 +83,8 @@ def _run(argv: list[str], environment: dict[str, str], output: str, folder: str)
         for number in numbers:
             os.dup2(opened, number)
     os.chdir(folder)
-    os.environ.update(environment)  # and what the stand-in for CUDA has set
+    os.environ.clear()
+    os.environ.update(environment)
     sys.argv = argv
     if "--save" in argv:
         from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue

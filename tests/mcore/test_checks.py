@@ -11,6 +11,7 @@ import pytest
 from megatron_lighthouse import LighthouseConfig
 from megatron_lighthouse.mcore.settings import LighthouseSettings
 from tests.mcore.harness import refused
+from tests.mcore.test_selection_log import arguments
 from tests.mcore.test_spec import transformer_config
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -190,6 +191,18 @@ def test_attention_backend_local() -> None:
     check_run(Namespace(seq_length=256, attention_backend=AttnBackend.auto), transformer_config(), GOOD)
     with pytest.raises(ValueError, match="--transformer-impl local"):
         check_run(Namespace(seq_length=256, attention_backend=AttnBackend.local), transformer_config(), GOOD)
+
+
+def test_a_spec_that_makes_lighthouse_needs_no_mask() -> None:
+    """One of N x N bytes would not fit; `--attention lighthouse` makes none either."""
+    from megatron_lighthouse.mcore.arguments import use_attention
+    from megatron_lighthouse.mcore.spec import lighthouse
+
+    words = "--lighthouse-budget 8 --lighthouse-tile-budget 4 --lighthouse-dense-first 1 --lighthouse-dense-last 1"
+    given = arguments(*words.split(), seq_length=256, create_attention_mask_in_dataloader=True)
+    model = Namespace(transformer=transformer_config(), transformer_layer_spec=lighthouse)
+    assert use_attention(given, model) is model
+    assert not given.create_attention_mask_in_dataloader
 
 
 def test_the_entry_point_refuses_before_anything_starts(tmp_path: Path) -> None:

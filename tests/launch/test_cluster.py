@@ -75,7 +75,7 @@ def test_a_run_survives_a_dead_rank_and_the_time_limit(cluster: Slurm, tmp_path:
     def everything() -> str:
         return "\n".join(path.read_text(errors="replace")[-2000:] for path in sorted((broken / "logs").iterdir()))
 
-    wait_for(lambda: trains(0) is not None, 60, everything)
+    wait_for(lambda: trains(0) is not None, 150, everything)
     os.kill(cluster.ranks()[1], signal.SIGKILL)
     killed = time.monotonic()
     wait_for(lambda: "the ranks ended with status" in log(broken, job), 30, everything)
@@ -84,7 +84,7 @@ def test_a_run_survives_a_dead_rank_and_the_time_limit(cluster: Slurm, tmp_path:
     assert dead, log(broken, job)
 
     # one that goes on is stopped until Slurm's warning waits for it; the uninterrupted run has the machine meanwhile
-    restart = wait_for(lambda: trains(1), 90, everything)
+    restart = wait_for(lambda: trains(1), 200, everything)
     ranks = cluster.ranks()
     for process in ranks.values():
         os.kill(process, signal.SIGSTOP)
@@ -96,7 +96,7 @@ def test_a_run_survives_a_dead_rank_and_the_time_limit(cluster: Slurm, tmp_path:
             slurm.go_on(process, signal.SIGTERM)
         return re.findall(end, log(broken, job))
 
-    saved_at = wait_for(saved, 90, everything)
+    saved_at = wait_for(saved, 200, everything)
     stopped_at = max(losses(log(broken, f"{job}_{restart}")))
     assert int(saved_at[0]) == stopped_at < 40
 
@@ -169,14 +169,14 @@ def test_a_bad_node_is_named_and_requeues_have_a_limit(cluster: Slurm, tmp_path:
     assert done.returncode == 0, done.stderr
     bad = done.stdout.strip()
 
-    assert cluster.wait(bad, 40)["JobState"] == "FAILED"
+    assert cluster.wait(bad, 120)["JobState"] == "FAILED"
     text = log(tmp_path / "bad", bad)
     assert "preflight: node4: 7 GPUs, and the cluster file says GPUS_PER_NODE=8" in text
     assert "preflight: node3: GPU 4: 3 uncorrected ECC errors" in text
     assert "the pre-flight check failed" in text
     assert not (tmp_path / "bad" / "logs" / f"{bad}_0.log").exists()
 
-    state = cluster.wait(limited, 40)
+    state = cluster.wait(limited, 120)
     assert (state["JobState"], state["Restarts"]) == ("FAILED", "2")
     text = log(tmp_path / "limited", limited)
     assert "MAX_REQUEUES=1 is reached" in text
@@ -185,7 +185,7 @@ def test_a_bad_node_is_named_and_requeues_have_a_limit(cluster: Slurm, tmp_path:
         *(("refused", "unmet"), others, "01", ("Megatron refuses its command line", "did not meet for the pre-flight")),
         strict=True,
     ):
-        state = cluster.wait(job, 40)
+        state = cluster.wait(job, 120)
         assert (state["JobState"], state["Restarts"]) == ("FAILED", restarts)
         assert says in log(tmp_path / name, job)
 
@@ -250,7 +250,7 @@ def test_two_stages_and_their_evaluation(cluster: Slurm, tmp_path: Path) -> None
     assert (again.returncode, again.stdout) == (2, "")
     assert f"its job {second} (train) is queued or runs" in again.stderr
 
-    assert cluster.wait(last, 60)["JobState"] == "COMPLETED"
+    assert cluster.wait(last, 120)["JobState"] == "COMPLETED"
     assert [cluster.state(job)["Restarts"] for job in (first, second, last)] == ["1", "0", "1"]
     assert "lighthouse to 30" in log(run, f"{first}_1")
     assert "dense to 40" in log(run, f"{second}_0")

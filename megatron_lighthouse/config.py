@@ -94,11 +94,11 @@ class LighthouseConfig:
         """
         window, tiles, chunks = self.pooling ** (self.levels - 1), self.budget // self.tile_budget, _chunks(context_parallel)
         geometry = Geometry(seq_length, self.levels, self.pooling, self.budget, self.tile_budget)
-        if self._refined % chunks:
+        if (refined := self._refined(self.budget)) % chunks:
             raise ValueError(
                 f"--context-parallel-size {context_parallel} deals the gathered rows into {chunks} equal chunks, and "
                 f"{flag('levels')} {self.levels} with {flag('pooling')} {self.pooling} and {flag('budget')} {self.budget} "
-                f"refines into {self._refined} rows, no multiple of it: use {self._others(seq_length, context_parallel)}."
+                f"refines into {refined} rows, no multiple of it: use {self._others(seq_length, context_parallel)}."
             )
         if seq_length < 1 or seq_length % (tiles * window):
             raise ValueError(
@@ -119,26 +119,23 @@ class LighthouseConfig:
             )
         return geometry
 
-    @property
-    def _refined(self) -> int:
+    def _refined(self, budget: int) -> int:
         """Gathered rows but for the coarsest: (L-1)*p*k."""
-        return (self.levels - 1) * self.pooling * self.budget
+        return (self.levels - 1) * self.pooling * budget
 
-    def _unit(self, ranks: int) -> int:
+    def _unit(self, ranks: int, tiles: int) -> int:
         """What a sequence length must be a multiple of: whole windows in each tile and in each chunk."""
-        return math.lcm(self.budget // self.tile_budget, _chunks(ranks)) * self.pooling ** (self.levels - 1)
+        return math.lcm(tiles, _chunks(ranks)) * self.pooling ** (self.levels - 1)
 
     def _fits(self, seq_length: int, ranks: int, budget: int = 0, tile_budget: int = 0) -> bool:
         """Whether a length is right, with other budgets where they are given. In integers alone: it is asked of thousands."""
         budget, tile_budget = budget or self.budget, tile_budget or self.tile_budget
-        window, chunks = self.pooling ** (self.levels - 1), _chunks(ranks)
-        unit = math.lcm(budget // tile_budget, chunks) * window
-        refined = (self.levels - 1) * self.pooling * budget
-        return seq_length >= window * budget and seq_length % unit == 0 and refined % chunks == 0
+        least, unit = self.pooling ** (self.levels - 1) * budget, self._unit(ranks, budget // tile_budget)
+        return seq_length >= least and seq_length % unit == 0 and self._refined(budget) % _chunks(ranks) == 0
 
     def _others(self, seq_length: int, ranks: int) -> str:
         """The nearest settings that would work: of each kind up to two, every one tried against all rules."""
-        unit, window = self._unit(ranks), self.pooling ** (self.levels - 1)
+        unit, window = self._unit(ranks, self.budget // self.tile_budget), self.pooling ** (self.levels - 1)
         below, above = self._neighbours(seq_length, unit)
         least = self._neighbours(window * self.budget - 1, unit)[1]
         lengths = [n for n in (below, above) if self._fits(n, ranks)] or [n for n in (least,) if self._fits(n, ranks)]

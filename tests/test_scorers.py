@@ -19,7 +19,7 @@ from megatron_lighthouse import kernels, reference
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.layout import Layout
 from megatron_lighthouse.geometry import Pyramid
-from megatron_lighthouse.scorers import SCORERS, missing, problem
+from megatron_lighthouse.scorers import SCORERS, check_installed, problem
 from megatron_lighthouse.steps import Steps
 from tests.oracle import Array, Problem, attend, norms
 from tests.steps import LAYOUTS, both, poisoned, precision, restride, tensors
@@ -237,9 +237,11 @@ def test_gla_on_a_gpu_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "fla.ops.simple_gla", None)
     with pytest.raises(ValueError, match=r"--lighthouse-scorer gla .* pip install flash-linear-attention"):
         gla._flash_linear_attention()
-    assert "pip install flash-linear-attention" in str(missing("gla", "auto", torch.device("cuda")))
-    assert missing("gla", "reference", torch.device("cuda")) is missing("gla", "auto", torch.device("cpu")) is None
-    assert missing("norm", "auto", torch.device("cuda")) is None
+    with pytest.raises(ValueError, match=r"--lighthouse-scorer gla .* pip install flash-linear-attention"):
+        check_installed("gla", kernels, torch.device("cuda"))
+    check_installed("gla", reference, torch.device("cuda"))
+    check_installed("gla", kernels, torch.device("cpu"))
+    check_installed("norm", kernels, torch.device("cuda"))
 
 
 @pytest.mark.gpu

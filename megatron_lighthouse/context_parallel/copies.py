@@ -199,7 +199,7 @@ class _Gpu:
         try:
             memory = symmetric.empty(size, dtype=torch.uint8, device=self.device).zero_()
         except Exception as error:
-            problem = f"rank {torch.distributed.get_rank()}: {type(error).__name__}: {error}"
+            problem = f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
         dist.all_gather_object(outcome, problem, group=self.group)
         if any(outcome):  # on every rank, or the others would wait for this one
             raise RuntimeError(

@@ -176,7 +176,7 @@ def here(path: str, sees: Sees) -> Path:
 
 def data(args: argparse.Namespace, sees: Sees) -> Iterator[str]:
     """Whether there is data, and every file of it."""
-    given = {name: getattr(args, name[2:].replace("-", "_")) for name in DATA}
+    given = _given(args, DATA)
     files = [path for path in (args.data_args_path, args.per_split_data_args_path) if path]
     if not (any(given.values()) or files or args.text_data or args.mock_data):
         yield "the run has no data: add --data-path PREFIX, --text-data PATH or --mock-data after the --."
@@ -193,6 +193,11 @@ def data(args: argparse.Namespace, sees: Sees) -> Iterator[str]:
         yield f"--tokenizer-model {path} is not there: give a path that all nodes see, or a name of Hugging Face's hub."
 
 
+def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, list[str]]:
+    """The words of each of these options."""
+    return {name: getattr(args, name[2:].replace("-", "_")) for name in names}
+
+
 def tokenizer(args: argparse.Namespace) -> str | None:
     """The path of the tokenizer; None where there is none, or it has a name."""
     return args.tokenizer_model if (args.tokenizer_model or "").startswith(("/", ".")) else None
@@ -200,8 +205,10 @@ def tokenizer(args: argparse.Namespace) -> str | None:
 
 def unseen(args: argparse.Namespace, sees: Sees) -> Iterator[str]:
     """Paths that a container does not see."""
-    paths = {name: getattr(args, name[2:].replace("-", "_")) for name in (*DATA, "--text-data")}
-    paths |= {"--tokenizer-model": [tokenizer(args)], "--pretrained-checkpoint": [args.pretrained_checkpoint]}
+    paths: dict[str, Sequence[str | None]] = {
+        **_given(args, (*DATA, "--text-data")),
+        **{"--tokenizer-model": [tokenizer(args)], "--pretrained-checkpoint": [args.pretrained_checkpoint]},
+    }
     for name, words in paths.items():
         for path in (word for word in words if word and not _number(word)):
             if sees and not any(Path(path).is_relative_to(folder) for folder in sees):

@@ -30,24 +30,19 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
     from megatron_lighthouse.mcore.checks import check_run
     from megatron_lighthouse.mcore.spec import layer_spec, lighthouse
 
-    chosen = settings.settings_from(args) if args.attention == "lighthouse" else None
-    by_spec = model_cfg.transformer_layer_spec is lighthouse
-    if chosen is None and not by_spec:
+    spec, by_name = model_cfg.transformer_layer_spec, args.attention == "lighthouse"
+    chosen = settings.settings_from(args) if by_name or spec is lighthouse else None
+    if chosen is None:
         if args.lighthouse_stage2_at is not None:
             raise ValueError(
                 f"--lighthouse-stage2-at {args.lighthouse_stage2_at} makes Lighthouse layers dense, and with --attention dense "
                 "there are none: leave it out, or use --attention lighthouse."
             )
         selection_log.say_nothing_is_logged(args)
-    if model_cfg.transformer_layer_spec is not None:
-        if chosen is not None:
-            raise ValueError("--attention lighthouse chooses the layer spec, and so does --spec: leave one of them out.")
-        if by_spec:
-            given = settings.settings_from(args)
-            check_run(args, model_cfg.transformer, given)
-            selection_log.install(args, given)
-            args.create_attention_mask_in_dataloader = False  # as below
-        return model_cfg
+        if spec is not None:
+            return model_cfg
+    if spec is not None and by_name:
+        raise ValueError("--attention lighthouse chooses the layer spec, and so does --spec: leave one of them out.")
     config = model_cfg.transformer
     ours = config.context_parallel_size > 1 and config.transformer_impl == "local"
     if chosen is not None:
@@ -61,6 +56,6 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
     if chosen is not None or ours:
         # the attention is causal and reads no mask; one of seq x seq bytes would not fit at long context
         args.create_attention_mask_in_dataloader = False
-    if chosen is not None or config.sequence_parallel or config.context_parallel_size > 1:
+    if spec is None and (chosen is not None or config.sequence_parallel or config.context_parallel_size > 1):
         model_cfg.transformer_layer_spec = partial(layer_spec, settings=chosen)
     return model_cfg

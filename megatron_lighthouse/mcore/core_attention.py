@@ -29,7 +29,7 @@ from megatron_lighthouse.mcore.checks import check
 from megatron_lighthouse.mcore.context_parallel import context_parallel_group, over_shards
 from megatron_lighthouse.mcore.output import remember_source
 from megatron_lighthouse.mcore.settings import LighthouseSettings, heads_of_rank
-from megatron_lighthouse.scorers import missing
+from megatron_lighthouse.scorers import check_installed
 from megatron_lighthouse.steps import steps_for
 
 
@@ -140,9 +140,8 @@ class CoreAttentionBuilder:
             )
         check(config, self.settings, None)
         here = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        steps_for(self.settings.config.steps, torch.empty(0, config.kv_channels, dtype=config.params_dtype, device=here))
-        if scorer_missing := missing(self.settings.config.scorer, self.settings.config.steps, here):
-            raise ValueError(scorer_missing)
+        rows = torch.empty(0, config.kv_channels, dtype=config.params_dtype, device=here)
+        check_installed(self.settings.config.scorer, steps_for(self.settings.config.steps, rows), here)
         layer = lighthouse_class(module)(config=config, layer_number=layer_number, **params, **kwargs)
         layer.lighthouse = self.settings.config
         layer.settings = self.settings

@@ -57,7 +57,7 @@ class Progress:
         if self.bar is None:
             self.bar = tqdm(
                 total=last_iteration(iteration, args.train_iters, args.exit_interval),
-                initial=iteration - 1,
+                initial=iteration,  # when this one began is not known
                 desc=what,
                 unit="it",
                 mininterval=0,
@@ -67,13 +67,12 @@ class Progress:
                 ncols=None if self.terminal else 110,
             )
             self.drawn = time.monotonic()
-            self.bar.update(1)  # its time is not known
         else:
             self.sequences += get_current_global_batch_size()
         steps, seconds = iteration - self.bar.n, time.monotonic() - self.drawn
         last = iteration >= self.bar.total
         if seconds >= self.seconds_between or last:  # only then is the loss read, for that waits for the GPU
-            shown = {"tokens/s": f"{self.sequences * args.seq_length / seconds:,.0f}"}
+            shown = {"tokens/s": f"{self.sequences * args.seq_length / seconds:,.0f}"} if self.sequences else {}
             if "lm loss" in losses:
                 shown["loss"] = f"{float(losses['lm loss']):.3f}"
             self.bar.set_description(what, refresh=False)

@@ -114,7 +114,7 @@ def _host(run: Run) -> str:
 def link_table(run: Run) -> str:
     """Gigabytes that the busiest rank sends in a step, and over which link."""
     tensor, between, gradients = time.link_bytes(run)
-    tp, cp, pp, layer = run.tensor_parallel, run.context_parallel, run.pipeline_parallel, run.layer
+    cp, pp, layer = run.context_parallel, run.pipeline_parallel, run.layer
     micro, ours = run.micro_batches, run.lighthouse_layers / pp
     crossing = 0.0
     if cp > 1:
@@ -126,13 +126,13 @@ def link_table(run: Run) -> str:
             plans = [layer_bytes(run.cp_comm_type, run.geometry, layer, r).values() for r in ranks]
             crossing += ours * max(sum(forward * f + b for f, b in plan) for plan in plans)
     rows = []
-    for name, sent, span in (
-        ("tensor parallel", tensor * micro, tp),
-        ("context parallel", crossing * micro, tp * cp),
-        ("pipeline", between * micro, run.gpus if pp > 1 else 1),
-        ("data parallel", gradients, run.gpus // pp),
+    for name, sent in (
+        ("tensor parallel", tensor * micro),
+        ("context parallel", crossing * micro),
+        ("pipeline", between * micro),
+        ("data parallel", gradients),
     ):
-        link = "NVLink" if span <= run.device.domain else "network"
+        link = "NVLink" if run.spans[name] <= run.device.domain else "network"
         rows.append((name, f"{sent / 1e9:.3f}", link if sent else "-"))
     note = (
         "\ncontext parallelism beyond 2 ranks is extrapolated: what each other rank costs was measured on 2" if cp > 2 else ""

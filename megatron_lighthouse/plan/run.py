@@ -36,6 +36,17 @@ class Run:
     cp_comm_type: str = "p2p"
     discard_output: bool = True
 
+    @property
+    def spans(self) -> dict[str, int]:
+        """Over how many neighbours, in Megatron's order of ranks (tensor, context, data, pipeline), a group's messages go.
+
+        Where not all GPUs are in one NVLink domain, some neighbours in the pipeline are in different ones, and set the pace. A
+        stage that fits a domain is taken to lie in one.
+        """
+        tp, pp = self.tensor_parallel, self.pipeline_parallel
+        groups = {"tensor parallel": tp, "context parallel": tp * self.context_parallel}
+        return groups | {"pipeline": self.gpus if pp > 1 else 1, "data parallel": self.gpus // pp}
+
     def check(self) -> Run:
         """This run. Raises ValueError, naming flag, value, rule and values that work, where it cannot be."""
         model, tp, cp, pp = self.model, self.tensor_parallel, self.context_parallel, self.pipeline_parallel

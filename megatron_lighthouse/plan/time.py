@@ -6,9 +6,7 @@ device; a dense layer is taken to need it for as long as a Lighthouse layer, whi
 Not measured, so assumed: tensor-parallel communication is not hidden, and costs the host what the ring of two ranks does;
 context parallelism costs it on more ranks what it does on two; the gradients' reduction hides behind the last micro batch's
 work; links of the network reach the share of their datasheet that NVLink does; a context-parallel group that spans NVLink
-domains sends all its bytes over the network. Ranks lie in
-Megatron's order (tensor, context, data, pipeline): of stages that do not all lie in one domain some neighbours are in another,
-and sets the pace; a stage that fits a domain is taken to lie in one.
+domains sends all its bytes over the network.
 """
 
 from __future__ import annotations
@@ -126,11 +124,11 @@ def step_parts(run: Run, speed: Coefficients) -> Parts:
                 parts[name] = parts.get(name, 0.0) + count * value
             waits += count * max(0.0, host - sum(every.values()) - sum(own.values()))
     parts["host, exposed"] = waits
-    parts["pipeline, exposed"] = between * speed.link / device.link_bytes_s(run.gpus if pp > 1 else 1)
+    parts["pipeline, exposed"] = between * speed.link / device.link_bytes_s(run.spans["pipeline"])
     micro = sum(parts.values())
     parts = {name: value * run.micro_batches for name, value in parts.items()}
     parts["pipeline bubble"] = micro * (pp - 1)
-    reduce = gradients * speed.link / device.link_bytes_s(run.gpus // pp)
+    reduce = gradients * speed.link / device.link_bytes_s(run.spans["data parallel"])
     parts["data parallel, exposed"] = max(0.0, reduce - micro)
     share = rank_parameters(run) / (run.data_parallel * cp)
     parts["optimizer"] = share * OPTIMIZER_BYTES / device.memory_bytes_s * speed.copy

@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.geometry import Pyramid
 from megatron_lighthouse.scorers.dilated import dilated
-from megatron_lighthouse.scorers.gla import gla, gla_missing
+from megatron_lighthouse.scorers.gla import gla, linear_attention
 from megatron_lighthouse.scorers.norm import norm
 from megatron_lighthouse.scorers.streams import stream_problem
 from megatron_lighthouse.scorers.summary import summary
@@ -30,6 +30,11 @@ def problem(scorer: str, seq_length: int, size: int) -> str | None:
     return stream_problem(scorer, seq_length, size) if scorer in ("dilated", "gla") else None
 
 
-def missing(scorer: str, steps: str, device: torch.device) -> str | None:
-    """What is not installed that `scorer` needs on `device`; None where it can run. `steps` is the config's."""
-    return gla_missing() if scorer == "gla" and steps != "reference" and device.type == "cuda" else None
+def check_installed(scorer: str, steps: Steps, device: torch.device) -> None:
+    """Refuse a scorer whose package is missing on `device`, beside the steps that run there.
+
+    Raises:
+        ValueError: the package, and what works without it.
+    """
+    if scorer == "gla":
+        linear_attention(steps, device)

@@ -44,7 +44,7 @@ def gla(query: Tensor, key: Tensor, value: Tensor, pyramid: Pyramid, steps: Step
         ValueError: a chunk is not a multiple of δ = 4 tokens, or flash-linear-attention is missing on a GPU.
     """
     check_streams("gla", query.shape[0], exchange)
-    linear = plain if steps is reference or query.device.type != "cuda" else _flash_linear_attention()
+    linear = linear_attention(steps, query.device)
     mean = group_mean(query, key.shape[2])
     heads = query.unflatten(2, (key.shape[2], -1)).unbind(3)
     gate = _gate(mean)
@@ -124,22 +124,23 @@ def plain(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, state: Tensor
     return torch.cat(rows, 2).transpose(1, 2), state
 
 
-def gla_missing() -> str | None:
-    """Why the scorer cannot run on a GPU; None where it can."""
-    try:
-        import_module("fla.ops.simple_gla")
-    except ImportError as error:
-        return (
-            f"--lighthouse-scorer gla runs on a GPU by flash-linear-attention, which cannot be imported ({error}): "
-            "pip install flash-linear-attention, or use --lighthouse-scorer norm, summary or dilated."
-        )
-    return None
+def linear_attention(steps: Steps, device: torch.device) -> Linear:
+    """What runs the streams beside these steps.
+
+    Raises:
+        ValueError: flash-linear-attention is missing on a GPU.
+    """
+    return plain if steps is reference or device.type != "cuda" else _flash_linear_attention()
 
 
 def _flash_linear_attention() -> Linear:
-    if problem := gla_missing():
-        raise ValueError(problem)
-    chunk_simple_gla = import_module("fla.ops.simple_gla").chunk_simple_gla
+    try:
+        chunk_simple_gla = import_module("fla.ops.simple_gla").chunk_simple_gla
+    except ImportError as error:
+        raise ValueError(
+            f"--lighthouse-scorer gla runs on a GPU by flash-linear-attention, which cannot be imported ({error}): "
+            "pip install flash-linear-attention, or use --lighthouse-scorer norm, summary or dilated."
+        ) from error
 
     def linear(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         scale = query.shape[-1] ** -0.5

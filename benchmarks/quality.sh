@@ -23,7 +23,10 @@ variants)
 	exit 2
 	;;
 esac
-gpus=$("${PYTHON:-python3}" -c 'import torch; print(torch.cuda.device_count())')
+gpus=$("${PYTHON:-python3}" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) || {
+	echo "$0 needs a Python with torch, and ${PYTHON:-python3} is none: name another by PYTHON=…, such as .venv/bin/python." >&2
+	exit 2
+}
 if ((gpus < 2)); then
 	echo "$0 takes two GPUs, and $gpus can be seen: give quality.py --experiment $experiment one run after the other." >&2
 	exit 2

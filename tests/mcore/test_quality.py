@@ -179,9 +179,17 @@ def test_pairs_by_hand(tmp_path: Path) -> None:
     assert above == [0.5, 0.5, 1.25]
 
 
-def test_docs_say_what_the_results_say() -> None:
+RESULTS = ROOT / "benchmarks" / "results" / "quality"
+
+
+def missing_in_docs(rows: list[str]) -> list[str]:
+    text = (ROOT / "docs" / "quality.md").read_text()
+    return [row for row in (row.replace("-0.", "−0.").replace("| -", "| −") for row in rows) if row not in text]
+
+
+def test_docs_say_what_the_recipe_gave() -> None:
     """The table of docs/quality.md, from its results."""
-    found = results.read(ROOT / "benchmarks" / "results" / "quality" / "recipe")
+    found = results.read(RESULTS / "recipe")
     runs = {row["run"]: row for row in found.tables["runs"]}
     above = {row["run"]: row for row in pairs.pairs(found) if row["against"].startswith("dense")}
     mean = (above[BASE]["difference"] + above[f"{BASE}-2"]["difference"]) / 2
@@ -201,9 +209,39 @@ def test_docs_say_what_the_results_say() -> None:
     for name, form in (("spike", "+.3f"), ("iterations_to_catch_up", ",.0f")):
         values = [({**runs[run], **above[run]})[name] for run in (BASE, f"{BASE}-2")]
         rows.append(f"| 1, 2 | | | {values[0]:{form}}, {values[1]:{form}} |")
-    text = (ROOT / "docs" / "quality.md").read_text()
-    missing = [row for row in (row.replace("-", "−") for row in rows) if row not in text]
-    assert not missing
+    assert not missing_in_docs(rows)
+
+
+def test_docs_say_what_the_variants_gave() -> None:
+    """Both tables of them, likewise."""
+    found = results.read(RESULTS / "variants")
+    above = {(row["run"], row["against"]): row for row in pairs.pairs(found)}
+    hindsight = {(row["run"], row["distance"]): row for row in found.tables["hindsight"]}
+
+    def measured(row: dict[str, Any] | None, form: str, name: str, error: str) -> str:
+        return f"{row[name]:{form}} ± {row[error]:{form.lstrip('+')}}" if row else ""
+
+    def hint(run: str, distance: int, form: str) -> str:
+        return measured(hindsight.get((run, distance)), form, "difference", "standard_error")
+
+    rows = []
+    for row in found.tables["runs"]:
+        run = row["run"]
+        if row["held_out_loss"] is None:
+            continue
+        losses = [measured(above.get((run, to)), "+.4f", "difference", "standard_error") for to in ("dense", BASE)]
+        passkey = measured(above.get((run, "dense")), "+.1%", "noise_accuracy_difference", "noise_accuracy_error")
+        spike = "" if row["spike"] is None else f"{row['spike']:+.2f}"
+        cells = [f"`{run}`", f"{row['held_out_loss']:.4f}", *losses, f"{row['noise_accuracy']:.1%}", passkey, spike]
+        rows.append(f"| {' | '.join([*cells, hint(run, 0, '.2f')])} |")
+    assert len(rows) == 11
+    for run in sorted({run for run, _ in hindsight}):
+        last = hindsight[run, 0]
+        mean = f"**{hint(run, 0, '.3f')}**" if run == BASE else hint(run, 0, ".3f")
+        losses = [f"{last[name]:.3f}" for name in ("loss_true_future", "loss_other_future")]
+        rows.append(f"| `{run}` | {' | '.join(losses)} | {mean} | {hint(run, 1, '.3f')} |")
+    assert len(rows) == 15
+    assert not missing_in_docs(rows)
 
 
 def test_iterations_until_level_with_dense() -> None:

@@ -4,11 +4,12 @@
 #
 # On 4 or 8 GPUs, that of docs/scaling.md: attention alone on 8, 4 and 2 ranks, and the points of benchmarks/scaling_points.py.
 #
-# Usage: benchmarks/scaling.sh --out FOLDER [--part one|first|second|two|all|4|8] [--work FOLDER] [--from scaling.tgz]
+# Usage: benchmarks/scaling.sh --out FOLDER [--part one|first|second|two|all|4|8|1m] [--work FOLDER] [--from scaling.tgz]
 #
 #   --part one   one GPU a point, two points at a time, on GPUs 0 and 1 (about five minutes on H100s); first, second: one half of it
 #   --part two   two GPUs a point (about seven)
-#   --part 8, 4  all of docs/scaling.md on so many GPUs: first what takes all of them, then the rest side by side
+#   --part 8, 4  the study of docs/scaling.md on so many GPUs: first what takes all of them, then the rest side by side
+#   --part 1m    a million tokens by the recipe, dense too, on all 4 or 8 GPUs that can be seen
 #   --work       the runs' folders (default: a temporary one); points that are done there are skipped
 #   --from       what another machine left of the same --work, unpacked there first
 #
@@ -29,13 +30,21 @@ while (($#)); do
     esac
     shift 2
 done
-[[ -n $OUT && $PART =~ ^(one|first|second|two|all|4|8)$ ]] ||
-    { echo "--out FOLDER is needed, and --part is one, first, second, two, all, 4 or 8." >&2 && exit 2; }
+[[ -n $OUT && $PART =~ ^(one|first|second|two|all|4|8|1m)$ ]] ||
+    { echo "--out FOLDER is needed, and --part is one, first, second, two, all, 4, 8 or 1m." >&2 && exit 2; }
 WORK=${WORK:-$(mktemp -d)}
 mkdir -p "$OUT" "$WORK"
 [[ -z $FROM ]] || tar -C "$WORK" -xzf "$FROM"
 rm -f "$WORK/failed" # what failed, a line each
 export PYTHON=${PYTHON:-python3} PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+machine=$PART # its GPUs, of the parts that take all
+if [[ $PART =~ ^(4|8|1m)$ ]]; then
+    seen=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) ||
+        { echo "$PYTHON has no torch: name another by PYTHON=…, such as .venv/bin/python." >&2 && exit 2; }
+    [[ $PART != 1m ]] || machine=$seen
+    [[ $machine == "$seen" && $seen =~ ^(4|8)$ ]] ||
+        { echo "--part $PART takes ${PART/1m/4 or 8} GPUs, and $seen can be seen." >&2 && exit 2; }
+fi
 read -ra text <<<"$("$PYTHON" -c 'from megatron_lighthouse.recipe.presets import default_text; print(*default_text())')"
 common=(--text-data "${text[@]}" --global-batch-size 1 --eval-iters 0 --log-interval 1 --log-throughput --seed 7
     --high-priority-stream-groups cp)
@@ -81,26 +90,34 @@ both_gpus() {
     points study "CP=2 SEQ=262144 ATTENTION=dense" 4 "${long[@]}"
 }
 
-# attention alone on $1 GPUs, checked first; then the points of $1 GPUs
-on_many() {
+# attention alone on $1 GPUs, checked first
+attention_on() {
     local folder=$WORK/attention-$1 status=0 begun=$SECONDS tables
-    if [[ ! -e $folder/times.json ]]; then
-        mkdir -p "$folder"
-        timeout 480 "$PYTHON" benchmarks/context_parallel.py --ranks "$1" --out "$folder" --cases 128K 256K 512K 1M 1M-L3 \
-            --scorers norm summary dilated >"$folder.log" 2>&1 || status=$?
-        echo "attention on $1: status $status, $((SECONDS - begun)) s, at $SECONDS s"
-        ((status == 0)) || echo "attention on $1: $folder.log" >>"$WORK/failed"
-        keep_tables
-        mapfile -t tables < <(compgen -G "$WORK/attention-*/times.csv")
-        ((${#tables[@]} < 2)) || "$PYTHON" benchmarks/context_parallel_plots.py "${tables[@]}" "$OUT/attention.png"
-    fi
-    listed --gpus "$1"
+    [[ ! -e $folder/times.json ]] || return 0
+    mkdir -p "$folder"
+    timeout 480 "$PYTHON" benchmarks/context_parallel.py --ranks "$1" --out "$folder" --cases 128K 256K 512K 1M 1M-L3 \
+        --scorers norm summary dilated >"$folder.log" 2>&1 || status=$?
+    echo "attention on $1: status $status, $((SECONDS - begun)) s, at $SECONDS s"
+    ((status == 0)) || echo "attention on $1: $folder.log" >>"$WORK/failed"
+    keep_tables
+    mapfile -t tables < <(compgen -G "$WORK/attention-*/times.csv")
+    ((${#tables[@]} < 2)) || "$PYTHON" benchmarks/context_parallel_plots.py "${tables[@]}" "$OUT/attention.png"
+}
+
+on_four() {
+    attention_on 4
+    listed --gpus 4
+}
+
+on_two() {
+    listed --gpus 2
+    attention_on 2
 }
 
 # the points that scaling_points.py gives for "$@"
 listed() {
     local list folder study iterations more
-    list=$("$PYTHON" benchmarks/scaling_points.py "$@")
+    list=$("$PYTHON" benchmarks/scaling_points.py --machine "$machine" "$@")
     while IFS=$'\t' read -r folder study iterations more <&3; do
         read -ra more <<<"$more"
         points "$folder" "$study" "$iterations" "${more[@]}" --text-data "$WORK/data.txt" --distributed-timeout-minutes 5
@@ -129,13 +146,17 @@ case $PART in
     first) CUDA_VISIBLE_DEVICES=0 first_gpu ;;
     second) CUDA_VISIBLE_DEVICES=1 second_gpu ;;
     two) both_gpus ;;
-    4 | 8)
+    4 | 8 | 1m)
         # so that no run reads any of it twice
         for _ in {1..8}; do cat "${text[@]}"; done >"$WORK/data.txt"
+        ;;&
+    1m) listed --gpus "$machine" --million ;;
+    4 | 8)
         after=$((PART == 8 ? 4 : 0)) # on eight, four work on while the others do what takes fewer
-        on_many "$PART"
-        if ((PART == 8)); then CUDA_VISIBLE_DEVICES=0,1,2,3 on_many 4 & fi
-        CUDA_VISIBLE_DEVICES=$after,$((after + 1)) on_many 2 &
+        attention_on "$PART"
+        listed --gpus "$PART"
+        if ((PART == 8)); then CUDA_VISIBLE_DEVICES=0,1,2,3 on_four & fi
+        CUDA_VISIBLE_DEVICES=$after,$((after + 1)) on_two &
         CUDA_VISIBLE_DEVICES=$((after + 2)) listed --gpus 1 --attention lighthouse &
         CUDA_VISIBLE_DEVICES=$((after + 3)) listed --gpus 1 --attention dense &
         all_end

@@ -1,8 +1,8 @@
-"""The training runs of the scaling study on 4 or 8 GPUs ([docs/scaling.md](../docs/scaling.md)), in the order of their worth.
+"""The training runs of the scaling study on 4 or 8 GPUs ([docs/scaling.md](../docs/scaling.md)).
 
-`python benchmarks/scaling_points.py` prints them, each with what the plan expects of it, and those that are left out with the
-reason. `--gpus N [--attention A]` prints, for benchmarks/scaling.sh, those that take N GPUs: folder, study, iterations and more
-of Megatron's arguments, apart by tabs.
+`python benchmarks/scaling_points.py [--machine 4]` prints them, each with what the plan expects of it, and those that are left
+out with the reason. `--gpus N [--million] [--attention A]` prints, for benchmarks/scaling.sh, those that take N GPUs, of the
+study or of a million tokens by the recipe: folder, study, iterations and more of Megatron's arguments, apart by tabs.
 
 Left out is what the plan says does not fit, and what would train for more than `SECONDS`; but not what the study is for.
 """
@@ -22,6 +22,8 @@ from megatron_lighthouse.plan.words import RECOMPUTE_WORDS
 K = 1024
 LENGTHS = (256 * K, 512 * K, 1024 * K)
 SIZES = (1, 2, 4, 8)
+MACHINES = (4, 8)
+"""GPUs of a machine that the study runs on."""
 TOKENS = 128 * K
 """Of a rank, in weak scaling: N = TOKENS · C."""
 SECONDS = 180
@@ -78,8 +80,8 @@ class Point:
 
     @property
     def iterations(self) -> int:
-        """The first three warm up (`plan scaling`)."""
-        return 5 if self.step < 10 else 4
+        """The first three warm up, where steps are long the first two (`plan scaling`)."""
+        return 5 if self.step < 10 else 4 if self.step < 30 else 3
 
     @property
     def left_out(self) -> str | None:
@@ -110,46 +112,58 @@ class Point:
         return " ".join(filter(None, words))
 
 
-def candidates() -> list[Point]:
-    """All of them: what runs, and what `left_out` drops."""
+def candidates(machine: int = max(MACHINES)) -> list[Point]:
+    """All that a machine of so many GPUs is to run: what runs, and what `left_out` drops."""
     million, quarter = 1024 * K, 256 * K
-    recipe = Point("lighthouse", million, 8, "1m", RECIPE_1M, "mlp", wanted=True)
+    # four have no room for it without recomputing all
+    recipe = Point("lighthouse", million, machine, "1m", RECIPE_1M, "mlp" if machine == 8 else "full", wanted=True)
     points = [
         recipe,
-        replace(recipe, attention="dense"),
         replace(recipe, folder="1m-all-layers", dense=0),
         replace(recipe, folder="1m-one-dense", dense=1),
+        replace(recipe, attention="dense"),
     ]
-    points += [Point(a, n, c) for c in reversed(SIZES) for n in LENGTHS for a in ("lighthouse", "dense")]
+    sizes = [c for c in reversed(SIZES) if c <= machine]
+    points += [Point(a, n, c) for c in sizes for n in LENGTHS for a in ("lighthouse", "dense")]
     points += [Point(a, TOKENS, 1) for a in ("lighthouse", "dense")]
     points += [
-        Point("lighthouse", quarter, 4, "tp2", tensor_parallel=2),
-        Point("lighthouse", quarter, 4, "pp2", pipeline_parallel=2, global_batch=4),
+        Point("lighthouse", quarter, machine // 2, "tp2", tensor_parallel=2),
+        Point("lighthouse", quarter, machine // 2, "pp2", pipeline_parallel=2, global_batch=4),
     ]
     return points + [Point("lighthouse", quarter, 4, scheme, cp_comm_type=scheme) for scheme in ("all_gather", "a2a")]
 
 
-def points(gpus: int, attention: str | None = None) -> list[Point]:
-    """Those that run on `gpus` GPUs."""
-    found = [p for p in candidates() if p.gpus == gpus and attention in (None, p.attention)]
-    return [p for p in found if p.left_out is None]
+def all_candidates() -> list[Point]:
+    """Of all machines, each once."""
+    return list(dict.fromkeys(point for machine in reversed(MACHINES) for point in candidates(machine)))
+
+
+def points(gpus: int, machine: int = max(MACHINES), million: bool | None = None, attention: str | None = None) -> list[Point]:
+    """Those that run on `gpus` of its GPUs; of the million tokens by the recipe, all others, or (None) both."""
+    found = [p for p in candidates(machine) if p.gpus == gpus and attention in (None, p.attention)]
+    return [p for p in found if p.left_out is None and million in (None, p.config is RECIPE_1M)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--machine", type=int, choices=MACHINES, default=max(MACHINES), help="its GPUs")
     parser.add_argument("--gpus", type=int, choices=SIZES)
+    parser.add_argument("--million", action="store_true")
     parser.add_argument("--attention", choices=("lighthouse", "dense"))
     options = parser.parse_args()
+    machine = options.machine
     if options.gpus:
-        for p in points(options.gpus, options.attention):
+        for p in points(options.gpus, machine, options.million, options.attention):
             print(p.folder, p.study, p.iterations, p.arguments, sep="\t")
         return
-    for p in candidates():
+    for p in candidates(machine):
         name = f"{p.folder:14} {p.study:40} {p.gpus} GPUs, recompute {p.recompute}"
         print(f"{name}: {p.left_out or f'{p.iterations} steps of {p.step:.1f} s'}{', left out' if p.left_out else ''}")
-    for gpus in reversed(SIZES):
-        seconds = sum(START + p.step * p.iterations for p in points(gpus))
-        print(f"{gpus} GPUs: {len(points(gpus))} points, about {seconds:.0f} s one after another")
+    for million, gpus in ((True, machine), *((False, gpus) for gpus in reversed(SIZES) if gpus <= machine)):
+        found = points(gpus, machine, million)
+        seconds = sum(START + p.step * p.iterations for p in found)
+        what = "a million tokens" if million else "study"
+        print(f"{what}, {gpus} GPUs: {len(found)} points, about {seconds:.0f} s one after another")
 
 
 if __name__ == "__main__":

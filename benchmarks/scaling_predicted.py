@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from context_parallel_times import DIM, HEADS, TIMED
-from scaling_points import LENGTHS, SIZES, Point, candidates
+from scaling_points import LENGTHS, SIZES, Point, all_candidates
 
 from megatron_lighthouse.context_parallel.attention import COMM_TYPES
 from megatron_lighthouse.context_parallel.plan import Layer
@@ -65,7 +65,7 @@ def training_rows(measured: dict[tuple[str, str, int, int], Row]) -> Iterator[Ro
     def rate(point: Point, **changes: Any) -> float:
         return time.tokens_per_gpu(point.run.change(**changes), speed)
 
-    for p in candidates():
+    for p in all_candidates():
         alone: Row = {"gpus": 1, "tensor_parallel": 1, "context_parallel": 1, "pipeline_parallel": 1, "cp_comm_type": "p2p"}
         config = p.run.config
         found = measured.get((p.folder, p.attention, p.seq_length, p.context_parallel), {})
@@ -104,10 +104,10 @@ def measured_layers(folders: Sequence[Path]) -> dict[tuple[str, str, int], Row]:
 
 def measured_runs(folders: Sequence[Path]) -> dict[tuple[str, str, int, int], Row]:
     """Rows of scaling.csv by the point's folder, attention, length and context-parallel ranks."""
-    recompute = {(p.folder, p.attention, p.seq_length, p.context_parallel): p.recompute for p in candidates()}
+    recompute = {(p.folder, p.attention, p.seq_length, p.context_parallel): p.recompute for p in all_candidates()}
     found = {}
     for table, row in _read(folders, "scaling.csv"):
-        folder = table.parent.name if table.parent.name in {p.folder for p in candidates()} else "study"
+        folder = table.parent.name if table.parent.name in {p.folder for p in all_candidates()} else "study"
         key = (folder, row["attention"], int(row["seq_length"]), int(row["context_parallel"]))
         if row["tokens_s_gpu"] and recompute.get(key) == row["recompute"]:
             found[key] = row

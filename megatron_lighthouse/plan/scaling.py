@@ -17,9 +17,9 @@ What launch scripts write into run.json before the run starts:
      "recompute": "none",           none, mlp or full
      "cp_comm_type": "p2p", "job": "1234_0", "arguments": "--attention lighthouse …"}
 
-The median of the iterations after the third of each log is the step; a run with no more than that, without a log, or whose
-run.json lacks something has empty cells, and a line under the table says why. Efficiency is tokens/s/GPU over that of the
-run of fewest context-parallel ranks of the same attention, length, recipe and recompute.
+The median of the iterations after the third of each log is the step, or the third where it is the last; a run with fewer,
+without a log, or whose run.json lacks something has empty cells, and a line under the table says why. Efficiency is
+tokens/s/GPU over that of the run of fewest context-parallel ranks of the same attention, length, recipe and recompute.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from megatron_lighthouse.plan.report import table
 from megatron_lighthouse.plan.run import Run, recipes, run_of
 
 NEEDED = ("attention", "seq_length", "context_parallel", "gpus", "recipe")
-WARM_UP = 3
-"""Iterations that are not counted."""
+WARM_UP, LEAST = 3, 2
+"""Iterations that are not counted, and where no more were logged: Megatron's second time is the mean of the first two."""
 COLUMNS = (
     *("run", "recipe", "attention", "seq_length", "context_parallel", "gpus", "recompute", "iterations", "seconds_a_step"),
     *("tokens_s_gpu", "efficiency", "peak_gib", "predicted_tokens_s_gpu", "predicted_peak_gib", "last_loss"),
@@ -119,7 +119,7 @@ def read(folder: Path) -> tuple[Row, list[str]]:
     text = "\n".join(logs)
     # each log is of one start, and each start warms up
     found = [[float(x) / 1000 for x in re.findall(r"elapsed time per iteration \(ms\): (\d+\.\d+)", log)] for log in logs]
-    times = [seconds for one in found for seconds in one[WARM_UP:]]
+    times = [seconds for one in found for seconds in one[min(WARM_UP, max(LEAST, len(one) - 1)) :]]
     iterations = sum(map(len, found))
     losses = re.findall(r"lm loss: (-?\d\.\d+E[+-]\d+)", text)
     peaks = [float(x) for x in re.findall(r"max allocated: (\d+\.\d+)", text) if float(x)]  # MiB; 0 without a GPU
@@ -128,7 +128,7 @@ def read(folder: Path) -> tuple[Row, list[str]]:
     if not text:
         notes.append("no log: not started, or still queued")
     elif not times:
-        notes.append(f"{iterations} iterations, of which the first {WARM_UP} of a start warm up: no step time")
+        notes.append(f"{iterations} iterations, of which the first {LEAST} of a start warm up: no step time")
     if text and not peaks:
         notes.append("no 'max allocated' in the log: no memory")
     if "device" not in info:

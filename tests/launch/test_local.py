@@ -259,14 +259,48 @@ def test_an_evaluation_takes_no_earlier_loss(machine: Path) -> None:
     assert not (machine / "run" / "evaluation.json").exists()
 
 
-def test_a_failed_point_is_the_status_of_the_scaling_study(machine: Path) -> None:
-    (machine / "python").write_text("#!/bin/sh\nexit $([ $2 = megatron_lighthouse.launch.check ] && echo 1 || echo 0)\n")
-    own = {"PATH": f"{machine}:{os.environ['PATH']}", "PYTHON": str(machine / "python")}
+STAND_IN = """#!/bin/sh
+case "$*" in
+*device_count*) echo $GPUS ;;
+*scaling_points.py*) exec {python} "$@" ;;
+*context_parallel.py*) echo "$CUDA_VISIBLE_DEVICES: $*" >>"$NOTES"; for out; do :; done ;;
+*launch.check*) exit 1 ;;
+esac
+"""
+"""A Python whose machine has GPUS, and whose points all fail."""
+
+
+def study(machine: Path, part: str, gpus: int) -> subprocess.CompletedProcess[str]:
+    (machine / "python").write_text(STAND_IN.format(python=sys.executable))
+    own = {"PATH": f"{machine}:{os.environ['PATH']}", "PYTHON": str(machine / "python"), "GPUS": str(gpus)}
+    own |= {"NOTES": str(machine / "notes")}
     command = ["bash", LAUNCH.parent / "benchmarks" / "scaling.sh", "--out", machine / "out", "--work", machine / "work"]
-    done = subprocess.run([*command, "--part", "one"], env={**os.environ, **own}, capture_output=True, text=True)
+    return subprocess.run([*command, "--part", part], env={**os.environ, **own}, capture_output=True, text=True)
+
+
+def test_a_failed_point_is_the_status_of_the_scaling_study(machine: Path) -> None:
+    done = study(machine, "one", 2)
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stderr.count(f"{machine}/work/study-CP=1 ") == 6
     assert (machine / "out" / "scaling.tgz").exists()
+
+
+def test_the_study_of_four_gpus_tries_each_point_on_its_own(machine: Path) -> None:
+    done = study(machine, "4", 4)
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = {ranks: done.stderr.count(f"-CP={ranks} ") for ranks in (1, 2, 4)}
+    assert found == {1: 5, 2: 4 + 2, 4: 5 + 2}
+    attention = (machine / "notes").read_text().splitlines()
+    assert [line.split("--cases")[0].split()[:1] + line.split()[3:4] for line in attention] == [[":", "4"], ["0,1:", "2"]]
+
+
+def test_a_million_tokens_take_all_gpus_that_can_be_seen(machine: Path) -> None:
+    done = study(machine, "1m", 8)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stderr.count("-CP=8 SEQ=1048576 ") == 4
+    done = study(machine, "1m", 2)
+    assert done.returncode == 2
+    assert "takes 4 or 8 GPUs, and 2 can be seen" in done.stderr
 
 
 def test_dlprof_is_started_on_the_chosen_ranks_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,17 @@ def test_each_start_warms_up(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert predicted["known"] == predicted["own"] > predicted["full"]
 
 
+@pytest.mark.parametrize(("iterations", "step"), [(2, ""), (3, "3.0"), (4, "4.0"), (6, "5.0")])
+def test_where_steps_are_few_the_third_counts(iterations: int, step: str, tmp_path: Path) -> None:
+    write(tmp_path / "one", 1, 1000.0, 10.0, attention="dense", context_parallel=1)
+    log = tmp_path / "one" / "node0.log"
+    line = next(line for line in log.read_text().splitlines() if "elapsed time" in line)
+    log.write_text("\n".join(line.replace("9000.0", f"{i}000.0") for i in range(1, iterations + 1)))
+    main(["scaling", str(tmp_path / "one"), "--out", str(tmp_path / "out")])
+    with (tmp_path / "out" / "scaling.csv").open() as file:
+        assert next(csv.DictReader(file))["seconds_a_step"] == step
+
+
 def test_one_bad_run_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Words for numbers, nulls, numbers that cannot be, a folder for a file: a note each, and the table of the rest."""
     runs, ours = tmp_path / "runs", {"attention": "lighthouse", "context_parallel": 1}

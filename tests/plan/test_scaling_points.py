@@ -12,10 +12,10 @@ from megatron_lighthouse.launch import check
 from megatron_lighthouse.mcore.settings import settings_from
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from scaling_points import SIZES, Point, candidates, points
+from scaling_points import MACHINES, SIZES, Point, all_candidates, points
 
 ROOT = Path(__file__).parents[2]
-RUN = [point for gpus in SIZES for point in points(gpus)]
+RUN = list(dict.fromkeys(point for machine in MACHINES for gpus in SIZES for point in points(gpus, machine)))
 
 
 def recipe(name: str) -> list[str]:
@@ -51,29 +51,36 @@ def test_the_plan_knows_the_point_that_runs() -> None:
 
 
 def test_a_million_tokens_is_the_recipe() -> None:
-    """But for what the study sets: the data, and how long it trains."""
-    ours = next(p for p in RUN if p.folder == "1m" and p.attention == "lighthouse")
+    """But for what the study sets: the data, and how long it trains; on four GPUs also ranks and recomputation."""
     theirs = recipe("530m-1m")
-    given = words(ours)
-    last = {name: value for name, value in zip(given, [*given[1:], ""], strict=True) if name.startswith("--")}
-    for name, value in zip(theirs, [*theirs[1:], ""], strict=True):
-        if name.startswith("--") and name not in ("--train-iters", "--cp-comm-type", "--high-priority-stream-groups"):
-            assert last[name] == value or value.startswith("--"), name
+    free = {"--train-iters", "--cp-comm-type", "--high-priority-stream-groups"}
+    fewer = {"--context-parallel-size", "--recompute-granularity", "--recompute-modules"}
+    for machine in MACHINES:
+        given = words(points(machine, machine, million=True)[0])
+        last = {name: value for name, value in zip(given, [*given[1:], ""], strict=True) if name.startswith("--")}
+        for name, value in zip(theirs, [*theirs[1:], ""], strict=True):
+            if name.startswith("--") and name not in (free if machine == 8 else free | fewer):
+                assert last[name] == value or value.startswith("--"), name
+        assert last["--context-parallel-size"] == str(machine)
 
 
 def test_points_do_not_share_a_folder() -> None:
-    names = [(p.folder, p.attention, p.seq_length, p.context_parallel) for p in candidates()]
+    names = [(p.folder, p.attention, p.seq_length, p.context_parallel) for p in all_candidates()]
     assert len(names) == len(set(names))
 
 
 def test_all_that_the_issue_asks_for_is_there() -> None:
     """Or left out with a reason."""
     asked = {(a, n * 1024, c) for a in ("lighthouse", "dense") for n in (256, 512, 1024) for c in (1, 2, 4, 8)}
-    study = {(p.attention, p.seq_length, p.context_parallel): p for p in candidates() if p.folder == "study"}
+    study = {(p.attention, p.seq_length, p.context_parallel): p for p in all_candidates() if p.folder == "study"}
     assert asked <= study.keys()
-    assert {(p.tensor_parallel, p.context_parallel, p.pipeline_parallel) for p in RUN} >= {(2, 4, 1), (1, 4, 2)}
-    assert {p.cp_comm_type for p in RUN} == {"p2p", "all_gather", "a2a"}
-    assert {p.attention for p in RUN if p.folder == "1m"} == {"lighthouse", "dense"}
+    for machine in MACHINES:
+        apart, half = [p for p in points(machine, machine) if p.folder in ("tp2", "pp2")], machine // 2
+        assert {(p.tensor_parallel, p.context_parallel, p.pipeline_parallel) for p in apart} == {(2, half, 1), (1, half, 2)}
+        assert {p.cp_comm_type for p in [*points(4, machine), *points(8, machine)]} == {"p2p", "all_gather", "a2a"}
+        million = points(machine, machine, million=True)
+        assert [(p.attention, p.dense) for p in million] == [*(("lighthouse", n) for n in (2, 0, 1)), ("dense", 2)]
+        assert not [p for p in points(machine, machine, million=False) if p in million]
     huge = study["dense", 1024 * 1024, 1]
     assert "GiB" in (huge.left_out or "")
     assert "trains for" in (study["dense", 1024 * 1024, 8].left_out or "")

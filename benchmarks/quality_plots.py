@@ -18,6 +18,8 @@ from megatron_lighthouse.recipe.passkey import CHANCE
 from megatron_lighthouse.recipe.recovery import smoothed
 
 SECOND_SEED = "dense-2"
+MAPS = 6
+"""Passkey maps side by side: more could not be read in a page."""
 MARGIN = 0.005
 """Nats of held-out loss that the recipe may end above dense."""
 PALETTE = "#2b3a67 #d1495b #6d8fd1 #e8a04c #3a9d8f #8d6cab #7a9e3c #8a6d3b #d37fb0 #5f6c7b #c9b037 #37b6c9".split()
@@ -221,14 +223,20 @@ def _cost(results: Results, path: Path) -> None:
 
 
 def _passkey(results: Results, path: Path) -> None:
-    """Accuracy, depth by length: a column a run, a row a filler."""
+    """Accuracy, depth by length: a column a run, a row a filler; beyond MAPS runs in further rows."""
     rows = results.tables["passkey"]
     runs, fillers = (list(dict.fromkeys(row[name] for row in rows)) for name in ("run", "filler"))
     lengths, depths = (sorted({row[name] for row in rows}) for name in ("length", "depth"))
-    figure = Figure(figsize=(1.6 + 2.6 * len(runs), 0.8 + 2.2 * len(fillers)), layout="constrained")
-    maps = figure.subplots(len(fillers), len(runs), squeeze=False)
+    wide = min(len(runs), MAPS)
+    high = -(-len(runs) // wide)
+    figure = Figure(figsize=(1.6 + 2.6 * wide, 0.8 + 2.2 * len(fillers) * high), layout="constrained")
+    maps = figure.subplots(len(fillers) * high, wide, squeeze=False)
     image: Any = None
-    for (i, j), axes in numpy.ndenumerate(maps):
+    for (row_of_maps, column), axes in numpy.ndenumerate(maps):
+        i, j = row_of_maps % len(fillers), row_of_maps // len(fillers) * wide + column
+        if j >= len(runs):
+            axes.set_axis_off()
+            continue
         accuracy = numpy.full((len(depths), len(lengths)), numpy.nan)
         for row in rows:
             if (row["filler"], row["run"]) == (fillers[i], runs[j]):

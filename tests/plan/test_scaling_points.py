@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +14,11 @@ from megatron_lighthouse.launch import check
 from megatron_lighthouse.mcore.settings import settings_from
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import scaling_predicted
 from scaling_points import MACHINES, SIZES, Point, all_candidates, points
 
 ROOT = Path(__file__).parents[2]
+RENEW = "run benchmarks/scaling_predicted.py"
 RUN = list(dict.fromkeys(point for machine in MACHINES for gpus in SIZES for point in points(gpus, machine)))
 
 
@@ -85,3 +89,46 @@ def test_all_that_the_issue_asks_for_is_there() -> None:
     assert "GiB" in (huge.left_out or "")
     assert "trains for" in (study["dense", 1024 * 1024, 8].left_out or "")
     assert replace(study["dense", 1024 * 1024, 8], wanted=True).left_out is None
+
+
+def rows_of(table: Path) -> list[dict[str, str]]:
+    with table.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_predictions_are_the_plan_s_and_the_docs_quote_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["scaling_predicted.py", "--out", str(tmp_path)])
+    scaling_predicted.main()
+    kept = ROOT / "benchmarks" / "results" / "scaling" / "predicted"
+    tables = {name: rows_of(tmp_path / f"{name}.csv") for name in ("training", "attention")}
+    for name, rows in tables.items():
+        for row, before in zip(rows, rows_of(kept / f"{name}.csv"), strict=True):
+            numbers = {key: float(value) for key, value in row.items() if re.fullmatch(r"[\d.e+-]+", value)}
+            assert numbers == pytest.approx({key: float(before[key] or "nan") for key in numbers}, rel=2e-3), RENEW
+            assert {k: v for k, v in row.items() if k not in numbers} == {k: before[k] for k in row if k not in numbers}, RENEW
+
+    def training(folder: str, ranks: int, length: int = 2**20, attention: str = "lighthouse") -> dict[str, str]:
+        key = (folder, str(ranks), str(length), attention)
+        names = ("folder", "context_parallel", "N", "attention")
+        return next(row for row in tables["training"] if tuple(row[name] for name in names) == key)
+
+    def layer(case: str, ranks: int) -> str:
+        found = next(r for r in tables["attention"] if (r["case"], r["ranks"], r["scheme"]) == (case, str(ranks), "p2p"))
+        return f"| {float(found['efficiency']):.0%} |"
+
+    def steps(ranks: int) -> tuple[float, list[float], list[float]]:
+        runs = [training(folder, ranks) for folder in ("1m", "1m-one-dense", "1m-all-layers")]
+        seconds = [float(row["seconds_a_step"]) for row in runs]
+        dense = float(training("1m", ranks, attention="dense")["seconds_a_step"])
+        return dense, seconds, [float(row["times_dense"]) for row in runs]
+
+    rows = [layer("1M-L3", 8), layer("1M", 8), layer("512K", 4)]
+    rows += [f"| {float(training('study', *at)['efficiency']):.0%}" for at in ((8,), (8, 2**18), (4, 2**19))]
+    dense, seconds, times = steps(8)
+    rows += [f"| {dense:.1f} → {seconds[0]:.1f} s, {times[0]:.1f}× |", f"| {seconds[1]:.1f} s, {times[1]:.1f}× |"]
+    rows += [f"| {seconds[2]:.2f} s, {times[2]:.0f}× |"]
+    dense, seconds, times = steps(4)
+    faster = f"{times[0]:.1f}, {times[1]:.1f}, {times[2]:.0f}×"
+    rows.append(f"| {dense:.0f} → {seconds[0]:.1f}, {seconds[1]:.1f}, {seconds[2]:.2f} s: {faster} |")
+    text = (ROOT / "docs" / "scaling.md").read_text()
+    assert [row for row in rows if row not in text] == []

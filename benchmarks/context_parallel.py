@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ def _rank(rank: int, options: argparse.Namespace, store: str) -> None:
     device = torch.device("cuda", rank)
     # as Megatron's --high-priority-stream-groups cp: what is sent need not wait for a kernel that fills the GPU
     urgent = dist.ProcessGroupNCCL.Options(is_high_priority_stream=not options.low_priority)
-    dist.init_process_group("nccl", init_method=where, rank=rank, world_size=options.ranks, device_id=device, pg_options=urgent)
+    meet: dict[str, Any] = {"init_method": where, "rank": rank, "world_size": options.ranks, "timeout": timedelta(minutes=2)}
+    dist.init_process_group("nccl", device_id=device, pg_options=urgent, **meet)
     results: dict[str, Any] = {**environment(), "ranks": options.ranks}
     torch.manual_seed(1)
     if "check" in options.part:

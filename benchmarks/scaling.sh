@@ -4,12 +4,12 @@
 #
 # On 4 or 8 GPUs, that of docs/scaling.md: attention alone on 8, 4 and 2 ranks, and the points of benchmarks/scaling_points.py.
 #
-# Usage: benchmarks/scaling.sh --out FOLDER [--part one|first|second|two|all|4|8|1m] [--work FOLDER] [--from scaling.tgz]
+# Usage: benchmarks/scaling.sh --out FOLDER [--part one|first|second|two|all|4|8] [--work FOLDER] [--from scaling.tgz]
 #
 #   --part one   one GPU a point, two points at a time, on GPUs 0 and 1 (about five minutes on H100s); first, second: one half of it
 #   --part two   two GPUs a point (about seven)
-#   --part 8, 4  the study of docs/scaling.md on so many GPUs: first what takes all of them, then the rest side by side
-#   --part 1m    a million tokens by the recipe, dense too, on all 4 or 8 GPUs that can be seen
+#   --part 8, 4  the study of docs/scaling.md on so many GPUs: what takes all of them, the rest side by side, a million tokens by
+#                the recipe, and what can wait
 #   --work       the runs' folders (default: a temporary one); points that are done there are skipped
 #   --from       what another machine left of the same --work, unpacked there first
 #
@@ -30,20 +30,17 @@ while (($#)); do
     esac
     shift 2
 done
-[[ -n $OUT && $PART =~ ^(one|first|second|two|all|4|8|1m)$ ]] ||
-    { echo "--out FOLDER is needed, and --part is one, first, second, two, all, 4, 8 or 1m." >&2 && exit 2; }
+[[ -n $OUT && $PART =~ ^(one|first|second|two|all|4|8)$ ]] ||
+    { echo "--out FOLDER is needed, and --part is one, first, second, two, all, 4 or 8." >&2 && exit 2; }
 WORK=${WORK:-$(mktemp -d)}
 mkdir -p "$OUT" "$WORK"
 [[ -z $FROM ]] || tar -C "$WORK" -xzf "$FROM"
 rm -f "$WORK/failed" # what failed, a line each
 export PYTHON=${PYTHON:-python3} PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-machine=$PART # its GPUs, of the parts that take all
-if [[ $PART =~ ^(4|8|1m)$ ]]; then
+if [[ $PART =~ ^(4|8)$ ]]; then
     seen=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) ||
         { echo "$PYTHON has no torch: name another by PYTHON=…, such as .venv/bin/python." >&2 && exit 2; }
-    [[ $PART != 1m ]] || machine=$seen
-    [[ $machine == "$seen" && $seen =~ ^(4|8)$ ]] ||
-        { echo "--part $PART takes ${PART/1m/4 or 8} GPUs, and $seen can be seen." >&2 && exit 2; }
+    ((seen >= PART)) || { echo "--part $PART takes $PART GPUs, and $seen can be seen." >&2 && exit 2; }
 fi
 read -ra text <<<"$("$PYTHON" -c 'from megatron_lighthouse.recipe.presets import default_text; print(*default_text())')"
 common=(--text-data "${text[@]}" --global-batch-size 1 --eval-iters 0 --log-interval 1 --log-throughput --seed 7
@@ -56,7 +53,7 @@ points() {
     launch/local.sh --cluster hgx-h100 --recipe 530m-98k --run "$folder" --study "$study" -- "${common[@]}" \
         --data-cache-path "$WORK/data-${CUDA_VISIBLE_DEVICES:-all}" --train-iters "$iterations" "${@:4}" \
         >"$folder-$study.log" 2>&1 || status=$?
-    echo "$study: status $status, $((SECONDS - begun)) s, at $SECONDS s"
+    echo "$1: $study: status $status, $((SECONDS - begun)) s, at $SECONDS s"
     ((status == 0)) || echo "$study: $folder-$study.log" >>"$WORK/failed"
     keep
 }
@@ -90,37 +87,31 @@ both_gpus() {
     points study "CP=2 SEQ=262144 ATTENTION=dense" 4 "${long[@]}"
 }
 
-# attention alone on $1 GPUs, checked first
+# attention alone on $1 GPUs, checked first; where that fails, its times at least, with what travels sent by NCCL
 attention_on() {
     local folder=$WORK/attention-$1 status=0 begun=$SECONDS tables
+    local command=("$PYTHON" benchmarks/context_parallel.py --ranks "$1" --out "$folder" --cases 128K 256K 512K 1M 1M-L3)
     [[ ! -e $folder/times.json ]] || return 0
     mkdir -p "$folder"
-    timeout 480 "$PYTHON" benchmarks/context_parallel.py --ranks "$1" --out "$folder" --cases 128K 256K 512K 1M 1M-L3 \
-        --scorers norm summary dilated >"$folder.log" 2>&1 || status=$?
+    timeout -k 10 360 "${command[@]}" --scorers norm summary dilated >"$folder.log" 2>&1 || status=$?
     echo "attention on $1: status $status, $((SECONDS - begun)) s, at $SECONDS s"
-    ((status == 0)) || echo "attention on $1: $folder.log" >>"$WORK/failed"
+    if ((status)); then
+        echo "attention on $1: $folder.log" >>"$WORK/failed"
+        LIGHTHOUSE_COPY_ENGINE=0 timeout -k 10 180 "${command[@]}" --out "$folder-nccl" --part time --quick >"$folder-nccl.log" 2>&1 ||
+            echo "attention on $1 by NCCL: $folder-nccl.log" >>"$WORK/failed"
+    fi
     keep_tables
     mapfile -t tables < <(compgen -G "$WORK/attention-*/times.csv")
     ((${#tables[@]} < 2)) || "$PYTHON" benchmarks/context_parallel_plots.py "${tables[@]}" "$OUT/attention.png"
 }
 
-on_four() {
-    attention_on 4
-    listed --gpus 4
-}
-
-on_two() {
-    listed --gpus 2
-    attention_on 2
-}
-
 # the points that scaling_points.py gives for "$@"
 listed() {
     local list folder study iterations more
-    list=$("$PYTHON" benchmarks/scaling_points.py --machine "$machine" "$@")
+    list=$("$PYTHON" benchmarks/scaling_points.py --machine "$PART" "$@")
     while IFS=$'\t' read -r folder study iterations more <&3; do
         read -ra more <<<"$more"
-        points "$folder" "$study" "$iterations" "${more[@]}" --text-data "$WORK/data.txt" --distributed-timeout-minutes 5
+        points "$folder" "$study" "$iterations" "${more[@]}" --text-data "$WORK/data.txt"
         keep_tables
     done 3<<<"$list"
 }
@@ -136,6 +127,11 @@ keep_tables() (
     done
 ) 9>"$WORK/lock"
 
+on_four() {
+    attention_on 4
+    listed --gpus 4 --stage study
+}
+
 # wait for what runs beside this script
 all_end() {
     local pid
@@ -146,20 +142,21 @@ case $PART in
     first) CUDA_VISIBLE_DEVICES=0 first_gpu ;;
     second) CUDA_VISIBLE_DEVICES=1 second_gpu ;;
     two) both_gpus ;;
-    4 | 8 | 1m)
+    4 | 8)
         # so that no run reads any of it twice
         for _ in {1..8}; do cat "${text[@]}"; done >"$WORK/data.txt"
-        ;;&
-    1m) listed --gpus "$machine" --million ;;
-    4 | 8)
-        after=$((PART == 8 ? 4 : 0)) # on eight, four work on while the others do what takes fewer
         attention_on "$PART"
-        listed --gpus "$PART"
+        listed --gpus "$PART" --stage study
+        # on eight, four work on while the others do what takes fewer
         if ((PART == 8)); then CUDA_VISIBLE_DEVICES=0,1,2,3 on_four & fi
-        CUDA_VISIBLE_DEVICES=$after,$((after + 1)) on_two &
-        CUDA_VISIBLE_DEVICES=$((after + 2)) listed --gpus 1 --attention lighthouse &
-        CUDA_VISIBLE_DEVICES=$((after + 3)) listed --gpus 1 --attention dense &
+        after=$((PART - 4))
+        CUDA_VISIBLE_DEVICES=$after,$((after + 1)) listed --gpus 2 --stage study &
+        CUDA_VISIBLE_DEVICES=$((after + 2)) listed --gpus 1 --stage study --attention lighthouse &
+        CUDA_VISIBLE_DEVICES=$((after + 3)) listed --gpus 1 --stage study --attention dense &
         all_end
+        listed --gpus "$PART" --stage million
+        for gpus in 8 4 2; do ((gpus > PART)) || listed --gpus "$gpus" --stage late; done
+        attention_on 2
         ;;
     one | all)
         CUDA_VISIBLE_DEVICES=0 first_gpu &

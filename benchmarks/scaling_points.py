@@ -1,8 +1,8 @@
 """The training runs of the scaling study on 4 or 8 GPUs ([docs/scaling.md](../docs/scaling.md)).
 
 `python benchmarks/scaling_points.py [--machine 4]` prints them, each with what the plan expects of it, and those that are left
-out with the reason. `--gpus N [--million] [--attention A]` prints, for benchmarks/scaling.sh, those that take N GPUs, of the
-study or of a million tokens by the recipe: folder, study, iterations and more of Megatron's arguments, apart by tabs.
+out with the reason. `--gpus N --stage S [--attention A]` prints, for benchmarks/scaling.sh, those that take N GPUs in a stage:
+folder, study, iterations and more of Megatron's arguments, apart by tabs.
 
 Left out is what the plan says does not fit, and what would train for more than `SECONDS`; but not what the study is for.
 """
@@ -10,6 +10,7 @@ Left out is what the plan says does not fit, and what would train for more than 
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass, replace
 
 from megatron_lighthouse.config import LighthouseConfig
@@ -24,12 +25,14 @@ LENGTHS = (256 * K, 512 * K, 1024 * K)
 SIZES = (1, 2, 4, 8)
 MACHINES = (4, 8)
 """GPUs of a machine that the study runs on."""
+STAGES = ("study", "million", "late")
+"""In their order, for a machine may be taken away: scaling, a million tokens by the recipe, and what can wait."""
 TOKENS = 128 * K
 """Of a rank, in weak scaling: N = TOKENS · C."""
 SECONDS = 180
 """Of training, by the plan, that a point may take."""
-START = 45
-"""Seconds that a point takes before it trains, measured on two GPUs."""
+START = 60
+"""Seconds that a point takes beside its steps: 45 were measured on two GPUs."""
 RECIPE_1M = LighthouseConfig(4, 4, 4096)
 """Of launch/recipes/530m-1m.args."""
 
@@ -59,6 +62,7 @@ class Point:
     global_batch: int = 1
     wanted: bool = False
     """Whether it runs however long it takes: a target of the study."""
+    stage: str = STAGES[0]
 
     @property
     def run(self) -> Run:
@@ -109,28 +113,29 @@ class Point:
         words += [f"--pipeline-model-parallel-size {self.pipeline_parallel}"] if self.pipeline_parallel > 1 else []
         words += [f"--cp-comm-type {self.cp_comm_type}"] if self.cp_comm_type != "p2p" else []
         words += [f"--global-batch-size {self.global_batch}"] if self.global_batch > 1 else []
+        # what hangs is to end soon, but not what waits for a step that the host is ahead of
+        words.append(f"--distributed-timeout-minutes {1 + math.ceil(2 * self.step / 60)}")
         return " ".join(filter(None, words))
 
 
 def candidates(machine: int = max(MACHINES)) -> list[Point]:
-    """All that a machine of so many GPUs is to run: what runs, and what `left_out` drops."""
+    """All that a machine of so many GPUs is to run, stage by stage: what runs, and what `left_out` drops."""
     million, quarter = 1024 * K, 256 * K
+    sizes = [c for c in reversed(SIZES) if c <= machine]
+    points = [Point(a, n, c) for c in sizes for n in LENGTHS for a in ("lighthouse", "dense") if (n, c > 1) != (million, True)]
+    points += [Point(a, TOKENS, 1) for a in ("lighthouse", "dense")]
     # four have no room for it without recomputing all
     recipe = Point("lighthouse", million, machine, "1m", RECIPE_1M, "mlp" if machine == 8 else "full", wanted=True)
-    points = [
-        recipe,
-        replace(recipe, folder="1m-all-layers", dense=0),
-        replace(recipe, folder="1m-one-dense", dense=1),
-        replace(recipe, attention="dense"),
-    ]
-    sizes = [c for c in reversed(SIZES) if c <= machine]
-    points += [Point(a, n, c) for c in sizes for n in LENGTHS for a in ("lighthouse", "dense")]
-    points += [Point(a, TOKENS, 1) for a in ("lighthouse", "dense")]
-    points += [
+    recipe = replace(recipe, stage="million")
+    points += [replace(recipe, folder="1m-all-layers", dense=0), replace(recipe, folder="1m-one-dense", dense=1)]
+    points += [recipe, replace(recipe, attention="dense")]
+    late = [
         Point("lighthouse", quarter, machine // 2, "tp2", tensor_parallel=2),
         Point("lighthouse", quarter, machine // 2, "pp2", pipeline_parallel=2, global_batch=4),
     ]
-    return points + [Point("lighthouse", quarter, 4, scheme, cp_comm_type=scheme) for scheme in ("all_gather", "a2a")]
+    late += [Point("lighthouse", quarter, 4, scheme, cp_comm_type=scheme) for scheme in ("all_gather", "a2a")]
+    late += [Point(a, million, c) for c in sizes if c > 1 for a in ("lighthouse", "dense")]
+    return points + [replace(point, stage="late") for point in late]
 
 
 def all_candidates() -> list[Point]:
@@ -138,32 +143,32 @@ def all_candidates() -> list[Point]:
     return list(dict.fromkeys(point for machine in reversed(MACHINES) for point in candidates(machine)))
 
 
-def points(gpus: int, machine: int = max(MACHINES), million: bool | None = None, attention: str | None = None) -> list[Point]:
-    """Those that run on `gpus` of its GPUs; of the million tokens by the recipe, all others, or (None) both."""
+def points(gpus: int, machine: int = max(MACHINES), stage: str | None = None, attention: str | None = None) -> list[Point]:
+    """Those that run on `gpus` of its GPUs, in one stage or in all."""
     found = [p for p in candidates(machine) if p.gpus == gpus and attention in (None, p.attention)]
-    return [p for p in found if p.left_out is None and million in (None, p.config is RECIPE_1M)]
+    return [p for p in found if p.left_out is None and stage in (None, p.stage)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--machine", type=int, choices=MACHINES, default=max(MACHINES), help="its GPUs")
     parser.add_argument("--gpus", type=int, choices=SIZES)
-    parser.add_argument("--million", action="store_true")
+    parser.add_argument("--stage", choices=STAGES)
     parser.add_argument("--attention", choices=("lighthouse", "dense"))
     options = parser.parse_args()
     machine = options.machine
     if options.gpus:
-        for p in points(options.gpus, machine, options.million, options.attention):
+        for p in points(options.gpus, machine, options.stage, options.attention):
             print(p.folder, p.study, p.iterations, p.arguments, sep="\t")
         return
     for p in candidates(machine):
         name = f"{p.folder:14} {p.study:40} {p.gpus} GPUs, recompute {p.recompute}"
         print(f"{name}: {p.left_out or f'{p.iterations} steps of {p.step:.1f} s'}{', left out' if p.left_out else ''}")
-    for million, gpus in ((True, machine), *((False, gpus) for gpus in reversed(SIZES) if gpus <= machine)):
-        found = points(gpus, machine, million)
-        seconds = sum(START + p.step * p.iterations for p in found)
-        what = "a million tokens" if million else "study"
-        print(f"{what}, {gpus} GPUs: {len(found)} points, about {seconds:.0f} s one after another")
+    for stage in STAGES:
+        for gpus in reversed(SIZES):
+            if found := points(gpus, machine, stage):
+                seconds = sum(START + p.step * p.iterations for p in found)
+                print(f"{stage}, {gpus} GPUs: {len(found)} points, about {seconds:.0f} s one after another")
 
 
 if __name__ == "__main__":

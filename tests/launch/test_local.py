@@ -263,7 +263,7 @@ STAND_IN = """#!/bin/sh
 case "$*" in
 *device_count*) echo $GPUS ;;
 *scaling_points.py*) exec {python} "$@" ;;
-*context_parallel.py*) echo "$CUDA_VISIBLE_DEVICES: $*" >>"$NOTES"; for out; do :; done ;;
+*context_parallel.py*) echo "$LIGHTHOUSE_COPY_ENGINE: $*" >>"$NOTES"; [ ! -e "$BROKEN" ] ;;
 *launch.check*) exit 1 ;;
 esac
 """
@@ -273,7 +273,7 @@ esac
 def study(machine: Path, part: str, gpus: int) -> subprocess.CompletedProcess[str]:
     (machine / "python").write_text(STAND_IN.format(python=sys.executable))
     own = {"PATH": f"{machine}:{os.environ['PATH']}", "PYTHON": str(machine / "python"), "GPUS": str(gpus)}
-    own |= {"NOTES": str(machine / "notes")}
+    own |= {"NOTES": str(machine / "notes"), "BROKEN": str(machine / "broken")}
     command = ["bash", LAUNCH.parent / "benchmarks" / "scaling.sh", "--out", machine / "out", "--work", machine / "work"]
     return subprocess.run([*command, "--part", part], env={**os.environ, **own}, capture_output=True, text=True)
 
@@ -289,18 +289,28 @@ def test_the_study_of_four_gpus_tries_each_point_on_its_own(machine: Path) -> No
     done = study(machine, "4", 4)
     assert done.returncode == 1, done.stdout + done.stderr
     found = {ranks: done.stderr.count(f"-CP={ranks} ") for ranks in (1, 2, 4)}
-    assert found == {1: 5, 2: 4 + 2, 4: 5 + 2}
-    attention = (machine / "notes").read_text().splitlines()
-    assert [line.split("--cases")[0].split()[:1] + line.split()[3:4] for line in attention] == [[":", "4"], ["0,1:", "2"]]
+    assert found == {1: 5, 2: 3 + 2 + 1, 4: 4 + 4 + 3}
+    attention = [line.split() for line in (machine / "notes").read_text().splitlines()]
+    assert [(words[0], words[3]) for words in attention] == [(":", "4"), (":", "2")]
+    order = [line.split(":")[0] for line in done.stdout.splitlines() if ": status " in line]
+    assert order[0] == "attention on 4"
+    assert order.index("1m") > order.index("study")
+    assert order.index("tp2") > order.index("1m")
 
 
-def test_a_million_tokens_take_all_gpus_that_can_be_seen(machine: Path) -> None:
-    done = study(machine, "1m", 8)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert done.stderr.count("-CP=8 SEQ=1048576 ") == 4
-    done = study(machine, "1m", 2)
+def test_attention_that_fails_is_timed_over_nccl(machine: Path) -> None:
+    (machine / "broken").touch()
+    done = study(machine, "4", 4)
+    lines = (machine / "notes").read_text().splitlines()
+    assert ["--part time --quick" in line for line in lines] == [False, True, False, True]
+    assert [line.split()[0] for line in lines if "--quick" in line] == ["0:"] * 2
+    assert f"attention on 4: {machine}/work/attention-4.log" in done.stderr
+
+
+def test_the_study_needs_its_gpus(machine: Path) -> None:
+    done = study(machine, "8", 4)
     assert done.returncode == 2
-    assert "takes 4 or 8 GPUs, and 2 can be seen" in done.stderr
+    assert "--part 8 takes 8 GPUs, and 4 can be seen" in done.stderr
 
 
 def test_dlprof_is_started_on_the_chosen_ranks_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from megatron_lighthouse.mcore.settings import settings_from
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import scaling_predicted
-from scaling_points import MACHINES, SIZES, Point, all_candidates, points
+from scaling_points import MACHINES, SIZES, STAGES, Point, all_candidates, points
 
 ROOT = Path(__file__).parents[2]
 RENEW = "run benchmarks/scaling_predicted.py"
@@ -60,7 +60,7 @@ def test_a_million_tokens_is_the_recipe() -> None:
     free = {"--train-iters", "--cp-comm-type", "--high-priority-stream-groups"}
     fewer = {"--context-parallel-size", "--recompute-granularity", "--recompute-modules"}
     for machine in MACHINES:
-        given = words(points(machine, machine, million=True)[0])
+        given = words(next(p for p in points(machine, machine) if p.folder == "1m"))
         last = {name: value for name, value in zip(given, [*given[1:], ""], strict=True) if name.startswith("--")}
         for name, value in zip(theirs, [*theirs[1:], ""], strict=True):
             if name.startswith("--") and name not in (free if machine == 8 else free | fewer):
@@ -82,9 +82,11 @@ def test_all_that_the_issue_asks_for_is_there() -> None:
         apart, half = [p for p in points(machine, machine) if p.folder in ("tp2", "pp2")], machine // 2
         assert {(p.tensor_parallel, p.context_parallel, p.pipeline_parallel) for p in apart} == {(2, half, 1), (1, half, 2)}
         assert {p.cp_comm_type for p in [*points(4, machine), *points(8, machine)]} == {"p2p", "all_gather", "a2a"}
-        million = points(machine, machine, million=True)
-        assert [(p.attention, p.dense) for p in million] == [*(("lighthouse", n) for n in (2, 0, 1)), ("dense", 2)]
-        assert not [p for p in points(machine, machine, million=False) if p in million]
+        million = points(machine, machine, "million")
+        assert [(p.attention, p.dense) for p in million] == [*(("lighthouse", n) for n in (0, 1, 2)), ("dense", 2)]
+        for gpus in SIZES:
+            staged = [p for stage in STAGES for p in points(gpus, machine, stage)]
+            assert staged == points(gpus, machine)
     huge = study["dense", 1024 * 1024, 1]
     assert "GiB" in (huge.left_out or "")
     assert "trains for" in (study["dense", 1024 * 1024, 8].left_out or "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,27 @@ def test_refused(site: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "old.txt").write_text("old")
     with pytest.raises(ValueError, match="is not empty"):
         corpus.write([], tmp_path / "out")
+
+
+def test_a_build_that_stops_leaves_no_corpus(site: Path, tmp_path: Path) -> None:
+    out, there = tmp_path / "new" / "out", []
+
+    def stops() -> Iterator[tuple[str, Path]]:
+        there.extend((len([*tmp_path.rglob("train/*.txt")]), out.exists()))
+        raise KeyboardInterrupt
+        yield
+
+    packages = corpus.installed(["alpha"])
+    with pytest.raises(KeyboardInterrupt):
+        corpus.write([*packages, corpus.Package("zeta", "1.0", stops())], out, size=1000)
+    assert there[0] > 0, "some was written"
+    assert not there[1], "where a kill would have left it"
+    assert not list(out.parent.iterdir())
+    out.mkdir()  # an empty folder is as good as none
+    corpus.write(packages, out, size=1000)
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert sorted(path.name for path in out.iterdir()) == ["held-out", "manifest.json", "train"]
+    assert out.stat().st_mode == (out / "train").stat().st_mode, "others may read it as ever"
 
 
 def test_the_standard_library_is_there() -> None:

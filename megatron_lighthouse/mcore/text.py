@@ -28,7 +28,8 @@ class TextData(argparse.Action):
     """`--text-data`: also chooses the tokenizer, before Megatron looks at it."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
-        namespace.text_data = values
+        # the checkpoint keeps these, and an evaluation anywhere has to know by them what was read
+        namespace.text_data = [str(Path(path).resolve()) for path in values]
         namespace.tokenizer_type, namespace.vocab_size = "NullTokenizer", VOCABULARY
         namespace.padded_vocab_size = PADDED_VOCABULARY
         namespace.null_tokenizer_eod_id = END_OF_DOCUMENT

@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any
 
 PACKAGES = ("megatron-core", "torch", "numpy", "psutil", "tqdm", "tensorboard", "matplotlib")
@@ -201,13 +202,23 @@ def write(packages: Sequence[Package], out: Path, size: int = DOCUMENT) -> dict[
     """Write the corpus of `packages` under `out`; answers the manifest.
 
     A document's file is named after the hash of its name: so their order, of which the entry point takes the last twentieth for
-    validation, is random and fixed. The same hash says which are held out.
+    validation, is random and fixed. The same hash says which are held out. `out` is there when all of it is.
 
     Raises:
         ValueError: `out` has files already.
     """
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"--out {out} is not empty: name a new folder.")
+    out = out.resolve()  # a link's target is what can be renamed
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f"{out.name}.partial-", dir=out.parent) as folder:
+        whole = Path(folder) / out.name  # in it, for a temporary folder is its user's alone
+        manifest = _write(packages, whole, size)
+        whole.replace(out)
+    return manifest
+
+
+def _write(packages: Sequence[Package], out: Path, size: int) -> dict[str, Any]:
     for part in PARTS:
         (out / part).mkdir(parents=True)
     text_filter = Filter()

@@ -9,9 +9,7 @@ one-digit passkey probe, and hindsight, what the loss owes to later tokens. For 
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
-import json
 import math
 import os
 import platform
@@ -24,16 +22,15 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 import megatron_lighthouse
+from megatron_lighthouse import scorers
 from megatron_lighthouse.mcore import text
 from megatron_lighthouse.notice import say_once
-from megatron_lighthouse.recipe import hindsight, passkey, positions
+from megatron_lighthouse.recipe import evaluation_files, hindsight, passkey, positions
 
 if TYPE_CHECKING:
     from megatron_lighthouse.recipe.trained import Trained
 
 type Array = numpy.ndarray[Any, Any]
-type Result = dict[str, Any] | None
-"""Of a measurement; None where it was not asked for."""
 
 
 class HeldOut(text.TextData):
@@ -80,30 +77,58 @@ def read(paths: Sequence[str]) -> tuple[list[Path], Array]:
     return files, numpy.concatenate([part.astype(numpy.uint16) for part in parts])
 
 
-def grid_of(args: argparse.Namespace, tokens: int) -> passkey.Grid:
-    """The passkey questions that `args` ask for.
+def grid_of(args: argparse.Namespace, tokens: int) -> tuple[passkey.Grid, list[str]]:
+    """The passkey questions that `args` ask for, and what to say of them.
 
     Raises:
         ValueError: lengths, depths or samples that cannot be.
     """
-    shorter = [args.seq_length // part for part in (8, 4, 2)]
-    lengths = args.passkey_lengths or [*(n for n in shorter if n >= passkey.SHORTEST), args.seq_length]
+    lengths, said = args.passkey_lengths, []
+    if not lengths:
+        shorter = [n for n in (args.seq_length // part for part in (8, 4, 2)) if n >= passkey.SHORTEST]
+        lengths = [*(n for n in shorter if not _misfit(args, n)), args.seq_length]
+        if left_out := [n for n in shorter if n not in lengths]:
+            said.append(f"no passkey in {', '.join(map(str, left_out))} tokens: {_misfit(args, left_out[0])}")
     grid = passkey.Grid(lengths, args.passkey_depths, args.passkey_samples, args.passkey_fillers, args.passkey_seed)
     grid.check(tokens)
-    multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
     for length in lengths:
-        if length > args.seq_length or length % multiple:
-            more = f" and a multiple of --tensor-model-parallel-size {multiple}" if multiple > 1 else ""
-            raise ValueError(f"--passkey-lengths {length} must be at most --seq-length {args.seq_length}{more}.")
+        if problem := _misfit(args, length):
+            raise ValueError(f"--passkey-lengths {length} {problem}")
+    return grid, said + ([unbalanced] if (unbalanced := grid.unbalanced()) else [])
+
+
+def _misfit(args: argparse.Namespace, length: int) -> str | None:
+    """Why the model cannot read so many tokens; None where it can."""
+    multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    if length > args.seq_length or length % multiple:
+        more = f" and a multiple of --tensor-model-parallel-size {multiple}" if multiple > 1 else ""
+        return f"must be at most --seq-length {args.seq_length}{more}."
     if args.attention == "lighthouse":
         from megatron_lighthouse.mcore.settings import settings_from
 
-        for length in lengths:
-            try:
-                settings_from(args).config.geometry(length)
-            except ValueError as error:
-                raise ValueError(f"--passkey-lengths {length} with --attention lighthouse: {error}") from None
-    return grid
+        config = settings_from(args).config
+        try:
+            config.geometry(length)
+        except ValueError as error:
+            return f"with --attention lighthouse: {error}"
+        if problem := scorers.problem(config.scorer, length, 1):
+            return f"with --attention lighthouse: {problem}"
+    return None
+
+
+def check_hindsight(args: argparse.Namespace, tokens: int, iteration: int) -> None:
+    """Refuse hindsight that cannot be measured on `tokens` tokens, or with layers that have switched by `iteration`.
+
+    Raises:
+        ValueError: the argument, and what would work.
+    """
+    hindsight.check(tokens, args.seq_length, args.hindsight_samples, args.hindsight_seed)
+    if args.switched_at is not None:
+        raise ValueError(
+            f"--hindsight-samples {args.hindsight_samples} asks what Lighthouse layers owe to later tokens, and in iteration "
+            f"{iteration} of --load {args.load} all are dense (--lighthouse-stage2-at {args.switched_at}): give --ckpt-step an "
+            f"iteration up to {args.switched_at}, of which there is a checkpoint, or --hindsight-samples 0."
+        )
 
 
 def loss_by_position(trained: Trained, tokens: Array) -> dict[str, Any]:
@@ -194,59 +219,51 @@ def main() -> None:
     args = checkpoint.parse(add_arguments)
     files, tokens = read(args.held_out)
     checkpoint.check_not_trained_on(files, checkpoint.training_text(args))
-    grid = grid_of(args, len(tokens)) if args.passkey_samples else None
+    grid, said = grid_of(args, len(tokens)) if args.passkey_samples else (None, [])
     if args.loss_sequences:  # refused before the model is built
         positions.bucket_edges(args.seq_length, args.loss_grid, args.loss_buckets)
         positions.sequence_starts(len(tokens), args.seq_length, args.loss_sequences)
     if args.hindsight_samples:
-        hindsight.check(len(tokens), args.seq_length, args.hindsight_samples, args.hindsight_seed)
+        check_hindsight(args, len(tokens), checkpoint.iteration_of(args))
+    if os.environ["RANK"] == "0":
+        evaluation_files.start(args.out)
     trained = checkpoint.load(args)
-    if grid and (said := grid.unbalanced()):
-        say_once(said)
-    loss = loss_by_position(trained, tokens) if args.loss_sequences else None
-    probe = passkey_probe(trained, tokens, grid) if grid else None
-    later = hindsight_by_distance(trained, tokens) if args.hindsight_samples else None
-    if torch.distributed.get_rank() == 0:
-        _write(args, trained.iteration, tokens, loss, probe, later)
+    for line in said:
+        say_once(line)
+    measure(trained, tokens, grid)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def _write(args: argparse.Namespace, iteration: int, tokens: Array, loss: Result, probe: Result, later: Result) -> None:
+def measure(trained: Trained, tokens: Array, grid: passkey.Grid | None) -> None:
+    """Take the measurements that are asked for, and write each before the next begins. Every rank calls it."""
+    import torch
+
+    args, first = trained.args, torch.distributed.get_rank() == 0
+    title = f"{args.load}, iteration {trained.iteration}, {args.attention} attention"
+    # None where it was not asked for
+    found = loss_by_position(trained, tokens) if args.loss_sequences else None
+    loss = evaluation_files.loss(args.out, found, title) if found and first else None
+    found = passkey_probe(trained, tokens, grid) if grid else None
+    probe = evaluation_files.passkey(args.out, found, title) if found and first else None
+    found = hindsight_by_distance(trained, tokens) if args.hindsight_samples else None
+    later = evaluation_files.hindsight(args.out, found, title) if found and first else None
+    if first:
+        evaluation_files.summary(args.out, {**_facts(trained, tokens), "loss": loss, "passkey": probe, "hindsight": later})
+
+
+def _facts(trained: Trained, tokens: Array) -> dict[str, Any]:
+    """What was measured, when and by what."""
     import megatron.core
     import torch
 
-    from megatron_lighthouse.recipe import evaluation_plots
-
-    out: Path = args.out
-    out.mkdir(parents=True, exist_ok=True)
-    name = f"{args.load}, iteration {iteration}, {args.attention} attention"
-    if loss:
-        _write_csv(out / "loss.csv", loss["buckets"])
-        _write_csv(out / "loss_by_sequence.csv", loss.pop("by_sequence"))
-        evaluation_plots.loss_by_position(loss["buckets"], out / "loss.png", name)
-        print(f"held-out loss {loss['mean']:.4f} ± {loss['standard_error']:.4f} nats per byte, {loss['sequences']} sequences")
-    if probe:
-        cells = probe.pop("cells")
-        _write_csv(out / "passkey.csv", cells)
-        _write_csv(out / "passkey_by_question.csv", probe.pop("questions"))
-        evaluation_plots.passkey(cells, out / "passkey.png", name)
-        for filler, result in probe["fillers"].items():
-            error = result["accuracy_standard_error"]
-            print(f"passkey in {filler}: {result['accuracy']:.1%} ± {error:.1%} right of {result['samples']}, chance 10%")
-    if later:
-        rows = later.pop("distances")
-        _write_csv(out / "hindsight.csv", rows)
-        evaluation_plots.hindsight(rows, out / "hindsight.png", name)
-        print(f"hindsight {later['difference']:.4f} ± {later['standard_error']:.4f} nats per byte, {later['samples']} samples")
-    summary = {
+    args = trained.args
+    return {
         "load": str(args.load),
-        "iteration": iteration,
+        "iteration": trained.iteration,
         "attention": args.attention,
+        "lighthouse_layers": args.lighthouse_layers,
         "held_out": {"tokens": len(tokens), "sha256": hashlib.sha256(tokens.tobytes()).hexdigest()},
-        "loss": loss,
-        "passkey": probe,
-        "hindsight": later,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "versions": {
@@ -256,24 +273,6 @@ def _write(args: argparse.Namespace, iteration: int, tokens: Array, loss: Result
             "python": platform.python_version(),
         },
     }
-    (out / "evaluation.json").write_text(json.dumps(_without_nan(summary), indent=1) + "\n")
-    print(f"results: {out}")
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: null in its place."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _write_csv(path: Path, rows: Sequence[dict[Any, Any]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ from megatron_lighthouse.plots import STAGE_COLOURS, read_scalars
 STAGES = ("lighthouse", "dense")
 LAYERS = "lighthouse/layers"
 """The scalar that `mcore.switch` writes: layers that use Lighthouse."""
+STAGE2_AT = "lighthouse_stage2_at"
+"""The argument that says when the run's job switches."""
+SIZES = ("seq_length", "global_batch_size")
 type Losses = dict[int, float]
 """Loss in nats by iteration, in order."""
 
@@ -133,7 +137,8 @@ def read_losses(folders: Sequence[Path]) -> tuple[Losses, list[int], Losses]:
 
 
 def read_run(folder: Path, switch: int | None = None) -> Run:
-    """A run and where it switched: as `switch` says, else by the scalar of Lighthouse layers, else between its two logs.
+    """A run and where it switched: as `switch` says, else the last job's argument, else the scalar of Lighthouse layers, of
+    which not every iteration is logged, else between its two logs.
 
     Raises:
         ValueError: a log without losses, or one that does not say where the switch was.
@@ -141,16 +146,19 @@ def read_run(folder: Path, switch: int | None = None) -> Run:
     folders = logs(folder)
     losses, starts, layers = read_losses(folders)
     layers = {i: n for i, n in layers.items() if i in losses}
-    if switch is not None:
-        layers = {}
-    elif layers:
-        switch = max(i for i, n in layers.items() if n == max(layers.values()))
-    elif len(folders) > 1:
+    said, full = arguments(folders[-1]), max(layers.values(), default=0)
+    if switch is None:
+        switch = said.get(STAGE2_AT)
+    if switch is None and layers:
+        switch = max(i for i, n in layers.items() if n == full)
+    if switch is None and len(folders) > 1:
         switch = max((i for i in losses if i < starts[-1]), default=starts[-1] - 1)
-    else:
+    if switch is None:
         raise ValueError(f"the log in {folders[0]} does not say when layers became dense: add --switch ITER.")
-    dense_from = min((i for i in losses if i > switch and not layers.get(i)), default=switch + 1)
-    return Run(losses, switch, dense_from, tokens_of(folders[0]))
+    # where all use Lighthouse after --switch, stage 1 had trained on past the checkpoint that stage 2 took up
+    dense_from = min((i for i in losses if i > switch and layers.get(i, 0) in (0, full)), default=switch + 1)
+    tokens = math.prod(said[name] for name in SIZES) if said.keys() >= {*SIZES} else None
+    return Run(losses, switch, dense_from, tokens)
 
 
 def logs(folder: Path) -> list[Path]:
@@ -159,17 +167,15 @@ def logs(folder: Path) -> list[Path]:
     return [base / name for name in STAGES if (base / name).is_dir()] or [base]
 
 
-def tokens_of(folder: Path) -> int | None:
-    """Tokens of an iteration, from the arguments that Megatron writes into the log."""
+def arguments(folder: Path) -> dict[str, int]:
+    """`SIZES` and `STAGE2_AT`, where given, of the last job in a log: Megatron writes its arguments into it."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = EventAccumulator(str(folder), size_guidance={"tensors": 0})
     log.Reload()
-    tags = [f"{name}/text_summary" for name in ("seq_length", "global_batch_size")]
-    if not set(tags) <= set(log.Tags()["tensors"]):
-        return None
-    sequence, batch = (int(log.Tensors(tag)[-1].tensor_proto.string_val[0]) for tag in tags)
-    return sequence * batch
+    tags = {name: tag for name in (*SIZES, STAGE2_AT) if (tag := f"{name}/text_summary") in log.Tags()["tensors"]}
+    last = {name: log.Tensors(tag)[-1].tensor_proto.string_val[0] for name, tag in tags.items()}
+    return {name: int(value) for name, value in last.items() if value.isdigit()}
 
 
 def report(run: Run, measured: Recovery, dense: Losses | None, width: int) -> dict[str, Any]:

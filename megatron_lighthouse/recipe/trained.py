@@ -16,23 +16,28 @@ from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import training
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args
+from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import (
     checkpoint_exists,
     get_checkpoint_name,
     get_checkpoint_tracker_filename,
+    load_args_from_checkpoint,
     read_metadata,
 )
+from megatron.training.global_vars import set_global_variables
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_lighthouse.mcore import machine, pretrain
+from megatron_lighthouse.mcore import machine, pretrain, settings
 from megatron_lighthouse.mcore.arguments import ArgumentsProvider, use_attention, with_lighthouse_arguments
 from megatron_lighthouse.mcore.fused import with_fused_attention
 from megatron_lighthouse.mcore.run_options import check_run_options
 from megatron_lighthouse.mcore.text import text_files
+from megatron_lighthouse.recipe.same_model import check_same_model
 
 type Array = numpy.ndarray[Any, Any]
+BY_SPEC = ["megatron_lighthouse.mcore.spec", "lighthouse"]
+"""As --spec, the same as --attention lighthouse."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +75,18 @@ def parse(add_arguments: ArgumentsProvider) -> argparse.Namespace:
     """Megatron's arguments and those of the entry point, so that a run's own command line is understood, and what is added.
 
     Raises:
-        ValueError: a checkpoint that is not there, or a layout that is not supported.
+        ValueError: a checkpoint that is not there or holds another model, or a layout that is not supported.
     """
     machine.adapt()
-    args = parse_and_validate_args(extra_args_provider=with_lighthouse_arguments(_with(add_arguments)))
+    args = parse_args(with_lighthouse_arguments(_with(add_arguments)))
+    if args.use_checkpoint_args:
+        load_args_from_checkpoint(args)
+    _leave_training(args)
+    validate_args(args)
+    set_global_variables(args)
     args.skip_train = args.no_load_optim = args.no_load_rng = True  # no optimizer is made
     args.finetune, args.save = False, None
-    if args.attention == "dense":
-        args.lighthouse_stage2_at = None  # of a training run's arguments: there is nothing to switch
+    args.train_samples = None  # a run's: in batches of another size they are other iterations
     check_run_options(args)
     for name in ("context_parallel_size", "pipeline_model_parallel_size"):
         if getattr(args, name) != 1:
@@ -93,7 +102,37 @@ def parse(add_arguments: ArgumentsProvider) -> argparse.Namespace:
     if not Path(_folder(args)).is_dir():
         there = ", ".join(sorted(path.name for path in Path(args.load).glob("iter_*")))
         raise ValueError(f"--load {args.load} has no {Path(_folder(args)).name}: give --ckpt-step one of {there}.")
+    check_same_model(args, stored_arguments(args))
+    settle_attention(args, iteration_of(args))
     return args
+
+
+def _leave_training(args: argparse.Namespace) -> None:
+    """Of a run's arguments: what does not fit one sequence at a time on each of any number of ranks, and the run's own logs."""
+    args.micro_batch_size = 1
+    args.global_batch_size = args.eval_global_batch_size = args.eval_micro_batch_size = None  # Megatron's: one a rank
+    args.rampup_batch_size = args.step_batch_size_schedule = args.phase_transition_iterations = None
+    args.override_ckpt_iteration = None  # would be refused for the batch size
+    args.tensorboard_dir = args.wandb_project = None
+    args.enable_one_logger = False
+    args.lighthouse_telemetry_interval, args.lighthouse_telemetry_layers = 0, None
+
+
+def settle_attention(args: argparse.Namespace, iteration: int) -> None:
+    """Make `attention` what the layers do at the checkpoint's iteration: dense, where all of them have switched by then.
+
+    Sets `lighthouse_layers`, how many have not, and `switched_at`: --lighthouse-stage2-at where none is left, else None.
+    """
+    if args.spec == BY_SPEC:
+        args.spec, args.attention = None, "lighthouse"
+    args.lighthouse_layers, args.switched_at = 0, None
+    if args.attention == "lighthouse":
+        given, layers = settings.settings_from(args), args.num_layers
+        args.lighthouse_layers = given.lighthouse_layers(layers) - given.dense_by_now(layers, iteration)
+        if given.stage2 and not args.lighthouse_layers:
+            args.attention, args.switched_at = "dense", given.stage2.at
+    if args.attention == "dense":
+        args.lighthouse_stage2_at = None  # there is nothing to switch
 
 
 def _with(add_arguments: ArgumentsProvider) -> ArgumentsProvider:
@@ -115,17 +154,27 @@ def load(args: argparse.Namespace) -> Trained:
     return Trained(args, args.iteration, models[0].eval())
 
 
+def iteration_of(args: argparse.Namespace) -> int:
+    """Of the checkpoint that `args` name; 0 of a release."""
+    return args.ckpt_step or read_metadata(get_checkpoint_tracker_filename(args.load))[0]
+
+
 def _folder(args: argparse.Namespace) -> str:
     iteration, release = read_metadata(get_checkpoint_tracker_filename(args.load))
     return get_checkpoint_name(args.load, args.ckpt_step or iteration, release and not args.ckpt_step, return_base_dir=True)
 
 
-def training_text(args: argparse.Namespace) -> list[str]:
-    """What the run that made the checkpoint was given as --text-data; nothing for other data or formats."""
+def stored_arguments(args: argparse.Namespace) -> argparse.Namespace | None:
+    """Those of the run that made the checkpoint; None where it does not say, or in another format."""
     folder = _folder(args)
     if not dist_checkpointing.check_is_distributed_checkpoint(folder):
-        return []
-    return getattr(dist_checkpointing.load_common_state_dict(folder).get("args"), "text_data", None) or []
+        return None
+    return dist_checkpointing.load_common_state_dict(folder).get("args")
+
+
+def training_text(args: argparse.Namespace) -> list[str]:
+    """What the run that made the checkpoint was given as --text-data; nothing for other data or formats."""
+    return getattr(stored_arguments(args), "text_data", None) or []
 
 
 def check_not_trained_on(held_out: Iterable[Path], text: Iterable[str]) -> None:

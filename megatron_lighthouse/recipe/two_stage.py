@@ -147,6 +147,8 @@ def _draw(run: Path, where: str) -> int:
     logs = {attention: plots.read_scalars(run / "tensorboard" / attention) for attention in STAGES}
     plots.loss_curve(logs, run / "loss.png", entropy, title=f"{run.name}: {where}")
     for attention, scalars in logs.items():
+        if "lm loss" not in scalars:  # a stage shorter than --tensorboard-log-interval
+            continue
         steps, values = scalars["lm loss"]
         print(f"{attention}: loss {values[-1]:.3f} at iteration {steps[-1]}")
     if entropy is not None:

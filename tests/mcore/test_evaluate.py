@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,10 +30,10 @@ HELD_OUT = 4 * SEQUENCE
 """Bytes; with the end of the document, four sequences that share their ends."""
 
 
-def evaluate(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+def evaluate(ranks: int, *arguments: str, model: Sequence[str] = MODEL) -> subprocess.CompletedProcess[str]:
     """One process alone, or `ranks` under torchrun."""
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
-    command = [sys.executable, "-m", *torchrun, "megatron_lighthouse.recipe.evaluate", *MODEL, *arguments]
+    command = [sys.executable, "-m", *torchrun, "megatron_lighthouse.recipe.evaluate", *model, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
@@ -180,6 +181,7 @@ def test_the_mean_is_megatrons_validation_loss(evaluated: Evaluated) -> None:
     summary = json.loads((evaluated.out / "evaluation.json").read_text())
     assert_close(summary["loss"]["mean"], evaluated.validation, "parallel loss")
     assert (summary["loss"]["sequences"], summary["iteration"], summary["attention"]) == (4, 3, "lighthouse")
+    assert summary["lighthouse_layers"] == 2
 
 
 def test_errors_are_over_sequences(evaluated: Evaluated) -> None:
@@ -238,9 +240,11 @@ def test_hindsight_is_refused_before_the_model_is_built(evaluated: Evaluated, tm
 
 @pytest.mark.usefixtures("megatron")
 def test_what_was_not_asked_for_is_none(tmp_path: Path) -> None:
-    from megatron_lighthouse.recipe.evaluate import _write
+    from megatron_lighthouse.recipe.evaluate import measure
+    from megatron_lighthouse.recipe.trained import Trained
 
-    _write(Namespace(out=tmp_path, load="ckpt", attention="dense"), 3, TOKENS, None, None, None)
+    asked = Namespace(out=tmp_path, load="ckpt", attention="dense", lighthouse_layers=0, loss_sequences=0, hindsight_samples=0)
+    measure(Trained(asked, 3, tiny(fused=True)), TOKENS, None)
     summary = json.loads((tmp_path / "evaluation.json").read_text())
     assert [summary[name] for name in ("loss", "passkey", "hindsight")] == [None] * 3
     assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_lighthouse.mcore import switch
+from megatron_lighthouse.mcore.settings import add_arguments
 from megatron_lighthouse.recipe import recovery
 from megatron_lighthouse.recipe.recovery import Recovery, caught_up, gap, main, measure, read_run, smoothed
 
@@ -83,9 +85,9 @@ def test_level_with_dense() -> None:
     assert caught_up(SPIKE, curve(0.5, start=9), 4, 2) is None
 
 
-def write(folder: Path, losses: dict[int, float], layers: dict[int, int] | None = None) -> None:
+def write(folder: Path, losses: dict[int, float], layers: dict[int, int] | None = None, at: int | None = None) -> None:
     with SummaryWriter(str(folder)) as log:
-        for name, value in (("seq_length", 64), ("global_batch_size", 2)):
+        for name, value in (("seq_length", 64), ("global_batch_size", 2), (recovery.STAGE2_AT, at)):
             log.add_text(name, str(value))
         for iteration, loss in losses.items():
             log.add_scalar("lm loss", loss, iteration)
@@ -97,12 +99,47 @@ def test_the_scalar_is_the_one_that_a_run_writes() -> None:
     assert recovery.LAYERS == switch.SCALAR
 
 
+def test_the_argument_is_the_one_that_a_run_has() -> None:
+    parser = add_arguments(argparse.ArgumentParser())
+    assert getattr(parser.parse_args(["--lighthouse-stage2-at", "5"]), recovery.STAGE2_AT) == 5
+
+
 def test_one_job(tmp_path: Path) -> None:
     layers = curve(4, 4, 4, 3, 1, 0, 0, 0, 0)
     write(tmp_path / "tensorboard", SPIKE, {**layers, 10: 0})  # of an iteration that failed
     run = read_run(tmp_path)
     assert (run.losses, run.switch, run.dense_from, run.tokens) == (SPIKE, 3, 6, 128)
     assert read_run(tmp_path / "tensorboard", switch=5).switch == 5
+
+
+def test_a_switch_between_two_logged_iterations(tmp_path: Path) -> None:
+    """The last logged one with Lighthouse is 4; the job says 5."""
+    losses, layers = curve(3.0, 5.0, 3.0, start=4, step=4), curve(4, 0, 0, start=4, step=4)
+    write(tmp_path / "one", losses, layers, at=5)
+    run = read_run(tmp_path / "one")
+    assert (run.switch, run.dense_from, run.tokens) == (5, 8, 128)
+    row = recovery.report(run, measure(run.losses, run.switch, run.dense_from, 1), None, 1)
+    assert (row["iterations_to_recover"], row["tokens_to_recover"]) == (7, 7 * 128)
+    write(tmp_path / "two", {4: 3.0}, {4: 4}, at=100)  # stopped before; the job that went on was dense
+    write(tmp_path / "two", {8: 5.0})
+    assert read_run(tmp_path / "two").switch == 4
+
+
+def test_a_named_switch_of_a_return_layer_by_layer(tmp_path: Path) -> None:
+    """The last layer, which makes the spike, is dense from iteration 60 on."""
+    layers = {i: 4 if i <= 40 else 4 - -(-4 * (i - 40) // 20) for i in range(1, 81)}
+    write(tmp_path, {i: 6.0 if i == 60 else 3.0 for i in layers}, layers)
+    for named in (None, 40):
+        run = read_run(tmp_path, named)
+        measured = measure(run.losses, run.switch, run.dense_from, 10)
+        assert (run.switch, run.dense_from, measured.spike, measured.spike_iteration) == (40, 56, 3.0, 60)
+
+
+def test_a_named_switch_before_the_end_of_stage_1(tmp_path: Path) -> None:
+    write(tmp_path, curve(8.0, 3.0, 3.0, 2.5), curve(4, 4, 4, 4))
+    write(tmp_path, {i: x for i, x in SPIKE.items() if i > 3})
+    run = read_run(tmp_path, 3)
+    assert (run.losses, run.switch, run.dense_from) == (SPIKE, 3, 4)
 
 
 @pytest.mark.parametrize("says", [True, False], ids=["with the scalar", "without it"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from pathlib import Path
 
@@ -51,6 +52,17 @@ def test_written_once_and_again_when_the_text_changes(tmp_path: Path) -> None:
     assert Path(f"{first[0]}.bin").stat().st_mtime_ns == stamp
     file.write_bytes(b"b" * 2001)
     assert text.write_datasets([str(file)], out) != first
+
+
+def test_paths_are_kept_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint says what was read, to whoever evaluates it from another folder."""
+    (tmp_path / "a.txt").write_bytes(b"a" * 2000)
+    (tmp_path / "link").symlink_to(tmp_path / "a.txt")
+    monkeypatch.chdir(tmp_path)
+    args = text.add_arguments(argparse.ArgumentParser()).parse_args(["--text-data", "a.txt", "link", "no/../b"])
+    assert args.text_data == [str(tmp_path.resolve() / name) for name in ("a.txt", "a.txt", "b")]
+    names = [text.write_datasets(paths, "out") for paths in (["a.txt"], args.text_data[:1])]
+    assert names[0] == names[1], "data that was written before is found again"
 
 
 def test_what_is_no_text_is_refused(tmp_path: Path) -> None:

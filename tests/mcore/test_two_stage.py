@@ -9,10 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from torch.utils.tensorboard import SummaryWriter
 
 from megatron_lighthouse.mcore import progress
 from megatron_lighthouse.mcore.progress import last_iteration
 from megatron_lighthouse.plots import read_scalars
+from megatron_lighthouse.recipe import two_stage
 from megatron_lighthouse.recipe.presets import default_text, preset_for
 from tests.mcore.harness import ROOT
 
@@ -39,6 +41,23 @@ def test_both_stages_and_again(tmp_path: Path) -> None:
     again = recipe(tmp_path, *short)
     assert again.returncode == 0
     assert again.stdout.count("is reached already") == 2
+
+
+def test_a_stage_without_a_logged_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As --tensorboard-log-interval leaves a stage that is shorter."""
+    checkpoints, logs = tmp_path / "short" / "checkpoints", tmp_path / "short" / "tensorboard"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text("3")
+    for attention in two_stage.STAGES:
+        with SummaryWriter(str(logs / attention)) as log:
+            log.add_text("seq_length", "64")
+            if attention == "lighthouse":
+                log.add_scalar("lm loss", 2.5, 2)
+    assert two_stage.main(["--runs", str(tmp_path), "--name", "short", "--steps", "2", "--dense-steps", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "lighthouse: loss 2.500 at iteration 2" in printed
+    assert "dense: loss" not in printed
+    assert (tmp_path / "short" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_failed_run_shows_why(tmp_path: Path) -> None:

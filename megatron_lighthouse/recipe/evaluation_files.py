@@ -1,0 +1,115 @@
+"""What an evaluation leaves in `--out`: a measurement's tables and picture once it is taken, `evaluation.json` last.
+
+Each file appears whole. By rank 0 alone.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_lighthouse.recipe import evaluation_plots
+
+type Result = dict[str, Any]
+SUMMARY = "evaluation.json"
+NAMES = (
+    *(SUMMARY, "loss.csv", "loss_by_sequence.csv", "loss.png", "passkey.csv", "passkey_by_question.csv", "passkey.png"),
+    *("hindsight.csv", "hindsight.png"),
+)
+"""All there can be; the summary, which says that the others are there, is removed first."""
+PARTIAL = ".partial"
+"""After the name of a file that is being written."""
+
+
+def start(out: Path) -> None:
+    """Make the folder, and remove what an earlier evaluation wrote there, for it may be of another checkpoint.
+
+    Raises:
+        ValueError: a path that cannot be such a folder.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in NAMES:
+            (out / name).unlink(missing_ok=True)
+            (out / (name + PARTIAL)).unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=out):  # whether files can be written, before hours of work
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--out {out} must be a folder that can be written to, or not exist yet, such as results: {error}."
+        ) from None
+
+
+def loss(out: Path, found: Result, title: str) -> Result:
+    """Write it and say it; answers what belongs in the summary."""
+    _write_csv(out / "loss.csv", found["buckets"])
+    _write_csv(out / "loss_by_sequence.csv", found["by_sequence"])
+    with _whole(out / "loss.png") as partial:
+        evaluation_plots.loss_by_position(found["buckets"], partial, title)
+    print(f"held-out loss {found['mean']:.4f} ± {found['standard_error']:.4f} nats per byte, {found['sequences']} sequences")
+    return _without(found, "by_sequence")
+
+
+def passkey(out: Path, found: Result, title: str) -> Result:
+    """As `loss`."""
+    _write_csv(out / "passkey.csv", found["cells"])
+    _write_csv(out / "passkey_by_question.csv", found["questions"])
+    with _whole(out / "passkey.png") as partial:
+        evaluation_plots.passkey(found["cells"], partial, title)
+    for filler, result in found["fillers"].items():
+        error = result["accuracy_standard_error"]
+        print(f"passkey in {filler}: {result['accuracy']:.1%} ± {error:.1%} right of {result['samples']}, chance 10%")
+    return _without(found, "cells", "questions")
+
+
+def hindsight(out: Path, found: Result, title: str) -> Result:
+    """As `loss`."""
+    _write_csv(out / "hindsight.csv", found["distances"])
+    with _whole(out / "hindsight.png") as partial:
+        evaluation_plots.hindsight(found["distances"], partial, title)
+    print(f"hindsight {found['difference']:.4f} ± {found['standard_error']:.4f} nats per byte, {found['samples']} samples")
+    return _without(found, "distances")
+
+
+def summary(out: Path, facts: Result) -> None:
+    """Write `evaluation.json`: after all else, so that where it is, all is."""
+    with _whole(out / SUMMARY) as partial:
+        partial.write_text(json.dumps(_without_nan(facts), indent=1) + "\n")
+    print(f"results: {out}")
+
+
+def _without(found: Result, *names: str) -> Result:
+    return {name: value for name, value in found.items() if name not in names}
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: null in its place."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _write_csv(path: Path, rows: Sequence[dict[Any, Any]]) -> None:
+    with _whole(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Where to write so that `path` appears whole, or not at all."""
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -63,7 +63,7 @@ keep() (
     flock 9
     # 1 is of a log that grows meanwhile
     tar -C "$WORK" -czf "$OUT/scaling.tgz" --exclude='data*' --exclude=tensorboard --exclude=lock . || (($? == 1))
-    cp "$WORK"/study/*.csv "$WORK"/study/*.png "$OUT" || true
+    cp "$WORK"/study/*.csv "$WORK"/study/*.png "$OUT" 2>/dev/null || true
 ) 9>"$WORK/lock"
 
 first_gpu() {

@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_lighthouse import telemetry
 from megatron_lighthouse.config import LighthouseConfig
-from megatron_lighthouse.context_parallel.attention import sharded_attention
+from megatron_lighthouse.context_parallel.attention import comm_type_problem, sharded_attention
 from megatron_lighthouse.context_parallel.deal import Deal
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.halo import with_halo
@@ -23,6 +23,9 @@ from megatron_lighthouse.ranges import step
 from megatron_lighthouse.scorers import SCORERS
 from megatron_lighthouse.selection import Selection
 from megatron_lighthouse.steps import HaloTravel, Steps, steps_for
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Those that the steps and the inner attention compute in."""
 
 
 def lighthouse_attention(
@@ -40,7 +43,7 @@ def lighthouse_attention(
     """Causal attention through a selected set of pyramid entries.
 
     Args:
-        query: [N, B, H, D], after RoPE; any floating dtype, any strides. Megatron's "sbhd".
+        query: [N, B, H, D], after RoPE; float64, float32, bfloat16 or float16, any strides. Megatron's "sbhd".
         key, value: [N, B, G, D], G dividing H; same dtype and device as the query.
         softmax_scale: of the inner attention; 1/sqrt(D) by default. Not with `attend`.
         cp_group: the context-parallel ranks among which the sequence is sharded. Each of C ranks passes its zigzag shard,
@@ -48,8 +51,8 @@ def lighthouse_attention(
         cp_comm_type: 'p2p', 'all_gather' or 'a2a': how the inner attention crosses ranks. See `sharded_attention`.
         attend: the inner attention, over this rank's rows under context parallelism; the backend that `config.inner` names by
             default.
-        selection: attend to these entries instead of selecting (it carries no gradient either way). Not under context
-            parallelism.
+        selection: attend to these entries instead of selecting (it carries no gradient either way): a `Selection`, such as
+            `attended_rows` has, not the numbers that `lighthouse_select` gives. Not under context parallelism.
 
     Returns:
         [N, B, H, D] in the query's dtype (under torch.autocast in the inner attention's); under context parallelism, this
@@ -60,7 +63,11 @@ def lighthouse_attention(
     Raises:
         ValueError: shapes or dtypes that do not fit each other, an N that does not fit the config or the ranks, or an inner
             attention that is forced and is not there. Raised before any collective, and on every rank alike.
+        TypeError: a selection that is no `Selection`.
     """
+    # by name alone, here: under Transformer Engine's attention `attended_rows` may be given a scheme of its own
+    if problem := comm_type_problem(cp_comm_type, 1, 1, 1):
+        raise ValueError(problem)
     return attended_rows(
         query,
         key,
@@ -204,6 +211,12 @@ def _numbered_in_whole(entries: Tensor, here: Pyramid, layout: Layout) -> Tensor
 def _check_selection(selection: Selection, query: Tensor, key: Tensor, geometry: Geometry, exchange: Exchange | None) -> None:
     if exchange is not None:
         raise ValueError("a selection can be given without context parallelism alone: leave out `selection` or `cp_group`.")
+    if not isinstance(selection, Selection):
+        raise TypeError(
+            f"selection must be a megatron_lighthouse.selection.Selection, not a {type(selection).__name__}: pass "
+            "`attended_rows(query, key, value, config).selection` (of megatron_lighthouse.attention), or leave it out. What "
+            "lighthouse_select gives are numbers of entries."
+        )
     if selection.geometry != geometry:
         raise ValueError(f"selection was made for {selection.geometry}, not for {geometry}.")
     if selection.places.shape[:2] != (query.shape[1], key.shape[2]):
@@ -218,8 +231,13 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"expected query [N, B, H, D] and key and value of one shape [N, B, G, D], got {shapes}.")
     if query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]:
         raise ValueError(f"query, key and value must agree in N, B and D, got {shapes}.")
-    if not key.shape[2] or query.shape[2] % key.shape[2]:
-        raise ValueError(f"the query heads (dimension 2) must be a multiple of the key/value heads, got {shapes}.")
+    if not query.shape[2] or not key.shape[2] or query.shape[2] % key.shape[2]:
+        raise ValueError(
+            f"the query heads (dimension 2) must be a multiple of the key/value heads, and neither can be 0, got {shapes}."
+        )
     kinds = {(x.dtype, x.device) for x in (query, key, value)}
-    if len(kinds) > 1 or not query.dtype.is_floating_point:
-        raise ValueError(f"query, key and value must share one floating dtype and one device, got {sorted(map(str, kinds))}.")
+    if len(kinds) > 1 or query.dtype not in DTYPES:
+        raise ValueError(
+            "query, key and value must share one device and one dtype, float64, float32, bfloat16 or float16, got "
+            f"{sorted(map(str, kinds))}."
+        )

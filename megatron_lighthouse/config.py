@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 
 from megatron_lighthouse.geometry import Geometry
 from megatron_lighthouse.inner import INNER
 from megatron_lighthouse.scorers import SCORERS
 from megatron_lighthouse.steps import STEPS
+
+TRIED = 1000
+"""Values that are tried each way from one that does not work: trying all takes hours where a length is far too great."""
 
 
 def flag(name: str) -> str:
@@ -139,15 +144,12 @@ class LighthouseConfig:
         below, above = self._neighbours(seq_length, unit)
         least = self._neighbours(window * self.budget - 1, unit)[1]
         lengths = [n for n in (below, above) if self._fits(n, ranks)] or [n for n in (least,) if self._fits(n, ranks)]
-        budgets = [
-            k
-            for k in range(self.tile_budget, max(0, seq_length) // window + 1, self.tile_budget)
-            if k != self.budget and self._fits(seq_length, ranks, k)
-        ]
-        sizes = [n for n in range(1, max(0, seq_length) // (2 * window) + 1) if n != ranks and self._fits(seq_length, n)]
-        offers = [_either("--seq-length", lengths), _either(flag("budget"), _nearest(budgets, self.budget))]
+        windows = max(0, seq_length) // window
+        budgets = _nearest(self.budget, self.tile_budget, windows, lambda k: self._fits(seq_length, ranks, k))
+        offers = [_either("--seq-length", lengths), _either(flag("budget"), budgets)]
         if ranks > 1:
-            offers.append(_either("--context-parallel-size", _nearest(sizes, ranks)))
+            sizes = _nearest(ranks, 1, windows // 2, lambda n: self._fits(seq_length, n))
+            offers.append(_either("--context-parallel-size", sizes))
         if not budgets:
             for m in (64, 32, 16, 8, 4, 2):
                 if m < self.tile_budget and self._fits(seq_length, ranks, m, m):
@@ -157,8 +159,7 @@ class LighthouseConfig:
 
     def _other_tile_budgets(self) -> str:
         """The even divisors of the budget that lie nearest; where there is none, a pair that works."""
-        fits = [m for m in range(2, self.budget + 1, 2) if self.budget % m == 0]
-        best = _either(flag("tile_budget"), _nearest(fits, self.tile_budget))
+        best = _either(flag("tile_budget"), _nearest(self.tile_budget, 2, self.budget, lambda m: self.budget % m == 0))
         return best or f"{flag('budget')} 1536 {flag('tile_budget')} 128"
 
     def replace(self, **changes: object) -> LighthouseConfig:
@@ -171,8 +172,11 @@ def _chunks(ranks: int) -> int:
     return 2 * ranks if ranks > 1 else 1
 
 
-def _nearest(values: list[int], to: int) -> list[int]:
-    return sorted(sorted(values, key=lambda x: abs(x - to))[:2])
+def _nearest(to: int, unit: int, most: int, fits: Callable[[int], bool]) -> list[int]:
+    """The two multiples of `unit`, at most `most`, that fit and lie nearest to `to`, which does not; of TRIED each way."""
+    middle = min(to, most) // unit * unit
+    near = range(max(unit, middle - TRIED * unit), min(most, middle + TRIED * unit) + 1, unit)
+    return sorted(islice(filter(fits, sorted(near, key=lambda n: abs(n - to))), 2))
 
 
 def _either(name: str, values: list[int]) -> str:

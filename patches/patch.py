@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ ELSEWHERE = "train with `python -m megatron_lighthouse.pretrain_gpt`, which need
 
 
 class Refused(Exception):
-    """The checkout is not one that the patch is for."""
+    """The patch cannot go into this checkout, or out of it."""
 
 
 def version_of(checkout: Path) -> str:
@@ -50,15 +51,43 @@ def is_applied(checkout: Path) -> bool:
         return True
     if fits(checkout):
         return False
+    raise Refused(f"pretrain_gpt.py in {checkout} {_misfit(checkout)}, or {ELSEWHERE}.")
+
+
+def _misfit(checkout: Path) -> str:
+    """Why the patch fits neither way, and what to do."""
+    file = checkout / "pretrain_gpt.py"
+    if file.is_symlink():
+        return f"is a symbolic link to {os.readlink(file)}, which git does not patch: put a copy of that file in its place"
+    text = file.read_bytes()
+    if b"\r\n" in text and (fits(checkout, "--ignore-whitespace") or fits(checkout, "--reverse", "--ignore-whitespace")):
+        return "has CRLF line ends where the patch has LF: convert it (sed -i 's/\\r$//' pretrain_gpt.py)"
+    added = [line[1:] for line in PATCH.read_bytes().splitlines() if line.startswith(b"+") and not line.startswith(b"+++")]
+    found = sum(line in text for line in added)
+    if 0 < found < len(added):
+        return f"is partly patched ({found} of the {len(added)} new lines are in it): restore upstream's file"
     reason = _git_apply(checkout, "--check").stderr.strip()
-    raise Refused(f"pretrain_gpt.py in {checkout} differs from upstream's where the patch goes ({reason}): {ELSEWHERE}.")
+    return f"differs from upstream's where the patch goes ({reason}): restore upstream's file"
+
+
+def change(checkout: Path, *options: str) -> None:
+    """Apply the patch, or revert it by "--reverse". Raises Refused where git cannot write."""
+    file = checkout / "pretrain_gpt.py"
+    mode = stat.S_IMODE(file.stat().st_mode)
+    result = _git_apply(checkout, *options)
+    if result.returncode:
+        raise Refused(f"git could not write {file} ({result.stderr.strip()}): make {checkout} writable, or {ELSEWHERE}.")
+    file.chmod(mode)  # git writes a new file, with the mode that the umask gives
 
 
 def _git_apply(checkout: Path, *options: str) -> subprocess.CompletedProcess[str]:
     # outside any repository's view, so that an enclosing one does not change what the paths mean
     environment = {**os.environ, "GIT_DIR": os.devnull, "LC_ALL": "C"}
     command = ["git", "apply", *options, str(PATCH)]
-    return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+    try:
+        return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise Refused(f"git is needed, and is not on PATH: install it, or {ELSEWHERE}.") from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,12 +98,12 @@ def main(argv: list[str] | None = None) -> int:
     checkout: Path = options.checkout
     try:
         applied = is_applied(checkout)
-    except Refused as error:
+        wanted = {"apply": True, "revert": False}.get(options.action, applied)
+        if wanted != applied:
+            change(checkout, *([] if wanted else ["--reverse"]))
+    except (Refused, PermissionError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return 1
-    wanted = {"apply": True, "revert": False}.get(options.action, applied)
-    if wanted != applied:
-        _git_apply(checkout, *([] if wanted else ["--reverse"])).check_returncode()
     state = "takes --attention lighthouse" if wanted else "is as upstream has it"
     print(f"{checkout / 'pretrain_gpt.py'} {state}{'' if wanted != applied else ' (unchanged)'}")
     return 0

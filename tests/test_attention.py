@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_lighthouse import LighthouseConfig, lighthouse_attention
+from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthouse_select
+from megatron_lighthouse.attention import attended_rows
 from megatron_lighthouse.reference import gather, scatter
 from megatron_lighthouse.selection import Selection
 from tests.oracle import Problem, attention, problems
@@ -184,6 +186,8 @@ QKV = (32, 1, 2, 2)
         pytest.param(QKV, (32, 1, 2, 3), (32, 1, 2, 3), "agree in N, B and D", id="head dims differ"),
         pytest.param((32, 1, 3, 2), QKV, QKV, "multiple of the key/value heads", id="3 heads, 2 groups"),
         pytest.param(QKV, (32, 1, 4, 2), (32, 1, 4, 2), "multiple of the key/value heads", id="2 heads, 4 groups"),
+        pytest.param((32, 1, 0, 2), QKV, QKV, "neither can be 0", id="no heads"),
+        pytest.param((32, 1, 0, 2), (32, 1, 0, 2), (32, 1, 0, 2), "neither can be 0", id="no heads, no groups"),
         pytest.param((30, 1, 2, 2), (30, 1, 2, 2), (30, 1, 2, 2), "--seq-length 30", id="length does not fit"),
     ],
 )
@@ -199,10 +203,37 @@ def test_shapes_that_do_not_fit_are_refused(
 def test_mixed_dtypes_and_devices_are_refused(other: torch.dtype | str) -> None:
     config, x = LighthouseConfig(levels=2, pooling=2, budget=4, tile_budget=2), torch.zeros(QKV)
     for inputs in ((x, x, x.to(other)), (x.to(other), x, x)):
-        with pytest.raises(ValueError, match="must share one floating dtype and one device"):
+        with pytest.raises(ValueError, match="must share one device and one dtype"):
             lighthouse_attention(*inputs, config)
-    with pytest.raises(ValueError, match="must share one floating dtype"):
-        lighthouse_attention(*[x.long()] * 3, config)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64], ids=str)
+def test_dtypes_that_it_does_not_compute_in_are_refused_with_those_that_work(dtype: torch.dtype) -> None:
+    config, x = LighthouseConfig(levels=2, pooling=2, budget=4, tile_budget=2), torch.zeros(QKV)
+    with pytest.raises(ValueError, match=rf"float64, float32, bfloat16 or float16, got .*{dtype}"):
+        lighthouse_attention(*[x.to(dtype)] * 3, config)
+    for works in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        assert lighthouse_attention(*[x.to(works)] * 3, config).dtype == works
+
+
+@pytest.mark.parametrize("scheme", ["bogus", "", "a2a+p2p"])
+def test_an_unknown_scheme_is_refused_on_one_rank_too(scheme: str) -> None:
+    with pytest.raises(ValueError, match=rf"^--cp-comm-type {re.escape(scheme)} .*use p2p, all_gather or a2a"):
+        lighthouse_attention(*tensors(GQA), config_of(GQA), cp_comm_type=scheme)
+    for works in ("p2p", "all_gather", "a2a"):
+        lighthouse_attention(*tensors(GQA), config_of(GQA), cp_comm_type=works)
+
+
+def test_entries_in_place_of_a_selection_are_refused_with_what_to_pass() -> None:
+    query, key, value = tensors(GQA)
+    entries: Any = lighthouse_select(query, key, config_of(GQA))
+    with pytest.raises(
+        TypeError, match=r"Selection, not a Tensor: pass `attended_rows\(query, key, value, config\).selection`"
+    ):
+        lighthouse_attention(query, key, value, config_of(GQA), selection=entries)
+    selection = attended_rows(query, key, value, config_of(GQA)).selection
+    fixed = lighthouse_attention(query, key, value, config_of(GQA), selection=selection)
+    assert torch.equal(fixed, lighthouse_attention(query, key, value, config_of(GQA)))
 
 
 def test_a_scale_beside_an_inner_attention_is_refused() -> None:

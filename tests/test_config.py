@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import FrozenInstanceError
 from itertools import product
 
@@ -192,6 +193,38 @@ def test_every_length_either_fits_or_is_refused_with_advice_that_works(
     assert any(set(offer) == {"seq_length"} for offer in offers)
     for offer in offers:
         assert_works(options, seq_length, offer)
+
+
+@pytest.mark.parametrize(
+    ("options", "seq_length", "ranks"),
+    [
+        pytest.param({}, 99999999999, 1, id="no multiple"),
+        pytest.param({}, 99999999999, 8, id="no multiple, ranks"),
+        pytest.param({}, 192 * 10**9, 7, id="ranks that do not divide"),
+        pytest.param({}, 192 * 10**9, 10**12, id="more ranks than windows"),
+        pytest.param({"budget": 1 + 10**12}, None, 1, id="budget"),
+        pytest.param({"budget": 2 * 10**12, "tile_budget": 127}, None, 1, id="tile budget"),
+    ],
+)
+def test_a_length_with_digits_too_many_is_refused_at_once(options: Values, seq_length: int | None, ranks: int) -> None:
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="use ") as refused:
+        LighthouseConfig(**options).geometry(seq_length or 0, ranks)
+    assert time.perf_counter() - start < 1
+    for offer in advice(str(refused.value)):
+        left = {name: value for name, value in (options | offer).items() if name not in ("seq_length", "context_parallel_size")}
+        if seq_length:
+            length, size = offer.get("seq_length", seq_length), offer.get("context_parallel_size", ranks)
+            LighthouseConfig(**left).geometry(length, size)
+        else:
+            LighthouseConfig(**left)
+
+
+def test_ranks_are_advised_only_where_there_are_several() -> None:
+    config = LighthouseConfig()
+    with pytest.raises(ValueError, match=r"--context-parallel-size 7 .*: use --context-parallel-size 6 or 8"):
+        config.geometry(98304, 7)
+    assert "--context-parallel-size" not in message({}, 98305)
 
 
 def test_fewer_levels_are_advised_only_where_they_help() -> None:

@@ -205,6 +205,12 @@ def test_an_export_of_nsight_systems_is_added_up_as_by_hand(tmp_path: Path, old:
     check_by_hand(report.ranks([write_nsys(tmp_path / "a.sqlite", old=old)], 2))
 
 
+def test_a_trace_of_one_process_may_say_null_for_its_rank(tmp_path: Path) -> None:
+    found = report.ranks([write_torch(tmp_path / "one.json", torch_events(), distributedInfo=None)], None)
+    check_by_hand(found)
+    assert found[0].profile.name == "one.json"
+
+
 def test_without_autograds_ranges_the_thread_tells_backward(tmp_path: Path) -> None:
     """As where somebody profiles without `emit_nvtx`: our ranges are all there is, and what else is recomputed is not known."""
     (rank,) = report.ranks([write_nsys(tmp_path / "a.sqlite", engine_ranges=False)], 2)

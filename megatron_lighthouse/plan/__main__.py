@@ -18,7 +18,7 @@ from megatron_lighthouse.plan import report, scaling
 from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import DEVICES, device_of
 from megatron_lighthouse.plan.model import FLAGS
-from megatron_lighthouse.plan.run import RECOMPUTE, Run, recipes, run_of
+from megatron_lighthouse.plan.run import RECOMPUTE, Run, check_names, recipes, run_of
 from megatron_lighthouse.plan.words import recipe_words, run_of_words
 
 RUN_FLAGS = {
@@ -57,6 +57,7 @@ def run_from(options: argparse.Namespace) -> Run:
     given = {name: value for name, value in vars(options).items() if value is not None}
     changes = {name: given[name] for name in (*RUN_FLAGS, "attention", "recompute", "cp_comm_type") if name in given}
     device = device_of(options.device)
+    check_names(options.attention, options.recompute, options.cp_comm_type)  # before they are read as words of a file
     if options.recipe in recipes() or not (options.recipe.endswith(".args") or Path(options.recipe).is_file()):
         run = run_of(options.recipe, device=device, **changes)
     else:  # what is given comes last, where it wins and sizes that follow from it do so

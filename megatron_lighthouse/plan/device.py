@@ -25,6 +25,8 @@ class Device:
     """To all others, each way."""
     domain: int
     """GPUs in an NVLink domain."""
+    node: int
+    """GPUs of a host: what a job takes of a domain is whole hosts."""
     multiprocessors: int
     source: str
     measured: bool = False
@@ -35,16 +37,23 @@ class Device:
         """Bytes that a run may allocate."""
         return self.memory_gib * 2**30 * (1 - HELD_BACK)
 
+    def holds(self, gpus: int) -> bool:
+        """Whether every group of `gpus` neighbours, counted from the first GPU, lies in one NVLink domain.
+
+        So it is where such groups fill a domain, or where they fill hosts and the job takes so many of each domain (SEGMENT).
+        """
+        return self.domain % gpus == 0 or (gpus < self.domain and gpus % self.node == 0)
+
     def link_bytes_s(self, gpus: int) -> float:
-        """Bytes/s each way within a group of ranks that spans `gpus` neighbours: NVLink where a domain holds them all."""
-        return self.nvlink_bytes_s if gpus <= self.domain else self.network_bytes_s
+        """Bytes/s each way within groups of ranks that span `gpus` neighbours: NVLink where no group straddles domains."""
+        return self.nvlink_bytes_s if self.holds(gpus) else self.network_bytes_s
 
 
 DEVICES = {
-    "h100": Device("H100 SXM 80GB", 989e12, 3.35e12, 80, 450e9, 50e9, 8, 132, "NVIDIA H100 and DGX H100 datasheets", True),
-    "h200": Device("H200 SXM 141GB", 989e12, 4.8e12, 141, 450e9, 50e9, 8, 132, "NVIDIA H200 and DGX H200 datasheets"),
-    "b200": Device("HGX B200 180GB", 2250e12, 8e12, 180, 900e9, 50e9, 8, 148, "NVIDIA DGX B200 datasheet, an eighth of it"),
-    "gb200": Device("GB200 186GB", 2500e12, 8e12, 186, 900e9, 50e9, 72, 148, "NVIDIA GB200 NVL72 datasheet, a 72nd of it"),
+    "h100": Device("H100 SXM 80GB", 989e12, 3.35e12, 80, 450e9, 50e9, 8, 8, 132, "NVIDIA H100 and DGX H100 datasheets", True),
+    "h200": Device("H200 SXM 141GB", 989e12, 4.8e12, 141, 450e9, 50e9, 8, 8, 132, "NVIDIA H200 and DGX H200 datasheets"),
+    "b200": Device("HGX B200 180GB", 2250e12, 8e12, 180, 900e9, 50e9, 8, 8, 148, "NVIDIA DGX B200 datasheet, an eighth of it"),
+    "gb200": Device("GB200 186GB", 2500e12, 8e12, 186, 900e9, 50e9, 72, 4, 148, "NVIDIA GB200 NVL72 datasheet, a 72nd of it"),
 }
 
 

@@ -50,16 +50,14 @@ def parts(run: Run) -> dict[str, float]:
     model, tp, cp, pp = run.model, run.tensor_parallel, run.context_parallel, run.pipeline_parallel
     parameters, shards = rank_parameters(run), run.data_parallel * cp
     flight = min(pp, run.micro_batches)
-    layers = model.layers / pp
-    # the first stage holds the dense layers at the bottom
-    dense = min(layers, model.dense_first + (model.dense_last if pp == 1 else 0)) if run.attention == "lighthouse" else layers
+    dense, ours = run.stages[0]
     share = run.tokens / tp
-    layer = max(dense_activations(run) if dense else 0.0, lighthouse_activations(run) if layers > dense else 0.0)
-    kept = dense * dense_activations(run) + ((layers - dense) * lighthouse_activations(run) if layers > dense else 0.0)
+    layer = max(dense_activations(run) if dense else 0.0, lighthouse_activations(run) if ours else 0.0)
+    kept = dense * dense_activations(run) + (ours * lighthouse_activations(run) if ours else 0.0)
     # gradients of a layer's output and of the MLP's, and what --recompute-modules mlp makes again
     backward = mlp = share * BF16 * (model.hidden + (6 if run.recompute == "mlp" else 3) * model.ffn)
     if run.recompute == "full":
-        kept, backward = layers * share * BF16 * model.hidden, mlp + layer
+        kept, backward = (dense + ours) * share * BF16 * model.hidden, mlp + layer
     gone = share * BF16 * (2 * model.hidden + _mlp(run))  # the MLP's, and its norm's input and output
     beyond = max(0.0, _attention_backward(run) - gone - mlp)
     logits = run.tokens * run.vocab_rank * (BF16 + FP32)  # Megatron's loss makes an fp32 copy

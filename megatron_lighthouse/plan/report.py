@@ -114,17 +114,17 @@ def _host(run: Run) -> str:
 def link_table(run: Run) -> str:
     """Gigabytes that the busiest rank sends in a step, and over which link."""
     tensor, between, gradients = time.link_bytes(run)
-    cp, pp, layer = run.context_parallel, run.pipeline_parallel, run.layer
-    micro, ours = run.micro_batches, run.lighthouse_layers / pp
+    cp, layer, micro = run.context_parallel, run.layer, run.micro_batches
     crossing = 0.0
     if cp > 1:
         ranks = [Layout(cp, rank) for rank in range(cp)]
         forward = 1 + (run.recompute == "full")  # what is recomputed sends its forward's bytes again
         dense = max(forward * f + b for f, b in (attend_bytes(run.cp_comm_type, run.seq_length, layer, r) for r in ranks))
-        crossing = (run.model.layers / pp - ours) * dense
-        if ours:
+        ours = 0
+        if run.lighthouse_layers:
             plans = [layer_bytes(run.cp_comm_type, run.geometry, layer, r).values() for r in ranks]
-            crossing += ours * max(sum(forward * f + b for f, b in plan) for plan in plans)
+            ours = max(sum(forward * f + b for f, b in plan) for plan in plans)
+        crossing = max(a * dense + b * ours for a, b in run.stages)
     rows = []
     for name, sent in (
         ("tensor parallel", tensor * micro),
@@ -132,7 +132,7 @@ def link_table(run: Run) -> str:
         ("pipeline", between * micro),
         ("data parallel", gradients),
     ):
-        link = "NVLink" if run.spans[name] <= run.device.domain else "network"
+        link = "NVLink" if run.device.holds(run.spans[name]) else "network"
         rows.append((name, f"{sent / 1e9:.3f}", link if sent else "-"))
     note = (
         "\ncontext parallelism beyond 2 ranks is extrapolated: what each other rank costs was measured on 2" if cp > 2 else ""

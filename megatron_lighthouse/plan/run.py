@@ -40,12 +40,24 @@ class Run:
     def spans(self) -> dict[str, int]:
         """Over how many neighbours, in Megatron's order of ranks (tensor, context, data, pipeline), a group's messages go.
 
-        Where not all GPUs are in one NVLink domain, some neighbours in the pipeline are in different ones, and set the pace. A
-        stage that fits a domain is taken to lie in one.
+        Where not all GPUs are in one NVLink domain, some neighbours in the pipeline are in different ones, and set the pace.
+        Where all are, no group can straddle domains, whatever its size: each counts as one GPU.
         """
         tp, pp = self.tensor_parallel, self.pipeline_parallel
         groups = {"tensor parallel": tp, "context parallel": tp * self.context_parallel}
-        return groups | {"pipeline": self.gpus if pp > 1 else 1, "data parallel": self.gpus // pp}
+        groups |= {"pipeline": self.gpus if pp > 1 else 1, "data parallel": self.gpus // pp}
+        return dict.fromkeys(groups, 1) if self.gpus <= self.device.domain else groups
+
+    @property
+    def stages(self) -> list[tuple[int, int]]:
+        """(dense, Lighthouse) layers of each pipeline stage: each has as many of the model's layers, in their order."""
+        model, size = self.model, self.model.layers // self.pipeline_parallel
+        first, last = model.dense_first, model.layers - model.dense_last  # Lighthouse from `first` on, before `last`
+        if self.attention == "dense":
+            first = last
+        starts = [size * stage for stage in range(self.pipeline_parallel)]
+        ours = [max(0, min(last, start + size) - max(first, start)) for start in starts]
+        return [(size - count, count) for count in ours]
 
     def check(self) -> Run:
         """This run. Raises ValueError, naming flag, value, rule and values that work, where it cannot be."""
@@ -56,12 +68,7 @@ class Run:
         ):
             if value < 1:
                 raise ValueError(f"{flag} {value} must be at least 1: use 1 or more.")
-        for flag, name, known in (
-            *(("--attention", self.attention, ("dense", "lighthouse")), ("--recompute", self.recompute, RECOMPUTE)),
-            ("--cp-comm-type", self.cp_comm_type, COMM_TYPES),
-        ):
-            if name not in known:
-                raise ValueError(f"{flag} {name!r} is not known: use {' or '.join(known)}.")
+        check_names(self.attention, self.recompute, self.cp_comm_type)
         if model.groups % tp or model.ffn % tp or model.hidden % tp:
             raise ValueError(
                 f"--tensor-model-parallel-size {tp} must divide the {model.groups} key/value heads, hidden size {model.hidden} "
@@ -139,6 +146,16 @@ class Run:
     def change(self, **changes: Any) -> Run:
         """A copy with `changes`."""
         return replace(self, **changes)
+
+
+def check_names(attention: str | None, recompute: str | None, cp_comm_type: str | None) -> None:
+    """Raises ValueError, naming those that work, where one of these is not known; None is not given."""
+    for flag, name, known in (
+        *(("--attention", attention, ("dense", "lighthouse")), ("--recompute", recompute, RECOMPUTE)),
+        ("--cp-comm-type", cp_comm_type, COMM_TYPES),
+    ):
+        if name is not None and name not in known:
+            raise ValueError(f"{flag} {name!r} is not known: use {' or '.join(known)}.")
 
 
 def recipes() -> dict[str, dict[str, Any]]:

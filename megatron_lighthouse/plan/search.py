@@ -49,7 +49,7 @@ def rank(run: Run, speed: Coefficients) -> Ranking:
 def _layouts(run: Run) -> Iterator[Run]:
     model = run.model
     for tp in _divisors(math.gcd(model.groups, run.gpus)):
-        if tp > run.device.domain:
+        if not run.device.holds(run.change(tensor_parallel=tp).spans["tensor parallel"]):
             continue  # tensor parallelism stays within an NVLink domain
         for pp in _divisors(math.gcd(model.layers, run.gpus // tp)):
             for cp in _divisors(run.gpus // (tp * pp)):
@@ -89,7 +89,7 @@ def crossover(run: Run, speed: Coefficients) -> list[tuple[int, int, float]]:
     The budget is the run's share of its length, N/k; lengths that the config refuses are left out.
     """
     rows, share = [], run.seq_length / run.config.budget
-    cp, span = run.context_parallel, run.tensor_parallel * run.context_parallel
+    cp, span = run.context_parallel, run.spans["context parallel"]
     for length in (2**n for n in range(12, 21)):
         tile = run.config.tile_budget
         budget = max(tile, round(length / share / tile) * tile)

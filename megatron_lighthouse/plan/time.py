@@ -5,8 +5,8 @@ device; a dense layer is taken to need it for as long as a Lighthouse layer, whi
 
 Not measured, so assumed: tensor-parallel communication is not hidden, and costs the host what the ring of two ranks does;
 context parallelism costs it on more ranks what it does on two; the gradients' reduction hides behind the last micro batch's
-work; links of the network reach the share of their datasheet that NVLink does; a context-parallel group that spans NVLink
-domains sends all its bytes over the network.
+work; links of the network reach the share of their datasheet that NVLink does; where a context-parallel group straddles NVLink
+domains, all send all their bytes over the network. Pipeline stages are not interleaved, and the slowest sets the pace of all.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def crossing_seconds(
     """(forward, forward + backward) that attention over several ranks takes beyond its share of the work.
 
     Args:
-        span: GPUs from the first to the last of the group, which says what links it has.
+        span: GPUs from the first to the last of the group, which says what links it has; 1 where no group straddles domains.
         hide: seconds of attention, behind which p2p's bytes travel.
     """
     if ranks == 1:
@@ -96,13 +96,12 @@ def lighthouse_layer(
 
 
 def step_parts(run: Run, speed: Coefficients) -> Parts:
-    """Seconds of one optimizer step by part, of a pipeline stage with its share of all layers. Their sum is the step.
+    """Seconds of one optimizer step by part, of the slowest pipeline stage. Their sum is the step.
 
     'host, exposed' is what the GPU waits for the host in all of them; `speed.without_host()` gives the step without it.
     """
     model, device, tp, cp, pp = run.model, run.device, run.tensor_parallel, run.context_parallel, run.pipeline_parallel
     layers, tokens = model.layers / pp, run.tokens
-    ours = run.lighthouse_layers / pp
     full, mlp = run.recompute == "full", run.recompute == "mlp"
     passes = 3 + full + mlp * work.mlp_share(model)  # a forward, a backward of twice its work, and what is done again
     linear = tokens * work.linear_flops(model) / tp / device.flops * speed.linear * passes
@@ -111,19 +110,26 @@ def step_parts(run: Run, speed: Coefficients) -> Parts:
     every = {
         "linear layers": linear,
         "elementwise": moved * speed.elementwise * (3 + full),
-        "tensor parallel, exposed": tensor / layers * speed.link / device.link_bytes_s(tp),
+        "tensor parallel, exposed": tensor / layers * speed.link / device.link_bytes_s(run.spans["tensor parallel"]),
     }
-    parts = {name: layers * value for name, value in every.items()}
     output = 2.0 * model.hidden * run.vocab_rank / device.flops * speed.linear * 3
-    parts["logits and loss"] = tokens * (output + 20 * run.vocab_rank / device.memory_bytes_s * speed.copy)
-    waits, host = 0.0, layer_host_seconds(run, speed)
-    for count, attention in ((layers - ours, _dense_parts), (ours, _lighthouse_parts)):
-        if count:
-            own = attention(run, speed)
-            for name, value in own.items():
-                parts[name] = parts.get(name, 0.0) + count * value
-            waits += count * max(0.0, host - sum(every.values()) - sum(own.values()))
-    parts["host, exposed"] = waits
+    logits = tokens * (output + 20 * run.vocab_rank / device.memory_bytes_s * speed.copy)
+    host = layer_host_seconds(run, speed)
+    kinds = _dense_parts(run, speed), _lighthouse_parts(run, speed) if run.lighthouse_layers else {}
+
+    def micro_batch(stage: int) -> Parts:
+        """Seconds that a pipeline stage takes for one, by part. The last has the logits too."""
+        found = {name: layers * value for name, value in every.items()}
+        found["logits and loss"] = logits if stage == pp - 1 else 0.0
+        waits = 0.0
+        for count, own in zip(run.stages[stage], kinds, strict=True):
+            if count:
+                for name, value in own.items():
+                    found[name] = found.get(name, 0.0) + count * value
+                waits += count * max(0.0, host - sum(every.values()) - sum(own.values()))
+        return found | {"host, exposed": waits}
+
+    parts = max(map(micro_batch, range(pp)), key=lambda found: sum(found.values()))
     parts["pipeline, exposed"] = between * speed.link / device.link_bytes_s(run.spans["pipeline"])
     micro = sum(parts.values())
     parts = {name: value * run.micro_batches for name, value in parts.items()}
@@ -137,16 +143,16 @@ def step_parts(run: Run, speed: Coefficients) -> Parts:
 
 def _dense_parts(run: Run, speed: Coefficients) -> Parts:
     """Seconds of the attention of a dense layer for a micro batch, by part of the step."""
-    tp, cp, full = run.tensor_parallel, run.context_parallel, run.recompute == "full"
-    layer = dense_layer(run.seq_length, run.layer, cp, run.cp_comm_type, tp * cp, run.device, speed)
+    cp, span, full = run.context_parallel, run.spans["context parallel"], run.recompute == "full"
+    layer = dense_layer(run.seq_length, run.layer, cp, run.cp_comm_type, span, run.device, speed)
     exposed = layer["exposed"] + full * layer["exposed fwd"]
     return {"dense attention": layer["fwd+bwd"] + full * layer["fwd"] - exposed, "context parallel, exposed": exposed}
 
 
 def _lighthouse_parts(run: Run, speed: Coefficients) -> Parts:
     """As `_dense_parts`, of a Lighthouse layer."""
-    tp, cp, full = run.tensor_parallel, run.context_parallel, run.recompute == "full"
-    layer = lighthouse_layer(run.geometry, run.layer, cp, run.cp_comm_type, tp * cp, run.device, speed)
+    cp, span, full = run.context_parallel, run.spans["context parallel"], run.recompute == "full"
+    layer = lighthouse_layer(run.geometry, run.layer, cp, run.cp_comm_type, span, run.device, speed)
     parts = {}
     for name in ("score", "select", "gather", "scatter"):
         again = full + (run.discard_output and name == "scatter")

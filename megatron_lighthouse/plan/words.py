@@ -75,7 +75,7 @@ def run_of_words(words: Sequence[str], device: Device, gpus: int | None = None) 
     ):
         if wrong:
             raise ValueError(text)
-    settings, gpus = settings_from(args), gpus or max(1, tp * cp * pp)
+    settings, gpus = settings_from(args), max(1, tp * cp * pp) if gpus is None else gpus
     return Run(
         model=_model(args),
         seq_length=args.seq_length,
@@ -94,7 +94,7 @@ def run_of_words(words: Sequence[str], device: Device, gpus: int | None = None) 
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
-    parser = add_arguments(argparse.ArgumentParser(prog="recipe", allow_abbrev=False, add_help=False))
+    parser = add_arguments(argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False))
     for flag in (*SIZES, "--ffn-hidden-size", "--kv-channels", "--vocab-size", "--global-batch-size", "--recompute-num-layers"):
         parser.add_argument(flag, type=int)
     for name in ("tensor-model-parallel-size", "context-parallel-size", "pipeline-model-parallel-size"):
@@ -107,7 +107,10 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(flag, action="store_true")
     for flag in ("--cp-comm-type", "--recompute-modules", "--text-data"):
         parser.add_argument(flag, nargs="*", default=[])
-    return parser.parse_known_args(words)[0]
+    try:
+        return parser.parse_known_args(words)[0]
+    except argparse.ArgumentError as error:  # argparse would end the program with the usage of a parser that no user knows
+        raise ValueError(f"{error.argument_name}: {error.message}.") from error
 
 
 def _model(args: argparse.Namespace) -> GPT:

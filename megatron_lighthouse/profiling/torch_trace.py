@@ -83,7 +83,8 @@ def _load(path: Path) -> tuple[list[Event], int | None]:
     events = trace.get("traceEvents") if isinstance(trace, dict) else trace
     if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):
         raise ValueError(f"{path} is JSON, but no trace: torch.profiler's has a list `traceEvents`.")
-    return events, trace.get("distributedInfo", {}).get("rank") if isinstance(trace, dict) else None
+    info = trace.get("distributedInfo") if isinstance(trace, dict) else None
+    return events, info.get("rank") if isinstance(info, dict) else None
 
 
 def _lane(event: Event) -> Hashable:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from megatron_lighthouse.mcore.settings import LighthouseSettings
 from megatron_lighthouse.plan import accuracy, copy_measured, memory, report, time
 from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import DEVICES, device_of
@@ -110,6 +113,88 @@ def test_pipeline_stages_lie_apart(device: str, gpus: int, links: tuple[str, str
     """By Megatron's order some neighbours in the pipeline lie in other domains; gradients stay within a stage."""
     rows = report.link_table(run_of("llama3-8b-512k", device=device_of(device), gpus=gpus)).splitlines()
     assert tuple(row.split()[-1] for name in ("pipeline", "data parallel") for row in rows if row.startswith(name)) == links
+
+
+@pytest.mark.parametrize(
+    ("device", "sizes", "link"),
+    [
+        ("b200", {"gpus": 9, "context_parallel": 3}, "network"),  # ranks 6 to 8 are on two nodes
+        ("b200", {"gpus": 12, "context_parallel": 6}, "network"),
+        ("b200", {"gpus": 12, "context_parallel": 3, "tensor_parallel": 2}, "network"),
+        ("b200", {"gpus": 6, "context_parallel": 6}, "NVLink"),  # all in one domain
+        ("b200", {"gpus": 16, "context_parallel": 4}, "NVLink"),
+        ("b200", {"gpus": 16, "context_parallel": 8}, "NVLink"),
+        ("b200", {"gpus": 16, "context_parallel": 16}, "network"),
+        ("gb200", {"gpus": 96, "context_parallel": 6}, "NVLink"),  # 72 is 12 groups of 6
+        ("gb200", {"gpus": 128, "context_parallel": 16}, "NVLink"),  # four trays: SEGMENT
+        ("gb200", {"gpus": 120, "context_parallel": 10}, "network"),
+    ],
+    ids=str,
+)
+def test_groups_that_straddle_nvlink_domains(device: str, sizes: dict[str, int], link: str) -> None:
+    """The table says so, and the time is that of the link."""
+    more = {"seq_length": 98304 * 15, "global_batch": sizes["gpus"], "attention": "dense"}
+    run = run_of("530m-98k", device=device_of(device), **more, **sizes)
+    row = next(row for row in report.link_table(run.check()).splitlines() if row.startswith("context parallel"))
+    assert row.split()[-1] == link
+    other = {"NVLink": "network", "network": "NVLink"}[link]
+    fields = {"NVLink": "nvlink_bytes_s", "network": "network_bytes_s"}
+
+    def exposed(of: str) -> float:
+        faster = run.change(device=replace(run.device, **{fields[of]: getattr(run.device, fields[of]) * 4}))
+        return time.step_parts(faster.change(cp_comm_type="all_gather"), coefficients())["context parallel, exposed"]
+
+    assert exposed(link) < exposed(other)
+
+
+@pytest.mark.parametrize(
+    ("model", "pp", "expected"),
+    [
+        ({}, 1, [(4, 26)]),
+        ({}, 2, [(2, 13), (2, 13)]),
+        ({}, 5, [(2, 4), (0, 6), (0, 6), (0, 6), (2, 4)]),
+        ({"dense_first": 7, "dense_last": 0}, 5, [(6, 0), (1, 5), (0, 6), (0, 6), (0, 6)]),
+        ({"dense_first": 0, "dense_last": 20}, 2, [(5, 10), (15, 0)]),
+        ({"dense_first": 20, "dense_last": 20}, 2, [(15, 0), (15, 0)]),
+    ],
+)
+def test_stages_hold_the_layers_that_megatron_gives_them(
+    model: dict[str, int], pp: int, expected: list[tuple[int, int]]
+) -> None:
+    """By the number of each layer, as the model's own settings say which are dense."""
+    run = run_of("530m-98k", gpus=pp, pipeline_parallel=pp)
+    run = run.change(model=replace(run.model, **model)).check()
+    settings = LighthouseSettings(dense_first=run.model.dense_first, dense_last=run.model.dense_last)
+    dense = [settings.is_dense(number, 30) for number in range(1, 31)]
+    parts = [sum(dense[at : at + 30 // pp]) for at in range(0, 30, 30 // pp)]
+    assert run.stages == expected == [(count, 30 // pp - count) for count in parts]
+    assert run.change(attention="dense").stages == [(30 // pp, 0)] * pp
+
+
+def test_the_slowest_stage_sets_the_pace() -> None:
+    """Six dense layers in the first of five stages: the step is that stage's time, however fast the others are."""
+    run = run_of("530m-1m", gpus=40, pipeline_parallel=5, global_batch=4, recompute="none").check()
+    first = run.change(model=replace(run.model, dense_first=6, dense_last=0))
+    ours, all_dense = (time.step_parts(r, coefficients()) for r in (first, run.change(attention="dense")))
+    for name in ("dense attention", "linear layers"):
+        assert ours[name] == pytest.approx(all_dense[name])
+    assert "inner attention" not in ours
+    assert ours["logits and loss"] == 0  # the last stage's
+    micro = sum(x for name, x in ours.items() if name not in ("pipeline bubble", "optimizer", "data parallel, exposed"))
+    assert ours["pipeline bubble"] == pytest.approx(micro / first.micro_batches * 4)
+    last = time.step_parts(first.change(model=replace(run.model, dense_first=0, dense_last=6)), coefficients())
+    assert last["logits and loss"] > 0
+    assert sum(last.values()) > sum(ours.values())
+    both = report.link_table(first), report.link_table(run.change(attention="dense"))
+    sent = [row.split()[2] for text in both for row in text.splitlines() if row.startswith("context parallel ")]
+    assert sent[0] == sent[1]
+
+
+def test_memory_counts_dense_layers_that_reach_into_the_first_stage() -> None:
+    run = run_of("530m-98k", gpus=2, pipeline_parallel=2, global_batch=2)
+    run = run.change(model=replace(run.model, dense_first=0, dense_last=20))
+    kept = 5 * memory.dense_activations(run) + 10 * memory.lighthouse_activations(run)
+    assert memory.parts(run)["activations"] == pytest.approx(2 * kept)
 
 
 def test_faster_device_is_faster() -> None:

@@ -97,3 +97,35 @@ def test_the_command_takes_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--recipe", str(FILES / "cpu-test.args")]) == 2
     assert "--bf16 --use-distributed-optimizer is missing" in capsys.readouterr().err
     assert "Lighthouse in 26 of 30" in report.title(runs[0].change(attention="lighthouse"))
+
+
+@pytest.mark.parametrize("recipe", ["530m-98k", str(FILES / "530m-98k.args")], ids=["name", "file"])
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--gpus", "0"], "--gpus 0 must be at least 1: use 1 or more."),
+        (["--attention", "foo"], "--attention 'foo' is not known: use dense or lighthouse."),
+        (["--cp-comm-type", "foo"], "--cp-comm-type 'foo' is not known: use p2p or all_gather or a2a."),
+        (["--recompute", ""], "--recompute '' is not known: use none or mlp or full."),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else "",
+)
+def test_a_file_is_refused_as_a_name_is(
+    recipe: str, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--recipe", recipe, *arguments]) == 2
+    assert capsys.readouterr().err == says + "\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ("--attention foo", "--attention: invalid choice: 'foo' .choose from .*lighthouse"),
+        ("--num-layers x", "--num-layers: invalid int value: 'x'"),
+        ("--num-layers", "--num-layers: expected one argument"),
+    ],
+)
+def test_words_that_cannot_be_read_are_refused_by_the_plan(more: str, says: str) -> None:
+    """And not by argparse, which would show how to call a program that there is not."""
+    with pytest.raises(ValueError, match=says):
+        of("530m-98k", more)

@@ -7,7 +7,6 @@ import fcntl
 import hashlib
 import json
 import math
-import os
 import shlex
 import shutil
 import subprocess
@@ -82,11 +81,8 @@ class Bench:
                 self.corpus = self.work / "corpus"
                 if not self.corpus.exists():
                     say("making the corpus")
-                    half = self.work / "corpus.partial"
-                    shutil.rmtree(half, ignore_errors=True)  # of a process that was killed
                     more = ["--packages", *self.packages] if self.packages else []
-                    corpus.main(["--out", str(half), "--megabytes", "0", *more])
-                    os.replace(half, self.corpus)
+                    corpus.main(["--out", str(self.corpus), "--megabytes", "0", *more])
             manifest = self.corpus / "manifest.json"
             facts = {"folder": str(self.corpus)}
             if manifest.exists():

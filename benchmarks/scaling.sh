@@ -32,16 +32,16 @@ while (($#)); do
 done
 [[ -n $OUT && $PART =~ ^(one|first|second|two|all|4|8)$ ]] ||
     { echo "--out FOLDER is needed, and --part is one, first, second, two, all, 4 or 8." >&2 && exit 2; }
-WORK=${WORK:-$(mktemp -d)}
-mkdir -p "$OUT" "$WORK"
-[[ -z $FROM ]] || tar -C "$WORK" -xzf "$FROM"
-rm -f "$WORK/failed" # what failed, a line each
 export PYTHON=${PYTHON:-python3} PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 if [[ $PART =~ ^(4|8)$ ]]; then
     seen=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) ||
         { echo "$PYTHON has no torch: name another by PYTHON=…, such as .venv/bin/python." >&2 && exit 2; }
     ((seen >= PART)) || { echo "--part $PART takes $PART GPUs, and $seen can be seen." >&2 && exit 2; }
 fi
+WORK=${WORK:-$(mktemp -d)}
+mkdir -p "$OUT" "$WORK"
+[[ -z $FROM ]] || tar -C "$WORK" -xzf "$FROM"
+rm -f "$WORK/failed" # what failed, a line each
 read -ra text <<<"$("$PYTHON" -c 'from megatron_lighthouse.recipe.presets import default_text; print(*default_text())')"
 common=(--text-data "${text[@]}" --global-batch-size 1 --eval-iters 0 --log-interval 1 --log-throughput --seed 7
     --high-priority-stream-groups cp)

@@ -122,11 +122,10 @@ def candidates(machine: int = max(MACHINES)) -> list[Point]:
     """All that a machine of so many GPUs is to run, stage by stage: what runs, and what `left_out` drops."""
     million, quarter = 1024 * K, 256 * K
     sizes = [c for c in reversed(SIZES) if c <= machine]
-    points = [Point(a, n, c) for c in sizes for n in LENGTHS for a in ("lighthouse", "dense") if (n, c > 1) != (million, True)]
+    points = [Point(a, n, c) for c in sizes for n in LENGTHS if n < million for a in ("lighthouse", "dense")]
     points += [Point(a, TOKENS, 1) for a in ("lighthouse", "dense")]
-    # four have no room for it without recomputing all
-    recipe = Point("lighthouse", million, machine, "1m", RECIPE_1M, "mlp" if machine == 8 else "full", wanted=True)
-    recipe = replace(recipe, stage="million")
+    recompute = "mlp" if machine == 8 else "full"  # four have no room for it without recomputing all
+    recipe = Point("lighthouse", million, machine, "1m", RECIPE_1M, recompute, wanted=True, stage="million")
     points += [replace(recipe, folder="1m-all-layers", dense=0), replace(recipe, folder="1m-one-dense", dense=1)]
     points += [recipe, replace(recipe, attention="dense")]
     late = [
@@ -134,7 +133,7 @@ def candidates(machine: int = max(MACHINES)) -> list[Point]:
         Point("lighthouse", quarter, machine // 2, "pp2", pipeline_parallel=2, global_batch=4),
     ]
     late += [Point("lighthouse", quarter, 4, scheme, cp_comm_type=scheme) for scheme in ("all_gather", "a2a")]
-    late += [Point(a, million, c) for c in sizes if c > 1 for a in ("lighthouse", "dense")]
+    late += [Point(a, million, c) for c in sizes for a in ("lighthouse", "dense")]
     return points + [replace(point, stage="late") for point in late]
 
 

@@ -108,14 +108,14 @@ def measured_runs(folders: Sequence[Path]) -> dict[tuple[str, str, int, int], Ro
     Efficiency is over one rank in the same table; where that was not measured there is none.
     """
     recompute = {(p.folder, p.attention, p.seq_length, p.context_parallel): p.recompute for p in all_candidates()}
-    found = {}
+    found, named = {}, {folder for folder, *_ in recompute}
     rows = list(_read(folders, "scaling.csv"))
     alike = ("recipe", "attention", "seq_length", "recompute")
     alone = {(table, *(row[name] for name in alike)) for table, row in rows if row["context_parallel"] == "1"}
     for table, row in rows:
         if (table, *(row[name] for name in alike)) not in alone:
             row = {**row, "efficiency": ""}
-        folder = table.parent.name if table.parent.name in {p.folder for p in all_candidates()} else "study"
+        folder = table.parent.name if table.parent.name in named else "study"
         key = (folder, row["attention"], int(row["seq_length"]), int(row["context_parallel"]))
         if row["tokens_s_gpu"] and recompute.get(key) == row["recompute"]:
             found[key] = row

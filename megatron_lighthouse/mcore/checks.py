@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from megatron.core.transformer import TransformerConfig
 
-from megatron_lighthouse.config import flag
+from megatron_lighthouse.config import LighthouseConfig, flag
 from megatron_lighthouse.context_parallel.attention import comm_type_problem
 from megatron_lighthouse.context_parallel.copies import SWITCH
 from megatron_lighthouse.mcore.settings import LighthouseSettings, heads_of_rank, own_comm_types
@@ -45,12 +45,17 @@ def _model(config: TransformerConfig, settings: LighthouseSettings, seq_length: 
     yield from _unsupported(config, settings)
     yield from _layers(config, settings)
     if seq_length is not None:
-        try:
-            settings.config.geometry(seq_length, config.context_parallel_size)
-        except ValueError as error:
-            yield str(error)
-        if message := problem(settings.config.scorer, seq_length, config.context_parallel_size):
-            yield message
+        yield from length_problems(settings.config, seq_length, config.context_parallel_size)
+
+
+def length_problems(config: LighthouseConfig, seq_length: int, ranks: int) -> Iterator[str]:
+    """Why so many tokens on so many context-parallel ranks do not fit the pyramid or the scorer."""
+    try:
+        config.geometry(seq_length, ranks)
+    except ValueError as error:
+        yield str(error)
+    if message := problem(config.scorer, seq_length, ranks):
+        yield message
 
 
 def _arguments(args: Namespace) -> Iterator[str]:

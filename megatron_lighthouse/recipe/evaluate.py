@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 import megatron_lighthouse
-from megatron_lighthouse import scorers
 from megatron_lighthouse.mcore import text
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.recipe import evaluation_files, hindsight, passkey, positions
@@ -104,14 +103,10 @@ def _misfit(args: argparse.Namespace, length: int) -> str | None:
         more = f" and a multiple of --tensor-model-parallel-size {multiple}" if multiple > 1 else ""
         return f"must be at most --seq-length {args.seq_length}{more}."
     if args.attention == "lighthouse":
+        from megatron_lighthouse.mcore.checks import length_problems
         from megatron_lighthouse.mcore.settings import settings_from
 
-        config = settings_from(args).config
-        try:
-            config.geometry(length)
-        except ValueError as error:
-            return f"with --attention lighthouse: {error}"
-        if problem := scorers.problem(config.scorer, length, 1):
+        for problem in length_problems(settings_from(args).config, length, 1):
             return f"with --attention lighthouse: {problem}"
     return None
 

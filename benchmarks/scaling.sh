@@ -2,14 +2,16 @@
 # The scaling study of docs/performance.md on the GPUs of one machine, by launch/local.sh: the 530M recipe, CP 1 and 2, dense and
 # Lighthouse, at 32K, 98K and 256K tokens (there with full recompute), and all layers Lighthouse at 98K.
 #
-# On 4 or 8 GPUs, that of docs/scaling.md: attention alone on 8, 4 and 2 ranks, and the points of benchmarks/scaling_points.py.
+# On 2, 4 or 8 GPUs, that of docs/scaling.md: attention alone on 8, 4 and 2 ranks, the points of benchmarks/scaling_points.py, and
+# whether a small model trains alike by every layout.
 #
-# Usage: benchmarks/scaling.sh --out FOLDER [--part one|first|second|two|all|4|8] [--work FOLDER] [--from scaling.tgz]
+# Usage: benchmarks/scaling.sh --out FOLDER [--part one|first|second|two|all|2|4|8] [--work FOLDER] [--from scaling.tgz]
 #
 #   --part one   one GPU a point, two points at a time, on GPUs 0 and 1 (about five minutes on H100s); first, second: one half of it
 #   --part two   two GPUs a point (about seven)
 #   --part 8, 4  the study of docs/scaling.md on so many GPUs: what takes all of them, the rest side by side, a million tokens by
 #                the recipe, and what can wait
+#   --part 2     on two GPUs a million tokens and what can wait come first, for the rest is little more than one and two measure
 #   --work       the runs' folders (default: a temporary one); points that are done there are skipped
 #   --from       what another machine left of the same --work, unpacked there first
 #
@@ -30,10 +32,10 @@ while (($#)); do
     esac
     shift 2
 done
-[[ -n $OUT && $PART =~ ^(one|first|second|two|all|4|8)$ ]] ||
-    { echo "--out FOLDER is needed, and --part is one, first, second, two, all, 4 or 8." >&2 && exit 2; }
+[[ -n $OUT && $PART =~ ^(one|first|second|two|all|2|4|8)$ ]] ||
+    { echo "--out FOLDER is needed, and --part is one, first, second, two, all, 2, 4 or 8." >&2 && exit 2; }
 export PYTHON=${PYTHON:-python3} PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-if [[ $PART =~ ^(4|8)$ ]]; then
+if [[ $PART =~ ^(2|4|8)$ ]]; then
     seen=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) ||
         { echo "$PYTHON has no torch: name another by PYTHON=…, such as .venv/bin/python." >&2 && exit 2; }
     ((seen >= PART)) || { echo "--part $PART takes $PART GPUs, and $seen can be seen." >&2 && exit 2; }
@@ -127,6 +129,27 @@ keep_tables() (
     done
 ) 9>"$WORK/lock"
 
+# so that no run reads any of it twice
+make_text() { for _ in {1..8}; do cat "${text[@]}"; done >"$WORK/data.txt"; }
+
+# a small model by every layout that the GPUs have room for, against one GPU
+agreement() {
+    local folder=$WORK/agreement begun=$SECONDS status=0
+    [[ ! -e $folder/done ]] || return 0
+    timeout -k 10 300 "$PYTHON" benchmarks/training_agreement.py --only layouts --at-once 8 --out "$folder" >"$folder.log" 2>&1 ||
+        status=$?
+    echo "agreement: status $status, $((SECONDS - begun)) s, at $SECONDS s"
+    if ((status)); then echo "agreement: $folder.log" >>"$WORK/failed"; else touch "$folder/done"; fi
+    cp "$folder"/agreement.json "$OUT" 2>/dev/null || true
+    keep
+}
+
+# what takes all GPUs and need not come first
+late() {
+    local gpus
+    for gpus in 8 4 2; do ((gpus > PART)) || listed --gpus "$gpus" --stage late; done
+}
+
 on_four() {
     attention_on 4
     listed --gpus 4 --stage study
@@ -143,8 +166,7 @@ case $PART in
     second) CUDA_VISIBLE_DEVICES=1 second_gpu ;;
     two) both_gpus ;;
     4 | 8)
-        # so that no run reads any of it twice
-        for _ in {1..8}; do cat "${text[@]}"; done >"$WORK/data.txt"
+        make_text
         attention_on "$PART"
         listed --gpus "$PART" --stage study
         # on eight, four work on while the others do what takes fewer
@@ -155,7 +177,19 @@ case $PART in
         CUDA_VISIBLE_DEVICES=$((after + 3)) listed --gpus 1 --stage study --attention dense &
         all_end
         listed --gpus "$PART" --stage million
-        for gpus in 8 4 2; do ((gpus > PART)) || listed --gpus "$gpus" --stage late; done
+        agreement
+        late
+        attention_on 2
+        ;;
+    2)
+        make_text
+        agreement
+        listed --gpus 2 --stage million
+        late
+        listed --gpus 2 --stage study
+        CUDA_VISIBLE_DEVICES=0 listed --gpus 1 --stage study --attention lighthouse &
+        CUDA_VISIBLE_DEVICES=1 listed --gpus 1 --stage study --attention dense &
+        all_end
         attention_on 2
         ;;
     one | all)

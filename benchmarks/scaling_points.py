@@ -1,4 +1,4 @@
-"""The training runs of the scaling study on 4 or 8 GPUs ([docs/scaling.md](../docs/scaling.md)).
+"""The training runs of the scaling study on 2, 4 or 8 GPUs ([docs/scaling.md](../docs/scaling.md)).
 
 `python benchmarks/scaling_points.py [--machine 4]` prints them, each with what the plan expects of it, and those that are left
 out with the reason. `--gpus N --stage S [--attention A]` prints, for benchmarks/scaling.sh, those that take N GPUs in a stage:
@@ -23,7 +23,7 @@ from megatron_lighthouse.plan.words import RECOMPUTE_WORDS
 K = 1024
 LENGTHS = (256 * K, 512 * K, 1024 * K)
 SIZES = (1, 2, 4, 8)
-MACHINES = (4, 8)
+MACHINES = (2, 4, 8)
 """GPUs of a machine that the study runs on."""
 STAGES = ("study", "million", "late")
 """In their order, for a machine may be taken away: scaling, a million tokens by the recipe, and what can wait."""
@@ -85,7 +85,7 @@ class Point:
     @property
     def iterations(self) -> int:
         """The first three warm up, where steps are long the first two (`plan scaling`)."""
-        return 5 if self.step < 10 else 4 if self.step < 30 else 3
+        return 5 if self.step < 10 else 4 if self.step < 15 else 3
 
     @property
     def left_out(self) -> str | None:
@@ -124,7 +124,7 @@ def candidates(machine: int = max(MACHINES)) -> list[Point]:
     sizes = [c for c in reversed(SIZES) if c <= machine]
     points = [Point(a, n, c) for c in sizes for n in LENGTHS if n < million for a in ("lighthouse", "dense")]
     points += [Point(a, TOKENS, 1) for a in ("lighthouse", "dense")]
-    recompute = "mlp" if machine == 8 else "full"  # four have no room for it without recomputing all
+    recompute = "mlp" if machine == 8 else "full"  # fewer have no room for it without recomputing all
     recipe = Point("lighthouse", million, machine, "1m", RECIPE_1M, recompute, wanted=True, stage="million")
     points += [replace(recipe, folder="1m-all-layers", dense=0), replace(recipe, folder="1m-one-dense", dense=1)]
     points += [recipe, replace(recipe, attention="dense")]
@@ -132,7 +132,7 @@ def candidates(machine: int = max(MACHINES)) -> list[Point]:
         Point("lighthouse", quarter, machine // 2, "tp2", tensor_parallel=2),
         Point("lighthouse", quarter, machine // 2, "pp2", pipeline_parallel=2, global_batch=4),
     ]
-    late += [Point("lighthouse", quarter, 4, scheme, cp_comm_type=scheme) for scheme in ("all_gather", "a2a")]
+    late += [Point("lighthouse", quarter, min(4, machine), scheme, cp_comm_type=scheme) for scheme in ("all_gather", "a2a")]
     late += [Point(a, million, c) for c in sizes for a in ("lighthouse", "dense")]
     return points + [replace(point, stage="late") for point in late]
 

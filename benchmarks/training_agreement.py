@@ -3,8 +3,9 @@
 One small GPT, 4,096 tokens, from the same seed, in fp32 with the same inner attention: `--lighthouse-steps kernels` against
 `reference`; and on two GPUs or more, context parallel 2 against 1, by each scheme. Where Transformer Engine is installed, the
 schemes in bf16 too, where what differs is rounding; and on our own ring a run with full recompute, evaluations and a switch to
-dense, whose messages go by copy engine or by NCCL: with --deterministic-mode both give the same bits, and when repeated. And
-one GPU with Megatron's CUDA graphs against it without.
+dense, whose messages go by copy engine or by NCCL: with --deterministic-mode both give the same bits, and when repeated. Also
+every parallel layout that the GPUs have room for, against one GPU, all from one checkpoint. And one GPU with Megatron's CUDA
+graphs against it without.
 Leaves agreement.json with the losses of every step. --at-once runs several side by side: losses are compared, not times.
 """
 
@@ -16,7 +17,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,21 @@ FP32 = [*LOCAL.split(), "--lighthouse-inner", "sdpa"]
 TE = "--bf16 --transformer-impl transformer_engine --attention-backend fused".split()
 RECOMPUTE = RECOMPUTE_WORDS["full"].split()
 NCCL = {SWITCH: "0"}
+START = "--finetune --no-load-optim --no-load-rng".split()
+LAYOUTS = {
+    "TP 2": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "PP 2": (2, "--pipeline-model-parallel-size 2"),
+    "DP 2": (2, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
+    "CP 4": (4, "--context-parallel-size 4"),
+    "TP 2, CP 2": (4, "--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 2"),
+    "PP 2, CP 2": (4, "--pipeline-model-parallel-size 2 --context-parallel-size 2"),
+    "DP 2, CP 2": (4, "--context-parallel-size 2"),
+    "CP 8": (8, "--context-parallel-size 8"),
+    "TP 2, CP 4": (8, "--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 4"),
+    "PP 2, CP 4": (8, "--pipeline-model-parallel-size 2 --context-parallel-size 4"),
+    "TP 2, PP 2, DP 2": (8, "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2"),
+}
+"""GPUs, and Megatron's arguments, by name."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +75,8 @@ class Comparison:
     title: str
     arguments: list[str]
     runs: list[Run]
+    one_start: bool = False
+    """Whether all start from one checkpoint: ranks of another layout would draw other weights from the same seed."""
 
 
 def main() -> None:
@@ -75,11 +93,16 @@ def main() -> None:
     failed = False
     with ThreadPoolExecutor(options.at_once) as pool:
         comparisons = [one for one in _comparisons(options.steps) if options.only in one.title]
-        started = [(one, [pool.submit(_losses, one, run, options) for run in one.runs]) for one in comparisons]
+        starts = [pool.submit(_start, one, options) if one.one_start else None for one in comparisons]
+        started = []
+        for one, start in zip(comparisons, starts, strict=True):
+            more = start.result() if start else []
+            failed |= more is None
+            started.append((one, [] if more is None else [pool.submit(_losses, one, run, options, more) for run in one.runs]))
         for comparison, found in started:
             rows: dict[str, object] = {}
             result[comparison.title] = rows
-            for run, future in zip(comparison.runs, found, strict=True):
+            for run, future in zip(comparison.runs[: len(found)], found, strict=True):
                 title, losses, expected = f"{comparison.title}, {run.name}", future.result(), found[0].result()
                 failed |= not losses
                 if not losses or not expected:
@@ -108,7 +131,11 @@ def _comparisons(steps: int) -> list[Comparison]:
         return [Comparison("fp32", FP32, [one, reference]), *graphed]
     two = ("--context-parallel-size", "2", "--cp-comm-type")
     schemes = [Run(f"context parallel 2, {scheme}", 2, (*two, scheme)) for scheme in ("p2p", "all_gather", "a2a")]
-    comparisons = [Comparison("fp32", FP32, [one, reference, *schemes])]
+    layouts = [Run(name, n, tuple(more.split())) for name, (n, more) in LAYOUTS.items() if n <= torch.cuda.device_count()]
+    comparisons = [
+        Comparison("fp32", FP32, [one, reference, *schemes]),
+        Comparison("layouts, fp32", FP32, [one, *layouts], one_start=True),
+    ]
     if has_te:
         # an evaluation before the switch and one after it
         whole = [*TE, *RECOMPUTE, "--lighthouse-stage2-at", str(3 * steps // 5), "--eval-interval", str(steps // 2)]
@@ -117,6 +144,7 @@ def _comparisons(steps: int) -> list[Comparison]:
         p2p = (*two, "p2p")
         comparisons += [
             Comparison("bf16, Transformer Engine", TE, [one, *schemes]),
+            Comparison("layouts, bf16, Transformer Engine", TE, [one, *layouts], one_start=True),
             Comparison(
                 "bf16, our own ring, --deterministic-mode",
                 exact,
@@ -131,28 +159,47 @@ def _comparisons(steps: int) -> list[Comparison]:
     return comparisons + graphed
 
 
-def _losses(comparison: Comparison, run: Run, options: argparse.Namespace) -> list[float]:
+def _start(comparison: Comparison, options: argparse.Namespace) -> list[str] | None:
+    """Arguments of a run that starts from a checkpoint of one rank, which is made here by one step; None where that fails."""
+    folder = _folder(comparison, "start", options)
+    ended = _trains(comparison, Run("start"), folder, "--train-iters 1 --lr-warmup-iters 0".split())
+    return ["--load", str(folder / "checkpoints"), *START] if ended else None
+
+
+def _losses(comparison: Comparison, run: Run, options: argparse.Namespace, more: Sequence[str] = ()) -> list[float]:
     """The training losses of every step, then the validation losses; none, and the end of the log, of a run that failed."""
-    folder = options.out / "runs" / "".join(c if c.isalnum() else "-" for c in f"{comparison.title} {run.name}")
+    folder = _folder(comparison, run.name, options)
+    ended = _trains(comparison, run, folder, ["--train-iters", str(options.steps), *more])
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if not ended:
+        return []
+    scalars = read_scalars(folder / "tensorboard")
+    return [float(x) for name in ("lm loss", "lm loss validation") if name in scalars for x in scalars[name][1]]
+
+
+def _folder(comparison: Comparison, name: str, options: argparse.Namespace) -> Path:
+    folder: Path = options.out / "runs" / "".join(c if c.isalnum() else "-" for c in f"{comparison.title} {name}")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    checkpoints = ["--save", str(folder / "checkpoints"), "--save-interval", "1000"]  # at the switch, and at the end
+    return folder
+
+
+def _trains(comparison: Comparison, run: Run, folder: Path, more: Sequence[str]) -> bool:
+    """Whether it ends well; if not, prints the end of its log."""
     evaluation = [] if "--eval-iters" in comparison.arguments else ["--eval-iters", "0", "--eval-interval", "1000"]
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(run.ranks)),
-        *("-m", "megatron_lighthouse.pretrain_gpt", *MODEL, *evaluation, *comparison.arguments, *run.more, *checkpoints),
-        *("--train-iters", str(options.steps), "--tensorboard-dir", str(folder / "tensorboard")),
+        *("-m", "megatron_lighthouse.pretrain_gpt", *MODEL, *evaluation, *comparison.arguments, *run.more, *more),
+        *("--save", str(folder / "checkpoints"), "--save-interval", "1000"),  # at the switch, and at the end
+        *("--tensorboard-dir", str(folder / "tensorboard")),
         *("--data-cache-path", str(folder / "data"), "--text-data", *default_text()),
     ]
     log = folder / "log.txt"
     with log.open("w") as file:
         done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env={**one_rank(), **run.environment})
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     if done.returncode:
         print(f"{log} ends with\n{log.read_text(errors='replace')[-5000:]}", flush=True)
-        return []
-    scalars = read_scalars(folder / "tensorboard")
-    return [float(x) for name in ("lm loss", "lm loss validation") if name in scalars for x in scalars[name][1]]
+    return not done.returncode
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def draw(path: Path, rows: list[dict[str, Any]], ranks: int) -> None:
         left.bar(x, [100 * float(row["efficiency"]) for row in found.values()], 0.23, color=colour, label=scheme)
     left.axhline(100, color="black", linewidth=0.8)
     left.set(xticks=range(len(cases)), xticklabels=cases, ylabel=f"% of {ranks} times one GPU", title="Parallel efficiency")
-    left.legend(frameon=False, loc="lower right")
+    left.legend(ncols=len(COLOURS), fontsize=8, loc="lower right")
     curves = {"lighthouse": "one GPU", "lighthouse p2p": f"{ranks} GPUs", "dense p2p": f"dense, {ranks} GPUs"}
     for what, label in curves.items():
         points = [(cases.index(row["case"]), float(row["fwd+bwd_ms"])) for row in rows if row["what"] == what]

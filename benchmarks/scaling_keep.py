@@ -1,7 +1,7 @@
 """`python benchmarks/scaling_keep.py WORK FOLDER`: what `plan scaling` reads of a study, small enough for the repository.
 
 Of each run below WORK, the --work folder of scaling.sh or its unpacked scaling.tgz: run.json without its command line, which
-names files of the machine, and of the logs the lines of iterations and of memory. `plan scaling FOLDER --out …` makes the table
+names files of the machine, and of the logs what they say of iterations and of memory. `plan scaling FOLDER --out …` makes the table
 and pictures again from them.
 """
 
@@ -12,7 +12,8 @@ import json
 import re
 from pathlib import Path
 
-KEPT = re.compile(r"^.*?(iteration +\d+/ *\d+ \|.*?lm loss: [^ ]+ \||max allocated: [\d.]+).*$", re.M)
+KEPT = re.compile(r"iteration +\d+/ *\d+ \|.*?lm loss: [^ ]+ \||max allocated: [\d.]+")
+"""Anywhere in a line, for ranks write into each other's."""
 
 
 def keep(work: Path, out: Path) -> int:
@@ -25,7 +26,7 @@ def keep(work: Path, out: Path) -> int:
         facts.pop("arguments", None)
         (target / "run.json").write_text(json.dumps(facts, indent=1) + "\n")
         for log in sorted(file.parent.glob("logs/*.log")):
-            lines = [found.group(1) for found in KEPT.finditer(log.read_text(errors="replace"))]
+            lines = KEPT.findall(log.read_text(errors="replace"))
             (target / log.name).write_text("\n".join(lines) + "\n")
     return len(runs)
 

@@ -85,7 +85,7 @@ class Point:
     @property
     def iterations(self) -> int:
         """The first three warm up, where steps are long the first two (`plan scaling`)."""
-        return 5 if self.step < 10 else 4 if self.step < 15 else 3
+        return 8 if self.step < 3 else 5 if self.step < 10 else 4 if self.step < 15 else 3
 
     @property
     def left_out(self) -> str | None:

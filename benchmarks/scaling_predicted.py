@@ -1,7 +1,7 @@
 """`python benchmarks/scaling_predicted.py`: what the plan expects of the scaling study, beside what was measured so far.
 
 Leaves attention.csv (a layer, by scheme), training.csv (the points of scaling_points.py, also those that are left out) and
-predicted.png. The plan was fitted to one and two ranks: what is said of more is extrapolated, and marked so. Efficiency is over
+predicted.png. The plan was fitted to one and two H100s: what is said of more is extrapolated, and marked so. Efficiency is over
 one GPU at the same length; where that GPU's memory would not hold the model, over what the plan says that it would do.
 
 Measured are the `scaling.csv` and `times.csv` under `--measured`: leave there what scaling.sh left in its --out, and run again.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ def attention_rows(measured: dict[tuple[str, str, int], Row]) -> Iterator[Row]:
                     "times_dense": dense["fwd+bwd"] / ours["fwd+bwd"],
                     "extrapolated": "yes" if ranks > MEASURED_RANKS else "",
                     **{"measured_fwd+bwd_ms": found.get("fwd+bwd_ms", ""), "measured_efficiency": found.get("efficiency", "")},
+                    "measured_on": found.get("device", ""),
                 }
 
 
@@ -85,7 +87,7 @@ def training_rows(measured: dict[tuple[str, str, int, int], Row]) -> Iterator[Ro
             "extrapolated": "yes" if p.gpus > MEASURED_RANKS else "",
             "left_out": p.left_out or "",
             **{"measured_tokens_s_gpu": found.get("tokens_s_gpu", ""), "measured_efficiency": found.get("efficiency", "")},
-            "measured_peak_gib": found.get("peak_gib", ""),
+            **{"measured_peak_gib": found.get("peak_gib", ""), "measured_on": found.get("device", "")},
         }
 
 
@@ -98,8 +100,13 @@ def _read(folders: Sequence[Path], name: str) -> Iterator[tuple[Path, Row]]:
 
 
 def measured_layers(folders: Sequence[Path]) -> dict[tuple[str, str, int], Row]:
-    """Rows of times.csv by case, what and ranks."""
-    return {(row["case"], row["what"], int(row["ranks"])): row for _, row in _read(folders, "times.csv")}
+    """Rows of times.csv by case, what and ranks, with the device that the times.json beside it names."""
+    found = {}
+    for table, row in _read(folders, "times.csv"):
+        name = json.loads(table.with_suffix(".json").read_text())["device"]
+        device = next((key for key in DEVICES if key.upper() in name), name)
+        found[row["case"], row["what"], int(row["ranks"])] = {**row, "device": device}
+    return found
 
 
 def measured_runs(folders: Sequence[Path]) -> dict[tuple[str, str, int, int], Row]:

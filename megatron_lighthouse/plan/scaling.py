@@ -48,7 +48,7 @@ COLUMNS = (
     *("run", "recipe", "attention", "seq_length", "context_parallel", "gpus", "recompute", "iterations", "seconds_a_step"),
     *("tokens_s_gpu", "efficiency", "peak_gib", "predicted_tokens_s_gpu", "predicted_peak_gib", "last_loss"),
 )
-BESIDE = ("tensor_parallel", "pipeline_parallel", "levels", "pooling", "budget")
+BESIDE = ("tensor_parallel", "pipeline_parallel", "levels", "pooling", "budget", "device")
 """In scaling.csv alone: what else tells one run from another; L, p and k are empty where run.json does not say."""
 MODEL = tuple(field.name for field in fields(GPT))
 CONFIG = ("levels", "pooling", "budget", "tile_budget")

@@ -1,8 +1,8 @@
 """`python benchmarks/scaling_keep.py WORK FOLDER`: what `plan scaling` reads of a study, small enough for the repository.
 
 Of each run below WORK, the --work folder of scaling.sh or its unpacked scaling.tgz: run.json without its command line, which
-names files of the machine, and of the logs what they say of iterations and of memory. `plan scaling FOLDER --out …` makes the table
-and pictures again from them.
+names files of the machine, and of the logs what they say of iterations and of memory. `plan scaling FOLDER --out …` makes the
+table and pictures again from them.
 """
 
 from __future__ import annotations

@@ -132,5 +132,51 @@ def test_the_predictions_are_the_plan_s_and_the_docs_quote_them(tmp_path: Path, 
     dense, seconds, times = steps(4)
     faster = f"{times[0]:.1f}, {times[1]:.1f}, {times[2]:.0f}×"
     rows.append(f"| {dense:.0f} → {seconds[0]:.1f}, {seconds[1]:.1f}, {seconds[2]:.2f} s: {faster} |")
-    text = (ROOT / "docs" / "scaling.md").read_text()
+    text = (ROOT / "docs" / "scaling.md").read_text().replace("**", "")
+    assert [row for row in rows if row not in text] == []
+
+
+def test_the_docs_quote_what_four_gpus_did() -> None:
+    """The tables of docs/scaling.md, from the results."""
+    kept = ROOT / "benchmarks" / "results" / "scaling" / "4-gpus"
+    found = {
+        (folder, row["attention"], int(row["seq_length"]), int(row["context_parallel"])): float(row["seconds_a_step"])
+        for folder in ("study", "1m", "1m-one-dense", "1m-all-layers")
+        for row in rows_of(kept / folder / "scaling.csv")
+    }
+
+    def speed(attention: str, length: int, ranks: int) -> float:
+        return length / found["study", attention, length, ranks] / ranks
+
+    def shown(attention: str, length: int, ranks: int) -> str:
+        """Tokens/s a GPU to three digits, and over one GPU where that was measured."""
+        number = float(f"{speed(attention, length, ranks):.3g}")
+        alone = f", {speed(attention, length, ranks) / speed(attention, length, 1):.1%}" if ranks > 1 else ""
+        return f"{number:,.0f}{alone}"
+
+    def over(length: int, ranks: int) -> str:
+        return f"{speed('lighthouse', length, ranks) / speed('dense', length, ranks):.1f}×"
+
+    million = 1 << 20
+    dense, recipe = found["1m", "dense", million, 4], found["1m", "lighthouse", million, 4]
+    one, none = (found[folder, "lighthouse", million, 4] for folder in ("1m-one-dense", "1m-all-layers"))
+    rows = [
+        f"| dense | {dense:.1f} |",
+        f"| {recipe:.1f} | {dense / recipe:.1f}× |",
+        f"| {one:.1f} | {dense / one:.1f}× |",
+    ]
+    log = (kept / "1m-all-layers" / "lighthouse-1048576-cp4" / "local.log").read_text()
+    first, second, third = (float(ms) / 1000 for ms in re.findall(r"per iteration \(ms\): ([\d.]+)", log)[2:])
+    words = f"({first:.2f}, {second:.2f} and {third:.2f} in a row)"
+    rows += [f"| {none:.1f} {words} | {dense / none:.0f}× ({2 * dense / (first + second):.0f} by the first two) |"]
+    for length in (1 << 18, 1 << 19):
+        rows.append(f"| {length:,} tokens, Lighthouse |" if length == 1 << 18 else f"| {length:,}, Lighthouse |")
+        rows[-1] += "".join(f" {shown('lighthouse', length, ranks)} |" for ranks in (1, 2, 4))
+    rows.append("| … dense |" + "".join(f" {shown('dense', 1 << 18, ranks)} |" for ranks in (1, 2, 4)))
+    rows.append("| … Lighthouse over dense |" + "".join(f" {over(1 << 18, ranks)} |" for ranks in (1, 2, 4)))
+    rows.append(f"| {over(1 << 19, 4)} |")
+    layers = {(row["case"], row["what"], int(row["ranks"])): row for row in rows_of(kept / "attention-4" / "times.csv")}
+    for case in ("128K", "256K", "512K", "1M", "1M-L3"):
+        rows.append(f" {float(layers[case, 'lighthouse p2p', 4]['efficiency']):.1%} |")
+    text = (ROOT / "docs" / "scaling.md").read_text().replace("**", "")
     assert [row for row in rows if row not in text] == []

@@ -131,7 +131,7 @@ def attended_rows(
         selection, deal = _select(query, key, value, config, geometry, exchange)
     else:
         _check_selection(selection, query, key, geometry, exchange)
-    steps = steps_for(config.steps, query)
+    steps = steps_for(config.steps, query, config.pooling)
     # what is gathered for a ring can set out at once, unless it is dealt first
     ring = attend if isinstance(attend, RingAttention) and deal is None else None
     gathered = steps.gather(query, key, value, selection, ring)

@@ -108,13 +108,15 @@ def triton_takes(x: Tensor) -> bool:
 
 
 STEPS = ("auto", "kernels", "reference")
+MOST_POOLING = 16
 
 
-def steps_for(name: str, query: Tensor) -> Steps:
+def steps_for(name: str, query: Tensor, pooling: int = 2) -> Steps:
     """The implementation of the steps that `name` stands for, on `query`'s device and dtype.
 
     Args:
         name: 'kernels', 'reference', or 'auto': the kernels on a GPU where they can run, else plain PyTorch, said once.
+        pooling: p. Above 16 the kernels run, slowly: said once.
 
     Raises:
         ValueError: 'kernels' where they cannot run.
@@ -127,6 +129,11 @@ def steps_for(name: str, query: Tensor) -> Steps:
     if missing is None:
         import megatron_lighthouse.kernels as kernels
 
+        if pooling > MOST_POOLING:
+            say_once(
+                f"lighthouse: the kernels are made for --lighthouse-pooling 2 to {MOST_POOLING}: at {pooling} they run out of "
+                "registers, and are slow."
+            )
         return kernels
     if name == "kernels":
         raise ValueError(f"--lighthouse-steps kernels cannot run: {missing}. Use auto or reference.")

@@ -132,6 +132,20 @@ def test_a_cpu_takes_the_reference_and_kernels_only_when_forced(monkeypatch: pyt
         steps.steps_for("kernels", x)
 
 
+@pytest.mark.parametrize("pooling", [16, 32])
+def test_a_pooling_that_the_kernels_are_not_made_for_is_said_once(
+    pooling: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from megatron_lighthouse import notice, steps
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    notice._say.cache_clear()
+    for _ in range(2):
+        steps.steps_for("kernels", torch.zeros(1), pooling)
+    assert len(caplog.messages) == (pooling > 16)
+    assert all("--lighthouse-pooling 2 to 16: at 32" in said for said in caplog.messages)
+
+
 COMPILED = """
 import json, sys
 from megatron_lighthouse.geometry import Geometry

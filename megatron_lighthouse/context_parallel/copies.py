@@ -26,6 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_lighthouse.notice import say_once
+
 SLOTS = 2
 ALIGNMENT = 256
 COUNTER = 4
@@ -45,6 +47,8 @@ def copies_over(group: dist.ProcessGroup, device: torch.device) -> Copies | str:
         dist.all_gather_object(of_ranks, (_problem(device), _place(), device.index), group=group)
         problem = problem_of_all(of_ranks)
         _of_group[group] = problem or Copies(group.rank(), group.size(), _Gpu(group, device))
+        how = f"NCCL, beside whose kernels attention is slower: {problem}" if problem else "copy engines"
+        say_once(f"lighthouse: keys, values and their gradients travel by {how}.")
     return _of_group[group]
 
 
@@ -69,7 +73,14 @@ def _place() -> str:
 
 
 def _problem(device: torch.device) -> str | None:
-    """Why this rank cannot."""
+    """Why this rank cannot. Raises nothing: the others wait to hear of it."""
+    try:
+        return _missing(device)
+    except Exception as error:
+        return f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
+
+
+def _missing(device: torch.device) -> str | None:
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH} is 0"
     try:
@@ -100,6 +111,8 @@ class _Channel:
     messages: int = 0
     """Sent by this rank, and so expected by it."""
     closed: int = 0
+    reader: Any = None
+    """The stream that read the last message that was closed."""
 
     def arrived(self, at: int, by: int) -> int:
         """The address, on rank `at`, of the number of messages that have come, the last of them from `by`."""
@@ -176,6 +189,7 @@ class Message:
         if self.number != self.channel.closed:
             raise RuntimeError(f"message {self.number} is closed before {self.channel.closed}.")
         self.channel.closed += 1
+        self.channel.reader = self.copies.gpu.after(self.channel.reader)
         for rank in range(self.copies.size):
             if rank != self.copies.rank:
                 self.copies.gpu.write(self.channel.read(rank, self.copies.rank), self.number + 1)
@@ -209,10 +223,11 @@ class _Gpu:
         self.memory.append(memory)
         with _without_multicast():
             shared = symmetric.rendezvous(memory, self.group)
-        if int(shared.buffer_ptrs[self.group.rank()]) != memory.data_ptr():
-            raise RuntimeError(f"torch {torch.__version__} puts symmetric memory elsewhere than expected: set {SWITCH}=0.")
+        elsewhere = int(shared.buffer_ptrs[self.group.rank()]) != memory.data_ptr()
         torch.cuda.synchronize(self.device)
-        dist.barrier(self.group)  # nobody writes before all are zero
+        dist.all_gather_object(outcome, elsewhere, group=self.group)  # and nobody writes before all are zero
+        if any(outcome):
+            raise RuntimeError(f"torch {torch.__version__} puts symmetric memory elsewhere than expected: set {SWITCH}=0.")
         return shared
 
     @contextmanager
@@ -223,6 +238,13 @@ class _Gpu:
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             yield
+
+    def after(self, before: torch.cuda.Stream | None) -> torch.cuda.Stream:
+        """The current stream, which goes on when what the stream `before` has been given is done."""
+        current = torch.cuda.current_stream(self.device)
+        if before is not None and before != current:
+            current.wait_stream(before)
+        return current
 
     def copy(self, target: Tensor, x: Tensor) -> None:
         target.copy_(x)

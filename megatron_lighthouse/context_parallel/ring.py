@@ -99,13 +99,15 @@ class Ring(torch.autograd.Function):
 def begin_backward_with(output: Tensor, rows: Tensor) -> None:
     """Let the keys and values of `rows`, if `Ring` made them, set out as soon as the gradient of `output` is there."""
     node: Any = rows.grad_fn  # of `Ring` this is its ctx
-    if not output.requires_grad or not hasattr(node, "begun"):
+    if output.grad_fn is None or not hasattr(node, "begun"):
         return
 
-    def begin(_: Tensor) -> None:
-        node.begun = _begin_backward(node)
+    def begin(_: Any) -> None:
+        if node.begun is None:
+            node.begun = _begin_backward(node)
 
-    output.register_hook(begin)
+    # not the tensor's hook: that also runs where its gradient alone is asked for, and nothing then receives what has set out
+    output.grad_fn.register_prehook(begin)
 
 
 def _begin_backward(ctx: Any) -> tuple[tuple[Tensor, ...], _Arriving]:

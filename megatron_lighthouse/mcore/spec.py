@@ -101,11 +101,8 @@ def _say_what_is_sent(config: TransformerConfig, settings: LighthouseSettings) -
     geometry = settings.config.geometry(args.seq_length, size)
     for comm_type in comm_types:
         say_once(summary(geometry, layer, size, comm_type, settings.config.scorer))
-    if "p2p" in comm_types and torch.cuda.is_available():
-        here = torch.device("cuda", torch.cuda.current_device())
-        copies = copies_over(parallel_state.get_context_parallel_group(), here)
-        how = f"NCCL, beside whose kernels attention is slower: {copies}" if isinstance(copies, str) else "copy engines"
-        say_once(f"lighthouse: keys, values and their gradients travel by {how}.")
+    if "p2p" in comm_types and torch.cuda.is_available():  # which of two ways it takes is said at the start, not later
+        copies_over(parallel_state.get_context_parallel_group(), torch.device("cuda", torch.cuda.current_device()))
 
 
 def _dense_over_shards(spec: LayerSpec, config: TransformerConfig) -> LayerSpec:

@@ -19,7 +19,7 @@ from megatron_lighthouse.inner import inner_attention
 from megatron_lighthouse.scorers import SCORERS
 from tests.context_parallel.shards import Group, deep, dense, inputs_of, layer, shards_of, together
 from tests.oracle import Problem
-from tests.ranks import SIZES
+from tests.ranks import SIZES, run_ranks
 from tests.steps import LAYOUTS
 from tests.tolerances import assert_close
 
@@ -190,19 +190,33 @@ def test_layers_on_each_other_train_as_on_one_rank(how: str, comm_type: str, nam
         assert_close(a, b, "ranks float64")
 
 
+def _dense_by_torch(inputs: Sequence[Tensor], scale: float | None) -> list[Tensor]:
+    """Output and gradients of one rank, by torch's own attention."""
+    *leaves, grad = (x.clone().requires_grad_() for x in inputs)
+    query, key, value = (x.permute(1, 2, 0, 3) for x in leaves)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    out = sdpa(query, key, value, is_causal=True, scale=scale, enable_gqa=True).permute(2, 0, 1, 3)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
 @on_sizes
 @by_comm_type
 @pytest.mark.parametrize("scale", [None, 0.3], ids="scale={}".format)
 def test_dense_attention_over_shards_equals_attention_over_the_whole(scale: float | None, comm_type: str, size: int) -> None:
-    problem = grouped(Problem(6 * size, 2, 2, 2, 2), comm_type, size)
-    *inputs, grad = inputs_of(problem)
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    query, key, value = (x.permute(1, 2, 0, 3) for x in leaves)
-    sdpa = torch.nn.functional.scaled_dot_product_attention
-    out = sdpa(query, key, value, is_causal=True, scale=scale, enable_gqa=True).permute(2, 0, 1, 3)
-    expected = [out, *torch.autograd.grad(out, leaves, grad)]
-    for a, b in zip(together(size, dense, [*inputs, grad], comm_type, scale), expected, strict=True):
+    inputs = inputs_of(grouped(Problem(6 * size, 2, 2, 2, 2), comm_type, size))
+    for a, b in zip(together(size, dense, inputs, comm_type, scale), _dense_by_torch(inputs, scale), strict=True):
         assert_close(a, b, "ranks float64")
+
+
+@pytest.mark.parametrize("comm_type", ["p2p", "all_gather"])
+def test_what_is_made_of_many_parts_is_rounded_once(comm_type: str) -> None:
+    """Parts of eight ranks are merged and summed in fp32: in bf16 each would add the error of another rounding."""
+    inputs = inputs_of(Problem(1024, 2, 2, 2, 2, groups=2, queries_per_group=2, dim=64), "bfloat16")
+    exact = _dense_by_torch([x.double() for x in inputs], None)
+    for found, expected in zip(together(8, dense, inputs, comm_type, None), exact, strict=True):
+        rounded = expected.bfloat16().double()
+        mean, once = ((x - expected).abs().mean() for x in (found.double(), rounded))
+        assert_close(mean / once, 1.0, "roundings")
 
 
 def _used_twice(group: Group, inputs: Sequence[Tensor], config: LighthouseConfig) -> list[Tensor]:
@@ -221,3 +235,21 @@ def test_one_ring_serves_layers_and_rows() -> None:
     inputs, config = inputs_of(PROBLEMS["a tile in each chunk"]), config_of(PROBLEMS["a tile in each chunk"])
     for a, b in zip(together(2, _used_twice, inputs, config), _used_twice(None, inputs, config), strict=True):
         assert_close(a, b, "ranks float64")
+
+
+def looked_at(group: Group, inputs: Sequence[Tensor], config: LighthouseConfig, looks: int) -> list[Tensor]:
+    """Gradients of a rank's shard, after the gradient of its output alone was asked for so many times."""
+    *leaves, grad = (x.clone().requires_grad_() for x in shards_of(group, inputs))
+    out = lighthouse_attention(*leaves, config, cp_group=group)
+    loss = (out * grad).sum()
+    for _ in range(looks):
+        assert torch.equal(*torch.autograd.grad(loss, out, retain_graph=True), grad)
+    return list(torch.autograd.grad(loss, leaves))
+
+
+def test_the_gradient_of_the_output_can_be_asked_for() -> None:
+    """Nothing sets out for it that nobody would then receive."""
+    problem = grouped(PROBLEMS["a tile in each chunk"], "p2p", 2)
+    plain, after_looks = (run_ranks(2, looked_at, inputs_of(problem), config_of(problem), looks) for looks in (0, 2))
+    for expected, found in zip(plain, after_looks, strict=True):
+        assert all(map(torch.equal, expected, found))

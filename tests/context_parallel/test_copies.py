@@ -6,10 +6,11 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from queue import Queue
 from threading import Barrier, Thread
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -18,9 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_lighthouse.context_parallel import copies as copies_module
 from megatron_lighthouse.context_parallel import exchange as exchange_module
 from megatron_lighthouse.context_parallel.blocks import BLOCKS
-from megatron_lighthouse.context_parallel.copies import Copies, _Gpu, problem_of_all
+from megatron_lighthouse.context_parallel.copies import Copies, Message, _Channel, _Gpu, copies_over, problem_of_all
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.layout import Layout
 from megatron_lighthouse.context_parallel.ring import RingAttention
@@ -83,6 +85,9 @@ class Gpu:
         self.inside = True
         yield
         self.inside = False
+
+    def after(self, before: None) -> None:
+        """All is given to one stream here."""
 
     def copy(self, target: Tensor, x: Tensor) -> None:
         self._give(lambda: target.copy_(x))
@@ -190,6 +195,38 @@ def test_messages_out_of_order_are_refused() -> None:
     first.close()
 
 
+def test_slots_are_given_back_in_order_from_several_streams() -> None:
+    """Else the counter of a later message would tell the sender that an earlier one has been read too."""
+    current: list[Any] = [mock.Mock(name="one"), mock.Mock(name="another")]
+    gpu = object.__new__(_Gpu)
+    gpu.device = torch.device("cpu")
+    copies = Copies(0, 2, gpu)
+    at = _Channel(None, SimpleNamespace(buffer_ptrs=[0, 64]), 0)
+    messages = [Message(copies, at, number, 1, []) for number in range(3)]
+    one, another = current
+    with mock.patch.object(_Gpu, "write"), mock.patch.object(torch.cuda, "current_stream") as stream:
+        for message, stream.return_value in zip(messages, (one, another, another), strict=True):
+            message.close()
+    assert not one.wait_stream.called
+    another.wait_stream.assert_called_once_with(one)
+
+
+def cannot_ask_on_one_rank(group: dist.ProcessGroup) -> str:
+    """Why each rank has no copies where the second of two cannot even ask its driver."""
+
+    def missing(device: torch.device) -> None:
+        if dist.get_rank() == 1:
+            raise RuntimeError('Function "cuDeviceGetAttribute" not found')
+
+    with mock.patch.object(copies_module, "_missing", missing):
+        return str(copies_over(group, torch.device("cuda", dist.get_rank())))
+
+
+def test_no_rank_waits_for_one_that_cannot_ask() -> None:
+    for said in run_ranks(2, cannot_ask_on_one_rank):
+        assert said == 'rank 1: RuntimeError: Function "cuDeviceGetAttribute" not found'
+
+
 def _case(length: int, seed: int) -> list[Tensor]:
     numbers = torch.Generator().manual_seed(seed)
     heads = (HEADS, GROUPS, GROUPS, HEADS)
@@ -229,3 +266,18 @@ def test_no_rank_waits_for_one_that_has_no_room() -> None:
         assert said.startswith("1 MiB for messages between GPUs")
         assert "rank 1: OutOfMemoryError: nothing left" in said
         assert "set LIGHTHOUSE_COPY_ENGINE=0" in said
+
+
+def test_the_copying_stream_waits_for_what_it_reads_and_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would copy what is not there yet, or what torch has given to others since."""
+    order: list[Any] = []
+    gpu: Any = object.__new__(_Gpu)
+    gpu.device, gpu.stream = torch.device("cpu"), SimpleNamespace(wait_stream=lambda other: order.append(("waits for", other)))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the current stream")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: order.append(("in", stream)) or nullcontext())
+    x, target = mock.Mock(), SimpleNamespace(copy_=lambda source: order.append(("copies", source)))
+    with gpu.copying():
+        gpu.copy(target, x)
+    assert order == [("waits for", "the current stream"), ("in", gpu.stream), ("copies", x)]
+    x.record_stream.assert_called_once_with(gpu.stream)

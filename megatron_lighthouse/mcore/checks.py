@@ -11,6 +11,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron_lighthouse.config import LighthouseConfig, flag
 from megatron_lighthouse.context_parallel.attention import comm_type_problem
 from megatron_lighthouse.context_parallel.copies import SWITCH
+from megatron_lighthouse.context_parallel.select import is_local
 from megatron_lighthouse.mcore.settings import LighthouseSettings, heads_of_rank, own_comm_types
 from megatron_lighthouse.scorers import problem
 
@@ -45,7 +46,8 @@ def _model(config: TransformerConfig, settings: LighthouseSettings, seq_length: 
     yield from _unsupported(config, settings)
     yield from _layers(config, settings)
     if seq_length is not None:
-        yield from length_problems(settings.config, seq_length, config.context_parallel_size)
+        lengths = list(length_problems(settings.config, seq_length, config.context_parallel_size))
+        yield from lengths or _dealt_in_a_graph(config, settings.config, seq_length)
 
 
 def length_problems(config: LighthouseConfig, seq_length: int, ranks: int) -> Iterator[str]:
@@ -56,6 +58,20 @@ def length_problems(config: LighthouseConfig, seq_length: int, ranks: int) -> It
         yield str(error)
     if message := problem(config.scorer, seq_length, ranks):
         yield message
+
+
+def _dealt_in_a_graph(config: TransformerConfig, lighthouse: LighthouseConfig, seq_length: int) -> Iterator[str]:
+    """How many rows go to which rank is read by the host, in every layer."""
+    graphs, size = getattr(config, "cuda_graph_impl", "none"), config.context_parallel_size
+    if graphs == "none" or size == 1 or is_local(lighthouse.geometry(seq_length, size), size):
+        return
+    fits = lighthouse.budget // (2 * size)
+    other = f" (such as {fits})" if fits and lighthouse.budget % (2 * size) == 0 else ""
+    yield (
+        f"--cuda-graph-impl {graphs} cannot capture rows that are dealt out to --context-parallel-size {size} ranks, as with "
+        f"{flag('budget')} {lighthouse.budget} and {flag('tile_budget')} {lighthouse.tile_budget}: leave it out, or use a "
+        f"{flag('tile_budget')} that makes their quotient a multiple of {2 * size}{other}."
+    )
 
 
 def _arguments(args: Namespace) -> Iterator[str]:

@@ -42,6 +42,12 @@ def check_run_options(args: Namespace) -> None:
             f"--mtp-num-layers {args.mtp_num_layers} with --pipeline-model-parallel-size {args.pipeline_model_parallel_size} "
             f"is not done by megatron_lighthouse.pretrain_gpt: use pipeline size 1, or {ELSEWHERE}."
         )
+    if getattr(args, "mtp_num_layers", None) and args.context_parallel_size > 1 and args.transformer_impl == "local":
+        raise ValueError(
+            f"--mtp-num-layers {args.mtp_num_layers} with --context-parallel-size {args.context_parallel_size}: Megatron makes "
+            "these layers itself, with an attention that needs Transformer Engine for it: use --transformer-impl "
+            "transformer_engine, or context-parallel size 1."
+        )
     if args.text_data:
         others = ["--" + name.replace("_", "-") for name in OTHER_DATA if getattr(args, name, None)]
         if others:

@@ -138,9 +138,16 @@ def settings_from(args: argparse.Namespace | None) -> LighthouseSettings:
     """Settings from parsed arguments, or from the environment where the parser did not know them.
 
     Raises:
-        ValueError: a setting that cannot be, naming the flag and values that would work.
+        ValueError: a setting that cannot be, naming the flag and values that would work; options in the environment beside a
+            parser that knows them.
     """
-    if args is None or not hasattr(args, "lighthouse_levels"):
+    if args is not None and hasattr(args, "lighthouse_levels"):
+        if given := os.environ.get(ENVIRONMENT):
+            raise ValueError(
+                f"{ENVIRONMENT} {given!r} is for a parser that does not know --lighthouse-* options, and this one does: unset "
+                "it, and put them on the command line."
+            )
+    else:
         parser = add_arguments(argparse.ArgumentParser(prog=ENVIRONMENT, allow_abbrev=False))
         args = parser.parse_args(shlex.split(os.environ.get(ENVIRONMENT, "")))
     options = {f.name: getattr(args, "lighthouse_" + f.name) for f in fields(LighthouseConfig)}

@@ -90,6 +90,11 @@ class Run:
                 f"use {-(-self.global_batch // dp) * dp}."
             )
         if self.attention == "lighthouse":
+            if not model.lighthouse_layers:
+                raise ValueError(
+                    f"--lighthouse-dense-first {model.dense_first} and --lighthouse-dense-last {model.dense_last} leave none "
+                    f"of {model.layers} layers to Lighthouse: use smaller numbers, or --attention dense."
+                )
             _ = self.geometry
         elif cp > 1 and self.seq_length % (2 * cp):
             raise ValueError(

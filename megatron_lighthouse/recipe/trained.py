@@ -82,19 +82,19 @@ def parse(add_arguments: ArgumentsProvider) -> argparse.Namespace:
     if args.use_checkpoint_args:
         load_args_from_checkpoint(args)
     _leave_training(args)
-    validate_args(args)
-    set_global_variables(args)
-    args.skip_train = args.no_load_optim = args.no_load_rng = True  # no optimizer is made
-    args.finetune, args.save = False, None
-    args.train_samples = None  # a run's: in batches of another size they are other iterations
-    check_run_options(args)
-    for name in ("context_parallel_size", "pipeline_model_parallel_size"):
+    for name in ("context_parallel_size", "pipeline_model_parallel_size"):  # before Megatron divides the ranks by them
         if getattr(args, name) != 1:
             flag = "--" + name.replace("_", "-")
             raise ValueError(
                 f"{flag} {getattr(args, name)}: an evaluation splits neither sequences nor layers over ranks. Use {flag} 1: "
                 "a checkpoint loads in any layout, and more ranks share out the samples."
             )
+    validate_args(args)
+    set_global_variables(args)
+    args.skip_train = args.no_load_optim = args.no_load_rng = True  # no optimizer is made
+    args.finetune, args.save = False, None
+    args.train_samples = None  # a run's: in batches of another size they are other iterations
+    check_run_options(args)
     if args.tokenizer_type != "NullTokenizer":
         raise ValueError(f"--tokenizer-type {args.tokenizer_type}: an evaluation reads bytes as tokens, so leave it out.")
     if not checkpoint_exists(args.load):

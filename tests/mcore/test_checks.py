@@ -42,6 +42,11 @@ REFUSED = [
     ),
     ({**LOCAL_RANKS, "context_parallel_size": 4, "cp_comm_type": "a2a"}, "--cp-comm-type a2a", "--context-parallel-size 2"),
     ({**LOCAL_RANKS, "cuda_graph_impl": "local"}, "--cuda-graph-impl local", "LIGHTHOUSE_COPY_ENGINE=0"),
+    (
+        {**LOCAL_RANKS, "cuda_graph_impl": "local", "cp_comm_type": "all_gather"},
+        "cannot capture rows that are dealt out to --context-parallel-size 2",
+        "a multiple of 4 (such as 2)",
+    ),
     ({"attention_dropout": 0.1}, "--attention-dropout 0.1", "--attention-dropout 0"),
     ({"window_size": (128, 0)}, "--window-size (128, 0)", "--attention dense"),
     ({"multi_latent_attention": True}, "--multi-latent-attention", "--group-query-attention"),
@@ -151,6 +156,7 @@ def plain_run(**changes: Any) -> Namespace:
         "text_data": None,
         "tokenizer_type": "NullTokenizer",
         "pipeline_model_parallel_size": 2,
+        "context_parallel_size": 1,
         "mtp_num_layers": None,
     }
     return Namespace(**{**options, **changes})
@@ -167,6 +173,10 @@ def plain_run(**changes: Any) -> Namespace:
         ({"check_for_spiky_loss": True}, "--check-for-spiky-loss"),
         ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm"),
         ({"mtp_num_layers": 1}, "--mtp-num-layers 1 with --pipeline-model-parallel-size 2 .* use pipeline size 1"),
+        (
+            {"mtp_num_layers": 1, "pipeline_model_parallel_size": 1, "context_parallel_size": 2},
+            "--mtp-num-layers 1 with --context-parallel-size 2: .* use --transformer-impl transformer_engine",
+        ),
         ({"text_data": ["a"], "data_path": ["b"]}, "so is --data-path: leave one of them out"),
         ({"text_data": ["a"], "mock_data": True}, "so is --mock-data"),
         ({"text_data": ["a"], "tokenizer_type": "GPT2BPETokenizer"}, "--tokenizer-type GPT2BPETokenizer does not go with"),

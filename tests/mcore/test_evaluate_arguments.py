@@ -88,9 +88,13 @@ def test_up_to_the_switch_it_is_lighthouse(switched: Path, tmp_path: Path) -> No
             ["--rotary-base", "500000", "--num-layers", "3", "--ffn-hidden-size", "64"],
             ["--num-layers 3, there 4", "--ffn-hidden-size 64, there 128", "--rotary-base 500000, there 10000"],
         ),
+        (
+            ["--context-parallel-size", "2"],
+            ["--context-parallel-size 2: an evaluation splits neither", "Use --context-parallel-size 1"],
+        ),
         (["--out", "FILE"], ["--out", "must be a folder that can be written to, or not exist yet"]),
     ],
-    ids=["hindsight", "model", "out"],
+    ids=["hindsight", "model", "context parallel", "out"],
 )
 def test_refused_before_the_model_is_built(switched: Path, tmp_path: Path, more: list[str], messages: list[str]) -> None:
     file = tmp_path / "file"

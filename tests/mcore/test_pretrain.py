@@ -1,15 +1,18 @@
-"""The entry point: its data, its ways to name the attention, and what it leaves behind."""
+"""The entry point: its data, its loss, its ways to name the attention, and what it leaves behind."""
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
+import torch
 
 from megatron_lighthouse.config import flag
-from megatron_lighthouse.mcore.settings import ENVIRONMENT, LighthouseSettings, settings_from
-from tests.mcore.harness import TEXT, Processes, run
+from megatron_lighthouse.mcore.settings import ENVIRONMENT, LighthouseSettings, add_arguments, settings_from
+from tests.mcore.harness import TEXT, Processes, refused, run
 
 OPTIONS = "--lighthouse-budget 8 --lighthouse-tile-budget 4 --lighthouse-dense-first 1 --lighthouse-dense-last 1"
 NUMBERS = "--tokenizer-type NullTokenizer --vocab-size 257 --padded-vocab-size 384".split()
@@ -36,6 +39,8 @@ def test_settings_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENVIRONMENT, "--lighthouse-bugdet 8")
     with pytest.raises(SystemExit):
         settings_from(None)
+    with pytest.raises(ValueError, match=r"LIGHTHOUSE_ARGS '--lighthouse-bugdet 8' .* put them on the command line"):
+        settings_from(add_arguments(ArgumentParser()).parse_args([]))
 
 
 def test_indexed_data_is_what_text_data_writes(tmp_path: Path) -> None:
@@ -57,6 +62,13 @@ def test_mock_data_and_a_picture_of_each_layer(tmp_path: Path) -> None:
     assert first != second
 
 
+def test_what_megatron_asserts_is_a_refusal_too(tmp_path: Path) -> None:
+    """With the status of Lighthouse's own, for which pretrain.sbatch does not queue a job again."""
+    log = refused(tmp_path, "--max-position-embeddings", "128")
+    assert "AssertionError" in log
+    assert "initialized tensor model parallel" not in log
+
+
 def test_help_names_every_option(tmp_path: Path) -> None:
     processes = Processes(tmp_path, 1, ["--help"])
     assert processes.wait() == [0]
@@ -64,3 +76,54 @@ def test_help_names_every_option(tmp_path: Path) -> None:
     names = ["levels", "pooling", "budget", "tile_budget", "scorer", "pin_first", "dense_first", "dense_last"]
     for name in ["--attention", "--no-lighthouse-pin-first", TEXT[0], *map(flag, names)]:
         assert name in text, name
+
+
+class Names(Namespace):
+    """Arguments whose values are their own names."""
+
+    def __getattr__(self, name: str) -> Any:
+        return f"args.{name}"
+
+
+SAME = """
+    split multiple_validation_sets full_validation num_dataset_builder_threads mmap_bin_files reset_position_ids
+    reset_attention_mask eod_mask_loss object_storage_cache_path mid_level_dataset_surplus allow_ambiguous_pad_tokens
+    context_parallel_size data_parallel_size
+""".split()
+RENAMED = {
+    "random_seed": "seed",
+    "sequence_length": "seq_length",
+    "path_to_cache": "data_cache_path",
+    "create_attention_mask": "create_attention_mask_in_dataloader",
+    "fast_cache_load": "dataloader_fast_cache_load",
+    "defer_npy_index_mmap": "dataloader_defer_npy_index_mmap",
+}
+
+
+def test_the_datasets_are_those_that_the_arguments_ask_for(
+    megatron: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is not handed on would take Megatron's default in silence."""
+    from megatron_lighthouse.mcore import data
+
+    (tmp_path / "sequences.json").write_text('{"book": 3}')
+    args = Names(per_dataset_sequences_path=tmp_path / "sequences.json", tensor_model_parallel_size=2, sequence_parallel=True)
+    monkeypatch.setattr(data, "GPTDatasetConfig", lambda **given: given)
+    monkeypatch.setattr(data, "get_blend_and_blend_per_split", lambda args: ("blend", "per split"))
+    monkeypatch.setattr(data, "build_tokenizer", lambda args: "tokenizer")
+    assert data._dataset_config(args) == {
+        **{name: f"args.{argument}" for name, argument in [*zip(SAME, SAME, strict=True), *RENAMED.items()]},
+        **{"blend": "blend", "blend_per_split": "per split", "tokenizer": "tokenizer"},
+        **{"sequences_per_dataset": {"book": 3}, "sequence_parallel_size": 2},
+    }
+
+
+def test_the_loss_counts_what_the_mask_counts(megatron: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Summed in fp32, whatever the dtype of the losses."""
+    from megatron_lighthouse.mcore import step
+
+    monkeypatch.setattr(step, "get_args", lambda: Namespace(check_for_nan_in_loss_and_grad=False))
+    losses = torch.tensor([[1.0, 2.0, 256.0], [8.0, 16.0, 32.0]], dtype=torch.bfloat16)
+    loss, tokens, logged = step.loss_function(torch.tensor([[1, 0, 1], [0, 0, 1]]), losses)
+    assert (loss.item(), tokens.item(), logged["lm loss"].tolist()) == (289.0, 3, [289.0, 3.0])
+    assert (loss.dtype, tokens.dtype) == (torch.float32, torch.int)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import runpy
+import signal
+import subprocess
 import sys
 from collections import Counter
 
@@ -88,6 +91,7 @@ def test_crossover_grows() -> None:
         (["--lighthouse-budget", "100"], ["--lighthouse-budget 100 must be a positive multiple", "use"]),
         (["--attention", "sparse"], ["--attention 'sparse'", "dense or lighthouse"]),
         (["--tokens", "0"], ["--tokens 0 must be above 0"]),
+        (["--num-layers", "3"], ["--lighthouse-dense-last 2 leave none of 3 layers", "use smaller numbers"]),
         (["scaling", "/nowhere"], ["scaling /nowhere", "run.json"]),
     ],
     ids=lambda x: " ".join(x[:2]) if isinstance(x, list) and x[0].startswith(("-", "s")) else "",
@@ -97,6 +101,17 @@ def test_refusals(arguments: list[str], said: list[str], capsys: pytest.CaptureF
     error = capsys.readouterr().err
     for text in said:
         assert text in error
+
+
+@pytest.mark.parametrize("command", ["plan --list", "profiling --help"])
+def test_a_reader_that_has_enough_is_no_error(command: str) -> None:
+    """As where the report is piped into `head`."""
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, "-m", *f"megatron_lighthouse.{command}".split()]
+    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
 
 
 def test_report_says_what_it_is_worth(capsys: pytest.CaptureFixture[str]) -> None:

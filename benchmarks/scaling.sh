@@ -136,6 +136,7 @@ make_text() { for _ in {1..8}; do cat "${text[@]}"; done >"$WORK/data.txt"; }
 agreement() {
     local folder=$WORK/agreement begun=$SECONDS status=0
     [[ ! -e $folder/done ]] || return 0
+    mkdir -p "$folder"
     timeout -k 10 300 "$PYTHON" benchmarks/training_agreement.py --only layouts --at-once 8 --out "$folder" >"$folder.log" 2>&1 ||
         status=$?
     echo "agreement: status $status, $((SECONDS - begun)) s, at $SECONDS s"

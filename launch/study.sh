@@ -3,12 +3,16 @@
 
 # the points of "CP=1:2 SEQ=32768:98304 ATTENTION=dense:lighthouse" in POINTS, "ATTENTION LENGTH CP" each, the attention changing fastest
 study_points() {
-    local study=$1 word value CP=1:2 SEQ=32768:98304:262144 ATTENTION=dense:lighthouse sizes lengths attentions size length attention
+    local study=$1 word name value CP=1:2 SEQ=32768:98304:262144 ATTENTION=dense:lighthouse sizes lengths attentions size length attention
     for word in $study; do
         [[ $word =~ ^(CP|SEQ|ATTENTION)=([^:]+(:[^:]+)*)$ ]] ||
             die "--study '$study': '$word' is none of CP=…, SEQ=…, ATTENTION=… with values apart by colons:" \
                 "use \"CP=1:2 SEQ=32768:98304 ATTENTION=dense:lighthouse\"."
         declare "${BASH_REMATCH[1]}=${BASH_REMATCH[2]}"
+    done
+    for name in CP SEQ ATTENTION; do # a point's folder is named by its values
+        value=$(words "$(tr : '\n' <<<"${!name}" | sort | uniq -d)")
+        [[ -z $value ]] || die "--study '$study': $name=${!name} holds $value twice, and a point runs once: leave one of them out."
     done
     IFS=: read -ra sizes <<<"$CP"
     IFS=: read -ra lengths <<<"$SEQ"

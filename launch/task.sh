@@ -77,6 +77,7 @@ child=$! status=0
 # torchrun kills this script where it does not end in time, and a rank that lives on would hold its GPU
 (while kill -0 $$; do sleep 2; done && sleep 5 && kill -KILL -- "-$child") </dev/null >/dev/null 2>&1 &
 watcher=$!
+disown "$watcher" # else bash may report that it is killed below
 while kill -0 "$child" 2>/dev/null; do # a trap ends wait early
     status=0
     wait "$child" || status=$?

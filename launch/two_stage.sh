@@ -23,6 +23,9 @@ done
 ((STAGE1 < TOTAL)) || die "--stage1 $STAGE1 must be less than --total $TOTAL: what is left is stage 2."
 MEGATRON+=(--train-iters "$TOTAL")
 run_arguments
+at=$(argument --lighthouse-stage2-at '')
+[[ -z $at ]] || die "--lighthouse-stage2-at $at is both stages in one job, and two_stage.sh queues a job for each: leave it out, or use" \
+    "launch/submit.sh for the one job."
 EVAL_ITERS=${EVAL_ITERS:-$(argument --eval-iters 100)}
 [[ $EVAL_ITERS =~ ^[0-9]+$ ]] || die "--eval-iters $EVAL_ITERS must be a number of batches: use 32, or 0 for no evaluation."
 

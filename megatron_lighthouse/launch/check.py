@@ -11,15 +11,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_lighthouse.launch.sizes import sizes
 from megatron_lighthouse.mcore.settings import add_arguments, settings_from
 from megatron_lighthouse.mcore.text import PADDED_VOCABULARY
 from megatron_lighthouse.plan import memory
 from megatron_lighthouse.plan.device import DEVICES, Device
 from megatron_lighthouse.plan.run import Run
 from megatron_lighthouse.plan.words import RECOMPUTE_WORDS, run_of_words
-from megatron_lighthouse.scorers import problem
 
 DATA = ("--data-path", "--train-data-path", "--valid-data-path", "--test-data-path")
+ENDS = ("--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split")
+"""Each counts as a layer where the pipeline is split."""
 
 KINDS = {"hopper": ("h100", "h200"), "blackwell": ("b200", "gb200"), "cpu": ()}
 """Devices of an architecture, as the plan names them. The first has the least memory, and is taken where none is named."""
@@ -79,14 +81,17 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         *(("tensor-model-parallel-size", 1), ("pipeline-model-parallel-size", 1), ("context-parallel-size", 1)),
         *(("num-layers", None), ("num-attention-heads", None), ("num-query-groups", None), ("seq-length", None)),
         *(("max-position-embeddings", None), ("micro-batch-size", 1), ("global-batch-size", None), ("train-iters", None)),
+        *(("decoder-first-pipeline-num-layers", None), ("decoder-last-pipeline-num-layers", None)),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
-    for name in (*DATA, "--text-data"):
+    for name in (*DATA, "--text-data", "--cp-comm-type", "--spec"):
         parser.add_argument(name, nargs="*", default=[])
     for name in ("--data-args-path", "--per-split-data-args-path", "--tokenizer-model", "--pretrained-checkpoint"):
         parser.add_argument(name)
-    parser.add_argument("--cp-comm-type", nargs="*", default=[])
-    parser.add_argument("--mock-data", action="store_true")
+    parser.add_argument("--pipeline-model-parallel-layout")
+    parser.add_argument("--attention-dropout", type=float, default=0.1)  # Megatron's
+    for name in ("--mock-data", "--skip-train", "--use-checkpoint-args", *ENDS):
+        parser.add_argument(name, action="store_true")
     return parser.parse_known_args(words)[0]
 
 
@@ -125,8 +130,7 @@ def layout(args: argparse.Namespace, nodes: int, gpus_per_node: int) -> Iterator
             f"--global-batch-size {args.global_batch_size} must be a multiple of {unit} (--micro-batch-size "
             f"{args.micro_batch_size} x {world // one} data-parallel ranks): use {-(-args.global_batch_size // unit) * unit}."
         )
-    if args.num_layers and args.num_layers % pipeline:
-        yield f"--num-layers {args.num_layers} must be a multiple of --pipeline-model-parallel-size {pipeline}."
+    yield from stages(args)
     for name, value in (("num-attention-heads", args.num_attention_heads), ("num-query-groups", args.num_query_groups)):
         if value and value % tensor:
             yield f"--{name} {value} must be a multiple of --tensor-model-parallel-size {tensor}: use a divisor of {value}."
@@ -138,29 +142,19 @@ def layout(args: argparse.Namespace, nodes: int, gpus_per_node: int) -> Iterator
         )
 
 
-def sizes(args: argparse.Namespace) -> Iterator[str]:
-    """Iterations, and what the attention says of the sequence length on this many context-parallel ranks."""
-    if not args.train_iters:
-        yield "--train-iters is missing: a requeued job goes on until the checkpoint is there."
-    if args.seq_length is None:
-        yield "--seq-length is missing."
-    elif (args.max_position_embeddings or args.seq_length) < args.seq_length:
+def stages(args: argparse.Namespace) -> Iterator[str]:
+    """Whether the layers make pipeline stages of one size. Where the command line gives the sizes, Megatron checks them."""
+    own = ("pipeline_model_parallel_layout", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+    if not args.num_layers or any(getattr(args, name) is not None for name in own):
+        return
+    layers, pipeline = args.num_layers, args.pipeline_model_parallel_size
+    ends = [flag for flag in ENDS if getattr(args, flag[2:].replace("-", "_"))]
+    if (layers + len(ends)) % pipeline:
+        less = (layers + len(ends)) // pipeline * pipeline - len(ends)
+        use = " or ".join(str(n) for n in (less, less + pipeline) if n > 0)
         yield (
-            f"--max-position-embeddings {args.max_position_embeddings} must be at least --seq-length {args.seq_length}: "
-            f"use {args.seq_length}."
-        )
-    elif args.attention == "lighthouse":
-        try:
-            config = settings_from(args).config
-            config.geometry(args.seq_length, args.context_parallel_size)
-        except ValueError as error:
-            yield str(error)
-        if message := problem(args.lighthouse_scorer, args.seq_length, args.context_parallel_size):
-            yield message
-    elif args.context_parallel_size > 1 and args.seq_length % (unit := 2 * args.context_parallel_size):
-        yield (
-            f"--seq-length {args.seq_length} must be a multiple of {unit}, two chunks for each of --context-parallel-size "
-            f"{args.context_parallel_size}: use {max(1, args.seq_length // unit) * unit}."
+            f"{' + '.join([f'--num-layers {layers}', *(f'1 ({flag})' for flag in ends)])} must be a multiple of "
+            f"--pipeline-model-parallel-size {pipeline}: use --num-layers {use}."
         )
 
 

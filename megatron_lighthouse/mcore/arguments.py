@@ -21,23 +21,30 @@ def with_lighthouse_arguments(provider: ArgumentsProvider | None = None) -> Argu
     return provide
 
 
+def nothing_to_switch(args: argparse.Namespace) -> str | None:
+    """Why --lighthouse-stage2-at means nothing to a dense run; None where it is not given, or nothing is trained."""
+    if args.lighthouse_stage2_at is None or getattr(args, "skip_train", False):
+        return None
+    return (
+        f"--lighthouse-stage2-at {args.lighthouse_stage2_at} makes Lighthouse layers dense, and with --attention dense "
+        "there are none: leave it out, or use --attention lighthouse."
+    )
+
+
 def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
     """Give `model_cfg` (a GPTModelConfig) the attention that `--attention` names, checked against model and data.
 
     Raises:
         ValueError: settings, a model or data that Lighthouse refuses.
     """
-    from megatron_lighthouse.mcore.checks import check_run
+    from megatron_lighthouse.mcore.checks import check_run, copies_in_a_graph
     from megatron_lighthouse.mcore.spec import layer_spec, lighthouse
 
     spec, by_name = model_cfg.transformer_layer_spec, args.attention == "lighthouse"
     chosen = settings.settings_from(args) if by_name or spec is lighthouse else None
     if chosen is None:
-        if args.lighthouse_stage2_at is not None:
-            raise ValueError(
-                f"--lighthouse-stage2-at {args.lighthouse_stage2_at} makes Lighthouse layers dense, and with --attention dense "
-                "there are none: leave it out, or use --attention lighthouse."
-            )
+        if message := nothing_to_switch(args):
+            raise ValueError(message)
         selection_log.say_nothing_is_logged(args)
         if spec is not None:
             return model_cfg
@@ -53,6 +60,9 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
             "--reset-attention-mask separates documents by a mask, which context parallelism without Transformer Engine does "
             "not read: leave it out (--reset-position-ids works)."
         )
+    elif ours:
+        for message in copies_in_a_graph(config, settings.comm_types_of(config)):
+            raise ValueError(message)
     if chosen is not None or ours:
         # the attention is causal and reads no mask; one of seq x seq bytes would not fit at long context
         args.create_attention_mask_in_dataloader = False

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from collections.abc import Iterator
-
-from megatron.core.transformer import TransformerConfig
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from megatron_lighthouse.config import LighthouseConfig, flag
 from megatron_lighthouse.context_parallel.attention import comm_type_problem
@@ -14,6 +13,9 @@ from megatron_lighthouse.context_parallel.copies import SWITCH
 from megatron_lighthouse.context_parallel.select import is_local
 from megatron_lighthouse.mcore.settings import LighthouseSettings, heads_of_rank, own_comm_types
 from megatron_lighthouse.scorers import problem
+
+if TYPE_CHECKING:  # what needs no Megatron is asked on a login node too
+    from megatron.core.transformer import TransformerConfig
 
 
 def check(config: TransformerConfig, settings: LighthouseSettings, seq_length: int | None) -> None:
@@ -44,7 +46,7 @@ def _raise(problems: list[str]) -> None:
 
 def _model(config: TransformerConfig, settings: LighthouseSettings, seq_length: int | None) -> Iterator[str]:
     yield from _unsupported(config, settings)
-    yield from _layers(config, settings)
+    yield from layer_problems(settings, config.num_layers)
     if seq_length is not None:
         lengths = list(length_problems(settings.config, seq_length, config.context_parallel_size))
         yield from lengths or _dealt_in_a_graph(config, settings.config, seq_length)
@@ -104,11 +106,7 @@ def _stage2(args: Namespace, settings: LighthouseSettings) -> Iterator[str]:
 
 
 def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:
-    if config.attention_dropout:
-        yield (
-            f"--attention-dropout {config.attention_dropout} would drop whole windows: use --attention-dropout 0 "
-            "(--hidden-dropout works)."
-        )
+    yield from dropout_problems(config.attention_dropout)
     if config.window_size is not None:
         yield (
             f"--window-size {config.window_size} (sliding window) has no meaning among gathered entries: leave it out, or use "
@@ -152,11 +150,7 @@ def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Ite
             f"--cuda-graph-impl {graphs} repeats what the first iterations did, so that {flag('stage2_at')} {at} would change "
             f"nothing: leave one of them out (--exit-interval {at} and a second job with --attention dense give the same run)."
         )
-    if graphs != "none" and "p2p" in own_comm_types(config, settings) and os.environ.get(SWITCH) != "0":
-        yield (
-            f"--cuda-graph-impl {graphs} would repeat the numbers of the messages by which --cp-comm-type p2p copies between "
-            f"GPUs: leave it out, use --cp-comm-type all_gather, or set {SWITCH}=0 in the environment."
-        )
+    yield from copies_in_a_graph(config, own_comm_types(config, settings))
     yield from _comm_types(config, settings)
     groups, tensor_parallel = config.num_query_groups or config.num_attention_heads, config.tensor_model_parallel_size
     if groups % tensor_parallel:
@@ -174,12 +168,29 @@ def _comm_types(config: TransformerConfig, settings: LighthouseSettings) -> Iter
             yield message
 
 
-def _layers(config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:
+def copies_in_a_graph(config: TransformerConfig, comm_types: Sequence[str]) -> Iterator[str]:
+    """Of this project's own attention over shards by these schemes, dense too."""
+    graphs = getattr(config, "cuda_graph_impl", "none")
+    if graphs != "none" and "p2p" in comm_types and os.environ.get(SWITCH) != "0":
+        yield (
+            f"--cuda-graph-impl {graphs} would repeat the numbers of the messages by which --cp-comm-type p2p copies between "
+            f"GPUs: leave it out, use --cp-comm-type all_gather, or set {SWITCH}=0 in the environment."
+        )
+
+
+def dropout_problems(dropout: float) -> Iterator[str]:
+    """Of attention, whatever the model is."""
+    if dropout:
+        yield f"--attention-dropout {dropout} would drop whole windows: use --attention-dropout 0 (--hidden-dropout works)."
+
+
+def layer_problems(settings: LighthouseSettings, layers: int) -> Iterator[str]:
+    """Of which of the model's layers are dense."""
     for name in ("dense_first", "dense_last"):
         if getattr(settings, name) < 0:
             yield f"{flag(name)} {getattr(settings, name)} must not be negative: use 0 to leave no layer dense."
-    if settings.dense_first + settings.dense_last >= config.num_layers:
+    if settings.dense_first + settings.dense_last >= layers:
         yield (
             f"{flag('dense_first')} {settings.dense_first} and {flag('dense_last')} {settings.dense_last} leave none of "
-            f"{config.num_layers} layers to Lighthouse: use smaller numbers, or --attention dense."
+            f"{layers} layers to Lighthouse: use smaller numbers, or --attention dense."
         )

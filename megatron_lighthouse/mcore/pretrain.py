@@ -23,6 +23,8 @@ from megatron_lighthouse.mcore.data import train_valid_test_datasets
 from megatron_lighthouse.mcore.run_options import check_run_options
 from megatron_lighthouse.mcore.step import forward_step
 
+REFUSED = 2
+"""Exit status of a command line that cannot run, as argparse's: pretrain.sbatch does not queue such a job again."""
 LAYER = "{layer}"
 """In the name of a picture: the layer's number."""
 
@@ -31,18 +33,22 @@ def run(program_start: float | None = None) -> None:
     """Parse the command line, check it, and train.
 
     Raises:
-        ValueError: what Lighthouse refuses, before the process group exists.
+        SystemExit: with REFUSED, before the process group exists, where Lighthouse or Megatron refuses the command line.
     """
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
     machine.adapt()
-    args = parse_and_validate_args(extra_args_provider=with_lighthouse_arguments(add_arguments))
-    check_run_options(args)
-    model_cfg = use_attention(args, gpt_config_from_args(args))
-    pictures = pictures_of(args)
-    for layer_number in pictures:
-        telemetry.watch(layer_number)
-    progress.install()
-    container = pretrain_cfg_container_from_args(args, model_cfg)
+    try:
+        args = parse_and_validate_args(extra_args_provider=with_lighthouse_arguments(add_arguments))
+        check_run_options(args)
+        model_cfg = use_attention(args, gpt_config_from_args(args))
+        pictures = pictures_of(args)
+        for layer_number in pictures:
+            telemetry.watch(layer_number)
+        progress.install()
+        container = pretrain_cfg_container_from_args(args, model_cfg)
+    except (ValueError, AssertionError) as error:  # Megatron asserts what it asks of its arguments
+        traceback.print_exc()
+        raise SystemExit(REFUSED) from error
     try:
         pretrain(container, train_valid_test_datasets, ModelType.encoder_or_decoder, forward_step)
     except SystemExit as stop:  # with 0, how Megatron ends at --exit-interval, at a time limit and on SIGTERM

@@ -60,6 +60,11 @@ def own_comm_types(config: TransformerConfig, settings: LighthouseSettings) -> l
     of_te = config.transformer_impl == "transformer_engine" and settings.config.inner in ("auto", "te")
     if config.context_parallel_size == 1 or of_te:
         return []
+    return comm_types_of(config)
+
+
+def comm_types_of(config: TransformerConfig) -> list[str]:
+    """The schemes of the layers, each once."""
     kinds = config.cp_comm_type or "p2p"
     return [kinds] if isinstance(kinds, str) else sorted(set(kinds))
 

@@ -182,7 +182,7 @@ def test_a_bad_node_is_named_and_requeues_have_a_limit(cluster: Slurm, tmp_path:
     assert "MAX_REQUEUES=1 is reached" in text
     assert text.index("no controller") < text.index("requeued")
     for name, job, restarts, says in zip(
-        *(("refused", "unmet"), others, "01", ("Megatron refuses its command line", "did not meet for the pre-flight")),
+        *(("refused", "unmet"), others, "01", ("the command line is refused", "did not meet for the pre-flight")),
         strict=True,
     ):
         state = cluster.wait(job, 120)

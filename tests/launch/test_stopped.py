@@ -25,6 +25,16 @@ def test_no_rank_outlives_a_killed_task(tmp_path: Path) -> None:
         task.communicate(timeout=30)  # until nobody can write any more
 
 
+def test_a_rank_that_ends_well_says_nothing_of_its_watcher(tmp_path: Path) -> None:
+    """Not `Killed`, which bash would report in about one of three."""
+    own = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LIGHTHOUSE_ARCH": "cpu", "TMPDIR": str(tmp_path)}
+    for _ in range(20):
+        done = subprocess.run(
+            ["bash", LAUNCH / "task.sh", "sleep", "0.1"], env={**os.environ, **own}, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_a_signal_before_the_command_is_not_lost(tmp_path: Path) -> None:
     """While nvidia-smi says on which node a GPU is."""
     for name, does in (("numactl", "exit 0"), ("nvidia-smi", "echo asked >&2; sleep 3")):

@@ -115,7 +115,7 @@ def refused(folder: Path, *arguments: str) -> str:
     processes = Processes(folder, 1, [*MODEL, *_output(folder), *arguments, *TEXT])
     statuses = processes.wait()
     log = processes.log.read_text(errors="replace")
-    assert statuses == [1], f"exit statuses {statuses}:\n{log[-5000:]}"
+    assert statuses == [2], f"exit statuses {statuses}:\n{log[-5000:]}"
     return log
 
 

@@ -215,6 +215,19 @@ def test_a_spec_that_makes_lighthouse_needs_no_mask() -> None:
     assert not given.create_attention_mask_in_dataloader
 
 
+def test_dense_attention_that_copies_cannot_be_captured_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_lighthouse.mcore.arguments import use_attention
+
+    config = transformer_config()
+    for name, value in {**LOCAL_RANKS, "cuda_graph_impl": "local"}.items():
+        setattr(config, name, value)
+    model = Namespace(transformer=config, transformer_layer_spec=None)
+    with pytest.raises(ValueError, match=r"--cuda-graph-impl local would repeat .* use --cp-comm-type all_gather"):
+        use_attention(arguments("--attention", "dense"), model)
+    monkeypatch.setenv("LIGHTHOUSE_COPY_ENGINE", "0")
+    use_attention(arguments("--attention", "dense"), model)
+
+
 def test_the_entry_point_refuses_before_anything_starts(tmp_path: Path) -> None:
     log = refused(tmp_path, "--attention", "lighthouse", "--attention-dropout", "0.1", "--lighthouse-dense-last", "3")
     assert "--attention-dropout 0.1 would drop whole windows: use --attention-dropout 0" in log

@@ -81,6 +81,14 @@ def test_arguments_that_are_refused(words: str, message: str) -> None:
         settings_from(arguments(*words.split()))
 
 
+def test_the_progress_bar_says_dense_with_the_last_layer() -> None:
+    from megatron_lighthouse.mcore.progress import attention_in
+
+    layers = "--attention lighthouse --lighthouse-stage2-at 7 --lighthouse-return layers --lighthouse-return-iters 4".split()
+    assert [attention_in(arguments(*layers), iteration) for iteration in (7, 10, 11)] == ["lighthouse", "lighthouse", "dense"]
+    assert [attention_in(arguments(*layers[:4]), iteration) for iteration in (7, 8)] == ["lighthouse", "dense"]
+
+
 @pytest.mark.parametrize(
     ("stage2", "train_iters", "advice"),
     [
@@ -105,9 +113,10 @@ def test_the_switch_must_come_before_the_end(stage2: Stage2, train_iters: int | 
     with pytest.raises(ValueError, match=advice):
         check_run(given, transformer_config(), settings)
     assert train_iters is not None
-    given.train_iters, given.train_samples = None, 2 * train_iters
-    with pytest.raises(ValueError, match=f"of --train-iters {train_iters}"):
-        check_run(given, transformer_config(), settings)
+    for rest in (0, 1):  # a last batch that is not whole is no iteration
+        given.train_iters, given.train_samples = None, 2 * train_iters + rest
+        with pytest.raises(ValueError, match=f"of --train-iters {train_iters} in which"):
+            check_run(given, transformer_config(), settings)
 
 
 def test_what_does_not_go_with_it(megatron: None) -> None:
@@ -120,6 +129,8 @@ def test_what_does_not_go_with_it(megatron: None) -> None:
     given = arguments("--attention", "dense", "--lighthouse-stage2-at", "7")
     with pytest.raises(ValueError, match=r"--lighthouse-stage2-at 7 .* leave it out, or use --attention lighthouse"):
         use_attention(given, Namespace(transformer_layer_spec=None, transformer=config))
+    given.skip_train, given.lighthouse_telemetry_interval = True, 0  # --as evaluation of the launch scripts
+    assert use_attention(given, Namespace(transformer_layer_spec=None, transformer=config)).transformer_layer_spec is None
     config.cuda_graph_impl = "local"
     check(config, SETTINGS, None)
     with pytest.raises(ValueError, match=r"--cuda-graph-impl local .* leave one of them out"):

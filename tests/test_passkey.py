@@ -8,7 +8,19 @@ from typing import Any
 import numpy
 import pytest
 
-from megatron_lighthouse.recipe.passkey import CLASSIC, FILLERS, QUESTION, Grid, answer, by_cell, prompt, statistics
+from megatron_lighthouse.recipe.passkey import (
+    CLASSIC,
+    FILLERS,
+    KEY,
+    QUESTION,
+    SHORTEST,
+    Grid,
+    Sample,
+    answer,
+    by_cell,
+    prompt,
+    statistics,
+)
 
 TEXT = (numpy.arange(5000) % 251 + numpy.arange(5000) // 251).astype(numpy.uint16) % 256
 GRID = Grid(lengths=[128, 1000], depths=[0, 0.3, 1], samples=20)
@@ -43,6 +55,18 @@ def test_deterministic_and_fresh() -> None:
     noise = [text for text, sample in zip(prompts, questions, strict=True) if sample.filler == "noise"]
     assert len(set(noise)) == len(noise)
     assert prompts != [text_of(prompt(sample, TEXT, 2).tokens) for sample in questions]
+
+
+def test_filler_begins_anywhere() -> None:
+    """Noise at every place of the text, the last too, and the classic sentences at other bytes than the first."""
+    text = numpy.arange(200).astype(numpy.uint16)  # each token says where it stands
+    room = SHORTEST - len(KEY % 0) - len(QUESTION)
+
+    def begins(filler: str, samples: int) -> set[int]:
+        return {int(prompt(Sample(filler, SHORTEST, 1, number), text, 1).tokens[0]) for number in range(samples)}
+
+    assert begins("noise", 2000) == set(range(200 - room + 1))
+    assert len(begins("classic", 50)) > 5
 
 
 def reader(tokens: Any) -> Any:

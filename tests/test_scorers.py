@@ -210,6 +210,8 @@ def test_the_gate_is_fixed() -> None:
     assert 0.019 < weight.std() < 0.021
     assert weight.abs().max() < 0.1
     assert torch.equal(weight, gla._weight.__wrapped__(4096, torch.device("cpu")))
+    first = [-0.009996545, 0.020611967, -0.003357224, -0.004757806]  # a model goes on training with those that it began with
+    assert_close(gla._weight(4, torch.device("cpu")), first, "float32")
 
 
 @pytest.mark.parametrize("scorer", ["dilated", "gla"])

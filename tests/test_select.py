@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from unittest import mock
@@ -29,7 +31,9 @@ def selection_of(problem: Problem) -> Selection:
     return chosen(query, key, LighthouseConfig(**problem.options))
 
 
-def refined(steps: Steps, scores_q: list[int], scores_k: list[int], tile_budget: int = 2, pin_first: bool = False) -> list[int]:
+def refined(
+    steps: Steps, scores_q: Sequence[float], scores_k: Sequence[float], tile_budget: int = 2, pin_first: bool = False
+) -> list[int]:
     """The windows of two tokens that one tile refines, by the windows' scores."""
     geometry = Geometry(2 * len(scores_q), 2, 2, tile_budget, tile_budget)
     scores = torch.tensor([scores_q, scores_k], dtype=torch.float32, device=DEVICE).view(2, 1, 1, -1)
@@ -153,6 +157,15 @@ def test_lighthouse_select_gives_the_entries_of_the_oracle(problem: Problem) -> 
 def test_ties_go_to_the_lower_index(steps: Steps) -> None:
     assert refined(steps, [1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], tile_budget=4) == [0, 1, 2, 3]
     assert refined(steps, [0, 0, 5, 5, 5, 0], [0, 0, 0, 7, 7, 7]) == [2, 3]
+
+
+@both
+@pytest.mark.parametrize("sign", [1, -1])
+def test_nan_of_either_sign_is_the_highest(sign: int, steps: Steps) -> None:
+    """A model that has diverged selects something, whatever sign its machine gives to NaN."""
+    nan = math.copysign(math.nan, sign)
+    assert torch.tensor(nan).signbit() == (sign < 0)
+    assert refined(steps, [1, 9, nan, 2, 0, 0], [5, 6, nan, nan, 7, 0]) == [2, 3]
 
 
 @both

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -151,6 +153,19 @@ def test_later_tokens_by_hand(by_query: list[int], by_key: list[int], shares: li
     before = scores.clone()
     assert later_tokens(reference, scores) == shares
     assert torch.equal(scores, before)
+
+
+def test_cuts_are_rounded_down_to_whole_windows() -> None:
+    """Of six windows 1, 3 and 4 lie before 25, 50 and 75 per cent; a whole tile would show what later tokens do not."""
+    geometry, scores, kept = Geometry(12, 2, 2, 2, 2), torch.ones(2, 1, 1, 6), []
+
+    def select(cut: Tensor, geometry: Geometry, pin_first: bool) -> Selection:
+        kept.append(cut[0, 0, 0].tolist())
+        return reference.select(cut, geometry, pin_first)
+
+    steps: Any = SimpleNamespace(select=select)
+    telemetry.later_tokens(Choice(reference.select(scores, geometry, False), scores, geometry, False, steps))
+    assert kept == [[1.0] * windows + [0.0] * (6 - windows) for windows in (1, 3, 4)]
 
 
 def test_later_tokens_by_the_kernels() -> None:

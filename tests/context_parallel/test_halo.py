@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -141,6 +142,18 @@ def test_gradients_of_rows_and_halo_make_those_of_the_whole(steps: Steps, size: 
             back = differentiate(scatter, [own, before], [shard(grad, size, rank)])
         paste(part, total, *back)
     assert_close(total, expected, precision(steps))
+
+
+@both
+@by_layout
+def test_the_halo_is_not_read_before_it_arrives(steps: Steps, size: int, problem: Problem) -> None:
+    """It may still be under way when the scatter begins: whoever reads it has waited for it."""
+    rows, chosen = rows_for(problem, precision(steps)), entries(problem)
+    part = part_of(problem, chosen, size, 0)
+    own, there = cut(part, rows)
+    coming = torch.full_like(there, float("nan"))
+    travel: Any = SimpleNamespace(arrive=lambda: coming.copy_(there))
+    assert torch.equal(steps.scatter(own, part.selection, coming, travel), steps.scatter(own, part.selection, there))
 
 
 @both

@@ -85,6 +85,12 @@ def test_level_with_dense() -> None:
     assert caught_up(SPIKE, curve(0.5, start=9), 4, 2) is None
 
 
+def test_level_with_dense_from_the_first_whole_mean() -> None:
+    """A mean of fewer losses than all others would be one lucky loss."""
+    same = curve(*[2.0] * 7)
+    assert [caught_up(same, same, 4, width) for width in (1, 2, 4, 5)] == [4, 5, 7, None]
+
+
 def write(folder: Path, losses: dict[int, float], layers: dict[int, int] | None = None, at: int | None = None) -> None:
     with SummaryWriter(str(folder)) as log:
         for name, value in (("seq_length", 64), ("global_batch_size", 2), (recovery.STAGE2_AT, at)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -127,6 +128,42 @@ def test_a_layer_computes_lighthouse_attention(batch: int) -> None:
         tensor.square().sum().backward()
     for found, wanted in zip(inputs, same, strict=True):
         assert_close(found.grad, wanted.grad, "float32")
+
+
+def test_a_layer_takes_the_models_scale() -> None:
+    from megatron.core.transformer.enums import AttnMaskType
+
+    layer, inputs = core_attention(softmax_scale=0.9), fused_qkv(1, torch.float32)
+    out = layer(*inputs, None, attn_mask_type=AttnMaskType.causal)
+    assert_close(out, lighthouse_attention(*inputs, SETTINGS.config, softmax_scale=0.9).flatten(2), "float32")
+    assert not torch.allclose(out, lighthouse_attention(*inputs, SETTINGS.config).flatten(2), atol=1e-3)
+
+
+def test_the_attention_of_evaluations_takes_the_models_scale() -> None:
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from megatron_lighthouse.mcore.fused import FusedAttention
+
+    inputs, scale = fused_qkv(1, torch.float32), {"softmax_scale": 0.9}
+    given: dict[str, Any] = {"config": transformer_config(**scale), "layer_number": 1, "attention_type": "self", **scale}
+    fused, megatrons = (kind(**given, attn_mask_type=AttnMaskType.causal) for kind in (FusedAttention, DotProductAttention))
+    assert_close(fused(*inputs, None), megatrons(*inputs, None, attn_mask_type=AttnMaskType.causal), "float32")
+
+
+def test_attention_over_shards_takes_the_models_scale_and_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done with them tests/context_parallel says, on several ranks."""
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from megatron_lighthouse.mcore import context_parallel as module
+
+    seen: list[Any] = []
+    monkeypatch.setattr(module, "sharded_attention", lambda *given: seen.extend(given) or (lambda q, k, v: q))
+    monkeypatch.setattr(module.Exchange, "over", lambda group: SimpleNamespace(size=2))
+    how: dict[str, Any] = {"softmax_scale": 0.9, "cp_comm_type": "all_gather"}
+    layer = module.ContextParallelAttention(transformer_config(), 1, AttnMaskType.causal, "self", **how)
+    layer(*fused_qkv(1, torch.float32), None)
+    assert seen[-2:] == ["all_gather", 0.9]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

@@ -3,7 +3,7 @@
 # Lighthouse, at 32K, 98K and 256K tokens (there with full recompute), and all layers Lighthouse at 98K.
 #
 # On 2, 4 or 8 GPUs, that of docs/scaling.md: attention alone on 8, 4 and 2 ranks, the points of benchmarks/scaling_points.py, and
-# whether a small model trains alike by every layout.
+# the losses of a small model by every layout.
 #
 # Usage: benchmarks/scaling.sh --out FOLDER [--part one|first|second|two|all|2|4|8] [--work FOLDER] [--from scaling.tgz]
 #
@@ -11,7 +11,7 @@
 #   --part two   two GPUs a point (about seven)
 #   --part 8, 4  the study of docs/scaling.md on so many GPUs: what takes all of them, the rest side by side, a million tokens by
 #                the recipe, and what can wait
-#   --part 2     on two GPUs a million tokens and what can wait come first, for the rest is little more than one and two measure
+#   --part 2     on two GPUs the layouts, a million tokens and what can wait come first: the rest is little more than one and two do
 #   --work       the runs' folders (default: a temporary one); points that are done there are skipped
 #   --from       what another machine left of the same --work, unpacked there first
 #
@@ -64,7 +64,7 @@ points() {
 keep() (
     flock 9
     # 1 is of a log that grows meanwhile
-    tar -C "$WORK" -czf "$OUT/scaling.tgz" --exclude='data*' --exclude=tensorboard --exclude=lock . || (($? == 1))
+    tar -C "$WORK" -czf "$OUT/scaling.tgz" --exclude='data*' --exclude=tensorboard --exclude=checkpoints --exclude=lock . || (($? == 1))
     cp "$WORK"/study/*.csv "$WORK"/study/*.png "$OUT" 2>/dev/null || true
 ) 9>"$WORK/lock"
 

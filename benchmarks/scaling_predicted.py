@@ -26,7 +26,8 @@ from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import DEVICES
 
 RESULTS = Path(__file__).parent / "results"
-DEVICE = DEVICES["h100"]
+KIND = "h100"
+DEVICE = DEVICES[KIND]
 MEASURED_RANKS = 2
 """Beyond these the plan extrapolates."""
 type Row = dict[str, Any]
@@ -101,12 +102,18 @@ def _read(folders: Sequence[Path], name: str) -> Iterator[tuple[Path, Row]]:
 
 def measured_layers(folders: Sequence[Path]) -> dict[tuple[str, str, int], Row]:
     """Rows of times.csv by case, what and ranks, with the device that the times.json beside it names."""
-    found = {}
+    found: dict[tuple[str, str, int], Row] = {}
     for table, row in _read(folders, "times.csv"):
         name = json.loads(table.with_suffix(".json").read_text())["device"]
         device = next((key for key in DEVICES if key.upper() in name), name)
-        found[row["case"], row["what"], int(row["ranks"])] = {**row, "device": device}
+        _keep(found, (row["case"], row["what"], int(row["ranks"])), {**row, "device": device})
     return found
+
+
+def _keep(found: dict[Any, Row], key: Any, row: Row) -> None:
+    """Where several devices measured the same, that of the predictions."""
+    if found.get(key, {}).get("device") != KIND or row.get("device") == KIND:
+        found[key] = row
 
 
 def measured_runs(folders: Sequence[Path]) -> dict[tuple[str, str, int, int], Row]:
@@ -115,7 +122,8 @@ def measured_runs(folders: Sequence[Path]) -> dict[tuple[str, str, int, int], Ro
     Efficiency is over one rank in the same table; where that was not measured there is none.
     """
     recompute = {(p.folder, p.attention, p.seq_length, p.context_parallel): p.recompute for p in all_candidates()}
-    found, named = {}, {folder for folder, *_ in recompute}
+    found: dict[tuple[str, str, int, int], Row] = {}
+    named = {folder for folder, *_ in recompute}
     rows = list(_read(folders, "scaling.csv"))
     alike = ("recipe", "attention", "seq_length", "recompute")
     alone = {(table, *(row[name] for name in alike)) for table, row in rows if row["context_parallel"] == "1"}
@@ -125,7 +133,7 @@ def measured_runs(folders: Sequence[Path]) -> dict[tuple[str, str, int, int], Ro
         folder = table.parent.name if table.parent.name in named else "study"
         key = (folder, row["attention"], int(row["seq_length"]), int(row["context_parallel"]))
         if row["tokens_s_gpu"] and recompute.get(key) == row["recompute"]:
-            found[key] = row
+            _keep(found, key, row)
     return found
 
 
@@ -168,7 +176,7 @@ def draw(path: Path, layers: Sequence[Row], runs: Sequence[Row]) -> None:
     panel(left, "One layer, p2p", "of one GPU's speed", one)
     panel(middle, "Training, Lighthouse", "of one GPU's tokens/s", training)
     panel(right, "Training, Lighthouse over dense", "× tokens/s", over)
-    figure.suptitle("Dotted: predicted, extrapolated beyond two GPUs (grey). Marks: measured.", fontsize=9)
+    figure.suptitle("Dotted: predicted, extrapolated beyond two GPUs (grey). Marks: measured, on four GPUs H200s.", fontsize=9)
     figure.savefig(path, dpi=120)
 
 

@@ -162,7 +162,7 @@ def _comparisons(steps: int) -> list[Comparison]:
 def _start(comparison: Comparison, options: argparse.Namespace) -> list[str] | None:
     """Arguments of a run that starts from a checkpoint of one rank, which is made here by one step; None where that fails."""
     folder = _folder(comparison, "start", options)
-    ended = _trains(comparison, Run("start"), folder, "--train-iters 1 --lr-warmup-iters 0".split())
+    ended = _trains(comparison, Run("start"), folder, "--train-iters 1 --lr-warmup-iters 0 --no-save-optim".split())
     return ["--load", str(folder / "checkpoints"), *START] if ended else None
 
 

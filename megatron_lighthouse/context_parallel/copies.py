@@ -44,7 +44,7 @@ def copies_over(group: dist.ProcessGroup, device: torch.device) -> Copies | str:
         return "there is no GPU"
     if group not in _of_group:
         of_ranks: list[Any] = [None] * group.size()
-        dist.all_gather_object(of_ranks, (_problem(device), _place(), device.index), group=group)
+        dist.all_gather_object(of_ranks, (*_asked(device), device.index), group=group)
         problem = problem_of_all(of_ranks)
         _of_group[group] = problem or Copies(group.rank(), group.size(), _Gpu(group, device))
         how = f"NCCL, beside whose kernels attention is slower: {problem}" if problem else "copy engines"
@@ -72,15 +72,16 @@ def _place() -> str:
     return " ".join([machine, *spaces, tempfile.gettempdir()])
 
 
-def _problem(device: torch.device) -> str | None:
-    """Why this rank cannot. Raises nothing: the others wait to hear of it."""
+def _asked(device: torch.device) -> tuple[str | None, str]:
+    """Why this rank cannot, and its place. Raises nothing: the others wait to hear of it."""
     try:
-        return _missing(device)
+        return _problem(device), _place()
     except Exception as error:
-        return f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
+        return f"rank {dist.get_rank()}: {type(error).__name__}: {error}", ""
 
 
-def _missing(device: torch.device) -> str | None:
+def _problem(device: torch.device) -> str | None:
+    """Why this rank cannot."""
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH} is 0"
     try:

@@ -68,7 +68,7 @@ def _dealt_in_a_graph(config: TransformerConfig, lighthouse: LighthouseConfig, s
     if graphs == "none" or size == 1 or is_local(lighthouse.geometry(seq_length, size), size):
         return
     fits = lighthouse.budget // (2 * size)
-    other = f" (such as {fits})" if fits and lighthouse.budget % (2 * size) == 0 else ""
+    other = f" (such as {fits})" if lighthouse.budget % (4 * size) == 0 else ""  # tile budgets are even
     yield (
         f"--cuda-graph-impl {graphs} cannot capture rows that are dealt out to --context-parallel-size {size} ranks, as with "
         f"{flag('budget')} {lighthouse.budget} and {flag('tile_budget')} {lighthouse.tile_budget}: leave it out, or use a "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -46,6 +47,8 @@ def run(program_start: float | None = None) -> None:
             telemetry.watch(layer_number)
         progress.install()
         container = pretrain_cfg_container_from_args(args, model_cfg)
+    except (json.JSONDecodeError, UnicodeError):  # a file that is read while it is written: the next try may do
+        raise
     except (ValueError, AssertionError) as error:  # Megatron asserts what it asks of its arguments
         traceback.print_exc()
         raise SystemExit(REFUSED) from error

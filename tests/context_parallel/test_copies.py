@@ -218,7 +218,7 @@ def cannot_ask_on_one_rank(group: dist.ProcessGroup) -> str:
         if dist.get_rank() == 1:
             raise RuntimeError('Function "cuDeviceGetAttribute" not found')
 
-    with mock.patch.object(copies_module, "_missing", missing):
+    with mock.patch.object(copies_module, "_problem", missing):
         return str(copies_over(group, torch.device("cuda", dist.get_rank())))
 
 

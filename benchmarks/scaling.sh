@@ -5,13 +5,15 @@
 # On 2, 4 or 8 GPUs, that of docs/scaling.md: attention alone on 8, 4 and 2 ranks, the points of benchmarks/scaling_points.py, and
 # the losses of a small model by every layout.
 #
-# Usage: benchmarks/scaling.sh --out FOLDER [--part one|first|second|two|all|2|4|8] [--work FOLDER] [--from scaling.tgz]
+# Usage: benchmarks/scaling.sh --out FOLDER [--part one|first|second|two|all|2|4|8] [--stage study|million|late] [--work FOLDER]
+#                              [--from scaling.tgz]
 #
 #   --part one   one GPU a point, two points at a time, on GPUs 0 and 1 (about five minutes on H100s); first, second: one half of it
 #   --part two   two GPUs a point (about seven)
 #   --part 8, 4  the study of docs/scaling.md on so many GPUs: what takes all of them, the rest side by side, a million tokens by
 #                the recipe, and what can wait
-#   --part 2     on two GPUs the layouts, a million tokens and what can wait come first: the rest is little more than one and two do
+#   --part 2     on two GPUs a million tokens, the layouts and what can wait come first: the rest is little more than one and two do
+#   --stage      of 2, 4 and 8 this alone: attention and scaling, the million tokens, or the layouts and what can wait
 #   --work       the runs' folders (default: a temporary one); points that are done there are skipped
 #   --from       what another machine left of the same --work, unpacked there first
 #
@@ -21,11 +23,12 @@
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-OUT='' PART=all WORK='' FROM=''
+OUT='' PART=all STAGE='' WORK='' FROM=''
 while (($#)); do
     case $1 in
         --out) OUT=$2 ;;
         --part) PART=$2 ;;
+        --stage) STAGE=$2 ;;
         --work) WORK=$2 ;;
         --from) FROM=$2 ;;
         *) sed -n '/^# Usage/,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 2 ;;
@@ -34,6 +37,8 @@ while (($#)); do
 done
 [[ -n $OUT && $PART =~ ^(one|first|second|two|all|2|4|8)$ ]] ||
     { echo "--out FOLDER is needed, and --part is one, first, second, two, all, 2, 4 or 8." >&2 && exit 2; }
+[[ -z $STAGE || ($STAGE =~ ^(study|million|late)$ && $PART =~ ^(2|4|8)$) ]] ||
+    { echo "--stage is study, million or late, and of --part 2, 4 or 8." >&2 && exit 2; }
 export PYTHON=${PYTHON:-python3} PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 if [[ $PART =~ ^(2|4|8)$ ]]; then
     seen=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) ||
@@ -145,10 +150,29 @@ agreement() {
     keep
 }
 
-# what takes all GPUs and need not come first
+wanted() { [[ -z $STAGE || $STAGE == "$1" ]]; }
+
+million() { ! wanted million || listed --gpus "$PART" --stage million; }
+
+# what need not come first
 late() {
     local gpus
+    wanted late || return 0
+    agreement
     for gpus in 8 4 2; do ((gpus > PART)) || listed --gpus "$gpus" --stage late; done
+}
+
+# scaling: what takes all GPUs, then side by side what takes fewer; on eight, four work on meanwhile
+study() {
+    local after=$((PART - 4)) # the first of the last four GPUs; on two GPUs these are the last two
+    wanted study || return 0
+    ((PART == 2)) || attention_on "$PART"
+    listed --gpus "$PART" --stage study
+    if ((PART == 8)); then CUDA_VISIBLE_DEVICES=0,1,2,3 on_four & fi
+    if ((PART > 2)); then CUDA_VISIBLE_DEVICES=$after,$((after + 1)) listed --gpus 2 --stage study & fi
+    CUDA_VISIBLE_DEVICES=$((after + 2)) listed --gpus 1 --stage study --attention lighthouse &
+    CUDA_VISIBLE_DEVICES=$((after + 3)) listed --gpus 1 --stage study --attention dense &
+    all_end
 }
 
 on_four() {
@@ -168,30 +192,17 @@ case $PART in
     two) both_gpus ;;
     4 | 8)
         make_text
-        attention_on "$PART"
-        listed --gpus "$PART" --stage study
-        # on eight, four work on while the others do what takes fewer
-        if ((PART == 8)); then CUDA_VISIBLE_DEVICES=0,1,2,3 on_four & fi
-        after=$((PART - 4))
-        CUDA_VISIBLE_DEVICES=$after,$((after + 1)) listed --gpus 2 --stage study &
-        CUDA_VISIBLE_DEVICES=$((after + 2)) listed --gpus 1 --stage study --attention lighthouse &
-        CUDA_VISIBLE_DEVICES=$((after + 3)) listed --gpus 1 --stage study --attention dense &
-        all_end
-        listed --gpus "$PART" --stage million
-        agreement
+        study
+        million
         late
-        attention_on 2
+        ! wanted late || attention_on 2
         ;;
     2)
         make_text
-        agreement
-        listed --gpus 2 --stage million
+        million
         late
-        listed --gpus 2 --stage study
-        CUDA_VISIBLE_DEVICES=0 listed --gpus 1 --stage study --attention lighthouse &
-        CUDA_VISIBLE_DEVICES=1 listed --gpus 1 --stage study --attention dense &
-        all_end
-        attention_on 2
+        study
+        ! wanted study || attention_on 2
         ;;
     one | all)
         CUDA_VISIBLE_DEVICES=0 first_gpu &

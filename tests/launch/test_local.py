@@ -270,12 +270,12 @@ esac
 """A Python whose machine has GPUS, and whose points all fail."""
 
 
-def study(machine: Path, part: str, gpus: int) -> subprocess.CompletedProcess[str]:
+def study(machine: Path, part: str, gpus: int, *more: str) -> subprocess.CompletedProcess[str]:
     (machine / "python").write_text(STAND_IN.format(python=sys.executable))
     own = {"PATH": f"{machine}:{os.environ['PATH']}", "PYTHON": str(machine / "python"), "GPUS": str(gpus)}
     own |= {"NOTES": str(machine / "notes"), "BROKEN": str(machine / "broken")}
     command = ["bash", LAUNCH.parent / "benchmarks" / "scaling.sh", "--out", machine / "out", "--work", machine / "work"]
-    return subprocess.run([*command, "--part", part], env={**os.environ, **own}, capture_output=True, text=True)
+    return subprocess.run([*command, "--part", part, *more], env={**os.environ, **own}, capture_output=True, text=True)
 
 
 def test_a_failed_point_is_the_status_of_the_scaling_study(machine: Path) -> None:
@@ -296,6 +296,20 @@ def test_the_study_of_four_gpus_tries_each_point_on_its_own(machine: Path) -> No
     assert order[0] == "attention on 4"
     assert order.index("1m") > order.index("study")
     assert order.index("tp2") > order.index("1m")
+
+
+def test_a_stage_of_the_study_alone(machine: Path) -> None:
+    """What a machine that was taken away left for the next one."""
+    done = study(machine, "2", 2, "--stage", "late")
+    order = [line.split(":")[0] for line in done.stdout.splitlines() if ": status " in line]
+    assert order == ["agreement", "tp2", "pp2", "all_gather", "a2a", "study"]
+    whole = study(machine, "2", 2)
+    order = [line.split(":")[0] for line in whole.stdout.splitlines() if ": status " in line]
+    assert [order.index(name) for name in ("1m-all-layers", "tp2")] == [0, 4]
+    assert sorted(order[9:-1]) == ["study"] * 8
+    assert order[-1] == "attention on 2"
+    refused = study(machine, "all", 2, "--stage", "late")
+    assert (refused.returncode, refused.stderr) == (2, "--stage is study, million or late, and of --part 2, 4 or 8.\n")
 
 
 def test_attention_that_fails_is_timed_over_nccl(machine: Path) -> None:

@@ -97,12 +97,14 @@ def main() -> None:
         started = []
         for one, start in zip(comparisons, starts, strict=True):
             more = start.result() if start else []
-            failed |= more is None
-            started.append((one, [] if more is None else [pool.submit(_losses, one, run, options, more) for run in one.runs]))
+            if more is None:
+                failed = True
+                continue
+            started.append((one, [pool.submit(_losses, one, run, options, more) for run in one.runs]))
         for comparison, found in started:
             rows: dict[str, object] = {}
             result[comparison.title] = rows
-            for run, future in zip(comparison.runs[: len(found)], found, strict=True):
+            for run, future in zip(comparison.runs, found, strict=True):
                 title, losses, expected = f"{comparison.title}, {run.name}", future.result(), found[0].result()
                 failed |= not losses
                 if not losses or not expected:

@@ -60,9 +60,8 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
             "--reset-attention-mask separates documents by a mask, which context parallelism without Transformer Engine does "
             "not read: leave it out (--reset-position-ids works)."
         )
-    elif ours:
-        for message in copies_in_a_graph(config, settings.comm_types_of(config)):
-            raise ValueError(message)
+    elif ours and (message := copies_in_a_graph(config, settings.comm_types_of(config))):
+        raise ValueError(message)
     if chosen is not None or ours:
         # the attention is causal and reads no mask; one of seq x seq bytes would not fit at long context
         args.create_attention_mask_in_dataloader = False

@@ -46,7 +46,7 @@ def _raise(problems: list[str]) -> None:
 
 def _model(config: TransformerConfig, settings: LighthouseSettings, seq_length: int | None) -> Iterator[str]:
     yield from _unsupported(config, settings)
-    yield from layer_problems(settings, config.num_layers)
+    yield from layer_problems(settings.dense_first, settings.dense_last, config.num_layers)
     if seq_length is not None:
         lengths = list(length_problems(settings.config, seq_length, config.context_parallel_size))
         yield from lengths or _dealt_in_a_graph(config, settings.config, seq_length)
@@ -150,7 +150,8 @@ def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Ite
             f"--cuda-graph-impl {graphs} repeats what the first iterations did, so that {flag('stage2_at')} {at} would change "
             f"nothing: leave one of them out (--exit-interval {at} and a second job with --attention dense give the same run)."
         )
-    yield from copies_in_a_graph(config, own_comm_types(config, settings))
+    if message := copies_in_a_graph(config, own_comm_types(config, settings)):
+        yield message
     yield from _comm_types(config, settings)
     groups, tensor_parallel = config.num_query_groups or config.num_attention_heads, config.tensor_model_parallel_size
     if groups % tensor_parallel:
@@ -168,14 +169,15 @@ def _comm_types(config: TransformerConfig, settings: LighthouseSettings) -> Iter
             yield message
 
 
-def copies_in_a_graph(config: TransformerConfig, comm_types: Sequence[str]) -> Iterator[str]:
-    """Of this project's own attention over shards by these schemes, dense too."""
+def copies_in_a_graph(config: TransformerConfig, comm_types: Sequence[str]) -> str | None:
+    """Why a graph cannot hold this project's own attention over shards by these schemes, dense too; None where it can."""
     graphs = getattr(config, "cuda_graph_impl", "none")
-    if graphs != "none" and "p2p" in comm_types and os.environ.get(SWITCH) != "0":
-        yield (
-            f"--cuda-graph-impl {graphs} would repeat the numbers of the messages by which --cp-comm-type p2p copies between "
-            f"GPUs: leave it out, use --cp-comm-type all_gather, or set {SWITCH}=0 in the environment."
-        )
+    if graphs == "none" or "p2p" not in comm_types or os.environ.get(SWITCH) == "0":
+        return None
+    return (
+        f"--cuda-graph-impl {graphs} would repeat the numbers of the messages by which --cp-comm-type p2p copies between GPUs: "
+        f"leave it out, use --cp-comm-type all_gather, or set {SWITCH}=0 in the environment."
+    )
 
 
 def dropout_problems(dropout: float) -> Iterator[str]:
@@ -184,13 +186,13 @@ def dropout_problems(dropout: float) -> Iterator[str]:
         yield f"--attention-dropout {dropout} would drop whole windows: use --attention-dropout 0 (--hidden-dropout works)."
 
 
-def layer_problems(settings: LighthouseSettings, layers: int) -> Iterator[str]:
+def layer_problems(dense_first: int, dense_last: int, layers: int) -> Iterator[str]:
     """Of which of the model's layers are dense."""
-    for name in ("dense_first", "dense_last"):
-        if getattr(settings, name) < 0:
-            yield f"{flag(name)} {getattr(settings, name)} must not be negative: use 0 to leave no layer dense."
-    if settings.dense_first + settings.dense_last >= layers:
+    for name, count in (("dense_first", dense_first), ("dense_last", dense_last)):
+        if count < 0:
+            yield f"{flag(name)} {count} must not be negative: use 0 to leave no layer dense."
+    if dense_first + dense_last >= layers:
         yield (
-            f"{flag('dense_first')} {settings.dense_first} and {flag('dense_last')} {settings.dense_last} leave none of "
-            f"{layers} layers to Lighthouse: use smaller numbers, or --attention dense."
+            f"{flag('dense_first')} {dense_first} and {flag('dense_last')} {dense_last} leave none of {layers} layers to "
+            "Lighthouse: use smaller numbers, or --attention dense."
         )

@@ -11,6 +11,7 @@ from megatron_lighthouse.config import LighthouseConfig
 from megatron_lighthouse.context_parallel.attention import COMM_TYPES
 from megatron_lighthouse.context_parallel.plan import Layer
 from megatron_lighthouse.geometry import Geometry
+from megatron_lighthouse.mcore.checks import layer_problems
 from megatron_lighthouse.plan.device import DEVICES, Device
 from megatron_lighthouse.plan.model import GPT
 
@@ -90,11 +91,8 @@ class Run:
                 f"use {-(-self.global_batch // dp) * dp}."
             )
         if self.attention == "lighthouse":
-            if not model.lighthouse_layers:
-                raise ValueError(
-                    f"--lighthouse-dense-first {model.dense_first} and --lighthouse-dense-last {model.dense_last} leave none "
-                    f"of {model.layers} layers to Lighthouse: use smaller numbers, or --attention dense."
-                )
+            for message in layer_problems(model.dense_first, model.dense_last, model.layers):
+                raise ValueError(message)
             _ = self.geometry
         elif cp > 1 and self.seq_length % (2 * cp):
             raise ValueError(

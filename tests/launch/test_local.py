@@ -313,11 +313,11 @@ def test_a_stage_of_the_study_alone(machine: Path) -> None:
 
 def test_attention_that_fails_is_timed_over_nccl(machine: Path) -> None:
     (machine / "broken").touch()
-    done = study(machine, "4", 4, "--stage", "late")
+    done = study(machine, "4", 4)
     lines = (machine / "notes").read_text().splitlines()
-    assert ["--part time --quick" in line for line in lines] == [False, True]
-    assert [line.split()[0] for line in lines if "--quick" in line] == ["0:"]
-    assert f"attention on 2: {machine}/work/attention-2.log" in done.stderr
+    assert ["--part time --quick" in line for line in lines] == [False, True, False, True]
+    assert [line.split()[0] for line in lines if "--quick" in line] == ["0:"] * 2
+    assert f"attention on 4: {machine}/work/attention-4.log" in done.stderr
 
 
 def test_the_study_needs_its_gpus(machine: Path) -> None:

@@ -40,11 +40,14 @@ done
 [[ -z $STAGE || ($STAGE =~ ^(study|million|late)$ && $PART =~ ^(2|4|8)$) ]] ||
     { echo "--stage is study, million or late, and of --part 2, 4 or 8." >&2 && exit 2; }
 export PYTHON=${PYTHON:-python3} PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-if [[ $PART =~ ^(2|4|8)$ ]]; then
-    seen=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) ||
-        { echo "$PYTHON has no torch: name another by PYTHON=…, such as .venv/bin/python." >&2 && exit 2; }
-    ((seen >= PART)) || { echo "--part $PART takes $PART GPUs, and $seen can be seen." >&2 && exit 2; }
-fi
+case $PART in
+    2 | 4 | 8) needed=$PART ;;
+    first) needed=1 ;;
+    *) needed=2 ;;
+esac
+seen=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) ||
+    { echo "$PYTHON has no torch: name another by PYTHON=…, such as .venv/bin/python." >&2 && exit 2; }
+((seen >= needed)) || { echo "--part $PART takes $needed GPUs, and $seen can be seen." >&2 && exit 2; }
 WORK=${WORK:-$(mktemp -d)}
 mkdir -p "$OUT" "$WORK"
 [[ -z $FROM ]] || tar -C "$WORK" -xzf "$FROM"

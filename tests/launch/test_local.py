@@ -324,6 +324,8 @@ def test_the_study_needs_its_gpus(machine: Path) -> None:
     done = study(machine, "8", 4)
     assert done.returncode == 2
     assert "--part 8 takes 8 GPUs, and 4 can be seen" in done.stderr
+    done = study(machine, "all", 1)
+    assert (done.returncode, done.stderr) == (2, "--part all takes 2 GPUs, and 1 can be seen.\n")
 
 
 def test_dlprof_is_started_on_the_chosen_ranks_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,10 +78,9 @@ child=$! status=0
 (while kill -0 $$; do sleep 2; done && sleep 5 && kill -KILL -- "-$child") </dev/null >/dev/null 2>&1 &
 watcher=$!
 disown "$watcher" # else bash may report that it is killed below
-while kill -0 "$child" 2>/dev/null; do # a trap ends wait early
-    status=0
-    wait "$child" || status=$?
-done
+set +m            # else `wait` answers at once, and with that, while the command is suspended
+while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a trap ends wait early
+wait "$child" || status=$? # bash remembers
 kill -KILL -- "-$child" "-$watcher" 2>/dev/null || true
 ((status != 2)) || echo "launch: rank $RANK ended with status 2: its command line is refused" # pretrain.sbatch looks for this
 exit "$status"

@@ -35,6 +35,29 @@ def test_a_rank_that_ends_well_says_nothing_of_its_watcher(tmp_path: Path) -> No
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+STOPS = "kill -STOP $$; exit 7"
+SAVES = "trap 'exit 7' TERM; while :; do sleep 0.01; done"
+
+
+@pytest.mark.parametrize("command", [STOPS, SAVES], ids=["suspended", "signalled"])
+def test_a_rank_answers_with_its_own_status(command: str, tmp_path: Path) -> None:
+    """Not with that of what it went through before: bash's `wait` ends at a signal, and where a job is suspended."""
+    own = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LIGHTHOUSE_ARCH": "cpu", "TMPDIR": str(tmp_path)}
+    suspended = command == STOPS
+    for _ in range(20):
+        run = ["bash", LAUNCH / "task.sh", "bash", "-c", f"echo $$; {command}"]
+        with subprocess.Popen(run, env={**os.environ, **own}, stdout=subprocess.PIPE, text=True) as task:
+            assert task.stdout
+            rank = int(task.stdout.readline())
+            stat = Path(f"/proc/{rank}/stat")
+            while suspended and stat.read_text().split(") ")[1][0] != "T":
+                time.sleep(0.01)
+            time.sleep(0.05)  # until bash has seen it, and the rank has set its trap
+            (os.kill(rank, signal.SIGCONT) if suspended else task.send_signal(signal.SIGURG))
+            task.communicate(timeout=30)
+            assert task.returncode == 7
+
+
 def test_a_signal_before_the_command_is_not_lost(tmp_path: Path) -> None:
     """While nvidia-smi says on which node a GPU is."""
     for name, does in (("numactl", "exit 0"), ("nvidia-smi", "echo asked >&2; sleep 3")):

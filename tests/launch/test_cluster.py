@@ -64,27 +64,30 @@ def wait_for[T](what: Callable[[], T], seconds: float, why: Callable[[], str]) -
 def test_a_run_survives_a_dead_rank_and_the_time_limit(cluster: Slurm, tmp_path: Path) -> None:
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     iterations = ("--train-iters", "40", *DATA)
-    hasty = cluster_file(tmp_path, "TIME=1", "MAX_REQUEUES=6", "PREFLIGHT=0")
+    # Slurm looks at its clock every 30 s, and warns up to so much earlier: 45 to 75 s after the start, when every rank trains
+    hasty = cluster_file(tmp_path, "TIME=2", "SIGNAL_SECONDS=45", "MAX_REQUEUES=6", "PREFLIGHT=0")
     job = submit(cluster, broken, "--check", "0", file=hasty, data=iterations)
 
-    def trains(restart: int) -> int | None:
-        """The restart that trains beyond its first checkpoint, of this number or later."""
-        logs = [number for number in range(restart, 7) if len(losses(log(broken, f"{job}_{number}"))) > 6]
-        return logs[-1] if logs else None
+    def train(first: int) -> list[int]:
+        """The restarts that trained beyond their first checkpoint, from this number on."""
+        return [number for number in range(first, 7) if len(losses(log(broken, f"{job}_{number}"))) > 6]
+
+    def ended(restart: int) -> list[str]:
+        """Its status, once there is one."""
+        return re.findall(rf"restart {restart}: the ranks ended with status (\d+)", log(broken, job))
 
     def everything() -> str:
         return "\n".join(path.read_text(errors="replace")[-2000:] for path in sorted((broken / "logs").iterdir()))
 
-    wait_for(lambda: trains(0) is not None, 150, everything)
+    failing = wait_for(lambda: train(0), 150, everything)[-1]
     os.kill(cluster.ranks()[1], signal.SIGKILL)
     killed = time.monotonic()
-    wait_for(lambda: "the ranks ended with status" in log(broken, job), 30, everything)
+    status = wait_for(lambda: ended(failing), 30, everything)
     assert time.monotonic() - killed < 30
-    dead = int(re.findall(r"ended with status (\d+)", log(broken, job))[0])
-    assert dead, log(broken, job)
+    assert int(status[0]), log(broken, job)
 
     # one that goes on is stopped until Slurm's warning waits for it; the uninterrupted run has the machine meanwhile
-    restart = wait_for(lambda: trains(1), 200, everything)
+    restart = wait_for(lambda: train(failing + 1), 200, everything)[-1]
     ranks = cluster.ranks()
     for process in ranks.values():
         os.kill(process, signal.SIGSTOP)

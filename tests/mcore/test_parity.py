@@ -82,9 +82,9 @@ def test_layers_of_experts(tmp_path: Path) -> None:
 
 
 def test_kernels_and_reference_train_alike(tmp_path: Path, checkpoint: Path, one_process: Run) -> None:
-    """In fp32, step by step; on a CPU under Triton's interpreter, which tests/conftest.py asks for."""
-    start = ["--attention", "lighthouse", "--load", str(checkpoint), *START]
+    """In fp32, step by step; on a CPU under Triton's interpreter, which tests/conftest.py asks for and takes its time."""
+    start = ["--attention", "lighthouse", "--load", str(checkpoint), *START, "--exit-interval", "2"]
     result = run(tmp_path, *start, "--lighthouse-steps", "kernels")
-    assert list(result.losses) == [1, 2, 3]
-    assert_close(list(result.losses.values()), list(one_process.losses.values()), "parallel loss")
-    assert_close(list(result.gradient_norms.values()), list(one_process.gradient_norms.values()), "parallel gradient norm")
+    assert list(result.losses) == [1, 2]
+    assert_close(list(result.losses.values()), list(one_process.losses.values())[:2], "parallel loss")
+    assert_close(list(result.gradient_norms.values()), list(one_process.gradient_norms.values())[:2], "parallel gradient norm")

@@ -156,9 +156,13 @@ def test_a_bad_node_is_named_and_requeues_have_a_limit(cluster: Slurm, tmp_path:
     failing = cluster_file(tmp_path, "MAX_REQUEUES=1", "PREFLIGHT=0", f"PYTHON={trainer}")
     limited = submit(cluster, tmp_path / "limited", "--check", "0", file=failing, bin=str(tmp_path / "bin"))
     others = []
-    for name, status, more in (("refused", 2, "PREFLIGHT=0"), ("unmet", 75, "PREFLIGHT=1")):
+    saves = f"mkdir {tmp_path}/late/checkpoints; echo 99999 >{tmp_path}/late/checkpoints/latest_checkpointed_iteration.txt"
+    for name, does, more in (
+        *(("refused", "exit 2", "PREFLIGHT=0"), ("unmet", "exit 75", "PREFLIGHT=1")),
+        ("late", f"[ $RANK != 0 ] || {{ {saves}; exit 143; }}", "PREFLIGHT=0"),
+    ):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "python").write_text(f"#!/bin/sh\nexit {status}\n")
+        (tmp_path / name / "python").write_text(f"#!/bin/sh\n{does}\n")
         (tmp_path / name / "python").chmod(0o755)
         file = cluster_file(tmp_path / name, "MAX_REQUEUES=1", f"PYTHON={tmp_path}/{name}/python", more)
         others.append(submit(cluster, tmp_path / name, "--check", "0", file=file))
@@ -184,12 +188,15 @@ def test_a_bad_node_is_named_and_requeues_have_a_limit(cluster: Slurm, tmp_path:
     text = log(tmp_path / "limited", limited)
     assert "MAX_REQUEUES=1 is reached" in text
     assert text.index("no controller") < text.index("requeued")
-    for name, job, restarts, says in zip(
-        *(("refused", "unmet"), others, "01", ("the command line is refused", "did not meet for the pre-flight")),
+    for name, job, ends, says in zip(
+        ("refused", "unmet", "late"),
+        others,
+        (("FAILED", "0"), ("FAILED", "1"), ("COMPLETED", "0")),
+        ("the command line is refused", "did not meet for the pre-flight", "done: the last checkpoint is whole"),
         strict=True,
     ):
         state = cluster.wait(job, 120)
-        assert (state["JobState"], state["Restarts"]) == ("FAILED", restarts)
+        assert (state["JobState"], state["Restarts"]) == ends
         assert says in log(tmp_path / name, job)
 
 

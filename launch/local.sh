@@ -21,6 +21,8 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 # shellcheck source=launch/study.sh
 source "$LAUNCH/study.sh"
+# shellcheck source=launch/wait.sh
+source "$LAUNCH/wait.sh"
 
 GPUS='' STUDY=''
 OWN="--gpus=GPUS --study=STUDY" parse_options "${BASH_SOURCE[0]}" "$@"
@@ -38,12 +40,20 @@ gpus_here() {
 }
 
 STOPPED='' # when the first signal came
-# wait for process $1, and answer its status; a signal meanwhile calls `$2 $1`, where bash would hold it back until a command has ended
+STOP=''    # what a signal calls, with the child's number, once there is one
+CHILD=''
+# a signal from here on is not lost, and does not end this script while what it starts runs on
+listen() {
+    STOP=$1 CHILD=''
+    trap ': "${STOPPED:=$SECONDS}"; [[ -z $CHILD ]] || "$STOP" "$CHILD"' TERM INT HUP
+}
+
+# wait for the child $1, and answer its status; bash would hold a signal back until a command in the foreground has ended
 wait_for() {
-    local child=$1 stop=$2 status=0
-    trap ': "${STOPPED:=$SECONDS}"; "$stop" "$child"' TERM INT HUP
-    while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a trap ends wait early
-    wait "$child" || status=$? # bash remembers
+    local status=0
+    CHILD=$1
+    [[ -z $STOPPED ]] || "$STOP" "$CHILD"
+    wait_for_end "$CHILD" || status=$?
     trap - TERM INT HUP
     return "$status"
 }
@@ -60,6 +70,7 @@ train_here() {
     make_profile_folder
     exec {out}> >(trap '' TERM INT HUP && exec tee -a "$2") # it outlives a signal to the group
     tee=$!
+    listen save
     set -m # a process group of its own: Ctrl-C reaches this script alone
     # inside `srun --pty` Slurm's variables would make every rank the first
     env -u SLURM_PROCID -u SLURM_LOCALID -u SLURM_NTASKS \
@@ -67,7 +78,7 @@ train_here() {
         "$PYTHON" -m "$MODULE" "${ARGUMENTS[@]}" </dev/null >&"$out" 2>&1 {out}>&- &
     set +m
     exec {out}>&-
-    wait_for $! save || status=$?
+    wait_for $! || status=$?
     wait "$tee" || true # the end of the log
     return "$status"
 }
@@ -92,8 +103,9 @@ run_study() {
     local found failed=()
     for found in "${POINTS[@]}"; do
         point "$found"
+        listen end
         run_point "$found" &
-        wait_for $! end || { failed+=("$NAME") && echo "study: $NAME failed: $RUN/$NAME/logs/local.log" >&2; }
+        wait_for $! || { failed+=("$NAME") && echo "study: $NAME failed: $RUN/$NAME/logs/local.log" >&2; }
         [[ -z $STOPPED ]] || { echo "study: stopped" >&2 && exit 143; }
     done
     "$PYTHON" -m megatron_lighthouse.plan scaling "$RUN" --out "$RUN" || failed+=("the table")

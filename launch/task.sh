@@ -6,6 +6,9 @@
 set -euo pipefail
 [[ ! ${1:-} =~ ^(-h|--help)$ ]] || { sed -n '/^# Usage/s/^# //p' "${BASH_SOURCE[0]}" && exit 0; }
 
+# shellcheck source=launch/wait.sh
+source "$(dirname "${BASH_SOURCE[0]}")/wait.sh"
+
 child='' # a signal that comes before the command is not lost
 # Slurm signals every process of a step. URG kills none that does not catch it, as TERM would the checkpoint's writer
 trap '[[ -n $child ]] || exit 143; kill -TERM "$child" 2>/dev/null || true' URG TERM INT
@@ -79,8 +82,7 @@ child=$! status=0
 watcher=$!
 disown "$watcher" # else bash may report that it is killed below
 set +m            # else `wait` answers at once, and with that, while the command is suspended
-while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a trap ends wait early
-wait "$child" || status=$? # bash remembers
+wait_for_end "$child" || status=$?
 kill -KILL -- "-$child" "-$watcher" 2>/dev/null || true
 ((status != 2)) || echo "launch: rank $RANK ended with status 2: its command line is refused" # pretrain.sbatch looks for this
 exit "$status"

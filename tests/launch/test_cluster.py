@@ -192,7 +192,7 @@ def test_a_bad_node_is_named_and_requeues_have_a_limit(cluster: Slurm, tmp_path:
         ("refused", "unmet", "late"),
         others,
         (("FAILED", "0"), ("FAILED", "1"), ("COMPLETED", "0")),
-        ("the command line is refused", "did not meet for the pre-flight", "done: the last checkpoint is whole"),
+        ("the command line is refused", "did not meet for the pre-flight", "done: iteration 99999 is saved"),
         strict=True,
     ):
         state = cluster.wait(job, 120)

@@ -16,7 +16,8 @@ from tests.launch.slurm import Slurm
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 RECIPES = sorted(path.stem for path in (LAUNCH / "recipes").glob("*.args"))
-SCRIPTS = sorted({path.name for path in LAUNCH.glob("*.s*")} - {"common.sh", "profiler.sh", "study.sh", "task.sh"})
+PARTS = {"common.sh", "profiler.sh", "study.sh", "task.sh", "wait.sh"}
+SCRIPTS = sorted({path.name for path in LAUNCH.glob("*.s*")} - PARTS)
 FITS = {"530m-98k": 8, "530m-256k-cp8": 8, "530m-1m": 32, "llama3-8b-512k": 64, "llama3-8b-1m": 128, "cpu-test": 2}
 """GPUs that a recipe is for."""
 

@@ -82,7 +82,7 @@ def test_layers_of_experts(tmp_path: Path) -> None:
 
 
 def test_kernels_and_reference_train_alike(tmp_path: Path, checkpoint: Path, one_process: Run) -> None:
-    """In fp32, step by step; on a CPU under Triton's interpreter, which tests/conftest.py asks for and takes its time."""
+    """In fp32, step by step; on a CPU under Triton's interpreter (see tests/conftest.py), so two steps."""
     start = ["--attention", "lighthouse", "--load", str(checkpoint), *START, "--exit-interval", "2"]
     result = run(tmp_path, *start, "--lighthouse-steps", "kernels")
     assert list(result.losses) == [1, 2]

@@ -39,27 +39,6 @@ gpus_here() {
     fi
 }
 
-STOPPED='' # when the first signal came
-STOP=''    # what a signal calls, with the child's number, once there is one
-CHILD=''
-# a signal from here on is not lost, and does not end this script while what it starts runs on
-listen() {
-    STOP=$1 CHILD=''
-    trap ': "${STOPPED:=$SECONDS}"; [[ -z $CHILD ]] || "$STOP" "$CHILD"' TERM INT HUP
-}
-
-# wait for the child $1, and answer its status; bash would hold a signal back until a command in the foreground has ended
-wait_for() {
-    local status=0
-    CHILD=$1
-    [[ -z $STOPPED ]] || "$STOP" "$CHILD"
-    wait_for_end "$CHILD" || status=$?
-    trap - TERM INT HUP
-    return "$status"
-}
-
-end() { kill -TERM "$1" 2>/dev/null || true; }
-
 # torchrun would give its ranks 30 s: they are asked themselves, unless it is asked again (`timeout` signals twice at once)
 save() { { ((SECONDS < STOPPED + 5)) && pkill -URG -P "$1"; } || end "$1"; }
 
@@ -70,7 +49,7 @@ train_here() {
     make_profile_folder
     exec {out}> >(trap '' TERM INT HUP && exec tee -a "$2") # it outlives a signal to the group
     tee=$!
-    listen save
+    listen save TERM INT HUP
     set -m # a process group of its own: Ctrl-C reaches this script alone
     # inside `srun --pty` Slurm's variables would make every rank the first
     env -u SLURM_PROCID -u SLURM_LOCALID -u SLURM_NTASKS \
@@ -103,11 +82,12 @@ run_study() {
     local found failed=()
     for found in "${POINTS[@]}"; do
         point "$found"
-        listen end
+        listen end TERM INT HUP
         run_point "$found" &
         wait_for $! || { failed+=("$NAME") && echo "study: $NAME failed: $RUN/$NAME/logs/local.log" >&2; }
         [[ -z $STOPPED ]] || { echo "study: stopped" >&2 && exit 143; }
     done
+    trap - TERM INT HUP
     "$PYTHON" -m megatron_lighthouse.plan scaling "$RUN" --out "$RUN" || failed+=("the table")
     ((${#failed[@]} == 0)) || die "study: failed: ${failed[*]}"
 }

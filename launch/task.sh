@@ -9,9 +9,8 @@ set -euo pipefail
 # shellcheck source=launch/wait.sh
 source "$(dirname "${BASH_SOURCE[0]}")/wait.sh"
 
-child='' # a signal that comes before the command is not lost
 # Slurm signals every process of a step. URG kills none that does not catch it, as TERM would the checkpoint's writer
-trap '[[ -n $child ]] || exit 143; kill -TERM "$child" 2>/dev/null || true' URG TERM INT
+trap 'exit 143' URG TERM INT # nothing runs yet
 export RANK=${SLURM_PROCID:-$RANK} LOCAL_RANK=${SLURM_LOCALID:-$LOCAL_RANK} WORLD_SIZE=${SLURM_NTASKS:-$WORLD_SIZE}
 # on a shared file system all ranks would compile into one folder; under Slurm TMPDIR is the login shell's
 [[ -n ${SLURM_PROCID:-} ]] && caches=${SLURM_TMPDIR:-/tmp} || caches=${TMPDIR:-/tmp}
@@ -74,6 +73,7 @@ fi
 
 # Not exec: what a killed rank leaves behind (data loaders, the checkpoint's writer) holds its output open, and Slurm would wait
 # for that before it says that the rank is dead.
+listen end URG TERM INT
 set -m # the command gets a process group
 "${bind[@]}" "${wrap[@]}" "$@" </dev/null &
 child=$! status=0
@@ -82,7 +82,7 @@ child=$! status=0
 watcher=$!
 disown "$watcher" # else bash may report that it is killed below
 set +m            # else `wait` answers at once, and with that, while the command is suspended
-wait_for_end "$child" || status=$?
+wait_for "$child" || status=$?
 kill -KILL -- "-$child" "-$watcher" 2>/dev/null || true
 ((status != 2)) || echo "launch: rank $RANK ended with status 2: its command line is refused" # pretrain.sbatch looks for this
 exit "$status"

@@ -111,6 +111,21 @@ def test_a_signal_before_the_command_is_not_lost(tmp_path: Path) -> None:
     assert "trained" not in log.read_text()
 
 
+# what bash reads first: a signal to itself just when it has started a process, and before it knows its number
+AT_THE_START = """set -o functrace
+trap '[[ $BASH_COMMAND != "{command}"* ]] || {{ sleep 0.5; kill -{signal} $$; }}' DEBUG
+"""
+
+
+def test_a_signal_while_the_command_starts_reaches_it(tmp_path: Path) -> None:
+    (tmp_path / "first").write_text(AT_THE_START.format(command="child=", signal="URG"))
+    own = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LIGHTHOUSE_ARCH": "cpu", "TMPDIR": str(tmp_path)}
+    command = ["bash", LAUNCH / "task.sh", "bash", "-c", "trap 'echo saved; exit 7' TERM; while :; do sleep 0.1; done"]
+    own["BASH_ENV"] = str(tmp_path / "first")
+    done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == (7, "saved\n")
+
+
 STOPPED = """#!/usr/bin/env bash
 # in the place of Python: torchrun, whose rank saves when it is told to by the signal of task.sh
 [[ $2 == torch.distributed.run ]] || exit 0
@@ -120,6 +135,18 @@ trap 'echo torchrun is told; exit 1' TERM
 while kill -0 $rank; do wait $rank; status=$?; done
 exit $status
 """
+
+
+def test_a_signal_while_local_starts_ranks_reaches_them(tmp_path: Path) -> None:
+    (tmp_path / "python").write_text(STOPPED)
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "first").write_text(AT_THE_START.format(command="set +m", signal="TERM"))
+    own = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"), "BASH_ENV": str(tmp_path / "first")}
+    command = [str(LAUNCH / "local.sh"), "--cluster", "cpu-test", "--recipe", "530m-98k", "--run", f"{tmp_path}/run"]
+    command += ["--gpus", "1", "--", "--mock-data"]
+    done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 5, done.stderr
+    assert "saved" in done.stdout
 
 
 @pytest.mark.parametrize("study", [(), ("--study", "CP=1 SEQ=98304 ATTENTION=dense:lighthouse")], ids=["run", "study"])

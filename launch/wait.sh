@@ -16,6 +16,7 @@ listen() {
 # wait for the child $1, and answer its status; bash would hold a signal back until a command in the foreground has ended
 wait_for() {
     local status=0
+    sleep 0.1 || true # before bash 5.1 a child just forked would take a TERM for this script's, and forget it
     CHILD=$1
     [[ -z $STOPPED ]] || "$STOP" "$CHILD"
     while kill -0 "$CHILD" 2>/dev/null; do status=0; wait "$CHILD" || status=$?; done # a trap ends wait early

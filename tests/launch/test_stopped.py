@@ -74,11 +74,12 @@ def test_a_task_ends_with_its_rank(
     """And with the rank's own status, though bash's `wait` ends at signals too; each time, for it is a matter of chance."""
     own = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LIGHTHOUSE_ARCH": "cpu", "TMPDIR": str(tmp_path)}
     own["POSIXLY_CORRECT"] = "1"  # some login shells export it, and Slurm passes it on
-    for _ in range(25):
+    for _ in range(20):
         command = ["bash", LAUNCH / "task.sh", "bash", "-c", does]
         with subprocess.Popen(command, env={**os.environ, **own}, stdout=subprocess.PIPE, text=True) as task:
             assert task.stdout
             rank = int(task.stdout.readline())
+            time.sleep(0.2)  # until task.sh waits
             happens(rank, task)
             try:
                 task.communicate(timeout=20)

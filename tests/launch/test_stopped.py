@@ -14,10 +14,15 @@ import pytest
 from tests.launch.test_submit import LAUNCH
 
 
+def task_environment(folder: Path, rank: int, **more: str) -> dict[str, str]:
+    """As Slurm or torchrun gives it to task.sh; more wins."""
+    own = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(rank + 1), "LIGHTHOUSE_ARCH": "cpu", "TMPDIR": str(folder)}
+    return {**os.environ, **own, **more}
+
+
 def test_no_rank_outlives_a_killed_task(tmp_path: Path) -> None:
-    own = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LIGHTHOUSE_ARCH": "cpu", "TMPDIR": str(tmp_path)}
     command = ["bash", LAUNCH / "task.sh", "bash", "-c", "trap '' TERM; echo rank $$; sleep 1000; :"]
-    with subprocess.Popen(command, env={**os.environ, **own}, stdout=subprocess.PIPE, text=True) as task:
+    with subprocess.Popen(command, env=task_environment(tmp_path, 0), stdout=subprocess.PIPE, text=True) as task:
         assert task.stdout
         rank = next(line.split()[1] for line in task.stdout if line.startswith("rank "))
         task.kill()
@@ -28,11 +33,9 @@ def test_no_rank_outlives_a_killed_task(tmp_path: Path) -> None:
 
 def test_a_rank_that_ends_well_says_nothing_of_its_watcher(tmp_path: Path) -> None:
     """Not `Killed`, which bash would report in about one of three."""
-    own = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LIGHTHOUSE_ARCH": "cpu", "TMPDIR": str(tmp_path)}
+    command = ["bash", LAUNCH / "task.sh", "sleep", "0.1"]
     for _ in range(20):
-        done = subprocess.run(
-            ["bash", LAUNCH / "task.sh", "sleep", "0.1"], env={**os.environ, **own}, capture_output=True, text=True
-        )
+        done = subprocess.run(command, env=task_environment(tmp_path, 1), capture_output=True, text=True)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -72,11 +75,10 @@ def test_a_task_ends_with_its_rank(
     does: str, happens: Callable[[int, subprocess.Popen[str]], None], statuses: set[int], tmp_path: Path
 ) -> None:
     """And with the rank's own status, though bash's `wait` ends at signals too; each time, for it is a matter of chance."""
-    own = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LIGHTHOUSE_ARCH": "cpu", "TMPDIR": str(tmp_path)}
-    own["POSIXLY_CORRECT"] = "1"  # some login shells export it, and Slurm passes it on
+    own = task_environment(tmp_path, 1, POSIXLY_CORRECT="1")  # some login shells export it, and Slurm passes it on
+    command = ["bash", LAUNCH / "task.sh", "bash", "-c", does]
     for _ in range(20):
-        command = ["bash", LAUNCH / "task.sh", "bash", "-c", does]
-        with subprocess.Popen(command, env={**os.environ, **own}, stdout=subprocess.PIPE, text=True) as task:
+        with subprocess.Popen(command, env=own, stdout=subprocess.PIPE, text=True) as task:
             assert task.stdout
             rank = int(task.stdout.readline())
             time.sleep(0.2)  # until task.sh waits
@@ -120,10 +122,9 @@ trap '[[ $BASH_COMMAND != "{command}"* ]] || {{ sleep 0.5; kill -{signal} $$; }}
 
 def test_a_signal_while_the_command_starts_reaches_it(tmp_path: Path) -> None:
     (tmp_path / "first").write_text(AT_THE_START.format(command="child=", signal="URG"))
-    own = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LIGHTHOUSE_ARCH": "cpu", "TMPDIR": str(tmp_path)}
+    own = task_environment(tmp_path, 1, BASH_ENV=str(tmp_path / "first"))
     command = ["bash", LAUNCH / "task.sh", "bash", "-c", "trap 'echo saved; exit 7' TERM; while :; do sleep 0.1; done"]
-    own["BASH_ENV"] = str(tmp_path / "first")
-    done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stdout) == (7, "saved\n")
 
 
@@ -138,26 +139,27 @@ exit $status
 """
 
 
+def local(folder: Path, *options: str, **variables: str) -> subprocess.Popen[str]:
+    """local.sh under way, with that in the place of Python."""
+    (folder / "python").write_text(STOPPED)
+    (folder / "python").chmod(0o755)
+    own = {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": str(folder / "python"), **variables}
+    command = [str(LAUNCH / "local.sh"), "--cluster", "cpu-test", "--recipe", "530m-98k", "--run", f"{folder}/run"]
+    command += [*options, "--gpus", "1", "--", "--mock-data"]
+    return subprocess.Popen(command, env={**os.environ, **own}, stdout=subprocess.PIPE, text=True)
+
+
 def test_a_signal_while_local_starts_ranks_reaches_them(tmp_path: Path) -> None:
-    (tmp_path / "python").write_text(STOPPED)
-    (tmp_path / "python").chmod(0o755)
     (tmp_path / "first").write_text(AT_THE_START.format(command="set +m", signal="TERM"))
-    own = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"), "BASH_ENV": str(tmp_path / "first")}
-    command = [str(LAUNCH / "local.sh"), "--cluster", "cpu-test", "--recipe", "530m-98k", "--run", f"{tmp_path}/run"]
-    command += ["--gpus", "1", "--", "--mock-data"]
-    done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, timeout=30)
-    assert done.returncode == 5, done.stderr
-    assert "saved" in done.stdout
+    with local(tmp_path, BASH_ENV=str(tmp_path / "first")) as script:
+        printed, _ = script.communicate(timeout=30)
+    assert script.returncode == 5
+    assert "saved" in printed
 
 
 @pytest.mark.parametrize("study", [(), ("--study", "CP=1 SEQ=98304 ATTENTION=dense:lighthouse")], ids=["run", "study"])
 def test_sigterm_ends_a_run_or_a_study(study: tuple[str, ...], tmp_path: Path) -> None:
-    (tmp_path / "python").write_text(STOPPED)
-    (tmp_path / "python").chmod(0o755)
-    own = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python")}
-    command = [str(LAUNCH / "local.sh"), "--cluster", "cpu-test", "--recipe", "530m-98k", "--run", f"{tmp_path}/run"]
-    command += [*study, "--gpus", "1", "--", "--mock-data"]
-    with subprocess.Popen(command, env={**os.environ, **own}, stdout=subprocess.PIPE, text=True) as script:
+    with local(tmp_path, *study) as script:
         assert script.stdout
         while "ready" not in script.stdout.readline():
             assert script.poll() is None

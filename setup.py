@@ -7,6 +7,10 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megatron_lighthouse/__init__.py").read_text())[1]
+KERNELS = [
+    "megatron_lighthouse.kernels",
+    *(f"megatron_lighthouse.kernels.{name}" for name in find_packages(str(ROOT / "kernels"))),
+]
 
 setup(
     name="megatron_lighthouse",
@@ -17,7 +21,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.12",
-    packages=sorted({*find_packages(include=["megatron_lighthouse", "megatron_lighthouse.*"]), "megatron_lighthouse.kernels"}),
+    packages=sorted({*find_packages(include=["megatron_lighthouse", "megatron_lighthouse.*"]), *KERNELS}),
     package_dir={"megatron_lighthouse.kernels": "kernels"},
     package_data={"megatron_lighthouse.plan": ["*.csv", "*.toml"]},
     install_requires=[

@@ -25,10 +25,11 @@ from competitors import authors, available, dense
 from measure import copy_gb_per_second, environment, host_ms, median_ms, peak_gib
 from torch import Tensor
 
-from megatron_lighthouse import LighthouseConfig, kernels, lighthouse_attention
-from megatron_lighthouse.inner import inner_attention
-from megatron_lighthouse.kernels.gather import _gather_backward
-from megatron_lighthouse.kernels.scatter import _scatter_backward
+from megatron_lighthouse import LighthouseConfig, lighthouse_attention
+from megatron_lighthouse.kernels import lighthouse as kernels
+from megatron_lighthouse.kernels.lighthouse.gather import _gather_backward
+from megatron_lighthouse.kernels.lighthouse.scatter import _scatter_backward
+from megatron_lighthouse.softmax.backends import inner_attention
 
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -9,10 +9,12 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from megatron_lighthouse import LighthouseConfig, kernels, lighthouse_attention, reference
-from megatron_lighthouse.inner import inner_attention
-from megatron_lighthouse.selection import Selection
-from megatron_lighthouse.steps import Steps
+from megatron_lighthouse import LighthouseConfig, lighthouse_attention
+from megatron_lighthouse.kernels import lighthouse as kernels
+from megatron_lighthouse.lighthouse import reference
+from megatron_lighthouse.lighthouse.selection import Selection
+from megatron_lighthouse.lighthouse.steps import Steps
+from megatron_lighthouse.softmax.backends import inner_attention
 
 # N, L, p, k, m, B, H, G, D
 SHAPES = [

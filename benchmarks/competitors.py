@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lighthouse.inner import BACKENDS, Attend, inner_attention
+from megatron_lighthouse.softmax.backends import BACKENDS, Attend, inner_attention
 
 PACKAGE = "torchtitan.models.llama3.model"
 

@@ -27,7 +27,7 @@ from context_parallel_times import CASES, TIMED, time_case
 from measure import environment
 from torch.multiprocessing.spawn import spawn
 
-from megatron_lighthouse.scorers import SCORERS
+from megatron_lighthouse.lighthouse.scorers import SCORERS
 
 RANKS = (2, 4, 8)
 

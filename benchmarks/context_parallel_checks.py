@@ -11,8 +11,8 @@ from context_parallel_layers import COMM_TYPES, HAS_TE, both, exchange_of, input
 from torch import Tensor
 
 from megatron_lighthouse import LighthouseConfig
-from megatron_lighthouse.attention import lighthouse_select
-from megatron_lighthouse.inner import Attend
+from megatron_lighthouse.lighthouse.attention import lighthouse_select
+from megatron_lighthouse.softmax.backends import Attend
 
 SHAPES = {
     "N=16384 H=G=8, tiles within chunks": (16384, 1, 8, 8, LighthouseConfig(3, 4, 512, 32)),  # of 2, 4 and 8 ranks

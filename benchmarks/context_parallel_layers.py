@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.inner import Attend
+from megatron_lighthouse.softmax.backends import Attend
 
 HAS_TE = importlib.util.find_spec("transformer_engine") is not None and not os.environ.get("WITHOUT_TE")
 if HAS_TE:

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from megatron_lighthouse import LighthouseConfig
 from megatron_lighthouse.context_parallel import exchange as exchange_module
-from megatron_lighthouse.context_parallel.attention import sharded_attention
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.context_parallel.select import is_local
-from megatron_lighthouse.inner import Attend, inner_attention
+from megatron_lighthouse.context_parallel.schemes import sharded_attention
+from megatron_lighthouse.lighthouse.sharded.select import is_local
+from megatron_lighthouse.softmax.backends import Attend, inner_attention
 
 TIMED = {
     "96K": (98304, LighthouseConfig(3, 4, 1536)),

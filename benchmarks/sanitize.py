@@ -16,8 +16,9 @@ def small_run() -> None:
     """Each kernel once, forward and backward, at shapes that take every branch; compares with the reference."""
     import torch
 
-    import megatron_lighthouse.kernels as kernels
-    from megatron_lighthouse import LighthouseConfig, reference
+    from megatron_lighthouse import LighthouseConfig
+    from megatron_lighthouse.kernels import lighthouse as kernels
+    from megatron_lighthouse.lighthouse import reference
 
     # N, L, p, k, m, H, G, D: windows larger than a block of scores, tiles larger than a block of keys, p = 3, odd D
     for n, levels, pooling, budget, tile_budget, h, g, d in (

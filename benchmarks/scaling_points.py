@@ -13,7 +13,7 @@ import argparse
 import math
 from dataclasses import dataclass, replace
 
-from megatron_lighthouse.config import LighthouseConfig
+from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.plan import memory, time
 from megatron_lighthouse.plan.calibration import MEASURED_VOCAB, coefficients
 from megatron_lighthouse.plan.device import DEVICES

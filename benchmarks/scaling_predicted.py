@@ -19,8 +19,8 @@ from typing import Any
 from context_parallel_times import DIM, HEADS, TIMED
 from scaling_points import LENGTHS, SIZES, Point, all_candidates
 
-from megatron_lighthouse.context_parallel.attention import COMM_TYPES
-from megatron_lighthouse.context_parallel.plan import Layer
+from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
+from megatron_lighthouse.lighthouse.sharded.sent import Layer
 from megatron_lighthouse.plan import memory, time
 from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import DEVICES

@@ -19,7 +19,7 @@ from measure import environment, median_ms
 from torch import Tensor
 
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention
-from megatron_lighthouse.scorers import SCORERS
+from megatron_lighthouse.lighthouse.scorers import SCORERS
 
 COUNTED = ("norm", "summary", "dilated", "gla")
 COPIES = 3

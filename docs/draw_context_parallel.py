@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 from PIL import Image
 
-from megatron_lighthouse.context_parallel.layout import Layout
+from megatron_lighthouse.sequence.layout import Layout
 
 RANKS, SHOWN = 4, 1
 """C, and the rank that is followed."""

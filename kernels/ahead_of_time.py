@@ -16,15 +16,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_lighthouse.geometry import Geometry
-from megatron_lighthouse.kernels import attended
-from megatron_lighthouse.kernels.edge import edge_kernel
-from megatron_lighthouse.kernels.gather import gather_backward_kernel, gather_forward_kernel
 from megatron_lighthouse.kernels.launch import launch, padded
+from megatron_lighthouse.kernels.lighthouse import attended
+from megatron_lighthouse.kernels.lighthouse.edge import edge_kernel
+from megatron_lighthouse.kernels.lighthouse.gather import gather_backward_kernel, gather_forward_kernel
+from megatron_lighthouse.kernels.lighthouse.scatter import scatter_backward_kernel, scatter_forward_kernel
+from megatron_lighthouse.kernels.lighthouse.score import blocks_of, coarsen_kernel, score_kernel
+from megatron_lighthouse.kernels.lighthouse.select import REGISTERS, block_of, place_kernel, refine_kernel, warps_of
 from megatron_lighthouse.kernels.merge import merge_kernel
-from megatron_lighthouse.kernels.scatter import scatter_backward_kernel, scatter_forward_kernel
-from megatron_lighthouse.kernels.score import blocks_of, coarsen_kernel, score_kernel
-from megatron_lighthouse.kernels.select import REGISTERS, block_of, place_kernel, refine_kernel, warps_of
+from megatron_lighthouse.lighthouse.geometry import Geometry
 
 FP32, INT32 = {"p_scores", "p_finer", "p_coarser", "p_squares", "p_lse", "p_part_lse"}, {"p_ranks", "p_places"}
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}

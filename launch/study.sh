@@ -115,7 +115,7 @@ describe_point() {
         dense_last=--lighthouse-dense-last layers=--num-layers hidden=--hidden-size ffn=--ffn-hidden-size \
         heads=--num-attention-heads head_dim=--kv-channels vocab=--vocab-size; do
         value=$(argument "${pair#*=}" '')
-        # a text's tokens are bytes: PADDED_VOCABULARY of megatron_lighthouse.mcore.text
+        # a text's tokens are bytes: PADDED_VOCABULARY of megatron_lighthouse.mcore.data.text
         [[ $pair != vocab=* || -z $(argument --text-data '') ]] || value=384
         [[ -z $value ]] || text+=", \"${pair%%=*}\": $value"
     done

@@ -1,7 +1,7 @@
 """Lighthouse Attention (arXiv 2605.06554) for Megatron-core: faster long-context pre-training."""
 
-from megatron_lighthouse.attention import lighthouse_attention, lighthouse_select
-from megatron_lighthouse.config import LighthouseConfig
+from megatron_lighthouse.lighthouse.attention import lighthouse_attention, lighthouse_select
+from megatron_lighthouse.lighthouse.config import LighthouseConfig
 
 __all__ = ["LighthouseConfig", "lighthouse_attention", "lighthouse_select"]
 __version__ = "0.1.0"

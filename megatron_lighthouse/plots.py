@@ -13,8 +13,8 @@ from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from megatron_lighthouse import telemetry
-from megatron_lighthouse.selection import Selection
+from megatron_lighthouse.lighthouse import telemetry
+from megatron_lighthouse.lighthouse.selection import Selection
 
 COLOURS = ("#f2a93b", "#d1495b", "#66509b", "#2b3a67", "#1b1f3b", "#0b0c16")
 type Scalars = dict[str, tuple[numpy.ndarray[Any, Any], numpy.ndarray[Any, Any]]]

@@ -1,7 +1,7 @@
 """`python -m megatron_lighthouse.pretrain_gpt …`: Megatron's GPT pre-training, with `--attention lighthouse`.
 
 Takes the arguments of Megatron-LM's own pretrain_gpt.py, and refuses the few whose work it does not do. Without a GPU,
-torch's CUDA calls are first redirected to the CPU (see `megatron_lighthouse.mcore.cpu`); with one, that module is never
+torch's CUDA calls are first redirected to the CPU (see `megatron_lighthouse.cpu`); with one, that module is never
 imported.
 """
 
@@ -20,10 +20,10 @@ def main() -> None:
 
     dlprof.start()
     if not torch.cuda.is_available():
-        from megatron_lighthouse.mcore import cpu
+        from megatron_lighthouse import cpu
 
         cpu.install()
-    from megatron_lighthouse.mcore.pretrain import run
+    from megatron_lighthouse.mcore.loop.pretrain import run
 
     run(PROGRAM_START)
 

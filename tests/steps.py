@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_lighthouse import LighthouseConfig, kernels, reference
-from megatron_lighthouse.attention import _select
-from megatron_lighthouse.selection import Selection
-from megatron_lighthouse.steps import Steps
+from megatron_lighthouse import LighthouseConfig
+from megatron_lighthouse.kernels import lighthouse as kernels
+from megatron_lighthouse.lighthouse import reference
+from megatron_lighthouse.lighthouse.attention import _select
+from megatron_lighthouse.lighthouse.selection import Selection
+from megatron_lighthouse.lighthouse.steps import Steps
 from tests.oracle import Entry, Problem, number, order, select
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

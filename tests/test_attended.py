@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_lighthouse import reference
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.context_parallel.layout import Layout
-from megatron_lighthouse.steps import Steps
+from megatron_lighthouse.lighthouse import reference
+from megatron_lighthouse.lighthouse.steps import Steps
+from megatron_lighthouse.sequence.layout import Layout
 from tests.oracle import Array, Problem, attend, norms
 from tests.steps import DEVICE, LAYOUTS, both, needs_rounding_to, poisoned, precision, restride, tensors
 from tests.tolerances import assert_close

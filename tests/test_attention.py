@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthouse_select
-from megatron_lighthouse.attention import attended_rows
-from megatron_lighthouse.reference import gather, scatter
-from megatron_lighthouse.selection import Selection
+from megatron_lighthouse.lighthouse.attention import attended_rows
+from megatron_lighthouse.lighthouse.reference import gather, scatter
+from megatron_lighthouse.lighthouse.selection import Selection
 from tests.oracle import Problem, attention, problems
 from tests.steps import LAYOUTS, chosen, restride, tensors
 from tests.tolerances import assert_close

@@ -110,7 +110,7 @@ def test_held_out_by_the_document_alone(site: Path, tmp_path: Path) -> None:
 
 
 def test_the_entry_point_reads_the_training_part_alone(site: Path, tmp_path: Path) -> None:
-    from megatron_lighthouse.mcore.text import text_files
+    from megatron_lighthouse.mcore.data.text import text_files
 
     manifest = corpus.write(corpus.installed(["alpha"]), tmp_path / "out", size=1000)
     files = text_files([tmp_path / "out" / "train"])

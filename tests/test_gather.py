@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_lighthouse.steps import Steps
+from megatron_lighthouse.lighthouse.steps import Steps
 from tests.oracle import Problem, pool, problems
 from tests.steps import (
     DEVICE,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_lighthouse.geometry import Geometry
+from megatron_lighthouse.lighthouse.geometry import Geometry
 
 # N, L, p, k, m
 SMALL = Geometry(48, 3, 2, 8, 4)

@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_lighthouse import LighthouseConfig, inner, lighthouse_attention, notice
-from megatron_lighthouse.inner import BACKENDS, Rows, choose
+from megatron_lighthouse import LighthouseConfig, lighthouse_attention, notice
+from megatron_lighthouse.softmax import backends as inner
+from megatron_lighthouse.softmax.backends import BACKENDS, Rows, choose
 from tests.oracle import Problem, attention
 from tests.tolerances import assert_close
 

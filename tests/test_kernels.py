@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthouse_select
-from megatron_lighthouse.geometry import Geometry
+from megatron_lighthouse.lighthouse.geometry import Geometry
 from tests.oracle import Problem, attention
 from tests.steps import DEVICE, needs_rounding_to, poisoned, tensors
 from tests.test_golden import config_of as golden_config
@@ -46,7 +46,7 @@ def test_the_layer_equals_the_oracle() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_the_layer_equals_the_reference(dtype: str) -> None:
-    from megatron_lighthouse import kernels
+    from megatron_lighthouse.kernels import lighthouse as kernels
 
     needs_rounding_to(dtype, kernels)
     inputs = tensors(PROBLEM, dtype)
@@ -123,7 +123,7 @@ def test_forced_kernels_that_cannot_run_are_refused(change: dict[str, int], dtyp
 
 
 def test_a_cpu_takes_the_reference_and_kernels_only_when_forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_lighthouse import reference, steps
+    from megatron_lighthouse.lighthouse import reference, steps
 
     x = torch.zeros(1)
     assert steps.steps_for("auto", x) is reference
@@ -136,7 +136,8 @@ def test_a_cpu_takes_the_reference_and_kernels_only_when_forced(monkeypatch: pyt
 def test_a_pooling_that_the_kernels_are_not_made_for_is_said_once(
     pooling: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from megatron_lighthouse import notice, steps
+    from megatron_lighthouse import notice
+    from megatron_lighthouse.lighthouse import steps
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     notice._say.cache_clear()

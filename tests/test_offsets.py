@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_lighthouse import kernels, reference
-from megatron_lighthouse.steps import Steps
+from megatron_lighthouse.kernels import lighthouse as kernels
+from megatron_lighthouse.lighthouse import reference
+from megatron_lighthouse.lighthouse.steps import Steps
 from tests.oracle import Problem
 from tests.steps import DEVICE, entries, random_like, selection_of, tensors
 from tests.test_score import geometry_of

@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_lighthouse import LighthouseConfig, kernels, reference
-from megatron_lighthouse.geometry import Geometry
-from megatron_lighthouse.steps import Steps
+from megatron_lighthouse import LighthouseConfig
+from megatron_lighthouse.kernels import lighthouse as kernels
+from megatron_lighthouse.lighthouse import reference
+from megatron_lighthouse.lighthouse.geometry import Geometry
+from megatron_lighthouse.lighthouse.steps import Steps
 from tests.oracle import Problem, norms, problems
 from tests.steps import DEVICE, LAYOUTS, both, poisoned, precision, restride, tensors
 from tests.tolerances import assert_close

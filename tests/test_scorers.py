@@ -15,18 +15,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_lighthouse import kernels, reference
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.context_parallel.layout import Layout
-from megatron_lighthouse.geometry import Pyramid
-from megatron_lighthouse.scorers import SCORERS, check_installed, problem
-from megatron_lighthouse.steps import Steps
+from megatron_lighthouse.kernels import lighthouse as kernels
+from megatron_lighthouse.lighthouse import reference
+from megatron_lighthouse.lighthouse.geometry import Pyramid
+from megatron_lighthouse.lighthouse.scorers import SCORERS, check_installed, problem
+from megatron_lighthouse.lighthouse.steps import Steps
+from megatron_lighthouse.sequence.layout import Layout
 from tests.oracle import Array, Problem, attend, norms
 from tests.steps import LAYOUTS, both, poisoned, precision, restride, tensors
 from tests.tolerances import assert_close
 
 # the package has the function under the module's name
-gla = import_module("megatron_lighthouse.scorers.gla")
+gla = import_module("megatron_lighthouse.lighthouse.scorers.gla")
 
 Pair = tuple[Array, Array]
 """s^Q and s^K of each row."""

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from megatron_lighthouse import LighthouseConfig, lighthouse_select
-from megatron_lighthouse.geometry import Geometry
-from megatron_lighthouse.selection import Selection
-from megatron_lighthouse.steps import Steps
+from megatron_lighthouse.lighthouse.geometry import Geometry
+from megatron_lighthouse.lighthouse.selection import Selection
+from megatron_lighthouse.lighthouse.steps import Steps
 from tests.oracle import Problem, attention, entry_at, last_token, number, order, problems
 from tests.oracle import select as select_entries
 from tests.steps import DEVICE, both, chosen, poisoned, tensors
@@ -68,7 +68,7 @@ def level_scores(problem: Problem) -> tuple[Tensor, Tensor]:
 def test_places_are_those_of_the_oracle(steps: Steps, block: int, problem: Problem) -> None:
     scores, coarse = level_scores(problem)
     geometry = LighthouseConfig(**problem.options).geometry(problem.seq_length)
-    module = importlib.import_module("megatron_lighthouse.kernels.select")
+    module = importlib.import_module("megatron_lighthouse.kernels.lighthouse.select")
     with mock.patch.object(module, "BLOCK", block), poisoned():
         selection = steps.select(coarse, geometry, problem.pin_first)
     assert selection.places.dtype == torch.int32
@@ -207,7 +207,7 @@ def test_norms_beyond_the_dtype_are_ranked(dtype: torch.dtype) -> None:
 
 def test_a_tile_of_two_million_windows() -> None:
     """Counts that need more bits than the kernel gives each of the three that it makes at a time."""
-    module = importlib.import_module("megatron_lighthouse.kernels.select")
+    module = importlib.import_module("megatron_lighthouse.kernels.lighthouse.select")
     geometry = Geometry(2**22, 2, 2, 128, 128)
     generator = torch.Generator().manual_seed(1)
     scores = torch.rand(2, 1, 1, geometry.coarse_length, generator=generator).to(DEVICE)

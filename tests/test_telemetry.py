@@ -13,13 +13,15 @@ import torch.distributed as dist
 from hypothesis import given
 from torch import Tensor
 
-from megatron_lighthouse import LighthouseConfig, kernels, lighthouse_attention, lighthouse_select, plots, reference, telemetry
+from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthouse_select, plots
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.geometry import Geometry
-from megatron_lighthouse.scorers import SCORERS
-from megatron_lighthouse.selection import Selection
-from megatron_lighthouse.steps import Steps
-from megatron_lighthouse.telemetry import Choice
+from megatron_lighthouse.kernels import lighthouse as kernels
+from megatron_lighthouse.lighthouse import reference, telemetry
+from megatron_lighthouse.lighthouse.geometry import Geometry
+from megatron_lighthouse.lighthouse.scorers import SCORERS
+from megatron_lighthouse.lighthouse.selection import Selection
+from megatron_lighthouse.lighthouse.steps import Steps
+from megatron_lighthouse.lighthouse.telemetry import Choice
 from tests.context_parallel.shards import shards_of
 from tests.oracle import Entry, Problem, entry_at, last_token, problems
 from tests.ranks import run_ranks

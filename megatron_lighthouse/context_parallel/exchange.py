@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.copies import Copies, copies_over
-from megatron_lighthouse.context_parallel.layout import Layout
+from megatron_lighthouse.sequence.layout import Layout
 
 sent: dict[str, int] = {}
 """Bytes that this process has sent to other ranks, by purpose: what `context_parallel.plan` is held to."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_lighthouse.context_parallel.blocks import Block
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.context_parallel.merge import merge
+from megatron_lighthouse.softmax.blocks import Block
+from megatron_lighthouse.softmax.merge import merge
 
 
 class Gathered(torch.autograd.Function):

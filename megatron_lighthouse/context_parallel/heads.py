@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.inner import Attend
+from megatron_lighthouse.softmax.backends import Attend
 
 
 def attend_by_heads(query: Tensor, key: Tensor, value: Tensor, whole: Attend, exchange: Exchange) -> Tensor:

@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_lighthouse.launch.sizes import sizes
-from megatron_lighthouse.mcore.settings import add_arguments, settings_from
-from megatron_lighthouse.mcore.text import PADDED_VOCABULARY
+from megatron_lighthouse.mcore.command_line.settings import add_arguments, settings_from
+from megatron_lighthouse.mcore.data.text import PADDED_VOCABULARY
 from megatron_lighthouse.plan import memory
 from megatron_lighthouse.plan.device import DEVICES, Device
 from megatron_lighthouse.plan.run import Run

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-from megatron_lighthouse.mcore.arguments import nothing_to_switch
-from megatron_lighthouse.mcore.checks import dropout_problems, layer_problems, length_problems
-from megatron_lighthouse.mcore.settings import settings_from
+from megatron_lighthouse.mcore.command_line.arguments import nothing_to_switch
+from megatron_lighthouse.mcore.command_line.checks import dropout_problems, layer_problems, length_problems
+from megatron_lighthouse.mcore.command_line.settings import settings_from
 
 
 def sizes(args: argparse.Namespace) -> Iterator[str]:

@@ -1,1 +1,1 @@
-"""Everything that imports Megatron: arguments, checks, core attention, layer specs, data, entry point, CPU stand-in."""
+"""Everything that imports Megatron: attention, command line, training loop, data."""

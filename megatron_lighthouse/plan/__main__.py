@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_lighthouse.context_parallel.attention import COMM_TYPES
+from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
 from megatron_lighthouse.plan import report, scaling
 from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import DEVICES, device_of

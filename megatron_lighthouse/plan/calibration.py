@@ -10,15 +10,15 @@ from importlib.resources import files
 
 import numpy
 
-from megatron_lighthouse.config import LighthouseConfig
-from megatron_lighthouse.context_parallel.attention import COMM_TYPES
-from megatron_lighthouse.context_parallel.layout import Layout
-from megatron_lighthouse.context_parallel.plan import Layer, attend_bytes
-from megatron_lighthouse.geometry import Geometry
+from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
+from megatron_lighthouse.lighthouse.config import LighthouseConfig
+from megatron_lighthouse.lighthouse.geometry import Geometry
+from megatron_lighthouse.lighthouse.sharded.sent import Layer, attend_bytes
 from megatron_lighthouse.plan import time, work
 from megatron_lighthouse.plan.coefficients import Coefficients, Fit
 from megatron_lighthouse.plan.device import DEVICES
 from megatron_lighthouse.plan.run import Run, run_of
+from megatron_lighthouse.sequence.layout import Layout
 
 DEVICE = DEVICES["h100"]
 """Where everything was measured."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import mean
 
-from megatron_lighthouse.context_parallel.layout import Layout
-from megatron_lighthouse.context_parallel.plan import attend_bytes, layer_bytes
+from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes, layer_bytes
 from megatron_lighthouse.plan import accuracy, memory, search, time
 from megatron_lighthouse.plan.coefficients import Coefficients
 from megatron_lighthouse.plan.device import HELD_BACK
 from megatron_lighthouse.plan.run import Run
 from megatron_lighthouse.plan.words import layout_words
+from megatron_lighthouse.sequence.layout import Layout
 
 SHOWN = 8
 """Layouts of the ranking that are shown."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from typing import Any
 
-from megatron_lighthouse.config import LighthouseConfig
-from megatron_lighthouse.context_parallel.attention import COMM_TYPES
-from megatron_lighthouse.context_parallel.plan import Layer
-from megatron_lighthouse.geometry import Geometry
-from megatron_lighthouse.mcore.checks import layer_problems
+from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
+from megatron_lighthouse.lighthouse.config import LighthouseConfig
+from megatron_lighthouse.lighthouse.geometry import Geometry
+from megatron_lighthouse.lighthouse.sharded.sent import Layer
+from megatron_lighthouse.mcore.command_line.checks import layer_problems
 from megatron_lighthouse.plan.device import DEVICES, Device
 from megatron_lighthouse.plan.model import GPT
 

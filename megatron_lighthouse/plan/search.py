@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_lighthouse.config import LighthouseConfig
+from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.plan import memory, time
 from megatron_lighthouse.plan.coefficients import Coefficients
 from megatron_lighthouse.plan.run import RECOMPUTE, Run

@@ -11,13 +11,13 @@ domains, all send all their bytes over the network. Pipeline stages are not inte
 
 from __future__ import annotations
 
-from megatron_lighthouse.context_parallel.layout import Layout
-from megatron_lighthouse.context_parallel.plan import Layer, attend_bytes, layer_bytes
-from megatron_lighthouse.geometry import Geometry
+from megatron_lighthouse.lighthouse.geometry import Geometry
+from megatron_lighthouse.lighthouse.sharded.sent import Layer, attend_bytes, layer_bytes
 from megatron_lighthouse.plan import work
 from megatron_lighthouse.plan.coefficients import Coefficients
 from megatron_lighthouse.plan.device import Device
 from megatron_lighthouse.plan.run import Run
+from megatron_lighthouse.sequence.layout import Layout
 
 type Parts = dict[str, float]
 OPTIMIZER_BYTES = 30

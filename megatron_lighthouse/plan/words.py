@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_lighthouse.context_parallel.attention import COMM_TYPES
-from megatron_lighthouse.mcore.settings import add_arguments, settings_from
-from megatron_lighthouse.mcore.text import PADDED_VOCABULARY
+from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
+from megatron_lighthouse.mcore.command_line.settings import add_arguments, settings_from
+from megatron_lighthouse.mcore.data.text import PADDED_VOCABULARY
 from megatron_lighthouse.plan.device import Device
 from megatron_lighthouse.plan.model import GPT
 from megatron_lighthouse.plan.run import Run

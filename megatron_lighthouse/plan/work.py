@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_lighthouse.context_parallel.plan import Layer
-from megatron_lighthouse.geometry import Geometry
+from megatron_lighthouse.lighthouse.geometry import Geometry
+from megatron_lighthouse.lighthouse.sharded.sent import Layer
 from megatron_lighthouse.plan.model import GPT
 
 FORWARD_AND_BACKWARD = 3.5

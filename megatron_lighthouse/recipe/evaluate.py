@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 import megatron_lighthouse
-from megatron_lighthouse.mcore import text
+from megatron_lighthouse.mcore.data import text
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.recipe import evaluation_files, hindsight, passkey, positions
 
@@ -103,8 +103,8 @@ def _misfit(args: argparse.Namespace, length: int) -> str | None:
         more = f" and a multiple of --tensor-model-parallel-size {multiple}" if multiple > 1 else ""
         return f"must be at most --seq-length {args.seq_length}{more}."
     if args.attention == "lighthouse":
-        from megatron_lighthouse.mcore.checks import length_problems
-        from megatron_lighthouse.mcore.settings import settings_from
+        from megatron_lighthouse.mcore.command_line.checks import length_problems
+        from megatron_lighthouse.mcore.command_line.settings import settings_from
 
         for problem in length_problems(settings_from(args).config, length, 1):
             return f"with --attention lighthouse: {problem}"
@@ -206,7 +206,7 @@ def main() -> None:
     import torch
 
     if not torch.cuda.is_available():
-        from megatron_lighthouse.mcore import cpu
+        from megatron_lighthouse import cpu
 
         cpu.install()
     from megatron_lighthouse.recipe import trained as checkpoint

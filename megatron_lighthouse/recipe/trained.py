@@ -28,11 +28,12 @@ from megatron.training.global_vars import set_global_variables
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_lighthouse.mcore import machine, pretrain, settings
-from megatron_lighthouse.mcore.arguments import ArgumentsProvider, use_attention, with_lighthouse_arguments
-from megatron_lighthouse.mcore.fused import with_fused_attention
-from megatron_lighthouse.mcore.run_options import check_run_options
-from megatron_lighthouse.mcore.text import text_files
+from megatron_lighthouse.mcore.attention.fused import with_fused_attention
+from megatron_lighthouse.mcore.command_line import settings
+from megatron_lighthouse.mcore.command_line.arguments import ArgumentsProvider, use_attention, with_lighthouse_arguments
+from megatron_lighthouse.mcore.command_line.run_options import check_run_options
+from megatron_lighthouse.mcore.data.text import text_files
+from megatron_lighthouse.mcore.loop import machine, pretrain
 from megatron_lighthouse.recipe.same_model import check_same_model
 
 type Array = numpy.ndarray[Any, Any]

@@ -140,7 +140,7 @@ def _iterations_done(run: Path) -> int:
 
 def _draw(run: Path, where: str) -> int:
     from megatron_lighthouse import plots
-    from megatron_lighthouse.mcore.text import byte_entropy
+    from megatron_lighthouse.mcore.data.text import byte_entropy
 
     data = sorted((run / "data").glob("text-*-train.bin"), key=lambda path: path.stat().st_mtime)
     entropy = byte_entropy(str(data[-1].with_suffix(""))) if data else None

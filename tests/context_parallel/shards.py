@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention
-from megatron_lighthouse.attention import lighthouse_select
-from megatron_lighthouse.context_parallel.attention import sharded_attention
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.context_parallel.layout import Layout
+from megatron_lighthouse.context_parallel.schemes import sharded_attention
+from megatron_lighthouse.lighthouse.attention import lighthouse_select
+from megatron_lighthouse.sequence.layout import Layout
 from tests.oracle import Problem
 from tests.ranks import run_ranks
 from tests.steps import random_like, restride

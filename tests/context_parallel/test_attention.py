@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention
-from megatron_lighthouse.context_parallel.attention import COMM_TYPES, sharded_attention
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.inner import inner_attention
-from megatron_lighthouse.scorers import SCORERS
+from megatron_lighthouse.context_parallel.schemes import COMM_TYPES, sharded_attention
+from megatron_lighthouse.lighthouse.scorers import SCORERS
+from megatron_lighthouse.softmax.backends import inner_attention
 from tests.context_parallel.shards import Group, deep, dense, inputs_of, layer, shards_of, together
 from tests.oracle import Problem
 from tests.ranks import SIZES, run_ranks

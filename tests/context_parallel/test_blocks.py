@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_lighthouse.context_parallel.blocks import Plain
-from megatron_lighthouse.context_parallel.merge import merge as merge_torch
 from megatron_lighthouse.kernels.merge import merge as merge_kernel
+from megatron_lighthouse.softmax.blocks import Plain
+from megatron_lighthouse.softmax.merge import merge as merge_torch
 from tests.steps import DEVICE
 from tests.tolerances import assert_close
 

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from megatron_lighthouse.context_parallel import copies as copies_module
 from megatron_lighthouse.context_parallel import exchange as exchange_module
-from megatron_lighthouse.context_parallel.blocks import BLOCKS
 from megatron_lighthouse.context_parallel.copies import Copies, Message, _Channel, _Gpu, copies_over, problem_of_all
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.context_parallel.layout import Layout
 from megatron_lighthouse.context_parallel.ring import RingAttention
+from megatron_lighthouse.sequence.layout import Layout
+from megatron_lighthouse.softmax.blocks import BLOCKS
 from tests.ranks import run_ranks
 from tests.tolerances import assert_close
 

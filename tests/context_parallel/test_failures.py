@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention
-from megatron_lighthouse.attention import lighthouse_select
-from megatron_lighthouse.context_parallel.attention import comm_type_problem
-from megatron_lighthouse.context_parallel.blocks import Plain
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.selection import Selection
+from megatron_lighthouse.context_parallel.schemes import comm_type_problem
+from megatron_lighthouse.lighthouse.attention import lighthouse_select
+from megatron_lighthouse.lighthouse.selection import Selection
+from megatron_lighthouse.softmax.blocks import Plain
 from tests.context_parallel.shards import inputs_of, layer, shards_of
 from tests.oracle import Problem
 from tests.ranks import run_ranks

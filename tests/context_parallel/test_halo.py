@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse import LighthouseConfig
-from megatron_lighthouse.context_parallel import halo
-from megatron_lighthouse.kernels import edge as edge_kernels
-from megatron_lighthouse.selection import Selection
-from megatron_lighthouse.steps import Steps
+from megatron_lighthouse.kernels.lighthouse import edge as edge_kernels
+from megatron_lighthouse.lighthouse.selection import Selection
+from megatron_lighthouse.lighthouse.sharded import halo
+from megatron_lighthouse.lighthouse.steps import Steps
 from tests.context_parallel.shards import inputs_of, layer, shard, together
 from tests.oracle import Entry, Problem, number
 from tests.ranks import SIZES

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.context_parallel.layout import Layout
+from megatron_lighthouse.sequence.layout import Layout
 from tests.context_parallel.shards import exchange_of, shard, whole
 
 sizes = st.integers(1, 64)

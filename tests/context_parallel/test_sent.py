@@ -10,9 +10,9 @@ from torch.distributed import ProcessGroup
 
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention
 from megatron_lighthouse.context_parallel import exchange
-from megatron_lighthouse.context_parallel.layout import Layout
-from megatron_lighthouse.context_parallel.plan import Layer, layer_bytes, summary
-from megatron_lighthouse.scorers import SCORERS
+from megatron_lighthouse.lighthouse.scorers import SCORERS
+from megatron_lighthouse.lighthouse.sharded.sent import Layer, layer_bytes, summary
+from megatron_lighthouse.sequence.layout import Layout
 from tests.ranks import run_ranks
 
 TOKENS, BATCH, HEADS, GROUPS, DIM = 256, 2, 8, 4, 8

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_lighthouse.launch import check, dlprof
-from megatron_lighthouse.mcore.text import PADDED_VOCABULARY
+from megatron_lighthouse.mcore.data.text import PADDED_VOCABULARY
 from megatron_lighthouse.plan import scaling
 from tests.launch.test_submit import LAUNCH, words
 

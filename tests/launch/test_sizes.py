@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lighthouse.launch import check
-from megatron_lighthouse.mcore.settings import add_arguments, settings_from
+from megatron_lighthouse.mcore.command_line.settings import add_arguments, settings_from
 from tests.launch.test_submit import refused, submit, words
 from tests.mcore.test_spec import transformer_config
 
@@ -58,7 +58,7 @@ def test_megatrons_dropout_is_not_none(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_in_the_words_of_the_entry_point(capsys: pytest.CaptureFixture[str]) -> None:
-    from megatron_lighthouse.mcore import checks
+    from megatron_lighthouse.mcore.command_line import checks
 
     wrong = "--attention-dropout 0.25 --lighthouse-dense-first 5 --lighthouse-dense-last -1"
     assert checked("cpu-test", wrong, 2) == 1

@@ -10,7 +10,7 @@ import pytest
 @pytest.fixture(scope="session")
 def megatron(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Parallel state of one rank, and seeded generators."""
-    from megatron_lighthouse.mcore import cpu
+    from megatron_lighthouse import cpu
 
     standing_in = cpu.install()
     import torch

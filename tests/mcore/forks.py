@@ -54,12 +54,12 @@ def _ask(request: object) -> Any:
 
 def _serve() -> None:
     """Answer a command with the process that runs it, and a process with its exit status, null while it runs."""
-    from megatron_lighthouse.mcore import cpu
+    from megatron_lighthouse import cpu
 
     before = dict(os.environ)
     cpu.install()
     installed = {name: value for name, value in os.environ.items() if before.get(name) != value}
-    import megatron_lighthouse.mcore.pretrain  # noqa: F401
+    import megatron_lighthouse.mcore.loop.pretrain  # noqa: F401
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

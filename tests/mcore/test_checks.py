@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_lighthouse import LighthouseConfig
-from megatron_lighthouse.mcore.settings import LighthouseSettings
+from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
 from tests.mcore.harness import refused
 from tests.mcore.test_selection_log import arguments
 from tests.mcore.test_spec import transformer_config
@@ -21,7 +21,7 @@ GOOD = LighthouseSettings(LighthouseConfig(budget=8, tile_budget=4), dense_first
 
 def problems(settings: LighthouseSettings = GOOD, seq_length: int | None = 256, **changes: Any) -> str:
     """The refusal of a model with these options; '' where it is accepted."""
-    from megatron_lighthouse.mcore.checks import check
+    from megatron_lighthouse.mcore.command_line.checks import check
 
     config = transformer_config()
     for name, value in changes.items():  # set afterwards, for Megatron's own checks refuse some combinations first
@@ -120,7 +120,7 @@ def test_every_problem_is_named_at_once() -> None:
     ["reset_attention_mask", "sft", "dataloader_inter_document_masking", "hybrid_context_parallel", "perform_rl_step"],
 )
 def test_run_options_that_are_refused(name: str) -> None:
-    from megatron_lighthouse.mcore.checks import check_run
+    from megatron_lighthouse.mcore.command_line.checks import check_run
 
     check_run(Namespace(seq_length=256, **{name: False}), transformer_config(), GOOD)
     with pytest.raises(ValueError, match="--" + name.replace("_", "-")):
@@ -133,14 +133,14 @@ def test_the_options_exist_in_megatron() -> None:
 
     from megatron.training.arguments import add_megatron_arguments
 
-    from megatron_lighthouse.mcore.run_options import NOT_HERE, OTHER_DATA
+    from megatron_lighthouse.mcore.command_line.run_options import NOT_HERE, OTHER_DATA
 
     known = {action.dest for action in add_megatron_arguments(ArgumentParser())._actions}
     assert {*NOT_HERE, *OTHER_DATA, "reset_attention_mask", "attention_backend", "mtp_num_layers", "tokenizer_type"} <= known
 
 
 def test_transformer_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_lighthouse.mcore import run_options
+    from megatron_lighthouse.mcore.command_line import run_options
 
     engine = plain_run(transformer_impl="transformer_engine")
     monkeypatch.setattr(run_options, "find_spec", lambda name: object())
@@ -184,7 +184,7 @@ def plain_run(**changes: Any) -> Namespace:
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
 def test_what_the_entry_point_leaves_to_upstream(changes: dict[str, Any], message: str) -> None:
-    from megatron_lighthouse.mcore.run_options import check_run_options
+    from megatron_lighthouse.mcore.command_line.run_options import check_run_options
 
     check_run_options(plain_run())
     check_run_options(plain_run(text_data=["a"]))
@@ -196,7 +196,7 @@ def test_what_the_entry_point_leaves_to_upstream(changes: dict[str, Any], messag
 def test_attention_backend_local() -> None:
     from megatron.core.transformer.enums import AttnBackend
 
-    from megatron_lighthouse.mcore.checks import check_run
+    from megatron_lighthouse.mcore.command_line.checks import check_run
 
     check_run(Namespace(seq_length=256, attention_backend=AttnBackend.auto), transformer_config(), GOOD)
     with pytest.raises(ValueError, match="--transformer-impl local"):
@@ -205,8 +205,8 @@ def test_attention_backend_local() -> None:
 
 def test_a_spec_that_makes_lighthouse_needs_no_mask() -> None:
     """One of N x N bytes would not fit; `--attention lighthouse` makes none either."""
-    from megatron_lighthouse.mcore.arguments import use_attention
-    from megatron_lighthouse.mcore.spec import lighthouse
+    from megatron_lighthouse.mcore.attention.layer_specs import lighthouse
+    from megatron_lighthouse.mcore.command_line.arguments import use_attention
 
     words = "--lighthouse-budget 8 --lighthouse-tile-budget 4 --lighthouse-dense-first 1 --lighthouse-dense-last 1"
     given = arguments(*words.split(), seq_length=256, create_attention_mask_in_dataloader=True)
@@ -216,7 +216,7 @@ def test_a_spec_that_makes_lighthouse_needs_no_mask() -> None:
 
 
 def test_dense_attention_that_copies_cannot_be_captured_either(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_lighthouse.mcore.arguments import use_attention
+    from megatron_lighthouse.mcore.command_line.arguments import use_attention
 
     config = transformer_config()
     for name, value in {**LOCAL_RANKS, "cuda_graph_impl": "local"}.items():

@@ -73,10 +73,10 @@ ENTRY_WITH_CUDA = """
 import sys, types, torch
 torch.cuda.is_available = lambda: True
 ran = []
-sys.modules["megatron_lighthouse.mcore.pretrain"] = types.SimpleNamespace(run=ran.append)
+sys.modules["megatron_lighthouse.mcore.loop.pretrain"] = types.SimpleNamespace(run=ran.append)
 from megatron_lighthouse import pretrain_gpt
 pretrain_gpt.main()
-assert ran and "megatron_lighthouse.mcore.cpu" not in sys.modules
+assert ran and "megatron_lighthouse.cpu" not in sys.modules
 """
 
 

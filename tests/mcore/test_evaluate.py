@@ -17,8 +17,8 @@ from typing import Any
 import numpy
 import pytest
 
-from megatron_lighthouse.config import LighthouseConfig
-from megatron_lighthouse.mcore.settings import LighthouseSettings
+from megatron_lighthouse.lighthouse.config import LighthouseConfig
+from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
 from megatron_lighthouse.plots import read_scalars
 from megatron_lighthouse.recipe import hindsight
 from tests.mcore.harness import MODEL, ROOT, run
@@ -87,8 +87,8 @@ def tiny(fused: bool, budget: int | None = None) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
 
-    from megatron_lighthouse.mcore.fused import with_fused_attention
-    from megatron_lighthouse.mcore.spec import with_lighthouse
+    from megatron_lighthouse.mcore.attention.fused import with_fused_attention
+    from megatron_lighthouse.mcore.attention.layer_specs import with_lighthouse
 
     torch.manual_seed(3)
     options: dict[str, Any] = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2}
@@ -113,7 +113,7 @@ def tiny(fused: bool, budget: int | None = None) -> Any:
 def test_losses_and_the_next_token_are_those_of_megatrons_logits() -> None:
     import torch
 
-    from megatron_lighthouse.mcore.fused import FusedAttention
+    from megatron_lighthouse.mcore.attention.fused import FusedAttention
     from megatron_lighthouse.recipe.trained import Trained
 
     tokens = numpy.random.default_rng(1).integers(257, size=65).astype(numpy.uint16)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy
 import pytest
 
-from megatron_lighthouse.mcore import settings
+from megatron_lighthouse.mcore.command_line import settings
 from megatron_lighthouse.recipe import evaluation_files, evaluation_plots, passkey
 from megatron_lighthouse.recipe.same_model import check_same_model
 from tests.mcore.harness import MODEL, ROOT, run

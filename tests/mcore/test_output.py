@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("megatron")
 
 
 def model(discard: bool, **changes: Any) -> Any:
-    from megatron_lighthouse.mcore.spec import with_lighthouse
+    from megatron_lighthouse.mcore.attention.layer_specs import with_lighthouse
 
     torch.manual_seed(3)
     return gpt(with_lighthouse(local_spec(), replace(SETTINGS, discard_output=discard)), transformer_config(**changes))

@@ -12,8 +12,8 @@ import numpy
 import pytest
 import torch
 
-from megatron_lighthouse.config import flag
-from megatron_lighthouse.mcore.settings import ENVIRONMENT, LighthouseSettings, add_arguments, settings_from
+from megatron_lighthouse.lighthouse.config import flag
+from megatron_lighthouse.mcore.command_line.settings import ENVIRONMENT, LighthouseSettings, add_arguments, settings_from
 from tests.mcore.harness import TEXT, Processes, refused, run
 
 OPTIONS = "--lighthouse-budget 8 --lighthouse-tile-budget 4 --lighthouse-dense-first 1 --lighthouse-dense-last 1"
@@ -74,7 +74,7 @@ def test_mock_data_and_a_picture_of_each_layer(tmp_path: Path) -> None:
 )
 def test_what_may_pass_is_no_refusal(error: Exception, ends: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
     """A refused job is not queued again."""
-    from megatron_lighthouse.mcore import pretrain
+    from megatron_lighthouse.mcore.loop import pretrain
 
     monkeypatch.setattr(pretrain.machine, "adapt", lambda: None)
     monkeypatch.setattr(pretrain, "parse_and_validate_args", mock.Mock(side_effect=error))
@@ -125,7 +125,7 @@ def test_the_datasets_are_those_that_the_arguments_ask_for(
     megatron: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that is not handed on would take Megatron's default in silence."""
-    from megatron_lighthouse.mcore import data
+    from megatron_lighthouse.mcore.data import datasets as data
 
     (tmp_path / "sequences.json").write_text('{"book": 3}')
     args = Names(per_dataset_sequences_path=tmp_path / "sequences.json", tensor_model_parallel_size=2, sequence_parallel=True)
@@ -141,7 +141,7 @@ def test_the_datasets_are_those_that_the_arguments_ask_for(
 
 def test_the_loss_counts_what_the_mask_counts(megatron: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Summed in fp32, whatever the dtype of the losses."""
-    from megatron_lighthouse.mcore import step
+    from megatron_lighthouse.mcore.loop import forward_step as step
 
     monkeypatch.setattr(step, "get_args", lambda: Namespace(check_for_nan_in_loss_and_grad=False))
     losses = torch.tensor([[1.0, 2.0, 256.0], [8.0, 16.0, 32.0]], dtype=torch.bfloat16)

@@ -17,7 +17,7 @@ import numpy
 import pytest
 import torch
 
-from megatron_lighthouse.mcore import settings
+from megatron_lighthouse.mcore.command_line import settings
 from megatron_lighthouse.plots import read_scalars
 from megatron_lighthouse.recipe import recovery
 from megatron_lighthouse.recipe.positions import mean_and_error

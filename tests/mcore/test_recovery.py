@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_lighthouse.mcore import switch
-from megatron_lighthouse.mcore.settings import add_arguments
+from megatron_lighthouse.mcore.command_line.settings import add_arguments
+from megatron_lighthouse.mcore.loop import switch
 from megatron_lighthouse.recipe import recovery
 from megatron_lighthouse.recipe.recovery import Recovery, caught_up, gap, main, measure, read_run, smoothed
 

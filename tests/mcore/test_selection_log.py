@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from megatron_lighthouse.mcore import selection_log
-from megatron_lighthouse.mcore.arguments import with_lighthouse_arguments
-from megatron_lighthouse.mcore.settings import settings_from
+from megatron_lighthouse.mcore.command_line.arguments import with_lighthouse_arguments
+from megatron_lighthouse.mcore.command_line.settings import settings_from
+from megatron_lighthouse.mcore.loop import selection_log
 
 
 def arguments(*words: str, **more: Any) -> Namespace:
@@ -44,7 +44,7 @@ def test_layers(words: str, layers: tuple[int, ...]) -> None:
     ],
 )
 def test_pictures(words: str, name: str | None, pictures: dict[int, str]) -> None:
-    from megatron_lighthouse.mcore.pretrain import pictures_of
+    from megatron_lighthouse.mcore.loop.pretrain import pictures_of
 
     given = arguments(*words.split(), lighthouse_selection_map=name)
     assert pictures_of(given) == {layer: Path(path) for layer, path in pictures.items()}

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_lighthouse import LighthouseConfig, lighthouse_attention, reference
-from megatron_lighthouse.mcore.settings import LighthouseSettings
+from megatron_lighthouse import LighthouseConfig, lighthouse_attention
+from megatron_lighthouse.lighthouse import reference
+from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
 from tests.tolerances import assert_close
 
 SETTINGS = LighthouseSettings(LighthouseConfig(budget=8, tile_budget=4), dense_first=1, dense_last=2)
@@ -43,14 +44,14 @@ def local_spec() -> Any:
 
 
 def lighthouse_layers(model: Any) -> list[int]:
-    from megatron_lighthouse.mcore.core_attention import LighthouseMixin
+    from megatron_lighthouse.mcore.attention.core_attention import LighthouseMixin
 
     layers = model.decoder.layers
     return [layer.layer_number for layer in layers if isinstance(layer.self_attention.core_attention, LighthouseMixin)]
 
 
 def core_attention(**changes: Any) -> Any:
-    from megatron_lighthouse.mcore.spec import with_lighthouse
+    from megatron_lighthouse.mcore.attention.layer_specs import with_lighthouse
 
     model = gpt(with_lighthouse(local_spec(), SETTINGS), transformer_config(**changes))
     return model.decoder.layers[1].self_attention.core_attention
@@ -66,7 +67,7 @@ def fused_qkv(batch: int, dtype: torch.dtype) -> list[Tensor]:
 
 
 def test_first_and_last_layers_stay_dense() -> None:
-    from megatron_lighthouse.mcore.spec import with_lighthouse
+    from megatron_lighthouse.mcore.attention.layer_specs import with_lighthouse
 
     spec = local_spec()
     model = gpt(with_lighthouse(spec, SETTINGS), transformer_config())
@@ -77,7 +78,7 @@ def test_first_and_last_layers_stay_dense() -> None:
 def test_layers_of_a_block_with_experts() -> None:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-    from megatron_lighthouse.mcore.spec import with_lighthouse
+    from megatron_lighthouse.mcore.attention.layer_specs import with_lighthouse
 
     config = transformer_config(num_moe_experts=2, moe_layer_freq=[0, 1] * 3, moe_ffn_hidden_size=32, moe_router_topk=2)
     spec = with_lighthouse(get_gpt_decoder_block_spec(config, use_transformer_engine=False), SETTINGS)
@@ -87,7 +88,7 @@ def test_layers_of_a_block_with_experts() -> None:
 
 
 def test_state_is_that_of_the_dense_model() -> None:
-    from megatron_lighthouse.mcore.spec import with_lighthouse
+    from megatron_lighthouse.mcore.attention.layer_specs import with_lighthouse
 
     dense = gpt(local_spec(), transformer_config()).state_dict()
     assert gpt(with_lighthouse(local_spec(), SETTINGS), transformer_config()).state_dict().keys() == dense.keys()
@@ -96,7 +97,7 @@ def test_state_is_that_of_the_dense_model() -> None:
 def test_a_spec_without_core_attention_is_refused() -> None:
     from megatron.core.transformer import ModuleSpec
 
-    from megatron_lighthouse.mcore.spec import with_lighthouse
+    from megatron_lighthouse.mcore.attention.layer_specs import with_lighthouse
 
     with pytest.raises(ValueError, match="found no core attention in the layer spec of Identity"):
         with_lighthouse(ModuleSpec(module=torch.nn.Identity), SETTINGS)
@@ -105,7 +106,7 @@ def test_a_spec_without_core_attention_is_refused() -> None:
 def test_a_pipeline_stage_without_attention_is_accepted() -> None:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-    from megatron_lighthouse.mcore.spec import with_lighthouse
+    from megatron_lighthouse.mcore.attention.layer_specs import with_lighthouse
 
     assert with_lighthouse(TransformerBlockSubmodules(layer_specs=[]), SETTINGS).layer_specs == []
 
@@ -143,7 +144,7 @@ def test_the_attention_of_evaluations_takes_the_models_scale() -> None:
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.enums import AttnMaskType
 
-    from megatron_lighthouse.mcore.fused import FusedAttention
+    from megatron_lighthouse.mcore.attention.fused import FusedAttention
 
     inputs, scale = fused_qkv(1, torch.float32), {"softmax_scale": 0.9}
     given: dict[str, Any] = {"config": transformer_config(**scale), "layer_number": 1, "attention_type": "self", **scale}
@@ -155,7 +156,7 @@ def test_attention_over_shards_takes_the_models_scale_and_scheme(monkeypatch: py
     """What is done with them tests/context_parallel says, on several ranks."""
     from megatron.core.transformer.enums import AttnMaskType
 
-    from megatron_lighthouse.mcore import context_parallel as module
+    from megatron_lighthouse.mcore.attention import over_shards as module
 
     seen: list[Any] = []
     monkeypatch.setattr(module, "sharded_attention", lambda *given: seen.extend(given) or (lambda q, k, v: q))
@@ -208,7 +209,7 @@ def test_calls_that_are_refused() -> None:
 def test_what_is_forced_and_not_there_is_named_when_the_model_is_built(
     options: dict[str, str], rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron_lighthouse.mcore.spec import with_lighthouse
+    from megatron_lighthouse.mcore.attention.layer_specs import with_lighthouse
 
     monkeypatch.delenv("TRITON_INTERPRET")
     settings = LighthouseSettings(SETTINGS.config.replace(**options), dense_first=1, dense_last=2)
@@ -217,7 +218,7 @@ def test_what_is_forced_and_not_there_is_named_when_the_model_is_built(
 
 
 def test_a_scorer_whose_package_is_missing_is_refused_when_a_layer_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_lighthouse.mcore import core_attention as module
+    from megatron_lighthouse.mcore.attention import core_attention as module
 
     def check_installed(scorer: str, steps: Any, device: torch.device) -> None:
         assert steps is reference  # those that run here, not what the config says
@@ -232,7 +233,7 @@ def test_the_submodules_of_a_wrapped_spec_are_passed_on() -> None:
     from megatron.core.transformer import ModuleSpec
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
-    from megatron_lighthouse.mcore.spec import with_lighthouse
+    from megatron_lighthouse.mcore.attention.layer_specs import with_lighthouse
 
     class WithParts(DotProductAttention):
         def __init__(self, *args: Any, submodules: str, **kwargs: Any) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_lighthouse import telemetry
-from megatron_lighthouse.mcore.settings import LighthouseSettings, add_arguments, settings_from
-from megatron_lighthouse.mcore.stage import Stage2
+from megatron_lighthouse.lighthouse import telemetry
+from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, add_arguments, settings_from
+from megatron_lighthouse.mcore.command_line.stage import Stage2
 from megatron_lighthouse.plots import read_scalars
 from tests.mcore.harness import Run, run
 from tests.mcore.test_output import RECOMPUTE, loss
@@ -82,7 +82,7 @@ def test_arguments_that_are_refused(words: str, message: str) -> None:
 
 
 def test_the_progress_bar_says_dense_with_the_last_layer() -> None:
-    from megatron_lighthouse.mcore.progress import attention_in
+    from megatron_lighthouse.mcore.loop.progress import attention_in
 
     layers = "--attention lighthouse --lighthouse-stage2-at 7 --lighthouse-return layers --lighthouse-return-iters 4".split()
     assert [attention_in(arguments(*layers), iteration) for iteration in (7, 10, 11)] == ["lighthouse", "lighthouse", "dense"]
@@ -102,7 +102,7 @@ def test_the_progress_bar_says_dense_with_the_last_layer() -> None:
     ids=str,
 )
 def test_the_switch_must_come_before_the_end(stage2: Stage2, train_iters: int | None, advice: str) -> None:
-    from megatron_lighthouse.mcore.checks import check_run
+    from megatron_lighthouse.mcore.command_line.checks import check_run
 
     samples = Namespace(train_samples=None, step_batch_size_schedule=None, global_batch_size=2)
     given = Namespace(seq_length=256, train_iters=train_iters, **vars(samples))
@@ -122,8 +122,8 @@ def test_the_switch_must_come_before_the_end(stage2: Stage2, train_iters: int | 
 def test_what_does_not_go_with_it(megatron: None) -> None:
     from megatron.training.arguments import add_megatron_arguments
 
-    from megatron_lighthouse.mcore.arguments import use_attention
-    from megatron_lighthouse.mcore.checks import check
+    from megatron_lighthouse.mcore.command_line.arguments import use_attention
+    from megatron_lighthouse.mcore.command_line.checks import check
 
     config = transformer_config()
     given = arguments("--attention", "dense", "--lighthouse-stage2-at", "7")
@@ -152,7 +152,7 @@ def test_what_does_not_go_with_it(megatron: None) -> None:
 def test_the_iteration_of_the_training_loop(given: dict[str, Any], expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     import megatron.training
 
-    from megatron_lighthouse.mcore import switch
+    from megatron_lighthouse.mcore.loop import switch
 
     with pytest.raises(ValueError, match="there is none: leave it out"):
         switch.iteration()
@@ -162,7 +162,7 @@ def test_the_iteration_of_the_training_loop(given: dict[str, Any], expected: int
 
 def gradients(settings: LighthouseSettings | None, **changes: Any) -> list[Any]:
     """Loss, and its gradient in each parameter, of one small model."""
-    from megatron_lighthouse.mcore.spec import with_lighthouse
+    from megatron_lighthouse.mcore.attention.layer_specs import with_lighthouse
 
     torch.manual_seed(3)
     one = gpt(with_lighthouse(local_spec(), settings) if settings else local_spec(), transformer_config(**changes))
@@ -176,7 +176,7 @@ def test_layers_are_those_of_a_model_with_fewer_lighthouse_layers(
     recompute: str, megatron: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of six layers 2, 3 and 4 are Lighthouse, and become dense one by one: outputs and gradients to the bit."""
-    from megatron_lighthouse.mcore import switch
+    from megatron_lighthouse.mcore.loop import switch
 
     scheduled, options = replace(SETTINGS, stage2=Stage2(10, 3)), RECOMPUTE[recompute]
     for iteration, same in ((10, SETTINGS), (11, replace(SETTINGS, dense_first=2)), (13, None)):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lighthouse.mcore import text
+from megatron_lighthouse.mcore.data import text
 from tests.mcore.harness import ROOT, run
 
 pytestmark = pytest.mark.usefixtures("megatron")

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_lighthouse.mcore import progress
-from megatron_lighthouse.mcore.progress import last_iteration
+from megatron_lighthouse.mcore.loop import progress
+from megatron_lighthouse.mcore.loop.progress import last_iteration
 from megatron_lighthouse.plots import read_scalars
 from megatron_lighthouse.recipe import two_stage
 from megatron_lighthouse.recipe.presets import default_text, preset_for

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_lighthouse.mcore.settings import LighthouseSettings
+from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
 from megatron_lighthouse.plan import accuracy, copy_measured, memory, report, time
 from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import DEVICES, device_of

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lighthouse.launch import check
-from megatron_lighthouse.mcore.settings import settings_from
+from megatron_lighthouse.mcore.command_line.settings import settings_from
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import scaling_predicted

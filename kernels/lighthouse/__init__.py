@@ -1,0 +1,56 @@
+"""The steps as Triton kernels: what `megatron_lighthouse.lighthouse.reference` computes, at the speed of memory.
+
+One file a step. No atomics, no global sort, no host synchronisation; every element is written once and every sum has one
+order, so results are bit-identical from run to run. Each step is a custom op of torch with a fake implementation and its
+own backward, so that torch.compile passes through. See `megatron_lighthouse.lighthouse.steps` for the interface.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megatron_lighthouse.kernels.launch import run
+from megatron_lighthouse.kernels.lighthouse.attended import attended_op, compute_squares
+from megatron_lighthouse.kernels.lighthouse.gather import Gather
+from megatron_lighthouse.kernels.lighthouse.scatter import Scatter
+from megatron_lighthouse.kernels.lighthouse.score import compute_scores, score_op
+from megatron_lighthouse.kernels.lighthouse.select import compute_places, select_op
+from megatron_lighthouse.lighthouse.geometry import Geometry, Pyramid
+from megatron_lighthouse.lighthouse.reference import chunk_starts, group_norms
+from megatron_lighthouse.lighthouse.selection import Selection
+from megatron_lighthouse.lighthouse.steps import HaloTravel, KeyTravel
+from megatron_lighthouse.sequence.layout import Layout
+
+
+def score(query: Tensor, key: Tensor, geometry: Pyramid) -> Tensor:
+    """See `Steps.score`."""
+    return run(score_op, compute_scores, query.detach(), key.detach(), geometry.pyramid)
+
+
+def attended_norms(query: Tensor, key: Tensor, value: Tensor, layout: Layout | None) -> Tensor:
+    """See `Steps.attended_norms`."""
+    starts = chunk_starts(query.shape[0], layout)
+    squares = run(attended_op, compute_squares, query.detach(), key.detach(), value.detach(), starts)
+    return group_norms(squares.unflatten(1, (key.shape[2], -1)))
+
+
+def select(scores: Tensor, geometry: Geometry, pin_first: bool) -> Selection:
+    """See `Steps.select`."""
+    places = run(select_op, compute_places, scores, geometry.sizes, pin_first)
+    return Selection(geometry, places, geometry.gathered_length)
+
+
+def gather(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: Selection,
+    travel: KeyTravel | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `Steps.gather`."""
+    return Gather.apply(query, key, value, selection.places, selection.sizes, travel)
+
+
+def scatter(rows: Tensor, selection: Selection, halo: Tensor | None = None, travel: HaloTravel | None = None) -> Tensor:
+    """See `Steps.scatter`."""
+    return Scatter.apply(rows, halo, selection.places, selection.sizes, travel)

@@ -1,0 +1,244 @@
+"""Gather: the selected rows of the pyramids of Q, K and V, pooled on the way; one launch each way for all three."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_lighthouse.kernels.launch import launch, launch_windows, run
+from megatron_lighthouse.kernels.lighthouse.windows import collect, spread
+from megatron_lighthouse.lighthouse.steps import KeyTravel
+from megatron_lighthouse.ranges import step
+
+
+@triton.jit
+def _head(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, heads, first_head, G):
+    """Where program (·, b * heads + head - first_head) finds its head among those of Q, K and V: pointer, stride, group."""
+    i_b = tl.program_id(1) // heads
+    i_head = tl.program_id(1) % heads + first_head
+    i_b64 = i_b.to(tl.int64)
+    if i_head < H:
+        group = i_head // (H // G)
+        pointer, stride = p_q + i_b64 * strides_q[1] + i_head.to(tl.int64) * strides_q[2], strides_q[0]
+    elif i_head < H + G:
+        group = i_head - H
+        pointer, stride = p_k + i_b64 * strides_k[1] + group.to(tl.int64) * strides_k[2], strides_k[0]
+    else:
+        group = i_head - H - G
+        pointer, stride = p_v + i_b64 * strides_v[1] + group.to(tl.int64) * strides_v[2], strides_v[0]
+    return pointer, stride, i_b64 * G + group
+
+
+@triton.jit(repr=lambda _: "lighthouse_gather_forward")
+def gather_forward_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_rows_q,
+    p_rows_k,
+    p_rows_v,
+    p_places,
+    strides_q,
+    strides_k,
+    strides_v,
+    strides_rows_q,
+    strides_rows_k,
+    strides_rows_v,
+    length,
+    chunks,
+    first,
+    blocks,
+    pyramid_length,
+    H,
+    heads,
+    first_head,
+    G,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    P: tl.constexpr,
+    L: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    p_x, stride_x, i_bg = _head(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, heads, first_head, G)
+    p_rows, stride_rows, _ = _head(
+        p_rows_q, p_rows_k, p_rows_v, strides_rows_q, strides_rows_k, strides_rows_v, H, heads, first_head, G
+    )
+    p_map = p_places + i_bg * pyramid_length
+    collect(
+        p_x,
+        p_map,
+        p_rows,
+        p_rows,
+        stride_x,
+        stride_rows,
+        0,
+        length,
+        chunks,
+        first,
+        blocks,
+        D,
+        BLOCK_D,
+        P,
+        L,
+        BLOCK,
+        0,
+        True,
+        False,
+    )
+
+
+@triton.jit(repr=lambda _: "lighthouse_gather_backward")
+def gather_backward_kernel(
+    p_rows_q,
+    p_rows_k,
+    p_rows_v,
+    p_q,
+    p_k,
+    p_v,
+    p_places,
+    strides_rows_q,
+    strides_rows_k,
+    strides_rows_v,
+    strides_q,
+    strides_k,
+    strides_v,
+    length,
+    chunks,
+    first,
+    blocks,
+    pyramid_length,
+    H,
+    heads,
+    first_head,
+    G,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    P: tl.constexpr,
+    L: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    p_rows, stride_rows, i_bg = _head(
+        p_rows_q, p_rows_k, p_rows_v, strides_rows_q, strides_rows_k, strides_rows_v, H, heads, first_head, G
+    )
+    p_x, stride_x, _ = _head(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, heads, first_head, G)
+    p_map = p_places + i_bg * pyramid_length
+    spread(
+        p_rows,
+        p_map,
+        p_x,
+        p_rows,
+        stride_rows,
+        stride_x,
+        0,
+        length,
+        chunks,
+        first,
+        blocks,
+        D,
+        BLOCK_D,
+        P,
+        L,
+        BLOCK,
+        0,
+        True,
+        False,
+    )
+
+
+def _gather(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    places: Tensor,
+    sizes: Sequence[int],
+    travel: KeyTravel | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with step("gather"):
+        length, levels, pooling, rows_length, chunks = sizes
+        rows = _empty(query, key, value, rows_length)
+        how = launch("collect", query.shape[3], query.element_size())
+        blocks = range(triton.cdiv(length // chunks // pooling ** (levels - 1), how.rows))
+        tensors, (all_of, of_keys, of_queries) = (query, key, value, *rows), _heads(query, key)
+        if travel is None:
+            launch_windows(gather_forward_kernel, tensors, places, sizes, all_of, blocks, how)
+        else:
+            launch_windows(gather_forward_kernel, tensors, places, sizes, of_keys, blocks, how)
+            travel.set_out(*rows[1:])
+            launch_windows(gather_forward_kernel, tensors, places, sizes, of_queries, blocks, how)
+        return rows
+
+
+def _gather_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    places: Tensor,
+    sizes: Sequence[int],
+    travel: KeyTravel | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of the tokens [N, B, ·, D], from those of the rows [S, B, ·, D]."""
+    with step("gather backward"):
+        tokens = _empty(query, key, value, sizes[0])
+        how = launch("spread", query.shape[3], query.element_size())
+        blocks = range(triton.cdiv(sizes[0] // sizes[4], how.rows))
+        tensors, (all_of, of_keys, of_queries) = (query, key, value, *tokens), _heads(query, key)
+        if travel is None:
+            launch_windows(gather_backward_kernel, tensors, places, sizes, all_of, blocks, how)
+        else:
+            launch_windows(gather_backward_kernel, tensors, places, sizes, of_queries, blocks, how)
+            tensors = (query, *travel.come_home(key, value), *tokens)
+            launch_windows(gather_backward_kernel, tensors, places, sizes, of_keys, blocks, how)
+        return tokens
+
+
+def _heads(query: Tensor, key: Tensor) -> tuple[tuple[int, int, int], ...]:
+    """The heads of a launch, as `launch_windows` takes them: all, those of keys and values, those of queries."""
+    heads, others = query.shape[2], 2 * key.shape[2]
+    return (heads, heads + others, 0), (heads, others, heads), (heads, heads, 0)
+
+
+def _empty(query: Tensor, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (torch.empty((length, *x.shape[1:]), dtype=x.dtype, device=x.device) for x in (query, key, value))
+    return q, k, v
+
+
+def _gather_whole(
+    query: Tensor, key: Tensor, value: Tensor, places: Tensor, sizes: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _gather(query, key, value, places, sizes)
+
+
+def _gather_backward_whole(
+    query: Tensor, key: Tensor, value: Tensor, places: Tensor, sizes: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _gather_backward(query, key, value, places, sizes)
+
+
+gather_op = torch.library.custom_op("lighthouse::gather", _gather_whole, mutates_args=())
+gather_backward_op = torch.library.custom_op("lighthouse::gather_backward", _gather_backward_whole, mutates_args=())
+gather_op.register_fake(lambda q, k, v, places, sizes: _empty(q, k, v, sizes[3]))
+gather_backward_op.register_fake(lambda q, k, v, places, sizes: _empty(q, k, v, sizes[0]))
+
+
+class Gather(torch.autograd.Function):
+    """(query, key, value, places, sizes, travel) -> rows; `sizes` is (N, L, p, S, chunks). See `Steps.gather`."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *_, places, ctx.sizes, ctx.travel = args
+        ctx.save_for_backward(places)  # the map alone: Q, K and V, and what they are views of, can be freed
+        return _gather(*args) if ctx.travel else run(gather_op, _gather_whole, *args[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (places,), (dq, dk, dv) = ctx.saved_tensors, grads
+        if ctx.travel:
+            return *_gather_backward(dq, dk, dv, places, ctx.sizes, ctx.travel), None, None, None
+        return *run(gather_backward_op, _gather_backward_whole, dq, dk, dv, places, ctx.sizes), None, None, None

@@ -1,0 +1,243 @@
+"""Lighthouse Attention: pool, score, select, gather, attend, scatter (arXiv 2605.06554)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.context_parallel.ring import RingAttention, begin_backward_with
+from megatron_lighthouse.context_parallel.schemes import comm_type_problem, sharded_attention
+from megatron_lighthouse.lighthouse import telemetry
+from megatron_lighthouse.lighthouse.config import LighthouseConfig
+from megatron_lighthouse.lighthouse.geometry import Geometry, Pyramid
+from megatron_lighthouse.lighthouse.scorers import SCORERS
+from megatron_lighthouse.lighthouse.selection import Selection
+from megatron_lighthouse.lighthouse.sharded.deal import Deal
+from megatron_lighthouse.lighthouse.sharded.halo import with_halo
+from megatron_lighthouse.lighthouse.sharded.select import select_shard
+from megatron_lighthouse.lighthouse.steps import HaloTravel, Steps, steps_for
+from megatron_lighthouse.ranges import step
+from megatron_lighthouse.sequence.layout import Layout
+from megatron_lighthouse.softmax.backends import Attend, inner_attention
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Those that the steps and the inner attention compute in."""
+
+
+def lighthouse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: LighthouseConfig,
+    *,
+    softmax_scale: float | None = None,
+    cp_group: ProcessGroup | None = None,
+    cp_comm_type: str = "p2p",
+    attend: Attend | None = None,
+    selection: Selection | None = None,
+) -> Tensor:
+    """Causal attention through a selected set of pyramid entries.
+
+    Args:
+        query: [N, B, H, D], after RoPE; float64, float32, bfloat16 or float16, any strides. Megatron's "sbhd".
+        key, value: [N, B, G, D], G dividing H; same dtype and device as the query.
+        softmax_scale: of the inner attention; 1/sqrt(D) by default. Not with `attend`.
+        cp_group: the context-parallel ranks among which the sequence is sharded. Each of C ranks passes its zigzag shard,
+            [N/C, B, ·, D]: of 2C equal chunks, rank r holds chunk r and chunk 2C-1-r.
+        cp_comm_type: 'p2p', 'all_gather' or 'a2a': how the inner attention crosses ranks. See `sharded_attention`.
+        attend: the inner attention, over this rank's rows under context parallelism; the backend that `config.inner` names by
+            default.
+        selection: attend to these entries instead of selecting (it carries no gradient either way): a `Selection`, such as
+            `attended_rows` has, not the numbers that `lighthouse_select` gives. Not under context parallelism.
+
+    Returns:
+        [N, B, H, D] in the query's dtype (under torch.autocast in the inner attention's); under context parallelism, this
+        rank's shard of it: the same values at any number of ranks, up to the order of sums in the inner attention. Position j
+        depends on tokens 0..j, once the selection is fixed; which windows are refined also depends on the later tokens of
+        their tile.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit each other, an N that does not fit the config or the ranks, or an inner
+            attention that is forced and is not there. Raised before any collective, and on every rank alike.
+        TypeError: a selection that is no `Selection`.
+    """
+    # by name alone, here: under Transformer Engine's attention `attended_rows` may be given a scheme of its own
+    if problem := comm_type_problem(cp_comm_type, 1, 1, 1):
+        raise ValueError(problem)
+    return attended_rows(
+        query,
+        key,
+        value,
+        config,
+        softmax_scale=softmax_scale,
+        exchange=Exchange.over(cp_group),
+        cp_comm_type=cp_comm_type,
+        attend=attend,
+        selection=selection,
+    ).scatter()
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What the last step needs: all of a layer but its output."""
+
+    rows: Tensor
+    """[S, B, H, D], attended to."""
+    dealt: Tensor
+    """The same as the inner attention gave them: before they were dealt back to the ranks that hold their entries."""
+    selection: Selection
+    steps: Steps
+    halo: Tensor | None = None
+    """Under context parallelism, the rows that spill into this rank's chunks."""
+    travel: HaloTravel | None = None
+    """By which the halo comes."""
+
+    def scatter(self) -> Tensor:
+        """[N, B, H, D]: the layer's output."""
+        output = self.steps.scatter(self.rows, self.selection, self.halo, self.travel)
+        if self.halo is not None:
+            begin_backward_with(output, self.dealt)
+        return output
+
+
+def attended_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: LighthouseConfig,
+    *,
+    softmax_scale: float | None = None,
+    exchange: Exchange | None = None,
+    cp_comm_type: str = "p2p",
+    attend: Attend | None = None,
+    selection: Selection | None = None,
+) -> Attended:
+    """All steps of `lighthouse_attention` but the last, which must follow: the halo is under way until then."""
+    _check(query, key, value)
+    geometry = config.geometry(query.shape[0] * (exchange.size if exchange else 1), exchange.size if exchange else 1)
+    if attend is None:
+        if exchange is None:
+            attend = inner_attention(config.inner, query, key, softmax_scale)
+        else:
+            attend = sharded_attention(config.inner, query, key, exchange, cp_comm_type, softmax_scale)
+    elif softmax_scale is not None:
+        raise ValueError("softmax_scale belongs to the default inner attention: give `attend` its own scale instead.")
+    deal = None
+    if selection is None:
+        selection, deal = _select(query, key, value, config, geometry, exchange)
+    else:
+        _check_selection(selection, query, key, geometry, exchange)
+    steps = steps_for(config.steps, query, config.pooling)
+    # what is gathered for a ring can set out at once, unless it is dealt first
+    ring = attend if isinstance(attend, RingAttention) and deal is None else None
+    gathered = steps.gather(query, key, value, selection, ring)
+    if deal:
+        gathered = deal.out(*gathered)
+    with step("attend"):
+        attended = attend(*gathered)
+    rows = deal.back(attended, key.shape[2]) if deal else attended
+    if exchange is None:
+        return Attended(rows, attended, selection, steps)
+    rows, halo, travel = with_halo(rows, selection, exchange)
+    return Attended(rows, attended, selection, steps, halo, travel)
+
+
+def lighthouse_select(
+    query: Tensor, key: Tensor, config: LighthouseConfig, *, value: Tensor | None = None, cp_group: ProcessGroup | None = None
+) -> Tensor:
+    """The entries that `lighthouse_attention` attends to.
+
+    Args:
+        query, key: as for `lighthouse_attention`.
+        value: likewise, for the scorers that read it: 'summary', 'dilated' and 'gla'.
+        cp_group: the context-parallel ranks among which the sequence is sharded.
+
+    Returns:
+        [B, G, S] int64, in causal order, numbered in the concatenated pyramid (level 0 first). Of C context-parallel ranks,
+        each gets the [B, G, S/C] entries whose rows it attends to, chunk r and chunk 2C-1-r of all S, numbered as without them.
+
+    Raises:
+        ValueError: as `lighthouse_attention`, or a scorer that lacks the values.
+    """
+    if value is None:
+        if config.scorer != "norm":
+            raise ValueError(f"--lighthouse-scorer {config.scorer} reads the values: pass `value`.")
+        value = key
+    _check(query, key, value)
+    exchange = Exchange.over(cp_group)
+    size = exchange.size if exchange else 1
+    geometry = config.geometry(query.shape[0] * size, size)
+    selection, deal = _select(query, key, value, config, geometry, exchange)
+    if exchange is None:
+        return selection.indices
+    entries = _numbered_in_whole(selection.indices, selection.geometry, exchange.layout)
+    if deal is None:
+        return entries
+    dealt, _, _ = deal.out(*[entries.movedim(-1, 0).unsqueeze(-1)] * 3)
+    return dealt.squeeze(-1).movedim(0, -1).contiguous()
+
+
+@torch.no_grad()
+def _select(
+    query: Tensor, key: Tensor, value: Tensor, config: LighthouseConfig, geometry: Geometry, exchange: Exchange | None
+) -> tuple[Selection, Deal | None]:
+    steps, here = steps_for(config.steps, query), Pyramid(query.shape[0], config.levels, config.pooling)
+    scores = SCORERS[config.scorer](query, key, value, here, steps, exchange)
+    deal = None
+    if exchange is None:
+        selection = steps.select(scores, geometry, config.pin_first)
+    else:
+        selection, deal = select_shard(scores, geometry, config.pin_first, steps, exchange)
+    telemetry.record(selection, scores, geometry, config.pin_first, steps)
+    return selection, deal
+
+
+def _numbered_in_whole(entries: Tensor, here: Pyramid, layout: Layout) -> Tensor:
+    """Numbers in the pyramid of a rank's two chunks, as numbers in that of the whole sequence."""
+    whole = Pyramid(here.seq_length * layout.size, here.levels, here.pooling)
+    early, late = layout.chunks
+    numbered = torch.zeros_like(entries)
+    for level in range(here.levels):
+        entry, half = entries - here.offset(level), here.entries(level) // 2
+        moved = torch.where(entry < half, entry + early * half, entry + (late - 1) * half) + whole.offset(level)
+        numbered = torch.where((entry >= 0) & (entry < 2 * half), moved, numbered)
+    return numbered
+
+
+def _check_selection(selection: Selection, query: Tensor, key: Tensor, geometry: Geometry, exchange: Exchange | None) -> None:
+    if exchange is not None:
+        raise ValueError("a selection can be given without context parallelism alone: leave out `selection` or `cp_group`.")
+    if not isinstance(selection, Selection):
+        raise TypeError(
+            f"selection must be a megatron_lighthouse.lighthouse.selection.Selection, not a {type(selection).__name__}: pass "
+            "`attended_rows(query, key, value, config).selection` (of megatron_lighthouse.lighthouse.attention), or leave it "
+            "out. What lighthouse_select gives are numbers of entries."
+        )
+    if selection.geometry != geometry:
+        raise ValueError(f"selection was made for {selection.geometry}, not for {geometry}.")
+    if selection.places.shape[:2] != (query.shape[1], key.shape[2]):
+        raise ValueError(
+            f"selection was made for [B, G] {list(selection.places.shape[:2])}, not for [{query.shape[1]}, {key.shape[2]}]."
+        )
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape:
+        raise ValueError(f"expected query [N, B, H, D] and key and value of one shape [N, B, G, D], got {shapes}.")
+    if query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]:
+        raise ValueError(f"query, key and value must agree in N, B and D, got {shapes}.")
+    if not query.shape[2] or not key.shape[2] or query.shape[2] % key.shape[2]:
+        raise ValueError(
+            f"the query heads (dimension 2) must be a multiple of the key/value heads, and neither can be 0, got {shapes}."
+        )
+    kinds = {(x.dtype, x.device) for x in (query, key, value)}
+    if len(kinds) > 1 or query.dtype not in DTYPES:
+        raise ValueError(
+            "query, key and value must share one device and one dtype, float64, float32, bfloat16 or float16, got "
+            f"{sorted(map(str, kinds))}."
+        )

@@ -1,0 +1,183 @@
+"""LighthouseConfig: every option of the attention, and the rules it must satisfy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from itertools import islice
+
+from megatron_lighthouse.lighthouse.geometry import Geometry
+from megatron_lighthouse.lighthouse.scorers import SCORERS
+from megatron_lighthouse.lighthouse.steps import STEPS
+from megatron_lighthouse.softmax.backends import INNER
+
+TRIED = 1000
+"""Values that are tried each way from one that does not work: trying all takes hours where a length is far too great."""
+
+
+def flag(name: str) -> str:
+    """The command-line flag of the config field `name`."""
+    return "--lighthouse-" + name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class LighthouseConfig:
+    """Options of Lighthouse Attention (arXiv 2605.06554), checked when constructed.
+
+    Raises ValueError, naming the flag, its value, the rule and values that would work.
+    """
+
+    levels: int = 3
+    """Levels of the pyramid (L), the input itself being level 0. A coarsest window holds pooling^(levels-1) tokens."""
+
+    pooling: int = 4
+    """Pooling factor (p) from one level to the next. The kernels are made for 2 to 16: at 32 they run out of registers."""
+
+    budget: int = 1536
+    """Entries refined per level and key/value head (k). The gathered length is N/p^(L-1) + (L-1)*p*k."""
+
+    tile_budget: int = 128
+    """Entries refined per level within one tile (m). The sequence has budget/tile_budget tiles."""
+
+    scorer: str = "norm"
+    """What ranks the entries: 'norm' takes the L2 norms of the queries and of the keys; 'dilated' those of the outputs of
+    attention among every fourth token, both ways; 'gla' the same by gated linear attention (on a GPU it needs
+    flash-linear-attention); 'summary' attends among the coarsest windows, and takes 'norm' for the finer ones."""
+
+    inner: str = "auto"
+    """The attention over the gathered rows: 'auto' takes the fastest that is there (Transformer Engine's in its own layer
+    spec); 'te', 'fa4', 'fa3', 'cudnn', 'fa2' and 'sdpa' force one. See `megatron_lighthouse.softmax.backends`."""
+
+    steps: str = "auto"
+    """What runs the steps around it: 'kernels' (Triton), 'reference' (plain PyTorch, what the kernels are held to), or 'auto':
+    the kernels on a GPU."""
+
+    pin_first: bool = True
+    """Always refine the first window, so that every position has an output (the authors' code leaves
+    the first p^(L-1)-1 positions zero wherever it does not happen to select that window)."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            kind = {"str": str, "bool": bool, "int": int}[str(field.type)]
+            if type(value) is not kind:
+                raise ValueError(f"{flag(field.name)} {value!r} must be of type {field.type}, not {type(value).__name__}.")
+        if self.levels < 2:
+            raise ValueError(
+                f"{flag('levels')} {self.levels} must be at least 2 (one level is dense attention: use --attention dense "
+                f"for that); the paper uses 3 to 5."
+            )
+        if self.pooling < 2:
+            raise ValueError(f"{flag('pooling')} {self.pooling} must be at least 2; the paper uses 2, 4 and 8.")
+        if self.tile_budget < 2 or self.tile_budget % 2:
+            raise ValueError(
+                f"{flag('tile_budget')} {self.tile_budget} must be even and positive, for half of it goes to the queries' "
+                f"choice and half to the keys': use {self._other_tile_budgets()}."
+            )
+        if self.budget < 1 or self.budget % self.tile_budget:
+            below, above = self._neighbours(self.budget, self.tile_budget)
+            choices = f"{below} or {above}" if below > 0 else f"{self.tile_budget}, or a smaller tile budget"
+            raise ValueError(
+                f"{flag('budget')} {self.budget} must be a positive multiple of {flag('tile_budget')} {self.tile_budget}: "
+                f"use {choices}."
+            )
+        for name, known in (("scorer", SCORERS), ("inner", INNER), ("steps", STEPS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{flag(name)} {value!r} is not known: use {' or '.join(map(repr, known))}.")
+
+    @staticmethod
+    def _neighbours(value: int, unit: int) -> tuple[int, int]:
+        return value // unit * unit, (value // unit + 1) * unit
+
+    def geometry(self, seq_length: int, context_parallel: int = 1) -> Geometry:
+        """The integers of this config at a sequence length of `seq_length` tokens (N), on `context_parallel` ranks (C).
+
+        Raises ValueError where N does not divide into tiles of whole windows, where a tile has fewer coarsest windows than its
+        budget, or where tokens or rows do not divide into 2C equal chunks.
+        """
+        window, tiles, chunks = self.pooling ** (self.levels - 1), self.budget // self.tile_budget, _chunks(context_parallel)
+        geometry = Geometry(seq_length, self.levels, self.pooling, self.budget, self.tile_budget)
+        if (refined := self._refined(self.budget)) % chunks:
+            raise ValueError(
+                f"--context-parallel-size {context_parallel} deals the gathered rows into {chunks} equal chunks, and "
+                f"{flag('levels')} {self.levels} with {flag('pooling')} {self.pooling} and {flag('budget')} {self.budget} "
+                f"refines into {refined} rows, no multiple of it: use {self._others(seq_length, context_parallel)}."
+            )
+        if seq_length < 1 or seq_length % (tiles * window):
+            raise ValueError(
+                f"--seq-length {seq_length} must be a multiple of {tiles * window} (budget {self.budget} / tile budget "
+                f"{self.tile_budget} = {tiles} tiles of whole windows of {window} tokens): "
+                f"use {self._others(seq_length, context_parallel)}."
+            )
+        if seq_length % (chunks * window):
+            raise ValueError(
+                f"--context-parallel-size {context_parallel} cuts the sequence into {chunks} chunks of whole windows of "
+                f"{window} tokens, so --seq-length {seq_length} must be a multiple of {chunks * window}: use "
+                f"{self._others(seq_length, context_parallel)}."
+            )
+        if seq_length < window * self.budget:
+            raise ValueError(
+                f"{flag('budget')} {self.budget} refines more windows than the {seq_length // window} windows of {window} "
+                f"tokens that --seq-length {seq_length} has: use {self._others(seq_length, context_parallel)}."
+            )
+        return geometry
+
+    def _refined(self, budget: int) -> int:
+        """Gathered rows but for the coarsest: (L-1)*p*k."""
+        return (self.levels - 1) * self.pooling * budget
+
+    def _unit(self, ranks: int, tiles: int) -> int:
+        """What a sequence length must be a multiple of: whole windows in each tile and in each chunk."""
+        return math.lcm(tiles, _chunks(ranks)) * self.pooling ** (self.levels - 1)
+
+    def _fits(self, seq_length: int, ranks: int, budget: int = 0, tile_budget: int = 0) -> bool:
+        """Whether a length is right, with other budgets where they are given. In integers alone: it is asked of thousands."""
+        budget, tile_budget = budget or self.budget, tile_budget or self.tile_budget
+        least, unit = self.pooling ** (self.levels - 1) * budget, self._unit(ranks, budget // tile_budget)
+        return seq_length >= least and seq_length % unit == 0 and self._refined(budget) % _chunks(ranks) == 0
+
+    def _others(self, seq_length: int, ranks: int) -> str:
+        """The nearest settings that would work: of each kind up to two, every one tried against all rules."""
+        unit, window = self._unit(ranks, self.budget // self.tile_budget), self.pooling ** (self.levels - 1)
+        below, above = self._neighbours(seq_length, unit)
+        least = self._neighbours(window * self.budget - 1, unit)[1]
+        lengths = [n for n in (below, above) if self._fits(n, ranks)] or [n for n in (least,) if self._fits(n, ranks)]
+        windows = max(0, seq_length) // window
+        budgets = _nearest(self.budget, self.tile_budget, windows, lambda k: self._fits(seq_length, ranks, k))
+        offers = [_either("--seq-length", lengths), _either(flag("budget"), budgets)]
+        if ranks > 1:
+            sizes = _nearest(ranks, 1, windows // 2, lambda n: self._fits(seq_length, n))
+            offers.append(_either("--context-parallel-size", sizes))
+        if not budgets:
+            for m in (64, 32, 16, 8, 4, 2):
+                if m < self.tile_budget and self._fits(seq_length, ranks, m, m):
+                    offers.append(f"{flag('budget')} {m} {flag('tile_budget')} {m}")
+                    break
+        return ", or ".join(filter(None, offers)) or "other sizes"
+
+    def _other_tile_budgets(self) -> str:
+        """The even divisors of the budget that lie nearest; where there is none, a pair that works."""
+        best = _either(flag("tile_budget"), _nearest(self.tile_budget, 2, self.budget, lambda m: self.budget % m == 0))
+        return best or f"{flag('budget')} 1536 {flag('tile_budget')} 128"
+
+    def replace(self, **changes: object) -> LighthouseConfig:
+        """A copy with `changes`, checked again."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+def _chunks(ranks: int) -> int:
+    """Chunks of the sequence that `ranks` context-parallel ranks hold: two each, or all of it as one."""
+    return 2 * ranks if ranks > 1 else 1
+
+
+def _nearest(to: int, unit: int, most: int, fits: Callable[[int], bool]) -> list[int]:
+    """The two multiples of `unit`, at most `most`, that fit and lie nearest to `to`, which does not; of TRIED each way."""
+    middle = min(to, most) // unit * unit
+    near = range(max(unit, middle - TRIED * unit), min(most, middle + TRIED * unit) + 1, unit)
+    return sorted(islice(filter(fits, sorted(near, key=lambda n: abs(n - to))), 2))
+
+
+def _either(name: str, values: list[int]) -> str:
+    return f"{name} " + " or ".join(str(v) for v in values) if values else ""

@@ -1,0 +1,264 @@
+"""The steps of Lighthouse Attention in plain PyTorch: any device, any floating dtype, deterministic.
+
+What the kernels are held to, and the path on CPU. Tensors x are [N, B, G, ...] with the heads of a group in the
+trailing dimensions; sums are in fp32, or in fp64 for fp64 inputs. Sources: arXiv 2605.06554 unless marked "ours".
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from megatron_lighthouse.lighthouse.geometry import Geometry, Pyramid
+from megatron_lighthouse.lighthouse.selection import Selection
+from megatron_lighthouse.lighthouse.steps import HaloTravel, KeyTravel
+from megatron_lighthouse.ranges import step
+from megatron_lighthouse.sequence.layout import Layout
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def pool(x: Tensor, geometry: Pyramid) -> list[Tensor]:
+    """The pyramid of `x`: per level l the [N/p^l, B, G, ...] means of its windows, in x's dtype."""
+    pyramid, mean = [x], x.to(accumulation_dtype(x))
+    for _ in range(1, geometry.levels):
+        mean = mean.unflatten(0, (-1, geometry.pooling)).mean(1)
+        pyramid.append(mean.to(x.dtype))
+    return pyramid
+
+
+@torch.no_grad()
+@step("score")
+def score(query: Tensor, key: Tensor, geometry: Pyramid) -> Tensor:
+    """See `Steps.score`. The sums are made in a fixed order, so that every device ranks alike to the last bit."""
+    scores = []
+    for x in (query.unflatten(2, (key.shape[2], -1)), key.unsqueeze(3)):
+        squares = x.to(accumulation_dtype(x)).square()
+        squares = torch.nn.functional.pad(squares, (0, next_power_of_two(x.shape[-1]) - x.shape[-1]))
+        while squares.shape[-1] > 1:
+            squares = squares[..., 0::2] + squares[..., 1::2]
+        total = squares[..., 0, 0]
+        for r in range(1, squares.shape[3]):
+            total = total + squares[..., r, 0]
+        scores.append(window_maxima(_sqrt(total).permute(1, 2, 0), geometry))
+    return torch.stack(scores)
+
+
+def window_maxima(level: Tensor, geometry: Pyramid) -> Tensor:
+    """The maxima of level-0 scores [..., N] over the windows of levels 1..L-1: [..., coarse length] (paper)."""
+    coarse = []
+    for _ in range(1, geometry.levels):
+        level = level.unflatten(-1, (-1, geometry.pooling)).amax(-1)
+        coarse.append(level)
+    return torch.cat(coarse, -1)
+
+
+QUERIES = 64
+"""Rows that `attended_norms` works on at a time."""
+
+
+@torch.no_grad()
+@step("attended_norms")
+def attended_norms(query: Tensor, key: Tensor, value: Tensor, layout: Layout | None) -> Tensor:
+    """See `Steps.attended_norms`. Every product has a shape that the position in the sequence settles, and so one order."""
+    heads, groups, dim = query.shape[2], key.shape[2], query.shape[3]
+    kind, squares = accumulation_dtype(query), []
+    keys, values = (x.permute(1, 2, 0, 3) for x in (key, value))
+    begins = chunk_starts(query.shape[0], layout)
+    for begin, chunk in zip(begins, query.chunk(len(begins)), strict=True):
+        before = begin % QUERIES  # a chunk may begin within a block: rows that another rank has are zero here
+        rows = torch.nn.functional.pad(chunk, (0, 0, 0, 0, 0, 0, before, -(before + chunk.shape[0]) % QUERIES))
+        for i, block in enumerate(rows.split(QUERIES)):
+            position = begin - before + i * QUERIES + torch.arange(QUERIES, device=query.device)
+            end = begin - before + (i + 1) * QUERIES
+            k, v = (x[:, :, :end].to(kind) for x in (keys, values))
+            q = block.to(kind).unflatten(2, (groups, -1)).permute(1, 2, 3, 0, 4).flatten(2, 3)
+            logits = (q @ k.mT / dim**0.5).unflatten(2, (-1, QUERIES))
+            hidden = torch.arange(k.shape[2], device=query.device) > position.unsqueeze(-1)
+            weights = logits.masked_fill_(hidden, -torch.inf).softmax(-1).flatten(2, 3)
+            mine = slice(max(0, before - i * QUERIES), before + chunk.shape[0] - i * QUERIES)
+            squares.append((weights @ v).square().sum(-1).unflatten(2, (heads // groups, QUERIES))[..., mine])
+    return group_norms(torch.cat(squares, -1))
+
+
+def chunk_starts(rows: int, layout: Layout | None) -> list[int]:
+    """The positions in the sequence at which the chunks begin that `rows` tokens of a rank are made of."""
+    return [0] if layout is None else [chunk * (rows // 2) for chunk in layout.chunks]
+
+
+def group_norms(squares: Tensor) -> Tensor:
+    """The norms [B, G, n] of a group's rows taken as one vector, from their squared norms [B, G, R, n]; in a fixed order."""
+    total = squares[:, :, 0]
+    for r in range(1, squares.shape[2]):
+        total = total + squares[:, :, r]
+    return _sqrt(total)
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    # by way of fp64 because torch's sqrt in fp32 is not correctly rounded on every CPU
+    return x.double().sqrt().to(x.dtype)
+
+
+def next_power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+@torch.no_grad()
+@step("select")
+def select(scores: Tensor, geometry: Geometry, pin_first: bool) -> Selection:
+    """See `Steps.select`."""
+    half, top = geometry.tile_budget // 2, geometry.levels - 1
+    by_level = scores.split([geometry.entries(level) for level in range(1, geometry.levels)], -1)
+    batch, groups, device = *scores.shape[1:3], scores.device
+    everything = torch.arange(geometry.entries(top), device=device)
+    candidates = everything.reshape(geometry.tiles, -1).expand(batch, groups, -1, -1)
+    gathered = [torch.empty(0)] * geometry.levels
+    for level in range(top, -1, -1):
+        mask = torch.zeros(batch, groups, geometry.entries(level), dtype=torch.bool, device=device)
+        gathered[level] = mask.scatter_(-1, candidates.flatten(2), True)
+        if level == 0:
+            break
+        by_query, by_key = (_take(x, candidates) for x in by_level[level - 1])
+        if pin_first:
+            by_query[:, :, 0, 0] = torch.inf
+        first = _highest(by_query, half)
+        second = _highest(by_key.scatter(-1, first, -torch.inf), half)
+        refined = candidates.gather(-1, torch.cat([first, second], -1)).sort(-1).values
+        children = refined.unsqueeze(-1) * geometry.pooling + torch.arange(geometry.pooling, device=device)
+        candidates = children.flatten(-2)
+    return Selection(geometry, _places(gathered, geometry), geometry.gathered_length)
+
+
+def _take(scores: Tensor, candidates: Tensor) -> Tensor:
+    return scores.gather(-1, candidates.flatten(2)).reshape(candidates.shape)
+
+
+def _highest(scores: Tensor, count: int) -> Tensor:
+    # topk leaves the order of ties open; a stable sort gives them to the lower index
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+
+
+def _places(gathered: list[Tensor], geometry: Geometry) -> Tensor:
+    """An entry's place is the number of gathered entries before it: a prefix sum per level, and no sort."""
+    device = gathered[0].device
+    before = [torch.nn.functional.pad(mask.cumsum(-1), (1, 0)) for mask in gathered]
+    places = []
+    for level, mask in enumerate(gathered):
+        ends = (torch.arange(geometry.entries(level), device=device) + 1) * geometry.window(level)
+        place = torch.zeros_like(before[level][..., 1:])
+        for other in range(geometry.levels):
+            place += before[other][..., geometry.entries_ending_before(level, ends, other)]
+        places.append(torch.where(mask, place, -1))
+    return torch.cat(places, -1).int()
+
+
+@step("gather")
+def gather(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: Selection,
+    travel: KeyTravel | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `Steps.gather`."""
+    rows_k, rows_v = _Gather.apply(key, selection), _Gather.apply(value, selection)
+    if travel is not None:
+        rows_k, rows_v = _Travel.apply(rows_k, rows_v, travel)
+    grouped = query.unflatten(2, (key.shape[2], -1))
+    return _Gather.apply(grouped, selection).flatten(2, 3), rows_k, rows_v
+
+
+@step("scatter")
+def scatter(rows: Tensor, selection: Selection, halo: Tensor | None = None, travel: HaloTravel | None = None) -> Tensor:
+    """See `Steps.scatter`."""
+    if travel is not None:
+        travel.arrive()
+    groups = selection.places.shape[1]
+    grouped = rows.unflatten(2, (groups, -1))
+    return _Scatter.apply(grouped, None if halo is None else halo.unflatten(3, (groups, -1)), selection).flatten(2, 3)
+
+
+class _Gather(torch.autograd.Function):
+    """dX_j = sum over levels of dX̃[row(l, j // p^l)] / p^l."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, selection: Selection) -> Tensor:
+        ctx.selection = selection  # type: ignore[attr-defined]
+        return _read(torch.cat(pool(x, selection.geometry)), selection.indices)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        selection: Selection = ctx.selection  # type: ignore[attr-defined]
+        geometry = selection.geometry
+        total: Tensor | None = None
+        for level in range(geometry.levels - 1, -1, -1):
+            part = _read_or_zero(grad, selection.rows[level]) / geometry.window(level)
+            total = part if total is None else total.repeat_interleave(geometry.pooling, 0).add_(part)
+        assert total is not None
+        return total.to(grad.dtype), None
+
+
+class _Travel(torch.autograd.Function):
+    """(rows of keys, of values, travel) -> the same, which set out, and whose gradients come home."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, key: Tensor, value: Tensor, travel: KeyTravel) -> tuple[Tensor, Tensor]:
+        ctx.travel = travel  # type: ignore[attr-defined]
+        travel.set_out(key, value)
+        return key, value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *ctx.travel.come_home(grad_key, grad_value), None  # type: ignore[attr-defined]
+
+
+class _Scatter(torch.autograd.Function):
+    """dÕ_m = sum of dO over the spill range of entry m. Works on chunks: [n, ...] -> [chunks, n / chunks, ...]."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows: Tensor, halo: Tensor | None, selection: Selection) -> Tensor:
+        ctx.selection, ctx.has_halo = selection, halo is not None  # type: ignore[attr-defined]
+        geometry, chunks = selection.geometry, selection.chunks
+        out = _read_or_zero(rows, selection.rows[0]).unflatten(0, (chunks, -1))
+        for level in range(1, geometry.levels):
+            window, start = geometry.window(level), geometry.spill(level).start
+            entries = _read_or_zero(rows, selection.rows[level]).unflatten(0, (chunks, -1))
+            out[:, start:] += entries.repeat_interleave(window, 1)[:, : out.shape[1] - start]
+            if halo is not None:
+                out[:, :start] += halo[:, level - 1, None].to(out.dtype)
+        return out.flatten(0, 1).to(rows.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        selection: Selection = ctx.selection  # type: ignore[attr-defined]
+        geometry = selection.geometry
+        wide = grad.to(accumulation_dtype(grad)).unflatten(0, (selection.chunks, -1))
+        sums, halo = [wide.flatten(0, 1)], []
+        for level in range(1, geometry.levels):
+            start = geometry.spill(level).start
+            shifted = torch.cat([wide[:, start:], wide.new_zeros(wide.shape[0], start, *wide.shape[2:])], 1)
+            sums.append(shifted.flatten(0, 1).unflatten(0, (-1, geometry.window(level))).sum(1))
+            halo.append(wide[:, :start].sum(1))
+        rows = _read(torch.cat(sums), selection.indices).to(grad.dtype)
+        return rows, torch.stack(halo, 1).to(grad.dtype) if ctx.has_halo else None, None  # type: ignore[attr-defined]
+
+
+def _read(source: Tensor, places: Tensor) -> Tensor:
+    """source [n, B, G, ...] at places [B, G, m] -> [m, B, G, ...]."""
+    batch, groups, _ = places.shape
+    b = torch.arange(batch, device=places.device).view(-1, 1)
+    g = torch.arange(groups, device=places.device)
+    return source[places.permute(2, 0, 1), b, g]
+
+
+def _read_or_zero(source: Tensor, places: Tensor) -> Tensor:
+    """As `_read` in the accumulation dtype, with zero rows where a place is -1."""
+    found = _read(source, places.clamp(min=0)).to(accumulation_dtype(source))
+    missing = (places < 0).permute(2, 0, 1).view(*found.shape[:3], *[1] * (found.dim() - 3))
+    return found.masked_fill_(missing, 0)

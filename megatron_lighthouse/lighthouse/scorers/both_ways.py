@@ -1,0 +1,43 @@
+"""Attention both ways, which `dilated` and `summary` score by: queries over keys, and keys over queries."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.lighthouse.reference import accumulation_dtype
+from megatron_lighthouse.lighthouse.steps import Steps
+
+
+def attended_both_ways(query: Tensor, key: Tensor, value: Tensor, steps: Steps, exchange: Exchange | None) -> Tensor:
+    """The norms of causal attention on (Q, K, V) and on (K, Q, V): [2, B, G, n] for [n, B, H, D] and twice [n, B, G, D].
+
+    Source: the paper's "dilated" scorer, for H = G. Grouped queries (ours): a token's first norm is that of its group's H/G
+    rows taken as one vector, and in the second the mean of the group's queries stands for them.
+    """
+    layout = None if exchange is None else exchange.layout
+
+    def whole(x: Tensor) -> Tensor:
+        return x if exchange is None else exchange.in_order(exchange.all_gather(x, "scorer"))
+
+    values = whole(value)
+    by_query = steps.attended_norms(query, whole(key), values, layout)
+    by_key = steps.attended_norms(key, whole(group_mean(query, key.shape[2])), values, layout)
+    return torch.stack([by_query, by_key])
+
+
+def group_mean(query: Tensor, groups: int) -> Tensor:
+    """The mean query of each group (ours): [n, B, H, D] -> [n, B, G, D], in the query's dtype."""
+    grouped = query.unflatten(2, (groups, -1))
+    return ordered_mean([grouped[:, :, :, r] for r in range(grouped.shape[3])])
+
+
+def ordered_mean(parts: list[Tensor]) -> Tensor:
+    """The mean of tensors of one dtype, in that dtype; added up in their order, so that it does not depend on their shape."""
+    if len(parts) == 1:
+        return parts[0]
+    total = parts[0].to(accumulation_dtype(parts[0]))
+    for part in parts[1:]:
+        total = total + part
+    return (total / len(parts)).to(parts[0].dtype)

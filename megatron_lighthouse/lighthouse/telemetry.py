@@ -1,0 +1,196 @@
+"""Telemetry: what selection did, and how much of it rests on later tokens. Costs nothing until a layer is watched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.lighthouse.geometry import Geometry
+from megatron_lighthouse.lighthouse.selection import Selection
+from megatron_lighthouse.lighthouse.steps import Steps
+
+QUANTILES = (10, 50, 90)
+"""Of the distances, in per cent."""
+CUTS = (25, 50, 75)
+"""Where tiles are cut to see what later tokens do, in per cent of a tile."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A selection, and what it was made from. Of the heads of this rank; under context parallelism, of its tokens."""
+
+    selection: Selection
+    scores: Tensor
+    """[2, B, G, coarse length], as a `Scorer` gives them."""
+    geometry: Geometry
+    """Of the whole sequence."""
+    pin_first: bool
+    steps: Steps
+
+
+_watched: dict[int, Choice | None] = {}
+_current: int | None = None
+
+
+def watch(layer_number: int) -> None:
+    """Keep the latest choice of the layer with this global, 1-based number."""
+    _watched.setdefault(layer_number, None)
+
+
+@contextmanager
+def watching(layer_numbers: Iterable[int]) -> Iterator[None]:
+    """Watch these layers inside, and forget what they chose afterwards; those that were watched before stay so."""
+    added = [number for number in layer_numbers if number not in _watched]
+    for number in added:
+        watch(number)
+    try:
+        yield
+    finally:
+        for number in added:
+            del _watched[number]
+
+
+def watched() -> dict[int, Choice]:
+    """The latest choice of each watched layer that ran in this process."""
+    return {number: choice for number, choice in _watched.items() if choice is not None}
+
+
+@contextmanager
+def layer(number: int) -> Iterator[None]:
+    """Name the layer whose attention runs inside."""
+    global _current
+    _current, before = number, _current
+    try:
+        yield
+    finally:
+        _current = before
+
+
+def record(selection: Selection, scores: Tensor, geometry: Geometry, pin_first: bool, steps: Steps) -> None:
+    """Called by the attention with every selection that it makes, and what it made it from: see `Choice`."""
+    if _current in _watched:
+        _watched[_current] = Choice(selection, scores, geometry, pin_first, steps)
+
+
+def whole(choice: Choice, sequence: Exchange | None, heads: Exchange | None = None) -> Choice:
+    """The choice of the whole sequence and of all heads, from those of the ranks that share them, which all call this.
+
+    Rows are not numbered anew: gathered entries have place 0 where several ranks share the sequence.
+
+    Args:
+        sequence: the context-parallel ranks; None where there is one.
+        heads: the tensor-parallel ranks, likewise.
+    """
+    places, scores, geometry = choice.selection.places, choice.scores, choice.geometry
+    if heads is not None:
+        places, scores = (torch.cat([*heads.all_gather(x, "telemetry")], -2) for x in (places, scores))
+    if sequence is not None:
+        counts = [choice.selection.geometry.entries(level) for level in range(geometry.levels)]
+        places = _in_order((places >= 0).to(torch.int8), counts, sequence).int() - 1
+        scores = _in_order(scores, counts[1:], sequence)
+    return replace(choice, selection=Selection(geometry, places, geometry.gathered_length), scores=scores)
+
+
+def _in_order(x: Tensor, counts: list[int], exchange: Exchange) -> Tensor:
+    """x [..., entries of this rank], level after level, `counts` in each -> the same for the whole sequence."""
+    levels = [exchange.all_gather(level.movedim(-1, 0), "telemetry") for level in x.split(counts, -1)]
+    return torch.cat([exchange.in_order(level).movedim(0, -1) for level in levels], -1)
+
+
+def entries_by_level(selection: Selection) -> list[float]:
+    """Gathered entries of each level, finest first, averaged over batch elements and heads. The sizes settle them."""
+    return [(rows >= 0).sum(-1).double().mean().item() for rows in selection.rows]
+
+
+def coverage(selection: Selection) -> list[float]:
+    """Share of the tokens that lie in a gathered entry of each level, finest first; the coarsest is always 1.
+
+    An entry is gathered only where that of the next level around it is: so it is the share in levels 0..l, too.
+    """
+    return [(rows >= 0).double().mean().item() for rows in selection.rows]
+
+
+def coverage_of_any_head(selection: Selection) -> list[float]:
+    """`coverage`, a token counting where at least one key/value head gathers the entry. Ours.
+
+    Equal to `coverage` where all heads choose alike, and up to G times as much where each chooses for itself.
+    """
+    return [(rows >= 0).any(1).double().mean().item() for rows in selection.rows]
+
+
+def distances(choice: Choice) -> list[float]:
+    """How far from the last token of their tile the tokens of gathered level-0 entries lie, in tiles: `QUANTILES`. Ours.
+
+    All tiles gather equally many, so how far back they lie in the sequence is settled, and where in its tile is not: 0.1, 0.5
+    and 0.9 where they are spread evenly, more where the beginning of tiles is preferred.
+    """
+    finest = choice.selection.rows[0] >= 0
+    # how many lie at each distance or nearer; integers, so that no quantile is off by rounding
+    nearer = finest.unflatten(-1, (choice.geometry.tiles, -1)).sum((0, 1, 2)).cpu().flip(0).cumsum(0)
+    return [int((100 * nearer < percent * nearer[-1]).sum()) / len(nearer) for percent in QUANTILES]
+
+
+def gap(selection: Selection) -> float:
+    """Tokens from a position back to the nearest token of a gathered level-0 entry, itself counting, on average. Ours.
+
+    Where there is none, to before the first token.
+    """
+    finest = selection.rows[0] >= 0
+    position = torch.arange(finest.shape[-1], device=finest.device)
+    nearest = position.where(finest, -1).cummax(-1).values
+    return (position - nearest).double().mean().item()
+
+
+def later_tokens(choice: Choice) -> list[float]:
+    """How much of the selection rests on later tokens of the same tile, with each tile cut at each of `CUTS`. Ours.
+
+    The selection is made again as if the sequence ended at the cut, in each tile. The answer is the share, of the entries of
+    levels 0..L-2 before the cut that either of the two gathers, that only one does. (Level L-1 always is gathered.) Where
+    scores do not go by position it is about 1 minus the cut: the budget goes to fewer windows.
+
+    A cut lies between coarsest windows. The scores before it are those that a truncated input would give, for in every scorer
+    they are causal; after it they are 0. No score is less, and ties go to the lower entry, so those windows take only
+    what the others leave of the budget.
+
+    The layer alone is asked: its queries, keys and values are as they were, although layers below it select too.
+    """
+    geometry, before = choice.geometry, choice.selection.rows
+    windows = geometry.entries(geometry.levels - 1) // geometry.tiles  # coarsest, in a tile
+    shares = []
+    for percent in CUTS:
+        kept = torch.arange(windows, device=choice.scores.device) < min(max(1, windows * percent // 100), windows - 1)
+        masks = [
+            kept.repeat_interleave(geometry.window(geometry.levels - 1 - level)).repeat(geometry.tiles)
+            for level in range(geometry.levels)
+        ]
+        scores = choice.scores.masked_fill(~torch.cat(masks[1:]), 0)
+        after = choice.steps.select(scores, geometry, choice.pin_first).rows
+        only_one = either = 0
+        for a, b, mask in zip(before[:-1], after[:-1], masks[:-1], strict=True):
+            a, b = (a >= 0) & mask, (b >= 0) & mask
+            only_one, either = only_one + int((a ^ b).sum()), either + int((a | b).sum())
+        shares.append(only_one / either)
+    return shares
+
+
+def measures(choice: Choice) -> dict[str, float]:
+    """All of the above, of the choice of a whole sequence, by the names that `measure_names` gives."""
+    selection = choice.selection
+    by_level = [*entries_by_level(selection), *coverage(selection), *coverage_of_any_head(selection)]
+    values = [*by_level, *distances(choice), gap(selection), *later_tokens(choice)]
+    return dict(zip(measure_names(selection.geometry.levels), values, strict=True))
+
+
+def measure_names(levels: int) -> list[str]:
+    """'what/which' of every measure of a layer."""
+    return [
+        *(f"{what}/level-{level}" for what in ("entries", "coverage", "coverage-any-head") for level in range(levels)),
+        *(f"distance/p{percent}" for percent in QUANTILES),
+        "gap/mean",
+        *(f"later-tokens/cut-{percent}" for percent in CUTS),
+    ]

@@ -1,0 +1,1 @@
+"""Attention in Megatron's layers: core attention, layer specs, norms, outputs."""

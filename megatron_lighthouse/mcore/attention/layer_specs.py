@@ -1,0 +1,155 @@
+"""Layer specs: Megatron's own, with Lighthouse as the core attention of the layers that take it.
+
+`--spec megatron_lighthouse.mcore.spec lighthouse` works in any Megatron-core 0.19 run; options come from the
+command line or, where its parser does not know them, from the environment variable LIGHTHOUSE_ARGS.
+"""
+
+from __future__ import annotations
+
+import copy
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from megatron_lighthouse.context_parallel.copies import copies_over
+from megatron_lighthouse.lighthouse.sharded.sent import Layer, summary
+from megatron_lighthouse.mcore.attention.core_attention import CoreAttentionBuilder
+from megatron_lighthouse.mcore.attention.norm import torch_norm
+from megatron_lighthouse.mcore.attention.output import without_kept_output
+from megatron_lighthouse.mcore.attention.over_shards import over_shards
+from megatron_lighthouse.mcore.command_line.checks import check_run
+from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_of_rank, own_comm_types, settings_from
+from megatron_lighthouse.mcore.loop import switch
+from megatron_lighthouse.notice import say_once
+
+type LayerSpec = ModuleSpec | TransformerBlockSubmodules
+
+
+def with_lighthouse(spec: LayerSpec, settings: LighthouseSettings) -> LayerSpec:
+    """A copy of a GPT layer or block spec, local or Transformer Engine, whose core attention is Lighthouse.
+
+    Whether a layer is Lighthouse or dense is decided when it is built, from its global number, so the spec is right on
+    every pipeline stage.
+
+    Raises:
+        ValueError: a layer spec without a core attention.
+    """
+    spec = copy.deepcopy(spec)
+    found = 0
+    for submodules in attentions_of(spec):
+        if not isinstance(submodules.core_attention, CoreAttentionBuilder):
+            submodules.core_attention = CoreAttentionBuilder(submodules.core_attention, settings)
+            if settings.discard_output:
+                submodules.linear_proj = without_kept_output(submodules.linear_proj)
+        found += 1
+    # a block spec is one pipeline stage's part, which may hold no attention at all
+    if not found and isinstance(spec, ModuleSpec):
+        raise ValueError(
+            f"--attention lighthouse found no core attention in the layer spec of {spec.module.__name__}: it takes GPT layer "
+            "specs (local or transformer_engine)."
+        )
+    if _global_args() is not None:
+        switch.install(settings)
+    return spec
+
+
+def lighthouse(model_cfg: Any, vp_stage: int | None = None) -> LayerSpec:
+    """For `--spec megatron_lighthouse.mcore.spec lighthouse`, and for `GPTModelConfig.transformer_layer_spec`.
+
+    Raises:
+        ValueError: settings, a model or data that Lighthouse refuses.
+    """
+    args = _global_args()
+    settings = settings_from(args)
+    if args is not None:
+        check_run(args, model_cfg.transformer, settings)
+    return layer_spec(model_cfg, vp_stage, settings=settings)
+
+
+def layer_spec(model_cfg: Any, vp_stage: int | None = None, *, settings: LighthouseSettings | None) -> LayerSpec:
+    """The spec that Megatron would use for `model_cfg` (a GPTModelConfig); with `settings`, made Lighthouse.
+
+    Raises:
+        ValueError: a model that Lighthouse refuses.
+    """
+    from megatron.training.models.gpt import default_layer_spec
+
+    config: TransformerConfig = model_cfg.transformer
+    # upstream's specs raise in Megatron's own words where they cannot build, so ask for them first
+    spec = default_layer_spec(model_cfg, vp_stage)
+    if config.sequence_parallel:
+        spec = _with_sequence_parallel_norm(spec, config, vp_stage)
+    if settings is None:
+        return _dense_over_shards(spec, config)
+    _say_what_is_sent(config, settings)
+    return with_lighthouse(spec, settings)
+
+
+def _say_what_is_sent(config: TransformerConfig, settings: LighthouseSettings) -> None:
+    """One line, where this project's own attention crosses context-parallel ranks; Transformer Engine's does it its own way."""
+    args, size = _global_args(), config.context_parallel_size
+    comm_types = own_comm_types(config, settings)
+    if args is None or not comm_types:
+        return
+    layer = Layer(args.micro_batch_size, *heads_of_rank(config), config.kv_channels, config.params_dtype.itemsize)
+    geometry = settings.config.geometry(args.seq_length, size)
+    for comm_type in comm_types:
+        say_once(summary(geometry, layer, size, comm_type, settings.config.scorer))
+    if "p2p" in comm_types and torch.cuda.is_available():  # which of two ways it takes is said at the start, not later
+        copies_over(parallel_state.get_context_parallel_group(), torch.device("cuda", torch.cuda.current_device()))
+
+
+def _dense_over_shards(spec: LayerSpec, config: TransformerConfig) -> LayerSpec:
+    """The spec of a dense model; with context parallelism, Megatron's local core attention made one that can do it."""
+    if config.context_parallel_size == 1:
+        return spec
+    spec = copy.deepcopy(spec)
+    for submodules in attentions_of(spec):
+        submodules.core_attention = over_shards(submodules.core_attention, config)
+    return spec
+
+
+def _with_sequence_parallel_norm(spec: LayerSpec, config: TransformerConfig, vp_stage: int | None) -> LayerSpec:
+    """Where Megatron would take torch's norm, which refuses sequence parallelism, take one that works."""
+    if isinstance(spec, ModuleSpec):
+        if spec.submodules.input_layernorm is not WrappedTorchNorm:
+            return spec
+        layers = [spec] * get_num_layers_to_build(config, vp_stage)
+        spec = TransformerBlockSubmodules(layer_specs=layers, layer_norm=WrappedTorchNorm)
+    spec = copy.deepcopy(spec)
+    if spec.layer_norm is WrappedTorchNorm:
+        spec.layer_norm = torch_norm
+    for layer in _layers_of(spec):
+        for name in ("input_layernorm", "pre_mlp_layernorm"):
+            if getattr(layer.submodules, name, None) is WrappedTorchNorm:
+                setattr(layer.submodules, name, torch_norm)
+    return spec
+
+
+def attentions_of(spec: LayerSpec) -> Iterator[Any]:
+    """The submodules of each layer's self-attention that has a core attention among them."""
+    for layer in _layers_of(spec):
+        attention = getattr(layer.submodules, "self_attention", None)
+        submodules = getattr(attention, "submodules", None)
+        if submodules is not None and hasattr(submodules, "core_attention"):
+            yield submodules
+
+
+def _layers_of(spec: LayerSpec) -> list[ModuleSpec]:
+    return [spec] if isinstance(spec, ModuleSpec) else list(spec.layer_specs or [])
+
+
+def _global_args() -> Namespace | None:
+    """Megatron's arguments, or None outside its training loop."""
+    try:
+        from megatron.training import get_args
+
+        return get_args()
+    except (ImportError, AssertionError):
+        return None

@@ -1,0 +1,108 @@
+"""Megatron's local core attention for sequences that are sharded over context-parallel ranks.
+
+Megatron refuses context parallelism without Transformer Engine: its own `DotProductAttention` asserts that there is none. This
+takes its place, in dense layers and under Lighthouse ones, with the same parameters (none) and the same contract.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor
+
+from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.context_parallel.schemes import comm_type_problem, sharded_attention
+
+
+class ContextParallelAttention(DotProductAttention):  # type: ignore[misc]
+    """Causal attention over the tokens of all context-parallel ranks, in Megatron's zigzag order."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        """See `DotProductAttention`.
+
+        Raises:
+            ValueError: dropout, a window, a softmax with a sink, or a `cp_comm_type` that cannot be.
+        """
+        if attention_dropout or (attention_dropout is None and config.attention_dropout):
+            raise ValueError(
+                f"--attention-dropout {attention_dropout or config.attention_dropout} does not go with "
+                f"--context-parallel-size {config.context_parallel_size} without Transformer Engine: use --attention-dropout 0."
+            )
+        if config.window_size is not None or config.softmax_type != "vanilla":
+            raise ValueError(
+                f"--window-size {config.window_size} and --softmax-type {config.softmax_type} do not go with "
+                f"--context-parallel-size {config.context_parallel_size} without Transformer Engine: leave them out."
+            )
+        alone = copy.copy(config)
+        alone.context_parallel_size = 1
+        super().__init__(
+            alone, layer_number, attn_mask_type, attention_type, attention_dropout, softmax_scale, cp_comm_type, pg_collection
+        )
+        self.config = config
+        self.given_scale = softmax_scale
+        self.cp_comm_type = cp_comm_type or "p2p"
+        self.exchange = Exchange.over(context_parallel_group(pg_collection))
+        heads, groups = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
+        if problem := comm_type_problem(self.cp_comm_type, heads, groups, config.context_parallel_size):
+            raise ValueError(problem)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """[s/cp, b, np/tp, hn] and twice [s/cp, b, ng/tp, hn] -> [s/cp, b, np/tp * hn].
+
+        Raises:
+            ValueError: a call that is not causal self-attention over whole sequences.
+        """
+        mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
+        if packed_seq_params is not None or attention_bias is not None or mask_type != AttnMaskType.causal:
+            raise ValueError(
+                "--context-parallel-size without Transformer Engine is causal self-attention over whole sequences: no packed "
+                f"sequences, no attention_bias, and not the mask type {mask_type}."
+            )
+        assert self.exchange is not None
+        attend = sharded_attention("auto", query, key, self.exchange, self.cp_comm_type, self.given_scale)
+        return attend(query, key, value).flatten(2)
+
+
+def over_shards(core_attention: Any, config: TransformerConfig) -> Any:
+    """`core_attention` of a layer spec; where it is Megatron's local one and there are context-parallel ranks, ours."""
+    return core_attention if config.context_parallel_size == 1 else in_place_of_local(core_attention, ContextParallelAttention)
+
+
+def in_place_of_local(core_attention: Any, other: type) -> Any:
+    """`core_attention` of a layer spec, a class or a ModuleSpec; where it is Megatron's local one, `other`."""
+    if isinstance(core_attention, ModuleSpec) and core_attention.module is DotProductAttention:
+        return ModuleSpec(other, params=core_attention.params, submodules=core_attention.submodules)
+    return other if core_attention is DotProductAttention else core_attention
+
+
+def context_parallel_group(pg_collection: ProcessGroupCollection | None) -> Any:
+    """The context-parallel ranks of this rank's sequence; None where nothing says that there are several."""
+    group = getattr(pg_collection, "cp", None)
+    return group if group is not None else parallel_state.get_context_parallel_group(check_initialized=False)

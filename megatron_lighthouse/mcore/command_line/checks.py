@@ -1,0 +1,198 @@
+"""What Lighthouse refuses, and what to use instead. Checked when the model is built, before memory or a collective."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from megatron_lighthouse.context_parallel.copies import SWITCH
+from megatron_lighthouse.context_parallel.schemes import comm_type_problem
+from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
+from megatron_lighthouse.lighthouse.scorers import problem
+from megatron_lighthouse.lighthouse.sharded.select import is_local
+from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_of_rank, own_comm_types
+
+if TYPE_CHECKING:  # what needs no Megatron is asked on a login node too
+    from megatron.core.transformer import TransformerConfig
+
+
+def check(config: TransformerConfig, settings: LighthouseSettings, seq_length: int | None) -> None:
+    """Refuse a model that Lighthouse cannot train as asked.
+
+    Args:
+        seq_length: N in tokens, where it is known; else the first forward pass checks it.
+
+    Raises:
+        ValueError: every rule that is broken, one a line, each with what would work.
+    """
+    _raise([*_model(config, settings, seq_length)])
+
+
+def check_run(args: Namespace, config: TransformerConfig, settings: LighthouseSettings) -> None:
+    """`check`, and the data and run options that only Megatron's arguments know, before the process group exists.
+
+    Raises:
+        ValueError: as `check`.
+    """
+    _raise([*_model(config, settings, args.seq_length), *_arguments(args), *_stage2(args, settings)])
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        raise ValueError("--attention lighthouse cannot run as asked:\n  - " + "\n  - ".join(problems))
+
+
+def _model(config: TransformerConfig, settings: LighthouseSettings, seq_length: int | None) -> Iterator[str]:
+    yield from _unsupported(config, settings)
+    yield from layer_problems(settings.dense_first, settings.dense_last, config.num_layers)
+    if seq_length is not None:
+        lengths = list(length_problems(settings.config, seq_length, config.context_parallel_size))
+        yield from lengths or _dealt_in_a_graph(config, settings.config, seq_length)
+
+
+def length_problems(config: LighthouseConfig, seq_length: int, ranks: int) -> Iterator[str]:
+    """Why so many tokens on so many context-parallel ranks do not fit the pyramid or the scorer."""
+    try:
+        config.geometry(seq_length, ranks)
+    except ValueError as error:
+        yield str(error)
+    if message := problem(config.scorer, seq_length, ranks):
+        yield message
+
+
+def _dealt_in_a_graph(config: TransformerConfig, lighthouse: LighthouseConfig, seq_length: int) -> Iterator[str]:
+    """How many rows go to which rank is read by the host, in every layer."""
+    graphs, size = getattr(config, "cuda_graph_impl", "none"), config.context_parallel_size
+    if graphs == "none" or size == 1 or is_local(lighthouse.geometry(seq_length, size), size):
+        return
+    fits = lighthouse.budget // (2 * size)
+    other = f" (such as {fits})" if lighthouse.budget % (4 * size) == 0 else ""  # tile budgets are even
+    yield (
+        f"--cuda-graph-impl {graphs} cannot capture rows that are dealt out to --context-parallel-size {size} ranks, as with "
+        f"{flag('budget')} {lighthouse.budget} and {flag('tile_budget')} {lighthouse.tile_budget}: leave it out, or use a "
+        f"{flag('tile_budget')} that makes their quotient a multiple of {2 * size}{other}."
+    )
+
+
+def _arguments(args: Namespace) -> Iterator[str]:
+    refused = {
+        "reset_attention_mask": "--reset-attention-mask separates documents by a mask, which Lighthouse does not read: "
+        "leave it out (--reset-position-ids works).",
+        "sft": "--sft packs sequences (thd): use --attention dense for it.",
+        "dataloader_inter_document_masking": "--dataloader-inter-document-masking packs sequences (thd): leave it out, or use "
+        "--attention dense.",
+        "hybrid_context_parallel": "--hybrid-context-parallel packs sequences (thd): leave it out, or use --attention dense.",
+        "perform_rl_step": "--perform-rl-step generates text by inference paths that bypass core attention: use --attention "
+        "dense.",
+    }
+    yield from (message for name, message in refused.items() if getattr(args, name, False))
+    backend = getattr(args, "attention_backend", None)
+    if getattr(backend, "name", backend) == "local":
+        yield (
+            "--attention-backend local replaces the core attention of every layer after the specs are built: use "
+            "--transformer-impl local, or another backend."
+        )
+
+
+def _stage2(args: Namespace, settings: LighthouseSettings) -> Iterator[str]:
+    if settings.stage2 is None:
+        return
+    iterations = args.train_iters
+    if not iterations and args.train_samples and args.step_batch_size_schedule is None:
+        iterations = args.train_samples // args.global_batch_size
+    yield from settings.stage2.problems(iterations or None)
+
+
+def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:
+    yield from dropout_problems(config.attention_dropout)
+    if config.window_size is not None:
+        yield (
+            f"--window-size {config.window_size} (sliding window) has no meaning among gathered entries: leave it out, or use "
+            "--attention dense."
+        )
+    if config.multi_latent_attention:
+        yield "--multi-latent-attention is not supported: use --group-query-attention, or --attention dense."
+    if settings.config.scorer in ("norm", "summary"):
+        for name, what in (("qk_layernorm", "--qk-layernorm"), ("qk_l2_norm", "--qk-l2-norm")):
+            if getattr(config, name, False):
+                yield (
+                    f"{what} makes all queries and keys nearly equally long, so that {flag('scorer')} "
+                    f"{settings.config.scorer}, which goes by their length, selects at random: leave it out, or use "
+                    f"{flag('scorer')} dilated or gla."
+                )
+    if getattr(config, "softmax_type", "vanilla") != "vanilla":
+        yield f"--softmax-type {config.softmax_type} counts a sink once per gathered row: use --softmax-type vanilla."
+    if getattr(config, "experimental_attention_variant", None):
+        yield (
+            f"--experimental-attention-variant {config.experimental_attention_variant} brings its own attention: use one or "
+            "the other."
+        )
+    for name, option in (("qk_clip", "--qk-clip"), ("log_max_attention_logit", "--log-max-attention-logit")):
+        if getattr(config, name, False):
+            yield (
+                f"{option} goes by the greatest logit of a layer, which Lighthouse has of gathered rows alone, not of tokens: "
+                "leave it out, or use --attention dense."
+            )
+    if config.transformer_impl == "inference_optimized" or config.flash_decode:
+        yield (
+            "inference paths (--transformer-impl inference_optimized, --flash-decode) bypass core attention: serve the "
+            "checkpoint with --attention dense."
+        )
+    for name in ("fp8_dot_product_attention", "fp8_multi_head_attention"):
+        if getattr(config, name, False):
+            yield f"--{name.replace('_', '-')} is not supported: leave it out (fp8 in the linear layers works without it)."
+    graphs = getattr(config, "cuda_graph_impl", "none")
+    if settings.stage2 is not None and graphs != "none":
+        at = settings.stage2.at
+        yield (
+            f"--cuda-graph-impl {graphs} repeats what the first iterations did, so that {flag('stage2_at')} {at} would change "
+            f"nothing: leave one of them out (--exit-interval {at} and a second job with --attention dense give the same run)."
+        )
+    if message := copies_in_a_graph(config, own_comm_types(config, settings)):
+        yield message
+    yield from _comm_types(config, settings)
+    groups, tensor_parallel = config.num_query_groups or config.num_attention_heads, config.tensor_model_parallel_size
+    if groups % tensor_parallel:
+        yield (
+            f"--num-query-groups {groups} must be a multiple of --tensor-model-parallel-size {tensor_parallel}, for each "
+            f"key/value head selects once: use {groups} or a divisor of it as the tensor-parallel size."
+        )
+
+
+def _comm_types(config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:
+    """Of this project's own attention over shards; what Transformer Engine's can do it says itself."""
+    heads, groups = (max(1, n) for n in heads_of_rank(config))  # fewer groups than ranks are refused elsewhere
+    for kind in own_comm_types(config, settings):
+        if message := comm_type_problem(kind, heads, groups, config.context_parallel_size):
+            yield message
+
+
+def copies_in_a_graph(config: TransformerConfig, comm_types: Sequence[str]) -> str | None:
+    """Why a graph cannot hold this project's own attention over shards by these schemes, dense too; None where it can."""
+    graphs = getattr(config, "cuda_graph_impl", "none")
+    if graphs == "none" or "p2p" not in comm_types or os.environ.get(SWITCH) == "0":
+        return None
+    return (
+        f"--cuda-graph-impl {graphs} would repeat the numbers of the messages by which --cp-comm-type p2p copies between GPUs: "
+        f"leave it out, use --cp-comm-type all_gather, or set {SWITCH}=0 in the environment."
+    )
+
+
+def dropout_problems(dropout: float) -> Iterator[str]:
+    """Of attention, whatever the model is."""
+    if dropout:
+        yield f"--attention-dropout {dropout} would drop whole windows: use --attention-dropout 0 (--hidden-dropout works)."
+
+
+def layer_problems(dense_first: int, dense_last: int, layers: int) -> Iterator[str]:
+    """Of which of the model's layers are dense."""
+    for name, count in (("dense_first", dense_first), ("dense_last", dense_last)):
+        if count < 0:
+            yield f"{flag(name)} {count} must not be negative: use 0 to leave no layer dense."
+    if dense_first + dense_last >= layers:
+        yield (
+            f"{flag('dense_first')} {dense_first} and {flag('dense_last')} {dense_last} leave none of {layers} layers to "
+            "Lighthouse: use smaller numbers, or --attention dense."
+        )

@@ -1,0 +1,160 @@
+"""Settings: what a run asks of Lighthouse, and the command-line arguments that say so. Imports no Megatron."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
+
+from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
+from megatron_lighthouse.lighthouse.scorers import SCORERS
+from megatron_lighthouse.lighthouse.steps import STEPS
+from megatron_lighthouse.mcore.command_line import stage
+from megatron_lighthouse.softmax.backends import INNER
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
+
+ENVIRONMENT = "LIGHTHOUSE_ARGS"
+"""Where `--spec` finds the arguments in an unpatched Megatron, whose parser does not know them."""
+
+
+@dataclass(frozen=True)
+class LighthouseSettings:
+    """The attention's own options, and which layers take it."""
+
+    config: LighthouseConfig = field(default_factory=LighthouseConfig)
+    dense_first: int = 2
+    """Layers at the bottom of the model that stay dense."""
+    dense_last: int = 2
+    """Layers at the top of the model that stay dense."""
+    discard_output: bool = True
+    """Whether a layer's output is scattered again in backward rather than kept: see `mcore.attention.output`."""
+    stage2: stage.Stage2 | None = None
+    """When Lighthouse layers become dense; None where another job does that, or none."""
+
+    def is_dense(self, layer_number: int, num_layers: int, iteration: int = 0) -> bool:
+        """Whether the layer of this global, 1-based number is dense in this iteration, from 1; in 0, whether it always is."""
+        first = self.dense_first + self.dense_by_now(num_layers, iteration)
+        return layer_number <= first or layer_number > num_layers - self.dense_last
+
+    def lighthouse_layers(self, num_layers: int) -> int:
+        """How many of the model's layers begin with Lighthouse."""
+        return max(0, num_layers - self.dense_first - self.dense_last)
+
+    def dense_by_now(self, num_layers: int, iteration: int) -> int:
+        """How many of those are dense in this iteration."""
+        return self.stage2.dense_layers(iteration, self.lighthouse_layers(num_layers)) if self.stage2 else 0
+
+
+def heads_of_rank(config: TransformerConfig) -> tuple[int, int]:
+    """Query heads and key/value heads of one tensor-parallel rank."""
+    heads, groups = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
+    return heads // config.tensor_model_parallel_size, groups // config.tensor_model_parallel_size
+
+
+def own_comm_types(config: TransformerConfig, settings: LighthouseSettings) -> list[str]:
+    """The schemes by which this project's own attention crosses ranks; none where Transformer Engine's does it."""
+    of_te = config.transformer_impl == "transformer_engine" and settings.config.inner in ("auto", "te")
+    if config.context_parallel_size == 1 or of_te:
+        return []
+    return comm_types_of(config)
+
+
+def comm_types_of(config: TransformerConfig) -> list[str]:
+    """The schemes of the layers, each once."""
+    kinds = config.cp_comm_type or "p2p"
+    return [kinds] if isinstance(kinds, str) else sorted(set(kinds))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add `--attention` and `--lighthouse-*` to Megatron's parser."""
+    group = parser.add_argument_group("lighthouse", "Lighthouse Attention (arXiv 2605.06554)")
+    group.add_argument(
+        "--attention",
+        choices=["dense", "lighthouse"],
+        default="dense",
+        help="Core attention of the GPT layers: 'lighthouse' selects a small set of pyramid entries and attends densely to "
+        "it; 'dense' is Megatron's own. Checkpoints are the same for both.",
+    )
+    defaults = LighthouseConfig()
+
+    def integer(name: str, text: str) -> None:
+        group.add_argument(flag(name), type=int, default=getattr(defaults, name), help=f"{text} Default: %(default)s.")
+
+    integer("levels", "Levels of the pyramid (L), the tokens themselves being the finest.")
+    integer("pooling", "Pooling factor (p) from one level to the next.")
+    integer(
+        "budget",
+        "Entries refined per level and key/value head (k). The attended length is seq/p^(L-1) + (L-1)*p*k.",
+    )
+    integer("tile_budget", "Entries refined per level within one tile (m); the sequence has budget/tile-budget tiles.")
+    group.add_argument(
+        flag("scorer"),
+        choices=list(SCORERS),
+        default=defaults.scorer,
+        help="What ranks the entries: 'norm' takes the L2 norms of queries and keys, 'summary' attention over the coarsest "
+        "windows, 'dilated' attention over every fourth token, 'gla' gated linear attention over these. Default: %(default)s.",
+    )
+    group.add_argument(
+        flag("inner"),
+        choices=INNER,
+        default=defaults.inner,
+        help="The attention over the gathered rows. 'auto': Transformer Engine's in its layer spec, else the fastest of "
+        "FlashAttention 4 or 3, cuDNN and FlashAttention 2 that is there and takes the dtype and head dimension. Another name "
+        "forces that one. Default: %(default)s.",
+    )
+    group.add_argument(
+        flag("steps"),
+        choices=STEPS,
+        default=defaults.steps,
+        help="What runs the steps around the inner attention: the Triton 'kernels', or plain PyTorch as a 'reference'; 'auto' "
+        "takes the kernels on a GPU. Default: %(default)s.",
+    )
+    group.add_argument(
+        flag("pin_first"),
+        action=argparse.BooleanOptionalAction,
+        default=defaults.pin_first,
+        help="Always refine the first window, so that the first positions have an output. Default: on; the authors' code "
+        "behaves as with --no-lighthouse-pin-first.",
+    )
+    group.add_argument(
+        flag("discard_output"),
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Free a layer's output after its projection, and scatter it again in backward: the same bits for as much less "
+        "memory as the queries take. Default: on; turn it off where adapters or hooks read the projection's input.",
+    )
+    for name, where in (("dense_first", "bottom"), ("dense_last", "top")):
+        group.add_argument(
+            flag(name),
+            type=int,
+            default=2,
+            help=f"Layers at the {where} of the model that stay dense, counted over the whole model whatever the pipeline "
+            "layout. Default: %(default)s.",
+        )
+    stage.add_arguments(group)
+    return parser
+
+
+def settings_from(args: argparse.Namespace | None) -> LighthouseSettings:
+    """Settings from parsed arguments, or from the environment where the parser did not know them.
+
+    Raises:
+        ValueError: a setting that cannot be, naming the flag and values that would work; options in the environment beside a
+            parser that knows them.
+    """
+    if args is not None and hasattr(args, "lighthouse_levels"):
+        if given := os.environ.get(ENVIRONMENT):
+            raise ValueError(
+                f"{ENVIRONMENT} {given!r} is for a parser that does not know --lighthouse-* options, and this one does: unset "
+                "it, and put them on the command line."
+            )
+    else:
+        parser = add_arguments(argparse.ArgumentParser(prog=ENVIRONMENT, allow_abbrev=False))
+        args = parser.parse_args(shlex.split(os.environ.get(ENVIRONMENT, "")))
+    options = {f.name: getattr(args, "lighthouse_" + f.name) for f in fields(LighthouseConfig)}
+    own = {name: getattr(args, "lighthouse_" + name) for name in ("dense_first", "dense_last", "discard_output")}
+    return LighthouseSettings(LighthouseConfig(**options), **own, stage2=stage.stage2_from(args))

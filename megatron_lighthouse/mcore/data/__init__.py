@@ -1,0 +1,1 @@
+"""Data as Megatron reads it."""

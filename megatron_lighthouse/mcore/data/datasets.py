@@ -1,0 +1,98 @@
+"""Datasets for the training loop: Megatron's indexed datasets, its mock data, and plain text."""
+
+from __future__ import annotations
+
+import json
+import os
+from argparse import Namespace
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.training import get_args, print_rank_0
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+from megatron_lighthouse.mcore.data import text
+
+
+def train_valid_test_datasets(sample_counts: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
+    """Megatron's dataset provider. Every rank calls it."""
+    args = get_args()
+    if args.text_data and not args.train_data_path:
+        train, valid = _write_on_first_rank(args)
+        args.train_data_path, args.valid_data_path = [train], [valid]
+    config = _dataset_config(args)
+    kind = MockGPTDataset if args.mock_data else GPTDataset
+    print_rank_0(f"> building {kind.__name__} datasets for training, validation and test ...")
+    # one of the tensor-parallel ranks reads, and broadcasts what it read
+    reads = partial(_reads_data, vp_stage)
+    datasets = BlendedMegatronDatasetBuilder(kind, sample_counts, reads, config).build()
+    # Megatron would read one sequence of validation even where it never validates, which a short text has not
+    never = args.eval_iters == 0 and not args.full_validation
+    return (datasets[0], None, None) if never else tuple(datasets)
+
+
+def _reads_data(vp_stage: int | None) -> bool:
+    return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
+
+
+# Megatron calls a provider so marked on all ranks
+train_valid_test_datasets.is_distributed = True  # type: ignore[attr-defined]
+
+
+def _write_on_first_rank(args: Namespace) -> tuple[str, str]:
+    """The prefixes, or the first rank's error on every rank: none is left waiting."""
+    outcome: list[Any] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            outcome = [text.write_datasets(args.text_data, _text_folder(args))]
+        except (OSError, ValueError) as error:
+            outcome = [error]
+        except Exception as error:  # of any kind, which may not pickle: the others wait for it
+            outcome = [RuntimeError(f"--text-data: {type(error).__name__}: {error}")]
+    torch.distributed.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _text_folder(args: Namespace) -> str:
+    return args.data_cache_path or os.path.join(args.save or ".", "data")
+
+
+def _dataset_config(args: Namespace) -> GPTDatasetConfig:
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    sequences = None
+    if args.per_dataset_sequences_path is not None:
+        with open(args.per_dataset_sequences_path) as file:
+            sequences = json.load(file)
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        sequences_per_dataset=sequences,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        context_parallel_size=args.context_parallel_size,
+        data_parallel_size=args.data_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+    )

@@ -1,0 +1,1 @@
+"""Megatron's training loop: the run, its forward step, and what follows it."""

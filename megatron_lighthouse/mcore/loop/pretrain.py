@@ -1,0 +1,105 @@
+"""The training run: Megatron's `pretrain` loop with the attention that `--attention` names."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+from megatron.core import mpu
+from megatron.core.enums import ModelType
+from megatron.training import pretrain, set_startup_timestamps
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
+
+from megatron_lighthouse.lighthouse import telemetry
+from megatron_lighthouse.mcore.command_line.arguments import use_attention, with_lighthouse_arguments
+from megatron_lighthouse.mcore.command_line.run_options import check_run_options
+from megatron_lighthouse.mcore.data import text
+from megatron_lighthouse.mcore.data.datasets import train_valid_test_datasets
+from megatron_lighthouse.mcore.loop import machine, progress, selection_log
+from megatron_lighthouse.mcore.loop.forward_step import forward_step
+
+REFUSED = 2
+"""Exit status of a command line that cannot run, as argparse's: pretrain.sbatch does not queue such a job again."""
+LAYER = "{layer}"
+"""In the name of a picture: the layer's number."""
+
+
+def run(program_start: float | None = None) -> None:
+    """Parse the command line, check it, and train.
+
+    Raises:
+        SystemExit: with REFUSED, before the process group exists, where Lighthouse or Megatron refuses the command line.
+    """
+    set_startup_timestamps(program_start=program_start, main_entry=time.time())
+    machine.adapt()
+    try:
+        args = parse_and_validate_args(extra_args_provider=with_lighthouse_arguments(add_arguments))
+        check_run_options(args)
+        model_cfg = use_attention(args, gpt_config_from_args(args))
+        pictures = pictures_of(args)
+        for layer_number in pictures:
+            telemetry.watch(layer_number)
+        progress.install()
+        container = pretrain_cfg_container_from_args(args, model_cfg)
+    except (json.JSONDecodeError, UnicodeError):  # a file that is read while it is written: the next try may do
+        raise
+    except (ValueError, AssertionError) as error:  # Megatron asserts what it asks of its arguments
+        traceback.print_exc()
+        raise SystemExit(REFUSED) from error
+    try:
+        pretrain(container, train_valid_test_datasets, ModelType.encoder_or_decoder, forward_step)
+    except SystemExit as stop:  # with 0, how Megatron ends at --exit-interval, at a time limit and on SIGTERM
+        if stop.code != 0:  # with none, how it ends where a checkpoint cannot be read: that is a failure
+            raise SystemExit(stop.code or 1) from stop
+    except Exception:
+        traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)  # data loaders and the checkpoint's writer would keep a rank that failed, and so the job, alive
+    for layer_number, path in pictures.items():
+        _draw_selection(layer_number, path)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def pictures_of(args: argparse.Namespace) -> dict[int, Path]:
+    """Where the selection of which layers is drawn: of all that are watched if the name tells them apart, else of the first."""
+    name, layers = args.lighthouse_selection_map, selection_log.watched_layers(args)
+    if not name:
+        return {}
+    return {n: Path(name.replace(LAYER, str(n))) for n in (layers if LAYER in name else layers[:1])}
+
+
+def _draw_selection(layer_number: int, path: Path) -> None:
+    """By the first of the ranks that share the first sequence, which all put together what they selected."""
+    choice = telemetry.watched().get(layer_number)
+    if choice is None or mpu.get_data_parallel_rank():
+        return
+    selection, size = selection_log.whole(choice).selection, mpu.get_context_parallel_world_size()
+    if not mpu.get_tensor_model_parallel_rank() and not mpu.get_context_parallel_rank():
+        from megatron_lighthouse import plots
+
+        ranks = f", context parallel {size}" if size > 1 else ""
+        try:
+            plots.selection_map(selection, path, f"layer {layer_number}{ranks}")
+        except Exception as error:  # the training is done: a picture is not worth its exit status, nor other ranks' waiting
+            print(f"lighthouse: --lighthouse-selection-map {path} could not be drawn: {type(error).__name__}: {error}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add what the entry point takes beside Lighthouse's arguments."""
+    group = text.add_arguments(parser).add_argument_group("pictures")
+    group.add_argument(
+        "--lighthouse-selection-map",
+        metavar="PNG",
+        help=f"When training ends, draw what the first Lighthouse layer selected in its last batch; with {LAYER} in the file's "
+        f"name, one picture for each of {selection_log.LAYERS}.",
+    )
+    machine.repair_help(parser)
+    return parser

@@ -1,0 +1,107 @@
+"""A progress bar with tokens/s, loss and time left, on the rank where Megatron prints its log."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from typing import Any
+
+import torch
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+from megatron.training import get_args
+from megatron.training import training as megatron_training
+from tqdm import tqdm
+
+from megatron_lighthouse.mcore.command_line.stage import stage2_from
+
+
+class Lines:
+    """Where no terminal redraws a line, each state of the bar becomes a line of its own."""
+
+    def __init__(self) -> None:
+        self.last, self.stream = "", sys.stderr
+
+    def write(self, text: str) -> None:
+        if text.strip() and text.strip() != self.last:
+            self.last = text.strip()
+            self.stream.write(self.last + "\n")
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+class Progress:
+    """Follows Megatron's `training_log`, which every rank calls once an iteration."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.drawn = 0.0
+        self.sequences = 0
+        """Since the bar was last drawn; how many an iteration has may change."""
+        self.terminal = sys.stderr.isatty()
+        default = 0.2 if self.terminal else 10.0
+        self.seconds_between = float(os.environ.get("LIGHTHOUSE_PROGRESS_SECONDS", default))
+
+    def clear(self) -> None:
+        """Make room for a line of Megatron's log."""
+        if self.bar is not None and self.terminal:
+            self.bar.clear()
+
+    def update(self, losses: dict[str, Any], iteration: int) -> None:
+        if torch.distributed.get_rank() != torch.distributed.get_world_size() - 1:
+            return
+        args = get_args()
+        what = f"{attention_in(args, iteration)} {args.seq_length} tokens"
+        if self.bar is None:
+            self.bar = tqdm(
+                total=last_iteration(iteration, args.train_iters, args.exit_interval),
+                initial=iteration,  # when this one began is not known
+                desc=what,
+                unit="it",
+                mininterval=0,
+                miniters=1,
+                file=sys.stderr if self.terminal else Lines(),
+                dynamic_ncols=self.terminal,
+                ncols=None if self.terminal else 110,
+            )
+            self.drawn = time.monotonic()
+        else:
+            self.sequences += get_current_global_batch_size()
+        steps, seconds = iteration - self.bar.n, time.monotonic() - self.drawn
+        last = iteration >= self.bar.total
+        if seconds >= self.seconds_between or last:  # only then is the loss read, for that waits for the GPU
+            shown = {"tokens/s": f"{self.sequences * args.seq_length / seconds:,.0f}"} if self.sequences else {}
+            if "lm loss" in losses:
+                shown["loss"] = f"{float(losses['lm loss']):.3f}"
+            self.bar.set_description(what, refresh=False)
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update(steps)
+            self.drawn, self.sequences = self.drawn + seconds, 0
+        if last:
+            self.bar.close()
+
+
+def attention_in(args: argparse.Namespace, iteration: int) -> str:
+    """--attention, until --lighthouse-stage2-at has made all layers dense."""
+    stage2 = stage2_from(args) if args.attention == "lighthouse" else None
+    return "dense" if stage2 and iteration >= stage2.at + stage2.over else str(args.attention)
+
+
+def last_iteration(iteration: int, train_iters: int, exit_interval: int | None) -> int:
+    """Where a run that is now in `iteration` (1-based) ends: Megatron stops at multiples of --exit-interval."""
+    return min(train_iters, -(-iteration // exit_interval) * exit_interval) if exit_interval else train_iters
+
+
+def install() -> None:
+    """Show progress in this process's training loop."""
+    progress, log = Progress(), megatron_training.training_log
+
+    def training_log(losses: dict[str, Any], total: Any, rate: Any, iteration: int, *rest: Any, **kwargs: Any) -> Any:
+        progress.clear()
+        answer = log(losses, total, rate, iteration, *rest, **kwargs)
+        progress.update(losses, iteration)
+        return answer
+
+    megatron_training.training_log = training_log

@@ -1,0 +1,1 @@
+"""How a sequence's tokens are laid out: integers alone."""

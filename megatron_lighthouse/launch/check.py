@@ -9,17 +9,17 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
+from megatron_lighthouse.launch.data_files import checkpoint, data, unseen
 from megatron_lighthouse.launch.sizes import sizes
 from megatron_lighthouse.mcore.command_line.settings import add_arguments, settings_from
+from megatron_lighthouse.mcore.data import blends
 from megatron_lighthouse.mcore.data.text import PADDED_VOCABULARY
 from megatron_lighthouse.plan import memory
 from megatron_lighthouse.plan.device import DEVICES, Device
 from megatron_lighthouse.plan.run import Run
 from megatron_lighthouse.plan.words import RECOMPUTE_WORDS, run_of_words
 
-DATA = ("--data-path", "--train-data-path", "--valid-data-path", "--test-data-path")
 ENDS = ("--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split")
 """Each counts as a layer where the pipeline is split."""
 
@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         problems = [*enough(args, world)] if options.exact else []
         world = one_sequence(args) if options.exact else world
         nodes, gpus_per_node = (1, world) if options.exact else (options.nodes, options.gpus_per_node)
-        problems += [*layout(args, nodes, gpus_per_node), *sizes(args), *data(args, sees), *unseen(args, sees)]
+        problems += [*layout(args, nodes, gpus_per_node), *sizes(args)]
+        problems += [*data(args, sees), *checkpoint(args, sees), *unseen(args, sees)]
         run = counted([*words, *more], args, device, world) if device and not problems else None
         problems += [*too_much(run if names_vocabulary([*words, *more]) else without_logits(run))] if run else []
         prefix = f"{name}: " if name else ""
@@ -76,23 +77,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """Those of Megatron's arguments that the rules need; others pass unread."""
-    parser = add_arguments(argparse.ArgumentParser(prog="recipe", allow_abbrev=False, add_help=False))
+    parser = blends.add_arguments(add_arguments(argparse.ArgumentParser(prog="recipe", allow_abbrev=False, add_help=False)))
     for name, default in (
         *(("tensor-model-parallel-size", 1), ("pipeline-model-parallel-size", 1), ("context-parallel-size", 1)),
-        *(("num-layers", None), ("num-attention-heads", None), ("num-query-groups", None), ("seq-length", None)),
+        *(("num-layers", None), ("num-attention-heads", None), ("num-query-groups", 1), ("seq-length", None)),
         *(("max-position-embeddings", None), ("micro-batch-size", 1), ("global-batch-size", None), ("train-iters", None)),
+        *(("train-samples", None), ("encoder-seq-length", None)),
         *(("decoder-first-pipeline-num-layers", None), ("decoder-last-pipeline-num-layers", None)),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
-    for name in (*DATA, "--text-data", "--cp-comm-type", "--spec"):
+    for name in ("--cp-comm-type", "--spec"):
         parser.add_argument(name, nargs="*", default=[])
-    for name in ("--data-args-path", "--per-split-data-args-path", "--tokenizer-model", "--pretrained-checkpoint"):
+    for name in ("--load", "--pretrained-checkpoint", "--pipeline-model-parallel-layout"):
         parser.add_argument(name)
-    parser.add_argument("--pipeline-model-parallel-layout")
     parser.add_argument("--attention-dropout", type=float, default=0.1)  # Megatron's
-    for name in ("--mock-data", "--skip-train", "--use-checkpoint-args", *ENDS):
+    for name in ("--skip-train", "--use-checkpoint-args", "--group-query-attention", *ENDS):
         parser.add_argument(name, action="store_true")
-    return parser.parse_known_args(words)[0]
+    args = parser.parse_known_args(words)[0]
+    args.seq_length = args.encoder_seq_length if args.seq_length is None else args.seq_length
+    if not args.group_query_attention:  # as Megatron, which then does not read it
+        args.num_query_groups = None
+    return args
 
 
 def one_sequence(args: argparse.Namespace) -> int:
@@ -131,10 +136,12 @@ def layout(args: argparse.Namespace, nodes: int, gpus_per_node: int) -> Iterator
             f"{args.micro_batch_size} x {world // one} data-parallel ranks): use {-(-args.global_batch_size // unit) * unit}."
         )
     yield from stages(args)
-    for name, value in (("num-attention-heads", args.num_attention_heads), ("num-query-groups", args.num_query_groups)):
-        if value and value % tensor:
-            yield f"--{name} {value} must be a multiple of --tensor-model-parallel-size {tensor}: use a divisor of {value}."
-    groups = (args.num_query_groups or args.num_attention_heads or context * tensor) // tensor
+    heads, groups = args.num_attention_heads, args.num_query_groups or args.num_attention_heads
+    copied = args.attention == "dense" and groups and tensor % groups == 0  # Megatron gives several ranks the same group
+    for name, size in (("num-attention-heads", heads), ("num-query-groups", args.num_query_groups)):
+        if size and size % tensor and not (name == "num-query-groups" and copied):
+            yield f"--{name} {size} must be a multiple of --tensor-model-parallel-size {tensor}: use a divisor of {size}."
+    groups = max(1, (groups or context * tensor) // tensor)
     if "a2a" in args.cp_comm_type and groups % context:
         yield (
             f"--cp-comm-type a2a shares out a tensor-parallel rank's {groups} key/value heads, and --context-parallel-size "
@@ -156,60 +163,6 @@ def stages(args: argparse.Namespace) -> Iterator[str]:
             f"{' + '.join([f'--num-layers {layers}', *(f'1 ({flag})' for flag in ends)])} must be a multiple of "
             f"--pipeline-model-parallel-size {pipeline}: use --num-layers {use}."
         )
-
-
-type Sees = dict[str, str]
-"""A container's folders, and what they are on this machine; none without a container."""
-
-
-def here(path: str, sees: Sees) -> Path:
-    """Where a path of the container is on this machine."""
-    inside = max((folder for folder in sees if Path(path).is_relative_to(folder)), key=len, default=None)
-    return Path(path) if inside is None else Path(sees[inside]) / Path(path).relative_to(inside)
-
-
-def data(args: argparse.Namespace, sees: Sees) -> Iterator[str]:
-    """Whether there is data, and every file of it."""
-    given = _given(args, DATA)
-    files = [path for path in (args.data_args_path, args.per_split_data_args_path) if path]
-    if not (any(given.values()) or files or args.text_data or args.mock_data):
-        yield "the run has no data: add --data-path PREFIX, --text-data PATH or --mock-data after the --."
-    for name, words in given.items():
-        for prefix in (word for word in words if not _number(word)):
-            missing = [suffix for suffix in (".bin", ".idx") if not here(prefix + suffix, sees).is_file()]
-            if missing:
-                absent = " and no ".join(prefix + suffix for suffix in missing)
-                yield f"{name} {prefix} has no {absent}: give the prefix of an indexed dataset."
-    for path in (*args.text_data, *files):
-        if not here(path, sees).exists():
-            yield f"{path} (--text-data or a list of data) is not there: give a path that all nodes see."
-    if (path := tokenizer(args)) and not here(path, sees).exists():
-        yield f"--tokenizer-model {path} is not there: give a path that all nodes see, or a name of Hugging Face's hub."
-
-
-def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, list[str]]:
-    """The words of each of these options."""
-    return {name: getattr(args, name[2:].replace("-", "_")) for name in names}
-
-
-def tokenizer(args: argparse.Namespace) -> str | None:
-    """The path of the tokenizer; None where there is none, or it has a name."""
-    return args.tokenizer_model if (args.tokenizer_model or "").startswith(("/", ".")) else None
-
-
-def unseen(args: argparse.Namespace, sees: Sees) -> Iterator[str]:
-    """Paths that a container does not see."""
-    paths: dict[str, Sequence[str | None]] = {
-        **_given(args, (*DATA, "--text-data")),
-        **{"--tokenizer-model": [tokenizer(args)], "--pretrained-checkpoint": [args.pretrained_checkpoint]},
-    }
-    for name, words in paths.items():
-        for path in (word for word in words if word and not _number(word)):
-            if sees and not any(Path(path).is_relative_to(folder) for folder in sees):
-                yield (
-                    f"{name} {path} is not in the container (IMAGE), which sees {' '.join(sees)}: "
-                    "give a path under one of these, or add its folder to MOUNTS."
-                )
 
 
 def counted(words: Sequence[str], args: argparse.Namespace, device: Device, world: int) -> Run | None:
@@ -272,22 +225,13 @@ def _fits(run: Run) -> bool:
         return False
 
 
-def _number(word: str) -> bool:
-    """The weight of a dataset in a mixture."""
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
-
-
 def summary(args: argparse.Namespace, world: int) -> str:
     """What will run, in one line."""
     tensor, context = args.tensor_model_parallel_size, args.context_parallel_size
     pipeline = args.pipeline_model_parallel_size
     layout = f"TP {tensor} x CP {context} x PP {pipeline} x DP {world // (tensor * context * pipeline)}"
-    line = f"{world} ranks = {layout}; {args.seq_length} tokens, {args.attention}"
-    if args.attention == "lighthouse":
+    line = f"{world} ranks = {layout}; {args.seq_length or "the checkpoint's"} tokens, {args.attention}"
+    if args.attention == "lighthouse" and args.seq_length:
         geometry = settings_from(args).config.geometry(args.seq_length, context)
         line += f", {geometry.gathered_length} rows attended"
     return line

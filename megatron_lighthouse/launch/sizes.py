@@ -12,7 +12,13 @@ from megatron_lighthouse.mcore.command_line.settings import settings_from
 
 def sizes(args: argparse.Namespace) -> Iterator[str]:
     """Iterations, and what the attention says of them, of the layers, and of the sequence length on this many ranks."""
-    if not args.train_iters:
+    if args.train_samples is not None:
+        iterations = args.train_samples // args.global_batch_size if args.global_batch_size else "N"
+        yield (
+            f"--train-samples {args.train_samples} names no iteration at which a job is done, and these scripts count iterations: "
+            f"use --train-iters {iterations} alone."
+        )
+    elif not args.train_iters:
         yield "--train-iters is missing: a requeued job goes on until the checkpoint is there."
     settings = None
     if args.attention == "lighthouse":
@@ -30,7 +36,8 @@ def sizes(args: argparse.Namespace) -> Iterator[str]:
         if settings.stage2:
             yield from settings.stage2.problems(args.train_iters or None)
     if args.seq_length is None:
-        yield "--seq-length is missing."
+        if not args.use_checkpoint_args:
+            yield "--seq-length is missing."
     elif (args.max_position_embeddings or args.seq_length) < args.seq_length:
         yield (
             f"--max-position-embeddings {args.max_position_embeddings} must be at least --seq-length {args.seq_length}: "

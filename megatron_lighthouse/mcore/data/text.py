@@ -53,7 +53,7 @@ def text_files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """The text files named, and those in the folders named, in a fixed order.
 
     Raises:
-        ValueError: a path that does not exist, or no text in any of them.
+        ValueError: a path that does not exist or cannot be read, or no text in any of them.
     """
     found: list[Path] = []
     for path in map(Path, paths):
@@ -67,7 +67,21 @@ def text_files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     if not found:
         names = " ".join(map(str, paths))
         raise ValueError(f"--text-data {names} holds no text: give text files, or folders with {' '.join(sorted(SUFFIXES))}.")
+    if closed := [f for f in found if not os.access(f, os.R_OK)]:
+        raise ValueError(f"--text-data {closed[0]} cannot be read: give files that all nodes may read.")
     return found
+
+
+def training_files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """Those, where they are enough to learn from.
+
+    Raises:
+        ValueError: as `text_files`, or too little text.
+    """
+    files = text_files(paths)
+    if (total := sum(f.stat().st_size for f in files)) < SMALLEST:
+        raise ValueError(f"--text-data holds {total} bytes of text: give at least {SMALLEST}.")
+    return files
 
 
 def write_datasets(paths: Sequence[str], folder: str) -> tuple[str, str]:
@@ -80,18 +94,16 @@ def write_datasets(paths: Sequence[str], folder: str) -> tuple[str, str]:
         names, sizes and times.
 
     Raises:
-        ValueError: as `text_files`, or too little text.
+        ValueError: as `training_files`.
     """
     from megatron.core.datasets.indexed_dataset import get_idx_path
 
-    files = text_files(paths)
+    files = training_files(paths)
     key, total = hashlib.sha256(), 0
     for file in files:
         status = file.stat()
         key.update(f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
         total += status.st_size
-    if total < SMALLEST:
-        raise ValueError(f"--text-data holds {total} bytes of text: give at least {SMALLEST}.")
     names = tuple(os.path.join(folder, f"text-{key.hexdigest()[:16]}-{part}") for part in ("train", "valid"))
     if not all(os.path.exists(get_idx_path(name)) for name in names):
         os.makedirs(folder, exist_ok=True)

@@ -1,0 +1,67 @@
+"""What `check` asks of the files of a run: data, tokenizer, first checkpoint, and whether a container sees them.
+
+Imports no Megatron.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from megatron_lighthouse.mcore.data import blends, files
+from megatron_lighthouse.mcore.data.blends import LISTS, TOKENIZERS, remote, value
+
+TRACKER = "latest_checkpointed_iteration.txt"
+"""Megatron's, in a folder that holds a checkpoint."""
+
+type Sees = dict[str, str]
+"""A container's folders, and what they are on this machine; none without a container."""
+
+
+def here(sees: Sees, path: str) -> Path:
+    """Where a path of the container is on this machine."""
+    inside = max((folder for folder in sees if Path(path).is_relative_to(folder)), key=len, default=None)
+    return Path(path) if inside is None else Path(sees[inside]) / Path(path).relative_to(inside)
+
+
+def data(args: argparse.Namespace, sees: Sees) -> Iterator[str]:
+    """Whether there is data, and every file of it is whole."""
+    if not blends.sources(args):
+        yield "the run has no data: add --data-path PREFIX, --text-data PATH or --mock-data after the --."
+    yield from files.problems(args, partial(here, sees))
+
+
+def checkpoint(args: argparse.Namespace, sees: Sees) -> Iterator[str]:
+    """Whether the first checkpoint is there, where the run has none of its own yet."""
+    path = args.pretrained_checkpoint
+    if not path or remote(path) or here(sees, path).is_dir() or (args.load and here(sees, f"{args.load}/{TRACKER}").is_file()):
+        return
+    yield f"--pretrained-checkpoint {path} is not there: give a folder of checkpoints that all nodes see."
+
+
+def unseen(args: argparse.Namespace, sees: Sees) -> Iterator[str]:
+    """Paths that a container does not see."""
+    for name, path in _paths(args, sees) if sees else ():
+        if not remote(path) and not any(Path(path).is_relative_to(folder) for folder in sees):
+            yield (
+                f"{name} {path} is not in the container (IMAGE), which sees {' '.join(sees)}: "
+                "give a path under one of these, or add its folder to MOUNTS."
+            )
+
+
+def _paths(args: argparse.Namespace, sees: Sees) -> Iterator[tuple[str, str]]:
+    """Each path that the command line names, or a list in it, after its option."""
+    try:
+        for name, words in blends.blends(args, partial(here, sees)):
+            yield from ((name, prefix) for prefix in blends.prefixes(name, words))
+    except ValueError:
+        pass  # `data` says so
+    yield from (("--text-data", path) for path in args.text_data or ())
+    for name in (*LISTS, "--per-dataset-sequences-path", "--pretrained-checkpoint"):
+        if path := value(args, name):
+            yield name, path
+    for name in TOKENIZERS:
+        if path := files.file_of(args, name):
+            yield name, path

@@ -1,0 +1,150 @@
+"""Whether the data of a run is there and whole: asked before a job is queued, and by every rank before it trains.
+
+Imports no Megatron.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_lighthouse.mcore.data import blends, indexed, text
+from megatron_lighthouse.mcore.data.blends import DATA, TOKENIZERS, Here, remote, value
+
+
+def check_data(words: Sequence[str], whole: bool) -> None:
+    """Of a run, by its own command line, as this rank sees its files.
+
+    Args:
+        whole: see `indexed.problem`.
+
+    Raises:
+        ValueError: what is wrong with them, all of it.
+    """
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    found = list(problems(blends.add_arguments(parser).parse_known_args(words)[0], Path, whole))
+    if found:
+        raise ValueError("the data cannot be read as asked:\n  - " + "\n  - ".join(found))
+
+
+def problems(args: argparse.Namespace, here: Here, whole: bool = True) -> Iterator[str]:
+    """What is wrong with the options and the files that name data, each in a sentence."""
+    yield from _sources(args)
+    counts: dict[str, tuple[int, int]] = {}
+    try:
+        for name, words in blends.blends(args, here):
+            for prefix in blends.prefixes(name, words):
+                if remote(prefix):
+                    yield from _storage(args, name, prefix)
+                elif message := _dataset(name, prefix, here, whole):
+                    yield message
+                else:
+                    header = indexed.read_header(here(prefix + ".idx"))
+                    counts[prefix] = header.sequences, header.documents
+        yield from _splits(args, counts)
+        yield from _sequences(args, counts, here)
+        if args.text_data is not None:
+            yield from _text(args.text_data, here)
+    except ValueError as error:
+        yield str(error)
+    for name in TOKENIZERS:
+        if path := file_of(args, name):
+            yield from _file(name, path, here)
+
+
+def file_of(args: argparse.Namespace, name: str) -> str | None:
+    """The path of a tokenizer's file; None where there is none, or a name of Hugging Face's hub."""
+    path: str | None = value(args, name)
+    return path if (path or "").startswith(("/", ".")) else None
+
+
+def _sources(args: argparse.Namespace) -> Iterator[str]:
+    given = blends.sources(args)
+    if len(given) > 1 and not set(given) <= set(DATA[1:]):
+        yield f"{' and '.join(given)} are each the data of a run: leave all but one out."
+    elif given and args.split is not None and given[0] not in ("--data-path", "--data-args-path", "--mock-data"):
+        yield f"--split {args.split} does not go with {given[0]}, which has its parts already: leave it out."
+
+
+def _dataset(name: str, prefix: str, here: Here, whole: bool) -> str | None:
+    """Why the two files of a prefix are no dataset."""
+    idx, data = here(prefix + ".idx"), here(prefix + ".bin")
+    missing = [prefix + path.suffix for path in (data, idx) if not path.is_file()]
+    if missing:
+        return f"{name} {prefix} has no {' and no '.join(missing)}: give the prefix of an indexed dataset."
+    found = indexed.problem(idx, data, whole)
+    return f"{name} {prefix}: {prefix}{found}: copy or write the dataset again, both files." if found else None
+
+
+def _storage(args: argparse.Namespace, name: str, prefix: str) -> Iterator[str]:
+    """What object storage asks of the command line: no file of it is looked at."""
+    needs = [
+        ("--object-storage-cache-path FOLDER", args.object_storage_cache_path),
+        ("--no-mmap-bin-files", args.no_mmap_bin_files),
+    ]
+    needs += [("--enable-msc", args.enable_msc)] if prefix.startswith("msc://") else []
+    if missing := [option for option, given in needs if not given]:
+        yield f"{name} {prefix} is in object storage: add {' '.join(missing)}."
+
+
+def _splits(args: argparse.Namespace, counts: dict[str, tuple[int, int]]) -> Iterator[str]:
+    """Whether each part of --split has a sequence of every dataset: Megatron would fill it from none, for ever."""
+    if args.data_path is None and args.data_args_path is None:
+        return
+    split = args.split or "969, 30, 1"  # Megatron's
+    try:
+        shares = [float(share) for share in re.findall(r"[.0-9]+", split)]
+        shares = [share / sum(shares) for share in shares]
+    except (ValueError, ZeroDivisionError):
+        return  # Megatron says so
+    for prefix, (sequences, _) in counts.items():
+        edges = [round(sum(shares[:n]) * sequences) for n in range(len(shares) + 1)]
+        parts = zip(blends.SPLITS, shares, edges, edges[1:], strict=False)
+        if empty := [part for part, share, first, end in parts if share > 0 and first == end]:
+            use = f"{sequences - 1},1,0" if sequences > 1 else "1,0,0"
+            yield (
+                f"--split {split.replace(' ', '')} leaves none of the {sequences} sequences of {prefix} to "
+                f"{' and '.join(empty)}: use --split {use}, or paths for each part (--train-data-path, --valid-data-path)."
+            )
+
+
+def _sequences(args: argparse.Namespace, counts: dict[str, tuple[int, int]], here: Here) -> Iterator[str]:
+    """Whether --per-dataset-sequences-path says of each dataset what its .idx does, which Megatron then does not read."""
+    name, path = "--per-dataset-sequences-path", args.per_dataset_sequences_path
+    if path is None:
+        return
+    try:
+        said = json.loads(here(path).read_text())
+        wrong = [prefix for prefix, found in counts.items() if tuple(said[prefix]) != found]
+    except KeyError as error:
+        yield f"{name} {path} does not name {error}: write it again, for all datasets."
+    except (OSError, ValueError, TypeError) as error:
+        yield f"{name} {path} cannot be read ({error}): give a JSON object of prefixes, each with its sequences and documents."
+    else:
+        yield from (f"{name} {path} has other counts of {prefix} than its .idx: write it again." for prefix in wrong)
+
+
+def _text(paths: Sequence[str], here: Here) -> Iterator[str]:
+    if missing := [path for path in paths if not here(path).exists()]:
+        yield from (f"--text-data {path} is not there: give a path that all nodes see." for path in missing)
+        return
+    text.training_files([here(path) for path in paths])
+
+
+def _file(name: str, path: str, here: Here) -> Iterator[str]:
+    """Whether a file is there, or a folder of files, and not empty."""
+    found = here(path)
+    if not found.exists():
+        use = ", or a name of Hugging Face's hub" if name == "--tokenizer-model" else ""
+        yield f"{name} {path} is not there: give a path that all nodes see{use}."
+        return
+    try:
+        empty = not any(found.iterdir()) if found.is_dir() else not found.open("rb").read(1)
+    except OSError as error:
+        yield f"{name} {path} cannot be read ({error.strerror}): give a path that all nodes may read."
+        return
+    if empty:
+        yield f"{name} {path} is empty: copy or write it again."

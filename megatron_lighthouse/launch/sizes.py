@@ -15,7 +15,7 @@ def sizes(args: argparse.Namespace) -> Iterator[str]:
     if args.train_samples is not None:
         iterations = args.train_samples // args.global_batch_size if args.global_batch_size else "N"
         yield (
-            f"--train-samples {args.train_samples} names no iteration at which a job is done, and these scripts count iterations: "
+            f"--train-samples {args.train_samples} names no iteration at which a job is done, which these scripts count: "
             f"use --train-iters {iterations} alone."
         )
     elif not args.train_iters:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from argparse import Namespace
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,21 +17,33 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training import get_args, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from megatron_lighthouse.mcore.data import text
+from megatron_lighthouse.mcore.data import blends, cached, text
+from megatron_lighthouse.mcore.refusal import RefusedError
+from megatron_lighthouse.notice import say_once
 
 
 def train_valid_test_datasets(sample_counts: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
     """Megatron's dataset provider. Every rank calls it."""
     args = get_args()
     if args.text_data and not args.train_data_path:
-        train, valid = _write_on_first_rank(args)
+        train, valid = _on_first_rank("--text-data", lambda: text.write_datasets(args.text_data, _text_folder(args)))
         args.train_data_path, args.valid_data_path = [train], [valid]
-    config = _dataset_config(args)
     kind = MockGPTDataset if args.mock_data else GPTDataset
-    print_rank_0(f"> building {kind.__name__} datasets for training, validation and test ...")
     # one of the tensor-parallel ranks reads, and broadcasts what it read
     reads = partial(_reads_data, vp_stage)
-    datasets = BlendedMegatronDatasetBuilder(kind, sample_counts, reads, config).build()
+    try:
+        config = _dataset_config(args)
+        if not args.mock_data:
+            _refresh_cache(args, config)
+        print_rank_0(f"> building {kind.__name__} datasets for training, validation and test ...")
+        datasets = BlendedMegatronDatasetBuilder(kind, sample_counts, reads, config).build()
+    except (AssertionError, LookupError, TypeError, ValueError) as error:
+        raise RefusedError(f"the datasets cannot be built: {type(error).__name__}: {error}") from error
+    if args.skip_train and args.eval_iters:
+        say_once(
+            "--skip-train validates on the first samples of the validation data. The run's own evaluations each go on where the one "
+            "before ended: their losses are of other samples."
+        )
     # Megatron would read one sequence of validation even where it never validates, which a short text has not
     never = args.eval_iters == 0 and not args.full_validation
     return (datasets[0], None, None) if never else tuple(datasets)
@@ -44,20 +57,38 @@ def _reads_data(vp_stage: int | None) -> bool:
 train_valid_test_datasets.is_distributed = True  # type: ignore[attr-defined]
 
 
-def _write_on_first_rank(args: Namespace) -> tuple[str, str]:
-    """The prefixes, or the first rank's error on every rank: none is left waiting."""
+def _on_first_rank[T](what: str, function: Callable[[], T]) -> T:
+    """What the function gives there, or its error, on every rank: none is left waiting."""
     outcome: list[Any] = [None]
     if torch.distributed.get_rank() == 0:
         try:
-            outcome = [text.write_datasets(args.text_data, _text_folder(args))]
+            outcome = [function()]
         except (OSError, ValueError) as error:
             outcome = [error]
         except Exception as error:  # of any kind, which may not pickle: the others wait for it
-            outcome = [RuntimeError(f"--text-data: {type(error).__name__}: {error}")]
+            outcome = [RuntimeError(f"{what}: {type(error).__name__}: {error}")]
     torch.distributed.broadcast_object_list(outcome, src=0)
     if isinstance(outcome[0], Exception):
         raise outcome[0]
-    return outcome[0]
+    result: T = outcome[0]
+    return result
+
+
+def _refresh_cache(args: Namespace, config: GPTDatasetConfig) -> None:
+    """Let no order of samples be read that was cached for other data. The first rank decides, before any builds."""
+    named = [blend for blend in (config.blend, *(config.blend_per_split or ())) if blend is not None]
+    prefixes = [prefix for found, _ in named for prefix in found if not blends.remote(prefix)]
+    options = ("dataloader_fast_cache_load", "dataloader_defer_npy_index_mmap")
+    needed = next(("--" + name.replace("_", "-") for name in options if getattr(args, name)), None)
+    changed = _on_first_rank("--data-cache-path", lambda: cached.refresh(prefixes, args.data_cache_path, needed))
+    for prefix in changed:
+        told = f"the data of {prefix} has changed since its order of samples was cached, which is built again"
+        if args.consumed_train_samples and not args.skip_train:
+            told += (
+                f": training goes on at sample {args.consumed_train_samples} of the new order, and may read some samples twice, "
+                "others never"
+            )
+        say_once(told)
 
 
 def _text_folder(args: Namespace) -> str:

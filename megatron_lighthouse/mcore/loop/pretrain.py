@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -22,11 +21,11 @@ from megatron_lighthouse.mcore.command_line.arguments import use_attention, with
 from megatron_lighthouse.mcore.command_line.run_options import check_run_options
 from megatron_lighthouse.mcore.data import text
 from megatron_lighthouse.mcore.data.datasets import train_valid_test_datasets
+from megatron_lighthouse.mcore.data.files import check_data
 from megatron_lighthouse.mcore.loop import machine, progress, selection_log
 from megatron_lighthouse.mcore.loop.forward_step import forward_step
+from megatron_lighthouse.mcore.refusal import REFUSED, repeats
 
-REFUSED = 2
-"""Exit status of a command line that cannot run, as argparse's: pretrain.sbatch does not queue such a job again."""
 LAYER = "{layer}"
 """In the name of a picture: the layer's number."""
 
@@ -35,11 +34,13 @@ def run(program_start: float | None = None) -> None:
     """Parse the command line, check it, and train.
 
     Raises:
-        SystemExit: with REFUSED, before the process group exists, where Lighthouse or Megatron refuses the command line.
+        SystemExit: with REFUSED, before the process group exists, where Lighthouse or Megatron refuses the command line, or the
+            data that it names cannot be read.
     """
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
     machine.adapt()
     try:
+        check_data(sys.argv[1:], whole=os.environ.get("RANK", "0") == "0")  # others must not read great indices again
         args = parse_and_validate_args(extra_args_provider=with_lighthouse_arguments(add_arguments))
         check_run_options(args)
         model_cfg = use_attention(args, gpt_config_from_args(args))
@@ -48,9 +49,9 @@ def run(program_start: float | None = None) -> None:
             telemetry.watch(layer_number)
         progress.install()
         container = pretrain_cfg_container_from_args(args, model_cfg)
-    except (json.JSONDecodeError, UnicodeError):  # a file that is read while it is written: the next try may do
-        raise
-    except (ValueError, AssertionError) as error:  # Megatron asserts what it asks of its arguments
+    except Exception as error:
+        if not repeats(error, parsed=False):
+            raise
         traceback.print_exc()
         raise SystemExit(REFUSED) from error
     try:
@@ -58,10 +59,13 @@ def run(program_start: float | None = None) -> None:
     except SystemExit as stop:  # with 0, how Megatron ends at --exit-interval, at a time limit and on SIGTERM
         if stop.code != 0:  # with none, how it ends where a checkpoint cannot be read: that is a failure
             raise SystemExit(stop.code or 1) from stop
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
         sys.stdout.flush()
-        os._exit(1)  # data loaders and the checkpoint's writer would keep a rank that failed, and so the job, alive
+        trains = hasattr(args, "curr_iteration")  # Megatron sets it in the loop, where another start may well get further
+        os._exit(
+            REFUSED if not trains and repeats(error, parsed=True) else 1
+        )  # data loaders and the checkpoint's writer would keep a rank that failed, and so the job, alive
     for layer_number, path in pictures.items():
         _draw_selection(layer_number, path)
     torch.distributed.barrier()

@@ -1,0 +1,47 @@
+"""Which errors end a run with the status of a refusal, after which a job is not queued again. Imports no Megatron."""
+
+from __future__ import annotations
+
+import errno
+import json
+
+import torch
+
+REFUSED = 2
+"""Exit status of a command line or data that cannot run, as argparse's: pretrain.sbatch does not queue such a job again."""
+LASTING = (errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS)
+"""Those errors of files that the next start meets too."""
+STATED = (AssertionError, ValueError, NotImplementedError, RuntimeError)
+"""As which Megatron, and Lighthouse, state their rules."""
+
+
+class RefusedError(ValueError):
+    """Every start of the run would end so."""
+
+
+def repeats(error: Exception, parsed: bool) -> bool:
+    """Whether another start of the same command line would end the same way.
+
+    While arguments are parsed, whatever is no matter of the machine: of files that are being written, a disk, a network, a GPU.
+    Once they are parsed, only what Megatron or Lighthouse states, in code of its own.
+    """
+    if isinstance(error, RefusedError):
+        return True
+    if isinstance(error, (json.JSONDecodeError, UnicodeError, MemoryError)):  # a file that is read while it is written
+        return False
+    if parsed:
+        cause = error.__cause__ if type(error) is Exception else None  # Megatron's, where it cannot write a cache
+        stated = type(error) in STATED and _raised_in(error, "megatron", "megatron_lighthouse")
+        return stated or (isinstance(cause, OSError) and cause.errno in LASTING)
+    if isinstance(error, OSError):
+        return error.errno in LASTING
+    if isinstance(error, RuntimeError):  # torch's: a GPU that does not start, half a checkpoint
+        return not (isinstance(error, torch.AcceleratorError) or _raised_in(error, "torch"))
+    return True
+
+
+def _raised_in(error: Exception, *packages: str) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] in packages

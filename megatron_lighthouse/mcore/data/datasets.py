@@ -41,8 +41,8 @@ def train_valid_test_datasets(sample_counts: list[int], vp_stage: int | None = N
         raise RefusedError(f"the datasets cannot be built: {type(error).__name__}: {error}") from error
     if args.skip_train and args.eval_iters:
         say_once(
-            "--skip-train validates on the first samples of the validation data. The run's own evaluations each go on where the one "
-            "before ended: their losses are of other samples."
+            "--skip-train validates on the first samples of the validation data. A run's own evaluations each go on where the "
+            "one before ended: those losses are of other samples."
         )
     # Megatron would read one sequence of validation even where it never validates, which a short text has not
     never = args.eval_iters == 0 and not args.full_validation
@@ -85,7 +85,7 @@ def _refresh_cache(args: Namespace, config: GPTDatasetConfig) -> None:
         told = f"the data of {prefix} has changed since its order of samples was cached, which is built again"
         if args.consumed_train_samples and not args.skip_train:
             told += (
-                f": training goes on at sample {args.consumed_train_samples} of the new order, and may read some samples twice, "
+                f": training goes on at sample {args.consumed_train_samples} of the new order, and may read some twice, "
                 "others never"
             )
         say_once(told)

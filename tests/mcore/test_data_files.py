@@ -1,0 +1,180 @@
+"""Data that is not whole: refused by the check before a job is queued, and by the run, in words that name the file."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy
+import pytest
+
+from megatron_lighthouse.launch import check
+from megatron_lighthouse.mcore.data import files, indexed
+from tests.launch.test_submit import words
+
+HEADER = 34
+"""Bytes before the lengths in an .idx."""
+
+
+def write(prefix: Path, lengths: Sequence[int] = (3, 5, 4), dtype: type = numpy.uint16) -> str:
+    """A dataset of documents of these lengths, by Megatron's own writer."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    for number, length in enumerate(lengths):
+        builder.add_document(numpy.arange(length) + number, [length])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+def checked(*arguments: str, options: Sequence[str] = ()) -> int:
+    own = ["--nodes", "2", "--gpus-per-node", "1", *options]
+    return check.main([*own, "--", *words("cpu-test"), "--split", "1,0,0", *arguments])
+
+
+def cut(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def put(idx: Path, at: int, number: int, form: str = "<q") -> None:
+    found = bytearray(idx.read_bytes())
+    struct.pack_into(form, found, at, number)
+    idx.write_bytes(found)
+
+
+DAMAGE = [
+    ("x.bin", lambda path: cut(path, 0), ".bin holds no token"),
+    ("x.bin", lambda path: cut(path, 20), ".bin has 20 bytes, and its .idx says 24"),
+    ("x.idx", lambda path: cut(path, 0), ".idx has 0 bytes, which are no index"),
+    ("x.idx", lambda path: cut(path, 90), ".idx has 90 bytes, and 3 sequences in 3 documents take 102"),
+    ("x.idx", lambda path: put(path, 0, 7), ".idx begins with b'"),
+    ("x.idx", lambda path: put(path, 9, 2), ".idx says version 2 and dtype 8"),
+    ("x.idx", lambda path: put(path, 17, 9, "<B"), ".idx says version 1 and dtype 9"),
+    ("x.idx", lambda path: put(path, 18, 2), ".idx counts 2 sequences, and its last document ends with sequence"),
+    ("x.idx", lambda path: put(path, 18, 0), ".idx counts no sequence"),
+    ("x.idx", lambda path: put(path, HEADER + 4, 900, "<i"), ".bin has 24 bytes, and its .idx says 1,806"),
+    ("x.idx", lambda path: put(path, HEADER + 4, -1, "<i"), ".idx has a negative length or offset"),
+    ("x.idx", lambda path: put(path, HEADER + 12 + 8, 9000), ".bin has 24 bytes, and its .idx says 9,010"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "says"), DAMAGE, ids=[says for _, _, says in DAMAGE])
+def test_a_damaged_dataset(
+    name: str, damage: Callable[[Path], None], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefix = write(tmp_path / "x")
+    assert checked("--data-path", prefix) == 0
+    damage(tmp_path / name)
+    assert checked("--data-path", prefix) == 1
+    error = capsys.readouterr().err
+    assert f"--data-path {prefix}: {prefix}{says}" in error
+    with pytest.raises(ValueError, match="--train-data-path"):
+        files.check_data(["--train-data-path", prefix], whole=True)
+
+
+def test_great_indices_are_held_to_their_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefix = write(tmp_path / "x")
+    put(tmp_path / "x.idx", HEADER + 4, -1, "<i")
+    idx, data = tmp_path / "x.idx", tmp_path / "x.bin"
+    assert indexed.problem(idx, data)
+    assert indexed.problem(idx, data, whole=False) is None
+    monkeypatch.setattr(indexed, "WHOLE", 64)
+    assert indexed.problem(idx, data) is None
+    assert checked("--data-path", prefix) == 0
+    first = indexed.fingerprint(idx)
+    put(idx, indexed.read_header(idx).ends, 1)
+    assert indexed.fingerprint(idx) != first
+    cut(data, 20)
+    assert indexed.problem(idx, data, whole=False) == ".bin has 20 bytes, and its .idx says 24"
+
+
+@pytest.mark.parametrize("dtype", [numpy.uint8, numpy.int32, numpy.int64])
+def test_every_dtype_of_megatron(dtype: type, tmp_path: Path) -> None:
+    assert checked("--data-path", write(tmp_path / "x", dtype=dtype)) == 0
+    cut(tmp_path / "x.bin", 12 * numpy.dtype(dtype).itemsize - 1)
+    assert checked("--data-path", str(tmp_path / "x")) == 1
+
+
+def test_every_list_of_data_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, listed, splits = write(tmp_path / "x"), tmp_path / "list", tmp_path / "splits"
+    without = ["--nodes", "2", "--gpus-per-node", "1", "--", *words("cpu-test")]
+    for text, status, says in (
+        (f"1 {good}", 0, ""),
+        (f"1 {good} 2 {tmp_path}/no", 1, f"--data-args-path {listed}: {tmp_path}/no has no {tmp_path}/no.bin and no"),
+        ("", 1, "names no dataset"),
+        (f"1 {good} {good} {good}", 1, "weights for some datasets"),
+        (f"0 {good} 0 {good}", 1, "weights that are no shares"),
+        (f"-1 {good} nan {good}", 1, "weights that are no shares"),
+    ):
+        listed.write_text(text)
+        assert checked("--data-args-path", str(listed)) == status, text
+        assert says in capsys.readouterr().err
+    for found, status, says in (
+        (json.dumps({"train": good, "valid": [good], "test": None}), 0, ""),
+        (json.dumps({"train": [good], "valid": f"{tmp_path}/no", "test": None}), 1, f"valid: {tmp_path}/no has no"),
+        (json.dumps({"train": [good]}), 1, "does not name all splits"),
+        (json.dumps({"train": [1], "valid": None, "test": None}), 1, "has for train neither null nor words"),
+        ("{", 1, "is no JSON"),
+        ("", 1, "is no JSON"),
+    ):
+        splits.write_text(found)
+        assert check.main([*without, "--per-split-data-args-path", str(splits)]) == status, found
+        assert says in capsys.readouterr().err
+    assert checked("--data-args-path", str(tmp_path)) == 1
+    assert f"--data-args-path {tmp_path} cannot be read (Is a directory)" in capsys.readouterr().err
+
+
+def test_an_odd_number_of_words_has_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As Megatron reads it: 0.5 is the prefix of a dataset then."""
+    assert checked("--data-path", "0.5", write(tmp_path / "x"), "0.5") == 1
+    assert "--data-path 0.5 has no 0.5.bin" in capsys.readouterr().err
+
+
+def test_what_the_data_options_ask_of_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prefix = write(tmp_path / "x")
+    sequences = tmp_path / "sequences.json"
+    sequences.write_text(json.dumps({prefix: [3, 5]}))
+    storage = ("--object-storage-cache-path", str(tmp_path), "--no-mmap-bin-files")
+    for arguments, says in (
+        (("--data-path", prefix, "--mock-data"), "--data-path and --mock-data are each the data of a run"),
+        (("--train-data-path", prefix), "--split 1,0,0 does not go with --train-data-path"),
+        (("--data-path", prefix, "--split", "969,30,1"), "leaves none of the 3 sequences of"),
+        (("--data-path", prefix, "--per-dataset-sequences-path", str(sequences)), "has other counts of"),
+        (("--data-path", "s3://bucket/x"), "is in object storage: add --object-storage-cache-path FOLDER --no-mmap-bin-files."),
+        (("--data-path", "msc://profile/x", *storage), "is in object storage: add --enable-msc."),
+    ):
+        assert checked(*arguments) == 1, arguments
+        assert says in capsys.readouterr().err
+    assert checked("--data-path", "s3://bucket/x", *storage) == 0
+    assert checked("--data-path", "s3://bucket/x", *storage, options=["--sees", "/data"]) == 0
+    assert checked("--data-path", "1", "msc://p/x", "1", prefix, *storage, "--enable-msc") == 0
+    assert checked("--data-path", prefix, "--split", "2,1,0") == 0
+
+
+def test_a_container_sees_what_a_list_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prefix, listed = write(tmp_path / "x"), tmp_path / "in" / "list"
+    listed.parent.mkdir()
+    listed.write_text(prefix)
+    assert checked("--data-args-path", str(listed), options=["--sees", str(listed.parent)]) == 1
+    assert f"{prefix} is not in the container (IMAGE)" in capsys.readouterr().err
+
+
+def test_text_and_tokenizers_are_not_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "short").write_text("short")
+    for arguments, says in (
+        (("--text-data", f"{tmp_path}/empty"), "holds no text"),
+        (("--text-data", f"{tmp_path}/folder"), "holds no text"),
+        (("--text-data", f"{tmp_path}/short"), "holds 5 bytes of text: give at least 1000"),
+        (("--text-data", f"{tmp_path}/no"), f"--text-data {tmp_path}/no is not there"),
+        (("--mock-data", "--tokenizer-model", f"{tmp_path}/empty"), f"--tokenizer-model {tmp_path}/empty is empty"),
+        (("--mock-data", "--tokenizer-model", f"{tmp_path}/folder"), f"--tokenizer-model {tmp_path}/folder is empty"),
+        (("--mock-data", "--vocab-file", f"{tmp_path}/empty"), f"--vocab-file {tmp_path}/empty is empty"),
+        (("--mock-data", "--pretrained-checkpoint", f"{tmp_path}/no"), f"--pretrained-checkpoint {tmp_path}/no is not there"),
+    ):
+        own = ["--nodes", "2", "--gpus-per-node", "1", "--", *words("cpu-test")]
+        assert check.main([*own, *arguments]) == 1, arguments
+        assert says in capsys.readouterr().err

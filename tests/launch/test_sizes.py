@@ -33,6 +33,10 @@ def checked(recipe: str, more: str, gpus: int = 8) -> int:
         ("--lighthouse-return layers", f"says how layers become dense, .* add {SWITCH} ITER"),
         ("--lighthouse-dense-first 29 --lighthouse-dense-last 1", "29 and .* 1 leave none of 30 layers to Lighthouse"),
         ("--lighthouse-dense-last -1", "--lighthouse-dense-last -1 must not be negative"),
+        (
+            "--train-samples 800",
+            "--train-samples 800 names no iteration at which a job is done, .* use --train-iters 100 alone",
+        ),
         ("--attention-dropout 0.1", "--attention-dropout 0.1 would drop whole windows: use --attention-dropout 0 "),
         ("--pipeline-model-parallel-size 4", "--num-layers 30 must be a multiple of .* 4: use --num-layers 28 or 32"),
         (
@@ -45,6 +49,25 @@ def test_what_the_entry_point_would_refuse(more: str, says: str, capsys: pytest.
     assert checked("530m-98k", more) == 1
     (problem,) = problems(capsys.readouterr().err)
     assert re.search(says, problem), problem
+
+
+def test_what_megatron_takes_is_queued(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of key/value heads and lengths; what Lighthouse asks beyond that stays."""
+    many = "--tensor-model-parallel-size 8 --group-query-attention --num-query-groups"
+    for more, status in (
+        (f"--attention dense {many} 2", 0),  # four ranks share a group
+        (f"--attention dense {many} 3", 1),
+        (f"--attention lighthouse {many} 2", 1),
+        ("--tensor-model-parallel-size 8 --num-query-groups 3", 0),  # not read without --group-query-attention
+    ):
+        assert checked("530m-98k", more) == status, more
+    assert "--num-query-groups 2 must be a multiple" in capsys.readouterr().err
+    given = words("530m-98k")
+    at = given.index("--seq-length")
+    without = ["--nodes", "1", "--gpus-per-node", "8", "--", *given[:at], *given[at + 2 :], "--mock-data"]
+    assert check.main(without) == 1
+    assert check.main([*without, "--encoder-seq-length", given[at + 1]]) == 0
+    assert check.main([*without, "--use-checkpoint-args"]) == 0
 
 
 def test_megatrons_dropout_is_not_none(capsys: pytest.CaptureFixture[str]) -> None:

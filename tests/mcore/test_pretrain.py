@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy
 import pytest
@@ -62,25 +60,6 @@ def test_mock_data_and_a_picture_of_each_layer(tmp_path: Path) -> None:
     first, second = (picture.read_bytes() for picture in pictures)
     assert first.startswith(b"\x89PNG")
     assert first != second
-
-
-@pytest.mark.parametrize(
-    ("error", "ends"),
-    [
-        (ValueError("--flag 1 must be 2"), SystemExit),
-        (json.JSONDecodeError("half a file", "{", 1), json.JSONDecodeError),
-        (OSError("no disk"), OSError),
-    ],
-)
-def test_what_may_pass_is_no_refusal(error: Exception, ends: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A refused job is not queued again."""
-    from megatron_lighthouse.mcore.loop import pretrain
-
-    monkeypatch.setattr(pretrain.machine, "adapt", lambda: None)
-    monkeypatch.setattr(pretrain, "parse_and_validate_args", mock.Mock(side_effect=error))
-    with pytest.raises(ends) as ended:
-        pretrain.run()
-    assert ends is not SystemExit or ended.value.code == pretrain.REFUSED
 
 
 def test_what_megatron_asserts_is_a_refusal_too(tmp_path: Path) -> None:

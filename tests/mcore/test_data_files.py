@@ -151,6 +151,8 @@ def test_what_the_data_options_ask_of_each_other(tmp_path: Path, capsys: pytest.
     assert checked("--data-path", "s3://bucket/x", *storage, options=["--sees", "/data"]) == 0
     assert checked("--data-path", "1", "msc://p/x", "1", prefix, *storage, "--enable-msc") == 0
     assert checked("--data-path", prefix, "--split", "2,1,0") == 0
+    assert checked("--data-path", "1", prefix, "--split", "969,30,1") == 1
+    assert checked("--data-path", prefix, prefix, prefix, "--split", "969,30,1") == 0  # each is read once, Megatron fills none
 
 
 def test_a_container_sees_what_a_list_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,9 +34,13 @@ def problems(args: argparse.Namespace, here: Here, whole: bool = True) -> Iterat
     """What is wrong with the options and the files that name data, each in a sentence."""
     yield from _sources(args)
     counts: dict[str, tuple[int, int]] = {}
+    filled: list[str] = []
     try:
         for name, words in blends.blends(args, here):
-            for prefix in blends.prefixes(name, words):
+            found = blends.prefixes(name, words)
+            if len(found) == 1 or len(found) < len(words):  # else Megatron reads each dataset once, however little it has
+                filled += found
+            for prefix in found:
                 if remote(prefix):
                     yield from _storage(args, name, prefix)
                 elif message := _dataset(name, prefix, here, whole):
@@ -44,7 +48,7 @@ def problems(args: argparse.Namespace, here: Here, whole: bool = True) -> Iterat
                 else:
                     header = indexed.read_header(here(prefix + ".idx"))
                     counts[prefix] = header.sequences, header.documents
-        yield from _splits(args, counts)
+        yield from _splits(args, {prefix: counts[prefix][0] for prefix in filled if prefix in counts})
         yield from _sequences(args, counts, here)
         if args.text_data is not None:
             yield from _text(args.text_data, here)
@@ -90,8 +94,8 @@ def _storage(args: argparse.Namespace, name: str, prefix: str) -> Iterator[str]:
         yield f"{name} {prefix} is in object storage: add {' '.join(missing)}."
 
 
-def _splits(args: argparse.Namespace, counts: dict[str, tuple[int, int]]) -> Iterator[str]:
-    """Whether each part of --split has a sequence of every dataset: Megatron would fill it from none, for ever."""
+def _splits(args: argparse.Namespace, counts: dict[str, int]) -> Iterator[str]:
+    """Whether each part of --split has a sequence of datasets of so many: Megatron would fill it from none, for ever."""
     if args.data_path is None and args.data_args_path is None:
         return
     split = args.split or "969, 30, 1"  # Megatron's
@@ -100,7 +104,7 @@ def _splits(args: argparse.Namespace, counts: dict[str, tuple[int, int]]) -> Ite
         shares = [share / sum(shares) for share in shares]
     except (ValueError, ZeroDivisionError):
         return  # Megatron says so
-    for prefix, (sequences, _) in counts.items():
+    for prefix, sequences in counts.items():
         edges = [round(sum(shares[:n]) * sequences) for n in range(len(shares) + 1)]
         parts = zip(blends.SPLITS, shares, edges, edges[1:], strict=False)
         if empty := [part for part, share, first, end in parts if share > 0 and first == end]:

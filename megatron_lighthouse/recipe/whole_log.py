@@ -35,9 +35,9 @@ def check_around(losses: Losses, switch: int, width: int) -> None:
     found = _holes([*begin, switch + 1], early or every) + _holes([switch, *after], late or every)
     if found:
         raise ValueError(
-            f"the log has no loss of iterations {_few(found)}, just before the switch after {switch} or since: when the loss was "
-            "back cannot be told. Give a log without that hole, a smaller --smooth than "
-            f"{width}, or --switch ITER where the switch was elsewhere."
+            f"the log has no loss of iterations {_few(found)}, just before the switch after {switch} or since: when the loss "
+            f"was back cannot be told. Give a log without that hole, a smaller --smooth than {width}, or --switch ITER "
+            "where the switch was elsewhere."
         )
 
 

@@ -136,7 +136,7 @@ def test_what_is_no_event_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_what_a_run_logged_before_it_went_back_is_no_part_of_it(tmp_path: Path) -> None:
     """It was killed in iteration 30, and went on from 20 to 25."""
-    write(tmp_path, {i: 1.0 for i in range(1, 31)})
-    write(tmp_path, {i: 2.0 for i in range(21, 26)})
+    write(tmp_path, dict.fromkeys(range(1, 31), 1.0))
+    write(tmp_path, dict.fromkeys(range(21, 26), 2.0))
     steps, values = read_scalars(tmp_path)["lm loss"]
     assert dict(zip(steps.tolist(), values.tolist(), strict=True)) == {i: 1.0 if i <= 20 else 2.0 for i in range(1, 26)}

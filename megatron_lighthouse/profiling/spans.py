@@ -55,7 +55,7 @@ class Times:
 
 def is_time(start: object, end: object) -> bool:
     """Whether these are the start and the end of something: finite numbers, in this order."""
-    return all(type(x) in (int, float) and math.isfinite(x) for x in (start, end)) and start <= end  # type: ignore[operator]
+    return all(isinstance(x, int | float) and math.isfinite(x) for x in (start, end)) and bool(start <= end)  # type: ignore[operator]
 
 
 def left_out(count: int) -> list[str]:

@@ -27,6 +27,7 @@ setup(
     install_requires=[
         "megatron-core>=0.19.2,<0.20",  # the model, the parallelism and the training loop that this plugs into
         "torch>=2.6",  # what Megatron-core itself asks for
+        "packaging",  # compares releases
         "numpy",  # text as Megatron's indexed datasets, and the numbers behind the plots
         "psutil",  # Megatron's distributed checkpoints need it and do not declare it
         "tqdm",  # the progress bar
@@ -35,7 +36,7 @@ setup(
     ],
     extras_require={
         "te": ["transformer-engine[core_cu13,pytorch]"],  # --transformer-impl transformer_engine
-        "gla": ["flash-linear-attention"],  # --lighthouse-scorer gla on a GPU
+        "gla": ["flash-linear-attention>=0.6.0"],  # --lighthouse-scorer gla on a GPU
         "test": [
             "pytest",  # runs the tests
             "pytest-xdist",  # two files of tests at a time: half the time on two cores

@@ -122,8 +122,12 @@ def training(results: Results, run: str, against: str) -> Row:
     answer["gap"], _, answer["gap_iteration"] = recovery.gap(ours, theirs, facts["smooth"])
     switch, dense_from = facts["switch"], facts["dense_from"]
     if switch and not other["switch"] and max(ours, default=0) >= dense_from:
-        spike = recovery.measure(ours, switch, dense_from, facts["smooth"]).spike_iteration
-        level = recovery.caught_up(ours, theirs, spike, facts["smooth"])
+        try:
+            spike = recovery.measure(ours, switch, dense_from, facts["smooth"]).spike_iteration
+        except ValueError:  # said with the run's own row
+            level = None
+        else:
+            level = recovery.caught_up(ours, theirs, spike, facts["smooth"])
         answer["iterations_to_catch_up"] = None if level is None else level - switch
     answer["greatest_distance_at_first"] = max([*distance.values()][:FIRST])
     answer["early_distance"] = statistics.fmean([*distance.values()][:EARLY])

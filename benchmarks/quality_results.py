@@ -23,6 +23,7 @@ import json
 import os
 import re
 import statistics
+import sys
 import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -139,8 +140,16 @@ def run_row(facts: Row, points: Sequence[Row], evaluation: Row | None) -> Row:
     found = {}
     if times["lighthouse"] and times["dense"]:
         losses = {point["iteration"]: point["loss"] for point in points}
-        measured = recovery.measure(losses, switch, dense_from, facts["smooth"])
-        found = recovery.report(recovery.Run(losses, switch, dense_from, facts["tokens"]), measured, None, facts["smooth"])
+        try:
+            measured = recovery.measure(losses, switch, dense_from, facts["smooth"])
+        except ValueError as error:
+            print(f"{facts['run']}: recovery is left out: {error}", file=sys.stderr)
+            measured = None
+        found = (
+            {}
+            if measured is None
+            else recovery.report(recovery.Run(losses, switch, dense_from, facts["tokens"]), measured, None, facts["smooth"])
+        )
     for name in ("level", "scatter", "spike", "spike_iteration", "iterations_to_recover", "tokens_to_recover"):
         answer[name] = found.get(name)
     return answer

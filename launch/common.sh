@@ -66,6 +66,15 @@ parse_options() {
     CLUSTER=$(realpath "$CLUSTER") RECIPE=$(realpath "$RECIPE")
 }
 
+# line $2 of file $1, which the caller has in its variable line, as text from any editor: without a byte order mark or a DOS line end
+clean_line() {
+    [[ $2 != 1 ]] || line=${line#$'\xef\xbb\xbf'}
+    line=${line%$'\r'}
+    local read=${line%%#*}
+    [[ ${read//$'\t'/} != *[[:cntrl:]]* && $read != *$'\xc2\xa0'* && $read != $'\xff\xfe'* && $read != $'\xfe\xff'* ]] ||
+        die "$1, line $2: $(printf %q "$line") has a character that no blank or word has: write plain blanks, and UTF-8."
+}
+
 read_cluster() {
     local file=$1 line key value number=0
     [[ -r $file ]] || die "--cluster $file cannot be read: give a file, or one of $(words "$LAUNCH"/clusters/*.env)."
@@ -74,6 +83,7 @@ read_cluster() {
     FABRIC=() # the environment variables that the file names
     while IFS= read -r line || [[ -n $line ]]; do
         number=$((number + 1))
+        clean_line "$file" $number
         line=${line%%[[:space:]]#*}
         line=${line%"${line##*[![:space:]]}"}
         [[ -z $line || $line == \#* ]] && continue
@@ -147,10 +157,12 @@ check_time() {
 
 # a recipe: Megatron's arguments, words apart by blanks, # begins a comment
 read_recipe() {
-    local file=$1 line found=()
+    local file=$1 line found=() number=0
     [[ -r $file ]] || die "--recipe $file cannot be read: give a file, or one of $(words "$LAUNCH"/recipes/*.args)."
     RECIPE_ARGUMENTS=()
     while IFS= read -r line || [[ -n $line ]]; do
+        number=$((number + 1))
+        clean_line "$file" $number
         read -ra found <<<"${line%%#*}" || true
         RECIPE_ARGUMENTS+=("${found[@]}")
     done <"$file"

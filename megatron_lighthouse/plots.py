@@ -13,6 +13,7 @@ from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from megatron_lighthouse.event_files import check_whole
 from megatron_lighthouse.lighthouse import telemetry
 from megatron_lighthouse.lighthouse.selection import Selection
 
@@ -106,16 +107,27 @@ def _running_mean(values: numpy.ndarray[Any, Any], width: int = 10) -> numpy.nda
 
 
 def read_scalars(folder: Path) -> Scalars:
-    """Per name, the steps and values in a TensorBoard log; of a step logged twice (a resumed run), the later value."""
+    """Per name, the steps and values in a TensorBoard log. Where a run went back to a checkpoint, only what it logged since
+    counts from there on: what came after the checkpoint is no part of it.
+
+    Raises:
+        ValueError: as `check_whole`.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    check_whole(folder)
     log = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     log.Reload()
     scalars = {}
     for name in log.Tags()["scalars"]:
-        latest = {event.step: event.value for event in sorted(log.Scalars(name), key=lambda e: e.wall_time)}
-        steps = sorted(latest)
-        scalars[name] = (numpy.array(steps), numpy.array([latest[step] for step in steps]))
+        steps: list[int] = []
+        values: list[float] = []
+        for event in sorted(log.Scalars(name), key=lambda e: e.wall_time):
+            while steps and steps[-1] >= event.step:
+                del steps[-1], values[-1]
+            steps.append(event.step)
+            values.append(event.value)
+        scalars[name] = (numpy.array(steps), numpy.array(values))
     return scalars
 
 

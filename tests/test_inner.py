@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_lighthouse import LighthouseConfig, lighthouse_attention, notice
+from megatron_lighthouse import LighthouseConfig, lighthouse_attention, notice, versions
 from megatron_lighthouse.softmax import backends as inner
 from megatron_lighthouse.softmax.backends import BACKENDS, Rows, choose
 from tests.oracle import Problem, attention
@@ -33,6 +33,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(inner, "_choose", cache(inner._choose.__wrapped__))
     monkeypatch.setattr(notice, "_say", cache(notice._say.__wrapped__))
     monkeypatch.setattr(inner, "_functions", {})
+    monkeypatch.setattr(versions, "_installed", {"flash-attn-4": "4.0.0b36"}.get)
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -125,16 +126,64 @@ def test_te_is_for_the_layers_of_transformer_engine() -> None:
     assert "--transformer-impl transformer_engine, or --lighthouse-inner auto" in refusal("te")
 
 
-@pytest.mark.parametrize(("name", "largest", "device", "other"), [("fa4", 128, 103, 80), ("fa3", 256, 90, 100)])
-def test_what_flash_attention_takes(name: str, largest: int, device: int, other: int, monkeypatch: pytest.MonkeyPatch) -> None:
+TO_128, TO_256 = [*range(8, 129, 8)], [*range(8, 257, 8)]
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "takes"),
+    [
+        *(("fa3", 90, TO_256), ("fa4", 90, TO_256), *(("fa4", device, [*TO_128, 256]) for device in (100, 103, 110))),
+        *(("fa3", 100, []), *((name, device, []) for name in MODULES for device in (80, 89, 120, 121))),
+    ],
+)
+def test_what_flash_attention_takes(name: str, device: int, takes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, MODULES[name], FlashAttention())
-    monkeypatch.setattr(Rows, "capability", other)
-    assert "does not run on this device" in refusal(name)
     monkeypatch.setattr(Rows, "capability", device)
-    assert chosen(name, torch.float16, largest) == name
+    problem = BACKENDS[name].problem
+    rows = [Rows(torch.device("cpu"), torch.float16, 4, 2, dim) for dim in range(1, 300)]
+    assert [one.dim for one in rows if problem(one) is None] == takes
+    if not takes:
+        assert "does not run on this device" in refusal(name)
+        return
+    assert chosen(name, torch.float16, takes[-1]) == name
     assert "takes bf16 and fp16 alone" in refusal(name, torch.float32)
-    for dim in (60, largest + 8):
+    for dim in (60, takes[-1] + 8):
         assert f"does not take head dimension {dim}" in refusal(name, dim=dim)
+
+
+@pytest.mark.parametrize(
+    ("release", "reason"),
+    [
+        *(
+            (beta, f"is installed as {beta}, and is right from 4.0.0b30 on")
+            for beta in ("4.0.0b3", "4.0.0b12", "4.0.0b29", "0.0.1")
+        ),
+        (None, "is installed, but does not say which release it is"),
+        ("a fork", "is installed as a fork, which is no version"),
+        *((good, None) for good in ("4.0.0b30", "4.0.0b36", "4.0.0", "4.0.0b36.dev3+g1234", "4.1")),
+    ],
+)
+@either_mode
+def test_a_release_with_a_wrong_backward_is_refused(
+    release: str | None,
+    reason: str | None,
+    deterministic: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    torch.use_deterministic_algorithms(deterministic)
+    monkeypatch.setitem(sys.modules, MODULES["fa4"], FlashAttention())
+    monkeypatch.setattr(versions, "_installed", lambda package: release)
+    for name in BACKENDS.keys() - {"fa4", "sdpa"}:
+        monkeypatch.setitem(BACKENDS, name, replace(BACKENDS[name], problem=lambda rows: "is lost"))
+    monkeypatch.setattr(Rows, "capability", 100)
+    if reason is None:
+        assert chosen() == "fa4"
+        return
+    assert f"FlashAttention 4 {reason}" in refusal("fa4")
+    assert "pip install" in refusal("fa4")
+    assert chosen() == "sdpa"
+    assert f"FlashAttention 4 {reason}" in caplog.text
 
 
 def test_an_early_flash_attention_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib import import_module
 from threading import Barrier, Lock
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from megatron_lighthouse import versions
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.kernels import lighthouse as kernels
 from megatron_lighthouse.lighthouse import reference
@@ -236,11 +238,29 @@ def test_other_scorers_take_any_length(scorer: str) -> None:
     assert problem(scorer, 90, 3) is None
 
 
+@pytest.mark.parametrize(
+    ("release", "is_old"), [("0.5.2", True), ("0.4.0", True), (None, True), ("0.6.0", False), ("1.0", False)]
+)
+def test_gla_on_a_gpu_asks_for_a_release(release: str | None, is_old: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Earlier ones break with Triton 3.8, or overflow 32 bits."""
+    module = ModuleType("fla.ops.simple_gla")
+    module.chunk_simple_gla = lambda *given, **options: given  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(versions, "_installed", {"flash-linear-attention": release}.get)
+    if is_old:
+        with pytest.raises(
+            ValueError, match=rf"gla .* is installed.*{release or 'which release'}.*flash-linear-attention>=0.6.0"
+        ):
+            check_installed("gla", kernels, torch.device("cuda"))
+    else:
+        check_installed("gla", kernels, torch.device("cuda"))
+
+
 def test_gla_on_a_gpu_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fla.ops.simple_gla", None)
-    with pytest.raises(ValueError, match=r"--lighthouse-scorer gla .* pip install flash-linear-attention"):
+    with pytest.raises(ValueError, match=r"--lighthouse-scorer gla .* pip install 'flash-linear-attention>=0.6.0'"):
         gla._flash_linear_attention()
-    with pytest.raises(ValueError, match=r"--lighthouse-scorer gla .* pip install flash-linear-attention"):
+    with pytest.raises(ValueError, match=r"--lighthouse-scorer gla .* pip install 'flash-linear-attention>=0.6.0'"):
         check_installed("gla", kernels, torch.device("cuda"))
     check_installed("gla", reference, torch.device("cuda"))
     check_installed("gla", kernels, torch.device("cpu"))

@@ -20,6 +20,7 @@ from megatron_lighthouse.lighthouse.sharded.deal import Deal
 from megatron_lighthouse.lighthouse.sharded.halo import with_halo
 from megatron_lighthouse.lighthouse.sharded.select import select_shard
 from megatron_lighthouse.lighthouse.steps import HaloTravel, Steps, steps_for
+from megatron_lighthouse.lighthouse.transforms import differentiable_once, refuse_transforms
 from megatron_lighthouse.ranges import step
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.softmax.backends import Attend, inner_attention
@@ -64,6 +65,7 @@ def lighthouse_attention(
         ValueError: shapes or dtypes that do not fit each other, an N that does not fit the config or the ranks, or an inner
             attention that is forced and is not there. Raised before any collective, and on every rank alike.
         TypeError: a selection that is no `Selection`.
+        RuntimeError: under torch.func or forward-mode differentiation; in backward, a second derivative.
     """
     # by name alone, here: under Transformer Engine's attention `attended_rows` may be given a scheme of its own
     if problem := comm_type_problem(cp_comm_type, 1, 1, 1):
@@ -118,6 +120,7 @@ def attended_rows(
 ) -> Attended:
     """All steps of `lighthouse_attention` but the last, which must follow: the halo is under way until then."""
     _check(query, key, value)
+    query, key, value = differentiable_once(query, key, value)
     geometry = config.geometry(query.shape[0] * (exchange.size if exchange else 1), exchange.size if exchange else 1)
     if attend is None:
         if exchange is None:
@@ -226,6 +229,7 @@ def _check_selection(selection: Selection, query: Tensor, key: Tensor, geometry:
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+    refuse_transforms(query, key, value)
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape:
         raise ValueError(f"expected query [N, B, H, D] and key and value of one shape [N, B, G, D], got {shapes}.")

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 import statistics
 from collections.abc import Sequence
@@ -118,16 +119,22 @@ def read(folder: Path) -> tuple[Row, list[str]]:
     notes += [f"run.json lacks {', '.join(missing)}"] if missing else []
     text = "\n".join(logs)
     # each log is of one start, and each start warms up
-    found = [[float(x) / 1000 for x in re.findall(r"elapsed time per iteration \(ms\): (\d+\.\d+)", log)] for log in logs]
-    times = [seconds for one in found for seconds in one[min(WARM_UP, max(LEAST, len(one) - 1)) :]]
+    found = [_numbers(r"elapsed time per iteration \(ms\): (\S+)", log) for log in logs]
+    counted = [ms / 1000 for one in found for ms in one[min(WARM_UP, max(LEAST, len(one) - 1)) :]]
+    times = [seconds for seconds in counted if 0 < seconds < math.inf]
+    if wrong := len(counted) - len(times):
+        notes.append(f"{wrong} of {len(counted)} step times in the log are no time above 0: left out")
     iterations = sum(map(len, found))
-    losses = re.findall(r"lm loss: (-?\d\.\d+E[+-]\d+)", text)
+    losses = _numbers(r"lm loss: (\S+)", text)
+    if losses and not math.isfinite(losses[-1]):
+        notes.append(f"the last loss in the log is {losses.pop()}: left out")
+        losses.clear()
     peaks = [float(x) for x in re.findall(r"max allocated: (\d+\.\d+)", text) if float(x)]  # MiB; 0 without a GPU
-    row |= {"iterations": iterations, "last_loss": float(losses[-1]) if losses else None}
+    row |= {"iterations": iterations, "last_loss": losses[-1] if losses else None}
     row["peak_gib"] = round(max(peaks) / 1024, 2) if peaks else None
     if not text:
         notes.append("no log: not started, or still queued")
-    elif not times:
+    elif not times and not wrong:
         notes.append(f"{iterations} iterations, of which the first {LEAST} of a start warm up: no step time")
     if text and not peaks:
         notes.append("no 'max allocated' in the log: no memory")
@@ -139,6 +146,18 @@ def read(folder: Path) -> tuple[Row, list[str]]:
         except (ValueError, TypeError, ArithmeticError) as error:
             notes.append(f"run.json describes no run, so nothing is predicted: {error}")
     return row, notes
+
+
+def _numbers(pattern: str, log: str) -> list[float]:
+    """What stands in these places of a log; NaN for what is no number, such as a word that was cut short."""
+
+    def number(word: str) -> float:
+        try:
+            return float(word)
+        except ValueError:
+            return math.nan
+
+    return [number(word) for word in re.findall(pattern, log)]
 
 
 def _wrong(info: Row) -> dict[str, str]:
@@ -154,10 +173,14 @@ def _wrong(info: Row) -> dict[str, str]:
 def _speeds(row: Row, info: Row, times: list[float]) -> None:
     """Step and throughput as measured, and as predicted where the device is known."""
     ranks = {name: info.get(name, 1) for name in ("tensor_parallel", "context_parallel", "pipeline_parallel")}
-    apart = info["gpus"] // (ranks["tensor_parallel"] * ranks["context_parallel"] * ranks["pipeline_parallel"])
+    one = math.prod(ranks.values())
+    if info["gpus"] % one:
+        raise ValueError(f"gpus {info['gpus']} is no multiple of the {one} of tensor_, context_ and pipeline_parallel")
+    apart = info["gpus"] // one
     batch = info.get("global_batch", apart)
     if times:
-        row["seconds_a_step"] = round(statistics.median(times), 4)
+        seconds = statistics.median(times)
+        row["seconds_a_step"] = round(seconds, 4) or seconds
         row["tokens_s_gpu"] = round(info["seq_length"] * batch / row["seconds_a_step"] / info["gpus"], 1)
     if "device" not in info:
         return

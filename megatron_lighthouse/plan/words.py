@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,11 +36,23 @@ RECOMPUTE_WORDS = {
 
 
 def recipe_words(path: Path) -> list[str]:
-    """The words of a recipe of launch/: apart by blanks, # begins a comment. Raises ValueError where it cannot be read."""
+    """The words of a recipe of launch/: apart by blanks, # begins a comment. As launch/common.sh reads it, without a byte order
+    mark and DOS line ends.
+
+    Raises:
+        ValueError: a file that cannot be read, or has characters that are neither of a word nor blanks.
+    """
     try:
-        return [word for line in path.read_text().splitlines() for word in line.split("#")[0].split()]
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--recipe {path} cannot be read ({error}): name a text file of Megatron's arguments.") from error
+    lines = [line.removesuffix("\r").split("#")[0] for line in lines]
+    for number, line in enumerate(lines, 1):
+        if odd := [c for c in line if c != "\t" and (c < " " or c in "\x7f\xa0")]:
+            raise ValueError(
+                f"{path}, line {number}: {line!r} has {odd[0]!r}, which no blank or word has: write plain blanks, and UTF-8."
+            )
+    return [word for line in lines for word in re.split(r"[ \t]+", line) if word]
 
 
 def run_of_words(words: Sequence[str], device: Device, gpus: int | None = None) -> Run:

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from megatron_lighthouse.profiling.picture import draw
 
             draw(found, options.png)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     print(report.text(found))

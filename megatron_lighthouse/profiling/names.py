@@ -55,7 +55,7 @@ def range_mark(name: str) -> Mark | None:
     if not name.startswith("lighthouse/"):
         return None
     step, _, backward = name.removeprefix("lighthouse/").partition(" ")
-    return Mark(RANGES.get(step, step), "backward" if backward == "backward" else "forward")
+    return Mark(RANGES.get(step, _printable(step)), "backward" if backward == "backward" else "forward")
 
 
 def kernel_mark(name: str) -> Mark | None:
@@ -64,7 +64,12 @@ def kernel_mark(name: str) -> Mark | None:
         return None
     step, *parts = name.removeprefix("lighthouse_").split("_")
     direction = parts[0] if parts and parts[0] in ("forward", "backward") else None
-    return Mark(KERNELS.get(step, step), direction)
+    return Mark(KERNELS.get(step, _printable(step)), direction)
+
+
+def _printable(step: str) -> str:
+    """A step that this module does not know may have any characters in its name."""
+    return "".join(c if c.isprintable() else "�" for c in step)
 
 
 def engine_direction(name: str) -> str | None:

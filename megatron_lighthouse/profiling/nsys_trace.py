@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -12,7 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from megatron_lighthouse.profiling.spans import Profile, span_of
+from megatron_lighthouse.profiling.spans import Profile, is_time, left_out, span_of
 from megatron_lighthouse.profiling.threads import Range, Thread
 
 ON_GPU = {
@@ -49,6 +50,7 @@ def read_report(path: Path) -> list[Profile]:
             [nsys, "export", "--type", "sqlite", "--output", str(exported), str(path)],
             capture_output=True,
             text=True,
+            errors="replace",
             check=False,
         )
         if done.returncode or not exported.exists():
@@ -64,31 +66,36 @@ def read_nsys(path: Path) -> list[Profile]:
     """
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
+            database.text_factory = lambda raw: raw.decode(errors="replace")  # a range may have any bytes for a name
             return _read(database, path)
     except sqlite3.Error as error:
         raise ValueError(f"{path} cannot be read as an SQLite database: {error}. Export it again.") from error
 
 
 def _read(database: sqlite3.Connection, path: Path) -> list[Profile]:
-    tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    if not tables & {"StringIds", "NVTX_EVENTS", *ON_GPU}:
+    tables = _tables(database)
+    if not tables.keys() & {"StringIds", "NVTX_EVENTS", *ON_GPU}:
         raise ValueError(f"{path} is an SQLite database, but no export of Nsight Systems: it lacks the table StringIds.")
     strings = dict(_rows(database, tables, "StringIds", "id", "value"))
     threads = _threads(database, tables, strings)
     launches: dict[tuple[int | None, Any], tuple[int | None, int]] = {}
     for table in LAUNCHES:
         for start, correlation, thread in _rows(database, tables, table, "start", "correlationId", "globalTid"):
+            if not is_time(start, start):
+                continue
             launches[None, correlation] = thread, start  # for versions that do not name a kernel's process
             launches[None if thread is None else thread >> PROCESS, correlation] = thread, start
     gpus: dict[tuple[int | None, Any], Profile] = {}
     lost: dict[tuple[int | None, Any], int] = defaultdict(int)
     graphs: dict[tuple[int | None, Any], int] = defaultdict(int)
+    wrong = 0
     kernels, where = "CUPTI_ACTIVITY_KIND_KERNEL", ("globalPid", "contextId", "streamId")
     computing = set(_rows(database, tables, kernels, *where))
     columns = ("start", "end", "deviceId", "correlationId", "demangledName", "shortName", "copyKind", *where)
     for table, kind in ON_GPU.items():
         for start, end, device, correlation, long, short, copy, *stream in _rows(database, tables, table, *columns):
-            if start is None or end is None:
+            if not is_time(start, end):
+                wrong += 1
                 continue
             process = None if stream[0] is None else stream[0] >> PROCESS
             thread, at = launches.get((process, correlation), (None, start))
@@ -100,7 +107,8 @@ def _read(database: sqlite3.Connection, path: Path) -> list[Profile]:
             gpus.setdefault(gpu, Profile(path.name, [], None)).spans.append(span)
             lost[gpu] += thread is None
             graphs[gpu] += kind == "CUDA graph"
-    for (process, device), profile in gpus.items():
+    found = sorted(gpus.items(), key=lambda item: tuple(-1 if x is None else x for x in item[0]))
+    for (process, device), profile in found:
         if len(gpus) > 1:
             number = "" if process is None else f", process {process & 0xFFFFFF}"
             profile.name += f"{number}, GPU {device}"
@@ -113,26 +121,46 @@ def _read(database: sqlite3.Connection, path: Path) -> list[Profile]:
             profile.notes.append(
                 f"{count:,} CUDA graphs were traced as a whole, without their kernels: profile with --cuda-graph-trace=node."
             )
-    return list(gpus.values())
+        profile.notes += left_out(wrong)
+    return [profile for _, profile in found]
 
 
-def _threads(database: sqlite3.Connection, tables: set[str], strings: dict[int, str]) -> dict[int | None, Thread]:
+def _tables(database: sqlite3.Connection) -> dict[str, str]:
+    """Tables and views by name; one that this version of nsys numbers, such as NVTX_EVENTS_V2, by its name without number too.
+
+    Of several the latest that has a row.
+    """
+    names = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")]
+    found = {name: name for name in names}
+    for name in sorted(names, key=lambda name: (len(name), name)):
+        bare = re.sub(r"_V\d+$", "", name)
+        if bare not in found or (bare != name and database.execute(f'SELECT 1 FROM "{name}" LIMIT 1').fetchone()):
+            found[bare] = name
+    return found
+
+
+def _threads(database: sqlite3.Connection, tables: dict[str, str], strings: dict[int, str]) -> dict[int | None, Thread]:
     """The NVTX ranges of each thread."""
     ranges: dict[int | None, list[Range]] = defaultdict(list)
     columns = ("start", "end", "eventType", "text", "textId", "globalTid")
     for start, end, kind, text, number, thread in _rows(database, tables, "NVTX_EVENTS", *columns):
         name = text or _text(strings, number)
-        if name and start is not None and end is not None and kind in (PUSH_POP, None):
+        if name and is_time(start, end) and kind in (PUSH_POP, None):
             ranges[thread].append(Range(start / 1e3, end / 1e3, name))
     return {thread: Thread(found) for thread, found in ranges.items()}
 
 
-def _rows(database: sqlite3.Connection, tables: set[str], table: str, *columns: str) -> Iterator[tuple[Any, ...]]:
-    """Those columns of a table, None for what this version of nsys does not write; nothing where the table is missing."""
+def _rows(database: sqlite3.Connection, tables: dict[str, str], table: str, *columns: str) -> Iterator[tuple[Any, ...]]:
+    """Those columns of a table, None for what this version of nsys does not write; nothing where the table is missing.
+
+    In the order of time, outer ranges first: since 2025.6 nsys writes them in none.
+    """
     if table not in tables:
         return iter(())
-    there = {column for _, column, *_ in database.execute(f"PRAGMA table_info({table})")}
-    return database.execute("SELECT {} FROM {}".format(", ".join(f'"{c}"' if c in there else "NULL" for c in columns), table))
+    there = {column for _, column, *_ in database.execute(f'PRAGMA table_info("{tables[table]}")')}
+    named = ", ".join(f'"{c}"' if c in there else "NULL" for c in columns)
+    order = [f'"{column}" {way}' for column, way in (("start", "ASC"), ("end", "DESC")) if column in there]
+    return database.execute(f'SELECT {named} FROM "{tables[table]}"' + (f" ORDER BY {', '.join(order)}" if order else ""))
 
 
 def _text(strings: dict[int, str], value: Any) -> str | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -45,7 +47,9 @@ def read(path: Path) -> list[Profile]:
         profiles = read_report(path)
     elif begin.startswith(b"SQLite format 3\0"):
         profiles = read_nsys(path)
-    elif begin.startswith(b"\x1f\x8b") or begin.lstrip()[:1] in (b"{", b"["):
+    elif not begin:
+        raise ValueError(f"{path} is empty: let the run end, or take the trace of another rank.")
+    elif begin.startswith(b"\x1f\x8b") or begin.removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b"["):
         profiles = read_torch(path)
     else:
         raise ValueError(
@@ -56,6 +60,8 @@ def read(path: Path) -> list[Profile]:
         raise ValueError(
             f"{path} holds no GPU work, and no operators on a CPU: {HOW}; the profiled ranks must reach an iteration."
         )
+    if not all(any(span.end > span.start for span in profile.spans) for profile in profiles):
+        raise ValueError(f"{path} holds work of a GPU that takes no time: {HOW}.")
     if not any(span.row in STEPS for profile in profiles for span in profile.spans):
         raise ValueError(
             f"{path} holds work, but nothing of Lighthouse: no range lighthouse/… and no kernel lighthouse_…. Dense layers "
@@ -72,6 +78,8 @@ def ranks(paths: Sequence[Path], iterations: int | None) -> list[Rank]:
     """
     if iterations is not None and iterations < 1:
         raise ValueError(f"--iterations {iterations} must be at least 1: give how many iterations the profile holds.")
+    if twice := [str(path) for path, count in Counter(path.resolve() for path in paths).items() if count > 1]:
+        raise ValueError(f"{' '.join(twice)} is given twice, and would count as two ranks: give each trace once.")
     found = [(path, profile) for path in paths for profile in read(path)]
     if len({profile.on_cpu for _, profile in found}) > 1:
         those = ", ".join(str(path) for path, profile in found if profile.on_cpu)

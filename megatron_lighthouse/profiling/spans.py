@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -50,6 +51,16 @@ class Times:
     """From the first work to the end of the last."""
     own_work: float
     """The time in which anything but communication ran."""
+
+
+def is_time(start: object, end: object) -> bool:
+    """Whether these are the start and the end of something: finite numbers, in this order."""
+    return all(isinstance(x, int | float) and math.isfinite(x) for x in (start, end)) and bool(start <= end)  # type: ignore[operator]
+
+
+def left_out(count: int) -> list[str]:
+    """The note on pieces of GPU work that no profiler can have seen."""
+    return [f"{count:,} pieces of GPU work have no time, or end before they begin: they are left out."] if count else []
 
 
 def span_of(

@@ -10,13 +10,14 @@ from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_lighthouse.profiling.spans import Profile, span_of
+from megatron_lighthouse.profiling.spans import Profile, is_time, left_out, span_of
 from megatron_lighthouse.profiling.threads import Range, Thread
 
 Event = dict[str, Any]
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 LAUNCHES = ("cuda_runtime", "cuda_driver")
 ON_CPU = ("cpu_op", "user_annotation")
+CUT = "Let the run end, or take the trace of another rank."
 
 
 def read_torch(path: Path) -> list[Profile]:
@@ -29,15 +30,22 @@ def read_torch(path: Path) -> list[Profile]:
     """
     events, rank = _load(path)
     by_category: dict[str, list[Event]] = defaultdict(list)
+    wrong: dict[str, int] = defaultdict(int)
     for event in events:
         if event.get("ph") == "X" and "dur" in event:
-            by_category[event.get("cat", "")].append(event)
+            category = str(event.get("cat", ""))
+            if _is_whole(event):
+                by_category[category].append(event)
+            else:
+                wrong[category] += 1
     threads = _threads([event for category in ON_CPU for event in by_category[category]])
     steps = {e["name"] for e in by_category["user_annotation"] if e["name"].startswith("ProfilerStep#")}
     name, iterations = path.name if rank is None else f"rank {rank}", len(steps) or None
     if not any(by_category[category] for category in ON_GPU):
         spans = [span_of(n, s, e, threads.get(key), s) for key, s, e, n in _own_times(by_category["cpu_op"])]
-        return [Profile(name, spans, iterations, on_cpu=True)] if spans else []
+        bad = sum(wrong[category] for category in (*ON_CPU, *ON_GPU))
+        notes = [f"{bad:,} operators and ranges have no name or time, or end before they begin: they are left out."]
+        return [Profile(name, spans, iterations, on_cpu=True, notes=notes if bad else [])] if spans else []
     launches = {
         e["args"]["correlation"]: e
         for category in LAUNCHES
@@ -66,19 +74,40 @@ def read_torch(path: Path) -> list[Profile]:
                 f"{lost[gpu]:,} of {len(profile.spans):,} pieces of GPU work have no launch in the trace: they count by their "
                 "names and the ranges on their stream, and as forward where these say nothing."
             )
+        profile.notes += left_out(sum(wrong[category] for category in ON_GPU))
     return list(gpus.values())
 
 
+def _is_whole(event: Event) -> bool:
+    """Whether an event has what is read of it: a name, a lane, and a time that ends after it begins."""
+    start, duration, details = event.get("ts"), event["dur"], event.get("args") or {}
+    event["args"] = details
+    return (
+        isinstance(event.get("name"), str)
+        and all(isinstance(event.get(key), int | str) for key in ("pid", "tid"))
+        and is_time(start, start)
+        and is_time(0, duration)
+        and isinstance(details, dict)
+        and all(isinstance(details.get(key), int | str | None) for key in ("correlation", "device"))
+    )
+
+
 def _load(path: Path) -> tuple[list[Event], int | None]:
-    """The events, and the rank where the trace says it."""
+    """The events, and the rank where the trace says it. A name may have any bytes: what is no UTF-8 is replaced."""
     raw = path.read_bytes()
     try:
-        if raw[:2] == b"\x1f\x8b":
-            raw = gzip.decompress(raw)
-        trace = json.loads(raw)
-    except (ValueError, OSError, EOFError, zlib.error) as error:
+        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig", errors="replace").rstrip()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is cut short, or damaged: {error}. {CUT}") from error
+    try:
+        trace = json.loads(text, strict=False)  # a name may have control characters
+    except (ValueError, RecursionError) as error:
+        at = error.pos if isinstance(error, json.JSONDecodeError) else len(text)
+        if at >= len(text) or text[-1:] not in ("}", "]"):
+            raise ValueError(f"{path} is cut short, or no trace: {error}. {CUT}") from error
         raise ValueError(
-            f"{path} is cut short, or no trace: {error}. Let the run end, or take the trace of another rank."
+            f"{path} is no valid JSON: {error}, at {text[max(0, at - 40) : at + 40]!r}. A quote or a backslash in a name, "
+            "which a profiler does not escape, does that: rename the range, or mend the file there."
         ) from error
     events = trace.get("traceEvents") if isinstance(trace, dict) else trace
     if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):

@@ -20,7 +20,8 @@ import argparse
 import csv
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from typing import Any
 import numpy
 
 from megatron_lighthouse.plots import STAGE_COLOURS, read_scalars
+from megatron_lighthouse.recipe.whole_log import Losses, check_around, check_finite, check_since
 
 STAGES = ("lighthouse", "dense")
 LAYERS = "lighthouse/layers"
@@ -35,8 +37,6 @@ LAYERS = "lighthouse/layers"
 STAGE2_AT = "lighthouse_stage2_at"
 """The argument that says when the run's job switches."""
 SIZES = ("seq_length", "global_batch_size")
-type Losses = dict[int, float]
-"""Loss in nats by iteration, in order."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,16 @@ def measure(losses: Losses, switch: int, dense_from: int, width: int) -> Recover
     """Measure a run whose layers all use Lighthouse up to iteration `switch`, and are all dense from `dense_from` on.
 
     Raises:
-        ValueError: no loss on one side of the switch.
+        ValueError: no loss on one side of the switch, or losses that cannot be judged by.
     """
+    check_finite(losses)
     before, after = ({i: x for i, x in losses.items() if (i > switch) == later} for later in (False, True))
     if not before or not after:
         where, what = ("after", "stage 2 is") if before else ("up to", "stage 1 is")
         raise ValueError(
             f"there is no loss {where} iteration {switch}, the last with Lighthouse: {what} missing, or --switch wrong."
         )
+    check_around(losses, switch, width)
     last = list(before.values())[-width:]
     level, scatter = float(numpy.mean(last)), float(numpy.std(last))
     mean = smoothed(after, width)
@@ -248,6 +250,15 @@ def draw(run: Run, measured: Recovery, dense: Losses | None, width: int, path: P
     FigureCanvasAgg(figure).print_png(str(path))
 
 
+@contextmanager
+def said_of(folder: Path) -> Iterator[None]:
+    """Let errors name the run."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Report on the run that the command line names; answers an exit status."""
     parser = argparse.ArgumentParser(prog="python -m megatron_lighthouse.recipe.recovery", description=__doc__.split("\n")[0])
@@ -261,10 +272,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.smooth < 1:
             raise ValueError(f"--smooth {options.smooth} must be at least 1: use 10, or more where single losses scatter.")
         run = read_run(options.run, options.switch)
-        measured = measure(run.losses, run.switch, run.dense_from, options.smooth)
+        with said_of(options.run):
+            measured = measure(run.losses, run.switch, run.dense_from, options.smooth)
         dense = read_losses(logs(options.dense))[0] if options.dense else None
+        with said_of(options.dense):
+            check_finite(dense or {})
+            check_since(dense or {}, run.switch)
         row = report(run, measured, dense, options.smooth)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     out = options.out or options.run

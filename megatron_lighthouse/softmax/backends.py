@@ -17,9 +17,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_lighthouse.notice import say_once
+from megatron_lighthouse.versions import LEAST, too_old
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Causal attention over the gathered rows: ([S, B, H, D], [S, B, G, D], [S, B, G, D]) -> [S, B, H, D]."""
+
+
+def capability_of(device: torch.device) -> int:
+    """The device's compute capability times ten; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 @dataclass(frozen=True)
@@ -34,11 +43,7 @@ class Rows:
 
     @property
     def capability(self) -> int:
-        """The device's compute capability times ten; 0 on a CPU."""
-        if self.device.type != "cuda":
-            return 0
-        major, minor = torch.cuda.get_device_capability(self.device)
-        return 10 * major + minor
+        return capability_of(self.device)
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}, {self.heads} query and {self.groups} key/value heads of {self.dim}"
@@ -144,13 +149,21 @@ def _fastest_first(rows: Rows) -> list[str]:
     return ["fa2", "cudnn", "fa3", "fa4", "sdpa"]
 
 
-def _flash_problem(package: str, module: str, capability: int) -> Callable[[Rows], str | None]:
+UP_TO_256, BLACKWELL = range(8, 257, 8), (*range(8, 129, 8), 256)
+"""Head dimensions of FlashAttention on Hopper, and of FlashAttention 4 on Blackwell."""
+
+
+def _flash_problem(package: str, module: str, dims: dict[int, Sequence[int]]) -> Callable[[Rows], str | None]:
+    """`dims`: the head dimensions that it takes, by major compute capability. Those of FlashAttention 4 are what its interface
+    asserts; its (192, 128) is of values narrower than keys."""
+
     def problem(rows: Rows) -> str | None:
-        if rows.capability // 10 * 10 not in ((90,) if capability == 90 else (90, 100, 110)):
+        takes = dims.get(rows.capability // 10)
+        if takes is None:
             return "does not run on this device"
         if rows.dtype not in (torch.bfloat16, torch.float16):
             return "takes bf16 and fp16 alone"
-        if rows.dim > (256 if capability == 90 else 128) or rows.dim % 8:
+        if rows.dim not in takes:
             return f"does not take head dimension {rows.dim}"
         return _import_problem(package, module)
 
@@ -171,6 +184,8 @@ def _import_problem(package: str, module: str) -> str | None:
         return f"is installed but does not import ({error})"
     if "deterministic" not in inspect.signature(function).parameters:  # FlashAttention 2.8 ships an early flash_attn.cute
         return "is installed, but too old"
+    if package in LEAST and (problem := too_old(package)):
+        return problem
     _functions[module] = function
     return None
 
@@ -214,10 +229,14 @@ def _torch(backend: SDPBackend | None) -> Callable[[Tensor, Tensor, Tensor, floa
 
 
 BACKENDS: dict[str, Backend] = {
-    "fa4": Backend("FlashAttention 4", _flash_problem("flash-attn-4", "flash_attn.cute", 100), _flash("flash_attn.cute")),
+    "fa4": Backend(
+        "FlashAttention 4",
+        _flash_problem("flash-attn-4", "flash_attn.cute", {9: UP_TO_256, 10: BLACKWELL, 11: BLACKWELL}),
+        _flash("flash_attn.cute"),
+    ),
     "fa3": Backend(
         "FlashAttention 3",
-        _flash_problem("hopper/ of the flash-attention repository", "flash_attn_interface", 90),
+        _flash_problem("hopper/ of the flash-attention repository", "flash_attn_interface", {9: UP_TO_256}),
         _flash("flash_attn_interface"),
         lambda rows: rows.dim <= 192,
     ),

@@ -117,7 +117,10 @@ def test_every_problem_is_named_at_once() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["reset_attention_mask", "sft", "dataloader_inter_document_masking", "hybrid_context_parallel", "perform_rl_step"],
+    [
+        *("reset_attention_mask", "sft", "dataloader_inter_document_masking", "hybrid_context_parallel"),
+        *("dynamic_context_parallel", "perform_rl_step"),
+    ],
 )
 def test_run_options_that_are_refused(name: str) -> None:
     from megatron_lighthouse.mcore.command_line.checks import check_run

@@ -146,3 +146,31 @@ def test_out_must_be_a_folder(out: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["scaling", str(tmp_path / "run"), "--out", str(tmp_path / out)]) == 2
     assert f"--out {tmp_path / out} cannot be written (" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_logs_that_cannot_be_trusted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A loss or a time that is no number, and GPUs that make no whole number of replicas: empty cells and a word."""
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    for name, old, new in (
+        ("nan", "lm loss: 5.200000E+00", "lm loss: NAN"),
+        ("infinite", "lm loss: 5.200000E+00", "lm loss: inf"),
+        ("zero", "(ms): 1000.0", "(ms): 0.0"),
+        ("no-time", "(ms): 1000.0", "(ms): nan"),
+        ("backwards", "(ms): 1000.0", "(ms): -3.0"),
+    ):
+        write(runs / name, 8, 1000.0, 60.0, attention="dense", context_parallel=1)
+        log = runs / name / "node0.log"
+        log.write_text(log.read_text().replace(old, new))
+    write(runs / "odd", 8, 1000.0, 60.0, attention="dense", context_parallel=2, gpus=3)
+    assert main(["scaling", str(runs), "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    with (out / "scaling.csv").open() as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    for name in ("nan", "infinite"):
+        assert rows[name]["last_loss"] == ""
+        assert f"{runs / name}: the last loss in the log is {'nan' if name == 'nan' else 'inf'}: left out" in said
+    for name in ("zero", "no-time", "backwards"):
+        assert rows[name]["seconds_a_step"] == rows[name]["tokens_s_gpu"] == ""
+        assert f"{runs / name}: 5 of 5 step times in the log are no time above 0: left out" in said
+    assert rows["odd"]["tokens_s_gpu"] == ""
+    assert "gpus 3 is no multiple of the 2" in said

@@ -17,6 +17,7 @@ from megatron_lighthouse.lighthouse.scorers.both_ways import group_mean
 from megatron_lighthouse.lighthouse.scorers.streams import DELTA, check_streams, streams, tokens
 from megatron_lighthouse.lighthouse.steps import Steps
 from megatron_lighthouse.ranges import step
+from megatron_lighthouse.versions import too_old
 
 SEGMENT = 512
 """Positions of a stream that are worked through at once. The state that a segment starts from is folded over all segments
@@ -128,7 +129,7 @@ def linear_attention(steps: Steps, device: torch.device) -> Linear:
     """What runs the streams beside these steps.
 
     Raises:
-        ValueError: flash-linear-attention is missing on a GPU.
+        ValueError: flash-linear-attention is missing on a GPU, or too old.
     """
     return plain if steps is reference or device.type != "cuda" else _flash_linear_attention()
 
@@ -139,8 +140,13 @@ def _flash_linear_attention() -> Linear:
     except ImportError as error:
         raise ValueError(
             f"--lighthouse-scorer gla runs on a GPU by flash-linear-attention, which cannot be imported ({error}): "
-            "pip install flash-linear-attention, or use --lighthouse-scorer norm, summary or dilated."
+            "pip install 'flash-linear-attention>=0.6.0', or use --lighthouse-scorer norm, summary or dilated."
         ) from error
+    if problem := too_old("flash-linear-attention"):
+        raise ValueError(
+            f"--lighthouse-scorer gla runs on a GPU by flash-linear-attention, which {problem}, or use "
+            "--lighthouse-scorer norm, summary or dilated."
+        )
 
     def linear(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         scale = query.shape[-1] ** -0.5

@@ -26,10 +26,12 @@ from megatron_lighthouse.lighthouse.scorers import check_installed
 from megatron_lighthouse.lighthouse.steps import steps_for
 from megatron_lighthouse.mcore.attention.output import remember_source
 from megatron_lighthouse.mcore.attention.over_shards import context_parallel_group, over_shards
+from megatron_lighthouse.mcore.attention.te_choice import te_choice
 from megatron_lighthouse.mcore.command_line.checks import check
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_of_rank
 from megatron_lighthouse.mcore.loop import switch
-from megatron_lighthouse.softmax.backends import choose, choose_for_blocks
+from megatron_lighthouse.notice import say_once
+from megatron_lighthouse.softmax.backends import capability_of, choose, choose_for_blocks
 from megatron_lighthouse.softmax.blocks import BLOCKS
 
 
@@ -151,6 +153,8 @@ class CoreAttentionBuilder:
         layer.dense_is_inner = dense_is_inner(self.settings, module)
         if not layer.dense_is_inner:
             self._check_inner(layer, config, here)
+        elif "transformer_engine" in module.__module__:
+            say_once(te_choice(capability_of(here)))
         return layer
 
     def _check_inner(self, layer: Any, config: TransformerConfig, device: torch.device) -> None:

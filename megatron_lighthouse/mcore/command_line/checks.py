@@ -18,6 +18,12 @@ if TYPE_CHECKING:  # what needs no Megatron is asked on a login node too
     from megatron.core.transformer import TransformerConfig
 
 
+DYNAMIC = ("hybrid_context_parallel", "dynamic_context_parallel")
+"""One option: Megatron renamed it after 0.19 (5679)."""
+CP_LAYOUTS = ("attention_cp_layout", "linear_cp_layout")
+"""Options of Megatron after 0.19 (6387)."""
+
+
 def check(config: TransformerConfig, settings: LighthouseSettings, seq_length: int | None) -> None:
     """Refuse a model that Lighthouse cannot train as asked.
 
@@ -36,7 +42,7 @@ def check_run(args: Namespace, config: TransformerConfig, settings: LighthouseSe
     Raises:
         ValueError: as `check`.
     """
-    _raise([*_model(config, settings, args.seq_length), *_arguments(args), *_stage2(args, settings)])
+    _raise([*dict.fromkeys([*_model(config, settings, args.seq_length), *_arguments(args), *_stage2(args, settings)])])
 
 
 def _raise(problems: list[str]) -> None:
@@ -83,17 +89,32 @@ def _arguments(args: Namespace) -> Iterator[str]:
         "sft": "--sft packs sequences (thd): use --attention dense for it.",
         "dataloader_inter_document_masking": "--dataloader-inter-document-masking packs sequences (thd): leave it out, or use "
         "--attention dense.",
-        "hybrid_context_parallel": "--hybrid-context-parallel packs sequences (thd): leave it out, or use --attention dense.",
+        **{
+            name: f"--{name.replace('_', '-')} packs sequences (thd): leave it out, or use --attention dense."
+            for name in DYNAMIC
+        },
         "perform_rl_step": "--perform-rl-step generates text by inference paths that bypass core attention: use --attention "
         "dense.",
     }
     yield from (message for name, message in refused.items() if getattr(args, name, False))
+    yield from cp_layout_problems(args)
     backend = getattr(args, "attention_backend", None)
     if getattr(backend, "name", backend) == "local":
         yield (
             "--attention-backend local replaces the core attention of every layer after the specs are built: use "
             "--transformer-impl local, or another backend."
         )
+
+
+def cp_layout_problems(given: object) -> Iterator[str]:
+    """How tokens are dealt to context-parallel ranks, in arguments or a model's configuration: options newer than 0.19."""
+    for name in CP_LAYOUTS:
+        layout = getattr(given, name, None)
+        if getattr(layout, "name", layout) not in (None, "zigzag"):
+            yield (
+                f"--{name.replace('_', '-')} {getattr(layout, 'name', layout)} deals tokens to context-parallel ranks "
+                "otherwise than the zigzag that this project reads: use zigzag, or leave it out."
+            )
 
 
 def _stage2(args: Namespace, settings: LighthouseSettings) -> Iterator[str]:
@@ -107,6 +128,10 @@ def _stage2(args: Namespace, settings: LighthouseSettings) -> Iterator[str]:
 
 def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:
     yield from dropout_problems(config.attention_dropout)
+    yield from cp_layout_problems(config)
+    for name in DYNAMIC:
+        if getattr(config, name, False):
+            yield f"--{name.replace('_', '-')} packs sequences (thd): leave it out, or use --attention dense."
     if config.window_size is not None:
         yield (
             f"--window-size {config.window_size} (sliding window) has no meaning among gathered entries: leave it out, or use "

@@ -5,6 +5,8 @@ from __future__ import annotations
 from argparse import Namespace
 from importlib.util import find_spec
 
+from megatron_lighthouse.mcore.command_line.checks import cp_layout_problems
+
 ELSEWHERE = "use Megatron-LM's own pretrain_gpt.py for it (patches/patch.py gives that --attention lighthouse)"
 
 NOT_HERE = {
@@ -37,6 +39,12 @@ def check_run_options(args: Namespace) -> None:
     for name, option in NOT_HERE.items():
         if getattr(args, name, False):
             raise ValueError(f"{option} is not done by megatron_lighthouse.pretrain_gpt: {ELSEWHERE}.")
+    if getattr(args, "dynamic_context_parallel", False):  # how later releases call hybrid_context_parallel
+        raise ValueError(
+            f"--dynamic-context-parallel (packed sequences) is not done by megatron_lighthouse.pretrain_gpt: {ELSEWHERE}."
+        )
+    for problem in cp_layout_problems(args):
+        raise ValueError(problem)
     if getattr(args, "mtp_num_layers", None) and args.pipeline_model_parallel_size > 1:
         raise ValueError(
             f"--mtp-num-layers {args.mtp_num_layers} with --pipeline-model-parallel-size {args.pipeline_model_parallel_size} "

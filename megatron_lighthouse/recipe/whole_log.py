@@ -1,0 +1,61 @@
+"""Whether the losses of a log can be judged by: finite, and without holes. Imports no Megatron. Ours."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+type Losses = dict[int, float]
+"""Loss in nats by iteration, in order."""
+NAMED = 3
+"""Iterations and holes that an error names."""
+
+
+def check_finite(losses: Losses) -> None:
+    """Raises ValueError where a loss is NaN or infinite: no mean with it says anything."""
+    if wrong := [i for i, loss in losses.items() if not math.isfinite(loss)]:
+        named = _few(f"{losses[i]} at iteration {i}" for i in wrong)
+        raise ValueError(f"not all losses are finite ({named}): nothing is judged. Train again from a checkpoint before that.")
+
+
+def check_around(losses: Losses, switch: int, width: int) -> None:
+    """Raises ValueError where an iteration that should be logged is not: of the last `width` up to `switch`, and of all since.
+
+    How often a run logs is the commonest distance of its iterations, in each stage: a second job may log more rarely.
+    """
+    every = _interval([*losses])
+    if every is None:
+        return
+    before, after = ([i for i in losses if (i > switch) == later] for later in (False, True))
+    early, late = (_interval(stage) if len(stage) > 2 else every for stage in (before, after))
+    begin = before[-width:] if len(before) >= width else [0, *before]
+    # a stage may end, and the next begin, between two iterations that are logged
+    found = _holes([*begin, switch + 1], early or every) + _holes([switch, *after], late or every)
+    if found:
+        raise ValueError(
+            f"the log has no loss of iterations {_few(found)}, just before the switch after {switch} or since: when the loss "
+            f"was back cannot be told. Give a log without that hole, a smaller --smooth than {width}, or --switch ITER "
+            "where the switch was elsewhere."
+        )
+
+
+def check_since(losses: Losses, switch: int) -> None:
+    """As `check_around`, of a run that did not switch: what it lacks after that iteration."""
+    since = [i for i in losses if i > switch]
+    if found := _holes(since, _interval([*losses]) or 1):
+        raise ValueError(f"the log has no loss of iterations {_few(found)}: give a log without that hole.")
+
+
+def _interval(iterations: Sequence[int]) -> int | None:
+    return statistics.mode(b - a for a, b in pairwise(iterations)) if len(iterations) > 1 else None
+
+
+def _holes(iterations: Sequence[int], interval: int) -> list[str]:
+    return [f"{a + 1} to {b - 1}" for a, b in pairwise(iterations) if b - a > interval]
+
+
+def _few(names: Iterable[str]) -> str:
+    every = list(names)
+    return ", ".join([*every[:NAMED], *["…"] * (len(every) > NAMED)])

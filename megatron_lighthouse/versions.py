@@ -1,0 +1,35 @@
+"""Releases of other packages: which number is installed, and from which on it can be trusted."""
+
+from __future__ import annotations
+
+import sys
+from importlib import metadata
+
+from packaging.version import InvalidVersion, Version
+
+LEAST = {
+    "flash-attn-4": ("flash_attn.cute", "4.0.0b30"),
+    "flash-linear-attention": ("fla", "0.6.0"),
+}
+"""Module, and least release. FlashAttention 4: beta 12 and 13 mend its deterministic backward (flash-attention 2510, 2549), and
+from beta 30 no fault of its backward is known (2662, 2482). flash-linear-attention: before 0.6.0 offsets overflow 32 bits."""
+
+
+def too_old(package: str) -> str | None:
+    """Why the installed release of `package`, which is there, cannot be used, as the end of a sentence; None where it can."""
+    module, least = LEAST[package]
+    found = _installed(package) or getattr(sys.modules.get(module), "__version__", None)
+    if found is None:
+        return f"is installed, but does not say which release it is: pip install '{package}>={least}'"
+    try:
+        is_old = Version(found) < Version(least)
+    except InvalidVersion:
+        return f"is installed as {found}, which is no version: pip install '{package}>={least}'"
+    return f"is installed as {found}, and is right from {least} on: pip install -U '{package}>={least}'" if is_old else None
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -23,12 +23,16 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYOUTS = ["contiguous", "slices of one fused projection", "batch and heads first"]
 
 both = pytest.mark.parametrize("steps", [reference, kernels], ids=["reference", "kernels"])
-
-
-def needs_rounding_to(kind: str, steps: Steps) -> None:
-    """Skip where Triton's interpreter does not round as a GPU does: to bf16 it cuts off."""
-    if kind == "bfloat16" and steps is kernels and DEVICE == "cpu":
-        pytest.skip("Triton's interpreter cuts off where a GPU rounds to bf16")
+rounded = pytest.param("bfloat16", marks=pytest.mark.gpu)
+"""bf16 in kernels: Triton's interpreter cuts off where a GPU rounds."""
+both_in_halves = pytest.mark.parametrize(
+    ("steps", "kind"),
+    [
+        pytest.param(steps, kind, marks=[pytest.mark.gpu] * (steps is kernels and kind == "bfloat16"), id=f"{name}-{kind}")
+        for steps, name in ((reference, "reference"), (kernels, "kernels"))
+        for kind in ("float16", "bfloat16")
+    ],
+)
 
 
 def precision(steps: Steps) -> str:

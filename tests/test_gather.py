@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,10 +13,10 @@ from tests.steps import (
     DEVICE,
     LAYOUTS,
     both,
+    both_in_halves,
     differentiate,
     entries,
     inner_product,
-    needs_rounding_to,
     poisoned,
     precision,
     random_like,
@@ -62,10 +61,8 @@ def test_backward_is_the_adjoint(steps: Steps, problem: Problem, layout: str) ->
         assert_close(inner_product([back[i]], [inputs[i]]), inner_product([rows[i]], [grads[i]]), f"adjoint {precision(steps)}")
 
 
-@both
-@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+@both_in_halves
 def test_half_precision_sums_are_wide(steps: Steps, kind: str) -> None:
-    needs_rounding_to(kind, steps)
     # a few halves sum without error in fp32, and windows of 2 and 4 divide exactly: one rounding, at the end
     selection, inputs = selection_of(GQA, entries(GQA)), tensors(GQA, kind)
     with poisoned():

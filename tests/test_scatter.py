@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,10 +12,10 @@ from tests.oracle import Problem, problems, scatter
 from tests.steps import (
     DEVICE,
     both,
+    both_in_halves,
     differentiate,
     entries,
     inner_product,
-    needs_rounding_to,
     poisoned,
     precision,
     random_like,
@@ -66,10 +65,8 @@ def test_backward_is_the_adjoint(steps: Steps, problem: Problem, heads_first: bo
     assert_close(inner_product(back, [rows]), inner_product([out], grads), f"adjoint {precision(steps)}")
 
 
-@both
-@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+@both_in_halves
 def test_half_precision_sums_are_wide(steps: Steps, kind: str) -> None:
-    needs_rounding_to(kind, steps)
     rows, chosen = rows_of(GQA, kind), entries(GQA)
     out = steps.scatter(rows, selection_of(GQA, chosen))
     for b in range(GQA.batch):

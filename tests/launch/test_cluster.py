@@ -61,6 +61,7 @@ def wait_for[T](what: Callable[[], T], seconds: float, why: Callable[[], str]) -
     raise AssertionError(why()[-5000:])
 
 
+@pytest.mark.slow
 def test_a_run_survives_a_dead_rank_and_the_time_limit(cluster: Slurm, tmp_path: Path) -> None:
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     iterations = ("--train-iters", "40", *DATA)

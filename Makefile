@@ -7,6 +7,7 @@ NAME ?= demo
 VENV ?= .venv
 WORKERS ?= 2
 RUN := $(VENV)/bin/python
+MATHS = $(filter-out $(patsubst %,tests/test_%.py,kernels package patches profiling),$(wildcard tests/test_*.py)) tests/context_parallel
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # the first interpreter of at least 3.12 that can make a virtual environment; PYTHON=path takes another
@@ -19,7 +20,7 @@ train: $(VENV)/.installed
 	$(RUN) -m megatron_lighthouse.recipe.two_stage --name $(NAME) $(if $(DATA),--data $(DATA)) $(ARGS)
 
 check: lint types
-	$(PYTEST) $(ARGS) MATHS
+	$(PYTEST) -k "not kernels" $(ARGS) $(MATHS)
 
 test: lint types
 	$(PYTEST) -m "not slow" $(ARGS)

@@ -201,6 +201,7 @@ def test_a_bad_node_is_named_and_requeues_have_a_limit(cluster: Slurm, tmp_path:
         assert says in log(tmp_path / name, job)
 
 
+@pytest.mark.slow
 def test_two_stages_train(cluster: Slurm, tmp_path: Path) -> None:
     """Stage 1, stage 2 and the evaluation of its checkpoint, on two nodes that share each sequence."""
     run, path = tmp_path / "chain", f"{Path(sys.executable).parent}:{cluster.environment['PATH']}"

@@ -146,7 +146,7 @@ def test_a_pooling_that_the_kernels_are_not_made_for_is_said_once(
 
 COMPILED = """
 import json, sys
-from megatron_lighthouse.geometry import Geometry
+from megatron_lighthouse.lighthouse.geometry import Geometry
 from megatron_lighthouse.kernels.ahead_of_time import compile_all
 layers = json.loads(sys.argv[2])
 reports = {name: compile_all(int(sys.argv[1]), Geometry(*sizes), *more) for name, (sizes, *more) in layers.items()}

@@ -17,7 +17,7 @@ from megatron_lighthouse.lighthouse import reference
 from megatron_lighthouse.lighthouse.attention import _select
 from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.lighthouse.steps import Steps
-from tests.oracle import Entry, Problem, number, order, select
+from tests.oracle import Entry, Problem, number, order, problems, select
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYOUTS = ["contiguous", "slices of one fused projection", "batch and heads first"]
@@ -25,6 +25,8 @@ LAYOUTS = ["contiguous", "slices of one fused projection", "batch and heads firs
 both = pytest.mark.parametrize("steps", [reference, kernels], ids=["reference", "kernels"])
 rounded = pytest.param("bfloat16", marks=pytest.mark.gpu)
 """bf16 in kernels: Triton's interpreter cuts off where a GPU rounds."""
+small_problems = problems().filter(lambda p: p.seq_length * p.batch * p.groups * p.queries_per_group <= 1000)
+"""Without the few largest, which take most of the time under Triton's interpreter."""
 both_in_halves = pytest.mark.parametrize(
     ("steps", "kind"),
     [

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_lighthouse.lighthouse.steps import Steps
-from tests.oracle import Problem, problems, scatter
+from tests.oracle import Problem, scatter
 from tests.steps import (
     DEVICE,
     both,
@@ -20,6 +20,7 @@ from tests.steps import (
     precision,
     random_like,
     selection_of,
+    small_problems,
 )
 from tests.tolerances import assert_close
 
@@ -40,7 +41,7 @@ def rows_of(problem: Problem, dtype: str, heads_first: bool = False) -> Tensor:
 
 @both
 @few
-@given(problem=problems(), heads_first=heads_first)
+@given(problem=small_problems, heads_first=heads_first)
 def test_equals_the_oracle(steps: Steps, problem: Problem, heads_first: bool) -> None:
     rows, chosen = rows_of(problem, precision(steps), heads_first), entries(problem)
     with poisoned():
@@ -54,7 +55,7 @@ def test_equals_the_oracle(steps: Steps, problem: Problem, heads_first: bool) ->
 
 @both
 @few
-@given(problem=problems(), heads_first=heads_first)
+@given(problem=small_problems, heads_first=heads_first)
 def test_backward_is_the_adjoint(steps: Steps, problem: Problem, heads_first: bool) -> None:
     """<scatter(x), y> = <x, backward(y)> for the linear map that scatter is, whatever x and y."""
     rows, selection = rows_of(problem, precision(steps), heads_first), selection_of(problem, entries(problem))

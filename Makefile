@@ -1,22 +1,32 @@
-# make train   set up .venv and train: stage 1 with Lighthouse, stage 2 dense (DATA=path, NAME=run, ARGS="…")
-# make test    set up .venv, then lint, types and tests: what CI runs (WORKERS=2 test files at a time)
+# make train      set up .venv and train: stage 1 with Lighthouse, stage 2 dense (DATA=path, NAME=run, ARGS="…")
+# make check      lint, types and the tests of the mathematics: two minutes
+# make test       lint, types and all tests but the slow ones (WORKERS=2 test files at a time)
+# make test-all   the slow ones too
 
 NAME ?= demo
 VENV ?= .venv
 WORKERS ?= 2
 RUN := $(VENV)/bin/python
+MATHS = $(filter-out $(patsubst %,tests/test_%.py,kernels package patches profiling),$(wildcard tests/test_*.py)) tests/context_parallel
+PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # the first interpreter of at least 3.12 that can make a virtual environment; PYTHON=path takes another
 PYTHON ?= $(shell for p in python3.12 python3.13 python3 $$(ls -d $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python3 2>/dev/null); do \
 	"$$p" -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && command -v "$$p" && break; done)
 
-.PHONY: train test lint types clean
+.PHONY: train check test test-all lint types clean
 
 train: $(VENV)/.installed
 	$(RUN) -m megatron_lighthouse.recipe.two_stage --name $(NAME) $(if $(DATA),--data $(DATA)) $(ARGS)
 
+check: lint types
+	$(PYTEST) -k "not kernels" $(ARGS) $(MATHS)
+
 test: lint types
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: lint types
+	$(PYTEST) $(ARGS)
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .

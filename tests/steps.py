@@ -17,18 +17,24 @@ from megatron_lighthouse.lighthouse import reference
 from megatron_lighthouse.lighthouse.attention import _select
 from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.lighthouse.steps import Steps
-from tests.oracle import Entry, Problem, number, order, select
+from tests.oracle import Entry, Problem, number, order, problems, select
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYOUTS = ["contiguous", "slices of one fused projection", "batch and heads first"]
 
 both = pytest.mark.parametrize("steps", [reference, kernels], ids=["reference", "kernels"])
-
-
-def needs_rounding_to(kind: str, steps: Steps) -> None:
-    """Skip where Triton's interpreter does not round as a GPU does: to bf16 it cuts off."""
-    if kind == "bfloat16" and steps is kernels and DEVICE == "cpu":
-        pytest.skip("Triton's interpreter cuts off where a GPU rounds to bf16")
+rounded = pytest.param("bfloat16", marks=pytest.mark.gpu)
+"""bf16 in kernels: Triton's interpreter cuts off where a GPU rounds."""
+small_problems = problems().filter(lambda p: p.seq_length * p.batch * p.groups * p.queries_per_group <= 1000)
+"""Without the few largest, which take most of the time under Triton's interpreter."""
+both_in_halves = pytest.mark.parametrize(
+    ("steps", "kind"),
+    [
+        pytest.param(steps, kind, marks=[pytest.mark.gpu] * (steps is kernels and kind == "bfloat16"), id=f"{name}-{kind}")
+        for steps, name in ((reference, "reference"), (kernels, "kernels"))
+        for kind in ("float16", "bfloat16")
+    ],
+)
 
 
 def precision(steps: Steps) -> str:

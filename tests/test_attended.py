@@ -13,7 +13,7 @@ from megatron_lighthouse.lighthouse import reference
 from megatron_lighthouse.lighthouse.steps import Steps
 from megatron_lighthouse.sequence.layout import Layout
 from tests.oracle import Array, Problem, attend, norms
-from tests.steps import DEVICE, LAYOUTS, both, needs_rounding_to, poisoned, precision, restride, tensors
+from tests.steps import DEVICE, LAYOUTS, both, both_in_halves, poisoned, precision, restride, tensors
 from tests.tolerances import assert_close
 
 ROWS = {
@@ -42,15 +42,13 @@ def test_attended_norms_equal_the_oracle(shape: str, steps: Steps) -> None:
         assert_close(steps.attended_norms(*inputs, None), expected, precision(steps))
 
 
-@both
+@both_in_halves
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_attended_norms_of_half_precision(dtype: str, layout: str, steps: Steps) -> None:
-    needs_rounding_to(dtype, steps)
-    inputs = restride(layout, *tensors(ROWS["more rows than a block"], dtype))
+def test_attended_norms_of_half_precision(layout: str, steps: Steps, kind: str) -> None:
+    inputs = restride(layout, *tensors(ROWS["more rows than a block"], kind))
     actual = steps.attended_norms(*inputs, None)
     assert actual.dtype == torch.float32
-    assert_close(actual, reference.attended_norms(*(x.double() for x in inputs), None), dtype)
+    assert_close(actual, reference.attended_norms(*(x.double() for x in inputs), None), kind)
 
 
 @both

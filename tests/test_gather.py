@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_lighthouse.lighthouse.steps import Steps
-from tests.oracle import Problem, pool, problems
+from tests.oracle import Problem, pool
 from tests.steps import (
     DEVICE,
     LAYOUTS,
     both,
+    both_in_halves,
     differentiate,
     entries,
     inner_product,
-    needs_rounding_to,
     poisoned,
     precision,
     random_like,
     restride,
     selection_of,
+    small_problems,
     tensors,
 )
 from tests.tolerances import assert_close
@@ -33,7 +33,7 @@ GQA = Problem(96, 3, 2, 8, 4, batch=2, groups=2, queries_per_group=3, seed=1)
 
 @both
 @few
-@given(problem=problems(), layout=st.sampled_from(LAYOUTS))
+@given(problem=small_problems, layout=st.sampled_from(LAYOUTS))
 def test_rows_are_the_means_of_windows(steps: Steps, problem: Problem, layout: str) -> None:
     inputs = restride(layout, *tensors(problem, precision(steps)))
     chosen = entries(problem)
@@ -49,7 +49,7 @@ def test_rows_are_the_means_of_windows(steps: Steps, problem: Problem, layout: s
 
 @both
 @few
-@given(problem=problems(), layout=st.sampled_from(LAYOUTS))
+@given(problem=small_problems, layout=st.sampled_from(LAYOUTS))
 def test_backward_is_the_adjoint(steps: Steps, problem: Problem, layout: str) -> None:
     """<gather(x), y> = <x, backward(y)> for the linear map that gather is, whatever x and y."""
     selection = selection_of(problem, entries(problem))
@@ -62,10 +62,8 @@ def test_backward_is_the_adjoint(steps: Steps, problem: Problem, layout: str) ->
         assert_close(inner_product([back[i]], [inputs[i]]), inner_product([rows[i]], [grads[i]]), f"adjoint {precision(steps)}")
 
 
-@both
-@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+@both_in_halves
 def test_half_precision_sums_are_wide(steps: Steps, kind: str) -> None:
-    needs_rounding_to(kind, steps)
     # a few halves sum without error in fp32, and windows of 2 and 4 divide exactly: one rounding, at the end
     selection, inputs = selection_of(GQA, entries(GQA)), tensors(GQA, kind)
     with poisoned():

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthouse_select
 from megatron_lighthouse.lighthouse.geometry import Geometry
 from tests.oracle import Problem, attention
-from tests.steps import DEVICE, needs_rounding_to, poisoned, tensors
+from tests.steps import DEVICE, poisoned, rounded, tensors
 from tests.test_golden import config_of as golden_config
 from tests.test_golden import tensor as golden_tensor
 from tests.tolerances import assert_close
@@ -44,11 +44,8 @@ def test_the_layer_equals_the_oracle() -> None:
     assert_close(out, expected, "float32")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", rounded])
 def test_the_layer_equals_the_reference(dtype: str) -> None:
-    from megatron_lighthouse.kernels import lighthouse as kernels
-
-    needs_rounding_to(dtype, kernels)
     inputs = tensors(PROBLEM, dtype)
     with poisoned():
         actual = differentiated(lambda *x: lighthouse_attention(*x, CONFIG), inputs)
@@ -149,7 +146,7 @@ def test_a_pooling_that_the_kernels_are_not_made_for_is_said_once(
 
 COMPILED = """
 import json, sys
-from megatron_lighthouse.geometry import Geometry
+from megatron_lighthouse.lighthouse.geometry import Geometry
 from megatron_lighthouse.kernels.ahead_of_time import compile_all
 layers = json.loads(sys.argv[2])
 reports = {name: compile_all(int(sys.argv[1]), Geometry(*sizes), *more) for name, (sizes, *more) in layers.items()}

@@ -167,3 +167,12 @@ def test_a_patch_that_is_partly_in_is_named(reverted: int, tmp_path: Path) -> No
     file.write_text("\n".join(x for x in kept if x is not None) + "\n")
     for action in ("apply", "check", "revert"):
         assert "is partly patched (2 of the 3 new lines are in it): restore upstream's file" in refusal(patch(action, tmp_path))
+
+
+@pytest.mark.parametrize("file", ["patches/pretrain_gpt.patch", "docs/upstream.md"])
+def test_what_users_are_told_to_import_is_there(file: str) -> None:
+    lines = (PATCHES.parent / file).read_text().splitlines()
+    imports = [line.removeprefix("+") for line in lines if line.removeprefix("+").startswith("from megatron_lighthouse")]
+    assert imports
+    for line in imports:
+        exec(line)

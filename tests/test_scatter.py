@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_lighthouse.lighthouse.steps import Steps
-from tests.oracle import Problem, problems, scatter
+from tests.oracle import Problem, scatter
 from tests.steps import (
     DEVICE,
     both,
+    both_in_halves,
     differentiate,
     entries,
     inner_product,
-    needs_rounding_to,
     poisoned,
     precision,
     random_like,
     selection_of,
+    small_problems,
 )
 from tests.tolerances import assert_close
 
@@ -41,7 +41,7 @@ def rows_of(problem: Problem, dtype: str, heads_first: bool = False) -> Tensor:
 
 @both
 @few
-@given(problem=problems(), heads_first=heads_first)
+@given(problem=small_problems, heads_first=heads_first)
 def test_equals_the_oracle(steps: Steps, problem: Problem, heads_first: bool) -> None:
     rows, chosen = rows_of(problem, precision(steps), heads_first), entries(problem)
     with poisoned():
@@ -55,7 +55,7 @@ def test_equals_the_oracle(steps: Steps, problem: Problem, heads_first: bool) ->
 
 @both
 @few
-@given(problem=problems(), heads_first=heads_first)
+@given(problem=small_problems, heads_first=heads_first)
 def test_backward_is_the_adjoint(steps: Steps, problem: Problem, heads_first: bool) -> None:
     """<scatter(x), y> = <x, backward(y)> for the linear map that scatter is, whatever x and y."""
     rows, selection = rows_of(problem, precision(steps), heads_first), selection_of(problem, entries(problem))
@@ -66,10 +66,8 @@ def test_backward_is_the_adjoint(steps: Steps, problem: Problem, heads_first: bo
     assert_close(inner_product(back, [rows]), inner_product([out], grads), f"adjoint {precision(steps)}")
 
 
-@both
-@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+@both_in_halves
 def test_half_precision_sums_are_wide(steps: Steps, kind: str) -> None:
-    needs_rounding_to(kind, steps)
     rows, chosen = rows_of(GQA, kind), entries(GQA)
     out = steps.scatter(rows, selection_of(GQA, chosen))
     for b in range(GQA.batch):

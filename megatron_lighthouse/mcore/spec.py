@@ -1,5 +1,5 @@
-"""`--spec megatron_lighthouse.mcore.spec lighthouse`: the name that command lines and checkpoints hold."""
+"""The names that command lines and checkpoints hold (`--spec megatron_lighthouse.mcore.spec lighthouse`), and scripts."""
 
-from megatron_lighthouse.mcore.attention.layer_specs import lighthouse
+from megatron_lighthouse.mcore.attention.layer_specs import lighthouse, with_lighthouse
 
-__all__ = ["lighthouse"]
+__all__ = ["lighthouse", "with_lighthouse"]

@@ -76,7 +76,6 @@ def inner_attention(name: str, query: Tensor, key: Tensor, softmax_scale: float 
     return lambda q, k, v: attend(q, k, v, softmax_scale)
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def choose(name: str, device: torch.device, dtype: torch.dtype, heads: int, groups: int, dim: int) -> str:
     """The name in BACKENDS that `name` stands for; says it the first time.
 
@@ -84,6 +83,10 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, heads: int, grou
         ValueError: as `inner_attention`.
     """
     return _choose(name, Rows(device, dtype, heads, groups, dim), deterministic())
+
+
+# all that torch._dynamo.assume_constant_result does; to import that would double the time that this package takes to import
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def deterministic() -> bool:

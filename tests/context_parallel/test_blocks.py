@@ -138,10 +138,8 @@ def test_a_part_that_outweighs_the_other_by_far_stands_alone(merge: Merge, kind:
     assert torch.equal(lse, winner_lse)
 
 
-@merges
-def test_a_result_in_half_precision_is_merged_in_wide_sums(merge: Merge, kind: str) -> None:
-    if kind == "float64":
-        pytest.skip("sums of fp64 are for results in fp64")
+@pytest.mark.parametrize("merge", [merge_torch, merge_kernel], ids=["torch", "kernel"])
+def test_a_result_in_half_precision_is_merged_in_wide_sums(merge: Merge) -> None:
     out, part = (randn(4, 2, 3, 5, seed=i).to(DEVICE, torch.float16) for i in (1, 2))
     lse, part_lse = (randn(2, 3, 4, seed=i).to(DEVICE, torch.float32) for i in (3, 4))
     weight = torch.sigmoid(lse.double() - part_lse.double()).permute(2, 0, 1).unsqueeze(-1)

@@ -1,4 +1,7 @@
-"""A real Slurm on this machine: 4 nodes of 8 fake GPUs, in namespaces of its own, so that all of it ends with one process."""
+"""A real Slurm on this machine: 4 nodes of 8 fake GPUs, in namespaces of its own, so that all of it ends with one process.
+
+As a program it prints the Debian packages to install, or nothing where all programs are there.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from pathlib import Path
 
 NODES = 4
 PROGRAMS = ("unshare", "nsenter", "ip", "munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
+PACKAGES = "slurmctld slurmd slurm-client munge iproute2"
+"""Debian's, for the programs that a system without Slurm lacks."""
 
 CONFIG = """
 ClusterName=test
@@ -66,15 +71,16 @@ sleep infinity & wait  # not exec: bash reaps what ranks leave behind
 """
 
 
+def absent() -> list[str]:
+    """The programs that are not there."""
+    search = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+    return [name for name in PROGRAMS if not shutil.which(name, path=search)]
+
+
 def missing() -> str | None:
     """Why there can be no cluster here; None where there can."""
-    search = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
-    absent = [name for name in PROGRAMS if not shutil.which(name, path=search)]
-    if absent:
-        return (
-            f"no {', '.join(absent)}: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge iproute2, "
-            "as docs/development.md says"
-        )
+    if programs := absent():
+        return f"no {', '.join(programs)}: apt-get install --no-install-recommends {PACKAGES}, as docs/launch.md says"
     if os.geteuid():
         return "an emulated Slurm needs root"
     probe = subprocess.run(
@@ -186,3 +192,7 @@ def go_on(process: int, number: signal.Signals) -> None:
         waiting = next(line for line in status.splitlines() if line.startswith("ShdPnd:"))
         if int(waiting.split()[1], 16) >> (number - 1) & 1:
             os.kill(process, signal.SIGCONT)
+
+
+if __name__ == "__main__":
+    print(PACKAGES if absent() else "")

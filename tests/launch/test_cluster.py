@@ -61,6 +61,7 @@ def wait_for[T](what: Callable[[], T], seconds: float, why: Callable[[], str]) -
     raise AssertionError(why()[-5000:])
 
 
+@pytest.mark.slow
 def test_a_run_survives_a_dead_rank_and_the_time_limit(cluster: Slurm, tmp_path: Path) -> None:
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     iterations = ("--train-iters", "40", *DATA)
@@ -200,6 +201,7 @@ def test_a_bad_node_is_named_and_requeues_have_a_limit(cluster: Slurm, tmp_path:
         assert says in log(tmp_path / name, job)
 
 
+@pytest.mark.slow
 def test_two_stages_train(cluster: Slurm, tmp_path: Path) -> None:
     """Stage 1, stage 2 and the evaluation of its checkpoint, on two nodes that share each sequence."""
     run, path = tmp_path / "chain", f"{Path(sys.executable).parent}:{cluster.environment['PATH']}"

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 
 import pytest
+
+from tests.mcore.harness import Run, run
+
+
+@pytest.fixture(scope="session")
+def baseline(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """`harness.run` with these arguments, once for all tests of this process: what others are compared with."""
+    return cache(lambda *arguments, ranks=1: run(tmp_path_factory.mktemp("baseline"), *arguments, ranks=ranks))
 
 
 @pytest.fixture(scope="session")

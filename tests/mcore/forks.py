@@ -59,7 +59,9 @@ def _serve() -> None:
     before = dict(os.environ)
     cpu.install()
     installed = {name: value for name, value in os.environ.items() if before.get(name) != value}
-    import megatron_lighthouse.mcore.loop.pretrain  # noqa: F401
+    import megatron_lighthouse.mcore.loop.pretrain
+    import megatron_lighthouse.recipe.evaluation_plots
+    import megatron_lighthouse.recipe.trained  # noqa: F401
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -48,12 +48,15 @@ class Run:
     gradient_norms: dict[int, float]
     """Norm of the whole model's gradient by iteration."""
     log: str
+    folder: Path
 
 
 class Processes:
     """The ranks of one run. None outlives the object's `wait` or `kill`."""
 
-    def __init__(self, folder: Path, ranks: int, arguments: Sequence[str]) -> None:
+    def __init__(
+        self, folder: Path, ranks: int, arguments: Sequence[str], module: str = "megatron_lighthouse.pretrain_gpt"
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / "log.txt"
         with socket.socket() as free:
@@ -65,7 +68,7 @@ class Processes:
             **{"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)},
         }
         start = subprocess.Popen if torch.cuda.is_available() else Fork  # a fork has no CUDA
-        command = [sys.executable, "-m", "megatron_lighthouse.pretrain_gpt", *arguments]
+        command = [sys.executable, "-m", module, *arguments]
         with self.log.open("w") as output:
             self.processes = [
                 start(
@@ -107,7 +110,7 @@ def run(folder: Path, *arguments: str, ranks: int = 1, data: Sequence[str] = TEX
     assert not any(statuses), f"exit statuses {statuses}:\n{log[-5000:]}"
     scalars = read_scalars(folder / "tensorboard")
     losses, norms = ({int(i): float(x) for i, x in zip(*scalars[name], strict=True)} for name in ("lm loss", "grad-norm"))
-    return Run(losses, norms, log)
+    return Run(losses, norms, log, folder)
 
 
 def refused(folder: Path, *arguments: str) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 
 WITHOUT_CUDA = """
 import torch
-from megatron_lighthouse.mcore import cpu
+from megatron_lighthouse import cpu
 assert cpu.install() and cpu.install()
 assert not torch.cuda.is_available()
 """
@@ -63,7 +65,7 @@ assert end.query() and start.elapsed_time(end) >= 0
 WITH_CUDA = """
 import sys, types, torch
 torch.cuda.is_available = lambda: True
-from megatron_lighthouse.mcore import cpu
+from megatron_lighthouse import cpu
 before = torch.zeros, torch.Tensor.to, torch.cuda.current_device
 assert cpu.install() is False
 assert before == (torch.zeros, torch.Tensor.to, torch.cuda.current_device)
@@ -79,11 +81,33 @@ pretrain_gpt.main()
 assert ran and "megatron_lighthouse.cpu" not in sys.modules
 """
 
+EACH = """
+import json, os, traceback
+for code in json.loads(sys.argv[1]):
+    if not os.fork():
+        try:
+            exec(code)
+        except BaseException:
+            traceback.print_exc(file=sys.stdout)
+            sys.stdout.flush()
+            os._exit(1)
+        os._exit(0)
+    print("" if os.wait()[1] == 0 else "failed", "next", sep="", flush=True)
+"""
 
-def python(code: str) -> None:
-    """Run `code` in a fresh interpreter; fails the test if it fails."""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+def python(code: str, *arguments: str) -> str:
+    """What `code` prints in a fresh interpreter; fails the test if it fails."""
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@cache
+def printed() -> dict[str, str]:
+    """By case, the traceback of a process of its own, all forked from one interpreter."""
+    parts = python("import sys\n" + WITHOUT_CUDA + EACH, json.dumps(list(CASES.values()))).split("next\n")
+    return dict(zip([*CASES, "the end"], parts, strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -92,7 +116,7 @@ def test_without_cuda(case: str) -> None:
 
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA, where the stand-in does nothing")
-    python(WITHOUT_CUDA + CASES[case])
+    assert not printed()[case]
 
 
 def test_nothing_changes_where_cuda_is() -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
 from megatron_lighthouse.plots import read_scalars
 from megatron_lighthouse.recipe import hindsight
-from tests.mcore.harness import MODEL, ROOT, run
+from tests.mcore.harness import MODEL, ROOT, Processes, run
 from tests.tolerances import assert_close
 
 SEQUENCE = 256
@@ -30,12 +31,24 @@ HELD_OUT = 4 * SEQUENCE
 """Bytes; with the end of the document, four sequences that share their ends."""
 
 
+COMMAND = "megatron_lighthouse.recipe.evaluate"
+
+
 def evaluate(ranks: int, *arguments: str, model: Sequence[str] = MODEL) -> subprocess.CompletedProcess[str]:
-    """One process alone, or `ranks` under torchrun."""
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
-    command = [sys.executable, "-m", *torchrun, "megatron_lighthouse.recipe.evaluate", *model, *arguments]
+    """What the command ends with on `ranks` forked processes; stdout and stderr are one."""
+    with tempfile.TemporaryDirectory() as folder:
+        processes = Processes(Path(folder), ranks, [*model, *arguments], COMMAND)
+        statuses = processes.wait()
+        log = processes.log.read_text(errors="replace")
+    return subprocess.CompletedProcess(COMMAND, max(statuses, key=abs), log, log)
+
+
+def evaluate_by_torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", COMMAND]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return subprocess.run(
+        [sys.executable, "-m", *torchrun, *MODEL, *arguments], capture_output=True, text=True, env=environment
+    )
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
     options = ["--load", str(checkpoint), "--held-out", str(folder / "held-out.txt"), "--out", str(folder / "out")]
     lighthouse = ["--attention", "lighthouse"]  # as the run validated
     probe = ["--passkey-samples", "2", "--passkey-lengths", "128", "256", "--passkey-depths", "0", "1"]
-    result = evaluate(2, *lighthouse, *options, *probe, "--hindsight-samples", "5")
+    result = evaluate_by_torchrun(2, *lighthouse, *options, *probe, "--hindsight-samples", "5")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return Evaluated(float(validation), folder / "out", result.stdout, checkpoint, text)
 

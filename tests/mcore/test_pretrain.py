@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ import torch
 
 from megatron_lighthouse.lighthouse.config import flag
 from megatron_lighthouse.mcore.command_line.settings import ENVIRONMENT, LighthouseSettings, add_arguments, settings_from
-from tests.mcore.harness import TEXT, Processes, refused, run
+from tests.mcore.harness import TEXT, Processes, Run, refused, run
 
 OPTIONS = "--lighthouse-budget 8 --lighthouse-tile-budget 4 --lighthouse-dense-first 1 --lighthouse-dense-last 1"
 NUMBERS = "--tokenizer-type NullTokenizer --vocab-size 257 --padded-vocab-size 384".split()
 
 
-def test_spec_is_the_same_as_attention(tmp_path: Path) -> None:
-    by_name = run(tmp_path / "attention", "--attention", "lighthouse")
+def test_spec_is_the_same_as_attention(tmp_path: Path, baseline: Callable[..., Run]) -> None:
+    by_name = baseline("--attention", "lighthouse")
     by_spec = run(tmp_path / "spec", "--spec", "megatron_lighthouse.mcore.spec", "lighthouse")
     assert by_spec.losses == by_name.losses
     (tmp_path / "file").touch()
@@ -43,9 +44,9 @@ def test_settings_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         settings_from(add_arguments(ArgumentParser()).parse_args([]))
 
 
-def test_indexed_data_is_what_text_data_writes(tmp_path: Path) -> None:
-    from_text = run(tmp_path / "text", "--attention", "lighthouse")
-    (written,) = (tmp_path / "text" / "data").glob("text-*-train.idx")
+def test_indexed_data_is_what_text_data_writes(tmp_path: Path, baseline: Callable[..., Run]) -> None:
+    from_text = baseline("--attention", "lighthouse")
+    (written,) = (from_text.folder / "data").glob("text-*-train.idx")
     prefix = str(written.with_suffix(""))
     data = ["--train-data-path", prefix, "--valid-data-path", prefix, *NUMBERS]
     assert run(tmp_path / "indexed", "--attention", "lighthouse", data=data).losses == from_text.losses

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_lighthouse.kernels.launch import last_contiguous, on_device_of, padded
-from megatron_lighthouse.ranges import step
+from megatron_lighthouse.ranges import profiled
 
 
 class Blocks(NamedTuple):
@@ -149,7 +149,7 @@ def compute_squares(query: Tensor, key: Tensor, value: Tensor, starts: Sequence[
     Args:
         starts: the position in the sequence of the first token of each chunk of the queries; one chunk or two.
     """
-    with step("attended_norms"), on_device_of(query):
+    with profiled("attended_norms"), on_device_of(query):
         query, key, value = (last_contiguous(x) for x in (query, key, value))
         (rows, batch, heads, dim), (keys, _, groups, _) = query.shape, key.shape
         squares, length, how = _empty(query), rows // len(starts), blocks_of(dim, query.element_size())

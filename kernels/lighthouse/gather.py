@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from megatron_lighthouse.kernels.launch import launch, launch_windows, run
 from megatron_lighthouse.kernels.lighthouse.windows import collect, spread
 from megatron_lighthouse.lighthouse.steps import KeyTravel
-from megatron_lighthouse.ranges import step
+from megatron_lighthouse.ranges import profiled
 
 
 @triton.jit
@@ -159,7 +159,7 @@ def _gather(
     sizes: Sequence[int],
     travel: KeyTravel | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with step("gather"):
+    with profiled("gather"):
         length, levels, pooling, rows_length, chunks = sizes
         rows = _empty(query, key, value, rows_length)
         how = launch("collect", query.shape[3], query.element_size())
@@ -183,7 +183,7 @@ def _gather_backward(
     travel: KeyTravel | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the tokens [N, B, ·, D], from those of the rows [S, B, ·, D]."""
-    with step("gather backward"):
+    with profiled("gather backward"):
         tokens = _empty(query, key, value, sizes[0])
         how = launch("spread", query.shape[3], query.element_size())
         blocks = range(triton.cdiv(sizes[0] // sizes[4], how.rows))

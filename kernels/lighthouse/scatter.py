@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from megatron_lighthouse.kernels.launch import launch, launch_windows, run
 from megatron_lighthouse.kernels.lighthouse.windows import collect, spread
 from megatron_lighthouse.lighthouse.steps import HaloTravel
-from megatron_lighthouse.ranges import step
+from megatron_lighthouse.ranges import profiled
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def scatter_backward_kernel(
 def _scatter(
     rows: Tensor, halo: Tensor | None, places: Tensor, sizes: Sequence[int], travel: HaloTravel | None = None
 ) -> Tensor:
-    with step("scatter"):
+    with profiled("scatter"):
         length, levels, pooling, _, chunks = sizes
         out = _empty(rows, length)
         how = launch("spread", rows.shape[3], rows.element_size())
@@ -112,7 +112,7 @@ def _scatter_backward(
     grad: Tensor, places: Tensor, sizes: Sequence[int], has_halo: bool, travel: HaloTravel | None = None
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the rows [S, B, H, D] and of the halo [chunks, L-1, B, H, D], from that of the output [N, B, H, D]."""
-    with step("scatter backward"):
+    with profiled("scatter backward"):
         length, levels, pooling, _, chunks = sizes
         rows, halo = _empty_gradients(grad, places, sizes, has_halo)
         how = launch("collect", grad.shape[3], grad.element_size())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_lighthouse.kernels.launch import last_contiguous, launch, on_device_of, padded
 from megatron_lighthouse.lighthouse.geometry import Pyramid
-from megatron_lighthouse.ranges import step
+from megatron_lighthouse.ranges import profiled
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def coarsen_kernel(p_finer, p_coarser, stride, length, P: tl.constexpr, BLOCK: t
 
 def compute_scores(query: Tensor, key: Tensor, sizes: Sequence[int]) -> Tensor:
     """See `Steps.score`; `sizes` is (N, L, p)."""
-    with step("score"), on_device_of(query):
+    with profiled("score"), on_device_of(query):
         geometry = Pyramid(*sizes)
         query, key = last_contiguous(query), last_contiguous(key)
         scores = _empty(key, geometry)

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_lighthouse.kernels.launch import on_device_of
 from megatron_lighthouse.kernels.lighthouse.windows import level_offset
 from megatron_lighthouse.lighthouse.geometry import Geometry
-from megatron_lighthouse.ranges import step
+from megatron_lighthouse.ranges import profiled
 
 BLOCK = 2048
 """Scores that a program holds at most at a time; a longer tile is read in parts."""
@@ -203,7 +203,7 @@ def place_kernel(
 
 def compute_places(scores: Tensor, sizes: Sequence[int], pin_first: bool) -> Tensor:
     """`Selection.places` from scores [2, B, G, coarse length], contiguous; `sizes` is (N, L, p, k, m)."""
-    with step("select"), on_device_of(scores):
+    with profiled("select"), on_device_of(scores):
         geometry = Geometry(*sizes)
         places = _empty(scores, geometry)
         ranks = torch.empty(scores.shape[1:], dtype=torch.int32, device=scores.device)

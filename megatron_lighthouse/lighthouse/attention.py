@@ -14,13 +14,14 @@ from megatron_lighthouse.context_parallel.schemes import comm_type_problem, shar
 from megatron_lighthouse.lighthouse import telemetry
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.geometry import Geometry, Pyramid
+from megatron_lighthouse.lighthouse.implementations import steps_for
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.lighthouse.sharded.deal import Deal
 from megatron_lighthouse.lighthouse.sharded.halo import with_halo
 from megatron_lighthouse.lighthouse.sharded.select import select_shard
-from megatron_lighthouse.lighthouse.steps import HaloTravel, Steps, steps_for
-from megatron_lighthouse.ranges import step
+from megatron_lighthouse.lighthouse.steps import HaloTravel, Steps
+from megatron_lighthouse.ranges import profiled
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.softmax.backends import Attend, inner_attention
 
@@ -137,7 +138,7 @@ def attended_rows(
     gathered = steps.gather(query, key, value, selection, ring)
     if deal:
         gathered = deal.out(*gathered)
-    with step("attend"):
+    with profiled("attend"):
         attended = attend(*gathered)
     rows = deal.back(attended, key.shape[2]) if deal else attended
     if exchange is None:

@@ -13,7 +13,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from megatron_lighthouse.lighthouse.geometry import Geometry, Pyramid
 from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.lighthouse.steps import HaloTravel, KeyTravel
-from megatron_lighthouse.ranges import step
+from megatron_lighthouse.ranges import profiled
 from megatron_lighthouse.sequence.layout import Layout
 
 
@@ -31,7 +31,7 @@ def pool(x: Tensor, geometry: Pyramid) -> list[Tensor]:
 
 
 @torch.no_grad()
-@step("score")
+@profiled("score")
 def score(query: Tensor, key: Tensor, geometry: Pyramid) -> Tensor:
     """See `Steps.score`. The sums are made in a fixed order, so that every device ranks alike to the last bit."""
     scores = []
@@ -61,7 +61,7 @@ QUERIES = 64
 
 
 @torch.no_grad()
-@step("attended_norms")
+@profiled("attended_norms")
 def attended_norms(query: Tensor, key: Tensor, value: Tensor, layout: Layout | None) -> Tensor:
     """See `Steps.attended_norms`. Every product has a shape that the position in the sequence settles, and so one order."""
     heads, groups, dim = query.shape[2], key.shape[2], query.shape[3]
@@ -107,7 +107,7 @@ def next_power_of_two(n: int) -> int:
 
 
 @torch.no_grad()
-@step("select")
+@profiled("select")
 def select(scores: Tensor, geometry: Geometry, pin_first: bool) -> Selection:
     """See `Steps.select`."""
     half, top = geometry.tile_budget // 2, geometry.levels - 1
@@ -155,7 +155,7 @@ def _places(gathered: list[Tensor], geometry: Geometry) -> Tensor:
     return torch.cat(places, -1).int()
 
 
-@step("gather")
+@profiled("gather")
 def gather(
     query: Tensor,
     key: Tensor,
@@ -171,7 +171,7 @@ def gather(
     return _Gather.apply(grouped, selection).flatten(2, 3), rows_k, rows_v
 
 
-@step("scatter")
+@profiled("scatter")
 def scatter(rows: Tensor, selection: Selection, halo: Tensor | None = None, travel: HaloTravel | None = None) -> Tensor:
     """See `Steps.scatter`."""
     if travel is not None:

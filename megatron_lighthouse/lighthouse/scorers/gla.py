@@ -16,7 +16,7 @@ from megatron_lighthouse.lighthouse.reference import accumulation_dtype, group_n
 from megatron_lighthouse.lighthouse.scorers.both_ways import group_mean
 from megatron_lighthouse.lighthouse.scorers.streams import DELTA, check_streams, streams, tokens
 from megatron_lighthouse.lighthouse.steps import Steps
-from megatron_lighthouse.ranges import step
+from megatron_lighthouse.ranges import profiled
 
 SEGMENT = 512
 """Positions of a stream that are worked through at once. The state that a segment starts from is folded over all segments
@@ -30,7 +30,7 @@ Linear = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor,
 """As `plain`."""
 
 
-@step("gla")
+@profiled("gla")
 def gla(query: Tensor, key: Tensor, value: Tensor, pyramid: Pyramid, steps: Steps, exchange: Exchange | None) -> Tensor:
     """Each stream runs through simple gated linear attention, both ways; the norms of the rows are scored (paper, "gla").
 

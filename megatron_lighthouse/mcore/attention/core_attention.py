@@ -22,8 +22,8 @@ from megatron_lighthouse.context_parallel.schemes import comm_type_problem
 from megatron_lighthouse.lighthouse import telemetry
 from megatron_lighthouse.lighthouse.attention import attended_rows
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
+from megatron_lighthouse.lighthouse.implementations import steps_for
 from megatron_lighthouse.lighthouse.scorers import check_installed
-from megatron_lighthouse.lighthouse.steps import steps_for
 from megatron_lighthouse.mcore.attention.output import remember_source
 from megatron_lighthouse.mcore.attention.over_shards import context_parallel_group, over_shards
 from megatron_lighthouse.mcore.command_line.checks import check

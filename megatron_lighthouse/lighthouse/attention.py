@@ -154,7 +154,7 @@ def lighthouse_select(
 
     Args:
         query, key: as for `lighthouse_attention`.
-        value: likewise, for the scorers that read it: 'summary', 'dilated' and 'gla'.
+        value: likewise, for the scorers that read it: all but 'norm'.
         cp_group: the context-parallel ranks among which the sequence is sharded.
 
     Returns:
@@ -165,7 +165,7 @@ def lighthouse_select(
         ValueError: as `lighthouse_attention`, or a scorer that lacks the values.
     """
     if value is None:
-        if config.scorer != "norm":
+        if SCORERS[config.scorer].reads_values:
             raise ValueError(f"--lighthouse-scorer {config.scorer} reads the values: pass `value`.")
         value = key
     _check(query, key, value)

@@ -23,7 +23,7 @@ from megatron_lighthouse.lighthouse import telemetry
 from megatron_lighthouse.lighthouse.attention import attended_rows
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.implementations import steps_for
-from megatron_lighthouse.lighthouse.scorers import check_installed
+from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.mcore.attention.output import remember_source
 from megatron_lighthouse.mcore.attention.over_shards import context_parallel_group, over_shards
 from megatron_lighthouse.mcore.command_line.checks import check
@@ -141,7 +141,7 @@ class CoreAttentionBuilder:
         check(config, self.settings, None)
         here = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         rows = torch.empty(0, config.kv_channels, dtype=config.params_dtype, device=here)
-        check_installed(self.settings.config.scorer, steps_for(self.settings.config.steps, rows), here)
+        SCORERS[self.settings.config.scorer].check_installed(steps_for(self.settings.config.steps, rows), here)
         layer = lighthouse_class(module)(config=config, layer_number=layer_number, **params, **kwargs)
         layer.lighthouse = self.settings.config
         layer.settings = self.settings

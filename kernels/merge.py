@@ -48,7 +48,7 @@ def merge_kernel(
 
 
 def merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
-    """See `megatron_lighthouse.softmax.merge`; log-sum-exps in fp32."""
+    """See `megatron_lighthouse.context_parallel.merge`; log-sum-exps in fp32."""
     length, batch, heads, dim = out.shape
     how = launch("spread", dim, out.element_size())
     with on_device_of(out):

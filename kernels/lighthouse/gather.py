@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.kernels.launch import launch, launch_windows, run
 from megatron_lighthouse.kernels.lighthouse.windows import collect, spread
-from megatron_lighthouse.lighthouse.steps import KeyTravel
+from megatron_lighthouse.lighthouse.steps import FarTravel
 from megatron_lighthouse.ranges import profiled
 
 
@@ -157,7 +157,7 @@ def _gather(
     value: Tensor,
     places: Tensor,
     sizes: Sequence[int],
-    travel: KeyTravel | None = None,
+    travel: FarTravel | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with profiled("gather"):
         length, levels, pooling, rows_length, chunks = sizes
@@ -169,7 +169,7 @@ def _gather(
             launch_windows(gather_forward_kernel, tensors, places, sizes, all_of, blocks, how)
         else:
             launch_windows(gather_forward_kernel, tensors, places, sizes, of_keys, blocks, how)
-            travel.set_out(*rows[1:])
+            travel.set_out(rows[1:])
             launch_windows(gather_forward_kernel, tensors, places, sizes, of_queries, blocks, how)
         return rows
 
@@ -180,7 +180,7 @@ def _gather_backward(
     value: Tensor,
     places: Tensor,
     sizes: Sequence[int],
-    travel: KeyTravel | None = None,
+    travel: FarTravel | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the tokens [N, B, ·, D], from those of the rows [S, B, ·, D]."""
     with profiled("gather backward"):
@@ -192,7 +192,7 @@ def _gather_backward(
             launch_windows(gather_backward_kernel, tensors, places, sizes, all_of, blocks, how)
         else:
             launch_windows(gather_backward_kernel, tensors, places, sizes, of_queries, blocks, how)
-            tensors = (query, *travel.come_home(key, value), *tokens)
+            tensors = (query, *travel.come_home((key, value)), *tokens)
             launch_windows(gather_backward_kernel, tensors, places, sizes, of_keys, blocks, how)
         return tokens
 

@@ -12,7 +12,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from megatron_lighthouse.lighthouse.geometry import Geometry, Pyramid
 from megatron_lighthouse.lighthouse.selection import Selection
-from megatron_lighthouse.lighthouse.steps import HaloTravel, KeyTravel
+from megatron_lighthouse.lighthouse.steps import FarTravel, HaloTravel
 from megatron_lighthouse.ranges import profiled
 from megatron_lighthouse.sequence.layout import Layout
 
@@ -161,7 +161,7 @@ def gather(
     key: Tensor,
     value: Tensor,
     selection: Selection,
-    travel: KeyTravel | None = None,
+    travel: FarTravel | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Steps.gather`."""
     rows_k, rows_v = _Gather.apply(key, selection), _Gather.apply(value, selection)
@@ -206,15 +206,15 @@ class _Travel(torch.autograd.Function):
     """(rows of keys, of values, travel) -> the same, which set out, and whose gradients come home."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, key: Tensor, value: Tensor, travel: KeyTravel) -> tuple[Tensor, Tensor]:
+    def forward(ctx: FunctionCtx, key: Tensor, value: Tensor, travel: FarTravel) -> tuple[Tensor, Tensor]:
         ctx.travel = travel  # type: ignore[attr-defined]
-        travel.set_out(key, value)
+        travel.set_out((key, value))
         return key, value
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *ctx.travel.come_home(grad_key, grad_value), None  # type: ignore[attr-defined]
+    def backward(ctx: FunctionCtx, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor | None, ...]:
+        return *ctx.travel.come_home((grad_key, grad_value)), None  # type: ignore[attr-defined]
 
 
 class _Scatter(torch.autograd.Function):

@@ -11,13 +11,13 @@ from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.sequence.layout import Layout
 
 
-class KeyTravel(Protocol):
-    """Gathered keys and values on their way to other ranks, and their gradients on the way back."""
+class FarTravel(Protocol):
+    """Gathered keys and values (the far rows) on their way to other ranks, and their gradients on the way back."""
 
-    def set_out(self, key: Tensor, value: Tensor) -> None:
+    def set_out(self, far: tuple[Tensor, ...]) -> None:
         """Begin to send rows that have just been gathered."""
 
-    def come_home(self, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor, Tensor]:
+    def come_home(self, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Wait for the other ranks' parts of the gradients, and add them to this rank's own."""
 
 
@@ -74,7 +74,7 @@ class Steps(Protocol):
         key: Tensor,
         value: Tensor,
         selection: Selection,
-        travel: KeyTravel | None = None,
+        travel: FarTravel | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The selected rows of the three pyramids: [S, B, H, D], [S, B, G, D], [S, B, G, D]. Pools while gathering.
 

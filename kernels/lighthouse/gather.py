@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_lighthouse.kernels.launch import launch, launch_windows, run
+from megatron_lighthouse.kernels.launch import cdiv, launch, launch_windows, run
 from megatron_lighthouse.kernels.lighthouse.windows import collect, spread
 from megatron_lighthouse.lighthouse.steps import FarTravel
 from megatron_lighthouse.ranges import profiled
@@ -163,7 +163,7 @@ def _gather(
         length, levels, pooling, rows_length, chunks = sizes
         rows = _empty(query, key, value, rows_length)
         how = launch("collect", query.shape[3], query.element_size())
-        blocks = range(triton.cdiv(length // chunks // pooling ** (levels - 1), how.rows))
+        blocks = range(cdiv(length // chunks // pooling ** (levels - 1), how.rows))
         tensors, (all_of, of_keys, of_queries) = (query, key, value, *rows), _heads(query, key)
         if travel is None:
             launch_windows(gather_forward_kernel, tensors, places, sizes, all_of, blocks, how)
@@ -186,7 +186,7 @@ def _gather_backward(
     with profiled("gather backward"):
         tokens = _empty(query, key, value, sizes[0])
         how = launch("spread", query.shape[3], query.element_size())
-        blocks = range(triton.cdiv(sizes[0] // sizes[4], how.rows))
+        blocks = range(cdiv(sizes[0] // sizes[4], how.rows))
         tensors, (all_of, of_keys, of_queries) = (query, key, value, *tokens), _heads(query, key)
         if travel is None:
             launch_windows(gather_backward_kernel, tensors, places, sizes, all_of, blocks, how)

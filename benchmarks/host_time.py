@@ -18,6 +18,7 @@ import pstats
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +45,8 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print where the time goes at the second length")
     parser.add_argument("--ours-alone", action="store_true", help="print the times of the checkout that is imported, as JSON")
     options = parser.parse_args()
-    dist.init_process_group("gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
+    store = f"file://{tempfile.mkdtemp()}/store"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
     importlib.import_module("megatron.core.parallel_state").initialize_model_parallel()
     ours = {length: host_us(core_attention(length), length) for length in options.lengths}
     if options.ours_alone:
@@ -81,7 +83,8 @@ def core_attention(length: int) -> Layer:
 
     shape: dict[str, Any] = {"num_layers": 1, "hidden_size": HEADS * DIM, "num_attention_heads": HEADS}
     config = TransformerConfig(**shape, attention_dropout=0.0, bf16=True, params_dtype=torch.bfloat16)
-    settings = _either("command_line.settings", "settings").LighthouseSettings(LighthouseConfig(3, 4, max(128, length // 64)))
+    given = LighthouseConfig(3, 4, max(128, length // 64))
+    settings = _either("command_line.settings", "settings").LighthouseSettings(given, dense_first=0, dense_last=0)
     builder = _either("attention.core_attention", "core_attention").CoreAttentionBuilder(DotProductAttention, settings)
     layer = builder(config=config, layer_number=1, attn_mask_type=AttnMaskType.causal, attention_type="self")
     return lambda q, k, v: layer(q, k, v, None, attn_mask_type=AttnMaskType.causal)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from attention_cases import LENGTHS, OTHERS
+
 Row = dict[str, Any]
 COLOURS = {"lighthouse": "#0b6e4f", "authors": "#d1495b", "dense cudnn": "#3d5a80", "inner": "#9aa5b1"}
 STEPS = {"score": "#f4d35e", "select": "#ee964b", "gather": "#0b6e4f", "scatter": "#3d5a80"}
@@ -38,8 +40,6 @@ def _plain(row: Row) -> bool:
 
 
 def _by_length() -> set[str]:
-    from attention import LENGTHS, OTHERS
-
     return {case.name for case in [*LENGTHS, OTHERS[-1]]}
 
 

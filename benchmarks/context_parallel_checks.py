@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_lighthouse import LighthouseConfig
 from megatron_lighthouse.lighthouse.attention import lighthouse_select
+from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.softmax.backends import Attend
 
 SHAPES = {
@@ -57,7 +58,7 @@ def check(group: dist.ProcessGroup, scorers: list[str], save: Callable[[dict[str
     save(result)
     _say(str({k: v for k, v in result.items() if k not in SHAPES}))
     result["identical selections"] = {}
-    for scorer in sorted(scorers, key="gla".__eq__):
+    for scorer in sorted(scorers, key=lambda scorer: not SCORERS[scorer].same_bits):
         for title, (length, batch, heads, groups, config) in SHAPES.items():
             q, k, v, _ = inputs(length, batch, heads, groups, 128)
             result["identical selections"][f"{scorer}, {title}"] = _same_selection(
@@ -95,9 +96,10 @@ def _same_selection(q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig, g
         return str(error)
     own = lighthouse_select(exchange.own(q), exchange.own(k), config, value=exchange.own(v), cp_group=group)
     found = _whole(own.movedim(-1, 0), group).movedim(0, -1)
-    same = torch.isin(found, expected).double().mean().item() if config.scorer == "gla" else float(torch.equal(found, expected))
+    exact = SCORERS[config.scorer].same_bits
+    same = float(torch.equal(found, expected)) if exact else torch.isin(found, expected).double().mean().item()
     _say(f"selection by {config.scorer}: {100 * same:.2f}% alike")
-    if same < (0.99 if config.scorer == "gla" else 1):
+    if same < (1 if exact else 0.99):
         raise SystemExit(f"selection by {config.scorer} differs between {exchange.size} ranks and one")
     return same
 

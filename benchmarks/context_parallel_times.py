@@ -19,9 +19,9 @@ from torch import Tensor
 from megatron_lighthouse import LighthouseConfig
 from megatron_lighthouse.context_parallel import exchange as exchange_module
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.context_parallel.schemes import sharded_attention
 from megatron_lighthouse.lighthouse.sharded.select import is_local
 from megatron_lighthouse.softmax.backends import Attend, inner_attention
+from megatron_lighthouse.softmax.sharded import sharded_attention
 
 TIMED = {
     "96K": (98304, LighthouseConfig(3, 4, 1536)),
@@ -60,8 +60,8 @@ def time_case(name: str, group: dist.ProcessGroup, quick: bool, out: Path) -> li
         gathered = [x[: geometry.gathered_length].contiguous() for x in tensors]
         add("inner alone", 1, inner_attention("auto", gathered[0], gathered[1]), gathered)
         for comm_type in COMM_TYPES:
-            attend = sharded_attention("auto", gathered[0], gathered[1], exchange, comm_type)
-            add(f"inner alone {comm_type}", exchange.size, attend, [exchange.own(x) for x in gathered])
+            over_shards = sharded_attention("auto", gathered[0], gathered[1], exchange, comm_type)
+            add(f"inner alone {comm_type}", exchange.size, over_shards, [exchange.own(x) for x in gathered])
     for comm_type in COMM_TYPES[:1] if quick else COMM_TYPES:
         layer = lighthouse(config, cp_group=group, cp_comm_type=comm_type)
         with silent(exchange):

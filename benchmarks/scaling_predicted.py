@@ -20,7 +20,7 @@ from context_parallel_times import DIM, HEADS, TIMED
 from scaling_points import LENGTHS, SIZES, Point, all_candidates
 
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
-from megatron_lighthouse.lighthouse.sharded.sent import Layer
+from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.plan import memory, time
 from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import DEVICES
@@ -37,7 +37,7 @@ type Curves = dict[str, list[tuple[int, float, float | None]]]
 
 def attention_rows(measured: dict[tuple[str, str, int], Row]) -> Iterator[Row]:
     """One layer, B=1, H=G=8, D=128: GPU time, for the host is ahead of it in the benchmark."""
-    layer, speed = Layer(1, HEADS, HEADS, DIM, 2), coefficients()
+    layer, speed = Shape(1, HEADS, HEADS, DIM, 2), coefficients()
     for case, (length, config) in TIMED.items():
         for ranks in SIZES:
             for scheme in COMM_TYPES[: None if ranks > 1 else 1]:

@@ -2,12 +2,15 @@
 
 What counts is that a thread moves 16 bytes at a time and has several loads under way; beyond that the shape of a block hardly
 matters (tried on an H100 from 1 to 32 KB and 1 to 8 warps). So one line a step, for rows of any size.
+
+A layer's launches are alike from iteration to iteration. Triton would find out each time which compiled kernel they need, at
+more cost to the host than the launch itself: `enqueue` keeps it, by all that the choice hangs on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +31,7 @@ class Launch(NamedTuple):
 _BYTES = {"score": (16384, 4), "collect": (4096, 4), "spread": (4096, 2)}
 
 
+@cache
 def launch(step_name: str, dim: int, itemsize: int) -> Launch:
     """The launch of `step_name` (score, collect, spread) for rows of `dim` elements of `itemsize` bytes."""
     size, warps = _BYTES[step_name]
@@ -36,13 +40,53 @@ def launch(step_name: str, dim: int, itemsize: int) -> Launch:
 
 def padded(n: int) -> int:
     """The power of two that a kernel's block holds `n` elements in: at least 16."""
-    return max(16, triton.next_power_of_2(n))
+    return max(16, power_of_2(n))
 
 
-def on_device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device: make it the one that holds `x`."""
-    here = x.device.type != "cuda" or x.device.index == torch.cuda.current_device()
-    return nullcontext() if here else torch.cuda.device(x.device)
+def power_of_2(n: int) -> int:
+    """The least power of two that is not below `n`. Triton's own is made for kernels, and slow on the host."""
+    return 1 << (n - 1).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up; likewise."""
+    return -(-a // b)
+
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+"""Compiled kernels: by kernel, device, the dtypes and the alignment of tensors, and the values of all other arguments."""
+DIRECT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
+"""Whether a compiled kernel is called with the arguments of its source, constants included: so it is from Triton 3.3 on."""
+
+
+def enqueue(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    tensors: Sequence[Tensor],
+    numbers: tuple[int | tuple[int, ...], ...],
+    constants: dict[str, int | bool],
+    **options: int | bool,
+) -> None:
+    """Launch a kernel whose parameters are tensors, then numbers, then constants, in this order.
+
+    Args:
+        options: of the compiler, such as num_warps.
+    """
+    device = tensors[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():  # the one on which Triton launches
+        with torch.cuda.device(device):
+            return enqueue(kernel, grid, tensors, numbers, constants, **options)
+    kinds = [x.dtype for x in tensors], [x.data_ptr() % 16 == 0 for x in tensors]  # Triton's two specialisations of a pointer
+    known = (id(kernel), device, *kinds[0], *kinds[1], numbers, *constants.values(), *options.values())
+    compiled = _compiled.get(known)
+    if compiled is not None:
+        compiled[grid](*tensors, *numbers, *constants.values())
+        return None
+    compiled = kernel[grid](*tensors, *numbers, **constants, **options)
+    if DIRECT and compiled is not None:  # the interpreter compiles nothing
+        assert kernel.arg_names[len(tensors) + len(numbers) :] == list(constants), "the order of `enqueue`"
+        _compiled[known] = compiled
+    return None
 
 
 def launch_windows(
@@ -66,26 +110,16 @@ def launch_windows(
     (_, batch, _, dim), groups = tensors[0].shape, places.shape[1]
     tensors = [last_contiguous(x) for x in tensors]
     length, levels, pooling, _, chunks = sizes
-    with on_device_of(places):
-        kernel[(len(blocks) * chunks, batch * heads[1])](
-            *tensors,
-            places,
-            *(x.stride()[:3] for x in tensors),
-            length // chunks,
-            chunks,
-            blocks.start,
-            len(blocks),
-            places.shape[2],
-            *heads,
-            groups,
-            D=dim,
-            BLOCK_D=padded(dim),
-            P=pooling,
-            L=levels,
-            BLOCK=how.rows,
-            num_warps=how.warps,
-            **constants,
-        )
+    counts = (length // chunks, chunks, blocks.start, len(blocks), places.shape[2])
+    shape = {"D": dim, "BLOCK_D": padded(dim), "P": pooling, "L": levels, "BLOCK": how.rows}
+    enqueue(
+        kernel,
+        (len(blocks) * chunks, batch * heads[1], 1),
+        [*tensors, places],
+        (*(strides(x) for x in tensors), *counts, *heads, groups),
+        {**shape, **constants},
+        num_warps=how.warps,
+    )
 
 
 def run[T](op: CustomOpDef, function: Callable[..., T], *args: object) -> T:
@@ -96,3 +130,9 @@ def run[T](op: CustomOpDef, function: Callable[..., T], *args: object) -> T:
 def last_contiguous(x: Tensor) -> Tensor:
     """`x`, copied only where its last dimension is not contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """Those of the first three dimensions, as kernels take them."""
+    first, second, third = x.stride()[:3]
+    return first, second, third

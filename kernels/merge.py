@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_lighthouse.kernels.launch import launch, on_device_of, padded
+from megatron_lighthouse.kernels.launch import cdiv, enqueue, launch, padded, strides
 
 
 @triton.jit(repr=lambda _: "lighthouse_merge")
@@ -48,23 +48,14 @@ def merge_kernel(
 
 
 def merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
-    """See `megatron_lighthouse.softmax.merge`; log-sum-exps in fp32."""
+    """See `megatron_lighthouse.context_parallel.merge`; log-sum-exps in fp32."""
     length, batch, heads, dim = out.shape
     how = launch("spread", dim, out.element_size())
-    with on_device_of(out):
-        merge_kernel[(triton.cdiv(length, how.rows), batch * heads)](
-            out,
-            part_out,
-            lse,
-            part_lse,
-            out.stride()[:3],
-            part_out.stride()[:3],
-            lse.stride(),
-            part_lse.stride(),
-            length,
-            heads,
-            D=dim,
-            BLOCK_D=padded(dim),
-            BLOCK=how.rows,
-            num_warps=how.warps,
-        )
+    enqueue(
+        merge_kernel,
+        (cdiv(length, how.rows), batch * heads, 1),
+        (out, part_out, lse, part_lse),
+        (*(strides(x) for x in (out, part_out, lse, part_lse)), length, heads),
+        {"D": dim, "BLOCK_D": padded(dim), "BLOCK": how.rows},
+        num_warps=how.warps,
+    )

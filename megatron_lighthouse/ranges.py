@@ -1,4 +1,4 @@
-"""The name of a step in profiles: in torch's profiler, and as an NVTX range in Nsight Systems."""
+"""Ranges: what a piece of our work is called in profiles: in torch's profiler, and as an NVTX range in Nsight Systems."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from types import TracebackType
 import torch
 
 
-class step(ContextDecorator):
-    """Run as the step `lighthouse/<name>`; a context or a decorator. Leaves no trace in compiled code."""
+class profiled(ContextDecorator):
+    """Show as the range `lighthouse/<name>`; a context or a decorator. Leaves no trace in compiled code."""
 
     def __init__(self, name: str) -> None:
         self.name = f"lighthouse/{name}"

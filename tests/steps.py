@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_lighthouse import LighthouseConfig
 from megatron_lighthouse.kernels import lighthouse as kernels
 from megatron_lighthouse.lighthouse import reference
-from megatron_lighthouse.lighthouse.attention import _select
+from megatron_lighthouse.lighthouse.layer import build
 from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.lighthouse.steps import Steps
 from tests.oracle import Entry, Problem, number, order, problems, select
@@ -81,7 +81,7 @@ def selection_of(problem: Problem, chosen: list[list[list[Entry]]]) -> Selection
 
 def chosen(query: Tensor, key: Tensor, config: LighthouseConfig) -> Selection:
     """The selection that `lighthouse_attention` makes on one rank, by the norms."""
-    selection, _ = _select(query, key, key, config, config.geometry(query.shape[0]), None)
+    selection, _ = build(config, query, key).select(query, key, key)
     return selection
 
 

@@ -120,13 +120,13 @@ def test_forced_kernels_that_cannot_run_are_refused(change: dict[str, int], dtyp
 
 
 def test_a_cpu_takes_the_reference_and_kernels_only_when_forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_lighthouse.lighthouse import reference, steps
+    from megatron_lighthouse.lighthouse import implementations, reference
 
     x = torch.zeros(1)
-    assert steps.steps_for("auto", x) is reference
+    assert implementations.steps_for("auto", x) is reference
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="--lighthouse-steps kernels cannot run: they run on GPUs, not on the device 'cpu'"):
-        steps.steps_for("kernels", x)
+        implementations.steps_for("kernels", x)
 
 
 @pytest.mark.parametrize("pooling", [16, 32])
@@ -134,12 +134,12 @@ def test_a_pooling_that_the_kernels_are_not_made_for_is_said_once(
     pooling: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from megatron_lighthouse import notice
-    from megatron_lighthouse.lighthouse import steps
+    from megatron_lighthouse.lighthouse import implementations
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     notice._say.cache_clear()
     for _ in range(2):
-        steps.steps_for("kernels", torch.zeros(1), pooling)
+        implementations.steps_for("kernels", torch.zeros(1), pooling)
     assert len(caplog.messages) == (pooling > 16)
     assert all("--lighthouse-pooling 2 to 16: at 32" in said for said in caplog.messages)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from threading import Barrier, Lock
 from types import ModuleType
 
@@ -21,7 +22,7 @@ from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.kernels import lighthouse as kernels
 from megatron_lighthouse.lighthouse import reference
 from megatron_lighthouse.lighthouse.geometry import Pyramid
-from megatron_lighthouse.lighthouse.scorers import SCORERS, check_installed, problem
+from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.lighthouse.steps import Steps
 from megatron_lighthouse.sequence.layout import Layout
 from tests.oracle import Array, Problem, attend, norms
@@ -29,6 +30,7 @@ from tests.steps import LAYOUTS, both, poisoned, precision, restride, tensors
 from tests.tolerances import assert_close
 
 # the package has the function under the module's name
+ROOT = Path(__file__).parents[1]
 gla = import_module("megatron_lighthouse.lighthouse.scorers.gla")
 
 Pair = tuple[Array, Array]
@@ -219,12 +221,12 @@ def test_the_gate_is_fixed() -> None:
 
 @pytest.mark.parametrize("scorer", ["dilated", "gla"])
 def test_lengths_that_streams_do_not_divide_are_refused(scorer: str) -> None:
-    assert problem(scorer, 96, 1) is problem(scorer, 96, 4) is None
-    assert problem(scorer, 90, 1) == (
+    assert SCORERS[scorer].problem(96, 1) is SCORERS[scorer].problem(96, 4) is None
+    assert SCORERS[scorer].problem(90, 1) == (
         f"--seq-length 90 must be a multiple of 4 for --lighthouse-scorer {scorer}, which takes every 4th token: "
         "use --seq-length 88 or 92."
     )
-    assert problem(scorer, 72, 4) == (
+    assert SCORERS[scorer].problem(72, 4) == (
         f"--seq-length 72 must be a multiple of 32 for --lighthouse-scorer {scorer}, which takes every 4th token of each of "
         "the 8 chunks of 4 context-parallel ranks: use --seq-length 64 or 96."
     )
@@ -235,7 +237,7 @@ def test_lengths_that_streams_do_not_divide_are_refused(scorer: str) -> None:
 
 @pytest.mark.parametrize("scorer", ["norm", "summary"])
 def test_other_scorers_take_any_length(scorer: str) -> None:
-    assert problem(scorer, 90, 3) is None
+    assert SCORERS[scorer].problem(90, 3) is None
 
 
 @pytest.mark.parametrize(
@@ -251,9 +253,9 @@ def test_gla_on_a_gpu_asks_for_a_release(release: str | None, is_old: bool, monk
         with pytest.raises(
             ValueError, match=rf"gla .* is installed.*{release or 'which release'}.*flash-linear-attention>=0.6.0"
         ):
-            check_installed("gla", kernels, torch.device("cuda"))
+            SCORERS["gla"].check_installed(kernels, torch.device("cuda"))
     else:
-        check_installed("gla", kernels, torch.device("cuda"))
+        SCORERS["gla"].check_installed(kernels, torch.device("cuda"))
 
 
 def test_gla_on_a_gpu_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,10 +263,10 @@ def test_gla_on_a_gpu_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ValueError, match=r"--lighthouse-scorer gla .* pip install 'flash-linear-attention>=0.6.0'"):
         gla._flash_linear_attention()
     with pytest.raises(ValueError, match=r"--lighthouse-scorer gla .* pip install 'flash-linear-attention>=0.6.0'"):
-        check_installed("gla", kernels, torch.device("cuda"))
-    check_installed("gla", reference, torch.device("cuda"))
-    check_installed("gla", kernels, torch.device("cpu"))
-    check_installed("norm", kernels, torch.device("cuda"))
+        SCORERS["gla"].check_installed(kernels, torch.device("cuda"))
+    SCORERS["gla"].check_installed(reference, torch.device("cuda"))
+    SCORERS["gla"].check_installed(kernels, torch.device("cpu"))
+    SCORERS["norm"].check_installed(kernels, torch.device("cuda"))
 
 
 @pytest.mark.gpu
@@ -275,3 +277,29 @@ def test_gla_on_a_gpu_equals_plain_pytorch(dtype: str) -> None:
     inputs = tensors(case, dtype)
     expected = SCORERS["gla"](*(x.double() for x in inputs), pyramid_of(case), reference, None)
     assert_close(SCORERS["gla"](*inputs, pyramid_of(case), kernels, None), expected, dtype)
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_whether_a_scorer_reads_the_values_is_what_it_says(scorer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_plain_pytorch(monkeypatch, segment=8, block=8)
+    case = PROBLEMS["a head for each"]
+    query, key, value = tensors(case)
+    one, other = (SCORERS[scorer](query, key, x, pyramid_of(case), reference, None) for x in (value, -2 * value))
+    assert torch.equal(one, other) != SCORERS[scorer].reads_values
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_whether_a_scorer_goes_by_length_is_what_it_says(scorer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where queries and keys are all equally long, those that do find level 1 all alike."""
+    in_plain_pytorch(monkeypatch, segment=8, block=8)
+    case = PROBLEMS["grouped queries"]
+    query, key, value = tensors(case)
+    query, key = (x / x.norm(dim=-1, keepdim=True) for x in (query, key))
+    finest = SCORERS[scorer](query, key, value, pyramid_of(case), reference, None)[..., : pyramid_of(case).entries(1)]
+    assert bool(finest.std(-1).max() < 1e-9) == SCORERS[scorer].by_length
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_how_a_scorer_grows_is_what_the_docs_say(scorer: str) -> None:
+    (row,) = [line for line in (ROOT / "docs" / "usage.md").read_text().splitlines() if line.startswith(f"| `{scorer}` |")]
+    assert row.split(" | ")[2] == SCORERS[scorer].grows

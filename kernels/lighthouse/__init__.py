@@ -18,7 +18,7 @@ from megatron_lighthouse.kernels.lighthouse.select import compute_places, select
 from megatron_lighthouse.lighthouse.geometry import Geometry, Pyramid
 from megatron_lighthouse.lighthouse.reference import chunk_starts, group_norms
 from megatron_lighthouse.lighthouse.selection import Selection
-from megatron_lighthouse.lighthouse.steps import HaloTravel, KeyTravel
+from megatron_lighthouse.lighthouse.steps import FarTravel, HaloTravel
 from megatron_lighthouse.sequence.layout import Layout
 
 
@@ -45,7 +45,7 @@ def gather(
     key: Tensor,
     value: Tensor,
     selection: Selection,
-    travel: KeyTravel | None = None,
+    travel: FarTravel | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Steps.gather`."""
     return Gather.apply(query, key, value, selection.places, selection.sizes, travel)

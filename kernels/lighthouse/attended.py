@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_lighthouse.kernels.launch import last_contiguous, on_device_of, padded
-from megatron_lighthouse.ranges import step
+from megatron_lighthouse.kernels.launch import cdiv, enqueue, last_contiguous, padded, strides
+from megatron_lighthouse.ranges import profiled
 
 
 class Blocks(NamedTuple):
@@ -149,30 +149,21 @@ def compute_squares(query: Tensor, key: Tensor, value: Tensor, starts: Sequence[
     Args:
         starts: the position in the sequence of the first token of each chunk of the queries; one chunk or two.
     """
-    with step("attended_norms"), on_device_of(query):
+    with profiled("attended_norms"):
         query, key, value = (last_contiguous(x) for x in (query, key, value))
         (rows, batch, heads, dim), (keys, _, groups, _) = query.shape, key.shape
         squares, length, how = _empty(query), rows // len(starts), blocks_of(dim, query.element_size())
         # a chunk may begin within a block
-        blocks = max(triton.cdiv(start % how.queries + length, how.queries) for start in starts)
-        attended_kernel[(blocks * len(starts), batch * heads)](
-            query,
-            key,
-            value,
-            squares,
-            *(x.stride()[:3] for x in (query, key, value)),
-            starts[0],
-            starts[-1],
-            length,
-            blocks,
-            len(starts),
-            keys,
-            heads,
-            heads // groups,
-            D=dim,
-            BLOCK_D=padded(dim),
-            BLOCK_M=how.queries,
-            BLOCK_N=how.keys,
+        blocks = max(cdiv(first % how.queries + length, how.queries) for first in starts)
+        enqueue(
+            attended_kernel,
+            (blocks * len(starts), batch * heads, 1),
+            (query, key, value, squares),
+            (
+                *(strides(x) for x in (query, key, value)),
+                *(starts[0], starts[-1], length, blocks, len(starts), keys, heads, heads // groups),
+            ),
+            {"D": dim, "BLOCK_D": padded(dim), "BLOCK_M": how.queries, "BLOCK_N": how.keys},
             num_warps=how.warps,
             num_stages=how.stages,
         )

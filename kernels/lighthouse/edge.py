@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_lighthouse.kernels.launch import last_contiguous, on_device_of, padded
+from megatron_lighthouse.kernels.launch import enqueue, last_contiguous, padded, strides
 from megatron_lighthouse.kernels.lighthouse.windows import level_offset
 
 
@@ -67,22 +67,11 @@ def add_edge(rows: Tensor, edges: Tensor, places: Tensor, sizes: Sequence[int]) 
 def _launch(rows: Tensor, edges: Tensor, places: Tensor, sizes: Sequence[int], add: bool) -> None:
     (_, batch, heads, dim), (length, levels, pooling, _, chunks) = rows.shape, sizes
     edges = edges.flatten(0, 1)
-    with on_device_of(rows):
-        edge_kernel[(chunks, batch * heads)](
-            rows,
-            edges,
-            places,
-            rows.stride()[:3],
-            edges.stride()[:3],
-            length // chunks,
-            chunks,
-            places.shape[2],
-            heads,
-            places.shape[1],
-            D=dim,
-            BLOCK_D=padded(dim),
-            P=pooling,
-            L=levels,
-            ADD=add,
-            num_warps=1,
-        )
+    enqueue(
+        edge_kernel,
+        (chunks, batch * heads, 1),
+        (rows, edges, places),
+        (strides(rows), strides(edges), length // chunks, chunks, places.shape[2], heads, places.shape[1]),
+        {"D": dim, "BLOCK_D": padded(dim), "P": pooling, "L": levels, "ADD": add},
+        num_warps=1,
+    )

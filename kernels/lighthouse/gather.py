@@ -11,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_lighthouse.kernels.launch import launch, launch_windows, run
+from megatron_lighthouse.kernels.launch import cdiv, launch, launch_windows, run
 from megatron_lighthouse.kernels.lighthouse.windows import collect, spread
-from megatron_lighthouse.lighthouse.steps import KeyTravel
-from megatron_lighthouse.ranges import step
+from megatron_lighthouse.lighthouse.steps import FarTravel
+from megatron_lighthouse.ranges import profiled
 
 
 @triton.jit
@@ -157,19 +157,19 @@ def _gather(
     value: Tensor,
     places: Tensor,
     sizes: Sequence[int],
-    travel: KeyTravel | None = None,
+    travel: FarTravel | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with step("gather"):
+    with profiled("gather"):
         length, levels, pooling, rows_length, chunks = sizes
         rows = _empty(query, key, value, rows_length)
         how = launch("collect", query.shape[3], query.element_size())
-        blocks = range(triton.cdiv(length // chunks // pooling ** (levels - 1), how.rows))
+        blocks = range(cdiv(length // chunks // pooling ** (levels - 1), how.rows))
         tensors, (all_of, of_keys, of_queries) = (query, key, value, *rows), _heads(query, key)
         if travel is None:
             launch_windows(gather_forward_kernel, tensors, places, sizes, all_of, blocks, how)
         else:
             launch_windows(gather_forward_kernel, tensors, places, sizes, of_keys, blocks, how)
-            travel.set_out(*rows[1:])
+            travel.set_out(rows[1:])
             launch_windows(gather_forward_kernel, tensors, places, sizes, of_queries, blocks, how)
         return rows
 
@@ -180,19 +180,19 @@ def _gather_backward(
     value: Tensor,
     places: Tensor,
     sizes: Sequence[int],
-    travel: KeyTravel | None = None,
+    travel: FarTravel | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the tokens [N, B, ·, D], from those of the rows [S, B, ·, D]."""
-    with step("gather backward"):
+    with profiled("gather backward"):
         tokens = _empty(query, key, value, sizes[0])
         how = launch("spread", query.shape[3], query.element_size())
-        blocks = range(triton.cdiv(sizes[0] // sizes[4], how.rows))
+        blocks = range(cdiv(sizes[0] // sizes[4], how.rows))
         tensors, (all_of, of_keys, of_queries) = (query, key, value, *tokens), _heads(query, key)
         if travel is None:
             launch_windows(gather_backward_kernel, tensors, places, sizes, all_of, blocks, how)
         else:
             launch_windows(gather_backward_kernel, tensors, places, sizes, of_queries, blocks, how)
-            tensors = (query, *travel.come_home(key, value), *tokens)
+            tensors = (query, *travel.come_home((key, value)), *tokens)
             launch_windows(gather_backward_kernel, tensors, places, sizes, of_keys, blocks, how)
         return tokens
 

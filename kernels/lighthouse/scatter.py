@@ -11,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_lighthouse.kernels.launch import launch, launch_windows, run
+from megatron_lighthouse.kernels.launch import cdiv, launch, launch_windows, run
 from megatron_lighthouse.kernels.lighthouse.windows import collect, spread
 from megatron_lighthouse.lighthouse.steps import HaloTravel
-from megatron_lighthouse.ranges import step
+from megatron_lighthouse.ranges import profiled
 
 
 @triton.jit
@@ -89,16 +89,16 @@ def scatter_backward_kernel(
 def _scatter(
     rows: Tensor, halo: Tensor | None, places: Tensor, sizes: Sequence[int], travel: HaloTravel | None = None
 ) -> Tensor:
-    with step("scatter"):
+    with profiled("scatter"):
         length, levels, pooling, _, chunks = sizes
         out = _empty(rows, length)
         how = launch("spread", rows.shape[3], rows.element_size())
-        blocks = range(triton.cdiv(length // chunks, how.rows))
+        blocks = range(cdiv(length // chunks, how.rows))
         tensors, heads = (rows, out, rows if halo is None else halo.flatten(0, 1)), (rows.shape[2], rows.shape[2], 0)
         edge = 0
         if halo is not None:
             # the blocks that the halo reaches come last, for it may still be under way
-            edge = min(len(blocks), triton.cdiv(pooling ** (levels - 1) - 1, how.rows))
+            edge = min(len(blocks), cdiv(pooling ** (levels - 1) - 1, how.rows))
         if edge < len(blocks):
             launch_windows(scatter_forward_kernel, tensors, places, sizes, heads, blocks[edge:], how, HALO=False)
         if edge:
@@ -112,12 +112,12 @@ def _scatter_backward(
     grad: Tensor, places: Tensor, sizes: Sequence[int], has_halo: bool, travel: HaloTravel | None = None
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the rows [S, B, H, D] and of the halo [chunks, L-1, B, H, D], from that of the output [N, B, H, D]."""
-    with step("scatter backward"):
+    with profiled("scatter backward"):
         length, levels, pooling, _, chunks = sizes
         rows, halo = _empty_gradients(grad, places, sizes, has_halo)
         how = launch("collect", grad.shape[3], grad.element_size())
         # one window more: the first of the shifted positions is cut short, and so is the last
-        blocks = range(triton.cdiv(length // chunks // pooling ** (levels - 1) + 1, how.rows))
+        blocks = range(cdiv(length // chunks // pooling ** (levels - 1) + 1, how.rows))
         tensors, heads = (grad, rows, halo.flatten(0, 1) if has_halo else rows), (grad.shape[2], grad.shape[2], 0)
         edge = 1 if has_halo else 0
         if edge:

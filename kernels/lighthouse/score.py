@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_lighthouse.kernels.launch import last_contiguous, launch, on_device_of, padded
+from megatron_lighthouse.kernels.launch import cdiv, enqueue, last_contiguous, launch, padded, power_of_2, strides
 from megatron_lighthouse.lighthouse.geometry import Pyramid
-from megatron_lighthouse.ranges import step
+from megatron_lighthouse.ranges import profiled
 
 
 @triton.jit
@@ -100,7 +101,7 @@ def coarsen_kernel(p_finer, p_coarser, stride, length, P: tl.constexpr, BLOCK: t
 
 def compute_scores(query: Tensor, key: Tensor, sizes: Sequence[int]) -> Tensor:
     """See `Steps.score`; `sizes` is (N, L, p)."""
-    with step("score"), on_device_of(query):
+    with profiled("score"):
         geometry = Pyramid(*sizes)
         query, key = last_contiguous(query), last_contiguous(key)
         scores = _empty(key, geometry)
@@ -108,38 +109,34 @@ def compute_scores(query: Tensor, key: Tensor, sizes: Sequence[int]) -> Tensor:
         how = launch("score", dim, query.element_size())
         block, digit, fused = blocks_of(geometry, how.rows)
         slots = geometry.entries(geometry.levels - 1) * digit ** (geometry.levels - 1)
-        score_kernel[(triton.cdiv(slots, block), batch * groups, 2)](
-            query,
-            key,
-            scores,
-            query.stride()[:3],
-            key.stride()[:3],
-            geometry.seq_length,
-            geometry.coarse_length,
-            groups,
-            heads // groups,
-            D=dim,
-            BLOCK_D=padded(dim),
-            P=geometry.pooling,
-            P2=digit,
-            L=geometry.levels,
-            FUSED=fused,
-            BLOCK=block,
+        shape = {"D": dim, "BLOCK_D": padded(dim), "P": geometry.pooling, "P2": digit, "L": geometry.levels}
+        enqueue(
+            score_kernel,
+            (cdiv(slots, block), batch * groups, 2),
+            (query, key, scores),
+            (strides(query), strides(key), geometry.seq_length, geometry.coarse_length, groups, heads // groups),
+            {**shape, "FUSED": fused, "BLOCK": block},
             num_warps=how.warps,
             enable_fp_fusion=False,  # a fused multiply-add would round fp32 squares otherwise than the reference
         )
-        levels = scores.split([geometry.entries(level) for level in range(1, geometry.levels)], -1)
-        for level in range(fused + 1, geometry.levels):
-            length = geometry.entries(level)
-            coarsen_kernel[(triton.cdiv(length, 256), 2 * batch * groups)](
-                levels[level - 2], levels[level - 1], geometry.coarse_length, length, P=geometry.pooling, BLOCK=256
-            )
+        if fused < geometry.levels - 1:
+            _coarsen(scores, geometry, fused)
         return scores
 
 
+def _coarsen(scores: Tensor, geometry: Pyramid, fused: int) -> None:
+    """The levels above `fused`, each from the one below."""
+    levels = scores.split([geometry.entries(level) for level in range(1, geometry.levels)], -1)
+    for level in range(fused + 1, geometry.levels):
+        length, grid = geometry.entries(level), (2 * scores.shape[1] * scores.shape[2], 1)
+        numbers, constants = (geometry.coarse_length, length), {"P": geometry.pooling, "BLOCK": 256}
+        enqueue(coarsen_kernel, (cdiv(length, 256), *grid), (levels[level - 2], levels[level - 1]), numbers, constants)
+
+
+@cache
 def blocks_of(geometry: Pyramid, rows: int) -> tuple[int, int, int]:
     """Tokens a program scores, the power of two from p on, and how many levels of windows fit in those tokens."""
-    digit = triton.next_power_of_2(geometry.pooling)
+    digit = power_of_2(geometry.pooling)
     block = max(rows, digit)
     return block, digit, max(level for level in range(1, geometry.levels) if digit**level <= block)
 

@@ -7,16 +7,17 @@ non-negative floats as integers; ties and rows are prefix sums.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_lighthouse.kernels.launch import on_device_of
+from megatron_lighthouse.kernels.launch import cdiv, enqueue, power_of_2
 from megatron_lighthouse.kernels.lighthouse.windows import level_offset
 from megatron_lighthouse.lighthouse.geometry import Geometry
-from megatron_lighthouse.ranges import step
+from megatron_lighthouse.ranges import profiled
 
 BLOCK = 2048
 """Scores that a program holds at most at a time; a longer tile is read in parts."""
@@ -117,9 +118,9 @@ def refine_kernel(
     p_ranks,
     seq_length,
     coarse_length,
+    TILES,
     P: tl.constexpr,
     L: tl.constexpr,
-    TILES,
     TILE_BUDGET: tl.constexpr,
     PIN_FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -203,46 +204,39 @@ def place_kernel(
 
 def compute_places(scores: Tensor, sizes: Sequence[int], pin_first: bool) -> Tensor:
     """`Selection.places` from scores [2, B, G, coarse length], contiguous; `sizes` is (N, L, p, k, m)."""
-    with step("select"), on_device_of(scores):
+    with profiled("select"):
         geometry = Geometry(*sizes)
         places = _empty(scores, geometry)
         ranks = torch.empty(scores.shape[1:], dtype=torch.int32, device=scores.device)
         rows = ranks.shape[0] * ranks.shape[1]
         block, one = block_of(geometry)
-        refine_kernel[(geometry.tiles, rows)](
-            scores,
-            ranks,
-            geometry.seq_length,
-            geometry.coarse_length,
-            P=geometry.pooling,
-            L=geometry.levels,
-            TILES=geometry.tiles,
-            TILE_BUDGET=geometry.tile_budget,
-            PIN_FIRST=pin_first,
-            BLOCK=block,
-            ONE=one,
+        lengths = (geometry.seq_length, geometry.coarse_length)
+        shape = {"P": geometry.pooling, "L": geometry.levels}
+        enqueue(
+            refine_kernel,
+            (geometry.tiles, rows, 1),
+            (scores, ranks),
+            (*lengths, geometry.tiles),
+            {**shape, "TILE_BUDGET": geometry.tile_budget, "PIN_FIRST": pin_first, "BLOCK": block, "ONE": one},
             num_warps=warps_of(block),
             maxnreg=REGISTERS,
         )
-        place_kernel[(triton.cdiv(geometry.seq_length, 256), rows)](
-            ranks,
-            places,
-            geometry.seq_length,
-            geometry.coarse_length,
-            geometry.pyramid_length,
-            geometry.budget,
-            P=geometry.pooling,
-            L=geometry.levels,
-            BLOCK=256,
+        enqueue(
+            place_kernel,
+            (cdiv(geometry.seq_length, 256), rows, 1),
+            (ranks, places),
+            (*lengths, geometry.pyramid_length, geometry.budget),
+            {**shape, "BLOCK": 256},
             num_warps=4,
         )
         return places
 
 
+@cache
 def block_of(geometry: Geometry) -> tuple[int, bool]:
     """Scores that a program holds at a time, and whether that is all of a tile's level 1, the longest."""
     longest = geometry.entries(1) // geometry.tiles
-    block = min(BLOCK, triton.next_power_of_2(longest))
+    block = min(BLOCK, power_of_2(longest))
     return block, longest <= block
 
 

@@ -1,8 +1,9 @@
-"""All-gather: collect the keys and values of all ranks, then attend."""
+"""All-gather: collect the far rows of all ranks, then attend."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,45 +11,75 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.softmax.blocks import Block
-from megatron_lighthouse.softmax.merge import merge
+from megatron_lighthouse.context_parallel.parts import Block, Mask, Part, Tensors
+from megatron_lighthouse.sequence.layout import Layout
 
 
-class Gathered(torch.autograd.Function):
-    """(query, key, value, block, exchange, scale) -> output. The gradients of keys and values go back by all-to-all."""
+@dataclass(frozen=True)
+class Gathered:
+    """Attention over shards by all-gather: see `Scheme`. The gradients of far rows go back by all-to-all."""
+
+    block: Block
+    exchange: Exchange
+
+    def __call__(self, near: Tensors, far: Tensors) -> Tensor:
+        out: Tensor = _Gathered.apply(self, len(near), *near, *far)
+        return out
+
+    @property
+    def own(self) -> Mask:
+        return Mask(self.exchange.layout.chunks, self.exchange.layout.chunks)
+
+    def parts(self, wholes: Tensors) -> Iterator[tuple[int, slice, Tensors, Mask]]:
+        """The parts of `_seen` that are not empty: number, the near rows that attend to it, its far rows, and their mask."""
+        size, rank, own = self.exchange.size, self.exchange.rank, self.exchange.layout.chunks
+        rows = (slice(None), slice(wholes[0].shape[1] // 2, None))
+        after = tuple(chunk for other in range(rank + 1, size) for chunk in Layout(size, other).chunks)
+        masks = Mask(own, tuple(range(rank))), Mask(own[1:], after)
+        for i, parts in enumerate(zip(*(_seen(x, rank) for x in wholes), strict=True)):
+            if len(parts[0]):
+                yield i, rows[i], tuple(x.flatten(0, 1) for x in parts), masks[i]
+
+
+class _Gathered(torch.autograd.Function):
+    """(scheme, number of near tensors, *near, *far) -> output."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, block: Block, exchange: Exchange, scale: float) -> Tensor:
-        ctx.block, ctx.exchange, ctx.scale = block, exchange, scale
-        keys, values = (exchange.all_gather(x, "attend") for x in (key, value))
-        out, lse = block.forward(query, key, value, True, scale)
-        dtype, parts = out.dtype, list(_parts(keys, values, exchange.rank))
-        out = out.to(lse.dtype) if len(parts) > 1 else out  # what is merged once is rounded once
-        for _, rows, k, v in parts:
-            merge(out[rows], lse[..., rows], *block.forward(query[rows], k, v, False, scale))
-        out = out.to(dtype)
-        ctx.save_for_backward(query, key, value, out, lse)
-        return out
+    def forward(ctx: Any, scheme: Gathered, count: int, *rows: Tensor) -> Tensor:
+        near, far = rows[:count], rows[count:]
+        ctx.scheme, ctx.near, ctx.far = scheme, len(near), len(far)
+        wholes = tuple(scheme.exchange.all_gather(x, "attend") for x in far)
+        part = scheme.block.forward(near, far, scheme.own)
+        dtypes, others = part.dtypes, list(scheme.parts(wholes))
+        part = part.to(*[part.lse.dtype] * len(dtypes)) if len(others) > 1 else part  # what is merged once is rounded once
+        for _, seeing, theirs, mask in others:
+            part[seeing].merge(scheme.block.forward(tuple(x[seeing] for x in near), theirs, mask))
+        part = part.to(*dtypes)
+        ctx.save_for_backward(*near, *far, *part.averages, part.lse)
+        return scheme.block.output(part)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
-        exchange: Exchange = ctx.exchange
-        keys, values = (exchange.all_gather(x, "attend") for x in (key, value))
-        dq, dk, dv = ctx.block.backward(grad, query, key, value, out, lse, True, ctx.scale)
-        wide = torch.promote_types(dq.dtype, torch.float32)
-        dq, d_keys, d_values = dq.to(wide), torch.zeros_like(keys), torch.zeros_like(values)
-        for i, rows, k, v in _parts(keys, values, exchange.rank):
-            given = (grad[rows], query[rows], k, v, out[rows], lse[..., rows])
-            part_q, part_k, part_v = ctx.block.backward(*given, False, ctx.scale)
-            dq[rows] += part_q
-            for whole, part in ((d_keys, part_k), (d_values, part_v)):
+        saved, scheme = ctx.saved_tensors, ctx.scheme
+        near, far = saved[: ctx.near], saved[ctx.near : ctx.near + ctx.far]
+        part = Part(saved[ctx.near + ctx.far : -1], saved[-1])
+        exchange: Exchange = scheme.exchange
+        wholes = tuple(exchange.all_gather(x, "attend") for x in far)
+        d_near, d_far = scheme.block.backward(grad, near, far, part, scheme.own)
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        sums, d_wholes = [x.to(wide) for x in d_near], [torch.zeros_like(x) for x in wholes]
+        for i, rows, theirs, mask in scheme.parts(wholes):
+            given = grad[rows], tuple(x[rows] for x in near), theirs, part[rows]
+            parts_near, parts_far = scheme.block.backward(*given, mask)
+            for total, x in zip(sums, parts_near, strict=True):
+                total[rows] += x
+            for whole, x in zip(d_wholes, parts_far, strict=True):
                 target = _seen(whole, exchange.rank)[i]
-                target.copy_(part.unflatten(0, target.shape[:2]))
-        shares = (exchange.all_to_all(x.flatten(0, 1), "attend").unflatten(0, (exchange.size, -1)) for x in (d_keys, d_values))
-        sums = ((x.sum(0, dtype=wide) + d).to(d.dtype) for x, d in zip(shares, (dk, dv), strict=True))
-        return dq.to(query.dtype), *sums, None, None, None
+                target.copy_(x.unflatten(0, target.shape[:2]))
+        shares = (exchange.all_to_all(x.flatten(0, 1), "attend").unflatten(0, (exchange.size, -1)) for x in d_wholes)
+        totals = ((x.sum(0, dtype=wide) + d).to(d.dtype) for x, d in zip(shares, d_far, strict=True))
+        return None, None, *(x.to(like.dtype) for x, like in zip(sums, near, strict=True)), *totals
 
 
 def _seen(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -58,11 +89,3 @@ def _seen(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     matter, for none of them is masked.
     """
     return x[:rank, : x.shape[1] // 2], x[rank + 1 :]
-
-
-def _parts(keys: Tensor, values: Tensor, rank: int) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
-    """The parts of `_seen` that are not empty: number, the rows of `rank` that attend to it, its keys and values."""
-    rows = (slice(None), slice(keys.shape[1] // 2, None))
-    for i, (k, v) in enumerate(zip(_seen(keys, rank), _seen(values, rank), strict=True)):
-        if len(k):
-            yield i, rows[i], k.flatten(0, 1), v.flatten(0, 1)

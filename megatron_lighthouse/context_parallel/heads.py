@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,13 +11,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.softmax.backends import Attend
+from megatron_lighthouse.context_parallel.parts import Tensors
 
 
-def attend_by_heads(query: Tensor, key: Tensor, value: Tensor, whole: Attend, exchange: Exchange) -> Tensor:
-    """[2s, B, H, D] and twice [2s, B, G, D] -> [2s, B, H, D]; `whole` attends to all 2sC rows of H/C and G/C heads."""
-    out: Tensor = _ToRows.apply(whole(*(_ToHeads.apply(x, exchange) for x in (query, key, value))), exchange)
-    return out
+@dataclass(frozen=True)
+class ByHeads:
+    """Attention over shards by all-to-all: see `Scheme`."""
+
+    whole: Callable[[Tensors, Tensors], Tensor]
+    """Attends to all 2sC rows, in the order of the sequence, of 1/C of the heads."""
+    exchange: Exchange
+
+    def __call__(self, near: Tensors, far: Tensors) -> Tensor:
+        near, far = (tuple(_ToHeads.apply(x, self.exchange) for x in rows) for rows in (near, far))
+        out: Tensor = _ToRows.apply(self.whole(near, far), self.exchange)
+        return out
 
 
 def to_heads(x: Tensor, exchange: Exchange) -> Tensor:

@@ -1,11 +1,11 @@
-"""Ring: in step i each rank attends to the keys and values of the rank i places before it, while the next ones travel.
+"""Ring: in hop i each rank attends to the far rows of the rank i places before it, while the next ones travel.
 
 They come straight from the rank that holds them, and only the half that will be read: of a lower rank the early chunk. In
-backward they come again, and the gradients of keys and values go straight back to their rank, which sums them: no partial sum
-is rounded on its way. A rank's own keys come first in forward, while the first others travel, and last in backward, where the
-first others set out before the gradient of the rows is known (`begin_backward_with`). What NCCL sends beside an attention
-kernel that takes all SMs costs its own time; so where NCCL sends (see `copies`), the last gradients go while those of the
-queries are spread over the tokens.
+backward they come again, and their gradients go straight back to their rank, which sums them: no partial sum
+is rounded on its way. A rank's own rows come first in forward, while the first others travel, and last in backward, where the
+first others set out before the gradient of the near rows is known (`Passage.begin_backward_with`). What NCCL sends beside an
+attention kernel that takes all SMs costs its own time; so where NCCL sends (see `copies`), the last gradients go while those of
+the near rows are spread over the tokens.
 """
 
 from __future__ import annotations
@@ -19,101 +19,123 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.context_parallel.exchange import Exchange, Parcel
-from megatron_lighthouse.softmax.blocks import Block
-from megatron_lighthouse.softmax.merge import merge
+from megatron_lighthouse.context_parallel.parts import Block, Mask, Part, Tensors
+from megatron_lighthouse.sequence.layout import Layout
 
 
-@dataclass
-class RingAttention:
-    """Attention over shards by ring, as `sharded_attention` gives it.
-
-    Where the rows are gathered just before, the gather calls `set_out` and `come_home` (see `steps.KeyTravel`): keys travel
-    while queries are gathered, and the last gradients while those of the queries are spread.
-    """
+@dataclass(frozen=True)
+class Ring:
+    """Attention over shards by ring: see `Scheme`."""
 
     block: Block
     exchange: Exchange
-    scale: float
-    arriving: _Arriving | None = None
-    returning: _Returning | None = None
-    travels: bool = False
-    """Whether `come_home` will be called for the gradients of the next call."""
 
-    def set_out(self, key: Tensor, value: Tensor) -> None:
-        self.arriving, self.travels = _Arriving(key, value, self.exchange), True
+    def passage(self) -> Passage:
+        """The handle of one call, for steps before and after it that work while rows travel."""
+        return Passage(self.exchange)
 
-    def come_home(self, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, near: Tensors, far: Tensors, passage: Passage | None = None) -> Tensor:
+        out: Tensor = _Ring.apply(self, passage or self.passage(), len(near), *near, *far)
+        return out
+
+    def mask(self, rank: int) -> Mask:
+        """Of this rank's near rows and those far rows of `rank` that they see."""
+        own, theirs = self.exchange.layout.chunks, Layout(self.exchange.size, rank).chunks
+        if rank == self.exchange.rank:
+            return Mask(own, own)
+        return Mask(own, theirs[:1]) if rank < self.exchange.rank else Mask(own[1:], theirs)
+
+
+class Passage:
+    """What is under way for one call of a ring, before it begins and after it has ended.
+
+    Who makes the far rows just before calls `set_out` as soon as they are there, and `come_home` for their gradients: they
+    travel while the near rows are made, and the last gradients while those of the near rows are used.
+    """
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
+        self.arriving: _Arriving | None = None
+        self.returning: _Returning | None = None
+        self.travels = False
+        """Whether `come_home` will be called for the gradients."""
+        self.begun: tuple[Tensors, _Arriving] | None = None
+        """What forward saved, and the others' far rows, where backward has begun."""
+
+    def set_out(self, far: Tensors) -> None:
+        self.arriving, self.travels = _Arriving(far, self.exchange), True
+
+    def come_home(self, grads: Tensors) -> Tensors:
         returning, self.returning = self.returning, None
-        return (grad_key, grad_value) if returning is None else returning.added_to(grad_key, grad_value)
+        return grads if returning is None else returning.added_to(grads)
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return Ring.apply(query, key, value, self)
+    def begin_backward_with(self, output: Tensor, attended: Tensor) -> None:
+        """Let the far rows set out again as soon as the gradient of `output` is there; `attended` is what the ring gave."""
+        node: Any = attended.grad_fn  # the ring's ctx, which must not be kept here: it holds this
+        if output.grad_fn is None or node is None:
+            return
+
+        def begin(_: Any) -> None:
+            self.begun = self.begun or self.read(node)
+
+        # not the tensor's hook: that also runs where its gradient alone is asked for, and then nothing receives what set out
+        output.grad_fn.register_prehook(begin)
+
+    def read(self, ctx: Any) -> tuple[Tensors, _Arriving]:
+        """What forward saved, read once as checkpoints demand, and the others' far rows on their way."""
+        saved = ctx.saved_tensors
+        return saved, _Arriving(saved[ctx.near : ctx.near + ctx.far], self.exchange)
 
 
-class Ring(torch.autograd.Function):
-    """(query, key, value, attention) -> output."""
+class _Ring(torch.autograd.Function):
+    """(ring, passage, number of near tensors, *near, *far) -> output."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, attention: RingAttention) -> Tensor:
-        ctx.attention, ctx.begun = attention, None
-        ctx.travels, attention.travels = attention.travels, False
-        block, exchange, scale = attention.block, attention.exchange, attention.scale
-        arriving, attention.arriving = attention.arriving or _Arriving(key, value, exchange), None
-        out, lse = block.forward(query, key, value, True, scale)
-        dtype, several = out.dtype, exchange.size > 2
-        out = out.to(lse.dtype) if several else out  # what is merged once is rounded once
-        for rank, k, v in arriving:
-            rows = _rows(rank, exchange.rank, query)
-            merge(out[rows], lse[..., rows], *block.forward(query[rows], k, v, False, scale))
-        out = out.to(dtype)
-        ctx.save_for_backward(query, key, value, out, lse)
-        return out
+    def forward(ctx: Any, ring: Ring, passage: Passage, count: int, *rows: Tensor) -> Tensor:
+        near, far = rows[:count], rows[count:]
+        ctx.ring, ctx.passage, ctx.near, ctx.far = ring, passage, len(near), len(far)
+        block, exchange = ring.block, ring.exchange
+        arriving, passage.arriving = passage.arriving or _Arriving(far, exchange), None
+        part = block.forward(near, far, ring.mask(exchange.rank))
+        dtypes, several = part.dtypes, exchange.size > 2
+        part = part.to(*[part.lse.dtype] * len(dtypes)) if several else part  # what is merged once is rounded once
+        for rank, parcel in arriving:
+            seeing = _rows(rank, exchange.rank, near[0])
+            part[seeing].merge(block.forward(tuple(x[seeing] for x in near), parcel, ring.mask(rank)))
+        part = part.to(*dtypes)
+        ctx.save_for_backward(*near, *far, *part.averages, part.lse)
+        return block.output(part)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        begun, ctx.begun = ctx.begun or _begin_backward(ctx), None
-        (query, key, value, out, lse), arriving = begun
-        attention: RingAttention = ctx.attention
-        block, exchange, scale = attention.block, attention.exchange, attention.scale
-        dq, returning = _Sum(query, lse.dtype, exchange.size > 2), _Returning(key, value, lse.dtype, exchange)
-        for step, (rank, k, v) in enumerate(arriving, 1):
-            rows = _rows(rank, exchange.rank, query)
-            part_q, *parts = block.backward(grad[rows], query[rows], k, v, out[rows], lse[..., rows], False, scale)
-            dq.add(rows, part_q)
-            returning.pack(rank, *parts)
-            if step < exchange.size - 1:
+        ring: Ring = ctx.ring
+        passage: Passage = ctx.passage
+        (saved, arriving), passage.begun = passage.begun or passage.read(ctx), None
+        near, far = saved[: ctx.near], saved[ctx.near : ctx.near + ctx.far]
+        part = Part(saved[ctx.near + ctx.far : -1], saved[-1])
+        block, exchange, wide = ring.block, ring.exchange, part.lse.dtype
+        sums, returning = [_Sum(x, wide, exchange.size > 2) for x in near], _Returning(far, wide, exchange)
+        for hop, (rank, parcel) in enumerate(arriving, 1):
+            rows = _rows(rank, exchange.rank, grad)
+            given = grad[rows], tuple(x[rows] for x in near), parcel, part[rows]
+            d_near, d_far = block.backward(*given, ring.mask(rank))
+            for total, x in zip(sums, d_near, strict=True):
+                total.add(rows, x)
+            returning.pack(rank, d_far)
+            if hop < exchange.size - 1:
                 returning.send()
-        late = ctx.travels and all(ctx.needs_input_grad[1:3]) and not exchange.copies(query.device)
+        needed = ctx.needs_input_grad[3 + ctx.near :]
+        late = passage.travels and all(needed) and not exchange.copies(grad.device)
         if not late:
             returning.send()
-        own_q, own_k, own_v = block.backward(grad, query, key, value, out, lse, True, scale)
+        own_near, own_far = block.backward(grad, near, far, part, ring.mask(exchange.rank))
         if late:
             returning.send()
-            attention.returning = returning
+            passage.returning = returning
         else:
-            own_k, own_v = returning.added_to(own_k, own_v)
-        return dq.with_own(own_q), own_k, own_v, None
-
-
-def begin_backward_with(output: Tensor, rows: Tensor) -> None:
-    """Let the keys and values of `rows`, if `Ring` made them, set out as soon as the gradient of `output` is there."""
-    node: Any = rows.grad_fn  # of `Ring` this is its ctx
-    if output.grad_fn is None or not hasattr(node, "begun"):
-        return
-
-    def begin(_: Any) -> None:
-        if node.begun is None:
-            node.begun = _begin_backward(node)
-
-    # not the tensor's hook: that also runs where its gradient alone is asked for, and nothing then receives what has set out
-    output.grad_fn.register_prehook(begin)
-
-
-def _begin_backward(ctx: Any) -> tuple[tuple[Tensor, ...], _Arriving]:
-    """What forward saved, read once as checkpoints demand, and the others' keys and values on their way."""
-    saved = ctx.saved_tensors
-    return saved, _Arriving(saved[1], saved[2], ctx.attention.exchange)
+            own_far = returning.added_to(own_far)
+        return None, None, None, *(s.with_own(x) for s, x in zip(sums, own_near, strict=True)), *own_far
 
 
 def _rows(rank: int, own: int, x: Tensor) -> slice:
@@ -127,30 +149,30 @@ def _seen(rank: int, by: int, x: Tensor) -> slice:
 
 
 class _Arriving:
-    """The other ranks' keys and values, in ring order; each is under way while the one before it is used.
+    """The other ranks' far rows, in ring order; each is under way while the one before it is used.
 
-    The first set out when this is made. Yields the rank, its keys and its values.
+    The first set out when this is made. Yields the rank and its rows.
     """
 
-    def __init__(self, key: Tensor, value: Tensor, exchange: Exchange) -> None:
-        self.key, self.value, self.exchange = key.contiguous(), value.contiguous(), exchange
+    def __init__(self, far: Tensors, exchange: Exchange) -> None:
+        self.far, self.exchange = tuple(x.contiguous() for x in far), exchange
         self.following = self._begin(1)
 
-    def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        for step in range(2, self.exchange.size + 1):
+    def __iter__(self) -> Iterator[tuple[int, Tensors]]:
+        for hop in range(2, self.exchange.size + 1):
             rank, parcel = self.following
-            k, v = parcel.open()
-            if step < self.exchange.size:
-                self.following = self._begin(step)
-            yield rank, k, v
+            rows = tuple(parcel.open())
+            if hop < self.exchange.size:
+                self.following = self._begin(hop)
+            yield rank, rows
             parcel.close()
 
-    def _begin(self, step: int) -> tuple[int, Parcel]:
-        size, rank, whole = self.exchange.size, self.exchange.rank, (self.key, self.value)
-        to, by = (rank + step) % size, (rank - step) % size
-        parts = [x[_seen(rank, to, x)] for x in whole]
-        shapes = [x[_seen(by, rank, x)].shape for x in whole]
-        return by, self.exchange.swap(parts, to, by, shapes, "attend", "keys", sum(x.nbytes for x in whole))
+    def _begin(self, hop: int) -> tuple[int, Parcel]:
+        size, rank = self.exchange.size, self.exchange.rank
+        to, by = (rank + hop) % size, (rank - hop) % size
+        parts = [x[_seen(rank, to, x)] for x in self.far]
+        shapes = [x[_seen(by, rank, x)].shape for x in self.far]
+        return by, self.exchange.swap(parts, to, by, shapes, "attend", "keys", sum(x.nbytes for x in self.far))
 
 
 class _Sum:
@@ -177,36 +199,35 @@ class _Sum:
 
 
 class _Returning:
-    """Gradients of keys and values on their way back to the ranks that hold these."""
+    """Gradients of far rows on their way back to the ranks that hold these."""
 
-    def __init__(self, key: Tensor, value: Tensor, dtype: torch.dtype, exchange: Exchange) -> None:
-        self.sums = tuple(_Sum(x, dtype, exchange.size > 2) for x in (key, value))
-        self.exchange, self.step = exchange, 0
-        self.packed: tuple[int, tuple[Tensor, ...]] | None = None
+    def __init__(self, far: Tensors, dtype: torch.dtype, exchange: Exchange) -> None:
+        self.sums = [_Sum(x, dtype, exchange.size > 2) for x in far]
+        self.exchange, self.hop = exchange, 0
+        self.packed: tuple[int, Tensors] | None = None
         self.under_way: tuple[slice, Parcel] | None = None
 
-    def pack(self, rank: int, *parts: Tensor) -> None:
-        """Have this step's gradients of the keys and values of `rank` ready."""
+    def pack(self, rank: int, parts: Tensors) -> None:
+        """Have this hop's gradients of the far rows of `rank` ready."""
         self.packed = rank, tuple(x.contiguous() for x in parts)
 
     def send(self) -> None:
-        """Send what is packed, and add what the step before brought."""
+        """Send what is packed, and add what the hop before brought."""
         assert self.packed is not None
         if parcel := self._arrive():
             parcel.close()
         (rank, parts), self.packed = self.packed, None
-        self.step += 1
-        by = (self.exchange.rank + self.step) % self.exchange.size
+        self.hop += 1
+        by = (self.exchange.rank + self.hop) % self.exchange.size
         rows = _seen(self.exchange.rank, by, self.sums[0].like)
         shapes = [x.like[rows].shape for x in self.sums]
         room = sum(x.like.nbytes for x in self.sums)
         self.under_way = rows, self.exchange.swap(parts, rank, by, shapes, "attend", "gradients", room)
 
-    def added_to(self, own_key: Tensor, own_value: Tensor) -> tuple[Tensor, Tensor]:
+    def added_to(self, own: Tensors) -> Tensors:
         """This rank's gradients and all that came."""
         parcel = self._arrive()
-        dk, dv = self.sums
-        whole = dk.with_own(own_key), dv.with_own(own_value)
+        whole = tuple(total.with_own(x) for total, x in zip(self.sums, own, strict=True))
         if parcel is not None:
             parcel.close()
         return whole

@@ -1,4 +1,4 @@
-"""Attention over shards: plain causal attention of a sequence whose rows lie on several ranks, in zigzag order.
+"""Attention over shards: causal attention of a sequence whose rows lie on several ranks, in zigzag order.
 
 Three schemes, as Megatron's `--cp-comm-type` names them. Each rank gives its rows [2s, B, H, D] and gets their output; rows may
 be tokens (a dense layer) or gathered rows (Lighthouse), for both come in 2C equal chunks. In all three a rank's work is
@@ -10,45 +10,33 @@ which is the causal triangle, cut so that all ranks have as much to do.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.gathered import Gathered
-from megatron_lighthouse.context_parallel.heads import attend_by_heads
-from megatron_lighthouse.context_parallel.ring import RingAttention
-from megatron_lighthouse.softmax.backends import Attend, inner_attention
-from megatron_lighthouse.softmax.blocks import block_for
+from megatron_lighthouse.context_parallel.heads import ByHeads
+from megatron_lighthouse.context_parallel.parts import Block, Scheme, Tensors
+from megatron_lighthouse.context_parallel.ring import Ring
 
 COMM_TYPES = ("p2p", "all_gather", "a2a")
 
 
-def sharded_attention(
-    name: str, query: Tensor, key: Tensor, exchange: Exchange, comm_type: str, softmax_scale: float | None = None
-) -> Attend:
-    """Causal attention over the rows of all ranks.
+def scheme(
+    comm_type: str, exchange: Exchange, block: Callable[[], Block], whole: Callable[[], Callable[[Tensors, Tensors], Tensor]]
+) -> Scheme:
+    """The scheme of that name.
 
     Args:
-        name: of the backend, as for `inner_attention`.
-        query: [2s, B, H, D]; key: [2s, B, G, D]; of these only shapes, dtype and device count.
-        comm_type: 'p2p' passes keys and values from rank to rank while attending, 'all_gather' collects them first, 'a2a'
-            exchanges rows for heads.
-
-    Raises:
-        ValueError: a scheme that is not known, heads that 'a2a' cannot share out, or a backend that cannot do it.
+        comm_type: 'p2p' passes far rows from rank to rank while attending, 'all_gather' collects them first, 'a2a' exchanges
+            rows for heads.
+        block: what gives the attention over parts, for the first two.
+        whole: what gives the attention over whole sequences of some heads, for the last.
     """
-    scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
-    if problem := comm_type_problem(comm_type, query.shape[2], key.shape[2], exchange.size):
-        raise ValueError(problem)
     if comm_type == "a2a":
-        q, k = (x[:, :, : x.shape[2] // exchange.size] for x in (query, key))
-        whole = inner_attention(name, q, k, scale)
-        return lambda q, k, v: attend_by_heads(q, k, v, whole, exchange)
-    block = block_for(name, query, key)
-    if comm_type == "p2p":
-        return RingAttention(block, exchange, scale)
-    return lambda q, k, v: Gathered.apply(q, k, v, block, exchange, scale)
+        return ByHeads(whole(), exchange)
+    return Ring(block(), exchange) if comm_type == "p2p" else Gathered(block(), exchange)
 
 
 def comm_type_problem(comm_type: str, heads: int, groups: int, size: int) -> str | None:

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.context_parallel.ring import RingAttention, begin_backward_with
-from megatron_lighthouse.context_parallel.schemes import comm_type_problem, sharded_attention
-from megatron_lighthouse.lighthouse import telemetry
+from megatron_lighthouse.context_parallel.schemes import comm_type_problem
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.geometry import Geometry, Pyramid
+from megatron_lighthouse.lighthouse.layer import Attended, Layer, build, check, made_from
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.lighthouse.selection import Selection
-from megatron_lighthouse.lighthouse.sharded.deal import Deal
-from megatron_lighthouse.lighthouse.sharded.halo import with_halo
-from megatron_lighthouse.lighthouse.sharded.select import select_shard
-from megatron_lighthouse.lighthouse.steps import HaloTravel, Steps, steps_for
 from megatron_lighthouse.lighthouse.transforms import differentiable_once, refuse_transforms
-from megatron_lighthouse.ranges import step
 from megatron_lighthouse.sequence.layout import Layout
-from megatron_lighthouse.softmax.backends import Attend, inner_attention
+from megatron_lighthouse.softmax.backends import Attend
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""Those that the steps and the inner attention compute in."""
+MOST_BUILT = 64
+_built: dict[tuple[Any, ...], Layer] = {}
+"""Layers, by what they were built from."""
 
 
 def lighthouse_attention(
@@ -83,29 +78,6 @@ def lighthouse_attention(
     ).scatter()
 
 
-@dataclass(frozen=True)
-class Attended:
-    """What the last step needs: all of a layer but its output."""
-
-    rows: Tensor
-    """[S, B, H, D], attended to."""
-    dealt: Tensor
-    """The same as the inner attention gave them: before they were dealt back to the ranks that hold their entries."""
-    selection: Selection
-    steps: Steps
-    halo: Tensor | None = None
-    """Under context parallelism, the rows that spill into this rank's chunks."""
-    travel: HaloTravel | None = None
-    """By which the halo comes."""
-
-    def scatter(self) -> Tensor:
-        """[N, B, H, D]: the layer's output."""
-        output = self.steps.scatter(self.rows, self.selection, self.halo, self.travel)
-        if self.halo is not None:
-            begin_backward_with(output, self.dealt)
-        return output
-
-
 def attended_rows(
     query: Tensor,
     key: Tensor,
@@ -119,34 +91,34 @@ def attended_rows(
     selection: Selection | None = None,
 ) -> Attended:
     """All steps of `lighthouse_attention` but the last, which must follow: the halo is under way until then."""
-    _check(query, key, value)
-    query, key, value = differentiable_once(query, key, value)
-    geometry = config.geometry(query.shape[0] * (exchange.size if exchange else 1), exchange.size if exchange else 1)
-    if attend is None:
-        if exchange is None:
-            attend = inner_attention(config.inner, query, key, softmax_scale)
-        else:
-            attend = sharded_attention(config.inner, query, key, exchange, cp_comm_type, softmax_scale)
-    elif softmax_scale is not None:
+    refuse_transforms(query, key, value)
+    if attend is not None and softmax_scale is not None:
+        check(query, key, value)
         raise ValueError("softmax_scale belongs to the default inner attention: give `attend` its own scale instead.")
-    deal = None
-    if selection is None:
-        selection, deal = _select(query, key, value, config, geometry, exchange)
-    else:
-        _check_selection(selection, query, key, geometry, exchange)
-    steps = steps_for(config.steps, query, config.pooling)
-    # what is gathered for a ring can set out at once, unless it is dealt first
-    ring = attend if isinstance(attend, RingAttention) and deal is None else None
-    gathered = steps.gather(query, key, value, selection, ring)
-    if deal:
-        gathered = deal.out(*gathered)
-    with step("attend"):
-        attended = attend(*gathered)
-    rows = deal.back(attended, key.shape[2]) if deal else attended
-    if exchange is None:
-        return Attended(rows, attended, selection, steps)
-    rows, halo, travel = with_halo(rows, selection, exchange)
-    return Attended(rows, attended, selection, steps, halo, travel)
+    layer = layer_for(config, query, key, value, exchange, cp_comm_type, softmax_scale, attend is not None)
+    if selection is not None:
+        _check_selection(selection, query, key, layer.geometry, exchange)
+    return layer.attended(*differentiable_once(query, key, value), attend, selection)
+
+
+def layer_for(config: LighthouseConfig, query: Tensor, key: Tensor, value: Tensor, *how: Any) -> Layer:
+    """The layer of inputs like these, built the first time that they come; `how` is what else `build` takes.
+
+    Raises:
+        ValueError: as `lighthouse_attention`.
+    """
+    if torch.compiler.is_compiling():  # guards do what the table does
+        check(query, key, value)
+        return build(config, query, key, *how)
+    made = (config, *made_from(query, key, value), *how)
+    layer = _built.get(made)
+    if layer is None:
+        check(query, key, value)
+        layer = build(config, query, key, *how)
+        if len(_built) >= MOST_BUILT:
+            _built.clear()
+        _built[made] = layer
+    return layer
 
 
 def lighthouse_select(
@@ -156,7 +128,7 @@ def lighthouse_select(
 
     Args:
         query, key: as for `lighthouse_attention`.
-        value: likewise, for the scorers that read it: 'summary', 'dilated' and 'gla'.
+        value: likewise, for the scorers that read it: all but 'norm'.
         cp_group: the context-parallel ranks among which the sequence is sharded.
 
     Returns:
@@ -167,14 +139,12 @@ def lighthouse_select(
         ValueError: as `lighthouse_attention`, or a scorer that lacks the values.
     """
     if value is None:
-        if config.scorer != "norm":
+        if SCORERS[config.scorer].reads_values:
             raise ValueError(f"--lighthouse-scorer {config.scorer} reads the values: pass `value`.")
         value = key
-    _check(query, key, value)
+    refuse_transforms(query, key, value)
     exchange = Exchange.over(cp_group)
-    size = exchange.size if exchange else 1
-    geometry = config.geometry(query.shape[0] * size, size)
-    selection, deal = _select(query, key, value, config, geometry, exchange)
+    selection, deal = layer_for(config, query, key, value, exchange, "p2p", None, True).select(query, key, value)
     if exchange is None:
         return selection.indices
     entries = _numbered_in_whole(selection.indices, selection.geometry, exchange.layout)
@@ -182,21 +152,6 @@ def lighthouse_select(
         return entries
     dealt, _, _ = deal.out(*[entries.movedim(-1, 0).unsqueeze(-1)] * 3)
     return dealt.squeeze(-1).movedim(0, -1).contiguous()
-
-
-@torch.no_grad()
-def _select(
-    query: Tensor, key: Tensor, value: Tensor, config: LighthouseConfig, geometry: Geometry, exchange: Exchange | None
-) -> tuple[Selection, Deal | None]:
-    steps, here = steps_for(config.steps, query), Pyramid(query.shape[0], config.levels, config.pooling)
-    scores = SCORERS[config.scorer](query, key, value, here, steps, exchange)
-    deal = None
-    if exchange is None:
-        selection = steps.select(scores, geometry, config.pin_first)
-    else:
-        selection, deal = select_shard(scores, geometry, config.pin_first, steps, exchange)
-    telemetry.record(selection, scores, geometry, config.pin_first, steps)
-    return selection, deal
 
 
 def _numbered_in_whole(entries: Tensor, here: Pyramid, layout: Layout) -> Tensor:
@@ -225,23 +180,4 @@ def _check_selection(selection: Selection, query: Tensor, key: Tensor, geometry:
     if selection.places.shape[:2] != (query.shape[1], key.shape[2]):
         raise ValueError(
             f"selection was made for [B, G] {list(selection.places.shape[:2])}, not for [{query.shape[1]}, {key.shape[2]}]."
-        )
-
-
-def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
-    refuse_transforms(query, key, value)
-    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-    if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape:
-        raise ValueError(f"expected query [N, B, H, D] and key and value of one shape [N, B, G, D], got {shapes}.")
-    if query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]:
-        raise ValueError(f"query, key and value must agree in N, B and D, got {shapes}.")
-    if not query.shape[2] or not key.shape[2] or query.shape[2] % key.shape[2]:
-        raise ValueError(
-            f"the query heads (dimension 2) must be a multiple of the key/value heads, and neither can be 0, got {shapes}."
-        )
-    kinds = {(x.dtype, x.device) for x in (query, key, value)}
-    if len(kinds) > 1 or query.dtype not in DTYPES:
-        raise ValueError(
-            "query, key and value must share one device and one dtype, float64, float32, bfloat16 or float16, got "
-            f"{sorted(map(str, kinds))}."
         )

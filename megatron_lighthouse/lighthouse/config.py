@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields, replace
 from itertools import islice
 
 from megatron_lighthouse.lighthouse.geometry import Geometry
+from megatron_lighthouse.lighthouse.implementations import STEPS
 from megatron_lighthouse.lighthouse.scorers import SCORERS
-from megatron_lighthouse.lighthouse.steps import STEPS
 from megatron_lighthouse.softmax.backends import INNER
 
 TRIED = 1000

@@ -92,3 +92,17 @@ class Geometry(Pyramid):
     def gathered_length(self) -> int:
         """S = N/p^(L-1) + (L-1)*p*k: every coarsest entry, and p children of each refined entry."""
         return self.entries(self.levels - 1) + (self.levels - 1) * self.pooling * self.budget
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape of one layer's inputs on one rank."""
+
+    batch: int
+    heads: int
+    """H, query heads of a tensor-parallel rank."""
+    groups: int
+    """G, key/value heads of a tensor-parallel rank."""
+    dim: int
+    itemsize: int
+    """Bytes of an element of Q, K and V."""

@@ -12,8 +12,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from megatron_lighthouse.lighthouse.geometry import Geometry, Pyramid
 from megatron_lighthouse.lighthouse.selection import Selection
-from megatron_lighthouse.lighthouse.steps import HaloTravel, KeyTravel
-from megatron_lighthouse.ranges import step
+from megatron_lighthouse.lighthouse.steps import FarTravel, HaloTravel
+from megatron_lighthouse.ranges import profiled
 from megatron_lighthouse.sequence.layout import Layout
 
 
@@ -31,7 +31,7 @@ def pool(x: Tensor, geometry: Pyramid) -> list[Tensor]:
 
 
 @torch.no_grad()
-@step("score")
+@profiled("score")
 def score(query: Tensor, key: Tensor, geometry: Pyramid) -> Tensor:
     """See `Steps.score`. The sums are made in a fixed order, so that every device ranks alike to the last bit."""
     scores = []
@@ -61,7 +61,7 @@ QUERIES = 64
 
 
 @torch.no_grad()
-@step("attended_norms")
+@profiled("attended_norms")
 def attended_norms(query: Tensor, key: Tensor, value: Tensor, layout: Layout | None) -> Tensor:
     """See `Steps.attended_norms`. Every product has a shape that the position in the sequence settles, and so one order."""
     heads, groups, dim = query.shape[2], key.shape[2], query.shape[3]
@@ -107,7 +107,7 @@ def next_power_of_two(n: int) -> int:
 
 
 @torch.no_grad()
-@step("select")
+@profiled("select")
 def select(scores: Tensor, geometry: Geometry, pin_first: bool) -> Selection:
     """See `Steps.select`."""
     half, top = geometry.tile_budget // 2, geometry.levels - 1
@@ -155,13 +155,13 @@ def _places(gathered: list[Tensor], geometry: Geometry) -> Tensor:
     return torch.cat(places, -1).int()
 
 
-@step("gather")
+@profiled("gather")
 def gather(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     selection: Selection,
-    travel: KeyTravel | None = None,
+    travel: FarTravel | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Steps.gather`."""
     rows_k, rows_v = _Gather.apply(key, selection), _Gather.apply(value, selection)
@@ -171,7 +171,7 @@ def gather(
     return _Gather.apply(grouped, selection).flatten(2, 3), rows_k, rows_v
 
 
-@step("scatter")
+@profiled("scatter")
 def scatter(rows: Tensor, selection: Selection, halo: Tensor | None = None, travel: HaloTravel | None = None) -> Tensor:
     """See `Steps.scatter`."""
     if travel is not None:
@@ -206,15 +206,15 @@ class _Travel(torch.autograd.Function):
     """(rows of keys, of values, travel) -> the same, which set out, and whose gradients come home."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, key: Tensor, value: Tensor, travel: KeyTravel) -> tuple[Tensor, Tensor]:
+    def forward(ctx: FunctionCtx, key: Tensor, value: Tensor, travel: FarTravel) -> tuple[Tensor, Tensor]:
         ctx.travel = travel  # type: ignore[attr-defined]
-        travel.set_out(key, value)
+        travel.set_out((key, value))
         return key, value
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *ctx.travel.come_home(grad_key, grad_value), None  # type: ignore[attr-defined]
+    def backward(ctx: FunctionCtx, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor | None, ...]:
+        return *ctx.travel.come_home((grad_key, grad_value)), None  # type: ignore[attr-defined]
 
 
 class _Scatter(torch.autograd.Function):

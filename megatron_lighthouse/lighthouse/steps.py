@@ -1,29 +1,23 @@
-"""The steps of Lighthouse as an interface, and which implementation of them runs where."""
+"""The steps of Lighthouse as an interface. What runs them: see `megatron_lighthouse.lighthouse.implementations`."""
 
 from __future__ import annotations
 
-import os
-from importlib.util import find_spec
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from megatron_lighthouse.lighthouse.geometry import Geometry, Pyramid
 from megatron_lighthouse.lighthouse.selection import Selection
-from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.sequence.layout import Layout
 
-HAS_TRITON = find_spec("triton") is not None
 
+class FarTravel(Protocol):
+    """Gathered keys and values (the far rows) on their way to other ranks, and their gradients on the way back."""
 
-class KeyTravel(Protocol):
-    """Gathered keys and values on their way to other ranks, and their gradients on the way back."""
-
-    def set_out(self, key: Tensor, value: Tensor) -> None:
+    def set_out(self, far: tuple[Tensor, ...]) -> None:
         """Begin to send rows that have just been gathered."""
 
-    def come_home(self, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor, Tensor]:
+    def come_home(self, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Wait for the other ranks' parts of the gradients, and add them to this rank's own."""
 
 
@@ -80,7 +74,7 @@ class Steps(Protocol):
         key: Tensor,
         value: Tensor,
         selection: Selection,
-        travel: KeyTravel | None = None,
+        travel: FarTravel | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The selected rows of the three pyramids: [S, B, H, D], [S, B, G, D], [S, B, G, D]. Pools while gathering.
 
@@ -100,55 +94,3 @@ class Steps(Protocol):
         end where a chunk begins, zero where not gathered; with `travel` it may still be under way. Differentiable in `rows`
         and `halo`: dÕ_m = sum of dO over the range of entry m. Keeps only the map for backward.
         """
-
-
-def triton_takes(x: Tensor) -> bool:
-    """Whether what is said of a rank's edges and parts is done by Triton on `x`: on a GPU, but not in fp64."""
-    return HAS_TRITON and x.is_cuda and x.dtype != torch.float64
-
-
-STEPS = ("auto", "kernels", "reference")
-MOST_POOLING = 16
-
-
-def steps_for(name: str, query: Tensor, pooling: int = 2) -> Steps:
-    """The implementation of the steps that `name` stands for, on `query`'s device and dtype.
-
-    Args:
-        name: 'kernels', 'reference', or 'auto': the kernels on a GPU where they can run, else plain PyTorch, said once.
-        pooling: p. Above 16 the kernels run, slowly: said once.
-
-    Raises:
-        ValueError: 'kernels' where they cannot run.
-    """
-    from megatron_lighthouse.lighthouse import reference
-
-    if name == "reference" or (name == "auto" and query.device.type != "cuda"):
-        return reference
-    missing = _missing(query.device.type, query.dtype, query.shape[-1])
-    if missing is None:
-        from megatron_lighthouse.kernels import lighthouse as kernels
-
-        if pooling > MOST_POOLING:
-            say_once(
-                f"lighthouse: the kernels are made for --lighthouse-pooling 2 to {MOST_POOLING}: at {pooling} they run out of "
-                "registers, and are slow."
-            )
-        return kernels
-    if name == "kernels":
-        raise ValueError(f"--lighthouse-steps kernels cannot run: {missing}. Use auto or reference.")
-    say_once(f"lighthouse: the steps run in plain PyTorch, many times slower than the kernels: {missing}.")
-    return reference
-
-
-def _missing(device: str, dtype: torch.dtype, dim: int) -> str | None:
-    """Why the kernels cannot run, and what would let them; None where they can."""
-    if not HAS_TRITON:
-        return "the package triton is not installed (torch's CUDA builds for Linux bring it)"
-    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"they run on GPUs, not on the device {device!r} (but with TRITON_INTERPRET=1 in the environment, slowly)"
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"they take bf16, fp16 and fp32, not {dtype}"
-    if dim > 256:
-        return f"they take head dimensions up to 256, not {dim}"
-    return None

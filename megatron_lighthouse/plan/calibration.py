@@ -12,8 +12,8 @@ import numpy
 
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
-from megatron_lighthouse.lighthouse.geometry import Geometry
-from megatron_lighthouse.lighthouse.sharded.sent import Layer, attend_bytes
+from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
+from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
 from megatron_lighthouse.plan import time, work
 from megatron_lighthouse.plan.coefficients import Coefficients, Fit
 from megatron_lighthouse.plan.device import DEVICES
@@ -37,7 +37,7 @@ class Point:
     what: str
     direction: str
     geometry: Geometry
-    layer: Layer
+    layer: Shape
     ranks: int
     value: float
     """Seconds; GiB where the direction is 'peak GiB'."""
@@ -70,7 +70,7 @@ def _point(row: dict[str, str]) -> Point:
     config = LighthouseConfig(int(row["levels"]), int(row["pooling"]), int(row["budget"]))
     geometry = config.geometry(int(row["tokens"]), int(row["ranks"]))
     batch, heads, groups, dim = (int(row[key] or 0) for key in ("batch", "heads", "groups", "dim"))
-    layer = Layer(batch, heads, groups, dim, 2)
+    layer = Shape(batch, heads, groups, dim, 2)
     value = float(row["value"]) * (1 if row["kind"] == "run" else 1e-3)
     return Point(row["kind"], row["source"], row["what"], row["direction"], geometry, layer, int(row["ranks"]), value)
 

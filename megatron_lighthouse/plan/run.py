@@ -9,8 +9,7 @@ from typing import Any
 
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
-from megatron_lighthouse.lighthouse.geometry import Geometry
-from megatron_lighthouse.lighthouse.sharded.sent import Layer
+from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
 from megatron_lighthouse.mcore.command_line.checks import layer_problems
 from megatron_lighthouse.plan.device import DEVICES, Device
 from megatron_lighthouse.plan.model import GPT
@@ -132,10 +131,10 @@ class Run:
         return self.seq_length // self.context_parallel
 
     @property
-    def layer(self) -> Layer:
+    def layer(self) -> Shape:
         """Inputs of a layer's attention on one tensor-parallel rank, bf16."""
         model, tp = self.model, self.tensor_parallel
-        return Layer(1, model.heads // tp, model.groups // tp, model.head_dim, 2)
+        return Shape(1, model.heads // tp, model.groups // tp, model.head_dim, 2)
 
     @property
     def lighthouse_layers(self) -> int:

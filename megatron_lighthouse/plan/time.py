@@ -11,8 +11,8 @@ domains, all send all their bytes over the network. Pipeline stages are not inte
 
 from __future__ import annotations
 
-from megatron_lighthouse.lighthouse.geometry import Geometry
-from megatron_lighthouse.lighthouse.sharded.sent import Layer, attend_bytes, layer_bytes
+from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
+from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes, layer_bytes
 from megatron_lighthouse.plan import work
 from megatron_lighthouse.plan.coefficients import Coefficients
 from megatron_lighthouse.plan.device import Device
@@ -27,7 +27,7 @@ HOST_AGAIN = {"none": 0.0, "mlp": 0.25, "full": 0.5}
 
 
 def attention_seconds(
-    kind: str, rows: int, layer: Layer, ranks: int, device: Device, speed: Coefficients
+    kind: str, rows: int, layer: Shape, ranks: int, device: Device, speed: Coefficients
 ) -> tuple[float, float]:
     """(forward, forward + backward) of causal attention over `rows` rows, of which each rank does an equal part of the work."""
     flops = work.attention_flops(rows, layer) / ranks
@@ -38,7 +38,7 @@ def attention_seconds(
 
 
 def crossing_seconds(
-    scheme: str, rows: int, layer: Layer, ranks: int, span: int, device: Device, speed: Coefficients, hide: tuple[float, float]
+    scheme: str, rows: int, layer: Shape, ranks: int, span: int, device: Device, speed: Coefficients, hide: tuple[float, float]
 ) -> tuple[float, float]:
     """(forward, forward + backward) that attention over several ranks takes beyond its share of the work.
 
@@ -61,7 +61,7 @@ def crossing_seconds(
     return found[0], found[1]
 
 
-def dense_layer(rows: int, layer: Layer, ranks: int, scheme: str, span: int, device: Device, speed: Coefficients) -> Parts:
+def dense_layer(rows: int, layer: Shape, ranks: int, scheme: str, span: int, device: Device, speed: Coefficients) -> Parts:
     """Dense attention without projections: 'fwd', 'fwd+bwd', and 'exposed fwd' and 'exposed', which lie within them."""
     forward, both = attention_seconds("dense", rows, layer, ranks, device, speed)
     more, more_both = crossing_seconds(scheme, rows, layer, ranks, span, device, speed, (forward, both))
@@ -69,7 +69,7 @@ def dense_layer(rows: int, layer: Layer, ranks: int, scheme: str, span: int, dev
 
 
 def lighthouse_layer(
-    geometry: Geometry, layer: Layer, ranks: int, scheme: str, span: int, device: Device, speed: Coefficients
+    geometry: Geometry, layer: Shape, ranks: int, scheme: str, span: int, device: Device, speed: Coefficients
 ) -> Parts:
     """As `dense_layer`, and each step by name: 'score', 'select', 'gather', 'gather bwd', 'scatter', 'scatter bwd', 'inner'."""
     rows = geometry.gathered_length

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_lighthouse.lighthouse.geometry import Geometry
-from megatron_lighthouse.lighthouse.sharded.sent import Layer
+from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
 from megatron_lighthouse.plan.model import GPT
 
 FORWARD_AND_BACKWARD = 3.5
@@ -12,12 +11,12 @@ STEPS = (("score", "fwd"), ("gather", "fwd"), ("scatter", "fwd"), ("gather", "bw
 """The steps that memory bounds, and when they run."""
 
 
-def attention_flops(rows: int, layer: Layer) -> float:
+def attention_flops(rows: int, layer: Shape) -> float:
     """Forward: two causal products of rows^2/2 * D multiply-adds a head, 2 operations each."""
     return 2.0 * rows**2 * layer.batch * layer.heads * layer.dim
 
 
-def step_bytes(step: str, tokens: int, rows: int, layer: Layer) -> float:
+def step_bytes(step: str, tokens: int, rows: int, layer: Shape) -> float:
     """Bytes that a step must move, each once, either direction (as benchmarks/attention.py counts its floor)."""
     row = layer.batch * layer.dim * layer.itemsize
     return {
@@ -27,7 +26,7 @@ def step_bytes(step: str, tokens: int, rows: int, layer: Layer) -> float:
     }[step]
 
 
-def select_features(geometry: Geometry, layer: Layer, ranks: int, multiprocessors: int) -> list[float]:
+def select_features(geometry: Geometry, layer: Shape, ranks: int, multiprocessors: int) -> list[float]:
     """What select's time is linear in: turns over the tiles; those times levels to refine; those times windows a tile."""
     programs = geometry.tiles * layer.batch * layer.groups / ranks
     turns = max(1.0, programs / multiprocessors)

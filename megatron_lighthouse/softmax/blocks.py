@@ -1,92 +1,98 @@
-"""Blocks: attention of some queries to some keys that returns its log-sum-exp, so that results over parts can be merged.
+"""Softmax attention over parts: see `Block`. Near is the query [n, B, H, D], far key and value [m, B, G, D]; causal: n = m.
 
-Queries are [n, B, H, D], keys and values [m, B, G, D], log-sum-exps [B, H, n] in fp32 (fp64 for fp64), natural logarithm.
-Where `causal`, n = m. A backward is given the output and the log-sum-exp over *all* keys, and returns this part's gradients.
+The one average is the output.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
+from megatron_lighthouse.context_parallel.parts import Block, Mask, Part, Tensors
 from megatron_lighthouse.softmax.backends import choose_for_blocks
 
 aten = torch.ops.aten
 
 
-class Cudnn:
+@dataclass(frozen=True)
+class Softmax:
+    """What the backends share."""
+
+    scale: float
+
+    def output(self, part: Part) -> Tensor:
+        return part.averages[0]
+
+
+class Cudnn(Softmax):
     """cuDNN's attention in torch."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        q, k, v = heads_first(query, key, value)
-        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
-        return tokens_first(out), lse.flatten(2)
+    def forward(self, near: Tensors, far: Tensors, mask: Mask) -> Part:
+        q, k, v = heads_first(*near, *far)
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, mask.causal, False, scale=self.scale)
+        return Part((tokens_first(out),), lse.flatten(2))
 
-    def backward(
-        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        g, q, k, v, o = heads_first(grad, query, key, value, out)
+    def backward(self, grad: Tensor, near: Tensors, far: Tensors, part: Part, mask: Mask) -> tuple[Tensors, Tensors]:
+        g, q, k, v, o = heads_first(grad, *near, *far, *part.averages)
         none = torch.zeros((), dtype=torch.int64, device=q.device)  # no dropout, so its seed and offset are not read
         lengths = (None, None, q.shape[2], k.shape[2])
         grads = aten._scaled_dot_product_cudnn_attention_backward(
-            g, q, k, v, o, lse.contiguous().unsqueeze(-1), none, none, None, *lengths, 0.0, causal, scale=scale
+            g, q, k, v, o, part.lse.contiguous().unsqueeze(-1), none, none, None, *lengths, 0.0, mask.causal, scale=self.scale
         )
-        return tokens_first(grads[0]), tokens_first(grads[1]), tokens_first(grads[2])
+        return (tokens_first(grads[0]),), (tokens_first(grads[1]), tokens_first(grads[2]))
 
 
-class Flash2:
+class Flash2(Softmax):
     """FlashAttention 2 in torch; repeats to the bit where torch is asked for it."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        q, k, v = (x.transpose(0, 1) for x in (query, key, value))
+    def forward(self, near: Tensors, far: Tensors, mask: Mask) -> Part:
+        q, k, v = (x.transpose(0, 1) for x in (*near, *far))
         lengths = (None, None, q.shape[1], k.shape[1])
-        out, lse, *_ = aten._flash_attention_forward(q, k, v, *lengths, 0.0, causal, False, scale=scale)
-        return out.transpose(0, 1), lse
+        out, lse, *_ = aten._flash_attention_forward(q, k, v, *lengths, 0.0, mask.causal, False, scale=self.scale)
+        return Part((out.transpose(0, 1),), lse)
 
-    def backward(
-        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        g, q, k, v, o = (x.transpose(0, 1) for x in (grad, query, key, value, out))
+    def backward(self, grad: Tensor, near: Tensors, far: Tensors, part: Part, mask: Mask) -> tuple[Tensors, Tensors]:
+        g, q, k, v, o = (x.transpose(0, 1) for x in (grad, *near, *far, *part.averages))
         lengths = (None, None, q.shape[1], k.shape[1])
         none = torch.zeros(2, dtype=torch.uint64, device=q.device)
-        grads = aten._flash_attention_backward(
-            g.contiguous(), q, k, v, o.contiguous(), lse.contiguous(), *lengths, 0.0, causal, none, none, scale=scale
-        )
-        return grads[0].transpose(0, 1), grads[1].transpose(0, 1), grads[2].transpose(0, 1)
+        given = (g.contiguous(), q, k, v, o.contiguous(), part.lse.contiguous(), *lengths)
+        grads = aten._flash_attention_backward(*given, 0.0, mask.causal, none, none, scale=self.scale)
+        return (grads[0].transpose(0, 1),), (grads[1].transpose(0, 1), grads[2].transpose(0, 1))
 
 
-class Plain:
+class Plain(Softmax):
     """The formula in plain PyTorch, some queries at a time: any device and dtype."""
 
-    ELEMENTS = 1 << 26
+    ELEMENTS: ClassVar = 1 << 26
     """Scores that are held at a time."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        q, k, v = self._spread(query, key, value)
+    def forward(self, near: Tensors, far: Tensors, mask: Mask) -> Part:
+        q, k, v = self._spread(*near, *far)
         outs, lses = [], []
         for rows in self._parts(q, k):
-            scores = self._scores(q, k, rows, causal, scale)
+            scores = self._scores(q, k, rows, mask.causal)
             lse = scores.logsumexp(-1)
             outs.append((scores - lse.unsqueeze(-1)).exp() @ v)
             lses.append(lse)
-        return tokens_first(torch.cat(outs, 2)).to(query.dtype), torch.cat(lses, 2)
+        return Part((tokens_first(torch.cat(outs, 2)).to(near[0].dtype),), torch.cat(lses, 2))
 
-    def backward(
-        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self._spread(query, key, value)
-        g, o = (x.to(q.dtype) for x in heads_first(grad, out))
+    def backward(self, grad: Tensor, near: Tensors, far: Tensors, part: Part, mask: Mask) -> tuple[Tensors, Tensors]:
+        q, k, v = self._spread(*near, *far)
+        g, o = (x.to(q.dtype) for x in heads_first(grad, *part.averages))
         delta = (g * o).sum(-1, keepdim=True)
         dq, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
         for rows in self._parts(q, k):
-            weights = (self._scores(q, k, rows, causal, scale) - lse[:, :, rows].unsqueeze(-1)).exp()
+            weights = (self._scores(q, k, rows, mask.causal) - part.lse[:, :, rows].unsqueeze(-1)).exp()
             dv += weights.transpose(2, 3) @ g[:, :, rows]
-            change = weights * (g[:, :, rows] @ v.transpose(2, 3) - delta[:, :, rows]) * scale
+            change = weights * (g[:, :, rows] @ v.transpose(2, 3) - delta[:, :, rows]) * self.scale
             dq.append(change @ k)
             dk += change.transpose(2, 3) @ q[:, :, rows]
-        dk, dv = (x.unflatten(1, (key.shape[2], -1)).sum(2) for x in (dk, dv))
-        grads = (tokens_first(x).to(query.dtype) for x in (torch.cat(dq, 2), dk, dv))
-        return next(grads), next(grads), next(grads)
+        dk, dv = (x.unflatten(1, (far[0].shape[2], -1)).sum(2) for x in (dk, dv))
+        of_query, *others = (tokens_first(x).to(near[0].dtype) for x in (torch.cat(dq, 2), dk, dv))
+        return (of_query,), tuple(others)
 
     def _spread(self, *tensors: Tensor) -> list[Tensor]:
         """[B, H, ·, D] in the dtype of sums, a key/value head repeated for each of its queries."""
@@ -98,28 +104,26 @@ class Plain:
         rows = max(1, self.ELEMENTS // (q.shape[0] * q.shape[1] * k.shape[2]))
         return [slice(i, i + rows) for i in range(0, q.shape[2], rows)]
 
-    def _scores(self, q: Tensor, k: Tensor, rows: slice, causal: bool, scale: float) -> Tensor:
-        scores = q[:, :, rows] @ k.transpose(2, 3) * scale
+    def _scores(self, q: Tensor, k: Tensor, rows: slice, causal: bool) -> Tensor:
+        scores = q[:, :, rows] @ k.transpose(2, 3) * self.scale
         if causal:
             positions = torch.arange(k.shape[2], device=q.device)
             scores.masked_fill_(positions > positions[rows].unsqueeze(1), -torch.inf)
         return scores
 
 
-Block = Cudnn | Flash2 | Plain
-BLOCKS: dict[str, Block] = {"cudnn": Cudnn(), "fa2": Flash2(), "sdpa": Plain()}
+BLOCKS: dict[str, type[Cudnn | Flash2 | Plain]] = {"cudnn": Cudnn, "fa2": Flash2, "sdpa": Plain}
 """By their names in `--lighthouse-inner`."""
 
 
-def block_for(name: str, query: Tensor, key: Tensor) -> Block:
+def block_for(name: str, query: Tensor, key: Tensor, scale: float) -> Block:
     """The fastest of BLOCKS for these rows, or the one that `name` forces.
 
     Raises:
         ValueError: a backend that is forced and is not there, cannot take these rows, or does not return its log-sum-exp.
     """
-    return BLOCKS[
-        choose_for_blocks(name, list(BLOCKS), query.device, query.dtype, query.shape[2], key.shape[2], query.shape[3])
-    ]
+    rows = (query.device, query.dtype, query.shape[2], key.shape[2], query.shape[3])
+    return BLOCKS[choose_for_blocks(name, list(BLOCKS), *rows)](scale)
 
 
 def heads_first(*tensors: Tensor) -> list[Tensor]:

@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.context_parallel.schemes import sharded_attention
 from megatron_lighthouse.lighthouse.attention import lighthouse_select
 from megatron_lighthouse.sequence.layout import Layout
+from megatron_lighthouse.softmax.sharded import sharded_attention
 from tests.oracle import Problem
 from tests.ranks import run_ranks
 from tests.steps import random_like, restride

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.context_parallel.schemes import COMM_TYPES, sharded_attention
+from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.softmax.backends import inner_attention
+from megatron_lighthouse.softmax.sharded import sharded_attention
 from tests.context_parallel.shards import Group, deep, dense, inputs_of, layer, shards_of, together
 from tests.oracle import Problem
 from tests.ranks import SIZES, run_ranks

@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_lighthouse.context_parallel.merge import merge as merge_torch
+from megatron_lighthouse.context_parallel.parts import Mask, Part
 from megatron_lighthouse.kernels.merge import merge as merge_kernel
 from megatron_lighthouse.softmax.blocks import Plain
-from megatron_lighthouse.softmax.merge import merge as merge_torch
 from tests.steps import DEVICE
 from tests.tolerances import assert_close
 
 SCALE = 0.4
+CAUSAL, ALL = Mask((0,), (0,)), Mask((1,), (0,))
 merges = pytest.mark.parametrize(
     ("merge", "kind"),
     [(merge_torch, "float64"), (merge_torch, "float32"), (merge_kernel, "float32")],
@@ -55,24 +57,26 @@ def test_plain_equals_autograd(
     grad = randn(*out.shape, seed=4)
     expected = torch.autograd.grad(out, (query, key, value), grad)
     query, key, value = (x.detach() for x in (query, key, value))
-    actual_out, actual_lse = Plain().forward(query, key, value, causal, SCALE)
-    assert_close(actual_out, out, "float64")
-    assert_close(actual_lse, lse, "float64")
-    actual = Plain().backward(grad, query, key, value, actual_out, actual_lse, causal, SCALE)
-    for a, b in zip(actual, expected, strict=True):
+    mask = CAUSAL if causal else ALL
+    part = Plain(SCALE).forward((query,), (key, value), mask)
+    assert_close(Plain(SCALE).output(part), out, "float64")
+    assert_close(part.lse, lse, "float64")
+    near, far = Plain(SCALE).backward(grad, (query,), (key, value), part, mask)
+    for a, b in zip((*near, *far), expected, strict=True):
         assert_close(a, b, "float64")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_plain_sums_in_fp32_and_answers_in_the_dtype_it_got(dtype: torch.dtype) -> None:
     query, key, value = (x.to(dtype) for x in inputs(7, 7, 6, 2))
-    out, lse = Plain().forward(query, key, value, True, SCALE)
+    part = Plain(SCALE).forward((query,), (key, value), CAUSAL)
+    out, lse = Plain(SCALE).output(part), part.lse
     expected, expected_lse = attention(query.double(), key.double(), value.double(), True)
     assert (out.dtype, lse.dtype) == (dtype, torch.float32)
     assert_close(out, expected, str(dtype).removeprefix("torch."))
     assert_close(lse, expected_lse, "float32")
-    grads = Plain().backward(torch.ones_like(out), query, key, value, out, lse, True, SCALE)
-    assert [x.dtype for x in grads] == [dtype] * 3
+    near, far = Plain(SCALE).backward(torch.ones_like(out), (query,), (key, value), part, CAUSAL)
+    assert [x.dtype for x in (*near, *far)] == [dtype] * 3
 
 
 @by_heads
@@ -85,10 +89,10 @@ def test_gradients_of_parts_add_up_to_those_of_the_whole(heads: int, groups: int
     total = torch.zeros_like(dq)
     query, key, value, out, lse = (x.detach() for x in (query, key, value, out, lse))
     for rows in (slice(0, 4), slice(4, 11)):
-        back = Plain().backward(grad, query, key[rows], value[rows], out, lse, False, SCALE)
-        total += back[0]
-        assert_close(back[1], dk[rows], "float64")
-        assert_close(back[2], dv[rows], "float64")
+        near, far = Plain(SCALE).backward(grad, (query,), (key[rows], value[rows]), Part((out,), lse), ALL)
+        total += near[0]
+        assert_close(far[0], dk[rows], "float64")
+        assert_close(far[1], dv[rows], "float64")
     assert_close(total, dq, "float64")
 
 

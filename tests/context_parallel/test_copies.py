@@ -23,7 +23,8 @@ from megatron_lighthouse.context_parallel import copies as copies_module
 from megatron_lighthouse.context_parallel import exchange as exchange_module
 from megatron_lighthouse.context_parallel.copies import Copies, Message, _Channel, _Gpu, copies_over, problem_of_all
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.context_parallel.ring import RingAttention
+from megatron_lighthouse.context_parallel.parts import Part
+from megatron_lighthouse.context_parallel.ring import Ring
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.softmax.blocks import BLOCKS
 from tests.ranks import run_ranks
@@ -130,11 +131,14 @@ class Slow:
     """An attention whose rank 0 falls behind."""
 
     def __init__(self, rank: int) -> None:
-        self.rank, self.block = rank, BLOCKS["sdpa"]
+        self.rank, self.block = rank, BLOCKS["sdpa"](0.3)
 
     def forward(self, *args: Any) -> Any:
         time.sleep(0 if self.rank else 0.01)
         return self.block.forward(*args)
+
+    def output(self, part: Part) -> Tensor:
+        return self.block.output(part)
 
     def backward(self, *args: Any) -> Any:
         time.sleep(0 if self.rank else 0.01)
@@ -152,11 +156,11 @@ def test_ring_by_copies_equals_one_rank(size: int, one_queue: bool, monkeypatch:
 
     def of_rank(rank: int) -> list[list[Tensor]]:
         exchange: Any = Exchange(rank, Layout(size, rank))  # type: ignore[arg-type]
-        attend = RingAttention(Slow(rank), exchange, 0.3)  # type: ignore[arg-type]
+        attend = Ring(Slow(rank), exchange)
         outs = []
         for *qkv, grad in cases:
             query, key, value = (exchange.own(x).requires_grad_() for x in qkv)
-            out = attend(query, key, value)
+            out = attend((query,), (key, value))
             outs.append([out.detach(), *torch.autograd.grad(out, (query, key, value), exchange.own(grad))])
         return outs
 

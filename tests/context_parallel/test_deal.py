@@ -11,9 +11,9 @@ from torch import Tensor
 
 from megatron_lighthouse import LighthouseConfig
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.context_parallel.schemes import sharded_attention
 from megatron_lighthouse.lighthouse.attention import attended_rows
 from megatron_lighthouse.lighthouse.sharded.deal import Deal, _rows_between
+from megatron_lighthouse.softmax.sharded import sharded_attention
 from tests.context_parallel.shards import exchange_of, inputs_of, layer, shards_of, together
 from tests.oracle import Problem
 from tests.ranks import SIZES, run_ranks

@@ -10,8 +10,9 @@ from torch.distributed import ProcessGroup
 
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention
 from megatron_lighthouse.context_parallel import exchange
+from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.lighthouse.scorers import SCORERS
-from megatron_lighthouse.lighthouse.sharded.sent import Layer, layer_bytes, summary
+from megatron_lighthouse.lighthouse.sharded.sent import layer_bytes, summary
 from megatron_lighthouse.sequence.layout import Layout
 from tests.ranks import run_ranks
 
@@ -40,7 +41,7 @@ def _sent(group: ProcessGroup, config: LighthouseConfig, comm_type: str) -> list
 def test_ranks_send_what_was_planned(size: int, config: LighthouseConfig, comm_type: str) -> None:
     geometry = config.geometry(TOKENS, size)
     for rank, ways in enumerate(run_ranks(size, _sent, config, comm_type)):
-        plan = layer_bytes(comm_type, geometry, Layer(BATCH, HEADS, GROUPS, DIM, 4), Layout(size, rank))
+        plan = layer_bytes(comm_type, geometry, Shape(BATCH, HEADS, GROUPS, DIM, 4), Layout(size, rank))
         for way, sent in enumerate(ways):
             planned: dict[str, Any] = {name: both[way] for name, both in plan.items() if both[way]}
             most = planned.pop("deal", 0)
@@ -51,7 +52,7 @@ def test_ranks_send_what_was_planned(size: int, config: LighthouseConfig, comm_t
 @pytest.mark.parametrize("scorer", [name for name in SCORERS if name != "norm"])
 def test_what_a_scorer_sends_was_planned(scorer: str) -> None:
     config = SELECT_ALONE.replace(scorer=scorer)
-    layer, geometry = Layer(BATCH, HEADS, GROUPS, DIM, 4), config.geometry(TOKENS, 4)
+    layer, geometry = Shape(BATCH, HEADS, GROUPS, DIM, 4), config.geometry(TOKENS, 4)
     for rank, (sent, _) in enumerate(run_ranks(4, _sent, config, "p2p")):
         planned = layer_bytes("p2p", geometry, layer, Layout(4, rank), scorer)
         assert sent == {name: forward for name, (forward, _) in planned.items()}
@@ -59,7 +60,7 @@ def test_what_a_scorer_sends_was_planned(scorer: str) -> None:
 
 
 def test_the_line_at_the_start_names_every_scheme_and_the_way_of_selecting() -> None:
-    layer = Layer(1, 8, 8, 128, 2)
+    layer = Shape(1, 8, 8, 128, 2)
     line = summary(LighthouseConfig().geometry(98304), layer, 2, "p2p")
     # keys and values of 4,608 rows or twice that, at 4 KB a row, three ways: 4,608 * 4096 * (2 + 2 + 1) and the halo's 16 rows
     assert "a rank sends 94.4 MB in a layer and step by p2p (113.3 by all_gather, 75.5 by a2a)" in line

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention
 from megatron_lighthouse.lighthouse import reference
+from megatron_lighthouse.lighthouse.scorers.norm import Norm
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
 from tests.tolerances import assert_close
 
@@ -218,13 +219,11 @@ def test_what_is_forced_and_not_there_is_named_when_the_model_is_built(
 
 
 def test_a_scorer_whose_package_is_missing_is_refused_when_a_layer_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_lighthouse.mcore.attention import core_attention as module
-
-    def check_installed(scorer: str, steps: Any, device: torch.device) -> None:
+    def check_installed(self: Norm, steps: Any, device: torch.device) -> None:
         assert steps is reference  # those that run here, not what the config says
-        raise ValueError(f"{scorer} needs a package")
+        raise ValueError(f"{self.name} needs a package")
 
-    monkeypatch.setattr(module, "check_installed", check_installed)
+    monkeypatch.setattr(Norm, "check_installed", check_installed)
     with pytest.raises(ValueError, match="norm needs a package"):
         core_attention()
 

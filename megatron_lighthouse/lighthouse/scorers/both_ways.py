@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.lighthouse.reference import accumulation_dtype
 from megatron_lighthouse.lighthouse.steps import Steps
 
@@ -25,6 +26,11 @@ def attended_both_ways(query: Tensor, key: Tensor, value: Tensor, steps: Steps, 
     by_query = steps.attended_norms(query, whole(key), values, layout)
     by_key = steps.attended_norms(key, whole(group_mean(query, key.shape[2])), values, layout)
     return torch.stack([by_query, by_key])
+
+
+def both_ways_sent(rows: int, shape: Shape, size: int) -> int:
+    """Bytes that each of `size` ranks sends for this: keys, values and mean queries of its `rows`."""
+    return (size - 1) * 3 * rows * shape.batch * shape.groups * shape.dim * shape.itemsize
 
 
 def group_mean(query: Tensor, groups: int) -> Tensor:

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.lighthouse.geometry import Pyramid
+from megatron_lighthouse.lighthouse.geometry import Pyramid, Shape
 from megatron_lighthouse.lighthouse.reference import window_maxima
-from megatron_lighthouse.lighthouse.scorers.both_ways import attended_both_ways
-from megatron_lighthouse.lighthouse.scorers.streams import check_streams, streams, tokens
+from megatron_lighthouse.lighthouse.scorers.base import Scorer
+from megatron_lighthouse.lighthouse.scorers.both_ways import attended_both_ways, both_ways_sent
+from megatron_lighthouse.lighthouse.scorers.streams import DELTA, streams, tokens
 from megatron_lighthouse.lighthouse.steps import Steps
 
 
-def dilated(query: Tensor, key: Tensor, value: Tensor, pyramid: Pyramid, steps: Steps, exchange: Exchange | None) -> Tensor:
+@dataclass(frozen=True)
+class Dilated(Scorer):
     """Each stream attends causally to itself, both ways; the norms of the rows are scored (paper, "dilated" scorer).
 
-    Takes time of N²/δ; under context parallelism each rank holds the keys, queries and values of all.
-
-    Raises:
-        ValueError: a chunk is not a multiple of δ = 4 tokens.
+    Under context parallelism each rank holds the keys, queries and values of all.
     """
-    check_streams("dilated", query.shape[0], exchange)
-    norms = attended_both_ways(streams(query), streams(key), streams(value), steps, exchange)
-    return window_maxima(tokens(norms), pyramid)
+
+    name: str = "dilated"
+    reads_values: bool = True
+    by_length: bool = False
+    grows: str = f"N²/{DELTA}"
+    unit: int = DELTA
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, pyramid: Pyramid, steps: Steps, exchange: Exchange | None
+    ) -> Tensor:
+        self.check_length(query.shape[0], exchange)
+        norms = attended_both_ways(streams(query), streams(key), streams(value), steps, exchange)
+        return window_maxima(tokens(norms), pyramid)
+
+    def sent(self, pyramid: Pyramid, shape: Shape, size: int) -> int:
+        return both_ways_sent(pyramid.seq_length // size, shape, size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 
@@ -11,12 +12,13 @@ from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse import reference
-from megatron_lighthouse.lighthouse.geometry import Pyramid
+from megatron_lighthouse.lighthouse.geometry import Pyramid, Shape
 from megatron_lighthouse.lighthouse.reference import accumulation_dtype, group_norms, window_maxima
+from megatron_lighthouse.lighthouse.scorers.base import Scorer
 from megatron_lighthouse.lighthouse.scorers.both_ways import group_mean
-from megatron_lighthouse.lighthouse.scorers.streams import DELTA, check_streams, streams, tokens
+from megatron_lighthouse.lighthouse.scorers.streams import DELTA, streams, tokens
 from megatron_lighthouse.lighthouse.steps import Steps
-from megatron_lighthouse.ranges import step
+from megatron_lighthouse.ranges import profiled
 from megatron_lighthouse.versions import too_old
 
 SEGMENT = 512
@@ -31,8 +33,8 @@ Linear = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor,
 """As `plain`."""
 
 
-@step("gla")
-def gla(query: Tensor, key: Tensor, value: Tensor, pyramid: Pyramid, steps: Steps, exchange: Exchange | None) -> Tensor:
+@dataclass(frozen=True)
+class Gla(Scorer):
     """Each stream runs through simple gated linear attention, both ways; the norms of the rows are scored (paper, "gla").
 
     o_t = q_t S_t / sqrt(D), where S_t = exp(g_t) S_{t-1} + k_t^T v_t and g_t = logsigmoid(w·x_t) / 16. In the paper x is the
@@ -40,18 +42,36 @@ def gla(query: Tensor, key: Tensor, value: Tensor, pyramid: Pyramid, steps: Step
     mean query of the group, and w one fixed random vector (ours). Grouped queries are taken as by `dilated` (ours).
 
     On a GPU flash-linear-attention runs it, in the dtype of the inputs; with the reference steps plain PyTorch does.
-
-    Raises:
-        ValueError: a chunk is not a multiple of δ = 4 tokens, or flash-linear-attention is missing on a GPU.
     """
-    check_streams("gla", query.shape[0], exchange)
-    linear = linear_attention(steps, query.device)
-    mean = group_mean(query, key.shape[2])
-    heads = query.unflatten(2, (key.shape[2], -1)).unbind(3)
-    gate = _gate(mean)
-    by_query = _norms(heads, key, value, gate, linear, exchange)
-    by_key = _norms([key], mean, value, gate, linear, exchange)
-    return window_maxima(tokens(torch.stack([by_query, by_key])), pyramid)
+
+    name: str = "gla"
+    reads_values: bool = True
+    by_length: bool = False
+    grows: str = "N"
+    unit: int = DELTA
+    same_bits: bool = False
+
+    @profiled("gla")
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, pyramid: Pyramid, steps: Steps, exchange: Exchange | None
+    ) -> Tensor:
+        self.check_length(query.shape[0], exchange)
+        linear = linear_attention(steps, query.device)
+        mean = group_mean(query, key.shape[2])
+        heads = query.unflatten(2, (key.shape[2], -1)).unbind(3)
+        gate = _gate(mean)
+        by_query = _norms(heads, key, value, gate, linear, exchange)
+        by_key = _norms([key], mean, value, gate, linear, exchange)
+        return window_maxima(tokens(torch.stack([by_query, by_key])), pyramid)
+
+    def sent(self, pyramid: Pyramid, shape: Shape, size: int) -> int:
+        """The state and the gate of each segment of each stream, both ways."""
+        positions = pyramid.seq_length // size // 2 // DELTA
+        segments = 2 * -(-positions // min(SEGMENT, positions)) * DELTA
+        return (size - 1) * 2 * segments * shape.batch * shape.groups * (shape.dim**2 + 1) * max(4, shape.itemsize)
+
+    def check_installed(self, steps: Steps, device: torch.device) -> None:
+        linear_attention(steps, device)
 
 
 def _norms(

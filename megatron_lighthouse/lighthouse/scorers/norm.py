@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse.geometry import Pyramid
+from megatron_lighthouse.lighthouse.scorers.base import Scorer
 from megatron_lighthouse.lighthouse.steps import Steps
 
 
-def norm(query: Tensor, key: Tensor, value: Tensor, pyramid: Pyramid, steps: Steps, exchange: Exchange | None) -> Tensor:
+@dataclass(frozen=True)
+class Norm(Scorer):
     """s^Q_j = ‖Q_j‖₂ and s^K_j = ‖K_j‖₂ (paper, "norm" scorer): the rows are scored as they are."""
-    return steps.score(query, key, pyramid)
+
+    name: str = "norm"
+    reads_values: bool = False
+    by_length: bool = True
+    grows: str = "N"
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, pyramid: Pyramid, steps: Steps, exchange: Exchange | None
+    ) -> Tensor:
+        return steps.score(query, key, pyramid)

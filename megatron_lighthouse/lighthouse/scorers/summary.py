@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.lighthouse.geometry import Pyramid
-from megatron_lighthouse.lighthouse.scorers.both_ways import attended_both_ways
+from megatron_lighthouse.lighthouse.geometry import Pyramid, Shape
+from megatron_lighthouse.lighthouse.scorers.base import Scorer
+from megatron_lighthouse.lighthouse.scorers.both_ways import attended_both_ways, both_ways_sent
 from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.lighthouse.steps import Steps
 
 
-def summary(query: Tensor, key: Tensor, value: Tensor, pyramid: Pyramid, steps: Steps, exchange: Exchange | None) -> Tensor:
+@dataclass(frozen=True)
+class Summary(Scorer):
     """The coarsest level by causal attention over the coarsest pooled rows, both ways; finer levels as `norm` (ours).
 
-    Unlike `norm` it looks at Q·K, and takes time of (N/F)² for that: F = p^(L-1) tokens are a coarsest window.
+    Unlike `norm` it looks at Q·K.
     """
-    q, k, v = coarsest(query, key, value, pyramid, steps)
-    top = attended_both_ways(q, k, v, steps, exchange)
-    finer = steps.score(query, key, pyramid)[..., : -top.shape[-1]]
-    return torch.cat([finer, top], -1)
+
+    name: str = "summary"
+    reads_values: bool = True
+    by_length: bool = True
+    grows: str = "(N/F)²"
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, pyramid: Pyramid, steps: Steps, exchange: Exchange | None
+    ) -> Tensor:
+        q, k, v = coarsest(query, key, value, pyramid, steps)
+        top = attended_both_ways(q, k, v, steps, exchange)
+        finer = steps.score(query, key, pyramid)[..., : -top.shape[-1]]
+        return torch.cat([finer, top], -1)
+
+    def sent(self, pyramid: Pyramid, shape: Shape, size: int) -> int:
+        return both_ways_sent(pyramid.entries(pyramid.levels - 1) // size, shape, size)
 
 
 def coarsest(query: Tensor, key: Tensor, value: Tensor, pyramid: Pyramid, steps: Steps) -> tuple[Tensor, Tensor, Tensor]:

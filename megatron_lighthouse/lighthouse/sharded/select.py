@@ -23,21 +23,29 @@ def is_local(geometry: Geometry, size: int) -> bool:
     return geometry.tiles % (2 * size) == 0
 
 
+def own_tiles(geometry: Geometry, size: int) -> Geometry | None:
+    """The geometry of one rank's tiles where they are local; else None."""
+    if not is_local(geometry, size):
+        return None
+    length, levels, pooling = geometry.pyramid
+    return Geometry(length // size, levels, pooling, geometry.budget // size, geometry.tile_budget)
+
+
 def select_shard(
-    scores: Tensor, geometry: Geometry, pin_first: bool, steps: Steps, exchange: Exchange
+    scores: Tensor, geometry: Geometry, own: Geometry | None, pin_first: bool, steps: Steps, exchange: Exchange
 ) -> tuple[Selection, Deal | None]:
     """This rank's part of the selection that one rank would make.
 
     Args:
         scores: [2, B, G, coarse length] of this rank's tokens.
         geometry: of the whole sequence.
+        own: as `own_tiles` gives it.
 
     Returns:
         The selection among this rank's tokens; and, where the ranks hold different numbers of rows, how these are dealt.
     """
     size, (length, levels, pooling) = exchange.size, geometry.pyramid
-    if is_local(geometry, size):
-        own = Geometry(length // size, levels, pooling, geometry.budget // size, geometry.tile_budget)
+    if own is not None:
         chosen = steps.select(scores, own, pin_first and exchange.rank == 0)
         return Selection(own, chosen.places, chosen.length, chunks=2), None
     counts = [geometry.entries(level) // size for level in range(1, levels)]

@@ -20,10 +20,11 @@ from torch import Tensor
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem
 from megatron_lighthouse.lighthouse import telemetry
-from megatron_lighthouse.lighthouse.attention import attended_rows
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
-from megatron_lighthouse.lighthouse.scorers import check_installed
-from megatron_lighthouse.lighthouse.steps import steps_for
+from megatron_lighthouse.lighthouse.implementations import steps_for
+from megatron_lighthouse.lighthouse.layer import Layer, build, made_from
+from megatron_lighthouse.lighthouse.layer import check as check_inputs
+from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.mcore.attention.output import remember_source
 from megatron_lighthouse.mcore.attention.over_shards import context_parallel_group, over_shards
 from megatron_lighthouse.mcore.attention.te_choice import te_choice
@@ -48,6 +49,8 @@ class LighthouseMixin:
     """The context-parallel ranks that share the sequence."""
     inner_comm_type: str
     """How a backend of `inner` attends over their shards."""
+    layers: dict[Any, Layer]
+    """By the shapes of their inputs."""
     settings: LighthouseSettings
     """Of the whole model: whether, and when, this layer becomes dense."""
     config: TransformerConfig
@@ -87,13 +90,21 @@ class LighthouseMixin:
             out = dense(rows_q, rows_k, rows_v, None, attn_mask_type=attn_mask_type, **kwargs)
             return out.unflatten(-1, rows_q.shape[2:])
 
-        how: dict[str, Any] = {"attend": base} if self.dense_is_inner else {"softmax_scale": self.inner_scale}
+        layer = self._layer_for(query, key, value)
         with telemetry.layer(self.layer_number):
-            attended = attended_rows(
-                query, key, value, self.lighthouse, exchange=self.exchange, cp_comm_type=self.inner_comm_type, **how
-            )
+            attended = layer.attended(query, key, value, base if self.dense_is_inner else None)
             output = attended.scatter().flatten(2)
         return remember_source(output, attended) if self.settings.discard_output else output
+
+    def _layer_for(self, query: Tensor, key: Tensor, value: Tensor) -> Layer:
+        """Built once for each shape of the inputs, which a run has one or two of."""
+        made = made_from(query, key, value)
+        layer = self.layers.get(made)
+        if layer is None:
+            check_inputs(query, key, value)
+            how = (self.exchange, self.inner_comm_type, self.inner_scale, self.dense_is_inner)
+            layer = self.layers[made] = build(self.lighthouse, query, key, *how)
+        return layer
 
     def _is_dense_now(self) -> bool:
         given = self.settings
@@ -143,10 +154,11 @@ class CoreAttentionBuilder:
         check(config, self.settings, None)
         here = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         rows = torch.empty(0, config.kv_channels, dtype=config.params_dtype, device=here)
-        check_installed(self.settings.config.scorer, steps_for(self.settings.config.steps, rows), here)
+        SCORERS[self.settings.config.scorer].check_installed(steps_for(self.settings.config.steps, rows), here)
         layer = lighthouse_class(module)(config=config, layer_number=layer_number, **params, **kwargs)
         layer.lighthouse = self.settings.config
         layer.settings = self.settings
+        layer.layers = {}
         layer.inner_scale = kwargs.get("softmax_scale")
         layer.exchange = Exchange.over(context_parallel_group(kwargs.get("pg_collection")))
         layer.inner_comm_type = kwargs.get("cp_comm_type") or "p2p"

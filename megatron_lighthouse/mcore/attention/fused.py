@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_lighthouse.mcore.attention.core_attention import CoreAttentionBuilder
 from megatron_lighthouse.mcore.attention.layer_specs import attentions_of
 from megatron_lighthouse.mcore.attention.over_shards import in_place_of_local
-from megatron_lighthouse.softmax.backends import inner_attention
+from megatron_lighthouse.softmax.backends import Attend, deterministic, inner_attention
 
 
 class FusedAttention(DotProductAttention):  # type: ignore[misc]
@@ -29,6 +29,7 @@ class FusedAttention(DotProductAttention):  # type: ignore[misc]
     def __init__(self, *args: Any, softmax_scale: float | None = None, **kwargs: Any) -> None:
         super().__init__(*args, softmax_scale=softmax_scale, **kwargs)
         self.given_scale = softmax_scale
+        self.attend: dict[Any, Attend] = {}
 
     def forward(
         self,
@@ -49,7 +50,11 @@ class FusedAttention(DotProductAttention):  # type: ignore[misc]
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
         if mask_type != AttnMaskType.causal or not (attention_mask is attention_bias is packed_seq_params is None):
             raise ValueError(f"an evaluation attends causally to whole sequences, without masks or a bias, not by {mask_type}.")
-        return inner_attention("auto", query, key, self.given_scale)(query, key, value).flatten(2)
+        made_from = (query.shape, key.shape, query.dtype, query.device, deterministic())
+        attend = self.attend.get(made_from)
+        if attend is None:
+            attend = self.attend[made_from] = inner_attention("auto", query, key, self.given_scale)
+        return attend(query, key, value).flatten(2)
 
 
 def with_fused_attention(model_cfg: Any) -> Any:

@@ -18,7 +18,8 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from megatron_lighthouse.context_parallel.copies import copies_over
-from megatron_lighthouse.lighthouse.sharded.sent import Layer, summary
+from megatron_lighthouse.lighthouse.geometry import Shape
+from megatron_lighthouse.lighthouse.sharded.sent import summary
 from megatron_lighthouse.mcore.attention.core_attention import CoreAttentionBuilder
 from megatron_lighthouse.mcore.attention.norm import torch_norm
 from megatron_lighthouse.mcore.attention.output import without_kept_output
@@ -97,7 +98,7 @@ def _say_what_is_sent(config: TransformerConfig, settings: LighthouseSettings) -
     comm_types = own_comm_types(config, settings)
     if args is None or not comm_types:
         return
-    layer = Layer(args.micro_batch_size, *heads_of_rank(config), config.kv_channels, config.params_dtype.itemsize)
+    layer = Shape(args.micro_batch_size, *heads_of_rank(config), config.kv_channels, config.params_dtype.itemsize)
     geometry = settings.config.geometry(args.seq_length, size)
     for comm_type in comm_types:
         say_once(summary(geometry, layer, size, comm_type, settings.config.scorer))

@@ -18,7 +18,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
-from megatron_lighthouse.lighthouse.attention import Attended
+from megatron_lighthouse.lighthouse.layer import Attended
 
 
 def remember_source(output: Tensor, attended: Attended) -> Tensor:
@@ -26,7 +26,7 @@ def remember_source(output: Tensor, attended: Attended) -> Tensor:
     if output.requires_grad and not torch.compiler.is_compiling():
         halo = None if attended.halo is None else attended.halo.detach()
         rows = attended.rows.detach()
-        source = replace(attended, rows=rows, dealt=rows, halo=halo, travel=None)
+        source = replace(attended, rows=rows, dealt=rows, halo=halo, travel=None, passage=None)
         output.lighthouse_source = source  # type: ignore[attr-defined]
     return output
 

@@ -18,7 +18,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.context_parallel.schemes import comm_type_problem, sharded_attention
+from megatron_lighthouse.context_parallel.schemes import comm_type_problem
+from megatron_lighthouse.softmax.backends import deterministic
+from megatron_lighthouse.softmax.sharded import ShardedAttention, sharded_attention
 
 
 class ContextParallelAttention(DotProductAttention):  # type: ignore[misc]
@@ -59,6 +61,7 @@ class ContextParallelAttention(DotProductAttention):  # type: ignore[misc]
         self.given_scale = softmax_scale
         self.cp_comm_type = cp_comm_type or "p2p"
         self.exchange = Exchange.over(context_parallel_group(pg_collection))
+        self.attend: dict[Any, ShardedAttention] = {}
         heads, groups = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
         if problem := comm_type_problem(self.cp_comm_type, heads, groups, config.context_parallel_size):
             raise ValueError(problem)
@@ -85,8 +88,12 @@ class ContextParallelAttention(DotProductAttention):  # type: ignore[misc]
                 "--context-parallel-size without Transformer Engine is causal self-attention over whole sequences: no packed "
                 f"sequences, no attention_bias, and not the mask type {mask_type}."
             )
-        assert self.exchange is not None
-        attend = sharded_attention("auto", query, key, self.exchange, self.cp_comm_type, self.given_scale)
+        made_from = (query.shape, key.shape, query.dtype, query.device, deterministic())
+        attend = self.attend.get(made_from)
+        if attend is None:
+            assert self.exchange is not None
+            attend = sharded_attention("auto", query, key, self.exchange, self.cp_comm_type, self.given_scale)
+            self.attend[made_from] = attend
         return attend(query, key, value).flatten(2)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from megatron_lighthouse.context_parallel.copies import SWITCH
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem
 from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
-from megatron_lighthouse.lighthouse.scorers import problem
+from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.lighthouse.sharded.select import is_local
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_of_rank, own_comm_types
 
@@ -64,7 +64,7 @@ def length_problems(config: LighthouseConfig, seq_length: int, ranks: int) -> It
         config.geometry(seq_length, ranks)
     except ValueError as error:
         yield str(error)
-    if message := problem(config.scorer, seq_length, ranks):
+    if message := SCORERS[config.scorer].problem(seq_length, ranks):
         yield message
 
 
@@ -139,13 +139,14 @@ def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Ite
         )
     if config.multi_latent_attention:
         yield "--multi-latent-attention is not supported: use --group-query-attention, or --attention dense."
-    if settings.config.scorer in ("norm", "summary"):
+    if SCORERS[settings.config.scorer].by_length:
+        others = " or ".join(name for name, scorer in SCORERS.items() if not scorer.by_length)
         for name, what in (("qk_layernorm", "--qk-layernorm"), ("qk_l2_norm", "--qk-l2-norm")):
             if getattr(config, name, False):
                 yield (
                     f"{what} makes all queries and keys nearly equally long, so that {flag('scorer')} "
                     f"{settings.config.scorer}, which goes by their length, selects at random: leave it out, or use "
-                    f"{flag('scorer')} dilated or gla."
+                    f"{flag('scorer')} {others}."
                 )
     if getattr(config, "softmax_type", "vanilla") != "vanilla":
         yield f"--softmax-type {config.softmax_type} counts a sink once per gathered row: use --softmax-type vanilla."

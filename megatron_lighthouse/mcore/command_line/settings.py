@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
+from megatron_lighthouse.lighthouse.implementations import STEPS
 from megatron_lighthouse.lighthouse.scorers import SCORERS
-from megatron_lighthouse.lighthouse.steps import STEPS
 from megatron_lighthouse.mcore.command_line import stage
 from megatron_lighthouse.softmax.backends import INNER
 

@@ -1,15 +1,15 @@
-"""Merge: attention over two sets of keys, from the attention over each."""
+"""Merge: an average over two sets of keys, from the averages over each."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from megatron_lighthouse.lighthouse.steps import triton_takes
+from megatron_lighthouse.gpu import triton_takes
 
 
 def merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
-    """Turn (out, lse) into the attention over the keys of both, in place; sums in the dtype of `lse`.
+    """Turn (out, lse) into those over the keys of both, in place; sums in the dtype of `lse`.
 
     out = out * e^(lse - z) + part_out * e^(part_lse - z) with z = log(e^lse + e^part_lse) (FlashAttention's rule).
 

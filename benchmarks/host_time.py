@@ -1,0 +1,166 @@
+"""`python benchmarks/host_time.py --out FOLDER`: what one layer's attention costs the host, forward and backward, eagerly.
+
+The core attention of Megatron's layer as this checkout builds it (and as the one at `--before PATH` does, in a process of its
+own), Transformer Engine's DotProductAttention where it is installed, and torch's scaled_dot_product_attention: medians of the
+time from the call to its return, with a queue of launches that never fills up and nothing waited for in between. bf16,
+H = G = 8, D = 128. `--profile` prints, too, which functions of ours the time goes to. Leaves host_time.csv and host_time.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import csv
+import importlib
+import json
+import os
+import pstats
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from measure import environment
+from torch import Tensor
+
+HEADS, DIM = 8, 128
+LENGTHS = (4096, 8192, 16384, 32768)
+BATCHES, CALLS = 15, 12
+"""Calls between two waits: some 15 launches each, of the 1,024 that CUDA's queue holds."""
+
+Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "host_time")
+    parser.add_argument("--before", type=Path, help="another checkout, timed in the same run")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--profile", action="store_true", help="print where the time goes at the second length")
+    parser.add_argument("--ours-alone", action="store_true", help="print the times of the checkout that is imported, as JSON")
+    options = parser.parse_args()
+    store = f"file://{tempfile.mkdtemp()}/store"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    importlib.import_module("megatron.core.parallel_state").initialize_model_parallel()
+    ours = {length: host_us(core_attention(length), length) for length in options.lengths}
+    if options.ours_alone:
+        print(json.dumps(ours))
+        return
+    rows = [{"what": "lighthouse", "N": length, "us": us} for length, us in ours.items()]
+    if options.before:
+        rows += [
+            {"what": "lighthouse before", "N": int(n), "us": us} for n, us in before(options.before, options.lengths).items()
+        ]
+    for what, layer in (("Transformer Engine", transformer_engine()), ("torch", torch_attention)):
+        if layer is not None:
+            rows += [{"what": what, "N": length, "us": host_us(layer, length)} for length in options.lengths]
+    for row in rows:
+        print(f"{row['what']:20} {row['N']:7,} tokens {row['us']:8.0f} us")
+    options.out.mkdir(parents=True, exist_ok=True)
+    with (options.out / "host_time.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    (options.out / "host_time.json").write_text(json.dumps(environment(), indent=2) + "\n")
+    if options.profile:
+        length = options.lengths[:2][-1]
+        profile(core_attention(length), length)
+
+
+def core_attention(length: int) -> Layer:
+    """The core attention of a layer as Megatron gets it, with a budget of N/64, at least 128."""
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from megatron_lighthouse import LighthouseConfig
+
+    shape: dict[str, Any] = {"num_layers": 1, "hidden_size": HEADS * DIM, "num_attention_heads": HEADS}
+    config = TransformerConfig(**shape, attention_dropout=0.0, bf16=True, params_dtype=torch.bfloat16)
+    given = LighthouseConfig(3, 4, max(128, length // 64))
+    settings = _either("command_line.settings", "settings").LighthouseSettings(given, dense_first=0, dense_last=0)
+    builder = _either("attention.core_attention", "core_attention").CoreAttentionBuilder(DotProductAttention, settings)
+    layer = builder(config=config, layer_number=1, attn_mask_type=AttnMaskType.causal, attention_type="self")
+    return lambda q, k, v: layer(q, k, v, None, attn_mask_type=AttnMaskType.causal)
+
+
+def _either(*names: str) -> Any:
+    """The module of the first of these names under mcore/: older checkouts have other names."""
+    for name in names[:-1]:
+        try:
+            return importlib.import_module(f"megatron_lighthouse.mcore.{name}")
+        except ModuleNotFoundError:
+            pass
+    return importlib.import_module(f"megatron_lighthouse.mcore.{names[-1]}")
+
+
+def before(checkout: Path, lengths: list[int]) -> dict[str, float]:
+    """The times of another checkout, by this very script."""
+    paths = [str(checkout.resolve()), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    command = [sys.executable, __file__, "--ours-alone", "--lengths", *map(str, lengths)]
+    run = subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, stdout=subprocess.PIPE, check=True)
+    found: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+def transformer_engine() -> Layer | None:
+    try:
+        from transformer_engine.pytorch import DotProductAttention
+    except ImportError:
+        return None
+    layer = DotProductAttention(HEADS, DIM, attention_dropout=0.0, attn_mask_type="causal").cuda()
+    return lambda q, k, v: layer(q, k, v, qkv_format="sbhd")
+
+
+def torch_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).permute(2, 0, 1, 3).flatten(2)
+
+
+def once(layer: Layer, length: int) -> Callable[[], object]:
+    shape = (length, 1, HEADS, DIM)
+    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    grad = torch.randn(length, 1, HEADS * DIM, device="cuda", dtype=torch.bfloat16)
+    return lambda: torch.autograd.grad(layer(*inputs), inputs, grad)
+
+
+def host_us(layer: Layer, length: int) -> float:
+    """Median microseconds of the host for a call and its backward."""
+    call = once(layer, length)
+    for _ in range(5):
+        call()
+    times = []
+    for _ in range(BATCHES):
+        torch.cuda.synchronize()
+        for _ in range(CALLS):
+            begin = time.perf_counter()
+            call()
+            times.append(1e6 * (time.perf_counter() - begin))
+    torch.cuda.synchronize()
+    return round(statistics.median(times), 1)
+
+
+def profile(layer: Layer, length: int) -> None:
+    """By function; backward runs in this thread, for a profile sees no other."""
+    call, found = once(layer, length), cProfile.Profile()
+    with torch.autograd.set_multithreading_enabled(False):
+        for _ in range(5):
+            call()
+        for _ in range(BATCHES):
+            torch.cuda.synchronize()
+            found.enable()
+            for _ in range(CALLS):
+                call()
+            found.disable()
+    print(f"{BATCHES * CALLS} calls of {length:,} tokens, by the time in a function itself:")
+    pstats.Stats(found).sort_stats("tottime").print_stats(40)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""A layer: everything about Lighthouse that its inputs' shapes decide, decided once; its calls only compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.context_parallel.ring import Passage
+from megatron_lighthouse.lighthouse import telemetry
+from megatron_lighthouse.lighthouse.config import LighthouseConfig
+from megatron_lighthouse.lighthouse.geometry import Geometry, Pyramid
+from megatron_lighthouse.lighthouse.implementations import steps_for
+from megatron_lighthouse.lighthouse.scorers import SCORERS
+from megatron_lighthouse.lighthouse.scorers.base import Scorer
+from megatron_lighthouse.lighthouse.selection import Selection
+from megatron_lighthouse.lighthouse.sharded.deal import Deal
+from megatron_lighthouse.lighthouse.sharded.halo import with_halo
+from megatron_lighthouse.lighthouse.sharded.select import own_tiles, select_shard
+from megatron_lighthouse.lighthouse.steps import HaloTravel, Steps
+from megatron_lighthouse.ranges import profiled
+from megatron_lighthouse.softmax.backends import Attend, deterministic, inner_attention
+from megatron_lighthouse.softmax.sharded import ShardedAttention, sharded_attention
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Those that the steps and the inner attention compute in."""
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What the last step needs: all of a layer but its output."""
+
+    rows: Tensor
+    """[S, B, H, D], attended to."""
+    dealt: Tensor
+    """The same as the inner attention gave them: before they were dealt back to the ranks that hold their entries."""
+    selection: Selection
+    steps: Steps
+    halo: Tensor | None = None
+    """Under context parallelism, the rows that spill into this rank's chunks."""
+    travel: HaloTravel | None = None
+    """By which the halo comes."""
+    passage: Passage | None = None
+    """What is under way where the inner attention is a ring."""
+
+    def scatter(self) -> Tensor:
+        """[N, B, H, D]: the layer's output."""
+        output = self.steps.scatter(self.rows, self.selection, self.halo, self.travel)
+        if self.passage is not None:
+            self.passage.begin_backward_with(output, self.dealt)
+        return output
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Lighthouse for inputs of one shape."""
+
+    geometry: Geometry
+    """Of the whole sequence."""
+    own: Pyramid
+    """Of this rank's tokens."""
+    own_tiles: Geometry | None
+    """Where context-parallel ranks select alone: of this rank's tiles. Else rows are dealt."""
+    pin_first: bool
+    steps: Steps
+    scorer: Scorer
+    exchange: Exchange | None
+    attend: Attend | None
+    """The inner attention; None where every call brings its own."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, attend: Attend | None = None) -> Tensor:
+        """[N, B, H, D]: see `lighthouse_attention`."""
+        return self.attended(query, key, value, attend).scatter()
+
+    def attended(
+        self, query: Tensor, key: Tensor, value: Tensor, attend: Attend | None = None, selection: Selection | None = None
+    ) -> Attended:
+        """All steps but the last, which must follow: the halo is under way until then."""
+        attend, deal = attend or self.attend, None
+        assert attend is not None
+        if selection is None:
+            selection, deal = self.select(query, key, value)
+        passage = attend.passage() if isinstance(attend, ShardedAttention) else None
+        # what is gathered for a ring can set out at once, unless it is dealt first
+        rows_q, rows_k, rows_v = self.steps.gather(query, key, value, selection, None if deal else passage)
+        if deal:
+            rows_q, rows_k, rows_v = deal.out(rows_q, rows_k, rows_v)
+        with profiled("attend"):
+            given = () if passage is None else (passage,)
+            attended = attend(rows_q, rows_k, rows_v, *given)
+        rows = deal.back(attended, key.shape[2]) if deal else attended
+        if self.exchange is None:
+            return Attended(rows, attended, selection, self.steps)
+        rows, halo, travel = with_halo(rows, selection, self.exchange)
+        return Attended(rows, attended, selection, self.steps, halo, travel, passage)
+
+    @torch.no_grad()
+    def select(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Selection, Deal | None]:
+        """The entries of this rank; and, where the ranks hold different numbers of rows, how these are dealt."""
+        scores, deal = self.scorer(query, key, value, self.own, self.steps, self.exchange), None
+        if self.exchange is None:
+            selection = self.steps.select(scores, self.geometry, self.pin_first)
+        else:
+            selection, deal = select_shard(scores, self.geometry, self.own_tiles, self.pin_first, self.steps, self.exchange)
+        telemetry.record(selection, scores, self.geometry, self.pin_first, self.steps)
+        return selection, deal
+
+
+def build(
+    config: LighthouseConfig,
+    query: Tensor,
+    key: Tensor,
+    exchange: Exchange | None = None,
+    comm_type: str = "p2p",
+    softmax_scale: float | None = None,
+    own_attend: bool = False,
+) -> Layer:
+    """The layer for inputs like these.
+
+    Args:
+        query: [N/C, B, H, D]; key: [N/C, B, G, D]; of these only shapes, dtype and device count.
+        own_attend: every call brings its inner attention.
+
+    Raises:
+        ValueError: as `lighthouse_attention`.
+    """
+    size = exchange.size if exchange else 1
+    geometry = config.geometry(query.shape[0] * size, size)
+    attend: Attend | None = None
+    if not own_attend and exchange is None:
+        attend = inner_attention(config.inner, query, key, softmax_scale)
+    elif not own_attend and exchange is not None:
+        attend = sharded_attention(config.inner, query, key, exchange, comm_type, softmax_scale)
+    steps = steps_for(config.steps, query, config.pooling)
+    own, tiles = Pyramid(query.shape[0], config.levels, config.pooling), own_tiles(geometry, size)
+    return Layer(geometry, own, tiles, config.pin_first, steps, SCORERS[config.scorer], exchange, attend)
+
+
+def made_from(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
+    """All that a layer and `check` take from inputs, and from torch's settings."""
+    kinds = (query.dtype, key.dtype, value.dtype, query.device, key.device, value.device)
+    return query.shape, key.shape, value.shape, *kinds, deterministic()
+
+
+def check(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raises ValueError where shapes or dtypes do not fit each other."""
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape:
+        raise ValueError(f"expected query [N, B, H, D] and key and value of one shape [N, B, G, D], got {shapes}.")
+    if query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]:
+        raise ValueError(f"query, key and value must agree in N, B and D, got {shapes}.")
+    if not query.shape[2] or not key.shape[2] or query.shape[2] % key.shape[2]:
+        raise ValueError(
+            f"the query heads (dimension 2) must be a multiple of the key/value heads, and neither can be 0, got {shapes}."
+        )
+    kinds = {(x.dtype, x.device) for x in (query, key, value)}
+    if len(kinds) > 1 or query.dtype not in DTYPES:
+        raise ValueError(
+            "query, key and value must share one device and one dtype, float64, float32, bfloat16 or float16, got "
+            f"{sorted(map(str, kinds))}."
+        )

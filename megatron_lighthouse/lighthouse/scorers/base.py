@@ -1,0 +1,76 @@
+"""What a scorer is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.lighthouse.geometry import Pyramid, Shape
+from megatron_lighthouse.lighthouse.steps import Steps
+
+
+@dataclass(frozen=True)
+class Scorer(ABC):
+    """What ranks the entries of the pyramid, and what a layer, a plan and a check must know of it."""
+
+    name: str
+    """In `--lighthouse-scorer`."""
+    reads_values: bool
+    by_length: bool
+    """Whether it goes by how long queries and keys are: a norm over them leaves it nothing to go by."""
+    grows: str
+    """How its time grows with N tokens; F = p^(L-1) are a coarsest window."""
+    unit: int = 1
+    """Tokens that a chunk must be a multiple of, in addition to what the pyramid asks for."""
+    same_bits: bool = True
+    """Whether its numbers are the same to the last bit on any number of ranks, also on a GPU."""
+
+    @abstractmethod
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, pyramid: Pyramid, steps: Steps, exchange: Exchange | None
+    ) -> Tensor:
+        """The scores of the entries of levels 1..L-1, in the order of the concatenated pyramid. Called without gradients.
+
+        Args:
+            query: [n, B, H, D], of this rank's tokens; key, value: [n, B, G, D].
+            pyramid: of these tokens.
+            exchange: connects the ranks; None where there is one.
+
+        Returns:
+            s^Q, then s^K: [2, B, G, coarse length], fp32 (fp64 for fp64). They do not depend on how many ranks there are.
+        """
+
+    def sent(self, pyramid: Pyramid, shape: Shape, size: int) -> int:
+        """Bytes that each of `size` ranks sends in a layer, forward; `pyramid` is that of the whole sequence."""
+        return 0
+
+    def check_installed(self, steps: Steps, device: torch.device) -> None:
+        """Refuse where a package is missing that it needs on `device`, beside the steps that run there.
+
+        Raises:
+            ValueError: the package, and what works without it.
+        """
+        return None
+
+    def problem(self, seq_length: int, size: int) -> str | None:
+        """Why it cannot rank `seq_length` tokens on `size` context-parallel ranks; None where it can."""
+        chunks = 1 if size == 1 else 2 * size
+        unit = chunks * self.unit
+        if self.unit == 1 or (seq_length > 0 and seq_length % unit == 0):
+            return None
+        below = seq_length // unit * unit
+        of = "" if size == 1 else f" of each of the {chunks} chunks of {size} context-parallel ranks"
+        return (
+            f"--seq-length {seq_length} must be a multiple of {unit} for --lighthouse-scorer {self.name}, which takes every "
+            f"{self.unit}th token{of}: use --seq-length {f'{below} or ' if below > 0 else ''}{below + unit}."
+        )
+
+    def check_length(self, rows: int, exchange: Exchange | None) -> None:
+        """Raises ValueError where it cannot rank `rows` tokens on each rank."""
+        size = 1 if exchange is None else exchange.size
+        if problem := self.problem(rows * size, size):
+            raise ValueError(problem)

@@ -1,0 +1,101 @@
+"""What is launched when a compiled kernel is called without Triton's own search for it: the same, with the same arguments.
+
+In a process of its own, for tests run under Triton's interpreter: kernels are compiled for a GPU whose driver only takes notes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from typing import Any
+
+import pytest
+
+SCRIPT = """
+import json, sys
+from types import SimpleNamespace
+import torch, triton
+from triton.backends.compiler import GPUTarget
+
+notes = []
+
+class Launcher:
+    def __init__(self, source, metadata):
+        self.name = metadata.name
+
+    def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *args):
+        kept = [a.data_ptr() % 16 if isinstance(a, torch.Tensor) else list(a) if isinstance(a, tuple) else a for a in args]
+        notes.append([self.name, function, [x, y, z], kept])
+
+functions = iter(range(1, 10**6))
+driver = SimpleNamespace(
+    utils=SimpleNamespace(
+        load_binary=lambda *_: (object(), next(functions), 64, 0, 1024),
+        get_device_properties=lambda _: {"max_shared_mem": 232448},
+        unload_module=lambda _: None,
+    ),
+    launcher_cls=Launcher,
+    get_current_device=lambda: 0,
+    get_current_stream=lambda _: 0,
+    get_current_target=lambda: GPUTarget("cuda", 90, 32),
+)
+triton.runtime.driver.set_active(driver)
+
+from megatron_lighthouse.kernels import launch, lighthouse as kernels
+from megatron_lighthouse.kernels.lighthouse.edge import edge
+from megatron_lighthouse.kernels.merge import merge
+from megatron_lighthouse.lighthouse.geometry import Geometry
+
+def one(offset=0, length=128):
+    notes.clear()
+    x = torch.zeros(length * 2 * 2 * 16 + 8, dtype=torch.bfloat16)[offset : offset + length * 2 * 2 * 16].view(length, 2, 2, 16)
+    q, k, v = (x.clone() if offset == 0 else x for _ in range(3))
+    geometry = Geometry(length, 3, 2, 8, 4)
+    selection = kernels.select(kernels.score(q, k, geometry), geometry, True)
+    leaves = [y.detach().requires_grad_() for y in (q, k, v)]
+    rows = kernels.gather(*leaves, selection)
+    out = kernels.scatter(rows[0] + rows[1] + rows[2], selection)
+    torch.autograd.grad(out, leaves, torch.zeros_like(out))
+    kernels.attended_norms(q, k, v, None)
+    edge(rows[0].detach(), selection.places, selection.sizes)
+    lse = torch.zeros(2, 2, length)
+    merge(q.clone(), lse, k, lse.clone())
+    return [*notes]
+
+by_triton, direct = one(), one()
+launch.DIRECT, kept = False, dict(launch._compiled)
+launch._compiled.clear()
+again = one()
+launch._compiled.update(kept)
+launch.DIRECT = True
+found = {"by Triton": by_triton, "direct": direct, "by Triton again": again, "kept": len(kept)}
+found["unaligned"], found["longer"] = one(offset=4), one(length=256)
+print(json.dumps(found))
+"""
+
+
+@cache
+def launched() -> dict[str, Any]:
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)  # type: ignore[no-any-return]
+
+
+def test_kernels_are_kept_and_called_as_triton_calls_them() -> None:
+    found = launched()
+    assert found["kept"] == len(found["by Triton"]) == 10
+    assert found["direct"] == found["by Triton"] == found["by Triton again"]
+
+
+@pytest.mark.parametrize(("change", "differ"), [("unaligned", 4), ("longer", 0)])
+def test_other_inputs_take_the_kernels_that_triton_chooses_for_them(change: str, differ: int) -> None:
+    """Pointers that are not aligned to 16 bytes need other machine code; longer inputs the same, with other arguments."""
+    found = launched()
+    pairs = list(zip(found[change], found["direct"], strict=True))
+    assert sum(function != other for (_, function, *_), (_, other, *_) in pairs) >= differ
+    assert [name for name, *_ in found[change]] == [name for name, *_ in found["direct"]]
+    assert found[change] != found["direct"]

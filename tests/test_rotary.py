@@ -1,4 +1,4 @@
-"""Rotary positions of pooled rows: held to raw rows that are pooled first, and rotated once, at the last token of their window."""
+"""Rotary positions of pooled rows: held to raw rows that are pooled first, then rotated at the last token of their window."""
 
 from __future__ import annotations
 

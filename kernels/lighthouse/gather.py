@@ -283,7 +283,7 @@ class Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         places, turns = ctx.saved_tensors
-        given = (*grads, places, ctx.sizes, turns, ctx.pairing)
+        given: Any = (*grads, places, ctx.sizes, turns, ctx.pairing)
         if ctx.travel:
             return *_gather_backward(*given, ctx.travel), *[None] * 5
         return *run(gather_backward_op, _gather_backward_whole, *given), *[None] * 5

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from megatron_lighthouse import lighthouse_attention
 from megatron_lighthouse.kernels import lighthouse as kernels
-from megatron_lighthouse.kernels.lighthouse.gather import _gather_backward
+from megatron_lighthouse.kernels.lighthouse.gather import NOT_TURNED, _gather_backward
 from megatron_lighthouse.kernels.lighthouse.scatter import _scatter_backward
 from megatron_lighthouse.softmax.backends import inner_attention
 
@@ -101,7 +101,7 @@ def time_steps(table: Table, case: Case, sets: list[QKV], rate: float) -> None:
         ("gather", "fwd"): (lambda i: kernels.gather(*plain[i], selections[i]), (n + s) * all_heads * row),
         ("scatter", "fwd"): (lambda i: kernels.scatter(rows[i][0], selections[i]), (n + s) * heads * row),
         ("scatter", "bwd"): (lambda i: _scatter_backward(grads[i], *maps[i], False), (n + s) * heads * row),
-        ("gather", "bwd"): (lambda i: _gather_backward(*rows[i], *maps[i]), (n + s) * all_heads * row),
+        ("gather", "bwd"): (lambda i: _gather_backward(*rows[i], *maps[i], None, NOT_TURNED), (n + s) * all_heads * row),
     }
     totals: dict[str, list[float]] = {"fwd": [0.0, 0.0], "bwd": [0.0, 0.0]}
     for (name, direction), (work, moved) in steps.items():

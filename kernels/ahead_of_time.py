@@ -23,10 +23,11 @@ from megatron_lighthouse.kernels.lighthouse.gather import gather_backward_kernel
 from megatron_lighthouse.kernels.lighthouse.scatter import scatter_backward_kernel, scatter_forward_kernel
 from megatron_lighthouse.kernels.lighthouse.score import blocks_of, coarsen_kernel, score_kernel
 from megatron_lighthouse.kernels.lighthouse.select import REGISTERS, block_of, place_kernel, refine_kernel, warps_of
+from megatron_lighthouse.kernels.lighthouse.tiles import HALVES, NEIGHBOURS, NONE
 from megatron_lighthouse.kernels.merge import merge_kernel
 from megatron_lighthouse.lighthouse.geometry import Geometry
 
-FP32, INT32 = {"p_scores", "p_finer", "p_coarser", "p_squares", "p_lse", "p_part_lse"}, {"p_ranks", "p_places"}
+FP32, INT32 = {"p_scores", "p_turns", "p_finer", "p_coarser", "p_squares", "p_lse", "p_part_lse"}, {"p_ranks", "p_places"}
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -49,9 +50,11 @@ def compile_all(capability: int, geometry: Geometry, dtype: str, dim: int) -> It
     """
     size: dict[str, Any] = {"D": dim, "BLOCK_D": padded(dim), "P": geometry.pooling, "L": geometry.levels}
     constants: dict[str, Any]
+    plain = {"TURN": NONE, "PAIRS": 0, "BEFORE": 0}
+    turned = [{"TURN": how, "PAIRS": dim // 2, "BEFORE": 0} for how in (HALVES, NEIGHBOURS)]
     for kernel, step, constants in (
-        (gather_forward_kernel, "collect", {}),
-        (gather_backward_kernel, "spread", {}),
+        *((gather_forward_kernel, "collect", how) for how in (plain, *turned)),
+        *((gather_backward_kernel, "spread", how) for how in (plain, *turned)),
         (scatter_forward_kernel, "spread", {"HALO": True}),
         (scatter_backward_kernel, "collect", {"HALO": True}),
     ):

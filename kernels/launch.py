@@ -28,7 +28,7 @@ class Launch(NamedTuple):
 
 
 # bytes that one program holds at a time, and its warps
-_BYTES = {"score": (16384, 4), "collect": (4096, 4), "spread": (4096, 2)}
+_BYTES = {"score": (16384, 4), "collect": (2048, 2), "spread": (4096, 4)}
 
 
 @cache
@@ -97,7 +97,9 @@ def launch_windows(
     heads: tuple[int, int, int],
     blocks: range,
     how: Launch,
-    **constants: bool,
+    *,
+    tables: Sequence[Tensor] = (),
+    **constants: int,
 ) -> None:
     """Launch a kernel of gather or scatter.
 
@@ -106,6 +108,7 @@ def launch_windows(
         sizes: (N, L, p, S, chunks).
         heads: H; the heads over which the grid runs, of all that the kernel knows; and the first of them.
         blocks: of each chunk.
+        tables: other tensors that the kernel reads, contiguous.
     """
     (_, batch, _, dim), groups = tensors[0].shape, places.shape[1]
     tensors = [last_contiguous(x) for x in tensors]
@@ -115,7 +118,7 @@ def launch_windows(
     enqueue(
         kernel,
         (len(blocks) * chunks, batch * heads[1], 1),
-        [*tensors, places],
+        [*tensors, places, *tables],
         (*(strides(x) for x in tensors), *counts, *heads, groups),
         {**shape, **constants},
         num_warps=how.warps,

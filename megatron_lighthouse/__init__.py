@@ -2,6 +2,7 @@
 
 from megatron_lighthouse.lighthouse.attention import lighthouse_attention, lighthouse_select
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
+from megatron_lighthouse.lighthouse.rotary import Rotary
 
-__all__ = ["LighthouseConfig", "lighthouse_attention", "lighthouse_select"]
+__all__ = ["LighthouseConfig", "Rotary", "lighthouse_attention", "lighthouse_select"]
 __version__ = "0.1.0"

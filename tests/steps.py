@@ -92,7 +92,8 @@ def poisoned() -> Iterator[None]:
 
     def filled(*args: Any, **kwargs: Any) -> Tensor:
         x = empty(*args, **kwargs)
-        return x.fill_(float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).min)
+        x.detach().fill_(float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).min)
+        return x
 
     with mock.patch.object(torch, "empty", filled):
         yield

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from megatron_lighthouse.kernels.launch import run
 from megatron_lighthouse.kernels.lighthouse.attended import attended_op, compute_squares
-from megatron_lighthouse.kernels.lighthouse.gather import Gather
+from megatron_lighthouse.kernels.lighthouse.gather import NOT_TURNED, Gather
 from megatron_lighthouse.kernels.lighthouse.scatter import Scatter
 from megatron_lighthouse.kernels.lighthouse.score import compute_scores, score_op
 from megatron_lighthouse.kernels.lighthouse.select import compute_places, select_op
 from megatron_lighthouse.lighthouse.geometry import Geometry, Pyramid
 from megatron_lighthouse.lighthouse.reference import chunk_starts, group_norms
+from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.lighthouse.steps import FarTravel, HaloTravel
 from megatron_lighthouse.sequence.layout import Layout
@@ -46,9 +47,14 @@ def gather(
     value: Tensor,
     selection: Selection,
     travel: FarTravel | None = None,
+    rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Steps.gather`."""
-    return Gather.apply(query, key, value, selection.places, selection.sizes, travel)
+    turns, pairing = None, NOT_TURNED
+    if rotary is not None:
+        pyramid = selection.geometry
+        turns, pairing = rotary.turns(pyramid.window(pyramid.levels - 1), query.device), rotary.pairing
+    return Gather.apply(query, key, value, selection.places, selection.sizes, turns, pairing, travel)
 
 
 def scatter(rows: Tensor, selection: Selection, halo: Tensor | None = None, travel: HaloTravel | None = None) -> Tensor:

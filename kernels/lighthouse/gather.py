@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.kernels.launch import cdiv, launch, launch_windows, run
+from megatron_lighthouse.kernels.lighthouse.tiles import NONE
 from megatron_lighthouse.kernels.lighthouse.windows import collect, spread
 from megatron_lighthouse.lighthouse.steps import FarTravel
 from megatron_lighthouse.ranges import profiled
+
+NOT_TURNED = (NONE, 0, 0)
+"""The `pairing` of rows that are pooled as they are."""
 
 
 @triton.jit
@@ -44,6 +49,7 @@ def gather_forward_kernel(
     p_rows_k,
     p_rows_v,
     p_places,
+    p_turns,
     strides_q,
     strides_k,
     strides_v,
@@ -64,6 +70,9 @@ def gather_forward_kernel(
     P: tl.constexpr,
     L: tl.constexpr,
     BLOCK: tl.constexpr,
+    TURN: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BEFORE: tl.constexpr,
 ):
     p_x, stride_x, i_bg = _head(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, heads, first_head, G)
     p_rows, stride_rows, _ = _head(
@@ -75,6 +84,7 @@ def gather_forward_kernel(
         p_map,
         p_rows,
         p_rows,
+        p_turns,
         stride_x,
         stride_rows,
         0,
@@ -82,6 +92,7 @@ def gather_forward_kernel(
         chunks,
         first,
         blocks,
+        tl.program_id(1) % heads + first_head < H + G,
         D,
         BLOCK_D,
         P,
@@ -90,6 +101,9 @@ def gather_forward_kernel(
         0,
         True,
         False,
+        TURN,
+        PAIRS,
+        BEFORE,
     )
 
 
@@ -102,6 +116,7 @@ def gather_backward_kernel(
     p_k,
     p_v,
     p_places,
+    p_turns,
     strides_rows_q,
     strides_rows_k,
     strides_rows_v,
@@ -122,6 +137,9 @@ def gather_backward_kernel(
     P: tl.constexpr,
     L: tl.constexpr,
     BLOCK: tl.constexpr,
+    TURN: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BEFORE: tl.constexpr,
 ):
     p_rows, stride_rows, i_bg = _head(
         p_rows_q, p_rows_k, p_rows_v, strides_rows_q, strides_rows_k, strides_rows_v, H, heads, first_head, G
@@ -133,6 +151,7 @@ def gather_backward_kernel(
         p_map,
         p_x,
         p_rows,
+        p_turns,
         stride_rows,
         stride_x,
         0,
@@ -140,6 +159,7 @@ def gather_backward_kernel(
         chunks,
         first,
         blocks,
+        tl.program_id(1) % heads + first_head < H + G,
         D,
         BLOCK_D,
         P,
@@ -148,6 +168,9 @@ def gather_backward_kernel(
         0,
         True,
         False,
+        TURN,
+        PAIRS,
+        BEFORE,
     )
 
 
@@ -157,6 +180,8 @@ def _gather(
     value: Tensor,
     places: Tensor,
     sizes: Sequence[int],
+    turns: Tensor | None,
+    pairing: Sequence[int],
     travel: FarTravel | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with profiled("gather"):
@@ -165,12 +190,13 @@ def _gather(
         how = launch("collect", query.shape[3], query.element_size())
         blocks = range(cdiv(length // chunks // pooling ** (levels - 1), how.rows))
         tensors, (all_of, of_keys, of_queries) = (query, key, value, *rows), _heads(query, key)
+        turned = _turned(places, turns, pairing)
         if travel is None:
-            launch_windows(gather_forward_kernel, tensors, places, sizes, all_of, blocks, how)
+            launch_windows(gather_forward_kernel, tensors, places, sizes, all_of, blocks, how, **turned)
         else:
-            launch_windows(gather_forward_kernel, tensors, places, sizes, of_keys, blocks, how)
+            launch_windows(gather_forward_kernel, tensors, places, sizes, of_keys, blocks, how, **turned)
             travel.set_out(rows[1:])
-            launch_windows(gather_forward_kernel, tensors, places, sizes, of_queries, blocks, how)
+            launch_windows(gather_forward_kernel, tensors, places, sizes, of_queries, blocks, how, **turned)
         return rows
 
 
@@ -180,21 +206,30 @@ def _gather_backward(
     value: Tensor,
     places: Tensor,
     sizes: Sequence[int],
+    turns: Tensor | None,
+    pairing: Sequence[int],
     travel: FarTravel | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the tokens [N, B, ·, D], from those of the rows [S, B, ·, D]."""
     with profiled("gather backward"):
         tokens = _empty(query, key, value, sizes[0])
         how = launch("spread", query.shape[3], query.element_size())
-        blocks = range(cdiv(sizes[0] // sizes[4], how.rows))
+        blocks = range(cdiv(sizes[0] // sizes[4] // sizes[2], how.rows))
         tensors, (all_of, of_keys, of_queries) = (query, key, value, *tokens), _heads(query, key)
+        turned = _turned(places, turns, pairing)
         if travel is None:
-            launch_windows(gather_backward_kernel, tensors, places, sizes, all_of, blocks, how)
+            launch_windows(gather_backward_kernel, tensors, places, sizes, all_of, blocks, how, **turned)
         else:
-            launch_windows(gather_backward_kernel, tensors, places, sizes, of_queries, blocks, how)
+            launch_windows(gather_backward_kernel, tensors, places, sizes, of_queries, blocks, how, **turned)
             tensors = (query, *travel.come_home((key, value)), *tokens)
-            launch_windows(gather_backward_kernel, tensors, places, sizes, of_keys, blocks, how)
+            launch_windows(gather_backward_kernel, tensors, places, sizes, of_keys, blocks, how, **turned)
         return tokens
+
+
+def _turned(places: Tensor, turns: Tensor | None, pairing: Sequence[int]) -> dict[str, Any]:
+    """What a kernel is told of the turn; where there is none it reads no table, and any tensor stands for it."""
+    how, pairs, before = pairing
+    return {"tables": (places if turns is None else turns,), "TURN": how, "PAIRS": pairs, "BEFORE": before}
 
 
 def _heads(query: Tensor, key: Tensor) -> tuple[tuple[int, int, int], ...]:
@@ -209,36 +244,53 @@ def _empty(query: Tensor, key: Tensor, value: Tensor, length: int) -> tuple[Tens
 
 
 def _gather_whole(
-    query: Tensor, key: Tensor, value: Tensor, places: Tensor, sizes: Sequence[int]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    places: Tensor,
+    sizes: Sequence[int],
+    turns: Tensor | None,
+    pairing: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _gather(query, key, value, places, sizes)
+    return _gather(query, key, value, places, sizes, turns, pairing)
 
 
 def _gather_backward_whole(
-    query: Tensor, key: Tensor, value: Tensor, places: Tensor, sizes: Sequence[int]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    places: Tensor,
+    sizes: Sequence[int],
+    turns: Tensor | None,
+    pairing: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _gather_backward(query, key, value, places, sizes)
+    return _gather_backward(query, key, value, places, sizes, turns, pairing)
 
 
 gather_op = torch.library.custom_op("lighthouse::gather", _gather_whole, mutates_args=())
 gather_backward_op = torch.library.custom_op("lighthouse::gather_backward", _gather_backward_whole, mutates_args=())
-gather_op.register_fake(lambda q, k, v, places, sizes: _empty(q, k, v, sizes[3]))
-gather_backward_op.register_fake(lambda q, k, v, places, sizes: _empty(q, k, v, sizes[0]))
+gather_op.register_fake(lambda q, k, v, places, sizes, turns, pairing: _empty(q, k, v, sizes[3]))
+gather_backward_op.register_fake(lambda q, k, v, places, sizes, turns, pairing: _empty(q, k, v, sizes[0]))
 
 
 class Gather(torch.autograd.Function):
-    """(query, key, value, places, sizes, travel) -> rows; `sizes` is (N, L, p, S, chunks). See `Steps.gather`."""
+    """(query, key, value, places, sizes, turns, pairing, travel) -> rows; `sizes` is (N, L, p, S, chunks). See `Steps.gather`.
+
+    `turns` is a `Rotary`'s table, or None, and `pairing` what it says of the channels, or `NOT_TURNED`.
+    """
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *_, places, ctx.sizes, ctx.travel = args
-        ctx.save_for_backward(places)  # the map alone: Q, K and V, and what they are views of, can be freed
+        *_, places, ctx.sizes, turns, ctx.pairing, ctx.travel = args
+        # the map and the table alone: Q, K and V, and what they are views of, can be freed
+        ctx.save_for_backward(places, turns)
         return _gather(*args) if ctx.travel else run(gather_op, _gather_whole, *args[:-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (places,), (dq, dk, dv) = ctx.saved_tensors, grads
+        places, turns = ctx.saved_tensors
+        given = (*grads, places, ctx.sizes, turns, ctx.pairing)
         if ctx.travel:
-            return *_gather_backward(dq, dk, dv, places, ctx.sizes, ctx.travel), None, None, None
-        return *run(gather_backward_op, _gather_backward_whole, dq, dk, dv, places, ctx.sizes), None, None, None
+            return *partial(_gather_backward, travel=ctx.travel)(*given), *[None] * 5
+        return *run(gather_backward_op, _gather_backward_whole, *given), *[None] * 5

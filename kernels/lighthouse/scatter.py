@@ -52,7 +52,8 @@ def scatter_forward_kernel(
     p_map = p_places + (tl.program_id(1) // (H // G)).to(tl.int64) * pyramid_length
     p_rows, p_out, p_halo = _head(p_rows, strides_rows, H), _head(p_out, strides_out, H), _head(p_halo, strides_halo, H)
     strides = strides_rows[0], strides_out[0], strides_halo[0]
-    spread(p_rows, p_map, p_out, p_halo, *strides, length, chunks, first, blocks, D, BLOCK_D, P, L, BLOCK, 1, False, HALO)
+    chunked = length, chunks, first, blocks
+    spread(p_rows, p_map, p_out, p_halo, p_out, *strides, *chunked, False, D, BLOCK_D, P, L, BLOCK, 1, False, HALO, 0, 0, 0)
 
 
 @triton.jit(repr=lambda _: "lighthouse_scatter_backward")
@@ -83,7 +84,8 @@ def scatter_backward_kernel(
     p_map = p_places + (tl.program_id(1) // (H // G)).to(tl.int64) * pyramid_length
     p_rows, p_out, p_halo = _head(p_rows, strides_rows, H), _head(p_out, strides_out, H), _head(p_halo, strides_halo, H)
     strides = strides_out[0], strides_rows[0], strides_halo[0]
-    collect(p_out, p_map, p_rows, p_halo, *strides, length, chunks, first, blocks, D, BLOCK_D, P, L, BLOCK, 1, False, HALO)
+    chunked = length, chunks, first, blocks
+    collect(p_out, p_map, p_rows, p_halo, p_out, *strides, *chunked, False, D, BLOCK_D, P, L, BLOCK, 1, False, HALO, 0, 0, 0)
 
 
 def _scatter(
@@ -93,12 +95,13 @@ def _scatter(
         length, levels, pooling, _, chunks = sizes
         out = _empty(rows, length)
         how = launch("spread", rows.shape[3], rows.element_size())
-        blocks = range(cdiv(length // chunks, how.rows))
+        # of windows of level 1 of the shifted positions, of which there is one more
+        blocks = range(cdiv(length // chunks // pooling + 1, how.rows))
         tensors, heads = (rows, out, rows if halo is None else halo.flatten(0, 1)), (rows.shape[2], rows.shape[2], 0)
         edge = 0
         if halo is not None:
             # the blocks that the halo reaches come last, for it may still be under way
-            edge = min(len(blocks), cdiv(pooling ** (levels - 1) - 1, how.rows))
+            edge = min(len(blocks), cdiv(pooling ** (levels - 2), how.rows))
         if edge < len(blocks):
             launch_windows(scatter_forward_kernel, tensors, places, sizes, heads, blocks[edge:], how, HALO=False)
         if edge:

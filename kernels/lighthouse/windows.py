@@ -9,6 +9,9 @@ Tokens come in `chunks` of `length` each, and nothing crosses from one to the ne
 to the chunk that follows in the whole sequence, and reaches it as its halo, the rows of the entries (l, -1). A launch works on
 the `blocks` blocks of each chunk from `first` on.
 
+Rows may be turned while they are pooled (see `lighthouse.rotary`). Then a row is held as two tiles, one channel of each pair
+in either, so that turning it moves nothing between threads; else it is one tile. See `kernels.lighthouse.tiles`.
+
 Names: p_ pointers, i_ indices, m_ masks, stride_ strides in elements. Sums are in fp32, offsets of rows in 64 bits.
 """
 
@@ -16,6 +19,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from megatron_lighthouse.kernels.lighthouse.tiles import add, channels, load, scaled, store, turned, zeros
 
 NONE = tl.constexpr(-2)
 """No entry: -1 is the entry before the first of a chunk."""
@@ -49,6 +54,7 @@ def collect(
     p_places,
     p_rows,
     p_halo,
+    p_turns,
     stride_x,
     stride_rows,
     stride_halo,
@@ -56,6 +62,7 @@ def collect(
     chunks,
     first,
     blocks,
+    is_turned,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     P: tl.constexpr,
@@ -64,6 +71,9 @@ def collect(
     SHIFT: tl.constexpr,
     MEAN: tl.constexpr,
     HALO: tl.constexpr,
+    TURN: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BEFORE: tl.constexpr,
 ):
     """rows[place(l, i)] = the sum (or mean) of x over entry (l, i), for BLOCK coarsest windows; reads x once.
 
@@ -72,49 +82,73 @@ def collect(
         p_places: [pyramid length] int32 of that batch element and group.
         p_rows: rows [S, D], `stride_rows` apart.
         p_halo: where HALO, rows [chunks * (L-1), D] for the sums over entries (l, -1), `stride_halo` apart.
+        p_turns: where TURN, [P**(L-1), 2, PAIRS]: by how much a row is turned on by so many tokens; only if `is_turned`.
     """
     i_chunk, i_block, p_x = _chunk_of(p_x, stride_x, length, first, blocks)
     p_halo += (i_chunk * (L - 1)).to(tl.int64) * stride_halo
     i_window = i_block * BLOCK + tl.arange(0, BLOCK)
-    i_d = tl.arange(0, BLOCK_D)
-    m_d = (i_d < D)[None, :]
-    sums = (tl.zeros([BLOCK, BLOCK_D], tl.float32),) * (L - 1)
+    i_d = channels(D, BLOCK_D, TURN, PAIRS, BEFORE)
+    turns = (i_d[4], is_turned)
+    sums = zeros(BLOCK, BLOCK_D, L - 1, TURN)
+    TILES: tl.constexpr = 2 if TURN else 1
     for i_part in range(P ** (L - 2)):
         i_unit = i_window * P ** (L - 2) + i_part
         tokens = ()
         for c in tl.static_range(P):
             i_token = i_unit * P + c - SHIFT
             m_token = ((i_token >= 0) & (i_token < length))[:, None]
-            tokens += (tl.load(p_x + i_token.to(tl.int64)[:, None] * stride_x + i_d[None, :], mask=m_token & m_d, other=0.0),)
-        unit = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+            tokens += load(p_x + i_token.to(tl.int64)[:, None] * stride_x, i_d, m_token, BLOCK, BLOCK_D, TURN)
+        unit = zeros(BLOCK, BLOCK_D, 1, TURN)
         p_level = _level(p_places, i_chunk, length, chunks, 0, P)
         for c in tl.static_range(P):
-            _emit(tokens[c], i_unit * P + c - SHIFT, p_level, p_rows, stride_rows, length, i_d, m_d, 0, P, False)
-            unit += tokens[c].to(tl.float32)
+            token = tokens[c * TILES : (c + 1) * TILES]
+            i_entry = i_unit * P + c - SHIFT
+            _emit(token, i_entry, p_level, p_rows, stride_rows, length, i_d, BLOCK, BLOCK_D, 0, P, False, TURN)
+            if TURN and c < P - 1:  # on to the last token of the unit
+                token = turned(token, turns, p_turns + (P - 1 - c) * 2 * PAIRS, False, PAIRS)
+            unit = add(unit, token, TURN)
         carried = ()
         for l in tl.static_range(1, L):
-            total = sums[l - 1] + unit
+            part = unit
+            if TURN and l > 1:  # on to the last token of the window of level l
+                units_behind = P ** (l - 1) - 1 - i_part % P ** (l - 1)
+                part = turned(unit, turns, p_turns + units_behind * P * 2 * PAIRS, False, PAIRS)
+            total = add(sums[(l - 1) * TILES : l * TILES], part, TURN)
             # the part that completes a window of level l stores it and starts the next
             complete = (i_part + 1) % P ** (l - 1) == 0
             i_entry = tl.where(complete, (i_unit + 1) // P ** (l - 1) - 1 - SHIFT, NONE)
             p_level = _level(p_places, i_chunk, length, chunks, l, P)
-            _emit(total, i_entry, p_level, p_rows, stride_rows, length, i_d, m_d, l, P, MEAN)
+            _emit(total, i_entry, p_level, p_rows, stride_rows, length, i_d, BLOCK, BLOCK_D, l, P, MEAN, TURN)
             if HALO:
-                p_out = p_halo + (l - 1) * stride_halo + i_d[None, :] + tl.zeros([BLOCK, 1], tl.int32)
-                tl.store(p_out, total.to(p_halo.dtype.element_ty), mask=(i_entry == -1)[:, None] & m_d)
-            carried += (tl.where(complete, 0.0, total),)
+                p_out = p_halo + (l - 1) * stride_halo + tl.zeros([BLOCK, 1], tl.int32)
+                store(p_out, total, i_d, (i_entry == -1)[:, None], BLOCK, BLOCK_D, TURN)
+            for tile in tl.static_range(TILES):
+                carried += (tl.where(complete, 0.0, total[tile]),)
         sums = carried
 
 
 @triton.jit
-def _emit(x, i_entry, p_level, p_rows, stride_rows, length, i_d, m_d, LEVEL: tl.constexpr, P: tl.constexpr, MEAN: tl.constexpr):
+def _emit(
+    x,
+    i_entry,
+    p_level,
+    p_rows,
+    stride_rows,
+    length,
+    i_d,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    LEVEL: tl.constexpr,
+    P: tl.constexpr,
+    MEAN: tl.constexpr,
+    TURN: tl.constexpr,
+):
     """Store the rows of entries that are gathered; those that lie outside of the chunk are not."""
     m_entry = (i_entry >= 0) & (i_entry < length // P**LEVEL)
     i_row = tl.load(p_level + i_entry, mask=m_entry, other=-1)
     if MEAN:
-        x = x * (1.0 / P**LEVEL)
-    p_out = p_rows + i_row.to(tl.int64)[:, None] * stride_rows + i_d[None, :]
-    tl.store(p_out, x.to(p_rows.dtype.element_ty), mask=(i_row >= 0)[:, None] & m_d)
+        x = scaled(x, 1.0 / P**LEVEL, TURN)
+    store(p_rows + i_row.to(tl.int64)[:, None] * stride_rows, x, i_d, (i_row >= 0)[:, None], BLOCK, BLOCK_D, TURN)
 
 
 @triton.jit
@@ -123,6 +157,7 @@ def spread(
     p_places,
     p_out,
     p_halo,
+    p_turns,
     stride_rows,
     stride_out,
     stride_halo,
@@ -130,6 +165,7 @@ def spread(
     chunks,
     first,
     blocks,
+    is_turned,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     P: tl.constexpr,
@@ -138,34 +174,51 @@ def spread(
     SHIFT: tl.constexpr,
     MEAN: tl.constexpr,
     HALO: tl.constexpr,
+    TURN: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BEFORE: tl.constexpr,
 ):
-    """out[t] = the sum over levels of rows[place(l, (t + SHIFT) // p^l - SHIFT)] (over p^l), for BLOCK tokens.
+    """out[t] = the sum over levels of rows[place(l, (t + SHIFT) // p^l - SHIFT)] (over p^l), for BLOCK windows of level 1.
+
+    What a window of level 1 gets from the coarser levels is summed once, and then goes to each of its tokens.
 
     Args:
         p_rows: rows [S, D] of one batch element and head, `stride_rows` apart.
-        p_places: as for `collect`.
+        p_places, p_turns: as for `collect`; rows are turned back.
         p_out: tokens [chunks * length, D], `stride_out` apart; every one is written.
         p_halo: where HALO, the rows [chunks * (L-1), D] of entries (l, -1), `stride_halo` apart.
     """
     i_chunk, i_block, p_out = _chunk_of(p_out, stride_out, length, first, blocks)
     p_halo += (i_chunk * (L - 1)).to(tl.int64) * stride_halo
-    i_token = i_block * BLOCK + tl.arange(0, BLOCK)
-    i_d = tl.arange(0, BLOCK_D)
-    m_d = (i_d < D)[None, :]
-    m_token = i_token < length
-    total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    for l in tl.static_range(L):
+    i_unit = i_block * BLOCK + tl.arange(0, BLOCK)
+    i_d = channels(D, BLOCK_D, TURN, PAIRS, BEFORE)
+    turns = (i_d[4], is_turned)
+    coarse = zeros(BLOCK, BLOCK_D, 1, TURN)
+    for l in tl.static_range(L - 1, 0, -1):
         # window 0 of the shifted positions belongs to no entry of this chunk
-        i_window = (i_token + SHIFT) // P**l
-        p_place = _level(p_places, i_chunk, length, chunks, l, P) + i_window - SHIFT
-        i_row = tl.load(p_place, mask=m_token & (i_window >= SHIFT), other=-1)
-        p_x = p_rows + i_row.to(tl.int64)[:, None] * stride_rows + i_d[None, :]
-        x = tl.load(p_x, mask=(i_row >= 0)[:, None] & m_d, other=0.0).to(tl.float32)
-        if HALO and l > 0:
-            p_x = p_halo + (l - 1) * stride_halo + i_d[None, :] + tl.zeros([BLOCK, 1], tl.int32)
-            x += tl.load(p_x, mask=(m_token & (i_window == 0))[:, None] & m_d, other=0.0).to(tl.float32)
+        i_window = i_unit // P ** (l - 1)
+        m_window = (i_window >= SHIFT) & (i_window - SHIFT < length // P**l)
+        i_row = tl.load(_level(p_places, i_chunk, length, chunks, l, P) + i_window - SHIFT, mask=m_window, other=-1)
+        p_x = p_rows + i_row.to(tl.int64)[:, None] * stride_rows
+        x = load(p_x, i_d, (i_row >= 0)[:, None], BLOCK, BLOCK_D, TURN)
+        if HALO:
+            p_x = p_halo + (l - 1) * stride_halo + tl.zeros([BLOCK, 1], tl.int32)
+            x = add(x, load(p_x, i_d, (i_window == 0)[:, None], BLOCK, BLOCK_D, TURN), TURN)
+        if TURN and l > 1:  # back to the last token of the unit
+            units_behind = P ** (l - 1) - 1 - i_unit % P ** (l - 1)
+            x = turned(x, turns, p_turns + units_behind[:, None] * (P * 2 * PAIRS), True, PAIRS)
         if MEAN:
-            x = x * (1.0 / P**l)
-        total += x
-    p_token = p_out + i_token.to(tl.int64)[:, None] * stride_out + i_d[None, :]
-    tl.store(p_token, total.to(p_out.dtype.element_ty), mask=m_token[:, None] & m_d)
+            x = scaled(x, 1.0 / P**l, TURN)
+        coarse = add(coarse, x, TURN)
+    p_level = _level(p_places, i_chunk, length, chunks, 0, P)
+    for c in tl.static_range(P):
+        i_token = i_unit * P + c - SHIFT
+        m_token = (i_token >= 0) & (i_token < length)
+        i_row = tl.load(p_level + i_token, mask=m_token, other=-1)
+        p_x = p_rows + i_row.to(tl.int64)[:, None] * stride_rows
+        part = coarse
+        if TURN and c < P - 1:  # back to this token
+            part = turned(coarse, turns, p_turns + (P - 1 - c) * 2 * PAIRS, True, PAIRS)
+        total = add(load(p_x, i_d, (i_row >= 0)[:, None], BLOCK, BLOCK_D, TURN), part, TURN)
+        p_token = p_out + i_token.to(tl.int64)[:, None] * stride_out
+        store(p_token, total, i_d, m_token[:, None], BLOCK, BLOCK_D, TURN)

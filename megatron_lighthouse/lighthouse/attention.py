@@ -13,6 +13,7 @@ from megatron_lighthouse.context_parallel.schemes import comm_type_problem
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.geometry import Geometry, Pyramid
 from megatron_lighthouse.lighthouse.layer import Attended, Layer, build, check, made_from
+from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.lighthouse.transforms import differentiable_once, refuse_transforms
@@ -31,6 +32,7 @@ def lighthouse_attention(
     config: LighthouseConfig,
     *,
     softmax_scale: float | None = None,
+    rotary: Rotary | None = None,
     cp_group: ProcessGroup | None = None,
     cp_comm_type: str = "p2p",
     attend: Attend | None = None,
@@ -42,6 +44,8 @@ def lighthouse_attention(
         query: [N, B, H, D], after RoPE; float64, float32, bfloat16 or float16, any strides. Megatron's "sbhd".
         key, value: [N, B, G, D], G dividing H; same dtype and device as the query.
         softmax_scale: of the inner attention; 1/sqrt(D) by default. Not with `attend`.
+        rotary: what queries and keys are rotated by. With it a pooled row stands at the last token of its window, as the
+            authors now have it: see `Rotary`. Without it rows are averaged as they come, which is the paper's text.
         cp_group: the context-parallel ranks among which the sequence is sharded. Each of C ranks passes its zigzag shard,
             [N/C, B, ·, D]: of 2C equal chunks, rank r holds chunk r and chunk 2C-1-r.
         cp_comm_type: 'p2p', 'all_gather' or 'a2a': how the inner attention crosses ranks. See `sharded_attention`.
@@ -71,6 +75,7 @@ def lighthouse_attention(
         value,
         config,
         softmax_scale=softmax_scale,
+        rotary=rotary,
         exchange=Exchange.over(cp_group),
         cp_comm_type=cp_comm_type,
         attend=attend,
@@ -85,6 +90,7 @@ def attended_rows(
     config: LighthouseConfig,
     *,
     softmax_scale: float | None = None,
+    rotary: Rotary | None = None,
     exchange: Exchange | None = None,
     cp_comm_type: str = "p2p",
     attend: Attend | None = None,
@@ -95,7 +101,7 @@ def attended_rows(
     if attend is not None and softmax_scale is not None:
         check(query, key, value)
         raise ValueError("softmax_scale belongs to the default inner attention: give `attend` its own scale instead.")
-    layer = layer_for(config, query, key, value, exchange, cp_comm_type, softmax_scale, attend is not None)
+    layer = layer_for(config, query, key, value, exchange, cp_comm_type, softmax_scale, attend is not None, rotary)
     if selection is not None:
         _check_selection(selection, query, key, layer.geometry, exchange)
     return layer.attended(*differentiable_once(query, key, value), attend, selection)
@@ -122,13 +128,20 @@ def layer_for(config: LighthouseConfig, query: Tensor, key: Tensor, value: Tenso
 
 
 def lighthouse_select(
-    query: Tensor, key: Tensor, config: LighthouseConfig, *, value: Tensor | None = None, cp_group: ProcessGroup | None = None
+    query: Tensor,
+    key: Tensor,
+    config: LighthouseConfig,
+    *,
+    value: Tensor | None = None,
+    rotary: Rotary | None = None,
+    cp_group: ProcessGroup | None = None,
 ) -> Tensor:
     """The entries that `lighthouse_attention` attends to.
 
     Args:
         query, key: as for `lighthouse_attention`.
         value: likewise, for the scorers that read it: all but 'norm'.
+        rotary: likewise, for the scorer that pools: 'summary'.
         cp_group: the context-parallel ranks among which the sequence is sharded.
 
     Returns:
@@ -144,7 +157,7 @@ def lighthouse_select(
         value = key
     refuse_transforms(query, key, value)
     exchange = Exchange.over(cp_group)
-    selection, deal = layer_for(config, query, key, value, exchange, "p2p", None, True).select(query, key, value)
+    selection, deal = layer_for(config, query, key, value, exchange, "p2p", None, True, rotary).select(query, key, value)
     if exchange is None:
         return selection.indices
     entries = _numbered_in_whole(selection.indices, selection.geometry, exchange.layout)

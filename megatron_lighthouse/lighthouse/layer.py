@@ -14,6 +14,7 @@ from megatron_lighthouse.lighthouse import telemetry
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.geometry import Geometry, Pyramid
 from megatron_lighthouse.lighthouse.implementations import steps_for
+from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.lighthouse.scorers.base import Scorer
 from megatron_lighthouse.lighthouse.selection import Selection
@@ -70,6 +71,8 @@ class Layer:
     exchange: Exchange | None
     attend: Attend | None
     """The inner attention; None where every call brings its own."""
+    rotary: Rotary | None
+    """By which rows are turned on to their window's last token while they are pooled."""
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, attend: Attend | None = None) -> Tensor:
         """[N, B, H, D]: see `lighthouse_attention`."""
@@ -85,7 +88,7 @@ class Layer:
             selection, deal = self.select(query, key, value)
         passage = attend.passage() if isinstance(attend, ShardedAttention) else None
         # what is gathered for a ring can set out at once, unless it is dealt first
-        rows_q, rows_k, rows_v = self.steps.gather(query, key, value, selection, None if deal else passage)
+        rows_q, rows_k, rows_v = self.steps.gather(query, key, value, selection, None if deal else passage, self.rotary)
         if deal:
             rows_q, rows_k, rows_v = deal.out(rows_q, rows_k, rows_v)
         with profiled("attend"):
@@ -100,7 +103,7 @@ class Layer:
     @torch.no_grad()
     def select(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Selection, Deal | None]:
         """The entries of this rank; and, where the ranks hold different numbers of rows, how these are dealt."""
-        scores, deal = self.scorer(query, key, value, self.own, self.steps, self.exchange), None
+        scores, deal = self.scorer(query, key, value, self.own, self.steps, self.exchange, self.rotary), None
         if self.exchange is None:
             selection = self.steps.select(scores, self.geometry, self.pin_first)
         else:
@@ -117,16 +120,20 @@ def build(
     comm_type: str = "p2p",
     softmax_scale: float | None = None,
     own_attend: bool = False,
+    rotary: Rotary | None = None,
 ) -> Layer:
     """The layer for inputs like these.
 
     Args:
         query: [N/C, B, H, D]; key: [N/C, B, G, D]; of these only shapes, dtype and device count.
         own_attend: every call brings its inner attention.
+        rotary: what queries and keys are rotated by, where pooled rows are to stand at their window's last token.
 
     Raises:
         ValueError: as `lighthouse_attention`.
     """
+    if rotary is not None and (problem := rotary.problem(query.shape[3])):
+        raise ValueError(problem)
     size = exchange.size if exchange else 1
     geometry = config.geometry(query.shape[0] * size, size)
     attend: Attend | None = None
@@ -136,7 +143,7 @@ def build(
         attend = sharded_attention(config.inner, query, key, exchange, comm_type, softmax_scale)
     steps = steps_for(config.steps, query, config.pooling)
     own, tiles = Pyramid(query.shape[0], config.levels, config.pooling), own_tiles(geometry, size)
-    return Layer(geometry, own, tiles, config.pin_first, steps, SCORERS[config.scorer], exchange, attend)
+    return Layer(geometry, own, tiles, config.pin_first, steps, SCORERS[config.scorer], exchange, attend, rotary)
 
 
 def made_from(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from megatron_lighthouse.lighthouse.geometry import Geometry, Pyramid
+from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.lighthouse.steps import FarTravel, HaloTravel
 from megatron_lighthouse.ranges import profiled
@@ -21,13 +22,22 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def pool(x: Tensor, geometry: Pyramid) -> list[Tensor]:
-    """The pyramid of `x`: per level l the [N/p^l, B, G, ...] means of its windows, in x's dtype."""
+def pool(x: Tensor, geometry: Pyramid, rotary: Rotary | None = None) -> list[Tensor]:
+    """The pyramid of `x`: per level l the [N/p^l, B, G, ...] means of its windows, in x's dtype.
+
+    With `rotary`, of rows that are turned on to the last token of their window.
+    """
     pyramid, mean = [x], x.to(accumulation_dtype(x))
-    for _ in range(1, geometry.levels):
-        mean = mean.unflatten(0, (-1, geometry.pooling)).mean(1)
+    for level in range(1, geometry.levels):
+        parts = mean.unflatten(0, (-1, geometry.pooling))
+        mean = (parts if rotary is None else rotary.turn(parts, _tokens_behind(geometry, level))).mean(1)
         pyramid.append(mean.to(x.dtype))
     return pyramid
+
+
+def _tokens_behind(geometry: Pyramid, level: int) -> Tensor:
+    """[p]: the tokens between the end of each part (of level - 1) of a window of `level` and the window's end."""
+    return torch.arange(geometry.pooling - 1, -1, -1) * geometry.window(level - 1)
 
 
 @torch.no_grad()
@@ -162,13 +172,14 @@ def gather(
     value: Tensor,
     selection: Selection,
     travel: FarTravel | None = None,
+    rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Steps.gather`."""
-    rows_k, rows_v = _Gather.apply(key, selection), _Gather.apply(value, selection)
+    rows_k, rows_v = _Gather.apply(key, selection, rotary), _Gather.apply(value, selection, None)
     if travel is not None:
         rows_k, rows_v = _Travel.apply(rows_k, rows_v, travel)
     grouped = query.unflatten(2, (key.shape[2], -1))
-    return _Gather.apply(grouped, selection).flatten(2, 3), rows_k, rows_v
+    return _Gather.apply(grouped, selection, rotary).flatten(2, 3), rows_k, rows_v
 
 
 @profiled("scatter")
@@ -182,24 +193,30 @@ def scatter(rows: Tensor, selection: Selection, halo: Tensor | None = None, trav
 
 
 class _Gather(torch.autograd.Function):
-    """dX_j = sum over levels of dX̃[row(l, j // p^l)] / p^l."""
+    """dX_j = sum over levels of dX̃[row(l, j // p^l)] / p^l, turned back by as much as X_j was turned on."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, selection: Selection) -> Tensor:
-        ctx.selection = selection  # type: ignore[attr-defined]
-        return _read(torch.cat(pool(x, selection.geometry)), selection.indices)
+    def forward(ctx: FunctionCtx, x: Tensor, selection: Selection, rotary: Rotary | None) -> Tensor:
+        ctx.selection, ctx.rotary = selection, rotary  # type: ignore[attr-defined]
+        return _read(torch.cat(pool(x, selection.geometry, rotary)), selection.indices)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
         selection: Selection = ctx.selection  # type: ignore[attr-defined]
+        rotary: Rotary | None = ctx.rotary  # type: ignore[attr-defined]
         geometry = selection.geometry
         total: Tensor | None = None
         for level in range(geometry.levels - 1, -1, -1):
             part = _read_or_zero(grad, selection.rows[level]) / geometry.window(level)
-            total = part if total is None else total.repeat_interleave(geometry.pooling, 0).add_(part)
+            if total is None:
+                total = part
+                continue
+            parts = total.unsqueeze(1).expand(-1, geometry.pooling, *total.shape[1:])
+            turned = parts if rotary is None else rotary.turn(parts, -_tokens_behind(geometry, level + 1))
+            total = part.add_(turned.flatten(0, 1))
         assert total is not None
-        return total.to(grad.dtype), None
+        return total.to(grad.dtype), None, None
 
 
 class _Travel(torch.autograd.Function):

@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from megatron_lighthouse.lighthouse.geometry import Geometry, Pyramid
+from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.sequence.layout import Layout
 
@@ -75,11 +76,13 @@ class Steps(Protocol):
         value: Tensor,
         selection: Selection,
         travel: FarTravel | None = None,
+        rotary: Rotary | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The selected rows of the three pyramids: [S, B, H, D], [S, B, G, D], [S, B, G, D]. Pools while gathering.
 
         With `travel`, keys and values are gathered first, and set out while the queries are; in backward their gradients come
-        home while those of the queries are spread.
+        home while those of the queries are spread. With `rotary`, rows of queries and keys are turned on to the last token of
+        their window before they are pooled: see `lighthouse.rotary`.
 
         Differentiable: dX_j = sum over levels of dX̃[row(l, j // p^l)] / p^l. Keeps only the map for backward.
         """

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse.geometry import Pyramid, Shape
+from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.steps import Steps
 
 
@@ -31,7 +32,14 @@ class Scorer(ABC):
 
     @abstractmethod
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, pyramid: Pyramid, steps: Steps, exchange: Exchange | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        pyramid: Pyramid,
+        steps: Steps,
+        exchange: Exchange | None,
+        rotary: Rotary | None = None,
     ) -> Tensor:
         """The scores of the entries of levels 1..L-1, in the order of the concatenated pyramid. Called without gradients.
 
@@ -39,6 +47,7 @@ class Scorer(ABC):
             query: [n, B, H, D], of this rank's tokens; key, value: [n, B, G, D].
             pyramid: of these tokens.
             exchange: connects the ranks; None where there is one.
+            rotary: by which pooled rows are turned on to their window's last token; tokens come rotated already.
 
         Returns:
             s^Q, then s^K: [2, B, G, coarse length], fp32 (fp64 for fp64). They do not depend on how many ranks there are.

@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse.geometry import Pyramid, Shape
 from megatron_lighthouse.lighthouse.reference import window_maxima
+from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.scorers.base import Scorer
 from megatron_lighthouse.lighthouse.scorers.both_ways import attended_both_ways, both_ways_sent
 from megatron_lighthouse.lighthouse.scorers.streams import DELTA, streams, tokens
@@ -29,7 +30,14 @@ class Dilated(Scorer):
     unit: int = DELTA
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, pyramid: Pyramid, steps: Steps, exchange: Exchange | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        pyramid: Pyramid,
+        steps: Steps,
+        exchange: Exchange | None,
+        rotary: Rotary | None = None,
     ) -> Tensor:
         self.check_length(query.shape[0], exchange)
         norms = attended_both_ways(streams(query), streams(key), streams(value), steps, exchange)

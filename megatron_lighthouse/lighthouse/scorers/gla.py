@@ -14,6 +14,7 @@ from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse import reference
 from megatron_lighthouse.lighthouse.geometry import Pyramid, Shape
 from megatron_lighthouse.lighthouse.reference import accumulation_dtype, group_norms, window_maxima
+from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.scorers.base import Scorer
 from megatron_lighthouse.lighthouse.scorers.both_ways import group_mean
 from megatron_lighthouse.lighthouse.scorers.streams import DELTA, streams, tokens
@@ -53,7 +54,14 @@ class Gla(Scorer):
 
     @profiled("gla")
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, pyramid: Pyramid, steps: Steps, exchange: Exchange | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        pyramid: Pyramid,
+        steps: Steps,
+        exchange: Exchange | None,
+        rotary: Rotary | None = None,
     ) -> Tensor:
         self.check_length(query.shape[0], exchange)
         linear = linear_attention(steps, query.device)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse.geometry import Pyramid
+from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.scorers.base import Scorer
 from megatron_lighthouse.lighthouse.steps import Steps
 
@@ -22,6 +23,13 @@ class Norm(Scorer):
     grows: str = "N"
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, pyramid: Pyramid, steps: Steps, exchange: Exchange | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        pyramid: Pyramid,
+        steps: Steps,
+        exchange: Exchange | None,
+        rotary: Rotary | None = None,
     ) -> Tensor:
         return steps.score(query, key, pyramid)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse.geometry import Pyramid, Shape
+from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.scorers.base import Scorer
 from megatron_lighthouse.lighthouse.scorers.both_ways import attended_both_ways, both_ways_sent
 from megatron_lighthouse.lighthouse.selection import Selection
@@ -28,9 +29,16 @@ class Summary(Scorer):
     grows: str = "(N/F)²"
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, pyramid: Pyramid, steps: Steps, exchange: Exchange | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        pyramid: Pyramid,
+        steps: Steps,
+        exchange: Exchange | None,
+        rotary: Rotary | None = None,
     ) -> Tensor:
-        q, k, v = coarsest(query, key, value, pyramid, steps)
+        q, k, v = coarsest(query, key, value, pyramid, steps, rotary)
         top = attended_both_ways(q, k, v, steps, exchange)
         finer = steps.score(query, key, pyramid)[..., : -top.shape[-1]]
         return torch.cat([finer, top], -1)
@@ -39,9 +47,11 @@ class Summary(Scorer):
         return both_ways_sent(pyramid.entries(pyramid.levels - 1) // size, shape, size)
 
 
-def coarsest(query: Tensor, key: Tensor, value: Tensor, pyramid: Pyramid, steps: Steps) -> tuple[Tensor, Tensor, Tensor]:
+def coarsest(
+    query: Tensor, key: Tensor, value: Tensor, pyramid: Pyramid, steps: Steps, rotary: Rotary | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The means of the coarsest windows: [n, ...] -> [n/F, ...] for each of the three, as `Steps.gather` makes them."""
     windows = query.shape[0] // pyramid.window(pyramid.levels - 1)
     places = query.new_full((query.shape[1], key.shape[2], pyramid.pyramid_length), -1, dtype=torch.int32)
     places[..., -windows:] = torch.arange(windows, dtype=torch.int32, device=query.device)
-    return steps.gather(query, key, value, Selection(pyramid, places, windows))
+    return steps.gather(query, key, value, Selection(pyramid, places, windows), rotary=rotary)

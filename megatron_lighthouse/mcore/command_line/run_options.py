@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Iterator
 from importlib.util import find_spec
+
+from megatron_lighthouse.mcore.command_line.unread import unread_problems
 
 ELSEWHERE = "use Megatron-LM's own pretrain_gpt.py for it (patches/patch.py gives that --attention lighthouse)"
 
@@ -15,6 +18,8 @@ NOT_HERE = {
     "perform_rl_step": "--perform-rl-step",
     "check_for_spiky_loss": "--check-for-spiky-loss",
     "overlap_moe_expert_parallel_comm": "--overlap-moe-expert-parallel-comm",
+    "logits_load_dir": "--logits-load-dir (distillation from stored logits)",
+    "inprocess_restart": "--inprocess-restart",
 }
 
 OTHER_DATA = (
@@ -37,6 +42,8 @@ def check_run_options(args: Namespace) -> None:
     for name, option in NOT_HERE.items():
         if getattr(args, name, False):
             raise ValueError(f"{option} is not done by megatron_lighthouse.pretrain_gpt: {ELSEWHERE}.")
+    if problems := [*unread_problems(args), *_of_the_model(args), *_full_validation(args)]:
+        raise ValueError("\n".join(problems))
     if getattr(args, "mtp_num_layers", None) and args.pipeline_model_parallel_size > 1:
         raise ValueError(
             f"--mtp-num-layers {args.mtp_num_layers} with --pipeline-model-parallel-size {args.pipeline_model_parallel_size} "
@@ -56,3 +63,25 @@ def check_run_options(args: Namespace) -> None:
             raise ValueError(
                 f"--tokenizer-type {args.tokenizer_type} does not go with --text-data, whose tokens are bytes: leave it out."
             )
+
+
+def _of_the_model(args: Namespace) -> Iterator[str]:
+    if getattr(args, "hybrid_layer_pattern", None):
+        yield (
+            f"--hybrid-layer-pattern {args.hybrid_layer_pattern} is of a hybrid model, and megatron_lighthouse.pretrain_gpt "
+            "builds GPT: use --num-layers, or Megatron-LM's own pretrain_hybrid.py."
+        )
+    if getattr(args, "rope_scaling_factor", 8.0) != 8.0 and not args.use_rope_scaling:
+        yield (
+            f"--rope-scaling-factor {args.rope_scaling_factor} means nothing without --use-rope-scaling: add it, or leave "
+            "--rope-scaling-factor out."
+        )
+
+
+def _full_validation(args: Namespace) -> Iterator[str]:
+    """What Megatron's loop fails of, once it validates."""
+    full, several = getattr(args, "full_validation", False), getattr(args, "multiple_validation_sets", False)
+    if full and not several:
+        yield "--full-validation fails in Megatron at its first validation: add --multiple-validation-sets (of one set too)."
+    if several and not full:
+        yield "--multiple-validation-sets is not done by Megatron without --full-validation: add it, or leave both out."

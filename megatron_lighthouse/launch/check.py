@@ -132,7 +132,8 @@ def layout(args: argparse.Namespace, nodes: int, gpus_per_node: int) -> Iterator
         )
     yield from stages(args)
     for name, value in (("num-attention-heads", args.num_attention_heads), ("num-query-groups", args.num_query_groups)):
-        if value and value % tensor:
+        ours = name != "num-query-groups" or not args.use_checkpoint_args  # else it is the checkpoint's, whatever is said here
+        if ours and value and value % tensor:
             yield f"--{name} {value} must be a multiple of --tensor-model-parallel-size {tensor}: use a divisor of {value}."
     groups = (args.num_query_groups or args.num_attention_heads or context * tensor) // tensor
     if "a2a" in args.cp_comm_type and groups % context:

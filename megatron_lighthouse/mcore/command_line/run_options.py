@@ -20,6 +20,7 @@ NOT_HERE = {
     "overlap_moe_expert_parallel_comm": "--overlap-moe-expert-parallel-comm",
     "logits_load_dir": "--logits-load-dir (distillation from stored logits)",
     "inprocess_restart": "--inprocess-restart",
+    "yaml_cfg": "--yaml-cfg",
 }
 
 OTHER_DATA = (
@@ -34,14 +35,14 @@ def check_run_options(args: Namespace) -> None:
     Raises:
         ValueError: the options, and where they work.
     """
+    for name, option in NOT_HERE.items():
+        if getattr(args, name, False):
+            raise ValueError(f"{option} is not done by megatron_lighthouse.pretrain_gpt: {ELSEWHERE}.")
     if args.transformer_impl == "transformer_engine" and not find_spec("transformer_engine"):
         raise ValueError(
             "--transformer-impl transformer_engine (Megatron's default) needs the package transformer_engine, which is not "
             "installed: install it (pip install 'transformer-engine[core_cu13,pytorch]'), or use --transformer-impl local."
         )
-    for name, option in NOT_HERE.items():
-        if getattr(args, name, False):
-            raise ValueError(f"{option} is not done by megatron_lighthouse.pretrain_gpt: {ELSEWHERE}.")
     if problems := [*unread_problems(args), *_of_the_model(args), *_full_validation(args)]:
         raise ValueError("\n".join(problems))
     if getattr(args, "mtp_num_layers", None) and args.pipeline_model_parallel_size > 1:
@@ -85,3 +86,15 @@ def _full_validation(args: Namespace) -> Iterator[str]:
         yield "--full-validation fails in Megatron at its first validation: add --multiple-validation-sets (of one set too)."
     if several and not full:
         yield "--multiple-validation-sets is not done by Megatron without --full-validation: add it, or leave both out."
+    if not full:
+        return
+    if args.pipeline_model_parallel_size > 2:
+        yield (
+            f"--full-validation fails in Megatron with --pipeline-model-parallel-size {args.pipeline_model_parallel_size}, whose "
+            "middle stages have no data: use at most 2, or leave it out."
+        )
+    if args.eval_micro_batch_size != 1 and args.tensor_model_parallel_size * args.pipeline_model_parallel_size > 1:
+        yield (
+            f"--full-validation reads one sequence at a time, and --eval-micro-batch-size {args.eval_micro_batch_size} (where not "
+            "given, --micro-batch-size) is what other ranks wait for: use --eval-micro-batch-size 1."
+        )

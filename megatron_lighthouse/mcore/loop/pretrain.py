@@ -19,6 +19,7 @@ from megatron.training.arguments import parse_and_validate_args
 
 from megatron_lighthouse.lighthouse import telemetry
 from megatron_lighthouse.mcore.command_line.arguments import model_config, use_attention, with_lighthouse_arguments
+from megatron_lighthouse.mcore.command_line.from_checkpoint import explained
 from megatron_lighthouse.mcore.command_line.run_options import check_run_options
 from megatron_lighthouse.mcore.data import text
 from megatron_lighthouse.mcore.data.datasets import train_valid_test_datasets
@@ -40,9 +41,11 @@ def run(program_start: float | None = None) -> None:
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
     machine.adapt()
     try:
-        args = parse_and_validate_args(extra_args_provider=with_lighthouse_arguments(add_arguments))
-        check_run_options(args)
-        model_cfg = use_attention(args, model_config(args))
+        provider = with_lighthouse_arguments(add_arguments)
+        args = parse_and_validate_args(extra_args_provider=provider)
+        with explained(args, provider):
+            check_run_options(args)
+            model_cfg = use_attention(args, model_config(args))
         pictures = pictures_of(args)
         for layer_number in pictures:
             telemetry.watch(layer_number)

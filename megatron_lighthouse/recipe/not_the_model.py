@@ -1,16 +1,18 @@
-"""Fields of Megatron's model configurations, and arguments that they are made from, that leave alone what a model computes from
-its weights. All others are compared between an evaluation and its checkpoint; a test holds both lists to the installed Megatron.
+"""Fields of Megatron's model configurations, and arguments these are made from, that do not change what weights compute.
+
+An evaluation compares all others with its checkpoint. A test holds both to the installed Megatron.
 """
 
 LAYOUT = """
-    account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split batch_p2p_comm batch_p2p_sync context_parallel_size
-    cp_comm_type deallocate_pipeline_outputs decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers
-    expert_gtp_weight_remat_size expert_model_parallel_size expert_tensor_parallel_num_weight_shards expert_tensor_parallel_size
-    gtp_weight_remat_size hetereogenous_dist_checkpoint hierarchical_context_parallel_sizes high_priority_a2a_comm_stream
-    hybrid_context_parallel max_seqlen_per_dp_cp_rank microbatch_group_size_per_vp_stage moe_deepep_num_sms moe_enable_deepep
-    moe_flex_dispatcher_backend moe_flex_dispatcher_num_sms moe_hybridep_num_blocks_permute moe_hybridep_num_blocks_unpermute
-    moe_hybridep_num_sms moe_hybridep_num_sms_preprocessing moe_hybridep_pad_uneven_dispatch_inputs moe_ncclep_static_shape
-    moe_ncclep_zero_copy moe_shared_expert_overlap moe_token_dispatcher_type mtp_standalone num_layers_in_first_pipeline_stage
+    account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split batch_p2p_comm batch_p2p_sync
+    context_parallel_size cp_comm_type deallocate_pipeline_outputs decoder_first_pipeline_num_layers
+    decoder_last_pipeline_num_layers expert_gtp_weight_remat_size expert_model_parallel_size
+    expert_tensor_parallel_num_weight_shards expert_tensor_parallel_size gtp_weight_remat_size hetereogenous_dist_checkpoint
+    hierarchical_context_parallel_sizes high_priority_a2a_comm_stream hybrid_context_parallel max_seqlen_per_dp_cp_rank
+    microbatch_group_size_per_vp_stage moe_deepep_num_sms moe_enable_deepep moe_flex_dispatcher_backend
+    moe_flex_dispatcher_num_sms moe_hybridep_num_blocks_permute moe_hybridep_num_blocks_unpermute moe_hybridep_num_sms
+    moe_hybridep_num_sms_preprocessing moe_hybridep_pad_uneven_dispatch_inputs moe_ncclep_static_shape moe_ncclep_zero_copy
+    moe_shared_expert_overlap moe_token_dispatcher_type mtp_standalone num_layers_in_first_pipeline_stage
     num_layers_in_last_pipeline_stage overlap_dispatch_backward_with_experts_wgrad overlap_moe_expert_parallel_comm
     overlap_p2p_comm overlap_p2p_comm_warmup_flush parallel_output pipeline_model_parallel_comm_backend
     pipeline_model_parallel_layout pipeline_model_parallel_size scatter_embedding_sequence_parallel sequence_parallel
@@ -22,12 +24,12 @@ LAYOUT = """
 """Over which ranks it is, and how they communicate."""
 
 NUMBERS = """
-    activation_func_fp8_input_store apply_query_key_layer_scaling attention_softmax_in_fp32 autocast_dtype batch_invariant_mode
-    bf16 deterministic_mode disable_bf16_reduced_precision_matmul dsa_indexer_k_norm_fp32 enable_autocast first_last_layers_bf16
-    fp16 fp16_lm_cross_entropy fp32_residual_connection fp4 fp4_param fp4_param_gather fp4_quantizer_factory fp4_recipe fp8
-    fp8_amax_compute_algo fp8_amax_history_len fp8_dot_product_attention fp8_interval fp8_margin fp8_multi_head_attention
-    fp8_output_proj fp8_param fp8_param_gather fp8_quantizer_factory fp8_recipe fp8_wgrad kitchen_config_file
-    kitchen_recipe_number mamba_training_ssm_states_dtype moe_router_dtype moe_router_padding_for_fp8
+    activation_func_fp8_input_store apply_query_key_layer_scaling attention_softmax_in_fp32 autocast_dtype
+    batch_invariant_mode bf16 deterministic_mode disable_bf16_reduced_precision_matmul dsa_indexer_k_norm_fp32 enable_autocast
+    first_last_layers_bf16 fp16 fp16_lm_cross_entropy fp32_residual_connection fp4 fp4_param fp4_param_gather
+    fp4_quantizer_factory fp4_recipe fp8 fp8_amax_compute_algo fp8_amax_history_len fp8_dot_product_attention fp8_interval
+    fp8_margin fp8_multi_head_attention fp8_output_proj fp8_param fp8_param_gather fp8_quantizer_factory fp8_recipe fp8_wgrad
+    kitchen_config_file kitchen_recipe_number mamba_training_ssm_states_dtype moe_router_dtype moe_router_padding_for_fp8
     moe_router_padding_for_quantization num_layers_at_end_in_bf16 num_layers_at_start_in_bf16 params_dtype pipeline_dtype
     quant_recipe te_precision_config_file tp_only_amax_red use_kitchen
 """
@@ -40,9 +42,9 @@ KERNELS = """
     external_cuda_graph flash_attention_version fused_residual_rmsnorm fused_single_qkv_rope kitchen_attention_backend
     masked_softmax_fusion memory_efficient_layer_norm mla_down_proj_fusion moe_grouped_gemm moe_permute_fusion
     moe_permute_fusion_into_hybridep moe_router_fusion moe_single_grouped_bias moe_single_grouped_weight no_persist_layer_norm
-    persist_layer_norm spec transformer_impl transformer_layer_spec use_arbitrary_attention_mask use_fused_weighted_squared_relu
-    use_grouped_gemm_for_dense_mlp use_grouped_gemm_for_shared_expert use_kitchen_attention use_mamba_mem_eff_path
-    use_te_activation_func use_transformer_engine_op_fuser
+    persist_layer_norm spec transformer_impl transformer_layer_spec use_arbitrary_attention_mask
+    use_fused_weighted_squared_relu use_grouped_gemm_for_dense_mlp use_grouped_gemm_for_shared_expert use_kitchen_attention
+    use_mamba_mem_eff_path use_te_activation_func use_transformer_engine_op_fuser
 """
 """What computes it, and which layers use Lighthouse."""
 
@@ -70,7 +72,8 @@ SERVING = """
     cache_mla_latents flash_decode inference_cuda_graph_scope inference_disable_triton_nvls_kernels
     inference_fuse_tp_communication inference_grouped_gemm_backend inference_moe_disable_fused_quant_kernels
     inference_moe_token_dispatcher_type inference_rng_tracker inference_sampling_seed mlp_chunks_for_prefill
-    mlp_chunks_for_training moe_pad_experts_for_cuda_graph_inference nccl_all_reduce_for_prefill use_inference_optimized_layers
+    mlp_chunks_for_training moe_pad_experts_for_cuda_graph_inference nccl_all_reduce_for_prefill
+    use_inference_optimized_layers
 """
 
 TOLD_OTHERWISE = """

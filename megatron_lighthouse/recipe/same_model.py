@@ -26,7 +26,7 @@ FLAGS = {"layernorm_epsilon": "--norm-epsilon", "layernorm_zero_centered_gamma":
 
 
 def shape() -> list[str]:
-    """Arguments that change what a model computes: every field of Megatron's configurations that is not known to leave it alone.
+    """Arguments that change what a model computes: each field of Megatron's configurations not known to leave that alone.
 
     Not the layout over ranks, the numbers' type or what computes it, nor the length of a sequence and which layers use
     Lighthouse, which an evaluation may choose.

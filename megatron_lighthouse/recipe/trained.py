@@ -30,7 +30,12 @@ from tqdm import tqdm
 
 from megatron_lighthouse.mcore.attention.fused import with_fused_attention
 from megatron_lighthouse.mcore.command_line import settings
-from megatron_lighthouse.mcore.command_line.arguments import ArgumentsProvider, model_config, use_attention, with_lighthouse_arguments
+from megatron_lighthouse.mcore.command_line.arguments import (
+    ArgumentsProvider,
+    model_config,
+    use_attention,
+    with_lighthouse_arguments,
+)
 from megatron_lighthouse.mcore.command_line.from_checkpoint import explained
 from megatron_lighthouse.mcore.command_line.run_options import check_run_options
 from megatron_lighthouse.mcore.data.text import text_files

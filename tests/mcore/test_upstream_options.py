@@ -34,7 +34,7 @@ UPSTREAM = """
     reset_attention_mask reset_position_ids seed seq_length sequence_parallel sft split tensor_model_parallel_size
     untie_embeddings_and_output_weights
 """.split()
-"""Read by upstream's pretrain_gpt.py at core_r0.19.0. It also asks for in-process restarts, and times ranks (--log-straggler)."""
+"""Read by upstream's pretrain_gpt.py at core_r0.19.0, which also asks for in-process restarts and times ranks."""
 LEFT_TO_MEGATRON = {
     "untie_embeddings_and_output_weights": "the model's builder; upstream's script needs it for MTP over pipeline stages",
     "modelopt_enabled": "no option of a parser without NVIDIA's Model Optimizer, which the wheel lacks",
@@ -96,8 +96,6 @@ def test_an_option_is_read_or_refused() -> None:
     assert found - governed - {*NOT_HERE} == {*unread.INSTEAD, *unread.OF_OTHER_PROGRAMS}
 
 
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -120,6 +118,14 @@ def test_an_option_is_read_or_refused() -> None:
             "--pipeline-model-parallel-size 4, whose middle stages have no data: use at most 2",
         ),
         (
+            {"full_validation": True, "multiple_validation_sets": True, "data_path": ["a"], "split": "969, 30, 1"},
+            r"where there is a test set \(--split 969, 30, 1\): use --split A,B,0",
+        ),
+        (
+            {"full_validation": True, "multiple_validation_sets": True, "test_data_path": ["a"]},
+            r"where there is a test set \(--test-data-path\): .* --valid-data-path alone",
+        ),
+        (
             {"full_validation": True, "multiple_validation_sets": True, "eval_micro_batch_size": 2},
             "--eval-micro-batch-size 2 .* use --eval-micro-batch-size 1",
         ),
@@ -128,7 +134,10 @@ def test_an_option_is_read_or_refused() -> None:
 )
 def test_an_option_that_would_be_ignored_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
     others = {"eval_micro_batch_size": 1, "tensor_model_parallel_size": 1, "deprecated_use_mcore_models": True}
-    check_run_options(plain_run(**others, full_validation=True, multiple_validation_sets=True))
+    others |= {"data_path": None, "data_args_path": None, "mock_data": False, "test_data_path": None, "split": None}
+    whole = {"full_validation": True, "multiple_validation_sets": True}
+    check_run_options(plain_run(**others, **whole))
+    check_run_options(plain_run(**{**others, "data_path": ["a"], "split": "90,10,0"}, **whole))
     with pytest.raises(ValueError, match=message):
         check_run_options(plain_run(**{**others, **changes}))
 

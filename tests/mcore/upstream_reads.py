@@ -1,4 +1,4 @@
-"""What source text reads of Megatron's arguments. `python -m tests.mcore.upstream_reads pretrain_gpt.py` lists it for a script."""
+"""What source text reads of Megatron's arguments. `python -m tests.mcore.upstream_reads pretrain_gpt.py` lists a script's."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ def reads(source: str) -> set[str]:
 def _reads(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         match node:
-            case ast.Attribute(value=of, attr=name, ctx=ast.Load()) if _is_args(of):
-                yield name
-            case ast.Call(func=ast.Name(id="getattr" | "hasattr"), args=[of, ast.Constant(value=str(name)), *_]) if _is_args(of):
-                yield name
+            case ast.Attribute(value=of, attr=str(name), ctx=ast.Load()):
+                pass
+            case ast.Call(func=ast.Name(id="getattr" | "hasattr"), args=[of, ast.Constant(value=str(name)), *_]):
+                pass
+            case _:
+                continue
+        if _is_args(of):
+            yield name
 
 
 def _is_args(node: ast.expr) -> bool:

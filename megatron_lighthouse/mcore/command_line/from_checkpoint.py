@@ -62,8 +62,9 @@ def _explanations(message: str, args: argparse.Namespace, add_arguments: Parser)
     for action in add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))._actions:
         if action.dest in taken and (flags := [flag for flag in action.option_strings if flag in named]):
             yield (
-                f"{flags[0]} is the checkpoint's ({_shown(getattr(args, action.dest))}), which --use-checkpoint-args takes whatever "
-                "the command line says: to give another value, leave --use-checkpoint-args out and give all arguments of the model."
+                f"{flags[0]} is the checkpoint's ({_shown(getattr(args, action.dest))}), which --use-checkpoint-args takes "
+                "whatever the command line says: to give another value, leave --use-checkpoint-args out and give all arguments "
+                "of the model."
             )
 
 

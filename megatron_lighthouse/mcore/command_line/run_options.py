@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 
 from megatron_lighthouse.mcore.command_line.unread import unread_problems
@@ -57,13 +57,17 @@ def check_run_options(args: Namespace) -> None:
             "transformer_engine, or context-parallel size 1."
         )
     if args.text_data:
-        others = ["--" + name.replace("_", "-") for name in OTHER_DATA if getattr(args, name, None)]
+        others = [name for name in OTHER_DATA if getattr(args, name, None)]
         if others:
-            raise ValueError(f"--text-data is the data of a run, and so is {' and '.join(others)}: leave one of them out.")
+            raise ValueError(f"--text-data is the data of a run, and so is {_flags(others)}: leave one of them out.")
         if args.tokenizer_type != "NullTokenizer":
             raise ValueError(
                 f"--tokenizer-type {args.tokenizer_type} does not go with --text-data, whose tokens are bytes: leave it out."
             )
+
+
+def _flags(names: Sequence[str]) -> str:
+    return " and ".join("--" + name.replace("_", "-") for name in names)
 
 
 def _of_the_model(args: Namespace) -> Iterator[str]:
@@ -90,11 +94,18 @@ def _full_validation(args: Namespace) -> Iterator[str]:
         return
     if args.pipeline_model_parallel_size > 2:
         yield (
-            f"--full-validation fails in Megatron with --pipeline-model-parallel-size {args.pipeline_model_parallel_size}, whose "
-            "middle stages have no data: use at most 2, or leave it out."
+            f"--full-validation fails in Megatron with --pipeline-model-parallel-size {args.pipeline_model_parallel_size}, "
+            "whose middle stages have no data: use at most 2, or leave it out."
         )
     if args.eval_micro_batch_size != 1 and args.tensor_model_parallel_size * args.pipeline_model_parallel_size > 1:
         yield (
-            f"--full-validation reads one sequence at a time, and --eval-micro-batch-size {args.eval_micro_batch_size} (where not "
-            "given, --micro-batch-size) is what other ranks wait for: use --eval-micro-batch-size 1."
+            f"--full-validation reads one sequence at a time, and --eval-micro-batch-size {args.eval_micro_batch_size} (where "
+            "not given, --micro-batch-size) is what other ranks wait for: use --eval-micro-batch-size 1."
+        )
+    split = args.split and (args.data_path or args.data_args_path or args.mock_data) and args.split.split(",")[2:]
+    if args.test_data_path or (split and float(split[0])):
+        given = "--test-data-path" if args.test_data_path else f"--split {args.split}"
+        yield (
+            f"--full-validation fails in Megatron where there is a test set ({given}): use --split A,B,0, or "
+            "--train-data-path and --valid-data-path alone."
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from dataclasses import fields, is_dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,7 @@ def configurations() -> set[str]:
 
 
 def test_upstream_was_compared_with_this_release() -> None:
-    from megatron.core import __version__
-
-    assert __version__ == COMPARED
+    assert version("megatron-core") == COMPARED
 
 
 def test_what_upstream_reads_is_carried_out_or_refused() -> None:
@@ -94,6 +93,25 @@ def test_an_option_is_read_or_refused() -> None:
     found = {name for name in options() if name not in read | by_field and not name.startswith(BY_PREFIX)}
     governed = {name for name in options() if name.startswith(tuple(unread.OF_REFUSED.values()))}
     assert found - governed - {*NOT_HERE} == {*unread.INSTEAD, *unread.OF_OTHER_PROGRAMS}
+
+
+def test_what_we_read_is_there() -> None:
+    """Else a renamed option would be heeded and refused no more."""
+    from megatron.core.transformer import TransformerConfig
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_lighthouse.launch import check
+    from megatron_lighthouse.mcore.command_line.arguments import with_lighthouse_arguments
+    from megatron_lighthouse.mcore.loop import pretrain
+    from megatron_lighthouse.plan import words
+
+    parser = with_lighthouse_arguments(pretrain.add_arguments)(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
+    assert ours() - {action.dest for action in parser._actions} == {"curr_iteration", "data_parallel_size", "iteration", "rank"}
+    of_checks = reads((ROOT / "megatron_lighthouse/mcore/command_line/checks.py").read_text(), "config")
+    assert of_checks - {field.name for field in fields(TransformerConfig)} == {"geometry", "scorer"}  # of LighthouseConfig
+    named = {*words.SIZES, *words.NEEDED, *words.NOT_COUNTED, *check.DATA, *check.ENDS}
+    named |= {"--" + name.replace("_", "-") for read in (check.parse, words._parse) for name in vars(read([]))}
+    assert named <= {*parser._option_string_actions} | {"--no-" + flag[2:] for flag in parser._option_string_actions}
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def test_only_what_shapes_the_model_is_compared() -> None:
     other = {**shape, "num_layers": 6, "swiglu": False, "add_bias_linear": True}
     with pytest.raises(ValueError, match="--load ckpt holds another model") as refused:
         check_same_model(given, Namespace(**other, **layout))
-    differences = ["--num-layers 4, there 6", "--swiglu given, there not given", "--disable-bias-linear given, there not given"]
+    differences = ["--num-layers 4, there 6", "--disable-bias-linear given, there not given", "--swiglu given, there not given"]
     assert str(refused.value).split("\n  - ")[1:] == differences
     heads = {**shape, "num_attention_heads": 4, "group_query_attention": False}
     check_same_model(Namespace(**heads, num_query_groups=1), Namespace(**heads, num_query_groups=4))

@@ -138,8 +138,9 @@ def layout(args: argparse.Namespace, nodes: int, gpus_per_node: int) -> Iterator
     yield from stages(args)
     heads, groups = args.num_attention_heads, args.num_query_groups or args.num_attention_heads
     copied = args.attention == "dense" and groups and tensor % groups == 0  # Megatron gives several ranks the same group
+    unknown = copied or args.use_checkpoint_args  # then it is the checkpoint's, whatever is said here
     for name, size in (("num-attention-heads", heads), ("num-query-groups", args.num_query_groups)):
-        if size and size % tensor and not (name == "num-query-groups" and copied):
+        if size and size % tensor and not (name == "num-query-groups" and unknown):
             yield f"--{name} {size} must be a multiple of --tensor-model-parallel-size {tensor}: use a divisor of {size}."
     groups = max(1, (groups or context * tensor) // tensor)
     if "a2a" in args.cp_comm_type and groups % context:

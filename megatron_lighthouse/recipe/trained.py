@@ -15,7 +15,7 @@ from megatron.core import dist_checkpointing, mpu
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import training
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import (
     checkpoint_exists,
@@ -30,7 +30,13 @@ from tqdm import tqdm
 
 from megatron_lighthouse.mcore.attention.fused import with_fused_attention
 from megatron_lighthouse.mcore.command_line import settings
-from megatron_lighthouse.mcore.command_line.arguments import ArgumentsProvider, use_attention, with_lighthouse_arguments
+from megatron_lighthouse.mcore.command_line.arguments import (
+    ArgumentsProvider,
+    model_config,
+    use_attention,
+    with_lighthouse_arguments,
+)
+from megatron_lighthouse.mcore.command_line.from_checkpoint import explained
 from megatron_lighthouse.mcore.command_line.run_options import check_run_options
 from megatron_lighthouse.mcore.data.text import text_files
 from megatron_lighthouse.mcore.loop import machine, pretrain
@@ -95,7 +101,8 @@ def parse(add_arguments: ArgumentsProvider) -> argparse.Namespace:
     args.skip_train = args.no_load_optim = args.no_load_rng = True  # no optimizer is made
     args.finetune, args.save = False, None
     args.train_samples = None  # a run's: in batches of another size they are other iterations
-    check_run_options(args)
+    with explained(args, _with(add_arguments)):
+        check_run_options(args)
     if args.tokenizer_type != "NullTokenizer":
         raise ValueError(f"--tokenizer-type {args.tokenizer_type}: an evaluation reads bytes as tokens, so leave it out.")
     if not checkpoint_exists(args.load):
@@ -146,7 +153,8 @@ def load(args: argparse.Namespace) -> Trained:
     Raises:
         ValueError: what Lighthouse refuses, before the process group exists.
     """
-    model_cfg = with_fused_attention(use_attention(args, gpt_config_from_args(args)))
+    with explained(args, with_lighthouse_arguments(pretrain.add_arguments)):
+        model_cfg = with_fused_attention(use_attention(args, model_config(args)))
     container = pretrain_cfg_container_from_args(args, model_cfg)
     training.initialize_megatron()
     groups = ProcessGroupCollection.use_mpu_process_groups()

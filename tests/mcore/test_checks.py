@@ -25,6 +25,7 @@ def problems(settings: LighthouseSettings = GOOD, seq_length: int | None = 256, 
 
     config = transformer_config()
     for name, value in changes.items():  # set afterwards, for Megatron's own checks refuse some combinations first
+        assert hasattr(config, name)
         setattr(config, name, value)
     try:
         check(config, settings, seq_length)

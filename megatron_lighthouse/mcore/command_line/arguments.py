@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_lighthouse.mcore.command_line import settings
 from megatron_lighthouse.mcore.loop import selection_log
+from megatron_lighthouse.notice import say_once
 
 ArgumentsProvider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
@@ -30,6 +31,20 @@ def nothing_to_switch(args: argparse.Namespace) -> str | None:
         f"--lighthouse-stage2-at {args.lighthouse_stage2_at} makes Lighthouse layers dense, and with --attention dense "
         "there are none: leave it out, or use --attention lighthouse."
     )
+
+
+def model_config(args: argparse.Namespace) -> Any:
+    """Megatron's GPTModelConfig of `args`, and what it leaves out: --rope-scaling-factor."""
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    model_cfg = gpt_config_from_args(args)
+    if args.use_rope_scaling and args.rope_scaling_factor != model_cfg.rope_scaling_factor:
+        say_once(
+            f"--rope-scaling-factor {args.rope_scaling_factor} is taken; Megatron-LM's own pretrain_gpt.py of 0.19 takes "
+            f"{model_cfg.rope_scaling_factor} whatever is given"
+        )
+        model_cfg.rope_scaling_factor = args.rope_scaling_factor
+    return model_cfg
 
 
 def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 
 from megatron_lighthouse.mcore.command_line.checks import cp_layout_problems
+from megatron_lighthouse.mcore.command_line.unread import unread_problems
 
 ELSEWHERE = "use Megatron-LM's own pretrain_gpt.py for it (patches/patch.py gives that --attention lighthouse)"
 
@@ -14,9 +16,13 @@ NOT_HERE = {
     "fim_data": "--fim-data",
     "dataloader_inter_document_masking": "--dataloader-inter-document-masking (packed sequences)",
     "hybrid_context_parallel": "--hybrid-context-parallel (packed sequences)",
+    "dynamic_context_parallel": "--dynamic-context-parallel (packed sequences)",  # its name after 0.19
     "perform_rl_step": "--perform-rl-step",
     "check_for_spiky_loss": "--check-for-spiky-loss",
     "overlap_moe_expert_parallel_comm": "--overlap-moe-expert-parallel-comm",
+    "logits_load_dir": "--logits-load-dir (distillation from stored logits)",
+    "inprocess_restart": "--inprocess-restart",
+    "yaml_cfg": "--yaml-cfg",
 }
 
 OTHER_DATA = (
@@ -31,20 +37,16 @@ def check_run_options(args: Namespace) -> None:
     Raises:
         ValueError: the options, and where they work.
     """
+    for name, option in NOT_HERE.items():
+        if getattr(args, name, False):
+            raise ValueError(f"{option} is not done by megatron_lighthouse.pretrain_gpt: {ELSEWHERE}.")
     if args.transformer_impl == "transformer_engine" and not find_spec("transformer_engine"):
         raise ValueError(
             "--transformer-impl transformer_engine (Megatron's default) needs the package transformer_engine, which is not "
             "installed: install it (pip install 'transformer-engine[core_cu13,pytorch]'), or use --transformer-impl local."
         )
-    for name, option in NOT_HERE.items():
-        if getattr(args, name, False):
-            raise ValueError(f"{option} is not done by megatron_lighthouse.pretrain_gpt: {ELSEWHERE}.")
-    if getattr(args, "dynamic_context_parallel", False):  # how later releases call hybrid_context_parallel
-        raise ValueError(
-            f"--dynamic-context-parallel (packed sequences) is not done by megatron_lighthouse.pretrain_gpt: {ELSEWHERE}."
-        )
-    for problem in cp_layout_problems(args):
-        raise ValueError(problem)
+    if problems := [*unread_problems(args), *_of_the_model(args), *_full_validation(args), *cp_layout_problems(args)]:
+        raise ValueError("\n".join(problems))
     if getattr(args, "mtp_num_layers", None) and args.pipeline_model_parallel_size > 1:
         raise ValueError(
             f"--mtp-num-layers {args.mtp_num_layers} with --pipeline-model-parallel-size {args.pipeline_model_parallel_size} "
@@ -57,10 +59,55 @@ def check_run_options(args: Namespace) -> None:
             "transformer_engine, or context-parallel size 1."
         )
     if args.text_data:
-        others = ["--" + name.replace("_", "-") for name in OTHER_DATA if getattr(args, name, None)]
+        others = [name for name in OTHER_DATA if getattr(args, name, None)]
         if others:
-            raise ValueError(f"--text-data is the data of a run, and so is {' and '.join(others)}: leave one of them out.")
+            raise ValueError(f"--text-data is the data of a run, and so is {_flags(others)}: leave one of them out.")
         if args.tokenizer_type != "NullTokenizer":
             raise ValueError(
                 f"--tokenizer-type {args.tokenizer_type} does not go with --text-data, whose tokens are bytes: leave it out."
             )
+
+
+def _flags(names: Sequence[str]) -> str:
+    return " and ".join("--" + name.replace("_", "-") for name in names)
+
+
+def _of_the_model(args: Namespace) -> Iterator[str]:
+    if getattr(args, "hybrid_layer_pattern", None):
+        yield (
+            f"--hybrid-layer-pattern {args.hybrid_layer_pattern} is of a hybrid model, and megatron_lighthouse.pretrain_gpt "
+            "builds GPT: use --num-layers, or Megatron-LM's own pretrain_hybrid.py."
+        )
+    if getattr(args, "rope_scaling_factor", 8.0) != 8.0 and not args.use_rope_scaling:
+        yield (
+            f"--rope-scaling-factor {args.rope_scaling_factor} means nothing without --use-rope-scaling: add it, or leave "
+            "--rope-scaling-factor out."
+        )
+
+
+def _full_validation(args: Namespace) -> Iterator[str]:
+    """What Megatron's loop fails of, once it validates."""
+    full, several = getattr(args, "full_validation", False), getattr(args, "multiple_validation_sets", False)
+    if full and not several:
+        yield "--full-validation fails in Megatron at its first validation: add --multiple-validation-sets (of one set too)."
+    if several and not full:
+        yield "--multiple-validation-sets is not done by Megatron without --full-validation: add it, or leave both out."
+    if not full:
+        return
+    if args.pipeline_model_parallel_size > 2:
+        yield (
+            f"--full-validation fails in Megatron with --pipeline-model-parallel-size {args.pipeline_model_parallel_size}, "
+            "whose middle stages have no data: use at most 2, or leave it out."
+        )
+    if args.eval_micro_batch_size != 1 and args.tensor_model_parallel_size * args.pipeline_model_parallel_size > 1:
+        yield (
+            f"--full-validation reads one sequence at a time, and --eval-micro-batch-size {args.eval_micro_batch_size} (where "
+            "not given, --micro-batch-size) is what other ranks wait for: use --eval-micro-batch-size 1."
+        )
+    split = args.split and (args.data_path or args.data_args_path or args.mock_data) and args.split.split(",")[2:]
+    if args.test_data_path or (split and float(split[0])):
+        given = "--test-data-path" if args.test_data_path else f"--split {args.split}"
+        yield (
+            f"--full-validation fails in Megatron where there is a test set ({given}): use --split A,B,0, or "
+            "--train-data-path and --valid-data-path alone."
+        )

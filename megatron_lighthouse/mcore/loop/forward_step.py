@@ -9,12 +9,19 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.core.utils import (
+    StragglerDetector,
+    get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
 from megatron.training import get_args, get_timers
 from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
 FIELDS = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
+stragglers = StragglerDetector()
+"""That of the process, which --log-straggler turns on; to construct it again would turn it off."""
 
 
 def forward_step(data: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -23,10 +30,12 @@ def forward_step(data: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> t
     timers("batch-generator", log_level=2).start()
     args = get_args()
     size = args.micro_batch_size if model.training else args.eval_micro_batch_size
-    batch = _batch(data, get_attr_wrapped_model(model, "vp_stage"), size)
+    with stragglers(bdata=True):
+        batch = _batch(data, get_attr_wrapped_model(model, "vp_stage"), size)
     timers("batch-generator").stop()
     tokens, position_ids, attention_mask, labels, loss_mask = (batch.get(name) for name in FIELDS)
-    output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
+    with stragglers:
+        output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
     return output, partial(loss_function, loss_mask)
 
 

@@ -13,11 +13,12 @@ import torch
 from megatron.core import mpu
 from megatron.core.enums import ModelType
 from megatron.training import pretrain, set_startup_timestamps
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 
 from megatron_lighthouse.lighthouse import telemetry
-from megatron_lighthouse.mcore.command_line.arguments import use_attention, with_lighthouse_arguments
+from megatron_lighthouse.mcore.command_line.arguments import model_config, use_attention, with_lighthouse_arguments
+from megatron_lighthouse.mcore.command_line.from_checkpoint import explained
 from megatron_lighthouse.mcore.command_line.run_options import check_run_options
 from megatron_lighthouse.mcore.data import text
 from megatron_lighthouse.mcore.data.datasets import train_valid_test_datasets
@@ -41,9 +42,11 @@ def run(program_start: float | None = None) -> None:
     machine.adapt()
     try:
         check_data(sys.argv[1:], whole=os.environ.get("RANK", "0") == "0")  # others must not read great indices again
-        args = parse_and_validate_args(extra_args_provider=with_lighthouse_arguments(add_arguments))
-        check_run_options(args)
-        model_cfg = use_attention(args, gpt_config_from_args(args))
+        provider = with_lighthouse_arguments(add_arguments)
+        args = parse_and_validate_args(extra_args_provider=provider)
+        with explained(args, provider):
+            check_run_options(args)
+            model_cfg = use_attention(args, model_config(args))
         pictures = pictures_of(args)
         for layer_number in pictures:
             telemetry.watch(layer_number)

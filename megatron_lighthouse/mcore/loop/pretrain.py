@@ -19,10 +19,11 @@ from megatron.training.arguments import parse_and_validate_args
 
 from megatron_lighthouse.lighthouse import telemetry
 from megatron_lighthouse.mcore.command_line.arguments import use_attention, with_lighthouse_arguments
+from megatron_lighthouse.mcore.command_line.resume import check_resume
 from megatron_lighthouse.mcore.command_line.run_options import check_run_options
 from megatron_lighthouse.mcore.data import text
 from megatron_lighthouse.mcore.data.datasets import train_valid_test_datasets
-from megatron_lighthouse.mcore.loop import machine, progress, selection_log
+from megatron_lighthouse.mcore.loop import machine, progress, rates, selection_log
 from megatron_lighthouse.mcore.loop.forward_step import forward_step
 
 REFUSED = 2
@@ -42,11 +43,13 @@ def run(program_start: float | None = None) -> None:
     try:
         args = parse_and_validate_args(extra_args_provider=with_lighthouse_arguments(add_arguments))
         check_run_options(args)
+        check_resume(args)
         model_cfg = use_attention(args, gpt_config_from_args(args))
         pictures = pictures_of(args)
         for layer_number in pictures:
             telemetry.watch(layer_number)
         progress.install()
+        rates.install(args)
         container = pretrain_cfg_container_from_args(args, model_cfg)
     except (json.JSONDecodeError, UnicodeError):  # a file that is read while it is written: the next try may do
         raise

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_lighthouse.launch import restart
 from megatron_lighthouse.launch.sizes import sizes
 from megatron_lighthouse.mcore.command_line.settings import add_arguments, settings_from
 from megatron_lighthouse.mcore.data.text import PADDED_VOCABULARY
@@ -62,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         world = one_sequence(args) if options.exact else world
         nodes, gpus_per_node = (1, world) if options.exact else (options.nodes, options.gpus_per_node)
         problems += [*layout(args, nodes, gpus_per_node), *sizes(args), *data(args, sees), *unseen(args, sees)]
+        problems += restart.problems(args, here(args.load, sees) if args.load else None)
         run = counted([*words, *more], args, device, world) if device and not problems else None
         problems += [*too_much(run if names_vocabulary([*words, *more]) else without_logits(run))] if run else []
         prefix = f"{name}: " if name else ""
@@ -76,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """Those of Megatron's arguments that the rules need; others pass unread."""
-    parser = add_arguments(argparse.ArgumentParser(prog="recipe", allow_abbrev=False, add_help=False))
+    parser = restart.add_arguments(add_arguments(argparse.ArgumentParser(prog="recipe", allow_abbrev=False, add_help=False)))
     for name, default in (
         *(("tensor-model-parallel-size", 1), ("pipeline-model-parallel-size", 1), ("context-parallel-size", 1)),
         *(("num-layers", None), ("num-attention-heads", None), ("num-query-groups", None), ("seq-length", None)),
@@ -88,7 +90,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(name, nargs="*", default=[])
     for name in ("--data-args-path", "--per-split-data-args-path", "--tokenizer-model", "--pretrained-checkpoint"):
         parser.add_argument(name)
-    parser.add_argument("--pipeline-model-parallel-layout")
+    for name in ("--pipeline-model-parallel-layout", "--heterogeneous-layers-config-path"):
+        parser.add_argument(name)
     parser.add_argument("--attention-dropout", type=float, default=0.1)  # Megatron's
     for name in ("--mock-data", "--skip-train", "--use-checkpoint-args", *ENDS):
         parser.add_argument(name, action="store_true")

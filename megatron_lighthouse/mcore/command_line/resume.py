@@ -91,9 +91,12 @@ def problems(args: argparse.Namespace, folder: Path | None) -> Iterator[str]:
 
 
 def _other_rates(args: argparse.Namespace, state: Mapping[str, Any], folder: Path) -> Iterator[str]:
-    pairs = [(FLAGS[name], value, state["opt_param_scheduler"].get(name, value)) for name, value in schedule(args).items()]
-    pairs += [(option, getattr(args, name), getattr(state["args"], name)) for name, option in OF_GROUPS.items()]
-    if differ := [f"{option} ({now}, was {was})" for option, now, was in pairs if now != was]:
+    pairs = [
+        (FLAGS[name], value, state.get("opt_param_scheduler", {}).get(name, value)) for name, value in schedule(args).items()
+    ]
+    now, was = vars(args), vars(state.get("args") or args)
+    pairs += [(option, now[name], was.get(name, now[name])) for name, option in OF_GROUPS.items()]
+    if differ := [f"{option} ({asked}, was {before})" for option, asked, before in pairs if asked != before]:
         yield (
             f"the checkpoint in {folder} was trained with another {'; '.join(differ)}: add {OVERRIDE} to go on with what is "
             f"asked for, {KEEP} to go on with the checkpoint's, or give what it was. Either keeps the optimizer's moments."

@@ -29,7 +29,7 @@ def attention_layers(model: Any) -> tuple[int, ...] | None:
     if experts or not (name or getattr(model, "heterogeneous_block_specs", False)):
         return None
     try:
-        kinds = [block["attention"] for block in json.loads(written or Path(name).read_text())["block_configs"]]
+        kinds = [block["attention"] for block in json.loads(written or Path(name or "").read_text())["block_configs"]]
         return tuple(n for n, kind in enumerate(kinds, 1) if not kind.get("no_op") and not kind.get("replace_with_linear"))
     except OSError:  # seen by the job alone; where it is not there, Megatron says so
         return None

@@ -67,15 +67,18 @@ def run(program_start: float | None = None) -> None:
         os._exit(1)  # data loaders and the checkpoint's writer would keep a rank that failed, and so the job, alive
     for layer_number, path in pictures.items():
         _draw_selection(layer_number, path)
+    if pictures:
+        _say_what_is_not_drawn(pictures)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 def pictures_of(args: argparse.Namespace) -> dict[int, Path]:
     """Where the selection of which layers is drawn: of all that are watched if the name tells them apart, else of the first."""
-    name, layers = args.lighthouse_selection_map, selection_log.watched_layers(args)
+    name = args.lighthouse_selection_map
     if not name:
         return {}
+    layers = selection_log.watched_layers(args)
     return {n: Path(name.replace(LAYER, str(n))) for n in (layers if LAYER in name else layers[:1])}
 
 
@@ -93,6 +96,15 @@ def _draw_selection(layer_number: int, path: Path) -> None:
             plots.selection_map(selection, path, f"layer {layer_number}{ranks}")
         except Exception as error:  # the training is done: a picture is not worth its exit status, nor other ranks' waiting
             print(f"lighthouse: --lighthouse-selection-map {path} could not be drawn: {type(error).__name__}: {error}")
+
+
+def _say_what_is_not_drawn(pictures: dict[int, Path]) -> None:
+    """Of layers that selected nothing in this job, as after the switch. Every rank calls it."""
+    selected = torch.tensor([float(telemetry.watched().get(n) is not None) for n in pictures]).cuda()
+    torch.distributed.all_reduce(selected)
+    for (layer_number, path), ranks in zip(pictures.items(), selected.tolist(), strict=True):
+        if not ranks and not torch.distributed.get_rank():
+            print(f"lighthouse: --lighthouse-selection-map {path} is not drawn: layer {layer_number} selected nothing here.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -89,7 +89,7 @@ def test_nothing_left_to_lighthouse_is_refused(megatron: None, tmp_path: Path) -
     from megatron_lighthouse.mcore.command_line.checks import check_run
 
     ends = ["--lighthouse-dense-first", "4", "--lighthouse-dense-last", "3", "--attention", "lighthouse"]
-    message = "leave none of 7 layers with attention"
+    message = "leave none of 7 layers to Lighthouse"
     config = transformer_config(num_layers=12)
     with pytest.raises(ValueError, match=message):
         check_run(Namespace(**{**vars(given()), "seq_length": 98304}), config, settings_from(given(*ends)))

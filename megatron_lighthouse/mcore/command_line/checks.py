@@ -209,6 +209,6 @@ def layer_problems(dense_first: int, dense_last: int, layers: int) -> Iterator[s
             yield f"{flag(name)} {count} must not be negative: use 0 to leave no layer dense."
     if dense_first + dense_last >= layers:
         yield (
-            f"{flag('dense_first')} {dense_first} and {flag('dense_last')} {dense_last} leave none of {layers} layers "
-            "with attention to Lighthouse: use smaller numbers, or --attention dense."
+            f"{flag('dense_first')} {dense_first} and {flag('dense_last')} {dense_last} leave none of {layers} layers to "
+            "Lighthouse, of those that hold attention: use smaller numbers, or --attention dense."
         )

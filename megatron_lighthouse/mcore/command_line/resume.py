@@ -80,10 +80,11 @@ def problems(args: argparse.Namespace, folder: Path | None) -> Iterator[str]:
             "begins anew."
         )
         return
-    if hasattr(before, "decoupled_lr") and (before.decoupled_lr is None) != (args.decoupled_lr is None):
+    was = getattr(before, "decoupled_lr", args.decoupled_lr)
+    if (was is None) != (args.decoupled_lr is None):
         yield (
             f"--decoupled-lr {args.decoupled_lr} makes other groups of parameters than the checkpoint in {folder} has "
-            f"({before.decoupled_lr}): {'add it again' if args.decoupled_lr is None else 'leave it out'}, or add "
+            f"({was}): {'add it again' if args.decoupled_lr is None else 'leave it out'}, or add "
             "--no-load-optim, and the optimizer begins anew."
         )
     elif not args.override_opt_param_scheduler and not args.use_checkpoint_opt_param_scheduler:

@@ -38,7 +38,7 @@ def common_state(folder: Path, iteration: int) -> Mapping[str, Any] | None:
         with (checkpoint / where.relative_path).open("rb") as file:
             file.seek(where.offset)
             return _plain(file.read(where.length))[0]
-    except (OSError, StopIteration, ImportError, EOFError, RuntimeError, pickle.UnpicklingError):
+    except (OSError, StopIteration, ImportError, EOFError, RuntimeError, ValueError, AttributeError, pickle.UnpicklingError):
         return None
 
 

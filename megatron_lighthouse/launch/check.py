@@ -10,7 +10,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from megatron_lighthouse.launch.data_files import checkpoint, data, unseen
+from megatron_lighthouse.launch import restart
+from megatron_lighthouse.launch.data_files import checkpoint, data, here, unseen
 from megatron_lighthouse.launch.sizes import sizes
 from megatron_lighthouse.mcore.command_line.settings import add_arguments, settings_from
 from megatron_lighthouse.mcore.data import blends
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         nodes, gpus_per_node = (1, world) if options.exact else (options.nodes, options.gpus_per_node)
         problems += [*layout(args, nodes, gpus_per_node), *sizes(args)]
         problems += [*data(args, sees), *checkpoint(args, sees), *unseen(args, sees)]
+        problems += restart.problems(args, here(sees, args.load) if args.load else None)
         run = counted([*words, *more], args, device, world) if device and not problems else None
         problems += [*too_much(run if names_vocabulary([*words, *more]) else without_logits(run))] if run else []
         prefix = f"{name}: " if name else ""
@@ -77,18 +79,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """Those of Megatron's arguments that the rules need; others pass unread."""
-    parser = blends.add_arguments(add_arguments(argparse.ArgumentParser(prog="recipe", allow_abbrev=False, add_help=False)))
+    parser = add_arguments(argparse.ArgumentParser(prog="recipe", allow_abbrev=False, add_help=False))
+    restart.add_arguments(blends.add_arguments(parser))
     for name, default in (
         *(("tensor-model-parallel-size", 1), ("pipeline-model-parallel-size", 1), ("context-parallel-size", 1)),
         *(("num-layers", None), ("num-attention-heads", None), ("num-query-groups", 1), ("seq-length", None)),
         *(("max-position-embeddings", None), ("micro-batch-size", 1), ("global-batch-size", None), ("train-iters", None)),
-        *(("train-samples", None), ("encoder-seq-length", None)),
+        ("encoder-seq-length", None),
         *(("decoder-first-pipeline-num-layers", None), ("decoder-last-pipeline-num-layers", None)),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     for name in ("--cp-comm-type", "--spec"):
         parser.add_argument(name, nargs="*", default=[])
-    for name in ("--load", "--pretrained-checkpoint", "--pipeline-model-parallel-layout"):
+    for name in ("--pretrained-checkpoint", "--pipeline-model-parallel-layout", "--heterogeneous-layers-config-path"):
         parser.add_argument(name)
     parser.add_argument("--attention-dropout", type=float, default=0.1)  # Megatron's
     for name in ("--skip-train", "--use-checkpoint-args", "--group-query-attention", *ENDS):

@@ -32,7 +32,7 @@ def sizes(args: argparse.Namespace) -> Iterator[str]:
         if not args.use_checkpoint_args:  # which says otherwise, perhaps
             yield from dropout_problems(args.attention_dropout)
         if args.num_layers:
-            yield from layer_problems(settings.dense_first, settings.dense_last, args.num_layers)
+            yield from layer_problems(settings.dense_first, settings.dense_last, len(settings.holding(args.num_layers)))
         if settings.stage2:
             yield from settings.stage2.problems(args.train_iters or None)
     if args.seq_length is None:

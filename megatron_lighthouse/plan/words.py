@@ -21,6 +21,7 @@ NEEDED = ("--swiglu", "--untie-embeddings-and-output-weights", "--bf16", "--use-
 NOT_COUNTED = (
     *("--num-experts", "--multi-latent-attention", "--experimental-attention-variant", "--mtp-num-layers", "--yaml-cfg"),
     *("--is-hybrid-model", "--hybrid-layer-pattern", "--hybrid-override-pattern", "--heterogeneous-layers-config-path"),
+    "--heterogeneous-layers-config-encoded-json",
     *("--fp8-format", "--fp4-format", "--use-precision-aware-optimizer", "--grad-reduce-in-bf16", "--optimizer-cpu-offload"),
     *("--use-megatron-fsdp", "--use-torch-fsdp2", "--cpu-offloading-num-layers", "--fine-grained-activation-offloading"),
     *("--num-layers-per-virtual-pipeline-stage", "--num-virtual-stages-per-pipeline-rank", "--skip-train"),

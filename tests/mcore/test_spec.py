@@ -47,8 +47,8 @@ def local_spec() -> Any:
 def lighthouse_layers(model: Any) -> list[int]:
     from megatron_lighthouse.mcore.attention.core_attention import LighthouseMixin
 
-    layers = model.decoder.layers
-    return [layer.layer_number for layer in layers if isinstance(layer.self_attention.core_attention, LighthouseMixin)]
+    cores = {layer.layer_number: getattr(layer.self_attention, "core_attention", None) for layer in model.decoder.layers}
+    return [number for number, core in cores.items() if isinstance(core, LighthouseMixin)]
 
 
 def core_attention(**changes: Any) -> Any:

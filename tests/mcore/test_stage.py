@@ -119,6 +119,26 @@ def test_the_switch_must_come_before_the_end(stage2: Stage2, train_iters: int | 
             check_run(given, transformer_config(), settings)
 
 
+@pytest.mark.parametrize(
+    ("skipped", "advice"),
+    [([8], "7"), ([6, 7, 8], "5"), ([*range(1, 9), 10], "9"), ([7, 9], ""), ([], ""), (None, "")],
+    ids=str,
+)
+def test_the_iteration_before_the_switch_is_trained(skipped: list[int] | None, advice: str, tmp_path: Path) -> None:
+    from megatron_lighthouse.mcore.command_line.checks import check_run
+
+    given = Namespace(seq_length=256, train_iters=20, iterations_to_skip=skipped, save="folder", load=str(tmp_path))
+    settings = replace(SETTINGS, stage2=Stage2(8))
+    if advice:
+        with pytest.raises(ValueError, match=rf"--lighthouse-stage2-at 8 .* use --lighthouse-stage2-at {advice}\."):
+            check_run(given, transformer_config(), settings)
+        given.save = None
+    check_run(given, transformer_config(), settings)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("8")
+    given.save = "folder"
+    check_run(given, transformer_config(), settings)
+
+
 def test_what_does_not_go_with_it(megatron: None) -> None:
     from megatron.training.arguments import add_megatron_arguments
 
@@ -198,7 +218,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def in_one_job(folder: Path) -> Run:
-    save = ["--save", str(folder / "checkpoint"), "--save-interval", "2"]
+    save = ["--save", str(folder / "checkpoint"), "--save-interval", "2", "--save-retain-interval", "2"]
     return run(folder / "one", *SHARED, *SWITCH, *save, "--lighthouse-telemetry-interval", "2", ranks=2)
 
 
@@ -209,7 +229,9 @@ def validation(folder: Path) -> list[tuple[int, float]]:
 def test_one_job_is_the_same_run_as_two(folder: Path, in_one_job: Run) -> None:
     first = run(folder / "first", *SHARED, "--attention", "lighthouse", "--exit-interval", str(ITER), ranks=2)
     load = ["--load", str(folder / "checkpoint"), "--ckpt-step", str(ITER)]
-    second = run(folder / "second", *SHARED, "--attention", "dense", *load, ranks=2)
+    picture = ["--lighthouse-selection-map", str(folder / "map.png")]
+    second = run(folder / "second", *SHARED, "--attention", "dense", *load, *picture, ranks=2)
+    assert second.log.count(f"{folder / 'map.png'} is not drawn: layer 2 selected nothing here.") == 1
     assert list(first.losses) == [1, 2, 3]
     assert {**first.losses, **second.losses} == in_one_job.losses
     assert {**first.gradient_norms, **second.gradient_norms} == in_one_job.gradient_norms

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from megatron_lighthouse.mcore.attention.norm import torch_norm
 from megatron_lighthouse.mcore.attention.output import without_kept_output
 from megatron_lighthouse.mcore.attention.over_shards import over_shards
 from megatron_lighthouse.mcore.command_line.checks import check_run
+from megatron_lighthouse.mcore.command_line.layers import attention_layers
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_of_rank, own_comm_types, settings_from
 from megatron_lighthouse.mcore.loop import switch
 from megatron_lighthouse.notice import say_once
@@ -39,7 +41,8 @@ def with_lighthouse(spec: LayerSpec, settings: LighthouseSettings) -> LayerSpec:
     every pipeline stage.
 
     Raises:
-        ValueError: a layer spec without a core attention.
+        ValueError: a layer spec without a core attention; a block spec of which some layers have none, where `settings` does
+            not say which of the model's layers those are.
     """
     spec = copy.deepcopy(spec)
     found = 0
@@ -49,6 +52,12 @@ def with_lighthouse(spec: LayerSpec, settings: LighthouseSettings) -> LayerSpec:
             if settings.discard_output:
                 submodules.linear_proj = without_kept_output(submodules.linear_proj)
         found += 1
+    if settings.attention_layers is None and found < len(_layers_of(spec)) and isinstance(spec, TransformerBlockSubmodules):
+        raise ValueError(
+            f"{len(_layers_of(spec)) - found} of {len(_layers_of(spec))} layers of the block spec hold no core attention, so "
+            "that their numbers do not say which are first and last: give the numbers of those that do in the whole model, as "
+            "LighthouseSettings(attention_layers=…), or settings_from(args) with Megatron's arguments."
+        )
     # a block spec is one pipeline stage's part, which may hold no attention at all
     if not found and isinstance(spec, ModuleSpec):
         raise ValueError(
@@ -89,7 +98,7 @@ def layer_spec(model_cfg: Any, vp_stage: int | None = None, *, settings: Lightho
     if settings is None:
         return _dense_over_shards(spec, config)
     _say_what_is_sent(config, settings)
-    return with_lighthouse(spec, settings)
+    return with_lighthouse(spec, replace(settings, attention_layers=attention_layers(config)))
 
 
 def _say_what_is_sent(config: TransformerConfig, settings: LighthouseSettings) -> None:

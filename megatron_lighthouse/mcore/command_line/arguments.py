@@ -66,6 +66,13 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
             return model_cfg
     if spec is not None and by_name:
         raise ValueError("--attention lighthouse chooses the layer spec, and so does --spec: leave one of them out.")
+    if (
+        getattr(args, "reset_position_ids", False)
+        and args.position_embedding_type in ("rope", "yarn", "none")
+        and not args.rank
+    ):
+        kind = args.position_embedding_type
+        say_once(f"--reset-position-ids changes nothing with --position-embedding-type {kind}, which does not read them.")
     config = model_cfg.transformer
     ours = config.context_parallel_size > 1 and config.transformer_impl == "local"
     if chosen is not None:
@@ -74,7 +81,7 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
     elif ours and getattr(args, "reset_attention_mask", False):
         raise ValueError(
             "--reset-attention-mask separates documents by a mask, which context parallelism without Transformer Engine does "
-            "not read: leave it out (--reset-position-ids works)."
+            "not read: leave it out (documents in one sequence then attend to each other, as without it)."
         )
     elif ours and (message := copies_in_a_graph(config, settings.comm_types_of(config))):
         raise ValueError(message)

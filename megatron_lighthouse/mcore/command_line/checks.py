@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_lighthouse.context_parallel.copies import SWITCH
@@ -12,6 +13,7 @@ from megatron_lighthouse.context_parallel.schemes import comm_type_problem
 from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.lighthouse.sharded.select import is_local
+from megatron_lighthouse.mcore.command_line import stored
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_of_rank, own_comm_types
 
 if TYPE_CHECKING:  # what needs no Megatron is asked on a login node too
@@ -52,7 +54,7 @@ def _raise(problems: list[str]) -> None:
 
 def _model(config: TransformerConfig, settings: LighthouseSettings, seq_length: int | None) -> Iterator[str]:
     yield from _unsupported(config, settings)
-    yield from layer_problems(settings.dense_first, settings.dense_last, config.num_layers)
+    yield from layer_problems(settings.dense_first, settings.dense_last, len(settings.holding(config.num_layers)))
     if seq_length is not None:
         lengths = list(length_problems(settings.config, seq_length, config.context_parallel_size))
         yield from lengths or _dealt_in_a_graph(config, settings.config, seq_length)
@@ -85,7 +87,7 @@ def _dealt_in_a_graph(config: TransformerConfig, lighthouse: LighthouseConfig, s
 def _arguments(args: Namespace) -> Iterator[str]:
     refused = {
         "reset_attention_mask": "--reset-attention-mask separates documents by a mask, which Lighthouse does not read: "
-        "leave it out (--reset-position-ids works).",
+        "leave it out (documents in one sequence then attend to each other, as without it).",
         "sft": "--sft packs sequences (thd): use --attention dense for it.",
         "dataloader_inter_document_masking": "--dataloader-inter-document-masking packs sequences (thd): leave it out, or use "
         "--attention dense.",
@@ -124,6 +126,20 @@ def _stage2(args: Namespace, settings: LighthouseSettings) -> Iterator[str]:
     if not iterations and args.train_samples and args.step_batch_size_schedule is None:
         iterations = args.train_samples // args.global_batch_size
     yield from settings.stage2.problems(iterations or None)
+    yield from _skipped_switch(args, settings.stage2.at)
+
+
+def _skipped_switch(args: Namespace, at: int) -> Iterator[str]:
+    """Whether the checkpoint before the switch is of an iteration that is not trained, and so not saved."""
+    load, skipped = getattr(args, "load", None), set(getattr(args, "iterations_to_skip", None) or ())
+    saved = stored.last_iteration(Path(load)) if load else None
+    if at not in skipped or not args.save or (saved or 0) >= at:
+        return
+    use = next(i for i in (*range(at - 1, 0, -1), *range(at + 1, at + len(skipped) + 1)) if i not in skipped)
+    yield (
+        f"{flag('stage2_at')} {at} is to save a checkpoint of an iteration that --iterations-to-skip (or the file of "
+        f"--result-rejected-tracker-filename) leaves out: use {flag('stage2_at')} {use}."
+    )
 
 
 def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:
@@ -213,12 +229,12 @@ def dropout_problems(dropout: float) -> Iterator[str]:
 
 
 def layer_problems(dense_first: int, dense_last: int, layers: int) -> Iterator[str]:
-    """Of which of the model's layers are dense."""
+    """Of which of the model's layers are dense, of as many as hold attention."""
     for name, count in (("dense_first", dense_first), ("dense_last", dense_last)):
         if count < 0:
             yield f"{flag(name)} {count} must not be negative: use 0 to leave no layer dense."
     if dense_first + dense_last >= layers:
         yield (
             f"{flag('dense_first')} {dense_first} and {flag('dense_last')} {dense_last} leave none of {layers} layers to "
-            "Lighthouse: use smaller numbers, or --attention dense."
+            "Lighthouse, of those that hold attention: use smaller numbers, or --attention dense."
         )

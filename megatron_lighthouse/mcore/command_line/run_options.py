@@ -58,6 +58,11 @@ def check_run_options(args: Namespace) -> None:
             "these layers itself, with an attention that needs Transformer Engine for it: use --transformer-impl "
             "transformer_engine, or context-parallel size 1."
         )
+    if getattr(args, "heterogeneous_layers_config_encoded_json", None) and not args.heterogeneous_layers_config_path:
+        raise ValueError(
+            "--heterogeneous-layers-config-encoded-json alone is not heeded by Megatron, which would make all layers alike: "
+            "write it to a file, and give --heterogeneous-layers-config-path FILE."
+        )
     if args.text_data:
         others = [name for name in OTHER_DATA if getattr(args, name, None)]
         if others:

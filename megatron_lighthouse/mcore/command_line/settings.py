@@ -12,6 +12,7 @@ from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
 from megatron_lighthouse.lighthouse.implementations import STEPS
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.mcore.command_line import stage
+from megatron_lighthouse.mcore.command_line.layers import attention_layers
 from megatron_lighthouse.softmax.backends import INNER
 
 if TYPE_CHECKING:
@@ -27,22 +28,35 @@ class LighthouseSettings:
 
     config: LighthouseConfig = field(default_factory=LighthouseConfig)
     dense_first: int = 2
-    """Layers at the bottom of the model that stay dense."""
+    """Of the layers that hold attention, how many at the bottom of the model stay dense."""
     dense_last: int = 2
-    """Layers at the top of the model that stay dense."""
+    """How many of them at the top stay dense."""
     discard_output: bool = True
     """Whether a layer's output is scattered again in backward rather than kept: see `mcore.attention.output`."""
     stage2: stage.Stage2 | None = None
     """When Lighthouse layers become dense; None where another job does that, or none."""
+    attention_layers: tuple[int, ...] | None = None
+    """The numbers, from 1, of the model's layers that hold attention; None where all do."""
 
     def is_dense(self, layer_number: int, num_layers: int, iteration: int = 0) -> bool:
-        """Whether the layer of this global, 1-based number is dense in this iteration, from 1; in 0, whether it always is."""
-        first = self.dense_first + self.dense_by_now(num_layers, iteration)
-        return layer_number <= first or layer_number > num_layers - self.dense_last
+        """Whether the layer of this global, 1-based number is dense in this iteration, from 1; in 0, whether it always is.
+
+        One that holds no attention is as a dense one.
+        """
+        return layer_number not in self.numbers(num_layers)[self.dense_by_now(num_layers, iteration) :]
+
+    def numbers(self, num_layers: int) -> tuple[int, ...]:
+        """The numbers of the layers that begin with Lighthouse."""
+        holding = self.holding(num_layers)
+        return holding[max(0, self.dense_first) : max(0, len(holding) - max(0, self.dense_last))]
+
+    def holding(self, num_layers: int) -> tuple[int, ...]:
+        """The numbers of the layers that hold attention."""
+        return tuple(range(1, num_layers + 1)) if self.attention_layers is None else self.attention_layers
 
     def lighthouse_layers(self, num_layers: int) -> int:
         """How many of the model's layers begin with Lighthouse."""
-        return max(0, num_layers - self.dense_first - self.dense_last)
+        return len(self.numbers(num_layers))
 
     def dense_by_now(self, num_layers: int, iteration: int) -> int:
         """How many of those are dense in this iteration."""
@@ -132,8 +146,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             flag(name),
             type=int,
             default=2,
-            help=f"Layers at the {where} of the model that stay dense, counted over the whole model whatever the pipeline "
-            "layout. Default: %(default)s.",
+            help=f"Layers at the {where} of the model that stay dense, of those that hold attention, counted over the whole "
+            "model whatever the pipeline layout. Default: %(default)s.",
         )
     stage.add_arguments(group)
     return parser
@@ -146,6 +160,7 @@ def settings_from(args: argparse.Namespace | None) -> LighthouseSettings:
         ValueError: a setting that cannot be, naming the flag and values that would work; options in the environment beside a
             parser that knows them.
     """
+    holding = attention_layers(args)
     if args is not None and hasattr(args, "lighthouse_levels"):
         if given := os.environ.get(ENVIRONMENT):
             raise ValueError(
@@ -157,4 +172,4 @@ def settings_from(args: argparse.Namespace | None) -> LighthouseSettings:
         args = parser.parse_args(shlex.split(os.environ.get(ENVIRONMENT, "")))
     options = {f.name: getattr(args, "lighthouse_" + f.name) for f in fields(LighthouseConfig)}
     own = {name: getattr(args, "lighthouse_" + name) for name in ("dense_first", "dense_last", "discard_output")}
-    return LighthouseSettings(LighthouseConfig(**options), **own, stage2=stage.stage2_from(args))
+    return LighthouseSettings(LighthouseConfig(**options), **own, stage2=stage.stage2_from(args), attention_layers=holding)

@@ -19,11 +19,12 @@ from megatron.training.arguments import parse_and_validate_args
 from megatron_lighthouse.lighthouse import telemetry
 from megatron_lighthouse.mcore.command_line.arguments import model_config, use_attention, with_lighthouse_arguments
 from megatron_lighthouse.mcore.command_line.from_checkpoint import explained
+from megatron_lighthouse.mcore.command_line.resume import check_resume
 from megatron_lighthouse.mcore.command_line.run_options import check_run_options
 from megatron_lighthouse.mcore.data import text
 from megatron_lighthouse.mcore.data.datasets import train_valid_test_datasets
 from megatron_lighthouse.mcore.data.files import check_data
-from megatron_lighthouse.mcore.loop import machine, progress, selection_log
+from megatron_lighthouse.mcore.loop import machine, progress, rates, selection_log
 from megatron_lighthouse.mcore.loop.forward_step import forward_step
 from megatron_lighthouse.mcore.refusal import REFUSED, repeats
 
@@ -46,11 +47,13 @@ def run(program_start: float | None = None) -> None:
         args = parse_and_validate_args(extra_args_provider=provider)
         with explained(args, provider):
             check_run_options(args)
+            check_resume(args)
             model_cfg = use_attention(args, model_config(args))
         pictures = pictures_of(args)
         for layer_number in pictures:
             telemetry.watch(layer_number)
         progress.install()
+        rates.install(args)
         container = pretrain_cfg_container_from_args(args, model_cfg)
     except Exception as error:
         if not repeats(error, parsed=False):
@@ -71,15 +74,18 @@ def run(program_start: float | None = None) -> None:
         )  # data loaders and the checkpoint's writer would keep a rank that failed, and so the job, alive
     for layer_number, path in pictures.items():
         _draw_selection(layer_number, path)
+    if pictures:
+        _say_what_is_not_drawn(pictures)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 def pictures_of(args: argparse.Namespace) -> dict[int, Path]:
     """Where the selection of which layers is drawn: of all that are watched if the name tells them apart, else of the first."""
-    name, layers = args.lighthouse_selection_map, selection_log.watched_layers(args)
+    name = args.lighthouse_selection_map
     if not name:
         return {}
+    layers = selection_log.watched_layers(args)
     return {n: Path(name.replace(LAYER, str(n))) for n in (layers if LAYER in name else layers[:1])}
 
 
@@ -97,6 +103,15 @@ def _draw_selection(layer_number: int, path: Path) -> None:
             plots.selection_map(selection, path, f"layer {layer_number}{ranks}")
         except Exception as error:  # the training is done: a picture is not worth its exit status, nor other ranks' waiting
             print(f"lighthouse: --lighthouse-selection-map {path} could not be drawn: {type(error).__name__}: {error}")
+
+
+def _say_what_is_not_drawn(pictures: dict[int, Path]) -> None:
+    """Of layers that selected nothing in this job, as after the switch. Every rank calls it."""
+    selected = torch.tensor([float(telemetry.watched().get(n) is not None) for n in pictures]).cuda()
+    torch.distributed.all_reduce(selected)
+    for (layer_number, path), ranks in zip(pictures.items(), selected.tolist(), strict=True):
+        if not ranks and not torch.distributed.get_rank():
+            print(f"lighthouse: --lighthouse-selection-map {path} is not drawn: layer {layer_number} selected nothing here.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -16,7 +16,8 @@ import torch
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse import telemetry
 from megatron_lighthouse.lighthouse.config import flag
-from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
+from megatron_lighthouse.mcore.command_line.layers import in_words
+from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, settings_from
 from megatron_lighthouse.mcore.loop import switch
 from megatron_lighthouse.notice import say_once
 
@@ -48,8 +49,8 @@ def watched_layers(args: argparse.Namespace) -> tuple[int, ...]:
     """The layers to log and to draw, without repeats; none where the model has no Lighthouse layers."""
     if args.lighthouse_telemetry_layers is not None:
         return tuple(dict.fromkeys(args.lighthouse_telemetry_layers))
-    first, last = args.lighthouse_dense_first + 1, args.num_layers - args.lighthouse_dense_last
-    return tuple(sorted({first, (first + last) // 2, last})) if first <= last else ()
+    numbers = settings_from(args).numbers(args.num_layers)
+    return tuple(sorted({numbers[0], numbers[(len(numbers) - 1) // 2], numbers[-1]})) if numbers else ()
 
 
 def problems(args: argparse.Namespace, settings: LighthouseSettings) -> Iterator[str]:
@@ -57,9 +58,9 @@ def problems(args: argparse.Namespace, settings: LighthouseSettings) -> Iterator
     interval, named = args.lighthouse_telemetry_interval, args.lighthouse_telemetry_layers
     if interval < 0:
         yield f"{INTERVAL} {interval} must not be negative: use 0 to log nothing, or a number of iterations, such as 100."
-    first, last = settings.dense_first + 1, args.num_layers - settings.dense_last
-    if wrong := [layer for layer in named or () if not first <= layer <= last]:
-        yield f"{LAYERS} {' '.join(map(str, wrong))}: the Lighthouse layers are {first} to {last}, use some of these."
+    numbers = settings.numbers(args.num_layers)
+    if wrong := [layer for layer in named or () if layer not in numbers]:
+        yield f"{LAYERS} {' '.join(map(str, wrong))}: the Lighthouse layers are {in_words(numbers)}, use some of these."
     if named and not interval and not getattr(args, "lighthouse_selection_map", None):
         yield f"{LAYERS} {' '.join(map(str, named))} says what to log, and nothing says when: add {INTERVAL} ITERS."
     if interval <= 0:

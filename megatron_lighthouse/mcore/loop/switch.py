@@ -39,7 +39,7 @@ def iteration() -> int:
 @cache
 def install(settings: LighthouseSettings) -> None:
     """Follow this process's training loop. Once for equal settings, however many parts of a model ask; on every rank."""
-    from megatron.training import get_args
+    from megatron.training import checkpointing, get_args
     from megatron.training import training as loop
 
     step, decide, stage2, dense = loop.train_step, loop.checkpoint_and_decide_exit, settings.stage2, 0
@@ -63,7 +63,15 @@ def install(settings: LighthouseSettings) -> None:
         finally:
             args.save_interval = interval
 
+    delete = checkpointing._async_delete_checkpoint_impl
+
+    @wraps(delete)
+    def delete_but_the_switch(folder: str, iteration: int, *rest: Any, **kwargs: Any) -> None:
+        if stage2 is None or iteration != stage2.at:  # --save-retain-interval would
+            delete(folder, iteration, *rest, **kwargs)
+
     loop.train_step, loop.checkpoint_and_decide_exit = train_step, checkpoint_and_decide_exit
+    checkpointing._async_delete_checkpoint_impl = delete_but_the_switch
 
 
 def _tell(settings: LighthouseSettings, before: int) -> int:

@@ -1,0 +1,129 @@
+"""Whether a run can go on from its checkpoint with the learning rate it asks for. Imports no Megatron.
+
+Megatron finds out when ranks and memory are taken, and ends with a status that a job requeues.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_lighthouse.mcore.command_line import stored
+
+OVERRIDE, KEEP = "--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"
+
+FLAGS = {
+    "max_lr": "--lr",
+    "min_lr": "--min-lr",
+    "lr_warmup_steps": "--lr-warmup-iters, -samples or -fraction",
+    "lr_decay_steps": "--train-iters, --lr-decay-iters or --global-batch-size",
+    "lr_decay_style": "--lr-decay-style",
+    "start_wd": "--weight-decay or --start-weight-decay",
+    "end_wd": "--weight-decay or --end-weight-decay",
+    "wd_incr_steps": "--train-iters or --global-batch-size",
+    "wd_incr_style": "--weight-decay-incr-style",
+}
+"""What Megatron compares of its `OptimizerParamScheduler`'s state, and what it is made of. Steps are samples."""
+OF_GROUPS = {"decoupled_lr": "--decoupled-lr", "decoupled_min_lr": "--decoupled-min-lr"}
+"""Rates of some parameters alone: in the stored arguments, not in the schedule."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add those of Megatron's arguments that `problems` reads, with Megatron's defaults."""
+    numbers = ("lr", "lr-warmup-fraction", "start-weight-decay", "end-weight-decay", "decoupled-lr", "decoupled-min-lr")
+    whole = ("train-samples", "lr-decay-iters", "lr-decay-samples", "ckpt-step", "override-ckpt-iteration")
+    for kind, names in ((float, numbers), (int, whole)):
+        for name in names:
+            parser.add_argument(f"--{name}", type=kind)
+    parser.add_argument("--min-lr", type=float, default=0.0)
+    parser.add_argument("--weight-decay", type=float, default=0.01)
+    for name in ("--lr-warmup-iters", "--lr-warmup-samples"):
+        parser.add_argument(name, type=int, default=0)
+    parser.add_argument("--lr-decay-style", default="linear")
+    parser.add_argument("--weight-decay-incr-style", default="constant")
+    for name in ("--load", "--save"):
+        parser.add_argument(name)
+    for name in (KEEP, "--finetune", "--no-load-optim", "--no-save-optim"):
+        parser.add_argument(name, action="store_true")
+    parser.add_argument("--override-opt_param-scheduler", OVERRIDE, action="store_true")
+    return parser
+
+
+def check_resume(args: argparse.Namespace) -> None:
+    """Refuse a run that cannot go on from its checkpoint, before the process group exists.
+
+    Raises:
+        ValueError: why not, and what works.
+    """
+    if found := [*problems(args, Path(args.load) if args.load else None)]:
+        raise ValueError("\n".join(found))
+
+
+def problems(args: argparse.Namespace, folder: Path | None) -> Iterator[str]:
+    """Why a run does not go on from the last checkpoint in `folder` (--load); nothing where it begins anew.
+
+    Args:
+        args: Megatron's, validated or as `add_arguments` parses them.
+    """
+    if folder is None or args.skip_train or args.finetune or args.no_load_optim:
+        return
+    iteration = args.ckpt_step or stored.last_iteration(folder)
+    state = stored.common_state(folder, iteration) if iteration else None
+    if state is None:
+        return
+    before = state.get("args")
+    if getattr(before, "no_save_optim", False):
+        yield (
+            f"{folder} was saved with --no-save-optim, so that no run goes on from it: add --no-load-optim, and the optimizer "
+            "begins anew."
+        )
+        return
+    was = getattr(before, "decoupled_lr", args.decoupled_lr)
+    if (was is None) != (args.decoupled_lr is None):
+        yield (
+            f"--decoupled-lr {args.decoupled_lr} makes other groups of parameters than the checkpoint in {folder} has "
+            f"({was}): {'add it again' if args.decoupled_lr is None else 'leave it out'}, or add "
+            "--no-load-optim, and the optimizer begins anew."
+        )
+    elif not args.override_opt_param_scheduler and not args.use_checkpoint_opt_param_scheduler:
+        yield from _other_rates(args, state, folder)
+
+
+def _other_rates(args: argparse.Namespace, state: Mapping[str, Any], folder: Path) -> Iterator[str]:
+    pairs = [
+        (FLAGS[name], value, state.get("opt_param_scheduler", {}).get(name, value)) for name, value in schedule(args).items()
+    ]
+    now, was = vars(args), vars(state.get("args") or args)
+    pairs += [(option, now[name], was.get(name, now[name])) for name, option in OF_GROUPS.items()]
+    if differ := [f"{option} ({asked}, was {before})" for option, asked, before in pairs if asked != before]:
+        yield (
+            f"the checkpoint in {folder} was trained with another {'; '.join(differ)}: add {OVERRIDE} to go on with what is "
+            f"asked for, {KEEP} to go on with the checkpoint's, or give what it was. Either keeps the optimizer's moments."
+        )
+
+
+def schedule(args: argparse.Namespace) -> dict[str, Any]:
+    """What Megatron would make of the arguments, by the names of `FLAGS`, as far as it is known.
+
+    The formulas are those of `get_optimizer_param_scheduler` in Megatron-core 0.19.2.
+    """
+    constant = args.weight_decay_incr_style == "constant"
+    found = {
+        "max_lr": args.lr,
+        "min_lr": args.min_lr,
+        "lr_decay_style": args.lr_decay_style,
+        "start_wd": args.weight_decay if constant else args.start_weight_decay,
+        "end_wd": args.weight_decay if constant else args.end_weight_decay,
+        "wd_incr_style": args.weight_decay_incr_style,
+    }
+    if args.train_iters:
+        unit, end, decay, warmup = args.global_batch_size, args.train_iters, args.lr_decay_iters, args.lr_warmup_iters
+    else:
+        unit, end, decay, warmup = 1, args.train_samples, args.lr_decay_samples, args.lr_warmup_samples
+    if unit and end:
+        steps = (decay or end) * unit
+        found |= {"lr_decay_steps": steps, "wd_incr_steps": end * unit}
+        found["lr_warmup_steps"] = warmup * unit if args.lr_warmup_fraction is None else args.lr_warmup_fraction * steps
+    return {name: value for name, value in found.items() if value is not None}

@@ -1,0 +1,76 @@
+"""What the last checkpoint holds beside its tensors: arguments, and the state of the schedule. Imports no Megatron.
+
+Megatron's own reading imports it, which a login node may not have; so classes that are not torch's are read as empty ones.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+TRACKER = "latest_checkpointed_iteration.txt"
+COMMON = "common_state/shard_0_1"
+"""Where Megatron-core 0.19 keeps it among the tensors; releases before it wrote common.pt."""
+
+
+def last_iteration(folder: Path) -> int | None:
+    """The iteration of the last whole checkpoint in a folder; None where there is none, or it is a release."""
+    try:
+        return int((folder / TRACKER).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def common_state(folder: Path, iteration: int) -> Mapping[str, Any] | None:
+    """What all ranks have in common in a `torch_dist` checkpoint; None where it cannot be read, which the load will say."""
+    checkpoint = folder / f"iter_{iteration:07}"
+    try:
+        if (checkpoint / "common.pt").is_file():
+            return _plain((checkpoint / "common.pt").read_bytes())
+        stored = FileSystemReader(checkpoint).read_metadata().storage_data
+        where = next(place for index, place in stored.items() if index.fqn == COMMON)
+        with (checkpoint / where.relative_path).open("rb") as file:
+            file.seek(where.offset)
+            return _plain(file.read(where.length))[0]
+    except (OSError, StopIteration, ImportError, EOFError, RuntimeError, ValueError, AttributeError, pickle.UnpicklingError):
+        return None
+
+
+def _plain(written: bytes) -> Any:
+    return torch.load(io.BytesIO(written), map_location="cpu", pickle_module=_Plain, weights_only=False)
+
+
+class _Empty:
+    """In place of an object of any other class."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Takes whatever it was made of."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Keeps nothing."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        known = module.partition(".")[0] == "torch" or (module, name) in {
+            ("argparse", "Namespace"),
+            ("types", "SimpleNamespace"),
+            ("collections", "OrderedDict"),
+        }
+        return super().find_class(module, name) if known else _Empty
+
+
+class _Plain:
+    """A `pickle_module` for `torch.load`."""
+
+    Unpickler = _Unpickler
+
+    @staticmethod
+    def load(file: Any, **options: Any) -> Any:
+        return _Unpickler(file, **options).load()

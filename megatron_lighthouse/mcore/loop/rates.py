@@ -1,0 +1,77 @@
+"""A resume with another learning rate: the checkpoint's groups of parameters keep their moments and take the run's rates.
+
+Megatron 0.19 pairs the optimizer's groups with the checkpoint's by what is set for each, the rates among it, so that with
+another `--lr` none is found, whatever `--override-opt-param-scheduler` says.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Iterable
+from functools import wraps
+from typing import Any
+
+RATES = ("max_lr", "min_lr")
+
+type Group = dict[str, Any]
+
+
+def install(args: argparse.Namespace) -> None:
+    """Pair groups that differ in their rates alone, when this process's training loop loads a checkpoint."""
+    if not args.override_opt_param_scheduler and not args.use_checkpoint_opt_param_scheduler:
+        return  # then Megatron asks for the same rates
+    from megatron.training import training as loop
+
+    load = loop.load_checkpoint
+
+    @wraps(load)
+    def load_checkpoint(model: Any, optimizer: Any, *rest: Any, **named: Any) -> Any:
+        for one in _single(optimizer):
+            one.load_state_dict = _pairing(one, keep=args.use_checkpoint_opt_param_scheduler)
+        return load(model, optimizer, *rest, **named)
+
+    loop.load_checkpoint = load_checkpoint
+
+
+def _single(optimizer: Any) -> list[Any]:
+    """The optimizers with groups of their own; none where nothing is trained."""
+    if hasattr(optimizer, "chained_optimizers"):
+        return [one for part in optimizer.chained_optimizers for one in _single(part)]
+    return [] if optimizer is None or optimizer.is_stub_optimizer else [optimizer]
+
+
+def _pairing(optimizer: Any, keep: bool) -> Any:
+    load = optimizer.load_state_dict
+
+    @wraps(load)
+    def load_state_dict(state: dict[str, Any]) -> None:
+        inner = state.get("optimizer", state.get("optimizer_state_dict", state))
+        saved, current = inner.get("param_groups", []), optimizer.optimizer.param_groups
+        share_rates(*((saved, current) if keep else (current, saved)))
+        load(state)
+
+    return load_state_dict
+
+
+def share_rates(source: Iterable[Group], target: Iterable[Group]) -> None:
+    """Give `target`'s groups the rates of those of `source` that are otherwise alike. Changes them in place.
+
+    Several that are alike but for their rates, as those of muP, pair from the lowest rate up, for what multiplies a rate is the
+    same in both. Where their numbers differ nothing is changed, and Megatron refuses them.
+    """
+    for mine, theirs in zip(*_by_kind(source, target), strict=True):
+        if len(mine) == len(theirs):
+            for one, other in zip(mine, theirs, strict=True):
+                other.update({rate: one.get(rate) for rate in RATES})
+
+
+def _by_kind(*sides: Iterable[Group]) -> list[list[list[Group]]]:
+    """Of each side the groups of every kind: what identifies one to Megatron, less the rates. The lowest rates first."""
+    from megatron.core.optimizer.optimizer import param_group_identifier_keys as keys
+
+    kinds: dict[tuple[Any, ...], list[list[Group]]] = defaultdict(lambda: [[] for _ in sides])
+    for number, groups in enumerate(sides):
+        for group in sorted(groups, key=lambda g: [g.get(rate) or 0.0 for rate in RATES]):
+            kinds[tuple(group.get(key, group.get(f"pre_{key}")) for key in keys if key not in RATES)][number].append(group)
+    return [list(groups) for groups in zip(*kinds.values(), strict=True)]

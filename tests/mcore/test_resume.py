@@ -1,0 +1,148 @@
+"""A run that goes on with another learning rate: refused without the flag that says which, else with the moments it had."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import load as read
+
+from megatron_lighthouse.mcore.command_line import resume, stored
+from tests.mcore.harness import refused, run
+from tests.tolerances import assert_close
+
+SAVED, NEW = 5e-3, 1e-3
+"""Learning rates: of the two iterations in the checkpoint, and of those after it."""
+STEPS = ["--attention", "lighthouse", "--train-iters", "4", "--clip-grad", "0"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    save = ["--save", str(folder / "checkpoint"), "--save-interval", "2", "--exit-interval", "2"]
+    run(folder, *STEPS, *save)
+    return folder / "checkpoint"
+
+
+def tensors(checkpoint: Path, iteration: int) -> dict[str, torch.Tensor]:
+    """All weights and moments, in float64."""
+    folder = checkpoint / f"iter_{iteration:07}"
+    known = FileSystemReader(folder).read_metadata().state_dict_metadata
+    found: dict[str, Any] = {name: torch.empty(of.size) for name, of in known.items() if hasattr(of, "size")}
+    read(found, checkpoint_id=folder, no_dist=True)
+    return {name: tensor.double() for name, tensor in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("flag", "words", "rate"),
+    [
+        (resume.OVERRIDE, ["--lr", str(NEW), "--min-lr", str(NEW / 2)], NEW),
+        (resume.KEEP, ["--lr", str(NEW)], SAVED),
+    ],
+    ids=["the run's rate", "the checkpoint's rate"],
+)
+def test_the_moments_go_on(flag: str, words: list[str], rate: float, checkpoint: Path, tmp_path: Path) -> None:
+    """The third step is that of AdamW (Loshchilov and Hutter, 2019) on the moments of the checkpoint, in float64."""
+    save = ["--save", str(tmp_path / "after"), "--save-interval", "1", "--exit-interval", "3"]
+    run(tmp_path, *STEPS, "--load", str(checkpoint), *save, flag, *words)
+    before, after = tensors(checkpoint, 2), tensors(tmp_path / "after", 3)
+    beta1, beta2, epsilon, decay = 0.9, 0.999, 1e-8, 0.01
+    names = [name for name in before if not name.startswith("optimizer.")]
+    assert len(names) > 5
+    for name in names:
+        first, second = f"optimizer.state.exp_avg.{name}", f"optimizer.state.exp_avg_sq.{name}"
+        gradient = (after[first] - beta1 * before[first]) / (1 - beta1)
+        assert gradient.abs().max() > 0
+        assert_close(after[second], beta2 * before[second] + (1 - beta2) * gradient**2, "resumed step")
+        step = after[first] / (1 - beta1**3) / ((after[second] / (1 - beta2**3)).sqrt() + epsilon)
+        shrunk = before[name] * (1 - rate * (0 if "norm" in name else decay))
+        assert_close(after[name], shrunk - rate * step, "resumed step")
+
+
+def test_another_rate_without_a_flag_is_refused_before_ranks_meet(checkpoint: Path, tmp_path: Path) -> None:
+    log = refused(tmp_path, *STEPS, "--load", str(checkpoint), "--lr", str(NEW))
+    assert f"--lr ({NEW}, was {SAVED})" in log
+    assert f"add {resume.OVERRIDE} to go on with what is asked for, {resume.KEEP}" in log
+
+
+def words(*more: str) -> Namespace:
+    """As the check on a login node parses those of the run in `checkpoint`."""
+    parser = resume.add_arguments(ArgumentParser())
+    for name in ("--train-iters", "--global-batch-size"):
+        parser.add_argument(name, type=int)
+    parser.add_argument("--skip-train", action="store_true")
+    same = ["--train-iters", "4", "--global-batch-size", "2", "--lr", str(SAVED), "--lr-decay-style", "constant"]
+    return parser.parse_args([*same, *more])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("", ""),
+        ("--lr 1e-3", "--lr (0.001, was 0.005)"),
+        ("--min-lr 1e-3", "--min-lr (0.001, was 0.0)"),
+        ("--train-iters 6", "--train-iters, --lr-decay-iters or --global-batch-size (12, was 8)"),
+        ("--lr-decay-style cosine", "--lr-decay-style (cosine, was constant)"),
+        ("--lr-warmup-fraction 0.5", "--lr-warmup-iters, -samples or -fraction (4.0, was 0)"),
+        ("--weight-decay 0.1", "--weight-decay or --start-weight-decay (0.1, was 0.01)"),
+        ("--decoupled-lr 1e-3", "--decoupled-lr 0.001 makes other groups"),
+        ("--decoupled-lr 1e-3 --override-opt-param-scheduler", "leave it out, or add --no-load-optim"),
+        ("--lr 1e-3 --override-opt-param-scheduler", ""),
+        ("--lr 1e-3 --use-checkpoint-opt-param-scheduler", ""),
+        ("--lr 1e-3 --finetune", ""),
+        ("--lr 1e-3 --no-load-optim", ""),
+        ("--lr 1e-3 --skip-train", ""),
+        ("--lr 1e-3 --ckpt-step 1", ""),  # it is not there, as Megatron will say
+    ],
+)
+def test_what_a_checkpoint_is_held_to(more: str, message: str, checkpoint: Path) -> None:
+    found = "\n".join(resume.problems(words(*more.split()), checkpoint))
+    assert (message in found) if message else not found
+
+
+def test_no_checkpoint_is_no_problem(tmp_path: Path) -> None:
+    assert [*resume.problems(words(), None), *resume.problems(words(), tmp_path)] == []
+    (tmp_path / stored.TRACKER).write_text("release")
+    assert [*resume.problems(words(), tmp_path)] == []
+    (tmp_path / stored.TRACKER).write_text("2")
+    (tmp_path / "iter_0000002").mkdir()
+    assert [*resume.problems(words(), tmp_path)] == []
+    (tmp_path / "iter_0000002" / "common.pt").write_bytes(b"cut off")
+    assert [*resume.problems(words(), tmp_path)] == []
+
+
+def test_releases_before_kept_it_in_a_file_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / stored.TRACKER).write_text("7")
+    (tmp_path / "iter_0000007").mkdir()
+    before = {"args": Namespace(no_save_optim=True, other=stored.FileSystemReader), "opt_param_scheduler": {}}
+    torch.save(before, tmp_path / "iter_0000007" / "common.pt")
+    assert ["saved with --no-save-optim" in text for text in resume.problems(words(), tmp_path)] == [True]
+
+
+def test_groups_that_differ_in_their_rates_alone() -> None:
+    """Of two pairs of muP's, and one that the other side does not have."""
+    from megatron_lighthouse.mcore.loop.rates import share_rates
+
+    def groups(*rates: float) -> list[dict[str, Any]]:
+        return [{"wd_mult": 1.0, "max_lr": rate, "min_lr": rate / 10} for rate in rates]
+
+    saved, bias = groups(1.0, 0.25), {"pre_wd_mult": 0.0, "max_lr": 1.0, "min_lr": 0.1}
+    share_rates([*groups(0.5, 2.0), {"wd_mult": 0.0, "max_lr": 3.0, "min_lr": 0.0}], [*saved, bias])
+    assert [group["max_lr"] for group in saved] == [2.0, 0.5]
+    assert [group["min_lr"] for group in saved] == [0.2, 0.05]
+    assert (bias["max_lr"], bias["min_lr"]) == (3.0, 0.0)
+    share_rates(groups(7.0), saved)
+    assert [group["max_lr"] for group in saved] == [2.0, 0.5]
+
+
+def test_the_schedule_is_megatrons(checkpoint: Path) -> None:
+    """Every entry that Megatron compares is compared here: what its scheduler saved, but for how far it has come."""
+    state = stored.common_state(checkpoint, 2)
+    assert state is not None
+    saved = {name: value for name, value in state["opt_param_scheduler"].items() if name != "num_steps"}
+    assert resume.schedule(words()) == saved
+    assert set(saved) == set(resume.FLAGS)

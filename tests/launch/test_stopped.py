@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.test_submit import LAUNCH
+from tests.launch.scripts import LAUNCH
 
 
 def task_environment(folder: Path, rank: int, **more: str) -> dict[str, str]:

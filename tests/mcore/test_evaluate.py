@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import subprocess
 import sys
 from argparse import Namespace
@@ -17,6 +16,7 @@ from typing import Any
 import numpy
 import pytest
 
+from megatron_lighthouse.launch.torchrun import own_environment, torchrun
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
 from megatron_lighthouse.plots import read_scalars
@@ -32,9 +32,9 @@ HELD_OUT = 4 * SEQUENCE
 
 def evaluate(ranks: int, *arguments: str, model: Sequence[str] = MODEL) -> subprocess.CompletedProcess[str]:
     """One process alone, or `ranks` under torchrun."""
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
-    command = [sys.executable, "-m", *torchrun, "megatron_lighthouse.recipe.evaluate", *model, *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    python = torchrun(ranks) if ranks > 1 else [sys.executable]
+    command = [*python, "-m", "megatron_lighthouse.recipe.evaluate", *model, *arguments]
+    environment = {**own_environment(), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 

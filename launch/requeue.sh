@@ -9,8 +9,9 @@ JOB=${SLURM_JOB_ID:-}
 
 say() { echo "$(date '+%F %T') job $JOB, restart $restarts: $*"; }
 
-# where this start begins, in `began`. RUN/logs/JOB.began has where the job's first start began, JOB.requeues what the last start that gained nothing leaves: how many
-# did so in a row, and how it ended. A restart by Slurm itself, after a dead node, leaves both as they are
+# where this start begins, in `began`. RUN/logs/JOB.began has where the job's first start began. JOB.requeues is what the last start
+# that was requeued leaves: how many in a row gained nothing, and how it ended. A restart by Slurm itself, after a dead node, leaves
+# both as they are
 remember_start() {
     began=$(iteration)
     ((restarts)) || { rm -f "$RUN/logs/$JOB.requeues" && echo "$began" >"$RUN/logs/$JOB.began"; }
@@ -24,9 +25,9 @@ fruitless() { (($(iteration) > $1)) && echo 0 || echo $(($2 + 1)); }
 # the status of the rank that failed first, or of any that would fail again, by the log $1: srun's own, $2, may be of one that it
 # killed for that
 first_status() {
-    local says='^.*launch: rank [0-9]+ ended with status' found
-    found=$(grep -asE "$says (2|16|17|126|127)\$" "$1" | head -n 1) || true
-    [[ -n $found ]] || found=$(grep -asE "$says [0-9]+\$" "$1" | head -n 1) || true
+    local says='launch: rank [0-9]+ ended with status' found
+    found=$(grep -aosE "$says (2|16|126|127)\b" "$1" | head -n 1) || true
+    [[ -n $found ]] || found=$(grep -aosE "$says [0-9]+" "$1" | head -n 1) || true
     found=${found:-$2}
     echo "${found##* }"
 }
@@ -38,9 +39,9 @@ last_logged() { grep -aosE 'iteration +[0-9]+/' "$1" | tail -n 1 | grep -oE '[0-
 refuse_to_repeat() {
     case $1 in
         2) say "the command line is refused, at the end of $2: not requeued" ;;
-        16 | 17) # EXIT_CODE_RESUME_TO_DISAMBIGUATE and EXIT_CODE_FAILED_ON_RESULT_VALIDATION of megatron.core.rerun_state_machine
-            say "Megatron rejects the result of an iteration, such as a loss that is NaN: see $2. Not requeued; the last checkpoint is" \
-                "that of iteration $(iteration)"
+        16) # EXIT_CODE_RESUME_TO_DISAMBIGUATE of megatron.core.rerun_state_machine: computed again, the result was the same
+            say "a loss, a gradient or a weight is not finite, and would be so again: see $2. Not requeued; the last checkpoint is that" \
+                "of iteration $(iteration)"
             ;;
         126 | 127) say "a program is not there or may not be run, at the end of $2: not requeued" ;;
         *) return 0 ;;

@@ -42,7 +42,8 @@ status=$(first_status "$log" 137)
             ([(0, status, 3, 0)], says)
             for status, says in ((2, "the command line is refused"), (127, "a program is not there"))
         ),
-        *(([(0, status, 3, 2)], "Megatron rejects the result") for status in (16, 17)),
+        ([(0, 16, 3, 2)], "a loss, a gradient or a weight is not finite"),
+        ([(0, 17, 3, 0), (0, 17, 3, 0)], "status 17 twice in a row"),  # computed again the result was another: a GPU that errs
     ],
 )
 def test_what_would_repeat_is_not_requeued(starts: list[tuple[int, int, int, int]], says: str, tmp_path: Path) -> None:
@@ -53,7 +54,7 @@ def test_what_would_repeat_is_not_requeued(starts: list[tuple[int, int, int, int
         if says and restart == len(starts) - 1:
             assert says in said
             assert "not requeued" in said
-            assert says.startswith("MAX") or says.startswith("Megatron") or f"{tmp_path}/logs/7_{restart}.log" in said
+            assert says.startswith("MAX") or f"{tmp_path}/logs/7_{restart}.log" in said
         else:
             assert "asked: requeue 7\n" in said, said
         assert f"ended with {start[1]}\n" in said
@@ -67,7 +68,7 @@ def test_a_rank_that_would_fail_again_speaks_for_all(tmp_path: Path) -> None:
     for lines, status in (
         (["launch: rank 3 ended with status 1", "launch: rank 0 ended with status 143"], "1"),
         (["launch: rank 3 ended with status 1", "launch: rank 0 ended with status 16"], "16"),
-        (["launch: rank 3 ended with status 1", "launch: rank 0 ended with status 20"], "1"),
+        (["launch: rank 3 ended with status 1", "launch: rank 0 ended with status 26"], "1"),
     ):
         log.write_text("\n".join(lines) + "\n")
         assert common(script, str(log)) == f"{status}\n"

@@ -62,6 +62,49 @@ def test_a_container_gets_what_the_cluster_file_sets(tmp_path: Path) -> None:
     assert common('read_cluster "$1"; echo "$NCCL_IB_TC"', str(tmp_path / "mine.env"), NCCL_IB_TC="41") == "41\n"
 
 
+NEW, OLD = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+ALLOCATOR = """read_cluster "$1" && check_cluster && say_allocator 2>&1 && ARGUMENTS=() && architecture_environment
+env | grep "_ALLOC_CONF=" """
+
+
+def allocator(folder: Path, lines: str, shell: dict[str, str]) -> str:
+    """What is said of torch's allocator, and the variables that the ranks get."""
+    (folder / "mine.env").write_text(f"NODES=1\nGPUS_PER_NODE=1\nARCH=hopper\n{lines}\n")
+    return common(
+        f"unset {NEW} {OLD}; {' '.join(f'export {k}={v};' for k, v in shell.items())}" + ALLOCATOR, str(folder / "mine.env")
+    )
+
+
+@pytest.mark.parametrize(
+    ("shell", "lines", "name", "value"),
+    [
+        ({}, "", OLD, "expandable_segments:True"),
+        ({NEW: "backend:native"}, "", NEW, "backend:native"),
+        ({OLD: "backend:native"}, f"{NEW}=x:1", OLD, "backend:native"),
+        ({NEW: "backend:native"}, f"{OLD}=x:1", NEW, "backend:native"),
+        ({}, f"{NEW}=x:1", NEW, "x:1"),
+        ({}, f"{OLD}=x:1", OLD, "x:1"),
+        ({NEW: "x:1", OLD: ""}, "", NEW, "x:1"),
+        ({NEW: "x:1", OLD: "x:1"}, "", OLD, "x:1"),
+    ],
+)
+def test_one_setting_of_the_allocator(shell: dict[str, str], lines: str, name: str, value: str, tmp_path: Path) -> None:
+    """The user's, whichever its name, and never both: torch would take the old name's alone."""
+    said = allocator(tmp_path, lines, shell).splitlines()
+    assert said[-1] == f"{name}={value}"
+    assert said[:-1] == (
+        [f"launch: {name}={value} is taken as it is, without the default expandable_segments:True"] if shell or lines else []
+    )
+
+
+@pytest.mark.parametrize(("shell", "lines"), [({NEW: "x:1", OLD: "y:1"}, ""), ({}, f"{NEW}=x:1\n{OLD}=x:1")])
+def test_two_settings_of_the_allocator_are_refused(shell: dict[str, str], lines: str, tmp_path: Path) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        allocator(tmp_path, lines, shell)
+    assert error.value.returncode == 2
+    assert f"{NEW}" in error.value.stderr and f"{OLD}" in error.value.stderr
+
+
 @pytest.mark.parametrize(
     ("gpu", "read", "says"), [("h200", "", "h200"), ("", "", ""), ("h200", "NVIDIA H100 80GB HBM3", "h100")]
 )

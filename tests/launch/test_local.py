@@ -23,6 +23,19 @@ def test_the_environments_python_wins(machine: Path) -> None:
     assert "/nowhere" in local(machine, *own, PYTHON="").stderr
 
 
+def test_another_launchers_variables_are_left_out(machine: Path) -> None:
+    """Kubernetes' PyTorchJob and `srun --pty` set them for ranks of their own."""
+    (machine / "python").write_text(f'{PYTHON}env | grep -E "^(PET_|SLURM_PROCID)" >>"$NOTED"\n')
+    others = {"PET_NNODES": "2", "PET_RDZV_BACKEND": "static", "SLURM_PROCID": "3", "SLURM_NTASKS": "4"}
+    done = local(machine, "--gpus", "2", "--", "--mock-data", **others)
+    assert done.returncode == 0, done.stderr
+    noted = (machine / "noted").read_text()
+    assert " --standalone --nnodes 1 --nproc-per-node 2 " in noted
+    assert "PET_" not in noted
+    assert "SLURM_PROCID" not in noted
+    assert done.stderr.count("torchrun is not given the PET_NNODES PET_RDZV_BACKEND of the environment") == 1
+
+
 def trained(machine: Path) -> list[str]:
     """The names of the points that were started, in order."""
     lines = (machine / "noted").read_text().splitlines()

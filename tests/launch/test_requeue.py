@@ -61,7 +61,7 @@ def test_what_would_repeat_is_not_requeued(starts: list[tuple[int, int, int, int
 
 
 def test_a_rank_that_would_fail_again_speaks_for_all(tmp_path: Path) -> None:
-    """Before those that die for it, and before the status that srun gives; a line that only quotes one does not count."""
+    """Before those that die for it, and before srun's own status."""
     log = tmp_path / "log"
     script = 'source "$LAUNCH/requeue.sh"; first_status "$1" 137'
     assert common(script, str(log)) == "137\n"

@@ -60,6 +60,7 @@ def test_a_study_is_an_array_of_points_that_can_all_run(tmp_path: Path) -> None:
     done = submit(tmp_path, *ours, "--check", "0", "--sbatch", "--array=0-3%1", "--", "--mock-data")
     assert done.returncode == 0, done.stderr
     flags, _, job = (tmp_path / "queued").read_text().splitlines()[-1].partition("scaling.sbatch ")
+    assert "/logs/%A_%a.log " in flags
     assert flags.split()[-3:-1] == ["--array=0-3", "--array=0-3%1"]  # the last counts
     assert "--as point --study CP=2:3 SEQ=256 ATTENTION=dense:lighthouse -- --mock-data" in job
 
@@ -140,6 +141,7 @@ def test_a_wrong_cluster_file_is_not_queued(line: str, says: str, tmp_path: Path
         ("--cluster cpu-test --recipe cpu-test --nodes x", "--nodes x must be a whole number"),
         ("--cluster cpu-test --recipe cpu-test --check no", "--check must be 0 or 1"),
         ("--cluster cpu-test --recipe cpu-test --only-check yes", "--only-check must be 0 or 1"),
+        ("--cluster cpu-test --recipe cpu-test --sbatch --array=0-3", "let one run at a time, as --array=0-3%1 does"),
         ("--cluster cpu-test --recipe cpu-test --time 4h", "TIME='4h' (--time, or"),
         ("--cluster cpu-test --recipe cpu-test --time 0:05", "use --time 10 or longer"),
         ("--cluster cpu-test --recipe cpu-test -- --load elsewhere", "--load is set by --run"),

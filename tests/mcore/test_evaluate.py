@@ -34,7 +34,9 @@ def evaluate(ranks: int, *arguments: str, model: Sequence[str] = MODEL) -> subpr
     """One process alone, or `ranks` under torchrun."""
     python = torchrun(ranks) if ranks > 1 else [sys.executable]
     command = [*python, "-m", "megatron_lighthouse.recipe.evaluate", *model, *arguments]
-    environment = {**own_environment(), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # as in a pod of Kubernetes' PyTorchJob, which sets no LOCAL_RANK
+    others = {} if ranks > 1 else {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    environment = {**own_environment(), **others, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 

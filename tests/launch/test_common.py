@@ -70,9 +70,8 @@ env | grep "_ALLOC_CONF=" """
 def allocator(folder: Path, lines: str, shell: dict[str, str]) -> str:
     """What is said of torch's allocator, and the variables that the ranks get."""
     (folder / "mine.env").write_text(f"NODES=1\nGPUS_PER_NODE=1\nARCH=hopper\n{lines}\n")
-    return common(
-        f"unset {NEW} {OLD}; {' '.join(f'export {k}={v};' for k, v in shell.items())}" + ALLOCATOR, str(folder / "mine.env")
-    )
+    exports = "".join(f"export {name}={value}; " for name, value in shell.items())
+    return common(f"unset {NEW} {OLD}; {exports}{ALLOCATOR}", str(folder / "mine.env"))
 
 
 @pytest.mark.parametrize(
@@ -92,9 +91,8 @@ def test_one_setting_of_the_allocator(shell: dict[str, str], lines: str, name: s
     """The user's, whichever its name, and never both: torch would take the old name's alone."""
     said = allocator(tmp_path, lines, shell).splitlines()
     assert said[-1] == f"{name}={value}"
-    assert said[:-1] == (
-        [f"launch: {name}={value} is taken as it is, without the default expandable_segments:True"] if shell or lines else []
-    )
+    taken = f"launch: {name}={value} is taken as it is, without the default expandable_segments:True"
+    assert said[:-1] == ([taken] if shell or lines else [])
 
 
 @pytest.mark.parametrize(("shell", "lines"), [({NEW: "x:1", OLD: "y:1"}, ""), ({}, f"{NEW}=x:1\n{OLD}=x:1")])
@@ -102,7 +100,8 @@ def test_two_settings_of_the_allocator_are_refused(shell: dict[str, str], lines:
     with pytest.raises(subprocess.CalledProcessError) as error:
         allocator(tmp_path, lines, shell)
     assert error.value.returncode == 2
-    assert f"{NEW}" in error.value.stderr and f"{OLD}" in error.value.stderr
+    assert NEW in error.value.stderr
+    assert OLD in error.value.stderr
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,6 @@ def test_it_waits_for_no_other_node(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         timeout=120,
-        stdin=subprocess.DEVNULL,
     )
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == ["0 0 2", "1 1 2"]

@@ -91,7 +91,7 @@ check_cores() {
 [[ $AS != train ]] || check_time
 check_cores
 check_alone
-say_what_stays
+((ONLY_CHECK)) || say_what_stays
 if ((CHECK)); then
     [[ -n $IMAGE ]] || find_profiler env
     check_here >&2 || die "Nothing was queued."

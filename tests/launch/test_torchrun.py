@@ -21,8 +21,13 @@ PYTORCHJOB = {"PET_NNODES": "2", "PET_NODE_RANK": "0", "PET_NPROC_PER_NODE": "1"
 """As Kubernetes' PyTorchJob sets them in the first of two pods, but for ports on which nobody listens."""
 
 
+RANK = """import os
+os.write(1, "{RANK} {LOCAL_RANK} {WORLD_SIZE}\\n".format(**os.environ).encode())
+"""
+
+
 def test_it_waits_for_no_other_node(tmp_path: Path) -> None:
-    (tmp_path / "rank.py").write_text("import os\nprint(*(os.environ[x] for x in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')))\n")
+    (tmp_path / "rank.py").write_text(RANK)
     own = own_environment({**os.environ, **PYTORCHJOB, "OMP_NUM_THREADS": "1"})
     done = subprocess.run(
         [*torchrun(2), str(tmp_path / "rank.py")],

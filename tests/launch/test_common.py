@@ -63,7 +63,8 @@ def test_a_container_gets_what_the_cluster_file_sets(tmp_path: Path) -> None:
 
 
 NEW, OLD = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
-ALLOCATOR = """CLUSTER=$1 && read_cluster "$1" && check_cluster && say_allocator 2>&1 && ARGUMENTS=() && architecture_environment
+ALLOCATOR = """CLUSTER=$1 ARGUMENTS=()
+read_cluster "$1" && check_cluster && say_allocator 2>&1 && architecture_environment
 env | grep "^PYTORCH_.*ALLOC_CONF=" """
 
 

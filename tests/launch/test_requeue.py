@@ -129,9 +129,8 @@ def test_a_job_does_not_need_the_environment_of_submit(exports: str, cluster: Sl
         **{"SBATCH_EXPORT": exports, "PYTHON": str(tmp_path / "python"), "NCCL_DEBUG": "WARN", **allocation},
     )
     assert done.returncode == 0, done.stderr
-    assert bool(re.search("launch: --export=NONE keeps this shell's .*NCCL_DEBUG.* from the job", done.stderr)) == (
-        exports == "NONE"
-    )
+    said = re.search(r"launch: --export=NONE keeps this shell's .*\bNCCL_DEBUG\b.* from the job", done.stderr)
+    assert bool(said) == (exports == "NONE"), done.stderr
     job = done.stdout.strip()
     assert cluster.wait(job)["JobState"] == "COMPLETED", log(tmp_path / "run", job)
     noted = [line.split() for line in (tmp_path / "noted").read_text().splitlines()]

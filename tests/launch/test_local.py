@@ -25,7 +25,7 @@ def test_the_environments_python_wins(machine: Path) -> None:
 
 def test_another_launchers_variables_are_left_out(machine: Path) -> None:
     """Kubernetes' PyTorchJob and `srun --pty` set them for ranks of their own."""
-    (machine / "python").write_text(f'{PYTHON}env | grep -E "^(PET_|SLURM_PROCID)" >>"$NOTED"\n')
+    (machine / "python").write_text(f'{PYTHON}env | grep -E "^(PET_|SLURM_PROCID)" >>"$NOTED"\nexit 0\n')
     others = {"PET_NNODES": "2", "PET_RDZV_BACKEND": "static", "SLURM_PROCID": "3", "SLURM_NTASKS": "4"}
     done = local(machine, "--gpus", "2", "--", "--mock-data", **others)
     assert done.returncode == 0, done.stderr

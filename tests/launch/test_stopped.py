@@ -93,7 +93,7 @@ def test_a_task_ends_with_its_rank(
 
 def test_a_signal_before_the_command_is_not_lost(tmp_path: Path) -> None:
     """While nvidia-smi says on which node a GPU is."""
-    for name, does in (("numactl", "exit 0"), ("nvidia-smi", "echo asked >&2; sleep 3")):
+    for name, does in (("numactl", "exit 0"), ("nvidia-smi", f"touch {tmp_path}/asked; sleep 3")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
         (tmp_path / name).chmod(0o755)
     own = {
@@ -108,7 +108,9 @@ def test_a_signal_before_the_command_is_not_lost(tmp_path: Path) -> None:
         task = subprocess.Popen(
             ["bash", LAUNCH / "task.sh", "echo", "trained"], env={**os.environ, **own}, stdout=out, stderr=out
         )
-    time.sleep(1)
+    while not (tmp_path / "asked").exists():
+        assert task.poll() is None
+        time.sleep(0.05)
     task.send_signal(signal.SIGURG)
     assert task.wait(30) == 143
     assert "trained" not in log.read_text()

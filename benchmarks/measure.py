@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_lighthouse.launch.torchrun import own_environment
+
 Call = Callable[[], object]
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -93,9 +95,11 @@ def one_rank() -> dict[str, str]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
+    # torch takes the allocator's old name before the new, and alone
+    allocator = {} if "PYTORCH_ALLOC_CONF" in os.environ else {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     return {
-        **{"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
-        **os.environ,
+        **{"CUDA_DEVICE_MAX_CONNECTIONS": "1", **allocator},
+        **own_environment(),
         **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port},
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }

@@ -35,6 +35,7 @@ from quality_runs import (
     model_arguments,
 )
 
+from megatron_lighthouse.launch.torchrun import torchrun
 from megatron_lighthouse.recipe import corpus, hindsight, passkey
 
 SAVES = 2
@@ -193,11 +194,11 @@ class Bench:
 
     def _training(self, name: str) -> list[str]:
         run, checkpoints = self.runs[name], str(self.work / name / "checkpoints")
-        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(run.ranks), "-m"] if run.ranks > 1 else []
+        python = torchrun(run.ranks) if run.ranks > 1 else [sys.executable]
         # Megatron's index files are not written whole, so processes side by side have each their own
         data = self.work / name / "data"
         return [
-            *(sys.executable, "-m", *torchrun, "megatron_lighthouse.pretrain_gpt"),
+            *(*python, "-m", "megatron_lighthouse.pretrain_gpt"),
             *model_arguments(run, self.size, self.of_machine),
             *(*attention_arguments(run, self.size), *self.more),
             *("--save", checkpoints, "--load", checkpoints, "--save-interval", str(max(1, self.size.steps // SAVES))),

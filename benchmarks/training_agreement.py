@@ -16,7 +16,6 @@ import importlib.util
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from h100_training import DETERMINISTIC
 from measure import environment, one_rank
 
 from megatron_lighthouse.context_parallel.copies import SWITCH
+from megatron_lighthouse.launch.torchrun import torchrun
 from megatron_lighthouse.plan.words import RECOMPUTE_WORDS
 from megatron_lighthouse.plots import read_scalars
 from megatron_lighthouse.recipe.presets import COMMON, LOCAL, default_text
@@ -190,7 +190,7 @@ def _trains(comparison: Comparison, run: Run, folder: Path, more: Sequence[str])
     """Whether it ends well; if not, prints the end of its log."""
     evaluation = [] if "--eval-iters" in comparison.arguments else ["--eval-iters", "0", "--eval-interval", "1000"]
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(run.ranks)),
+        *torchrun(run.ranks),
         *("-m", "megatron_lighthouse.pretrain_gpt", *MODEL, *evaluation, *comparison.arguments, *run.more, *more),
         *("--save", str(folder / "checkpoints"), "--save-interval", "1000"),  # at the switch, and at the end
         *("--tensorboard-dir", str(folder / "tensorboard")),

@@ -14,11 +14,11 @@ import json
 import re
 import statistics
 import subprocess
-import sys
 from pathlib import Path
 
 from measure import environment, one_rank
 
+from megatron_lighthouse.launch.torchrun import torchrun
 from megatron_lighthouse.recipe.presets import default_text
 
 MODEL = """
@@ -70,7 +70,7 @@ def measure(name: str, arguments: list[str], options: argparse.Namespace, more: 
     length = str(options.seq_length)
     sizes = ["--seq-length", length, "--max-position-embeddings", length, "--num-layers", str(options.layers)]
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks)),
+        *torchrun(options.ranks),
         *("-m", "megatron_lighthouse.pretrain_gpt", *MODEL, *sizes, *arguments),
         *("--context-parallel-size", str(options.ranks), "--high-priority-stream-groups", "cp"),
         *("--lighthouse-budget", str(options.budget), "--train-iters", str(options.steps), *more),

@@ -4,16 +4,14 @@
 LAUNCH=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$(dirname "$LAUNCH")
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+# shellcheck source=launch/environment.sh
+source "$LAUNCH/environment.sh"
 # shellcheck source=launch/profiler.sh
 source "$LAUNCH/profiler.sh"
 
-# keys of a cluster file: what the scripts need, and variables that go to the ranks as they are
+# what the scripts need of a cluster file; it may set variables too: environment.sh
 CLUSTER_KEYS="NODES GPUS_PER_NODE ARCH GPU PARTITION ACCOUNT QOS TIME SIGNAL_SECONDS MAX_REQUEUES SEGMENT EXCLUSIVE CPUS_PER_TASK
     IMAGE MOUNTS PYTHON CHECK_PYTHON PREFLIGHT PREFLIGHT_SECONDS NUMA"
-ENVIRONMENT_KEYS="CUDA_DEVICE_MAX_CONNECTIONS NVTE_FWD_LAYERNORM_SM_MARGIN NVTE_BWD_LAYERNORM_SM_MARGIN NCCL_NVLS_ENABLE
-    PYTORCH_CUDA_ALLOC_CONF NCCL_IB_HCA NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME NCCL_DEBUG OMP_NUM_THREADS TRITON_CACHE_DIR
-    TORCHINDUCTOR_CACHE_DIR"
-ENVIRONMENT_PREFIXES="NCCL_ GLOO_ UCX_ FI_ NVTE_ HF_ TORCH_ NVSHMEM_"
 
 die() {
     printf '%s\n' "$*" >&2
@@ -60,6 +58,7 @@ parse_options() {
     read_cluster "$CLUSTER"
     NODES=${OVER_NODES:-$NODES} TIME=${OVER_TIME:-$TIME}
     check_cluster
+    [[ $ARCH == cpu ]] || say_allocator
     check_profiler
     read_recipe "$RECIPE"
     RUN=$(realpath -ms "$RUN") # whoever runs or queues something makes the folder
@@ -80,7 +79,7 @@ read_cluster() {
     [[ -r $file ]] || die "--cluster $file cannot be read: give a file, or one of $(words "$LAUNCH"/clusters/*.env)."
     local python=${PYTHON:-} check_python=${CHECK_PYTHON:-} # the environment wins
     for key in $CLUSTER_KEYS; do declare -g "$key="; done
-    FABRIC=() # the environment variables that the file names
+    read_environment
     while IFS= read -r line || [[ -n $line ]]; do
         number=$((number + 1))
         clean_line "$file" $number
@@ -91,9 +90,8 @@ read_cluster() {
         key=${BASH_REMATCH[1]} value=${BASH_REMATCH[2]}
         if [[ " $(words "$CLUSTER_KEYS") " == *" $key "* ]]; then
             declare -g "$key=$value"
-        elif [[ " $(words "$ENVIRONMENT_KEYS") " == *" $key "* || " $ENVIRONMENT_PREFIXES " == *" ${key%%_*}_ "* ]]; then
-            FABRIC+=("$key")
-            [[ -n ${!key+set} ]] || export "$key=$value" # the environment wins
+        elif is_ranks_variable "$key"; then
+            ranks_variable "$key" "$value"
         else
             die "$file, line $number: $key is not a key of a cluster file: use one of $(words "$CLUSTER_KEYS" "$ENVIRONMENT_KEYS")," \
                 "or a variable that begins with one of $ENVIRONMENT_PREFIXES."
@@ -211,15 +209,15 @@ argument() {
 # the iteration of the last whole checkpoint
 iteration() { cat "$RUN/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0; }
 
-# the last job of kind $1 (train, evaluation) that was queued for RUN and that Slurm still knows; empty where there is none
+# the last that Slurm still knows of the jobs queued for RUN whose numbers are in RUN/logs/NAME.jobs, for each NAME given (train,
+# evaluation, a study's point, which has TASK's number ARRAY_TASK); empty where there is none
 job_under_way() {
-    local jobs=$RUN/logs/$1.jobs
-    [[ -s $jobs ]] || return 0
-    squeue -h -o %A -j "$(paste -sd, "$jobs")" 2>/dev/null | sort -n | tail -n 1 || true
+    local name numbers=''
+    for name in "$@"; do
+        [[ ! -s $RUN/logs/$name.jobs ]] || numbers+=$(paste -sd, "$RUN/logs/$name.jobs"),
+    done
+    [[ -z $numbers ]] || squeue -h -r -o %i -j "${numbers%,}" 2>/dev/null | sort -V | tail -n 1 || true
 }
-
-# how many starts in a row gained no iteration: $1 is where this one began, $2 how many before it gained none
-fruitless() { (($(iteration) > $1)) && echo 0 || echo $(($2 + 1)); }
 
 # whether there is nothing left to do: by the checkpoint (an --exit-interval is reached only beyond FIRST, where the job began), by a
 # point's log, by the evaluation's result
@@ -244,45 +242,4 @@ write_evaluation() {
     printf '{"iteration": %d, "attention": "dense", "seq_length": %d, "eval_iters": %d, "validation_loss": %s, "perplexity": %s}\n' \
         "${BASH_REMATCH[1]}" "$(argument --seq-length 0)" "$(argument --eval-iters 100)" "${BASH_REMATCH[2]}" "${BASH_REMATCH[3]}" \
         >"$RUN/evaluation.json"
-}
-
-# by architecture; what the environment or the cluster file has set stays
-architecture_environment() {
-    export PYTHONUNBUFFERED=1 LIGHTHOUSE_ARCH=$ARCH LIGHTHOUSE_NUMA=$NUMA
-    if [[ $ARCH == cpu ]]; then
-        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-        return
-    fi
-    if [[ $ARCH == blackwell ]]; then
-        export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-32}
-    elif (($(argument --tensor-model-parallel-size 1) > 1 || $(argument --context-parallel-size 1) > 1)); then
-        export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-    fi
-    export NVTE_FWD_LAYERNORM_SM_MARGIN=${NVTE_FWD_LAYERNORM_SM_MARGIN:-16}
-    export NVTE_BWD_LAYERNORM_SM_MARGIN=${NVTE_BWD_LAYERNORM_SM_MARGIN:-16}
-    export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
-    export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
-}
-
-# srun's flags for a container in CONTAINER; none where the cluster file names no image
-# shellcheck disable=SC2034 # used by the scripts
-container_flags() {
-    CONTAINER=()
-    [[ -n $IMAGE ]] || return 0
-    CONTAINER=(--container-image="$IMAGE" --no-container-mount-home
-        --container-mounts="$ROOT:$ROOT,$RUN:$RUN${MOUNTS:+,$MOUNTS}"
-        --container-env="$(words "$ENVIRONMENT_KEYS" "${FABRIC[@]}" PYTHONPATH PYTHONUNBUFFERED | tr ' ' ,)")
-}
-
-# the folders that such a container sees, apart by colons, as FOLDER or FOLDER=HERE where it has another name here; none without an image
-container_folders() {
-    local mounts mount from to
-    [[ -n $IMAGE ]] || return 0
-    IFS=, read -ra mounts <<<"$MOUNTS"
-    printf %s "$ROOT:$RUN"
-    for mount in "${mounts[@]}"; do
-        IFS=: read -r from to _ <<<"$mount"
-        printf %s ":${to:-$from}"
-        [[ ${to:-$from} == "$from" ]] || printf %s "=$from"
-    done
 }

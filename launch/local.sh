@@ -51,9 +51,7 @@ train_here() {
     tee=$!
     listen save TERM INT HUP
     set -m # a process group of its own: Ctrl-C reaches this script alone
-    # inside `srun --pty` Slurm's variables would make every rank the first
-    env -u SLURM_PROCID -u SLURM_LOCALID -u SLURM_NTASKS \
-        "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$1" --no-python bash "$LAUNCH/task.sh" \
+    "$PYTHON" -m torch.distributed.run --standalone --nnodes 1 --nproc-per-node "$1" --no-python bash "$LAUNCH/task.sh" \
         "$PYTHON" -m "$MODULE" "${ARGUMENTS[@]}" </dev/null >&"$out" 2>&1 {out}>&- &
     set +m
     exec {out}>&-
@@ -107,6 +105,7 @@ fi
 [[ $GPUS =~ ^[1-9][0-9]*$ ]] || die "--gpus $GPUS must be a whole number of at least 1."
 [[ -z $here ]] || ((GPUS <= here)) || die "$GPUS GPUs are asked for, and this machine shows $here: use --gpus $here, or fewer."
 find_profiler env
+forget_launcher
 if [[ -n $STUDY ]]; then
     run_arguments
     check_study 1 "$GPUS" --exact

@@ -52,15 +52,33 @@ check_here() {
     fi
 }
 
-jobs=$RUN/logs/$AS.jobs # the numbers of those that were queued
-# two jobs would write one checkpoint: the last that Slurm knows must have ended, or be waited for
+# what the numbers of the queued jobs are kept by: two would write one checkpoint, or one point's log
+names=("$AS")
+if [[ -n $STUDY ]]; then
+    names=()
+    for found in "${POINTS[@]}"; do point "$found" && names+=("$NAME"); done
+fi
+# the last that Slurm knows must have ended, or be waited for
 check_alone() {
-    local last
-    [[ -z $STUDY ]] || return 0
-    last=$(job_under_way "$AS")
-    [[ -z $last || "$SBATCH " =~ (singleton|after[a-z]+(:[0-9]+)*:$last)[^0-9] ]] ||
+    local last flag=" $SBATCH "
+    [[ -n $STUDY || ! $flag =~ \ (--array[=\ ]|-a\ ?)([^\ ]*) || ${BASH_REMATCH[2]} == *%1 ]] ||
+        die "--sbatch \"$SBATCH\": the array's jobs would train into one --run side by side: let one run at a time, as --array=0-3%1 does."
+    last=$(job_under_way "${names[@]}")
+    [[ -z $last || $flag =~ (singleton|after[a-z]+(:[0-9_]+)*:($last|${last%_*}))[^0-9_] ]] ||
         die "--run $RUN: its job $last ($AS) is queued or runs. Nothing was queued: scancel $last, wait for its end, or add" \
-            "--sbatch \"--dependency=afterok:$last\"."
+            "--sbatch \"--dependency=afterok:${last%_*}\"."
+}
+
+# with --export=NONE, many sites' default, what this shell exports does not reach the job, and cannot win over the cluster file
+say_what_stays() {
+    local flag=" $SBATCH " exports=${SBATCH_EXPORT:-ALL} name stays=()
+    while [[ $flag =~ \ --export[=\ ]([^\ ]*)(.*) ]]; do exports=${BASH_REMATCH[1]} flag=${BASH_REMATCH[2]}; done
+    for name in "${SHELL_VARIABLES[@]}"; do
+        [[ ",$exports," =~ ,(ALL|$name)[,=] ]] || stays+=("$name")
+    done
+    ((${#stays[@]} == 0)) ||
+        echo "launch: --export=$exports keeps this shell's ${stays[*]} from the job: set them in the cluster file, or give" \
+            "--sbatch \"--export=ALL\"" >&2
 }
 
 # without either, Slurm gives a task one core
@@ -73,13 +91,14 @@ check_cores() {
 [[ $AS != train ]] || check_time
 check_cores
 check_alone
+((ONLY_CHECK)) || say_what_stays
 if ((CHECK)); then
     [[ -n $IMAGE ]] || find_profiler env
     check_here >&2 || die "Nothing was queued."
 fi
 
 flags=(--job-name="$(basename "$RUN")" --nodes="$NODES" --ntasks-per-node="$GPUS_PER_NODE" --time="$TIME"
-    --output="$RUN/logs/%j.log" --requeue --open-mode=append)
+    --output="$RUN/logs/$([[ -n $STUDY ]] && echo %A_%a || echo %j).log" --requeue --open-mode=append)
 [[ $AS != train ]] || flags+=(--signal="URG@$SIGNAL_SECONDS") # the others have nothing to save
 [[ -z $PARTITION ]] || flags+=(--partition="$PARTITION")
 [[ -z $ACCOUNT ]] || flags+=(--account="$ACCOUNT")
@@ -92,8 +111,13 @@ flags=(--job-name="$(basename "$RUN")" --nodes="$NODES" --ntasks-per-node="$GPUS
 read -ra more <<<"$SBATCH"
 flags+=("${more[@]}")
 
-export LIGHTHOUSE_LAUNCH=$LAUNCH
-job=("$LAUNCH/$script.sbatch" --cluster "$CLUSTER" --recipe "$RECIPE" --run "$RUN" --nodes "$NODES" --as "$AS")
+# inside an allocation: sbatch would pass its SLURM_RESTART_COUNT, SLURM_ARRAY_TASK_ID and the like on to a job that has none
+if [[ -n ${SLURM_JOB_ID:-} ]]; then
+    for name in "${!SLURM_@}"; do [[ $name =~ ^SLURM_(CONF|CLUSTERS) ]] || unset "$name"; done
+fi
+# the job does not rely on this shell's environment: see say_what_stays. The image's Python is not here
+[[ -n $IMAGE ]] || PYTHON=$(command -v "$PYTHON" || echo "$PYTHON")
+job=("$LAUNCH/$script.sbatch" --launch "$LAUNCH" --python "$PYTHON" --cluster "$CLUSTER" --recipe "$RECIPE" --run "$RUN" --nodes "$NODES" --as "$AS")
 [[ -z $STUDY ]] || job+=(--study "$STUDY")
 [[ -z $PROFILE ]] || job+=(--profile "$PROFILE" --profile-steps "$PROFILE_STEPS" --profile-ranks "$PROFILE_RANKS")
 job+=(-- "${MEGATRON[@]}")
@@ -101,5 +125,8 @@ sbatch --test-only "${flags[@]}" "${job[@]}" >&2 || die "Nothing was queued: Slu
 ((ONLY_CHECK == 0)) || exit 0
 mkdir -p "$RUN/logs"
 number=$(sbatch --parsable "${flags[@]}" "${job[@]}")
-[[ -n $STUDY ]] || echo "${number%%;*}" >>"$jobs" # a federation adds the cluster's name
+number=${number%%;*} # a federation adds the cluster's name
+for i in "${!names[@]}"; do
+    echo "$number${STUDY:+_$i}" >>"$RUN/logs/${names[i]}.jobs"
+done
 echo "$number"

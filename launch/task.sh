@@ -84,5 +84,5 @@ disown "$watcher" # else bash may report that it is killed below
 set +m            # else `wait` answers at once, and with that, while the command is suspended
 wait_for "$child" || status=$?
 kill -KILL -- "-$child" "-$watcher" 2>/dev/null || true
-((status != 2)) || echo "launch: rank $RANK ended with status 2: its command line is refused" # pretrain.sbatch looks for this
+((status == 0)) || echo "launch: rank $RANK ended with status $status" # requeue.sh looks for the first
 exit "$status"

@@ -198,7 +198,7 @@ def hindsight_by_distance(trained: Trained, tokens: Array) -> dict[str, Any]:
 
 def main() -> None:
     """Evaluate as the command line says."""
-    if "RANK" not in os.environ:  # not under torchrun
+    if "LOCAL_RANK" not in os.environ:  # not under torchrun; Kubernetes' PyTorchJob sets RANK and WORLD_SIZE, of its pods
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_lighthouse.launch.torchrun import own_environment, torchrun
 from megatron_lighthouse.recipe.presets import Preset, default_text, preset_for
 
 STAGES = ("lighthouse", "dense")
@@ -80,7 +81,7 @@ def _environment(preset: Preset) -> dict[str, str]:
     # Hopper with tensor parallelism needs one connection, for Megatron to order communication before computation
     defaults = {"OMP_NUM_THREADS": str(threads), "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONUNBUFFERED": "1"}
     interval = {"LIGHTHOUSE_PROGRESS_SECONDS": "0.5"} if sys.stdout.isatty() else {}
-    return {**defaults, **interval, **os.environ}
+    return {**defaults, **interval, **own_environment()}
 
 
 def _command(
@@ -89,7 +90,7 @@ def _command(
     checkpoints = str(run / "checkpoints")
     every = max(1, stop // 2)
     return [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(preset.processes)),
+        *torchrun(preset.processes),
         *("-m", "megatron_lighthouse.pretrain_gpt", "--attention", attention),
         *preset.arguments,
         # both stages name the whole length, so that the order of the data and the learning rate are those of one run

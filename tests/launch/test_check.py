@@ -12,7 +12,7 @@ import pytest
 from megatron_lighthouse.launch import check
 from megatron_lighthouse.plan import memory
 from megatron_lighthouse.plan.run import DEVICES, run_of
-from tests.launch.test_submit import LAUNCH, words
+from tests.launch.scripts import LAUNCH, words
 
 CLUSTERS = {"530m-98k": 8, "530m-256k-cp8": 8, "530m-1m": 32, "llama3-8b-512k": 64, "llama3-8b-1m": 128}
 """GPUs of a recipe, with which it must fit a B200."""

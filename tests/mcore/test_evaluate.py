@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import subprocess
-import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
@@ -18,6 +16,7 @@ from typing import Any
 import numpy
 import pytest
 
+from megatron_lighthouse.launch.torchrun import own_environment, torchrun
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
 from megatron_lighthouse.plots import read_scalars
@@ -44,10 +43,9 @@ def evaluate(ranks: int, *arguments: str, model: Sequence[str] = MODEL) -> subpr
 
 
 def evaluate_by_torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", COMMAND]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**own_environment(), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-m", *torchrun, *MODEL, *arguments], capture_output=True, text=True, env=environment
+        [*torchrun(ranks), "-m", COMMAND, *MODEL, *arguments], capture_output=True, text=True, env=environment
     )
 
 

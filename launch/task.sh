@@ -84,5 +84,6 @@ disown "$watcher" # else bash may report that it is killed below
 set +m            # else `wait` answers at once, and with that, while the command is suspended
 wait_for "$child" || status=$?
 kill -KILL -- "-$child" "-$watcher" 2>/dev/null || true
-((status != 2)) || echo "launch: rank $RANK ended with status 2: its command line is refused" # pretrain.sbatch looks for this
+((status != 16)) || echo "launch: rank $RANK ended with status 16: what is not finite would be so again" # pretrain.sbatch looks for both
+((status != 2)) || echo "launch: rank $RANK ended with status 2: its command line is refused" 
 exit "$status"

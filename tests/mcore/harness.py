@@ -53,7 +53,9 @@ class Run:
 class Processes:
     """The ranks of one run. None outlives the object's `wait` or `kill`."""
 
-    def __init__(self, folder: Path, ranks: int, arguments: Sequence[str]) -> None:
+    def __init__(
+        self, folder: Path, ranks: int, arguments: Sequence[str], module: str = "megatron_lighthouse.pretrain_gpt"
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / "log.txt"
         with socket.socket() as free:
@@ -65,7 +67,7 @@ class Processes:
             **{"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)},
         }
         start = subprocess.Popen if torch.cuda.is_available() else Fork  # a fork has no CUDA
-        command = [sys.executable, "-m", "megatron_lighthouse.pretrain_gpt", *arguments]
+        command = [sys.executable, "-m", module, *arguments]
         with self.log.open("w") as output:
             self.processes = [
                 start(

@@ -22,7 +22,7 @@ from megatron_lighthouse.mcore.command_line.arguments import use_attention, with
 from megatron_lighthouse.mcore.command_line.run_options import check_run_options
 from megatron_lighthouse.mcore.data import text
 from megatron_lighthouse.mcore.data.datasets import train_valid_test_datasets
-from megatron_lighthouse.mcore.loop import machine, progress, selection_log
+from megatron_lighthouse.mcore.loop import finite, machine, progress, selection_log
 from megatron_lighthouse.mcore.loop.forward_step import forward_step
 
 REFUSED = 2
@@ -47,6 +47,7 @@ def run(program_start: float | None = None) -> None:
         for layer_number in pictures:
             telemetry.watch(layer_number)
         progress.install()
+        finite.install()
         container = pretrain_cfg_container_from_args(args, model_cfg)
     except (json.JSONDecodeError, UnicodeError):  # a file that is read while it is written: the next try may do
         raise

@@ -118,10 +118,10 @@ def _end(args: Namespace, done: int, finite: bool) -> bool:
 def _latest(folder: str | None) -> int:
     """The iteration that a start from `folder` loads; 0 where there is none."""
     try:
-        return int(Path(folder or "", TRACKER).read_text())
+        return int(Path(folder, TRACKER).read_text()) if folder else 0
     except (OSError, ValueError):
         return 0
 
 
-def _iterations(folder: str | None) -> list[int]:
-    return sorted(int(path.name[5:]) for path in Path(folder or "").glob("iter_*") if path.name[5:].isdigit())
+def _iterations(folder: str) -> list[int]:
+    return sorted(int(path.name[5:]) for path in Path(folder).glob("iter_*") if path.name[5:].isdigit())

@@ -37,7 +37,7 @@ def main() -> None:
     def train_step(forward: Any, data: Any, model: Any, *rest: Any, **named: Any) -> Any:
         answer = step(forward, data, model, *rest, **named)
         if what == "weight" and poisoned():
-            next(model[0].parameters()).data.view(-1)[0] = float(value)
+            [*model[0].parameters()][-1].data.view(-1)[0] = float(value)  # of the output layer: every token meets it
         return answer
 
     if "POISON_SAVED" in os.environ:  # as in a run that does not check what it saves

@@ -36,7 +36,7 @@ def poisoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Poisoned:
 
 
 def saves(folder: Path) -> list[str]:
-    return ["--save", str(folder / "checkpoint"), "--load", str(folder / "checkpoint")]
+    return [*("--save", str(folder / "checkpoint"), "--load", str(folder / "checkpoint")), "--save-interval", "1000"]
 
 
 def saved(folder: Path) -> int | None:

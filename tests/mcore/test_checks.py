@@ -141,6 +141,7 @@ def test_the_options_exist_in_megatron() -> None:
 
     known = {action.dest for action in add_megatron_arguments(ArgumentParser())._actions}
     assert {*NOT_HERE, *OTHER_DATA, "reset_attention_mask", "attention_backend", "mtp_num_layers", "tokenizer_type"} <= known
+    assert {"softmax_type", "experimental_attention_variant"} <= known
 
 
 def test_transformer_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +163,10 @@ def plain_run(**changes: Any) -> Namespace:
         "pipeline_model_parallel_size": 2,
         "context_parallel_size": 1,
         "mtp_num_layers": None,
+        "tensor_model_parallel_size": 1,
+        "sequence_parallel": False,
+        "softmax_type": "vanilla",
+        "experimental_attention_variant": None,
     }
     return Namespace(**{**options, **changes})
 
@@ -179,7 +184,15 @@ def plain_run(**changes: Any) -> Namespace:
         ({"mtp_num_layers": 1}, "--mtp-num-layers 1 with --pipeline-model-parallel-size 2 .* use pipeline size 1"),
         (
             {"mtp_num_layers": 1, "pipeline_model_parallel_size": 1, "context_parallel_size": 2},
-            "--mtp-num-layers 1 with --context-parallel-size 2: .* use --transformer-impl transformer_engine",
+            "--mtp-num-layers 1 with --context-parallel-size 2: .* use context-parallel size 1",
+        ),
+        (
+            {"softmax_type": "learnable", "tensor_model_parallel_size": 2},
+            "--softmax-type learnable with --tensor-model-parallel-size 2: .* use --softmax-type vanilla",
+        ),
+        (
+            {"experimental_attention_variant": "gated_delta_net", "tensor_model_parallel_size": 2},
+            "--experimental-attention-variant gated_delta_net with --tensor-model-parallel-size 2: .* add --sequence-parallel",
         ),
         ({"text_data": ["a"], "data_path": ["b"]}, "so is --data-path: leave one of them out"),
         ({"text_data": ["a"], "mock_data": True}, "so is --mock-data"),
@@ -193,6 +206,9 @@ def test_what_the_entry_point_leaves_to_upstream(changes: dict[str, Any], messag
     check_run_options(plain_run())
     check_run_options(plain_run(text_data=["a"]))
     check_run_options(plain_run(mtp_num_layers=1, pipeline_model_parallel_size=1))
+    check_run_options(plain_run(softmax_type="learnable"))
+    delta = {"experimental_attention_variant": "gated_delta_net", "sequence_parallel": True}
+    check_run_options(plain_run(tensor_model_parallel_size=2, **delta))
     with pytest.raises(ValueError, match=message):
         check_run_options(plain_run(**changes))
 

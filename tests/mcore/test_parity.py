@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
+import numpy
 import pytest
 
 from tests.mcore.harness import Run, run
@@ -49,12 +52,67 @@ def test_losses_equal_those_of_one_process(layout: str, tmp_path: Path, checkpoi
     start = ["--attention", "lighthouse", "--load", str(checkpoint), *START]
     result = run(tmp_path, *start, *arguments.split(), ranks=ranks)
     assert list(result.losses) == [1, 2, 3]
+    assert_same(result, one_process)
+
+
+def assert_same(result: Run, one_process: Run) -> None:
     for found, expected, kind in (
         (result.losses, one_process.losses, "parallel loss"),
         (result.gradient_norms, one_process.gradient_norms, "parallel gradient norm"),
     ):
         assert_close(list(found.values()), list(expected.values()), kind)
-        print(layout, kind, "differs by", max(abs(found[i] - expected[i]) for i in expected))
+        print(kind, "differs by", max(abs(found[i] - expected[i]) for i in expected))
+
+
+MASKED = {
+    **{layout: LAYOUTS[layout] for layout in ("two sequences at once", "TP2+SP", "DP2, distributed optimizer", "CP2")},
+    **{layout: LAYOUTS[layout] for layout in ("PP2·CP2", "DP2·CP2")},
+    "CP2, dense": (2, "--context-parallel-size 2 --attention dense"),
+    "CP2, per token": (2, "--context-parallel-size 2 --calculate-per-token-loss"),
+    "DP2·CP2, averaged by the collective": (4, "--context-parallel-size 2 --ddp-average-in-collective"),
+}
+PER_RUN = ("--attention dense", "--calculate-per-token-loss")
+"""What one process must be given too."""
+
+
+@pytest.fixture(scope="module")
+def unevenly_masked(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Every third row of 256 tokens counts none in its outer quarters, which are one rank's of two; every third counts none."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    prefix, random, end = str(tmp_path_factory.mktemp("masked") / "text"), numpy.random.default_rng(5), 256
+    rows = random.integers(32, 127, (60, 256))
+    rows[0::3, :64] = rows[0::3, 192:] = end
+    rows[1::3, ::7] = end
+    rows[2::3, :] = end
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
+    builder.add_document(rows.ravel().astype(numpy.uint16), [rows.size])
+    builder.finalize(f"{prefix}.idx")
+    tokens = "--tokenizer-type NullTokenizer --vocab-size 257 --padded-vocab-size 384 --eod-mask-loss".split()
+    return ["--train-data-path", prefix, "--valid-data-path", prefix, *tokens]
+
+
+@pytest.fixture(scope="module")
+def one_process_masked(
+    tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, unevenly_masked: list[str]
+) -> Callable[[str], Run]:
+    @cache
+    def with_options(options: str) -> Run:
+        start = ["--attention", "lighthouse", *options.split(), "--load", str(checkpoint), *START]
+        return run(tmp_path_factory.mktemp("one"), *start, data=unevenly_masked)
+
+    return with_options
+
+
+@pytest.mark.parametrize("layout", MASKED)
+def test_losses_equal_those_of_one_process_where_tokens_do_not_count(
+    layout: str, tmp_path: Path, checkpoint: Path, unevenly_masked: list[str], one_process_masked: Callable[[str], Run]
+) -> None:
+    """On ranks and in micro-batches that count different numbers of tokens, or none."""
+    ranks, arguments = MASKED[layout]
+    start = ["--attention", "lighthouse", *arguments.split(), "--load", str(checkpoint), *START]
+    result = run(tmp_path, *start, ranks=ranks, data=unevenly_masked)
+    assert_same(result, one_process_masked(" ".join(option for option in PER_RUN if option in arguments)))
 
 
 def test_dense_differs(tmp_path: Path, checkpoint: Path, one_process: Run) -> None:

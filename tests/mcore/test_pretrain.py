@@ -119,12 +119,28 @@ def test_the_datasets_are_those_that_the_arguments_ask_for(
     }
 
 
-def test_the_loss_counts_what_the_mask_counts(megatron: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Summed in fp32, whatever the dtype of the losses."""
+@pytest.mark.parametrize(("per_token", "loss", "divisor"), [(False, (257 / 2 + 32) * 3, 2), (True, 289, 3)])
+def test_the_loss_counts_what_the_mask_counts(
+    per_token: bool, loss: float, divisor: int, megatron: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Summed in fp32, whatever the dtype of the losses; of each sequence alike, or of each token."""
     from megatron_lighthouse.mcore.loop import forward_step as step
 
-    monkeypatch.setattr(step, "get_args", lambda: Namespace(check_for_nan_in_loss_and_grad=False))
+    options = Namespace(check_for_nan_in_loss_and_grad=False, calculate_per_token_loss=per_token, context_parallel_size=3)
+    monkeypatch.setattr(step, "get_args", lambda: options)
     losses = torch.tensor([[1.0, 2.0, 256.0], [8.0, 16.0, 32.0]], dtype=torch.bfloat16)
-    loss, tokens, logged = step.loss_function(torch.tensor([[1, 0, 1], [0, 0, 1]]), losses)
-    assert (loss.item(), tokens.item(), logged["lm loss"].tolist()) == (289.0, 3, [289.0, 3.0])
-    assert (loss.dtype, tokens.dtype) == (torch.float32, torch.int)
+    mask = torch.tensor([[1, 0, 1], [0, 0, 1]])
+    found, by, logged = step.loss_function(mask, step.token_weights(mask), losses)
+    assert (found.item(), by.item(), logged["lm loss"].tolist()) == (loss, divisor, [289.0, 3.0])
+    assert (found.dtype, by.dtype) == (torch.float32, torch.int)
+
+
+def test_a_loss_of_no_token_is_zero(megatron: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_lighthouse.mcore.loop import forward_step as step
+
+    options = Namespace(check_for_nan_in_loss_and_grad=False, calculate_per_token_loss=False, context_parallel_size=1)
+    monkeypatch.setattr(step, "get_args", lambda: options)
+    none = torch.zeros(2, 4)
+    loss, divisor, logged = step.loss_function(none, step.token_weights(none), torch.ones(2, 4))
+    total, counted = logged["lm loss"]
+    assert (loss.item(), divisor.item(), (total / counted).item()) == (0, 2, 0)

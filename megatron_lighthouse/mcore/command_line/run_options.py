@@ -52,11 +52,23 @@ def check_run_options(args: Namespace) -> None:
             f"--mtp-num-layers {args.mtp_num_layers} with --pipeline-model-parallel-size {args.pipeline_model_parallel_size} "
             f"is not done by megatron_lighthouse.pretrain_gpt: use pipeline size 1, or {ELSEWHERE}."
         )
-    if getattr(args, "mtp_num_layers", None) and args.context_parallel_size > 1 and args.transformer_impl == "local":
+    if getattr(args, "mtp_num_layers", None) and args.context_parallel_size > 1:
         raise ValueError(
-            f"--mtp-num-layers {args.mtp_num_layers} with --context-parallel-size {args.context_parallel_size}: Megatron makes "
-            "these layers itself, with an attention that needs Transformer Engine for it: use --transformer-impl "
-            "transformer_engine, or context-parallel size 1."
+            f"--mtp-num-layers {args.mtp_num_layers} with --context-parallel-size {args.context_parallel_size}: Megatron "
+            "averages the loss of these layers over ranks that count different numbers of tokens (Megatron-LM 3943, 7452), "
+            "which is not the loss of one process: use context-parallel size 1."
+        )
+    if args.tensor_model_parallel_size > 1 and getattr(args, "softmax_type", "vanilla") == "learnable":
+        raise ValueError(
+            f"--softmax-type learnable with --tensor-model-parallel-size {args.tensor_model_parallel_size}: Megatron leaves "
+            "the sinks of all ranks but the first out of the gradient's norm, and so clips otherwise than one process "
+            "(Megatron-LM 7452): use --softmax-type vanilla or off-by-one, or tensor-parallel size 1."
+        )
+    variant = getattr(args, "experimental_attention_variant", None)
+    if variant == "gated_delta_net" and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
+        raise ValueError(
+            f"--experimental-attention-variant {variant} with --tensor-model-parallel-size {args.tensor_model_parallel_size}: "
+            "Megatron does not add up the gradients of its norm over the ranks (Megatron-LM 7452): add --sequence-parallel."
         )
     if getattr(args, "heterogeneous_layers_config_encoded_json", None) and not args.heterogeneous_layers_config_path:
         raise ValueError(

@@ -22,6 +22,7 @@ from torch import Tensor
 FIELDS = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
 stragglers = StragglerDetector()
 """That of the process, which --log-straggler turns on; to construct it again would turn it off."""
+WEIGHTS = "token_weights"
 
 
 def forward_step(data: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -36,20 +37,30 @@ def forward_step(data: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> t
     tokens, position_ids, attention_mask, labels, loss_mask = (batch.get(name) for name in FIELDS)
     with stragglers:
         output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
-    return output, partial(loss_function, loss_mask)
+    return output, partial(loss_function, loss_mask, batch.get(WEIGHTS))
 
 
-def loss_function(loss_mask: Tensor | None, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum of the token losses and the number of tokens, on the last pipeline stage.
+def loss_function(loss_mask: Tensor | None, weights: Tensor | None, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """What Megatron's schedule makes the loss of, on the last pipeline stage: a sum, and by what it divides it.
+
+    The mean over sequences of the mean over each sequence's counted tokens (ours; as Megatron's where all tokens count), no
+    matter how context parallelism, data parallelism or micro-batches deal them out. With --calculate-per-token-loss the mean
+    over all counted tokens of the batch, as in Megatron.
 
     Args:
         loss_mask: [b, s], 1 where a token counts.
+        weights: [b, s], the `token_weights`.
         output: [b, s] fp32 losses, in nats.
     """
     assert loss_mask is not None  # the last stage has the batch
-    weights = loss_mask.view(-1).float()
-    loss = torch.sum(output.view(-1).float() * weights)
-    tokens = weights.sum().detach().to(torch.int)
+    assert weights is not None
+    args, losses, mask = get_args(), output.view(-1).float(), loss_mask.view(-1).float()
+    total, counted = torch.sum(losses * mask), mask.sum().detach()
+    if args.calculate_per_token_loss:
+        loss, divisor = total, counted.to(torch.int)
+    else:  # the gradients are averaged over context-parallel ranks, each with its part of every sequence
+        loss = torch.sum(losses * weights.view(-1)) * args.context_parallel_size
+        divisor = torch.full_like(counted, weights.size(0), dtype=torch.int)
     if get_args().check_for_nan_in_loss_and_grad:
         get_rerun_state_machine().validate_result(
             result=loss,
@@ -58,7 +69,21 @@ def loss_function(loss_mask: Tensor | None, output: Tensor) -> tuple[Tensor, Ten
             tolerance=0.0,
             fatal=True,
         )
-    return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens])}
+    # what is logged is divided by what all ranks count, which may be nothing: then 0, not 0/0
+    return loss, divisor, {"lm loss": torch.stack([total.detach(), counted + torch.finfo(counted.dtype).tiny])}
+
+
+def token_weights(loss_mask: Tensor) -> Tensor:
+    """How much each token counts in the mean of its sequence: a row sums to 1, or to 0 where no token counts.
+
+    Args:
+        loss_mask: [b, N], 1 where a token counts.
+
+    Returns:
+        [b, N], fp32.
+    """
+    mask = loss_mask.float()
+    return mask / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def _batch(data: Iterator[dict[str, Tensor]], vp_stage: int | None, micro_batch_size: int) -> dict[str, Tensor | None]:
@@ -87,4 +112,6 @@ def _batch(data: Iterator[dict[str, Tensor]], vp_stage: int | None, micro_batch_
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
+    if (loss_mask := batch.get("loss_mask")) is not None:  # of whole sequences, before they are cut
+        batch[WEIGHTS] = token_weights(loss_mask)
     return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())

@@ -24,7 +24,7 @@ from megatron_lighthouse.mcore.command_line.run_options import check_run_options
 from megatron_lighthouse.mcore.data import text
 from megatron_lighthouse.mcore.data.datasets import train_valid_test_datasets
 from megatron_lighthouse.mcore.data.files import check_data
-from megatron_lighthouse.mcore.loop import machine, progress, rates, selection_log
+from megatron_lighthouse.mcore.loop import finite, machine, progress, rates, selection_log
 from megatron_lighthouse.mcore.loop.forward_step import forward_step
 from megatron_lighthouse.mcore.refusal import REFUSED, repeats
 
@@ -54,6 +54,7 @@ def run(program_start: float | None = None) -> None:
             telemetry.watch(layer_number)
         progress.install()
         rates.install(args)
+        finite.install()
         container = pretrain_cfg_container_from_args(args, model_cfg)
     except Exception as error:
         if not repeats(error, parsed=False):

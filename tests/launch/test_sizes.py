@@ -34,7 +34,7 @@ def checked(recipe: str, more: str, gpus: int = 8) -> int:
         ("--lighthouse-dense-first 29 --lighthouse-dense-last 1", "29 and .* 1 leave none of 30 layers to Lighthouse"),
         ("--lighthouse-dense-last -1", "--lighthouse-dense-last -1 must not be negative"),
         (
-            "--train-samples 800",
+            "--train-samples 800 --global-batch-size 8",
             "--train-samples 800 names no iteration at which a job is done, .* use --train-iters 100 alone",
         ),
         ("--attention-dropout 0.1", "--attention-dropout 0.1 would drop whole windows: use --attention-dropout 0 "),

@@ -102,14 +102,16 @@ def test_what_we_read_is_there() -> None:
 
     from megatron_lighthouse.launch import check
     from megatron_lighthouse.mcore.command_line.arguments import with_lighthouse_arguments
+    from megatron_lighthouse.mcore.data import blends
     from megatron_lighthouse.mcore.loop import pretrain
     from megatron_lighthouse.plan import words
 
     parser = with_lighthouse_arguments(pretrain.add_arguments)(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
-    assert ours() - {action.dest for action in parser._actions} == {"curr_iteration", "data_parallel_size", "iteration", "rank"}
+    by_the_loop = {"consumed_train_samples", "curr_iteration", "data_parallel_size", "iteration", "rank"}
+    assert ours() - {action.dest for action in parser._actions} == by_the_loop
     of_checks = reads((ROOT / "megatron_lighthouse/mcore/command_line/checks.py").read_text(), "config")
     assert of_checks - {field.name for field in fields(TransformerConfig)} == {"geometry", "scorer"}  # of LighthouseConfig
-    named = {*words.SIZES, *words.NEEDED, *words.NOT_COUNTED, *check.DATA, *check.ENDS}
+    named = {*words.SIZES, *words.NEEDED, *words.NOT_COUNTED, *blends.DATA, *blends.LISTS, *check.ENDS}
     named |= {"--" + name.replace("_", "-") for read in (check.parse, words._parse) for name in vars(read([]))}
     assert named <= {*parser._option_string_actions} | {"--no-" + flag[2:] for flag in parser._option_string_actions}
 

@@ -26,8 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser.add_argument(name, nargs="*")
     for name in (*LISTS, "--per-dataset-sequences-path", "--object-storage-cache-path", "--split", *TOKENIZERS):
         parser.add_argument(name)
-    for name in ("--mock-data", "--no-mmap-bin-files", "--enable-msc"):
+    for name in ("--mock-data", "--enable-msc"):
         parser.add_argument(name, action="store_true")
+    parser.add_argument("--no-mmap-bin-files", action="store_false", dest="mmap_bin_files")
     return parser
 
 

@@ -87,7 +87,7 @@ def _storage(args: argparse.Namespace, name: str, prefix: str) -> Iterator[str]:
     """What object storage asks of the command line: no file of it is looked at."""
     needs = [
         ("--object-storage-cache-path FOLDER", args.object_storage_cache_path),
-        ("--no-mmap-bin-files", args.no_mmap_bin_files),
+        ("--no-mmap-bin-files", not args.mmap_bin_files),
     ]
     needs += [("--enable-msc", args.enable_msc)] if prefix.startswith("msc://") else []
     if missing := [option for option, given in needs if not given]:

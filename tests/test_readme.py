@@ -60,7 +60,9 @@ def iteration(length: int, file: Path) -> list[str]:
 def held_out(file: Path) -> list[str]:
     """Of the recipe, each seed against its own dense run."""
     runs = {row["run"]: row for row in rows_of(file.with_name("runs.csv"))}
-    judged = [row for row in rows_of(file) if row["run"].startswith("norm-60") and row["steady_ratio"] and row["same_gpu"] == "yes"]
+    judged = [
+        row for row in rows_of(file) if row["run"].startswith("norm-60") and row["steady_ratio"] and row["same_gpu"] == "yes"
+    ]
     assert [row["against"] for row in judged] == ["dense", "dense-2"]
     losses = [[f"{float(runs[row[side]]['held_out_loss']):.3f}" for row in judged] for side in ("against", "run")]
     (ratio,) = {f"{float(row['steady_ratio']):.2f} of the time" for row in judged}

@@ -80,7 +80,7 @@ def absent() -> list[str]:
 def missing() -> str | None:
     """Why there can be no cluster here; None where there can."""
     if programs := absent():
-        return f"no {', '.join(programs)}: apt-get install --no-install-recommends {PACKAGES}, as docs/launch.md says"
+        return f"no {', '.join(programs)}: apt-get install --no-install-recommends {PACKAGES}, as docs/development.md says"
     if os.geteuid():
         return "an emulated Slurm needs root"
     probe = subprocess.run(

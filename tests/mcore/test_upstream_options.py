@@ -113,7 +113,9 @@ def test_what_we_read_is_there() -> None:
     assert of_checks - {field.name for field in fields(TransformerConfig)} == {"geometry", "scorer"}  # of LighthouseConfig
     named = {*words.SIZES, *words.NEEDED, *words.NOT_COUNTED, *blends.DATA, *blends.LISTS, *check.ENDS}
     named |= {"--" + name.replace("_", "-") for read in (check.parse, words._parse) for name in vars(read([]))}
-    assert named <= {*parser._option_string_actions} | {"--no-" + flag[2:] for flag in parser._option_string_actions}
+    known = {*parser._option_string_actions}
+    positive = {"--" + flag.removeprefix("--no-") for flag in known if flag.startswith("--no-")}
+    assert named <= known | positive | {"--no-" + flag[2:] for flag in known}
 
 
 @pytest.mark.parametrize(

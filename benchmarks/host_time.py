@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from measure import environment
 from torch import Tensor
 
 HEADS, DIM = 8, 128
@@ -67,6 +66,8 @@ def main() -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+    from megatron_lighthouse.versions import environment  # which an older checkout has elsewhere
+
     (options.out / "host_time.json").write_text(json.dumps(environment(), indent=2) + "\n")
     if options.profile:
         length = options.lengths[:2][-1]

@@ -1,15 +1,16 @@
-"""`python benchmarks/quality.py --runs dense norm-60 --work FOLDER --out FOLDER`: is the model at the end as good as dense?
+"""`python -m experiments --runs dense norm-60 --work FOLDER --out FOLDER`: is the model at the end as good as dense?
 
-Trains runs of an experiment (quality_runs.py), one after the other or, with --at-once, several side by side, by the product's
-own commands, evaluates each checkpoint on held-out text, and measures what the switch cost. See docs/quality.md. --out gets a
-few small tables (quality_results.py), renewed every quarter of a minute; checkpoints and logs stay in --work. The same command
-again goes on where it was cut off, and skips what is finished. Two such commands may run side by side, on different GPUs
-(CUDA_VISIBLE_DEVICES) with different --runs, and the same --work and --out. Arguments that are not known here go to Megatron,
-in all runs.
+Trains runs of an experiment, one after the other or, with --at-once, several side by side, by the product's own commands,
+evaluates each checkpoint on held-out text, and measures what the switch cost. See docs/quality.md. --out gets a few small
+tables, renewed every quarter of a minute; checkpoints and logs stay in --work. The same command again goes on where it was
+cut off, and skips what is finished. Two such commands may run side by side, on different GPUs (CUDA_VISIBLE_DEVICES) with
+different --runs, and the same --work and --out. Arguments that are not known here go to Megatron, in all runs.
 
-    python benchmarks/quality.py --draw FOLDER [FOLDER …]            pictures and a table of what is there, without a GPU
-    python benchmarks/quality.py --remake FOLDER --out NEW           all tables from a --work folder, or from work.tgz, unpacked
-    python benchmarks/quality.py --merge FOLDER FOLDER … --out NEW   results of several machines in one folder
+    python -m experiments --draw RESULTS [RESULTS …]             pictures and a table of what is there, without a GPU
+    python -m experiments --remake RESULTS --out NEW             all tables of it; with --draw NEW pictures too
+    python -m experiments --merge RESULTS RESULTS … --out NEW    results of several machines in one folder
+
+RESULTS is a folder of tables, a --work folder, a work.tgz, or a folder with no more than that.
 """
 
 from __future__ import annotations
@@ -21,10 +22,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import gettempdir
 
-import quality_pairs
-import quality_results as tables
-from quality_bench import Bench, say
-from quality_runs import BASE, EXPERIMENTS, REFERENCE
+from experiments import archive, pairs, tables
+from experiments.bench import Bench, say
+from experiments.runs import BASE, EXPERIMENTS, REFERENCE
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -33,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
         for name, experiment in EXPERIMENTS.items()
     )
     parser = argparse.ArgumentParser(
+        prog="python -m experiments",
         description=__doc__,
         epilog=f"experiments and their runs:\n{experiments}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -41,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--experiment", choices=list(EXPERIMENTS), default="recipe", help="see below (default: %(default)s)")
     add("--runs", nargs="+", default=[REFERENCE, BASE], metavar="RUN", help="of the experiment (default: dense and the recipe)")
-    add("--out", type=Path, metavar="FOLDER", help="for the tables (default: benchmarks/results/quality/EXPERIMENT)")
+    add("--out", type=Path, metavar="FOLDER", help="for the tables (default: experiments/results/EXPERIMENT)")
     add(
         "--work", type=Path, metavar="FOLDER", help="for checkpoints and logs (default: a temporary folder of the experiment's)"
     )
@@ -55,9 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--loss-sequences", type=int, default=200, help="of the evaluation (default: %(default)s)")
     add("--passkey-samples", type=int, default=20, help="of the evaluation, a cell: a multiple of ten (default: %(default)s)")
     add("--hindsight-samples", type=int, default=500, help="of the checkpoint at the switch (default: %(default)s)")
-    add("--remake", type=Path, metavar="WORK", help="write all tables again, in --out, from what is left in this folder")
-    add("--merge", nargs="+", type=Path, metavar="FOLDER", help="put results together in --out")
-    add("--draw", nargs="+", type=Path, metavar="FOLDER", help="draw results, in --out or the first folder")
+    add("--remake", type=Path, metavar="RESULTS", help="write all tables again, in --out")
+    add("--merge", nargs="+", type=Path, metavar="RESULTS", help="put results together in --out")
+    add("--draw", nargs="+", type=Path, metavar="RESULTS", help="draw results, in --out or the first folder")
     return parser
 
 
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.remake or options.merge or options.draw:
             _tables(options)
             return 0
-        options.out = options.out or Path(__file__).parent / "results" / "quality" / options.experiment
+        options.out = options.out or Path(__file__).parent / "results" / options.experiment
         options.work = options.work or Path(gettempdir()) / f"quality-{options.experiment}"
         bench = Bench(options, more)
         bench.prepare()
@@ -91,15 +92,16 @@ def _tables(options: argparse.Namespace) -> None:
     if options.out is None and (options.remake or options.merge):
         raise ValueError(f"{'--remake' if options.remake else '--merge'} needs --out, a folder for the tables.")
     if options.remake:
-        results = tables.from_work(options.remake)
+        results = archive.read(options.remake)
     else:
-        results = tables.merged(tables.read(folder) for folder in options.merge or options.draw)
+        results = tables.merged(archive.read(path) for path in options.merge or options.draw)
     if options.remake or options.merge:
-        quality_pairs.write(results, options.out)
+        pairs.write(results, options.out)
     if options.draw:
-        import quality_plots
+        from experiments import plots
 
-        quality_plots.draw(results, options.out or options.draw[0])
+        first = options.draw[0]
+        plots.draw(results, options.out or (first.parent if first.is_file() else first))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The runs of benchmarks/quality.py as processes: trained, evaluated, taken up again where they were cut off. Ours."""
+"""An experiment's runs as processes: trained, evaluated, taken up again where they were cut off. Ours."""
 
 from __future__ import annotations
 
@@ -20,26 +20,14 @@ from itertools import pairwise
 from pathlib import Path
 from threading import Lock
 
-import quality_pairs
-import quality_results as tables
-from measure import environment, one_rank
-from quality_runs import (
-    EXPERIMENTS,
-    Size,
-    and_also,
-    attention_arguments,
-    check,
-    hardware,
-    implementation,
-    lighthouse_arguments,
-    model_arguments,
-)
-
-from megatron_lighthouse.launch.torchrun import torchrun
+from experiments import archive, pairs, tables, work
+from experiments.commands import Commands
+from experiments.runs import EXPERIMENTS, Size, and_also, check, hardware, implementation
+from megatron_lighthouse.launch.torchrun import one_rank
 from megatron_lighthouse.recipe import corpus, hindsight, passkey
+from megatron_lighthouse.recipe.printed_log import curve
+from megatron_lighthouse.versions import environment
 
-SAVES = 2
-"""Checkpoints a run, and one at the switch."""
 EVERY = 15
 """Seconds between two looks at a run that is under way."""
 START = time.monotonic()
@@ -61,10 +49,11 @@ class Bench:
         )
         self.runs, self.size, self.at_once = experiment.runs, Size(options.experiment, length, steps, batch), options.at_once
         self.smooth = options.smooth or max(2, self.size.steps // 40)
-        self.probes = [*("--loss-sequences", str(options.loss_sequences), "--passkey-samples", str(options.passkey_samples))]
-        self.foresight = ["--hindsight-samples", str(options.hindsight_samples)]
+        probes = ["--loss-sequences", str(options.loss_sequences), "--passkey-samples", str(options.passkey_samples)]
+        foresight = ["--hindsight-samples", str(options.hindsight_samples)]
+        self.commands = Commands(self.size, implementation(), list(more), probes, foresight)
         self.unbalanced = passkey.Grid([], [], options.passkey_samples).unbalanced()
-        self.of_machine, self.more, self.environment = implementation(), list(more), environment()
+        self.environment = environment()
         self.processes: list[subprocess.Popen[bytes]] = []
         self.publishing, self.published, self.renewed, self.said = Lock(), -math.inf, False, ""
         check(options.runs, self.size, options.at_once)
@@ -143,13 +132,13 @@ class Bench:
         if self._iterations_done(folder) >= self.size.last(run):
             return 0
         say(f"{name}: training, {run.title}, from iteration {self._iterations_done(folder)}")
-        return self._follow(name, self._training(name), folder / "train.log")
+        return self._follow(name, self.commands.training(run, folder, self.corpus), folder / "train.log")
 
     def _evaluate(self, name: str) -> int:
-        folder = self.work / name
-        measurements = {"evaluation": self._evaluation(name)}
-        if self.runs[name].hindsight:
-            measurements["hindsight"] = self._hindsight(name)
+        folder, run = self.work / name, self.runs[name]
+        measurements = {"evaluation": self.commands.evaluation(run, folder, self.corpus)}
+        if run.hindsight:
+            measurements["hindsight"] = self.commands.hindsight(run, folder, self.corpus)
         for measurement, command in measurements.items():
             if tables.read_json(folder / measurement / "evaluation.json") is None:
                 say(f"{name}: {measurement}")
@@ -160,7 +149,7 @@ class Bench:
             if checkpoint.name != f"iter_{self.size.steps:07}":
                 shutil.rmtree(checkpoint)  # half a gigabyte each
         self.publish()
-        found = tables.from_work(self.work).of("runs", name)[0]
+        found = work.from_work(self.work).of("runs", name)[0]
         shown = ("seconds", "training_loss", "held_out_loss", "noise_accuracy", "noise_log_probability")
         say(
             f"{name}: done; "
@@ -179,8 +168,8 @@ class Bench:
                 return self.renewed
             try:
                 with _locked(self.work / "publish.lock"):
-                    tables.pack(self.work, self.out / "work.tgz")
-                    quality_pairs.write(tables.from_work(self.work), self.out)
+                    archive.pack(self.work, self.out / archive.NAME)
+                    pairs.write(work.from_work(self.work), self.out)
                 self.renewed = True
             except Exception as error:
                 if must:
@@ -192,37 +181,6 @@ class Bench:
             self.published = time.monotonic()
             return self.renewed
 
-    def _training(self, name: str) -> list[str]:
-        run, checkpoints = self.runs[name], str(self.work / name / "checkpoints")
-        python = torchrun(run.ranks) if run.ranks > 1 else [sys.executable]
-        # Megatron's index files are not written whole, so processes side by side have each their own
-        data = self.work / name / "data"
-        return [
-            *(*python, "-m", "megatron_lighthouse.pretrain_gpt"),
-            *model_arguments(run, self.size, self.of_machine),
-            *(*attention_arguments(run, self.size), *self.more),
-            *("--save", checkpoints, "--load", checkpoints, "--save-interval", str(max(1, self.size.steps // SAVES))),
-            *("--tensorboard-dir", str(self.work / name / "tensorboard"), "--data-cache-path", str(data)),
-            *("--text-data", str(self.corpus / "train")),
-        ]
-
-    def _evaluation(self, name: str) -> list[str]:
-        return self._measured(name, "evaluation", ["--attention", "dense", *self.probes])
-
-    def _hindsight(self, name: str) -> list[str]:
-        """Of the checkpoint at the switch, with Lighthouse attention."""
-        run = self.runs[name]
-        at = ["--ckpt-step", str(run.switch(self.size.steps)), "--loss-sequences", "0", "--passkey-samples", "0"]
-        return self._measured(name, "hindsight", [*lighthouse_arguments(run, self.size), *at, *self.foresight])
-
-    def _measured(self, name: str, into: str, how: list[str]) -> list[str]:
-        folder = self.work / name
-        return [
-            *(sys.executable, "-m", "megatron_lighthouse.recipe.evaluate"),
-            *(*model_arguments(self.runs[name], self.size, self.of_machine), *how, *self.more),
-            *("--load", str(folder / "checkpoints"), "--held-out", str(self.corpus / "held-out"), "--out", str(folder / into)),
-        ]
-
     def _remember(self, name: str) -> None:
         """run.json. A folder's run keeps its arguments for good, and names all GPUs that it has been trained on.
 
@@ -233,8 +191,7 @@ class Bench:
         others = {json.loads(other.read_text())["experiment"] for other in self.work.glob("*/run.json")} - {size.experiment}
         if others:
             raise ValueError(f"--work {self.work} holds runs of {others.pop()}, not {size.experiment}: name another folder.")
-        arguments = [*model_arguments(run, size, self.of_machine), *attention_arguments(run, size), *self.more]
-        arguments += [*self.probes, *self.foresight, "--corpus", str(self.corpus)]
+        arguments = [*self.commands.arguments(run), "--corpus", str(self.corpus)]
         known = json.loads(path.read_text()) if path.exists() else {}
         before = known.get("arguments", arguments)
         if before != arguments:
@@ -245,11 +202,7 @@ class Bench:
         facts |= {"at_once": max(self.at_once, known.get("at_once", 1)), "smooth": self.smooth}
         facts |= {"seq_length": size.seq_length, "tokens": size.tokens, "steps": size.steps}
         facts |= {"switch": run.switch(size.steps), "dense_from": run.dense_from(size.steps)}
-        commands = {"train": self._training(name)}
-        if not run.until:
-            commands["evaluate"] = self._evaluation(name)
-        if run.hindsight:
-            commands["hindsight"] = self._hindsight(name)
+        commands = self.commands.of(run, path.parent, self.corpus)
         facts |= {"command": shlex.join(sys.argv)}
         facts |= {what: shlex.join(["python", *command[1:]]) for what, command in commands.items()}
         facts |= {"versions": self.environment, "arguments": arguments}
@@ -266,7 +219,7 @@ class Bench:
         # a port that is free now may not be when the process asks for it: 0 lets it choose (torchrun sets another)
         environment = {**settings, **one_rank(), "MASTER_PORT": "0"}
         with log.open("a") as file:
-            file.write(tables.STARTED)
+            file.write(work.STARTED)
             file.flush()
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
         self.processes.append(process)
@@ -289,7 +242,7 @@ class Bench:
         """Publish, and say how far a run is at its first iteration and every tenth of it; answers the last iteration said."""
         if not self.publish():
             return shown
-        point = (tables.curve(log.read_text(errors="replace")) or [{"iteration": 0}])[-1]
+        point = (curve(log.read_text(errors="replace"), work.STARTED) or [{"iteration": 0}])[-1]
         now = int(point["iteration"])
         if now == 0 or 0 < shown <= now < shown + self.size.steps // 10:
             return shown

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# benchmarks/quality.sh recipe|variants --work FOLDER --out FOLDER …: all runs of an experiment of quality.py, on two GPUs.
+# experiments/on_two_gpus.sh recipe|variants --work FOLDER --out FOLDER …: all runs of an experiment, on two GPUs.
 # A recipe and its dense run take turns on one GPU, so that their times compare; five or six variants share one.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -8,7 +8,7 @@ trap 'kill $(jobs -p) 2>/dev/null; exit 143' TERM INT
 
 experiment=${1:-}
 shift || true
-one=("${PYTHON:-python3}" "$root/benchmarks/quality.py" --experiment "$experiment" "$@")
+one=("${PYTHON:-python3}" -m experiments --experiment "$experiment" "$@")
 last=
 case $experiment in
 recipe) first="norm-60 dense" second="norm-60-2 dense-2" ;;
@@ -19,7 +19,7 @@ variants)
 	last=cp-2
 	;;
 *)
-	echo "usage: $0 recipe|variants [--work FOLDER] [--out FOLDER] [arguments of quality.py]" >&2
+	echo "usage: $0 recipe|variants [--work FOLDER] [--out FOLDER] [arguments of python -m experiments]" >&2
 	exit 2
 	;;
 esac
@@ -28,7 +28,7 @@ gpus=$("${PYTHON:-python3}" -c 'import torch; print(torch.cuda.device_count())' 
 	exit 2
 }
 if ((gpus < 2)); then
-	echo "$0 takes two GPUs, and $gpus can be seen: give quality.py --experiment $experiment one run after the other." >&2
+	echo "$0 takes two GPUs, and $gpus can be seen: give python -m experiments --experiment $experiment one run after the other." >&2
 	exit 2
 fi
 

@@ -1,4 +1,4 @@
-"""What follows from the tables of quality_results.py: pairs.csv and positions.csv, and all tables written. Imports no Megatron.
+"""What follows from the tables: pairs.csv and positions.csv, and all tables written. Imports no Megatron.
 
 Errors of held-out loss are over documents, whose sequences are not independent; where an evaluation does not say the document
 of each sequence, they are empty. Those of passkey answers are over questions. Ours.
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-from quality_results import Results, Row, write_csv, write_json
-from quality_runs import EARLY, REFERENCE
 
+from experiments.runs import EARLY, REFERENCE
+from experiments.tables import FACTS, Results, Row, write_csv, write_json
 from megatron_lighthouse.recipe import recovery
 from megatron_lighthouse.recipe.passkey import FILLERS
 from megatron_lighthouse.recipe.positions import mean_and_error
@@ -204,4 +204,4 @@ def write(results: Results, out: Path) -> None:
     for name, rows in {**results.tables, "positions": positions(results), "pairs": pairs(results)}.items():
         if rows:
             write_csv(out / f"{name}.csv", rows)
-    write_json(out / "quality.json", results.facts)
+    write_json(out / FACTS, results.facts)

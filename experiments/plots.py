@@ -1,4 +1,4 @@
-"""Pictures of benchmarks/quality.py, and its table in Markdown, from the files of --out: `quality.py --draw FOLDER`."""
+"""Pictures of an experiment: `python -m experiments --draw FOLDER`."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from typing import Any
 import numpy
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from quality_pairs import dense_of, pairs, positions
-from quality_results import Results, Row, steady
-from quality_runs import BASE, REFERENCE
 
+from experiments.pairs import dense_of, pairs, positions
+from experiments.runs import REFERENCE, SECOND_SEED
+from experiments.summary import table
+from experiments.tables import Results
 from megatron_lighthouse.recipe.passkey import CHANCE
+from megatron_lighthouse.recipe.printed_log import steady
 from megatron_lighthouse.recipe.recovery import smoothed
 
-SECOND_SEED = "dense-2"
 MAPS = 6
 """Passkey maps side by side: more could not be read in a page."""
-MARGIN = 0.005
-"""Nats of held-out loss that the recipe may end above dense."""
 PALETTE = "#2b3a67 #d1495b #6d8fd1 #e8a04c #3a9d8f #8d6cab #7a9e3c #8a6d3b #d37fb0 #5f6c7b #c9b037 #37b6c9".split()
 
 
@@ -50,85 +49,6 @@ def draw(results: Results, out: Path) -> None:
     print(text)
 
 
-def table(results: Results) -> str:
-    """A line a run, in Markdown."""
-    columns = (
-        "run",
-        "steady s",
-        "× dense",
-        "tokens/s stage 1",
-        "stage 2",
-        "training loss, above dense",
-        "held-out loss",
-        "above dense",
-        "passkey",
-        "above dense",
-        "log p",
-        "spike",
-        "back",
-        "level with dense",
-    )
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    above = {row["run"]: row for row in reversed(pairs(results))}  # the first that a run is compared with
-    notes: list[str] = []
-    devices = {row["run"]: row.get("device") or "device not known" for row in results.tables["runs"]}
-    for row in results.tables["runs"]:
-        pair = above.get(row["run"], {})
-        other_gpu = pair.get("same_gpu") == "no"
-        alone = row["at_once"] == 1
-        cells = [
-            f"`{row['run']}`: {row['title']}"
-            + (f", on {devices[row['run']]}" if len(set(devices.values())) > 1 else "")
-            + ("" if row["iterations"] == row["steps"] else f" ({row['iterations']} iterations)"),
-            (f"{row['steady_seconds']:,.0f}" + (f" × {row['ranks']}" if row["ranks"] > 1 else "")) if alone else "",
-            _number(pair.get("steady_ratio"), ".3f") + ("*" if other_gpu and pair["steady_ratio"] else ""),
-            *(_number(row[f"tokens_per_second_{stage}"] if alone else None, ",.0f") for stage in ("lighthouse", "dense")),
-            _number(pair.get("gap"), "+.4f"),
-            _number(row["held_out_loss"], ".4f"),
-            _difference(pair.get("difference"), pair.get("standard_error"), ".4f"),
-            _number(row["noise_accuracy"], ".1%"),
-            _difference(pair.get("noise_accuracy_difference"), pair.get("noise_accuracy_error"), ".1%"),
-            _number(row["noise_log_probability"], ".3f"),
-            _number(row["spike"], "+.3f"),
-            _number(row["iterations_to_recover"], ",.0f"),
-            _number(pair.get("iterations_to_catch_up"), ",.0f"),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-        if other_gpu and not notes:
-            notes.append("\\* not on the same GPU")
-    notes += _verdict(above)
-    for row in results.tables["hindsight"]:
-        if row["distance"] == 0:
-            known = _difference(row["difference"], row["standard_error"], ".3f")
-            notes.append(
-                f"`{row['run']}` at the switch, with Lighthouse: {known} nats without what selections tell of later text."
-            )
-    return "\n".join([*lines, *(f"\n{note}" for note in notes)]) + "\n"
-
-
-def _verdict(above: dict[str, Row]) -> list[str]:
-    """What two seeds say of the recipe, each held to the dense run of its own; and how far seeds of dense lie apart."""
-    notes = []
-    known = (above.get(name, {}).get("difference") for name in (BASE, f"{BASE}-2"))
-    found = [float(difference) for difference in known if difference is not None]
-    if len(found) == 2:
-        mean, half = (found[0] + found[1]) / 2, abs(found[0] - found[1]) / 2
-        notes.append(
-            f"The recipe above dense, mean of two seeds: {mean:+.4f} nats, each {half:.4f} from it; the bar is +{MARGIN}."
-        )
-    if (seeds := above.get(SECOND_SEED, {}).get("difference")) is not None:
-        notes.append(f"Dense with another seed: {seeds:+.4f} nats.")
-    return notes
-
-
-def _difference(value: float | None, error: float | None, form: str) -> str:
-    return _number(value, f"+{form}") + ("" if error is None else f" ± {error:{form}}")
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
-
-
 def _loss(results: Results, path: Path) -> None:
     """Smoothed training losses by iteration and by time, marked at the switch and where the loss is back; and less dense's.
 
@@ -146,7 +66,7 @@ def _loss(results: Results, path: Path) -> None:
             continue
         mean = smoothed({point["iteration"]: point["loss"] for point in points}, row["smooth"])
         iterations, losses = list(mean), list(mean.values())
-        x_of: tuple[list[Any], ...] = (iterations, list(accumulate(steady(row, points))))
+        x_of: tuple[list[Any], ...] = (iterations, list(accumulate(steady(points, row["switch"], row["dense_from"]))))
         marks = [(row["switch"], "o")] if row["switch"] else []
         if row["iterations_to_recover"]:
             marks.append((row["switch"] + row["iterations_to_recover"], "s"))

@@ -1,4 +1,4 @@
-"""What benchmarks/quality.py trains: experiments, their runs, and the arguments they come to. Imports no Megatron. Ours."""
+"""What is trained: experiments, their runs, and the arguments they come to. Imports no Megatron. Ours."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from megatron_lighthouse.recipe.presets import COMMON, LOCAL, ON_CPU
 
 REFERENCE, BASE = "dense", "norm-60"
 """The run that others are held to, and the recipe that is judged."""
+SECOND_SEED = "dense-2"
+"""The reference with another seed."""
 OTHERS = (REFERENCE, BASE)
 """What a variant is compared with: dense from scratch, and the recipe of which it is a variant."""
 EARLY = 300
@@ -94,8 +96,8 @@ PAIR = {
     REFERENCE: DENSE,
     BASE: NORM,
     # what another seed alone changes
-    "dense-2": Run("dense from scratch, second seed", seed=2),
-    "norm-60-2": Run("60% Lighthouse, second seed", 60, seed=2, against=("dense-2", BASE)),
+    SECOND_SEED: Run("dense from scratch, second seed", seed=2),
+    "norm-60-2": Run("60% Lighthouse, second seed", 60, seed=2, against=(SECOND_SEED, BASE)),
 }
 VARIANT = replace(NORM, against=OTHERS)
 """Of which the runs of 'variants' change one thing."""
@@ -144,7 +146,7 @@ EXPERIMENTS = {
         {
             REFERENCE: DENSE,
             BASE: NORM,
-            "dense-2": PAIR["dense-2"],
+            SECOND_SEED: PAIR[SECOND_SEED],
             "norm-60-outer": replace(VARIANT, title="one dense layer at either end", dense=1),
             "summary-60-outer": replace(VARIANT, title="… and the scorer summary", dense=1, scorer="summary"),
             "pairs-outer": replace(

@@ -66,7 +66,7 @@ def main() -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    from megatron_lighthouse.versions import environment  # which an older checkout has elsewhere
+    from megatron_lighthouse.versions import environment  # not in a process for another checkout, which may lack it
 
     (options.out / "host_time.json").write_text(json.dumps(environment(), indent=2) + "\n")
     if options.profile:

@@ -175,7 +175,7 @@ def compiled(capability: int) -> dict[str, list[Any]]:
 @pytest.mark.parametrize("capability", [90, 100], ids="sm_{}".format)
 def test_compiles_for_hopper_and_blackwell_without_spills(capability: int, layer: str) -> None:
     reports = compiled(capability)[layer]
-    assert len(reports) == 11
+    assert len(reports) == 15
     for kernel, registers, shared_bytes, spilled_bytes in reports:
         print(f"sm_{capability} {kernel}: {registers} registers, {shared_bytes} bytes shared, {spilled_bytes} spilled")
         assert spilled_bytes == 0, kernel

@@ -22,7 +22,7 @@ from attention_cases import LENGTHS, OTHERS, SHAPES, Case
 from attention_checks import QKV, check, each
 from attention_plots import draw
 from competitors import authors, available, dense
-from measure import copy_gb_per_second, environment, host_ms, median_ms, peak_gib
+from measure import copy_gb_per_second, host_ms, median_ms, peak_gib
 from torch import Tensor
 
 from megatron_lighthouse import lighthouse_attention
@@ -30,6 +30,7 @@ from megatron_lighthouse.kernels import lighthouse as kernels
 from megatron_lighthouse.kernels.lighthouse.gather import NOT_TURNED, _gather_backward
 from megatron_lighthouse.kernels.lighthouse.scatter import _scatter_backward
 from megatron_lighthouse.softmax.backends import inner_attention
+from megatron_lighthouse.versions import environment
 
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
 

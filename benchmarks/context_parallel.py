@@ -24,10 +24,10 @@ import torch.distributed as dist
 from context_parallel_checks import check
 from context_parallel_layers import world
 from context_parallel_times import CASES, TIMED, time_case
-from measure import environment
 from torch.multiprocessing.spawn import spawn
 
 from megatron_lighthouse.lighthouse.scorers import SCORERS
+from megatron_lighthouse.versions import environment
 
 RANKS = (2, 4, 8)
 

@@ -66,7 +66,8 @@ def main() -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    environment = importlib.import_module("measure").environment  # of this checkout, so not in a process for another
+    from megatron_lighthouse.versions import environment  # not in a process for another checkout, which may lack it
+
     (options.out / "host_time.json").write_text(json.dumps(environment(), indent=2) + "\n")
     if options.profile:
         length = options.lengths[:2][-1]

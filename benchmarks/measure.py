@@ -1,22 +1,13 @@
-"""What the benchmarks share: time by CUDA events, memory, and the facts that every result must name."""
+"""What the benchmarks share: time by CUDA events, and memory."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
-import socket
 import statistics
 from collections.abc import Callable, Sequence
-from datetime import date
-from pathlib import Path
 
 import torch
 
-from megatron_lighthouse.launch.torchrun import own_environment
-
 Call = Callable[[], object]
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def median_ms(calls: Sequence[Call], seconds: float = 0.4, most: int = 50) -> float:
@@ -76,37 +67,3 @@ def copy_gb_per_second() -> float:
     source = torch.randn(2**29, device="cuda", dtype=torch.bfloat16)
     target = torch.empty_like(source)
     return 2 * source.nbytes / median_ms([lambda: target.copy_(source)]) / 1e6
-
-
-def environment() -> dict[str, object]:
-    """Device, versions and date."""
-    versions = {name: _version(name) for name in ("torch", "triton", "megatron-core", "transformer-engine", "flash-attn-4")}
-    return {
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-        "python": platform.python_version(),
-        "cudnn": torch.backends.cudnn.version(),
-        **{name: version for name, version in versions.items() if version},
-    }
-
-
-def one_rank() -> dict[str, str]:
-    """The environment of a run of the entry point as the only rank, from this checkout."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    # torch takes the allocator's old name before the new, and alone
-    allocator = {} if "PYTORCH_ALLOC_CONF" in os.environ else {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    return {
-        **{"CUDA_DEVICE_MAX_CONNECTIONS": "1", **allocator},
-        **own_environment(),
-        **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port},
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

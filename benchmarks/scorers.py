@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import environment, median_ms
+from measure import median_ms
 from torch import Tensor
 
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention
 from megatron_lighthouse.lighthouse.scorers import SCORERS
+from megatron_lighthouse.versions import environment
 
 COUNTED = ("norm", "summary", "dilated", "gla")
 COPIES = 3

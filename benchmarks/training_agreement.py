@@ -23,13 +23,13 @@ from pathlib import Path
 
 import torch
 from h100_training import DETERMINISTIC
-from measure import environment, one_rank
 
 from megatron_lighthouse.context_parallel.copies import SWITCH
-from megatron_lighthouse.launch.torchrun import torchrun
+from megatron_lighthouse.launch.torchrun import one_rank, torchrun
 from megatron_lighthouse.plan.words import RECOMPUTE_WORDS
 from megatron_lighthouse.plots import read_scalars
 from megatron_lighthouse.recipe.presets import COMMON, LOCAL, default_text
+from megatron_lighthouse.versions import environment
 
 MODEL = f"""
     {COMMON} --no-gradient-accumulation-fusion --distributed-backend nccl

@@ -16,10 +16,9 @@ import statistics
 import subprocess
 from pathlib import Path
 
-from measure import environment, one_rank
-
-from megatron_lighthouse.launch.torchrun import torchrun
+from megatron_lighthouse.launch.torchrun import one_rank, torchrun
 from megatron_lighthouse.recipe.presets import default_text
+from megatron_lighthouse.versions import environment
 
 MODEL = """
     --bf16 --transformer-impl transformer_engine --attention-backend fused --distributed-backend nccl

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 import sys
+from datetime import date
 from importlib import metadata
 
+import torch
 from packaging.version import InvalidVersion, Version
 
 LEAST = {
@@ -26,6 +29,18 @@ def too_old(package: str) -> str | None:
     except InvalidVersion:
         return f"is installed as {found}, which is no version: pip install '{package}>={least}'"
     return f"is installed as {found}, and is right from {least} on: pip install -U '{package}>={least}'" if is_old else None
+
+
+def environment() -> dict[str, object]:
+    """Device, versions and date: what every result must name."""
+    versions = {name: _installed(name) for name in ("torch", "triton", "megatron-core", "transformer-engine", "flash-attn-4")}
+    return {
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "python": platform.python_version(),
+        "cudnn": torch.backends.cudnn.version(),
+        **{name: version for name, version in versions.items() if version},
+    }
 
 
 def _installed(package: str) -> str | None:

@@ -13,7 +13,7 @@ if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 LONGEST = """
-    launch/test_cluster.py mcore/test_parity.py tests/test_kernels.py mcore/test_quality.py mcore/test_two_stage.py
+    launch/test_cluster.py mcore/test_parity.py tests/test_kernels.py experiments/test_bench.py mcore/test_two_stage.py
     mcore/test_evaluate_arguments.py mcore/test_evaluate.py mcore/test_checkpoints.py mcore/test_stage.py
 """.split()
 """Files that take a minute and more, the longest first: a worker takes a whole file at a time."""
@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # with several workers none is left alone with a long file at the end
     def place(item: pytest.Item) -> int:
         name = "/".join(item.path.parts[-2:])
-        rest = len(LONGEST) + (item.path.parent.name not in ("mcore", "launch"))
+        rest = len(LONGEST) + (item.path.parent.name not in ("experiments", "mcore", "launch"))
         return LONGEST.index(name) if name in LONGEST else rest
 
     items.sort(key=place)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_lighthouse.profiling import report
-from tests.test_profiling import check_by_hand, refused, torch_events, write_nsys, write_torch
+from tests.traces import check_by_hand, refused, torch_events, write_nsys, write_torch
 
 
 @pytest.mark.parametrize("name", [b"aten::\xff\xfe", b"a\x01b\x00c", b"tab\tline\nend", "Größe".encode("latin-1")])

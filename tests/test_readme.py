@@ -106,7 +106,7 @@ def test_the_words_below_are_those_of_the_runs() -> None:
         assert f"of a {run['layers']}-layer GPT over bytes" in words
     lighthouse = run["layers"] - run["dense_first"] - run["dense_last"]
     assert f"GPT over bytes, {lighthouse} layers Lighthouse" in words
-    recipe = next(row for row in rows_of(ROOT / "benchmarks/results/quality/recipe/runs.csv") if row["run"] == "norm-60")
+    recipe = next(row for row in rows_of(ROOT / "experiments/results/recipe/runs.csv") if row["run"] == "norm-60")
     assert f"for {int(recipe['switch']) / int(recipe['iterations']):.0%} of its iterations with Lighthouse" in words
 
 

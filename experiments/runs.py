@@ -1,0 +1,294 @@
+"""What is trained: experiments, their runs, and the arguments they come to. Imports no Megatron. Ours."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+
+import torch
+
+from megatron_lighthouse.recipe.presets import COMMON, LOCAL, ON_CPU
+
+REFERENCE, BASE = "dense", "norm-60"
+"""The run that others are held to, and the recipe that is judged."""
+SECOND_SEED = "dense-2"
+"""The reference with another seed."""
+OTHERS = (REFERENCE, BASE)
+"""What a variant is compared with: dense from scratch, and the recipe of which it is a variant."""
+EARLY = 300
+"""Iterations of a run that ends early, and over which others are held to it."""
+GRADUAL = 20
+"""The gradual return takes one iteration in so many."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run. What is not said is as in the others of its experiment."""
+
+    title: str
+    share: int = 0
+    """Per cent of the iterations that use Lighthouse; the rest is dense."""
+    scorer: str = "norm"
+    levels: int = 2
+    """L."""
+    pooling: int = 4
+    """p."""
+    budget: int = 32
+    """k is the sequence length over this."""
+    tile_budget: int | None = None
+    """m, where it is not the experiment's."""
+    dense: int = 2
+    """Layers that stay dense at either end."""
+    options: str = ""
+    gradual: bool = False
+    """Whether layers return to dense attention one by one."""
+    seed: int = 1
+    """Of the initial weights and of the order of the data."""
+    ranks: int = 1
+    """GPUs, by context parallelism."""
+    telemetry: bool = False
+    """Whether it logs what selection does, ten times in all. Not for a run whose time counts."""
+    hindsight: bool = False
+    """Whether the checkpoint at the switch is asked how much its selections know of later tokens."""
+    until: int | None = None
+    """The iteration after which it ends, not trained out and not evaluated: a run that is compared step by step."""
+    against: tuple[str, ...] = (REFERENCE,)
+    """The runs that it is compared with."""
+
+    def switch(self, steps: int) -> int:
+        """The last iteration in which all Lighthouse layers select; 0 for a run that is dense throughout."""
+        return steps * self.share // 100
+
+    def dense_from(self, steps: int) -> int:
+        """The first iteration in which all layers are dense; 1 for a run that is dense throughout."""
+        return self.switch(steps) + (max(2, steps // GRADUAL) if self.gradual else 1)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Runs that share a model, a length, a schedule and a corpus."""
+
+    title: str
+    model: str
+    """Megatron's arguments: a GPT over bytes."""
+    schedule: str
+    """Megatron's arguments; {decay} stands for a fifth of the iterations, {rise} for a thirtieth of them."""
+    seq_length: int
+    steps: int
+    batch: int
+    """Sequences an iteration, all in one micro batch."""
+    tile_budget: int
+    """m."""
+    runs: dict[str, Run] = field(repr=False)
+
+
+GPT_39M = "--num-layers 12 --hidden-size 512 --ffn-hidden-size 1408 --num-attention-heads 8 --rotary-base 500000"
+GPT_14M = "--num-layers 8 --hidden-size 384 --ffn-hidden-size 1024 --num-attention-heads 6 --rotary-base 500000"
+STABLE = """
+    --lr 1.5e-3 --min-lr 1e-4 --lr-warmup-iters {rise}
+    --lr-decay-style WSD --lr-wsd-decay-style linear --lr-wsd-decay-iters {decay}
+"""
+"""Constant until the last fifth: stage 2 needs high rates to recover."""
+
+DENSE, NORM = Run("dense from scratch", against=()), Run("60% Lighthouse, then dense", 60)
+PAIR = {
+    REFERENCE: DENSE,
+    BASE: NORM,
+    # what another seed alone changes
+    SECOND_SEED: Run("dense from scratch, second seed", seed=2),
+    "norm-60-2": Run("60% Lighthouse, second seed", 60, seed=2, against=(SECOND_SEED, BASE)),
+}
+VARIANT = replace(NORM, against=OTHERS)
+"""Of which the runs of 'variants' change one thing."""
+FIRST = replace(VARIANT, levels=3, budget=64, dense=1)
+"""The first try: the paper's levels, and the least that stays dense."""
+
+EXPERIMENTS = {
+    "recipe": Experiment(
+        "dense and the recipe, two seeds, each alone on its GPU",
+        *(GPT_39M, STABLE, 32768, 3000, 2, 128),
+        PAIR,
+    ),
+    "variants": Experiment(
+        "one thing changed at a time; several share a GPU, so that their times say nothing",
+        *(GPT_39M, STABLE, 16384, 2700, 2, 128),
+        {
+            REFERENCE: DENSE,
+            BASE: replace(NORM, hindsight=True),
+            # what the order of sums in cuDNN's backward alone changes: nothing smaller can be told from nothing
+            "norm-60-again": replace(VARIANT, title="the same again"),
+            "norm-75": replace(VARIANT, title="75% Lighthouse, then dense", share=75),
+            "summary-60": replace(
+                VARIANT, title="scorer summary", scorer="summary", hindsight=True, against=(*OTHERS, "dilated-60")
+            ),
+            "dilated-60": replace(VARIANT, title="scorer dilated", scorer="dilated", hindsight=True),
+            # tiles as long as the others', which decide how far ahead a selection sees
+            "half-budget": replace(VARIANT, title="half the budget", budget=64, tile_budget=64),
+            "double-budget": replace(VARIANT, title="twice the budget", budget=16, tile_budget=256),
+            "three-levels": replace(
+                VARIANT, title="three levels, half the budget", levels=3, budget=64, tile_budget=64, hindsight=True
+            ),
+            "no-pin": replace(VARIANT, title="first window not pinned", options="--no-lighthouse-pin-first"),
+            "layers": replace(VARIANT, title="layer by layer to dense", gradual=True, telemetry=True),
+            "cp-2": replace(
+                VARIANT,
+                title="context parallel 2, its first 300 iterations",
+                ranks=2,
+                until=300,
+                against=(BASE, "norm-60-again"),
+            ),
+        },
+    ),
+    "pilot": Experiment(
+        "a smaller model at 8K, ten runs side by side: which settings recover",
+        *(GPT_14M, STABLE, 8192, 3000, 4, 64),
+        {
+            REFERENCE: DENSE,
+            BASE: NORM,
+            SECOND_SEED: PAIR[SECOND_SEED],
+            "norm-60-outer": replace(VARIANT, title="one dense layer at either end", dense=1),
+            "summary-60-outer": replace(VARIANT, title="… and the scorer summary", dense=1, scorer="summary"),
+            "pairs-outer": replace(
+                VARIANT, title="… and windows of two, k = N/16", dense=1, pooling=2, budget=16, tile_budget=128
+            ),
+            "three-levels": replace(VARIANT, title="three levels, k = N/64", levels=3, budget=64, tile_budget=32),
+            "three-levels-outer": replace(FIRST, title="… and one dense layer at either end", tile_budget=32),
+            "three-levels-outer-40": replace(FIRST, title="… and 40% Lighthouse", share=40, tile_budget=32),
+            "three-levels-outer-wide": replace(
+                FIRST, title="… and k = N/16", budget=16, tile_budget=128, against=(*OTHERS, "three-levels-outer")
+            ),
+        },
+    ),
+    "short": Experiment(
+        "the first try: 800 iterations, three levels, one dense layer at either end",
+        GPT_39M,
+        "--lr 1e-3 --min-lr 1e-4 --lr-warmup-fraction 0.05",
+        *(32768, 800, 2, 128),
+        {
+            **{name: replace(run, levels=3, budget=64, dense=1) for name, run in PAIR.items()},
+            "norm-75": replace(FIRST, title="75% Lighthouse, then dense", share=75),
+            "summary-60": replace(FIRST, title="scorer summary", scorer="summary", against=(*OTHERS, "dilated-60")),
+            "dilated-60": replace(FIRST, title="scorer dilated", scorer="dilated"),
+            "no-pin": replace(FIRST, title="first window not pinned", options="--no-lighthouse-pin-first"),
+        },
+    ),
+    "tiny": Experiment(
+        "a minute or two on a CPU, to see it work",
+        "--num-layers 4 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --init-method-std 0.1",
+        "--lr 5e-3 --min-lr 5e-4 --lr-warmup-fraction 0.05",
+        *(256, 10, 1, 4),
+        {
+            **{name: replace(run, dense=1, hindsight=name == BASE) for name, run in PAIR.items()},
+            "cp-2": replace(VARIANT, title="context parallel 2, its first five iterations", dense=1, ranks=2, until=5),
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """What all runs of a comparison share."""
+
+    experiment: str
+    seq_length: int
+    steps: int
+    batch: int
+    """Sequences an iteration."""
+
+    @property
+    def tokens(self) -> int:
+        """Of an iteration."""
+        return self.seq_length * self.batch
+
+    def last(self, run: Run) -> int:
+        """The iteration in which a run ends."""
+        return min(run.until or self.steps, self.steps)
+
+
+def implementation() -> list[str]:
+    """Megatron's arguments for this machine: Transformer Engine where it is installed, else its local layers."""
+    if not torch.cuda.is_available():
+        return f"{ON_CPU} --no-bias-swiglu-fusion".split()
+    arguments = ["--distributed-backend", "nccl", "--bf16"]
+    if find_spec("transformer_engine"):
+        arguments += ["--transformer-impl", "transformer_engine", "--attention-backend", "fused"]
+    else:
+        arguments += [*LOCAL.split(), "--lighthouse-inner", "cudnn"]
+    if not find_spec("fused_weight_gradient_mlp_cuda"):  # an extension of NVIDIA Apex
+        arguments.append("--no-gradient-accumulation-fusion")
+    return arguments
+
+
+def hardware(ranks: int) -> tuple[str, str]:
+    """The name of the device that a run of so many ranks has here, and the UUIDs of its GPUs; of a CPU no UUID."""
+    if not torch.cuda.is_available():
+        return platform.machine(), ""
+    return torch.cuda.get_device_name(), " ".join(str(torch.cuda.get_device_properties(i).uuid) for i in range(ranks))
+
+
+def and_also(known: str | None, new: str) -> str:
+    """`new` after what is known, once."""
+    return new if not known or known == new else known if new in known.split(", ") else f"{known}, {new}"
+
+
+def model_arguments(run: Run, size: Size, of_machine: list[str]) -> list[str]:
+    """Model, optimizer and schedule: what a run and the evaluation of its checkpoint are both given."""
+    length, experiment = str(size.seq_length), EXPERIMENTS[size.experiment]
+    return [
+        *(*COMMON.split(), *of_machine, *experiment.model.split()),
+        *experiment.schedule.format(decay=size.steps // 5, rise=size.steps // 30).split(),
+        *("--seq-length", length, "--max-position-embeddings", length, "--global-batch-size", str(size.batch)),
+        *("--micro-batch-size", str(size.batch), "--train-iters", str(size.steps), "--seed", str(run.seed)),
+        # COMMON asks for validation, whose text is not the evaluation's
+        *("--eval-iters", "0", "--eval-interval", str(size.steps + 1)),
+    ]
+
+
+def lighthouse_arguments(run: Run, size: Size) -> list[str]:
+    """The settings of Lighthouse attention."""
+    tile_budget = run.tile_budget or EXPERIMENTS[size.experiment].tile_budget
+    return [
+        *("--attention", "lighthouse", "--lighthouse-levels", str(run.levels), "--lighthouse-pooling", str(run.pooling)),
+        *("--lighthouse-budget", str(size.seq_length // run.budget), "--lighthouse-tile-budget", str(tile_budget)),
+        *("--lighthouse-scorer", run.scorer, "--lighthouse-dense-first", str(run.dense)),
+        *("--lighthouse-dense-last", str(run.dense), *run.options.split()),
+    ]
+
+
+def attention_arguments(run: Run, size: Size) -> list[str]:
+    """Which attention, from which iteration to which, over how many GPUs."""
+    if not run.share:
+        return ["--attention", "dense"]
+    at = run.switch(size.steps)
+    arguments = [*lighthouse_arguments(run, size), "--lighthouse-stage2-at", str(at)]
+    if run.gradual:
+        arguments += ["--lighthouse-return", "layers", "--lighthouse-return-iters", str(run.dense_from(size.steps) - at)]
+    if run.telemetry:
+        arguments += ["--lighthouse-telemetry-interval", str(size.steps // 10)]
+    if run.ranks > 1:
+        arguments += ["--context-parallel-size", str(run.ranks), "--high-priority-stream-groups", "cp"]
+    if run.until:
+        arguments += ["--exit-interval", str(size.last(run))]
+    return arguments
+
+
+def check(names: list[str], size: Size, at_once: int = 1) -> None:
+    """Refuse, before work starts, what cannot run.
+
+    Raises:
+        ValueError: the option, its value, and what would work.
+    """
+    runs = EXPERIMENTS[size.experiment].runs
+    sizes = (("--steps", size.steps), ("--seq-length", size.seq_length), ("--batch", size.batch), ("--at-once", at_once))
+    for option, value in sizes:
+        if value < 1:
+            raise ValueError(f"{option} {value} must be at least 1.")
+    if size.steps < 10:
+        raise ValueError(f"--steps {size.steps} leaves stages of no length: use at least 10.")
+    gpus = torch.cuda.device_count()
+    for name in names:
+        if name not in runs:
+            raise ValueError(f"--runs {name} is not one of --experiment {size.experiment}: {', '.join(runs)}.")
+        if torch.cuda.is_available() and runs[name].ranks > gpus:
+            raise ValueError(f"--runs {name} needs {runs[name].ranks} GPUs, and {gpus} can be seen: leave it out here.")

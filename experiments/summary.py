@@ -1,0 +1,89 @@
+"""An experiment's table in Markdown: a line a run, and what the seeds say. Imports no Megatron. Ours."""
+
+from __future__ import annotations
+
+from experiments.pairs import pairs
+from experiments.runs import BASE, SECOND_SEED
+from experiments.tables import Results, Row
+
+MARGIN = 0.005
+"""Nats of held-out loss that the recipe may end above dense."""
+
+
+def table(results: Results) -> str:
+    """A line a run, in Markdown."""
+    columns = (
+        "run",
+        "steady s",
+        "× dense",
+        "tokens/s stage 1",
+        "stage 2",
+        "training loss, above dense",
+        "held-out loss",
+        "above dense",
+        "passkey",
+        "above dense",
+        "log p",
+        "spike",
+        "back",
+        "level with dense",
+    )
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    above = {row["run"]: row for row in reversed(pairs(results))}  # the first that a run is compared with
+    notes: list[str] = []
+    devices = {row["run"]: row.get("device") or "device not known" for row in results.tables["runs"]}
+    for row in results.tables["runs"]:
+        pair = above.get(row["run"], {})
+        other_gpu = pair.get("same_gpu") == "no"
+        alone = row["at_once"] == 1
+        cells = [
+            f"`{row['run']}`: {row['title']}"
+            + (f", on {devices[row['run']]}" if len(set(devices.values())) > 1 else "")
+            + ("" if row["iterations"] == row["steps"] else f" ({row['iterations']} iterations)"),
+            (f"{row['steady_seconds']:,.0f}" + (f" × {row['ranks']}" if row["ranks"] > 1 else "")) if alone else "",
+            _number(pair.get("steady_ratio"), ".3f") + ("*" if other_gpu and pair["steady_ratio"] else ""),
+            *(_number(row[f"tokens_per_second_{stage}"] if alone else None, ",.0f") for stage in ("lighthouse", "dense")),
+            _number(pair.get("gap"), "+.4f"),
+            _number(row["held_out_loss"], ".4f"),
+            _difference(pair.get("difference"), pair.get("standard_error"), ".4f"),
+            _number(row["noise_accuracy"], ".1%"),
+            _difference(pair.get("noise_accuracy_difference"), pair.get("noise_accuracy_error"), ".1%"),
+            _number(row["noise_log_probability"], ".3f"),
+            _number(row["spike"], "+.3f"),
+            _number(row["iterations_to_recover"], ",.0f"),
+            _number(pair.get("iterations_to_catch_up"), ",.0f"),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+        if other_gpu and not notes:
+            notes.append("\\* not on the same GPU")
+    notes += _verdict(above)
+    for row in results.tables["hindsight"]:
+        if row["distance"] == 0:
+            known = _difference(row["difference"], row["standard_error"], ".3f")
+            notes.append(
+                f"`{row['run']}` at the switch, with Lighthouse: {known} nats without what selections tell of later text."
+            )
+    return "\n".join([*lines, *(f"\n{note}" for note in notes)]) + "\n"
+
+
+def _verdict(above: dict[str, Row]) -> list[str]:
+    """What two seeds say of the recipe, each held to the dense run of its own; and how far seeds of dense lie apart."""
+    notes = []
+    known = (above.get(name, {}).get("difference") for name in (BASE, f"{BASE}-2"))
+    found = [float(difference) for difference in known if difference is not None]
+    if len(found) == 2:
+        mean, half = (found[0] + found[1]) / 2, abs(found[0] - found[1]) / 2
+        notes.append(
+            f"The recipe above dense, mean of two seeds: {mean:+.4f} nats, each {half:.4f} from it; the bar is +{MARGIN}."
+        )
+    if (seeds := above.get(SECOND_SEED, {}).get("difference")) is not None:
+        notes.append(f"Dense with another seed: {seeds:+.4f} nats.")
+    return notes
+
+
+def _difference(value: float | None, error: float | None, form: str) -> str:
+    return _number(value, f"+{form}") + ("" if error is None else f" ± {error:{form}}")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

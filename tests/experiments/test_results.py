@@ -1,0 +1,112 @@
+"""What is kept of the experiments: the same bytes as their archives make, and what the docs say of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments import archive, pairs, summary
+from experiments.__main__ import main
+from experiments.runs import BASE
+from experiments.tables import Row, read_csv
+from tests.mcore.harness import ROOT
+
+RESULTS = ROOT / "experiments" / "results"
+ARCHIVED = sorted(path.parent.name for path in RESULTS.glob("*/work.tgz"))
+
+
+@pytest.mark.parametrize("experiment", ARCHIVED)
+def test_what_is_kept_is_what_the_archive_makes(experiment: str, tmp_path: Path) -> None:
+    results = archive.read(RESULTS / experiment / "work.tgz")
+    pairs.write(results, tmp_path)
+    (tmp_path / "table.md").write_text(summary.table(results))
+    kept = {path.name for path in (RESULTS / experiment).iterdir() if path.suffix not in (".png", ".tgz")}
+    assert {"runs.csv", "pairs.csv", "table.md"} <= kept
+    for name in sorted(kept):
+        assert (RESULTS / experiment / name).read_bytes() == (tmp_path / name).read_bytes(), name
+
+
+def test_every_experiment_keeps_its_archive() -> None:
+    assert ARCHIVED == ["pilot", "recipe", "short", "variants"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(None, "has no quality.json, no RUN/run.json and no work.tgz"), (b"no archive", "is no whole work.tgz")],
+)
+def test_what_holds_no_results_is_refused(
+    content: bytes | None, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path if content is None else tmp_path / "work.tgz"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit):
+        main(["--remake", str(path), "--out", str(tmp_path / "out")])
+    assert f"{path} {says}" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def kept(experiment: str, table: str) -> list[Row]:
+    return read_csv(RESULTS / experiment / f"{table}.csv")
+
+
+def missing_in_docs(rows: list[str]) -> list[str]:
+    text = (ROOT / "docs" / "quality.md").read_text()
+    return [row for row in (row.replace("-0.", "−0.").replace("| -", "| −") for row in rows) if row not in text]
+
+
+def test_docs_say_what_the_recipe_gave() -> None:
+    """The table of docs/quality.md, from its results."""
+    runs = {row["run"]: row for row in kept("recipe", "runs")}
+    above = {row["run"]: row for row in kept("recipe", "pairs") if row["against"].startswith("dense")}
+    mean = (above[BASE]["difference"] + above[f"{BASE}-2"]["difference"]) / 2
+    rows = [f"| mean | | | **{mean:+.4f}** (it was to be at most +0.005) |"]
+    for dense, run in (("dense", BASE), ("dense-2", f"{BASE}-2")):
+        ours, theirs, pair = runs[run], runs[dense], above[run]
+        assert pair["same_gpu"] == "yes"
+        held_out = f"{pair['difference']:+.4f} ± {pair['standard_error']:.4f}"
+        rows.append(f"| {theirs['held_out_loss']:.4f} | {ours['held_out_loss']:.4f} | {held_out} |")
+        rows.append(f"| {theirs['steady_seconds']:.0f} | {ours['steady_seconds']:.0f} | **{pair['steady_ratio']:.3f}**")
+        speeds = [ours[f"tokens_per_second_{stage}"] for stage in ("lighthouse", "dense")]
+        rows.append(f"| {theirs['tokens_per_second_dense']:,.0f} | {speeds[0]:,.0f} and {speeds[1]:,.0f} | |")
+        for filler in ("noise", "classic"):
+            change, error = (pair[f"{filler}_accuracy_{what}"] for what in ("difference", "error"))
+            accuracies = [row[f"{filler}_accuracy"] for row in (theirs, ours)]
+            rows.append(f"| {accuracies[0]:.1%} | {accuracies[1]:.1%} | {change:+.1%} ± {error:.1%} |")
+    for name, form in (("spike", "+.3f"), ("iterations_to_catch_up", ",.0f")):
+        values = [({**runs[run], **above[run]})[name] for run in (BASE, f"{BASE}-2")]
+        rows.append(f"| 1, 2 | | | {values[0]:{form}}, {values[1]:{form}} |")
+    assert not missing_in_docs(rows)
+
+
+def test_docs_say_what_the_variants_gave() -> None:
+    """Both tables of them, likewise."""
+    above = {(row["run"], row["against"]): row for row in kept("variants", "pairs")}
+    hindsight = {(row["run"], row["distance"]): row for row in kept("variants", "hindsight")}
+
+    def measured(row: dict[str, Any] | None, form: str, name: str, error: str) -> str:
+        return f"{row[name]:{form}} ± {row[error]:{form.lstrip('+')}}" if row else ""
+
+    def hint(run: str, distance: int, form: str) -> str:
+        return measured(hindsight.get((run, distance)), form, "difference", "standard_error")
+
+    rows = []
+    for row in kept("variants", "runs"):
+        run = row["run"]
+        if row["held_out_loss"] is None:
+            continue
+        losses = [measured(above.get((run, to)), "+.4f", "difference", "standard_error") for to in ("dense", BASE)]
+        passkey = measured(above.get((run, "dense")), "+.1%", "noise_accuracy_difference", "noise_accuracy_error")
+        spike = "" if row["spike"] is None else f"{row['spike']:+.2f}"
+        cells = [f"`{run}`", f"{row['held_out_loss']:.4f}", *losses, f"{row['noise_accuracy']:.1%}", passkey, spike]
+        rows.append(f"| {' | '.join([*cells, hint(run, 0, '.2f')])} |")
+    assert len(rows) == 11
+    for run in sorted({run for run, _ in hindsight}):
+        last = hindsight[run, 0]
+        mean = f"**{hint(run, 0, '.3f')}**" if run == BASE else hint(run, 0, ".3f")
+        losses = [f"{last[name]:.3f}" for name in ("loss_true_future", "loss_other_future")]
+        rows.append(f"| `{run}` | {' | '.join(losses)} | {mean} | {hint(run, 1, '.3f')} |")
+    assert len(rows) == 15
+    assert not missing_in_docs(rows)

@@ -1,0 +1,90 @@
+"""Experiments and their runs: what the product takes, and what is refused before a run is trained."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from experiments.__main__ import main
+from experiments.runs import BASE, EXPERIMENTS, Size, attention_arguments
+from megatron_lighthouse.mcore.command_line import settings
+
+
+def size_of(experiment: str) -> Size:
+    one = EXPERIMENTS[experiment]
+    return Size(experiment, one.seq_length, one.steps, one.batch)
+
+
+@pytest.mark.parametrize(("experiment", "name"), [(one, name) for one in EXPERIMENTS for name in EXPERIMENTS[one].runs])
+def test_every_run_is_one_that_the_product_takes(experiment: str, name: str) -> None:
+    size, run = size_of(experiment), EXPERIMENTS[experiment].runs[name]
+    parser = settings.add_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    args, rest = parser.parse_known_args(attention_arguments(run, size))
+    assert (args.attention == "lighthouse") == bool(run.share)
+    more = "--context-parallel-size 2 --high-priority-stream-groups cp " if run.ranks == 2 else ""
+    more += f"--lighthouse-telemetry-interval {size.steps // 10} " if run.telemetry else ""
+    more += f"--exit-interval {run.until}" if run.until else ""
+    assert rest == more.split()
+    assert set(run.against) <= EXPERIMENTS[experiment].runs.keys()
+    if args.attention == "lighthouse":
+        found = settings.settings_from(args)
+        assert found.config.geometry(size.seq_length)
+        assert found.stage2 is not None
+        assert not list(found.stage2.problems(size.steps))
+        assert found.stage2.at == run.switch(size.steps) == size.steps * run.share // 100
+        assert found.stage2.at + found.stage2.over == run.dense_from(size.steps)
+
+
+def test_help_names_the_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    assert f"{BASE}: {EXPERIMENTS['recipe'].runs[BASE].title}" in capsys.readouterr().out
+
+
+def test_variants_change_one_thing() -> None:
+    runs, size = EXPERIMENTS["variants"].runs, size_of("variants")
+    base = attention_arguments(runs[BASE], size)
+    budget, tile = (base.index(f"--lighthouse-{name}") + 1 for name in ("budget", "tile-budget"))
+    found = {name: attention_arguments(run, size) for name, run in runs.items() if run.share}
+    changed = {name: [i for i, (a, b) in enumerate(zip(base, found[name], strict=False)) if a != b] for name in found}
+    assert changed["norm-60-again"] == []
+    for name in ("norm-75", "summary-60", "dilated-60"):
+        assert len(changed[name]) == 1, name
+    for name, k in (("half-budget", "256"), ("double-budget", "1024")):
+        assert (changed[name], found[name][budget]) == ([budget, tile], k)
+    # k/m tiles: how far ahead a selection sees
+    assert {int(arguments[budget]) / int(arguments[tile]) for arguments in found.values()} == {4}
+
+
+def test_a_run_of_another_experiment_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--experiment", "tiny", "--runs", "summary-60"])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--runs summary-60 is not one of --experiment tiny: dense, norm-60, dense-2, norm-60-2, cp-2." in said
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("--at-once 0", "--at-once 0 must be at least 1."),
+        ("--hindsight-samples -1", "--hindsight-samples -1 must be at least 1, or 0 for no hindsight."),
+        ("--seq-length 1024", "--held-out has 513 tokens: --hindsight-samples needs at least 2048"),
+    ],
+)
+def test_refused_before_a_run_is_trained(
+    options: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subprocess, "Popen", None)
+    (tmp_path / "corpus" / "held-out").mkdir(parents=True)
+    (tmp_path / "corpus" / "train").mkdir()
+    for part in ("train", "held-out"):
+        (tmp_path / "corpus" / part / "1.txt").write_text(512 * "a")
+    paths = [f"--{name}={tmp_path / name}" for name in ("corpus", "work", "out")]
+    with pytest.raises(SystemExit):
+        main(["--experiment", "tiny", "--runs", BASE, *paths, *options.split()])
+    assert says in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()

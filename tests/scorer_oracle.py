@@ -1,0 +1,89 @@
+"""What each scorer scores, written down plainly in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from importlib import import_module
+
+import numpy as np
+import torch
+
+from megatron_lighthouse.lighthouse.geometry import Pyramid
+from tests.oracle import Array, Problem, attend, norms
+
+# the package has the function under the module's name
+gla = import_module("megatron_lighthouse.lighthouse.scorers.gla")
+
+Pair = tuple[Array, Array]
+"""s^Q and s^K of each row."""
+
+
+def both_ways(rows_of: Callable[[Array, Array, Array], Array], q: Array, k: Array, v: Array) -> Pair:
+    """Rows over rows, then the other way round: q [n, R, D], k and v [n, D]."""
+    by_query = np.stack([rows_of(q[:, r], k, v) for r in range(q.shape[1])], 1)
+    return np.array(norms(by_query)), np.array(norms(rows_of(k, q.mean(1), v)))
+
+
+def softmax_rows(q: Array, k: Array, v: Array) -> Array:
+    return attend(q, k, v, 1 / math.sqrt(q.shape[1]))
+
+
+def streams(score: Callable[[Array, Array, Array], Pair], q: Array, k: Array, v: Array) -> Pair:
+    """Every fourth token by itself."""
+    out = np.zeros(len(q)), np.zeros(len(q))
+    for c in range(4):
+        for whole, part in zip(out, score(q[c::4], k[c::4], v[c::4]), strict=True):
+            whole[c::4] = part
+    return out
+
+
+def dilated_oracle(q: Array, k: Array, v: Array) -> Pair:
+    return streams(lambda *x: both_ways(softmax_rows, *x), q, k, v)
+
+
+def gla_oracle(q: Array, k: Array, v: Array) -> Pair:
+    weight = gla._weight(q.shape[-1], torch.device("cpu")).numpy()
+
+    def stream(q: Array, k: Array, v: Array) -> Pair:
+        gates = [-math.log1p(math.exp(-float(x @ weight))) / 16 for x in q.mean(1)]
+
+        def recurrence(q: Array, k: Array, v: Array) -> Array:
+            state, rows = np.zeros((q.shape[1], q.shape[1])), []
+            for t in range(len(q)):
+                state = math.exp(gates[t]) * state + np.outer(k[t], v[t])
+                rows.append(q[t] @ state / math.sqrt(q.shape[1]))
+            return np.array(rows)
+
+        return both_ways(recurrence, q, k, v)
+
+    return streams(stream, q, k, v)
+
+
+def norm_oracle(q: Array, k: Array, v: Array) -> Pair:
+    return np.array(norms(q)), np.array(norms(k))
+
+
+def windows(scores: Array, problem: Problem) -> list[Array]:
+    """The maxima of level-0 scores, level by level."""
+    return [scores.reshape(-1, problem.pooling**level).max(1) for level in range(1, problem.levels)]
+
+
+def oracle(scorer: str, q: Array, k: Array, v: Array, problem: Problem) -> Array:
+    """[2, B, G, coarse length], of q [N, B, H, D], k and v [N, B, G, D]."""
+    token = {"norm": norm_oracle, "summary": norm_oracle, "dilated": dilated_oracle, "gla": gla_oracle}[scorer]
+    ratio, out = problem.queries_per_group, np.zeros((2, problem.batch, problem.groups, pyramid_of(problem).coarse_length))
+    for b in range(problem.batch):
+        for g in range(problem.groups):
+            inputs = q[:, b, g * ratio : (g + 1) * ratio], k[:, b, g], v[:, b, g]
+            levels = [windows(x, problem) for x in token(*inputs)]
+            if scorer == "summary":
+                pooled = [x.reshape(-1, problem.window, *x.shape[1:]).mean(1) for x in inputs]
+                for level, top in zip(levels, both_ways(softmax_rows, *pooled), strict=True):
+                    level[-1] = top
+            out[:, b, g] = [np.concatenate(level) for level in levels]
+    return out
+
+
+def pyramid_of(problem: Problem) -> Pyramid:
+    return Pyramid(problem.seq_length, problem.levels, problem.pooling)

@@ -1,0 +1,43 @@
+"""The scripts of benchmarks/ and experiments/: listed where one looks for them, and no two that import each other."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_each_script_is_listed() -> None:
+    folder = ROOT / "benchmarks"
+    scripts = {path.name for path in folder.glob("*.py") if '__name__ == "__main__"' in path.read_text()}
+    scripts |= {path.name for path in folder.glob("*.sh")}
+    assert len(scripts) >= 13
+    listed = [line.split("`")[1] for line in (folder / "README.md").read_text().splitlines() if line.startswith("| `")]
+    assert sorted(listed) == sorted(scripts)
+
+
+def test_each_module_of_the_experiments_is_listed() -> None:
+    modules = {path.name for path in (ROOT / "experiments").glob("*.py") if not path.name.startswith("__")}
+    text = (ROOT / "experiments" / "README.md").read_text()
+    assert not {name for name in modules if f"`{name}`" not in text}
+
+
+def imported(path: Path, names: set[str]) -> set[str]:
+    """Those of `names`, modules beside `path`, that it imports anywhere in it, under their own name or their package's."""
+    found = set[str]()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names & {name.removeprefix(f"{path.parent.name}.") for name in found}
+
+
+def test_imports_go_one_way() -> None:
+    for folder, least in (("benchmarks", 15), ("experiments", 10)):
+        paths = {path.stem: path for path in (ROOT / folder).glob("*.py")}
+        graph = {name: imported(path, paths.keys() - {name}) for name, path in paths.items()}
+        assert sum(map(len, graph.values())) >= least
+        TopologicalSorter(graph).prepare()  # raises on a cycle, and names it

@@ -10,18 +10,13 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import Yar
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.mcore.command_line.rope import rope_problems
 
-OF_YARN = (
-    "original_max_position_embeddings",
-    "beta_fast",
-    "beta_slow",
-    "mscale",
-    "mscale_all_dim",
-    "correction_range_round_to_int",
-)
+OF_YARN = """
+    original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim correction_range_round_to_int
+""".split()
 
 
 def rotary_of(model_cfg: Any) -> Rotary | None:
-    """The rotation that the layers of a model apply; None where positions are not rotary. Layers without one are its `no_rope_freq`.
+    """The rotation that a model's layers apply, but for those of `no_rope_freq`; None where its positions are not rotary.
 
     Args:
         model_cfg: Megatron's GPTModelConfig, of which GPTModel makes the module that this makes too.

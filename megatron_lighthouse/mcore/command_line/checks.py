@@ -46,7 +46,7 @@ def check_run(args: Namespace, config: TransformerConfig, settings: LighthouseSe
     """
     problems = [*_model(config, settings, args.seq_length), *_arguments(args), *_stage2(args, settings)]
     if settings.rope == rope.LAST:
-        problems += rope.rope_problems(config, args.position_embedding_type)
+        problems += rope.rope_problems(config, getattr(args, "position_embedding_type", None))
     _raise([*dict.fromkeys(problems)])
 
 
@@ -199,6 +199,12 @@ def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Ite
     for name in ("fp8_dot_product_attention", "fp8_multi_head_attention"):
         if getattr(config, name, False):
             yield f"--{name.replace('_', '-')} is not supported: leave it out (fp8 in the linear layers works without it)."
+    further = getattr(config, "mtp_num_layers", None) or 0  # Megatron counts these from 1, as the model's own
+    if further and (settings.edge_budget is not None or further > settings.dense_first):
+        yield (
+            f"--mtp-num-layers {further} makes layers that are to stay dense, and go by the numbers of the first of the model: "
+            f"leave {flag('edge_budget')} out, and use {flag('dense_first')} {further} or more."
+        )
     graphs = getattr(config, "cuda_graph_impl", "none")
     if settings.stage2 is not None and graphs != "none":
         at = settings.stage2.at

@@ -30,12 +30,12 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
         choices=ROPES,
         default=LAST,
         help="The rotary position of a pooled query or key: that of its window's 'last' token, as the authors' code has it "
-        "since July 2026, or the 'mean' of its rotated tokens, the paper's text. A run that goes on from a checkpoint takes the "
+        "since July 2026, or the 'mean' of its rotated tokens, the paper's text. What goes on from a checkpoint takes the "
         "checkpoint's. Default: %(default)s.",
     )
 
 
-def rope_problems(config: Any, position_embedding_type: str) -> Iterator[str]:
+def rope_problems(config: Any, position_embedding_type: str | None) -> Iterator[str]:
     """Why a model does not say one angle a token and channel.
 
     Args:

@@ -209,10 +209,8 @@ def settings_from(args: argparse.Namespace | None) -> LighthouseSettings:
         parser = add_arguments(argparse.ArgumentParser(prog=ENVIRONMENT, allow_abbrev=False))
         args = parser.parse_args(shlex.split(os.environ.get(ENVIRONMENT, "")))
     options = {f.name: getattr(args, "lighthouse_" + f.name) for f in fields(LighthouseConfig)}
-    own = {
-        name: getattr(args, "lighthouse_" + name)
-        for name in ("dense_first", "dense_last", "discard_output", "rope", "edge_budget")
-    }
+    names = ("dense_first", "dense_last", "discard_output", "rope", "edge_budget")
+    own = {name: getattr(args, "lighthouse_" + name) for name in names}
     settings = LighthouseSettings(LighthouseConfig(**options), **own, stage2=stage.stage2_from(args), attention_layers=holding)
     _ = settings.edge  # checked
     return settings

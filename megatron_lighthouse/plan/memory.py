@@ -27,13 +27,13 @@ def dense_activations(run: Run) -> float:
     return run.tokens / run.tensor_parallel * (BF16 * elements + FP32 * model.heads)
 
 
-def lighthouse_activations(run: Run, geometry: Geometry) -> float:
+def lighthouse_activations(run: Run, geometry: Geometry | None = None) -> float:
     """Kept by a Lighthouse layer: the gathered rows and their output in place of Q, K, V and the output; the map of entries.
 
-    The layer's own output too, unless it is freed and scattered again. The map has a 32-bit number for each entry of all levels
-    and each key/value head.
+    Of `geometry`, or the run's. The layer's own output too, unless it is freed and scattered again. The map has a 32-bit number
+    for each entry of all levels and each key/value head.
     """
-    model = run.model
+    model, geometry = run.model, geometry or run.geometry
     columns = model.heads * model.head_dim
     rows = geometry.gathered_length / run.context_parallel * (BF16 * (model.qkv + columns) + FP32 * model.heads)
     entries = geometry.pyramid_length / run.context_parallel * model.groups * FP32

@@ -12,6 +12,7 @@ import pytest
 from tests.mcore.harness import Run, run
 from tests.tolerances import assert_close
 
+SAVE = "--exit-interval 2 --save checkpoint --save-interval 2".split()
 START = "--finetune --no-load-optim --no-load-rng".split()
 
 LAYOUTS = {
@@ -73,6 +74,43 @@ MASKED = {
 }
 PER_RUN = ("--attention dense", "--calculate-per-token-loss")
 """What one process must be given too."""
+
+
+EDGES = {"CP2": LAYOUTS["CP2"], "TP2·CP2": LAYOUTS["TP2·CP2"]}
+
+
+@pytest.fixture(scope="module")
+def no_dense_layer(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Run:
+    start = ["--attention", "lighthouse", "--lighthouse-edge-budget", "16", "--load", str(checkpoint), *START]
+    return run(tmp_path_factory.mktemp("edges"), *start)
+
+
+@pytest.mark.parametrize("layout", EDGES)
+def test_losses_equal_those_of_one_process_without_a_dense_layer(
+    layout: str, tmp_path: Path, checkpoint: Path, one_process: Run, no_dense_layer: Run
+) -> None:
+    """The first and last layers have a budget of their own."""
+    ranks, arguments = EDGES[layout]
+    start = ["--attention", "lighthouse", "--lighthouse-edge-budget", "16", "--load", str(checkpoint), *START]
+    assert_same(run(tmp_path, *start, *arguments.split(), ranks=ranks), no_dense_layer)
+    assert abs(no_dense_layer.losses[1] - one_process.losses[1]) > 1e-4
+
+
+def test_the_rotary_position_of_rows_counts(tmp_path: Path, checkpoint: Path, one_process: Run) -> None:
+    """Else the parity above, of rows at their window's last token, could hold of the mean as well."""
+    mean = run(tmp_path, "--attention", "lighthouse", "--lighthouse-rope", "mean", "--load", str(checkpoint), *START)
+    assert abs(mean.losses[1] - one_process.losses[1]) > 1e-4
+    assert "--lighthouse-rope mean is taken for a new run, and not last" in mean.log
+
+
+def test_a_resumed_run_goes_on_as_its_checkpoint_was_trained(tmp_path: Path) -> None:
+    """By its own argument, whatever the command line says; and it hands that on."""
+    run(tmp_path, "--attention", "lighthouse", "--lighthouse-rope", "mean", *SAVE)
+    whole = run(tmp_path / "whole", "--attention", "lighthouse", "--lighthouse-rope", "mean")
+    load = ["--attention", "lighthouse", "--load", str(tmp_path / "checkpoint")]
+    resumed = run(tmp_path / "resumed", *load, "--lighthouse-rope", "last")
+    assert_close(resumed.losses[3], whole.losses[3], "parallel loss")
+    assert resumed.log.count("--lighthouse-rope mean is taken: the checkpoint") == 1
 
 
 @pytest.fixture(scope="module")

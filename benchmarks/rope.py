@@ -87,7 +87,8 @@ def check(device: str = "cuda") -> dict[str, float]:
         tensors = inputs_of(2048, 2, 64, device)
         wide, reference = [x.double() for x in tensors], config.replace(steps="reference", inner="sdpa")
         # float64 scores may rank near ties otherwise: both attend to what the reference selects
-        selection = attended_rows(*wide[:3], reference, rotary=rotary).selection
+        query, key, value, _ = wide
+        selection = attended_rows(query, key, value, reference, rotary=rotary).selection
         pairs = zip(both(tensors, config, rotary, selection), both(wide, reference, rotary, selection), strict=True)
         found[name] = max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
         if not found[name] <= TOLERANCE:

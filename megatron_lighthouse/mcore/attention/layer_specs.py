@@ -127,9 +127,8 @@ def _say_what_is_sent(config: TransformerConfig, settings: LighthouseSettings) -
         return
     layer = Shape(args.micro_batch_size, *heads_of_rank(config), config.kv_channels, config.params_dtype.itemsize)
     for kind, own in (("", settings.config), ("edge layers: ", settings.edge)):
-        geometry = own and own.geometry(args.seq_length, size)
-        for comm_type in comm_types if geometry else ():
-            say_once(kind + summary(geometry, layer, size, comm_type, settings.config.scorer))
+        for comm_type in comm_types if own else ():
+            say_once(kind + summary(own.geometry(args.seq_length, size), layer, size, comm_type, settings.config.scorer))
     if "p2p" in comm_types and torch.cuda.is_available():  # which of two ways it takes is said at the start, not later
         copies_over(parallel_state.get_context_parallel_group(), torch.device("cuda", torch.cuda.current_device()))
 

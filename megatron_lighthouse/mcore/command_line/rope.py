@@ -75,10 +75,10 @@ def choice(args: argparse.Namespace, asked: str, load: Path | None, pretrained: 
         asked: what the command line says, or would if it said anything.
         load, pretrained: --load and --pretrained-checkpoint, where this machine has them.
     """
-    begins, iteration = args.finetune, load and (args.ckpt_step or stored.last_iteration(load))
-    if load is None or iteration is None:  # Megatron then begins with the weights of the other
+    begins, iteration = args.finetune, (args.ckpt_step or stored.last_iteration(load)) if load else None
+    if iteration is None:  # Megatron then begins with the weights of the other
         load, begins = pretrained, True
-        iteration = load and stored.last_iteration(load)
+        iteration = stored.last_iteration(load) if load else None
     if load is None or iteration is None:
         return asked, None
     before = (stored.common_state(load, iteration) or {}).get("args")

@@ -126,8 +126,9 @@ def _say_what_is_sent(config: TransformerConfig, settings: LighthouseSettings) -
     if args is None or not comm_types:
         return
     layer = Shape(args.micro_batch_size, *heads_of_rank(config), config.kv_channels, config.params_dtype.itemsize)
-    for kind, own in (("", settings.config), ("edge layers: ", settings.edge)):
-        for comm_type in comm_types if own else ():
+    edges = {"edge layers: ": settings.edge} if settings.edge else {}
+    for kind, own in {"": settings.config, **edges}.items():
+        for comm_type in comm_types:
             say_once(kind + summary(own.geometry(args.seq_length, size), layer, size, comm_type, settings.config.scorer))
     if "p2p" in comm_types and torch.cuda.is_available():  # which of two ways it takes is said at the start, not later
         copies_over(parallel_state.get_context_parallel_group(), torch.device("cuda", torch.cuda.current_device()))

@@ -1,9 +1,9 @@
 """`python benchmarks/training_step.py --out FOLDER`: a training step of the paper's 530M model at 98,304 tokens, one GPU.
 
-Megatron with Transformer Engine, bf16, no recompute: dense attention, 26 of 30 layers Lighthouse, and all 30, each in a
-process of its own through `megatron_lighthouse.pretrain_gpt`. Reads step time and peak memory from Megatron's log. Leaves
-training_step.csv, summary.json and the logs. `--budget`, `--seq-length` and `--layers` change the model; `--ranks 2` shares the
-sequence between two GPUs by context parallelism.
+Megatron with Transformer Engine, bf16, no recompute: dense attention, 26 of 30 layers Lighthouse, these and the other four with
+twice the budget, and all 30 alike, each in a process of its own through `megatron_lighthouse.pretrain_gpt`. Reads step time and
+peak memory from Megatron's log. Leaves training_step.csv, summary.json and the logs. `--budget`, `--seq-length` and `--layers`
+change the model; `--ranks 2` shares the sequence between two GPUs by context parallelism.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ MODEL = """
     --log-interval 1 --log-throughput --eval-iters 0 --eval-interval 100000 --seed 7
     --no-create-attention-mask-in-dataloader
 """.split()
+EDGES = "lighthouse, edge layers with twice the budget"
 RUNS = {
     "dense": ["--attention", "dense"],
     "lighthouse, first and last two layers dense": ["--attention", "lighthouse"],
+    EDGES: ["--attention", "lighthouse"],
     "lighthouse, all layers": ["--attention", "lighthouse", "--lighthouse-dense-first", "0", "--lighthouse-dense-last", "0"],
 }
 
@@ -67,6 +69,8 @@ def measure(name: str, arguments: list[str], options: argparse.Namespace, more: 
     """Median step time after three warm-up steps, and peak memory, as Megatron logs them; None for a run that failed."""
     log = options.out / (re.sub(r"\W+", "-", name) + ".log")
     length = str(options.seq_length)
+    if name == EDGES:
+        arguments = [*arguments, "--lighthouse-edge-budget", str(2 * options.budget)]
     sizes = ["--seq-length", length, "--max-position-embeddings", length, "--num-layers", str(options.layers)]
     command = [
         *torchrun(options.ranks),

@@ -111,7 +111,7 @@ describe_point() {
     text+=", \"recompute\": $(quoted "$(recompute)"), \"cp_comm_type\": $(quoted "$(argument --cp-comm-type p2p)")"
     for pair in seq_length=--seq-length tensor_parallel=--tensor-model-parallel-size context_parallel=--context-parallel-size \
         pipeline_parallel=--pipeline-model-parallel-size levels=--lighthouse-levels pooling=--lighthouse-pooling \
-        budget=--lighthouse-budget tile_budget=--lighthouse-tile-budget dense_first=--lighthouse-dense-first \
+        budget=--lighthouse-budget tile_budget=--lighthouse-tile-budget edge_budget=--lighthouse-edge-budget dense_first=--lighthouse-dense-first \
         dense_last=--lighthouse-dense-last layers=--num-layers hidden=--hidden-size ffn=--ffn-hidden-size \
         heads=--num-attention-heads head_dim=--kv-channels vocab=--vocab-size; do
         value=$(argument "${pair#*=}" '')

@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthouse_select
 from megatron_lighthouse.lighthouse.attention import attended_rows
 from megatron_lighthouse.lighthouse.reference import gather, scatter
+from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.selection import Selection
 from tests.oracle import Problem, attention, problems
 from tests.steps import LAYOUTS, chosen, restride, tensors
@@ -52,14 +53,17 @@ def test_equals_the_oracle(problem: Problem, layout: str, scale: float | None) -
     assert_close(out, expected, "float64")
 
 
+@pytest.mark.parametrize("rotary", [None, Rotary(torch.tensor([0.8]), interleaved=True)], ids=["mean", "last"])
 @pytest.mark.parametrize("ratio", [1, 3], ids="R={}".format)
 @pytest.mark.parametrize(("levels", "pooling", "length"), [(2, 3, 18), (3, 2, 24)], ids=str)
-def test_gradients_are_those_of_finite_differences(ratio: int, levels: int, pooling: int, length: int) -> None:
+def test_gradients_are_those_of_finite_differences(
+    rotary: Rotary | None, ratio: int, levels: int, pooling: int, length: int
+) -> None:
     problem = Problem(length, levels, pooling, 4, 2, groups=2 if ratio == 1 else 1, queries_per_group=ratio, dim=2)
     inputs = [x.requires_grad_() for x in tensors(problem)]
     config = config_of(problem)
     selection = chosen(*inputs[:2], config)  # held fixed: a step of the differences must not move a choice
-    assert torch.autograd.gradcheck(lambda *qkv: lighthouse_attention(*qkv, config, selection=selection), inputs)
+    assert torch.autograd.gradcheck(lambda *qkv: lighthouse_attention(*qkv, config, rotary=rotary, selection=selection), inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

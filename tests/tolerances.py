@@ -29,6 +29,7 @@ TOLERANCES: dict[str, Tolerance] = {
         1e-5, 0, "the authors' kernels add fp32 rows by atomics; their rotated rows, in units of the greatest: angles are fp32"
     ),
     "float64": Tolerance(1e-12, 1e-12, "the same formula, summed in another order: some thousand roundings of 1.1e-16"),
+    "turned rows": Tolerance(1e-10, 1e-10, "turned, then pooled, in place of pooled, then rotated: angles in float64"),
     "two decimals": Tolerance(5.1e-3, 0, "written in a table with two decimals: half of the last"),
     "adjoint float64": Tolerance(1e-9, 1e-9, "inner products of some thousand terms, which cancel"),
     "adjoint float32": Tolerance(1e-3, 1e-4, "inner products of some thousand rounded terms, which cancel"),

@@ -236,8 +236,11 @@ def summary(args: argparse.Namespace, world: int) -> str:
     layout = f"TP {tensor} x CP {context} x PP {pipeline} x DP {world // (tensor * context * pipeline)}"
     line = f"{world} ranks = {layout}; {args.seq_length or "the checkpoint's"} tokens, {args.attention}"
     if args.attention == "lighthouse" and args.seq_length:
-        geometry = settings_from(args).config.geometry(args.seq_length, context)
-        line += f", {geometry.gathered_length} rows attended"
+        settings = settings_from(args)
+        line += f", {settings.config.geometry(args.seq_length, context).gathered_length} rows attended"
+        if settings.edge:
+            rows = settings.edge.geometry(args.seq_length, context).gathered_length
+            line += f", {rows} in the first and last layers"
     return line
 
 

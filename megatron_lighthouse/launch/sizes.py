@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 
 from megatron_lighthouse.mcore.command_line.arguments import nothing_to_switch
-from megatron_lighthouse.mcore.command_line.checks import dropout_problems, layer_problems, length_problems
+from megatron_lighthouse.mcore.command_line.checks import dropout_problems, layer_problems, settings_problems
 from megatron_lighthouse.mcore.command_line.settings import settings_from
 
 
@@ -32,7 +32,8 @@ def sizes(args: argparse.Namespace) -> Iterator[str]:
         if not args.use_checkpoint_args:  # which says otherwise, perhaps
             yield from dropout_problems(args.attention_dropout)
         if args.num_layers:
-            yield from layer_problems(settings.dense_first, settings.dense_last, len(settings.holding(args.num_layers)))
+            holding = len(settings.holding(args.num_layers))
+            yield from layer_problems(settings.dense_first, settings.dense_last, holding, settings.edge_budget)
         if settings.stage2:
             yield from settings.stage2.problems(args.train_iters or None)
     if args.seq_length is None:
@@ -44,7 +45,7 @@ def sizes(args: argparse.Namespace) -> Iterator[str]:
             f"use {args.seq_length}."
         )
     elif settings:
-        yield from length_problems(settings.config, args.seq_length, args.context_parallel_size)
+        yield from settings_problems(settings, args.seq_length, args.context_parallel_size)
     elif args.attention == "dense":
         yield from _chunks(args)
 

@@ -29,6 +29,7 @@ RUN_FLAGS = {
     "context_parallel": "--context-parallel-size",
     "pipeline_parallel": "--pipeline-model-parallel-size",
     "global_batch": "--global-batch-size",
+    "edge_budget": "--lighthouse-edge-budget",
 }
 CONFIG_FLAGS = {name: f"--lighthouse-{name.replace('_', '-')}" for name in ("levels", "pooling", "budget", "tile_budget")}
 

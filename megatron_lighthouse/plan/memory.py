@@ -7,6 +7,7 @@ activations are gone, in attention with what context parallelism exchanges: not 
 
 from __future__ import annotations
 
+from megatron_lighthouse.lighthouse.geometry import Geometry
 from megatron_lighthouse.plan.run import Run
 from megatron_lighthouse.plan.time import rank_parameters
 
@@ -26,13 +27,13 @@ def dense_activations(run: Run) -> float:
     return run.tokens / run.tensor_parallel * (BF16 * elements + FP32 * model.heads)
 
 
-def lighthouse_activations(run: Run) -> float:
+def lighthouse_activations(run: Run, geometry: Geometry | None = None) -> float:
     """Kept by a Lighthouse layer: the gathered rows and their output in place of Q, K, V and the output; the map of entries.
 
-    The layer's own output too, unless it is freed and scattered again. The map has a 32-bit number for each entry of all levels
-    and each key/value head.
+    Of `geometry`, or the run's. The layer's own output too, unless it is freed and scattered again. The map has a 32-bit number
+    for each entry of all levels and each key/value head.
     """
-    model, geometry = run.model, run.geometry
+    model, geometry = run.model, geometry or run.geometry
     columns = model.heads * model.head_dim
     rows = geometry.gathered_length / run.context_parallel * (BF16 * (model.qkv + columns) + FP32 * model.heads)
     entries = geometry.pyramid_length / run.context_parallel * model.groups * FP32
@@ -50,14 +51,16 @@ def parts(run: Run) -> dict[str, float]:
     model, tp, cp, pp = run.model, run.tensor_parallel, run.context_parallel, run.pipeline_parallel
     parameters, shards = rank_parameters(run), run.data_parallel * cp
     flight = min(pp, run.micro_batches)
-    dense, ours = run.stages[0]
+    ends, ours = run.stages[0]
     share = run.tokens / tp
-    layer = max(dense_activations(run) if dense else 0.0, lighthouse_activations(run) if ours else 0.0)
-    kept = dense * dense_activations(run) + (ours * lighthouse_activations(run) if ours else 0.0)
+    of_ends = lighthouse_activations(run, run.edge) if run.edge else dense_activations(run)
+    of_ours = lighthouse_activations(run, run.geometry) if ours else 0.0
+    layer = max(of_ends if ends else 0.0, of_ours)
+    kept = ends * of_ends + ours * of_ours
     # gradients of a layer's output and of the MLP's, and what --recompute-modules mlp makes again
     backward = mlp = share * BF16 * (model.hidden + (6 if run.recompute == "mlp" else 3) * model.ffn)
     if run.recompute == "full":
-        kept, backward = (dense + ours) * share * BF16 * model.hidden, mlp + layer
+        kept, backward = (ends + ours) * share * BF16 * model.hidden, mlp + layer
     gone = share * BF16 * (2 * model.hidden + _mlp(run))  # the MLP's, and its norm's input and output
     beyond = max(0.0, _attention_backward(run) - gone - mlp)
     logits = run.tokens * run.vocab_rank * (BF16 + FP32)  # Megatron's loss makes an fp32 copy
@@ -91,7 +94,8 @@ def _attention_backward(run: Run) -> float:
     if cp == 1:
         return run.tokens * gradients
     only = run.lighthouse_layers == model.layers
-    rows = (run.geometry.gathered_length if only else run.seq_length) / cp
+    gathered = max(geometry.gathered_length for geometry in (run.geometry, run.edge) if geometry) if only else run.seq_length
+    rows = gathered / cp
     exchanged = {
         "p2p": 2 * (BF16 + (FP32 if only else BF16)),
         "all_gather": cp * (BF16 + FP32),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import mean
 
+from megatron_lighthouse.lighthouse.geometry import Geometry
 from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes, layer_bytes
 from megatron_lighthouse.plan import accuracy, memory, search, time
 from megatron_lighthouse.plan.coefficients import Coefficients
@@ -50,7 +51,8 @@ def title(run: Run) -> str:
     kind = "dense attention"
     if run.attention == "lighthouse":
         c = run.config
-        kind = f"Lighthouse in {run.lighthouse_layers} of {model.layers} layers (L={c.levels} p={c.pooling} k={c.budget})"
+        kind = f"Lighthouse in {run.lighthouse_layers} of {model.layers} layers (L={c.levels} p={c.pooling} k={c.budget}"
+        kind += f", k={run.edge_budget} in {model.layers - model.lighthouse_layers} of them)" if run.edge else ")"
     return (
         f"{model.parameters / 1e6:,.0f}M parameters, {run.seq_length:,} tokens, {kind}\n"
         f"{run.gpus} x {run.device.name}, {layout(run)}, {run.global_batch} sequences a step{extrapolated(run)}\n"
@@ -119,12 +121,15 @@ def link_table(run: Run) -> str:
     if cp > 1:
         ranks = [Layout(cp, rank) for rank in range(cp)]
         forward = 1 + (run.recompute == "full")  # what is recomputed sends its forward's bytes again
+
+        def sent_by(geometry: Geometry) -> float:
+            plans = [layer_bytes(run.cp_comm_type, geometry, layer, r).values() for r in ranks]
+            return max(sum(forward * f + b for f, b in plan) for plan in plans)
+
         dense = max(forward * f + b for f, b in (attend_bytes(run.cp_comm_type, run.seq_length, layer, r) for r in ranks))
-        ours = 0
-        if run.lighthouse_layers:
-            plans = [layer_bytes(run.cp_comm_type, run.geometry, layer, r).values() for r in ranks]
-            ours = max(sum(forward * f + b for f, b in plan) for plan in plans)
-        crossing = max(a * dense + b * ours for a, b in run.stages)
+        ends = sent_by(run.edge) if run.edge else dense
+        ours = sent_by(run.geometry) if run.lighthouse_layers else 0
+        crossing = max(a * ends + b * ours for a, b in run.stages)
     rows = []
     for name, sent in (
         ("tensor parallel", tensor * micro),

@@ -11,6 +11,7 @@ from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
 from megatron_lighthouse.mcore.command_line.checks import layer_problems
+from megatron_lighthouse.mcore.command_line.settings import of_edge
 from megatron_lighthouse.plan.device import DEVICES, Device
 from megatron_lighthouse.plan.model import GPT
 
@@ -35,6 +36,8 @@ class Run:
     recompute: str = "none"
     cp_comm_type: str = "p2p"
     discard_output: bool = True
+    edge_budget: int | None = None
+    """Of a Lighthouse run's first and last layers, where they are not dense."""
 
     @property
     def spans(self) -> dict[str, int]:
@@ -50,7 +53,10 @@ class Run:
 
     @property
     def stages(self) -> list[tuple[int, int]]:
-        """(dense, Lighthouse) layers of each pipeline stage: each has as many of the model's layers, in their order."""
+        """(dense, Lighthouse) layers of each pipeline stage: each has as many of the model's layers, in their order.
+
+        With a budget of their own, those that would be dense are the edge layers.
+        """
         model, size = self.model, self.model.layers // self.pipeline_parallel
         first, last = model.dense_first, model.layers - model.dense_last  # Lighthouse from `first` on, before `last`
         if self.attention == "dense":
@@ -90,9 +96,9 @@ class Run:
                 f"use {-(-self.global_batch // dp) * dp}."
             )
         if self.attention == "lighthouse":
-            for message in layer_problems(model.dense_first, model.dense_last, model.layers):
+            for message in layer_problems(model.dense_first, model.dense_last, model.layers, self.edge_budget):
                 raise ValueError(message)
-            _ = self.geometry
+            _ = self.geometry, self.edge
         elif cp > 1 and self.seq_length % (2 * cp):
             raise ValueError(
                 f"--seq-length {self.seq_length} must be a multiple of {2 * cp}, two chunks for each of "
@@ -117,6 +123,16 @@ class Run:
         return self.config.geometry(self.seq_length, self.context_parallel)
 
     @property
+    def edge(self) -> Geometry | None:
+        """Of the layers with a budget of their own; None where there are none. Raises ValueError as `geometry`."""
+        if self.edge_budget is None or self.attention == "dense":
+            return None
+        try:
+            return self.config.replace(budget=self.edge_budget).geometry(self.seq_length, self.context_parallel)
+        except ValueError as error:
+            raise ValueError(of_edge(str(error))) from None
+
+    @property
     def data_parallel(self) -> int:
         return self.gpus // (self.tensor_parallel * self.context_parallel * self.pipeline_parallel)
 
@@ -138,7 +154,9 @@ class Run:
 
     @property
     def lighthouse_layers(self) -> int:
-        return self.model.lighthouse_layers if self.attention == "lighthouse" else 0
+        if self.attention == "dense":
+            return 0
+        return self.model.lighthouse_layers if self.edge_budget is None else self.model.layers
 
     @property
     def vocab_rank(self) -> int:

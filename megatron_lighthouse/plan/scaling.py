@@ -12,6 +12,7 @@ What launch scripts write into run.json before the run starts:
      "device": "h100",              for the prediction; none where missing
      "vocab": 384,                  rows of the embedding; the recipe's where missing
      "levels": 3, "pooling": 4, "budget": 1536, "tile_budget": 128,     the recipe's where missing
+     "edge_budget": 3072,           of the first and last layers, which are dense where it is missing
      "layers": 30, "hidden": 1024, "ffn": 1536, "heads": 8, "groups": 8, "head_dim": 128, "dense_first": 2, "dense_last": 2,
                                     the recipe's where missing; a recipe that is not in recipes.toml needs all but the last two
      "recompute": "none",           none, mlp or full
@@ -49,12 +50,13 @@ COLUMNS = (
     *("run", "recipe", "attention", "seq_length", "context_parallel", "gpus", "recompute", "iterations", "seconds_a_step"),
     *("tokens_s_gpu", "efficiency", "peak_gib", "predicted_tokens_s_gpu", "predicted_peak_gib", "last_loss"),
 )
-BESIDE = ("tensor_parallel", "pipeline_parallel", "levels", "pooling", "budget", "device")
+BESIDE = ("tensor_parallel", "pipeline_parallel", "levels", "pooling", "budget", "edge_budget", "device")
 """In scaling.csv alone: what else tells one run from another; L, p and k are empty where run.json does not say."""
 MODEL = tuple(field.name for field in fields(GPT))
 CONFIG = ("levels", "pooling", "budget", "tile_budget")
 NAMES = ("attention", "recipe", "recompute", "cp_comm_type", "device")
-NUMBERS = ("seq_length", "context_parallel", "tensor_parallel", "pipeline_parallel", "gpus", "global_batch", *CONFIG, *MODEL)
+SIZES = ("seq_length", "context_parallel", "tensor_parallel", "pipeline_parallel", "gpus", "global_batch", "edge_budget")
+NUMBERS = (*SIZES, *CONFIG, *MODEL)
 ALIKE = ("recipe", "attention", "seq_length", "recompute")
 """What two runs share of which one is the other's measure of efficiency."""
 type Row = dict[str, Any]
@@ -184,7 +186,8 @@ def _speeds(row: Row, info: Row, times: list[float]) -> None:
         row["tokens_s_gpu"] = round(info["seq_length"] * batch / row["seconds_a_step"] / info["gpus"], 1)
     if "device" not in info:
         return
-    own: Row = {name: info[name] for name in ("attention", "seq_length", "gpus", "recompute", "cp_comm_type") if name in info}
+    names = ("attention", "seq_length", "gpus", "recompute", "cp_comm_type", "edge_budget")
+    own: Row = {name: info[name] for name in names if name in info}
     changes: Row = {"recompute": "none", **own, **ranks, "global_batch": batch}
     sizes = {name: info[name] for name in MODEL if name in info}
     if info["recipe"] in recipes() or len(sizes) < len(MODEL) - 2:

@@ -65,12 +65,14 @@ def _divisors(value: int) -> list[int]:
 
 def longest(run: Run, most: int = 2**27) -> int | None:
     """The greatest sequence length of this layout that is accepted and fits, with the run's budget; None where none is."""
-    window, tiles = run.config.pooling ** (run.config.levels - 1), run.config.budget // run.config.tile_budget
+    window, budgets = run.config.pooling ** (run.config.levels - 1), [run.config.budget]
+    budgets += [run.edge_budget] if run.edge_budget else []
+    tiles = math.lcm(*(budget // run.config.tile_budget for budget in budgets))
     unit = math.lcm(window * tiles, 2 * run.context_parallel * window * run.tensor_parallel, 1024)
     low, high = 0, most // unit
     while low < high:  # memory grows with length
         middle = (low + high + 1) // 2
-        short = run.attention == "lighthouse" and middle * unit < window * run.config.budget  # too short for the budget
+        short = run.attention == "lighthouse" and middle * unit < window * max(budgets)  # too short for the budget
         low, high = (middle, high) if short or _works(run.change(seq_length=middle * unit)) else (low, middle - 1)
     return low * unit if low and _works(run.change(seq_length=low * unit)) else None
 

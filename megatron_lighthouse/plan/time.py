@@ -115,7 +115,8 @@ def step_parts(run: Run, speed: Coefficients) -> Parts:
     output = 2.0 * model.hidden * run.vocab_rank / device.flops * speed.linear * 3
     logits = tokens * (output + 20 * run.vocab_rank / device.memory_bytes_s * speed.copy)
     host = layer_host_seconds(run, speed)
-    kinds = _dense_parts(run, speed), _lighthouse_parts(run, speed) if run.lighthouse_layers else {}
+    ends = _lighthouse_parts(run, run.edge, speed) if run.edge else _dense_parts(run, speed)
+    kinds = ends, _lighthouse_parts(run, run.geometry, speed) if run.lighthouse_layers else {}
 
     def micro_batch(stage: int) -> Parts:
         """Seconds that a pipeline stage takes for one, by part. The last has the logits too."""
@@ -149,10 +150,10 @@ def _dense_parts(run: Run, speed: Coefficients) -> Parts:
     return {"dense attention": layer["fwd+bwd"] + full * layer["fwd"] - exposed, "context parallel, exposed": exposed}
 
 
-def _lighthouse_parts(run: Run, speed: Coefficients) -> Parts:
+def _lighthouse_parts(run: Run, geometry: Geometry, speed: Coefficients) -> Parts:
     """As `_dense_parts`, of a Lighthouse layer."""
     cp, span, full = run.context_parallel, run.spans["context parallel"], run.recompute == "full"
-    layer = lighthouse_layer(run.geometry, run.layer, cp, run.cp_comm_type, span, run.device, speed)
+    layer = lighthouse_layer(geometry, run.layer, cp, run.cp_comm_type, span, run.device, speed)
     parts = {}
     for name in ("score", "select", "gather", "scatter"):
         again = full + (run.discard_output and name == "scatter")

@@ -104,6 +104,7 @@ def run_of_words(words: Sequence[str], device: Device, gpus: int | None = None) 
         recompute=_recompute(args),
         cp_comm_type=schemes.pop(),
         discard_output=settings.discard_output,
+        edge_budget=settings.edge_budget,
     )
 
 

@@ -103,10 +103,10 @@ def _misfit(args: argparse.Namespace, length: int) -> str | None:
         more = f" and a multiple of --tensor-model-parallel-size {multiple}" if multiple > 1 else ""
         return f"must be at most --seq-length {args.seq_length}{more}."
     if args.attention == "lighthouse":
-        from megatron_lighthouse.mcore.command_line.checks import length_problems
+        from megatron_lighthouse.mcore.command_line.checks import settings_problems
         from megatron_lighthouse.mcore.command_line.settings import settings_from
 
-        for problem in length_problems(settings_from(args).config, length, 1):
+        for problem in settings_problems(settings_from(args), length, 1):
             return f"with --attention lighthouse: {problem}"
     return None
 
@@ -258,6 +258,7 @@ def _facts(trained: Trained, tokens: Array) -> dict[str, Any]:
         "iteration": trained.iteration,
         "attention": args.attention,
         "lighthouse_layers": args.lighthouse_layers,
+        "lighthouse_rope": args.lighthouse_rope,
         "held_out": {"tokens": len(tokens), "sha256": hashlib.sha256(tokens.tobytes()).hexdigest()},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),

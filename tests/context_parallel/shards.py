@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse.attention import lighthouse_select
+from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.softmax.sharded import sharded_attention
 from tests.oracle import Problem
@@ -58,6 +59,7 @@ def layer(
     strides: str = "contiguous",
     identity: bool = False,
     scale: float | None = None,
+    rotary: Rotary | None = None,
 ) -> list[Tensor]:
     """Output, gradients of q, k and v, and entries [S, B, G], of this rank's tokens; of all of them where there is no group.
 
@@ -69,10 +71,11 @@ def layer(
     query, key, value = (x.detach().requires_grad_() for x in restride(strides, query, key, value))
     attend = (lambda q, k, v: q) if identity else None
     how: dict[str, Any] = {"cp_group": group, "cp_comm_type": comm_type, "attend": attend, "softmax_scale": scale}
+    how["rotary"] = rotary
     out = lighthouse_attention(query, key, value, config, **how)
     grad = restride(strides, grad, grad, grad)[0]
     grads = torch.autograd.grad(out, (query, key, value), grad, materialize_grads=True)
-    entries = lighthouse_select(query, key, config, value=value, cp_group=group)
+    entries = lighthouse_select(query, key, config, value=value, rotary=rotary, cp_group=group)
     return [out.detach(), *grads, entries.movedim(-1, 0)]
 
 

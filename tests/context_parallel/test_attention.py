@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
+from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.softmax.backends import inner_attention
 from megatron_lighthouse.softmax.sharded import sharded_attention
@@ -62,14 +63,34 @@ def equals_one_rank(
     strides: str = "contiguous",
     scale: float | None = None,
     steps: str = "reference",
+    rotary: Rotary | None = None,
 ) -> None:
     inputs, config = inputs_of(problem, dtype), config_of(problem, scorer).replace(steps=steps)
-    *actual, entries = together(size, layer, inputs, config, comm_type, strides, False, scale)
-    *expected, expected_entries = layer(None, inputs, config, scale=scale)
+    *actual, entries = together(size, layer, inputs, config, comm_type, strides, False, scale, rotary)
+    *expected, expected_entries = layer(None, inputs, config, scale=scale, rotary=rotary)
     assert torch.equal(entries, expected_entries)
     for a, b in zip(actual, expected, strict=True):
         assert a.dtype == b.dtype
         assert_close(a, b, dtype if dtype == "bfloat16" else f"ranks {dtype}")
+
+
+ROTARY = {"halves": Rotary(torch.tensor([1.0, 0.3])), "neighbours": Rotary(torch.tensor([0.7, 0.2]), True, 2)}
+
+
+@on_sizes
+@pytest.mark.parametrize("name", BY_ALL)
+@pytest.mark.parametrize("pairs", ROTARY)
+@pytest.mark.parametrize("scorer", ["norm", "summary"])
+def test_ranks_equal_one_where_rows_are_turned(scorer: str, pairs: str, name: str, size: int) -> None:
+    """Rows stand at their window's last token, whichever rank pools them; summary attends among such."""
+    comm_type = COMM_TYPES[BY_ALL.index(name) % len(COMM_TYPES)]
+    problem = replace(grouped(PROBLEMS[name], comm_type, size), dim=8)
+    equals_one_rank(size, problem, comm_type, scorer=scorer, rotary=ROTARY[pairs])
+
+
+@pytest.mark.parametrize("name", ["a tile in each chunk", "one tile"])
+def test_ranks_equal_one_where_rows_are_turned_in_fp32(name: str) -> None:
+    equals_one_rank(4, replace(grouped(PROBLEMS[name], "p2p", 4), dim=8), "p2p", "float32", rotary=ROTARY["halves"])
 
 
 @on_sizes

@@ -115,7 +115,7 @@ def tiny(fused: bool, budget: int | None = None) -> Any:
     spec = with_fused_attention(given).transformer_layer_spec(given) if fused else get_gpt_layer_local_spec()
     if budget:
         lighthouse = LighthouseConfig(levels=2, pooling=4, budget=budget, tile_budget=budget // 2)
-        spec = with_lighthouse(spec, LighthouseSettings(lighthouse, dense_first=0, dense_last=0))
+        spec = with_lighthouse(spec, LighthouseSettings(lighthouse, dense_first=0, dense_last=0, rope="mean"))
     model = GPTModel(config, spec, vocab_size=384, max_sequence_length=SEQUENCE, position_embedding_type="rope")
     return model.cuda().eval()
 

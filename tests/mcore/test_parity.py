@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from tests.mcore.harness import Run, run
 from tests.tolerances import assert_close
 
+SAVE = "--exit-interval 2 --save checkpoint --save-interval 2".split()
 START = "--finetune --no-load-optim --no-load-rng".split()
 
 LAYOUTS = {
@@ -55,6 +57,18 @@ def test_losses_equal_those_of_one_process(layout: str, tmp_path: Path, checkpoi
     assert_same(result, one_process)
 
 
+def written(folder: Path, rows: Any) -> list[str]:
+    """Rows of tokens as data, in their order: the words that name it."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    prefix = str(folder / "text")
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
+    builder.add_document(rows.ravel().astype(numpy.uint16), [rows.size])
+    builder.finalize(f"{prefix}.idx")
+    tokens = "--tokenizer-type NullTokenizer --vocab-size 257 --padded-vocab-size 384".split()
+    return ["--train-data-path", prefix, "--valid-data-path", prefix, *tokens]
+
+
 def assert_same(result: Run, one_process: Run) -> None:
     for found, expected, kind in (
         (result.losses, one_process.losses, "parallel loss"),
@@ -75,21 +89,58 @@ PER_RUN = ("--attention dense", "--calculate-per-token-loss")
 """What one process must be given too."""
 
 
+WITH_EDGES = ["--attention", "lighthouse", "--lighthouse-edge-budget", "16"]
+EDGES = {"CP2": LAYOUTS["CP2"], "TP2·CP2": LAYOUTS["TP2·CP2"]}
+
+
+@pytest.fixture(scope="module")
+def no_token_twice(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Rows of 256 unlike tokens: like ones are equally long in the first layer, but for the rounding of their rotation."""
+    random = numpy.random.default_rng(5)
+    return written(tmp_path_factory.mktemp("unlike"), numpy.stack([random.permutation(256) for _ in range(60)]))
+
+
+@pytest.fixture(scope="module")
+def no_dense_layer(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, no_token_twice: list[str]) -> Run:
+    return run(tmp_path_factory.mktemp("edges"), *WITH_EDGES, "--load", str(checkpoint), *START, data=no_token_twice)
+
+
+@pytest.mark.parametrize("layout", EDGES)
+def test_losses_equal_those_of_one_process_without_a_dense_layer(
+    layout: str, tmp_path: Path, checkpoint: Path, no_token_twice: list[str], no_dense_layer: Run
+) -> None:
+    """The first and last layers have a budget of their own."""
+    ranks, arguments = EDGES[layout]
+    start = [*WITH_EDGES, "--load", str(checkpoint), *START, *arguments.split()]
+    assert_same(run(tmp_path, *start, ranks=ranks, data=no_token_twice), no_dense_layer)
+
+
+def test_the_rotary_position_of_rows_counts(tmp_path: Path, checkpoint: Path, one_process: Run) -> None:
+    """Else the parity above, of rows at their window's last token, could hold of the mean as well."""
+    mean = run(tmp_path, "--attention", "lighthouse", "--lighthouse-rope", "mean", "--load", str(checkpoint), *START)
+    assert abs(mean.losses[1] - one_process.losses[1]) > 1e-4
+    assert "--lighthouse-rope mean is taken for a new run, and not last" in mean.log
+
+
+def test_a_resumed_run_goes_on_as_its_checkpoint_was_trained(tmp_path: Path) -> None:
+    """By its own argument, whatever the command line says; and it hands that on."""
+    run(tmp_path, "--attention", "lighthouse", "--lighthouse-rope", "mean", *SAVE)
+    whole = run(tmp_path / "whole", "--attention", "lighthouse", "--lighthouse-rope", "mean")
+    load = ["--attention", "lighthouse", "--load", str(tmp_path / "checkpoint")]
+    resumed = run(tmp_path / "resumed", *load, "--lighthouse-rope", "last")
+    assert_close(resumed.losses[3], whole.losses[3], "parallel loss")
+    assert resumed.log.count("--lighthouse-rope mean is taken: the checkpoint") == 1
+
+
 @pytest.fixture(scope="module")
 def unevenly_masked(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Every third row of 256 tokens counts none in its outer quarters, which are one rank's of two; every third counts none."""
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    prefix, random, end = str(tmp_path_factory.mktemp("masked") / "text"), numpy.random.default_rng(5), 256
+    random, end = numpy.random.default_rng(5), 256
     rows = random.integers(32, 127, (60, 256))
     rows[0::3, :64] = rows[0::3, 192:] = end
     rows[1::3, ::7] = end
     rows[2::3, :] = end
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
-    builder.add_document(rows.ravel().astype(numpy.uint16), [rows.size])
-    builder.finalize(f"{prefix}.idx")
-    tokens = "--tokenizer-type NullTokenizer --vocab-size 257 --padded-vocab-size 384 --eod-mask-loss".split()
-    return ["--train-data-path", prefix, "--valid-data-path", prefix, *tokens]
+    return [*written(tmp_path_factory.mktemp("masked"), rows), "--eod-mask-loss"]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from megatron_lighthouse.lighthouse.scorers.norm import Norm
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
 from tests.tolerances import assert_close
 
-SETTINGS = LighthouseSettings(LighthouseConfig(budget=8, tile_budget=4), dense_first=1, dense_last=2)
+SETTINGS = LighthouseSettings(LighthouseConfig(budget=8, tile_budget=4), dense_first=1, dense_last=2, rope="mean")
 N = 256
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -213,7 +213,7 @@ def test_what_is_forced_and_not_there_is_named_when_the_model_is_built(
     from megatron_lighthouse.mcore.attention.layer_specs import with_lighthouse
 
     monkeypatch.delenv("TRITON_INTERPRET")
-    settings = LighthouseSettings(SETTINGS.config.replace(**options), dense_first=1, dense_last=2)
+    settings = LighthouseSettings(SETTINGS.config.replace(**options), dense_first=1, dense_last=2, rope="mean")
     with pytest.raises(ValueError, match=rule):
         gpt(with_lighthouse(local_spec(), settings), transformer_config())
 

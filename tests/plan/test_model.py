@@ -218,6 +218,9 @@ def test_stages_hold_the_layers_that_megatron_gives_them(
     dense = [settings.is_dense(number, 30) for number in range(1, 31)]
     parts = [sum(dense[at : at + 30 // pp]) for at in range(0, 30, 30 // pp)]
     assert run.stages == expected == [(count, 30 // pp - count) for count in parts]
+    edges = replace(settings, edge_budget=3072)
+    assert [edges.config_of(number, 30).budget == 3072 for number in range(1, 31)] == dense
+    assert not any(edges.is_dense(number, 30) for number in range(1, 31))
     assert run.change(attention="dense").stages == [(30 // pp, 0)] * pp
 
 
@@ -245,6 +248,35 @@ def test_memory_counts_dense_layers_that_reach_into_the_first_stage() -> None:
     run = run.change(model=replace(run.model, dense_first=0, dense_last=20))
     kept = 5 * memory.dense_activations(run) + 10 * memory.lighthouse_activations(run)
     assert memory.parts(run)["activations"] == pytest.approx(2 * kept)
+
+
+def test_edge_layers_are_layers_with_their_own_budget() -> None:
+    """Four such layers of 30 cost what four of a run with that budget cost, in time, in memory and over links."""
+    run = run_of("530m-98k", gpus=2, context_parallel=2).check()
+    edges, all_so = run.change(edge_budget=3072).check(), run.change(config=run.config.replace(budget=3072))
+    speed = coefficients()
+    parts, ours, theirs = (time.step_parts(r, speed) for r in (edges, run, all_so))
+    assert "dense attention" not in parts
+    assert parts["inner attention"] == pytest.approx(ours["inner attention"] + theirs["inner attention"] * 4 / 26)
+    kept = 26 * memory.lighthouse_activations(run) + 4 * memory.lighthouse_activations(all_so)
+    assert memory.parts(edges)["activations"] == pytest.approx(kept)
+    sent = [float(row.split()[2]) for r in (edges, run.change(model=replace(run.model, dense_first=0, dense_last=0))) for row in
+            report.link_table(r).splitlines() if row.startswith("context parallel ")]  # fmt: skip
+    assert sent[0] > sent[1]
+    assert "Lighthouse in 30 of 30 layers (L=3 p=4 k=1536, k=3072 in 4 of them)" in report.title(edges)
+    assert edges.change(attention="dense").edge is None
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (100, "--lighthouse-edge-budget 100 must be a positive multiple of --lighthouse-tile-budget 128: use 128, or"),
+        (8192, "--lighthouse-edge-budget 8192 refines more windows than the 6144 .* --lighthouse-edge-budget"),
+    ],
+)
+def test_edge_budgets_that_cannot_be(budget: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_of("530m-98k", edge_budget=budget).check()
 
 
 def test_faster_device_is_faster() -> None:

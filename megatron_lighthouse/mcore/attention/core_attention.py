@@ -24,6 +24,7 @@ from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.implementations import steps_for
 from megatron_lighthouse.lighthouse.layer import Layer, build, made_from
 from megatron_lighthouse.lighthouse.layer import check as check_inputs
+from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.mcore.attention.output import remember_source
 from megatron_lighthouse.mcore.attention.over_shards import context_parallel_group, over_shards
@@ -49,6 +50,8 @@ class LighthouseMixin:
     """The context-parallel ranks that share the sequence."""
     inner_comm_type: str
     """How a backend of `inner` attends over their shards."""
+    rotary: Rotary | None
+    """By which pooled rows are turned on to their window's last token."""
     layers: dict[Any, Layer]
     """By the shapes of their inputs."""
     settings: LighthouseSettings
@@ -102,7 +105,7 @@ class LighthouseMixin:
         layer = self.layers.get(made)
         if layer is None:
             check_inputs(query, key, value)
-            how = (self.exchange, self.inner_comm_type, self.inner_scale, self.dense_is_inner)
+            how = (self.exchange, self.inner_comm_type, self.inner_scale, self.dense_is_inner, self.rotary)
             layer = self.layers[made] = build(self.lighthouse, query, key, *how)
         return layer
 
@@ -135,6 +138,8 @@ class CoreAttentionBuilder:
     base: Any
     """What the spec had: a core-attention class, or a ModuleSpec of one."""
     settings: LighthouseSettings
+    rotary: Rotary | None = None
+    """The rotation of the model's layers, where pooled rows are to stand at their window's last token."""
 
     def __call__(self, *, config: TransformerConfig, layer_number: int, **kwargs: Any) -> Any:
         params: dict[str, Any] = {}
@@ -156,7 +161,8 @@ class CoreAttentionBuilder:
         rows = torch.empty(0, config.kv_channels, dtype=config.params_dtype, device=here)
         SCORERS[self.settings.config.scorer].check_installed(steps_for(self.settings.config.steps, rows), here)
         layer = lighthouse_class(module)(config=config, layer_number=layer_number, **params, **kwargs)
-        layer.lighthouse = self.settings.config
+        layer.lighthouse = self.settings.config_of(layer_number, config.num_layers)
+        layer.rotary = None if config.no_rope_freq and config.no_rope_freq[layer_number - 1] else self.rotary
         layer.settings = self.settings
         layer.layers = {}
         layer.inner_scale = kwargs.get("softmax_scale")

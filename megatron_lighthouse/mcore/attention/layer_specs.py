@@ -20,11 +20,14 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_lighthouse.context_parallel.copies import copies_over
 from megatron_lighthouse.lighthouse.geometry import Shape
+from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.sharded.sent import summary
 from megatron_lighthouse.mcore.attention.core_attention import CoreAttentionBuilder
 from megatron_lighthouse.mcore.attention.norm import torch_norm
 from megatron_lighthouse.mcore.attention.output import without_kept_output
 from megatron_lighthouse.mcore.attention.over_shards import over_shards
+from megatron_lighthouse.mcore.attention.rotary import rotary_of
+from megatron_lighthouse.mcore.command_line import rope
 from megatron_lighthouse.mcore.command_line.checks import check_run
 from megatron_lighthouse.mcore.command_line.layers import attention_layers
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_of_rank, own_comm_types, settings_from
@@ -34,21 +37,32 @@ from megatron_lighthouse.notice import say_once
 type LayerSpec = ModuleSpec | TransformerBlockSubmodules
 
 
-def with_lighthouse(spec: LayerSpec, settings: LighthouseSettings) -> LayerSpec:
+def with_lighthouse(spec: LayerSpec, settings: LighthouseSettings, rotary: Rotary | None = None) -> LayerSpec:
     """A copy of a GPT layer or block spec, local or Transformer Engine, whose core attention is Lighthouse.
 
     Whether a layer is Lighthouse or dense is decided when it is built, from its global number, so the spec is right on
     every pipeline stage.
 
+    Args:
+        rotary: what the model rotates queries and keys by, for `rope` "last": `rotary_of` its configuration.
+
     Raises:
-        ValueError: a layer spec without a core attention; a block spec of which some layers have none, where `settings` does
-            not say which of the model's layers those are.
+        ValueError: `rope` "last" without `rotary`; a layer spec without a core attention; a block spec of which some layers
+            have none, where `settings` does not say which of the model's layers those are.
     """
+    if settings.rope == rope.LAST and rotary is None:
+        raise ValueError(
+            f"{rope.FLAG} {rope.LAST} needs to know what the model rotates queries and keys by, and a layer spec does not say: "
+            "give with_lighthouse(spec, settings, rotary_of(model_cfg)) the model's configuration (megatron_lighthouse.mcore."
+            f"attention.rotary), or use {rope.FLAG} {rope.MEAN}."
+        )
     spec = copy.deepcopy(spec)
     found = 0
     for submodules in attentions_of(spec):
         if not isinstance(submodules.core_attention, CoreAttentionBuilder):
-            submodules.core_attention = CoreAttentionBuilder(submodules.core_attention, settings)
+            submodules.core_attention = CoreAttentionBuilder(
+                submodules.core_attention, settings, rotary if settings.rope == rope.LAST else None
+            )
             if settings.discard_output:
                 submodules.linear_proj = without_kept_output(submodules.linear_proj)
         found += 1
@@ -78,6 +92,7 @@ def lighthouse(model_cfg: Any, vp_stage: int | None = None) -> LayerSpec:
     args = _global_args()
     settings = settings_from(args)
     if args is not None:
+        settings = rope.settled(args, settings)
         check_run(args, model_cfg.transformer, settings)
     return layer_spec(model_cfg, vp_stage, settings=settings)
 
@@ -98,7 +113,10 @@ def layer_spec(model_cfg: Any, vp_stage: int | None = None, *, settings: Lightho
     if settings is None:
         return _dense_over_shards(spec, config)
     _say_what_is_sent(config, settings)
-    return with_lighthouse(spec, replace(settings, attention_layers=attention_layers(config)))
+    rotary = rotary_of(model_cfg) if settings.rope == rope.LAST else None
+    if rotary is None:  # nothing is rotated, or nothing turned
+        settings = replace(settings, rope=rope.MEAN)
+    return with_lighthouse(spec, replace(settings, attention_layers=attention_layers(config)), rotary)
 
 
 def _say_what_is_sent(config: TransformerConfig, settings: LighthouseSettings) -> None:
@@ -108,9 +126,10 @@ def _say_what_is_sent(config: TransformerConfig, settings: LighthouseSettings) -
     if args is None or not comm_types:
         return
     layer = Shape(args.micro_batch_size, *heads_of_rank(config), config.kv_channels, config.params_dtype.itemsize)
-    geometry = settings.config.geometry(args.seq_length, size)
-    for comm_type in comm_types:
-        say_once(summary(geometry, layer, size, comm_type, settings.config.scorer))
+    edges = {"edge layers: ": settings.edge} if settings.edge else {}
+    for kind, own in {"": settings.config, **edges}.items():
+        for comm_type in comm_types:
+            say_once(kind + summary(own.geometry(args.seq_length, size), layer, size, comm_type, settings.config.scorer))
     if "p2p" in comm_types and torch.cuda.is_available():  # which of two ways it takes is said at the start, not later
         copies_over(parallel_state.get_context_parallel_group(), torch.device("cuda", torch.cuda.current_device()))
 

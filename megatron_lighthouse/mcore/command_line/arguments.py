@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from megatron_lighthouse.mcore.command_line import settings
+from megatron_lighthouse.mcore.command_line import rope, settings
 from megatron_lighthouse.mcore.loop import selection_log
 from megatron_lighthouse.notice import say_once
 
@@ -57,8 +57,9 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
     from megatron_lighthouse.mcore.command_line.checks import check_run, copies_in_a_graph
 
     spec, by_name = model_cfg.transformer_layer_spec, args.attention == "lighthouse"
-    chosen = settings.settings_from(args) if by_name or spec is lighthouse else None
+    chosen = rope.settled(args, settings.settings_from(args)) if by_name or spec is lighthouse else None
     if chosen is None:
+        rope.keep(args)
         if message := nothing_to_switch(args):
             raise ValueError(message)
         selection_log.say_nothing_is_logged(args)

@@ -13,8 +13,8 @@ from megatron_lighthouse.context_parallel.schemes import comm_type_problem
 from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.lighthouse.sharded.select import is_local
-from megatron_lighthouse.mcore.command_line import stored
-from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_of_rank, own_comm_types
+from megatron_lighthouse.mcore.command_line import rope, stored
+from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_of_rank, of_edge, own_comm_types
 
 if TYPE_CHECKING:  # what needs no Megatron is asked on a login node too
     from megatron.core.transformer import TransformerConfig
@@ -44,7 +44,10 @@ def check_run(args: Namespace, config: TransformerConfig, settings: LighthouseSe
     Raises:
         ValueError: as `check`.
     """
-    _raise([*dict.fromkeys([*_model(config, settings, args.seq_length), *_arguments(args), *_stage2(args, settings)])])
+    problems = [*_model(config, settings, args.seq_length), *_arguments(args), *_stage2(args, settings)]
+    if settings.rope == rope.LAST:
+        problems += rope.rope_problems(config, getattr(args, "position_embedding_type", None))
+    _raise([*dict.fromkeys(problems)])
 
 
 def _raise(problems: list[str]) -> None:
@@ -54,10 +57,21 @@ def _raise(problems: list[str]) -> None:
 
 def _model(config: TransformerConfig, settings: LighthouseSettings, seq_length: int | None) -> Iterator[str]:
     yield from _unsupported(config, settings)
-    yield from layer_problems(settings.dense_first, settings.dense_last, len(settings.holding(config.num_layers)))
-    if seq_length is not None:
-        lengths = list(length_problems(settings.config, seq_length, config.context_parallel_size))
-        yield from lengths or _dealt_in_a_graph(config, settings.config, seq_length)
+    holding = len(settings.holding(config.num_layers))
+    yield from layer_problems(settings.dense_first, settings.dense_last, holding, settings.edge_budget)
+    if seq_length is None:
+        return
+    lengths = [*settings_problems(settings, seq_length, config.context_parallel_size)]
+    yield from lengths or _dealt_in_a_graph(config, settings.config, seq_length)
+    if settings.edge and not lengths:
+        yield from map(of_edge, _dealt_in_a_graph(config, settings.edge, seq_length))
+
+
+def settings_problems(settings: LighthouseSettings, seq_length: int, ranks: int) -> Iterator[str]:
+    """Why so many tokens on so many context-parallel ranks do not fit the layers, edge layers among them."""
+    yield from length_problems(settings.config, seq_length, ranks)
+    if settings.edge:
+        yield from map(of_edge, length_problems(settings.edge, seq_length, ranks))
 
 
 def length_problems(config: LighthouseConfig, seq_length: int, ranks: int) -> Iterator[str]:
@@ -185,6 +199,12 @@ def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Ite
     for name in ("fp8_dot_product_attention", "fp8_multi_head_attention"):
         if getattr(config, name, False):
             yield f"--{name.replace('_', '-')} is not supported: leave it out (fp8 in the linear layers works without it)."
+    further = getattr(config, "mtp_num_layers", None) or 0  # Megatron counts these from 1, as the model's own
+    if further and (settings.edge_budget is not None or further > settings.dense_first):
+        yield (
+            f"--mtp-num-layers {further} makes layers that are to stay dense, and go by the numbers of the first of the model: "
+            f"leave {flag('edge_budget')} out, and use {flag('dense_first')} {further} or more."
+        )
     graphs = getattr(config, "cuda_graph_impl", "none")
     if settings.stage2 is not None and graphs != "none":
         at = settings.stage2.at
@@ -228,11 +248,16 @@ def dropout_problems(dropout: float) -> Iterator[str]:
         yield f"--attention-dropout {dropout} would drop whole windows: use --attention-dropout 0 (--hidden-dropout works)."
 
 
-def layer_problems(dense_first: int, dense_last: int, layers: int) -> Iterator[str]:
-    """Of which of the model's layers are dense, of as many as hold attention."""
+def layer_problems(dense_first: int, dense_last: int, layers: int, edge_budget: int | None = None) -> Iterator[str]:
+    """Of which of the model's layers are dense, or have a budget of their own, of as many as hold attention."""
     for name, count in (("dense_first", dense_first), ("dense_last", dense_last)):
         if count < 0:
             yield f"{flag(name)} {count} must not be negative: use 0 to leave no layer dense."
+    if edge_budget is not None and not dense_first + dense_last:
+        yield (
+            f"{flag('edge_budget')} {edge_budget} is of the first and last layers, and {flag('dense_first')} 0 and "
+            f"{flag('dense_last')} 0 name none: leave it out, or name some, such as 2 and 2."
+        )
     if dense_first + dense_last >= layers:
         yield (
             f"{flag('dense_first')} {dense_first} and {flag('dense_last')} {dense_last} leave none of {layers} layers to "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
 from megatron_lighthouse.lighthouse.implementations import STEPS
 from megatron_lighthouse.lighthouse.scorers import SCORERS
-from megatron_lighthouse.mcore.command_line import stage
+from megatron_lighthouse.mcore.command_line import rope, stage
 from megatron_lighthouse.mcore.command_line.layers import attention_layers
 from megatron_lighthouse.softmax.backends import INNER
 
@@ -35,6 +35,10 @@ class LighthouseSettings:
     """Whether a layer's output is scattered again in backward rather than kept: see `mcore.attention.output`."""
     stage2: stage.Stage2 | None = None
     """When Lighthouse layers become dense; None where another job does that, or none."""
+    rope: str = rope.LAST
+    """Whether pooled queries and keys stand at their window's last token, or at the mean of its tokens: see `rope`."""
+    edge_budget: int | None = None
+    """Where given, the first and last layers are Lighthouse too, with this budget in place of the config's."""
     attention_layers: tuple[int, ...] | None = None
     """The numbers, from 1, of the model's layers that hold attention; None where all do."""
 
@@ -47,8 +51,30 @@ class LighthouseSettings:
 
     def numbers(self, num_layers: int) -> tuple[int, ...]:
         """The numbers of the layers that begin with Lighthouse."""
+        return self._inner(num_layers) if self.edge_budget is None else self.holding(num_layers)
+
+    def _inner(self, num_layers: int) -> tuple[int, ...]:
+        """The numbers of the layers that hold attention, less the first and last of them."""
         holding = self.holding(num_layers)
         return holding[max(0, self.dense_first) : max(0, len(holding) - max(0, self.dense_last))]
+
+    def config_of(self, layer_number: int, num_layers: int) -> LighthouseConfig:
+        """The config of a Lighthouse layer."""
+        return self.edge or self.config if layer_number not in self._inner(num_layers) else self.config
+
+    @property
+    def edge(self) -> LighthouseConfig | None:
+        """The config of the first and last layers; None where they are dense.
+
+        Raises:
+            ValueError: an edge budget that cannot be.
+        """
+        if self.edge_budget is None:
+            return None
+        try:
+            return self.config.replace(budget=self.edge_budget)
+        except ValueError as error:
+            raise ValueError(of_edge(str(error))) from None
 
     def holding(self, num_layers: int) -> tuple[int, ...]:
         """The numbers of the layers that hold attention."""
@@ -61,6 +87,11 @@ class LighthouseSettings:
     def dense_by_now(self, num_layers: int, iteration: int) -> int:
         """How many of those are dense in this iteration."""
         return self.stage2.dense_layers(iteration, self.lighthouse_layers(num_layers)) if self.stage2 else 0
+
+
+def of_edge(message: str) -> str:
+    """What a config says of its budget, said of the edge layers'."""
+    return message.replace(flag("budget") + " ", flag("edge_budget") + " ")
 
 
 def heads_of_rank(config: TransformerConfig) -> tuple[int, int]:
@@ -149,6 +180,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             help=f"Layers at the {where} of the model that stay dense, of those that hold attention, counted over the whole "
             "model whatever the pipeline layout. Default: %(default)s.",
         )
+    group.add_argument(
+        flag("edge_budget"),
+        type=int,
+        metavar="K",
+        help="Make these layers Lighthouse too, with this budget of their own, so that no layer is quadratic. Default: dense.",
+    )
+    rope.add_arguments(group)
     stage.add_arguments(group)
     return parser
 
@@ -171,5 +209,8 @@ def settings_from(args: argparse.Namespace | None) -> LighthouseSettings:
         parser = add_arguments(argparse.ArgumentParser(prog=ENVIRONMENT, allow_abbrev=False))
         args = parser.parse_args(shlex.split(os.environ.get(ENVIRONMENT, "")))
     options = {f.name: getattr(args, "lighthouse_" + f.name) for f in fields(LighthouseConfig)}
-    own = {name: getattr(args, "lighthouse_" + name) for name in ("dense_first", "dense_last", "discard_output")}
-    return LighthouseSettings(LighthouseConfig(**options), **own, stage2=stage.stage2_from(args), attention_layers=holding)
+    names = ("dense_first", "dense_last", "discard_output", "rope", "edge_budget")
+    own = {name: getattr(args, "lighthouse_" + name) for name in names}
+    settings = LighthouseSettings(LighthouseConfig(**options), **own, stage2=stage.stage2_from(args), attention_layers=holding)
+    _ = settings.edge  # checked
+    return settings

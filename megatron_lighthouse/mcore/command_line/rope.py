@@ -1,0 +1,103 @@
+"""Where pooled rows stand among rotary positions, and which of the two ways a run takes. Imports no Megatron.
+
+A checkpoint goes on as it was trained: its own argument wins. One that holds none is older than the argument: `mean`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_lighthouse.lighthouse.config import flag
+from megatron_lighthouse.mcore.command_line import stored
+from megatron_lighthouse.notice import say_once
+
+if TYPE_CHECKING:
+    from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
+
+LAST, MEAN = "last", "mean"
+ROPES = (LAST, MEAN)
+FLAG = flag("rope")
+
+
+def add_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add `--lighthouse-rope` to the arguments of Lighthouse."""
+    group.add_argument(
+        FLAG,
+        choices=ROPES,
+        default=LAST,
+        help="The rotary position of a pooled query or key: that of its window's 'last' token, as the authors' code has it "
+        "since July 2026, or the 'mean' of its rotated tokens, the paper's text. What goes on from a checkpoint takes the "
+        "checkpoint's. Default: %(default)s.",
+    )
+
+
+def rope_problems(config: Any, position_embedding_type: str | None) -> Iterator[str]:
+    """Why a model does not say one angle a token and channel.
+
+    Args:
+        config: a TransformerConfig.
+    """
+    if position_embedding_type == "mrope":
+        yield (
+            f"--position-embedding-type mrope rotates by three positions a token, of which {FLAG} last would need each: use "
+            f"{FLAG} mean, or --position-embedding-type rope."
+        )
+    if config.multi_latent_attention:
+        yield f"{FLAG} last does not know the rotation of --multi-latent-attention: use {FLAG} mean."
+
+
+def settled(args: argparse.Namespace, settings: LighthouseSettings) -> LighthouseSettings:
+    """`settings` with the way that the run takes, said where the command line asks for another. Its checkpoints hold it too.
+
+    Args:
+        args: Megatron's.
+    """
+    args.lighthouse_rope, said = choice(args, settings.rope, _path(args.load), _path(_pretrained(args)))
+    if said:
+        say_once(f"lighthouse: {said}")
+    return replace(settings, rope=args.lighthouse_rope)
+
+
+def keep(args: argparse.Namespace) -> None:
+    """As `settled`, of a run without Lighthouse, which hands on what its checkpoint says."""
+    args.lighthouse_rope, _ = choice(args, args.lighthouse_rope, _path(args.load), _path(_pretrained(args)))
+
+
+def choice(args: argparse.Namespace, asked: str, load: Path | None, pretrained: Path | None = None) -> tuple[str, str | None]:
+    """The way that a run takes, and what to say of it.
+
+    Args:
+        args: Megatron's, or those that `resume.add_arguments` knows.
+        asked: what the command line says, or would if it said anything.
+        load, pretrained: --load and --pretrained-checkpoint, where this machine has them.
+    """
+    begins, iteration = args.finetune, (args.ckpt_step or stored.last_iteration(load)) if load else None
+    if iteration is None:  # Megatron then begins with the weights of the other
+        load, begins = pretrained, True
+        iteration = stored.last_iteration(load) if load else None
+    if load is None or iteration is None:
+        return asked, None
+    before = (stored.common_state(load, iteration) or {}).get("args")
+    if before is None:
+        return asked, f"the checkpoint in {load} does not say how it was trained: {FLAG} {asked} is taken"
+    was, how = getattr(before, "lighthouse_rope", MEAN), f"the checkpoint in {load} was trained with it"
+    if not hasattr(before, "lighthouse_rope"):
+        how = f"the checkpoint in {load} was trained with it, being older than the argument"
+    if was == asked:
+        return asked, None
+    if not begins:
+        return was, f"{FLAG} {was} is taken: {how}. For {FLAG} {asked} begin anew, with --finetune or --pretrained-checkpoint"
+    other = getattr(before, "attention", None) == "lighthouse"
+    return asked, f"{FLAG} {asked} is taken for a new run, and not {was}: {how}" if other else None
+
+
+def _pretrained(args: argparse.Namespace) -> str | None:
+    return getattr(args, "pretrained_checkpoint", None)
+
+
+def _path(folder: str | None) -> Path | None:
+    return Path(folder) if folder else None

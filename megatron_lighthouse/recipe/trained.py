@@ -39,7 +39,7 @@ from megatron_lighthouse.mcore.command_line.arguments import (
 from megatron_lighthouse.mcore.command_line.from_checkpoint import explained
 from megatron_lighthouse.mcore.command_line.run_options import check_run_options
 from megatron_lighthouse.mcore.data.text import text_files
-from megatron_lighthouse.mcore.loop import machine, pretrain
+from megatron_lighthouse.mcore.loop import hooks, pretrain
 from megatron_lighthouse.recipe.same_model import check_same_model
 
 type Array = numpy.ndarray[Any, Any]
@@ -84,7 +84,7 @@ def parse(add_arguments: ArgumentsProvider) -> argparse.Namespace:
     Raises:
         ValueError: a checkpoint that is not there or holds another model, or a layout that is not supported.
     """
-    machine.adapt()
+    hooks.adapt_machine()
     args = parse_args(with_lighthouse_arguments(_with(add_arguments)))
     if args.use_checkpoint_args:
         load_args_from_checkpoint(args)

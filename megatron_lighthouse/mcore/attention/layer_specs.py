@@ -28,7 +28,6 @@ from megatron_lighthouse.mcore.attention.over_shards import over_shards
 from megatron_lighthouse.mcore.command_line.checks import check_run
 from megatron_lighthouse.mcore.command_line.layers import attention_layers
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_of_rank, own_comm_types, settings_from
-from megatron_lighthouse.mcore.loop import switch
 from megatron_lighthouse.notice import say_once
 
 type LayerSpec = ModuleSpec | TransformerBlockSubmodules
@@ -65,7 +64,9 @@ def with_lighthouse(spec: LayerSpec, settings: LighthouseSettings) -> LayerSpec:
             "specs (local or transformer_engine)."
         )
     if _global_args() is not None:
-        switch.install(settings)
+        from megatron_lighthouse.mcore.loop import hooks
+
+        hooks.follow_switch(settings)
     return spec
 
 

@@ -55,6 +55,7 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
     """
     from megatron_lighthouse.mcore.attention.layer_specs import layer_spec, lighthouse
     from megatron_lighthouse.mcore.command_line.checks import check_run, copies_in_a_graph
+    from megatron_lighthouse.mcore.loop import hooks
 
     spec, by_name = model_cfg.transformer_layer_spec, args.attention == "lighthouse"
     chosen = settings.settings_from(args) if by_name or spec is lighthouse else None
@@ -77,7 +78,7 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
     ours = config.context_parallel_size > 1 and config.transformer_impl == "local"
     if chosen is not None:
         check_run(args, config, chosen)
-        selection_log.install(args, chosen)
+        hooks.log_selection(args, chosen)
     elif ours and getattr(args, "reset_attention_mask", False):
         raise ValueError(
             "--reset-attention-mask separates documents by a mask, which context parallelism without Transformer Engine does "

@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
-from megatron_lighthouse.lighthouse.implementations import STEPS
-from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.mcore.command_line import stage
 from megatron_lighthouse.mcore.command_line.layers import attention_layers
-from megatron_lighthouse.softmax.backends import INNER
+from megatron_lighthouse.options import add_options, read_options
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
@@ -93,47 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Core attention of the GPT layers: 'lighthouse' selects a small set of pyramid entries and attends densely to "
         "it; 'dense' is Megatron's own. Checkpoints are the same for both.",
     )
-    defaults = LighthouseConfig()
-
-    def integer(name: str, text: str) -> None:
-        group.add_argument(flag(name), type=int, default=getattr(defaults, name), help=f"{text} Default: %(default)s.")
-
-    integer("levels", "Levels of the pyramid (L), the tokens themselves being the finest.")
-    integer("pooling", "Pooling factor (p) from one level to the next.")
-    integer(
-        "budget",
-        "Entries refined per level and key/value head (k). The attended length is seq/p^(L-1) + (L-1)*p*k.",
-    )
-    integer("tile_budget", "Entries refined per level within one tile (m); the sequence has budget/tile-budget tiles.")
-    group.add_argument(
-        flag("scorer"),
-        choices=list(SCORERS),
-        default=defaults.scorer,
-        help="What ranks the entries: 'norm' takes the L2 norms of queries and keys, 'summary' attention over the coarsest "
-        "windows, 'dilated' attention over every fourth token, 'gla' gated linear attention over these. Default: %(default)s.",
-    )
-    group.add_argument(
-        flag("inner"),
-        choices=INNER,
-        default=defaults.inner,
-        help="The attention over the gathered rows. 'auto': Transformer Engine's in its layer spec, else the fastest of "
-        "FlashAttention 4 or 3, cuDNN and FlashAttention 2 that is there and takes the dtype and head dimension. Another name "
-        "forces that one. Default: %(default)s.",
-    )
-    group.add_argument(
-        flag("steps"),
-        choices=STEPS,
-        default=defaults.steps,
-        help="What runs the steps around the inner attention: the Triton 'kernels', or plain PyTorch as a 'reference'; 'auto' "
-        "takes the kernels on a GPU. Default: %(default)s.",
-    )
-    group.add_argument(
-        flag("pin_first"),
-        action=argparse.BooleanOptionalAction,
-        default=defaults.pin_first,
-        help="Always refine the first window, so that the first positions have an output. Default: on; the authors' code "
-        "behaves as with --no-lighthouse-pin-first.",
-    )
+    add_options(group, "lighthouse", LighthouseConfig)
     group.add_argument(
         flag("discard_output"),
         action=argparse.BooleanOptionalAction,
@@ -170,6 +128,6 @@ def settings_from(args: argparse.Namespace | None) -> LighthouseSettings:
     else:
         parser = add_arguments(argparse.ArgumentParser(prog=ENVIRONMENT, allow_abbrev=False))
         args = parser.parse_args(shlex.split(os.environ.get(ENVIRONMENT, "")))
-    options = {f.name: getattr(args, "lighthouse_" + f.name) for f in fields(LighthouseConfig)}
     own = {name: getattr(args, "lighthouse_" + name) for name in ("dense_first", "dense_last", "discard_output")}
-    return LighthouseSettings(LighthouseConfig(**options), **own, stage2=stage.stage2_from(args), attention_layers=holding)
+    config = read_options(args, "lighthouse", LighthouseConfig)
+    return LighthouseSettings(config, **own, stage2=stage.stage2_from(args), attention_layers=holding)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import mean
 
-from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes, layer_bytes
+from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
 from megatron_lighthouse.plan import accuracy, memory, search, time
 from megatron_lighthouse.plan.coefficients import Coefficients
 from megatron_lighthouse.plan.device import HELD_BACK
 from megatron_lighthouse.plan.run import Run
 from megatron_lighthouse.plan.words import layout_words
 from megatron_lighthouse.sequence.layout import Layout
+from megatron_lighthouse.variants import DENSE
 
 SHOWN = 8
 """Layouts of the ranking that are shown."""
@@ -48,7 +49,7 @@ def layout(run: Run) -> str:
 def title(run: Run) -> str:
     model = run.model
     kind = "dense attention"
-    if run.attention == "lighthouse":
+    if run.variant.selects:
         c = run.config
         kind = f"Lighthouse in {run.lighthouse_layers} of {model.layers} layers (L={c.levels} p={c.pooling} k={c.budget})"
     return (
@@ -77,8 +78,8 @@ def time_table(run: Run, speed: Coefficients, tokens: float) -> str:
     hours = tokens / rate / 3600
     lines = [table(["time of a step", "ms", "share"], rows), host_lines(run, speed)]
     lines.append(f"{rate:,.0f} tokens/s/GPU, {rate * run.gpus:,.0f} in all{extrapolated(run)}")
-    if run.attention == "lighthouse":
-        dense = run.change(attention="dense")
+    if run.variant.selects:
+        dense = run.change(attention=DENSE.name)
         other = time.tokens_per_gpu(dense, speed)
         note = "" if memory.fits(dense) else ", which would not fit in this layout"
         lines.append(f"{rate / other:.2f} x dense ({other:,.0f} tokens/s/GPU{note})")
@@ -122,7 +123,8 @@ def link_table(run: Run) -> str:
         dense = max(forward * f + b for f, b in (attend_bytes(run.cp_comm_type, run.seq_length, layer, r) for r in ranks))
         ours = 0
         if run.lighthouse_layers:
-            plans = [layer_bytes(run.cp_comm_type, run.geometry, layer, r).values() for r in ranks]
+            given = (run.config, run.seq_length, layer)
+            plans = [run.variant.sent(*given, rank, run.cp_comm_type).values() for rank in ranks]
             ours = max(sum(forward * f + b for f, b in plan) for plan in plans)
         crossing = max(a * dense + b * ours for a, b in run.stages)
     rows = []

@@ -13,6 +13,8 @@ from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
 from megatron_lighthouse.mcore.command_line.checks import layer_problems
 from megatron_lighthouse.plan.device import DEVICES, Device
 from megatron_lighthouse.plan.model import GPT
+from megatron_lighthouse.variant import Variant
+from megatron_lighthouse.variants import LIGHTHOUSE, VARIANTS, counted
 
 RECOMPUTE = ("none", "mlp", "full")
 """No layer's forward again in backward; that of the MLP (--recompute-modules mlp); or that of whole layers."""
@@ -25,7 +27,7 @@ class Run:
     model: GPT
     seq_length: int
     device: Device = DEVICES["b200"]
-    attention: str = "lighthouse"
+    attention: str = LIGHTHOUSE.name
     config: LighthouseConfig = field(default_factory=LighthouseConfig)
     gpus: int = 1
     tensor_parallel: int = 1
@@ -35,6 +37,11 @@ class Run:
     recompute: str = "none"
     cp_comm_type: str = "p2p"
     discard_output: bool = True
+
+    @property
+    def variant(self) -> Variant:
+        """That of `--attention`."""
+        return VARIANTS[self.attention]
 
     @property
     def spans(self) -> dict[str, int]:
@@ -53,7 +60,7 @@ class Run:
         """(dense, Lighthouse) layers of each pipeline stage: each has as many of the model's layers, in their order."""
         model, size = self.model, self.model.layers // self.pipeline_parallel
         first, last = model.dense_first, model.layers - model.dense_last  # Lighthouse from `first` on, before `last`
-        if self.attention == "dense":
+        if not self.variant.selects:
             first = last
         starts = [size * stage for stage in range(self.pipeline_parallel)]
         ours = [max(0, min(last, start + size) - max(first, start)) for start in starts]
@@ -89,7 +96,7 @@ class Run:
                 f"--global-batch-size {self.global_batch} must be a multiple of the {dp} data-parallel ranks: "
                 f"use {-(-self.global_batch // dp) * dp}."
             )
-        if self.attention == "lighthouse":
+        if self.variant.selects:
             for message in layer_problems(model.dense_first, model.dense_last, model.layers):
                 raise ValueError(message)
             _ = self.geometry
@@ -114,7 +121,7 @@ class Run:
     @property
     def geometry(self) -> Geometry:
         """Lighthouse's integers. Raises ValueError where length, config and context parallelism do not fit."""
-        return self.config.geometry(self.seq_length, self.context_parallel)
+        return LIGHTHOUSE.cost(self.config, self.seq_length, self.context_parallel)
 
     @property
     def data_parallel(self) -> int:
@@ -138,7 +145,7 @@ class Run:
 
     @property
     def lighthouse_layers(self) -> int:
-        return self.model.lighthouse_layers if self.attention == "lighthouse" else 0
+        return self.model.lighthouse_layers if self.variant.selects else 0
 
     @property
     def vocab_rank(self) -> int:
@@ -153,7 +160,7 @@ class Run:
 def check_names(attention: str | None, recompute: str | None, cp_comm_type: str | None) -> None:
     """Raises ValueError, naming those that work, where one of these is not known; None is not given."""
     for flag, name, known in (
-        *(("--attention", attention, ("dense", "lighthouse")), ("--recompute", recompute, RECOMPUTE)),
+        *(("--attention", attention, counted()), ("--recompute", recompute, RECOMPUTE)),
         ("--cp-comm-type", cp_comm_type, COMM_TYPES),
     ):
         if name is not None and name not in known:

@@ -35,7 +35,8 @@ def test_flags_of_lighthouse(name: str) -> None:
     assert getattr(LighthouseConfig(), name) == getattr(lighthouse().parse_args([]), f"lighthouse_{name}") == default
     words = [flag(name).replace("--", "--no-", 1)] if word is None else [flag(name), word]
     found = getattr(lighthouse().parse_args(words), f"lighthouse_{name}")
-    assert found == meant and type(found) is type(default)
+    assert found == meant
+    assert type(found) is type(default)
     assert text in lighthouse().format_help()
 
 

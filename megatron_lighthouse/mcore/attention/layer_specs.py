@@ -20,11 +20,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_lighthouse.context_parallel.copies import copies_over
 from megatron_lighthouse.lighthouse.geometry import Shape
-from megatron_lighthouse.lighthouse.sharded.sent import summary
 from megatron_lighthouse.mcore.attention.core_attention import CoreAttentionBuilder
 from megatron_lighthouse.mcore.attention.norm import torch_norm
 from megatron_lighthouse.mcore.attention.output import without_kept_output
 from megatron_lighthouse.mcore.attention.over_shards import over_shards
+from megatron_lighthouse.mcore.attention.streams import add_streams
 from megatron_lighthouse.mcore.command_line.checks import check_run
 from megatron_lighthouse.mcore.command_line.layers import attention_layers
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_of_rank, own_comm_types, settings_from
@@ -44,6 +44,8 @@ def with_lighthouse(spec: LayerSpec, settings: LighthouseSettings) -> LayerSpec:
             not say which of the model's layers those are.
     """
     spec = copy.deepcopy(spec)
+    for layer in _layers_of(spec):
+        add_streams(layer.submodules, settings)
     found = 0
     for submodules in attentions_of(spec):
         if not isinstance(submodules.core_attention, CoreAttentionBuilder):
@@ -60,13 +62,14 @@ def with_lighthouse(spec: LayerSpec, settings: LighthouseSettings) -> LayerSpec:
     # a block spec is one pipeline stage's part, which may hold no attention at all
     if not found and isinstance(spec, ModuleSpec):
         raise ValueError(
-            f"--attention lighthouse found no core attention in the layer spec of {spec.module.__name__}: it takes GPT layer "
-            "specs (local or transformer_engine)."
+            f"--attention {settings.variant} found no core attention in the layer spec of {spec.module.__name__}: it takes "
+            "GPT layer specs (local or transformer_engine)."
         )
     if _global_args() is not None:
         from megatron_lighthouse.mcore.loop import hooks
 
         hooks.follow_switch(settings)
+        hooks.load_weights()
     return spec
 
 
@@ -109,9 +112,8 @@ def _say_what_is_sent(config: TransformerConfig, settings: LighthouseSettings) -
     if args is None or not comm_types:
         return
     layer = Shape(args.micro_batch_size, *heads_of_rank(config), config.kv_channels, config.params_dtype.itemsize)
-    geometry = settings.config.geometry(args.seq_length, size)
     for comm_type in comm_types:
-        say_once(summary(geometry, layer, size, comm_type, settings.config.scorer))
+        say_once(settings.attention.summary(settings.config, args.seq_length, layer, size, comm_type))
     if "p2p" in comm_types and torch.cuda.is_available():  # which of two ways it takes is said at the start, not later
         copies_over(parallel_state.get_context_parallel_group(), torch.device("cuda", torch.cuda.current_device()))
 

@@ -6,12 +6,14 @@ import argparse
 import os
 import shlex
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
 from megatron_lighthouse.mcore.command_line import stage
 from megatron_lighthouse.mcore.command_line.layers import attention_layers
 from megatron_lighthouse.options import add_options, read_options
+from megatron_lighthouse.variant import Variant
+from megatron_lighthouse.variants import DENSE, LIGHTHOUSE, VARIANTS
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
@@ -24,7 +26,7 @@ ENVIRONMENT = "LIGHTHOUSE_ARGS"
 class LighthouseSettings:
     """The attention's own options, and which layers take it."""
 
-    config: LighthouseConfig = field(default_factory=LighthouseConfig)
+    config: Any = field(default_factory=LighthouseConfig)
     dense_first: int = 2
     """Of the layers that hold attention, how many at the bottom of the model stay dense."""
     dense_last: int = 2
@@ -35,6 +37,12 @@ class LighthouseSettings:
     """When Lighthouse layers become dense; None where another job does that, or none."""
     attention_layers: tuple[int, ...] | None = None
     """The numbers, from 1, of the model's layers that hold attention; None where all do."""
+    variant: str = LIGHTHOUSE.name
+    """Of `--attention`: whose `config` it is."""
+
+    @property
+    def attention(self) -> Variant:
+        return VARIANTS[self.variant]
 
     def is_dense(self, layer_number: int, num_layers: int, iteration: int = 0) -> bool:
         """Whether the layer of this global, 1-based number is dense in this iteration, from 1; in 0, whether it always is.
@@ -69,8 +77,8 @@ def heads_of_rank(config: TransformerConfig) -> tuple[int, int]:
 
 def own_comm_types(config: TransformerConfig, settings: LighthouseSettings) -> list[str]:
     """The schemes by which this project's own attention crosses ranks; none where Transformer Engine's does it."""
-    of_te = config.transformer_impl == "transformer_engine" and settings.config.inner in ("auto", "te")
-    if config.context_parallel_size == 1 or of_te:
+    of_te = config.transformer_impl == "transformer_engine"
+    if config.context_parallel_size == 1 or (of_te and settings.attention.base_attends(settings.config, True, False)):
         return []
     return comm_types_of(config)
 
@@ -82,16 +90,15 @@ def comm_types_of(config: TransformerConfig) -> list[str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add `--attention` and `--lighthouse-*` to Megatron's parser."""
+    """Add `--attention` and each attention's own flags to Megatron's parser."""
     group = parser.add_argument_group("lighthouse", "Lighthouse Attention (arXiv 2605.06554)")
     group.add_argument(
         "--attention",
-        choices=["dense", "lighthouse"],
-        default="dense",
-        help="Core attention of the GPT layers: 'lighthouse' selects a small set of pyramid entries and attends densely to "
-        "it; 'dense' is Megatron's own. Checkpoints are the same for both.",
+        choices=list(VARIANTS),
+        default=DENSE.name,
+        help="Core attention of the GPT layers. " + "; ".join(f"'{v.name}' {v.help}" for v in VARIANTS.values()) + ".",
     )
-    add_options(group, "lighthouse", LighthouseConfig)
+    add_options(group, LIGHTHOUSE.name, LighthouseConfig)
     group.add_argument(
         flag("discard_output"),
         action=argparse.BooleanOptionalAction,
@@ -108,11 +115,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             "model whatever the pipeline layout. Default: %(default)s.",
         )
     stage.add_arguments(group)
+    for variant in VARIANTS.values():
+        if variant.config and variant is not LIGHTHOUSE:
+            add_options(parser.add_argument_group(variant.name, variant.title), variant.name, variant.config)
     return parser
 
 
 def settings_from(args: argparse.Namespace | None) -> LighthouseSettings:
     """Settings from parsed arguments, or from the environment where the parser did not know them.
+
+    Where --attention is dense they are Lighthouse's, which a spec may have named.
 
     Raises:
         ValueError: a setting that cannot be, naming the flag and values that would work; options in the environment beside a
@@ -129,5 +141,9 @@ def settings_from(args: argparse.Namespace | None) -> LighthouseSettings:
         parser = add_arguments(argparse.ArgumentParser(prog=ENVIRONMENT, allow_abbrev=False))
         args = parser.parse_args(shlex.split(os.environ.get(ENVIRONMENT, "")))
     own = {name: getattr(args, "lighthouse_" + name) for name in ("dense_first", "dense_last", "discard_output")}
-    config = read_options(args, "lighthouse", LighthouseConfig)
+    variant = VARIANTS[args.attention]
+    if variant.config and not variant.switches:
+        config = read_options(args, variant.name, variant.config)
+        return LighthouseSettings(config, 0, 0, False, attention_layers=holding, variant=variant.name)
+    config = read_options(args, LIGHTHOUSE.name, LighthouseConfig)
     return LighthouseSettings(config, **own, stage2=stage.stage2_from(args), attention_layers=holding)

@@ -15,7 +15,7 @@ from megatron.training import checkpointing, initialize
 from megatron.training import training as loop
 
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
-from megatron_lighthouse.mcore.loop import finite, machine, progress, rates, selection_log, switch
+from megatron_lighthouse.mcore.loop import finite, machine, progress, rates, selection_log, switch, weights
 
 MARK = "lighthouse_hooks"
 """The attribute of a wrapped function that names the subjects around it."""
@@ -46,10 +46,16 @@ def adapt_machine() -> None:
 
 def follow_training() -> None:
     """For every run of the entry point, on every rank, before training."""
+    load_weights()
     wrap(loop, "training_log", "progress", progress.Progress().training_log)
     wrap(loop, "load_checkpoint", "rates", rates.load_checkpoint)
     wrap(loop, "train_step", "finite", finite.train_step)
     wrap(loop, "save_checkpoint", "finite", finite.save_checkpoint)
+
+
+def load_weights() -> None:
+    """For every load of a checkpoint, on every rank."""
+    wrap(checkpointing, "_load_global_dist_base_checkpoint", "weights", weights.load_base)
 
 
 def follow_switch(settings: LighthouseSettings) -> None:

@@ -15,6 +15,7 @@ from megatron.training import get_args
 from tqdm import tqdm
 
 from megatron_lighthouse.mcore.command_line.stage import stage2_from
+from megatron_lighthouse.variants import DENSE, VARIANTS
 
 
 class Lines:
@@ -94,8 +95,8 @@ class Progress:
 
 def attention_in(args: argparse.Namespace, iteration: int) -> str:
     """--attention, until --lighthouse-stage2-at has made all layers dense."""
-    stage2 = stage2_from(args) if args.attention == "lighthouse" else None
-    return "dense" if stage2 and iteration >= stage2.at + stage2.over else str(args.attention)
+    stage2 = stage2_from(args) if VARIANTS[args.attention].switches else None
+    return DENSE.name if stage2 and iteration >= stage2.at + stage2.over else str(args.attention)
 
 
 def last_iteration(iteration: int, train_iters: int, exit_interval: int | None) -> int:

@@ -107,7 +107,7 @@ def logged(args: argparse.Namespace, settings: LighthouseSettings) -> Logged | N
 def say_nothing_is_logged(args: argparse.Namespace) -> None:
     """For a dense run with the arguments of a Lighthouse run. Not an error: the second of two jobs is one."""
     if args.lighthouse_telemetry_interval and not args.rank:
-        say_once(f"lighthouse: {INTERVAL} {args.lighthouse_telemetry_interval} logs nothing, for all layers are dense.")
+        say_once(f"lighthouse: {INTERVAL} {args.lighthouse_telemetry_interval} logs nothing, for no layer selects.")
 
 
 def log(layers: Sequence[int], levels: int, iteration: int) -> None:

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import environment
 from torch import Tensor
 
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention
 from megatron_lighthouse.lighthouse.attention import attended_rows
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.selection import Selection
+from megatron_lighthouse.versions import environment
 
 HEADS, DIM, BASE = 8, 128, 500_000
 SHAPES = {98304: 1536, 524288: 4096}

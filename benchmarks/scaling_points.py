@@ -19,6 +19,7 @@ from megatron_lighthouse.plan.calibration import MEASURED_VOCAB, coefficients
 from megatron_lighthouse.plan.device import DEVICES
 from megatron_lighthouse.plan.run import Run, run_of
 from megatron_lighthouse.plan.words import RECOMPUTE_WORDS
+from megatron_lighthouse.variants import VARIANTS
 
 K = 1024
 LENGTHS = (256 * K, 512 * K, 1024 * K)
@@ -153,7 +154,7 @@ def main() -> None:
     parser.add_argument("--machine", type=int, choices=MACHINES, default=max(MACHINES), help="its GPUs")
     parser.add_argument("--gpus", type=int, choices=SIZES)
     parser.add_argument("--stage", choices=STAGES)
-    parser.add_argument("--attention", choices=("lighthouse", "dense"))
+    parser.add_argument("--attention", choices=list(VARIANTS))
     options = parser.parse_args()
     machine = options.machine
     if options.gpus:

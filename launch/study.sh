@@ -1,9 +1,12 @@
 # shellcheck shell=bash
 # Sourced by the scripts that run a scaling study: its points, and what stands in the run.json of each.
 
+# the names of --attention: what the registry lists, read as text where there may be no Python
+known_attentions() { sed -n 's/^register(\([A-Z_]*\))$/\1/p' "$ROOT/megatron_lighthouse/variants.py" | tr A-Z_ a-z-; }
+
 # the points of "CP=1:2 SEQ=32768:98304 ATTENTION=dense:lighthouse" in POINTS, "ATTENTION LENGTH CP" each, the attention changing fastest
 study_points() {
-    local study=$1 word name value CP=1:2 SEQ=32768:98304:262144 ATTENTION=dense:lighthouse sizes lengths attentions size length attention
+    local study=$1 word name value CP=1:2 SEQ=32768:98304:262144 ATTENTION=dense:lighthouse sizes lengths attentions known size length attention
     for word in $study; do
         [[ $word =~ ^(CP|SEQ|ATTENTION)=([^:]+(:[^:]+)*)$ ]] ||
             die "--study '$study': '$word' is none of CP=…, SEQ=…, ATTENTION=… with values apart by colons:" \
@@ -20,11 +23,13 @@ study_points() {
     for value in "${sizes[@]}" "${lengths[@]}"; do
         [[ $value =~ ^[1-9][0-9]*$ ]] || die "--study '$study': CP and SEQ hold whole numbers apart by colons, and '$value' is none."
     done
+    read -ra known <<<"$(words "$(known_attentions)")"
     POINTS=()
     for size in "${sizes[@]}"; do
         for length in "${lengths[@]}"; do
             for attention in "${attentions[@]}"; do
-                [[ $attention =~ ^(dense|lighthouse)$ ]] || die "--study '$study': ATTENTION holds dense or lighthouse, and '$attention' is neither."
+                [[ " ${known[*]} " == *" $attention "* ]] ||
+                    die "--study '$study': ATTENTION holds $(sed 's/ / or /g' <<<"${known[*]}"), and '$attention' is neither."
                 POINTS+=("$attention $length $size")
             done
         done

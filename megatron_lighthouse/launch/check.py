@@ -20,6 +20,7 @@ from megatron_lighthouse.plan import memory
 from megatron_lighthouse.plan.device import DEVICES, Device
 from megatron_lighthouse.plan.run import Run
 from megatron_lighthouse.plan.words import RECOMPUTE_WORDS, run_of_words
+from megatron_lighthouse.variants import DENSE, VARIANTS
 
 ENDS = ("--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split")
 """Each counts as a layer where the pipeline is split."""
@@ -140,7 +141,7 @@ def layout(args: argparse.Namespace, nodes: int, gpus_per_node: int) -> Iterator
         )
     yield from stages(args)
     heads, groups = args.num_attention_heads, args.num_query_groups or args.num_attention_heads
-    copied = args.attention == "dense" and groups and tensor % groups == 0  # Megatron gives several ranks the same group
+    copied = VARIANTS[args.attention].native and groups and tensor % groups == 0  # Megatron gives several ranks the same group
     unknown = copied or args.use_checkpoint_args  # then it is the checkpoint's, whatever is said here
     for name, size in (("num-attention-heads", heads), ("num-query-groups", args.num_query_groups)):
         if size and size % tensor and not (name == "num-query-groups" and unknown):
@@ -175,7 +176,7 @@ def counted(words: Sequence[str], args: argparse.Namespace, device: Device, worl
         run = run_of_words(words, device, world)
     except ValueError:
         return None
-    return max([run, run.change(attention="dense")] if args.lighthouse_stage2_at else [run], key=memory.total)
+    return max([run, run.change(attention=DENSE.name)] if args.lighthouse_stage2_at else [run], key=memory.total)
 
 
 def needs(run: Run) -> str:
@@ -235,11 +236,12 @@ def summary(args: argparse.Namespace, world: int) -> str:
     pipeline = args.pipeline_model_parallel_size
     layout = f"TP {tensor} x CP {context} x PP {pipeline} x DP {world // (tensor * context * pipeline)}"
     line = f"{world} ranks = {layout}; {args.seq_length or "the checkpoint's"} tokens, {args.attention}"
-    if args.attention == "lighthouse" and args.seq_length:
+    variant = VARIANTS[args.attention]
+    if variant.selects and args.seq_length:
         settings = settings_from(args)
-        line += f", {settings.config.geometry(args.seq_length, context).gathered_length} rows attended"
+        line += f", {variant.cost(settings.config, args.seq_length, context).gathered_length} rows attended"
         if settings.edge:
-            rows = settings.edge.geometry(args.seq_length, context).gathered_length
+            rows = variant.cost(settings.edge, args.seq_length, context).gathered_length
             line += f", {rows} in the first and last layers"
     return line
 

@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Iterator
 
 from megatron_lighthouse.mcore.command_line.arguments import nothing_to_switch
-from megatron_lighthouse.mcore.command_line.checks import dropout_problems, layer_problems, settings_problems
+from megatron_lighthouse.mcore.command_line.checks import layer_problems, settings_problems
 from megatron_lighthouse.mcore.command_line.settings import settings_from
+from megatron_lighthouse.variants import VARIANTS
 
 
 def sizes(args: argparse.Namespace) -> Iterator[str]:
@@ -21,17 +22,18 @@ def sizes(args: argparse.Namespace) -> Iterator[str]:
     elif not args.train_iters:
         yield "--train-iters is missing: a requeued job goes on until the checkpoint is there."
     settings = None
-    if args.attention == "lighthouse":
+    variant = VARIANTS[args.attention]
+    if not variant.native:
         try:
             settings = settings_from(args)
         except ValueError as error:
             yield str(error)
-    elif not args.spec and (message := nothing_to_switch(args)):  # a spec may be that of Lighthouse
+    if not variant.switches and not args.spec and (message := nothing_to_switch(args)):  # a spec may be that of Lighthouse
         yield message
     if settings:
         if not args.use_checkpoint_args:  # which says otherwise, perhaps
-            yield from dropout_problems(args.attention_dropout)
-        if args.num_layers:
+            yield from variant.dropout_problems(args.attention_dropout)
+        if args.num_layers and variant.switches:
             holding = len(settings.holding(args.num_layers))
             yield from layer_problems(settings.dense_first, settings.dense_last, holding, settings.edge_budget)
         if settings.stage2:
@@ -46,15 +48,5 @@ def sizes(args: argparse.Namespace) -> Iterator[str]:
         )
     elif settings:
         yield from settings_problems(settings, args.seq_length, args.context_parallel_size)
-    elif args.attention == "dense":
-        yield from _chunks(args)
-
-
-def _chunks(args: argparse.Namespace) -> Iterator[str]:
-    """Of dense attention over context-parallel ranks."""
-    unit = 2 * args.context_parallel_size
-    if unit > 2 and args.seq_length % unit:
-        yield (
-            f"--seq-length {args.seq_length} must be a multiple of {unit}, two chunks for each of --context-parallel-size "
-            f"{args.context_parallel_size}: use {max(1, args.seq_length // unit) * unit}."
-        )
+    elif variant.native:
+        yield from variant.length_problems(None, args.seq_length, args.context_parallel_size)

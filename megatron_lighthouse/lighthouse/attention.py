@@ -12,13 +12,14 @@ from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.geometry import Geometry, Pyramid
-from megatron_lighthouse.lighthouse.layer import Attended, Layer, build, check, made_from
+from megatron_lighthouse.lighthouse.layer import Attended, Layer, build
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.lighthouse.transforms import differentiable_once, refuse_transforms
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.softmax.backends import Attend
+from megatron_lighthouse.softmax.inputs import check, made_from
 
 MOST_BUILT = 64
 _built: dict[tuple[Any, ...], Layer] = {}

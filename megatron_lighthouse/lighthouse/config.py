@@ -10,6 +10,7 @@ from itertools import islice
 from megatron_lighthouse.lighthouse.geometry import Geometry
 from megatron_lighthouse.lighthouse.implementations import STEPS
 from megatron_lighthouse.lighthouse.scorers import SCORERS
+from megatron_lighthouse.options import flag_of, option
 from megatron_lighthouse.softmax.backends import INNER
 
 TRIED = 1000
@@ -18,7 +19,7 @@ TRIED = 1000
 
 def flag(name: str) -> str:
     """The command-line flag of the config field `name`."""
-    return "--lighthouse-" + name.replace("_", "-")
+    return flag_of("lighthouse", name)
 
 
 @dataclass(frozen=True)
@@ -28,32 +29,54 @@ class LighthouseConfig:
     Raises ValueError, naming the flag, its value, the rule and values that would work.
     """
 
-    levels: int = 3
+    levels: int = option(3, "Levels of the pyramid (L), the tokens themselves being the finest.")
     """Levels of the pyramid (L), the input itself being level 0. A coarsest window holds pooling^(levels-1) tokens."""
 
-    pooling: int = 4
+    pooling: int = option(4, "Pooling factor (p) from one level to the next.")
     """Pooling factor (p) from one level to the next. The kernels are made for 2 to 16: at 32 they run out of registers."""
 
-    budget: int = 1536
+    budget: int = option(
+        1536, "Entries refined per level and key/value head (k). The attended length is seq/p^(L-1) + (L-1)*p*k."
+    )
     """Entries refined per level and key/value head (k). The gathered length is N/p^(L-1) + (L-1)*p*k."""
 
-    tile_budget: int = 128
+    tile_budget: int = option(128, "Entries refined per level within one tile (m); the sequence has budget/tile-budget tiles.")
     """Entries refined per level within one tile (m). The sequence has budget/tile_budget tiles."""
 
-    scorer: str = "norm"
+    scorer: str = option(
+        "norm",
+        "What ranks the entries: 'norm' takes the L2 norms of queries and keys, 'summary' attention over the coarsest "
+        "windows, 'dilated' attention over every fourth token, 'gla' gated linear attention over these.",
+        SCORERS,
+    )
     """What ranks the entries: 'norm' takes the L2 norms of the queries and of the keys; 'dilated' those of the outputs of
     attention among every fourth token, both ways; 'gla' the same by gated linear attention (on a GPU it needs
     flash-linear-attention); 'summary' attends among the coarsest windows, and takes 'norm' for the finer ones."""
 
-    inner: str = "auto"
+    inner: str = option(
+        "auto",
+        "The attention over the gathered rows. 'auto': Transformer Engine's in its layer spec, else the fastest of "
+        "FlashAttention 4 or 3, cuDNN and FlashAttention 2 that is there and takes the dtype and head dimension. Another name "
+        "forces that one.",
+        INNER,
+    )
     """The attention over the gathered rows: 'auto' takes the fastest that is there (Transformer Engine's in its own layer
     spec); 'te', 'fa4', 'fa3', 'cudnn', 'fa2' and 'sdpa' force one. See `megatron_lighthouse.softmax.backends`."""
 
-    steps: str = "auto"
+    steps: str = option(
+        "auto",
+        "What runs the steps around the inner attention: the Triton 'kernels', or plain PyTorch as a 'reference'; 'auto' "
+        "takes the kernels on a GPU.",
+        STEPS,
+    )
     """What runs the steps around it: 'kernels' (Triton), 'reference' (plain PyTorch, what the kernels are held to), or 'auto':
     the kernels on a GPU."""
 
-    pin_first: bool = True
+    pin_first: bool = option(
+        True,
+        "Always refine the first window, so that the first positions have an output. Default: on; the authors' code "
+        "behaves as with --no-lighthouse-pin-first.",
+    )
     """Always refine the first window, so that every position has an output (the authors' code leaves
     the first p^(L-1)-1 positions zero wherever it does not happen to select that window)."""
 

@@ -21,6 +21,7 @@ from megatron_lighthouse.plan.device import DEVICES, device_of
 from megatron_lighthouse.plan.model import FLAGS
 from megatron_lighthouse.plan.run import RECOMPUTE, Run, check_names, recipes, run_of
 from megatron_lighthouse.plan.words import recipe_words, run_of_words
+from megatron_lighthouse.variants import LIGHTHOUSE, counted
 
 RUN_FLAGS = {
     "seq_length": "--seq-length",
@@ -42,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         "--recipe", default="530m-98k", help="where to start from: a name, or a file of launch/recipes; default: %(default)s"
     )
     made.add_argument("--device", default="b200", help=f"{', '.join(DEVICES)}; default: %(default)s")
-    made.add_argument("--attention", help="dense or lighthouse; default: the file's, else lighthouse")
+    made.add_argument("--attention", help=f"{' or '.join(counted())}; default: the file's, else {LIGHTHOUSE.name}")
     made.add_argument("--tokens", type=float, default=10e9, help="token budget, for GPU-hours; default: 10 billion")
     made.add_argument("--recompute", help=f"{', '.join(RECOMPUTE)}")
     made.add_argument("--cp-comm-type", help=f"{', '.join(COMM_TYPES)}")

@@ -9,6 +9,7 @@ from megatron_lighthouse.plan.calibration import Point
 from megatron_lighthouse.plan.coefficients import Coefficients
 from megatron_lighthouse.plan.device import DEVICES
 from megatron_lighthouse.plan.run import run_of
+from megatron_lighthouse.variants import DENSE, LIGHTHOUSE
 
 BOUNDS = {
     "one GPU": 0.15,
@@ -98,7 +99,7 @@ def published(speed: Coefficients) -> list[Comparison]:
         rows.append(Comparison("published", f"{title}: our kernels", figure, dense[direction] / ours[direction]))
         rows.append(Comparison("published", f"{title}: the authors' code", figure, dense[direction] / theirs))
     run = run_of("530m-98k", device=device, gpus=1, global_batch=1)
-    rates = {name: time.tokens_per_gpu(run.change(attention=name), speed) for name in ("dense", "lighthouse")}
+    rates = {name: time.tokens_per_gpu(run.change(attention=name), speed) for name in (DENSE.name, LIGHTHOUSE.name)}
     stage, plain = given["published stage-1"], given["published dense"]
     rows.append(Comparison("published", "98K, 530M, dense, tokens/s/GPU", plain, rates["dense"]))
     rows.append(Comparison("published", "98K, 530M, stage 1, tokens/s/GPU: our kernels", stage, rates["lighthouse"]))

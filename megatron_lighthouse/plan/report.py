@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import mean
 
-from megatron_lighthouse.lighthouse.geometry import Geometry
-from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes, layer_bytes
+from megatron_lighthouse.lighthouse.config import LighthouseConfig
+from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
 from megatron_lighthouse.plan import accuracy, memory, search, time
 from megatron_lighthouse.plan.coefficients import Coefficients
 from megatron_lighthouse.plan.device import HELD_BACK
 from megatron_lighthouse.plan.run import Run
 from megatron_lighthouse.plan.words import layout_words
 from megatron_lighthouse.sequence.layout import Layout
+from megatron_lighthouse.variants import DENSE
 
 SHOWN = 8
 """Layouts of the ranking that are shown."""
@@ -49,7 +50,7 @@ def layout(run: Run) -> str:
 def title(run: Run) -> str:
     model = run.model
     kind = "dense attention"
-    if run.attention == "lighthouse":
+    if run.variant.selects:
         c = run.config
         kind = f"Lighthouse in {run.lighthouse_layers} of {model.layers} layers (L={c.levels} p={c.pooling} k={c.budget}"
         kind += f", k={run.edge_budget} in {model.layers - model.lighthouse_layers} of them)" if run.edge else ")"
@@ -79,8 +80,8 @@ def time_table(run: Run, speed: Coefficients, tokens: float) -> str:
     hours = tokens / rate / 3600
     lines = [table(["time of a step", "ms", "share"], rows), host_lines(run, speed)]
     lines.append(f"{rate:,.0f} tokens/s/GPU, {rate * run.gpus:,.0f} in all{extrapolated(run)}")
-    if run.attention == "lighthouse":
-        dense = run.change(attention="dense")
+    if run.variant.selects:
+        dense = run.change(attention=DENSE.name)
         other = time.tokens_per_gpu(dense, speed)
         note = "" if memory.fits(dense) else ", which would not fit in this layout"
         lines.append(f"{rate / other:.2f} x dense ({other:,.0f} tokens/s/GPU{note})")
@@ -122,13 +123,14 @@ def link_table(run: Run) -> str:
         ranks = [Layout(cp, rank) for rank in range(cp)]
         forward = 1 + (run.recompute == "full")  # what is recomputed sends its forward's bytes again
 
-        def sent_by(geometry: Geometry) -> float:
-            plans = [layer_bytes(run.cp_comm_type, geometry, layer, r).values() for r in ranks]
+        dense = max(forward * f + b for f, b in (attend_bytes(run.cp_comm_type, run.seq_length, layer, r) for r in ranks))
+
+        def sent_by(config: LighthouseConfig) -> float:
+            plans = [run.variant.sent(config, run.seq_length, layer, rank, run.cp_comm_type).values() for rank in ranks]
             return max(sum(forward * f + b for f, b in plan) for plan in plans)
 
-        dense = max(forward * f + b for f, b in (attend_bytes(run.cp_comm_type, run.seq_length, layer, r) for r in ranks))
-        ends = sent_by(run.edge) if run.edge else dense
-        ours = sent_by(run.geometry) if run.lighthouse_layers else 0
+        ends = sent_by(run.config.replace(budget=run.edge_budget)) if run.edge else dense
+        ours = sent_by(run.config) if run.lighthouse_layers else 0
         crossing = max(a * ends + b * ours for a, b in run.stages)
     rows = []
     for name, sent in (

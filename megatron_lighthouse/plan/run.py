@@ -14,6 +14,8 @@ from megatron_lighthouse.mcore.command_line.checks import layer_problems
 from megatron_lighthouse.mcore.command_line.settings import of_edge
 from megatron_lighthouse.plan.device import DEVICES, Device
 from megatron_lighthouse.plan.model import GPT
+from megatron_lighthouse.variant import Variant
+from megatron_lighthouse.variants import LIGHTHOUSE, VARIANTS, counted
 
 RECOMPUTE = ("none", "mlp", "full")
 """No layer's forward again in backward; that of the MLP (--recompute-modules mlp); or that of whole layers."""
@@ -26,7 +28,7 @@ class Run:
     model: GPT
     seq_length: int
     device: Device = DEVICES["b200"]
-    attention: str = "lighthouse"
+    attention: str = LIGHTHOUSE.name
     config: LighthouseConfig = field(default_factory=LighthouseConfig)
     gpus: int = 1
     tensor_parallel: int = 1
@@ -38,6 +40,11 @@ class Run:
     discard_output: bool = True
     edge_budget: int | None = None
     """Of a Lighthouse run's first and last layers, where they are not dense."""
+
+    @property
+    def variant(self) -> Variant:
+        """That of `--attention`."""
+        return VARIANTS[self.attention]
 
     @property
     def spans(self) -> dict[str, int]:
@@ -59,7 +66,7 @@ class Run:
         """
         model, size = self.model, self.model.layers // self.pipeline_parallel
         first, last = model.dense_first, model.layers - model.dense_last  # Lighthouse from `first` on, before `last`
-        if self.attention == "dense":
+        if not self.variant.selects:
             first = last
         starts = [size * stage for stage in range(self.pipeline_parallel)]
         ours = [max(0, min(last, start + size) - max(first, start)) for start in starts]
@@ -95,7 +102,7 @@ class Run:
                 f"--global-batch-size {self.global_batch} must be a multiple of the {dp} data-parallel ranks: "
                 f"use {-(-self.global_batch // dp) * dp}."
             )
-        if self.attention == "lighthouse":
+        if self.variant.selects:
             for message in layer_problems(model.dense_first, model.dense_last, model.layers, self.edge_budget):
                 raise ValueError(message)
             _ = self.geometry, self.edge
@@ -120,15 +127,16 @@ class Run:
     @property
     def geometry(self) -> Geometry:
         """Lighthouse's integers. Raises ValueError where length, config and context parallelism do not fit."""
-        return self.config.geometry(self.seq_length, self.context_parallel)
+        return LIGHTHOUSE.cost(self.config, self.seq_length, self.context_parallel)
 
     @property
     def edge(self) -> Geometry | None:
         """Of the layers with a budget of their own; None where there are none. Raises ValueError as `geometry`."""
-        if self.edge_budget is None or self.attention == "dense":
+        if self.edge_budget is None or not self.variant.selects:
             return None
         try:
-            return self.config.replace(budget=self.edge_budget).geometry(self.seq_length, self.context_parallel)
+            config = self.config.replace(budget=self.edge_budget)
+            return self.variant.cost(config, self.seq_length, self.context_parallel)
         except ValueError as error:
             raise ValueError(of_edge(str(error))) from None
 
@@ -154,7 +162,7 @@ class Run:
 
     @property
     def lighthouse_layers(self) -> int:
-        if self.attention == "dense":
+        if not self.variant.selects:
             return 0
         return self.model.lighthouse_layers if self.edge_budget is None else self.model.layers
 
@@ -171,7 +179,7 @@ class Run:
 def check_names(attention: str | None, recompute: str | None, cp_comm_type: str | None) -> None:
     """Raises ValueError, naming those that work, where one of these is not known; None is not given."""
     for flag, name, known in (
-        *(("--attention", attention, ("dense", "lighthouse")), ("--recompute", recompute, RECOMPUTE)),
+        *(("--attention", attention, counted()), ("--recompute", recompute, RECOMPUTE)),
         ("--cp-comm-type", cp_comm_type, COMM_TYPES),
     ):
         if name is not None and name not in known:

@@ -72,7 +72,7 @@ def longest(run: Run, most: int = 2**27) -> int | None:
     low, high = 0, most // unit
     while low < high:  # memory grows with length
         middle = (low + high + 1) // 2
-        short = run.attention == "lighthouse" and middle * unit < window * max(budgets)  # too short for the budget
+        short = run.variant.selects and middle * unit < window * max(budgets)  # too short for the budget
         low, high = (middle, high) if short or _works(run.change(seq_length=middle * unit)) else (low, middle - 1)
     return low * unit if low and _works(run.change(seq_length=low * unit)) else None
 

@@ -25,6 +25,7 @@ import megatron_lighthouse
 from megatron_lighthouse.mcore.data import text
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.recipe import evaluation_files, hindsight, passkey, positions
+from megatron_lighthouse.variants import VARIANTS
 
 if TYPE_CHECKING:
     from megatron_lighthouse.recipe.trained import Trained
@@ -102,12 +103,12 @@ def _misfit(args: argparse.Namespace, length: int) -> str | None:
     if length > args.seq_length or length % multiple:
         more = f" and a multiple of --tensor-model-parallel-size {multiple}" if multiple > 1 else ""
         return f"must be at most --seq-length {args.seq_length}{more}."
-    if args.attention == "lighthouse":
+    if not VARIANTS[args.attention].native:
         from megatron_lighthouse.mcore.command_line.checks import settings_problems
         from megatron_lighthouse.mcore.command_line.settings import settings_from
 
         for problem in settings_problems(settings_from(args), length, 1):
-            return f"with --attention lighthouse: {problem}"
+            return f"with --attention {args.attention}: {problem}"
     return None
 
 

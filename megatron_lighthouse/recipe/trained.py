@@ -39,8 +39,9 @@ from megatron_lighthouse.mcore.command_line.arguments import (
 from megatron_lighthouse.mcore.command_line.from_checkpoint import explained
 from megatron_lighthouse.mcore.command_line.run_options import check_run_options
 from megatron_lighthouse.mcore.data.text import text_files
-from megatron_lighthouse.mcore.loop import machine, pretrain
+from megatron_lighthouse.mcore.loop import hooks, pretrain
 from megatron_lighthouse.recipe.same_model import check_same_model
+from megatron_lighthouse.variants import DENSE, LIGHTHOUSE, VARIANTS
 
 type Array = numpy.ndarray[Any, Any]
 BY_SPEC = ["megatron_lighthouse.mcore.spec", "lighthouse"]
@@ -84,7 +85,8 @@ def parse(add_arguments: ArgumentsProvider) -> argparse.Namespace:
     Raises:
         ValueError: a checkpoint that is not there or holds another model, or a layout that is not supported.
     """
-    machine.adapt()
+    hooks.adapt_machine()
+    hooks.load_weights()
     args = parse_args(with_lighthouse_arguments(_with(add_arguments)))
     if args.use_checkpoint_args:
         load_args_from_checkpoint(args)
@@ -132,14 +134,14 @@ def settle_attention(args: argparse.Namespace, iteration: int) -> None:
     Sets `lighthouse_layers`, how many have not, and `switched_at`: --lighthouse-stage2-at where none is left, else None.
     """
     if args.spec == BY_SPEC:
-        args.spec, args.attention = None, "lighthouse"
+        args.spec, args.attention = None, LIGHTHOUSE.name
     args.lighthouse_layers, args.switched_at = 0, None
-    if args.attention == "lighthouse":
+    if not VARIANTS[args.attention].native:
         given, layers = settings.settings_from(args), args.num_layers
         args.lighthouse_layers = given.lighthouse_layers(layers) - given.dense_by_now(layers, iteration)
         if given.stage2 and not args.lighthouse_layers:
-            args.attention, args.switched_at = "dense", given.stage2.at
-    if args.attention == "dense":
+            args.attention, args.switched_at = DENSE.name, given.stage2.at
+    if not VARIANTS[args.attention].switches:
         args.lighthouse_stage2_at = None  # there is nothing to switch
 
 

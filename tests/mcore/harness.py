@@ -102,9 +102,11 @@ class Processes:
             process.wait()
 
 
-def run(folder: Path, *arguments: str, ranks: int = 1, data: Sequence[str] = TEXT) -> Run:
+def run(
+    folder: Path, *arguments: str, ranks: int = 1, data: Sequence[str] = TEXT, module: str = "megatron_lighthouse.pretrain_gpt"
+) -> Run:
     """Train MODEL with `arguments` on `ranks` processes; fails the test, showing the log's end, if a rank fails."""
-    processes = Processes(folder, ranks, [*MODEL, *_output(folder), *arguments, *data])
+    processes = Processes(folder, ranks, [*MODEL, *_output(folder), *arguments, *data], module)
     statuses = processes.wait()
     log = processes.log.read_text(errors="replace")
     assert not any(statuses), f"exit statuses {statuses}:\n{log[-5000:]}"
@@ -113,9 +115,9 @@ def run(folder: Path, *arguments: str, ranks: int = 1, data: Sequence[str] = TEX
     return Run(losses, norms, log, folder)
 
 
-def refused(folder: Path, *arguments: str) -> str:
+def refused(folder: Path, *arguments: str, module: str = "megatron_lighthouse.pretrain_gpt") -> str:
     """The error of a run that must fail before it starts training."""
-    processes = Processes(folder, 1, [*MODEL, *_output(folder), *arguments, *TEXT])
+    processes = Processes(folder, 1, [*MODEL, *_output(folder), *arguments, *TEXT], module)
     statuses = processes.wait()
     log = processes.log.read_text(errors="replace")
     assert statuses == [2], f"exit statuses {statuses}:\n{log[-5000:]}"

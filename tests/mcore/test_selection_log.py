@@ -66,7 +66,7 @@ EVERY = "--lighthouse-telemetry-interval 5"
 def test_what_is_refused(words: str, more: dict[str, Any], message: str) -> None:
     given = arguments(*words.split(), **more)
     with pytest.raises(ValueError, match=message):
-        selection_log.install(given, settings_from(given))
+        selection_log.check(given, settings_from(given))
 
 
 @pytest.mark.parametrize("more", [{}, {"tensorboard_dir": None, "wandb_project": "name"}], ids=str)

@@ -45,10 +45,10 @@ def local_spec() -> Any:
 
 
 def lighthouse_layers(model: Any) -> list[int]:
-    from megatron_lighthouse.mcore.attention.core_attention import LighthouseMixin
+    from megatron_lighthouse.mcore.attention.core_attention import VariantMixin
 
     cores = {layer.layer_number: getattr(layer.self_attention, "core_attention", None) for layer in model.decoder.layers}
-    return [number for number, core in cores.items() if isinstance(core, LighthouseMixin)]
+    return [number for number, core in cores.items() if isinstance(core, VariantMixin)]
 
 
 def core_attention(**changes: Any) -> Any:

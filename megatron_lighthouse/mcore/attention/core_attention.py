@@ -1,7 +1,7 @@
-"""Lighthouse as Megatron core attention: a layer on top of whatever core attention the spec would have used.
+"""A variant as Megatron core attention: a layer on top of whatever core attention the spec would have used.
 
 The wrapped attention is the *base class*, not a submodule: so parameters, `_extra_state`, checkpoint names and the
-methods Megatron calls on it stay those of the dense layer, and checkpoints pass between the two unchanged.
+methods Megatron calls on it stay those of the dense layer.
 """
 
 from __future__ import annotations
@@ -19,39 +19,28 @@ from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem
-from megatron_lighthouse.lighthouse import telemetry
-from megatron_lighthouse.lighthouse.config import LighthouseConfig
-from megatron_lighthouse.lighthouse.implementations import steps_for
-from megatron_lighthouse.lighthouse.layer import Layer, build, made_from
-from megatron_lighthouse.lighthouse.layer import check as check_inputs
 from megatron_lighthouse.lighthouse.rotary import Rotary
-from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.mcore.attention.output import remember_source
-from megatron_lighthouse.mcore.attention.over_shards import context_parallel_group, over_shards
+from megatron_lighthouse.mcore.attention.over_shards import context_parallel_group, over_shards, tensor_parallel_rank
 from megatron_lighthouse.mcore.attention.te_choice import te_choice
 from megatron_lighthouse.mcore.command_line.checks import check
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_of_rank
 from megatron_lighthouse.mcore.loop import switch
 from megatron_lighthouse.notice import say_once
-from megatron_lighthouse.softmax.backends import capability_of, choose, choose_for_blocks
-from megatron_lighthouse.softmax.blocks import BLOCKS
+from megatron_lighthouse.softmax.backends import capability_of
+from megatron_lighthouse.softmax.inputs import Inputs, made_from
+from megatron_lighthouse.softmax.inputs import check as check_inputs
+from megatron_lighthouse.variant import Layer, Place, Variant
 
 
-class LighthouseMixin:
-    """Selects, lets the base class attend to the gathered rows, and scatters back. Holds no parameters."""
+class VariantMixin:
+    """Has a variant's layer attend, in which the base class may attend to rows. Holds no parameters."""
 
-    lighthouse: LighthouseConfig
     layer_number: int
-    inner_scale: float | None
-    """Softmax scale of the inner attention; 1/sqrt(hn) if None."""
-    dense_is_inner: bool
-    """Whether the base class attends to the gathered rows, as Transformer Engine's does, or a backend of `inner`."""
-    exchange: Exchange | None
-    """The context-parallel ranks that share the sequence."""
-    inner_comm_type: str
-    """How a backend of `inner` attends over their shards."""
-    rotary: Rotary | None
-    """By which pooled rows are turned on to their window's last token."""
+    place: Place
+    """Where it stands; with what of Megatron's."""
+    own: Any
+    """Its config, of the variant."""
     layers: dict[Any, Layer]
     """By the shapes of their inputs."""
     settings: LighthouseSettings
@@ -74,7 +63,8 @@ class LighthouseMixin:
         In stage 2 it is the base class's, called as Megatron calls a dense layer.
 
         Args:
-            query: [s/cp, b, np/tp, hn]; key, value: [s/cp, b, ng/tp, hn], after RoPE, any strides.
+            query: [s/cp, b, np/tp, hn], and as many heads again for each stream, after RoPE, any strides.
+            key, value: [s/cp, b, ng/tp, hn], likewise.
             attention_mask: not read in stage 1: the attention is causal.
 
         Returns:
@@ -93,11 +83,11 @@ class LighthouseMixin:
             out = dense(rows_q, rows_k, rows_v, None, attn_mask_type=attn_mask_type, **kwargs)
             return out.unflatten(-1, rows_q.shape[2:])
 
+        count = len(self.settings.attention.streams)
+        query, *streams = query.chunk(1 + count, dim=2) if count else (query,)
         layer = self._layer_for(query, key, value)
-        with telemetry.layer(self.layer_number):
-            attended = layer.attended(query, key, value, base if self.dense_is_inner else None)
-            output = attended.scatter().flatten(2)
-        return remember_source(output, attended) if self.settings.discard_output else output
+        out, again = layer(query, key, value, *streams, attend=base if self.place.base_attends else None)
+        return out.flatten(2) if again is None else remember_source(out.flatten(2), again)
 
     def _layer_for(self, query: Tensor, key: Tensor, value: Tensor) -> Layer:
         """Built once for each shape of the inputs, which a run has one or two of."""
@@ -105,8 +95,7 @@ class LighthouseMixin:
         layer = self.layers.get(made)
         if layer is None:
             check_inputs(query, key, value)
-            how = (self.exchange, self.inner_comm_type, self.inner_scale, self.dense_is_inner, self.rotary)
-            layer = self.layers[made] = build(self.lighthouse, query, key, *how)
+            layer = self.layers[made] = self.settings.attention.build(self.own, query, key, self.place)
         return layer
 
     def _is_dense_now(self) -> bool:
@@ -114,26 +103,27 @@ class LighthouseMixin:
         return given.stage2 is not None and given.is_dense(self.layer_number, self.config.num_layers, switch.iteration())
 
     def _check_call(self, query: Tensor, key: Tensor, mask_type: AttnMaskType | None, bias: Tensor | None, packed: Any) -> None:
+        ours = f"--attention {self.settings.variant}"
         if packed is not None:
-            raise ValueError("packed sequences (thd) are not supported by --attention lighthouse: use --attention dense.")
+            raise ValueError(f"packed sequences (thd) are not supported by {ours}: use --attention dense.")
         if bias is not None:
-            raise ValueError("attention_bias is not supported by --attention lighthouse: use --attention dense.")
+            raise ValueError(f"attention_bias is not supported by {ours}: use --attention dense.")
         if mask_type not in (None, AttnMaskType.causal) or query.shape[0] != key.shape[0]:
             raise ValueError(
-                f"--attention lighthouse is causal self-attention over whole sequences, got mask type {mask_type}, "
-                f"{query.shape[0]} queries and {key.shape[0]} keys: run inference with --attention dense."
+                f"{ours} is causal self-attention over whole sequences, got mask type "
+                f"{mask_type}, {query.shape[0]} queries and {key.shape[0]} keys: run inference with --attention dense."
             )
 
 
 @cache
-def lighthouse_class(base: type) -> type:
-    """The Lighthouse layer over the core-attention class `base`."""
-    return type("Lighthouse" + base.__name__, (LighthouseMixin, base), {"__module__": __name__})
+def class_over(base: type, title: str) -> type:
+    """The layer of a variant over the core-attention class `base`."""
+    return type(title + base.__name__, (VariantMixin, base), {"__module__": __name__})
 
 
 @dataclass(frozen=True)
 class CoreAttentionBuilder:
-    """Builds the core attention of one layer, Lighthouse or dense by its global number."""
+    """Builds the core attention of one layer, the variant's or dense by its global number."""
 
     base: Any
     """What the spec had: a core-attention class, or a ModuleSpec of one."""
@@ -153,44 +143,38 @@ class CoreAttentionBuilder:
             return module(config=config, layer_number=layer_number, **params, **kwargs)
         if not isinstance(module, type):
             raise ValueError(
-                f"--attention lighthouse cannot wrap the core attention {module!r}: it wraps classes such as "
+                f"--attention {self.settings.variant} cannot wrap the core attention {module!r}: it wraps classes such as "
                 "DotProductAttention and TEDotProductAttention."
             )
         check(config, self.settings, None)
+        variant = self.settings.attention
         here = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        rows = torch.empty(0, config.kv_channels, dtype=config.params_dtype, device=here)
-        SCORERS[self.settings.config.scorer].check_installed(steps_for(self.settings.config.steps, rows), here)
-        layer = lighthouse_class(module)(config=config, layer_number=layer_number, **params, **kwargs)
-        layer.lighthouse = self.settings.config_of(layer_number, config.num_layers)
-        layer.rotary = None if config.no_rope_freq and config.no_rope_freq[layer_number - 1] else self.rotary
-        layer.settings = self.settings
-        layer.layers = {}
-        layer.inner_scale = kwargs.get("softmax_scale")
-        layer.exchange = Exchange.over(context_parallel_group(kwargs.get("pg_collection")))
-        layer.inner_comm_type = kwargs.get("cp_comm_type") or "p2p"
-        layer.dense_is_inner = dense_is_inner(self.settings, module)
-        if not layer.dense_is_inner:
-            self._check_inner(layer, config, here)
-        elif "transformer_engine" in module.__module__:
+        inputs = Inputs(here, config.params_dtype, *heads_of_rank(config), config.kv_channels)
+        of_te = "transformer_engine" in module.__module__
+        groups = kwargs.get("pg_collection")
+        place = Place(
+            number=layer_number,
+            exchange=Exchange.over(context_parallel_group(groups)),
+            comm_type=kwargs.get("cp_comm_type") or "p2p",
+            scale=kwargs.get("softmax_scale"),
+            first_head=inputs.heads * tensor_parallel_rank(groups),
+            base_attends=variant.base_attends(self.settings.config, of_te, issubclass(module, DotProductAttention)),
+            discard_output=self.settings.discard_output,
+            rotary=None if config.no_rope_freq and config.no_rope_freq[layer_number - 1] else self.rotary,
+        )
+        own = self.settings.config_of(layer_number, config.num_layers)
+        _check(variant, own, inputs, place)
+        layer = class_over(module, variant.title)(config=config, layer_number=layer_number, **params, **kwargs)
+        layer.settings, layer.place, layer.own, layer.layers = self.settings, place, own, {}
+        if place.base_attends and of_te:
             say_once(te_choice(capability_of(here)))
         return layer
 
-    def _check_inner(self, layer: Any, config: TransformerConfig, device: torch.device) -> None:
-        """Name a backend that is missing, or a scheme that cannot be, before training starts."""
-        heads, groups = heads_of_rank(config)
-        name, rows = self.settings.config.inner, (device, config.params_dtype, heads, groups, config.kv_channels)
-        if layer.exchange is None or layer.inner_comm_type == "a2a":
-            choose(name, *rows)
-        else:
-            choose_for_blocks(name, list(BLOCKS), *rows)
-        if layer.exchange and (problem := comm_type_problem(layer.inner_comm_type, heads, groups, layer.exchange.size)):
-            raise ValueError(problem)
 
-
-def dense_is_inner(settings: LighthouseSettings, module: type) -> bool:
-    """Whether the core attention `module` of the spec attends to the gathered rows itself.
-
-    Transformer Engine's does, unless another is forced. Megatron's local one would keep all scores, so it does not.
-    """
-    name, of_te = settings.config.inner, "transformer_engine" in module.__module__
-    return (of_te and name == "te") or (name == "auto" and not issubclass(module, DotProductAttention))
+def _check(variant: Variant, config: Any, inputs: Inputs, place: Place) -> None:
+    """Name a backend that is missing, or a scheme that cannot be, before training starts."""
+    variant.check_installed(config, inputs, place)
+    if place.base_attends or place.exchange is None:
+        return
+    if problem := comm_type_problem(place.comm_type, inputs.heads, inputs.groups, place.exchange.size):
+        raise ValueError(problem)

@@ -21,17 +21,16 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron_lighthouse.context_parallel.copies import copies_over
 from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.lighthouse.rotary import Rotary
-from megatron_lighthouse.lighthouse.sharded.sent import summary
 from megatron_lighthouse.mcore.attention.core_attention import CoreAttentionBuilder
 from megatron_lighthouse.mcore.attention.norm import torch_norm
 from megatron_lighthouse.mcore.attention.output import without_kept_output
 from megatron_lighthouse.mcore.attention.over_shards import over_shards
 from megatron_lighthouse.mcore.attention.rotary import rotary_of
+from megatron_lighthouse.mcore.attention.streams import add_streams
 from megatron_lighthouse.mcore.command_line import rope
 from megatron_lighthouse.mcore.command_line.checks import check_run
 from megatron_lighthouse.mcore.command_line.layers import attention_layers
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_of_rank, own_comm_types, settings_from
-from megatron_lighthouse.mcore.loop import switch
 from megatron_lighthouse.notice import say_once
 
 type LayerSpec = ModuleSpec | TransformerBlockSubmodules
@@ -57,6 +56,8 @@ def with_lighthouse(spec: LayerSpec, settings: LighthouseSettings, rotary: Rotar
             f"attention.rotary), or use {rope.FLAG} {rope.MEAN}."
         )
     spec = copy.deepcopy(spec)
+    for layer in _layers_of(spec):
+        add_streams(layer.submodules, settings)
     found = 0
     for submodules in attentions_of(spec):
         if not isinstance(submodules.core_attention, CoreAttentionBuilder):
@@ -75,11 +76,14 @@ def with_lighthouse(spec: LayerSpec, settings: LighthouseSettings, rotary: Rotar
     # a block spec is one pipeline stage's part, which may hold no attention at all
     if not found and isinstance(spec, ModuleSpec):
         raise ValueError(
-            f"--attention lighthouse found no core attention in the layer spec of {spec.module.__name__}: it takes GPT layer "
-            "specs (local or transformer_engine)."
+            f"--attention {settings.variant} found no core attention in the layer spec of {spec.module.__name__}: it takes "
+            "GPT layer specs (local or transformer_engine)."
         )
     if _global_args() is not None:
-        switch.install(settings)
+        from megatron_lighthouse.mcore.loop import hooks
+
+        hooks.follow_switch(settings)
+        hooks.load_weights()
     return spec
 
 
@@ -129,7 +133,7 @@ def _say_what_is_sent(config: TransformerConfig, settings: LighthouseSettings) -
     edges = {"edge layers: ": settings.edge} if settings.edge else {}
     for kind, own in {"": settings.config, **edges}.items():
         for comm_type in comm_types:
-            say_once(kind + summary(own.geometry(args.seq_length, size), layer, size, comm_type, settings.config.scorer))
+            say_once(kind + settings.attention.summary(own, args.seq_length, layer, size, comm_type))
     if "p2p" in comm_types and torch.cuda.is_available():  # which of two ways it takes is said at the start, not later
         copies_over(parallel_state.get_context_parallel_group(), torch.device("cuda", torch.cuda.current_device()))
 

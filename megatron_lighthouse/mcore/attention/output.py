@@ -10,7 +10,8 @@ output gate), and is left out where a saved-tensor hook may still read it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,22 +19,16 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
-from megatron_lighthouse.lighthouse.layer import Attended
 
-
-def remember_source(output: Tensor, attended: Attended) -> Tensor:
-    """`output`, marked with what it was scattered from, where its backward will be asked for."""
-    if output.requires_grad and not torch.compiler.is_compiling():
-        halo = None if attended.halo is None else attended.halo.detach()
-        rows = attended.rows.detach()
-        source = replace(attended, rows=rows, dealt=rows, halo=halo, travel=None, passage=None)
-        output.lighthouse_source = source  # type: ignore[attr-defined]
+def remember_source(output: Tensor, again: Callable[[], Tensor]) -> Tensor:
+    """`output`, [s, b, np/tp * hn], marked with what makes it again: [s, b, np/tp, hn]."""
+    output.lighthouse_source = again  # type: ignore[attr-defined]
     return output
 
 
 def discard_input(module: torch.nn.Module, args: tuple[Any, ...], result: Any) -> None:
     """A forward hook of the projection: free its input, if that is a layer's output, until its backward."""
-    source: Attended | None = getattr(args[0], "lighthouse_source", None) if args else None
+    source: Callable[[], Tensor] | None = getattr(args[0], "lighthouse_source", None) if args else None
     out = result[0] if isinstance(result, tuple) else result
     if source is None or not out.requires_grad or _is_held(out):
         return
@@ -44,7 +39,7 @@ def discard_input(module: torch.nn.Module, args: tuple[Any, ...], result: Any) -
     def restore(_: Tensor) -> None:
         storage.resize_(size)
         with torch.no_grad():
-            kept.copy_(source.scatter().flatten(2))
+            kept.copy_(source().flatten(2))
         handle.remove()  # with it go the rows, and the output as soon as the projection has read it
 
     handle = out.register_hook(restore)

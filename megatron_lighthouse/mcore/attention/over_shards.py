@@ -113,3 +113,9 @@ def context_parallel_group(pg_collection: ProcessGroupCollection | None) -> Any:
     """The context-parallel ranks of this rank's sequence; None where nothing says that there are several."""
     group = getattr(pg_collection, "cp", None)
     return group if group is not None else parallel_state.get_context_parallel_group(check_initialized=False)
+
+
+def tensor_parallel_rank(pg_collection: ProcessGroupCollection | None) -> int:
+    """Of this rank among those that share the heads; 0 where nothing says that there are several."""
+    group = getattr(pg_collection, "tp", None) or parallel_state.get_tensor_model_parallel_group(check_initialized=False)
+    return 0 if group is None else int(group.rank())

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_lighthouse.mcore.command_line import rope, settings
 from megatron_lighthouse.mcore.loop import selection_log
 from megatron_lighthouse.notice import say_once
+from megatron_lighthouse.variants import VARIANTS, switching
 
 ArgumentsProvider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
@@ -24,12 +25,12 @@ def with_lighthouse_arguments(provider: ArgumentsProvider | None = None) -> Argu
 
 
 def nothing_to_switch(args: argparse.Namespace) -> str | None:
-    """Why --lighthouse-stage2-at means nothing to a dense run; None where it is not given, or nothing is trained."""
+    """Why --lighthouse-stage2-at means nothing to such an attention; None where it is not given, or nothing is trained."""
     if args.lighthouse_stage2_at is None or getattr(args, "skip_train", False):
         return None
     return (
-        f"--lighthouse-stage2-at {args.lighthouse_stage2_at} makes Lighthouse layers dense, and with --attention dense "
-        "there are none: leave it out, or use --attention lighthouse."
+        f"--lighthouse-stage2-at {args.lighthouse_stage2_at} makes Lighthouse layers dense, and with "
+        f"--attention {args.attention} there are none: leave it out, or use {switching()}."
     )
 
 
@@ -55,18 +56,22 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
     """
     from megatron_lighthouse.mcore.attention.layer_specs import layer_spec, lighthouse
     from megatron_lighthouse.mcore.command_line.checks import check_run, copies_in_a_graph
+    from megatron_lighthouse.mcore.loop import hooks
 
-    spec, by_name = model_cfg.transformer_layer_spec, args.attention == "lighthouse"
-    chosen = rope.settled(args, settings.settings_from(args)) if by_name or spec is lighthouse else None
-    if chosen is None:
+    spec, by_name = model_cfg.transformer_layer_spec, not VARIANTS[args.attention].native
+    chosen = settings.settings_from(args) if by_name or spec is lighthouse else None
+    if chosen is not None and chosen.attention.selects:
+        chosen = rope.settled(args, chosen)
+    else:
         rope.keep(args)
+    if chosen is None or not chosen.attention.switches:
         if message := nothing_to_switch(args):
             raise ValueError(message)
         selection_log.say_nothing_is_logged(args)
-        if spec is not None:
-            return model_cfg
+    if chosen is None and spec is not None:
+        return model_cfg
     if spec is not None and by_name:
-        raise ValueError("--attention lighthouse chooses the layer spec, and so does --spec: leave one of them out.")
+        raise ValueError(f"--attention {args.attention} chooses the layer spec, and so does --spec: leave one of them out.")
     if (
         getattr(args, "reset_position_ids", False)
         and args.position_embedding_type in ("rope", "yarn", "none")
@@ -78,7 +83,8 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
     ours = config.context_parallel_size > 1 and config.transformer_impl == "local"
     if chosen is not None:
         check_run(args, config, chosen)
-        selection_log.install(args, chosen)
+        if chosen.attention.selects:
+            hooks.log_selection(args, chosen)
     elif ours and getattr(args, "reset_attention_mask", False):
         raise ValueError(
             "--reset-attention-mask separates documents by a mask, which context parallelism without Transformer Engine does "

@@ -1,4 +1,4 @@
-"""What Lighthouse refuses, and what to use instead. Checked when the model is built, before memory or a collective."""
+"""What a variant refuses, and what to use instead. Checked when the model is built, before memory or a collective."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_lighthouse.context_parallel.copies import SWITCH
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem
-from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
-from megatron_lighthouse.lighthouse.scorers import SCORERS
-from megatron_lighthouse.lighthouse.sharded.select import is_local
+from megatron_lighthouse.lighthouse.config import flag
 from megatron_lighthouse.mcore.command_line import rope, stored
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_of_rank, of_edge, own_comm_types
 
@@ -35,7 +33,7 @@ def check(config: TransformerConfig, settings: LighthouseSettings, seq_length: i
     Raises:
         ValueError: every rule that is broken, one a line, each with what would work.
     """
-    _raise([*_model(config, settings, seq_length)])
+    _raise(settings, [*_model(config, settings, seq_length)])
 
 
 def check_run(args: Namespace, config: TransformerConfig, settings: LighthouseSettings) -> None:
@@ -44,64 +42,49 @@ def check_run(args: Namespace, config: TransformerConfig, settings: LighthouseSe
     Raises:
         ValueError: as `check`.
     """
-    problems = [*_model(config, settings, args.seq_length), *_arguments(args), *_stage2(args, settings)]
-    if settings.rope == rope.LAST:
-        problems += rope.rope_problems(config, getattr(args, "position_embedding_type", None))
-    _raise([*dict.fromkeys(problems)])
+    found = [
+        *_model(config, settings, args.seq_length),
+        *_arguments(args, settings),
+        *_stage2(args, settings),
+        *_streams_of_run(args, settings),
+    ]
+    if settings.attention.selects and settings.rope == rope.LAST:
+        found += rope.rope_problems(config, getattr(args, "position_embedding_type", None))
+    _raise(settings, [*dict.fromkeys(found)])
 
 
-def _raise(problems: list[str]) -> None:
+def _raise(settings: LighthouseSettings, problems: list[str]) -> None:
     if problems:
-        raise ValueError("--attention lighthouse cannot run as asked:\n  - " + "\n  - ".join(problems))
+        raise ValueError(f"--attention {settings.variant} cannot run as asked:\n  - " + "\n  - ".join(problems))
 
 
 def _model(config: TransformerConfig, settings: LighthouseSettings, seq_length: int | None) -> Iterator[str]:
     yield from _unsupported(config, settings)
-    holding = len(settings.holding(config.num_layers))
-    yield from layer_problems(settings.dense_first, settings.dense_last, holding, settings.edge_budget)
+    if settings.attention.switches:
+        holding = len(settings.holding(config.num_layers))
+        yield from layer_problems(settings.dense_first, settings.dense_last, holding, settings.edge_budget)
     if seq_length is None:
         return
-    lengths = [*settings_problems(settings, seq_length, config.context_parallel_size)]
-    yield from lengths or _dealt_in_a_graph(config, settings.config, seq_length)
-    if settings.edge and not lengths:
-        yield from map(of_edge, _dealt_in_a_graph(config, settings.edge, seq_length))
+    size, graphs = config.context_parallel_size, getattr(config, "cuda_graph_impl", "none")
+    if found := [*settings_problems(settings, seq_length, size)]:
+        yield from found
+    elif graphs != "none":
+        yield from settings.attention.graph_problems(settings.config, seq_length, size, graphs)
+        if settings.edge:
+            yield from map(of_edge, settings.attention.graph_problems(settings.edge, seq_length, size, graphs))
 
 
 def settings_problems(settings: LighthouseSettings, seq_length: int, ranks: int) -> Iterator[str]:
     """Why so many tokens on so many context-parallel ranks do not fit the layers, edge layers among them."""
-    yield from length_problems(settings.config, seq_length, ranks)
+    yield from settings.attention.length_problems(settings.config, seq_length, ranks)
     if settings.edge:
-        yield from map(of_edge, length_problems(settings.edge, seq_length, ranks))
+        yield from map(of_edge, settings.attention.length_problems(settings.edge, seq_length, ranks))
 
 
-def length_problems(config: LighthouseConfig, seq_length: int, ranks: int) -> Iterator[str]:
-    """Why so many tokens on so many context-parallel ranks do not fit the pyramid or the scorer."""
-    try:
-        config.geometry(seq_length, ranks)
-    except ValueError as error:
-        yield str(error)
-    if message := SCORERS[config.scorer].problem(seq_length, ranks):
-        yield message
-
-
-def _dealt_in_a_graph(config: TransformerConfig, lighthouse: LighthouseConfig, seq_length: int) -> Iterator[str]:
-    """How many rows go to which rank is read by the host, in every layer."""
-    graphs, size = getattr(config, "cuda_graph_impl", "none"), config.context_parallel_size
-    if graphs == "none" or size == 1 or is_local(lighthouse.geometry(seq_length, size), size):
-        return
-    fits = lighthouse.budget // (2 * size)
-    other = f" (such as {fits})" if lighthouse.budget % (4 * size) == 0 else ""  # tile budgets are even
-    yield (
-        f"--cuda-graph-impl {graphs} cannot capture rows that are dealt out to --context-parallel-size {size} ranks, as with "
-        f"{flag('budget')} {lighthouse.budget} and {flag('tile_budget')} {lighthouse.tile_budget}: leave it out, or use a "
-        f"{flag('tile_budget')} that makes their quotient a multiple of {2 * size}{other}."
-    )
-
-
-def _arguments(args: Namespace) -> Iterator[str]:
+def _arguments(args: Namespace, settings: LighthouseSettings) -> Iterator[str]:
     refused = {
-        "reset_attention_mask": "--reset-attention-mask separates documents by a mask, which Lighthouse does not read: "
-        "leave it out (documents in one sequence then attend to each other, as without it).",
+        "reset_attention_mask": f"--reset-attention-mask separates documents by a mask, which {settings.attention.title} does "
+        "not read: leave it out (documents in one sequence then attend to each other, as without it).",
         "sft": "--sft packs sequences (thd): use --attention dense for it.",
         "dataloader_inter_document_masking": "--dataloader-inter-document-masking packs sequences (thd): leave it out, or use "
         "--attention dense.",
@@ -157,40 +140,18 @@ def _skipped_switch(args: Namespace, at: int) -> Iterator[str]:
 
 
 def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:
-    yield from dropout_problems(config.attention_dropout)
+    yield from settings.attention.problems(settings.config, config)
     yield from cp_layout_problems(config)
     for name in DYNAMIC:
         if getattr(config, name, False):
             yield f"--{name.replace('_', '-')} packs sequences (thd): leave it out, or use --attention dense."
-    if config.window_size is not None:
-        yield (
-            f"--window-size {config.window_size} (sliding window) has no meaning among gathered entries: leave it out, or use "
-            "--attention dense."
-        )
     if config.multi_latent_attention:
         yield "--multi-latent-attention is not supported: use --group-query-attention, or --attention dense."
-    if SCORERS[settings.config.scorer].by_length:
-        others = " or ".join(name for name, scorer in SCORERS.items() if not scorer.by_length)
-        for name, what in (("qk_layernorm", "--qk-layernorm"), ("qk_l2_norm", "--qk-l2-norm")):
-            if getattr(config, name, False):
-                yield (
-                    f"{what} makes all queries and keys nearly equally long, so that {flag('scorer')} "
-                    f"{settings.config.scorer}, which goes by their length, selects at random: leave it out, or use "
-                    f"{flag('scorer')} {others}."
-                )
-    if getattr(config, "softmax_type", "vanilla") != "vanilla":
-        yield f"--softmax-type {config.softmax_type} counts a sink once per gathered row: use --softmax-type vanilla."
     if getattr(config, "experimental_attention_variant", None):
         yield (
             f"--experimental-attention-variant {config.experimental_attention_variant} brings its own attention: use one or "
             "the other."
         )
-    for name, option in (("qk_clip", "--qk-clip"), ("log_max_attention_logit", "--log-max-attention-logit")):
-        if getattr(config, name, False):
-            yield (
-                f"{option} goes by the greatest logit of a layer, which Lighthouse has of gathered rows alone, not of tokens: "
-                "leave it out, or use --attention dense."
-            )
     if config.transformer_impl == "inference_optimized" or config.flash_decode:
         yield (
             "inference paths (--transformer-impl inference_optimized, --flash-decode) bypass core attention: serve the "
@@ -215,12 +176,39 @@ def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Ite
     if message := copies_in_a_graph(config, own_comm_types(config, settings)):
         yield message
     yield from _comm_types(config, settings)
-    groups, tensor_parallel = config.num_query_groups or config.num_attention_heads, config.tensor_model_parallel_size
-    if groups % tensor_parallel:
-        yield (
-            f"--num-query-groups {groups} must be a multiple of --tensor-model-parallel-size {tensor_parallel}, for each "
-            f"key/value head selects once: use {groups} or a divisor of it as the tensor-parallel size."
-        )
+    yield from _streams(config, settings)
+
+
+def _streams(config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:
+    """Where more is projected from a layer's input than q, k and v."""
+    if not settings.attention.streams:
+        return
+    if getattr(config, "fused_single_qkv_rope", False):
+        yield f"fused_single_qkv_rope rotates q, k and v alone: turn it off with --attention {settings.variant}."
+    if getattr(config, "qk_clip", False):
+        yield f"--qk-clip rescales the rows of q and k alone: leave it out with --attention {settings.variant}."
+
+
+def unnormed(settings: LighthouseSettings) -> str:
+    """Why no stream can be read from a layer's input where the norm is part of linear_qkv."""
+    names = ", ".join(f"linear_{stream.name}" for stream in settings.attention.streams)
+    return (
+        f"--attention {settings.variant} reads a layer's normed input by {names}, and --transformer-impl transformer_engine "
+        "norms it within linear_qkv: use --transformer-impl local."
+    )
+
+
+def _streams_of_run(args: Namespace, settings: LighthouseSettings) -> Iterator[str]:
+    """What the layer spec will be; and that streams travel as heads of the queries, which RoPE rotates."""
+    kind = getattr(args, "position_embedding_type", None)
+    if settings.attention.streams and args.transformer_impl != "local":
+        yield unnormed(settings)
+    for stream in settings.attention.streams:
+        if not stream.rotated and kind in ("rope", "yarn", "mrope"):
+            yield (
+                f"--position-embedding-type {kind} would rotate linear_{stream.name} of --attention {settings.variant}, which "
+                "must not be: use --position-embedding-type none."
+            )
 
 
 def _comm_types(config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:
@@ -240,12 +228,6 @@ def copies_in_a_graph(config: TransformerConfig, comm_types: Sequence[str]) -> s
         f"--cuda-graph-impl {graphs} would repeat the numbers of the messages by which --cp-comm-type p2p copies between GPUs: "
         f"leave it out, use --cp-comm-type all_gather, or set {SWITCH}=0 in the environment."
     )
-
-
-def dropout_problems(dropout: float) -> Iterator[str]:
-    """Of attention, whatever the model is."""
-    if dropout:
-        yield f"--attention-dropout {dropout} would drop whole windows: use --attention-dropout 0 (--hidden-dropout works)."
 
 
 def layer_problems(dense_first: int, dense_last: int, layers: int, edge_budget: int | None = None) -> Iterator[str]:

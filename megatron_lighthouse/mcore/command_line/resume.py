@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lighthouse.mcore.command_line import stored
+from megatron_lighthouse.variants import VARIANTS
 
 OVERRIDE, KEEP = "--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"
 
@@ -67,13 +68,16 @@ def problems(args: argparse.Namespace, folder: Path | None) -> Iterator[str]:
     Args:
         args: Megatron's, validated or as `add_arguments` parses them.
     """
-    if folder is None or args.skip_train or args.finetune or args.no_load_optim:
+    if folder is None:
         return
     iteration = args.ckpt_step or stored.last_iteration(folder)
     state = stored.common_state(folder, iteration) if iteration else None
     if state is None:
         return
     before = state.get("args")
+    yield from attention_problems(args, before, folder)
+    if args.skip_train or args.finetune or args.no_load_optim:
+        return
     if getattr(before, "no_save_optim", False):
         yield (
             f"{folder} was saved with --no-save-optim, so that no run goes on from it: add --no-load-optim, and the optimizer "
@@ -89,6 +93,28 @@ def problems(args: argparse.Namespace, folder: Path | None) -> Iterator[str]:
         )
     elif not args.override_opt_param_scheduler and not args.use_checkpoint_opt_param_scheduler:
         yield from _other_rates(args, state, folder)
+
+
+def attention_problems(args: argparse.Namespace, before: Any, folder: Path) -> Iterator[str]:
+    """Why the model of --attention does not take the weights, or the optimizer, of a checkpoint of another attention.
+
+    Args:
+        before: the checkpoint's arguments; None, and without an attention, where another program wrote it.
+    """
+    was, now = getattr(before, "attention", None), getattr(args, "attention", None)
+    if was in (None, now) or now is None:
+        return
+    if was not in VARIANTS:
+        yield f"the checkpoint in {folder} is of --attention {was}, which is not known here: use {' or '.join(VARIANTS)}."
+        return
+    had, has = ({stream.name for stream in VARIANTS[name].streams} for name in (was, now))
+    if had - has and not VARIANTS[was].dense_weights:
+        yield f"the checkpoint in {folder} is of --attention {was}, whose weights go with no other: use --attention {was}."
+    elif had != has and not (args.skip_train or args.finetune or args.no_load_optim):
+        yield (
+            f"the checkpoint in {folder} is of --attention {was}, so that its optimizer knows other weights than --attention "
+            f"{now} has: add --no-load-optim, and the optimizer begins anew."
+        )
 
 
 def _other_rates(args: argparse.Namespace, state: Mapping[str, Any], folder: Path) -> Iterator[str]:

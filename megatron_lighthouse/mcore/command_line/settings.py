@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
-from megatron_lighthouse.lighthouse.implementations import STEPS
-from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.mcore.command_line import rope, stage
 from megatron_lighthouse.mcore.command_line.layers import attention_layers
-from megatron_lighthouse.softmax.backends import INNER
+from megatron_lighthouse.options import add_options, read_options
+from megatron_lighthouse.variant import Variant
+from megatron_lighthouse.variants import DENSE, LIGHTHOUSE, VARIANTS
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
@@ -26,7 +26,7 @@ ENVIRONMENT = "LIGHTHOUSE_ARGS"
 class LighthouseSettings:
     """The attention's own options, and which layers take it."""
 
-    config: LighthouseConfig = field(default_factory=LighthouseConfig)
+    config: Any = field(default_factory=LighthouseConfig)
     dense_first: int = 2
     """Of the layers that hold attention, how many at the bottom of the model stay dense."""
     dense_last: int = 2
@@ -41,6 +41,12 @@ class LighthouseSettings:
     """Where given, the first and last layers are Lighthouse too, with this budget in place of the config's."""
     attention_layers: tuple[int, ...] | None = None
     """The numbers, from 1, of the model's layers that hold attention; None where all do."""
+    variant: str = LIGHTHOUSE.name
+    """Of `--attention`: whose `config` it is."""
+
+    @property
+    def attention(self) -> Variant:
+        return VARIANTS[self.variant]
 
     def is_dense(self, layer_number: int, num_layers: int, iteration: int = 0) -> bool:
         """Whether the layer of this global, 1-based number is dense in this iteration, from 1; in 0, whether it always is.
@@ -102,8 +108,8 @@ def heads_of_rank(config: TransformerConfig) -> tuple[int, int]:
 
 def own_comm_types(config: TransformerConfig, settings: LighthouseSettings) -> list[str]:
     """The schemes by which this project's own attention crosses ranks; none where Transformer Engine's does it."""
-    of_te = config.transformer_impl == "transformer_engine" and settings.config.inner in ("auto", "te")
-    if config.context_parallel_size == 1 or of_te:
+    of_te = config.transformer_impl == "transformer_engine"
+    if config.context_parallel_size == 1 or (of_te and settings.attention.base_attends(settings.config, True, False)):
         return []
     return comm_types_of(config)
 
@@ -115,56 +121,15 @@ def comm_types_of(config: TransformerConfig) -> list[str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add `--attention` and `--lighthouse-*` to Megatron's parser."""
+    """Add `--attention` and each attention's own flags to Megatron's parser."""
     group = parser.add_argument_group("lighthouse", "Lighthouse Attention (arXiv 2605.06554)")
     group.add_argument(
         "--attention",
-        choices=["dense", "lighthouse"],
-        default="dense",
-        help="Core attention of the GPT layers: 'lighthouse' selects a small set of pyramid entries and attends densely to "
-        "it; 'dense' is Megatron's own. Checkpoints are the same for both.",
+        choices=list(VARIANTS),
+        default=DENSE.name,
+        help="Core attention of the GPT layers. " + "; ".join(f"'{v.name}' {v.help}" for v in VARIANTS.values()) + ".",
     )
-    defaults = LighthouseConfig()
-
-    def integer(name: str, text: str) -> None:
-        group.add_argument(flag(name), type=int, default=getattr(defaults, name), help=f"{text} Default: %(default)s.")
-
-    integer("levels", "Levels of the pyramid (L), the tokens themselves being the finest.")
-    integer("pooling", "Pooling factor (p) from one level to the next.")
-    integer(
-        "budget",
-        "Entries refined per level and key/value head (k). The attended length is seq/p^(L-1) + (L-1)*p*k.",
-    )
-    integer("tile_budget", "Entries refined per level within one tile (m); the sequence has budget/tile-budget tiles.")
-    group.add_argument(
-        flag("scorer"),
-        choices=list(SCORERS),
-        default=defaults.scorer,
-        help="What ranks the entries: 'norm' takes the L2 norms of queries and keys, 'summary' attention over the coarsest "
-        "windows, 'dilated' attention over every fourth token, 'gla' gated linear attention over these. Default: %(default)s.",
-    )
-    group.add_argument(
-        flag("inner"),
-        choices=INNER,
-        default=defaults.inner,
-        help="The attention over the gathered rows. 'auto': Transformer Engine's in its layer spec, else the fastest of "
-        "FlashAttention 4 or 3, cuDNN and FlashAttention 2 that is there and takes the dtype and head dimension. Another name "
-        "forces that one. Default: %(default)s.",
-    )
-    group.add_argument(
-        flag("steps"),
-        choices=STEPS,
-        default=defaults.steps,
-        help="What runs the steps around the inner attention: the Triton 'kernels', or plain PyTorch as a 'reference'; 'auto' "
-        "takes the kernels on a GPU. Default: %(default)s.",
-    )
-    group.add_argument(
-        flag("pin_first"),
-        action=argparse.BooleanOptionalAction,
-        default=defaults.pin_first,
-        help="Always refine the first window, so that the first positions have an output. Default: on; the authors' code "
-        "behaves as with --no-lighthouse-pin-first.",
-    )
+    add_options(group, LIGHTHOUSE.name, LighthouseConfig)
     group.add_argument(
         flag("discard_output"),
         action=argparse.BooleanOptionalAction,
@@ -188,11 +153,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     rope.add_arguments(group)
     stage.add_arguments(group)
+    for variant in VARIANTS.values():
+        if variant.config and variant is not LIGHTHOUSE:
+            add_options(parser.add_argument_group(variant.name, variant.title), variant.name, variant.config)
     return parser
 
 
 def settings_from(args: argparse.Namespace | None) -> LighthouseSettings:
     """Settings from parsed arguments, or from the environment where the parser did not know them.
+
+    Where --attention is dense they are Lighthouse's, which a spec may have named.
 
     Raises:
         ValueError: a setting that cannot be, naming the flag and values that would work; options in the environment beside a
@@ -208,9 +178,13 @@ def settings_from(args: argparse.Namespace | None) -> LighthouseSettings:
     else:
         parser = add_arguments(argparse.ArgumentParser(prog=ENVIRONMENT, allow_abbrev=False))
         args = parser.parse_args(shlex.split(os.environ.get(ENVIRONMENT, "")))
-    options = {f.name: getattr(args, "lighthouse_" + f.name) for f in fields(LighthouseConfig)}
+    variant = VARIANTS[args.attention]
+    if variant.config and not variant.switches:
+        config = read_options(args, variant.name, variant.config)
+        return LighthouseSettings(config, 0, 0, False, attention_layers=holding, variant=variant.name)
+    config = read_options(args, LIGHTHOUSE.name, LighthouseConfig)
     names = ("dense_first", "dense_last", "discard_output", "rope", "edge_budget")
     own = {name: getattr(args, "lighthouse_" + name) for name in names}
-    settings = LighthouseSettings(LighthouseConfig(**options), **own, stage2=stage.stage2_from(args), attention_layers=holding)
+    settings = LighthouseSettings(config, **own, stage2=stage.stage2_from(args), attention_layers=holding)
     _ = settings.edge  # checked
     return settings

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Iterable
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +22,31 @@ from megatron_lighthouse.notice import say_once
 NOT_FINITE = 16
 """Exit status, as Megatron's, of a run that would meet the same again: pretrain.sbatch does not queue it."""
 TRACKER = "latest_checkpointed_iteration.txt"
+WATCHED = "lighthouse_watched"
+"""Of Megatron's machine of reruns: that it is as `_from_the_first` makes it."""
+
+type Step = Callable[..., Any]
 
 
-def install() -> None:
-    """Watch this process's training loop. On every rank, before training."""
-    step, save, machine = loop.train_step, loop.save_checkpoint, None
+def train_step(step: Step, forward: Any, data: Any, model: Any, *rest: Any, iteration: int, **named: Any) -> Any:
+    """Around Megatron's: an iteration that would be met again ends the run."""
+    machine = get_rerun_state_machine()
+    if not hasattr(machine, WATCHED):
+        _from_the_first(machine)
+    losses, skipped, saves, ends, status, *others = step(forward, data, model, *rest, iteration=iteration, **named)
+    if ends and status == NOT_FINITE:
+        machine.state = RerunState.NOT_RUNNING_YET  # so that a checkpoint holds no iteration to repeat
+        saves = _end(get_args(), iteration, weights_are_finite(model))
+    return (losses, skipped, saves, ends, status, *others)
 
-    @wraps(step)
-    def train_step(forward: Any, data: Any, model: Any, *rest: Any, iteration: int, **named: Any) -> Any:
-        nonlocal machine
-        if machine is None:
-            machine = get_rerun_state_machine()
-            _from_the_first(machine)
-        losses, skipped, saves, ends, status, *others = step(forward, data, model, *rest, iteration=iteration, **named)
-        if ends and status == NOT_FINITE:
-            machine.state = RerunState.NOT_RUNNING_YET  # so that a checkpoint holds no iteration to repeat
-            saves = _end(get_args(), iteration, weights_are_finite(model))
-        return (losses, skipped, saves, ends, status, *others)
 
-    @wraps(save)
-    def save_checkpoint(iteration: int, model: Any, *rest: Any, **named: Any) -> Any:
-        if not weights_are_finite(model):
-            _end(get_args(), iteration, finite=False)
-            loop.maybe_finalize_async_save(blocking=True, terminate=True)
-            raise SystemExit(NOT_FINITE)
-        return save(iteration, model, *rest, **named)
-
-    loop.train_step, loop.save_checkpoint = train_step, save_checkpoint
+def save_checkpoint(save: Step, iteration: int, model: Any, *rest: Any, **named: Any) -> Any:
+    """Around Megatron's: weights that are not finite are not saved."""
+    if not weights_are_finite(model):
+        _end(get_args(), iteration, finite=False)
+        loop.maybe_finalize_async_save(blocking=True, terminate=True)
+        raise SystemExit(NOT_FINITE)
+    return save(iteration, model, *rest, **named)
 
 
 def weights_are_finite(model: Iterable[torch.nn.Module]) -> bool:
@@ -70,6 +67,7 @@ def _any_rank(here: bool) -> bool:
 
 def _from_the_first(machine: Any) -> None:
     """Check a process's first iteration too, and a loaded one as any other."""
+    setattr(machine, WATCHED, True)
     machine.first_iteration_complete = True
     if machine.state == RerunState.WILL_RERUN_FROM_CHECKPOINT:  # saved so by a run of Megatron's own
         machine.state, machine.data_iterator_checkpoints = RerunState.NOT_RUNNING_YET, None

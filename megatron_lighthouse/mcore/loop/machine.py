@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from megatron.training import initialize, print_rank_0
-from megatron.training import training as megatron_training
+from megatron.training import print_rank_0
 
 
-def adapt() -> None:
-    """Before Megatron is initialized: no compiler is needed where the helper is compiled, and no GPU."""
-    if _has_dataset_helpers():
-        # the wheel ships the compiled helper but not the Makefile that Megatron would run to build it
-        initialize._compile_dependencies = _skip_compilation
-    if not torch.cuda.is_available():
-        megatron_training.initialize_megatron = partial(megatron_training.initialize_megatron, allow_no_cuda=True)
-
-
-def _has_dataset_helpers() -> bool:
+def has_dataset_helpers() -> bool:
+    """Whether the helper that Megatron would compile is there: the wheel ships it, but not the Makefile that would build it."""
     try:
         from megatron.core.datasets import helpers_cpp  # noqa: F401
     except ImportError:
@@ -27,9 +19,15 @@ def _has_dataset_helpers() -> bool:
     return True
 
 
-def _skip_compilation() -> None:
+def skip_compilation(_: Callable[[], None]) -> None:
+    """In place of Megatron's compilation of the helper."""
     print_rank_0("> the dataset index builder is compiled already")
     torch.distributed.barrier()
+
+
+def initialize_without_cuda(initialize: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    """Around Megatron's: no GPU is needed."""
+    return initialize(*args, **{"allow_no_cuda": True, **named})
 
 
 def repair_help(parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,7 @@ from megatron_lighthouse.mcore.command_line.run_options import check_run_options
 from megatron_lighthouse.mcore.data import text
 from megatron_lighthouse.mcore.data.datasets import train_valid_test_datasets
 from megatron_lighthouse.mcore.data.files import check_data
-from megatron_lighthouse.mcore.loop import finite, machine, progress, rates, selection_log
+from megatron_lighthouse.mcore.loop import hooks, machine, selection_log
 from megatron_lighthouse.mcore.loop.forward_step import forward_step
 from megatron_lighthouse.mcore.refusal import REFUSED, repeats
 
@@ -40,7 +40,7 @@ def run(program_start: float | None = None) -> None:
             data that it names cannot be read.
     """
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
-    machine.adapt()
+    hooks.adapt_machine()
     try:
         check_data(sys.argv[1:], whole=os.environ.get("RANK", "0") == "0")  # others must not read great indices again
         provider = with_lighthouse_arguments(add_arguments)
@@ -52,9 +52,7 @@ def run(program_start: float | None = None) -> None:
         pictures = pictures_of(args)
         for layer_number in pictures:
             telemetry.watch(layer_number)
-        progress.install()
-        rates.install(args)
-        finite.install()
+        hooks.follow_training()
         container = pretrain_cfg_container_from_args(args, model_cfg)
     except Exception as error:
         if not repeats(error, parsed=False):

@@ -6,15 +6,16 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 from megatron.training import get_args
-from megatron.training import training as megatron_training
 from tqdm import tqdm
 
 from megatron_lighthouse.mcore.command_line.stage import stage2_from
+from megatron_lighthouse.variants import DENSE, VARIANTS
 
 
 class Lines:
@@ -43,6 +44,15 @@ class Progress:
         self.terminal = sys.stderr.isatty()
         default = 0.2 if self.terminal else 10.0
         self.seconds_between = float(os.environ.get("LIGHTHOUSE_PROGRESS_SECONDS", default))
+
+    def training_log(
+        self, log: Callable[..., Any], losses: dict[str, Any], total: Any, rate: Any, iteration: int, *rest: Any, **named: Any
+    ) -> Any:
+        """Around Megatron's."""
+        self.clear()
+        answer = log(losses, total, rate, iteration, *rest, **named)
+        self.update(losses, iteration)
+        return answer
 
     def clear(self) -> None:
         """Make room for a line of Megatron's log."""
@@ -85,23 +95,10 @@ class Progress:
 
 def attention_in(args: argparse.Namespace, iteration: int) -> str:
     """--attention, until --lighthouse-stage2-at has made all layers dense."""
-    stage2 = stage2_from(args) if args.attention == "lighthouse" else None
-    return "dense" if stage2 and iteration >= stage2.at + stage2.over else str(args.attention)
+    stage2 = stage2_from(args) if VARIANTS[args.attention].switches else None
+    return DENSE.name if stage2 and iteration >= stage2.at + stage2.over else str(args.attention)
 
 
 def last_iteration(iteration: int, train_iters: int, exit_interval: int | None) -> int:
     """Where a run that is now in `iteration` (1-based) ends: Megatron stops at multiples of --exit-interval."""
     return min(train_iters, -(-iteration // exit_interval) * exit_interval) if exit_interval else train_iters
-
-
-def install() -> None:
-    """Show progress in this process's training loop."""
-    progress, log = Progress(), megatron_training.training_log
-
-    def training_log(losses: dict[str, Any], total: Any, rate: Any, iteration: int, *rest: Any, **kwargs: Any) -> Any:
-        progress.clear()
-        answer = log(losses, total, rate, iteration, *rest, **kwargs)
-        progress.update(losses, iteration)
-        return answer
-
-    megatron_training.training_log = training_log

@@ -6,32 +6,25 @@ another `--lr` none is found, whatever `--override-opt-param-scheduler` says.
 
 from __future__ import annotations
 
-import argparse
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
+
+from megatron.training import get_args
 
 RATES = ("max_lr", "min_lr")
 
 type Group = dict[str, Any]
 
 
-def install(args: argparse.Namespace) -> None:
-    """Pair groups that differ in their rates alone, when this process's training loop loads a checkpoint."""
-    if not args.override_opt_param_scheduler and not args.use_checkpoint_opt_param_scheduler:
-        return  # then Megatron asks for the same rates
-    from megatron.training import training as loop
-
-    load = loop.load_checkpoint
-
-    @wraps(load)
-    def load_checkpoint(model: Any, optimizer: Any, *rest: Any, **named: Any) -> Any:
+def load_checkpoint(load: Callable[..., Any], model: Any, optimizer: Any, *rest: Any, **named: Any) -> Any:
+    """Around Megatron's: groups that differ in their rates alone pair, where the run says whose rates it takes."""
+    args = get_args()
+    if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:  # else Megatron asks for the same rates
         for one in _single(optimizer):
             one.load_state_dict = _pairing(one, keep=args.use_checkpoint_opt_param_scheduler)
-        return load(model, optimizer, *rest, **named)
-
-    loop.load_checkpoint = load_checkpoint
+    return load(model, optimizer, *rest, **named)
 
 
 def _single(optimizer: Any) -> list[Any]:

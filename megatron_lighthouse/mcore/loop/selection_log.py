@@ -7,8 +7,8 @@ the last rank, which has Megatron's writers.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
-from functools import wraps
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -71,39 +71,43 @@ def problems(args: argparse.Namespace, settings: LighthouseSettings) -> Iterator
         yield f"{INTERVAL} {interval} cannot look into the graphs of --cuda-graph-impl {graphs}: leave one of them out."
 
 
-def install(args: argparse.Namespace, settings: LighthouseSettings) -> None:
-    """Log in this process's training loop, if that is asked for. On every rank, before training.
-
-    Raises:
-        ValueError: what cannot be as asked, one a line, with what would work.
-    """
+def check(args: argparse.Namespace, settings: LighthouseSettings) -> None:
+    """Raises ValueError: what cannot be as asked, one a line, with what would work."""
     if found := [*problems(args, settings)]:
         raise ValueError("\n".join(found))
-    interval, layers = args.lighthouse_telemetry_interval, watched_layers(args)
-    if not interval:
-        return
-    from megatron.training import training as loop
 
-    step = loop.train_step
 
-    @wraps(step)
-    def train_step(*given: Any, **named: Any) -> Any:
+@dataclass(frozen=True)
+class Logged:
+    """What is logged, when, and of which layers."""
+
+    settings: LighthouseSettings
+    interval: int
+    layers: tuple[int, ...]
+    num_layers: int
+
+    def train_step(self, step: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        """Around Megatron's."""
         now = switch.iteration()
-        selecting = [layer for layer in layers if not settings.is_dense(layer, args.num_layers, now)]
-        if now % interval or not selecting:
+        selecting = [layer for layer in self.layers if not self.settings.is_dense(layer, self.num_layers, now)]
+        if now % self.interval or not selecting:
             return step(*given, **named)
         with telemetry.watching(selecting):
             answer = step(*given, **named)
-            log(selecting, settings.config.levels, now)
+            log(selecting, self.settings.config.levels, now)
         return answer
 
-    loop.train_step = train_step
+
+def logged(args: argparse.Namespace, settings: LighthouseSettings) -> Logged | None:
+    """What `args` ask for; None where nothing is logged."""
+    interval = args.lighthouse_telemetry_interval
+    return Logged(settings, interval, watched_layers(args), args.num_layers) if interval else None
 
 
 def say_nothing_is_logged(args: argparse.Namespace) -> None:
     """For a dense run with the arguments of a Lighthouse run. Not an error: the second of two jobs is one."""
     if args.lighthouse_telemetry_interval and not args.rank:
-        say_once(f"lighthouse: {INTERVAL} {args.lighthouse_telemetry_interval} logs nothing, for all layers are dense.")
+        say_once(f"lighthouse: {INTERVAL} {args.lighthouse_telemetry_interval} logs nothing, for no layer selects.")
 
 
 def log(layers: Sequence[int], levels: int, iteration: int) -> None:

@@ -6,7 +6,7 @@ iteration: a job that is started again goes on in the right stage, and all ranks
 
 from __future__ import annotations
 
-from functools import cache, wraps
+from collections.abc import Callable
 from typing import Any
 
 from megatron_lighthouse.lighthouse.config import flag
@@ -36,42 +36,39 @@ def iteration() -> int:
     return max(running, args.iteration)
 
 
-@cache
-def install(settings: LighthouseSettings) -> None:
-    """Follow this process's training loop. Once for equal settings, however many parts of a model ask; on every rank."""
-    from megatron.training import checkpointing, get_args
-    from megatron.training import training as loop
+class Switch:
+    """Follows the training loop, by the settings of a run's layers."""
 
-    step, decide, stage2, dense = loop.train_step, loop.checkpoint_and_decide_exit, settings.stage2, 0
+    def __init__(self, settings: LighthouseSettings) -> None:
+        self.settings, self.dense = settings, 0
 
-    @wraps(step)
-    def train_step(*args: Any, **kwargs: Any) -> Any:
-        nonlocal dense
-        dense = _tell(settings, dense)
+    def train_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around Megatron's: says which layers are dense."""
+        self.dense = _tell(self.settings, self.dense)
         return step(*args, **kwargs)
 
-    @wraps(decide)
     def checkpoint_and_decide_exit(
-        model: Any, optimizer: Any, scheduler: Any, iteration: int, *rest: Any, **kwargs: Any
+        self, decide: Callable[..., Any], model: Any, optimizer: Any, scheduler: Any, iteration: int, *rest: Any, **named: Any
     ) -> Any:
+        """Around Megatron's: a checkpoint of the last iteration before the switch."""
+        from megatron.training import get_args
+
         args = get_args()
         interval = args.save_interval
-        if stage2 is not None and iteration == stage2.at:
+        if self._is_last_before(iteration):
             args.save_interval = iteration  # so that Megatron saves as it always does, and no more than once
         try:
-            return decide(model, optimizer, scheduler, iteration, *rest, **kwargs)
+            return decide(model, optimizer, scheduler, iteration, *rest, **named)
         finally:
             args.save_interval = interval
 
-    delete = checkpointing._async_delete_checkpoint_impl
+    def delete_checkpoint(self, delete: Callable[..., Any], folder: str, iteration: int, *rest: Any, **named: Any) -> None:
+        """Around Megatron's: --save-retain-interval keeps that checkpoint."""
+        if not self._is_last_before(iteration):
+            delete(folder, iteration, *rest, **named)
 
-    @wraps(delete)
-    def delete_but_the_switch(folder: str, iteration: int, *rest: Any, **kwargs: Any) -> None:
-        if stage2 is None or iteration != stage2.at:  # --save-retain-interval would
-            delete(folder, iteration, *rest, **kwargs)
-
-    loop.train_step, loop.checkpoint_and_decide_exit = train_step, checkpoint_and_decide_exit
-    checkpointing._async_delete_checkpoint_impl = delete_but_the_switch
+    def _is_last_before(self, iteration: int) -> bool:
+        return self.settings.stage2 is not None and iteration == self.settings.stage2.at
 
 
 def _tell(settings: LighthouseSettings, before: int) -> int:

@@ -1,0 +1,134 @@
+"""Lighthouse as a variant: what Megatron's side, the plan and the scripts ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_lighthouse.lighthouse import telemetry
+from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
+from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
+from megatron_lighthouse.lighthouse.implementations import steps_for
+from megatron_lighthouse.lighthouse.layer import Layer, build
+from megatron_lighthouse.lighthouse.scorers import SCORERS
+from megatron_lighthouse.lighthouse.sharded.select import is_local
+from megatron_lighthouse.lighthouse.sharded.sent import layer_bytes, summary
+from megatron_lighthouse.sequence.layout import Layout
+from megatron_lighthouse.softmax.backends import Attend
+from megatron_lighthouse.softmax.inputs import Inputs, check_backend
+from megatron_lighthouse.variant import Place, Variant
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A layer in its place in the model, whose selections are watched, and whose output can be scattered again."""
+
+    layer: Layer
+    place: Place
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, *_: Tensor, attend: Attend | None = None
+    ) -> tuple[Tensor, Callable[[], Tensor] | None]:
+        with telemetry.layer(self.place.number):
+            attended = self.layer.attended(query, key, value, attend)
+            output = attended.scatter()
+        if not self.place.discard_output or not output.requires_grad or torch.compiler.is_compiling():
+            return output, None
+        rows, halo = attended.rows.detach(), None if attended.halo is None else attended.halo.detach()
+        return output, replace(attended, rows=rows, dealt=rows, halo=halo, travel=None, passage=None).scatter
+
+
+class Lighthouse(Variant):
+    """Lighthouse Attention (arXiv 2605.06554): no weights of its own."""
+
+    name, title = "lighthouse", "Lighthouse"
+    help = "selects a small set of pyramid entries and attends densely to it, with the checkpoints of 'dense'"
+    config = LighthouseConfig
+    switches = selects = counted = True
+
+    def base_attends(self, config: LighthouseConfig, of_te: bool, local: bool) -> bool:
+        """Transformer Engine's does, unless another is forced. Megatron's local one would keep all scores, so it does not."""
+        return (of_te and config.inner == "te") or (config.inner == "auto" and not local)
+
+    def dropout_problems(self, dropout: float) -> Iterator[str]:
+        if dropout:
+            yield f"--attention-dropout {dropout} would drop whole windows: use --attention-dropout 0 (--hidden-dropout works)."
+
+    def length_problems(self, config: LighthouseConfig, seq_length: int, ranks: int) -> Iterator[str]:
+        """Why so many tokens on so many context-parallel ranks do not fit the pyramid or the scorer."""
+        try:
+            config.geometry(seq_length, ranks)
+        except ValueError as error:
+            yield str(error)
+        if message := SCORERS[config.scorer].problem(seq_length, ranks):
+            yield message
+
+    def graph_problems(self, config: LighthouseConfig, seq_length: int, ranks: int, graphs: str) -> Iterator[str]:
+        """How many rows go to which rank is read by the host, in every layer."""
+        if ranks == 1 or is_local(config.geometry(seq_length, ranks), ranks):
+            return
+        fits = config.budget // (2 * ranks)
+        other = f" (such as {fits})" if config.budget % (4 * ranks) == 0 else ""  # tile budgets are even
+        yield (
+            f"--cuda-graph-impl {graphs} cannot capture rows that are dealt out to --context-parallel-size {ranks} ranks, as "
+            f"with {flag('budget')} {config.budget} and {flag('tile_budget')} {config.tile_budget}: leave it out, or use a "
+            f"{flag('tile_budget')} that makes their quotient a multiple of {2 * ranks}{other}."
+        )
+
+    def problems(self, config: LighthouseConfig, model: Any) -> Iterator[str]:
+        yield from self.dropout_problems(model.attention_dropout)
+        if model.window_size is not None:
+            yield (
+                f"--window-size {model.window_size} (sliding window) has no meaning among gathered entries: leave it out, or "
+                "use --attention dense."
+            )
+        if SCORERS[config.scorer].by_length:
+            others = " or ".join(name for name, scorer in SCORERS.items() if not scorer.by_length)
+            for name, what in (("qk_layernorm", "--qk-layernorm"), ("qk_l2_norm", "--qk-l2-norm")):
+                if getattr(model, name, False):
+                    yield (
+                        f"{what} makes all queries and keys nearly equally long, so that {flag('scorer')} {config.scorer}, "
+                        f"which goes by their length, selects at random: leave it out, or use {flag('scorer')} {others}."
+                    )
+        if getattr(model, "softmax_type", "vanilla") != "vanilla":
+            yield f"--softmax-type {model.softmax_type} counts a sink once per gathered row: use --softmax-type vanilla."
+        for name, option in (("qk_clip", "--qk-clip"), ("log_max_attention_logit", "--log-max-attention-logit")):
+            if getattr(model, name, False):
+                yield (
+                    f"{option} goes by the greatest logit of a layer, which Lighthouse has of gathered rows alone, not of "
+                    "tokens: leave it out, or use --attention dense."
+                )
+        groups, tensor_parallel = model.num_query_groups or model.num_attention_heads, model.tensor_model_parallel_size
+        if groups % tensor_parallel:
+            yield (
+                f"--num-query-groups {groups} must be a multiple of --tensor-model-parallel-size {tensor_parallel}, for each "
+                f"key/value head selects once: use {groups} or a divisor of it as the tensor-parallel size."
+            )
+
+    def check_installed(self, config: LighthouseConfig, inputs: Inputs, place: Place) -> None:
+        rows = torch.empty(0, inputs.dim, dtype=inputs.dtype, device=inputs.device)
+        SCORERS[config.scorer].check_installed(steps_for(config.steps, rows), inputs.device)
+        if not place.base_attends:
+            check_backend(config.inner, inputs, place.exchange.size if place.exchange else 1, place.comm_type)
+
+    def build(self, config: LighthouseConfig, query: Tensor, key: Tensor, place: Place) -> Placed:
+        how = (place.exchange, place.comm_type, place.scale, place.base_attends, place.rotary)
+        return Placed(build(config, query, key, *how), place)
+
+    def cost(self, config: LighthouseConfig, seq_length: int, ranks: int) -> Geometry:
+        return config.geometry(seq_length, ranks)
+
+    def sent(
+        self, config: LighthouseConfig, seq_length: int, shape: Shape, layout: Layout, comm_type: str
+    ) -> dict[str, tuple[int, int]]:
+        return layer_bytes(comm_type, config.geometry(seq_length, layout.size), shape, layout, config.scorer)
+
+    def summary(self, config: LighthouseConfig, seq_length: int, shape: Shape, ranks: int, comm_type: str) -> str:
+        return summary(config.geometry(seq_length, ranks), shape, ranks, comm_type, config.scorer)
+
+
+LIGHTHOUSE = Lighthouse()

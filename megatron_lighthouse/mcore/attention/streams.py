@@ -1,0 +1,114 @@
+"""The streams of a variant: projections of a layer's input that its core attention reads besides q, k and v.
+
+They are appended to the queries as further heads, [q, stream, …], so that RoPE, recompute and offloading see one tensor; the
+core attention splits it. Each is a module of its own, since an optimizer may take the rows of `linear_qkv` for heads of q, k
+and v.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from torch import Tensor
+
+from megatron_lighthouse.mcore.command_line.checks import unnormed
+from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
+from megatron_lighthouse.variant import Stream
+
+
+class StreamsMixin:
+    """A self-attention with a variant's streams, in the layers that are not dense."""
+
+    config: TransformerConfig
+    pg_collection: Any
+    streams: tuple[Stream, ...]
+    hidden_size_per_attention_head: int
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: Any,
+        layer_number: int,
+        *args: Any,
+        settings: LighthouseSettings,
+        **named: Any,
+    ) -> None:
+        streams = () if settings.is_dense(layer_number, config.num_layers) else settings.attention.streams
+        if streams and config.sequence_parallel:
+            submodules = replace(submodules, linear_qkv=_of_gathered(submodules.linear_qkv))
+        super().__init__(config, submodules, layer_number, *args, **named)  # type: ignore[call-arg]
+        self.streams = streams
+        for stream in streams:
+            setattr(self, f"linear_{stream.name}", self._projection(stream))
+
+    def _projection(self, stream: Stream) -> ColumnParallelLinear:
+        """hidden -> as many columns as the queries have, in plain order of heads."""
+        make = _of_gathered(ColumnParallelLinear) if self.config.sequence_parallel else ColumnParallelLinear
+        linear = make(
+            self.config.hidden_size,
+            self.config.kv_channels * self.config.num_attention_heads,
+            config=self.config,
+            init_method=stream.init or self.config.init_method,
+            bias=stream.bias is not None,
+            tp_group=self.pg_collection.tp,
+        )
+        if stream.bias is not None and self.config.perform_initialization:
+            with torch.no_grad():
+                linear.bias.fill_(stream.bias)
+        return linear
+
+    def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **named: Any) -> tuple[Any, ...]:
+        """As `SelfAttention`'s, the queries [s, b, (1 + streams) * np/tp, hn]; with sequence parallelism s is gathered once."""
+        if self.streams and self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self.pg_collection.tp)
+        query, *rest = super().get_query_key_value_tensors(hidden_states, *args, **named)  # type: ignore[misc]
+        heads = [
+            getattr(self, f"linear_{stream.name}")(hidden_states)[0].unflatten(-1, (-1, self.hidden_size_per_attention_head))
+            for stream in self.streams
+        ]
+        return (torch.cat([query, *heads], dim=2) if heads else query, *rest)
+
+
+def _of_gathered(linear: Callable[..., Any]) -> Callable[..., Any]:
+    """The builder `linear` for an input that is gathered already, whose gradient the gathering sums over the ranks."""
+
+    def build(*args: Any, config: TransformerConfig, **named: Any) -> Any:
+        alone = copy.copy(config)
+        alone.sequence_parallel = False
+        return linear(*args, config=alone, disable_grad_reduce=True, **named)
+
+    return build
+
+
+@cache
+def class_with_streams(base: type[Any]) -> type[Any]:
+    """The self-attention class `base` with streams."""
+    return type("Streams" + base.__name__, (StreamsMixin, base), {"__module__": __name__})
+
+
+def add_streams(layer: Any, settings: LighthouseSettings) -> None:
+    """Have the submodules of a layer spec build the variant's streams; nothing where it has none, or they are there.
+
+    Raises:
+        ValueError: a layer whose input reaches the self-attention before it is normed, or that has another self-attention.
+    """
+    attention: Any = getattr(layer, "self_attention", None)
+    if not settings.attention.streams or not hasattr(getattr(attention, "submodules", None), "core_attention"):
+        return
+    if not (isinstance(attention.module, type) and issubclass(attention.module, SelfAttention)):
+        raise ValueError(f"--attention {settings.variant} adds projections to SelfAttention, not to {attention.module!r}.")
+    if layer.input_layernorm is IdentityOp:
+        raise ValueError(unnormed(settings))
+    module: Any = attention.module
+    if not issubclass(module, StreamsMixin):
+        params = {**attention.params, "settings": settings}
+        layer.self_attention = ModuleSpec(class_with_streams(module), params, attention.submodules)

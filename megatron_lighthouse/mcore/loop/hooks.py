@@ -1,0 +1,77 @@
+"""Every patch of Megatron's training loop. What a hook does stands in the file of its subject, as a plain function.
+
+A function that is wrapped carries a mark with the subjects around it, so that installing twice wraps once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Hashable
+from functools import wraps
+from typing import Any
+
+import torch
+from megatron.training import checkpointing, initialize
+from megatron.training import training as loop
+
+from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
+from megatron_lighthouse.mcore.loop import finite, machine, progress, rates, selection_log, switch, weights
+
+MARK = "lighthouse_hooks"
+"""The attribute of a wrapped function that names the subjects around it."""
+
+
+def wrap(owner: Any, name: str, subject: Hashable, around: Callable[..., Any]) -> None:
+    """Have `owner.name(…)` do `around(what was there, …)`, once for each subject; the last one installed is outermost."""
+    inner = getattr(owner, name)
+    marked = getattr(inner, MARK, ())
+    if subject in marked:
+        return
+
+    @wraps(inner)
+    def hooked(*args: Any, **named: Any) -> Any:
+        return around(inner, *args, **named)
+
+    setattr(hooked, MARK, (*marked, subject))
+    setattr(owner, name, hooked)
+
+
+def adapt_machine() -> None:
+    """Before Megatron is initialized: no compiler is needed where the helper is compiled, and no GPU."""
+    if machine.has_dataset_helpers():
+        wrap(initialize, "_compile_dependencies", "machine", machine.skip_compilation)
+    if not torch.cuda.is_available():
+        wrap(loop, "initialize_megatron", "machine", machine.initialize_without_cuda)
+
+
+def follow_training() -> None:
+    """For every run of the entry point, on every rank, before training."""
+    load_weights()
+    wrap(loop, "training_log", "progress", progress.Progress().training_log)
+    wrap(loop, "load_checkpoint", "rates", rates.load_checkpoint)
+    wrap(loop, "train_step", "finite", finite.train_step)
+    wrap(loop, "save_checkpoint", "finite", finite.save_checkpoint)
+
+
+def load_weights() -> None:
+    """For every load of a checkpoint, on every rank."""
+    wrap(checkpointing, "_load_global_dist_base_checkpoint", "weights", weights.load_base)
+
+
+def follow_switch(settings: LighthouseSettings) -> None:
+    """For layers that may become dense; once for equal settings, however many parts of a model ask. On every rank."""
+    follows, subject = switch.Switch(settings), ("switch", settings)
+    wrap(loop, "train_step", subject, follows.train_step)
+    wrap(loop, "checkpoint_and_decide_exit", subject, follows.checkpoint_and_decide_exit)
+    wrap(checkpointing, "_async_delete_checkpoint_impl", subject, follows.delete_checkpoint)
+
+
+def log_selection(args: argparse.Namespace, settings: LighthouseSettings) -> None:
+    """Log what selection does, if that is asked for. On every rank, before training.
+
+    Raises:
+        ValueError: what cannot be as asked.
+    """
+    selection_log.check(args, settings)
+    if logged := selection_log.logged(args, settings):
+        wrap(loop, "train_step", "selection log", logged.train_step)

@@ -1,0 +1,84 @@
+"""A checkpoint of another attention: the weights of streams that it lacks begin anew, those that the model lacks are dropped.
+
+Every other difference is as Megatron treats it: it refuses what a checkpoint lacks.
+"""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.training.checkpointing import get_checkpoint_name
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+from megatron_lighthouse.mcore.command_line.resume import attention_problems
+from megatron_lighthouse.notice import say_once
+from megatron_lighthouse.variants import VARIANTS
+
+
+def load_base(
+    load: Callable[..., Any],
+    load_dir: str,
+    args: Namespace,
+    rank0: bool,
+    sharded_state_dict: dict[str, Any] | None,
+    iteration: int,
+    release: bool,
+    *rest: Any,
+    **named: Any,
+) -> Any:
+    """Around Megatron's load of a `torch_dist` checkpoint.
+
+    Raises:
+        ValueError: an attention whose weights the model cannot take, or an optimizer that they do not fit.
+    """
+    given = (load_dir, args, rank0, sharded_state_dict, iteration, release, *rest)
+    if sharded_state_dict is None:
+        return load(*given, **named)
+    folder = get_checkpoint_name(load_dir, iteration, release, return_base_dir=True)
+    before = dist_checkpointing.load_common_state_dict(folder).get("args")
+    if found := [*attention_problems(args, before, Path(load_dir))]:
+        raise ValueError("\n".join(found))
+    there = {key for key in FileSystemReader(folder).read_metadata().state_dict_metadata if not key.startswith("optimizer")}
+    lacking = [*_lacking(sharded_state_dict, args, there)]
+    for part, name, _ in lacking:
+        del part[name]
+    if names := sorted({weight.key for _, _, weight in lacking if _is_weight(weight)}):
+        say_once(f"the checkpoint in {folder} has no {', '.join(names)}: these begin anew")
+    elif names := sorted(_of_streams(there, getattr(before, "attention", None)) - _of_streams(there, args.attention)):
+        say_once(f"--attention {args.attention} has no {', '.join(names)}: these of the checkpoint in {folder} are dropped")
+    answer = load(*given, **named)
+    for part, name, weight in lacking:
+        part[name] = weight
+    loaded = answer[0]
+    for key, part in _parts(sharded_state_dict):
+        missing = {name: weight.data for owner, name, weight in lacking if owner is part}
+        loaded[key].update(missing)
+    return answer
+
+
+def _parts(state: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The model's chunks in this rank: 'model', or 'model0' and on."""
+    return ((key, part) for key, part in state.items() if re.fullmatch(r"model\d*", key))
+
+
+def _lacking(state: dict[str, Any], args: Namespace, there: Iterable[str]) -> list[tuple[dict[str, Any], str, Any]]:
+    """What the model asks for of its streams, if the checkpoint has nothing of any of them: chunk, name there, and tensor."""
+    if _of_streams(there, args.attention):
+        return []
+    return [(part, name, part[name]) for _, part in _parts(state) for name in _of_streams(part, args.attention)]
+
+
+def _is_weight(found: Any) -> bool:
+    return hasattr(found, "global_shape") and not found.key.endswith("_extra_state")
+
+
+def _of_streams(keys: Iterable[str], attention: str | None) -> set[str]:
+    """Those of `keys` that are of the streams of an attention."""
+    streams = VARIANTS[attention].streams if attention in VARIANTS else ()
+    modules = tuple(f".self_attention.linear_{stream.name}." for stream in streams)
+    return {key for key in keys if any(module in key for module in modules)}

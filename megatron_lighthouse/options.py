@@ -1,0 +1,41 @@
+"""Command-line arguments of a frozen dataclass: a field says its default, its help, and the values it takes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from dataclasses import Field, field, fields
+from typing import Any
+
+
+def option(default: Any, text: str, choices: Iterable[str] = ()) -> Any:
+    """A field of a config with its help; the default is added to that unless the text says it."""
+    return field(default=default, metadata={"help": text, "choices": tuple(choices)})
+
+
+def flag_of(prefix: str, name: str) -> str:
+    """The flag of the field `name` of the attention `prefix`."""
+    return f"--{prefix}-{name.replace('_', '-')}"
+
+
+def add_options(group: argparse._ArgumentGroup, prefix: str, config: type) -> None:
+    """Add `--<prefix>-…` for each field of the dataclass `config`; a bool has a `--no-<prefix>-…` too."""
+    for one in fields(config):
+        text = one.metadata["help"]
+        given: dict[str, Any] = {"help": text if "Default:" in text else f"{text} Default: %(default)s."}
+        if isinstance(one.default, bool):
+            given["action"] = argparse.BooleanOptionalAction
+        elif one.metadata["choices"]:
+            given["choices"] = list(one.metadata["choices"])
+        else:
+            given["type"] = type(one.default)
+        group.add_argument(flag_of(prefix, one.name), default=one.default, **given)
+
+
+def read_options(args: argparse.Namespace, prefix: str, config: type) -> Any:
+    """The `config` that parsed arguments ask for. Raises what its constructor raises."""
+    return config(**{one.name: getattr(args, _dest(prefix, one)) for one in fields(config)})
+
+
+def _dest(prefix: str, one: Field[Any]) -> str:
+    return f"{prefix}_{one.name}".replace("-", "_")

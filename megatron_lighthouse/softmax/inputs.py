@@ -1,0 +1,60 @@
+"""Queries, keys and values: what is taken from their shapes, and the rules these must keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_lighthouse.softmax.backends import choose, choose_for_blocks, deterministic
+from megatron_lighthouse.softmax.blocks import BLOCKS
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Those that the steps and the inner attention compute in."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a layer's inputs will be, on one tensor-parallel rank."""
+
+    device: torch.device
+    dtype: torch.dtype
+    heads: int
+    groups: int
+    dim: int
+
+
+def check_backend(name: str, inputs: Inputs, ranks: int, comm_type: str) -> None:
+    """Raises ValueError where the backend `name` ('auto': any) cannot attend to such inputs, on so many ranks."""
+    rows = (inputs.device, inputs.dtype, inputs.heads, inputs.groups, inputs.dim)
+    if ranks == 1 or comm_type == "a2a":
+        choose(name, *rows)
+    else:
+        choose_for_blocks(name, list(BLOCKS), *rows)
+
+
+def made_from(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
+    """All that a layer and `check` take from inputs, and from torch's settings."""
+    kinds = (query.dtype, key.dtype, value.dtype, query.device, key.device, value.device)
+    return query.shape, key.shape, value.shape, *kinds, deterministic()
+
+
+def check(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raises ValueError where shapes or dtypes do not fit each other."""
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape:
+        raise ValueError(f"expected query [N, B, H, D] and key and value of one shape [N, B, G, D], got {shapes}.")
+    if query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]:
+        raise ValueError(f"query, key and value must agree in N, B and D, got {shapes}.")
+    if not query.shape[2] or not key.shape[2] or query.shape[2] % key.shape[2]:
+        raise ValueError(
+            f"the query heads (dimension 2) must be a multiple of the key/value heads, and neither can be 0, got {shapes}."
+        )
+    kinds = {(x.dtype, x.device) for x in (query, key, value)}
+    if len(kinds) > 1 or query.dtype not in DTYPES:
+        raise ValueError(
+            "query, key and value must share one device and one dtype, float64, float32, bfloat16 or float16, got "
+            f"{sorted(map(str, kinds))}."
+        )

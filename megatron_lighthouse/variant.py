@@ -1,0 +1,141 @@
+"""What an attention tells Megatron's side, the plan and the scripts of itself. `variants` lists those there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
+from megatron_lighthouse.lighthouse.rotary import Rotary
+from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
+from megatron_lighthouse.sequence.layout import Layout
+from megatron_lighthouse.softmax.backends import Attend
+from megatron_lighthouse.softmax.inputs import Inputs
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One more projection of a layer's input, besides q, k and v: [N, B, H, D], as the queries."""
+
+    name: str
+    """In a checkpoint its module is `self_attention.linear_<name>`."""
+    rotated: bool = True
+    """Whether RoPE rotates it as it does the queries."""
+    init: Callable[[Tensor], Any] | None = None
+    """Fills the weight; None: as the model's other projections."""
+    bias: float | None = None
+    """What its bias begins with; None: it has none."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer stands: all that is known of it when the model is built."""
+
+    number: int = 1
+    """Of the whole model, from 1."""
+    exchange: Exchange | None = None
+    """The context-parallel ranks that share the sequence."""
+    comm_type: str = "p2p"
+    scale: float | None = None
+    """Of the softmax; 1/sqrt(D) if None."""
+    first_head: int = 0
+    """This tensor-parallel rank's first query head, of the whole layer's."""
+    base_attends: bool = False
+    """Whether every call brings an attention over rows: that of the spec's own core attention."""
+    discard_output: bool = False
+    """Whether the output is to be made again in backward rather than kept."""
+    rotary: Rotary | None = None
+    """What queries and keys come rotated by, where that is to be known."""
+
+
+class Layer(Protocol):
+    """What a variant builds: it decides nothing, and only computes."""
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, *streams: Tensor, attend: Attend | None = None
+    ) -> tuple[Tensor, Callable[[], Tensor] | None]:
+        """[N, B, H, D] twice over for queries and streams, [N, B, G, D] for keys and values.
+
+        Returns:
+            [N, B, H, D]; and what makes it again, without autograd, where it need not be kept for backward: else None.
+        """
+
+
+class Variant:
+    """An attention. What is not overridden is right for one that sees all tokens and refuses what it does not know."""
+
+    name: str
+    """In `--attention`, and in its flags `--<name>-…`."""
+    title: str
+    """In sentences."""
+    help: str
+    """Of `--attention`: what it is, beginning with a verb."""
+    config: type | None = None
+    """A frozen dataclass of `options.option` fields, which raises ValueError where they do not go together."""
+    native = False
+    """Whether it is Megatron's own core attention, in whose place nothing is put."""
+    streams: tuple[Stream, ...] = ()
+    dense_weights = True
+    """Whether a dense model may take its weights, less those of its streams."""
+    switches = False
+    """Whether layers may be dense at the model's ends, and become so in stage 2: `--lighthouse-dense-first` and those after."""
+    selects = False
+    """Whether its layers attend to gathered rows, those of `cost`, instead of all tokens."""
+    counted = False
+    """Whether the plan knows its time and memory."""
+
+    def base_attends(self, config: Any, of_te: bool, local: bool) -> bool:
+        """Whether the spec's core attention, Transformer Engine's or Megatron's local one, attends to this one's rows."""
+        return False
+
+    def dropout_problems(self, dropout: float) -> Iterator[str]:
+        """Why it cannot train with this attention dropout."""
+        if dropout:
+            yield f"--attention-dropout {dropout} is not done by --attention {self.name}: use --attention-dropout 0."
+
+    def length_problems(self, config: Any, seq_length: int, ranks: int) -> Iterator[str]:
+        """Why so many tokens do not fit, on so many context-parallel ranks."""
+        if ranks > 1 and seq_length % (2 * ranks):
+            yield (
+                f"--seq-length {seq_length} must be a multiple of {2 * ranks}, two chunks for each of "
+                f"--context-parallel-size {ranks}: use {max(1, seq_length // (2 * ranks)) * 2 * ranks}."
+            )
+
+    def problems(self, config: Any, model: Any) -> Iterator[str]:
+        """Why it cannot be in this model, a TransformerConfig of Megatron, each with what would work."""
+        yield from self.dropout_problems(model.attention_dropout)
+        for name in ("window_size", "qk_clip", "log_max_attention_logit"):
+            if value := getattr(model, name, None):
+                option = f"--{name.replace('_', '-')} {value}".removesuffix(" True")
+                yield f"{option} is not done by --attention {self.name}: leave it out, or use --attention dense."
+        if getattr(model, "softmax_type", "vanilla") != "vanilla":
+            yield f"--softmax-type {model.softmax_type} is not done by --attention {self.name}: use --softmax-type vanilla."
+
+    def graph_problems(self, config: Any, seq_length: int, ranks: int, graphs: str) -> Iterator[str]:
+        """Why --cuda-graph-impl `graphs` cannot capture it; `length_problems` has none."""
+        yield from ()
+
+    def check_installed(self, config: Any, inputs: Inputs, place: Place) -> None:
+        """Raises ValueError, before training starts, where a package that it needs is missing."""
+
+    def build(self, config: Any, query: Tensor, key: Tensor, place: Place) -> Layer:
+        """The layer for inputs like these, of which shapes, dtype and device count. Raises ValueError where it cannot be."""
+        raise NotImplementedError
+
+    def cost(self, config: Any, seq_length: int, ranks: int) -> Geometry:
+        """What is gathered, where it `selects`. Raises ValueError where a length does not fit."""
+        raise NotImplementedError
+
+    def sent(self, config: Any, seq_length: int, shape: Shape, layout: Layout, comm_type: str) -> dict[str, tuple[int, int]]:
+        """(forward, backward) bytes that a rank sends in one layer, by purpose."""
+        return {"attend": attend_bytes(comm_type, seq_length, shape, layout)}
+
+    def summary(self, config: Any, seq_length: int, shape: Shape, ranks: int, comm_type: str) -> str:
+        """The same in one line, for the start of a run: what the busiest rank sends in a layer and step."""
+        plans = [self.sent(config, seq_length, shape, Layout(ranks, rank), comm_type) for rank in range(ranks)]
+        most = max(sum(forward + backward for forward, backward in plan.values()) for plan in plans)
+        return f"{self.name}: context parallel {ranks}: a rank sends {most / 1e6:,.1f} MB in a layer and step by {comm_type}."

@@ -1,0 +1,80 @@
+"""Every patch of Megatron's training loop stands in one file, and wraps once however often it is installed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import megatron_lighthouse
+from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
+
+ROOT = Path(megatron_lighthouse.__file__).parent
+PATCHED = ("training_log", "load_checkpoint", "train_step", "save_checkpoint", "checkpoint_and_decide_exit")
+WITHOUT_MEGATRON = ("settings", "checks", "arguments", "stage", "layers", "resume", "stored")
+
+
+def test_a_subject_wraps_once_and_the_last_is_outermost() -> None:
+    from megatron_lighthouse.mcore.loop.hooks import MARK, wrap
+
+    owner = SimpleNamespace(add=lambda x, y=0: x + y)
+    for _ in range(2):
+        wrap(owner, "add", "ten", lambda add, x, **named: 10 * add(x, **named))
+        wrap(owner, "add", "one", lambda add, x, **named: 1 + add(x, **named))
+    assert owner.add(2, y=3) == 51
+    assert getattr(owner.add, MARK) == ("ten", "one")
+
+
+def test_installing_again_changes_nothing(megatron: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.training import checkpointing, initialize
+    from megatron.training import training as loop
+
+    from megatron_lighthouse.mcore.loop import hooks
+
+    owners = [(loop, name) for name in (*PATCHED, *(() if torch.cuda.is_available() else ("initialize_megatron",)))]
+    owners += [(initialize, "_compile_dependencies"), (checkpointing, "_async_delete_checkpoint_impl")]
+
+    def installed() -> list[Any]:
+        hooks.adapt_machine()
+        hooks.follow_training()
+        hooks.follow_switch(LighthouseSettings())
+        return [getattr(owner, name) for owner, name in owners]
+
+    for owner, name in owners:
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # so that all is undone
+    before = [getattr(owner, name) for owner, name in owners]
+    once = installed()
+    assert all(now is not was and getattr(now, hooks.MARK) for now, was in zip(once, before, strict=True))
+    assert all(now is was for now, was in zip(installed(), once, strict=True))
+
+
+def test_no_other_file_patches_megatron() -> None:
+    found = {str(file.relative_to(ROOT)) for file in ROOT.rglob("*.py") if _patches(ast.parse(file.read_text()))}
+    assert _patches(ast.parse("from megatron.training import training as loop\nloop.train_step = None"))
+    assert _patches(ast.parse("from megatron.training import training as loop\nsetattr(loop, 'train_step', None)"))
+    assert found == set()
+
+
+def _patches(tree: ast.Module) -> bool:
+    """Whether a name that is imported from Megatron is assigned an attribute; `wrap` has it as an argument."""
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    modules = [(getattr(node, "module", None), alias) for node in imports for alias in node.names]
+    names = {a.asname or a.name.partition(".")[0] for m, a in modules if (m or a.name).partition(".")[0] == "megatron"}
+    targets = [t for node in ast.walk(tree) if isinstance(node, ast.Assign) for t in node.targets]
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args]
+    owners = [t.value for t in ast.walk(ast.Module(targets, [])) if isinstance(t, ast.Attribute)]  # type: ignore[arg-type]
+    owners += [call.args[0] for call in calls if isinstance(call.func, ast.Name) and call.func.id == "setattr"]
+    return any(isinstance(owner, ast.Name) and owner.id in names for owner in owners)
+
+
+def test_what_a_login_node_asks_imports_no_megatron() -> None:
+    modules = [f"megatron_lighthouse.mcore.command_line.{name}" for name in WITHOUT_MEGATRON]
+    program = f"import sys, {', '.join(modules)}\nprint([m for m in sys.modules if m.partition('.')[0] == 'megatron'])"
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert answer.strip() == "[]"

@@ -43,7 +43,8 @@ def load_base(
     before = dist_checkpointing.load_common_state_dict(folder).get("args")
     if found := [*attention_problems(args, before, Path(load_dir))]:
         raise ValueError("\n".join(found))
-    there = {key for key in FileSystemReader(folder).read_metadata().state_dict_metadata if not key.startswith("optimizer")}
+    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    there = {key for key in stored if not key.startswith("optimizer") and "_extra_state" not in key}
     lacking = [*_lacking(sharded_state_dict, args, there)]
     for part, name, _ in lacking:
         del part[name]

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthouse_select
+from megatron_lighthouse import LighthouseConfig, Rotary, lighthouse_attention, lighthouse_select
+from megatron_lighthouse.kernels.lighthouse.gather import NOT_TURNED
 from megatron_lighthouse.lighthouse.geometry import Geometry
 from tests.oracle import Problem, attention
 from tests.steps import DEVICE, poisoned, rounded, tensors
@@ -92,13 +93,15 @@ def test_fake_implementations_are_those_of_the_ops() -> None:
     ops, checks = torch.ops.lighthouse, ["test_schema", "test_faketensor"]
     scores = ops.score(query, key, geometry.pyramid)
     places = ops.select(scores, geometry.sizes, True)
-    rows = ops.gather(query, key, value, places, sizes)
+    rotary = Rotary(torch.ones(query.shape[-1] // 2))
+    plain, turned = (None, NOT_TURNED), (rotary.turns(geometry.window(geometry.levels - 1), query.device), rotary.pairing)
+    rows = ops.gather(query, key, value, places, sizes, *plain)
     out = ops.scatter(rows[0], None, places, sizes)
     for op, args in (
         (ops.score, (query, key, geometry.pyramid)),
         (ops.select, (scores, geometry.sizes, True)),
-        (ops.gather, (query, key, value, places, sizes)),
-        (ops.gather_backward, (*rows, places, sizes)),
+        *((ops.gather, (query, key, value, places, sizes, *how)) for how in (plain, turned)),
+        *((ops.gather_backward, (*rows, places, sizes, *how)) for how in (plain, turned)),
         (ops.scatter, (rows[0], None, places, sizes)),
         (ops.scatter_backward, (out, places, sizes, True)),
     ):

@@ -96,15 +96,15 @@ class Layer:
         rows, halo, travel = with_halo(rows, selection, self.exchange)
         return Attended(rows, attended, selection, self.steps, halo, travel, passage)
 
-    @torch.no_grad()
     def select(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Selection, Deal | None]:
         """The entries of this rank; and, where the ranks hold different numbers of rows, how these are dealt."""
-        scores, deal = self.scorer(query, key, value, self.own, self.steps, self.exchange, self.rotary), None
-        if self.exchange is None:
-            selection = self.steps.select(scores, self.geometry, self.pin_first)
-        else:
-            selection, deal = select_shard(scores, self.geometry, self.own_tiles, self.pin_first, self.steps, self.exchange)
-        telemetry.record(selection, scores, self.geometry, self.pin_first, self.steps)
+        with torch.no_grad():  # no decorator: torch.compile cannot follow one on a method
+            scores, deal = self.scorer(query, key, value, self.own, self.steps, self.exchange, self.rotary), None
+            if self.exchange is None:
+                selection = self.steps.select(scores, self.geometry, self.pin_first)
+            else:
+                selection, deal = select_shard(scores, self.geometry, self.own_tiles, self.pin_first, self.steps, self.exchange)
+            telemetry.record(selection, scores, self.geometry, self.pin_first, self.steps)
         return selection, deal
 
 

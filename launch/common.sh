@@ -82,6 +82,7 @@ read_cluster() {
     read_environment
     while IFS= read -r line || [[ -n $line ]]; do
         number=$((number + 1))
+        # shellcheck disable=SC2094 # it names the file, and writes none
         clean_line "$file" $number
         line=${line%%[[:space:]]#*}
         line=${line%"${line##*[![:space:]]}"}
@@ -160,6 +161,7 @@ read_recipe() {
     RECIPE_ARGUMENTS=()
     while IFS= read -r line || [[ -n $line ]]; do
         number=$((number + 1))
+        # shellcheck disable=SC2094 # it names the file, and writes none
         clean_line "$file" $number
         read -ra found <<<"${line%%#*}" || true
         RECIPE_ARGUMENTS+=("${found[@]}")

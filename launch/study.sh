@@ -6,7 +6,7 @@ known_attentions() { sed -n 's/^register(\([A-Z_]*\))$/\1/p' "$ROOT/megatron_lig
 
 # the points of "CP=1:2 SEQ=32768:98304 ATTENTION=dense:lighthouse" in POINTS, "ATTENTION LENGTH CP" each, the attention changing fastest
 study_points() {
-    local study=$1 word name value CP=1:2 SEQ=32768:98304:262144 ATTENTION=dense:lighthouse sizes lengths attentions known size length attention
+    local study=$1 word name names value CP=1:2 SEQ=32768:98304:262144 ATTENTION=dense:lighthouse sizes lengths attentions known size length attention
     for word in $study; do
         [[ $word =~ ^(CP|SEQ|ATTENTION)=([^:]+(:[^:]+)*)$ ]] ||
             die "--study '$study': '$word' is none of CP=…, SEQ=…, ATTENTION=… with values apart by colons:" \
@@ -24,12 +24,13 @@ study_points() {
         [[ $value =~ ^[1-9][0-9]*$ ]] || die "--study '$study': CP and SEQ hold whole numbers apart by colons, and '$value' is none."
     done
     read -ra known <<<"$(words "$(known_attentions)")"
+    names="${known[*]}"
     POINTS=()
     for size in "${sizes[@]}"; do
         for length in "${lengths[@]}"; do
             for attention in "${attentions[@]}"; do
                 [[ " ${known[*]} " == *" $attention "* ]] ||
-                    die "--study '$study': ATTENTION holds $(sed 's/ / or /g' <<<"${known[*]}"), and '$attention' is neither."
+                    die "--study '$study': ATTENTION holds ${names// / or }, and '$attention' is neither."
                 POINTS+=("$attention $length $size")
             done
         done

@@ -80,9 +80,9 @@ read_cluster() {
     local python=${PYTHON:-} check_python=${CHECK_PYTHON:-} # the environment wins
     for key in $CLUSTER_KEYS; do declare -g "$key="; done
     read_environment
+    # shellcheck disable=SC2094 # clean_line names the file, and writes none
     while IFS= read -r line || [[ -n $line ]]; do
         number=$((number + 1))
-        # shellcheck disable=SC2094 # it names the file, and writes none
         clean_line "$file" $number
         line=${line%%[[:space:]]#*}
         line=${line%"${line##*[![:space:]]}"}
@@ -159,9 +159,9 @@ read_recipe() {
     local file=$1 line found=() number=0
     [[ -r $file ]] || die "--recipe $file cannot be read: give a file, or one of $(words "$LAUNCH"/recipes/*.args)."
     RECIPE_ARGUMENTS=()
+    # shellcheck disable=SC2094 # clean_line names the file, and writes none
     while IFS= read -r line || [[ -n $line ]]; do
         number=$((number + 1))
-        # shellcheck disable=SC2094 # it names the file, and writes none
         clean_line "$file" $number
         read -ra found <<<"${line%%#*}" || true
         RECIPE_ARGUMENTS+=("${found[@]}")

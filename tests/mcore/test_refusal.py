@@ -43,7 +43,7 @@ def test_what_may_pass_is_no_refusal(name: str, monkeypatch: pytest.MonkeyPatch)
     from megatron_lighthouse.mcore.loop import pretrain
 
     error = (PARSED | MAY_PASS)[name]
-    monkeypatch.setattr(pretrain.machine, "adapt", lambda: None)
+    monkeypatch.setattr(pretrain.hooks, "adapt_machine", lambda: None)
     monkeypatch.setattr(pretrain, "parse_and_validate_args", mock.Mock(side_effect=error))
     with pytest.raises(SystemExit if name in PARSED else type(error)) as ended:
         pretrain.run()
@@ -81,7 +81,7 @@ def test_a_run_that_megatron_refuses_late(tmp_path: Path) -> None:
     ended = {}
     for name, more in {
         "data": [*TEXT, "--dataloader-fast-cache-load"],
-        "first": [*checkpoint, "--train-iters", "1"],
+        "first": [*checkpoint, "--exit-interval", "1"],
         "checkpoint": [*checkpoint, "--num-layers", "5"],
     }.items():
         processes = Processes(tmp_path / name, 1, [*MODEL, *more])

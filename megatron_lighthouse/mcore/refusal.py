@@ -14,12 +14,15 @@ LASTING = (errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.EACCES
 STATED = (AssertionError, ValueError, NotImplementedError, RuntimeError)
 """As which Megatron, and Lighthouse, state their rules."""
 
+OTHER_SHAPES = "Global shape mismatch for loaded"
+"""How Megatron begins to say that a checkpoint is another model's; torch passes it on in a class of its own."""
+
 
 class RefusedError(ValueError):
     """Every start of the run would end so."""
 
 
-def repeats(error: Exception, parsed: bool) -> bool:
+def repeats(error: BaseException, parsed: bool) -> bool:
     """Whether another start of the same command line would end the same way.
 
     While arguments are parsed, whatever is no matter of the machine: of files that are being written, a disk, a network, a GPU.
@@ -32,6 +35,7 @@ def repeats(error: Exception, parsed: bool) -> bool:
     if parsed:
         cause = error.__cause__ if type(error) is Exception else None  # Megatron's, where it cannot write a cache
         stated = type(error) in STATED and _raised_in(error, "megatron", "megatron_lighthouse")
+        stated = stated or OTHER_SHAPES in str(error)
         return stated or (isinstance(cause, OSError) and cause.errno in LASTING)
     if isinstance(error, OSError):
         return error.errno in LASTING
@@ -40,7 +44,7 @@ def repeats(error: Exception, parsed: bool) -> bool:
     return True
 
 
-def _raised_in(error: Exception, *packages: str) -> bool:
+def _raised_in(error: BaseException, *packages: str) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -49,7 +49,7 @@ def with_lighthouse(spec: LayerSpec, settings: LighthouseSettings, rotary: Rotar
         ValueError: `rope` "last" without `rotary`; a layer spec without a core attention; a block spec of which some layers
             have none, where `settings` does not say which of the model's layers those are.
     """
-    if settings.rope == rope.LAST and rotary is None:
+    if settings.attention.selects and settings.rope == rope.LAST and rotary is None:
         raise ValueError(
             f"{rope.FLAG} {rope.LAST} needs to know what the model rotates queries and keys by, and a layer spec does not say: "
             "give with_lighthouse(spec, settings, rotary_of(model_cfg)) the model's configuration (megatron_lighthouse.mcore."
@@ -117,7 +117,7 @@ def layer_spec(model_cfg: Any, vp_stage: int | None = None, *, settings: Lightho
     if settings is None:
         return _dense_over_shards(spec, config)
     _say_what_is_sent(config, settings)
-    rotary = rotary_of(model_cfg) if settings.rope == rope.LAST else None
+    rotary = rotary_of(model_cfg) if settings.attention.selects and settings.rope == rope.LAST else None
     if rotary is None:  # nothing is rotated, or nothing turned
         settings = replace(settings, rope=rope.MEAN)
     return with_lighthouse(spec, replace(settings, attention_layers=attention_layers(config)), rotary)

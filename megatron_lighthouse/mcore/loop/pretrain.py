@@ -15,6 +15,7 @@ from megatron.core.enums import ModelType
 from megatron.training import pretrain, set_startup_timestamps
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_lighthouse.lighthouse import telemetry
 from megatron_lighthouse.mcore.command_line.arguments import model_config, use_attention, with_lighthouse_arguments
@@ -64,7 +65,7 @@ def run(program_start: float | None = None) -> None:
     except SystemExit as stop:  # with 0, how Megatron ends at --exit-interval, at a time limit and on SIGTERM
         if stop.code != 0:  # with none, how it ends where a checkpoint cannot be read: that is a failure
             raise SystemExit(stop.code or 1) from stop
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # torch's is no Exception
         traceback.print_exc()
         sys.stdout.flush()
         trains = hasattr(args, "curr_iteration")  # Megatron sets it in the loop, where another start may well get further

@@ -154,7 +154,7 @@ class Slurm:
         text = self.run("scontrol", "show", "job", job).stdout
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
-    def wait(self, job: str, seconds: float = 100) -> dict[str, str]:
+    def wait(self, job: str, seconds: float = 400) -> dict[str, str]:
         """The state of a job when it has ended."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:

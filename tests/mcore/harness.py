@@ -82,7 +82,7 @@ class Processes:
                 for rank in range(ranks)
             ]
 
-    def wait(self, seconds: float = 240) -> list[int]:
+    def wait(self, seconds: float = 900) -> list[int]:
         """The exit statuses; -1 for a rank that had to be stopped. The first that fails takes the others with it."""
         end = time.monotonic() + seconds
         try:

@@ -10,11 +10,9 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from megatron_lighthouse.mcore.command_line.stored import TRACKER
 from megatron_lighthouse.mcore.data import blends, files
 from megatron_lighthouse.mcore.data.blends import LISTS, TOKENIZERS, remote, value
-
-TRACKER = "latest_checkpointed_iteration.txt"
-"""Megatron's, in a folder that holds a checkpoint."""
 
 type Sees = dict[str, str]
 """A container's folders, and what they are on this machine; none without a container."""

@@ -17,11 +17,11 @@ from megatron.training import get_args
 from megatron.training import training as loop
 from torch.distributed.tensor import DTensor
 
+from megatron_lighthouse.mcore.command_line.stored import TRACKER
 from megatron_lighthouse.notice import say_once
 
 NOT_FINITE = 16
 """Exit status, as Megatron's, of a run that would meet the same again: pretrain.sbatch does not queue it."""
-TRACKER = "latest_checkpointed_iteration.txt"
 WATCHED = "lighthouse_watched"
 """Of Megatron's machine of reruns: that it is as `_from_the_first` makes it."""
 

@@ -8,9 +8,12 @@ from collections.abc import Generator
 import pytest
 import torch
 
+from tests.interpreter import quicken
+
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+    quicken()
 
 LONGEST = """
     launch/test_cluster.py mcore/test_parity.py tests/test_kernels.py experiments/test_bench.py mcore/test_two_stage.py

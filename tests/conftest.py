@@ -9,9 +9,12 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.interpreter import quicken
+
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+    quicken()
 
 # a machine may be busy: no example is late
 settings.register_profile("untimed", deadline=None)

@@ -32,7 +32,7 @@ BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 class Report(NamedTuple):
-    """What one kernel takes."""
+    """What the assembler says of one kernel."""
 
     kernel: str
     registers: int
@@ -95,20 +95,24 @@ def _compile(kernel: Any, capability: int, dtype: str, constants: dict[str, Any]
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options={"num_warps": warps, **options})
-    registers, stack = _used(compiled.asm["cubin"])
-    return Report(compiled.metadata.name, registers, compiled.metadata.shared, stack)
+    registers, spilled = _assembled(compiled.asm["ptx"], capability)
+    return Report(compiled.metadata.name, registers, compiled.metadata.shared, spilled)
 
 
-def _used(cubin: bytes) -> tuple[int, int]:
-    """Registers, and bytes of the stack, on which nothing lies but what is spilled, as the machine code says."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+def _assembled(ptx: str, capability: int) -> tuple[int, int]:
+    """Registers, and bytes spilled, from the assembler that Triton itself uses."""
+    tool = triton.knobs.nvidia.ptxas_blackwell if capability >= 100 else triton.knobs.nvidia.ptxas
+    architecture = re.search(r"\.target (\w+)", ptx)
+    assert architecture is not None
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
-    assert found is not None, said
-    return int(found[1]), int(found[2])
+        command = [tool.path, "-v", f"--gpu-name={architecture[1]}", "-o", "/dev/null", file.name]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", log)]
+    registers = re.search(r"Used (\d+) registers", log)
+    assert registers is not None, log
+    return int(registers[1]), sum(spills)
 
 
 def main() -> None:

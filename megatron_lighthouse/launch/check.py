@@ -13,6 +13,7 @@ from dataclasses import replace
 from megatron_lighthouse.launch import restart
 from megatron_lighthouse.launch.data_files import checkpoint, data, here, unseen
 from megatron_lighthouse.launch.sizes import sizes
+from megatron_lighthouse.mcore.command_line import pyramid
 from megatron_lighthouse.mcore.command_line.settings import add_arguments, settings_from
 from megatron_lighthouse.mcore.data import blends
 from megatron_lighthouse.mcore.data.text import PADDED_VOCABULARY
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines: list[str] = []
     for name, *more in points:
         args = parse([*words, *more])
+        vars(args).update(pyramid.choice(args, here(sees, args.load) if args.load else None)[0])
         world = options.nodes * options.gpus_per_node
         problems = [*enough(args, world)] if options.exact else []
         world = one_sequence(args) if options.exact else world
@@ -239,7 +241,8 @@ def summary(args: argparse.Namespace, world: int) -> str:
     variant = VARIANTS[args.attention]
     if variant.selects and args.seq_length:
         settings = settings_from(args)
-        line += f", {variant.cost(settings.config, args.seq_length, context).gathered_length} rows attended"
+        rows = variant.cost(settings.config, args.seq_length, context).gathered_length
+        line += f", {rows} rows attended (L {settings.config.levels}, k {settings.config.budget})"
         if settings.edge:
             rows = variant.cost(settings.edge, args.seq_length, context).gathered_length
             line += f", {rows} in the first and last layers"

@@ -192,13 +192,14 @@ def recipes() -> dict[str, dict[str, Any]]:
 
 
 def run_of(name: str, **changes: Any) -> Run:
-    """The run of a recipe, with `changes`. Raises ValueError where the recipe is not known."""
+    """The run of a recipe, with `changes`, and the pyramid of its length. Raises ValueError where the recipe is not known."""
     known = recipes()
     if name not in known:
         raise ValueError(f"--recipe {name!r} is not known: use {' or '.join(known)}.")
     table = known[name]
-    own = {key: value for key, value in table.items() if key not in ("description", "model", "lighthouse")}
-    return Run(**{**own, "model": GPT(**table["model"]), "config": LighthouseConfig(**table["lighthouse"]), **changes})
+    own = {key: value for key, value in table.items() if key not in ("description", "model", "lighthouse")} | changes
+    config = LighthouseConfig.for_length(own["seq_length"], **table.get("lighthouse", {}))
+    return Run(**{"model": GPT(**table["model"]), "config": config, **own})
 
 
 def _divisors(value: int) -> str:

@@ -88,19 +88,17 @@ def _works(run: Run) -> bool:
 def crossover(run: Run, speed: Coefficients) -> list[tuple[int, int, float]]:
     """(length, budget, times as fast as dense) of one layer, forward + backward, from 4,096 tokens on by doubling to 1M.
 
-    The budget is the run's share of its length, N/k; lengths that the config refuses are left out.
+    Levels and budgets are those of each length; lengths that the config refuses are left out.
     """
-    rows, share = [], run.seq_length / run.config.budget
+    rows = []
     cp, span = run.context_parallel, run.spans["context parallel"]
     for length in (2**n for n in range(12, 21)):
-        tile = run.config.tile_budget
-        budget = max(tile, round(length / share / tile) * tile)
-        config = LighthouseConfig(run.config.levels, run.config.pooling, budget, tile)
+        config = LighthouseConfig.for_length(length, pooling=run.config.pooling, scorer=run.config.scorer)
         try:
             geometry = config.geometry(length, cp)
         except ValueError:
             continue
         shape = (run.layer, cp, run.cp_comm_type, span, run.device, speed)
         dense, ours = time.dense_layer(length, *shape), time.lighthouse_layer(geometry, *shape)
-        rows.append((length, budget, dense["fwd+bwd"] / ours["fwd+bwd"]))
+        rows.append((length, config.budget, dense["fwd+bwd"] / ours["fwd+bwd"]))
     return rows

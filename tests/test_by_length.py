@@ -8,7 +8,6 @@ import pytest
 
 from megatron_lighthouse import LighthouseConfig
 from megatron_lighthouse.launch import check
-from megatron_lighthouse.lighthouse.by_length import by_length
 from megatron_lighthouse.mcore.command_line.settings import add_arguments, settings_from
 
 POWERS = [2**n for n in range(12, 21)]

@@ -22,7 +22,7 @@ FLAGS = {
     "steps": ("auto", "reference", "reference", "'auto' takes the kernels on a GPU. Default: auto."),
     "pin_first": (True, None, False, "Default: on; the authors' code"),
 }
-"""Field -> its default (None: by the length), a word after its flag (None: after --no-…), what that means, and some of its help."""
+"""Field -> its default (None: by the length), a word after its flag (None: after --no-…), what that means, and of its help."""
 
 
 def lighthouse() -> argparse.ArgumentParser:

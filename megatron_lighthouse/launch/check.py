@@ -215,6 +215,7 @@ def enough_memory(run: Run) -> Iterator[str]:
     """Single changes with which it fits: what it recomputes, or as few more context- or tensor-parallel ranks as it takes."""
     tp, cp = run.tensor_parallel, run.context_parallel
     for tries in (
+        [("no --cross-entropy-loss-fusion", {"loss_fusion": False})] if run.loss_fusion else [],
         [(RECOMPUTE_WORDS[name], {"recompute": name}) for name in ("mlp", "full")],
         [(f"--context-parallel-size {cp * n}", {"context_parallel": cp * n}) for n in (2, 4, 8, 16, 32)],
         [(f"--tensor-model-parallel-size {tp * n} --sequence-parallel", {"tensor_parallel": tp * n}) for n in (2, 4, 8)],

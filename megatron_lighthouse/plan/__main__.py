@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m megatron_lighthouse.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    made.usage = "%(prog)s [--model NAME | --recipe NAME] [--tokens N] [--seq-length N] [--gpus N] [--device NAME] … (--help)"
     made.add_argument("--model", help=f"a model by name: {', '.join(models())}; its layout is found where none is given")
     made.add_argument("--recipe", help=f"or a recipe: a name, or a file of launch/recipes; default: {RECIPE}")
     made.add_argument("--tokens", type=numbers.tokens, default=10e9, metavar="N", help="to train on, as 20B; default: 10B")
@@ -80,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run_from(options: argparse.Namespace) -> Run:
     """The model's or the recipe's run with what was asked for instead. Raises ValueError where it cannot be."""
-    given = {name: value for name, value in vars(options).items() if value not in (None, False)}
+    given = {name: value for name, value in vars(options).items() if value is not None and value is not False}
     names = (*RUN_FLAGS, "attention", "recompute", "cp_comm_type", "loss_fusion")
     changes = {name: given[name] for name in names if name in given}
     lighthouse = {name: given[name] for name in (*CONFIG_FLAGS, "scorer") if name in given}

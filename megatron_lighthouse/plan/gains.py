@@ -26,8 +26,12 @@ def table(speed: Coefficients) -> str:
             except ValueError as error:
                 lines.append(f"| {one['title']} | – | | | | | not yet: {_flags(str(error))} |")
                 break
-            lines.append(f"| {one['title']} | {length // 1024}K | {' | '.join(_cells(run, speed))} |")
+            lines.append(f"| {one['title']} | {_length(length)} | {' | '.join(_cells(run, speed))} |")
     return "\n".join(lines)
+
+
+def _length(tokens: int) -> str:
+    return f"{tokens // 2**20}M" if tokens >= 2**20 else f"{tokens // 2**10}K"
 
 
 def _flags(refusal: str) -> str:

@@ -37,11 +37,16 @@ def run_of_model(name: str, seq_length: int, lighthouse: dict[str, Any] | None =
     batch = max(1, STEP_TOKENS // max(1, seq_length))
     own = {"config": config, "global_batch": batch, "options": table.get("options", {})}
     run = Run(GPT(**table["model"]), seq_length, **{**own, **changes})
-    alone = {"tensor_parallel": 1, "context_parallel": 1, "pipeline_parallel": 1, "gpus": 1, "cp_comm_type": "p2p"}
-    run.change(**alone, global_batch=1).check()  # of the model, whatever its layout
+    check_model(run)
     if what := table.get("not_counted"):
         raise ValueError(f"--model {name} has {what}, which is not counted by the plan.")
     return run
+
+
+def check_model(run: Run) -> None:
+    """Raises ValueError where no layout could train the model at its length."""
+    alone = {"tensor_parallel": 1, "context_parallel": 1, "pipeline_parallel": 1, "gpus": 1, "cp_comm_type": "p2p"}
+    run.change(**alone, global_batch=1).check()
 
 
 def placed(run: Run, speed: Coefficients, fraction: float) -> Ranking:
@@ -50,6 +55,7 @@ def placed(run: Run, speed: Coefficients, fraction: float) -> Ranking:
     Raises:
         ValueError: there is none; and on how many GPUs there is one.
     """
+    check_model(run)
     found = rank(run, speed, fraction)
     if found.layouts:
         return found

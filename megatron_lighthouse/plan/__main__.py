@@ -2,8 +2,8 @@
 
     python -m megatron_lighthouse.plan --model llama3-8b --tokens 20B --seq-length 512K --gpus 64 --device b200
 
-`… plan models` is the table of docs/models.md, `… plan scaling RESULTS…` collects what runs took. Start from a model, whose layout
-is found, or from a recipe (--recipe) and its layout, and change what differs; every number has the flag that Megatron knows it by.
+`… plan models` is the table of docs/models.md, `… plan scaling RESULTS…` collects what runs took. Start from a model, whose
+layout is found, or from a recipe and its layout, and change what differs; every number has the flag that Megatron knows it by.
 `--list` shows models and recipes, `--errors` every point that the times were fitted to. No GPU is needed.
 """
 
@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="X",
         help="share of the tokens in stage 1 (Lighthouse), before the dense stage 2; default: %(default)s",
     )
-    made.add_argument("--details", action="store_true", help="after the answer: each part, all layouts, what the model is worth")
+    made.add_argument("--details", action="store_true", help="after the answer: each part, all layouts, what it is worth")
     made.add_argument("--attention", help=f"{' or '.join(counted())}; default: the file's, else {LIGHTHOUSE.name}")
     made.add_argument("--recompute", help=f"{', '.join(RECOMPUTE)}")
     made.add_argument("--cp-comm-type", help=f"{', '.join(COMM_TYPES)}")

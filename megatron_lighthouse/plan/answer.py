@@ -18,9 +18,10 @@ def answer(name: str, stages: Stages, ranking: Ranking, tokens: float, speed: Co
     """The answer for these stages in their layout, and the layout of `ranking` where that is sooner done."""
     run, seconds = stages.run, sum(stages.seconds(tokens, speed))
     size = f"{tokens / 1e9:,.3g}B tokens of {name} ({run.model.parameters / 1e6:,.0f}M parameters)"
+    mark = extrapolated(run).replace("[", "[predicted, ") or " [predicted]"
     lines = [
         f"{size} at {run.seq_length:,} on {run.gpus} x {run.device.name}:",
-        f"{duration(seconds)}, {seconds * run.gpus / 3600:,.0f} GPU-hours{extrapolated(run).replace('[', '[predicted, ') or ' [predicted]'}",
+        f"{duration(seconds)}, {seconds * run.gpus / 3600:,.0f} GPU-hours{mark}",
         "",
         _table(stages, tokens, speed),
         "",

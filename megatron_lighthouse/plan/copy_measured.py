@@ -31,9 +31,7 @@ def collected(results: Path = RESULTS) -> str:
         *_scaling(results, "all-layers/scaling.csv"),
     ]
     text = io.StringIO()
-    text.write(
-        "# Written by megatron_lighthouse.plan.copy_measured, from H100s; layer, scorer, host: ms; run: seconds, and GiB at the peak.\n"
-    )
+    text.write("# Written by megatron_lighthouse.plan.copy_measured, from H100s; run: seconds, and GiB at the peak; else ms.\n")
     writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)

@@ -53,7 +53,7 @@ def _mlp(run: Run) -> int:
 
 
 def parts(run: Run, stage: int | None = None) -> dict[str, float]:
-    """Bytes by part, of a pipeline stage from 0, or the fullest. Their sum is the peak that Megatron logs as 'max allocated'."""
+    """Bytes by part, of a pipeline stage from 0, or the fullest. Their sum is what Megatron logs as 'max allocated'."""
     if stage is None:
         stage = fullest(run)
     model, tp, cp, pp = run.model, run.tensor_parallel, run.context_parallel, run.pipeline_parallel

@@ -113,7 +113,7 @@ class Run:
                 f"use {-(-self.global_batch // dp) * dp}."
             )
         if self.variant.selects:
-            if found := [*model_problems(self._as_megatron(), self.settings, self.seq_length)]:  # type: ignore[arg-type]
+            if found := [*model_problems(self._as_megatron(), self.settings, self.seq_length)]:
                 raise ValueError("\n".join(found))
         elif cp > 1 and self.seq_length % (2 * cp):
             raise ValueError(
@@ -144,7 +144,7 @@ class Run:
     def _as_megatron(self) -> SimpleNamespace:
         """Those fields of Megatron's TransformerConfig that its refusals read."""
         model = self.model
-        own = {"num_layers": model.layers, "num_attention_heads": model.heads, "num_query_groups": model.groups}
+        own: dict[str, Any] = {"num_layers": model.layers, "num_attention_heads": model.heads, "num_query_groups": model.groups}
         own |= {"tensor_model_parallel_size": self.tensor_parallel, "context_parallel_size": self.context_parallel}
         own |= {"cp_comm_type": self.cp_comm_type, "transformer_impl": "transformer_engine", "flash_decode": False}
         off = {"attention_dropout": 0.0, "window_size": None, "multi_latent_attention": False}

@@ -1,4 +1,4 @@
-"""Both stages of a training run on one layout: Lighthouse for most of the tokens, then dense. Ours: what either needs, counts."""
+"""Both stages of a run on one layout: Lighthouse for most of the tokens, then dense. What either needs, counts (ours)."""
 
 from __future__ import annotations
 

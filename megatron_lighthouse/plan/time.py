@@ -205,7 +205,7 @@ def rank_parameters(run: Run) -> float:
 
 
 def stage_parameters(run: Run, stage: int) -> float:
-    """Parameters on a rank of a pipeline stage, from 0: its layers; the first's embedding; the last's norm and output weights."""
+    """Parameters on a rank of a pipeline stage, from 0: its layers; the first's embedding; the last's norm and output."""
     model, tp, pp = run.model, run.tensor_parallel, run.pipeline_parallel
     layers = model.layers / pp * (model.layer_matrices / tp + 2 * model.hidden)
     first, last = stage == 0, stage == pp - 1

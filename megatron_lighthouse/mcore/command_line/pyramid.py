@@ -32,7 +32,7 @@ def settle(args: argparse.Namespace) -> None:
     load, pretrained = args.load, getattr(args, "pretrained_checkpoint", None)
     found, said = choice(args, Path(load) if load else None, Path(pretrained) if pretrained else None)
     vars(args).update(found)
-    if said and (VARIANTS[args.attention].selects or args.spec):
+    if said and (VARIANTS[args.attention].selects or getattr(args, "spec", None)):
         say_once(f"lighthouse: {said}")
 
 

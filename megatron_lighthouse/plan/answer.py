@@ -71,5 +71,5 @@ def _better(stages: Stages, ranking: Ranking, tokens: float, speed: Coefficients
     best, rate = ranking.recommended
     if best == stages.run:
         return []
-    seconds = tokens / rate / best.gpus
-    return [f"recommended: {layout(best)} ({duration(seconds)}): {layout_words(best)}"]
+    seconds, why = tokens / rate / best.gpus, "" if rate > stages.tokens_per_gpu(speed) else ", with more room"
+    return [f"recommended: {layout(best)} ({duration(seconds)}{why}): {layout_words(best)}"]

@@ -1,8 +1,12 @@
-"""Command-line arguments of a frozen dataclass: a field says its default, its help, and the values it takes."""
+"""Command-line arguments of a frozen dataclass: a field says its default, its help, and the values it takes.
+
+Errors of the library name its arguments, such as `config.budget` and `cp_group`; `in_flags` says them in flags.
+"""
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterable
 from dataclasses import Field, field, fields
 from typing import Any
@@ -16,6 +20,22 @@ def option(default: Any, text: str, choices: Iterable[str] = ()) -> Any:
 def flag_of(prefix: str, name: str) -> str:
     """The flag of the field `name` of the attention `prefix`."""
     return f"--{prefix}-{name.replace('_', '-')}"
+
+
+SAID = {
+    "query's N": "--seq-length",
+    "cp_group.size()": "--context-parallel-size",
+    "cp_comm_type": "--cp-comm-type",
+    "Transformer Engine's layers": "--transformer-impl transformer_engine",
+}
+"""What the library says of its arguments, and the flags of Megatron's that decide them."""
+
+
+def in_flags(message: str, prefix: str = "lighthouse") -> str:
+    """An error of the library in the words of the command line: `config.budget` is --lighthouse-budget."""
+    for name, flag in SAID.items():
+        message = message.replace(name, flag)
+    return re.sub(r"\bconfig\.([a-z]\w*)", lambda found: flag_of(prefix, found[1]), message)
 
 
 def add_options(group: argparse._ArgumentGroup, prefix: str, config: type) -> None:
@@ -33,8 +53,11 @@ def add_options(group: argparse._ArgumentGroup, prefix: str, config: type) -> No
 
 
 def read_options(args: argparse.Namespace, prefix: str, config: type) -> Any:
-    """The `config` that parsed arguments ask for. Raises what its constructor raises."""
-    return config(**{one.name: getattr(args, _dest(prefix, one)) for one in fields(config)})
+    """The `config` that parsed arguments ask for. Raises the ValueError of its constructor, in flags."""
+    try:
+        return config(**{one.name: getattr(args, _dest(prefix, one)) for one in fields(config)})
+    except ValueError as error:
+        raise ValueError(in_flags(str(error), prefix)) from None
 
 
 def _dest(prefix: str, one: Field[Any]) -> str:

@@ -192,7 +192,7 @@ QKV = (32, 1, 2, 2)
         pytest.param(QKV, (32, 1, 4, 2), (32, 1, 4, 2), "multiple of the key/value heads", id="2 heads, 4 groups"),
         pytest.param((32, 1, 0, 2), QKV, QKV, "neither can be 0", id="no heads"),
         pytest.param((32, 1, 0, 2), (32, 1, 0, 2), (32, 1, 0, 2), "neither can be 0", id="no heads, no groups"),
-        pytest.param((30, 1, 2, 2), (30, 1, 2, 2), (30, 1, 2, 2), "--seq-length 30", id="length does not fit"),
+        pytest.param((30, 1, 2, 2), (30, 1, 2, 2), (30, 1, 2, 2), "query's N 30", id="length does not fit"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(

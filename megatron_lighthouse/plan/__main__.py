@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
+from megatron_lighthouse.options import in_flags
 from megatron_lighthouse.plan import report, scaling
 from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import DEVICES, device_of
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise ValueError(f"--tokens {options.tokens:g} must be above 0, and finite: use 1e9 for a billion.")
             print(report.whole(run_from(options), coefficients(), options.tokens))
     except ValueError as error:
-        print(error, file=sys.stderr)
+        print(in_flags(str(error)), file=sys.stderr)
         return 2
     return 0
 

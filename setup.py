@@ -44,6 +44,7 @@ setup(
         "gla": ["flash-linear-attention>=0.6.0"],  # --lighthouse-scorer gla on a GPU
         "test": [
             *MEGATRON,
+            "transformers",  # a tokenizer of Hugging Face, by which a run is evaluated
             "pytest",  # runs the tests
             "pytest-xdist",  # two files of tests at a time: half the time on two cores
             "hypothesis",  # draws the shapes of the property tests

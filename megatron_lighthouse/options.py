@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import Field, field, fields
 from typing import Any
 
 
-def option(default: Any, text: str, choices: Iterable[str] = ()) -> Any:
-    """A field of a config with its help; the default is added to that unless the text says it."""
-    return field(default=default, metadata={"help": text, "choices": tuple(choices)})
+def option(default: Any, text: str, choices: Collection[str] = ()) -> Any:
+    """A field of a config with its help; the default is added to that unless the text says it.
+
+    Choices are read when flags are made of the field: what is registered by then counts.
+    """
+    return field(default=default, metadata={"help": text, "choices": choices})
 
 
 def flag_of(prefix: str, name: str) -> str:

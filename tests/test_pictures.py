@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +13,9 @@ from matplotlib.figure import Figure
 
 from experiments import plots
 from megatron_lighthouse.recipe import evaluation_plots
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import together
 
 
 @pytest.fixture
@@ -47,3 +52,13 @@ def test_a_legend_explains_the_marks_that_are_drawn(back: int | None, drawn: lis
     title = drawn[0].axes[0].get_title()
     assert "●: switch" in title
     assert ("□" in title) == (back is not None)
+
+
+def test_tables_of_two_devices_are_not_drawn_as_one(tmp_path: Path) -> None:
+    tables = [tmp_path / f"{name}.csv" for name in ("first", "second", "third", "unknown")]
+    for table, device in zip(tables, ("H100", "H200", "H200"), strict=False):
+        table.with_suffix(".json").write_text(json.dumps({"device": device}))
+    together.check_one_device(tables[1:])
+    with pytest.raises(SystemExit, match=r"(?s)different devices.*H100: .*first\.csv\n  H200: .*second\.csv .*third\.csv"):
+        together.check_one_device(tables)
+    assert together.medians([(2, 5.0), (1, 1.0), (2, 7.0), (2, 6.0)]) == [(1, 1.0), (2, 6.0)]

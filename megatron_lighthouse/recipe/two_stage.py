@@ -116,7 +116,7 @@ def _arguments(
         *("--data-cache-path", str(run / "data"), "--tensorboard-dir", str(run / "tensorboard" / attention)),
         *("--lighthouse-selection-map", str(run / "selection.png")),
         *extra,
-        *("--text-data", *(os.path.abspath(path) for path in text)),
+        *("--text-data", *(os.path.realpath(path) for path in text)),
     ]
 
 

@@ -19,10 +19,7 @@ def ask_for_megatron(program: str, modules: Iterable[str] = MEGATRON) -> None:
     missing = [MEGATRON[module] for module in modules if not _is_there(module)]
     if missing:
         names = ", ".join(missing)
-        print(
-            f"{program} needs {names}: pip install 'megatron_lighthouse[megatron]' (in a clone: '.[megatron]').",
-            file=sys.stderr,
-        )
+        print(f"{program} needs {names}: pip install '.[megatron]' in a clone of megatron_lighthouse.", file=sys.stderr)
         raise SystemExit(2)
 
 

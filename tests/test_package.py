@@ -85,7 +85,7 @@ def test_the_library_needs_no_megatron_and_programs_ask_for_it_by_name() -> None
     lines = [line for line in ran.stderr.splitlines() if " needs " in line]
     assert len(lines) == 4
     for line in lines[:3]:
-        assert "needs megatron-core, psutil, tqdm, tensorboard: pip install 'megatron_lighthouse[megatron]'" in line
+        assert "needs megatron-core, psutil, tqdm, tensorboard: pip install '.[megatron]'" in line
     assert "recovery needs tensorboard: pip install" in lines[3]
 
 

@@ -48,6 +48,8 @@ def kind(info: Row) -> Row:
     table = recipes().get(str(info.get("recipe")), {})
     dense = {"dense_first": 2, "dense_last": 2}
     told = {**PLAIN, **(dense | table["model"] | table["lighthouse"] if table else {}), **info}
+    if told.get("device"):
+        told["device"] = told["device"].lower()  # as the plan reads it
     attention = VARIANTS.get(str(info.get("attention")))
     if attention and not attention.selects:
         told |= dict.fromkeys(OF_SELECTION)

@@ -222,7 +222,7 @@ def test_dtypes_that_it_does_not_compute_in_are_refused_with_those_that_work(dty
 
 @pytest.mark.parametrize("scheme", ["bogus", "", "a2a+p2p"])
 def test_an_unknown_scheme_is_refused_on_one_rank_too(scheme: str) -> None:
-    with pytest.raises(ValueError, match=rf"^--cp-comm-type {re.escape(scheme)} .*use p2p, all_gather or a2a"):
+    with pytest.raises(ValueError, match=rf"^cp_comm_type {re.escape(scheme)} .*use p2p, all_gather or a2a"):
         lighthouse_attention(*tensors(GQA), config_of(GQA), cp_comm_type=scheme)
     for works in ("p2p", "all_gather", "a2a"):
         lighthouse_attention(*tensors(GQA), config_of(GQA), cp_comm_type=works)

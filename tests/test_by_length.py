@@ -53,17 +53,17 @@ def test_sizes(seq_length: int, words: str, levels: int, budget: int, tile_budge
 
 def test_an_odd_length_is_told_a_budget_that_fits() -> None:
     """2,062 windows are 2 x 1,031: no budget near the share has so many tiles."""
-    with pytest.raises(ValueError, match=r"--seq-length 32992 .* use --lighthouse-budget 128 or 256, or --seq-length 32960"):
+    with pytest.raises(ValueError, match=r"query's N 32992 .* use config.budget 128 or 256, or query's N 32960"):
         given(32992).geometry(32992)
     given(32992, "--lighthouse-budget 256").geometry(32992)
 
 
 def test_budgets_are_offered_before_lengths() -> None:
-    with pytest.raises(ValueError, match=r"use --lighthouse-budget 1024 or 2048, or --seq-length 32640 or 32832\.$"):
+    with pytest.raises(ValueError, match=r"use config.budget 1024 or 2048, or query's N 32640 or 32832\.$"):
         LighthouseConfig().geometry(32768)
-    with pytest.raises(ValueError, match=r"use --lighthouse-budget 16 --lighthouse-tile-budget 16, or --seq-length \d+"):
+    with pytest.raises(ValueError, match=r"use config.budget 16 config.tile_budget 16, or query's N \d+"):
         LighthouseConfig().geometry(1024)
-    with pytest.raises(ValueError, match=r"--seq-length 98305 .* use --seq-length 98304 or 98496\.$"):  # no budget fits
+    with pytest.raises(ValueError, match=r"query's N 98305 .* use query's N 98304 or 98496\.$"):  # no budget fits
         given(98305).geometry(98305)
 
 

@@ -12,7 +12,7 @@ from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse.geometry import Pyramid
 from megatron_lighthouse.lighthouse.reference import window_maxima
 from megatron_lighthouse.lighthouse.rotary import Rotary
-from megatron_lighthouse.lighthouse.scorers.base import Scorer
+from megatron_lighthouse.lighthouse.scorers.base import Scorer, Shape, row_bytes
 from megatron_lighthouse.lighthouse.steps import Steps
 from tests.oracle import Array
 
@@ -38,6 +38,12 @@ class Greatest(Scorer):
     ) -> Tensor:
         of_query = query.unflatten(2, (key.shape[2], -1)).abs().amax((-1, -2))
         return window_maxima(torch.stack([of_query, key.abs().amax(-1)]).permute(0, 2, 3, 1), pyramid)
+
+    def moved(self, pyramid: Pyramid, shape: Shape) -> float:
+        return row_bytes(pyramid.seq_length, shape, shape.heads + shape.groups)
+
+    def flops(self, pyramid: Pyramid, shape: Shape) -> float:
+        return 0.0
 
 
 def greatest_oracle(q: Array, k: Array, v: Array) -> tuple[Array, Array]:

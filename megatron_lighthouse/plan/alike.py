@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
+from megatron_lighthouse.lighthouse.by_length import NAMES, by_length
 from megatron_lighthouse.plan.model import GPT
 from megatron_lighthouse.plan.run import recipes
 from megatron_lighthouse.variants import VARIANTS
@@ -37,7 +38,7 @@ WORDS = {
     **{name: f"{name} {{}}" for name in MODEL if not name.startswith("dense")},
 }
 """All that parts runs beside attention, ranks and length, and how a legend says it."""
-PLAIN = {"recompute": "none", "cp_comm_type": "p2p", "tensor_parallel": 1, "pipeline_parallel": 1, "tile_budget": 128}
+PLAIN = {"recompute": "none", "cp_comm_type": "p2p", "tensor_parallel": 1, "pipeline_parallel": 1, "pooling": 4}
 
 
 def kind(info: Row) -> Row:
@@ -47,7 +48,9 @@ def kind(info: Row) -> Row:
     """
     table = recipes().get(str(info.get("recipe")), {})
     dense = {"dense_first": 2, "dense_last": 2}
-    told = {**PLAIN, **(dense | table["model"] | table["lighthouse"] if table else {}), **info}
+    told = {**PLAIN, **(dense | table["model"] | table.get("lighthouse", {}) if table else {}), **info}
+    if told.get("seq_length"):  # sizes that nobody gave are those of the length
+        told |= by_length(told["seq_length"], told["pooling"], **{name: told[name] for name in NAMES if name in told})
     if told.get("device"):
         told["device"] = told["device"].lower()  # as the plan reads it
     attention = VARIANTS.get(str(info.get("attention")))

@@ -23,7 +23,7 @@ setup(
     python_requires=">=3.12",
     packages=sorted({*find_packages(include=["megatron_lighthouse", "megatron_lighthouse.*"]), *KERNELS}),
     package_dir={"megatron_lighthouse.kernels": "kernels"},
-    package_data={"megatron_lighthouse.plan": ["*.csv", "*.toml"]},
+    package_data={"megatron_lighthouse.plan": ["*.csv", "*.toml"], "megatron_lighthouse.mcore.command_line": ["*.jsonl"]},
     install_requires=[
         "megatron-core>=0.19.2,<0.20",  # the model, the parallelism and the training loop that this plugs into
         "torch>=2.6",  # what Megatron-core itself asks for
@@ -36,6 +36,7 @@ setup(
     ],
     extras_require={
         "te": ["transformer-engine[core_cu13,pytorch]"],  # --transformer-impl transformer_engine
+        "hf": ["transformers"],  # --tokenizer-type HuggingFaceTokenizer
         "gla": ["flash-linear-attention>=0.6.0"],  # --lighthouse-scorer gla on a GPU
         "test": [
             "pytest",  # runs the tests

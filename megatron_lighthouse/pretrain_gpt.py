@@ -14,16 +14,19 @@ PROGRAM_START = time.time()
 
 def main() -> None:
     """Train as the command line says."""
-    import torch
+    from megatron_lighthouse.quiet import quiet_imports
 
-    from megatron_lighthouse.launch import dlprof
+    with quiet_imports():
+        import torch
 
-    dlprof.start()
-    if not torch.cuda.is_available():
-        from megatron_lighthouse import cpu
+        from megatron_lighthouse.launch import dlprof
 
-        cpu.install()
-    from megatron_lighthouse.mcore.loop.pretrain import run
+        dlprof.start()
+        if not torch.cuda.is_available():
+            from megatron_lighthouse import cpu
+
+            cpu.install()
+        from megatron_lighthouse.mcore.loop.pretrain import run
 
     run(PROGRAM_START)
 

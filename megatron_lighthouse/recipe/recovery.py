@@ -16,7 +16,6 @@ Definitions, ours; W is --smooth, and losses are the training losses that were l
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 import sys
@@ -30,6 +29,7 @@ import numpy
 
 from megatron_lighthouse.plots import STAGE_COLOURS, read_scalars
 from megatron_lighthouse.recipe.whole_log import Losses, check_around, check_finite, check_since
+from megatron_lighthouse.usage import Parser
 
 STAGES = ("lighthouse", "dense")
 LAYERS = "lighthouse/layers"
@@ -261,7 +261,7 @@ def said_of(folder: Path) -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Report on the run that the command line names; answers an exit status."""
-    parser = argparse.ArgumentParser(prog="python -m megatron_lighthouse.recipe.recovery", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m megatron_lighthouse.recipe.recovery", description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run, or of its TensorBoard log")
     parser.add_argument("--dense", type=Path, metavar="RUN2", help="a run that was dense from the start")
     parser.add_argument("--switch", type=int, metavar="ITER", help="last iteration with Lighthouse, where the log does not say")

@@ -31,7 +31,7 @@ setup(
     python_requires=">=3.12",
     packages=sorted({*find_packages(include=["megatron_lighthouse", "megatron_lighthouse.*"]), *KERNELS}),
     package_dir={"megatron_lighthouse.kernels": "kernels"},
-    package_data={"megatron_lighthouse.plan": ["*.csv", "*.toml"]},
+    package_data={"megatron_lighthouse.plan": ["*.csv", "*.toml"], "megatron_lighthouse.mcore.command_line": ["*.jsonl"]},
     install_requires=[
         "torch>=2.6",  # what Megatron-core itself asks for
         "packaging",  # compares releases
@@ -41,6 +41,7 @@ setup(
     extras_require={
         "megatron": MEGATRON,
         "te": [*MEGATRON, "transformer-engine[core_cu13,pytorch]"],  # --transformer-impl transformer_engine
+        "hf": ["transformers"],  # --tokenizer-type HuggingFaceTokenizer
         "gla": ["flash-linear-attention>=0.6.0"],  # --lighthouse-scorer gla on a GPU
         "test": [
             *MEGATRON,

@@ -9,6 +9,7 @@
 #                  Nothing starts unless all can; one that fails does not stop the others; those done are skipped next time
 #   --profile nsys|torch|dlprof, --profile-steps FIRST-LAST (11-12), --profile-ranks "RANKS" (0)
 #                  traces in RUN/profile
+#   --only-check 1 check it as launch/submit.sh does, and start nothing
 #   --as evaluation
 #                  load the last checkpoint, dense, and leave its validation loss in RUN/evaluation.json
 #
@@ -21,11 +22,15 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 # shellcheck source=launch/study.sh
 source "$LAUNCH/study.sh"
+# shellcheck source=launch/check.sh
+source "$LAUNCH/check.sh"
 # shellcheck source=launch/wait.sh
 source "$LAUNCH/wait.sh"
 
-GPUS='' STUDY=''
-OWN="--gpus=GPUS --study=STUDY" parse_options "${BASH_SOURCE[0]}" "$@"
+GPUS='' STUDY='' CHECK=quick ONLY_CHECK=0
+OWN="--gpus=GPUS --study=STUDY --only-check=ONLY_CHECK" parse_options "${BASH_SOURCE[0]}" "$@"
+check_check
+[[ $ONLY_CHECK == 0 ]] || CHECK=1 # else the run asks Megatron itself, in seconds
 
 # GPUs that a process here sees; nothing where that cannot be told
 gpus_here() {
@@ -108,7 +113,8 @@ find_profiler env
 forget_launcher
 if [[ -n $STUDY ]]; then
     run_arguments
-    check_study 1 "$GPUS" --exact
+    CHECK=1 NODES=1 GPUS_PER_NODE=$GPUS check_arguments --exact --runs-here
+    ((ONLY_CHECK == 0)) || exit 0
     run_study
     exit
 fi
@@ -118,8 +124,8 @@ run_arguments
 architecture_environment
 one=$(gpus_of_sequence)
 ((GPUS % one == 0)) || die "--gpus $GPUS must be a multiple of $one, the GPUs of one sequence (TP x CP x PP): use --gpus $(((GPUS + one - 1) / one * one))."
-"$PYTHON" -m megatron_lighthouse.launch.check --arch "$ARCH" --device "$(device)" \
-    --nodes 1 --gpus-per-node "$GPUS" -- "${ARGUMENTS[@]}"
+NODES=1 GPUS_PER_NODE=$GPUS check_arguments --runs-here
+((ONLY_CHECK == 0)) || exit 0
 log=$RUN/logs/$([[ $AS == evaluation ]] && echo evaluation || echo local).log
 [[ $AS != evaluation ]] || rm -f "$log" # the loss of an earlier one is not this one's
 train_here "$GPUS" "$log"

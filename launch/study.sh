@@ -4,15 +4,19 @@
 # the names of --attention: what the registry lists, read as text where there may be no Python
 known_attentions() { sed -n 's/^register(\([A-Z_]*\))$/\1/p' "$ROOT/megatron_lighthouse/variants.py" | tr A-Z_ a-z-; }
 
-# the points of "CP=1:2 SEQ=32768:98304 ATTENTION=dense:lighthouse" in POINTS, "ATTENTION LENGTH CP" each, the attention changing fastest
+# the points of "CP=1:2 SEQ=32768:98304 ATTENTION=dense:lighthouse" in POINTS, "ATTENTION LENGTH CP" each, the attention changing fastest.
+# Without CP or SEQ they are the recipe's
 study_points() {
-    local study=$1 word name names value CP=1:2 SEQ=32768:98304:262144 ATTENTION=dense:lighthouse sizes lengths attentions known size length attention
+    local study=$1 word name names value CP SEQ ATTENTION=dense:lighthouse sizes lengths attentions known size length attention
+    local ARGUMENTS=("${RECIPE_ARGUMENTS[@]}" "${MEGATRON[@]}")
+    CP=$(argument --context-parallel-size 1) SEQ=$(argument --seq-length '')
     for word in $study; do
         [[ $word =~ ^(CP|SEQ|ATTENTION)=([^:]+(:[^:]+)*)$ ]] ||
             die "--study '$study': '$word' is none of CP=…, SEQ=…, ATTENTION=… with values apart by colons:" \
                 "use \"CP=1:2 SEQ=32768:98304 ATTENTION=dense:lighthouse\"."
         declare "${BASH_REMATCH[1]}=${BASH_REMATCH[2]}"
     done
+    [[ -n $SEQ ]] || die "--study '$study': neither it nor the recipe names a length: add SEQ=32768:98304."
     for name in CP SEQ ATTENTION; do # a point's folder is named by its values
         value=$(words "$(tr : '\n' <<<"${!name}" | sort | uniq -d)")
         [[ -z $value ]] || die "--study '$study': $name=${!name} holds $value twice, and a point runs once: leave one of them out."

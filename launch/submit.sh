@@ -13,6 +13,7 @@
 #                         traces in RUN/profile
 #   --as evaluation       load the last checkpoint, dense, and leave its validation loss in RUN/evaluation.json
 #   --sbatch "FLAGS"      more flags of sbatch, such as "--dependency=afterok:7 --exclude=node3"
+#   --check quick         do not ask Megatron, which takes seconds: flags, layout, sizes and data alone
 #   --check 0             check nothing here, layout and data neither (a login node without torch or nsys)
 #   --only-check 1        check, ask sbatch --test-only, and queue nothing
 #
@@ -23,34 +24,18 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 # shellcheck source=launch/study.sh
 source "$LAUNCH/study.sh"
+# shellcheck source=launch/check.sh
+source "$LAUNCH/check.sh"
 
 STUDY='' SBATCH='' CHECK=1 ONLY_CHECK=0
 OWN="--study=STUDY --sbatch=SBATCH --check=CHECK --only-check=ONLY_CHECK" parse_options "${BASH_SOURCE[0]}" "$@"
-for pair in --check=CHECK --only-check=ONLY_CHECK; do
-    [[ $(declare -n value=${pair#*=} && echo "$value") =~ ^[01]$ ]] || die "${pair%%=*} must be 0 or 1: see --help."
-done
+check_check
 script=pretrain
 if [[ -n $STUDY ]]; then
     script=scaling AS=point
     study_points "$STUDY"
 fi
 run_arguments
-
-# the run, or each point, on the layout that Slurm is asked for
-check_here() {
-    local PYTHON=$PYTHON sees # a container's is not here
-    [[ -z $IMAGE || ! -x $ROOT/.venv/bin/python ]] || PYTHON=$ROOT/.venv/bin/python
-    PYTHON=${CHECK_PYTHON:-$PYTHON} sees=$(container_folders)
-    "$PYTHON" -c 'import importlib.util as found, sys; sys.exit(not found.find_spec("torch"))' 2>/dev/null ||
-        die "The check needs a Python with torch, and $PYTHON is none here. Nothing was queued: put torch (a build for CPUs will do)" \
-            "into $ROOT/.venv, name another Python by CHECK_PYTHON, or give --check 0, and layout and data are not checked."
-    if [[ -n $STUDY ]]; then
-        check_study "$NODES" "$GPUS_PER_NODE" --sees "$sees"
-    else
-        "$PYTHON" -m megatron_lighthouse.launch.check --arch "$ARCH" --device "$(device)" \
-            --nodes "$NODES" --gpus-per-node "$GPUS_PER_NODE" --sees "$sees" -- "${ARGUMENTS[@]}"
-    fi
-}
 
 # what the numbers of the queued jobs are kept by: two would write one checkpoint, or one point's log
 names=("$AS")
@@ -91,9 +76,10 @@ check_cores() {
 [[ $AS != train ]] || check_time
 check_cores
 check_alone
-((ONLY_CHECK)) || say_what_stays
-if ((CHECK)); then
+[[ $ONLY_CHECK != 0 ]] || say_what_stays
+if [[ $CHECK != 0 ]]; then
     [[ -n $IMAGE ]] || find_profiler env
+    # shellcheck disable=SC2119 # the script's own are not its
     check_here >&2 || die "Nothing was queued."
 fi
 
@@ -121,8 +107,11 @@ job=("$LAUNCH/$script.sbatch" --launch "$LAUNCH" --python "$PYTHON" --cluster "$
 [[ -z $STUDY ]] || job+=(--study "$STUDY")
 [[ -z $PROFILE ]] || job+=(--profile "$PROFILE" --profile-steps "$PROFILE_STEPS" --profile-ranks "$PROFILE_RANKS")
 job+=(-- "${MEGATRON[@]}")
-sbatch --test-only "${flags[@]}" "${job[@]}" >&2 || die "Nothing was queued: Slurm refuses the flags above."
-((ONLY_CHECK == 0)) || exit 0
+ask_slurm "${flags[@]}" "${job[@]}"
+if [[ $ONLY_CHECK != 0 ]]; then
+    say_only_checked
+    exit
+fi
 mkdir -p "$RUN/logs"
 number=$(sbatch --parsable "${flags[@]}" "${job[@]}")
 number=${number%%;*} # a federation adds the cluster's name

@@ -7,6 +7,7 @@
 #   --stage1 K       iterations with --attention lighthouse
 #   --total T        iterations of both stages: --train-iters of both, so that data and learning rate are those of one run
 #   --eval-iters N   batches of the evaluation, dense, on the last checkpoint; 0: none. Default: the run's own --eval-iters
+#   --only-check 1   check all three jobs, ask sbatch --test-only, and queue nothing
 #   --nodes, --time, --sbatch, --check, --profile as for launch/submit.sh (--profile is for stage 1)
 #
 # Prints the jobs' numbers. What is done already is not queued again. The loss lands in RUN/evaluation.json.
@@ -14,9 +15,15 @@
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+# shellcheck source=launch/study.sh
+source "$LAUNCH/study.sh"
+# shellcheck source=launch/check.sh
+source "$LAUNCH/check.sh"
 
-STAGE1='' TOTAL='' EVAL_ITERS='' SBATCH='' CHECK=1
-OWN="--stage1=STAGE1 --total=TOTAL --eval-iters=EVAL_ITERS --sbatch=SBATCH --check=CHECK" parse_options "${BASH_SOURCE[0]}" "$@"
+STAGE1='' TOTAL='' EVAL_ITERS='' SBATCH='' CHECK=1 ONLY_CHECK=0
+OWN="--stage1=STAGE1 --total=TOTAL --eval-iters=EVAL_ITERS --sbatch=SBATCH --check=CHECK --only-check=ONLY_CHECK" \
+    parse_options "${BASH_SOURCE[0]}" "$@"
+check_check
 for pair in --stage1=STAGE1 --total=TOTAL; do
     [[ $(declare -n value=${pair#*=} && echo "$value") =~ ^[1-9][0-9]*$ ]] || die "${pair%%=*} must be a number of iterations: see --help."
 done
@@ -33,34 +40,56 @@ EVAL_ITERS=${EVAL_ITERS:-$(argument --eval-iters 100)}
 under_way=$(job_under_way train)
 [[ -z $under_way ]] || die "--run $RUN: its job $under_way (train) is queued or runs. Nothing was queued: scancel $under_way, or wait for its end."
 
-after='' queued=() needed=0
-# queue the job that the others then wait for, or with ONLY=1 check it: its name, options of submit.sh, what Megatron is given beyond
-# all stages'
+after='' queued=() points=() asked=quietly
+# one of the jobs: its label, its name, options of submit.sh, what Megatron is given beyond all stages'. At first Slurm is asked, and its
+# words are kept in points; then it is queued, and the next waits for it
 queue() {
-    local name=$1 job options=()
-    needed=1
-    while [[ $2 != -- ]]; do
-        options+=("$2")
-        set -- "$1" "${@:3}"
+    local label=$1 name=$2 job options=() status=0
+    shift 2
+    while [[ $1 != -- ]]; do
+        options+=("$1")
+        shift
     done
+    shift
     job=$("$LAUNCH/submit.sh" --cluster "$CLUSTER" --recipe "$RECIPE" --run "$RUN" --nodes "$NODES" --time "$TIME" \
-        --check "$CHECK" --only-check "$ONLY" --sbatch "$SBATCH $after" "${options[@]}" -- "${MEGATRON[@]}" "${@:3}") ||
-        die "$name was not queued.${queued[*]:+ Queued are jobs ${queued[*]}: scancel ${queued[*]}, or the same command when they are done.}"
-    ((ONLY == 0)) || return 0
+        --check 0 --only-check "$asked" --sbatch "$SBATCH $after" "${options[@]}" -- "${MEGATRON[@]}" "$@") || status=$?
+    if ((status)); then
+        echo "$name was not queued.${queued[*]:+ Queued are jobs ${queued[*]}: scancel ${queued[*]}, or the same command when they are done.}" >&2
+        exit $((status == UNREACHABLE ? UNREACHABLE : 2))
+    fi
+    if [[ $asked == quietly ]]; then
+        [[ $label != evaluation ]] || set -- "$@" --attention dense --skip-train --exit-on-missing-checkpoint
+        points+=(--point "$label $*")
+        return
+    fi
     echo "$name: job $job"
     queued+=("$job")
     after="--dependency=afterok:$job --kill-on-invalid-dep=yes"
 }
 
+jobs_left() {
+    (($(iteration) >= STAGE1)) ||
+        queue stage-1 "stage 1, to iteration $STAGE1" "${profile[@]}" -- --attention lighthouse --exit-interval "$STAGE1"
+    (($(iteration) >= TOTAL)) || queue stage-2 "stage 2, to iteration $TOTAL" -- --attention dense
+    if ((EVAL_ITERS)) && { ((${#points[@]})) || ! evaluated; }; then
+        queue evaluation evaluation --as evaluation -- --eval-iters "$EVAL_ITERS"
+    fi
+}
+
 profile=()
 [[ -z $PROFILE ]] || profile=(--profile "$PROFILE" --profile-steps "$PROFILE_STEPS" --profile-ranks "$PROFILE_RANKS")
-for ONLY in 1 0; do # all are checked before one is queued
-    (($(iteration) >= STAGE1)) ||
-        queue "stage 1, to iteration $STAGE1" "${profile[@]}" -- --attention lighthouse --exit-interval "$STAGE1"
-    (($(iteration) >= TOTAL)) || queue "stage 2, to iteration $TOTAL" -- --attention dense
-    if ((EVAL_ITERS)) && { ((needed)) || ! evaluated; }; then
-        queue "evaluation" --as evaluation -- --eval-iters "$EVAL_ITERS"
-    fi
-    CHECK=0 # done
-done
-((needed)) || echo "$RUN is at iteration $(iteration), and evaluated: there is nothing to queue"
+jobs_left # all are checked before one is queued
+if ((${#points[@]} == 0)); then
+    echo "$RUN is at iteration $(iteration), and evaluated: there is nothing to queue"
+    exit
+fi
+if [[ $CHECK != 0 ]]; then
+    [[ -n $IMAGE ]] || find_profiler env
+    check_here "${points[@]}" >&2 || die "Nothing was queued."
+fi
+if ((ONLY_CHECK)); then
+    say_only_checked
+    exit
+fi
+asked=0
+jobs_left

@@ -15,18 +15,21 @@ PROGRAM_START = time.time()
 def main() -> None:
     """Train as the command line says."""
     from megatron_lighthouse.needed import ask_for_megatron
+    from megatron_lighthouse.quiet import quiet_imports
 
     ask_for_megatron("megatron_lighthouse.pretrain_gpt")
-    import torch
 
-    from megatron_lighthouse.launch import dlprof
+    with quiet_imports():
+        import torch
 
-    dlprof.start()
-    if not torch.cuda.is_available():
-        from megatron_lighthouse import cpu
+        from megatron_lighthouse.launch import dlprof
 
-        cpu.install()
-    from megatron_lighthouse.mcore.loop.pretrain import run
+        dlprof.start()
+        if not torch.cuda.is_available():
+            from megatron_lighthouse import cpu
+
+            cpu.install()
+        from megatron_lighthouse.mcore.loop.pretrain import run
 
     run(PROGRAM_START)
 

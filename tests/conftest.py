@@ -20,6 +20,15 @@ if not ON_GPU:
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
+
+@pytest.fixture(autouse=True)
+def _quick_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check before queuing asks Megatron in tests/mcore/test_launch_check.py alone, in processes that have imported it."""
+    from megatron_lighthouse.launch import megatron
+
+    monkeypatch.setattr(megatron, "can_be_asked", lambda: False)
+
+
 LONGEST = """
     launch/test_cluster.py mcore/test_parity.py tests/test_kernels.py launch/test_scaling_study.py experiments/test_bench.py
     mcore/test_finite.py mcore/test_toy_variant.py mcore/test_two_stage.py mcore/test_checkpoints.py mcore/test_evaluate.py

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_lighthouse.mcore.command_line.stored import TRACKER
-from megatron_lighthouse.mcore.data import blends, files
+from megatron_lighthouse.mcore.data import blends, files, tokenizers
 from megatron_lighthouse.mcore.data.blends import LISTS, TOKENIZERS, remote, value
 
 type Sees = dict[str, str]
@@ -61,5 +61,5 @@ def _paths(args: argparse.Namespace, sees: Sees) -> Iterator[tuple[str, str]]:
         if path := value(args, name):
             yield name, path
     for name in TOKENIZERS:
-        if path := files.file_of(args, name):
+        if path := tokenizers.file_of(args, name, partial(here, sees)):
             yield name, path

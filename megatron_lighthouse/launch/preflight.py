@@ -29,6 +29,12 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from megatron_lighthouse.mcore.command_line import flags
+from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
+from megatron_lighthouse.mcore.data import tokenizers
+from megatron_lighthouse.usage import Parser
+from megatron_lighthouse.variants import VARIANTS
+
 UNMET = 75
 """The exit status where nodes did not meet, which pretrain.sbatch knows: EX_TEMPFAIL."""
 REDUCE = timedelta(seconds=120)
@@ -49,16 +55,18 @@ class Report:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Report, compare, reduce; answers an exit status."""
-    parser = argparse.ArgumentParser(prog="python -m megatron_lighthouse.launch.preflight", description=__doc__)
+    parser = Parser(prog="python -m megatron_lighthouse.launch.preflight", description=__doc__)
     parser.add_argument("--gpus-per-node", type=int, required=True, help="GPUs that each node must have")
     parser.add_argument("--arch", choices=["blackwell", "hopper", "cpu"], required=True, help="cpu asks for no GPUs")
     parser.add_argument("--seconds", type=float, default=600, help="how long to wait for a node (default: %(default)s)")
-    parser.add_argument("--needs", nargs="*", default=[], metavar="MODULE", help="what each node must be able to import")
+    parser.add_argument(
+        "arguments", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="of the run: what they need is imported"
+    )
     options = parser.parse_args(argv)
     rank, size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
     hosts = os.environ["LIGHTHOUSE_NODES"].split()
     wait, port = timedelta(seconds=options.seconds), int(os.environ["MASTER_PORT"])
-    own = report(options.needs)
+    own = report(needs(options.arguments[1:], options.arch))
     try:
         store = TCPStore(os.environ["MASTER_ADDR"], port, size, rank == 0, wait, False)
         store.set(f"report/{rank}", json.dumps(asdict(own)))
@@ -87,6 +95,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rank == 0:
         print(f"preflight: {size} nodes are fit: {_say(found[0])}; all-reduce of 4 MiB {1000 * seconds:.1f} ms", flush=True)
     return _leave(store, rank, size, 0)
+
+
+def needs(words: Sequence[str], arch: str) -> list[str]:
+    """The modules that a run with these words imports sooner or later; without GPUs those that Megatron's tokenizers want."""
+    args, _ = flags.parse(words, with_all_arguments, strict=False)
+    found = [*tokenizers.packages(args.tokenizer_type)]
+    if arch == "cpu":  # the rest a run shows as soon itself
+        return found
+    if args.transformer_impl == "transformer_engine":
+        found.append("transformer_engine.pytorch")
+    if not VARIANTS[args.attention].native and args.lighthouse_scorer == "gla":
+        found.append("fla.ops.simple_gla")
+    return ["megatron.training", "triton", *found]
 
 
 def report(needs: Sequence[str] = ()) -> Report:

@@ -6,11 +6,8 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_lighthouse.mcore.command_line.resume import add_arguments
 from megatron_lighthouse.mcore.command_line.resume import problems as resume_problems
 from megatron_lighthouse.mcore.command_line.stored import TRACKER
-
-__all__ = ["add_arguments", "problems"]
 
 AT_EVERY_START = {
     "finetune": (

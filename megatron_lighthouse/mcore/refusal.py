@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import traceback
 
 import torch
 
@@ -42,6 +43,14 @@ def repeats(error: BaseException, parsed: bool) -> bool:
     if isinstance(error, RuntimeError):  # torch's: a GPU that does not start, half a checkpoint
         return not (isinstance(error, torch.AcceleratorError) or _raised_in(error, "torch"))
     return True
+
+
+def bare_assertion(error: BaseException) -> str | None:
+    """What an assertion without words asserts, and where; None of another error."""
+    if not isinstance(error, AssertionError) or str(error):
+        return None
+    where = traceback.extract_tb(error.__traceback__)[-1:]
+    return f"Megatron refuses the arguments: {where[0].line} ({where[0].filename}, line {where[0].lineno})." if where else None
 
 
 def _raised_in(error: BaseException, *packages: str) -> bool:

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lighthouse.profiling import report
+from megatron_lighthouse.usage import Parser
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="python -m megatron_lighthouse.profiling",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

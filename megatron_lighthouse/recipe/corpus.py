@@ -11,7 +11,6 @@ The same packages give the same bytes, whatever else is installed and wherever. 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import platform
@@ -25,6 +24,8 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from megatron_lighthouse.usage import Parser
 
 PACKAGES = ("megatron-core", "torch", "numpy", "psutil", "tqdm", "tensorboard", "matplotlib")
 """What this project needs (setup.py); what these need comes with them."""
@@ -252,7 +253,7 @@ def _summary(folder: Path) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the corpus; 1 if it is smaller than asked for."""
-    parser = argparse.ArgumentParser(prog="python -m megatron_lighthouse.recipe.corpus", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m megatron_lighthouse.recipe.corpus", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument(
         "--packages",

@@ -16,7 +16,6 @@ Definitions, ours; W is --smooth, and losses are the training losses that were l
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 import sys
@@ -33,6 +32,7 @@ from megatron_lighthouse.plots import STAGE_COLOURS, read_scalars
 from megatron_lighthouse.recipe.comparable import check_comparable, told
 from megatron_lighthouse.recipe.of_run import log_folder
 from megatron_lighthouse.recipe.whole_log import Losses, check_around, check_finite, check_since
+from megatron_lighthouse.usage import Parser
 
 STAGES = ("lighthouse", "dense")
 LAYERS = "lighthouse/layers"
@@ -259,7 +259,7 @@ def said_of(folder: Path) -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Report on the run that the command line names; answers an exit status."""
-    parser = argparse.ArgumentParser(prog="python -m megatron_lighthouse.recipe.recovery", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m megatron_lighthouse.recipe.recovery", description=__doc__.split("\n")[0])
     add = parser.add_argument_group("one of these").add_mutually_exclusive_group(required=True).add_argument
     add("--run", type=Path, metavar="RUN", help="folder of the run, of its checkpoints or of its TensorBoard log")
     add("folder", type=Path, metavar="RUN", nargs="?", help="the same")

@@ -26,8 +26,8 @@ from megatron.training.checkpointing import (
 )
 from megatron.training.global_vars import get_tokenizer, set_global_variables
 from torch import Tensor
-from tqdm import tqdm
 
+from megatron_lighthouse.bars import bar
 from megatron_lighthouse.mcore.attention.fused import with_fused_attention
 from megatron_lighthouse.mcore.command_line import pyramid, settings
 from megatron_lighthouse.mcore.command_line.arguments import (
@@ -226,7 +226,7 @@ def over_ranks(count: int, columns: int, compute: Callable[[int], Any], title: s
     """
     rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     results = torch.zeros(count, columns, dtype=torch.float64, device="cuda")
-    for turn in tqdm(range(-(-count // size)), desc=title, disable=torch.distributed.get_rank() != 0, file=sys.stderr):
+    for turn in bar(range(-(-count // size)), desc=title, disable=torch.distributed.get_rank() != 0):
         index = turn * size + rank
         computed = torch.as_tensor(compute(min(index, count - 1)), dtype=torch.float64)
         if index < count:

@@ -20,6 +20,7 @@ from megatron_lighthouse.mcore.command_line import kept
 from megatron_lighthouse.needed import ask_for_megatron
 from megatron_lighthouse.recipe.begun import check_begun
 from megatron_lighthouse.recipe.presets import Preset, default_text, preset_for
+from megatron_lighthouse.usage import Parser
 
 STAGES = ("lighthouse", "dense")
 SHOWN = ("tokens/s=", "validation loss", "saving checkpoint", "loaded checkpoint")
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m megatron_lighthouse.recipe.two_stage",
         description="Train a small GPT: stage 1 with Lighthouse, stage 2 dense. Other arguments go to Megatron, to both.",
     )
@@ -124,7 +125,7 @@ def _follow(command: Sequence[str], log: Path, environment: dict[str, str]) -> i
     """Run `command`, all its output in `log`, the progress on the terminal. The last lines too, if it fails."""
     last: deque[str] = deque(maxlen=40)
     failed = False  # torchrun's own report follows, which hides the error that caused it
-    in_place = sys.stdout.isatty()
+    in_place, drawn = sys.stdout.isatty(), False
     with log.open("a") as file:
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
@@ -139,7 +140,9 @@ def _follow(command: Sequence[str], log: Path, environment: dict[str, str]) -> i
                     last.append(line)
                 if any(mark in line for mark in SHOWN):
                     over = in_place and "tokens/s=" in line
-                    print(("\r" if over else "") + line.strip(), end="" if over else "\n", flush=True)
+                    before = "\r\x1b[K" if over else "\n" if drawn else ""  # a line over the last, or below it
+                    print(before + line.strip(), end="" if over else "\n", flush=True)
+                    drawn = over
             status = process.wait()
         except BaseException:
             process.terminate()  # torchrun passes it on to its workers

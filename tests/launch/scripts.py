@@ -11,16 +11,23 @@ ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 
 
+TOKENIZER = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "meta-llama/Meta-Llama-3-8B"]
+"""Of the hub: its vocabulary is not known here."""
+
+
 def words(recipe: str) -> list[str]:
+    """A recipe's, and a tokenizer's."""
     lines = (LAUNCH / "recipes" / f"{recipe}.args").read_text().splitlines()
-    return [word for line in lines for word in line.split("#")[0].split()]
+    return [*(word for line in lines for word in line.split("#")[0].split()), *TOKENIZER]
 
 
 def submit(folder: Path, *arguments: str, script: str = "submit.sh", known: str = "") -> subprocess.CompletedProcess[str]:
-    """A script before a Slurm that knows the jobs `known`. Its sbatch notes that it was called, and fails for a later stage."""
+    """A script before a Slurm that knows the jobs `known`. Its sbatch notes that it was called, and fails for a later stage,
+    or with what stands in the folder's file `answer`."""
     programs = folder / "bin"
     programs.mkdir(exist_ok=True)
-    fails = 'case "$*" in --test-only*) ;; *kill-on-invalid*) exit 1 ;; esac'
+    fails = f"[ ! -e {folder}/answer ] || {{ cat {folder}/answer >&2; exit 1; }}\n"
+    fails += 'case "$*" in --test-only*) ;; *kill-on-invalid*) exit 1 ;; esac'
     for name, text in (("sbatch", f'echo "$@" >> {folder}/queued\n{fails}\necho 7'), ("squeue", f"printf '{known}'")):
         (programs / name).write_text(f"#!/bin/sh\n{text}\n")
         (programs / name).chmod(0o755)

@@ -64,7 +64,7 @@ def test_what_is_offered_fits(capsys: pytest.CaptureFixture[str]) -> None:
     ("more", "options", "says"),
     [
         ("--vocab-size 32000 --seq-length 110592 --max-position-embeddings 110592", H100, "of 76.0 GiB .* MAY RUN OUT"),
-        ("--vocab-size 32000", H100, r"of 76.0 GiB by the plan \(H100 SXM 80GB, vocabulary 32,000\)$"),
+        ("--vocab-size 32000", H100, r"of 76.0 GiB by the plan \(H100 SXM 80GB, vocabulary 32,000\)\n"),
         ("", (*H100, "--device", "h200"), r"of 13[34]\.\d GiB by the plan \(H200"),
         ("", ("--arch", "blackwell", "--device", "h100"), "HGX B200"),  # the GPU of a login node
         ("", ("--arch", "blackwell", "--device", ""), "HGX B200"),
@@ -82,7 +82,9 @@ def test_no_run_is_refused_for_an_assumed_vocabulary(capsys: pytest.CaptureFixtu
     assert checked("530m-98k", 8, "--vocab-size 128256", *H100) == 1
 
 
-@pytest.mark.parametrize("more", ["--num-experts 8", "--multi-latent-attention", "--micro-batch-size 2", "--skip-train"])
+@pytest.mark.parametrize(
+    "more", ["--num-experts 8", "--multi-latent-attention --attention dense", "--micro-batch-size 2", "--skip-train"]
+)
 def test_silence_about_what_the_plan_does_not_know(more: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert checked("530m-98k", 8, more, *H100) == 0
     assert "GiB" not in capsys.readouterr().out

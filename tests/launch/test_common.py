@@ -11,7 +11,7 @@ import pytest
 
 from tests.launch.scripts import LAUNCH, ROOT, common
 
-PARTS = {"common.sh", "environment.sh", "profiler.sh", "requeue.sh", "study.sh", "task.sh", "wait.sh"}
+PARTS = {"check.sh", "common.sh", "environment.sh", "profiler.sh", "requeue.sh", "study.sh", "task.sh", "wait.sh"}
 SCRIPTS = sorted({path.name for path in LAUNCH.glob("*.s*")} - PARTS)
 
 

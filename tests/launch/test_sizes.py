@@ -77,7 +77,9 @@ def test_megatrons_dropout_is_not_none(capsys: pytest.CaptureFixture[str]) -> No
     ours = ["--nodes", "2", "--gpus-per-node", "1", "--", *given[:at], *given[at + 2 :], "--mock-data"]
     assert check.main(ours) == 1
     assert "--attention-dropout 0.1 would drop" in capsys.readouterr().err
-    assert check.main([*ours, "--attention", "dense"]) == 0
+    assert check.main([*ours, "--attention", "dense"]) == 1  # over shards, without Transformer Engine
+    assert "does not go with --context-parallel-size 2" in capsys.readouterr().err
+    assert check.main([*ours, "--attention", "dense", "--context-parallel-size", "1", "--global-batch-size", "2"]) == 0
 
 
 def test_in_the_words_of_the_entry_point(capsys: pytest.CaptureFixture[str]) -> None:

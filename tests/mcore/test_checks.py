@@ -165,6 +165,12 @@ def plain_run(**changes: Any) -> Namespace:
         "mtp_num_layers": None,
         "tensor_model_parallel_size": 1,
         "sequence_parallel": False,
+        "position_embedding_type": "none",
+        "use_rotary_position_embeddings": False,
+        "gradient_accumulation_fusion": False,
+        "no_persist_layer_norm": True,
+        "normalization": "RMSNorm",
+        "layernorm_zero_centered_gamma": False,
         "softmax_type": "vanilla",
         "experimental_attention_variant": None,
     }
@@ -243,9 +249,9 @@ def test_dense_attention_that_copies_cannot_be_captured_either(monkeypatch: pyte
         setattr(config, name, value)
     model = Namespace(transformer=config, transformer_layer_spec=None)
     with pytest.raises(ValueError, match=r"--cuda-graph-impl local would repeat .* use --cp-comm-type all_gather"):
-        use_attention(arguments("--attention", "dense"), model)
+        use_attention(arguments("--attention", "dense", seq_length=256), model)
     monkeypatch.setenv("LIGHTHOUSE_COPY_ENGINE", "0")
-    use_attention(arguments("--attention", "dense"), model)
+    use_attention(arguments("--attention", "dense", seq_length=256), model)
 
 
 def test_the_entry_point_refuses_before_anything_starts(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import numpy
 import pytest
 
 from megatron_lighthouse.launch import check
+from megatron_lighthouse.launch.check import parse
 from megatron_lighthouse.mcore.data import files, indexed
 from tests.launch.test_submit import words
 
@@ -71,7 +72,7 @@ def test_a_damaged_dataset(
     error = capsys.readouterr().err
     assert f"--data-path {prefix}: {prefix}{says}" in error
     with pytest.raises(ValueError, match="--train-data-path"):
-        files.check_data(["--train-data-path", prefix], whole=True)
+        files.check_data(parse(["--train-data-path", prefix]), whole=True)
 
 
 def test_great_indices_are_held_to_their_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from megatron_lighthouse.launch.sizes import sizes
 from megatron_lighthouse.mcore.command_line.checks import layer_problems, settings_problems
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, add_arguments, settings_from
 from megatron_lighthouse.mcore.command_line.stage import Stage2
+from tests.mcore.harness import MODEL
 from tests.mcore.test_spec import SETTINGS, gpt, lighthouse_layers, local_spec, transformer_config
 
 EDGES = replace(SETTINGS, edge_budget=16)
@@ -68,8 +69,7 @@ def test_no_edges_for_a_budget() -> None:
 
 
 def test_the_check_before_a_job() -> None:
-    words = "--num-layers 6 --seq-length 256 --train-iters 3 --attention lighthouse --attention-dropout 0".split()
-    words += "--lighthouse-budget 8 --lighthouse-tile-budget 4".split()
+    words = [*MODEL, "--num-layers", "6", "--attention", "lighthouse"]
     args = check.parse([*words, "--lighthouse-edge-budget", "16"])
     assert not [*sizes(args)]
     assert check.summary(args, 1).endswith(

@@ -16,6 +16,7 @@ from megatron_lighthouse.mcore.command_line.layers import attention_layers, in_w
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, settings_from
 from megatron_lighthouse.mcore.command_line.stage import Stage2
 from megatron_lighthouse.mcore.loop import selection_log
+from tests.mcore.harness import MODEL
 from tests.mcore.test_selection_log import arguments
 from tests.mcore.test_spec import SETTINGS, gpt, lighthouse_layers, transformer_config
 
@@ -94,7 +95,7 @@ def test_nothing_left_to_lighthouse_is_refused(megatron: None, tmp_path: Path) -
     with pytest.raises(ValueError, match=message):
         check_run(Namespace(**{**vars(given()), "seq_length": 98304}), config, settings_from(given(*ends)))
     (tmp_path / "m.json").write_text(described())
-    words = [*ends, "--num-layers", "12", "--heterogeneous-layers-config-path", str(tmp_path / "m.json")]
+    words = [*MODEL, *ends, "--num-layers", "12", "--heterogeneous-layers-config-path", str(tmp_path / "m.json")]
     assert any(message in problem for problem in sizes(check.parse(words)))
     assert not any("leave none" in problem for problem in sizes(check.parse([*words, "--lighthouse-dense-last", "2"])))
 

@@ -43,6 +43,7 @@ def test_what_may_pass_is_no_refusal(name: str, monkeypatch: pytest.MonkeyPatch)
     from megatron_lighthouse.mcore.loop import pretrain
 
     error = (PARSED | MAY_PASS)[name]
+    monkeypatch.setattr(pretrain.before, "given", lambda words: None)
     monkeypatch.setattr(pretrain.hooks, "adapt_machine", lambda: None)
     monkeypatch.setattr(pretrain, "parse_and_validate_args", mock.Mock(side_effect=error))
     with pytest.raises(SystemExit if name in PARSED else type(error)) as ended:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint import load as read
 
+from megatron_lighthouse.launch import check
 from megatron_lighthouse.mcore.command_line import resume, stored
 from tests.mcore.harness import refused, run
 from tests.tolerances import assert_close
@@ -71,12 +72,8 @@ def test_another_rate_without_a_flag_is_refused_before_ranks_meet(checkpoint: Pa
 
 def words(*more: str) -> Namespace:
     """As the check on a login node parses those of the run in `checkpoint`."""
-    parser = resume.add_arguments(ArgumentParser())
-    for name in ("--train-iters", "--global-batch-size"):
-        parser.add_argument(name, type=int)
-    parser.add_argument("--skip-train", action="store_true")
     same = ["--train-iters", "4", "--global-batch-size", "2", "--lr", str(SAVED), "--lr-decay-style", "constant"]
-    return parser.parse_args([*same, *more])
+    return check.parse([*same, *more])
 
 
 @pytest.mark.parametrize(
@@ -118,7 +115,10 @@ def test_no_checkpoint_is_no_problem(tmp_path: Path) -> None:
 def test_releases_before_kept_it_in_a_file_of_its_own(tmp_path: Path) -> None:
     (tmp_path / stored.TRACKER).write_text("7")
     (tmp_path / "iter_0000007").mkdir()
-    before = {"args": Namespace(no_save_optim=True, other=stored.FileSystemReader), "opt_param_scheduler": {}}
+    before = {
+        "args": Namespace(no_save_optim=True, other=FileSystemReader),
+        "opt_param_scheduler": {},
+    }
     torch.save(before, tmp_path / "iter_0000007" / "common.pt")
     assert ["saved with --no-save-optim" in text for text in resume.problems(words(), tmp_path)] == [True]
 

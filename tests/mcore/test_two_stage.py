@@ -148,7 +148,7 @@ def test_tokens_a_second_where_batches_grow(monkeypatch: pytest.MonkeyPatch) -> 
     bar.set_description = lambda *_, **__: None
     bar.set_postfix = lambda values, **_: shown.append(values["tokens/s"])
     bar.update = lambda steps: setattr(bar, "n", bar.n + steps)
-    monkeypatch.setattr(progress, "tqdm", lambda initial, **_: setattr(bar, "n", initial) or bar)
+    monkeypatch.setattr(progress, "bar", lambda initial, **_: setattr(bar, "n", initial) or bar)
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
     monkeypatch.setattr(progress, "get_current_global_batch_size", lambda: next(batches))
     args = SimpleNamespace(attention="dense", seq_length=100, train_iters=9, exit_interval=None, global_batch_size=1)

@@ -103,22 +103,22 @@ def test_what_we_read_is_there() -> None:
     from megatron.core.transformer import TransformerConfig
     from megatron.training.arguments import add_megatron_arguments
 
-    from megatron_lighthouse.launch import check
+    from megatron_lighthouse.launch import layout
     from megatron_lighthouse.mcore.command_line.arguments import with_lighthouse_arguments
     from megatron_lighthouse.mcore.data import blends
     from megatron_lighthouse.mcore.loop import pretrain
     from megatron_lighthouse.plan import words
 
     parser = with_lighthouse_arguments(pretrain.add_arguments)(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
-    by_the_loop = {"consumed_train_samples", "curr_iteration", "data_parallel_size", "iteration", "rank"}
+    by_the_loop = {"consumed_train_samples", "curr_iteration", "data_parallel_size", "iteration", "rank", "world_size"}
     assert ours() - {action.dest for action in parser._actions} == by_the_loop
     package = ROOT / "megatron_lighthouse"
     of_model = reads((package / "mcore/command_line/checks.py").read_text(), "config")
     of_model |= set().union(*(reads(path.read_text(), "model") for path in package.glob("**/variant.py")))
     assert len(of_model) > 12
     assert of_model <= {field.name for field in fields(TransformerConfig)}
-    named = {*words.SIZES, *words.NEEDED, *words.NOT_COUNTED, *blends.DATA, *blends.LISTS, *check.ENDS}
-    named |= {"--" + name.replace("_", "-") for read in (check.parse, words._parse) for name in vars(read([]))}
+    named = {*words.SIZES, *words.NEEDED, *words.NOT_COUNTED, *blends.DATA, *blends.LISTS, *layout.ENDS}
+    named |= {"--" + name.replace("_", "-") for name in vars(words._parse([]))}
     known = {*parser._option_string_actions}
     positive = {"--" + flag.removeprefix("--no-") for flag in known if flag.startswith("--no-")}
     assert named <= known | positive | {"--no-" + flag[2:] for flag in known}

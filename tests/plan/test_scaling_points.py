@@ -22,6 +22,9 @@ RENEW = "run benchmarks/scaling_predicted.py"
 RUN = list(dict.fromkeys(point for machine in MACHINES for gpus in SIZES for point in points(gpus, machine)))
 
 
+DATA = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "384"]
+
+
 def recipe(name: str) -> list[str]:
     lines = (ROOT / "launch/recipes" / f"{name}.args").read_text().splitlines()
     return [word for line in lines for word in line.split("#")[0].split()]
@@ -32,7 +35,7 @@ def words(point: Point) -> list[str]:
     length = str(point.seq_length)
     own = ["--attention", point.attention, "--seq-length", length, "--max-position-embeddings", length]
     more = ["--global-batch-size", "1", *point.arguments.split(), *own, "--context-parallel-size", str(point.context_parallel)]
-    return [*recipe("530m-98k"), "--mock-data", "--train-iters", "4", *more]
+    return [*recipe("530m-98k"), *DATA, "--train-iters", "4", *more]
 
 
 def test_every_point_can_start(capsys: pytest.CaptureFixture[str]) -> None:

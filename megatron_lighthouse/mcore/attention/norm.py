@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from megatron.core.transformer import TransformerConfig
 
+from megatron_lighthouse.mcore.command_line.own_parts import NORMS, norm_problem
+
 
 def torch_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:
     """`torch.nn.LayerNorm` or `RMSNorm` whose parameters' gradients Megatron sums over the tensor-parallel ranks.
@@ -14,13 +16,9 @@ def torch_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *
     Raises:
         ValueError: a variant of normalization that torch does not have.
     """
-    classes = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
-    if config.normalization not in classes or config.layernorm_zero_centered_gamma:
-        raise ValueError(
-            f"--normalization {config.normalization} (zero-centred: {config.layernorm_zero_centered_gamma}) with "
-            "--sequence-parallel needs Apex or --transformer-impl transformer_engine: use LayerNorm or RMSNorm without "
-            "--apply-layernorm-1p here."
-        )
+    classes = dict(zip(NORMS, (torch.nn.LayerNorm, torch.nn.RMSNorm), strict=True))
+    if problem := norm_problem(config):
+        raise ValueError(problem)
     norm = classes[config.normalization](hidden_size, eps=eps)
     for parameter in norm.parameters():
         parameter.sequence_parallel = config.sequence_parallel

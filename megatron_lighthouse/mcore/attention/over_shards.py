@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem
+from megatron_lighthouse.mcore.command_line.own_parts import over_shards_problems
 from megatron_lighthouse.options import in_flags
 from megatron_lighthouse.softmax.backends import deterministic
 from megatron_lighthouse.softmax.sharded import ShardedAttention, sharded_attention
@@ -43,16 +44,8 @@ class ContextParallelAttention(DotProductAttention):  # type: ignore[misc]
         Raises:
             ValueError: dropout, a window, a softmax with a sink, or a `cp_comm_type` that cannot be.
         """
-        if attention_dropout or (attention_dropout is None and config.attention_dropout):
-            raise ValueError(
-                f"--attention-dropout {attention_dropout or config.attention_dropout} does not go with "
-                f"--context-parallel-size {config.context_parallel_size} without Transformer Engine: use --attention-dropout 0."
-            )
-        if config.window_size is not None or config.softmax_type != "vanilla":
-            raise ValueError(
-                f"--window-size {config.window_size} and --softmax-type {config.softmax_type} do not go with "
-                f"--context-parallel-size {config.context_parallel_size} without Transformer Engine: leave them out."
-            )
+        if found := [*over_shards_problems(config, attention_dropout)]:
+            raise ValueError("\n".join(found))
         alone = copy.copy(config)
         alone.context_parallel_size = 1
         super().__init__(

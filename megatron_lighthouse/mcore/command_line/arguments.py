@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 from megatron_lighthouse.mcore.command_line import pyramid, rope, settings
+from megatron_lighthouse.mcore.command_line.checks import copies_in_a_graph, run_problems
+from megatron_lighthouse.mcore.command_line.own_parts import has_own_attention, over_shards_problems, scheme_problems
 from megatron_lighthouse.mcore.loop import selection_log
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.variants import VARIANTS, switching
@@ -48,6 +50,59 @@ def model_config(args: argparse.Namespace) -> Any:
     return model_cfg
 
 
+def attention_problems(args: argparse.Namespace, config: Any, by_spec: bool, has_spec: bool) -> Iterator[str]:
+    """Why the run does not have the attention that it asks for, in its model and with its data. Imports no Megatron.
+
+    Args:
+        config: a TransformerConfig, or what `config_of` makes of the arguments.
+        by_spec: whether --spec names Lighthouse's; `has_spec`: whether it names any.
+    """
+    by_name = not VARIANTS[args.attention].native
+    try:
+        chosen = settings.settings_from(args) if by_name or by_spec else None
+    except ValueError as error:
+        yield str(error)
+        return
+    if (chosen is None or not chosen.attention.switches) and (message := nothing_to_switch(args)):
+        yield message
+    if chosen is None and has_spec:
+        return
+    if has_spec and by_name:
+        yield f"--attention {args.attention} chooses the layer spec, and so does --spec: leave one of them out."
+    if chosen is not None:
+        if chosen.attention.selects:
+            chosen, _ = rope.taken(args, chosen)
+        yield from run_problems(args, config, chosen)
+        if chosen.attention.selects:
+            yield from selection_log.problems(args, chosen)
+        return
+    yield from VARIANTS[args.attention].length_problems(None, args.seq_length, config.context_parallel_size)
+    if has_own_attention(config):
+        yield from over_shards_problems(config)
+        yield from scheme_problems(config)
+        if getattr(args, "reset_attention_mask", False):
+            yield (
+                "--reset-attention-mask separates documents by a mask, which context parallelism without Transformer Engine "
+                "does not read: leave it out (documents in one sequence then attend to each other, as without it)."
+            )
+        if message := copies_in_a_graph(config, settings.comm_types_of(config)):
+            yield message
+
+
+def config_of(args: argparse.Namespace) -> Any:
+    """What the rules read of a TransformerConfig, of arguments that Megatron has not validated.
+
+    As `core_transformer_config_from_args` of Megatron-core 0.19.2 names and changes them.
+    """
+    config = argparse.Namespace(**vars(args))
+    config.num_query_groups = args.num_query_groups if args.group_query_attention else None
+    config.num_moe_experts = args.num_experts
+    config.cp_comm_type = args.cp_comm_type[0] if len(args.cp_comm_type) == 1 else args.cp_comm_type
+    old = {"enable_cuda_graph": "local", "external_cuda_graph": "transformer_engine"}
+    config.cuda_graph_impl = next((kind for name, kind in old.items() if getattr(args, name)), args.cuda_graph_impl)
+    return config
+
+
 def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
     """Give `model_cfg` (a GPTModelConfig) the attention that `--attention` names, checked against model and data.
 
@@ -55,24 +110,23 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
         ValueError: settings, a model or data that Lighthouse refuses.
     """
     from megatron_lighthouse.mcore.attention.layer_specs import layer_spec, lighthouse
-    from megatron_lighthouse.mcore.command_line.checks import check_run, copies_in_a_graph
     from megatron_lighthouse.mcore.loop import hooks
 
-    spec, by_name = model_cfg.transformer_layer_spec, not VARIANTS[args.attention].native
+    config, spec = model_cfg.transformer, model_cfg.transformer_layer_spec
     pyramid.settle(args)
+    if found := [*dict.fromkeys(attention_problems(args, config, spec is lighthouse, spec is not None))]:
+        raise ValueError(f"--attention {args.attention} cannot run as asked:\n  - " + "\n  - ".join(found))
+    by_name = not VARIANTS[args.attention].native
     chosen = settings.settings_from(args) if by_name or spec is lighthouse else None
     if chosen is not None and chosen.attention.selects:
         chosen = rope.settled(args, chosen)
+        hooks.log_selection(args, chosen)
     else:
         rope.keep(args)
     if chosen is None or not chosen.attention.switches:
-        if message := nothing_to_switch(args):
-            raise ValueError(message)
         selection_log.say_nothing_is_logged(args)
     if chosen is None and spec is not None:
         return model_cfg
-    if spec is not None and by_name:
-        raise ValueError(f"--attention {args.attention} chooses the layer spec, and so does --spec: leave one of them out.")
     if (
         getattr(args, "reset_position_ids", False)
         and args.position_embedding_type in ("rope", "yarn", "none")
@@ -80,20 +134,7 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
     ):
         kind = args.position_embedding_type
         say_once(f"--reset-position-ids changes nothing with --position-embedding-type {kind}, which does not read them.")
-    config = model_cfg.transformer
-    ours = config.context_parallel_size > 1 and config.transformer_impl == "local"
-    if chosen is not None:
-        check_run(args, config, chosen)
-        if chosen.attention.selects:
-            hooks.log_selection(args, chosen)
-    elif ours and getattr(args, "reset_attention_mask", False):
-        raise ValueError(
-            "--reset-attention-mask separates documents by a mask, which context parallelism without Transformer Engine does "
-            "not read: leave it out (documents in one sequence then attend to each other, as without it)."
-        )
-    elif ours and (message := copies_in_a_graph(config, settings.comm_types_of(config))):
-        raise ValueError(message)
-    if chosen is not None or ours:
+    if chosen is not None or has_own_attention(config):
         # the attention is causal and reads no mask; one of seq x seq bytes would not fit at long context
         args.create_attention_mask_in_dataloader = False
     if spec is None and (chosen is not None or config.sequence_parallel or config.context_parallel_size > 1):

@@ -43,15 +43,17 @@ def check_run(args: Namespace, config: TransformerConfig, settings: LighthouseSe
     Raises:
         ValueError: as `check`.
     """
-    found = [
-        *model_problems(config, settings, args.seq_length),
-        *argument_problems(args, settings),
-        *_stage2(args, settings),
-        *_streams_of_run(args, settings),
-    ]
+    _raise(settings, [*dict.fromkeys(run_problems(args, config, settings))])
+
+
+def run_problems(args: Namespace, config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:
+    """What `check_run` refuses, each rule in a sentence."""
+    yield from model_problems(config, settings, args.seq_length)
+    yield from argument_problems(args, settings)
+    yield from _stage2(args, settings)
+    yield from _streams_of_run(args, settings)
     if settings.attention.selects and settings.rope == rope.LAST:
-        found += rope.rope_problems(config, getattr(args, "position_embedding_type", None))
-    _raise(settings, [*dict.fromkeys(found)])
+        yield from rope.rope_problems(config, getattr(args, "position_embedding_type", None))
 
 
 def _raise(settings: LighthouseSettings, problems: list[str]) -> None:

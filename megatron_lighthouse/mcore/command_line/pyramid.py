@@ -40,7 +40,7 @@ def choice(args: argparse.Namespace, load: Path | None, pretrained: Path | None 
     """What a run takes for the arguments that are open, and what to say of it.
 
     Args:
-        args: Megatron's, or those that `resume.add_arguments` knows.
+        args: Megatron's, validated or not.
         load, pretrained: --load and --pretrained-checkpoint, where this machine has them.
 
     A checkpoint that goes on at its own length keeps what it was trained with. At another length, with other levels, pooling or

@@ -31,27 +31,6 @@ OF_GROUPS = {"decoupled_lr": "--decoupled-lr", "decoupled_min_lr": "--decoupled-
 """Rates of some parameters alone: in the stored arguments, not in the schedule."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add those of Megatron's arguments that `problems` reads, with Megatron's defaults."""
-    numbers = ("lr", "lr-warmup-fraction", "start-weight-decay", "end-weight-decay", "decoupled-lr", "decoupled-min-lr")
-    whole = ("train-samples", "lr-decay-iters", "lr-decay-samples", "ckpt-step", "override-ckpt-iteration")
-    for kind, names in ((float, numbers), (int, whole)):
-        for name in names:
-            parser.add_argument(f"--{name}", type=kind)
-    parser.add_argument("--min-lr", type=float, default=0.0)
-    parser.add_argument("--weight-decay", type=float, default=0.01)
-    for name in ("--lr-warmup-iters", "--lr-warmup-samples"):
-        parser.add_argument(name, type=int, default=0)
-    parser.add_argument("--lr-decay-style", default="linear")
-    parser.add_argument("--weight-decay-incr-style", default="constant")
-    for name in ("--load", "--save"):
-        parser.add_argument(name)
-    for name in (KEEP, "--finetune", "--no-load-optim", "--no-save-optim"):
-        parser.add_argument(name, action="store_true")
-    parser.add_argument("--override-opt_param-scheduler", OVERRIDE, action="store_true")
-    return parser
-
-
 def check_resume(args: argparse.Namespace) -> None:
     """Refuse a run that cannot go on from its checkpoint, before the process group exists.
 
@@ -66,7 +45,7 @@ def problems(args: argparse.Namespace, folder: Path | None) -> Iterator[str]:
     """Why a run does not go on from the last checkpoint in `folder` (--load); nothing where it begins anew.
 
     Args:
-        args: Megatron's, validated or as `add_arguments` parses them.
+        args: Megatron's, validated or not.
     """
     if folder is None:
         return

@@ -56,10 +56,17 @@ def settled(args: argparse.Namespace, settings: LighthouseSettings) -> Lighthous
     Args:
         args: Megatron's.
     """
-    args.lighthouse_rope, said = choice(args, settings.rope, _path(args.load), _path(_pretrained(args)))
+    settings, said = taken(args, settings)
+    args.lighthouse_rope = settings.rope
     if said:
         say_once(f"lighthouse: {said}")
-    return replace(settings, rope=args.lighthouse_rope)
+    return settings
+
+
+def taken(args: argparse.Namespace, settings: LighthouseSettings) -> tuple[LighthouseSettings, str | None]:
+    """`settings` with the way that the run takes, and what to say of it."""
+    way, said = choice(args, settings.rope, _path(args.load), _path(_pretrained(args)))
+    return replace(settings, rope=way), said
 
 
 def keep(args: argparse.Namespace) -> None:
@@ -71,7 +78,7 @@ def choice(args: argparse.Namespace, asked: str, load: Path | None, pretrained: 
     """The way that a run takes, and what to say of it.
 
     Args:
-        args: Megatron's, or those that `resume.add_arguments` knows.
+        args: Megatron's, validated or not.
         asked: what the command line says, or would if it said anything.
         load, pretrained: --load and --pretrained-checkpoint, where this machine has them.
     """

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 
 from megatron_lighthouse.mcore.command_line.checks import cp_layout_problems
+from megatron_lighthouse.mcore.command_line.own_parts import norm_problem
 from megatron_lighthouse.mcore.command_line.unread import unread_problems
+from megatron_lighthouse.mcore.data import tokenizers
 
 ELSEWHERE = "use Megatron-LM's own pretrain_gpt.py for it (patches/patch.py gives that --attention lighthouse)"
 
@@ -38,52 +40,95 @@ def check_run_options(args: Namespace) -> None:
     Raises:
         ValueError: the options, and where they work.
     """
-    for name, option in {**NOT_HERE, **LATER}.items():
-        if getattr(args, name, False):
-            raise ValueError(f"{option} is not done by megatron_lighthouse.pretrain_gpt: {ELSEWHERE}.")
+    if found := [*problems(args), *missing_packages(args)]:
+        raise ValueError("\n".join(found))
+
+
+def missing_packages(args: Namespace) -> Iterator[str]:
+    """What the run needs and this Python lacks."""
     if args.transformer_impl == "transformer_engine" and not find_spec("transformer_engine"):
-        raise ValueError(
+        yield (
             "--transformer-impl transformer_engine (Megatron's default) needs the package transformer_engine, which is not "
             "installed: install it (pip install 'transformer-engine[core_cu13,pytorch]'), or use --transformer-impl local."
         )
-    if problems := [*unread_problems(args), *_of_the_model(args), *_full_validation(args), *cp_layout_problems(args)]:
-        raise ValueError("\n".join(problems))
+    yield from _missing_fusions(args)
+    for package in tokenizers.packages(args.tokenizer_type):
+        if not find_spec(package):
+            yield (
+                f"--tokenizer-type {args.tokenizer_type} needs the package {package}, which is not installed: install it (pip "
+                f"install {package})."
+            )
+
+
+def _missing_fusions(args: Namespace) -> Iterator[str]:
+    """Megatron's defaults that need Apex or Transformer Engine, which it says once the model is built."""
+    engine, apex = find_spec("transformer_engine"), find_spec("apex")
+    rotary = args.position_embedding_type == "rope" or args.use_rotary_position_embeddings
+    if args.gradient_accumulation_fusion and not find_spec("fused_weight_gradient_mlp_cuda"):
+        yield (
+            "gradient accumulation fusion (Megatron's default) needs fused_weight_gradient_mlp_cuda of NVIDIA Apex, which is "
+            "not installed: add --no-gradient-accumulation-fusion."
+        )
+    if args.transformer_impl != "local" or engine:
+        return
+    if rotary and args.apply_rope_fusion:
+        yield "RoPE fusion (Megatron's default) needs Transformer Engine, which is not installed: add --no-rope-fusion."
+    if not apex and args.sequence_parallel and args.tensor_model_parallel_size > 1 and (problem := norm_problem(args)):
+        yield problem
+    if not (apex or args.no_persist_layer_norm or args.sequence_parallel):
+        yield "persistent layer norm (Megatron's default) needs Apex, which is not installed: add --no-persist-layer-norm."
+
+
+def problems(args: Namespace) -> Iterator[str]:
+    """Options that this entry point would not honour, whatever machine it runs on."""
+    for name, option in {**NOT_HERE, **LATER}.items():
+        if getattr(args, name, False):
+            yield f"{option} is not done by megatron_lighthouse.pretrain_gpt: {ELSEWHERE}."
+    yield from unread_problems(args)
+    yield from _of_the_model(args)
+    yield from _full_validation(args)
+    yield from cp_layout_problems(args)
+    yield from _wrong_in_megatron(args)
+    if args.text_data:
+        others = [name for name in OTHER_DATA if getattr(args, name, None)]
+        if others:
+            yield f"--text-data is the data of a run, and so is {_flags(others)}: leave one of them out."
+        if args.tokenizer_type != "NullTokenizer":
+            yield (
+                f"--tokenizer-type {args.tokenizer_type} does not go with --text-data, whose tokens are bytes: leave it out."
+            )
+
+
+def _wrong_in_megatron(args: Namespace) -> Iterator[str]:
+    """Layouts of which Megatron's result is not that of one process."""
     if getattr(args, "mtp_num_layers", None) and args.pipeline_model_parallel_size > 1:
-        raise ValueError(
+        yield (
             f"--mtp-num-layers {args.mtp_num_layers} with --pipeline-model-parallel-size {args.pipeline_model_parallel_size} "
             f"is not done by megatron_lighthouse.pretrain_gpt: use pipeline size 1, or {ELSEWHERE}."
         )
     if getattr(args, "mtp_num_layers", None) and args.context_parallel_size > 1:
-        raise ValueError(
+        yield (
             f"--mtp-num-layers {args.mtp_num_layers} with --context-parallel-size {args.context_parallel_size}: Megatron "
             "averages the loss of these layers over ranks that count different numbers of tokens (Megatron-LM 3943, 7452), "
             "which is not the loss of one process: use context-parallel size 1."
         )
     if args.tensor_model_parallel_size > 1 and getattr(args, "softmax_type", "vanilla") == "learnable":
-        raise ValueError(
+        yield (
             f"--softmax-type learnable with --tensor-model-parallel-size {args.tensor_model_parallel_size}: Megatron leaves "
             "the sinks of all ranks but the first out of the gradient's norm, and so clips otherwise than one process "
             "(Megatron-LM 7452): use --softmax-type vanilla or off-by-one, or tensor-parallel size 1."
         )
     variant = getattr(args, "experimental_attention_variant", None)
     if variant == "gated_delta_net" and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
-        raise ValueError(
+        yield (
             f"--experimental-attention-variant {variant} with --tensor-model-parallel-size {args.tensor_model_parallel_size}: "
             "Megatron does not add up the gradients of its norm over the ranks (Megatron-LM 7452): add --sequence-parallel."
         )
     if getattr(args, "heterogeneous_layers_config_encoded_json", None) and not args.heterogeneous_layers_config_path:
-        raise ValueError(
+        yield (
             "--heterogeneous-layers-config-encoded-json alone is not heeded by Megatron, which would make all layers alike: "
             "write it to a file, and give --heterogeneous-layers-config-path FILE."
         )
-    if args.text_data:
-        others = [name for name in OTHER_DATA if getattr(args, name, None)]
-        if others:
-            raise ValueError(f"--text-data is the data of a run, and so is {_flags(others)}: leave one of them out.")
-        if args.tokenizer_type != "NullTokenizer":
-            raise ValueError(
-                f"--tokenizer-type {args.tokenizer_type} does not go with --text-data, whose tokens are bytes: leave it out."
-            )
 
 
 def _flags(names: Sequence[str]) -> str:

@@ -13,9 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-
 TRACKER = "latest_checkpointed_iteration.txt"
 COMMON = "common_state/shard_0_1"
 """Where Megatron-core 0.19 keeps it among the tensors; releases before it wrote common.pt."""
@@ -44,7 +41,7 @@ def before(args: argparse.Namespace, load: Path | None, pretrained: Path | None 
     """What a run starts from; None where it starts from nothing.
 
     Args:
-        args: Megatron's, or those that `resume.add_arguments` knows.
+        args: Megatron's, validated or not.
         load, pretrained: --load and --pretrained-checkpoint, where this machine has them.
     """
     begins, iteration = args.finetune, (args.ckpt_step or last_iteration(load)) if load else None
@@ -59,6 +56,10 @@ def before(args: argparse.Namespace, load: Path | None, pretrained: Path | None 
 def common_state(folder: Path, iteration: int) -> Mapping[str, Any] | None:
     """What all ranks have in common in a `torch_dist` checkpoint; None where it cannot be read, which the load will say."""
     checkpoint = folder / f"iter_{iteration:07}"
+    if not checkpoint.is_dir():
+        return None
+    from torch.distributed.checkpoint.filesystem import FileSystemReader  # takes as long to import as all of torch
+
     try:
         if (checkpoint / "common.pt").is_file():
             return _plain((checkpoint / "common.pt").read_bytes())
@@ -72,6 +73,8 @@ def common_state(folder: Path, iteration: int) -> Mapping[str, Any] | None:
 
 
 def _plain(written: bytes) -> Any:
+    import torch
+
     return torch.load(io.BytesIO(written), map_location="cpu", pickle_module=_Plain, weights_only=False)
 
 

@@ -1,12 +1,14 @@
 """Options of Megatron's parser that nothing reads: not Megatron-core 0.19.2, not upstream's pretrain_gpt.py, not we.
 
-A test holds the lists to what is installed. Imports no Megatron at module level.
+A test holds the lists to what is installed. Imports no Megatron.
 """
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Iterator
+
+from megatron_lighthouse.mcore.command_line.flags import parser
 
 INSTEAD = {
     "rampup_batch_size": "use --step-batch-size-schedule",
@@ -47,9 +49,7 @@ OF_REFUSED = {"fim_data": "fim_", "logits_load_dir": "logits_load_", "inprocess_
 
 def unread_problems(args: Namespace) -> Iterator[str]:
     """Options that were given another value than their default, and that nothing reads."""
-    from megatron.training.arguments import add_megatron_arguments
-
-    for action in add_megatron_arguments(ArgumentParser())._actions:
+    for action in parser(lambda made: made)._actions:
         name = action.dest
         if getattr(args, name, action.default) == action.default:
             continue

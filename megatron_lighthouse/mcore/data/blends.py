@@ -20,18 +20,6 @@ type Here = Callable[[str], Path]
 """Where a path is on this machine."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Those of Megatron's arguments that name data."""
-    for name in (*DATA, "--text-data"):
-        parser.add_argument(name, nargs="*")
-    for name in (*LISTS, "--per-dataset-sequences-path", "--object-storage-cache-path", "--split", *TOKENIZERS):
-        parser.add_argument(name)
-    for name in ("--mock-data", "--enable-msc"):
-        parser.add_argument(name, action="store_true")
-    parser.add_argument("--no-mmap-bin-files", action="store_false", dest="mmap_bin_files")
-    return parser
-
-
 def value(args: argparse.Namespace, name: str) -> Any:
     """Of the option of this name."""
     return getattr(args, name[2:].replace("-", "_"))

@@ -11,11 +11,11 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_lighthouse.mcore.data import blends, indexed, text
-from megatron_lighthouse.mcore.data.blends import DATA, TOKENIZERS, Here, remote, value
+from megatron_lighthouse.mcore.data import blends, indexed, text, tokenizers
+from megatron_lighthouse.mcore.data.blends import DATA, Here, remote
 
 
-def check_data(words: Sequence[str], whole: bool) -> None:
+def check_data(args: argparse.Namespace, whole: bool) -> None:
     """Of a run, by its own command line, as this rank sees its files.
 
     Args:
@@ -24,9 +24,7 @@ def check_data(words: Sequence[str], whole: bool) -> None:
     Raises:
         ValueError: what is wrong with them, all of it.
     """
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    found = list(problems(blends.add_arguments(parser).parse_known_args(words)[0], Path, whole))
-    if found:
+    if found := list(problems(args, Path, whole)):
         raise ValueError("the data cannot be read as asked:\n  - " + "\n  - ".join(found))
 
 
@@ -54,15 +52,7 @@ def problems(args: argparse.Namespace, here: Here, whole: bool = True) -> Iterat
             yield from _text(args.text_data, here)
     except ValueError as error:
         yield str(error)
-    for name in TOKENIZERS:
-        if path := file_of(args, name):
-            yield from _file(name, path, here)
-
-
-def file_of(args: argparse.Namespace, name: str) -> str | None:
-    """The path of a tokenizer's file; None where there is none, or a name of Hugging Face's hub."""
-    path: str | None = value(args, name)
-    return path if (path or "").startswith(("/", ".")) else None
+    yield from tokenizers.problems(args, here)
 
 
 def _sources(args: argparse.Namespace) -> Iterator[str]:
@@ -136,19 +126,3 @@ def _text(paths: Sequence[str], here: Here) -> Iterator[str]:
         yield from (f"--text-data {path} is not there: give a path that all nodes see." for path in missing)
         return
     text.training_files([here(path) for path in paths])
-
-
-def _file(name: str, path: str, here: Here) -> Iterator[str]:
-    """Whether a file is there, or a folder of files, and not empty."""
-    found = here(path)
-    if not found.exists():
-        use = ", or a name of Hugging Face's hub" if name == "--tokenizer-model" else ""
-        yield f"{name} {path} is not there: give a path that all nodes see{use}."
-        return
-    try:
-        empty = not any(found.iterdir()) if found.is_dir() else not found.open("rb").read(1)
-    except OSError as error:
-        yield f"{name} {path} cannot be read ({error.strerror}): give a path that all nodes may read."
-        return
-    if empty:
-        yield f"{name} {path} is empty: copy or write it again."

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy
 
+from megatron_lighthouse.mcore.data.write import write_dataset
+
 VOCABULARY = 257
 """256 bytes, and an end-of-document token."""
 END_OF_DOCUMENT = 256
@@ -110,8 +112,8 @@ def write_datasets(paths: Sequence[str], folder: str) -> tuple[str, str]:
     if not all(os.path.exists(f"{name}.idx") for name in names):
         os.makedirs(folder, exist_ok=True)
         held_out = total // HELD_OUT
-        _write(names[0], _documents(files, 0, total - held_out))
-        _write(names[1], _documents(files, total - held_out, total))
+        for name, start, stop in ((names[0], 0, total - held_out), (names[1], total - held_out, total)):
+            write_dataset(name, map(_tokens, _documents(files, start, stop)), numpy.uint16)
     return names
 
 
@@ -135,22 +137,8 @@ def _documents(files: Iterable[Path], start: int, stop: int) -> Iterator[bytes]:
         position += size
 
 
-def _write(prefix: str, documents: Iterable[bytes]) -> None:
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder, get_bin_path, get_idx_path
-
-    partial = f"{prefix}.partial-{os.getpid()}"
-    try:
-        builder = IndexedDatasetBuilder(get_bin_path(partial), dtype=numpy.uint16)
-        for document in documents:
-            tokens = numpy.append(numpy.frombuffer(document, dtype=numpy.uint8).astype(numpy.uint16), END_OF_DOCUMENT)
-            builder.add_document(tokens, [len(tokens)])
-        builder.finalize(get_idx_path(partial))
-        # the index goes last: where it is, the whole dataset is
-        os.replace(get_bin_path(partial), get_bin_path(prefix))
-        os.replace(get_idx_path(partial), get_idx_path(prefix))
-    finally:
-        for path in (get_bin_path(partial), get_idx_path(partial)):
-            Path(path).unlink(missing_ok=True)
+def _tokens(document: bytes) -> numpy.ndarray[Any, Any]:
+    return numpy.append(numpy.frombuffer(document, dtype=numpy.uint8).astype(numpy.uint16), END_OF_DOCUMENT)
 
 
 def byte_entropy(prefix: str) -> float:

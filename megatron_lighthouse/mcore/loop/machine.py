@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -28,12 +27,3 @@ def skip_compilation(_: Callable[[], None]) -> None:
 def initialize_without_cuda(initialize: Callable[..., Any], *args: Any, **named: Any) -> Any:
     """Around Megatron's: no GPU is needed."""
     return initialize(*args, **{"allow_no_cuda": True, **named})
-
-
-def repair_help(parser: argparse.ArgumentParser) -> None:
-    """Escape the per cent signs in Megatron's help texts: 0.19 leaves one bare, and its --help raises ValueError."""
-    for action in parser._actions:
-        try:
-            (action.help or "") % {**vars(action), "prog": parser.prog}
-        except (ValueError, TypeError, KeyError):
-            action.help = (action.help or "").replace("%", "%%")

@@ -18,20 +18,15 @@ from megatron.training.arguments import parse_and_validate_args
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_lighthouse.lighthouse import telemetry
-from megatron_lighthouse.mcore.command_line import kept
-from megatron_lighthouse.mcore.command_line.arguments import model_config, use_attention, with_lighthouse_arguments
-from megatron_lighthouse.mcore.command_line.from_checkpoint import explained
-from megatron_lighthouse.mcore.command_line.resume import check_resume
-from megatron_lighthouse.mcore.command_line.run_options import check_run_options
-from megatron_lighthouse.mcore.data import text
+from megatron_lighthouse.mcore.command_line import before, kept
+from megatron_lighthouse.mcore.command_line.entry import LAYER, add_arguments, checked_model, with_all_arguments
 from megatron_lighthouse.mcore.data.datasets import train_valid_test_datasets
 from megatron_lighthouse.mcore.data.files import check_data
-from megatron_lighthouse.mcore.loop import hooks, machine, selection_log
+from megatron_lighthouse.mcore.loop import hooks, selection_log
 from megatron_lighthouse.mcore.loop.forward_step import forward_step
-from megatron_lighthouse.mcore.refusal import REFUSED, repeats
+from megatron_lighthouse.mcore.refusal import REFUSED, bare_assertion, repeats
 
-LAYER = "{layer}"
-"""In the name of a picture: the layer's number."""
+__all__ = ["add_arguments", "pictures_of", "run"]
 
 
 def run(program_start: float | None = None) -> None:
@@ -45,13 +40,11 @@ def run(program_start: float | None = None) -> None:
     hooks.adapt_machine()
     try:
         sys.argv[1:] = kept.resumed(sys.argv[1:])
-        check_data(sys.argv[1:], whole=os.environ.get("RANK", "0") == "0")  # others must not read great indices again
-        provider = with_lighthouse_arguments(add_arguments)
-        args = parse_and_validate_args(extra_args_provider=provider)
-        with explained(args, provider):
-            check_run_options(args)
-            check_resume(args)
-            model_cfg = use_attention(args, model_config(args))
+        if (given := before.given(sys.argv[1:])) and given.yaml_cfg is None:
+            check_data(given, whole=os.environ.get("RANK", "0") == "0")  # others must not read great indices again
+            before.check(given)
+        args = parse_and_validate_args(extra_args_provider=with_all_arguments)
+        model_cfg = checked_model(args)
         pictures = pictures_of(args)
         for layer_number in pictures:
             telemetry.watch(layer_number)
@@ -62,6 +55,8 @@ def run(program_start: float | None = None) -> None:
         if not repeats(error, parsed=False):
             raise
         traceback.print_exc()
+        if rule := bare_assertion(error):
+            print(rule, file=sys.stderr)
         raise SystemExit(REFUSED) from error
     try:
         pretrain(container, train_valid_test_datasets, ModelType.encoder_or_decoder, forward_step)
@@ -115,17 +110,3 @@ def _say_what_is_not_drawn(pictures: dict[int, Path]) -> None:
     for (layer_number, path), ranks in zip(pictures.items(), selected.tolist(), strict=True):
         if not ranks and not torch.distributed.get_rank():
             print(f"lighthouse: --lighthouse-selection-map {path} is not drawn: layer {layer_number} selected nothing here.")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add what the entry point takes beside Lighthouse's arguments."""
-    group = text.add_arguments(parser).add_argument_group("pictures")
-    group.add_argument(
-        "--lighthouse-selection-map",
-        metavar="PNG",
-        help=f"When training ends, draw what the first Lighthouse layer selected in its last batch; with {LAYER} in the file's "
-        f"name, one picture for each of {selection_log.LAYERS}.",
-    )
-    kept.add_arguments(parser)
-    machine.repair_help(parser)
-    return parser

@@ -12,25 +12,10 @@ from typing import Any
 import torch
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 from megatron.training import get_args
-from tqdm import tqdm
 
+from megatron_lighthouse.bars import SECONDS, bar
 from megatron_lighthouse.mcore.command_line.stage import stage2_from
 from megatron_lighthouse.variants import DENSE, VARIANTS
-
-
-class Lines:
-    """Where no terminal redraws a line, each state of the bar becomes a line of its own."""
-
-    def __init__(self) -> None:
-        self.last, self.stream = "", sys.stderr
-
-    def write(self, text: str) -> None:
-        if text.strip() and text.strip() != self.last:
-            self.last = text.strip()
-            self.stream.write(self.last + "\n")
-
-    def flush(self) -> None:
-        self.stream.flush()
 
 
 class Progress:
@@ -42,7 +27,7 @@ class Progress:
         self.sequences = 0
         """Since the bar was last drawn; how many an iteration has may change."""
         self.terminal = sys.stderr.isatty()
-        default = 0.2 if self.terminal else 10.0
+        default = 0.2 if self.terminal else SECONDS
         self.seconds_between = float(os.environ.get("LIGHTHOUSE_PROGRESS_SECONDS", default))
 
     def training_log(
@@ -65,16 +50,13 @@ class Progress:
         args = get_args()
         what = f"{attention_in(args, iteration)} {args.seq_length} tokens"
         if self.bar is None:
-            self.bar = tqdm(
+            self.bar = bar(
                 total=last_iteration(iteration, args.train_iters, args.exit_interval),
                 initial=iteration,  # when this one began is not known
                 desc=what,
                 unit="it",
                 mininterval=0,
                 miniters=1,
-                file=sys.stderr if self.terminal else Lines(),
-                dynamic_ncols=self.terminal,
-                ncols=None if self.terminal else 110,
             )
             self.drawn = time.monotonic()
         else:

@@ -1,0 +1,59 @@
+# shellcheck shell=bash
+# Sourced by the scripts that queue jobs, and local.sh: what is asked before anything is queued or started.
+
+UNREACHABLE=75 # the status where Slurm does not answer: EX_TEMPFAIL, as another try may help
+
+# check ARGUMENTS, or the points of STUDY, on NODES x GPUS_PER_NODE by PYTHON; "$@" are more options of the check
+check_arguments() {
+    [[ $CHECK != quick ]] || set -- "$@" --without-megatron
+    (
+        architecture_environment # Megatron's rules read it
+        if [[ -n ${STUDY:-} ]]; then
+            check_study "$NODES" "$GPUS_PER_NODE" "$@"
+        else
+            "$PYTHON" -m megatron_lighthouse.launch.check --arch "$ARCH" --device "$(device)" \
+                --nodes "$NODES" --gpus-per-node "$GPUS_PER_NODE" "$@" -- "${ARGUMENTS[@]}"
+        fi
+    )
+}
+
+# the same where a job is queued; --point … are several runs that add words to ARGUMENTS
+# shellcheck disable=SC2120 # two_stage.sh gives some
+check_here() {
+    local PYTHON=$PYTHON sees options=() # a container's Python is not here
+    [[ -z $IMAGE || ! -x $ROOT/.venv/bin/python ]] || PYTHON=$ROOT/.venv/bin/python
+    [[ -n $IMAGE || -n $CHECK_PYTHON ]] || options=(--runs-here)
+    PYTHON=${CHECK_PYTHON:-$PYTHON} sees=$(container_folders)
+    "$PYTHON" -c 'import importlib.util as found, sys; sys.exit(not found.find_spec("torch"))' 2>/dev/null ||
+        die "The check needs a Python with torch, and $PYTHON is none here. Nothing was queued: put torch (a build for CPUs will do)" \
+            "into $ROOT/.venv, name another Python by CHECK_PYTHON, or give --check 0, and layout and data are not checked."
+    check_arguments "$@" "${options[@]}" --sees "$sees"
+}
+
+# ask Slurm whether it would take a job: "$@" are the flags of sbatch, and the job
+ask_slurm() {
+    local said status=0
+    command -v sbatch >/dev/null ||
+        die "There is no sbatch here. Nothing was queued: run this where Slurm is, or use launch/local.sh without it."
+    { said=$(sbatch --test-only "$@" 2>&1 >&3); } 3>&2 || status=$?
+    [[ -z $said ]] || printf '%s\n' "$said" >&2
+    ((status)) || return 0
+    if [[ ${said,,} =~ (unable to contact slurm controller|socket timed out|connection refused|zero bytes were transmitted|slurmctld.*not responding|(unable to|could not) establish a? ?(config|controller)) ]]; then
+        echo "Nothing was queued: Slurm's controller does not answer (scontrol ping), so it was not asked. The same command later may do." >&2
+        exit "$UNREACHABLE"
+    fi
+    die "Nothing was queued: Slurm refuses the flags above."
+}
+
+# for --only-check
+say_only_checked() {
+    local checked="the check passed, and Slurm takes it."
+    [[ $CHECK != 0 ]] || checked="Slurm takes it; nothing else was checked (--check 0)."
+    [[ $ONLY_CHECK == quietly ]] || echo "Nothing was queued (--only-check 1): $checked" >&2
+}
+
+# --check and --only-check have values; `quietly` is two_stage.sh's, which speaks for three jobs
+check_check() {
+    [[ $CHECK =~ ^(0|1|quick)$ ]] || die "--check must be 0 or 1 or quick: see --help."
+    [[ $ONLY_CHECK =~ ^([01]|quietly)$ ]] || die "--only-check must be 0 or 1: see --help."
+}

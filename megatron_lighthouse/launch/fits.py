@@ -1,0 +1,78 @@
+"""What `check` says of the memory of a GPU, as the plan counts it. Imports no Megatron."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from megatron_lighthouse.mcore.data.text import PADDED_VOCABULARY
+from megatron_lighthouse.plan import memory
+from megatron_lighthouse.plan.device import Device
+from megatron_lighthouse.plan.run import Run
+from megatron_lighthouse.plan.words import RECOMPUTE_WORDS, run_of_words
+from megatron_lighthouse.variants import DENSE
+
+REFUSED = 1.25
+"""Memory over what a run may allocate above which it is refused: the count may be wrong by 10%, and no logits were measured."""
+
+
+def counted(words: Sequence[str], args: argparse.Namespace, device: Device, world: int) -> Run | None:
+    """The run as the plan counts it, of both its stages the one that needs more; None where the plan knows no such model."""
+    try:
+        run = run_of_words(words, device, world)
+    except ValueError:
+        return None
+    return max([run, run.change(attention=DENSE.name)] if args.lighthouse_stage2_at else [run], key=memory.total)
+
+
+def needs(run: Run) -> str:
+    """The memory of a GPU, in words."""
+    total, usable = memory.total(run), run.device.usable_bytes
+    found = f"{total / 2**30:.1f} of {usable / 2**30:.1f} GiB by the plan ({run.device.name}, vocabulary {run.model.vocab:,})"
+    return found if total <= usable else f"{found}: IT MAY RUN OUT OF MEMORY"
+
+
+def names_vocabulary(words: Sequence[str]) -> bool:
+    """Whether the rows of the vocabulary are known here: else a tokenizer says so when the run starts."""
+    return any(word.partition("=")[0] in ("--vocab-size", "--text-data") for word in words)
+
+
+def without_logits(run: Run) -> Run:
+    """With as small a vocabulary as there is: no run is refused for what is only assumed."""
+    return run.change(model=replace(run.model, vocab=PADDED_VOCABULARY))
+
+
+def too_much(run: Run) -> Iterator[str]:
+    """Whether the run needs far more memory than a GPU has."""
+    total, usable = memory.total(run), run.device.usable_bytes
+    if total <= REFUSED * usable:
+        return
+    use = " or ".join(enough_memory(run)) or "more of --context-parallel-size and recompute together, or a shorter --seq-length"
+    yield (
+        f"--seq-length {run.seq_length} needs {total / 2**30:.1f} GiB of a GPU by the plan, with a vocabulary of "
+        f"{run.model.vocab:,} (--vocab-size), and {usable / 2**30:.1f} are there ({run.device.name}; "
+        f"where the nodes have others, --check 0 of submit.sh): use {use}."
+    )
+
+
+def enough_memory(run: Run) -> Iterator[str]:
+    """Single changes with which it fits: what it recomputes, or as few more context- or tensor-parallel ranks as it takes."""
+    tp, cp = run.tensor_parallel, run.context_parallel
+    for tries in (
+        [("no --cross-entropy-loss-fusion", {"loss_fusion": False})] if run.loss_fusion else [],
+        [(RECOMPUTE_WORDS[name], {"recompute": name}) for name in ("mlp", "full")],
+        [(f"--context-parallel-size {cp * n}", {"context_parallel": cp * n}) for n in (2, 4, 8, 16, 32)],
+        [(f"--tensor-model-parallel-size {tp * n} --sequence-parallel", {"tensor_parallel": tp * n}) for n in (2, 4, 8)],
+    ):
+        yield from [text for text, change in tries if _fits(run.change(**change))][:1]
+
+
+def _fits(run: Run) -> bool:
+    """On these GPUs, or on just those of one sequence where it takes more."""
+    one = run.tensor_parallel * run.context_parallel * run.pipeline_parallel
+    gpus = max(run.gpus, one)
+    try:
+        return memory.fits(run.change(gpus=gpus, global_batch=gpus // one).check())
+    except ValueError:
+        return False

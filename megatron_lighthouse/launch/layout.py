@@ -1,0 +1,77 @@
+"""What `check` asks of a run's ranks: whether GPUs, heads, layers and batches are shared out evenly. Imports no Megatron."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+from megatron_lighthouse.variants import VARIANTS
+
+ENDS = ("--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split")
+"""Each counts as a layer where the pipeline is split."""
+
+
+def one_sequence(args: argparse.Namespace) -> int:
+    """GPUs that hold one copy of the model and one sequence."""
+    return args.tensor_model_parallel_size * args.context_parallel_size * args.pipeline_model_parallel_size
+
+
+def enough(args: argparse.Namespace, gpus: int) -> Iterator[str]:
+    """Whether one sequence fits on these GPUs."""
+    if (one := one_sequence(args)) > gpus:
+        yield (
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} x --context-parallel-size "
+            f"{args.context_parallel_size} x --pipeline-model-parallel-size {args.pipeline_model_parallel_size} = {one} GPUs, "
+            f"and there are {gpus}: use smaller sizes (CP of --study), or more --gpus."
+        )
+
+
+def layout(args: argparse.Namespace, nodes: int, gpus_per_node: int) -> Iterator[str]:
+    """The arithmetic of tensor, context, pipeline and data parallel ranks."""
+    tensor, context = args.tensor_model_parallel_size, args.context_parallel_size
+    pipeline, world = args.pipeline_model_parallel_size, nodes * gpus_per_node
+    one = one_sequence(args)
+    flags = (("tensor-model", tensor), ("context", context), ("pipeline-model", pipeline))
+    product = " x ".join(f"--{name}-parallel-size {size}" for name, size in flags)
+    if world % one:
+        fits = [n for n in range(1, 4 * one + 1) if n * gpus_per_node % one == 0]
+        fit = " or ".join(map(str, sorted(sorted(fits, key=lambda n: abs(n - nodes))[:2])))
+        yield (
+            f"{product} = {one} must divide the GPUs of the job, {nodes} nodes x {gpus_per_node} = {world}: use --nodes {fit}, "
+            "or smaller sizes."
+        )
+    elif args.global_batch_size and args.global_batch_size % (args.micro_batch_size * (world // one)):
+        unit = args.micro_batch_size * (world // one)
+        yield (
+            f"--global-batch-size {args.global_batch_size} must be a multiple of {unit} (--micro-batch-size "
+            f"{args.micro_batch_size} x {world // one} data-parallel ranks): use {-(-args.global_batch_size // unit) * unit}."
+        )
+    yield from stages(args)
+    heads, groups = args.num_attention_heads, args.num_query_groups or args.num_attention_heads
+    copied = VARIANTS[args.attention].native and groups and tensor % groups == 0  # Megatron gives several ranks the same group
+    unknown = copied or args.use_checkpoint_args  # then it is the checkpoint's, whatever is said here
+    for name, size in (("num-attention-heads", heads), ("num-query-groups", args.num_query_groups)):
+        if size and size % tensor and not (name == "num-query-groups" and unknown):
+            yield f"--{name} {size} must be a multiple of --tensor-model-parallel-size {tensor}: use a divisor of {size}."
+    groups = max(1, (groups or context * tensor) // tensor)
+    if "a2a" in args.cp_comm_type and groups % context:
+        yield (
+            f"--cp-comm-type a2a shares out a tensor-parallel rank's {groups} key/value heads, and --context-parallel-size "
+            f"{context} does not divide them: use --cp-comm-type p2p, or a divisor of {groups}."
+        )
+
+
+def stages(args: argparse.Namespace) -> Iterator[str]:
+    """Whether the layers make pipeline stages of one size. Where the command line gives the sizes, Megatron checks them."""
+    own = ("pipeline_model_parallel_layout", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+    if not args.num_layers or any(getattr(args, name) is not None for name in own):
+        return
+    layers, pipeline = args.num_layers, args.pipeline_model_parallel_size
+    ends = [flag for flag in ENDS if getattr(args, flag[2:].replace("-", "_"))]
+    if (layers + len(ends)) % pipeline:
+        less = (layers + len(ends)) // pipeline * pipeline - len(ends)
+        use = " or ".join(str(n) for n in (less, less + pipeline) if n > 0)
+        yield (
+            f"{' + '.join([f'--num-layers {layers}', *(f'1 ({flag})' for flag in ends)])} must be a multiple of "
+            f"--pipeline-model-parallel-size {pipeline}: use --num-layers {use}."
+        )

@@ -1,0 +1,132 @@
+"""What Megatron-core 0.19 refuses without a word, or late: said before, with what works. Imports no Megatron.
+
+Its own rules are bare assertions in `validate_args` and `OptimizerParamScheduler`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+
+from megatron_lighthouse.mcore.command_line import flags
+from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
+
+
+def given(words: Sequence[str]) -> argparse.Namespace | None:
+    """The arguments of a command line as it says them; None where Megatron's parser will refuse it, or tell what it takes."""
+    if {"-h", "--help"} & {*words}:
+        return None
+    try:
+        return flags.parse(words, with_all_arguments, strict=False)[0]
+    except flags.WordsError:
+        return None
+
+
+def check(args: argparse.Namespace) -> None:
+    """Of a run, before Megatron validates.
+
+    Raises:
+        ValueError: what Megatron would refuse without saying why.
+    """
+    if found := [*problems(args)]:
+        raise ValueError("\n".join(found))
+
+
+def problems(args: argparse.Namespace) -> Iterator[str]:
+    """Why Megatron would not train.
+
+    Args:
+        args: as the words say, not validated.
+    """
+    if not args.use_checkpoint_args:  # else they may be the checkpoint's
+        yield from _model(args)
+    yield from _batch(args)
+    yield from _saves(args)
+    if not args.skip_train:
+        yield from _rates(args)
+    for one, other in (("fp16", "bf16"), ("data_path", "data_args_path")):
+        if getattr(args, one) and getattr(args, other):
+            yield f"{_flag(one)} and {_flag(other)} exclude each other: leave one of them out."
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _model(args: argparse.Namespace) -> Iterator[str]:
+    needed = ["hidden_size", "num_attention_heads", "max_position_embeddings"]
+    layers = args.num_layers or args.encoder_num_layers or args.hybrid_layer_pattern
+    needed += [] if layers or args.heterogeneous_layers_config_path else ["num_layers"]
+    needed += [] if args.seq_length or args.encoder_seq_length else ["seq_length"]
+    for name in needed:
+        if not getattr(args, name):
+            yield f"{_flag(name)} is missing: give a whole number of at least 1."
+    hidden, heads = args.hidden_size, args.num_attention_heads
+    if hidden and heads and args.kv_channels is None and hidden % heads:
+        yield (
+            f"--hidden-size {hidden} must be a multiple of --num-attention-heads {heads} where --kv-channels is not given: use "
+            f"{-(-hidden // heads) * heads}, or give --kv-channels."
+        )
+    length, positions = args.seq_length or args.encoder_seq_length, args.max_position_embeddings
+    if length and positions and positions < length:
+        yield f"--max-position-embeddings {positions} must be at least --seq-length {length}: use {length}."
+    sizes = args.hierarchical_context_parallel_sizes
+    if "a2a+p2p" in args.cp_comm_type and not sizes:
+        yield "--cp-comm-type a2a+p2p needs --hierarchical-context-parallel-sizes: add it, or use --cp-comm-type p2p."
+
+
+def _batch(args: argparse.Namespace) -> Iterator[str]:
+    if args.micro_batch_size is None:
+        yield "--micro-batch-size is missing: use 1, or more sequences at a time."
+    for name in ("micro_batch_size", "global_batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            yield f"{_flag(name)} {value} must be at least 1."
+
+
+def _saves(args: argparse.Namespace) -> Iterator[str]:
+    every, keep = args.save_interval, args.save_retain_interval
+    if args.save is not None and (every is None or every < 1):
+        given = "needs --save-interval" if every is None else f"with --save-interval {every} would save never"
+        yield f"--save {args.save} {given}: add --save-interval N, such as 500 iterations."
+    elif args.save is not None and keep is not None and (keep < 1 or keep % every):
+        use = max(1, keep // every) * every
+        yield f"--save-retain-interval {keep} must be a multiple of --save-interval {every}: use {use}."
+    if args.log_memory_interval is not None and args.log_memory_interval % args.log_interval:
+        yield (
+            f"--log-memory-interval {args.log_memory_interval} must be a multiple of --log-interval {args.log_interval}: use "
+            f"{-(-args.log_memory_interval // args.log_interval) * args.log_interval}."
+        )
+
+
+def _rates(args: argparse.Namespace) -> Iterator[str]:
+    """Of the learning rate and the weight decay."""
+    if args.lr is None:
+        yield "--lr is missing: give a learning rate, such as 3e-4."
+    elif not 0 <= args.min_lr <= args.lr or args.lr_warmup_init > args.lr:
+        yield (
+            f"--lr {args.lr} must be at least --min-lr {args.min_lr} and --lr-warmup-init {args.lr_warmup_init}, and none of "
+            f"them negative: use --min-lr {args.lr / 10:g}, or a greater --lr."
+        )
+    ends = (args.start_weight_decay, args.end_weight_decay)
+    if args.weight_decay_incr_style == "constant":
+        if ends != (None, None):
+            yield (
+                "--start-weight-decay and --end-weight-decay mean nothing with --weight-decay-incr-style constant: use linear."
+            )
+    elif None in ends:
+        yield (
+            f"--weight-decay-incr-style {args.weight_decay_incr_style} needs --start-weight-decay and --end-weight-decay: add "
+            "both."
+        )
+    decays, warms = args.lr_decay_iters or args.train_iters, args.lr_warmup_iters
+    if decays and warms and warms >= decays:
+        yield (
+            f"--lr-warmup-iters {warms} must be below the {decays} iterations of --lr-decay-iters (where not given, "
+            f"--train-iters): use {decays // 50} or so, or --lr-warmup-fraction 0.02."
+        )
+    share = args.lr_warmup_fraction
+    if share is not None and not 0 <= share < 1:
+        yield f"--lr-warmup-fraction {share} must be from 0 up to, not including, 1: use 0.02."
+    if args.lr_decay_style == "WSD" and args.lr_wsd_decay_iters is None and args.lr_wsd_decay_samples is None:
+        yield "--lr-decay-style WSD needs --lr-wsd-decay-iters: add the number of last iterations in which the rate falls."

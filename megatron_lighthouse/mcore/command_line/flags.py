@@ -1,0 +1,143 @@
+"""Megatron's command line where Megatron is not: a list of its flags, and a parser made of it. Imports no Megatron.
+
+`python -m megatron_lighthouse.mcore.command_line.flags` writes the list again, of the Megatron that is installed; a test holds
+the one to the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron_lighthouse.usage import unknown_flag
+
+VERSION = "0.19.2"
+"""Of the Megatron-core whose flags are listed."""
+LIST = Path(__file__).with_name("megatron_flags.jsonl")
+ACTIONS = {
+    "_StoreAction": "store",
+    "_StoreTrueAction": "store_true",
+    "_StoreFalseAction": "store_false",
+    "BooleanOptionalAction": argparse.BooleanOptionalAction,
+}
+BY_ENVIRONMENT = {"inprocess_active_world_size": "WORLD_SIZE"}
+"""Arguments whose default Megatron takes from the environment, and from where."""
+type Add = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
+
+
+def installed() -> str | None:
+    """The release of the Megatron-core that can be imported; None where there is none."""
+    try:
+        return version("megatron-core")
+    except PackageNotFoundError:
+        return None
+
+
+@cache
+def listed() -> tuple[dict[str, Any], ...]:
+    """Of each flag: names, dest, action, nargs, type, choices and default, where they are not argparse's."""
+    return tuple(json.loads(line) for line in LIST.read_text().splitlines())
+
+
+class WordsError(ValueError):
+    """What argparse has against a command line."""
+
+
+class _Strict(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise WordsError(message.removeprefix("argument ").rstrip(".") + ".")
+
+
+def parser(add_arguments: Add) -> argparse.ArgumentParser:
+    """A parser of Megatron's flags, and of what `add_arguments` adds; its errors are `WordsError`s."""
+    made = _Strict(allow_abbrev=False, add_help=False)
+    for flag in listed():
+        made.add_argument(*flag["flags"], **_how(flag))
+    return add_arguments(made)
+
+
+def parse(words: Sequence[str], add_arguments: Add, strict: bool = True) -> tuple[argparse.Namespace, list[str]]:
+    """The arguments, and what is wrong with the words, each in a sentence.
+
+    Args:
+        strict: whether a flag that is not listed is wrong: a Megatron of another release may know it.
+
+    Raises:
+        WordsError: a value that its flag does not take.
+    """
+    made = parser(add_arguments)
+    args, rest = made.parse_known_args(words)
+    wrong = [unknown_flag(word, made._option_string_actions) for word in rest if word.startswith("-")]
+    if rest and not wrong:
+        wrong = [f"{' '.join(rest)} follows no flag that takes it: leave it out."]
+    return args, wrong if strict else []
+
+
+def _how(flag: dict[str, Any]) -> dict[str, Any]:
+    """What `add_argument` is given."""
+    default = flag.get("default")
+    if name := BY_ENVIRONMENT.get(flag["dest"]):
+        default = int(os.environ.get(name, "1"))
+    given = {"dest": flag["dest"], "action": ACTIONS[flag["action"]], "default": default}
+    if flag["action"] == "_StoreAction":
+        given |= {name: flag[name] for name in ("nargs", "choices") if name in flag}
+        given["type"] = TYPES[flag.get("type", "str")]
+    return given
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.strip("()").split(","))
+
+
+def _frequency(text: str) -> int | str:
+    return text if "[" in text else int(text)
+
+
+TYPES: dict[str, Callable[[str], Any]] = {
+    **{"int": int, "float": float, "str": str, "bool": bool},
+    "tuple_type": _integers,
+    **dict.fromkeys(("moe_freq_type", "no_rope_freq_type", "la_freq_type"), _frequency),
+}
+"""By the names of Megatron's own. Another than these takes any word."""
+
+
+def described(made: argparse.ArgumentParser) -> Iterator[dict[str, Any]]:
+    """The flags of a parser, as they are listed."""
+    for action in made._actions:
+        if isinstance(action, argparse._HelpAction):
+            continue
+        kind = getattr(action.type, "__name__", "str")
+        found = {
+            "flags": [flag for flag in action.option_strings if not _made_of_another(flag, action)],
+            "dest": action.dest,
+            "action": type(action).__name__,
+            "nargs": action.nargs if action.nargs != 0 else None,
+            "type": kind if kind in TYPES and kind != "str" else None,
+            "choices": [_plain(choice) for choice in action.choices] if action.choices else None,
+            "default": _plain(action.default),
+        }
+        yield {name: value for name, value in found.items() if value is not None}
+
+
+def _made_of_another(flag: str, action: argparse.Action) -> bool:
+    """Whether argparse adds it itself, as --no-… of --…"""
+    return isinstance(action, argparse.BooleanOptionalAction) and bool(re.match("--no-", flag))
+
+
+def _plain(value: Any) -> Any:
+    return value.name if isinstance(value, Enum) else value
+
+
+if __name__ == "__main__":
+    from megatron.training.arguments import add_megatron_arguments
+
+    found = described(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    LIST.write_text("".join(json.dumps(flag) + "\n" for flag in found))

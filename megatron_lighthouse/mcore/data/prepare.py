@@ -1,0 +1,195 @@
+"""`python -m megatron_lighthouse.mcore.data.prepare`: text or JSON lines as an indexed dataset, PREFIX.bin and PREFIX.idx.
+
+A file whose name ends in .jsonl, .ndjson or .json has an object a line, each a document; any other is one document. Either may
+be packed (.gz). Tokens are made by the tokenizer that Megatron's flags name (--tokenizer-type, --tokenizer-model, …), and each
+document ends with its end-of-document token. A run then takes --data-path PREFIX, with the same tokenizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from megatron_lighthouse.usage import WRONG, Parser
+
+LINES = (".jsonl", ".ndjson", ".json")
+OF_TOKENIZERS = (
+    *("tokenizer_", "vocab_", "merge_", "null_tokenizer_", "tiktoken_", "special_tokens", "trust_remote_code"),
+    *("chat_template", "metadata_path", "sft_tokenizer_"),
+)
+"""How Megatron's arguments begin that a tokenizer is built by."""
+EVERY = 100_000
+"""Documents from one line of progress to the next."""
+_tokenizer: Any = None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the dataset; answers an exit status."""
+    parser = Parser(
+        prog="python -m megatron_lighthouse.mcore.data.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Beside these, Megatron's flags of tokenizers.",
+    )
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="text or JSON lines, in this order")
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="of the two files that are written")
+    parser.add_argument("--json-key", default="text", help="what of an object is the text; default: %(default)s")
+    parser.add_argument("--no-end-of-document", action="store_true", help="end no document with that token")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that make tokens; default: %(default)s")
+    options, words = parser.parse_known_args(argv)
+    try:
+        args = tokenizer_arguments(words)
+        check(options, args)
+        count, tokens, empty = prepare(options, args)
+    except ValueError as error:
+        print(f"prepare: {error}", file=sys.stderr)
+        return WRONG
+    left = f"; {empty:,} without text left out" if empty else ""
+    print(
+        f"{options.output}.bin and .idx: {count:,} documents, {tokens:,} tokens{left}. Train with --data-path {options.output}"
+    )
+    return 0
+
+
+def tokenizer_arguments(words: Sequence[str]) -> argparse.Namespace:
+    """Megatron's arguments, of which the words may name those of tokenizers alone.
+
+    Raises:
+        ValueError: other words.
+    """
+    from megatron_lighthouse.mcore.command_line import flags
+
+    args, wrong = flags.parse(words, lambda parser: parser)
+    default, _ = flags.parse([], lambda parser: parser)
+    given = (name for name, value in vars(args).items() if value != getattr(default, name))
+    wrong += [
+        f"--{name.replace('_', '-')} is no flag of a tokenizer: leave it out."
+        for name in given
+        if not name.startswith(OF_TOKENIZERS)
+    ]
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    args.rank, args.text_data = 0, None
+    return args
+
+
+def check(options: argparse.Namespace, args: argparse.Namespace) -> None:
+    """Raises ValueError: files that are not there, or one that is, a tokenizer that cannot be built."""
+    from importlib.util import find_spec
+
+    from megatron_lighthouse.mcore.data import tokenizers
+
+    found = [f"--input {path} is no file: give text, or JSON lines." for path in options.input if not Path(path).is_file()]
+    if Path(f"{options.output}.idx").exists():
+        found.append(f"--output {options.output}: {options.output}.idx is there already: name another, or remove it.")
+    elif not Path(options.output).parent.is_dir():
+        found.append(f"--output {options.output}: there is no folder {Path(options.output).parent}: make it.")
+    if options.workers < 1:
+        found.append(f"--workers {options.workers} must be at least 1.")
+    found += tokenizers.problems(args, Path)
+    found += [
+        f"--tokenizer-type {args.tokenizer_type} needs the package {name}: pip install {name}."
+        for name in tokenizers.packages(args.tokenizer_type)
+        if not find_spec(name)
+    ]
+    if found:
+        raise ValueError("\n".join(found))
+
+
+def prepare(options: argparse.Namespace, args: argparse.Namespace) -> tuple[int, int, int]:
+    """Write the dataset; answers its documents and tokens, and how many documents had no text.
+
+    Raises:
+        ValueError: a tokenizer that ends no document, or a line that is none of JSON.
+    """
+    from megatron_lighthouse.mcore.data.write import write_dataset
+    from megatron_lighthouse.quiet import quiet_imports
+
+    with quiet_imports():
+        from megatron.core.datasets.indexed_dataset import DType
+
+        _build(args)
+    end = None if options.no_end_of_document else getattr(_tokenizer, "eod", None)
+    if end is None and not options.no_end_of_document:
+        raise ValueError(f"--tokenizer-type {args.tokenizer_type} has no end-of-document token: add --no-end-of-document.")
+    empty = 0
+
+    def tokens() -> Iterator[numpy.ndarray[Any, Any]]:
+        nonlocal empty
+        for number, ids in enumerate(_ids(documents(options.input, options.json_key), options.workers), 1):
+            if ids and not 0 <= min(ids) <= max(ids) < _tokenizer.vocab_size:
+                raise ValueError(f"document {number} has token {max(ids)}, and the tokenizer {_tokenizer.vocab_size} of them.")
+            if ids:
+                yield numpy.array([*ids, *([] if end is None else [end])])
+            empty += not ids
+            if number % EVERY == 0:
+                print(f"{number:,} documents", flush=True)
+
+    return *write_dataset(options.output, tokens(), DType.optimal_dtype(_tokenizer.vocab_size)), empty
+
+
+def documents(paths: Iterable[str], key: str) -> Iterator[str]:
+    """The texts of files, one after another.
+
+    Raises:
+        ValueError: a file that is no UTF-8, or a line that is no object with such a text.
+    """
+    for path in paths:
+        name = path.removesuffix(".gz")
+        with (gzip.open if path != name else open)(path, "rt", encoding="utf-8") as file:
+            try:
+                if not name.endswith(LINES):
+                    yield file.read()
+                    continue
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield _text_of(line, key, f"{path}, line {number}")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"--input {path} is no text in UTF-8 ({error}): convert it, or leave it out.") from error
+
+
+def _text_of(line: str, key: str, where: str) -> str:
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"--input {where}: no JSON ({error}): give an object a line, or another ending for text.") from error
+    if not isinstance(found, dict) or not isinstance(found.get(key), str):
+        has = f"it has {', '.join(found)}" if isinstance(found, dict) else "it is no object"
+        raise ValueError(f"--input {where}: no text under {key!r}, {has}: give --json-key.")
+    return str(found[key])
+
+
+def _ids(texts: Iterator[str], workers: int) -> Iterator[list[int]]:
+    """The tokens of each text, in order. No more texts are read ahead than the workers have at hand."""
+    if workers == 1:
+        yield from map(_encode, texts)
+        return
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would not live on in a fork
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        while some := [*islice(texts, 1000 * workers)]:
+            yield from pool.imap(_encode, some, chunksize=50)
+
+
+def _build(args: argparse.Namespace) -> None:
+    global _tokenizer
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+    _tokenizer = build_tokenizer(args)
+
+
+def _encode(text: str) -> list[int]:
+    return list(_tokenizer.tokenize(text)) if text else []
+
+
+if __name__ == "__main__":
+    sys.exit(main())

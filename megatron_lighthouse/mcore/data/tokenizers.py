@@ -1,0 +1,84 @@
+"""What the tokenizer of a command line needs: packages, and files that are there. Imports no Megatron."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_lighthouse.mcore.data.blends import TOKENIZERS, Here, value
+
+HUGGING_FACE = ("HuggingFaceTokenizer", "SFTTokenizer", "MultimodalTokenizer")
+"""Those that take a folder, or a name of Hugging Face's hub."""
+SENTENCE_PIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+PACKAGES = {
+    **dict.fromkeys((*HUGGING_FACE, "GPT2BPETokenizer", "BertWordPieceLowerCase", "BertWordPieceCase"), ("transformers",)),
+    **dict.fromkeys(SENTENCE_PIECE, ("sentencepiece",)),
+    "TikTokenizer": ("tiktoken",),
+}
+"""What Megatron-core 0.19 builds each by; it depends on none of them."""
+NULL = ("NullTokenizer", "NullMultimodalTokenizer")
+OF_A_FOLDER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
+"""Of these one at least is in a folder that transformers makes a tokenizer of; *.tiktoken too."""
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+
+
+def packages(tokenizer_type: str | None) -> tuple[str, ...]:
+    """What has to be installed for a --tokenizer-type."""
+    return PACKAGES.get(tokenizer_type or "", ())
+
+
+def file_of(args: argparse.Namespace, name: str, here: Here) -> str | None:
+    """The path of a tokenizer's file; None where there is none, or a name of Hugging Face's hub."""
+    path: str | None = value(args, name)
+    if path is None or (_may_be_of_the_hub(args, name, path) and not here(path).exists()):
+        return None
+    return path
+
+
+def _may_be_of_the_hub(args: argparse.Namespace, name: str, path: str) -> bool:
+    by_file = args.tokenizer_type in (*SENTENCE_PIECE, "TikTokenizer")
+    return name == "--tokenizer-model" and not by_file and HUB_NAME.fullmatch(path) is not None
+
+
+def problems(args: argparse.Namespace, here: Here) -> Iterator[str]:
+    """What is wrong with the tokenizer that the words name, each in a sentence."""
+    kind, model = args.tokenizer_type, args.tokenizer_model
+    if args.text_data is None:
+        if kind is None and not args.use_checkpoint_args:
+            yield (
+                "--tokenizer-type is missing: use HuggingFaceTokenizer with --tokenizer-model FOLDER, or NullTokenizer with "
+                "--vocab-size."
+            )
+        elif kind in PACKAGES and kind not in ("GPT2BPETokenizer", "BertWordPieceLowerCase", "BertWordPieceCase") and not model:
+            what = "FOLDER, or a name of Hugging Face's hub" if kind in HUGGING_FACE else "FILE"
+            yield f"--tokenizer-type {kind} needs --tokenizer-model {what}: add it."
+        elif kind in NULL and not args.vocab_size:
+            yield f"--tokenizer-type {kind} needs --vocab-size: add the number of different tokens in the data."
+    for name in TOKENIZERS:
+        if path := file_of(args, name, here):
+            yield from _file(name, path, here, kind)
+
+
+def _file(name: str, path: str, here: Here, kind: str | None) -> Iterator[str]:
+    """Whether a file is there, or a folder of a tokenizer's files, and not empty."""
+    found = here(path)
+    if not found.exists():
+        use = ", or a name of Hugging Face's hub" if name == "--tokenizer-model" else ""
+        yield f"{name} {path} is not there: give a path that all nodes see{use}."
+        return
+    try:
+        empty = not any(found.iterdir()) if found.is_dir() else not found.open("rb").read(1)
+    except OSError as error:
+        yield f"{name} {path} cannot be read ({error.strerror}): give a path that all nodes may read."
+        return
+    if empty:
+        yield f"{name} {path} is empty: copy or write it again."
+    elif kind in HUGGING_FACE and name == "--tokenizer-model":
+        if not found.is_dir():
+            yield f"{name} {path} is a file, and --tokenizer-type {kind} reads a folder: give {Path(path).parent}."
+        elif not any((found / one).is_file() for one in OF_A_FOLDER) and not [*found.glob("*.tiktoken")]:
+            yield f"{name} {path} holds no tokenizer (none of {', '.join(OF_A_FOLDER)}): give the folder of one."
+    elif kind in (*SENTENCE_PIECE, "TikTokenizer") and found.is_dir():
+        yield f"{name} {path} is a folder, and --tokenizer-type {kind} reads a file: give the model's file in it."

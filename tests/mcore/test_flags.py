@@ -1,0 +1,64 @@
+"""The list of Megatron's flags, which a machine without Megatron checks a command line by, against Megatron's own parser."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, BooleanOptionalAction
+
+import pytest
+
+from megatron_lighthouse.mcore.command_line import flags
+from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
+
+
+def test_the_list_is_megatrons() -> None:
+    """Names, how many words each takes, their types, choices and defaults."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    own = add_megatron_arguments(ArgumentParser(allow_abbrev=False))
+    assert flags.installed() == flags.VERSION
+    assert [*flags.described(own)] == [*flags.listed()]
+    made = flags.parser(lambda parser: parser)
+    assert {*made._option_string_actions} == {*own._option_string_actions} - {"-h", "--help"}
+    for name, action in made._option_string_actions.items():
+        theirs = own._option_string_actions[name]
+        assert (action.dest, action.nargs) == (theirs.dest, theirs.nargs)
+        assert isinstance(action, BooleanOptionalAction) == isinstance(theirs, BooleanOptionalAction)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--num-layer 4", "--num-layer is not a known flag: did you mean --num-layers?"),
+        ("--lighthouse-buget 8", "did you mean --lighthouse-budget?"),
+        ("--seq-len=8", "--seq-len is not a known flag: did you mean --seq-length?"),
+        ("--completely-else 1", "--completely-else is not a known flag: leave it out."),
+        ("--swiglu yes", "yes follows no flag that takes it"),
+    ],
+)
+def test_what_is_not_listed(words: str, says: str) -> None:
+    _, wrong = flags.parse(words.split(), with_all_arguments)
+    assert any(says in message for message in wrong), wrong
+    assert flags.parse(words.split(), with_all_arguments, strict=False)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--num-layers four", "--num-layers: invalid int value: 'four'."),
+        ("--lr", "--lr: expected one argument."),
+        ("--attention sparse", "--attention: invalid choice: 'sparse'"),
+        ("--normalization Norm", "--normalization: invalid choice: 'Norm'"),
+        ("--window-size 128,x", "--window-size: invalid"),
+    ],
+)
+def test_a_value_that_a_flag_does_not_take(words: str, says: str) -> None:
+    with pytest.raises(flags.WordsError) as error:
+        flags.parse(words.split(), with_all_arguments)
+    assert says in str(error.value)
+
+
+def test_what_is_parsed_without_megatron() -> None:
+    args, wrong = flags.parse("--window-size (128,0) --no-mmap-bin-files --cp-comm-type p2p a2a".split(), with_all_arguments)
+    assert wrong == []
+    assert (args.window_size, args.mmap_bin_files, args.cp_comm_type) == ((128, 0), False, ["p2p", "a2a"])
+    assert (args.attention_dropout, args.attention_backend, args.multi_latent_attention) == (0.1, "auto", False)

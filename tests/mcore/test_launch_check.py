@@ -1,0 +1,151 @@
+"""The check before queuing: what the run refuses is refused there, by Megatron's parser and rules where it can be imported."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from megatron_lighthouse.launch import check
+from megatron_lighthouse.mcore.command_line import run_options
+from tests.mcore.harness import MODEL, TEXT, Processes
+
+LLAMA = """
+    --num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 --group-query-attention
+    --num-query-groups 8 --kv-channels 128 --seq-length 131072 --max-position-embeddings 131072
+    --micro-batch-size 1 --global-batch-size 16 --position-embedding-type rope --rotary-base 500000
+    --use-rope-scaling --rope-scaling-factor 8 --normalization RMSNorm --norm-epsilon 1e-5 --disable-bias-linear --swiglu
+    --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02
+    --transformer-impl transformer_engine --bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+    --tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 4 --cp-comm-type p2p
+    --recompute-granularity full --recompute-method uniform --recompute-num-layers 1
+    --cross-entropy-loss-fusion --no-create-attention-mask-in-dataloader --no-gradient-accumulation-fusion
+    --lr 3e-4 --min-lr 3e-5 --lr-decay-style cosine --lr-warmup-fraction 0.02 --weight-decay 0.1 --adam-beta2 0.95
+    --clip-grad 1.0 --train-iters 20000 --save run/checkpoints --load run/checkpoints --save-interval 500 --log-interval 10
+    --eval-interval 1000 --eval-iters 8 --distributed-timeout-minutes 60 --attention lighthouse --lighthouse-budget 2048
+    --mock-data --tokenizer-type HuggingFaceTokenizer --tokenizer-model meta-llama/Meta-Llama-3-8B
+""".split()
+"""Llama-3 8B at 131,072 tokens on 64 GPUs: TP 2, CP 4, RoPE scaled."""
+GPUS = ["--arch", "hopper", "--nodes", "8", "--gpus-per-node", "8"]
+
+WRONG = {
+    "a flag cut short": ("--lr-warmup-iter 100", "did you mean --lr-warmup-iters?"),
+    "a value": ("--normalization rmsnorm", "--normalization: invalid choice: 'rmsnorm'"),
+    "QK-norm": ("--qk-layernorm", "use --lighthouse-scorer dilated or gla"),
+    "MLA": ("--multi-latent-attention", "use --group-query-attention, or --attention dense"),
+    "a window": ("--window-size 4096,0", r"--window-size \(4096, 0\) .* leave it out"),
+    "SFT": ("--sft", "use Megatron-LM's own pretrain_gpt.py"),
+    "dropout": ("--attention-dropout 0.1", "use --attention-dropout 0 "),
+    "a layout": ("--context-parallel-size 3", "use --nodes"),
+    "a length": ("--seq-length 100000", "--seq-length 100000 must be"),
+    "no interval": ("--save-interval 0", "--save .* add --save-interval N"),
+    "an empty tokenizer": ("--tokenizer-model {empty}", "is empty: copy or write it again"),
+    "a folder of none": ("--tokenizer-model {other}", "holds no tokenizer"),
+    "no tokenizer": ("--tokenizer-type SentencePieceTokenizer", "--tokenizer-model meta-llama/.* is not there"),
+    "the rate": ("--min-lr 1", "--lr 0.0003 must be at least --min-lr 1.0"),
+    "a warm-up": ("--lr-warmup-fraction 1", "use 0.02"),
+    "WSD": ("--lr-decay-style WSD", "needs --lr-wsd-decay-iters"),
+    "what nothing reads": ("--use-flash-attn", "use --attention-backend flash"),
+    "dense over shards": (
+        "--attention dense --transformer-impl local --softmax-type learnable",
+        r"--softmax-type learnable do not go with --context-parallel-size 4 .* leave them out",
+    ),
+    "a scheme": (
+        "--attention dense --transformer-impl local --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2",
+        r"--cp-comm-type a2a\+p2p",
+    ),
+    "a second data": ("--data-path nowhere", "leave all but one out"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_words_without_megatron(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As on a login node that has none."""
+    for folder in ("empty", "other"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "other" / "README").write_text("x")
+    more, says = WRONG[name]
+    more = more.format(empty=tmp_path / "empty", other=tmp_path / "other")
+    assert check.main([*GPUS, "--", *LLAMA, *more.split()]) == 1
+    assert re.search(says, error := capsys.readouterr().err), error
+
+
+def test_what_was_not_asked_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check.main([*GPUS, "--", *LLAMA]) == 0
+    assert "Megatron is not installed here" in capsys.readouterr().out
+    assert check.main([*GPUS, "--without-megatron", "--", *LLAMA]) == 0
+    assert "Megatron's own rules are the run's to ask" in capsys.readouterr().out
+
+
+def asked(folder: Path, *words: str) -> tuple[list[int], str]:
+    """The check in a process that has imported Megatron."""
+    processes = Processes(folder, 1, words, "megatron_lighthouse.launch.check")
+    return processes.wait(), processes.log.read_text()
+
+
+LATE = {
+    "recompute": ("--recompute-granularity selective", "recompute method is not yet supported for selective"),
+    "experts": ("--expert-model-parallel-size 2", "num_experts must be non None to use expert model parallelism"),
+    "without words": ("--num-dataset-builder-threads 0", "assert args.num_dataset_builder_threads > 0"),
+    "of the model": ("--moe-router-topk 1 --num-experts 8 --moe-ffn-hidden-size 64", "use --moe-router-pre-softmax when topk"),
+}
+"""What Megatron refuses by rules of its own."""
+
+
+def test_megatron_reads_the_words(tmp_path: Path) -> None:
+    """A realistic line is taken; wrong ones are refused, all in one go, as Megatron or the run puts it."""
+    statuses, log = asked(tmp_path / "right", *GPUS, "--", *LLAMA)
+    assert (statuses, "Megatron-core 0.19.2 reads it, and nothing is refused" in log) == ([0], True), log
+    points = [word for name, (more, _) in LATE.items() for word in ("--point", f"{name.replace(' ', '-')} {more}")]
+    statuses, log = asked(tmp_path / "wrong", *GPUS, *points, "--", *LLAMA)
+    assert statuses == [1]
+    for name, (_, says) in LATE.items():
+        assert re.search(f"- {name.replace(' ', '-')}: .*{re.escape(says)}", log, re.IGNORECASE), (name, log)
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--attention", "lighthouse", "--qk-layernorm"),
+        ("--rope-scaling-factor", "32"),
+        ("--save", "there"),
+        ("--num-layer", "4"),
+    ],
+    ids=" ".join,
+)
+def test_the_check_says_what_the_run_says(more: Sequence[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same sentence, for it is the same function."""
+    run = Processes(tmp_path / "run", 1, [*MODEL, *TEXT, *more])
+    assert run.wait() == [2]
+    log = run.log.read_text()
+    assert check.main(["--nodes", "1", "--gpus-per-node", "1", "--", *MODEL, *TEXT, *more]) == 1
+    for line in capsys.readouterr().err.splitlines()[1:]:
+        assert line.strip().removeprefix("- ") in log, (line, log[-2000:])
+
+
+def test_a_usage_error_is_one_line(tmp_path: Path) -> None:
+    for name, more, says in (
+        ("flag", "--num-layer", "--num-layer is not a known flag: did you mean --num-layers? See --help."),
+        ("value", "--lr=x", "--lr: invalid float value: 'x'. See --help."),
+    ):
+        run = Processes(tmp_path / name, 1, [*MODEL, *TEXT, more])
+        assert run.wait() == [2]
+        lines = [line for line in run.log.read_text().splitlines() if "Warning" not in line and "warn" not in line]
+        assert [line for line in lines if says in line] == lines
+
+
+def test_packages_that_the_run_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused where the job's Python is this one; another's are not looked at here."""
+    monkeypatch.setattr(run_options, "find_spec", lambda name: None)
+    assert check.main([*GPUS, "--", *LLAMA]) == 0
+    capsys.readouterr()
+    assert check.main([*GPUS, "--runs-here", "--", *LLAMA, "--gradient-accumulation-fusion"][:-1]) == 1
+    error = capsys.readouterr().err
+    assert "needs the package transformers, which is not installed: install it (pip install transformers)" in error
+    assert "needs the package transformer_engine" in error
+    for kind, package in (("TikTokenizer", "tiktoken"), ("GPTSentencePieceTokenizer", "sentencepiece")):
+        assert check.main([*GPUS, "--runs-here", "--", *LLAMA, "--tokenizer-type", kind, "--tokenizer-model", __file__]) == 1
+        assert f"needs the package {package}" in capsys.readouterr().err

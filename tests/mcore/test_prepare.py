@@ -1,0 +1,85 @@
+"""Text and JSON lines as an indexed dataset: read again by Megatron, and taken by the check and by training."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_lighthouse.launch import check
+from megatron_lighthouse.mcore.data import prepare
+from tests.mcore.harness import MODEL
+
+NUMBERS = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "300"]
+DOCUMENTS = [[1, 2, 3], [4, 5], [6], [7, 8]]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    """The documents in a text, in JSON lines with an empty one, and in some that are packed."""
+    texts = [" ".join(map(str, document)) for document in DOCUMENTS]
+    (tmp_path / "a.txt").write_text(texts[0])
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in (texts[1], "", texts[2])) + "\n\n")
+    with gzip.open(tmp_path / "c.jsonl.gz", "wt") as packed:
+        packed.write(json.dumps({"text": texts[3], "source": 1}))
+    return [str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.jsonl.gz")]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_megatron_reads_what_is_written(
+    files: list[str], workers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    prefix = str(tmp_path / "out")
+    assert prepare.main(["--input", *files, "--output", prefix, "--workers", workers, *NUMBERS]) == 0
+    assert f"4 documents, 12 tokens; 1 without text left out. Train with --data-path {prefix}" in capsys.readouterr().out
+    dataset = IndexedDataset(prefix)
+    assert [dataset[n].tolist() for n in range(len(dataset))] == [[*document, 299] for document in DOCUMENTS]
+    assert dataset.document_indices.tolist() == [0, 1, 2, 3, 4]
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "b.jsonl", "c.jsonl.gz", "out.bin", "out.idx"}
+    assert prepare.main(["--input", files[0], "--output", prefix, *NUMBERS]) == 2
+    assert "out.idx is there already" in capsys.readouterr().err
+
+
+def test_without_an_end(files: list[str], tmp_path: Path) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    prefix = str(tmp_path / "out")
+    assert prepare.main(["--input", files[0], "--output", prefix, "--no-end-of-document", *NUMBERS]) == 0
+    dataset = IndexedDataset(prefix)  # what it gives is a view of its file
+    assert dataset[0].tolist() == DOCUMENTS[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "more", "says"),
+    [
+        ('{"text": "1"', "", "b.jsonl, line 1: no JSON"),
+        ('{"content": "1"}', "", "no text under 'text', it has content: give --json-key"),
+        ("[1]", "", "it is no object"),
+        ("", "--num-layers 4", "--num-layers is no flag of a tokenizer"),
+        ("", "--tokenizer-typ x", "did you mean --tokenizer-type?"),
+        ("", "--tokenizer-type HuggingFaceTokenizer --tokenizer-model ./nowhere", "./nowhere is not there"),
+        ("", "--input nowhere", "--input nowhere is no file"),
+        ("", "--workers 0", "--workers 0 must be at least 1"),
+        ("", "--output nowhere/out", "there is no folder nowhere: make it"),
+    ],
+)
+def test_what_is_refused(line: str, more: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And nothing is left behind."""
+    (tmp_path / "b.jsonl").write_text(line + "\n")
+    given = ["--input", str(tmp_path / "b.jsonl"), "--output", str(tmp_path / "out"), *NUMBERS, *more.split()]
+    assert prepare.main(given) == 2
+    assert says in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["b.jsonl"]
+
+
+def test_the_check_takes_it(files: list[str], tmp_path: Path) -> None:
+    prefix = str(tmp_path / "out")
+    assert prepare.main(["--input", *files, "--output", prefix, *NUMBERS]) == 0
+    assert (
+        check.main(["--nodes", "1", "--gpus-per-node", "1", "--", *MODEL, "--data-path", prefix, "--split", "1,1,0", *NUMBERS])
+        == 0
+    )

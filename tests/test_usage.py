@@ -1,0 +1,88 @@
+"""How programs begin and what they say of a wrong command line: quickly, in one line, without what libraries have to say."""
+
+from __future__ import annotations
+
+import io
+import logging
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from megatron_lighthouse import bars
+from megatron_lighthouse.quiet import quiet_imports
+from megatron_lighthouse.usage import Parser, with_nearest
+
+SLOW = {"torch", "megatron", "matplotlib"}
+ASKED = """
+import runpy, sys
+sys.argv = ["x", "{flag}"]
+try:
+    runpy.run_module("{module}", run_name="__main__")
+except SystemExit as end:
+    print(end.code, *sorted({slow} & set(sys.modules)), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "flag"),
+    [
+        *(("launch.check", flag) for flag in ("--help", "--not-a-flag=1")),
+        *(("mcore.data.prepare", flag) for flag in ("--help", "--not-a-flag=1")),
+        ("recipe.two_stage", "--help"),  # what it does not know is Megatron's, which says so
+    ],
+)
+def test_help_and_a_wrong_flag_wait_for_no_library(module: str, flag: str) -> None:
+    text = ASKED.format(flag=flag, module=f"megatron_lighthouse.{module}", slow=SLOW)
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+    *said, ended = done.stderr.splitlines()
+    assert ended == ("0" if flag == "--help" else "2")
+    assert len(said) == (0 if flag == "--help" else 1), said
+    assert "usage: " in done.stdout if flag == "--help" else "usage: " not in done.stderr
+
+
+def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = Parser(prog="program")
+    parser.add_argument("--steps", type=int, choices=(1, 2))
+    for words, says in (
+        (["--step", "1"], "program: --step is not a known flag: did you mean --steps? See --help.\n"),
+        (["--steps", "x"], "program: --steps: invalid int value: 'x'. See --help.\n"),
+        (["word"], "program: word follows no flag that takes it. See --help.\n"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            parser.parse_args(words)
+        assert (ended.value.code, capsys.readouterr().err) == (2, says)
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["word"])
+    assert capsys.readouterr().err == ""
+    assert with_nearest("unrecognized arguments: --b --ab", ["--abc"]).count("is not a known flag") == 2
+
+
+def test_imports_say_nothing_and_what_follows_does(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        with quiet_imports():
+            warnings.warn("a library's", stacklevel=1)
+            logging.getLogger("library").warning("a library's")
+            logging.getLogger("library").error("an error")
+        warnings.warn("ours", stacklevel=1)
+        logging.getLogger("ours").warning("ours too")
+    assert [str(warning.message) for warning in shown] == ["ours"]
+    assert [record.message for record in caplog.records] == ["an error", "ours too"]
+
+
+def test_a_bar_without_a_terminal_is_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(bars.sys, "stderr", stream)
+    for _ in bars.bar(range(1000), desc="evaluation"):
+        pass
+    written = stream.getvalue()
+    assert "\r" not in written
+    lines = written.splitlines()
+    assert len(lines) <= 3
+    assert lines[-1].startswith("evaluation: 100%")
+    assert written.endswith("\n")

@@ -13,9 +13,10 @@ pass chunks around, as one sequence.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -82,6 +83,21 @@ class Documents:
     def order(self, ranks: int) -> Tensor:
         """[t], int64: the tokens of the row, chunk by chunk: first all documents' chunks 0."""
         return torch.cat([self.rows_of(chunk, ranks) for chunk in range(2 * ranks)])
+
+    def lengths_of(self, chunks: Sequence[int], ranks: int) -> list[int]:
+        """Tokens of each document in these of its 2 * ranks chunks, as the host knows them."""
+        bounds = [0, *accumulate(self.lengths)]
+        ends = [sum((bound + chunk) // (2 * ranks) for chunk in chunks) for bound in bounds]
+        return [end - start for start, end in pairwise(ends)]
+
+    def by_document(self, chunks: Sequence[int], ranks: int) -> Tensor:
+        """[rows], int64: rows of these chunks, laid end to end, in the order of the documents, and within each of the chunks."""
+        bounds = torch.stack([self.cu_seqlens_of(chunk, ranks).long() for chunk in chunks], dim=1)
+        rows = self.tokens // (2 * ranks)
+        begins = bounds[:-1] + rows * torch.arange(len(chunks), device=bounds.device)
+        ends = torch.cat([bounds.new_zeros(1), bounds.diff(dim=0).flatten().cumsum(0)])
+        places = torch.arange(rows * len(chunks), device=bounds.device)
+        return places + _repeated(begins.flatten() - ends[:-1], ends, rows * len(chunks))
 
     def zigzag_problem(self, ranks: int) -> str | None:
         """Why so many ranks cannot hold the row; None where they can."""

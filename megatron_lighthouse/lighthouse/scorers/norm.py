@@ -8,6 +8,8 @@ from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse.geometry import Pyramid
+from megatron_lighthouse.lighthouse.packed.packing import Packing
+from megatron_lighthouse.lighthouse.packed.steps import PackedSteps
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.scorers.base import Scorer
 from megatron_lighthouse.lighthouse.steps import Steps
@@ -33,3 +35,8 @@ class Norm(Scorer):
         rotary: Rotary | None = None,
     ) -> Tensor:
         return steps.score(query, key, pyramid)
+
+    def packed(
+        self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, steps: PackedSteps, rotary: Rotary | None = None
+    ) -> Tensor:
+        return steps.score(query, key, packing)

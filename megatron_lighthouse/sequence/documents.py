@@ -71,13 +71,15 @@ class Documents:
         return torch.arange(rows, device=own.device) + _repeated(begins - own[:-1], own, rows)
 
     def rows_of_rank(self, layout: Layout) -> Tensor:
-        """[t / C], int64: the tokens of the row that a rank holds, in the order in which it holds them.
+        """[t / C], int64: the tokens of the row that a rank holds, in the order in which it holds them; one alone, as they are.
 
         Raises:
             ValueError: a row that 2C does not divide.
         """
         if problem := self.zigzag_problem(layout.size):
             raise ValueError(problem)
+        if layout.size == 1:
+            return torch.arange(self.tokens, device=self.cu_seqlens.device)
         return torch.cat([self.rows_of(chunk, layout.size) for chunk in layout.chunks])
 
     def order(self, ranks: int) -> Tensor:
@@ -91,7 +93,7 @@ class Documents:
         return [end - start for start, end in pairwise(ends)]
 
     def by_document(self, chunks: Sequence[int], ranks: int) -> Tensor:
-        """[rows], int64: rows of these chunks, laid end to end, in the order of the documents, and within each of the chunks."""
+        """[rows], int64: rows of these chunks, laid end to end, in the order of the documents, within each in the chunks'."""
         bounds = torch.stack([self.cu_seqlens_of(chunk, ranks).long() for chunk in chunks], dim=1)
         rows = self.tokens // (2 * ranks)
         begins = bounds[:-1] + rows * torch.arange(len(chunks), device=bounds.device)

@@ -1,7 +1,8 @@
 """A block over documents: near and far rows are those of chunks of all documents, and a row sees its own document alone.
 
-The rows of a chunk lie document by document (see `sequence.documents`), so those of several chunks are put in the documents' order
-first. A document may have no row in a chunk: what sees nothing has an average of zero, and a log-sum-exp of minus infinity.
+The rows of a chunk lie document by document (see `sequence.documents`), so those of several chunks are put in the documents'
+order first. A document may have no row in a chunk: what sees nothing has an average of zero, and a log-sum-exp of minus
+infinity.
 """
 
 from __future__ import annotations

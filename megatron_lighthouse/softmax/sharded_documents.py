@@ -40,7 +40,8 @@ class ShardedDocuments:
             assert self.attend is not None
             order = documents.order(self.exchange.size)
             back = order.argsort()
-            return self.attend(*(x[back] for x in (*near, *far)), documents)[order]
+            query, key, value = (x[back] for x in (*near, *far))
+            return self.attend(query, key, value, documents)[order]
 
         block = OverDocuments(self.block, documents, self.exchange.size)
         return scheme(self.comm_type, self.exchange, lambda: block, lambda: whole)((query,), (key, value))
@@ -64,7 +65,8 @@ def sharded_documents_attention(
         raise ValueError(problem)
     attend = None
     if comm_type == "a2a":
-        attend = documents_attention(name, *(x[:, :, : x.shape[2] // exchange.size] for x in (query, key)), scale)
+        q, k = (x[:, :, : x.shape[2] // exchange.size] for x in (query, key))
+        attend = documents_attention(name, q, k, scale)
     rows = (query.device, query.dtype, query.shape[2], key.shape[2], query.shape[3])
     # cuDNN's in torch compiles anew for each length, of which documents have many
     known = [other for other in BLOCKS if other != "cudnn"]

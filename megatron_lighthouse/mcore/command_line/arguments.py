@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from megatron_lighthouse.mcore.command_line import rope, settings
+from megatron_lighthouse.mcore.command_line import documents, rope, settings
 from megatron_lighthouse.mcore.loop import selection_log
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.variants import VARIANTS, switching
@@ -80,21 +80,22 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
         kind = args.position_embedding_type
         say_once(f"--reset-position-ids changes nothing with --position-embedding-type {kind}, which does not read them.")
     config = model_cfg.transformer
+    if problems := [*documents.document_problems(args, config)]:
+        raise ValueError("\n".join(problems))
+    packs = documents.asked(args)
+    if packs and config.apply_rope_fusion and max(args.micro_batch_size, args.eval_micro_batch_size) > 1:
+        say_once(f"{documents.FLAG}: the rows of a micro-batch have angles of their own, so RoPE is not fused.")
+        config.apply_rope_fusion = False
     ours = config.context_parallel_size > 1 and config.transformer_impl == "local"
     if chosen is not None:
         check_run(args, config, chosen)
         if chosen.attention.selects:
             hooks.log_selection(args, chosen)
-    elif ours and getattr(args, "reset_attention_mask", False):
-        raise ValueError(
-            "--reset-attention-mask separates documents by a mask, which context parallelism without Transformer Engine does "
-            "not read: leave it out (documents in one sequence then attend to each other, as without it)."
-        )
     elif ours and (message := copies_in_a_graph(config, settings.comm_types_of(config))):
         raise ValueError(message)
     if chosen is not None or ours:
         # the attention is causal and reads no mask; one of seq x seq bytes would not fit at long context
         args.create_attention_mask_in_dataloader = False
-    if spec is None and (chosen is not None or config.sequence_parallel or config.context_parallel_size > 1):
-        model_cfg.transformer_layer_spec = partial(layer_spec, settings=chosen)
+    if spec is None and (chosen is not None or packs or config.sequence_parallel or config.context_parallel_size > 1):
+        model_cfg.transformer_layer_spec = partial(layer_spec, settings=chosen, documents=packs)
     return model_cfg

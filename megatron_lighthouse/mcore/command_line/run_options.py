@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 
 from megatron_lighthouse.mcore.command_line.checks import cp_layout_problems
+from megatron_lighthouse.mcore.command_line.documents import mask_problem
 from megatron_lighthouse.mcore.command_line.unread import unread_problems
 
 ELSEWHERE = "use Megatron-LM's own pretrain_gpt.py for it (patches/patch.py gives that --attention lighthouse)"
@@ -14,7 +15,6 @@ ELSEWHERE = "use Megatron-LM's own pretrain_gpt.py for it (patches/patch.py give
 NOT_HERE = {
     "sft": "--sft (packed sequences)",
     "fim_data": "--fim-data",
-    "dataloader_inter_document_masking": "--dataloader-inter-document-masking (packed sequences)",
     "hybrid_context_parallel": "--hybrid-context-parallel (packed sequences)",
     "perform_rl_step": "--perform-rl-step",
     "check_for_spiky_loss": "--check-for-spiky-loss",
@@ -41,6 +41,8 @@ def check_run_options(args: Namespace) -> None:
     for name, option in {**NOT_HERE, **LATER}.items():
         if getattr(args, name, False):
             raise ValueError(f"{option} is not done by megatron_lighthouse.pretrain_gpt: {ELSEWHERE}.")
+    if message := mask_problem(args):
+        raise ValueError(message)
     if args.transformer_impl == "transformer_engine" and not find_spec("transformer_engine"):
         raise ValueError(
             "--transformer-impl transformer_engine (Megatron's default) needs the package transformer_engine, which is not "

@@ -14,11 +14,14 @@ from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
 from megatron_lighthouse.lighthouse.implementations import steps_for
 from megatron_lighthouse.lighthouse.layer import Layer, build
+from megatron_lighthouse.lighthouse.packed.layer import PackedLayer, build_packed
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.lighthouse.sharded.select import is_local
 from megatron_lighthouse.lighthouse.sharded.sent import layer_bytes, summary
+from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.softmax.backends import Attend
+from megatron_lighthouse.softmax.documents import AttendDocuments
 from megatron_lighthouse.softmax.inputs import Inputs, check_backend
 from megatron_lighthouse.variant import Place, Variant
 
@@ -40,6 +43,31 @@ class Placed:
             return output, None
         rows, halo = attended.rows.detach(), None if attended.halo is None else attended.halo.detach()
         return output, replace(attended, rows=rows, dealt=rows, halo=halo, travel=None, passage=None).scatter
+
+
+@dataclass(frozen=True)
+class PlacedDocuments:
+    """As `Placed`, over packed documents."""
+
+    layer: PackedLayer
+    place: Place
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *_: Tensor,
+        documents: Documents,
+        attend: AttendDocuments | None = None,
+    ) -> tuple[Tensor, Callable[[], Tensor] | None]:
+        with telemetry.layer(self.place.number):
+            attended = self.layer.attended(query, key, value, documents, attend)
+            output = attended.scatter()
+        # where nothing is scattered, the output is the rows, which the inner attention keeps
+        if not self.place.discard_output or not output.requires_grad or attended.is_whole:
+            return output, None
+        return output, replace(attended, rows=attended.rows.detach()).scatter
 
 
 class Lighthouse(Variant):
@@ -66,6 +94,16 @@ class Lighthouse(Variant):
             yield str(error)
         if message := SCORERS[config.scorer].problem(seq_length, ranks):
             yield message
+
+    def document_problems(self, config: LighthouseConfig, ranks: int) -> Iterator[str]:
+        """One rank holds whole documents; several would have to share their pyramids."""
+        if ranks > 1:
+            yield (
+                f"--dataloader-inter-document-masking with --context-parallel-size {ranks} is done by dense attention alone: "
+                "use --context-parallel-size 1, or --attention dense."
+            )
+        if problem := SCORERS[config.scorer].packed_problem(config.rule.window):
+            yield problem
 
     def graph_problems(self, config: LighthouseConfig, seq_length: int, ranks: int, graphs: str) -> Iterator[str]:
         """How many rows go to which rank is read by the host, in every layer."""
@@ -118,6 +156,9 @@ class Lighthouse(Variant):
     def build(self, config: LighthouseConfig, query: Tensor, key: Tensor, place: Place) -> Placed:
         how = (place.exchange, place.comm_type, place.scale, place.base_attends, place.rotary)
         return Placed(build(config, query, key, *how), place)
+
+    def build_documents(self, config: LighthouseConfig, query: Tensor, key: Tensor, place: Place) -> PlacedDocuments:
+        return PlacedDocuments(build_packed(config, query, key, place.scale, place.base_attends, place.rotary), place)
 
     def cost(self, config: LighthouseConfig, seq_length: int, ranks: int) -> Geometry:
         return config.geometry(seq_length, ranks)

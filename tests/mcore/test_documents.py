@@ -68,3 +68,25 @@ def test_losses_equal_those_of_one_process(
     result = run(tmp_path, *start, ranks=ranks, data=documents)
     assert list(result.losses) == [1, 2, 3]
     assert_same(result, one_process)
+
+
+LIGHTHOUSE = ["--attention", "lighthouse", *PACKED[2:], "--lighthouse-tile-budget", "2"]
+"""Windows of 16 tokens, tiles of 128: longer documents select, those of few tokens go in whole."""
+
+
+@pytest.fixture(scope="module")
+def one_lighthouse(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, documents: list[str]) -> Run:
+    return run(tmp_path_factory.mktemp("selects"), *LIGHTHOUSE, "--load", str(checkpoint), *START, data=documents)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "arguments"),
+    [(1, "--micro-batch-size 2 --no-lighthouse-discard-output"), (4, "--tensor-model-parallel-size 2 --sequence-parallel")],
+    ids=["two rows at once, outputs kept", "TP2·DP2"],
+)
+def test_lighthouse_equals_itself_on_one_process(
+    ranks: int, arguments: str, tmp_path: Path, checkpoint: Path, documents: list[str], one_lighthouse: Run, one_process: Run
+) -> None:
+    assert abs(one_lighthouse.losses[1] - one_process.losses[1]) > 1e-4, "nothing was selected"
+    start = [*LIGHTHOUSE, "--load", str(checkpoint), *START, *arguments.split()]
+    assert_same(run(tmp_path, *start, ranks=ranks, data=documents), one_lighthouse)

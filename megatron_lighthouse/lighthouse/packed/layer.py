@@ -31,11 +31,16 @@ class PackedAttended:
     selection: Selection
     steps: PackedSteps
 
-    def scatter(self) -> Tensor:
-        """[t, 1, H, D]: the layer's output."""
+    @property
+    def is_whole(self) -> bool:
+        """Whether all documents go in whole, so that rows are tokens."""
         packing = self.selection.geometry
         assert isinstance(packing, Packing)
-        return self.rows if packing.is_whole else self.steps.scatter(self.rows, self.selection)
+        return packing.is_whole
+
+    def scatter(self) -> Tensor:
+        """[t, 1, H, D]: the layer's output."""
+        return self.rows if self.is_whole else self.steps.scatter(self.rows, self.selection)
 
 
 @dataclass(frozen=True)

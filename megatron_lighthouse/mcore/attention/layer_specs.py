@@ -30,6 +30,7 @@ from megatron_lighthouse.mcore.attention.rotary import rotary_of
 from megatron_lighthouse.mcore.attention.streams import add_streams
 from megatron_lighthouse.mcore.command_line import rope
 from megatron_lighthouse.mcore.command_line.checks import check_run
+from megatron_lighthouse.mcore.command_line.documents import asked
 from megatron_lighthouse.mcore.command_line.layers import attention_layers
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_of_rank, own_comm_types, settings_from
 from megatron_lighthouse.notice import say_once
@@ -99,7 +100,7 @@ def lighthouse(model_cfg: Any, vp_stage: int | None = None) -> LayerSpec:
     if args is not None:
         settings = rope.settled(args, settings)
         check_run(args, model_cfg.transformer, settings)
-    return layer_spec(model_cfg, vp_stage, settings=settings)
+    return layer_spec(model_cfg, vp_stage, settings=settings, documents=args is not None and asked(args))
 
 
 def layer_spec(

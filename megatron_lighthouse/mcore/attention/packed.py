@@ -113,7 +113,7 @@ def _thd(documents: Documents) -> PackedSeqParams:
 @cache
 def class_over_thd(base: type) -> type:
     """The core-attention class `base`, which takes 'thd', for documents in rows."""
-    return type("Documents" + base.__name__, (ThdMixin, base), {"__module__": __name__})
+    return type("Documents" + base.__name__, (ThdMixin, base), {"__module__": base.__module__})
 
 
 def check_call(what: str, mask_type: AttnMaskType, bias: Tensor | None, params: Any, ranks: int) -> None:

@@ -69,6 +69,8 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
             raise ValueError(message)
         selection_log.say_nothing_is_logged(args)
     if chosen is None and spec is not None:
+        if documents.asked(args):
+            raise ValueError(f"{documents.FLAG} needs core attention that takes documents, and --spec {args.spec} has its own.")
         return model_cfg
     if spec is not None and by_name:
         raise ValueError(f"--attention {args.attention} chooses the layer spec, and so does --spec: leave one of them out.")
@@ -80,9 +82,9 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
         kind = args.position_embedding_type
         say_once(f"--reset-position-ids changes nothing with --position-embedding-type {kind}, which does not read them.")
     config = model_cfg.transformer
-    if problems := [*documents.document_problems(args, config)]:
-        raise ValueError("\n".join(problems))
     packs = documents.asked(args)
+    if chosen is None and (problems := [*documents.document_problems(args, config)]):
+        raise ValueError("\n".join(problems))
     if packs and config.apply_rope_fusion and max(args.micro_batch_size, args.eval_micro_batch_size) > 1:
         say_once(f"{documents.FLAG}: the rows of a micro-batch have angles of their own, so RoPE is not fused.")
         config.apply_rope_fusion = False

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from megatron_lighthouse.context_parallel.copies import SWITCH
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem
 from megatron_lighthouse.lighthouse.config import flag
-from megatron_lighthouse.mcore.command_line import rope, stored
+from megatron_lighthouse.mcore.command_line import documents, rope, stored
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_of_rank, of_edge, own_comm_types
 
 if TYPE_CHECKING:  # what needs no Megatron is asked on a login node too
@@ -44,7 +44,8 @@ def check_run(args: Namespace, config: TransformerConfig, settings: LighthouseSe
     """
     found = [
         *_model(config, settings, args.seq_length),
-        *_arguments(args, settings),
+        *documents.document_problems(args, config),
+        *_arguments(args, settings, config.context_parallel_size),
         *_stage2(args, settings),
         *_streams_of_run(args, settings),
     ]
@@ -81,13 +82,9 @@ def settings_problems(settings: LighthouseSettings, seq_length: int, ranks: int)
         yield from map(of_edge, settings.attention.length_problems(settings.edge, seq_length, ranks))
 
 
-def _arguments(args: Namespace, settings: LighthouseSettings) -> Iterator[str]:
+def _arguments(args: Namespace, settings: LighthouseSettings, ranks: int) -> Iterator[str]:
     refused = {
-        "reset_attention_mask": f"--reset-attention-mask separates documents by a mask, which {settings.attention.title} does "
-        "not read: leave it out (documents in one sequence then attend to each other, as without it).",
         "sft": "--sft packs sequences (thd): use --attention dense for it.",
-        "dataloader_inter_document_masking": "--dataloader-inter-document-masking packs sequences (thd): leave it out, or use "
-        "--attention dense.",
         **{
             name: f"--{name.replace('_', '-')} packs sequences (thd): leave it out, or use --attention dense."
             for name in DYNAMIC
@@ -96,6 +93,13 @@ def _arguments(args: Namespace, settings: LighthouseSettings) -> Iterator[str]:
         "dense.",
     }
     yield from (message for name, message in refused.items() if getattr(args, name, False))
+    if message := documents.mask_problem(args):
+        yield message
+    if documents.asked(args):
+        yield from settings.attention.document_problems(settings.config, ranks)
+        if settings.edge:
+            yield from settings.attention.document_problems(settings.edge, ranks)
+        yield from documents.watched_problems(args)
     yield from cp_layout_problems(args)
     backend = getattr(args, "attention_backend", None)
     if getattr(backend, "name", backend) == "local":

@@ -30,8 +30,6 @@ def document_problems(args: Namespace, config: Any) -> Iterator[str]:
     """What does not go with packed documents in this model (a TransformerConfig), each with what would work."""
     if not asked(args):
         return
-    if getattr(args, "spec", None) is not None:
-        yield f"{FLAG} needs core attention that takes documents, and --spec chooses its own: leave one of them out."
     kind = getattr(args, "position_embedding_type", "rope")
     if kind not in ROTATED:
         yield f"{FLAG} with --position-embedding-type {kind} is not done: use {' or '.join(ROTATED)}."
@@ -47,6 +45,13 @@ def document_problems(args: Namespace, config: Any) -> Iterator[str]:
     if (graphs := getattr(config, "cuda_graph_impl", "none")) != "none":
         yield f"{FLAG} with --cuda-graph-impl {graphs} is not done, for each batch has other documents: leave one of them out."
     yield from _local(config) if config.transformer_impl == "local" else _of_te(config)
+
+
+def watched_problems(args: Namespace) -> Iterator[str]:
+    """What measures a selection goes by the tiles of one sequence."""
+    for name in ("lighthouse_telemetry_interval", "lighthouse_selection_map"):
+        if value := getattr(args, name, None):
+            yield f"--{name.replace('_', '-')} {value} measures one sequence, not packed documents: leave it out, or {FLAG}."
 
 
 def _of_te(config: Any) -> Iterator[str]:

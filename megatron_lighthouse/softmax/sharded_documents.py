@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.parts import Block, Tensors
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem, scheme
+from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.softmax.backends import choose_for_blocks
 from megatron_lighthouse.softmax.blocks import BLOCKS
@@ -68,6 +69,8 @@ def sharded_documents_attention(
         q, k = (x[:, :, : x.shape[2] // exchange.size] for x in (query, key))
         attend = documents_attention(name, q, k, scale)
     rows = (query.device, query.dtype, query.shape[2], key.shape[2], query.shape[3])
+    elif query.is_cuda:
+        say_once("lighthouse: packed documents over shards are a call each, many in a row are slow: --cp-comm-type a2a takes one.")
     # cuDNN's in torch compiles anew for each length, of which documents have many
     known = [other for other in BLOCKS if other != "cudnn"]
     block = BLOCKS["sdpa" if comm_type == "a2a" else choose_for_blocks(name, known, *rows)](scale)

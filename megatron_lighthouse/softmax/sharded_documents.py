@@ -68,9 +68,11 @@ def sharded_documents_attention(
     if comm_type == "a2a":
         q, k = (x[:, :, : x.shape[2] // exchange.size] for x in (query, key))
         attend = documents_attention(name, q, k, scale)
-    rows = (query.device, query.dtype, query.shape[2], key.shape[2], query.shape[3])
     elif query.is_cuda:
-        say_once("lighthouse: packed documents over shards are a call each, many in a row are slow: --cp-comm-type a2a takes one.")
+        say_once(
+            "lighthouse: packed documents over shards are a call each, so many in a row are slow: --cp-comm-type a2a is not."
+        )
+    rows = (query.device, query.dtype, query.shape[2], key.shape[2], query.shape[3])
     # cuDNN's in torch compiles anew for each length, of which documents have many
     known = [other for other in BLOCKS if other != "cudnn"]
     block = BLOCKS["sdpa" if comm_type == "a2a" else choose_for_blocks(name, known, *rows)](scale)

@@ -19,7 +19,8 @@ LAYOUTS = {
     "CP2, all-gather and all-to-all by layer": (2, "--context-parallel-size 2 --cp-comm-type p2p all_gather a2a p2p"),
     "TP2·CP2, two rows at once": (
         4,
-        "--tensor-model-parallel-size 2 --context-parallel-size 2 --sequence-parallel --micro-batch-size 2",
+        "--tensor-model-parallel-size 2 --context-parallel-size 2 --sequence-parallel --micro-batch-size 2 "
+        "--eval-interval 2 --eval-iters 2 --eval-micro-batch-size 1",
     ),
     "PP4, two rows at once": (4, "--pipeline-model-parallel-size 4 --micro-batch-size 2"),
     "PP2·VPP2": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),

@@ -204,8 +204,12 @@ def test_lighthouse_over_ranks_is_refused() -> None:
         check_run(given, config, SETTINGS)
 
 
-def test_another_core_attention_is_refused() -> None:
+def test_a_core_attention_is_exchanged_once_and_another_is_refused() -> None:
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
     from megatron_lighthouse.mcore.attention.fused import of_documents
 
+    once = of_documents(DotProductAttention)
+    assert of_documents(once) is once
     with pytest.raises(ValueError, match="takes the core attention of Megatron's own layer specs, not"):
         of_documents(SimpleNamespace)

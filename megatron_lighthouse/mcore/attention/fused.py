@@ -15,7 +15,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megatron_lighthouse.mcore.attention.over_shards import in_place_of_local
-from megatron_lighthouse.mcore.attention.packed import attend_documents, check_call, class_over_thd
+from megatron_lighthouse.mcore.attention.packed import ThdMixin, attend_documents, check_call, class_over_thd
 from megatron_lighthouse.mcore.command_line.documents import FLAG
 from megatron_lighthouse.softmax.backends import Attend, deterministic, inner_attention
 from megatron_lighthouse.softmax.documents import AttendDocuments, documents_attention
@@ -70,6 +70,8 @@ def of_documents(core_attention: Any) -> Any:
         ValueError: another core attention.
     """
     module = core_attention.module if isinstance(core_attention, ModuleSpec) else core_attention
+    if isinstance(module, type) and issubclass(module, (FusedAttention, ThdMixin)):  # layers of a block may share a spec
+        return core_attention
     if module is DotProductAttention:
         return in_place_of_local(core_attention, FusedAttention)
     if not isinstance(module, type) or "transformer_engine" not in module.__module__:

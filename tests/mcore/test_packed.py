@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_lighthouse import lighthouse_attention
 from megatron_lighthouse.mcore.command_line.documents import FLAG, document_problems
 from megatron_lighthouse.sequence.documents import Documents
-from tests.mcore.test_spec import SETTINGS, N, core_attention, fused_qkv, transformer_config
+from tests.mcore.test_spec import SETTINGS, N, core_attention, fused_qkv, gpt, local_spec, transformer_config
 from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -213,3 +213,23 @@ def test_a_core_attention_is_exchanged_once_and_another_is_refused() -> None:
     assert of_documents(once) is once
     with pytest.raises(ValueError, match="takes the core attention of Megatron's own layer specs, not"):
         of_documents(SimpleNamespace)
+
+
+def test_a_model_given_packed_rows_as_upstream_gives_them_has_the_same_logits() -> None:
+    """Whose RoPE for 'thd' begins anew in each document, and whose micro-batch is one row: dense layers and Lighthouse."""
+    from megatron_lighthouse.mcore.attention.document_rotary import rotate_by
+    from megatron_lighthouse.mcore.attention.layer_specs import _with_documents, with_lighthouse
+    from megatron_lighthouse.mcore.attention.packed import packed
+
+    config, documents = transformer_config(), documents_of_rows()
+    model = gpt(with_lighthouse(_with_documents(local_spec(), config), SETTINGS), config).cuda().eval()
+    tokens = torch.randint(64, (2, N), generator=torch.Generator().manual_seed(3)).cuda()
+    upstream = model(tokens.view(1, -1), documents.positions.view(1, -1), None, packed_seq_params=thd(documents))
+    rotate_by(model, documents.positions.view(2, N))
+    ours = model(tokens, documents.positions.view(2, N), None, packed_seq_params=packed(documents, N))
+    assert_close(ours.flatten(0, 1), upstream.flatten(0, 1), "float32")
+    tokens[0, 150:] = 0  # of the last document of the first row
+    changed = model(tokens, documents.positions.view(2, N), None, packed_seq_params=packed(documents, N))
+    assert torch.equal(changed[0, :131], ours[0, :131])
+    assert torch.equal(changed[1], ours[1])
+    assert not torch.equal(changed[0, 150:], ours[0, 150:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from hypothesis import strategies as st
@@ -44,7 +45,7 @@ def attention(q: Array, k: Array, v: Array, packed: Packed) -> tuple[list[list[t
     ratio, scale = q.shape[2] // k.shape[2], 1 / math.sqrt(q.shape[3])
     out = np.zeros_like(q)
     chosen: list[list[tuple[int, Entry]]] = [[] for _ in range(k.shape[2])]
-    for d, (start, end) in enumerate(zip(packed.bounds, packed.bounds[1:], strict=False)):
+    for d, (start, end) in enumerate(pairwise(packed.bounds)):
         document = slice(start, end)
         alone = Problem(end - start, packed.levels, packed.pooling, 0, 0, packed.pin_first)
         for g in range(k.shape[2]):

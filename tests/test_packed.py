@@ -178,9 +178,9 @@ def test_a_given_attention_gets_the_documents_of_the_rows() -> None:
 )
 def test_wrong_boundaries_are_refused(wrong: list[int], rule: str) -> None:
     inputs = tensors(of((40,)))
-    for function, given in ((lighthouse_attention, inputs), (lighthouse_select, inputs[:2])):
+    for function, taken in ((lighthouse_attention, inputs), (lighthouse_select, inputs[:2])):
         with pytest.raises(ValueError, match=rule):
-            function(*given, config_of(ROW), cu_seqlens=torch.tensor(wrong, dtype=torch.int32, device=DEVICE))
+            function(*taken, config_of(ROW), cu_seqlens=torch.tensor(wrong, dtype=torch.int32, device=DEVICE))
 
 
 def test_other_input_that_does_not_fit_is_refused() -> None:
@@ -195,8 +195,8 @@ def test_other_input_that_does_not_fit_is_refused() -> None:
             lighthouse_attention(*inputs, config, cu_seqlens=cu_seqlens)
     with pytest.raises(ValueError, match=r"lay rows end to end, \[N \* B, 1, H, D\]"):
         lighthouse_attention(*(x.repeat(1, 2, 1, 1) for x in inputs), config, cu_seqlens=right)
+    chosen = packed_rows(*inputs, config, bounds(40)).selection
     with pytest.raises(ValueError, match="selection was made for"):
-        chosen = packed_rows(*inputs, config, bounds(40)).selection
         lighthouse_attention(*inputs, config, cu_seqlens=right, selection=chosen)
     for scorer in ("dilated", "gla"):
         odd = LighthouseConfig(levels=2, pooling=2, budget=2, tile_budget=2, scorer=scorer)

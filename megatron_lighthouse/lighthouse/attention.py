@@ -75,8 +75,7 @@ def lighthouse_attention(
     Raises:
         ValueError: shapes or dtypes that do not fit each other, an N that does not fit the config or the ranks, or an inner
             attention that is forced and is not there; boundaries that do not begin with 0, increase and end at N, or that come
-            with B > 1, with context-parallel ranks or with a scorer that cannot. Raised before any collective, and on every rank
-            alike.
+            with B > 1, with context-parallel ranks or with a scorer that cannot. Before any collective, on every rank alike.
         TypeError: a selection that is no `Selection`.
         RuntimeError: under torch.func or forward-mode differentiation; in backward, a second derivative.
     """

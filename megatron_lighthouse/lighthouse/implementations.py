@@ -50,8 +50,9 @@ def packed_steps_for(name: str, query: Tensor, pooling: int = 2) -> PackedSteps:
     """As `steps_for`, over packed documents."""
     if steps_for(name, query, pooling) is reference:
         return packed_reference
-    say_once("lighthouse: over packed documents the steps run in plain PyTorch, many times slower than kernels.")
-    return packed_reference
+    from megatron_lighthouse.kernels.lighthouse import packed as packed_kernels
+
+    return packed_kernels
 
 
 def _missing(device: str, dtype: torch.dtype, dim: int) -> str | None:

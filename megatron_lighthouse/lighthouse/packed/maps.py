@@ -53,10 +53,8 @@ class Maps:
     @cached_property
     def inside(self) -> Tensor:
         """[W*F]: the tokens that form windows, in order."""
-        document, window = self._repeated(self.windows, sum(self.packing.windows)), self.packing.rule.window
-        number = torch.arange(len(document), device=document.device) - self.windows[document]
-        offsets = torch.arange(window, device=document.device)
-        return (self.tokens[document] + number * window).unsqueeze(1).add(offsets).flatten()
+        starts = self.packing.window_starts.long()
+        return (starts.unsqueeze(1) + torch.arange(self.packing.rule.window, device=starts.device)).flatten()
 
     @cached_property
     def loose_row(self) -> Tensor:

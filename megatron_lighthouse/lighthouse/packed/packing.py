@@ -86,6 +86,25 @@ class Packing(Pyramid):
         return self._table([accumulate(count, initial=0) for count in counts])
 
     @cached_property
+    def units(self) -> int:
+        """Of all documents: each has one for every F tokens, and one for the rest, which may be empty."""
+        return sum(length // self.rule.window + 1 for length in self.lengths)
+
+    @cached_property
+    def unit_table(self) -> Tensor:
+        """[3 * (n + 1) + 2 * units] int32, for the kernels: `bounds`; the document of each unit; its number in that."""
+        each = self.bounds[0].diff() // self.rule.window + 1
+        numbers = torch.arange(len(each), device=each.device).repeat_interleave(each, output_size=self.units)
+        in_document = torch.arange(self.units, device=each.device) - (each.cumsum(0) - each)[numbers]
+        return torch.cat([self.bounds.flatten(), numbers.int(), in_document.int()])
+
+    @cached_property
+    def window_starts(self) -> Tensor:
+        """[W] int32: the first token of each coarsest window."""
+        documents = zip(accumulate(self.lengths, initial=0), self.windows, strict=False)
+        return self._table([[start + i * self.rule.window for start, count in documents for i in range(count)]])[0]
+
+    @cached_property
     def tiles(self) -> Tensor:
         """[5, tiles] int32: windows and refined entries a level before each tile; its windows; its budget; whether it is the
         first of its document."""

@@ -64,8 +64,32 @@ def packed_gather_forward_kernel(
     p_map, is_turned = p_places + i_g * pyramid_length, tl.program_id(1) < H + G
     strides = stride_x, stride_rows, 0
     packed = p_documents, documents, units, tokens, windows
-    how: tl.constexpr = (D, BLOCK_D, P, L, BLOCK, 0, True, False, TURN, PAIRS, BEFORE)
-    collect(p_x, p_map, p_rows, p_rows, p_turns, *strides, 0, 0, 0, 0, is_turned, *how, packed, True)
+    collect(
+        p_x,
+        p_map,
+        p_rows,
+        p_rows,
+        p_turns,
+        *strides,
+        0,
+        0,
+        0,
+        0,
+        is_turned,
+        D,
+        BLOCK_D,
+        P,
+        L,
+        BLOCK,
+        0,
+        True,
+        False,
+        TURN,
+        PAIRS,
+        BEFORE,
+        packed,
+        True,
+    )
 
 
 @triton.jit(repr=lambda _: "lighthouse_packed_gather_backward", do_not_specialize=COUNTS)
@@ -110,8 +134,32 @@ def packed_gather_backward_kernel(
     p_map, is_turned = p_places + i_g * pyramid_length, tl.program_id(1) < H + G
     strides = stride_rows, stride_x, 0
     packed = p_documents, documents, units, tokens, windows
-    how: tl.constexpr = (D, BLOCK_D, P, L, BLOCK, 0, True, False, TURN, PAIRS, BEFORE)
-    spread(p_rows, p_map, p_x, p_rows, p_turns, *strides, 0, 0, 0, 0, is_turned, *how, packed, True)
+    spread(
+        p_rows,
+        p_map,
+        p_x,
+        p_rows,
+        p_turns,
+        *strides,
+        0,
+        0,
+        0,
+        0,
+        is_turned,
+        D,
+        BLOCK_D,
+        P,
+        L,
+        BLOCK,
+        0,
+        True,
+        False,
+        TURN,
+        PAIRS,
+        BEFORE,
+        packed,
+        True,
+    )
 
 
 def launch_packed(

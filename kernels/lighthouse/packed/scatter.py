@@ -45,8 +45,32 @@ def packed_scatter_forward_kernel(
     p_rows, p_out = head_of(p_rows, strides_rows, H), head_of(p_out, strides_out, H)
     strides = strides_rows[0], strides_out[0], 0
     packed = p_documents, documents, units, tokens, windows
-    how: tl.constexpr = (D, BLOCK_D, P, L, BLOCK, 1, False, False, 0, 0, 0)
-    spread(p_rows, p_map, p_out, p_out, p_out, *strides, 0, 0, 0, 0, False, *how, packed, True)
+    spread(
+        p_rows,
+        p_map,
+        p_out,
+        p_out,
+        p_out,
+        *strides,
+        0,
+        0,
+        0,
+        0,
+        False,
+        D,
+        BLOCK_D,
+        P,
+        L,
+        BLOCK,
+        1,
+        False,
+        False,
+        0,
+        0,
+        0,
+        packed,
+        True,
+    )
 
 
 @triton.jit(repr=lambda _: "lighthouse_packed_scatter_backward", do_not_specialize=COUNTS)
@@ -75,8 +99,32 @@ def packed_scatter_backward_kernel(
     p_rows, p_out = head_of(p_rows, strides_rows, H), head_of(p_out, strides_out, H)
     strides = strides_out[0], strides_rows[0], 0
     packed = p_documents, documents, units, tokens, windows
-    how: tl.constexpr = (D, BLOCK_D, P, L, BLOCK, 1, False, False, 0, 0, 0)
-    collect(p_out, p_map, p_rows, p_rows, p_out, *strides, 0, 0, 0, 0, False, *how, packed, True)
+    collect(
+        p_out,
+        p_map,
+        p_rows,
+        p_rows,
+        p_out,
+        *strides,
+        0,
+        0,
+        0,
+        0,
+        False,
+        D,
+        BLOCK_D,
+        P,
+        L,
+        BLOCK,
+        1,
+        False,
+        False,
+        0,
+        0,
+        0,
+        packed,
+        True,
+    )
 
 
 class PackedScatter(torch.autograd.Function):

@@ -90,12 +90,11 @@ def packed_place_kernel(
     p_rank = p_ranks + tl.program_id(1).to(tl.int64) * coarse_length
     p_place = p_places + tl.program_id(1).to(tl.int64) * (tokens + coarse_length)
     for level in tl.static_range(L):
-        parts: tl.constexpr = P ** (L - 1 - level)
-        if tl.program_id(0) * BLOCK < units * parts:
+        if tl.program_id(0) * BLOCK < units * P ** (L - 1 - level):
             i_part = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-            i_in, start, length, before, windows = documents_of(i_part, p_documents, documents, units, parts)
-            i_entry = before * parts + i_in
-            mask = i_in < windows * parts
+            i_in, start, length, before, windows = documents_of(i_part, p_documents, documents, units, P ** (L - 1 - level))
+            i_entry = before * P ** (L - 1 - level) + i_in
+            mask = i_in < windows * P ** (L - 1 - level)
             gathered = mask
             if level < L - 1:
                 offset = level_offset(compact_length, level + 1, P) - compact_length
@@ -106,7 +105,7 @@ def packed_place_kernel(
                 place += gathered_before(p_rank, end, mask, compact_length, budget, other, P, L)
             place = tl.where(gathered, place + start - before * P ** (L - 1), -1)
             if level == 0:
-                rows_end = tl.load(p_documents + 3 * documents + i_part // parts, mask=i_in < length, other=0)
+                rows_end = tl.load(p_documents + 3 * documents + i_part // P ** (L - 1), mask=i_in < length, other=0)
                 rows_end = tl.load(p_documents + 2 * documents + rows_end + 1)
                 place = tl.where(mask, place, rows_end - length + i_in)
                 tl.store(p_place + start + i_in, place, mask=i_in < length)

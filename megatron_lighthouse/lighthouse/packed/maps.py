@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from megatron_lighthouse.lighthouse.packed.packing import Packing
+from megatron_lighthouse.lighthouse.packed.packing import Packing, numbered
 
 
 class Maps:
@@ -43,7 +43,7 @@ class Maps:
     @cached_property
     def document(self) -> Tensor:
         """[t]: the document of each token."""
-        return self._repeated(self.tokens, self.packing.seq_length)
+        return numbered(self.tokens, self.packing.seq_length)
 
     @cached_property
     def position(self) -> Tensor:
@@ -67,7 +67,7 @@ class Maps:
     @cached_property
     def rows_shift(self) -> Tensor:
         """[W]: the rows of loose tokens before each coarsest window."""
-        document = self._repeated(self.windows, sum(self.packing.windows))
+        document = numbered(self.windows, sum(self.packing.windows))
         return self.tokens[document] - self.packing.rule.window * self.windows[document]
 
     def received(self, level: int) -> Tensor:
@@ -89,9 +89,3 @@ class Maps:
         position = last.unsqueeze(1) + torch.arange(width, device=last.device)
         end = self.tokens[self.document[last] + 1].unsqueeze(1)
         return position.where(position < end, self.packing.seq_length)
-
-    @staticmethod
-    def _repeated(bounds: Tensor, length: int) -> Tensor:
-        """[length]: i for each of the places from bounds i to i + 1."""
-        numbers = torch.arange(len(bounds) - 1, device=bounds.device)
-        return numbers.repeat_interleave(bounds.diff(), output_size=length)

@@ -34,7 +34,7 @@ class Packing(Pyramid):
     @staticmethod
     def of(documents: Documents, rule: Rule) -> Packing:
         """That of a row; made once for all layers that share a rule."""
-        made: dict[Rule, Packing] = documents.__dict__.setdefault("packings", {})
+        made: dict[Rule, Packing] = vars(documents).setdefault("packings", {})
         if rule not in made:
             lengths = documents.lengths
             made[rule] = Packing(sum(lengths), rule.levels, rule.pooling, rule, lengths, documents.cu_seqlens)
@@ -61,8 +61,11 @@ class Packing(Pyramid):
 
     def compact_documents(self, unit: int) -> Documents:
         """What the documents have of the compact sequence, a row for every `unit` tokens of it; whole ones have none."""
-        each = self.rule.window // unit
-        return Documents(self.bounds[1] * each, tuple(windows * each for windows in self.windows))
+        made: dict[int, Documents] = vars(self).setdefault("compacted", {})
+        if unit not in made:
+            each = self.rule.window // unit
+            made[unit] = Documents(self.bounds[1] * each, tuple(windows * each for windows in self.windows))
+        return made[unit]
 
     @property
     def is_whole(self) -> bool:
@@ -94,15 +97,17 @@ class Packing(Pyramid):
     def unit_table(self) -> Tensor:
         """[3 * (n + 1) + 2 * units] int32, for the kernels: `bounds`; the document of each unit; its number in that."""
         each = self.bounds[0].diff() // self.rule.window + 1
-        numbers = torch.arange(len(each), device=each.device).repeat_interleave(each, output_size=self.units)
-        in_document = torch.arange(self.units, device=each.device) - (each.cumsum(0) - each)[numbers]
-        return torch.cat([self.bounds.flatten(), numbers.int(), in_document.int()])
+        before = torch.nn.functional.pad(each.cumsum(0), (1, 0))
+        document = numbered(before, self.units)
+        number = torch.arange(self.units, device=each.device) - before[document]
+        return torch.cat([self.bounds.flatten(), document.int(), number.int()])
 
     @cached_property
     def window_starts(self) -> Tensor:
         """[W] int32: the first token of each coarsest window."""
-        documents = zip(accumulate(self.lengths, initial=0), self.windows, strict=False)
-        return self._table([[start + i * self.rule.window for start, count in documents for i in range(count)]])[0]
+        document = numbered(self.bounds[1], sum(self.windows))
+        number = torch.arange(len(document), device=document.device) - self.bounds[1][document]
+        return (self.bounds[0][document] + number * self.rule.window).int()
 
     @cached_property
     def tiles(self) -> Tensor:
@@ -120,3 +125,9 @@ class Packing(Pyramid):
 
     def _table(self, rows: Iterable[Iterable[int]]) -> Tensor:
         return torch.tensor([list(row) for row in rows], dtype=torch.int32).to(self.cu_seqlens.device, non_blocking=True)
+
+
+def numbered(bounds: Tensor, length: int) -> Tensor:
+    """[length] int64: i for each of the places from bounds i to i + 1. Asks the device nothing."""
+    numbers = torch.arange(len(bounds) - 1, device=bounds.device)
+    return numbers.repeat_interleave(bounds.diff(), output_size=length)

@@ -8,9 +8,13 @@ from dataclasses import Field, field, fields
 from typing import Any
 
 
-def option(default: Any, text: str, choices: Iterable[str] = ()) -> Any:
-    """A field of a config with its help; the default is added to that unless the text says it."""
-    return field(default=default, metadata={"help": text, "choices": tuple(choices)})
+def option(default: Any, text: str, choices: Iterable[str] = (), by_length: bool = False) -> Any:
+    """A field of a config with its help; the default is added to that unless the text says it.
+
+    Args:
+        by_length: the command line has no default of its own (None): what the sequence length asks for is taken.
+    """
+    return field(default=default, metadata={"help": text, "choices": tuple(choices), "by_length": by_length})
 
 
 def flag_of(prefix: str, name: str) -> str:
@@ -21,20 +25,22 @@ def flag_of(prefix: str, name: str) -> str:
 def add_options(group: argparse._ArgumentGroup, prefix: str, config: type) -> None:
     """Add `--<prefix>-…` for each field of the dataclass `config`; a bool has a `--no-<prefix>-…` too."""
     for one in fields(config):
-        text = one.metadata["help"]
-        given: dict[str, Any] = {"help": text if "Default:" in text else f"{text} Default: %(default)s."}
+        text, default = one.metadata["help"], None if one.metadata["by_length"] else one.default
+        says = "what the sequence length asks for" if default is None else "%(default)s"
+        given: dict[str, Any] = {"help": text if "Default:" in text else f"{text} Default: {says}."}
         if isinstance(one.default, bool):
             given["action"] = argparse.BooleanOptionalAction
         elif one.metadata["choices"]:
             given["choices"] = list(one.metadata["choices"])
         else:
             given["type"] = type(one.default)
-        group.add_argument(flag_of(prefix, one.name), default=one.default, **given)
+        group.add_argument(flag_of(prefix, one.name), default=default, **given)
 
 
 def read_options(args: argparse.Namespace, prefix: str, config: type) -> Any:
-    """The `config` that parsed arguments ask for. Raises what its constructor raises."""
-    return config(**{one.name: getattr(args, _dest(prefix, one)) for one in fields(config)})
+    """The `config` that parsed arguments ask for, with its own defaults for None. Raises what its constructor raises."""
+    given = {one.name: getattr(args, _dest(prefix, one)) for one in fields(config)}
+    return config(**{name: value for name, value in given.items() if value is not None})
 
 
 def _dest(prefix: str, one: Field[Any]) -> str:

@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from itertools import islice
+from typing import Any
 
+from megatron_lighthouse.lighthouse.by_length import NAMES, by_length
 from megatron_lighthouse.lighthouse.geometry import Geometry
 from megatron_lighthouse.lighthouse.implementations import STEPS
 from megatron_lighthouse.lighthouse.packed.rule import Rule
@@ -30,18 +32,22 @@ class LighthouseConfig:
     Raises ValueError, naming the flag, its value, the rule and values that would work.
     """
 
-    levels: int = option(3, "Levels of the pyramid (L), the tokens themselves being the finest.")
+    levels: int = option(3, "Levels of the pyramid (L), the tokens themselves being the finest.", by_length=True)
     """Levels of the pyramid (L), the input itself being level 0. A coarsest window holds pooling^(levels-1) tokens."""
 
     pooling: int = option(4, "Pooling factor (p) from one level to the next.")
     """Pooling factor (p) from one level to the next. The kernels are made for 2 to 16: at 32 they run out of registers."""
 
     budget: int = option(
-        1536, "Entries refined per level and key/value head (k). The attended length is seq/p^(L-1) + (L-1)*p*k."
+        1536,
+        "Entries refined per level and key/value head (k). The attended length is seq/p^(L-1) + (L-1)*p*k.",
+        by_length=True,
     )
     """Entries refined per level and key/value head (k). The gathered length is N/p^(L-1) + (L-1)*p*k."""
 
-    tile_budget: int = option(128, "Entries refined per level within one tile (m); the sequence has budget/tile-budget tiles.")
+    tile_budget: int = option(
+        128, "Entries refined per level within one tile (m); the sequence has budget/tile-budget tiles.", by_length=True
+    )
     """Entries refined per level within one tile (m). The sequence has budget/tile_budget tiles."""
 
     scorer: str = option(
@@ -153,6 +159,13 @@ class LighthouseConfig:
     def _neighbours(value: int, unit: int) -> tuple[int, int]:
         return value // unit * unit, (value // unit + 1) * unit
 
+    @classmethod
+    def for_length(cls, seq_length: int, **given: Any) -> LighthouseConfig:
+        """The config that `seq_length` tokens ask for (`by_length`), with the fields that are given."""
+        pooling = given.get("pooling", cls.pooling)
+        found = by_length(seq_length, pooling, **{name: given[name] for name in NAMES if name in given})
+        return cls(**{**given, **found})
+
     def geometry(self, seq_length: int, context_parallel: int = 1) -> Geometry:
         """The integers of this config at a sequence length of `seq_length` tokens (N), on `context_parallel` ranks (C).
 
@@ -201,23 +214,27 @@ class LighthouseConfig:
         return seq_length >= least and seq_length % unit == 0 and self._refined(budget) % _chunks(ranks) == 0
 
     def _others(self, seq_length: int, ranks: int) -> str:
-        """The nearest settings that would work: of each kind up to two, every one tried against all rules."""
+        """The nearest settings that would work, budgets first: of each kind up to two, every one tried against all rules."""
         unit, window = self._unit(ranks, self.budget // self.tile_budget), self.pooling ** (self.levels - 1)
         below, above = self._neighbours(seq_length, unit)
         least = self._neighbours(window * self.budget - 1, unit)[1]
         lengths = [n for n in (below, above) if self._fits(n, ranks)] or [n for n in (least,) if self._fits(n, ranks)]
         windows = max(0, seq_length) // window
         budgets = _nearest(self.budget, self.tile_budget, windows, lambda k: self._fits(seq_length, ranks, k))
-        offers = [_either("--seq-length", lengths), _either(flag("budget"), budgets)]
+        offers = [_either(flag("budget"), budgets) or self._pair(seq_length, ranks), _either("--seq-length", lengths)]
         if ranks > 1:
             sizes = _nearest(ranks, 1, windows // 2, lambda n: self._fits(seq_length, n))
             offers.append(_either("--context-parallel-size", sizes))
-        if not budgets:
-            for m in (64, 32, 16, 8, 4, 2):
-                if m < self.tile_budget and self._fits(seq_length, ranks, m, m):
-                    offers.append(f"{flag('budget')} {m} {flag('tile_budget')} {m}")
-                    break
         return ", or ".join(filter(None, offers)) or "other sizes"
+
+    def _pair(self, seq_length: int, ranks: int) -> str:
+        """A budget and a tile budget that work, where no budget does with this tile budget."""
+        found = by_length(max(1, seq_length), self.pooling, self.levels)
+        pairs = [(found["budget"], found["tile_budget"]), *((m, m) for m in (64, 32, 16, 8, 4, 2) if m < self.tile_budget)]
+        for k, m in pairs:
+            if self._fits(seq_length, ranks, k, m):
+                return f"{flag('budget')} {k} {flag('tile_budget')} {m}"
+        return ""
 
     def _other_tile_budgets(self) -> str:
         """The even divisors of the budget that lie nearest; where there is none, a pair that works."""

@@ -11,7 +11,7 @@ What launch scripts write into run.json before the run starts:
      "global_batch": 1,             sequences a step; 1 for each data-parallel rank where missing
      "device": "h100",              for the prediction; none where missing
      "vocab": 384,                  rows of the embedding; the recipe's where missing
-     "levels": 3, "pooling": 4, "budget": 1536, "tile_budget": 128,     the recipe's where missing
+     "levels": 3, "pooling": 4, "budget": 1536, "tile_budget": 128,     what the length asks for where missing
      "edge_budget": 3072,           of the first and last layers, which are dense where it is missing
      "layers": 30, "hidden": 1024, "ffn": 1536, "heads": 8, "groups": 8, "head_dim": 128, "dense_first": 2, "dense_last": 2,
                                     the recipe's where missing; a recipe that is not in recipes.toml needs all but the last two
@@ -36,6 +36,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.plan import memory, time
 from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import device_of
@@ -195,7 +196,7 @@ def _speeds(row: Row, info: Row, times: list[float]) -> None:
         run = run.change(model=replace(run.model, **sizes))
     else:
         run = Run(GPT(**sizes), **changes)
-    config = run.config.replace(**{name: info[name] for name in CONFIG if name in info})
+    config = LighthouseConfig.for_length(run.seq_length, **{name: info[name] for name in CONFIG if name in info})
     run = run.change(config=config, device=device_of(info["device"])).check()
     row["predicted_tokens_s_gpu"] = round(time.tokens_per_gpu(run, coefficients()), 1)
     row["predicted_peak_gib"] = round(memory.total(run) / 2**30, 2)

@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_lighthouse.mcore.attention.fused_spec import with_fused_attention
-from megatron_lighthouse.mcore.command_line import settings
+from megatron_lighthouse.mcore.command_line import pyramid, settings
 from megatron_lighthouse.mcore.command_line.arguments import (
     ArgumentsProvider,
     model_config,
@@ -113,6 +113,7 @@ def parse(add_arguments: ArgumentsProvider) -> argparse.Namespace:
         there = ", ".join(sorted(path.name for path in Path(args.load).glob("iter_*")))
         raise ValueError(f"--load {args.load} has no {Path(_folder(args)).name}: give --ckpt-step one of {there}.")
     check_same_model(args, stored_arguments(args))
+    pyramid.settle(args)
     settle_attention(args, iteration_of(args))
     return args
 

@@ -125,7 +125,7 @@ SIZES = _sizes()
             2,
             Problem(24, 2, 2, 10, 2),
             "--seq-length 24 must be a multiple of 10 (budget 10 / tile budget 2 = 5 tiles of whole windows of 2 tokens): use "
-            "--seq-length 40, or --lighthouse-budget 8 or 12",
+            "--lighthouse-budget 8 or 12, or --seq-length 40.",
             id="tiles of half a window",
         ),
     ],

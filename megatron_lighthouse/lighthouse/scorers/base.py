@@ -87,6 +87,14 @@ class Scorer(ABC):
             "--lighthouse-scorer norm or summary."
         )
 
+    @abstractmethod
+    def moved(self, pyramid: Pyramid, shape: Shape) -> float:
+        """Bytes that it must read and write in a layer, forward, on all ranks: for the plan."""
+
+    @abstractmethod
+    def flops(self, pyramid: Pyramid, shape: Shape) -> float:
+        """Operations of what it attends with, likewise: a multiply and an add are two."""
+
     def sent(self, pyramid: Pyramid, shape: Shape, size: int) -> int:
         """Bytes that each of `size` ranks sends in a layer, forward; `pyramid` is that of the whole sequence."""
         return 0
@@ -117,3 +125,8 @@ class Scorer(ABC):
         size = 1 if exchange is None else exchange.size
         if problem := self.problem(rows * size, size):
             raise ValueError(problem)
+
+
+def row_bytes(rows: int, shape: Shape, heads: int) -> float:
+    """Of `rows` rows of `heads` heads."""
+    return float(rows * heads * shape.batch * shape.dim * shape.itemsize)

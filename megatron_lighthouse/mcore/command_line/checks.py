@@ -33,7 +33,7 @@ def check(config: TransformerConfig, settings: LighthouseSettings, seq_length: i
     Raises:
         ValueError: every rule that is broken, one a line, each with what would work.
     """
-    _raise(settings, [*_model(config, settings, seq_length)])
+    _raise(settings, [*model_problems(config, settings, seq_length)])
 
 
 def check_run(args: Namespace, config: TransformerConfig, settings: LighthouseSettings) -> None:
@@ -43,9 +43,9 @@ def check_run(args: Namespace, config: TransformerConfig, settings: LighthouseSe
         ValueError: as `check`.
     """
     found = [
-        *_model(config, settings, args.seq_length),
-        *documents.document_problems(args, config),
-        *_arguments(args, settings, config.context_parallel_size),
+        *model_problems(config, settings, args.seq_length),
+        *argument_problems(args, settings),
+        *_documents(args, config, settings),
         *_stage2(args, settings),
         *_streams_of_run(args, settings),
     ]
@@ -59,7 +59,8 @@ def _raise(settings: LighthouseSettings, problems: list[str]) -> None:
         raise ValueError(f"--attention {settings.variant} cannot run as asked:\n  - " + "\n  - ".join(problems))
 
 
-def _model(config: TransformerConfig, settings: LighthouseSettings, seq_length: int | None) -> Iterator[str]:
+def model_problems(config: TransformerConfig, settings: LighthouseSettings, seq_length: int | None) -> Iterator[str]:
+    """Why Lighthouse cannot train this model: of the plan too, whose `config` has what is read here alone."""
     yield from _unsupported(config, settings)
     if settings.attention.switches:
         holding = len(settings.holding(config.num_layers))
@@ -82,7 +83,8 @@ def settings_problems(settings: LighthouseSettings, seq_length: int, ranks: int)
         yield from map(of_edge, settings.attention.length_problems(settings.edge, seq_length, ranks))
 
 
-def _arguments(args: Namespace, settings: LighthouseSettings, ranks: int) -> Iterator[str]:
+def argument_problems(args: Namespace, settings: LighthouseSettings) -> Iterator[str]:
+    """Why it cannot train with this data and these options of a run, of those that `args` have."""
     refused = {
         "sft": "--sft packs sequences (thd): use --attention dense for it.",
         **{
@@ -95,11 +97,6 @@ def _arguments(args: Namespace, settings: LighthouseSettings, ranks: int) -> Ite
     yield from (message for name, message in refused.items() if getattr(args, name, False))
     if message := documents.mask_problem(args):
         yield message
-    if documents.asked(args):
-        yield from settings.attention.document_problems(settings.config, ranks)
-        if settings.edge:
-            yield from settings.attention.document_problems(settings.edge, ranks)
-        yield from documents.watched_problems(args)
     yield from cp_layout_problems(args)
     backend = getattr(args, "attention_backend", None)
     if getattr(backend, "name", backend) == "local":
@@ -107,6 +104,14 @@ def _arguments(args: Namespace, settings: LighthouseSettings, ranks: int) -> Ite
             "--attention-backend local replaces the core attention of every layer after the specs are built: use "
             "--transformer-impl local, or another backend."
         )
+
+
+def _documents(args: Namespace, config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:
+    yield from documents.document_problems(args, config)
+    if documents.asked(args):
+        for own in filter(None, (settings.config, settings.edge)):
+            yield from settings.attention.document_problems(own, config.context_parallel_size)
+        yield from documents.watched_problems(args)
 
 
 def cp_layout_problems(given: object) -> Iterator[str]:

@@ -82,8 +82,11 @@ def one_lighthouse(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, d
 
 @pytest.mark.parametrize(
     ("ranks", "arguments"),
-    [(1, "--micro-batch-size 2 --no-lighthouse-discard-output"), (4, "--tensor-model-parallel-size 2 --sequence-parallel")],
-    ids=["two rows at once, outputs kept", "TP2·DP2"],
+    [
+        (1, "--micro-batch-size 2 --no-lighthouse-discard-output"),
+        (4, "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2"),
+    ],
+    ids=["two rows at once, outputs kept", "TP2·PP2"],
 )
 def test_lighthouse_equals_itself_on_one_process(
     ranks: int, arguments: str, tmp_path: Path, checkpoint: Path, documents: list[str], one_lighthouse: Run, one_process: Run

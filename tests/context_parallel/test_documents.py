@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import product
 
 import pytest
 import torch
@@ -136,10 +137,17 @@ def on_a_rank(group: Group, lengths: list[int], inputs: Sequence[Tensor], comm_t
     return [out.detach(), *torch.autograd.grad(out, leaves, inputs[3][rows])]
 
 
-@pytest.mark.parametrize("comm_type", COMM_TYPES)
+BY_ALL = ["shorter than the chunks are many", "some over all ranks"]
+"""Those that are tried with every scheme; the others with one each."""
+
+
 @pytest.mark.parametrize("size", SIZES, ids="CP={}".format)
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=list(LENGTHS))
-def test_attention_within_documents_equals_one_rank(lengths: list[int], size: int, comm_type: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "comm_type"),
+    [*product(BY_ALL, COMM_TYPES), *zip([kind for kind in LENGTHS if kind not in BY_ALL], COMM_TYPES, strict=True)],
+)
+def test_attention_within_documents_equals_one_rank(kind: str, comm_type: str, size: int) -> None:
+    lengths = LENGTHS[kind]
     groups = size if comm_type == "a2a" else 2
     generator = torch.Generator().manual_seed(3)
     shapes = [(sum(lengths), 1, heads, 5) for heads in (2 * groups, groups, groups, 2 * groups)]

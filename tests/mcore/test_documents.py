@@ -15,7 +15,6 @@ TOKENS = "--tokenizer-type NullTokenizer --vocab-size 257 --null-tokenizer-eod-i
 
 LAYOUTS = {
     "two rows at once": (1, "--micro-batch-size 2"),
-    "CP2": (2, "--context-parallel-size 2"),
     "CP2, all-gather and all-to-all by layer": (2, "--context-parallel-size 2 --cp-comm-type p2p all_gather a2a p2p"),
     "TP2·CP2, two rows at once": (
         4,
@@ -24,10 +23,7 @@ LAYOUTS = {
     ),
     "PP4, two rows at once": (4, "--pipeline-model-parallel-size 4 --micro-batch-size 2"),
     "PP2·VPP2": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
-    "DP2·CP2, recompute": (
-        4,
-        "--context-parallel-size 2 --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
-    ),
+    "DP2, recompute": (2, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
 }
 """DP2 counts unequal numbers of tokens, for the ends of documents do not count."""
 

@@ -128,7 +128,7 @@ def test_a_cpu_takes_the_reference_and_kernels_only_when_forced(monkeypatch: pyt
     x = torch.zeros(1)
     assert implementations.steps_for("auto", x) is reference
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="--lighthouse-steps kernels cannot run: they run on GPUs, not on the device 'cpu'"):
+    with pytest.raises(ValueError, match=r"config\.steps kernels cannot run: they run on GPUs, not on the device 'cpu'"):
         implementations.steps_for("kernels", x)
 
 
@@ -144,7 +144,7 @@ def test_a_pooling_that_the_kernels_are_not_made_for_is_said_once(
     for _ in range(2):
         implementations.steps_for("kernels", torch.zeros(1), pooling)
     assert len(caplog.messages) == (pooling > 16)
-    assert all("--lighthouse-pooling 2 to 16: at 32" in said for said in caplog.messages)
+    assert all("a pooling of 2 to 16: at 32" in said for said in caplog.messages)
 
 
 COMPILED = """

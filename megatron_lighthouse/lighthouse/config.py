@@ -25,11 +25,16 @@ def flag(name: str) -> str:
     return flag_of("lighthouse", name)
 
 
+def named(name: str) -> str:
+    """What a caller of the library knows the field `name` as."""
+    return f"config.{name}"
+
+
 @dataclass(frozen=True)
 class LighthouseConfig:
     """Options of Lighthouse Attention (arXiv 2605.06554), checked when constructed.
 
-    Raises ValueError, naming the flag, its value, the rule and values that would work.
+    Raises ValueError, naming the field, its value, the rule and values that would work.
     """
 
     levels: int = option(3, "Levels of the pyramid (L), the tokens themselves being the finest.", by_length=True)
@@ -108,30 +113,29 @@ class LighthouseConfig:
             value = getattr(self, field.name)
             kind = {"str": str, "bool": bool, "int": int}[str(field.type)]
             if type(value) is not kind:
-                raise ValueError(f"{flag(field.name)} {value!r} must be of type {field.type}, not {type(value).__name__}.")
+                raise ValueError(f"{named(field.name)} {value!r} must be of type {field.type}, not {type(value).__name__}.")
         if self.levels < 2:
             raise ValueError(
-                f"{flag('levels')} {self.levels} must be at least 2 (one level is dense attention: use --attention dense "
-                f"for that); the paper uses 3 to 5."
+                f"{named('levels')} {self.levels} must be at least 2 (one level is dense attention); the paper uses 3 to 5."
             )
         if self.pooling < 2:
-            raise ValueError(f"{flag('pooling')} {self.pooling} must be at least 2; the paper uses 2, 4 and 8.")
+            raise ValueError(f"{named('pooling')} {self.pooling} must be at least 2; the paper uses 2, 4 and 8.")
         if self.tile_budget < 2 or self.tile_budget % 2:
             raise ValueError(
-                f"{flag('tile_budget')} {self.tile_budget} must be even and positive, for half of it goes to the queries' "
+                f"{named('tile_budget')} {self.tile_budget} must be even and positive, for half of it goes to the queries' "
                 f"choice and half to the keys': use {self._other_tile_budgets()}."
             )
         if self.budget < 1 or self.budget % self.tile_budget:
             below, above = self._neighbours(self.budget, self.tile_budget)
             choices = f"{below} or {above}" if below > 0 else f"{self.tile_budget}, or a smaller tile budget"
             raise ValueError(
-                f"{flag('budget')} {self.budget} must be a positive multiple of {flag('tile_budget')} {self.tile_budget}: "
+                f"{named('budget')} {self.budget} must be a positive multiple of {named('tile_budget')} {self.tile_budget}: "
                 f"use {choices}."
             )
         for name, known in (("scorer", SCORERS), ("inner", INNER), ("steps", STEPS)):
             value = getattr(self, name)
             if value not in known:
-                raise ValueError(f"{flag(name)} {value!r} is not known: use {' or '.join(map(repr, known))}.")
+                raise ValueError(f"{named(name)} {value!r} is not known: use {' or '.join(map(repr, known))}.")
 
         self._check_documents()
 
@@ -176,26 +180,26 @@ class LighthouseConfig:
         geometry = Geometry(seq_length, self.levels, self.pooling, self.budget, self.tile_budget)
         if (refined := self._refined(self.budget)) % chunks:
             raise ValueError(
-                f"--context-parallel-size {context_parallel} deals the gathered rows into {chunks} equal chunks, and "
-                f"{flag('levels')} {self.levels} with {flag('pooling')} {self.pooling} and {flag('budget')} {self.budget} "
+                f"cp_group.size() {context_parallel} deals the gathered rows into {chunks} equal chunks, and "
+                f"{named('levels')} {self.levels} with {named('pooling')} {self.pooling} and {named('budget')} {self.budget} "
                 f"refines into {refined} rows, no multiple of it: use {self._others(seq_length, context_parallel)}."
             )
         if seq_length < 1 or seq_length % (tiles * window):
             raise ValueError(
-                f"--seq-length {seq_length} must be a multiple of {tiles * window} (budget {self.budget} / tile budget "
+                f"query's N {seq_length} must be a multiple of {tiles * window} (budget {self.budget} / tile budget "
                 f"{self.tile_budget} = {tiles} tiles of whole windows of {window} tokens): "
                 f"use {self._others(seq_length, context_parallel)}."
             )
         if seq_length % (chunks * window):
             raise ValueError(
-                f"--context-parallel-size {context_parallel} cuts the sequence into {chunks} chunks of whole windows of "
-                f"{window} tokens, so --seq-length {seq_length} must be a multiple of {chunks * window}: use "
+                f"cp_group.size() {context_parallel} cuts the sequence into {chunks} chunks of whole windows of "
+                f"{window} tokens, so query's N {seq_length} must be a multiple of {chunks * window}: use "
                 f"{self._others(seq_length, context_parallel)}."
             )
         if seq_length < window * self.budget:
             raise ValueError(
-                f"{flag('budget')} {self.budget} refines more windows than the {seq_length // window} windows of {window} "
-                f"tokens that --seq-length {seq_length} has: use {self._others(seq_length, context_parallel)}."
+                f"{named('budget')} {self.budget} refines more windows than the {seq_length // window} windows of {window} "
+                f"tokens that query's N {seq_length} has: use {self._others(seq_length, context_parallel)}."
             )
         return geometry
 
@@ -221,10 +225,10 @@ class LighthouseConfig:
         lengths = [n for n in (below, above) if self._fits(n, ranks)] or [n for n in (least,) if self._fits(n, ranks)]
         windows = max(0, seq_length) // window
         budgets = _nearest(self.budget, self.tile_budget, windows, lambda k: self._fits(seq_length, ranks, k))
-        offers = [_either(flag("budget"), budgets) or self._pair(seq_length, ranks), _either("--seq-length", lengths)]
+        offers = [_either(named("budget"), budgets) or self._pair(seq_length, ranks), _either("query's N", lengths)]
         if ranks > 1:
             sizes = _nearest(ranks, 1, windows // 2, lambda n: self._fits(seq_length, n))
-            offers.append(_either("--context-parallel-size", sizes))
+            offers.append(_either("cp_group.size()", sizes))
         return ", or ".join(filter(None, offers)) or "other sizes"
 
     def _pair(self, seq_length: int, ranks: int) -> str:
@@ -233,13 +237,13 @@ class LighthouseConfig:
         pairs = [(found["budget"], found["tile_budget"]), *((m, m) for m in (64, 32, 16, 8, 4, 2) if m < self.tile_budget)]
         for k, m in pairs:
             if self._fits(seq_length, ranks, k, m):
-                return f"{flag('budget')} {k} {flag('tile_budget')} {m}"
+                return f"{named('budget')} {k} {named('tile_budget')} {m}"
         return ""
 
     def _other_tile_budgets(self) -> str:
         """The even divisors of the budget that lie nearest; where there is none, a pair that works."""
-        best = _either(flag("tile_budget"), _nearest(self.tile_budget, 2, self.budget, lambda m: self.budget % m == 0))
-        return best or f"{flag('budget')} 1536 {flag('tile_budget')} 128"
+        best = _either(named("tile_budget"), _nearest(self.tile_budget, 2, self.budget, lambda m: self.budget % m == 0))
+        return best or f"{named('budget')} 1536 {named('tile_budget')} 128"
 
     def replace(self, **changes: object) -> LighthouseConfig:
         """A copy with `changes`, checked again."""

@@ -18,6 +18,7 @@ from megatron_lighthouse.lighthouse.packed.layer import PackedLayer, build_packe
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.lighthouse.sharded.select import is_local
 from megatron_lighthouse.lighthouse.sharded.sent import layer_bytes, summary
+from megatron_lighthouse.options import in_flags
 from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.softmax.backends import Attend
@@ -91,9 +92,9 @@ class Lighthouse(Variant):
         try:
             config.geometry(seq_length, ranks)
         except ValueError as error:
-            yield str(error)
+            yield in_flags(str(error))
         if message := SCORERS[config.scorer].problem(seq_length, ranks):
-            yield message
+            yield in_flags(message)
 
     def document_problems(self, config: LighthouseConfig, ranks: int) -> Iterator[str]:
         """One rank holds whole documents; several would have to share their pyramids."""
@@ -103,7 +104,7 @@ class Lighthouse(Variant):
                 "use --context-parallel-size 1, or --attention dense."
             )
         if problem := SCORERS[config.scorer].packed_problem(config.rule.window):
-            yield problem
+            yield in_flags(problem)
 
     def graph_problems(self, config: LighthouseConfig, seq_length: int, ranks: int, graphs: str) -> Iterator[str]:
         """How many rows go to which rank is read by the host, in every layer."""
@@ -149,19 +150,28 @@ class Lighthouse(Variant):
 
     def check_installed(self, config: LighthouseConfig, inputs: Inputs, place: Place) -> None:
         rows = torch.empty(0, inputs.dim, dtype=inputs.dtype, device=inputs.device)
-        SCORERS[config.scorer].check_installed(steps_for(config.steps, rows), inputs.device)
-        if not place.base_attends:
-            check_backend(config.inner, inputs, place.exchange.size if place.exchange else 1, place.comm_type)
+        try:
+            SCORERS[config.scorer].check_installed(steps_for(config.steps, rows), inputs.device)
+            if not place.base_attends:
+                check_backend(config.inner, inputs, place.exchange.size if place.exchange else 1, place.comm_type)
+        except ValueError as error:
+            raise ValueError(in_flags(str(error))) from None
 
     def build(self, config: LighthouseConfig, query: Tensor, key: Tensor, place: Place) -> Placed:
         how = (place.exchange, place.comm_type, place.scale, place.base_attends, place.rotary)
-        return Placed(build(config, query, key, *how), place)
+        try:
+            return Placed(build(config, query, key, *how), place)
+        except ValueError as error:
+            raise ValueError(in_flags(str(error))) from None
 
     def build_documents(self, config: LighthouseConfig, query: Tensor, key: Tensor, place: Place) -> PlacedDocuments:
         return PlacedDocuments(build_packed(config, query, key, place.scale, place.base_attends, place.rotary), place)
 
     def cost(self, config: LighthouseConfig, seq_length: int, ranks: int) -> Geometry:
-        return config.geometry(seq_length, ranks)
+        try:
+            return config.geometry(seq_length, ranks)
+        except ValueError as error:
+            raise ValueError(in_flags(str(error))) from None
 
     def sent(
         self, config: LighthouseConfig, seq_length: int, shape: Shape, layout: Layout, comm_type: str

@@ -20,6 +20,7 @@ from pathlib import Path
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
 from megatron_lighthouse.lighthouse.config import flag
 from megatron_lighthouse.lighthouse.scorers import SCORERS
+from megatron_lighthouse.options import in_flags
 from megatron_lighthouse.plan import gains, numbers, report, scaling, search
 from megatron_lighthouse.plan.answer import answer
 from megatron_lighthouse.plan.calibration import coefficients
@@ -138,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             print(plan(options))
     except ValueError as error:
-        print(error, file=sys.stderr)
+        print(in_flags(str(error)), file=sys.stderr)
         return 2
     return 0
 

@@ -116,8 +116,8 @@ class Scorer(ABC):
         below = seq_length // unit * unit
         of = "" if size == 1 else f" of each of the {chunks} chunks of {size} context-parallel ranks"
         return (
-            f"--seq-length {seq_length} must be a multiple of {unit} for --lighthouse-scorer {self.name}, which takes every "
-            f"{self.unit}th token{of}: use --seq-length {f'{below} or ' if below > 0 else ''}{below + unit}."
+            f"query's N {seq_length} must be a multiple of {unit} for config.scorer {self.name}, which takes every "
+            f"{self.unit}th token{of}: use query's N {f'{below} or ' if below > 0 else ''}{below + unit}."
         )
 
     def check_length(self, rows: int, exchange: Exchange | None) -> None:

@@ -176,13 +176,13 @@ def _flash_linear_attention() -> Linear:
         chunk_simple_gla = import_module("fla.ops.simple_gla").chunk_simple_gla
     except ImportError as error:
         raise ValueError(
-            f"--lighthouse-scorer gla runs on a GPU by flash-linear-attention, which cannot be imported ({error}): "
-            "pip install 'flash-linear-attention>=0.6.0', or use --lighthouse-scorer norm, summary or dilated."
+            f"config.scorer gla runs on a GPU by flash-linear-attention, which cannot be imported ({error}): "
+            "pip install 'flash-linear-attention>=0.6.0', or use config.scorer norm, summary or dilated."
         ) from error
     if problem := too_old("flash-linear-attention"):
         raise ValueError(
-            f"--lighthouse-scorer gla runs on a GPU by flash-linear-attention, which {problem}, or use "
-            "--lighthouse-scorer norm, summary or dilated."
+            f"config.scorer gla runs on a GPU by flash-linear-attention, which {problem}, or use "
+            "config.scorer norm, summary or dilated."
         )
 
     def linear(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from megatron_lighthouse.context_parallel.schemes import comm_type_problem
 from megatron_lighthouse.lighthouse.config import flag
 from megatron_lighthouse.mcore.command_line import documents, rope, stored
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_of_rank, of_edge, own_comm_types
+from megatron_lighthouse.options import in_flags
 
 if TYPE_CHECKING:  # what needs no Megatron is asked on a login node too
     from megatron.core.transformer import TransformerConfig
@@ -225,7 +226,7 @@ def _comm_types(config: TransformerConfig, settings: LighthouseSettings) -> Iter
     heads, groups = (max(1, n) for n in heads_of_rank(config))  # fewer groups than ranks are refused elsewhere
     for kind in own_comm_types(config, settings):
         if message := comm_type_problem(kind, heads, groups, config.context_parallel_size):
-            yield message
+            yield in_flags(message)
 
 
 def copies_in_a_graph(config: TransformerConfig, comm_types: Sequence[str]) -> str | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
 from megatron_lighthouse.mcore.command_line import pyramid, rope, stage
 from megatron_lighthouse.mcore.command_line.layers import attention_layers
-from megatron_lighthouse.options import add_options, read_options
+from megatron_lighthouse.options import add_options, in_flags, read_options
 from megatron_lighthouse.variant import Variant
 from megatron_lighthouse.variants import DENSE, LIGHTHOUSE, VARIANTS
 
@@ -97,7 +97,7 @@ class LighthouseSettings:
 
 def of_edge(message: str) -> str:
     """What a config says of its budget, said of the edge layers'."""
-    return message.replace(flag("budget") + " ", flag("edge_budget") + " ")
+    return in_flags(message).replace(flag("budget") + " ", flag("edge_budget") + " ")
 
 
 def heads_of_rank(config: TransformerConfig) -> tuple[int, int]:

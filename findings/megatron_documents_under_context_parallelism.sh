@@ -4,7 +4,7 @@
 # use_per_sequence_balancing, whose docstring names this masking), while RoPE takes a rank's rows for zigzag chunks of every document
 # (core/models/common/embeddings/rope_utils.py, _apply_rotary_pos_emb_thd): with lengths that context parallelism divides, the angles are
 # wrong and nothing is said; with others it raises. Documents and many ranks are what long-context training is made of.
-# What we do: the option is refused by name (mcore/command_line/checks.py).
+# What we do: every document is cut into zigzag chunks, and a token is rotated by its place in its document (sequence/documents.py).
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -20,14 +20,26 @@ from megatron_lighthouse.kernels.launch import launch, padded
 from megatron_lighthouse.kernels.lighthouse import attended
 from megatron_lighthouse.kernels.lighthouse.edge import edge_kernel
 from megatron_lighthouse.kernels.lighthouse.gather import gather_backward_kernel, gather_forward_kernel
+from megatron_lighthouse.kernels.lighthouse.packed.attended import packed_attended_kernel
+from megatron_lighthouse.kernels.lighthouse.packed.gather import packed_gather_backward_kernel, packed_gather_forward_kernel
+from megatron_lighthouse.kernels.lighthouse.packed.scatter import packed_scatter_backward_kernel, packed_scatter_forward_kernel
+from megatron_lighthouse.kernels.lighthouse.packed.score import packed_score_kernel
+from megatron_lighthouse.kernels.lighthouse.packed.select import packed_block_of, packed_place_kernel, packed_refine_kernel
 from megatron_lighthouse.kernels.lighthouse.scatter import scatter_backward_kernel, scatter_forward_kernel
 from megatron_lighthouse.kernels.lighthouse.score import blocks_of, coarsen_kernel, score_kernel
 from megatron_lighthouse.kernels.lighthouse.select import REGISTERS, block_of, place_kernel, refine_kernel, warps_of
 from megatron_lighthouse.kernels.lighthouse.tiles import HALVES, NEIGHBOURS, NONE
 from megatron_lighthouse.kernels.merge import merge_kernel
 from megatron_lighthouse.lighthouse.geometry import Geometry
+from megatron_lighthouse.lighthouse.packed.rule import Rule
 
-FP32, INT32 = {"p_scores", "p_turns", "p_finer", "p_coarser", "p_squares", "p_lse", "p_part_lse"}, {"p_ranks", "p_places"}
+FP32, INT32 = (
+    {"p_scores", "p_turns", "p_finer", "p_coarser", "p_squares", "p_lse", "p_part_lse"},
+    {
+        *("p_ranks", "p_places"),
+        *("p_documents", "p_tiles", "p_starts", "p_blocks", "p_bounds"),
+    },
+)
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -79,6 +91,33 @@ def compile_all(capability: int, geometry: Geometry, dtype: str, dim: int) -> It
     yield _compile(attended.attended_kernel, capability, dtype, constants, blocks.warps, num_stages=blocks.stages)
 
 
+def compile_packed(capability: int, geometry: Geometry, dtype: str, dim: int) -> Iterator[Report]:
+    """Compile those over packed documents likewise, with the tiles of `geometry`."""
+    window = geometry.pooling ** (geometry.levels - 1)
+    rule = Rule(geometry.levels, geometry.pooling, geometry.tile_budget, geometry.seq_length // geometry.tiles // window, 0)
+    shape: dict[str, Any] = {"D": dim, "BLOCK_D": padded(dim)}
+    levels: dict[str, Any] = {"P": geometry.pooling, "L": geometry.levels}
+    for turn in (NONE, HALVES, NEIGHBOURS):
+        turned = {"TURN": turn, "PAIRS": dim // 2 if turn else 0, "BEFORE": 0}
+        for kernel, step in ((packed_gather_forward_kernel, "collect"), (packed_gather_backward_kernel, "spread")):
+            how = launch(step, dim, BYTES[dtype])
+            yield _compile(kernel, capability, dtype, {**shape, **levels, **turned, "BLOCK": how.rows}, how.warps)
+    for kernel, step in ((packed_scatter_forward_kernel, "spread"), (packed_scatter_backward_kernel, "collect")):
+        how = launch(step, dim, BYTES[dtype])
+        yield _compile(kernel, capability, dtype, {**shape, **levels, "BLOCK": how.rows}, how.warps)
+    how = launch("score", dim, BYTES[dtype])
+    block, digit, fused = blocks_of(geometry, how.rows)
+    constants = {**shape, **levels, "P2": digit, "FUSED": fused, "BLOCK": block}
+    yield _compile(packed_score_kernel, capability, dtype, constants, how.warps, enable_fp_fusion=False)
+    block, one = packed_block_of(rule)
+    constants = {**levels, "PIN_FIRST": True, "BLOCK": block, "ONE": one}
+    yield _compile(packed_refine_kernel, capability, dtype, constants, warps_of(block), maxnreg=REGISTERS)
+    yield _compile(packed_place_kernel, capability, dtype, {**levels, "BLOCK": 256}, 4)
+    blocks = attended.blocks_of(dim, BYTES[dtype])
+    constants = {**shape, "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
+    yield _compile(packed_attended_kernel, capability, dtype, constants, blocks.warps, num_stages=blocks.stages)
+
+
 def _compile(kernel: Any, capability: int, dtype: str, constants: dict[str, Any], warps: int, **options: Any) -> Report:
     signature: dict[str, Any] = {}
     aligned: dict[tuple[int, ...], Any] = {}
@@ -127,7 +166,10 @@ def main() -> None:
     geometry = Geometry(*(getattr(options, name) for name in names))
     for capability in options.capability:
         print(f"sm_{capability}  {'kernel':32} registers  shared bytes  spilled bytes")
-        for report in compile_all(capability, geometry, options.dtype, options.dim):
+        for report in (
+            *compile_all(capability, geometry, options.dtype, options.dim),
+            *compile_packed(capability, geometry, options.dtype, options.dim),
+        ):
             print(f"        {report.kernel:32} {report.registers:9} {report.shared_bytes:13} {report.spilled_bytes:14}")
 
 

@@ -65,19 +65,22 @@ def enqueue(
     tensors: Sequence[Tensor],
     numbers: tuple[int | tuple[int, ...], ...],
     constants: dict[str, int | bool],
+    varying: int = 0,
     **options: int | bool,
 ) -> None:
     """Launch a kernel whose parameters are tensors, then numbers, then constants, in this order.
 
     Args:
+        varying: how many of the last numbers change from call to call: the kernel must not be specialised for them.
         options: of the compiler, such as num_warps.
     """
     device = tensors[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():  # the one on which Triton launches
         with torch.cuda.device(device):
-            return enqueue(kernel, grid, tensors, numbers, constants, **options)
+            return enqueue(kernel, grid, tensors, numbers, constants, varying, **options)
     kinds = [x.dtype for x in tensors], [x.data_ptr() % 16 == 0 for x in tensors]  # Triton's two specialisations of a pointer
-    known = (id(kernel), device, *kinds[0], *kinds[1], numbers, *constants.values(), *options.values())
+    same = numbers[: len(numbers) - varying]
+    known = (id(kernel), device, *kinds[0], *kinds[1], same, *constants.values(), *options.values())
     compiled = _compiled.get(known)
     if compiled is not None:
         compiled[grid](*tensors, *numbers, *constants.values())

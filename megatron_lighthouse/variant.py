@@ -12,8 +12,10 @@ from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
+from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.softmax.backends import Attend
+from megatron_lighthouse.softmax.documents import AttendDocuments
 from megatron_lighthouse.softmax.inputs import Inputs
 
 
@@ -63,6 +65,21 @@ class Layer(Protocol):
         Returns:
             [N, B, H, D]; and what makes it again, without autograd, where it need not be kept for backward: else None.
         """
+
+
+class DocumentLayer(Protocol):
+    """What a variant builds for rows of packed documents, each of which is to be as if it were alone."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *streams: Tensor,
+        documents: Documents,
+        attend: AttendDocuments | None = None,
+    ) -> tuple[Tensor, Callable[[], Tensor] | None]:
+        """As a `Layer`, of one row: N is the tokens of all documents, B = 1."""
 
 
 class Variant:
@@ -115,6 +132,13 @@ class Variant:
         if getattr(model, "softmax_type", "vanilla") != "vanilla":
             yield f"--softmax-type {model.softmax_type} is not done by --attention {self.name}: use --softmax-type vanilla."
 
+    def document_problems(self, config: Any, ranks: int) -> Iterator[str]:
+        """Why its layers cannot keep packed documents apart, on so many context-parallel ranks."""
+        yield (
+            f"--dataloader-inter-document-masking packs documents, which --attention {self.name} does not keep apart: leave it "
+            "out, or use --attention dense."
+        )
+
     def graph_problems(self, config: Any, seq_length: int, ranks: int, graphs: str) -> Iterator[str]:
         """Why --cuda-graph-impl `graphs` cannot capture it; `length_problems` has none."""
         yield from ()
@@ -124,6 +148,10 @@ class Variant:
 
     def build(self, config: Any, query: Tensor, key: Tensor, place: Place) -> Layer:
         """The layer for inputs like these, of which shapes, dtype and device count. Raises ValueError where it cannot be."""
+        raise NotImplementedError
+
+    def build_documents(self, config: Any, query: Tensor, key: Tensor, place: Place) -> DocumentLayer:
+        """The layer for rows like these, where `document_problems` has none. Raises ValueError where it cannot be."""
         raise NotImplementedError
 
     def cost(self, config: Any, seq_length: int, ranks: int) -> Geometry:

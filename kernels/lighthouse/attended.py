@@ -49,7 +49,7 @@ def _rows(p_x, i_row, i_d, rows, D: tl.constexpr, BLOCK_D: tl.constexpr, LAST: t
 
 
 @triton.jit
-def _attend(
+def attend_to(
     state,
     q,
     p_k,
@@ -134,8 +134,8 @@ def attended_kernel(
     acc, total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     state = (acc, total, tl.full([BLOCK_M], float("-inf"), tl.float32))
     end = tl.minimum(i_first + BLOCK_M, keys)
-    state = _attend(state, q, p_k, p_v, strides_k[0], strides_v[0], i_position, 0, i_first, keys, D, BLOCK_D, BLOCK_N, False)
-    acc, total, _ = _attend(
+    state = attend_to(state, q, p_k, p_v, strides_k[0], strides_v[0], i_position, 0, i_first, keys, D, BLOCK_D, BLOCK_N, False)
+    acc, total, _ = attend_to(
         state, q, p_k, p_v, strides_k[0], strides_v[0], i_position, i_first, end, keys, D, BLOCK_D, BLOCK_N, True
     )
     acc = acc / total[:, None]

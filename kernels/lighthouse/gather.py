@@ -23,7 +23,7 @@ NOT_TURNED = (NONE, 0, 0)
 
 
 @triton.jit
-def _head(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, heads, first_head, G):
+def head_of(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, heads, first_head, G):
     """Where program (·, b * heads + head - first_head) finds its head among those of Q, K and V: pointer, stride, group."""
     i_b = tl.program_id(1) // heads
     i_head = tl.program_id(1) % heads + first_head
@@ -74,8 +74,8 @@ def gather_forward_kernel(
     PAIRS: tl.constexpr,
     BEFORE: tl.constexpr,
 ):
-    p_x, stride_x, i_bg = _head(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, heads, first_head, G)
-    p_rows, stride_rows, _ = _head(
+    p_x, stride_x, i_bg = head_of(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, heads, first_head, G)
+    p_rows, stride_rows, _ = head_of(
         p_rows_q, p_rows_k, p_rows_v, strides_rows_q, strides_rows_k, strides_rows_v, H, heads, first_head, G
     )
     p_map = p_places + i_bg * pyramid_length
@@ -141,10 +141,10 @@ def gather_backward_kernel(
     PAIRS: tl.constexpr,
     BEFORE: tl.constexpr,
 ):
-    p_rows, stride_rows, i_bg = _head(
+    p_rows, stride_rows, i_bg = head_of(
         p_rows_q, p_rows_k, p_rows_v, strides_rows_q, strides_rows_k, strides_rows_v, H, heads, first_head, G
     )
-    p_x, stride_x, _ = _head(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, heads, first_head, G)
+    p_x, stride_x, _ = head_of(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, heads, first_head, G)
     p_map = p_places + i_bg * pyramid_length
     spread(
         p_rows,

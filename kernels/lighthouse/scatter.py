@@ -18,7 +18,7 @@ from megatron_lighthouse.ranges import profiled
 
 
 @triton.jit
-def _head(p_x, strides, H):
+def head_of(p_x, strides, H):
     """Where program (·, b * H + head) finds its head."""
     i_b, i_head = tl.program_id(1) // H, tl.program_id(1) % H
     return p_x + i_b.to(tl.int64) * strides[1] + i_head.to(tl.int64) * strides[2]
@@ -50,7 +50,7 @@ def scatter_forward_kernel(
     HALO: tl.constexpr,
 ):
     p_map = p_places + (tl.program_id(1) // (H // G)).to(tl.int64) * pyramid_length
-    p_rows, p_out, p_halo = _head(p_rows, strides_rows, H), _head(p_out, strides_out, H), _head(p_halo, strides_halo, H)
+    p_rows, p_out, p_halo = head_of(p_rows, strides_rows, H), head_of(p_out, strides_out, H), head_of(p_halo, strides_halo, H)
     strides = strides_rows[0], strides_out[0], strides_halo[0]
     chunked = length, chunks, first, blocks
     spread(p_rows, p_map, p_out, p_halo, p_out, *strides, *chunked, False, D, BLOCK_D, P, L, BLOCK, 1, False, HALO, 0, 0, 0)
@@ -82,7 +82,7 @@ def scatter_backward_kernel(
     HALO: tl.constexpr,
 ):
     p_map = p_places + (tl.program_id(1) // (H // G)).to(tl.int64) * pyramid_length
-    p_rows, p_out, p_halo = _head(p_rows, strides_rows, H), _head(p_out, strides_out, H), _head(p_halo, strides_halo, H)
+    p_rows, p_out, p_halo = head_of(p_rows, strides_rows, H), head_of(p_out, strides_out, H), head_of(p_halo, strides_halo, H)
     strides = strides_out[0], strides_rows[0], strides_halo[0]
     chunked = length, chunks, first, blocks
     collect(p_out, p_map, p_rows, p_halo, p_out, *strides, *chunked, False, D, BLOCK_D, P, L, BLOCK, 1, False, HALO, 0, 0, 0)

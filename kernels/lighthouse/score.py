@@ -16,7 +16,7 @@ from megatron_lighthouse.ranges import profiled
 
 
 @triton.jit
-def _norms(p_x, stride_token, stride_head, i_token, m_token, R, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
+def norms_of(p_x, stride_token, stride_head, i_token, m_token, R, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
     """The norms of R rows of D taken as one vector, [BLOCK]. Neighbours are added first, then neighbours of those, and so
     on: an order that does not hang on how the compiler lays a block out, so that every machine ranks alike."""
     i_d = tl.arange(0, BLOCK_D)
@@ -37,7 +37,7 @@ def _norms(p_x, stride_token, stride_head, i_token, m_token, R, D: tl.constexpr,
 
 
 @triton.jit
-def _entry(i_slot, DIGITS: tl.constexpr, P: tl.constexpr, P2: tl.constexpr):
+def entry_of(i_slot, DIGITS: tl.constexpr, P: tl.constexpr, P2: tl.constexpr):
     """The entry of a slot, and whether it has one. Blocks are powers of two and p need not be: a slot is a number whose
     last DIGITS digits count to P2, the power of two from p on; those that exceed p - 1 are empty."""
     i_entry, valid = i_slot * 0, i_slot >= 0
@@ -70,20 +70,20 @@ def score_kernel(
     """Scores [2, B, G, coarse length] of levels 1..FUSED; program (tokens, b * G + g, 0 for Q and 1 for K)."""
     i_bg = tl.program_id(1)
     i_b, i_g = (i_bg // G).to(tl.int64), (i_bg % G).to(tl.int64)
-    i_token, m_token = _entry(tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), L - 1, P, P2)
+    i_token, m_token = entry_of(tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), L - 1, P, P2)
     m_token &= i_token < seq_length
     if tl.program_id(2) == 0:
         p_x = p_q + i_b * strides_q[1] + i_g * R * strides_q[2]
-        best = _norms(p_x, strides_q[0], strides_q[2], i_token, m_token, R, D, BLOCK_D, BLOCK)
+        best = norms_of(p_x, strides_q[0], strides_q[2], i_token, m_token, R, D, BLOCK_D, BLOCK)
     else:
         p_x = p_k + i_b * strides_k[1] + i_g * strides_k[2]
-        best = _norms(p_x, strides_k[0], 0, i_token, m_token, 1, D, BLOCK_D, BLOCK)
+        best = norms_of(p_x, strides_k[0], 0, i_token, m_token, 1, D, BLOCK_D, BLOCK)
     best = tl.where(m_token, best, -1.0)
     p_level = p_scores + (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + i_bg) * coarse_length
     for l in tl.static_range(1, FUSED + 1):
         best = tl.max(tl.reshape(best, [BLOCK // P2**l, P2]), 1)
         i_slot = tl.program_id(0) * (BLOCK // P2**l) + tl.arange(0, BLOCK // P2**l)
-        i_entry, valid = _entry(i_slot, L - 1 - l, P, P2)
+        i_entry, valid = entry_of(i_slot, L - 1 - l, P, P2)
         tl.store(p_level + i_entry, best, mask=valid & (i_entry < seq_length // P**l))
         p_level += seq_length // P**l
 
@@ -120,11 +120,11 @@ def compute_scores(query: Tensor, key: Tensor, sizes: Sequence[int]) -> Tensor:
             enable_fp_fusion=False,  # a fused multiply-add would round fp32 squares otherwise than the reference
         )
         if fused < geometry.levels - 1:
-            _coarsen(scores, geometry, fused)
+            coarsen(scores, geometry, fused)
         return scores
 
 
-def _coarsen(scores: Tensor, geometry: Pyramid, fused: int) -> None:
+def coarsen(scores: Tensor, geometry: Pyramid, fused: int) -> None:
     """The levels above `fused`, each from the one below."""
     levels = scores.split([geometry.entries(level) for level in range(1, geometry.levels)], -1)
     for level in range(fused + 1, geometry.levels):

@@ -51,7 +51,7 @@ def _count(p_keys, length, keys, t1, t2, t3, BLOCK: tl.constexpr, ONE: tl.conste
 
 
 @triton.jit
-def _threshold(p_keys, length, WANTED: tl.constexpr, BLOCK: tl.constexpr, ONE: tl.constexpr):
+def _threshold(p_keys, length, WANTED, BLOCK: tl.constexpr, ONE: tl.constexpr):
     """The WANTED-th highest key, and how many of those equal to it are among the WANTED highest."""
     i = tl.arange(0, BLOCK)
     keys = tl.load(p_keys + i, mask=i < length, other=REJECTED)
@@ -79,28 +79,27 @@ def _among(keys, threshold, equals_left, equals_seen):
 
 
 @triton.jit
-def _key(p_score, i, mask):
+def key_of(p_score, i, mask):
     # without the sign, which only a NaN can have: a key must not be negative
     return tl.load(p_score + i, mask=mask, other=0.0).to(tl.int32, bitcast=True) & HIGHEST
 
 
 @triton.jit
-def _refine(p_keys, p_score_k, length, TILE_BUDGET: tl.constexpr, BLOCK: tl.constexpr, ONE: tl.constexpr):
-    """Turn the keys of one level of a tile into ranks: half of the budget by s^Q, half of the rest by s^K."""
-    threshold, left = _threshold(p_keys, length, TILE_BUDGET // 2, BLOCK, ONE)
+def refine(p_keys, p_score_k, length, by_query, by_key, before, BLOCK: tl.constexpr, ONE: tl.constexpr):
+    """Turn the keys of one level of a tile into ranks, from `before` on: so many refined by s^Q, and of the rest by s^K."""
+    threshold, left = _threshold(p_keys, length, by_query, BLOCK, ONE)
     tl.debug_barrier()
     seen = 0
     for start in range(0, length, BLOCK):
         i = start + tl.arange(0, BLOCK)
         key = tl.load(p_keys + i, mask=i < length, other=REJECTED)
         chosen, seen = _among(key, threshold, left, seen)
-        by_key = _key(p_score_k, i, (key >= 0) & ~chosen)
-        tl.store(p_keys + i, tl.where(chosen, CHOSEN, tl.where(key >= 0, by_key, REJECTED)), mask=i < length)
+        other = key_of(p_score_k, i, (key >= 0) & ~chosen)
+        tl.store(p_keys + i, tl.where(chosen, CHOSEN, tl.where(key >= 0, other, REJECTED)), mask=i < length)
     tl.debug_barrier()
-    threshold, left = _threshold(p_keys, length, TILE_BUDGET // 2, BLOCK, ONE)
+    threshold, left = _threshold(p_keys, length, by_key, BLOCK, ONE)
     tl.debug_barrier()
     seen = 0
-    before = tl.program_id(0) * TILE_BUDGET
     for start in range(0, length, BLOCK):
         i = start + tl.arange(0, BLOCK)
         key = tl.load(p_keys + i, mask=i < length, other=REJECTED)
@@ -144,17 +143,18 @@ def refine_kernel(
             candidate = i < length
             if level < L - 1:
                 candidate &= tl.load(p_parents + i // P, mask=candidate, other=0) % 2 == 1
-            key = tl.where(candidate, _key(p_score_q + first, i, candidate), REJECTED)
+            key = tl.where(candidate, key_of(p_score_q + first, i, candidate), REJECTED)
             if PIN_FIRST:
                 key = tl.where((tl.program_id(0) == 0) & (i == 0), HIGHEST, key)
             tl.store(p_keys + i, key, mask=i < length)
         tl.debug_barrier()
-        _refine(p_keys, p_score_k + first, length, TILE_BUDGET, BLOCK, ONE)
+        before = tl.program_id(0) * TILE_BUDGET
+        refine(p_keys, p_score_k + first, length, TILE_BUDGET // 2, TILE_BUDGET // 2, before, BLOCK, ONE)
         p_parents = p_keys
 
 
 @triton.jit
-def _gathered_before(p_rank, i_entry, mask, seq_length, budget, LEVEL: tl.constexpr, P: tl.constexpr, L: tl.constexpr):
+def gathered_before(p_rank, i_entry, mask, seq_length, budget, LEVEL: tl.constexpr, P: tl.constexpr, L: tl.constexpr):
     """How many entries of LEVEL before `i_entry` are gathered: the children of refined parents."""
     if LEVEL == L - 1:
         return i_entry
@@ -197,7 +197,7 @@ def place_kernel(
             place = tl.zeros([BLOCK], tl.int32)
             for other in tl.static_range(L):
                 end = (i_entry + 1) * P ** (level - other) if other < level else i_entry // P ** (other - level)
-                place += _gathered_before(p_rank, end, mask, seq_length, budget, other, P, L)
+                place += gathered_before(p_rank, end, mask, seq_length, budget, other, P, L)
             tl.store(p_place + i_entry, tl.where(gathered, place, -1), mask=mask)
         p_place += length
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,18 +12,22 @@ from torch.distributed import ProcessGroup
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
-from megatron_lighthouse.lighthouse.geometry import Geometry, Pyramid
+from megatron_lighthouse.lighthouse.geometry import Pyramid
 from megatron_lighthouse.lighthouse.layer import Attended, Layer, build
+from megatron_lighthouse.lighthouse.packed.layer import PackedAttended, PackedLayer, build_packed
+from megatron_lighthouse.lighthouse.packed.packing import Packing
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.lighthouse.transforms import differentiable_once, refuse_transforms
+from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.softmax.backends import Attend
+from megatron_lighthouse.softmax.documents import AttendDocuments
 from megatron_lighthouse.softmax.inputs import check, made_from
 
 MOST_BUILT = 64
-_built: dict[tuple[Any, ...], Layer] = {}
+_built: dict[tuple[Any, ...], Any] = {}
 """Layers, by what they were built from."""
 
 
@@ -36,8 +41,9 @@ def lighthouse_attention(
     rotary: Rotary | None = None,
     cp_group: ProcessGroup | None = None,
     cp_comm_type: str = "p2p",
-    attend: Attend | None = None,
+    attend: Callable[..., Tensor] | None = None,
     selection: Selection | None = None,
+    cu_seqlens: Tensor | Documents | None = None,
 ) -> Tensor:
     """Causal attention through a selected set of pyramid entries.
 
@@ -54,6 +60,11 @@ def lighthouse_attention(
             default.
         selection: attend to these entries instead of selecting (it carries no gradient either way): a `Selection`, such as
             `attended_rows` has, not the numbers that `lighthouse_select` gives. Not under context parallelism.
+        cu_seqlens: [n + 1] int32 on the query's device: the row (B = 1) holds n documents, from token cu_seqlens[i] to the next
+            one's, of any lengths. Each is as if it were alone, and rotated from its own first token or from the row's, which
+            gives the same. Its budget goes by its length (`LighthouseConfig.document_tile`). The host reads it, once for each
+            `Documents` where that is given instead. `attend` then takes the `Documents` of the rows as a fourth argument. Not
+            under context parallelism.
 
     Returns:
         [N, B, H, D] in the query's dtype (under torch.autocast in the inner attention's); under context parallelism, this
@@ -63,13 +74,19 @@ def lighthouse_attention(
 
     Raises:
         ValueError: shapes or dtypes that do not fit each other, an N that does not fit the config or the ranks, or an inner
-            attention that is forced and is not there. Raised before any collective, and on every rank alike.
+            attention that is forced and is not there; boundaries that do not begin with 0, increase and end at N, or that come
+            with B > 1, with context-parallel ranks or with a scorer that cannot. Before any collective, on every rank alike.
         TypeError: a selection that is no `Selection`.
         RuntimeError: under torch.func or forward-mode differentiation; in backward, a second derivative.
     """
     # by name alone, here: under Transformer Engine's attention `attended_rows` may be given a scheme of its own
     if problem := comm_type_problem(cp_comm_type, 1, 1, 1):
         raise ValueError(problem)
+    exchange = Exchange.over(cp_group)
+    if cu_seqlens is not None:
+        _check_one_rank(exchange)
+        how = (softmax_scale, rotary, attend, selection)
+        return packed_rows(query, key, value, config, cu_seqlens, *how).scatter()
     return attended_rows(
         query,
         key,
@@ -77,7 +94,7 @@ def lighthouse_attention(
         config,
         softmax_scale=softmax_scale,
         rotary=rotary,
-        exchange=Exchange.over(cp_group),
+        exchange=exchange,
         cp_comm_type=cp_comm_type,
         attend=attend,
         selection=selection,
@@ -99,13 +116,50 @@ def attended_rows(
 ) -> Attended:
     """All steps of `lighthouse_attention` but the last, which must follow: the halo is under way until then."""
     refuse_transforms(query, key, value)
-    if attend is not None and softmax_scale is not None:
-        check(query, key, value)
-        raise ValueError("softmax_scale belongs to the default inner attention: give `attend` its own scale instead.")
+    _check_scale(query, key, value, softmax_scale, attend)
     layer = layer_for(config, query, key, value, exchange, cp_comm_type, softmax_scale, attend is not None, rotary)
     if selection is not None:
         _check_selection(selection, query, key, layer.geometry, exchange)
     return layer.attended(*differentiable_once(query, key, value), attend, selection)
+
+
+def packed_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: LighthouseConfig,
+    cu_seqlens: Tensor | Documents,
+    softmax_scale: float | None = None,
+    rotary: Rotary | None = None,
+    attend: AttendDocuments | None = None,
+    selection: Selection | None = None,
+) -> PackedAttended:
+    """As `attended_rows`, of a row of documents."""
+    refuse_transforms(query, key, value)
+    _check_scale(query, key, value, softmax_scale, attend)
+    layer, documents = _packed(config, query, key, value, cu_seqlens, softmax_scale, attend is not None, rotary)
+    if selection is not None:
+        _check_selection(selection, query, key, Packing.of(documents, layer.rule), None)
+    return layer.attended(*differentiable_once(query, key, value), documents, attend, selection)
+
+
+def _packed(
+    config: LighthouseConfig, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | Documents, *how: Any
+) -> tuple[PackedLayer, Documents]:
+    layer = _built_by(build_packed, config, query, key, value, *how)
+    if query.shape[1] != 1:
+        raise ValueError(
+            f"cu_seqlens is of one row, and the batch (dimension 1) is {query.shape[1]}: lay rows end to end, "
+            "[N * B, 1, H, D], and their documents likewise."
+        )
+    if isinstance(cu_seqlens, Tensor):
+        return layer, Documents.of(cu_seqlens, len(query), query.device)
+    if cu_seqlens.tokens != len(query) or cu_seqlens.cu_seqlens.device != query.device:
+        where = cu_seqlens.cu_seqlens.device
+        raise ValueError(
+            f"cu_seqlens is of {cu_seqlens.tokens} tokens on {where}, and the row of {len(query)} on {query.device}."
+        )
+    return layer, cu_seqlens
 
 
 def layer_for(config: LighthouseConfig, query: Tensor, key: Tensor, value: Tensor, *how: Any) -> Layer:
@@ -114,11 +168,15 @@ def layer_for(config: LighthouseConfig, query: Tensor, key: Tensor, value: Tenso
     Raises:
         ValueError: as `lighthouse_attention`.
     """
+    return _built_by(build, config, query, key, value, *how)
+
+
+def _built_by[T](build: Callable[..., T], config: LighthouseConfig, query: Tensor, key: Tensor, value: Tensor, *how: Any) -> T:
     if torch.compiler.is_compiling():  # guards do what the table does
         check(query, key, value)
         return build(config, query, key, *how)
-    made = (config, *made_from(query, key, value), *how)
-    layer = _built.get(made)
+    made = (build, config, *made_from(query, key, value), *how)
+    layer: T | None = _built.get(made)
     if layer is None:
         check(query, key, value)
         layer = build(config, query, key, *how)
@@ -136,6 +194,7 @@ def lighthouse_select(
     value: Tensor | None = None,
     rotary: Rotary | None = None,
     cp_group: ProcessGroup | None = None,
+    cu_seqlens: Tensor | Documents | None = None,
 ) -> Tensor:
     """The entries that `lighthouse_attention` attends to.
 
@@ -144,10 +203,13 @@ def lighthouse_select(
         value: likewise, for the scorers that read it: all but 'norm'.
         rotary: likewise, for the scorer that pools: 'summary'.
         cp_group: the context-parallel ranks among which the sequence is sharded.
+        cu_seqlens: as for `lighthouse_attention`.
 
     Returns:
         [B, G, S] int64, in causal order, numbered in the concatenated pyramid (level 0 first). Of C context-parallel ranks,
         each gets the [B, G, S/C] entries whose rows it attends to, chunk r and chunk 2C-1-r of all S, numbered as without them.
+        Of packed documents [1, G, S], document by document: level 0 is the row's tokens, and then come the whole windows of all
+        documents in turn, level 1 first. A document that goes in whole, or the rest behind its last window, has none.
 
     Raises:
         ValueError: as `lighthouse_attention`, or a scorer that lacks the values.
@@ -158,6 +220,10 @@ def lighthouse_select(
         value = key
     refuse_transforms(query, key, value)
     exchange = Exchange.over(cp_group)
+    if cu_seqlens is not None:
+        _check_one_rank(exchange)
+        packed, documents = _packed(config, query, key, value, cu_seqlens, None, True, rotary)
+        return packed.select(query, key, value, documents).indices
     selection, deal = layer_for(config, query, key, value, exchange, "p2p", None, True, rotary).select(query, key, value)
     if exchange is None:
         return selection.indices
@@ -180,7 +246,18 @@ def _numbered_in_whole(entries: Tensor, here: Pyramid, layout: Layout) -> Tensor
     return numbered
 
 
-def _check_selection(selection: Selection, query: Tensor, key: Tensor, geometry: Geometry, exchange: Exchange | None) -> None:
+def _check_one_rank(exchange: Exchange | None) -> None:
+    if exchange is not None:
+        raise ValueError("cu_seqlens cannot be given with context-parallel ranks yet: leave out `cp_group` or `cu_seqlens`.")
+
+
+def _check_scale(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None, attend: object) -> None:
+    if attend is not None and softmax_scale is not None:
+        check(query, key, value)
+        raise ValueError("softmax_scale belongs to the default inner attention: give `attend` its own scale instead.")
+
+
+def _check_selection(selection: Selection, query: Tensor, key: Tensor, geometry: Pyramid, exchange: Exchange | None) -> None:
     if exchange is not None:
         raise ValueError("a selection can be given without context parallelism alone: leave out `selection` or `cp_group`.")
     if not isinstance(selection, Selection):

@@ -11,6 +11,7 @@ from typing import Any
 from megatron_lighthouse.lighthouse.by_length import NAMES, by_length
 from megatron_lighthouse.lighthouse.geometry import Geometry
 from megatron_lighthouse.lighthouse.implementations import STEPS
+from megatron_lighthouse.lighthouse.packed.rule import Rule
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.options import flag_of, option
 from megatron_lighthouse.softmax.backends import INNER
@@ -91,6 +92,22 @@ class LighthouseConfig:
     """Always refine the first window, so that every position has an output (the authors' code leaves
     the first p^(L-1)-1 positions zero wherever it does not happen to select that window)."""
 
+    document_tile: int = option(
+        0,
+        "Tokens of a tile where documents are packed, each with the tile budget; a document's last tile is shorter. Default: "
+        "four coarsest windows for each entry of the tile budget.",
+    )
+    """Tokens of a tile in packed documents (`cu_seqlens`): the budget goes by a document's length. 0: 4*m*p^(L-1), a quarter of
+    the coarsest windows being refined, as with the other defaults at 98,304 tokens."""
+
+    whole_below: int = option(
+        0,
+        "Packed documents of fewer tokens go in whole, as dense attention. Default: those alone that would not become fewer "
+        "rows.",
+    )
+    """Packed documents of fewer tokens go in whole, exactly as dense attention. Those that would not become fewer rows always
+    do. The default awaits measurement."""
+
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
@@ -119,6 +136,28 @@ class LighthouseConfig:
             value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{named(name)} {value!r} is not known: use {' or '.join(map(repr, known))}.")
+
+        self._check_documents()
+
+    def _check_documents(self) -> None:
+        """Raises ValueError where the rule for packed documents cannot be kept."""
+        window = self.pooling ** (self.levels - 1)
+        least = self.tile_budget * window
+        if self.document_tile and (self.document_tile < least or self.document_tile % window):
+            above = max(least, -(-self.document_tile // window) * window)
+            raise ValueError(
+                f"{flag('document_tile')} {self.document_tile} must be a multiple of {window}, the tokens of a coarsest "
+                f"window, and at least {least}, one window for each entry of {flag('tile_budget')} {self.tile_budget}: use "
+                f"{above}."
+            )
+        if self.whole_below < 0:
+            raise ValueError(f"{flag('whole_below')} {self.whole_below} must not be negative: use 0.")
+
+    @property
+    def rule(self) -> Rule:
+        """What packed documents go by."""
+        windows = self.document_tile // self.pooling ** (self.levels - 1) or 4 * self.tile_budget
+        return Rule(self.levels, self.pooling, self.tile_budget, windows, self.whole_below)
 
     @staticmethod
     def _neighbours(value: int, unit: int) -> tuple[int, int]:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from megatron_lighthouse.gpu import HAS_TRITON
 from megatron_lighthouse.lighthouse import reference
+from megatron_lighthouse.lighthouse.packed import reference as packed_reference
+from megatron_lighthouse.lighthouse.packed.steps import PackedSteps
 from megatron_lighthouse.lighthouse.steps import Steps
 from megatron_lighthouse.notice import say_once
 
@@ -42,6 +44,15 @@ def steps_for(name: str, query: Tensor, pooling: int = 2) -> Steps:
         raise ValueError(f"config.steps kernels cannot run: {missing}. Use auto or reference.")
     say_once(f"lighthouse: the steps run in plain PyTorch, many times slower than the kernels: {missing}.")
     return reference
+
+
+def packed_steps_for(name: str, query: Tensor, pooling: int = 2) -> PackedSteps:
+    """As `steps_for`, over packed documents."""
+    if steps_for(name, query, pooling) is reference:
+        return packed_reference
+    from megatron_lighthouse.kernels.lighthouse import packed as packed_kernels
+
+    return packed_kernels
 
 
 def _missing(device: str, dtype: torch.dtype, dim: int) -> str | None:

@@ -30,12 +30,12 @@ def pool(x: Tensor, geometry: Pyramid, rotary: Rotary | None = None) -> list[Ten
     pyramid, mean = [x], x.to(accumulation_dtype(x))
     for level in range(1, geometry.levels):
         parts = mean.unflatten(0, (-1, geometry.pooling))
-        mean = (parts if rotary is None else rotary.turn(parts, _tokens_behind(geometry, level))).mean(1)
+        mean = (parts if rotary is None else rotary.turn(parts, tokens_behind(geometry, level))).mean(1)
         pyramid.append(mean.to(x.dtype))
     return pyramid
 
 
-def _tokens_behind(geometry: Pyramid, level: int) -> Tensor:
+def tokens_behind(geometry: Pyramid, level: int) -> Tensor:
     """[p]: the tokens between the end of each part (of level - 1) of a window of `level` and the window's end."""
     return torch.arange(geometry.pooling - 1, -1, -1) * geometry.window(level - 1)
 
@@ -139,7 +139,7 @@ def select(scores: Tensor, geometry: Geometry, pin_first: bool) -> Selection:
         refined = candidates.gather(-1, torch.cat([first, second], -1)).sort(-1).values
         children = refined.unsqueeze(-1) * geometry.pooling + torch.arange(geometry.pooling, device=device)
         candidates = children.flatten(-2)
-    return Selection(geometry, _places(gathered, geometry), geometry.gathered_length)
+    return Selection(geometry, places_of(gathered, geometry), geometry.gathered_length)
 
 
 def _take(scores: Tensor, candidates: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def _highest(scores: Tensor, count: int) -> Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
-def _places(gathered: list[Tensor], geometry: Geometry) -> Tensor:
+def places_of(gathered: list[Tensor], geometry: Pyramid) -> Tensor:
     """An entry's place is the number of gathered entries before it: a prefix sum per level, and no sort."""
     device = gathered[0].device
     before = [torch.nn.functional.pad(mask.cumsum(-1), (1, 0)) for mask in gathered]
@@ -198,7 +198,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, selection: Selection, rotary: Rotary | None) -> Tensor:
         ctx.selection, ctx.rotary = selection, rotary  # type: ignore[attr-defined]
-        return _read(torch.cat(pool(x, selection.geometry, rotary)), selection.indices)
+        return read(torch.cat(pool(x, selection.geometry, rotary)), selection.indices)
 
     @staticmethod
     @once_differentiable
@@ -208,12 +208,12 @@ class _Gather(torch.autograd.Function):
         geometry = selection.geometry
         total: Tensor | None = None
         for level in range(geometry.levels - 1, -1, -1):
-            part = _read_or_zero(grad, selection.rows[level]) / geometry.window(level)
+            part = read_or_zero(grad, selection.rows[level]) / geometry.window(level)
             if total is None:
                 total = part
                 continue
             parts = total.unsqueeze(1).expand(-1, geometry.pooling, *total.shape[1:])
-            turned = parts if rotary is None else rotary.turn(parts, -_tokens_behind(geometry, level + 1))
+            turned = parts if rotary is None else rotary.turn(parts, -tokens_behind(geometry, level + 1))
             total = part.add_(turned.flatten(0, 1))
         assert total is not None
         return total.to(grad.dtype), None, None
@@ -241,10 +241,10 @@ class _Scatter(torch.autograd.Function):
     def forward(ctx: FunctionCtx, rows: Tensor, halo: Tensor | None, selection: Selection) -> Tensor:
         ctx.selection, ctx.has_halo = selection, halo is not None  # type: ignore[attr-defined]
         geometry, chunks = selection.geometry, selection.chunks
-        out = _read_or_zero(rows, selection.rows[0]).unflatten(0, (chunks, -1))
+        out = read_or_zero(rows, selection.rows[0]).unflatten(0, (chunks, -1))
         for level in range(1, geometry.levels):
             window, start = geometry.window(level), geometry.spill(level).start
-            entries = _read_or_zero(rows, selection.rows[level]).unflatten(0, (chunks, -1))
+            entries = read_or_zero(rows, selection.rows[level]).unflatten(0, (chunks, -1))
             out[:, start:] += entries.repeat_interleave(window, 1)[:, : out.shape[1] - start]
             if halo is not None:
                 out[:, :start] += halo[:, level - 1, None].to(out.dtype)
@@ -262,11 +262,11 @@ class _Scatter(torch.autograd.Function):
             shifted = torch.cat([wide[:, start:], wide.new_zeros(wide.shape[0], start, *wide.shape[2:])], 1)
             sums.append(shifted.flatten(0, 1).unflatten(0, (-1, geometry.window(level))).sum(1))
             halo.append(wide[:, :start].sum(1))
-        rows = _read(torch.cat(sums), selection.indices).to(grad.dtype)
+        rows = read(torch.cat(sums), selection.indices).to(grad.dtype)
         return rows, torch.stack(halo, 1).to(grad.dtype) if ctx.has_halo else None, None  # type: ignore[attr-defined]
 
 
-def _read(source: Tensor, places: Tensor) -> Tensor:
+def read(source: Tensor, places: Tensor) -> Tensor:
     """source [n, B, G, ...] at places [B, G, m] -> [m, B, G, ...]."""
     batch, groups, _ = places.shape
     b = torch.arange(batch, device=places.device).view(-1, 1)
@@ -274,8 +274,8 @@ def _read(source: Tensor, places: Tensor) -> Tensor:
     return source[places.permute(2, 0, 1), b, g]
 
 
-def _read_or_zero(source: Tensor, places: Tensor) -> Tensor:
+def read_or_zero(source: Tensor, places: Tensor) -> Tensor:
     """As `_read` in the accumulation dtype, with zero rows where a place is -1."""
-    found = _read(source, places.clamp(min=0)).to(accumulation_dtype(source))
+    found = read(source, places.clamp(min=0)).to(accumulation_dtype(source))
     missing = (places < 0).permute(2, 0, 1).view(*found.shape[:3], *[1] * (found.dim() - 3))
     return found.masked_fill_(missing, 0)

@@ -77,6 +77,15 @@ def record(selection: Selection, scores: Tensor, geometry: Geometry, pin_first: 
         _watched[_current] = Choice(selection, scores, geometry, pin_first, steps)
 
 
+def refuse_documents() -> None:
+    """Raises ValueError where the layer that runs is watched: what is measured goes by the tiles of one sequence."""
+    if _current in _watched:
+        raise ValueError(
+            "telemetry and selection maps measure one sequence, not packed documents: leave out "
+            "--lighthouse-telemetry-interval and --lighthouse-selection-map."
+        )
+
+
 def whole(choice: Choice, sequence: Exchange | None, heads: Exchange | None = None) -> Choice:
     """The choice of the whole sequence and of all heads, from those of the ranks that share them, which all call this.
 

@@ -14,12 +14,15 @@ from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
 from megatron_lighthouse.lighthouse.implementations import steps_for
 from megatron_lighthouse.lighthouse.layer import Layer, build
+from megatron_lighthouse.lighthouse.packed.layer import PackedLayer, build_packed
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.lighthouse.sharded.select import is_local
 from megatron_lighthouse.lighthouse.sharded.sent import layer_bytes, summary
 from megatron_lighthouse.options import in_flags
+from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.softmax.backends import Attend
+from megatron_lighthouse.softmax.documents import AttendDocuments
 from megatron_lighthouse.softmax.inputs import Inputs, check_backend
 from megatron_lighthouse.variant import Place, Variant
 
@@ -41,6 +44,31 @@ class Placed:
             return output, None
         rows, halo = attended.rows.detach(), None if attended.halo is None else attended.halo.detach()
         return output, replace(attended, rows=rows, dealt=rows, halo=halo, travel=None, passage=None).scatter
+
+
+@dataclass(frozen=True)
+class PlacedDocuments:
+    """As `Placed`, over packed documents."""
+
+    layer: PackedLayer
+    place: Place
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *_: Tensor,
+        documents: Documents,
+        attend: AttendDocuments | None = None,
+    ) -> tuple[Tensor, Callable[[], Tensor] | None]:
+        with telemetry.layer(self.place.number):
+            attended = self.layer.attended(query, key, value, documents, attend)
+            output = attended.scatter()
+        # where nothing is scattered, the output is the rows, which the inner attention keeps
+        if not self.place.discard_output or not output.requires_grad or attended.is_whole:
+            return output, None
+        return output, replace(attended, rows=attended.rows.detach()).scatter
 
 
 class Lighthouse(Variant):
@@ -67,6 +95,16 @@ class Lighthouse(Variant):
             yield in_flags(str(error))
         if message := SCORERS[config.scorer].problem(seq_length, ranks):
             yield in_flags(message)
+
+    def document_problems(self, config: LighthouseConfig, ranks: int) -> Iterator[str]:
+        """One rank holds whole documents; several would have to share their pyramids."""
+        if ranks > 1:
+            yield (
+                f"--dataloader-inter-document-masking with --context-parallel-size {ranks} is done by dense attention alone: "
+                "use --context-parallel-size 1, or --attention dense."
+            )
+        if problem := SCORERS[config.scorer].packed_problem(config.rule.window):
+            yield in_flags(problem)
 
     def graph_problems(self, config: LighthouseConfig, seq_length: int, ranks: int, graphs: str) -> Iterator[str]:
         """How many rows go to which rank is read by the host, in every layer."""
@@ -125,6 +163,9 @@ class Lighthouse(Variant):
             return Placed(build(config, query, key, *how), place)
         except ValueError as error:
             raise ValueError(in_flags(str(error))) from None
+
+    def build_documents(self, config: LighthouseConfig, query: Tensor, key: Tensor, place: Place) -> PlacedDocuments:
+        return PlacedDocuments(build_packed(config, query, key, place.scale, place.base_attends, place.rotary), place)
 
     def cost(self, config: LighthouseConfig, seq_length: int, ranks: int) -> Geometry:
         try:

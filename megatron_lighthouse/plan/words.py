@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
+from megatron_lighthouse.mcore.command_line import documents
 from megatron_lighthouse.mcore.command_line.checks import argument_problems
 from megatron_lighthouse.mcore.command_line.settings import add_arguments, settings_from
 from megatron_lighthouse.mcore.data.text import PADDED_VOCABULARY
@@ -84,6 +85,10 @@ def run_of_words(words: Sequence[str], device: Device, gpus: int | None = None) 
     schemes = set(args.cp_comm_type) or {"p2p"}
     for wrong, text in (
         (args.transformer_impl == "local", "--transformer-impl local is not counted by the plan: use transformer_engine."),
+        (
+            documents.asked(args),
+            f"{documents.FLAG} is not counted by the plan, which knows no lengths of documents: leave it out.",
+        ),
         (args.micro_batch_size != 1, f"--micro-batch-size {args.micro_batch_size} is not counted by the plan: use 1."),
         (
             tp > 1 and not args.sequence_parallel,

@@ -28,7 +28,7 @@ from megatron.training.global_vars import get_tokenizer, set_global_variables
 from torch import Tensor
 
 from megatron_lighthouse.bars import bar
-from megatron_lighthouse.mcore.attention.fused import with_fused_attention
+from megatron_lighthouse.mcore.attention.fused_spec import with_fused_attention
 from megatron_lighthouse.mcore.command_line import pyramid, settings
 from megatron_lighthouse.mcore.command_line.arguments import (
     ArgumentsProvider,

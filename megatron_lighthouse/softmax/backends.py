@@ -56,7 +56,8 @@ class Backend:
     title: str
     problem: Callable[[Rows], str | None]
     """Why it cannot take these rows, as the end of a sentence; None where it can."""
-    attend: Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
+    attend: Callable[..., Tensor]
+    """Of query, key, value, and the softmax scale or None; over documents, of these too."""
     repeats: Callable[[Rows], bool] = lambda rows: True
     """Whether its backward of these rows gives the same bits again, when torch is asked to be deterministic."""
 
@@ -109,37 +110,37 @@ def choose_for_blocks(
             f"config.inner {name} does not attend over shards{of}: over several ranks use config.inner "
             f"{' or '.join(['auto', *fits])}, or cp_comm_type a2a, which attends to whole sequences."
         )
-    return _choose(name, Rows(device, dtype, heads, groups, dim), deterministic(), tuple(fits))
+    return _choose(name, Rows(device, dtype, heads, groups, dim), deterministic(), tuple(fits), SHARDS)
 
 
 @cache
-def _choose(name: str, rows: Rows, deterministic: bool, known: tuple[str, ...] = ()) -> str:
+def _choose(name: str, rows: Rows, deterministic: bool, known: tuple[str, ...] = (), over: str = "") -> str:
+    backends = FAMILIES[over]
     if name == "te":
         raise ValueError(
             "config.inner te is the attention of Transformer Engine's layer spec: use it with Transformer Engine's layers, or "
             "config.inner auto."
         )
     candidates = [other for other in _fastest_first(rows) if not known or other in known]
-    problems = {other: _problem(other, rows, deterministic) for other in candidates}
+    problems = {other: _problem(backends[other], rows, deterministic) for other in candidates}
     fits = [other for other, problem in problems.items() if problem is None]
     if name == "auto":
         name = fits[0]
         passed = "; ".join(
-            f"{BACKENDS[other].title} {problems[other]}" for other in list(problems)[: list(problems).index(name)]
+            f"{backends[other].title} {problems[other]}" for other in list(problems)[: list(problems).index(name)]
         )
         why = f" ({passed})" if passed and rows.capability else ""
-        title = "plain PyTorch" if known and name == "sdpa" else BACKENDS[name].title
-        say_once(f"lighthouse: the inner attention {'over shards ' if known else ''}of {rows} is {title}{why}.")
+        title = "plain PyTorch" if over == SHARDS and name == "sdpa" else backends[name].title
+        say_once(f"lighthouse: the inner attention {over}of {rows} is {title}{why}.")
     elif problems[name] is not None:
         raise ValueError(
-            f"config.inner {name} cannot run: {BACKENDS[name].title} {problems[name]}. For {rows} use "
+            f"config.inner {name} cannot run: {backends[name].title} {problems[name]}. For {rows} use "
             f"config.inner {' or '.join(['auto', *fits])}."
         )
     return name
 
 
-def _problem(name: str, rows: Rows, deterministic: bool) -> str | None:
-    backend = BACKENDS[name]
+def _problem(backend: Backend, rows: Rows, deterministic: bool) -> str | None:
     if deterministic and not backend.repeats(rows):
         return "is not deterministic, and torch.use_deterministic_algorithms is on"
     return backend.problem(rows)
@@ -156,9 +157,11 @@ UP_TO_256, BLACKWELL = range(8, 257, 8), (*range(8, 129, 8), 256)
 """Head dimensions of FlashAttention on Hopper, and of FlashAttention 4 on Blackwell."""
 
 
-def _flash_problem(package: str, module: str, dims: dict[int, Sequence[int]]) -> Callable[[Rows], str | None]:
-    """`dims`: the head dimensions that it takes, by major compute capability. Those of FlashAttention 4 are what its interface
-    asserts; its (192, 128) is of values narrower than keys."""
+def flash_problem(
+    package: str, module: str, dims: dict[int, Sequence[int]], function: str = "flash_attn_func"
+) -> Callable[[Rows], str | None]:
+    """Why FlashAttention's `function` cannot take rows. `dims`: the head dimensions that it takes, by major compute capability.
+    Those of FlashAttention 4 are what its interface asserts; its (192, 128) is of values narrower than keys."""
 
     def problem(rows: Rows) -> str | None:
         takes = dims.get(rows.capability // 10)
@@ -168,18 +171,19 @@ def _flash_problem(package: str, module: str, dims: dict[int, Sequence[int]]) ->
             return "takes bf16 and fp16 alone"
         if rows.dim not in takes:
             return f"does not take head dimension {rows.dim}"
-        return _import_problem(package, module)
+        return _import_problem(package, module, function)
 
     return problem
 
 
-_functions: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {}
-"""flash_attn_func of the modules that were found; looked up here by compiled code, which cannot import."""
+_functions: dict[tuple[str, str], Callable[..., Tensor | tuple[Tensor, ...]]] = {}
+"""Functions of the FlashAttention modules that were found, by both names: looked up here by compiled code, which cannot
+import."""
 
 
-def _import_problem(package: str, module: str) -> str | None:
+def _import_problem(package: str, module: str, name: str = "flash_attn_func") -> str | None:
     try:
-        function = importlib.import_module(module).flash_attn_func
+        function = getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
         missing = f"{module}.".startswith(f"{error.name}.")
         return f"is not installed ({package})" if missing else f"is installed but does not import ({error})"
@@ -189,15 +193,26 @@ def _import_problem(package: str, module: str) -> str | None:
         return "is installed, but too old"
     if package in LEAST and (problem := too_old(package)):
         return problem
-    _functions[module] = function
+    _functions[module, name] = function
     return None
 
 
+def flash_function(module: str, name: str) -> Callable[..., Tensor]:
+    """A function that was found, without the log-sum-exp that some releases return beside the output."""
+
+    def call(*args: object, **options: object) -> Tensor:
+        out = _functions[module, name](*args, **options)
+        return out[0] if isinstance(out, tuple) else out
+
+    return call
+
+
 def _flash(module: str) -> Callable[[Tensor, Tensor, Tensor, float | None], Tensor]:
+    function = flash_function(module, "flash_attn_func")
+
     def attend(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None) -> Tensor:
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))  # [B, S, heads, D]
-        out = _functions[module](q, k, v, softmax_scale=softmax_scale, causal=True, deterministic=deterministic())
-        return (out[0] if isinstance(out, tuple) else out).transpose(0, 1)
+        return function(q, k, v, softmax_scale=softmax_scale, causal=True, deterministic=deterministic()).transpose(0, 1)
 
     return attend
 
@@ -239,12 +254,12 @@ def _torch(backend: SDPBackend | None) -> Callable[[Tensor, Tensor, Tensor, floa
 BACKENDS: dict[str, Backend] = {
     "fa4": Backend(
         "FlashAttention 4",
-        _flash_problem("flash-attn-4", "flash_attn.cute", {9: UP_TO_256, 10: BLACKWELL, 11: BLACKWELL}),
+        flash_problem("flash-attn-4", "flash_attn.cute", {9: UP_TO_256, 10: BLACKWELL, 11: BLACKWELL}),
         _flash("flash_attn.cute"),
     ),
     "fa3": Backend(
         "FlashAttention 3",
-        _flash_problem("hopper/ of the flash-attention repository", "flash_attn_interface", {9: UP_TO_256}),
+        flash_problem("hopper/ of the flash-attention repository", "flash_attn_interface", {9: UP_TO_256}),
         _flash("flash_attn_interface"),
         lambda rows: rows.dim <= 192,
     ),
@@ -258,5 +273,9 @@ BACKENDS: dict[str, Backend] = {
     "sdpa": Backend("torch's scaled_dot_product_attention", lambda rows: None, _torch(None)),
 }
 """What `--lighthouse-inner` can name, beside 'auto' and 'te' (Transformer Engine's, in its own layer spec)."""
+
+SHARDS, DOCUMENTS = "over shards ", "over documents "
+FAMILIES: dict[str, dict[str, Backend]] = {"": BACKENDS, SHARDS: BACKENDS}
+"""The backends by what they attend over; `softmax.documents` has those over documents."""
 
 INNER = ("auto", "te", *BACKENDS)

@@ -98,7 +98,7 @@ def tiny(fused: bool, budget: int | None = None) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
 
-    from megatron_lighthouse.mcore.attention.fused import with_fused_attention
+    from megatron_lighthouse.mcore.attention.fused_spec import with_fused_attention
     from megatron_lighthouse.mcore.attention.layer_specs import with_lighthouse
 
     torch.manual_seed(3)

@@ -16,7 +16,10 @@ import megatron_lighthouse
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
 
 ROOT = Path(megatron_lighthouse.__file__).parent
-PATCHED = ("training_log", "load_checkpoint", "train_step", "save_checkpoint", "checkpoint_and_decide_exit")
+PATCHED = (
+    *("training_log", "load_checkpoint", "train_step", "dummy_train_step", "save_checkpoint"),
+    "checkpoint_and_decide_exit",
+)
 WITHOUT_MEGATRON = ("settings", "checks", "arguments", "stage", "layers", "resume", "stored")
 
 

@@ -97,6 +97,7 @@ RENAMED = {
     "path_to_cache": "data_cache_path",
     "create_attention_mask": "create_attention_mask_in_dataloader",
     "fast_cache_load": "dataloader_fast_cache_load",
+    "inter_document_masking": "dataloader_inter_document_masking",
     "defer_npy_index_mmap": "dataloader_defer_npy_index_mmap",
 }
 

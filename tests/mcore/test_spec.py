@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -187,8 +188,11 @@ def test_calls_that_are_refused() -> None:
     layer = core_attention()
     query, key, value = fused_qkv(1, torch.float32)
     causal: dict[str, Any] = {"attn_mask_type": AttnMaskType.causal}
-    with pytest.raises(ValueError, match=r"packed sequences .* use --attention dense"):
+    alone, ranks = layer.place, SimpleNamespace(size=2)
+    layer.place = replace(alone, exchange=ranks)
+    with pytest.raises(ValueError, match=r"--context-parallel-size 2 is done by dense attention alone: .* --attention dense"):
         layer(query, key, value, None, **causal, packed_seq_params=object())
+    layer.place = alone
     with pytest.raises(ValueError, match=r"attention_bias .* use --attention dense"):
         layer(query, key, value, None, **causal, attention_bias=torch.zeros(1))
     with pytest.raises(ValueError, match=r"1 queries and 256 keys: run inference with --attention dense"):

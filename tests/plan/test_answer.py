@@ -121,6 +121,13 @@ def test_what_the_run_refuses_of_a_file_is_refused(more: str) -> None:
     assert run_of_words([*words, "--attention", "dense"], DEVICES["b200"]).check()
 
 
+@pytest.mark.parametrize("attention", ["dense", "lighthouse"])
+def test_packed_documents_are_not_counted_as_one_sequence(attention: str) -> None:
+    words = [*recipe_words(FILES / "530m-98k.args"), "--dataloader-inter-document-masking", "--attention", attention]
+    with pytest.raises(ValueError, match="--dataloader-inter-document-masking is not counted by the plan"):
+        run_of_words(words, DEVICES["b200"])
+
+
 def test_each_scorer_costs_what_it_does() -> None:
     """`dilated` four times as much for twice the tokens; the others less, and none nothing beyond `norm`."""
     scores = {}

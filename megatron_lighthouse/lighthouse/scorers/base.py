@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse.geometry import Pyramid, Shape
+from megatron_lighthouse.lighthouse.packed.packing import Packing
+from megatron_lighthouse.lighthouse.packed.steps import PackedSteps
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.steps import Steps
 
@@ -52,6 +55,37 @@ class Scorer(ABC):
         Returns:
             s^Q, then s^K: [2, B, G, coarse length], fp32 (fp64 for fp64). They do not depend on how many ranks there are.
         """
+
+    def packed(
+        self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, steps: PackedSteps, rotary: Rotary | None = None
+    ) -> Tensor:
+        """The same of a row of documents, each with the scores that its windows have alone: one after the other, unless a
+        scorer does all at once.
+
+        Args:
+            query: [t, 1, H, D]; key, value: [t, 1, G, D].
+        """
+        levels: list[list[Tensor]] = [[] for _ in range(1, packing.levels)]
+        starts = accumulate(packing.lengths, initial=0)
+        for start, windows in zip(starts, packing.windows, strict=False):
+            if windows:
+                pyramid = Pyramid(windows * packing.rule.window, packing.levels, packing.pooling)
+                tokens = slice(start, start + pyramid.seq_length)
+                scores = self(query[tokens], key[tokens], value[tokens], pyramid, steps.alone, None, rotary)
+                sizes = [pyramid.entries(level) for level in range(1, packing.levels)]
+                for level, part in zip(levels, scores.split(sizes, -1), strict=True):
+                    level.append(part)
+        return torch.cat([part for level in levels for part in level], -1)
+
+    def packed_problem(self, window: int) -> str | None:
+        """Why it cannot rank documents whose coarsest windows have so many tokens; None where it can."""
+        if window % self.unit == 0:
+            return None
+        return (
+            f"--lighthouse-scorer {self.name} takes every {self.unit}th token of a document: with packed documents a coarsest "
+            f"window, pooling^(levels-1) = {window} tokens, must be a multiple of {self.unit}: use --lighthouse-pooling 4, or "
+            "--lighthouse-scorer norm or summary."
+        )
 
     @abstractmethod
     def moved(self, pyramid: Pyramid, shape: Shape) -> float:

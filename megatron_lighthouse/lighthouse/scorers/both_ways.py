@@ -7,9 +7,11 @@ from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse.geometry import Shape
+from megatron_lighthouse.lighthouse.packed.steps import PackedSteps
 from megatron_lighthouse.lighthouse.reference import accumulation_dtype
 from megatron_lighthouse.lighthouse.scorers.base import row_bytes
 from megatron_lighthouse.lighthouse.steps import Steps
+from megatron_lighthouse.sequence.documents import Documents
 
 
 def attended_both_ways(query: Tensor, key: Tensor, value: Tensor, steps: Steps, exchange: Exchange | None) -> Tensor:
@@ -27,6 +29,12 @@ def attended_both_ways(query: Tensor, key: Tensor, value: Tensor, steps: Steps, 
     by_query = steps.attended_norms(query, whole(key), values, layout)
     by_key = steps.attended_norms(key, whole(group_mean(query, key.shape[2])), values, layout)
     return torch.stack([by_query, by_key])
+
+
+def packed_both_ways(query: Tensor, key: Tensor, value: Tensor, steps: PackedSteps, documents: Documents) -> Tensor:
+    """The same of rows that are documents, end to end."""
+    by_query = steps.attended_norms(query, key, value, documents)
+    return torch.stack([by_query, steps.attended_norms(key, group_mean(query, key.shape[2]), value, documents)])
 
 
 def both_ways_sent(rows: int, shape: Shape, size: int) -> int:

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse.geometry import Pyramid, Shape
+from megatron_lighthouse.lighthouse.packed.maps import Maps
+from megatron_lighthouse.lighthouse.packed.packing import Packing
+from megatron_lighthouse.lighthouse.packed.steps import PackedSteps
 from megatron_lighthouse.lighthouse.reference import window_maxima
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.scorers.base import Scorer
@@ -16,6 +19,7 @@ from megatron_lighthouse.lighthouse.scorers.both_ways import (
     both_ways_flops,
     both_ways_moved,
     both_ways_sent,
+    packed_both_ways,
 )
 from megatron_lighthouse.lighthouse.scorers.streams import DELTA, streams, tokens
 from megatron_lighthouse.lighthouse.steps import Steps
@@ -47,6 +51,14 @@ class Dilated(Scorer):
         self.check_length(query.shape[0], exchange)
         norms = attended_both_ways(streams(query), streams(key), streams(value), steps, exchange)
         return window_maxima(tokens(norms), pyramid)
+
+    def packed(
+        self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, steps: PackedSteps, rotary: Rotary | None = None
+    ) -> Tensor:
+        inside = Maps.of(packing).inside
+        q, k, v = (streams(x[inside]) for x in (query, key, value))
+        norms = packed_both_ways(q, k, v, steps, packing.compact_documents(DELTA))
+        return window_maxima(tokens(norms), packing.compact)
 
     def moved(self, pyramid: Pyramid, shape: Shape) -> float:
         return both_ways_moved(pyramid.seq_length, shape)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse.geometry import Pyramid, Shape
+from megatron_lighthouse.lighthouse.packed.packing import Packing
+from megatron_lighthouse.lighthouse.packed.steps import PackedSteps
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.scorers.base import Scorer, row_bytes
 from megatron_lighthouse.lighthouse.scorers.both_ways import (
@@ -16,6 +18,7 @@ from megatron_lighthouse.lighthouse.scorers.both_ways import (
     both_ways_flops,
     both_ways_moved,
     both_ways_sent,
+    packed_both_ways,
 )
 from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.lighthouse.steps import Steps
@@ -48,6 +51,13 @@ class Summary(Scorer):
         finer = steps.score(query, key, pyramid)[..., : -top.shape[-1]]
         return torch.cat([finer, top], -1)
 
+    def packed(
+        self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, steps: PackedSteps, rotary: Rotary | None = None
+    ) -> Tensor:
+        q, k, v = coarsest(query, key, value, packing, steps, rotary)
+        top = packed_both_ways(q, k, v, steps, packing.compact_documents(packing.rule.window))
+        return torch.cat([steps.score(query, key, packing)[..., : -top.shape[-1]], top], -1)
+
     def moved(self, pyramid: Pyramid, shape: Shape) -> float:
         """The scores of `norm`, what the coarsest rows are pooled of, and these."""
         rows = pyramid.entries(pyramid.levels - 1)
@@ -61,10 +71,15 @@ class Summary(Scorer):
 
 
 def coarsest(
-    query: Tensor, key: Tensor, value: Tensor, pyramid: Pyramid, steps: Steps, rotary: Rotary | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pyramid: Pyramid,
+    steps: Steps | PackedSteps,
+    rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The means of the coarsest windows: [n, ...] -> [n/F, ...] for each of the three, as `Steps.gather` makes them."""
-    windows = query.shape[0] // pyramid.window(pyramid.levels - 1)
+    windows = pyramid.entries(pyramid.levels - 1)
     places = query.new_full((query.shape[1], key.shape[2], pyramid.pyramid_length), -1, dtype=torch.int32)
     places[..., -windows:] = torch.arange(windows, dtype=torch.int32, device=query.device)
     return steps.gather(query, key, value, Selection(pyramid, places, windows), rotary=rotary)

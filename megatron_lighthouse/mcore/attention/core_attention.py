@@ -6,6 +6,7 @@ methods Megatron calls on it stay those of the dense layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -22,16 +23,18 @@ from megatron_lighthouse.context_parallel.schemes import comm_type_problem
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.mcore.attention.output import remember_source
 from megatron_lighthouse.mcore.attention.over_shards import context_parallel_group, over_shards, tensor_parallel_rank
+from megatron_lighthouse.mcore.attention.packed import documents_of, in_one_row, in_rows, packed
 from megatron_lighthouse.mcore.attention.te_choice import te_choice
 from megatron_lighthouse.mcore.command_line.checks import check
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_of_rank
 from megatron_lighthouse.mcore.loop import switch
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.options import in_flags
+from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.softmax.backends import capability_of
 from megatron_lighthouse.softmax.inputs import Inputs, made_from
 from megatron_lighthouse.softmax.inputs import check as check_inputs
-from megatron_lighthouse.variant import Layer, Place, Variant
+from megatron_lighthouse.variant import DocumentLayer, Layer, Place, Variant
 
 
 class VariantMixin:
@@ -42,7 +45,7 @@ class VariantMixin:
     """Where it stands; with what of Megatron's."""
     own: Any
     """Its config, of the variant."""
-    layers: dict[Any, Layer]
+    layers: dict[Any, Any]
     """By the shapes of their inputs."""
     settings: LighthouseSettings
     """Of the whole model: whether, and when, this layer becomes dense."""
@@ -80,36 +83,63 @@ class VariantMixin:
             return dense(query, key, value, attention_mask, **given, **kwargs)
         self._check_call(query, key, attn_mask_type, attention_bias, packed_seq_params)
 
-        def base(rows_q: Tensor, rows_k: Tensor, rows_v: Tensor) -> Tensor:
-            out = dense(rows_q, rows_k, rows_v, None, attn_mask_type=attn_mask_type, **kwargs)
+        def base(rows_q: Tensor, rows_k: Tensor, rows_v: Tensor, documents: Documents | None = None) -> Tensor:
+            within = None if documents is None else packed(documents, documents.longest)
+            given = {"attn_mask_type": attn_mask_type, "packed_seq_params": within}
+            out = dense(rows_q, rows_k, rows_v, None, **given, **kwargs)
             return out.unflatten(-1, rows_q.shape[2:])
 
+        if packed_seq_params is not None:
+            return self._within_documents(query, key, value, packed_seq_params, base)
         count = len(self.settings.attention.streams)
         query, *streams = query.chunk(1 + count, dim=2) if count else (query,)
         layer = self._layer_for(query, key, value)
         out, again = layer(query, key, value, *streams, attend=base if self.place.base_attends else None)
         return out.flatten(2) if again is None else remember_source(out.flatten(2), again)
 
+    def _within_documents(self, query: Tensor, key: Tensor, value: Tensor, params: Any, base: Callable[..., Tensor]) -> Tensor:
+        """As `forward`, of rows that are packed documents."""
+        if query.dim() == 3:  # Megatron's own 'thd', of which it makes [t, 1, np * hn] afterwards
+            query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+            return self._within_documents(query, key, value, params, base).squeeze(1)
+        rows = query.shape[1]
+        documents = documents_of(params, query.shape[0] * rows)
+        query, key, value = (in_one_row(x, 1) for x in (query, key, value))
+        query, *streams = query.chunk(1 + len(self.settings.attention.streams), dim=2)
+        layer = self._document_layer_for(query, key, value)
+        attend = base if self.place.base_attends else None
+        out, again = layer(query, key, value, *streams, documents=documents, attend=attend)
+        out = in_rows(out, rows, 1).flatten(2)
+        return out if again is None else remember_source(out, lambda: in_rows(again(), rows, 1))
+
     def _layer_for(self, query: Tensor, key: Tensor, value: Tensor) -> Layer:
         """Built once for each shape of the inputs, which a run has one or two of."""
-        made = made_from(query, key, value)
-        layer = self.layers.get(made)
+        return self._built(self.settings.attention.build, query, key, value)
+
+    def _document_layer_for(self, query: Tensor, key: Tensor, value: Tensor) -> DocumentLayer:
+        return self._built(self.settings.attention.build_documents, query, key, value)
+
+    def _built[T](self, build: Callable[[Any, Tensor, Tensor, Place], T], query: Tensor, key: Tensor, value: Tensor) -> T:
+        made = (build.__name__, *made_from(query, key, value))
+        layer: T | None = self.layers.get(made)
         if layer is None:
             check_inputs(query, key, value)
-            layer = self.layers[made] = self.settings.attention.build(self.own, query, key, self.place)
+            layer = self.layers[made] = build(self.own, query, key, self.place)
         return layer
 
     def _is_dense_now(self) -> bool:
         given = self.settings
         return given.stage2 is not None and given.is_dense(self.layer_number, self.config.num_layers, switch.iteration())
 
-    def _check_call(self, query: Tensor, key: Tensor, mask_type: AttnMaskType | None, bias: Tensor | None, packed: Any) -> None:
+    def _check_call(self, query: Tensor, key: Tensor, mask_type: AttnMaskType | None, bias: Tensor | None, params: Any) -> None:
         ours = f"--attention {self.settings.variant}"
-        if packed is not None:
-            raise ValueError(f"packed sequences (thd) are not supported by {ours}: use --attention dense.")
+        ranks = self.place.exchange.size if self.place.exchange else 1
+        if params is not None and (problem := next(self.settings.attention.document_problems(self.own, ranks), None)):
+            raise ValueError(problem)
         if bias is not None:
             raise ValueError(f"attention_bias is not supported by {ours}: use --attention dense.")
-        if mask_type not in (None, AttnMaskType.causal) or query.shape[0] != key.shape[0]:
+        causal = (None, AttnMaskType.causal) if params is None else (None, AttnMaskType.causal, AttnMaskType.padding_causal)
+        if mask_type not in causal or query.shape[0] != key.shape[0]:
             raise ValueError(
                 f"{ours} is causal self-attention over whole sequences, got mask type "
                 f"{mask_type}, {query.shape[0]} queries and {key.shape[0]} keys: run inference with --attention dense."

@@ -22,6 +22,7 @@ from megatron_lighthouse.context_parallel.copies import copies_over
 from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.mcore.attention.core_attention import CoreAttentionBuilder
+from megatron_lighthouse.mcore.attention.fused import of_documents
 from megatron_lighthouse.mcore.attention.norm import torch_norm
 from megatron_lighthouse.mcore.attention.output import without_kept_output
 from megatron_lighthouse.mcore.attention.over_shards import over_shards
@@ -29,6 +30,7 @@ from megatron_lighthouse.mcore.attention.rotary import rotary_of
 from megatron_lighthouse.mcore.attention.streams import add_streams
 from megatron_lighthouse.mcore.command_line import pyramid, rope
 from megatron_lighthouse.mcore.command_line.checks import check_run
+from megatron_lighthouse.mcore.command_line.documents import asked
 from megatron_lighthouse.mcore.command_line.layers import attention_layers
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_of_rank, own_comm_types, settings_from
 from megatron_lighthouse.notice import say_once
@@ -100,11 +102,16 @@ def lighthouse(model_cfg: Any, vp_stage: int | None = None) -> LayerSpec:
     if args is not None:
         settings = rope.settled(args, settings)
         check_run(args, model_cfg.transformer, settings)
-    return layer_spec(model_cfg, vp_stage, settings=settings)
+    return layer_spec(model_cfg, vp_stage, settings=settings, documents=args is not None and asked(args))
 
 
-def layer_spec(model_cfg: Any, vp_stage: int | None = None, *, settings: LighthouseSettings | None) -> LayerSpec:
+def layer_spec(
+    model_cfg: Any, vp_stage: int | None = None, *, settings: LighthouseSettings | None, documents: bool = False
+) -> LayerSpec:
     """The spec that Megatron would use for `model_cfg` (a GPTModelConfig); with `settings`, made Lighthouse.
+
+    Args:
+        documents: whether rows hold packed documents.
 
     Raises:
         ValueError: a model that Lighthouse refuses.
@@ -116,6 +123,8 @@ def layer_spec(model_cfg: Any, vp_stage: int | None = None, *, settings: Lightho
     spec = default_layer_spec(model_cfg, vp_stage)
     if config.sequence_parallel:
         spec = _with_sequence_parallel_norm(spec, config, vp_stage)
+    if documents:
+        spec = _with_documents(spec, config)
     if settings is None:
         return _dense_over_shards(spec, config)
     _say_what_is_sent(config, settings)
@@ -147,6 +156,15 @@ def _dense_over_shards(spec: LayerSpec, config: TransformerConfig) -> LayerSpec:
     spec = copy.deepcopy(spec)
     for submodules in attentions_of(spec):
         submodules.core_attention = over_shards(submodules.core_attention, config)
+    return spec
+
+
+def _with_documents(spec: LayerSpec, config: TransformerConfig) -> LayerSpec:
+    """The spec with core attention that takes packed documents: of one rank, for `over_shards` puts its own in its place."""
+    spec = copy.deepcopy(spec)
+    for submodules in attentions_of(spec):
+        if config.context_parallel_size == 1:
+            submodules.core_attention = of_documents(submodules.core_attention)
     return spec
 
 

@@ -19,14 +19,16 @@ from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem
+from megatron_lighthouse.mcore.attention.packed import attend_documents, check_call
 from megatron_lighthouse.mcore.command_line.own_parts import over_shards_problems
 from megatron_lighthouse.options import in_flags
 from megatron_lighthouse.softmax.backends import deterministic
 from megatron_lighthouse.softmax.sharded import ShardedAttention, sharded_attention
+from megatron_lighthouse.softmax.sharded_documents import ShardedDocuments, sharded_documents_attention
 
 
 class ContextParallelAttention(DotProductAttention):  # type: ignore[misc]
-    """Causal attention over the tokens of all context-parallel ranks, in Megatron's zigzag order."""
+    """Causal attention over the tokens of all context-parallel ranks, in Megatron's zigzag order or in that of documents."""
 
     def __init__(
         self,
@@ -56,6 +58,7 @@ class ContextParallelAttention(DotProductAttention):  # type: ignore[misc]
         self.cp_comm_type = cp_comm_type or "p2p"
         self.exchange = Exchange.over(context_parallel_group(pg_collection))
         self.attend: dict[Any, ShardedAttention] = {}
+        self.within: dict[Any, ShardedDocuments] = {}
         heads, groups = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
         if problem := comm_type_problem(self.cp_comm_type, heads, groups, config.context_parallel_size):
             raise ValueError(in_flags(problem))
@@ -74,18 +77,21 @@ class ContextParallelAttention(DotProductAttention):  # type: ignore[misc]
         """[s/cp, b, np/tp, hn] and twice [s/cp, b, ng/tp, hn] -> [s/cp, b, np/tp * hn].
 
         Raises:
-            ValueError: a call that is not causal self-attention over whole sequences.
+            ValueError: a call that is not causal self-attention.
         """
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
-        if packed_seq_params is not None or attention_bias is not None or mask_type != AttnMaskType.causal:
-            raise ValueError(
-                "--context-parallel-size without Transformer Engine is causal self-attention over whole sequences: no packed "
-                f"sequences, no attention_bias, and not the mask type {mask_type}."
-            )
+        assert self.exchange is not None
+        size = self.exchange.size
+        check_call("--context-parallel-size without Transformer Engine", mask_type, attention_bias, packed_seq_params, size)
         made_from = (query.shape, key.shape, query.dtype, query.device, deterministic())
+        if packed_seq_params is not None:
+            within = self.within.get(made_from)
+            if within is None:
+                how = (self.exchange, self.cp_comm_type, self.given_scale)
+                within = self.within[made_from] = sharded_documents_attention("auto", query, key, *how)
+            return attend_documents(within, query, key, value, packed_seq_params, size)
         attend = self.attend.get(made_from)
         if attend is None:
-            assert self.exchange is not None
             attend = sharded_attention("auto", query, key, self.exchange, self.cp_comm_type, self.given_scale)
             self.attend[made_from] = attend
         return attend(query, key, value).flatten(2)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from megatron_lighthouse.mcore.command_line import pyramid, rope, settings
+from megatron_lighthouse.mcore.command_line import documents, pyramid, rope, settings
 from megatron_lighthouse.mcore.command_line.checks import copies_in_a_graph, run_problems
 from megatron_lighthouse.mcore.command_line.own_parts import has_own_attention, over_shards_problems, scheme_problems
 from megatron_lighthouse.mcore.loop import selection_log
@@ -66,6 +66,8 @@ def attention_problems(args: argparse.Namespace, config: Any, by_spec: bool, has
     if (chosen is None or not chosen.attention.switches) and (message := nothing_to_switch(args)):
         yield message
     if chosen is None and has_spec:
+        if documents.asked(args):
+            yield f"{documents.FLAG} needs core attention that takes documents, and --spec {args.spec} has its own."
         return
     if has_spec and by_name:
         yield f"--attention {args.attention} chooses the layer spec, and so does --spec: leave one of them out."
@@ -77,14 +79,10 @@ def attention_problems(args: argparse.Namespace, config: Any, by_spec: bool, has
             yield from selection_log.problems(args, chosen)
         return
     yield from VARIANTS[args.attention].length_problems(None, args.seq_length, config.context_parallel_size)
+    yield from documents.document_problems(args, config)
     if has_own_attention(config):
         yield from over_shards_problems(config)
         yield from scheme_problems(config)
-        if getattr(args, "reset_attention_mask", False):
-            yield (
-                "--reset-attention-mask separates documents by a mask, which context parallelism without Transformer Engine "
-                "does not read: leave it out (documents in one sequence then attend to each other, as without it)."
-            )
         if message := copies_in_a_graph(config, settings.comm_types_of(config)):
             yield message
 
@@ -134,9 +132,13 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
     ):
         kind = args.position_embedding_type
         say_once(f"--reset-position-ids changes nothing with --position-embedding-type {kind}, which does not read them.")
+    packs = documents.asked(args)
+    if packs and config.apply_rope_fusion and max(args.micro_batch_size, args.eval_micro_batch_size) > 1:
+        say_once(f"{documents.FLAG}: the rows of a micro-batch have angles of their own, so RoPE is not fused.")
+        config.apply_rope_fusion = False
     if chosen is not None or has_own_attention(config):
         # the attention is causal and reads no mask; one of seq x seq bytes would not fit at long context
         args.create_attention_mask_in_dataloader = False
-    if spec is None and (chosen is not None or config.sequence_parallel or config.context_parallel_size > 1):
-        model_cfg.transformer_layer_spec = partial(layer_spec, settings=chosen)
+    if spec is None and (chosen is not None or packs or config.sequence_parallel or config.context_parallel_size > 1):
+        model_cfg.transformer_layer_spec = partial(layer_spec, settings=chosen, documents=packs)
     return model_cfg

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from megatron_lighthouse.context_parallel.copies import SWITCH
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem
 from megatron_lighthouse.lighthouse.config import flag
-from megatron_lighthouse.mcore.command_line import rope, stored
+from megatron_lighthouse.mcore.command_line import documents, rope, stored
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_of_rank, of_edge, own_comm_types
 from megatron_lighthouse.options import in_flags
 
@@ -50,6 +50,7 @@ def run_problems(args: Namespace, config: TransformerConfig, settings: Lighthous
     """What `check_run` refuses, each rule in a sentence."""
     yield from model_problems(config, settings, args.seq_length)
     yield from argument_problems(args, settings)
+    yield from _documents(args, config, settings)
     yield from _stage2(args, settings)
     yield from _streams_of_run(args, settings)
     if settings.attention.selects and settings.rope == rope.LAST:
@@ -88,11 +89,7 @@ def settings_problems(settings: LighthouseSettings, seq_length: int, ranks: int)
 def argument_problems(args: Namespace, settings: LighthouseSettings) -> Iterator[str]:
     """Why it cannot train with this data and these options of a run, of those that `args` have."""
     refused = {
-        "reset_attention_mask": f"--reset-attention-mask separates documents by a mask, which {settings.attention.title} does "
-        "not read: leave it out (documents in one sequence then attend to each other, as without it).",
         "sft": "--sft packs sequences (thd): use --attention dense for it.",
-        "dataloader_inter_document_masking": "--dataloader-inter-document-masking packs sequences (thd): leave it out, or use "
-        "--attention dense.",
         **{
             name: f"--{name.replace('_', '-')} packs sequences (thd): leave it out, or use --attention dense."
             for name in DYNAMIC
@@ -101,6 +98,8 @@ def argument_problems(args: Namespace, settings: LighthouseSettings) -> Iterator
         "dense.",
     }
     yield from (message for name, message in refused.items() if getattr(args, name, False))
+    if message := documents.mask_problem(args):
+        yield message
     yield from cp_layout_problems(args)
     backend = getattr(args, "attention_backend", None)
     if getattr(backend, "name", backend) == "local":
@@ -108,6 +107,14 @@ def argument_problems(args: Namespace, settings: LighthouseSettings) -> Iterator
             "--attention-backend local replaces the core attention of every layer after the specs are built: use "
             "--transformer-impl local, or another backend."
         )
+
+
+def _documents(args: Namespace, config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:
+    yield from documents.document_problems(args, config)
+    if documents.asked(args):
+        for own in filter(None, (settings.config, settings.edge)):
+            yield from settings.attention.document_problems(own, config.context_parallel_size)
+        yield from documents.watched_problems(args)
 
 
 def cp_layout_problems(given: object) -> Iterator[str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 
 from megatron_lighthouse.mcore.command_line.checks import cp_layout_problems
+from megatron_lighthouse.mcore.command_line.documents import mask_problem
 from megatron_lighthouse.mcore.command_line.own_parts import norm_problem
 from megatron_lighthouse.mcore.command_line.unread import unread_problems
 from megatron_lighthouse.mcore.data import tokenizers
@@ -16,7 +17,6 @@ ELSEWHERE = "use Megatron-LM's own pretrain_gpt.py for it (patches/patch.py give
 NOT_HERE = {
     "sft": "--sft (packed sequences)",
     "fim_data": "--fim-data",
-    "dataloader_inter_document_masking": "--dataloader-inter-document-masking (packed sequences)",
     "hybrid_context_parallel": "--hybrid-context-parallel (packed sequences)",
     "perform_rl_step": "--perform-rl-step",
     "check_for_spiky_loss": "--check-for-spiky-loss",
@@ -84,6 +84,8 @@ def problems(args: Namespace) -> Iterator[str]:
     for name, option in {**NOT_HERE, **LATER}.items():
         if getattr(args, name, False):
             yield f"{option} is not done by megatron_lighthouse.pretrain_gpt: {ELSEWHERE}."
+    if message := mask_problem(args):
+        yield message
     yield from unread_problems(args)
     yield from _of_the_model(args)
     yield from _full_validation(args)

@@ -50,7 +50,9 @@ def train_valid_test_datasets(sample_counts: list[int], vp_stage: int | None = N
 
 
 def _reads_data(vp_stage: int | None) -> bool:
-    return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
+    """One of the tensor-parallel ranks does; of the pipeline's middle stages, where these are to know of documents."""
+    needed = get_args().dataloader_inter_document_masking or is_first_or_last_pipeline_stage(vp_stage)
+    return mpu.get_tensor_model_parallel_rank() == 0 and needed
 
 
 # Megatron calls a provider so marked on all ranks
@@ -116,6 +118,7 @@ def _dataset_config(args: Namespace) -> GPTDatasetConfig:
         reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
+        inter_document_masking=args.dataloader_inter_document_masking,
         create_attention_mask=args.create_attention_mask_in_dataloader,
         object_storage_cache_path=args.object_storage_cache_path,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,

@@ -16,10 +16,18 @@ from megatron.core.utils import (
     get_batch_on_this_tp_rank,
 )
 from megatron.training import get_args, get_timers
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
+from megatron_lighthouse.mcore.attention.document_rotary import rotate_by
+from megatron_lighthouse.mcore.attention.packed import packed
+from megatron_lighthouse.mcore.data.documents import documents_in, tokens_of_rank
+from megatron_lighthouse.sequence.documents import Documents
+from megatron_lighthouse.sequence.layout import Layout
+
 FIELDS = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
+OF_DOCUMENTS = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")
 stragglers = StragglerDetector()
 """That of the process, which --log-straggler turns on; to construct it again would turn it off."""
 WEIGHTS = "token_weights"
@@ -31,12 +39,20 @@ def forward_step(data: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> t
     timers("batch-generator", log_level=2).start()
     args = get_args()
     size = args.micro_batch_size if model.training else args.eval_micro_batch_size
+    vp_stage = get_attr_wrapped_model(model, "vp_stage")
     with stragglers(bdata=True):
-        batch = _batch(data, get_attr_wrapped_model(model, "vp_stage"), size)
+        batch, documents = _batch(data, vp_stage, size)
     timers("batch-generator").stop()
     tokens, position_ids, attention_mask, labels, loss_mask = (batch.get(name) for name in FIELDS)
+    more = {}
+    if documents is not None:
+        if model.training and not vp_stage:  # by which Megatron counts what attention computes, once a micro-batch
+            update_seqlen_stats_from_cu_seqlens(documents.cu_seqlens)
+        rows = tokens_of_rank(documents, size, _layout())
+        rotate_by(get_attr_wrapped_model(model, "decoder", return_model_obj=True), documents.positions[rows])
+        more["packed_seq_params"] = packed(documents, args.seq_length)
     with stragglers:
-        output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
+        output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask, **more)
     return output, partial(loss_function, loss_mask, batch.get(WEIGHTS))
 
 
@@ -86,19 +102,23 @@ def token_weights(loss_mask: Tensor) -> Tensor:
     return mask / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def _batch(data: Iterator[dict[str, Tensor]], vp_stage: int | None, micro_batch_size: int) -> dict[str, Tensor | None]:
-    """This rank's part of the next batch; empty on the pipeline's middle stages."""
-    if not is_first_or_last_pipeline_stage(vp_stage):
-        return {}
+def _batch(
+    data: Iterator[dict[str, Tensor]], vp_stage: int | None, micro_batch_size: int
+) -> tuple[dict[str, Tensor | None], Documents | None]:
+    """This rank's part of the next batch, empty on the pipeline's middle stages; and its documents, which all stages know."""
     args = get_args()
+    packs = args.dataloader_inter_document_masking
+    if not packs and not is_first_or_last_pipeline_stage(vp_stage):
+        return {}, None
     first_of_tp = mpu.get_tensor_model_parallel_rank() == 0
     batch: dict[str, Tensor | None] = {}
     if first_of_tp:
         sample = next(data)
-        batch = {name: sample[name].cuda(non_blocking=True) if name in sample else None for name in FIELDS}
+        given = (*FIELDS, *OF_DOCUMENTS) if packs else FIELDS
+        batch = {name: sample[name].cuda(non_blocking=True) if name in sample else None for name in given}
     batch = get_batch_on_this_tp_rank(
         batch,
-        has_cu_seqlens=False,
+        has_cu_seqlens=packs,
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
@@ -112,6 +132,19 @@ def _batch(data: Iterator[dict[str, Tensor]], vp_stage: int | None, micro_batch_
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
+    found = {name: batch.pop(name, None) for name in OF_DOCUMENTS}
     if (loss_mask := batch.get("loss_mask")) is not None:  # of whole sequences, before they are cut
         batch[WEIGHTS] = token_weights(loss_mask)
-    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+    if not packs:
+        return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()), None
+    bounds = found["cu_seqlens"]
+    assert bounds is not None
+    documents = documents_in(bounds)
+    if not is_first_or_last_pipeline_stage(vp_stage):
+        return {}, documents
+    rows = tokens_of_rank(documents, micro_batch_size, _layout())
+    return {name: None if x is None else x.flatten()[rows] for name, x in batch.items()}, documents
+
+
+def _layout() -> Layout:
+    return Layout(mpu.get_context_parallel_world_size(), mpu.get_context_parallel_rank())

@@ -15,7 +15,7 @@ from megatron.training import checkpointing, initialize
 from megatron.training import training as loop
 
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
-from megatron_lighthouse.mcore.loop import finite, machine, progress, rates, selection_log, switch, weights
+from megatron_lighthouse.mcore.loop import finite, machine, progress, rates, selection_log, skip, switch, weights
 
 MARK = "lighthouse_hooks"
 """The attribute of a wrapped function that names the subjects around it."""
@@ -49,6 +49,7 @@ def follow_training() -> None:
     load_weights()
     wrap(loop, "training_log", "progress", progress.Progress().training_log)
     wrap(loop, "load_checkpoint", "rates", rates.load_checkpoint)
+    wrap(loop, "dummy_train_step", "skip", skip.skip_step)
     wrap(loop, "train_step", "finite", finite.train_step)
     wrap(loop, "save_checkpoint", "finite", finite.save_checkpoint)
 

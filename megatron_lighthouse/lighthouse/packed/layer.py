@@ -1,0 +1,121 @@
+"""A layer over packed documents: what their number and lengths do not decide, decided once; its calls only compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_lighthouse.lighthouse import telemetry
+from megatron_lighthouse.lighthouse.config import LighthouseConfig
+from megatron_lighthouse.lighthouse.implementations import packed_steps_for
+from megatron_lighthouse.lighthouse.packed.packing import Packing
+from megatron_lighthouse.lighthouse.packed.rule import Rule
+from megatron_lighthouse.lighthouse.packed.steps import PackedSteps
+from megatron_lighthouse.lighthouse.rotary import Rotary
+from megatron_lighthouse.lighthouse.scorers import SCORERS
+from megatron_lighthouse.lighthouse.scorers.base import Scorer
+from megatron_lighthouse.lighthouse.selection import Selection
+from megatron_lighthouse.ranges import profiled
+from megatron_lighthouse.sequence.documents import Documents
+from megatron_lighthouse.softmax.documents import AttendDocuments, documents_attention
+
+
+@dataclass(frozen=True)
+class PackedAttended:
+    """What the last step needs: all of a layer but its output."""
+
+    rows: Tensor
+    """[S, 1, H, D], attended to."""
+    selection: Selection
+    steps: PackedSteps
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all documents go in whole, so that rows are tokens."""
+        packing = self.selection.geometry
+        assert isinstance(packing, Packing)
+        return packing.is_whole
+
+    def scatter(self) -> Tensor:
+        """[t, 1, H, D]: the layer's output."""
+        return self.rows if self.is_whole else self.steps.scatter(self.rows, self.selection)
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """Lighthouse for rows of documents, of one shape."""
+
+    rule: Rule
+    pin_first: bool
+    steps: PackedSteps
+    scorer: Scorer
+    attend: AttendDocuments | None
+    """The inner attention; None where every call brings its own."""
+    rotary: Rotary | None
+    """By which rows are turned on to their window's last token while they are pooled."""
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, documents: Documents, attend: AttendDocuments | None = None
+    ) -> Tensor:
+        """[t, 1, H, D]: see `lighthouse_attention`."""
+        return self.attended(query, key, value, documents, attend).scatter()
+
+    def attended(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        documents: Documents,
+        attend: AttendDocuments | None = None,
+        selection: Selection | None = None,
+    ) -> PackedAttended:
+        """All steps but the last."""
+        attend, packing, rows = attend or self.attend, Packing.of(documents, self.rule), (query, key, value)
+        assert attend is not None
+        if selection is None:
+            selection = self.select(query, key, value, documents)
+        if not packing.is_whole:  # else rows are tokens
+            rows = self.steps.gather(query, key, value, selection, self.rotary)
+        with profiled("attend"):
+            attended = attend(*rows, packing.rows)
+        return PackedAttended(attended, selection, self.steps)
+
+    def select(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Selection:
+        """The entries of all documents."""
+        packing = Packing.of(documents, self.rule)
+        telemetry.refuse_documents()
+        if packing.is_whole:
+            places = torch.arange(packing.seq_length, dtype=torch.int32, device=query.device)
+            return Selection(packing, places.expand(1, key.shape[2], -1), packing.seq_length)
+        with torch.no_grad():
+            scores = self.scorer.packed(query, key, value, packing, self.steps, self.rotary)
+            return self.steps.select(scores, packing, self.pin_first)
+
+
+def build_packed(
+    config: LighthouseConfig,
+    query: Tensor,
+    key: Tensor,
+    softmax_scale: float | None = None,
+    own_attend: bool = False,
+    rotary: Rotary | None = None,
+) -> PackedLayer:
+    """The layer for rows of documents like these.
+
+    Args:
+        query: [t, 1, H, D]; key: [t, 1, G, D]; of these only heads, D, dtype and device count.
+        own_attend: every call brings its inner attention.
+        rotary: what queries and keys are rotated by, where pooled rows are to stand at their window's last token.
+
+    Raises:
+        ValueError: as `lighthouse_attention`.
+    """
+    scorer, rule = SCORERS[config.scorer], config.rule
+    if rotary is not None and (problem := rotary.problem(query.shape[3])):
+        raise ValueError(problem)
+    if problem := scorer.packed_problem(rule.window):
+        raise ValueError(problem)
+    attend = None if own_attend else documents_attention(config.inner, query, key, softmax_scale)
+    return PackedLayer(rule, config.pin_first, packed_steps_for(config.steps, query, config.pooling), scorer, attend, rotary)

@@ -1,0 +1,91 @@
+"""Where the tokens and entries of a packed row stand, as tables of numbers: for the steps in plain PyTorch.
+
+All int64, on the device of `cu_seqlens`, and made once for a packing.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from megatron_lighthouse.lighthouse.packed.packing import Packing, numbered
+
+
+class Maps:
+    """Of one packing."""
+
+    def __init__(self, packing: Packing) -> None:
+        self.packing = packing
+
+    @staticmethod
+    def of(packing: Packing) -> Maps:
+        """Those of a packing; made once."""
+        maps: Maps = vars(packing).setdefault("maps", Maps(packing))
+        return maps
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """[n + 1]: tokens before each document."""
+        return self.packing.bounds[0].long()
+
+    @cached_property
+    def windows(self) -> Tensor:
+        """[n + 1]: coarsest windows before each document."""
+        return self.packing.bounds[1].long()
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """[n + 1]: rows before each document."""
+        return self.packing.bounds[2].long()
+
+    @cached_property
+    def document(self) -> Tensor:
+        """[t]: the document of each token."""
+        return numbered(self.tokens, self.packing.seq_length)
+
+    @cached_property
+    def position(self) -> Tensor:
+        """[t]: the place of each token in its document, from 0."""
+        return torch.arange(self.packing.seq_length, device=self.tokens.device) - self.tokens[self.document]
+
+    @cached_property
+    def inside(self) -> Tensor:
+        """[W*F]: the tokens that form windows, in order."""
+        starts = self.packing.window_starts.long()
+        return (starts.unsqueeze(1) + torch.arange(self.packing.rule.window, device=starts.device)).flatten()
+
+    @cached_property
+    def loose_row(self) -> Tensor:
+        """[t]: the row of each token that is in no window; -1 of the others."""
+        document, window = self.document, self.packing.rule.window
+        in_windows = self.windows.diff()[document] * window
+        row = self.rows[document + 1] - self.tokens.diff()[document] + self.position
+        return row.where(self.position >= in_windows, -1)
+
+    @cached_property
+    def rows_shift(self) -> Tensor:
+        """[W]: the rows of loose tokens before each coarsest window."""
+        document = numbered(self.windows, sum(self.packing.windows))
+        return self.tokens[document] - self.packing.rule.window * self.windows[document]
+
+    def received(self, level: int) -> Tensor:
+        """[t]: the entry of `level` (from 1) whose row each position gets; -1 where there is none.
+
+        Of its own document, the last window that is complete at the position: (j - p^l + 1) // p^l, but in a tail the windows
+        end before it.
+        """
+        width, finer = self.packing.window(level), self.packing.rule.window // self.packing.window(level)
+        entry = (self.position + 1) // width - 1
+        there = (entry >= 0) & (entry < self.windows.diff()[self.document] * finer)
+        return (self.windows[self.document] * finer + entry).where(there, -1)
+
+    def spilled(self, level: int) -> Tensor:
+        """[entries of the level, p^l]: the positions that get the row of each entry of `level` (from 1); t where the document
+        has ended. What `received` says, the other way."""
+        width = self.packing.window(level)
+        last = self.inside.view(-1, width)[:, -1]
+        position = last.unsqueeze(1) + torch.arange(width, device=last.device)
+        end = self.tokens[self.document[last] + 1].unsqueeze(1)
+        return position.where(position < end, self.packing.seq_length)

@@ -1,0 +1,77 @@
+"""Packed documents (`--dataloader-inter-document-masking`): with what they do not go together. Imports no Megatron."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any
+
+FLAG = "--dataloader-inter-document-masking"
+ROTATED = ("rope", "yarn", "learned_absolute", "none")
+"""Positions that are counted anew in each document."""
+
+
+def asked(args: Namespace) -> bool:
+    """Whether rows hold packed documents."""
+    return bool(getattr(args, "dataloader_inter_document_masking", False))
+
+
+def mask_problem(args: Namespace) -> str | None:
+    """Why documents are not separated by a mask: causal attention reads none."""
+    if not getattr(args, "reset_attention_mask", False):
+        return None
+    return (
+        "--reset-attention-mask separates documents by a mask of seq x seq, which causal kernels do not read: use "
+        f"{FLAG}, which keeps them apart without one."
+    )
+
+
+def document_problems(args: Namespace, config: Any) -> Iterator[str]:
+    """What does not go with packed documents in this model (a TransformerConfig), each with what would work."""
+    if not asked(args):
+        return
+    kind = getattr(args, "position_embedding_type", "rope")
+    if kind not in ROTATED:
+        yield f"{FLAG} with --position-embedding-type {kind} is not done: use {' or '.join(ROTATED)}."
+    if getattr(config, "multi_latent_attention", False):
+        yield f"{FLAG} with --multi-latent-attention is not done: use --group-query-attention, or leave one of them out."
+    if getattr(config, "experimental_attention_variant", None):
+        yield f"{FLAG} with --experimental-attention-variant is not done: leave one of them out."
+    if getattr(config, "mtp_num_layers", None):
+        yield (
+            f"{FLAG} with --mtp-num-layers {config.mtp_num_layers} is not done: a token past a document's end is another's: "
+            "leave one of them out."
+        )
+    if (graphs := getattr(config, "cuda_graph_impl", "none")) != "none":
+        yield f"{FLAG} with --cuda-graph-impl {graphs} is not done, for each batch has other documents: leave one of them out."
+    yield from _local(config) if config.transformer_impl == "local" else _of_te(config)
+
+
+def watched_problems(args: Namespace) -> Iterator[str]:
+    """What measures a selection goes by the tiles of one sequence."""
+    for name in ("lighthouse_telemetry_interval", "lighthouse_selection_map"):
+        if value := getattr(args, name, None):
+            yield f"--{name.replace('_', '-')} {value} measures one sequence, not packed documents: leave it out, or {FLAG}."
+
+
+def _of_te(config: Any) -> Iterator[str]:
+    size = config.context_parallel_size
+    if config.transformer_impl != "transformer_engine":
+        yield f"{FLAG} with --transformer-impl {config.transformer_impl} is not done: use local or transformer_engine."
+    elif size > 1:
+        yield (
+            f"{FLAG} with --context-parallel-size {size}: Transformer Engine shares out documents of multiples of {2 * size} "
+            f"tokens alone: use --transformer-impl local, which takes any."
+        )
+
+
+def _local(config: Any) -> Iterator[str]:
+    """Of attention without kept scores, which has no more than a causal softmax."""
+    if config.attention_dropout:
+        yield f"{FLAG} with --attention-dropout {config.attention_dropout} is not done: use --attention-dropout 0."
+    for name in ("window_size", "qk_clip", "log_max_attention_logit"):
+        if value := getattr(config, name, None):
+            option = f"--{name.replace('_', '-')} {value}".removesuffix(" True")
+            yield f"{FLAG} with {option} is not done by --transformer-impl local: leave one of them out."
+    if getattr(config, "softmax_type", "vanilla") != "vanilla":
+        yield f"{FLAG} with --softmax-type {config.softmax_type} is not done by --transformer-impl local: use vanilla."

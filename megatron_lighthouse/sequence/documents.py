@@ -1,0 +1,159 @@
+"""Documents: a row of tokens that holds several texts, each of which is to be as if it were alone; and who holds their tokens.
+
+Document zigzag (ours): of C context-parallel ranks each document is cut into 2C chunks, and rank r holds chunks r and 2C-1-r of
+every document, as the zigzag of one sequence. No length need divide by 2C. Chunk c of the document from token a to token b has
+
+    (b + c) // 2C - (a + c) // 2C
+
+tokens: their sum over c is b - a (Hermite's identity), no two of them differ by more than one, and chunks c of all documents
+have t / 2C together. So all ranks hold as many tokens, and none is padded; where 2C divides all lengths, all chunks of a
+document are equal. A rank holds its early chunks of all documents, one after the other, then its late ones: to the schemes that
+pass chunks around, as one sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from megatron_lighthouse.sequence.layout import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """The documents of one row of tokens, end to end."""
+
+    cu_seqlens: Tensor
+    """[n + 1], int32: where each begins, and where the last ends."""
+    lengths: tuple[int, ...]
+    """In tokens, as the host knows them."""
+
+    @staticmethod
+    def of(cu_seqlens: Tensor, tokens: int, device: torch.device | None = None, most: int | None = None) -> Documents:
+        """Those of a row, whose boundaries the host reads once.
+
+        Raises:
+            ValueError: as `check_cu_seqlens`.
+        """
+        return Documents(cu_seqlens, check_cu_seqlens(cu_seqlens, tokens, device, most))
+
+    @property
+    def tokens(self) -> int:
+        """t, of all of them."""
+        return sum(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest."""
+        return max(self.lengths)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """[t], int64: the place of each token of the row in its document, from 0."""
+        starts = self.cu_seqlens[:-1].long()
+        return torch.arange(self.tokens, device=starts.device) - _repeated(starts, self.cu_seqlens, self.tokens)
+
+    def cu_seqlens_of(self, chunk: int, ranks: int) -> Tensor:
+        """[n + 1], int32: the boundaries of all documents' chunks of this number, of 2 * ranks, laid end to end."""
+        return (self.cu_seqlens + chunk) // (2 * ranks)
+
+    def rows_of(self, chunk: int, ranks: int) -> Tensor:
+        """[t / (2 * ranks)], int64: the tokens of the row that all documents' chunks of this number are."""
+        own, rows = self.cu_seqlens_of(chunk, ranks).long(), self.tokens // (2 * ranks)
+        cut = torch.arange(chunk, device=own.device).unsqueeze(1)
+        before = (self.cu_seqlens.long() + cut) // (2 * ranks)
+        begins = self.cu_seqlens[:-1] + before.diff(dim=1).sum(0)
+        return torch.arange(rows, device=own.device) + _repeated(begins - own[:-1], own, rows)
+
+    def rows_of_rank(self, layout: Layout) -> Tensor:
+        """[t / C], int64: the tokens of the row that a rank holds, in the order in which it holds them; one alone, as they are.
+
+        Raises:
+            ValueError: a row that 2C does not divide.
+        """
+        if problem := self.zigzag_problem(layout.size):
+            raise ValueError(problem)
+        if layout.size == 1:
+            return torch.arange(self.tokens, device=self.cu_seqlens.device)
+        return torch.cat([self.rows_of(chunk, layout.size) for chunk in layout.chunks])
+
+    def order(self, ranks: int) -> Tensor:
+        """[t], int64: the tokens of the row, chunk by chunk: first all documents' chunks 0."""
+        return torch.cat([self.rows_of(chunk, ranks) for chunk in range(2 * ranks)])
+
+    def lengths_of(self, chunks: Sequence[int], ranks: int) -> list[int]:
+        """Tokens of each document in these of its 2 * ranks chunks, as the host knows them."""
+        bounds = [0, *accumulate(self.lengths)]
+        ends = [sum((bound + chunk) // (2 * ranks) for chunk in chunks) for bound in bounds]
+        return [end - start for start, end in pairwise(ends)]
+
+    def by_document(self, chunks: Sequence[int], ranks: int) -> Tensor:
+        """[rows], int64: rows of these chunks, laid end to end, in the order of the documents, within each in the chunks'."""
+        bounds = torch.stack([self.cu_seqlens_of(chunk, ranks).long() for chunk in chunks], dim=1)
+        rows = self.tokens // (2 * ranks)
+        begins = bounds[:-1] + rows * torch.arange(len(chunks), device=bounds.device)
+        ends = torch.cat([bounds.new_zeros(1), bounds.diff(dim=0).flatten().cumsum(0)])
+        places = torch.arange(rows * len(chunks), device=bounds.device)
+        return places + _repeated(begins.flatten() - ends[:-1], ends, rows * len(chunks))
+
+    def zigzag_problem(self, ranks: int) -> str | None:
+        """Why so many ranks cannot hold the row; None where they can."""
+        if ranks == 1 or self.tokens % (2 * ranks) == 0:
+            return None
+        return (
+            f"cu_seqlens ends at {self.tokens} tokens, which {ranks} context-parallel ranks cannot share: make it a multiple "
+            f"of {2 * ranks} (single documents need not be), such as {-(-self.tokens // (2 * ranks)) * 2 * ranks}."
+        )
+
+
+def check_cu_seqlens(
+    cu_seqlens: Tensor, tokens: int, device: torch.device | None = None, most: int | None = None
+) -> tuple[int, ...]:
+    """The documents' lengths, of boundaries that keep the rules.
+
+    Args:
+        tokens: t, of the row.
+        device: where the row is; None: anywhere.
+        most: documents that a row may have; None: any number.
+
+    Raises:
+        ValueError: the rule that is broken, and what would keep it.
+    """
+    shape = tuple(cu_seqlens.shape)
+    if cu_seqlens.dtype != torch.int32 or len(shape) != 1:
+        raise ValueError(
+            f"cu_seqlens must be int32 [documents + 1], got {cu_seqlens.dtype} {shape}: give one row's, as cu_seqlens.int()."
+        )
+    if device is not None and cu_seqlens.device != device:
+        raise ValueError(f"cu_seqlens must be where the tokens are, {device}, got {cu_seqlens.device}: move it there.")
+    bounds: list[int] = cu_seqlens.tolist()
+    if len(bounds) < 2 or bounds[0] != 0:
+        raise ValueError(f"cu_seqlens must begin with 0 and have an entry for each document's end, got {_short(bounds)}.")
+    lengths = tuple(end - start for start, end in pairwise(bounds))
+    if min(lengths) < 1:
+        end = 1 + next(i for i, length in enumerate(lengths) if length < 1)
+        raise ValueError(
+            f"cu_seqlens must increase, and entry {end} is {bounds[end]} after {bounds[end - 1]}: leave out documents without "
+            "tokens, and entries that only fill up."
+        )
+    if bounds[-1] != tokens:
+        raise ValueError(
+            f"cu_seqlens must end at the row's {tokens} tokens, got {bounds[-1]}: let the last document end there."
+        )
+    if most is not None and len(lengths) > most:
+        raise ValueError(f"cu_seqlens has {len(lengths)} documents, and a row may have {most}: raise the bound, or pack fewer.")
+    return lengths
+
+
+def _repeated(values: Tensor, bounds: Tensor, rows: int) -> Tensor:
+    """[rows]: value i for each of the rows from bounds i to i + 1; without asking the device how many those are."""
+    return torch.repeat_interleave(values, bounds.diff().long(), output_size=rows)
+
+
+def _short(bounds: list[int]) -> str:
+    return str(bounds) if len(bounds) < 8 else f"[{', '.join(map(str, bounds[:6]))}, … {bounds[-1]}]"

@@ -1,0 +1,116 @@
+"""The inner attention over documents, end to end in one row: plain causal attention within each, by the fastest backend.
+
+The backends are those of `softmax.backends`, by the same names, where they take documents of unequal lengths in one call.
+cuDNN's does not: torch hands it whole rows, and documents only without the causal mask.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_lighthouse.sequence.documents import Documents
+from megatron_lighthouse.softmax.backends import (
+    BACKENDS,
+    BLACKWELL,
+    DOCUMENTS,
+    FAMILIES,
+    UP_TO_256,
+    Backend,
+    Rows,
+    _choose,
+    deterministic,
+    flash_function,
+    flash_problem,
+)
+
+AttendDocuments = Callable[[Tensor, Tensor, Tensor, Documents], Tensor]
+"""Causal attention within each document: ([S, 1, H, D], [S, 1, G, D], [S, 1, G, D], documents) -> [S, 1, H, D]."""
+
+
+def documents_attention(name: str, query: Tensor, key: Tensor, softmax_scale: float | None = None) -> AttendDocuments:
+    """The backend `name` for these rows, or the fastest for 'auto'; said once.
+
+    Args:
+        query: [S, 1, H, D]; key: [S, 1, G, D]; of these only heads, D, dtype and device count.
+        softmax_scale: 1/sqrt(D) by default.
+
+    Raises:
+        ValueError: a backend that is forced and is not there, or cannot take these rows.
+    """
+    rows = Rows(query.device, query.dtype, query.shape[2], key.shape[2], query.shape[3])
+    attend = FAMILIES[DOCUMENTS][_choose(name, rows, deterministic(), (), DOCUMENTS)].attend
+    return lambda q, k, v, documents: attend(q, k, v, softmax_scale, documents)
+
+
+def _flash(module: str) -> Callable[..., Tensor]:
+    function = flash_function(module, "flash_attn_varlen_func")
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None, documents: Documents) -> Tensor:
+        bounds, longest = documents.cu_seqlens, documents.longest
+        # by name: FlashAttention 4 has another argument between the tensors and these
+        options = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": longest, "max_seqlen_k": longest}
+        q, k, v = (x.squeeze(1) for x in (query, key, value))
+        out = function(q, k, v, softmax_scale=softmax_scale, causal=True, deterministic=deterministic(), **options)
+        return out.unsqueeze(1)
+
+    return attend
+
+
+def _torch_problem(rows: Rows) -> str | None:
+    if problem := BACKENDS["fa2"].problem(rows):
+        return problem
+    if rows.dim % 8:
+        return f"does not take head dimension {rows.dim}"
+    try:
+        known = set(inspect.signature(import_module("torch.nn.attention.varlen").varlen_attn).parameters)
+    except ImportError:
+        known = set()
+    takes = {"scale", "window_size", "enable_gqa"} <= known
+    return None if takes else f"does not take documents in torch {torch.__version__}"
+
+
+def _torch(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None, documents: Documents) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x.squeeze(1) for x in (query, key, value))
+    bounds, longest = documents.cu_seqlens, documents.longest
+    options: dict[str, Any] = {"scale": softmax_scale, "window_size": (-1, 0), "enable_gqa": q.shape[1] != k.shape[1]}
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
+    assert isinstance(out, Tensor)  # with the log-sum-exp where that is asked for
+    return out.unsqueeze(1)
+
+
+def _one_by_one(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None, documents: Documents) -> Tensor:
+    attend = BACKENDS["sdpa"].attend
+    q, k, v = (x.split(documents.lengths) for x in (query, key, value))
+    return torch.cat([attend(*part, softmax_scale) for part in zip(q, k, v, strict=True)])
+
+
+FAMILIES[DOCUMENTS] = {
+    "fa4": Backend(
+        "FlashAttention 4",
+        flash_problem(
+            "flash-attn-4", "flash_attn.cute", {9: UP_TO_256, 10: BLACKWELL, 11: BLACKWELL}, "flash_attn_varlen_func"
+        ),
+        _flash("flash_attn.cute"),
+    ),
+    "fa3": Backend(
+        "FlashAttention 3",
+        flash_problem(
+            "hopper/ of the flash-attention repository", "flash_attn_interface", {9: UP_TO_256}, "flash_attn_varlen_func"
+        ),
+        _flash("flash_attn_interface"),
+        BACKENDS["fa3"].repeats,
+    ),
+    "cudnn": Backend(
+        BACKENDS["cudnn"].title, lambda rows: "takes no documents that are masked causally", BACKENDS["cudnn"].attend
+    ),
+    "fa2": Backend(BACKENDS["fa2"].title, _torch_problem, _torch),
+    "sdpa": Backend("torch's scaled_dot_product_attention, document by document", lambda rows: None, _one_by_one),
+}

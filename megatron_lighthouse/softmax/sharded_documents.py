@@ -1,0 +1,79 @@
+"""Softmax attention within documents whose tokens lie on several ranks, in document zigzag (`sequence.documents`).
+
+The schemes are those of one sequence, for all documents at once: a rank's early and late chunks are those of every document.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.context_parallel.parts import Block, Tensors
+from megatron_lighthouse.context_parallel.schemes import comm_type_problem, scheme
+from megatron_lighthouse.notice import say_once
+from megatron_lighthouse.sequence.documents import Documents
+from megatron_lighthouse.softmax.backends import choose_for_blocks
+from megatron_lighthouse.softmax.blocks import BLOCKS
+from megatron_lighthouse.softmax.document_blocks import OverDocuments
+from megatron_lighthouse.softmax.documents import AttendDocuments, documents_attention
+
+
+@dataclass(frozen=True)
+class ShardedDocuments:
+    """An `AttendDocuments` over the tokens of all ranks: [t / C, 1, heads, D] each, of which the documents are those of t."""
+
+    exchange: Exchange
+    comm_type: str
+    block: Block
+    """Over the rows of one document."""
+    attend: AttendDocuments | None
+    """Over whole rows of a rank's share of the heads, for 'a2a'."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
+        if problem := documents.zigzag_problem(self.exchange.size):
+            raise ValueError(problem)
+
+        def whole(near: Tensors, far: Tensors) -> Tensor:
+            """Of rows chunk by chunk."""
+            assert self.attend is not None
+            order = documents.order(self.exchange.size)
+            back = order.argsort()
+            query, key, value = (x[back] for x in (*near, *far))
+            return self.attend(query, key, value, documents)[order]
+
+        block = OverDocuments(self.block, documents, self.exchange.size)
+        return scheme(self.comm_type, self.exchange, lambda: block, lambda: whole)((query,), (key, value))
+
+
+def sharded_documents_attention(
+    name: str, query: Tensor, key: Tensor, exchange: Exchange, comm_type: str, softmax_scale: float | None = None
+) -> ShardedDocuments:
+    """Causal attention within each document, over the tokens of all ranks.
+
+    Args:
+        name: of the backend, as for `inner_attention`.
+        query: [t / C, 1, H, D]; key: [t / C, 1, G, D]; of these only heads, D, dtype and device count.
+        comm_type: see `megatron_lighthouse.context_parallel.schemes.scheme`.
+
+    Raises:
+        ValueError: a scheme that is not known, heads that 'a2a' cannot share out, or a backend that cannot do it.
+    """
+    scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
+    if problem := comm_type_problem(comm_type, query.shape[2], key.shape[2], exchange.size):
+        raise ValueError(problem)
+    attend = None
+    if comm_type == "a2a":
+        q, k = (x[:, :, : x.shape[2] // exchange.size] for x in (query, key))
+        attend = documents_attention(name, q, k, scale)
+    elif query.is_cuda:
+        say_once(
+            "lighthouse: packed documents over shards are a call each, so many in a row are slow: --cp-comm-type a2a is not."
+        )
+    rows = (query.device, query.dtype, query.shape[2], key.shape[2], query.shape[3])
+    # cuDNN's in torch compiles anew for each length, of which documents have many
+    known = [other for other in BLOCKS if other != "cudnn"]
+    block = BLOCKS["sdpa" if comm_type == "a2a" else choose_for_blocks(name, known, *rows)](scale)
+    return ShardedDocuments(exchange, comm_type, block, attend)

@@ -1,0 +1,92 @@
+"""Packed documents through the entry point: the losses of one process at any layout, and those of each document alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy
+import pytest
+
+from tests.mcore.harness import ROOT, Run, run
+from tests.mcore.test_parity import START, assert_same
+
+PACKED = "--attention dense --dataloader-inter-document-masking --eod-mask-loss --lr 1e-3".split()
+TOKENS = "--tokenizer-type NullTokenizer --vocab-size 257 --null-tokenizer-eod-id 256 --padded-vocab-size 384".split()
+
+LAYOUTS = {
+    "two rows at once": (1, "--micro-batch-size 2"),
+    "CP2, all-gather and all-to-all by layer": (2, "--context-parallel-size 2 --cp-comm-type p2p all_gather a2a p2p"),
+    "TP2·CP2, two rows at once": (
+        4,
+        "--tensor-model-parallel-size 2 --context-parallel-size 2 --sequence-parallel --micro-batch-size 2 "
+        "--eval-interval 2 --eval-iters 2 --eval-micro-batch-size 1",
+    ),
+    "PP4, two rows at once": (4, "--pipeline-model-parallel-size 4 --micro-batch-size 2"),
+    "PP2·VPP2": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
+    "DP2, recompute": (2, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
+}
+"""DP2 counts unequal numbers of tokens, for the ends of documents do not count."""
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Documents of 2 to 400 tokens, many of which are shorter than the chunks of a rank: the words that name them."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    text = numpy.frombuffer((ROOT / "LICENSE").read_bytes(), numpy.uint8)
+    prefix = str(tmp_path_factory.mktemp("documents") / "text")
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
+    for i, length in enumerate((3, 70, 2, 2, 400, 33, 5, 121, 2, 18) * 6):
+        builder.add_document(numpy.append(text[170 * i :][: length - 1], 256).astype(numpy.uint16), [length])
+    builder.finalize(f"{prefix}.idx")
+    return ["--train-data-path", prefix, "--valid-data-path", prefix, *TOKENS]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, documents: list[str]) -> Path:
+    """Weights that every run starts from."""
+    folder = tmp_path_factory.mktemp("start")
+    save = ["--train-iters", "1", "--save", str(folder / "checkpoint"), "--save-interval", "1"]
+    run(folder, *PACKED, *save, data=documents)
+    return folder / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, documents: list[str]) -> Run:
+    return run(tmp_path_factory.mktemp("one"), *PACKED, "--load", str(checkpoint), *START, data=documents)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_equal_those_of_one_process(
+    layout: str, tmp_path: Path, checkpoint: Path, documents: list[str], one_process: Run
+) -> None:
+    ranks, arguments = LAYOUTS[layout]
+    start = [*PACKED, "--load", str(checkpoint), *START, *arguments.split()]
+    result = run(tmp_path, *start, ranks=ranks, data=documents)
+    assert list(result.losses) == [1, 2, 3]
+    assert_same(result, one_process)
+
+
+LIGHTHOUSE = ["--attention", "lighthouse", *PACKED[2:], "--lighthouse-tile-budget", "2"]
+"""Windows of 16 tokens, tiles of 128: longer documents select, those of few tokens go in whole."""
+
+
+@pytest.fixture(scope="module")
+def one_lighthouse(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, documents: list[str]) -> Run:
+    return run(tmp_path_factory.mktemp("selects"), *LIGHTHOUSE, "--load", str(checkpoint), *START, data=documents)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "arguments"),
+    [
+        (1, "--micro-batch-size 2 --no-lighthouse-discard-output"),
+        (4, "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2"),
+    ],
+    ids=["two rows at once, outputs kept", "TP2·PP2"],
+)
+def test_lighthouse_equals_itself_on_one_process(
+    ranks: int, arguments: str, tmp_path: Path, checkpoint: Path, documents: list[str], one_lighthouse: Run, one_process: Run
+) -> None:
+    assert abs(one_lighthouse.losses[1] - one_process.losses[1]) > 1e-4, "nothing was selected"
+    start = [*LIGHTHOUSE, "--load", str(checkpoint), *START, *arguments.split()]
+    assert_same(run(tmp_path, *start, ranks=ranks, data=documents), one_lighthouse)

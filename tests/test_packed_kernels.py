@@ -1,0 +1,164 @@
+"""The kernels over packed documents against the reference; and the inner attentions that take documents."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from itertools import pairwise
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthouse_select, notice
+from megatron_lighthouse.kernels.launch import enqueue
+from megatron_lighthouse.lighthouse.rotary import Rotary
+from megatron_lighthouse.sequence.documents import Documents
+from megatron_lighthouse.softmax import backends
+from megatron_lighthouse.softmax.backends import BACKENDS, DOCUMENTS, FAMILIES, Rows
+from megatron_lighthouse.softmax.documents import documents_attention
+from tests.packed_oracle import Packed, of
+from tests.steps import DEVICE, poisoned, random_like, restride, tensors
+from tests.tolerances import assert_close
+
+ROTARY = Rotary(torch.tensor([0.8, 0.1]))
+ROWS = {
+    "two levels of three": (of((1, 30, 8, 24, 2), levels=2, pooling=3, groups=1), None, "norm"),
+    "turned": (of((9, 3, 40, 33), dim=8), ROTARY, "norm"),
+    "four levels": (of((50, 16, 7), levels=4, tile_windows=3, groups=1), ROTARY, "summary"),
+    "attended streams": (of((21, 5, 40), groups=1, pin_first=False), None, "dilated"),
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing was chosen or said before a test, and what it pretends is forgotten after it."""
+    monkeypatch.setattr(backends, "_choose", cache(backends._choose.__wrapped__))
+    monkeypatch.setattr(notice, "_say", cache(notice._say.__wrapped__))
+    monkeypatch.setattr(backends, "_functions", {})
+
+
+def bounds(packed: Packed) -> Tensor:
+    return torch.tensor(packed.bounds, dtype=torch.int32, device=DEVICE)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_layer_equals_the_reference(name: str) -> None:
+    packed, rotary, scorer = ROWS[name]
+    inputs = restride("slices of one fused projection", *tensors(packed, "float32"))
+    (grad,) = random_like(inputs[:1])
+    found = []
+    for steps in ("kernels", "reference"):
+        config = LighthouseConfig(**packed.options, steps=steps, scorer=scorer)
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        with poisoned():
+            chosen = lighthouse_select(*inputs[:2], config, value=inputs[2], rotary=rotary, cu_seqlens=bounds(packed))
+            out = lighthouse_attention(*leaves, config, rotary=rotary, cu_seqlens=bounds(packed))
+            found.append((chosen, out, *torch.autograd.grad(out, leaves, grad)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][0].shape[2] < packed.seq_length
+    for a, b in zip(found[0][1:], found[1][1:], strict=True):
+        assert_close(a, b, "float32")
+
+
+def test_numbers_that_vary_do_not_add_to_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_lighthouse.kernels import launch
+
+    class Kernel:
+        arg_names = ("x", "same", "count", "BLOCK")
+        compiled = 0
+
+        def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+            def call(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+                self.compiled += 1
+                return {grid: lambda *args: None}
+
+            return call
+
+    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(launch, "DIRECT", True)
+    kernel = Kernel()
+    for count in range(5):
+        enqueue(kernel, (1, 1, 1), [torch.zeros(1)], (7, count), {"BLOCK": 1}, varying=1)
+    assert kernel.compiled == len(launch._compiled) == 1
+
+
+COMPILED = """
+import json, sys
+from megatron_lighthouse.lighthouse.geometry import Geometry
+from megatron_lighthouse.kernels.ahead_of_time import compile_packed
+print(json.dumps([tuple(r) for r in compile_packed(int(sys.argv[1]), Geometry(98304, 3, 4, 1536, 128), "bf16", 128)]))
+"""
+
+
+@pytest.mark.parametrize("capability", [90, 100], ids="sm_{}".format)
+def test_compiles_for_hopper_and_blackwell_without_spills(capability: int) -> None:
+    # in a process of its own: the interpreter, which the other tests run under, is chosen at import
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILED, str(capability)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    reports = json.loads(done.stdout)
+    assert len(reports) == 12
+    for kernel, registers, shared_bytes, spilled_bytes in reports:
+        print(f"sm_{capability} {kernel}: {registers} registers, {shared_bytes} bytes shared, {spilled_bytes} spilled")
+        assert spilled_bytes == 0, kernel
+        assert shared_bytes <= (227 if kernel == "lighthouse_packed_attended" else 48) * 1024
+
+
+@pytest.mark.parametrize(("name", "module"), [("fa4", "flash_attn.cute"), ("fa3", "flash_attn_interface")])
+@pytest.mark.parametrize("scale", [None, 0.3], ids="scale={}".format)
+def test_flash_attention_is_told_the_documents_by_name(
+    name: str, module: str, scale: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def flash_attn_varlen_func(q: Tensor, k: Tensor, v: Tensor, *, deterministic: bool = False, **options: Any) -> Any:
+        calls.append({"deterministic": deterministic, **options})
+        starts = options["cu_seqlens_q"].tolist()
+        out = []
+        for start, end in pairwise(starts):
+            one = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+            given = {"is_causal": options["causal"], "scale": options["softmax_scale"], "enable_gqa": True}
+            out.append(torch.nn.functional.scaled_dot_product_attention(*one, **given)[0].transpose(0, 1))
+        return torch.cat(out), None
+
+    stand_in = ModuleType(module)
+    stand_in.flash_attn_varlen_func = flash_attn_varlen_func
+    for part in range(1, module.count(".") + 1):
+        monkeypatch.setitem(sys.modules, module.rsplit(".", part)[0], ModuleType(module.rsplit(".", part)[0]))
+    monkeypatch.setitem(sys.modules, module, stand_in)
+    monkeypatch.setattr(Rows, "capability", 90)
+    monkeypatch.setattr(backends, "too_old", lambda package: None)
+    packed = of((9, 3, 20), dim=8)
+    query, key, value = tensors(packed, "bfloat16")
+    documents = Documents.of(bounds(packed), packed.seq_length)
+    out = documents_attention(name, query, key, scale)(query, key, value, documents)
+    wide = [x.double() for x in (query, key, value)]
+    assert_close(out, documents_attention("sdpa", *wide[:2], scale)(*wide, documents), "bfloat16")
+    (call,) = calls
+    assert call.pop("cu_seqlens_q") is call.pop("cu_seqlens_k") is documents.cu_seqlens
+    longest = {"max_seqlen_q": 20, "max_seqlen_k": 20}
+    assert call == {"softmax_scale": scale, "causal": True, "deterministic": False, **longest}
+
+
+def test_what_cannot_attend_over_documents_is_refused_or_passed_over_and_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert FAMILIES[DOCUMENTS].keys() == BACKENDS.keys()
+    query, key = torch.zeros(4, 1, 4, 64), torch.zeros(4, 1, 2, 64)
+    with pytest.raises(ValueError, match=r"--lighthouse-inner cudnn cannot run: .* For .* use --lighthouse-inner auto or sdpa"):
+        documents_attention("cudnn", query, key)
+    with pytest.raises(ValueError, match="--lighthouse-inner te is the attention of Transformer Engine"):
+        documents_attention("te", query, key)
+    monkeypatch.setattr(Rows, "capability", 90)
+    for _ in range(2):
+        documents_attention("auto", query, key)
+    (said,) = caplog.messages
+    assert said.startswith("lighthouse: the inner attention over documents of float32, 4 query and 2 key/value heads of 64 is ")
+    assert "document by document (FlashAttention 4 takes bf16 and fp16 alone; " in said

@@ -96,7 +96,7 @@ print(json.dumps([tuple(r) for r in compile_packed(int(sys.argv[1]), Geometry(98
 """
 
 
-@pytest.mark.parametrize("capability", [90, 100], ids="sm_{}".format)
+@pytest.mark.parametrize("capability", [90, pytest.param(100, marks=pytest.mark.slow)], ids="sm_{}".format)
 def test_compiles_for_hopper_and_blackwell_without_spills(capability: int) -> None:
     # in a process of its own: the interpreter, which the other tests run under, is chosen at import
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

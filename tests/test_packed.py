@@ -200,5 +200,5 @@ def test_other_input_that_does_not_fit_is_refused() -> None:
         lighthouse_attention(*inputs, config, cu_seqlens=right, selection=chosen)
     for scorer in ("dilated", "gla"):
         odd = LighthouseConfig(levels=2, pooling=2, budget=2, tile_budget=2, scorer=scorer)
-        with pytest.raises(ValueError, match=f"--lighthouse-scorer {scorer} takes every 4th token of a document"):
+        with pytest.raises(ValueError, match=f"config.scorer {scorer} takes every 4th token of a document"):
             lighthouse_attention(*inputs, odd, cu_seqlens=right)

@@ -14,7 +14,13 @@ from megatron_lighthouse.lighthouse.packed.steps import PackedSteps
 from megatron_lighthouse.lighthouse.reference import window_maxima
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.scorers.base import Scorer
-from megatron_lighthouse.lighthouse.scorers.both_ways import attended_both_ways, both_ways_sent, packed_both_ways
+from megatron_lighthouse.lighthouse.scorers.both_ways import (
+    attended_both_ways,
+    both_ways_flops,
+    both_ways_moved,
+    both_ways_sent,
+    packed_both_ways,
+)
 from megatron_lighthouse.lighthouse.scorers.streams import DELTA, streams, tokens
 from megatron_lighthouse.lighthouse.steps import Steps
 
@@ -53,6 +59,12 @@ class Dilated(Scorer):
         q, k, v = (streams(x[inside]) for x in (query, key, value))
         norms = packed_both_ways(q, k, v, steps, packing.compact_documents(DELTA))
         return window_maxima(tokens(norms), packing.compact)
+
+    def moved(self, pyramid: Pyramid, shape: Shape) -> float:
+        return both_ways_moved(pyramid.seq_length, shape)
+
+    def flops(self, pyramid: Pyramid, shape: Shape) -> float:
+        return both_ways_flops(pyramid.seq_length // DELTA, DELTA * shape.batch, shape)
 
     def sent(self, pyramid: Pyramid, shape: Shape, size: int) -> int:
         return both_ways_sent(pyramid.seq_length // size, shape, size)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.lighthouse.geometry import Pyramid
+from megatron_lighthouse.lighthouse.geometry import Pyramid, Shape
 from megatron_lighthouse.lighthouse.packed.packing import Packing
 from megatron_lighthouse.lighthouse.packed.steps import PackedSteps
 from megatron_lighthouse.lighthouse.rotary import Rotary
-from megatron_lighthouse.lighthouse.scorers.base import Scorer
+from megatron_lighthouse.lighthouse.scorers.base import Scorer, row_bytes
 from megatron_lighthouse.lighthouse.steps import Steps
 
 
@@ -40,3 +40,9 @@ class Norm(Scorer):
         self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, steps: PackedSteps, rotary: Rotary | None = None
     ) -> Tensor:
         return steps.score(query, key, packing)
+
+    def moved(self, pyramid: Pyramid, shape: Shape) -> float:
+        return row_bytes(pyramid.seq_length, shape, shape.heads + shape.groups)
+
+    def flops(self, pyramid: Pyramid, shape: Shape) -> float:
+        return 0.0

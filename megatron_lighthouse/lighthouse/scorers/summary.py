@@ -12,8 +12,14 @@ from megatron_lighthouse.lighthouse.geometry import Pyramid, Shape
 from megatron_lighthouse.lighthouse.packed.packing import Packing
 from megatron_lighthouse.lighthouse.packed.steps import PackedSteps
 from megatron_lighthouse.lighthouse.rotary import Rotary
-from megatron_lighthouse.lighthouse.scorers.base import Scorer
-from megatron_lighthouse.lighthouse.scorers.both_ways import attended_both_ways, both_ways_sent, packed_both_ways
+from megatron_lighthouse.lighthouse.scorers.base import Scorer, row_bytes
+from megatron_lighthouse.lighthouse.scorers.both_ways import (
+    attended_both_ways,
+    both_ways_flops,
+    both_ways_moved,
+    both_ways_sent,
+    packed_both_ways,
+)
 from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.lighthouse.steps import Steps
 
@@ -51,6 +57,14 @@ class Summary(Scorer):
         q, k, v = coarsest(query, key, value, packing, steps, rotary)
         top = packed_both_ways(q, k, v, steps, packing.compact_documents(packing.rule.window))
         return torch.cat([steps.score(query, key, packing)[..., : -top.shape[-1]], top], -1)
+
+    def moved(self, pyramid: Pyramid, shape: Shape) -> float:
+        """The scores of `norm`, what the coarsest rows are pooled of, and these."""
+        rows = pyramid.entries(pyramid.levels - 1)
+        return row_bytes(pyramid.seq_length, shape, 2 * shape.heads + 3 * shape.groups) + both_ways_moved(rows, shape)
+
+    def flops(self, pyramid: Pyramid, shape: Shape) -> float:
+        return both_ways_flops(pyramid.entries(pyramid.levels - 1), shape.batch, shape)
 
     def sent(self, pyramid: Pyramid, shape: Shape, size: int) -> int:
         return both_ways_sent(pyramid.entries(pyramid.levels - 1) // size, shape, size)

@@ -9,7 +9,7 @@ import sys
 from functools import cache
 from itertools import pairwise
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ def test_numbers_that_vary_do_not_add_to_what_is_kept(monkeypatch: pytest.Monkey
     from megatron_lighthouse.kernels import launch
 
     class Kernel:
-        arg_names = ("x", "same", "count", "BLOCK")
+        arg_names: ClassVar = ["x", "same", "count", "BLOCK"]
         compiled = 0
 
         def __getitem__(self, grid: tuple[int, int, int]) -> Any:

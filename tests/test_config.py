@@ -100,6 +100,9 @@ def test_accepted(options: dict[str, object]) -> None:
         pytest.param({"budget": 200}, "positive multiple", id="budget between multiples"),
         pytest.param({"budget": 0}, "positive multiple", id="empty budget"),
         pytest.param({"budget": -128}, "positive multiple", id="negative budget"),
+        pytest.param({"document_tile": 100}, "at least 2048", id="documents of less than a tile budget"),
+        pytest.param({"document_tile": 4100}, "multiple of 16", id="tiles of documents that cut a window"),
+        pytest.param({"whole_below": -1}, "not be negative", id="documents of negative length"),
     ],
 )
 def test_refused_with_advice_that_works(options: Values, rule: str) -> None:

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthouse_select
+from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.lighthouse import telemetry
 from megatron_lighthouse.lighthouse.attention import packed_rows
 from megatron_lighthouse.lighthouse.packed.packing import Packing
 from megatron_lighthouse.lighthouse.rotary import Rotary
@@ -200,5 +202,18 @@ def test_other_input_that_does_not_fit_is_refused() -> None:
         lighthouse_attention(*inputs, config, cu_seqlens=right, selection=chosen)
     for scorer in ("dilated", "gla"):
         odd = LighthouseConfig(levels=2, pooling=2, budget=2, tile_budget=2, scorer=scorer)
-        with pytest.raises(ValueError, match=f"--lighthouse-scorer {scorer} takes every 4th token of a document"):
+        with pytest.raises(ValueError, match=f"config.scorer {scorer} takes every 4th token of a document"):
             lighthouse_attention(*inputs, odd, cu_seqlens=right)
+
+
+def test_context_parallel_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Exchange, "over", lambda group: object())
+    inputs, config = tensors(of((40,))), config_of(ROW)
+    for function, taken in ((lighthouse_attention, inputs), (lighthouse_select, inputs[:2])):
+        with pytest.raises(ValueError, match="cu_seqlens cannot be given with context-parallel ranks yet"):
+            function(*taken, config, cu_seqlens=bounds(20, 20))
+
+
+def test_a_watched_layer_is_refused() -> None:
+    with telemetry.watching([1]), telemetry.layer(1), pytest.raises(ValueError, match="telemetry measures one sequence"):
+        lighthouse_attention(*tensors(ROW), config_of(ROW), cu_seqlens=bounds(*ROW.lengths))

@@ -9,7 +9,7 @@ import sys
 from functools import cache
 from itertools import pairwise
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ def test_numbers_that_vary_do_not_add_to_what_is_kept(monkeypatch: pytest.Monkey
     from megatron_lighthouse.kernels import launch
 
     class Kernel:
-        arg_names = ("x", "same", "count", "BLOCK")
+        arg_names: ClassVar = ["x", "same", "count", "BLOCK"]
         compiled = 0
 
         def __getitem__(self, grid: tuple[int, int, int]) -> Any:
@@ -96,7 +96,7 @@ print(json.dumps([tuple(r) for r in compile_packed(int(sys.argv[1]), Geometry(98
 """
 
 
-@pytest.mark.parametrize("capability", [90, 100], ids="sm_{}".format)
+@pytest.mark.parametrize("capability", [90, pytest.param(100, marks=pytest.mark.slow)], ids="sm_{}".format)
 def test_compiles_for_hopper_and_blackwell_without_spills(capability: int) -> None:
     # in a process of its own: the interpreter, which the other tests run under, is chosen at import
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -152,9 +152,9 @@ def test_what_cannot_attend_over_documents_is_refused_or_passed_over_and_said(
 ) -> None:
     assert FAMILIES[DOCUMENTS].keys() == BACKENDS.keys()
     query, key = torch.zeros(4, 1, 4, 64), torch.zeros(4, 1, 2, 64)
-    with pytest.raises(ValueError, match=r"--lighthouse-inner cudnn cannot run: .* For .* use --lighthouse-inner auto or sdpa"):
+    with pytest.raises(ValueError, match=r"config.inner cudnn cannot run: .* For .* use config.inner auto or sdpa"):
         documents_attention("cudnn", query, key)
-    with pytest.raises(ValueError, match="--lighthouse-inner te is the attention of Transformer Engine"):
+    with pytest.raises(ValueError, match=r"config\.inner te is the attention of Transformer Engine"):
         documents_attention("te", query, key)
     monkeypatch.setattr(Rows, "capability", 90)
     for _ in range(2):

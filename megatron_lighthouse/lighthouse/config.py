@@ -146,12 +146,12 @@ class LighthouseConfig:
         if self.document_tile and (self.document_tile < least or self.document_tile % window):
             above = max(least, -(-self.document_tile // window) * window)
             raise ValueError(
-                f"{flag('document_tile')} {self.document_tile} must be a multiple of {window}, the tokens of a coarsest "
-                f"window, and at least {least}, one window for each entry of {flag('tile_budget')} {self.tile_budget}: use "
+                f"{named('document_tile')} {self.document_tile} must be a multiple of {window}, the tokens of a coarsest "
+                f"window, and at least {least}, one window for each entry of {named('tile_budget')} {self.tile_budget}: use "
                 f"{above}."
             )
         if self.whole_below < 0:
-            raise ValueError(f"{flag('whole_below')} {self.whole_below} must not be negative: use 0.")
+            raise ValueError(f"{named('whole_below')} {self.whole_below} must not be negative: use 0.")
 
     @property
     def rule(self) -> Rule:

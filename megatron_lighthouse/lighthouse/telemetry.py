@@ -80,10 +80,7 @@ def record(selection: Selection, scores: Tensor, geometry: Geometry, pin_first: 
 def refuse_documents() -> None:
     """Raises ValueError where the layer that runs is watched: what is measured goes by the tiles of one sequence."""
     if _current in _watched:
-        raise ValueError(
-            "telemetry and selection maps measure one sequence, not packed documents: leave out "
-            "--lighthouse-telemetry-interval and --lighthouse-selection-map."
-        )
+        raise ValueError("telemetry measures one sequence, not packed documents: watch no layer that runs over documents.")
 
 
 def whole(choice: Choice, sequence: Exchange | None, heads: Exchange | None = None) -> Choice:

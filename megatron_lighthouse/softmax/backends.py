@@ -113,6 +113,15 @@ def choose_for_blocks(
     return _choose(name, Rows(device, dtype, heads, groups, dim), deterministic(), tuple(fits), SHARDS)
 
 
+def choose_for_documents(name: str, device: torch.device, dtype: torch.dtype, heads: int, groups: int, dim: int) -> str:
+    """As `choose`, among the backends that attend over documents.
+
+    Raises:
+        ValueError: as `inner_attention`.
+    """
+    return _choose(name, Rows(device, dtype, heads, groups, dim), deterministic(), (), DOCUMENTS)
+
+
 @cache
 def _choose(name: str, rows: Rows, deterministic: bool, known: tuple[str, ...] = (), over: str = "") -> str:
     backends = FAMILIES[over]

@@ -23,7 +23,7 @@ from megatron_lighthouse.softmax.backends import (
     UP_TO_256,
     Backend,
     Rows,
-    _choose,
+    choose_for_documents,
     deterministic,
     flash_function,
     flash_problem,
@@ -43,8 +43,8 @@ def documents_attention(name: str, query: Tensor, key: Tensor, softmax_scale: fl
     Raises:
         ValueError: a backend that is forced and is not there, or cannot take these rows.
     """
-    rows = Rows(query.device, query.dtype, query.shape[2], key.shape[2], query.shape[3])
-    attend = FAMILIES[DOCUMENTS][_choose(name, rows, deterministic(), (), DOCUMENTS)].attend
+    chosen = choose_for_documents(name, query.device, query.dtype, query.shape[2], key.shape[2], query.shape[3])
+    attend = FAMILIES[DOCUMENTS][chosen].attend
     return lambda q, k, v, documents: attend(q, k, v, softmax_scale, documents)
 
 

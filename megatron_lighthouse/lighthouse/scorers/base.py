@@ -82,9 +82,9 @@ class Scorer(ABC):
         if window % self.unit == 0:
             return None
         return (
-            f"--lighthouse-scorer {self.name} takes every {self.unit}th token of a document: with packed documents a coarsest "
-            f"window, pooling^(levels-1) = {window} tokens, must be a multiple of {self.unit}: use --lighthouse-pooling 4, or "
-            "--lighthouse-scorer norm or summary."
+            f"config.scorer {self.name} takes every {self.unit}th token of a document: in packed documents a coarsest "
+            f"window, pooling^(levels-1) = {window} tokens, must be a multiple of {self.unit}: use config.pooling 4, or "
+            "config.scorer norm or summary."
         )
 
     @abstractmethod

@@ -9,7 +9,7 @@ import argparse
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import triton
@@ -25,9 +25,24 @@ from megatron_lighthouse.kernels.lighthouse.score import blocks_of, coarsen_kern
 from megatron_lighthouse.kernels.lighthouse.select import REGISTERS, block_of, place_kernel, refine_kernel, warps_of
 from megatron_lighthouse.kernels.lighthouse.tiles import HALVES, NEIGHBOURS, NONE
 from megatron_lighthouse.kernels.merge import merge_kernel
+from megatron_lighthouse.kernels.parallax import tiles
+from megatron_lighthouse.kernels.parallax.backward import keys_kernel, queries_kernel
+from megatron_lighthouse.kernels.parallax.forward import forward_kernel
 from megatron_lighthouse.lighthouse.geometry import Geometry
 
-FP32, INT32 = {"p_scores", "p_turns", "p_finer", "p_coarser", "p_squares", "p_lse", "p_part_lse"}, {"p_ranks", "p_places"}
+FP32 = {
+    "p_scores",
+    "p_turns",
+    "p_finer",
+    "p_coarser",
+    "p_squares",
+    "p_lse",
+    "p_part_lse",
+    "p_mean",
+    "p_of_output",
+    "p_of_value",
+}
+INT32 = {"p_ranks", "p_places"}
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -77,9 +92,18 @@ def compile_all(capability: int, geometry: Geometry, dtype: str, dim: int) -> It
     blocks = attended.blocks_of(dim, BYTES[dtype])
     constants = {**shape, "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
     yield _compile(attended.attended_kernel, capability, dtype, constants, blocks.warps, num_stages=blocks.stages)
+    yield from compile_parallax(capability, dtype, dim)
 
 
-def _compile(kernel: Any, capability: int, dtype: str, constants: dict[str, Any], warps: int, **options: Any) -> Report:
+def compile_parallax(capability: int, dtype: str, dim: int, window: int | None = None, causal: bool = True) -> Iterator[Report]:
+    """Compile the kernels of Parallax likewise."""
+    for kernel, name in ((forward_kernel, "forward"), (queries_kernel, "queries"), (keys_kernel, "keys")):
+        blocks = tiles.blocks_of(name, dim, BYTES[dtype])
+        constants = tiles.constants_of(dim, dim**-0.5, window, causal, blocks)
+        yield _compile(kernel, capability, dtype, constants, blocks.warps, num_stages=blocks.stages)
+
+
+def _compile(kernel: Any, capability: int, dtype: str, constants: Mapping[str, Any], warps: int, **options: Any) -> Report:
     signature: dict[str, Any] = {}
     aligned: dict[tuple[int, ...], Any] = {}
     for i, name in enumerate(kernel.arg_names):

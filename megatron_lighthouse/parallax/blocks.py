@@ -14,7 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from megatron_lighthouse.context_parallel.parts import Block, Mask, Part, Tensors
+from megatron_lighthouse.context_parallel.parts import Mask, Part, Tensors
+from megatron_lighthouse.parallax import telemetry
 from megatron_lighthouse.softmax.blocks import heads_first, tokens_first
 
 
@@ -44,7 +45,27 @@ class Attention:
 
     def output(self, part: Part) -> Tensor:
         value, covariance, _ = part.averages
+        telemetry.record(value, covariance)
         return value - covariance
+
+
+class Kernels(Attention):
+    """Triton's, on a GPU: no documents, and a window within whole sequences alone."""
+
+    def forward(self, near: Tensors, far: Tensors, mask: Mask) -> Part:
+        from megatron_lighthouse.kernels.parallax import forward
+
+        (q, r), (k, v) = near, far
+        *averages, lse = forward(q, r, k, v, self.scale, self.window, mask.causal)
+        return Moments(tuple(averages), lse)
+
+    def backward(self, grad: Tensor, near: Tensors, far: Tensors, part: Part, mask: Mask) -> tuple[Tensors, Tensors]:
+        from megatron_lighthouse.kernels.parallax import backward
+
+        (q, r), (k, v), (value, covariance, mean) = near, far, part.averages
+        how = (self.scale, self.window, mask.causal)
+        dq, dr, dk, dv = backward(grad, (q, r), (k, v), (value, covariance, mean), part.lse, *how)
+        return (dq, dr), (dk, dv)
 
 
 class Plain(Attention):
@@ -119,8 +140,3 @@ def _positions(chunks: tuple[int, ...], x: Tensor) -> Tensor:
     """[n], the places in the sequence of the rows of x [B, H, n, D]."""
     length = x.shape[2] // len(chunks)
     return (torch.tensor(chunks, device=x.device).unsqueeze(1) * length + torch.arange(length, device=x.device)).flatten()
-
-
-def block_for(query: Tensor, scale: float, window: int | None, cu_seqlens: Tensor | None = None) -> Block:
-    """The fastest implementation for such rows."""
-    return Plain(scale, window, cu_seqlens)

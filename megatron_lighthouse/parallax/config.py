@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_lighthouse.options import option
+from megatron_lighthouse.options import flag_of, option
 
+INTERVAL = flag_of("parallax", "telemetry_interval")
 KERNELS = ("auto", "triton", "reference")
 
 
@@ -20,6 +21,13 @@ class ParallaxConfig:
     )
     """What attends."""
 
+    telemetry_interval: int = option(
+        0, "Log in every such iteration how much each layer subtracts from its softmax average. Default: 0, never."
+    )
+    """Iterations from one log of what each layer subtracts to the next; 0: none."""
+
     def __post_init__(self) -> None:
+        if self.telemetry_interval < 0:
+            raise ValueError(f"{INTERVAL} {self.telemetry_interval} must not be negative: use 0 for none, or such as 100.")
         if self.kernels not in KERNELS:
             raise ValueError(f"--parallax-kernels {self.kernels} is not known: use {', '.join(KERNELS[:-1])} or {KERNELS[-1]}.")

@@ -12,8 +12,8 @@ from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.parts import Scheme
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem, scheme
 from megatron_lighthouse.lighthouse.transforms import refuse_transforms
-from megatron_lighthouse.parallax.blocks import block_for
 from megatron_lighthouse.parallax.centre import centred
+from megatron_lighthouse.parallax.implementations import block_for
 from megatron_lighthouse.ranges import profiled
 
 
@@ -40,16 +40,18 @@ def build(
     softmax_scale: float | None = None,
     window: int | None = None,
     cu_seqlens: Tensor | None = None,
+    kernels: str = "auto",
 ) -> Attend:
     """The layer for inputs like these, of which shapes, dtype and device count; see `parallax_attention`.
 
     Raises:
-        ValueError: a scheme that is not known, or heads that 'a2a' cannot share out.
+        ValueError: a scheme that is not known, heads that 'a2a' cannot share out, or kernels that are forced and cannot run.
     """
     heads, groups, size = query.shape[2], key.shape[2], exchange.size if exchange else 1
     if problem := comm_type_problem(comm_type, heads, groups, size):
         raise ValueError(problem)
-    block = block_for(query, 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale, window, cu_seqlens)
+    scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
+    block = block_for(kernels, query, scale, window, cu_seqlens, over_parts=exchange is not None and comm_type != "a2a")
     if exchange is None:
         return Attend(Alone(block), None, cu_seqlens)
     return Attend(scheme(comm_type, exchange, lambda: block, lambda: Alone(block)), exchange)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
+from megatron_lighthouse.parallax import telemetry
 from megatron_lighthouse.parallax.config import ParallaxConfig
+from megatron_lighthouse.parallax.implementations import implementation_for
 from megatron_lighthouse.parallax.layer import Attend, build
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.softmax import backends
+from megatron_lighthouse.softmax.inputs import Inputs
 from megatron_lighthouse.variant import Place, Stream, Variant
 
 
@@ -22,12 +26,14 @@ class Layer:
     """A layer in its place in the model."""
 
     attend: Attend
+    number: int
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, *streams: Tensor, attend: backends.Attend | None = None
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
         (r,) = streams
-        return self.attend(query, r, key, value), None
+        with telemetry.layer(self.number):
+            return self.attend(query, r, key, value), None
 
 
 class Parallax(Variant):
@@ -36,10 +42,22 @@ class Parallax(Variant):
     name, title = "parallax", "Parallax"
     help = "subtracts from softmax attention the covariance of its values with a further projection, linear_r"
     config = ParallaxConfig
-    streams = (Stream("r"),)
+    streams = (Stream("r", like_queries=True, zero_at_first=True),)
+    dense_weights = False
+
+    def remarks(self, config: ParallaxConfig, args: Any) -> Iterator[str]:
+        if "muon" not in args.optimizer:
+            yield (
+                f"parallax: --optimizer {args.optimizer}: the paper (arXiv 2605.29157) finds that Muon unlocks the gains of "
+                "Parallax: consider --optimizer muon, which needs the package emerging_optimizers."
+            )
 
     def build(self, config: ParallaxConfig, query: Tensor, key: Tensor, place: Place) -> Layer:
-        return Layer(build(query, key, place.exchange, place.comm_type, place.scale))
+        how = (place.exchange, place.comm_type, place.scale)
+        return Layer(build(query, key, *how, kernels=config.kernels), place.number)
+
+    def check_installed(self, config: ParallaxConfig, inputs: Inputs, place: Place) -> None:
+        implementation_for(config.kernels, inputs.device, inputs.dtype, inputs.dim)
 
     def sent(
         self, config: ParallaxConfig, seq_length: int, shape: Shape, layout: Layout, comm_type: str

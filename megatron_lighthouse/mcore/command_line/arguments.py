@@ -10,6 +10,7 @@ from typing import Any
 from megatron_lighthouse.mcore.command_line import rope, settings
 from megatron_lighthouse.mcore.loop import selection_log
 from megatron_lighthouse.notice import say_once
+from megatron_lighthouse.parallax.config import ParallaxConfig
 from megatron_lighthouse.variants import VARIANTS, switching
 
 ArgumentsProvider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
@@ -85,6 +86,10 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
         check_run(args, config, chosen)
         if chosen.attention.selects:
             hooks.log_selection(args, chosen)
+        if isinstance(chosen.config, ParallaxConfig):
+            hooks.log_correction(args, chosen)
+        for remark in () if args.skip_train or args.rank else chosen.attention.remarks(chosen.config, args):
+            say_once(remark)
     elif ours and getattr(args, "reset_attention_mask", False):
         raise ValueError(
             "--reset-attention-mask separates documents by a mask, which context parallelism without Transformer Engine does "

@@ -123,6 +123,7 @@ def forward_kernel(
         state, q, r, p_k, p_v, s_k, s_v, i_m, masked, end, keys, SCALE, WINDOW, CAUSAL, True, D, BLOCK_D, BLOCK_N
     )
     best, total, mean, values, products = state
+    total = tl.where(total == 0.0, 1.0, total)  # rows past the end may see nothing
 
     m_row, i_m64 = i_m < rows, i_m.to(tl.int64)
     p_value += i_b * strides_value[1] + i_h * strides_value[2]

@@ -2,6 +2,7 @@
 
 Both stages are ordinary runs of `megatron_lighthouse.pretrain_gpt` under torchrun; stage 2 takes up the checkpoint and
 the optimizer of stage 1. Stopped anywhere, the same command goes on from the last whole checkpoint. `make train` calls it.
+An attention that never becomes dense has one stage, of the iterations of both.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from pathlib import Path
 
 from megatron_lighthouse.launch.torchrun import own_environment, torchrun
 from megatron_lighthouse.recipe.presets import Preset, default_text, preset_for
+from megatron_lighthouse.variants import DENSE, LIGHTHOUSE, VARIANTS
 
-STAGES = ("lighthouse", "dense")
 SHOWN = ("tokens/s=", "validation loss", "saving checkpoint", "loaded checkpoint")
 """Lines of Megatron's log that the terminal shows; the log file has all."""
 
@@ -36,15 +37,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = options.data or default_text()
     where = f"{gpus} GPUs" if gpus else f"{preset.processes} CPU processes"
     where = f"{where}, context parallel {preset.context_parallel}"
-    print(f"{run}: {steps} iterations with Lighthouse, then {dense_steps} dense, on {where}", flush=True)
-    for attention, start, stop in (("lighthouse", 0, steps), ("dense", steps, steps + dense_steps)):
+    variant, total = VARIANTS[options.attention], steps + dense_steps
+    stages = {variant.name: (0, steps), DENSE.name: (steps, total)} if variant.switches else {variant.name: (0, total)}
+    print(f"{run}: {stages[variant.name][1]} iterations with {variant.title}", end="")
+    print(f", then {dense_steps} dense, on {where}" if variant.switches else f", on {where}", flush=True)
+    for attention, (start, stop) in stages.items():
         done = _iterations_done(run)
         if done >= stop:
             print(f"{attention}: iteration {done} is reached already", flush=True)
             continue
         if done < start:
             raise SystemExit(f"{run} ends at iteration {done}, before its stage {attention} begins at {start}.")
-        command = _command(preset, run, attention, stop, steps + dense_steps, text, extra)
+        command = _command(preset, run, attention, stop, total, text, extra)
         status = _follow(command, run / f"{attention}.log", _environment(preset))
         if status:
             return status
@@ -52,13 +56,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SystemExit(
                 f"{attention} stopped at iteration {_iterations_done(run)}, before {stop}: run the same command again."
             )
-    return _draw(run, where)
+    return _draw(run, where, list(stages))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m megatron_lighthouse.recipe.two_stage",
         description="Train a small GPT: stage 1 with Lighthouse, stage 2 dense. Other arguments go to Megatron, to both.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--attention",
+        choices=list(VARIANTS),
+        default=LIGHTHOUSE.name,
+        help="of stage 1; one that never becomes dense has no stage 2 (default: %(default)s)",
     )
     parser.add_argument("--name", default="demo", help="the run's folder under --runs (default: %(default)s)")
     parser.add_argument("--runs", default="runs", help="where runs are kept (default: %(default)s)")
@@ -97,7 +108,7 @@ def _command(
         *("--train-iters", str(total), "--exit-interval", str(stop), "--eval-interval", str(stop)),
         *("--save", checkpoints, "--load", checkpoints, "--save-interval", str(every)),
         *("--data-cache-path", str(run / "data"), "--tensorboard-dir", str(run / "tensorboard" / attention)),
-        *("--lighthouse-selection-map", str(run / "selection.png")),
+        *(("--lighthouse-selection-map", str(run / "selection.png")) if _selects(attention) else ()),
         *extra,
         *("--text-data", *text),
     ]
@@ -139,13 +150,18 @@ def _iterations_done(run: Path) -> int:
     return int(tracker.read_text()) if tracker.exists() else 0
 
 
-def _draw(run: Path, where: str) -> int:
+def _selects(attention: str) -> bool:
+    """Whether a run of it may draw what its layers select: a dense one says that it has none."""
+    return VARIANTS[attention].selects or VARIANTS[attention].native
+
+
+def _draw(run: Path, where: str, stages: Sequence[str]) -> int:
     from megatron_lighthouse import plots
     from megatron_lighthouse.mcore.data.text import byte_entropy
 
     data = sorted((run / "data").glob("text-*-train.bin"), key=lambda path: path.stat().st_mtime)
     entropy = byte_entropy(str(data[-1].with_suffix(""))) if data else None
-    logs = {attention: plots.read_scalars(run / "tensorboard" / attention) for attention in STAGES}
+    logs = {attention: plots.read_scalars(run / "tensorboard" / attention) for attention in stages}
     plots.loss_curve(logs, run / "loss.png", entropy, title=f"{run.name}: {where}")
     for attention, scalars in logs.items():
         if "lm loss" not in scalars:  # a stage shorter than --tensorboard-log-interval
@@ -154,7 +170,8 @@ def _draw(run: Path, where: str) -> int:
         print(f"{attention}: loss {values[-1]:.3f} at iteration {steps[-1]}")
     if entropy is not None:
         print(f"byte-frequency entropy of the text: {entropy:.3f}")
-    print(f"pictures: {run / 'loss.png'}, {run / 'selection.png'}; log: tensorboard --logdir {run / 'tensorboard'}")
+    pictures = [run / "loss.png", *([run / "selection.png"] if VARIANTS[stages[0]].selects else [])]
+    print(f"pictures: {', '.join(map(str, pictures))}; log: tensorboard --logdir {run / 'tensorboard'}")
     return 0
 
 

@@ -42,9 +42,9 @@ def on_device(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
-    "groups, a dimension that is no power of two": ((70, 1, 4, 2, 20), {}),
-    "a window, batch": ((53, 2, 1, 1, 32), {"window": 21}),
-    "a window within a tile": ((40, 1, 1, 1, 16), {"window": 3}),
+    "groups, a dimension that is no power of two": ((44, 1, 4, 2, 20), {}),
+    "a window, batch": ((53, 2, 1, 1, 16), {"window": 21}),
+    "a window within a tile": ((40, 1, 1, 1, 8), {"window": 3}),
     "fewer rows than a tile": ((9, 1, 2, 1, 48), {"softmax_scale": 0.3}),
 }
 
@@ -61,17 +61,17 @@ def test_float32(name: str) -> None:
 
 @pytest.mark.parametrize("size", [0.3, 3.0])
 def test_keys_that_share_a_mean_cost_nothing_in_float16(size: float) -> None:
-    """fp16, for the interpreter cuts bf16 off: each error at most 1.2 times that without the mean, which is below 1%."""
+    """fp16, for the interpreter cuts bf16 off. Uncentred, dq and dr are off tenfold; of few rows errors scatter by a fifth."""
     found = []
     for mean in (0.0, 10.0):
-        tensors = [x.half().double() for x in inputs(96, 1, 1, 1, 32, r=size, mean=mean)]
+        tensors = [x.half().double() for x in inputs(64, 1, 1, 1, 32, r=size, mean=mean)]
         found.append(errors(with_grads(parallax_attention, on_device(tensors, torch.float16)), with_grads(formula, tensors)))
-    assert max(found[0]) < 2e-3
-    assert all(shared <= 1.2 * alone for alone, shared in zip(*found, strict=True))
+    assert max(found[0]) < 5e-4
+    assert all(shared <= 1.3 * alone for alone, shared in zip(*found, strict=True))
 
 
 def test_strides_and_repeats_give_the_same_bits() -> None:
-    tensors = on_device(inputs(33, 2, 2, 1, 16), torch.float32)
+    tensors = on_device(inputs(20, 2, 2, 1, 16), torch.float32)
     strided = [x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2) for x in tensors]  # the last dimension is not contiguous
     sliced = [torch.cat([x, x], 3)[..., : x.shape[3]] for x in tensors]
     first = with_grads(parallax_attention, tensors)

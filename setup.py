@@ -36,6 +36,7 @@ setup(
     ],
     extras_require={
         "te": ["transformer-engine[core_cu13,pytorch]"],  # --transformer-impl transformer_engine
+        "muon": ["emerging-optimizers>=0.3"],  # --optimizer muon, which Parallax gains by
         "gla": ["flash-linear-attention>=0.6.0"],  # --lighthouse-scorer gla on a GPU
         "test": [
             "pytest",  # runs the tests

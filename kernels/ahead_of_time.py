@@ -26,8 +26,9 @@ from megatron_lighthouse.kernels.lighthouse.select import REGISTERS, block_of, p
 from megatron_lighthouse.kernels.lighthouse.tiles import HALVES, NEIGHBOURS, NONE
 from megatron_lighthouse.kernels.merge import merge_kernel
 from megatron_lighthouse.kernels.parallax import tiles
-from megatron_lighthouse.kernels.parallax.backward import keys_kernel, queries_kernel
 from megatron_lighthouse.kernels.parallax.forward import forward_kernel
+from megatron_lighthouse.kernels.parallax.keys import keys_kernel
+from megatron_lighthouse.kernels.parallax.queries import queries_kernel
 from megatron_lighthouse.lighthouse.geometry import Geometry
 
 FP32 = {
@@ -92,11 +93,10 @@ def compile_all(capability: int, geometry: Geometry, dtype: str, dim: int) -> It
     blocks = attended.blocks_of(dim, BYTES[dtype])
     constants = {**shape, "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
     yield _compile(attended.attended_kernel, capability, dtype, constants, blocks.warps, num_stages=blocks.stages)
-    yield from compile_parallax(capability, dtype, dim)
 
 
 def compile_parallax(capability: int, dtype: str, dim: int, window: int | None = None, causal: bool = True) -> Iterator[Report]:
-    """Compile the kernels of Parallax likewise."""
+    """Compile the kernels of Parallax likewise; `causal`: over a rank's own rows."""
     for kernel, name in ((forward_kernel, "forward"), (queries_kernel, "queries"), (keys_kernel, "keys")):
         blocks = tiles.blocks_of(name, dim, BYTES[dtype])
         constants = tiles.constants_of(dim, dim**-0.5, window, causal, blocks)
@@ -151,7 +151,8 @@ def main() -> None:
     geometry = Geometry(*(getattr(options, name) for name in names))
     for capability in options.capability:
         print(f"sm_{capability}  {'kernel':32} registers  shared bytes  spilled bytes")
-        for report in compile_all(capability, geometry, options.dtype, options.dim):
+        layer = capability, options.dtype, options.dim
+        for report in (*compile_all(capability, geometry, *layer[1:]), *compile_parallax(*layer)):
             print(f"        {report.kernel:32} {report.registers:9} {report.shared_bytes:13} {report.spilled_bytes:14}")
 
 

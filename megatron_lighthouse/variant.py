@@ -94,6 +94,8 @@ class Variant:
     """Whether layers may be dense at the model's ends, and become so in stage 2: `--lighthouse-dense-first` and those after."""
     selects = False
     """Whether its layers attend to gathered rows, those of `cost`, instead of all tokens."""
+    corrects = False
+    """Whether its layers subtract from softmax attention, of which its config has a `telemetry_interval`."""
     counted = False
     """Whether the plan knows its time and memory."""
 

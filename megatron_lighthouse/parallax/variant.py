@@ -44,6 +44,7 @@ class Parallax(Variant):
     config = ParallaxConfig
     streams = (Stream("r", like_queries=True, zero_at_first=True),)
     dense_weights = False
+    corrects = True
 
     def remarks(self, config: ParallaxConfig, args: Any) -> Iterator[str]:
         if "muon" not in args.optimizer:

@@ -10,7 +10,6 @@ from typing import Any
 from megatron_lighthouse.mcore.command_line import rope, settings
 from megatron_lighthouse.mcore.loop import selection_log
 from megatron_lighthouse.notice import say_once
-from megatron_lighthouse.parallax.config import ParallaxConfig
 from megatron_lighthouse.variants import VARIANTS, switching
 
 ArgumentsProvider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
@@ -86,9 +85,9 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
         check_run(args, config, chosen)
         if chosen.attention.selects:
             hooks.log_selection(args, chosen)
-        if isinstance(chosen.config, ParallaxConfig):
+        if chosen.attention.corrects:
             hooks.log_correction(args, chosen)
-        for remark in () if args.skip_train or args.rank else chosen.attention.remarks(chosen.config, args):
+        for remark in () if getattr(args, "skip_train", False) or args.rank else chosen.attention.remarks(chosen.config, args):
             say_once(remark)
     elif ours and getattr(args, "reset_attention_mask", False):
         raise ValueError(

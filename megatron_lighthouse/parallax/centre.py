@@ -24,22 +24,25 @@ def centred(key: Tensor, exchange: Exchange | None = None, cu_seqlens: Tensor | 
         exchange: the ranks that hold the tokens in zigzag order; all call this.
         cu_seqlens: [documents + 1], where each begins and the last ends. Not with `exchange`.
     """
-    rows = key.detach().double()
-    if cu_seqlens is None:
-        count: int | Tensor = key.shape[0] * (exchange.size if exchange else 1)
-        total, squares = (_sum(x, exchange) for x in (rows, rows.square()))
-    else:
-        lengths = cu_seqlens.diff().long()
-        count = lengths.clamp(min=1).view(-1, 1, 1, 1)
+    if cu_seqlens is not None:
+        rows, lengths = key.detach().double(), cu_seqlens.diff().long()
         total, squares = (torch.segment_reduce(x, "sum", lengths=lengths, initial=0) for x in (rows, rows.square()))
-    mean = total / count
-    mean = mean.where(mean.square() > squares / count - mean.square(), 0).to(key.dtype)
-    return key - (mean if cu_seqlens is None else mean.repeat_interleave(lengths, 0))
-
-
-def _sum(x: Tensor, exchange: Exchange | None) -> Tensor:
-    """[1, B, G, D], over the tokens of all ranks: chunk by chunk, so that all ranks have the same bits."""
+        return key - _mean(total, squares, lengths.clamp(min=1).view(-1, 1, 1, 1), key.dtype).repeat_interleave(lengths, 0)
     if exchange is None:
-        return x.sum(0, keepdim=True)
-    of_chunks = x.unflatten(0, (2, -1)).sum(1)
-    return exchange.in_order(exchange.all_gather(of_chunks, "centre")).sum(0, keepdim=True)
+        total, squares = _sums(key.detach(), 0)
+        return key - _mean(total, squares, key.shape[0], key.dtype)
+    # chunk by chunk in the order of the sequence, so that all ranks have the same bits
+    of_chunks = torch.stack(_sums(key.detach().unflatten(0, (2, -1)), 1), 1)
+    total, squares = exchange.in_order(exchange.all_gather(of_chunks, "centre")).sum(0)
+    return key - _mean(total, squares, key.shape[0] * exchange.size, key.dtype)
+
+
+def _sums(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Of the elements and of their squares along `dim`, without a copy of `x` in float64."""
+    return x.sum(dim, dtype=torch.float64), torch.linalg.vector_norm(x, dim=dim, dtype=torch.float64).square()
+
+
+def _mean(total: Tensor, squares: Tensor, count: int | Tensor, dtype: torch.dtype) -> Tensor:
+    """What is subtracted."""
+    mean = total / count
+    return mean.where(mean.square() > squares / count - mean.square(), 0).to(dtype)

@@ -44,7 +44,7 @@ def _over_keys(
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
         u = tl.dot(r, tl.trans(k), input_precision="ieee")
         if MASKED:
-            logits = tl.where(seen(i_m, i_n, keys, WINDOW, CAUSAL), logits, float("-inf"))
+            logits = tl.where(seen(i_m[:, None], i_n[None, :], keys, WINDOW, CAUSAL), logits, float("-inf"))
         higher = tl.maximum(best, tl.max(logits, 1))
         from_ = tl.where(higher == float("-inf"), 0.0, higher)  # of a row that has seen no key yet
         weights = tl.exp2(logits - from_[:, None])

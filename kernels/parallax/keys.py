@@ -48,7 +48,7 @@ def _keys_over_queries(
         lse = tl.load(p_lse + i_m64 * stride_lse, mask=m_row, other=0.0) * 1.4426950408889634
         weights = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * SCALE - lse[None, :])
         if MASKED:
-            weights = tl.where(tl.trans(seen(i_m, i_n, keys, WINDOW, CAUSAL)) & m_row[None, :], weights, 0.0)
+            weights = tl.where(seen(i_m[None, :], i_n[:, None], keys, WINDOW, CAUSAL) & m_row[None, :], weights, 0.0)
         r = tile(p_r, stride_r, i_m, rows, D, BLOCK_D)
         mean = tl.load(p_mean + i_m64 * stride_mean, mask=m_row, other=0.0)
         below = mean[None, :] - tl.dot(k, tl.trans(r), input_precision="ieee")

@@ -41,7 +41,7 @@ def _queries_over_keys(
         k = tile(p_k, stride_k, i_n, keys, D, BLOCK_D)
         weights = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE - lse[:, None])
         if MASKED:
-            weights = tl.where(seen(i_m, i_n, keys, WINDOW, CAUSAL), weights, 0.0)
+            weights = tl.where(seen(i_m[:, None], i_n[None, :], keys, WINDOW, CAUSAL), weights, 0.0)
         below = mean[:, None] - tl.dot(r, tl.trans(k), input_precision="ieee")
         v = tile(p_v, stride_v, i_n, keys, D, BLOCK_D)
         along = tl.dot(g, tl.trans(v), input_precision="ieee")

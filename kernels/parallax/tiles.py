@@ -26,9 +26,9 @@ def blocks_of(kernel: str, dim: int, itemsize: int) -> Blocks:
         return Blocks(16, 16, 4, 1)
     if kernel == "forward":
         return Blocks(128, 64, 8, 2) if wide <= 128 else Blocks(64, 32, 8, 2)
-    if wide <= 64:
-        return Blocks(64, 64, 4, 2)
-    return Blocks(64, 64, 8, 2) if wide <= 128 else Blocks(32, 32, 8, 1)
+    if kernel == "queries":
+        return Blocks(64, 32 if wide == 128 else 64, 8 if wide == 128 else 4, 2) if wide <= 128 else Blocks(32, 32, 8, 1)
+    return Blocks(32, 64, 8, 2) if wide <= 128 else Blocks(32, 32, 8, 1)
 
 
 LOG2_E = 1.4426950408889634
@@ -62,12 +62,12 @@ def put(p_x, stride, i_row, rows, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def seen(i_m, i_n, keys, WINDOW: tl.constexpr, CAUSAL: tl.constexpr):
-    """[M, N]: which keys each query sees; WINDOW 0: all up to itself."""
-    visible = (i_n < keys)[None, :]
+    """Which keys i_n each query i_m sees, along dimensions of their own; WINDOW 0: all up to itself."""
+    visible = i_n < keys
     if CAUSAL:
-        visible = visible & (i_n[None, :] <= i_m[:, None])
+        visible = visible & (i_n <= i_m)
     if WINDOW:
-        visible = visible & (i_n[None, :] > i_m[:, None] - WINDOW)
+        visible = visible & (i_n > i_m - WINDOW)
     return visible
 
 

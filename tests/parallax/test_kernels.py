@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_lighthouse.kernels.parallax import tiles  # and so the kernels
+from megatron_lighthouse.kernels.parallax import backward, forward, tiles
 from megatron_lighthouse.kernels.parallax.tiles import Blocks
 from megatron_lighthouse.parallax import attention, layer
 from megatron_lighthouse.parallax.attention import parallax_attention
 from megatron_lighthouse.parallax.implementations import implementation_for
 from tests.parallax.oracle import formula, inputs, with_grads
 from tests.steps import DEVICE, poisoned
+from tests.test_offsets import NEEDED, far
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +80,21 @@ def test_strides_and_repeats_give_the_same_bits() -> None:
         assert all(map(torch.equal, with_grads(parallax_attention, others), first))
 
 
-def test_parts_of_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dim", [0, 1, 2], ids=["tokens", "batch", "heads"])
+def test_tensors_that_32_bits_do_not_span(dim: int) -> None:
+    if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < NEEDED:
+        pytest.skip("a GPU has what is allocated, touched or not: 40 GiB")
+    near = on_device(inputs(8, 2, 2, 2, 8), torch.float16)
+    found = []
+    for query, r, key, value, grad in (near, far(dim, near)):
+        *averages, lse = forward(query, r, key, value, 0.3, None, True)
+        value_mean, covariance, mean = averages
+        given = (query, r), (key, value), (value_mean, covariance, mean), lse
+        found.append([value_mean, covariance, mean, lse, *backward(grad, *given, 0.3, None, True)])
+    assert all(map(torch.equal, *found))
+
+
+def test_parts_of_the_keys() -> None:
     """As a ring calls them: rows that see all of other keys, merged with their own, and more keys than rows."""
     from megatron_lighthouse.context_parallel.parts import Mask
     from megatron_lighthouse.parallax.blocks import Kernels, Plain
@@ -97,7 +112,7 @@ def test_parts_of_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(errors(found[0], [x.cpu() for x in found[1]])) < 3e-6
 
 
-def test_where_they_cannot_run_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_they_cannot_run_it_is_said() -> None:
     with pytest.raises(
         ValueError, match=r"--parallax-kernels triton cannot run: they take bf16, fp16 and fp32, not torch.float64"
     ):

@@ -12,6 +12,14 @@ KERNELS = [
     *(f"megatron_lighthouse.kernels.{name}" for name in find_packages(str(ROOT / "kernels"))),
 ]
 
+MEGATRON = [
+    "megatron-core>=0.19.2,<0.20",  # the model, the parallelism and the training loop that --attention plugs into
+    "psutil",  # Megatron's distributed checkpoints need it and do not declare it
+    "tqdm",  # the progress bar
+    "tensorboard",  # Megatron logs to it, and the loss plot reads it
+]
+"""What training and evaluation need beside the library."""
+
 setup(
     name="megatron_lighthouse",
     version=VERSION,
@@ -25,20 +33,19 @@ setup(
     package_dir={"megatron_lighthouse.kernels": "kernels"},
     package_data={"megatron_lighthouse.plan": ["*.csv", "*.toml"]},
     install_requires=[
-        "megatron-core>=0.19.2,<0.20",  # the model, the parallelism and the training loop that this plugs into
         "torch>=2.6",  # what Megatron-core itself asks for
         "packaging",  # compares releases
         "numpy",  # text as Megatron's indexed datasets, and the numbers behind the plots
-        "psutil",  # Megatron's distributed checkpoints need it and do not declare it
-        "tqdm",  # the progress bar
-        "tensorboard",  # Megatron logs to it, and the loss plot reads it
         "matplotlib",  # pictures of the loss and of the selection
     ],
     extras_require={
-        "te": ["transformer-engine[core_cu13,pytorch]"],  # --transformer-impl transformer_engine
+        "megatron": MEGATRON,
+        "te": [*MEGATRON, "transformer-engine[core_cu13,pytorch]"],  # --transformer-impl transformer_engine
         "muon": ["emerging-optimizers>=0.3"],  # --optimizer muon, which Parallax gains by
         "gla": ["flash-linear-attention>=0.6.0"],  # --lighthouse-scorer gla on a GPU
         "test": [
+            *MEGATRON,
+            "transformers",  # a tokenizer of Hugging Face, by which a run is evaluated
             "pytest",  # runs the tests
             "pytest-xdist",  # two files of tests at a time: half the time on two cores
             "hypothesis",  # draws the shapes of the property tests

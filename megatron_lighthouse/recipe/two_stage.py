@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 from collections import deque
@@ -16,6 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lighthouse.launch.torchrun import own_environment, torchrun
+from megatron_lighthouse.mcore.command_line import kept
+from megatron_lighthouse.needed import ask_for_megatron
+from megatron_lighthouse.recipe.begun import check_begun
 from megatron_lighthouse.recipe.presets import Preset, default_text, preset_for
 from megatron_lighthouse.variants import DENSE, LIGHTHOUSE, VARIANTS
 
@@ -26,6 +30,7 @@ SHOWN = ("tokens/s=", "validation loss", "saving checkpoint", "loaded checkpoint
 def main(argv: Sequence[str] | None = None) -> int:
     """Run both stages and draw the pictures; answers an exit status."""
     options, extra = _parser().parse_known_args(argv)
+    ask_for_megatron("megatron_lighthouse.recipe.two_stage")
     gpus = _gpus()
     preset = preset_for(gpus)
     steps = preset.steps if options.steps is None else options.steps
@@ -41,6 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     stages = {variant.name: (0, steps), DENSE.name: (steps, total)} if variant.switches else {variant.name: (0, total)}
     print(f"{run}: {stages[variant.name][1]} iterations with {variant.title}", end="")
     print(f", then {dense_steps} dense, on {where}" if variant.switches else f", on {where}", flush=True)
+    arguments = {
+        attention: _arguments(preset, run, attention, stop, total, text, extra) for attention, (_, stop) in stages.items()
+    }
+    try:
+        check_begun(run, arguments, (stages[variant.name][1], total - stages[variant.name][1]))
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     for attention, (start, stop) in stages.items():
         done = _iterations_done(run)
         if done >= stop:
@@ -48,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         if done < start:
             raise SystemExit(f"{run} ends at iteration {done}, before its stage {attention} begins at {start}.")
-        command = _command(preset, run, attention, stop, total, text, extra)
+        command = [*torchrun(preset.processes), "-m", "megatron_lighthouse.pretrain_gpt", *arguments[attention]]
         status = _follow(command, run / f"{attention}.log", _environment(preset))
         if status:
             return status
@@ -56,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SystemExit(
                 f"{attention} stopped at iteration {_iterations_done(run)}, before {stop}: run the same command again."
             )
-    return _draw(run, where, list(stages))
+    _draw(run, where, list(stages))
+    print(_next(run, arguments[list(stages)[-1]], preset, dense_steps, len(stages) > 1))
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,14 +109,15 @@ def _environment(preset: Preset) -> dict[str, str]:
     return {**defaults, **interval, **own_environment()}
 
 
-def _command(
+def _arguments(
     preset: Preset, run: Path, attention: str, stop: int, total: int, text: Sequence[str], extra: Sequence[str]
 ) -> list[str]:
+    """Megatron's, paths as `kept` writes them."""
+    run = run.absolute()
     checkpoints = str(run / "checkpoints")
     every = max(1, stop // 2)
     return [
-        *torchrun(preset.processes),
-        *("-m", "megatron_lighthouse.pretrain_gpt", "--attention", attention),
+        *("--attention", attention),
         *preset.arguments,
         # both stages name the whole length, so that the order of the data and the learning rate are those of one run
         *("--train-iters", str(total), "--exit-interval", str(stop), "--eval-interval", str(stop)),
@@ -110,7 +125,7 @@ def _command(
         *("--data-cache-path", str(run / "data"), "--tensorboard-dir", str(run / "tensorboard" / attention)),
         *(("--lighthouse-selection-map", str(run / "selection.png")) if _selects(attention) else ()),
         *extra,
-        *("--text-data", *text),
+        *("--text-data", *(os.path.realpath(path) for path in text)),
     ]
 
 
@@ -155,7 +170,27 @@ def _selects(attention: str) -> bool:
     return VARIANTS[attention].selects or VARIANTS[attention].native
 
 
-def _draw(run: Path, where: str, stages: Sequence[str]) -> int:
+def _next(run: Path, arguments: Sequence[str], preset: Preset, more: int, switches: bool) -> str:
+    """Commands for what the run has left, to paste: its evaluation, its recovery where it `switches`, and `more` iterations."""
+    recipe, folder = [sys.executable, "-m", "megatron_lighthouse.recipe"], ["--run", str(run)]
+    total = str(int(kept.value(arguments, "--train-iters") or 0) + more)
+    held_out = [] if _held_out(run) > int(kept.value(arguments, "--seq-length") or 0) else ["--held-out", "YOUR_TEXT"]
+    further = ["--train-iters", total, "--exit-interval", total, "--override-opt-param-scheduler"]
+    evaluation = [*recipe[:2], f"{recipe[2]}.evaluate", *folder, *held_out, "--out", str(run / "evaluation")]
+    commands = {
+        "what it has learnt of long text": evaluation,
+        **({"what the switch cost": [*recipe[:2], f"{recipe[2]}.recovery", *folder]} if switches else {}),
+        f"{more} iterations more": [*torchrun(preset.processes), "-m", "megatron_lighthouse.pretrain_gpt", *folder, *further],
+    }
+    return "\n".join(["Next:", *(f"# {title}\n{shlex.join(words)}" for title, words in commands.items())])
+
+
+def _held_out(run: Path) -> int:
+    """Tokens of the text that no stage was trained on."""
+    return max((path.stat().st_size // 2 for path in (run / "data").glob("text-*-valid.bin")), default=0)
+
+
+def _draw(run: Path, where: str, stages: Sequence[str]) -> None:
     from megatron_lighthouse import plots
     from megatron_lighthouse.mcore.data.text import byte_entropy
 
@@ -172,7 +207,6 @@ def _draw(run: Path, where: str, stages: Sequence[str]) -> int:
         print(f"byte-frequency entropy of the text: {entropy:.3f}")
     pictures = [run / "loss.png", *([run / "selection.png"] if VARIANTS[stages[0]].selects else [])]
     print(f"pictures: {', '.join(map(str, pictures))}; log: tensorboard --logdir {run / 'tensorboard'}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -46,6 +46,6 @@ def block_for(
     """
     problem = "they know no documents (cu_seqlens)" if cu_seqlens is not None else None
     if window is not None and over_parts:
-        problem = "they know a window within whole sequences alone: use --cp-comm-type a2a"
+        problem = "they know a window within whole sequences alone: use cp_comm_type a2a"
     kind = implementation_for(name, query.device, query.dtype, query.shape[-1], problem)
     return kind(scale, window, cu_seqlens)

@@ -104,7 +104,7 @@ Q, K = (8, 1, 4, 6), (8, 1, 2, 6)
         ((Q, Q, (8, 1, 3, 6), (8, 1, 3, 6)), {}, "the query heads .* must be a multiple of the key/value heads"),
         ((Q, K, K, K), {}, r"r must be like the query, \(8, 1, 4, 6\) torch.float32 on cpu, got \(8, 1, 2, 6\)"),
         ((Q, Q, K, K), {"window": 0}, "window 0 must be at least 1"),
-        ((Q, Q, K, K), {"cp_comm_type": "mail"}, "--cp-comm-type mail is not known"),
+        ((Q, Q, K, K), {"cp_comm_type": "mail"}, "cp_comm_type mail is not known"),
         ((Q, Q, K, K), {"cu_seqlens": torch.tensor([0, 5, 4, 8])}, "cu_seqlens must rise from 0 to the 8 tokens"),
         ((Q, Q, K, K), {"cu_seqlens": torch.tensor([0, 7])}, "cu_seqlens must rise from 0 to the 8 tokens"),
         ((Q, Q, K, K), {"cu_seqlens": torch.tensor([0.0, 8.0])}, "must be .* int32 or int64"),

@@ -42,6 +42,7 @@ setup(
         "megatron": MEGATRON,
         "te": [*MEGATRON, "transformer-engine[core_cu13,pytorch]"],  # --transformer-impl transformer_engine
         "hf": ["transformers"],  # --tokenizer-type HuggingFaceTokenizer
+        "muon": ["emerging-optimizers>=0.3"],  # --optimizer muon, which Parallax gains by
         "gla": ["flash-linear-attention>=0.6.0"],  # --lighthouse-scorer gla on a GPU
         "test": [
             *MEGATRON,

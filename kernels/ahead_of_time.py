@@ -9,7 +9,7 @@ import argparse
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import triton
@@ -30,16 +30,18 @@ from megatron_lighthouse.kernels.lighthouse.score import blocks_of, coarsen_kern
 from megatron_lighthouse.kernels.lighthouse.select import REGISTERS, block_of, place_kernel, refine_kernel, warps_of
 from megatron_lighthouse.kernels.lighthouse.tiles import HALVES, NEIGHBOURS, NONE
 from megatron_lighthouse.kernels.merge import merge_kernel
+from megatron_lighthouse.kernels.parallax import tiles
+from megatron_lighthouse.kernels.parallax.forward import forward_kernel
+from megatron_lighthouse.kernels.parallax.keys import keys_kernel
+from megatron_lighthouse.kernels.parallax.queries import queries_kernel
 from megatron_lighthouse.lighthouse.geometry import Geometry
 from megatron_lighthouse.lighthouse.packed.rule import Rule
 
-FP32, INT32 = (
-    {"p_scores", "p_turns", "p_finer", "p_coarser", "p_squares", "p_lse", "p_part_lse"},
-    {
-        *("p_ranks", "p_places"),
-        *("p_documents", "p_tiles", "p_starts", "p_blocks", "p_bounds"),
-    },
-)
+FP32 = {
+    *("p_scores", "p_turns", "p_finer", "p_coarser", "p_squares"),
+    *("p_lse", "p_part_lse", "p_mean", "p_of_output", "p_of_value"),
+}
+INT32 = {"p_ranks", "p_places", "p_documents", "p_tiles", "p_starts", "p_blocks", "p_bounds"}
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -118,7 +120,15 @@ def compile_packed(capability: int, geometry: Geometry, dtype: str, dim: int) ->
     yield _compile(packed_attended_kernel, capability, dtype, constants, blocks.warps, num_stages=blocks.stages)
 
 
-def _compile(kernel: Any, capability: int, dtype: str, constants: dict[str, Any], warps: int, **options: Any) -> Report:
+def compile_parallax(capability: int, dtype: str, dim: int, window: int | None = None, causal: bool = True) -> Iterator[Report]:
+    """Compile the kernels of Parallax likewise; `causal`: over a rank's own rows."""
+    for kernel, name in ((forward_kernel, "forward"), (queries_kernel, "queries"), (keys_kernel, "keys")):
+        blocks = tiles.blocks_of(name, dim, BYTES[dtype])
+        constants = tiles.constants_of(dim, dim**-0.5, window, causal, blocks)
+        yield _compile(kernel, capability, dtype, constants, blocks.warps, num_stages=blocks.stages)
+
+
+def _compile(kernel: Any, capability: int, dtype: str, constants: Mapping[str, Any], warps: int, **options: Any) -> Report:
     signature: dict[str, Any] = {}
     aligned: dict[tuple[int, ...], Any] = {}
     for i, name in enumerate(kernel.arg_names):
@@ -166,9 +176,11 @@ def main() -> None:
     geometry = Geometry(*(getattr(options, name) for name in names))
     for capability in options.capability:
         print(f"sm_{capability}  {'kernel':32} registers  shared bytes  spilled bytes")
+        layer = capability, options.dtype, options.dim
         for report in (
-            *compile_all(capability, geometry, options.dtype, options.dim),
-            *compile_packed(capability, geometry, options.dtype, options.dim),
+            *compile_all(capability, geometry, *layer[1:]),
+            *compile_packed(capability, geometry, *layer[1:]),
+            *compile_parallax(*layer),
         ):
             print(f"        {report.kernel:32} {report.registers:9} {report.shared_bytes:13} {report.spilled_bytes:14}")
 

@@ -9,7 +9,7 @@ more cost to the host than the launch itself: `enqueue` keeps it, by all that th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -64,7 +64,7 @@ def enqueue(
     grid: tuple[int, int, int],
     tensors: Sequence[Tensor],
     numbers: tuple[int | tuple[int, ...], ...],
-    constants: dict[str, int | bool],
+    constants: Mapping[str, float],
     varying: int = 0,
     **options: int | bool,
 ) -> None:

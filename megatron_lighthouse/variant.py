@@ -31,6 +31,15 @@ class Stream:
     """Fills the weight; None: as the model's other projections."""
     bias: float | None = None
     """What its bias begins with; None: it has none."""
+    like_queries: bool = False
+    """Whether it is normed where the model norms its queries, by a norm of its own, and has a bias where these have one."""
+    zero_at_first: bool = False
+    """Whether it is 0 in a model that takes the weights of a checkpoint without it: its norm's weight, or else its own."""
+
+
+def norm_of(stream: Stream) -> str:
+    """The module that norms a stream. Megatron sums over tensor-parallel ranks where it reads 'q_layernorm' in a name."""
+    return f"{stream.name}_q_layernorm"
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,8 @@ class Variant:
     """Whether layers may be dense at the model's ends, and become so in stage 2: `--lighthouse-dense-first` and those after."""
     selects = False
     """Whether its layers attend to gathered rows, those of `cost`, instead of all tokens."""
+    corrects = False
+    """Whether its layers subtract from softmax attention, of which its config has a `telemetry_interval`."""
     counted = False
     """Whether the plan knows its time and memory."""
 
@@ -121,6 +132,10 @@ class Variant:
                 f"--seq-length {seq_length} must be a multiple of {2 * ranks}, two chunks for each of "
                 f"--context-parallel-size {ranks}: use {max(1, seq_length // (2 * ranks)) * 2 * ranks}."
             )
+
+    def remarks(self, config: Any, args: Any) -> Iterator[str]:
+        """What to say at the start of a training run, of Megatron's arguments."""
+        yield from ()
 
     def problems(self, config: Any, model: Any) -> Iterator[str]:
         """Why it cannot be in this model, a TransformerConfig of Megatron, each with what would work."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from megatron_lighthouse.lighthouse.variant import LIGHTHOUSE
+from megatron_lighthouse.parallax.variant import PARALLAX
 from megatron_lighthouse.softmax.variant import DENSE
 from megatron_lighthouse.variant import Variant
 
-__all__ = ["DENSE", "LIGHTHOUSE", "VARIANTS", "counted", "register", "switching"]
+__all__ = ["DENSE", "LIGHTHOUSE", "PARALLAX", "VARIANTS", "counted", "register", "switching"]
 
 VARIANTS: dict[str, Variant] = {}
 """By name, in the order in which they are listed."""
@@ -19,6 +20,7 @@ def register(variant: Variant) -> None:
 
 register(DENSE)
 register(LIGHTHOUSE)
+register(PARALLAX)
 
 
 def switching() -> str:

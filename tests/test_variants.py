@@ -13,7 +13,9 @@ import pytest
 
 import megatron_lighthouse
 from megatron_lighthouse.mcore.command_line.settings import add_arguments, settings_from
+from megatron_lighthouse.plan.device import DEVICES
 from megatron_lighthouse.plan.run import check_names
+from megatron_lighthouse.plan.words import recipe_words, run_of_words
 from megatron_lighthouse.variants import VARIANTS, register
 from tests.toy_variant.toy import TOY, ToyConfig
 
@@ -35,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def test_the_names_of_today() -> None:
-    assert list(VARIANTS) == ["dense", "lighthouse"]
+    assert list(VARIANTS) == ["dense", "lighthouse", "parallax"]
 
 
 def test_one_line_makes_flags_and_settings(toy: None) -> None:
@@ -69,3 +71,10 @@ def test_no_name_is_compared() -> None:
     files = [*PACKAGE.rglob("*.py"), *(ROOT / "launch").glob("*.s*")]
     assert len(files) > 100
     assert [(file.name, line) for file in files for line in file.read_text().splitlines() if COMPARED.search(line)] == []
+
+
+def test_a_recipe_with_an_attention_that_the_plan_does_not_count() -> None:
+    """Its memory is not taken for that of a dense run."""
+    words = recipe_words(ROOT / "launch" / "recipes" / "530m-98k.args")
+    with pytest.raises(ValueError, match="--attention parallax is not counted by the plan: use dense or lighthouse"):
+        run_of_words([*words, "--attention", "parallax"], DEVICES["h100"])

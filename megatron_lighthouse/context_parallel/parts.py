@@ -6,8 +6,8 @@ tensors begin with a dimension of rows: [n, B, heads, ·].
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -42,12 +42,12 @@ class Part:
     lse: Tensor
     """[B, H, n], the log-sum-exp of their logits, natural logarithm: fp32 (fp64 for fp64)."""
 
-    def __getitem__(self, rows: slice) -> Part:
+    def __getitem__(self, rows: slice) -> Self:
         """That of some of the near rows, as views."""
-        return Part(tuple(x[rows] for x in self.averages), self.lse[..., rows])
+        return replace(self, averages=tuple(x[rows] for x in self.averages), lse=self.lse[..., rows])
 
-    def to(self, *dtypes: torch.dtype) -> Part:
-        return Part(tuple(x.to(dtype) for x, dtype in zip(self.averages, dtypes, strict=True)), self.lse)
+    def to(self, *dtypes: torch.dtype) -> Self:
+        return replace(self, averages=tuple(x.to(dtype) for x, dtype in zip(self.averages, dtypes, strict=True)))
 
     @property
     def dtypes(self) -> list[torch.dtype]:

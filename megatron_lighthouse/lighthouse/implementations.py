@@ -30,8 +30,8 @@ def steps_for(name: str, query: Tensor, pooling: int = 2) -> Steps:
     """
     if name == "reference" or (name == "auto" and query.device.type != "cuda"):
         return reference
-    missing = _missing(query.device.type, query.dtype, query.shape[-1])
-    if missing is None:
+    problem = missing(query.device.type, query.dtype, query.shape[-1])
+    if problem is None:
         from megatron_lighthouse.kernels import lighthouse as kernels
 
         if pooling > MOST_POOLING:
@@ -41,8 +41,8 @@ def steps_for(name: str, query: Tensor, pooling: int = 2) -> Steps:
             )
         return kernels
     if name == "kernels":
-        raise ValueError(f"config.steps kernels cannot run: {missing}. Use auto or reference.")
-    say_once(f"lighthouse: the steps run in plain PyTorch, many times slower than the kernels: {missing}.")
+        raise ValueError(f"config.steps kernels cannot run: {problem}. Use auto or reference.")
+    say_once(f"lighthouse: the steps run in plain PyTorch, many times slower than the kernels: {problem}.")
     return reference
 
 
@@ -55,7 +55,7 @@ def packed_steps_for(name: str, query: Tensor, pooling: int = 2) -> PackedSteps:
     return packed_kernels
 
 
-def _missing(device: str, dtype: torch.dtype, dim: int) -> str | None:
+def missing(device: str, dtype: torch.dtype, dim: int) -> str | None:
     """Why the kernels cannot run, and what would let them; None where they can."""
     if not HAS_TRITON:
         return "the package triton is not installed (torch's CUDA builds for Linux bring it)"

@@ -14,18 +14,18 @@ ONCE = (
 )
 
 
-def refuse_transforms(*inputs: Tensor) -> None:
+def refuse_transforms(*inputs: Tensor, of: str = "lighthouse_attention") -> None:
     """Raises RuntimeError under a transform of torch.func, and for inputs with a tangent."""
     if torch.compiler.is_compiling():
         return
     if torch._C._functorch.maybe_current_level() is not None:
         raise RuntimeError(
-            "lighthouse_attention runs under no transform of torch.func (vmap, grad, vjp, jvp, jacrev, functional_call within "
+            f"{of} runs under no transform of torch.func (vmap, grad, vjp, jvp, jacrev, functional_call within "
             "them): give a batch as dimension 1 of [N, B, H, D], and take gradients by backward() or torch.autograd.grad."
         )
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
         raise RuntimeError(
-            "lighthouse_attention has no forward-mode derivative (torch.autograd.forward_ad): take gradients by backward() or "
+            f"{of} has no forward-mode derivative (torch.autograd.forward_ad): take gradients by backward() or "
             "torch.autograd.grad."
         )
 

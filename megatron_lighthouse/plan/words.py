@@ -15,7 +15,7 @@ from megatron_lighthouse.mcore.data.text import PADDED_VOCABULARY
 from megatron_lighthouse.plan.device import Device
 from megatron_lighthouse.plan.model import GPT
 from megatron_lighthouse.plan.run import Run
-from megatron_lighthouse.variants import VARIANTS
+from megatron_lighthouse.variants import VARIANTS, counted
 
 LLAMA3_VOCAB = 128256
 """Rows of the vocabulary where the words name none: that of the recipes."""
@@ -84,6 +84,10 @@ def run_of_words(words: Sequence[str], device: Device, gpus: int | None = None) 
     tp, cp, pp = args.tensor_model_parallel_size, args.context_parallel_size, args.pipeline_model_parallel_size
     schemes = set(args.cp_comm_type) or {"p2p"}
     for wrong, text in (
+        (
+            args.attention not in counted(),
+            f"--attention {args.attention} is not counted by the plan: use {' or '.join(counted())}.",
+        ),
         (args.transformer_impl == "local", "--transformer-impl local is not counted by the plan: use transformer_engine."),
         (
             documents.asked(args),

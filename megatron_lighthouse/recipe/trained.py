@@ -142,7 +142,7 @@ def settle_attention(args: argparse.Namespace, iteration: int) -> None:
     if args.spec == BY_SPEC:
         args.spec, args.attention = None, LIGHTHOUSE.name
     args.lighthouse_layers, args.switched_at = 0, None
-    if not VARIANTS[args.attention].native:
+    if VARIANTS[args.attention].selects:
         given, layers = settings.settings_from(args), args.num_layers
         args.lighthouse_layers = given.lighthouse_layers(layers) - given.dense_by_now(layers, iteration)
         if given.stage2 and not args.lighthouse_layers:

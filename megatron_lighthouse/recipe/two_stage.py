@@ -2,6 +2,7 @@
 
 Both stages are ordinary runs of `megatron_lighthouse.pretrain_gpt` under torchrun; stage 2 takes up the checkpoint and
 the optimizer of stage 1. Stopped anywhere, the same command goes on from the last whole checkpoint. `make train` calls it.
+An attention that never becomes dense has one stage, of the iterations of both.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from megatron_lighthouse.needed import ask_for_megatron
 from megatron_lighthouse.recipe.begun import check_begun
 from megatron_lighthouse.recipe.presets import Preset, default_text, preset_for
 from megatron_lighthouse.usage import Parser
+from megatron_lighthouse.variants import DENSE, LIGHTHOUSE, VARIANTS
 
-STAGES = ("lighthouse", "dense")
 SHOWN = ("tokens/s=", "validation loss", "saving checkpoint", "loaded checkpoint")
 """Lines of Megatron's log that the terminal shows; the log file has all."""
 
@@ -42,14 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = options.data or default_text()
     where = f"{gpus} GPUs" if gpus else f"{preset.processes} CPU processes"
     where = f"{where}, context parallel {preset.context_parallel}"
-    print(f"{run}: {steps} iterations with Lighthouse, then {dense_steps} dense, on {where}", flush=True)
-    stages = {"lighthouse": (0, steps), "dense": (steps, steps + dense_steps)}
+    variant, total = VARIANTS[options.attention], steps + dense_steps
+    stages = {variant.name: (0, steps), DENSE.name: (steps, total)} if variant.switches else {variant.name: (0, total)}
+    print(f"{run}: {stages[variant.name][1]} iterations with {variant.title}", end="")
+    print(f", then {dense_steps} dense, on {where}" if variant.switches else f", on {where}", flush=True)
     arguments = {
-        attention: _arguments(preset, run, attention, stop, steps + dense_steps, text, extra)
-        for attention, (_, stop) in stages.items()
+        attention: _arguments(preset, run, attention, stop, total, text, extra) for attention, (_, stop) in stages.items()
     }
     try:
-        check_begun(run, arguments, (steps, dense_steps))
+        check_begun(run, arguments, (stages[variant.name][1], total - stages[variant.name][1]))
     except ValueError as error:
         raise SystemExit(str(error)) from None
     for attention, (start, stop) in stages.items():
@@ -67,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SystemExit(
                 f"{attention} stopped at iteration {_iterations_done(run)}, before {stop}: run the same command again."
             )
-    _draw(run, where)
-    print(_next(run, arguments["dense"], preset, dense_steps))
+    _draw(run, where, list(stages))
+    print(_next(run, arguments[list(stages)[-1]], preset, dense_steps, len(stages) > 1))
     return 0
 
 
@@ -76,6 +78,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m megatron_lighthouse.recipe.two_stage",
         description="Train a small GPT: stage 1 with Lighthouse, stage 2 dense. Other arguments go to Megatron, to both.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--attention",
+        choices=list(VARIANTS),
+        default=LIGHTHOUSE.name,
+        help="of stage 1; one that never becomes dense has no stage 2 (default: %(default)s)",
     )
     parser.add_argument("--name", default="demo", help="the run's folder under --runs (default: %(default)s)")
     parser.add_argument("--runs", default="runs", help="where runs are kept (default: %(default)s)")
@@ -115,7 +124,7 @@ def _arguments(
         *("--train-iters", str(total), "--exit-interval", str(stop), "--eval-interval", str(stop)),
         *("--save", checkpoints, "--load", checkpoints, "--save-interval", str(every)),
         *("--data-cache-path", str(run / "data"), "--tensorboard-dir", str(run / "tensorboard" / attention)),
-        *("--lighthouse-selection-map", str(run / "selection.png")),
+        *(("--lighthouse-selection-map", str(run / "selection.png")) if _selects(attention) else ()),
         *extra,
         *("--text-data", *(os.path.realpath(path) for path in text)),
     ]
@@ -159,19 +168,24 @@ def _iterations_done(run: Path) -> int:
     return int(tracker.read_text()) if tracker.exists() else 0
 
 
-def _next(run: Path, arguments: Sequence[str], preset: Preset, more: int) -> str:
-    """Commands for what the run has left, to paste: its evaluation, its recovery, and `more` iterations."""
+def _selects(attention: str) -> bool:
+    """Whether a run of it may draw what its layers select: a dense one says that it has none."""
+    return VARIANTS[attention].selects or VARIANTS[attention].native
+
+
+def _next(run: Path, arguments: Sequence[str], preset: Preset, more: int, switches: bool) -> str:
+    """Commands for what the run has left, to paste: its evaluation, its recovery where it `switches`, and `more` iterations."""
     recipe, folder = [sys.executable, "-m", "megatron_lighthouse.recipe"], ["--run", str(run)]
     total = str(int(kept.value(arguments, "--train-iters") or 0) + more)
     held_out = [] if _held_out(run) > int(kept.value(arguments, "--seq-length") or 0) else ["--held-out", "YOUR_TEXT"]
     further = ["--train-iters", total, "--exit-interval", total, "--override-opt-param-scheduler"]
-    commands = (
-        [*recipe[:2], f"{recipe[2]}.evaluate", *folder, *held_out, "--out", str(run / "evaluation")],
-        [*recipe[:2], f"{recipe[2]}.recovery", *folder],
-        [*torchrun(preset.processes), "-m", "megatron_lighthouse.pretrain_gpt", *folder, *further],
-    )
-    titles = ("what it has learnt of long text", "what the switch cost", f"{more} iterations more")
-    return "\n".join(["Next:", *(f"# {title}\n{shlex.join(words)}" for title, words in zip(titles, commands, strict=True))])
+    evaluation = [*recipe[:2], f"{recipe[2]}.evaluate", *folder, *held_out, "--out", str(run / "evaluation")]
+    commands = {
+        "what it has learnt of long text": evaluation,
+        **({"what the switch cost": [*recipe[:2], f"{recipe[2]}.recovery", *folder]} if switches else {}),
+        f"{more} iterations more": [*torchrun(preset.processes), "-m", "megatron_lighthouse.pretrain_gpt", *folder, *further],
+    }
+    return "\n".join(["Next:", *(f"# {title}\n{shlex.join(words)}" for title, words in commands.items())])
 
 
 def _held_out(run: Path) -> int:
@@ -179,13 +193,13 @@ def _held_out(run: Path) -> int:
     return max((path.stat().st_size // 2 for path in (run / "data").glob("text-*-valid.bin")), default=0)
 
 
-def _draw(run: Path, where: str) -> None:
+def _draw(run: Path, where: str, stages: Sequence[str]) -> None:
     from megatron_lighthouse import plots
     from megatron_lighthouse.mcore.data.text import byte_entropy
 
     data = sorted((run / "data").glob("text-*-train.bin"), key=lambda path: path.stat().st_mtime)
     entropy = byte_entropy(str(data[-1].with_suffix(""))) if data else None
-    logs = {attention: plots.read_scalars(run / "tensorboard" / attention) for attention in STAGES}
+    logs = {attention: plots.read_scalars(run / "tensorboard" / attention) for attention in stages}
     plots.loss_curve(logs, run / "loss.png", entropy, title=f"{run.name}: {where}")
     for attention, scalars in logs.items():
         if "lm loss" not in scalars:  # a stage shorter than --tensorboard-log-interval
@@ -194,7 +208,8 @@ def _draw(run: Path, where: str) -> None:
         print(f"{attention}: loss {values[-1]:.3f} at iteration {steps[-1]}")
     if entropy is not None:
         print(f"byte-frequency entropy of the text: {entropy:.3f}")
-    print(f"pictures: {run / 'loss.png'}, {run / 'selection.png'}; log: tensorboard --logdir {run / 'tensorboard'}")
+    pictures = [run / "loss.png", *([run / "selection.png"] if VARIANTS[stages[0]].selects else [])]
+    print(f"pictures: {', '.join(map(str, pictures))}; log: tensorboard --logdir {run / 'tensorboard'}")
 
 
 if __name__ == "__main__":

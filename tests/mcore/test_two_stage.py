@@ -97,12 +97,24 @@ def what_was_printed_runs(printed: str, folder: Path) -> None:
     assert last_checkpoint(folder / "short" / "checkpoints") == 4
 
 
+def test_an_attention_that_never_becomes_dense_has_one_stage(tmp_path: Path) -> None:
+    short = ["--name", "one", "--steps", "1", "--dense-steps", "1", "--data", str(ROOT / "LICENSE"), "--attention", "parallax"]
+    done = recipe(tmp_path, *short, "--seq-length", "1024", "--eval-iters", "1", "--parallax-telemetry-interval", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 iterations with Parallax, on 2 CPU processes" in done.stdout
+    scalars = read_scalars(tmp_path / "one" / "tensorboard" / "parallax")
+    assert list(scalars["lm loss"][0]) == [1, 2]
+    assert list(scalars["parallax/correction/layer-4"][0]) == [2]
+    assert not (tmp_path / "one" / "tensorboard" / "dense").exists()
+    assert "selection.png" not in done.stdout
+
+
 def test_a_stage_without_a_logged_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As --tensorboard-log-interval leaves a stage that is shorter."""
     checkpoints, logs = tmp_path / "short" / "checkpoints", tmp_path / "short" / "tensorboard"
     checkpoints.mkdir(parents=True)
     (checkpoints / "latest_checkpointed_iteration.txt").write_text("3")
-    for attention in two_stage.STAGES:
+    for attention in ("lighthouse", "dense"):
         with SummaryWriter(str(logs / attention)) as log:
             log.add_text("seq_length", "64")
             if attention == "lighthouse":

@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from megatron.core.extensions import transformer_engine as engine
 from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from megatron_lighthouse.mcore.command_line.checks import unnormed
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
-from megatron_lighthouse.variant import Stream
+from megatron_lighthouse.variant import Stream, norm_of
 
 
 class StreamsMixin:
@@ -32,6 +33,8 @@ class StreamsMixin:
     pg_collection: Any
     streams: tuple[Stream, ...]
     hidden_size_per_attention_head: int
+    gathers: bool
+    """Whether the input of all projections is gathered once, from what sequence parallelism shares out."""
 
     def __init__(
         self,
@@ -43,22 +46,28 @@ class StreamsMixin:
         **named: Any,
     ) -> None:
         streams = () if settings.is_dense(layer_number, config.num_layers) else settings.attention.streams
-        if streams and config.sequence_parallel:
+        # Transformer Engine's projections sum the gradient of their input themselves: there each gathers for itself
+        self.gathers = bool(streams) and config.sequence_parallel and submodules.linear_qkv is ColumnParallelLinear
+        if self.gathers:
             submodules = replace(submodules, linear_qkv=_of_gathered(submodules.linear_qkv))
         super().__init__(config, submodules, layer_number, *args, **named)  # type: ignore[call-arg]
         self.streams = streams
         for stream in streams:
             setattr(self, f"linear_{stream.name}", self._projection(stream))
+            if stream.like_queries and config.qk_layernorm and not config.qk_l2_norm:
+                how = {"hidden_size": self.hidden_size_per_attention_head, "eps": config.layernorm_epsilon}
+                setattr(self, norm_of(stream), submodules.q_layernorm(config=config, **how))
 
     def _projection(self, stream: Stream) -> ColumnParallelLinear:
         """hidden -> as many columns as the queries have, in plain order of heads."""
-        make = _of_gathered(ColumnParallelLinear) if self.config.sequence_parallel else ColumnParallelLinear
+        make = _of_gathered(ColumnParallelLinear) if self.gathers else ColumnParallelLinear
+        biased = stream.like_queries and (self.config.add_bias_linear or self.config.add_qkv_bias)
         linear = make(
             self.config.hidden_size,
             self.config.kv_channels * self.config.num_attention_heads,
             config=self.config,
             init_method=stream.init or self.config.init_method,
-            bias=stream.bias is not None,
+            bias=stream.bias is not None or biased,
             tp_group=self.pg_collection.tp,
         )
         if stream.bias is not None and self.config.perform_initialization:
@@ -68,14 +77,31 @@ class StreamsMixin:
 
     def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **named: Any) -> tuple[Any, ...]:
         """As `SelfAttention`'s, the queries [s, b, (1 + streams) * np/tp, hn]; with sequence parallelism s is gathered once."""
-        if self.streams and self.config.sequence_parallel:
+        if self.gathers:
             hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self.pg_collection.tp)
         query, *rest = super().get_query_key_value_tensors(hidden_states, *args, **named)  # type: ignore[misc]
-        heads = [
-            getattr(self, f"linear_{stream.name}")(hidden_states)[0].unflatten(-1, (-1, self.hidden_size_per_attention_head))
-            for stream in self.streams
-        ]
+        heads = [self._heads(stream, hidden_states) for stream in self.streams]
         return (torch.cat([query, *heads], dim=2) if heads else query, *rest)
+
+    def _heads(self, stream: Stream, hidden_states: Tensor) -> Tensor:
+        """[s, b, np/tp, hn]."""
+        projected, _ = getattr(self, f"linear_{stream.name}")(hidden_states)
+        heads = projected.unflatten(-1, (-1, self.hidden_size_per_attention_head))
+        norm = getattr(self, norm_of(stream), None)
+        return heads if norm is None else norm(heads)
+
+
+def _norms_apart(layer: Any, attention: Any) -> bool:
+    """Have Transformer Engine's norm, which is within its linear_qkv, be one of its own; False where it is not there.
+
+    In a checkpoint its weights keep their names.
+    """
+    if attention.linear_qkv is not engine.TELayerNormColumnParallelLinear:
+        return False
+    layer.input_layernorm, attention.linear_qkv = engine.TENorm, engine.TEColumnParallelLinear
+    apart = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    layer.sharded_state_dict_keys_map = {**layer.sharded_state_dict_keys_map, **apart}
+    return True
 
 
 def _of_gathered(linear: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,7 +132,7 @@ def add_streams(layer: Any, settings: LighthouseSettings) -> None:
         return
     if not (isinstance(attention.module, type) and issubclass(attention.module, SelfAttention)):
         raise ValueError(f"--attention {settings.variant} adds projections to SelfAttention, not to {attention.module!r}.")
-    if layer.input_layernorm is IdentityOp:
+    if layer.input_layernorm is IdentityOp and not _norms_apart(layer, attention.submodules):
         raise ValueError(unnormed(settings))
     module: Any = attention.module
     if not issubclass(module, StreamsMixin):

@@ -121,6 +121,11 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
         hooks.log_selection(args, chosen)
     else:
         rope.keep(args)
+    if chosen is not None:
+        if chosen.attention.corrects:
+            hooks.log_correction(args, chosen)
+        for remark in () if getattr(args, "skip_train", False) or args.rank else chosen.attention.remarks(chosen.config, args):
+            say_once(remark)
     if chosen is None or not chosen.attention.switches:
         selection_log.say_nothing_is_logged(args)
     if chosen is None and spec is not None:

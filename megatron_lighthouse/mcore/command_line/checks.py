@@ -205,16 +205,14 @@ def unnormed(settings: LighthouseSettings) -> str:
     """Why no stream can be read from a layer's input where the norm is part of linear_qkv."""
     names = ", ".join(f"linear_{stream.name}" for stream in settings.attention.streams)
     return (
-        f"--attention {settings.variant} reads a layer's normed input by {names}, and --transformer-impl transformer_engine "
-        "norms it within linear_qkv: use --transformer-impl local."
+        f"--attention {settings.variant} reads a layer's normed input by {names}, and this layer spec norms it within "
+        "linear_qkv: use --transformer-impl local."
     )
 
 
 def _streams_of_run(args: Namespace, settings: LighthouseSettings) -> Iterator[str]:
-    """What the layer spec will be; and that streams travel as heads of the queries, which RoPE rotates."""
+    """Streams travel as heads of the queries, which RoPE rotates."""
     kind = getattr(args, "position_embedding_type", None)
-    if settings.attention.streams and args.transformer_impl != "local":
-        yield unnormed(settings)
     for stream in settings.attention.streams:
         if not stream.rotated and kind in ("rope", "yarn", "mrope"):
             yield (

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lighthouse.mcore.command_line import stored
+from megatron_lighthouse.variant import Stream, norm_of
 from megatron_lighthouse.variants import VARIANTS
 
 OVERRIDE, KEEP = "--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"
@@ -51,10 +52,10 @@ def problems(args: argparse.Namespace, folder: Path | None) -> Iterator[str]:
         return
     iteration = args.ckpt_step or stored.last_iteration(folder)
     state = stored.common_state(folder, iteration) if iteration else None
-    if state is None:
+    if iteration is None or state is None:
         return
     before = state.get("args")
-    yield from attention_problems(args, before, folder)
+    yield from attention_problems(args, before, folder, stored.folder_of(folder, iteration))
     if args.skip_train or args.finetune or args.no_load_optim:
         return
     if getattr(before, "no_save_optim", False):
@@ -74,11 +75,12 @@ def problems(args: argparse.Namespace, folder: Path | None) -> Iterator[str]:
         yield from _other_rates(args, state, folder)
 
 
-def attention_problems(args: argparse.Namespace, before: Any, folder: Path) -> Iterator[str]:
+def attention_problems(args: argparse.Namespace, before: Any, folder: Path, checkpoint: Path) -> Iterator[str]:
     """Why the model of --attention does not take the weights, or the optimizer, of a checkpoint of another attention.
 
     Args:
         before: the checkpoint's arguments; None, and without an attention, where another program wrote it.
+        folder: of checkpoints, in which `checkpoint` is.
     """
     was, now = getattr(before, "attention", None), getattr(args, "attention", None)
     if was in (None, now) or now is None:
@@ -87,13 +89,23 @@ def attention_problems(args: argparse.Namespace, before: Any, folder: Path) -> I
         yield f"the checkpoint in {folder} is of --attention {was}, which is not known here: use {' or '.join(VARIANTS)}."
         return
     had, has = ({stream.name for stream in VARIANTS[name].streams} for name in (was, now))
-    if had - has and not VARIANTS[was].dense_weights:
-        yield f"the checkpoint in {folder} is of --attention {was}, whose weights go with no other: use --attention {was}."
+    lost = [stream for stream in VARIANTS[was].streams if stream.name in had - has and not VARIANTS[was].dense_weights]
+    if lost and not getattr(args, "drop_attention_weights", False) and not all(_is_zero(checkpoint, one) for one in lost):
+        yield (
+            f"the checkpoint in {folder} is of --attention {was}, whose weights go with no other: use --attention {was}, or "
+            f"add --drop-attention-weights to lose {', '.join(f'linear_{one.name}' for one in lost)} and what it did."
+        )
     elif had != has and not (args.skip_train or args.finetune or args.no_load_optim):
         yield (
             f"the checkpoint in {folder} is of --attention {was}, so that its optimizer knows other weights than --attention "
             f"{now} has: add --no-load-optim, and the optimizer begins anew."
         )
+
+
+def _is_zero(checkpoint: Path, stream: Stream) -> bool:
+    """Whether a stream is 0 whatever its input, in all layers of a checkpoint: by its norm's weights, or its own."""
+    modules = (f"self_attention.{norm_of(stream)}.", f"self_attention.linear_{stream.name}.")
+    return any(stored.is_zero(checkpoint, module) for module in modules)
 
 
 def _other_rates(args: argparse.Namespace, state: Mapping[str, Any], folder: Path) -> Iterator[str]:

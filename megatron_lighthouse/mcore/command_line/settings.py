@@ -129,6 +129,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         default=DENSE.name,
         help="Core attention of the GPT layers. " + "; ".join(f"'{v.name}' {v.help}" for v in VARIANTS.values()) + ".",
     )
+    group.add_argument(
+        "--drop-attention-weights",
+        action="store_true",
+        help="Take the weights of a checkpoint of another attention although it has some that this one does not know, such as "
+        "linear_r of Parallax: what they did is lost.",
+    )
     add_options(group, LIGHTHOUSE.name, LighthouseConfig)
     group.add_argument(
         flag("discard_output"),

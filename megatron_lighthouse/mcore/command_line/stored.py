@@ -26,6 +26,11 @@ def last_iteration(folder: Path) -> int | None:
         return None
 
 
+def folder_of(folder: Path, iteration: int) -> Path:
+    """Of one checkpoint, in a folder of them."""
+    return folder / f"iter_{iteration:07}"
+
+
 @dataclass(frozen=True)
 class Before:
     """The checkpoint that a run starts from."""
@@ -55,7 +60,7 @@ def before(args: argparse.Namespace, load: Path | None, pretrained: Path | None 
 
 def common_state(folder: Path, iteration: int) -> Mapping[str, Any] | None:
     """What all ranks have in common in a `torch_dist` checkpoint; None where it cannot be read, which the load will say."""
-    checkpoint = folder / f"iter_{iteration:07}"
+    checkpoint = folder_of(folder, iteration)
     if not checkpoint.is_dir():
         return None
     from torch.distributed.checkpoint.filesystem import FileSystemReader  # takes as long to import as all of torch
@@ -70,6 +75,27 @@ def common_state(folder: Path, iteration: int) -> Mapping[str, Any] | None:
             return _plain(file.read(where.length))[0]
     except (OSError, StopIteration, ImportError, EOFError, RuntimeError, ValueError, AttributeError, pickle.UnpicklingError):
         return None
+
+
+def is_zero(checkpoint: Path, module: str) -> bool:
+    """Whether there are tensors of a module of the model in a `torch_dist` checkpoint, and all are 0: those of all its layers.
+
+    Reads piece after piece, up to the first that is not.
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    stored = FileSystemReader(checkpoint).read_metadata().storage_data
+    names = {index.fqn for index in stored if module in index.fqn and not index.fqn.startswith("optimizer")}
+    names = {name for name in names if not name.endswith("_extra_state") and "_extra_state/" not in name}
+    for index, place in stored.items():
+        if index.fqn not in names:
+            continue
+        with (checkpoint / place.relative_path).open("rb") as file:
+            file.seek(place.offset)
+            piece = _plain(file.read(place.length))
+        if piece.any():
+            return False
+    return bool(names)
 
 
 def _plain(written: bytes) -> Any:

@@ -15,7 +15,17 @@ from megatron.training import checkpointing, initialize
 from megatron.training import training as loop
 
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
-from megatron_lighthouse.mcore.loop import finite, machine, progress, rates, selection_log, skip, switch, weights
+from megatron_lighthouse.mcore.loop import (
+    correction_log,
+    finite,
+    machine,
+    progress,
+    rates,
+    selection_log,
+    skip,
+    switch,
+    weights,
+)
 
 MARK = "lighthouse_hooks"
 """The attribute of a wrapped function that names the subjects around it."""
@@ -76,3 +86,15 @@ def log_selection(args: argparse.Namespace, settings: LighthouseSettings) -> Non
     selection_log.check(args, settings)
     if logged := selection_log.logged(args, settings):
         wrap(loop, "train_step", "selection log", logged.train_step)
+
+
+def log_correction(args: argparse.Namespace, settings: LighthouseSettings) -> None:
+    """Log what the layers of Parallax subtract, if that is asked for. On every rank, before training.
+
+    Raises:
+        ValueError: what cannot be as asked.
+    """
+    correction_log.check(args, settings.config)
+    if interval := settings.config.telemetry_interval:
+        logged = correction_log.Logged(interval, settings.numbers(args.num_layers))
+        wrap(loop, "train_step", "correction log", logged.train_step)

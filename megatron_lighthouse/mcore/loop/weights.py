@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_lighthouse.mcore.command_line.resume import attention_problems
 from megatron_lighthouse.notice import say_once
+from megatron_lighthouse.variant import norm_of
 from megatron_lighthouse.variants import VARIANTS
 
 
@@ -41,7 +42,7 @@ def load_base(
         return load(*given, **named)
     folder = get_checkpoint_name(load_dir, iteration, release, return_base_dir=True)
     before = dist_checkpointing.load_common_state_dict(folder).get("args")
-    if found := [*attention_problems(args, before, Path(load_dir))]:
+    if found := [*attention_problems(args, before, Path(load_dir), Path(folder))]:
         raise ValueError("\n".join(found))
     stored = FileSystemReader(folder).read_metadata().state_dict_metadata
     there = {key for key in stored if not key.startswith("optimizer") and "_extra_state" not in key}
@@ -50,6 +51,7 @@ def load_base(
         del part[name]
     if names := sorted({weight.key for _, _, weight in lacking if _is_weight(weight)}):
         say_once(f"the checkpoint in {folder} has no {', '.join(names)}: these begin anew")
+        _begin_at_zero([weight for _, _, weight in lacking if _is_weight(weight)], args)
     elif names := sorted(_of_streams(there, getattr(before, "attention", None)) - _of_streams(there, args.attention)):
         say_once(f"--attention {args.attention} has no {', '.join(names)}: these of the checkpoint in {folder} are dropped")
     answer = load(*given, **named)
@@ -74,6 +76,20 @@ def _lacking(state: dict[str, Any], args: Namespace, there: Iterable[str]) -> li
     return [(part, name, part[name]) for _, part in _parts(state) for name in _of_streams(part, args.attention)]
 
 
+def _begin_at_zero(weights: Sequence[Any], args: Namespace) -> None:
+    """Make the streams that are to be 0 at first so: by their norm's weights, where they have one.
+
+    Zeros within a norm would do too, but its slope there is 1 / sqrt(epsilon): the first step would make them of unit size.
+    """
+    for stream in VARIANTS[args.attention].streams:
+        if not stream.zero_at_first:
+            continue
+        own, norm = ([w for w in weights if f".{name}." in w.key] for name in (f"linear_{stream.name}", norm_of(stream)))
+        centred = bool(norm) and getattr(args, "apply_layernorm_1p", False)
+        for weight in norm or own:
+            weight.data.detach().fill_(-1 if centred and weight.key.endswith(".weight") else 0)
+
+
 def _is_weight(found: Any) -> bool:
     return hasattr(found, "global_shape") and not found.key.endswith("_extra_state")
 
@@ -81,5 +97,5 @@ def _is_weight(found: Any) -> bool:
 def _of_streams(keys: Iterable[str], attention: str | None) -> set[str]:
     """Those of `keys` that are of the streams of an attention."""
     streams = VARIANTS[attention].streams if attention in VARIANTS else ()
-    modules = tuple(f".self_attention.linear_{stream.name}." for stream in streams)
+    modules = [f".self_attention.{name}." for stream in streams for name in (f"linear_{stream.name}", norm_of(stream))]
     return {key for key in keys if any(module in key for module in modules)}

@@ -1,0 +1,159 @@
+"""`python benchmarks/parallax.py --out FOLDER`: one layer of Parallax on one GPU, beside dense attention and others' kernels.
+
+Ours, flash-linear-attention's where it is installed, and cuDNN's dense attention, in the same run: forward and forward with
+backward, bf16, with the rate of the products that they need (4 forward, 11 backward in ours; dense: 2 and 5). Before that the
+errors of each against float64 over a short sequence, with keys that share a mean and without one, and whether repeats give the
+same bits. Leaves parallax.csv and parallax.json. Not run yet: no figure of it is published.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from measure import median_ms, peak_gib
+from torch import Tensor
+
+from megatron_lighthouse.parallax.attention import parallax_attention
+from megatron_lighthouse.softmax.backends import inner_attention
+from megatron_lighthouse.versions import environment
+
+COPIES = 2
+"""Sets of inputs, taken in turn."""
+PRODUCTS = {"ours": (4, 11), "fla": (4, 11), "dense": (2, 5)}
+"""Matrix products of N²/2 x D multiply-adds a head, forward and backward."""
+ERROR_TOKENS = 1024
+Layer = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class Case(NamedTuple):
+    """Sizes of a layer."""
+
+    tokens: int
+    heads: int
+    groups: int
+    dim: int
+
+
+CASES = [Case(32768, 8, 8, 128), Case(98304, 8, 8, 128), Case(32768, 8, 8, 64), Case(32768, 32, 8, 128)]
+
+
+def inputs_of(case: Case, r: float = 0.3, mean: float = 0.0) -> list[Tensor]:
+    """q, r, k, v, bf16, with gradients: [N, 1, H, D] and [N, 1, G, D]."""
+    how: dict[str, Any] = {"device": "cuda", "dtype": torch.float32}
+    query, of_r, key, value = (
+        torch.randn(case.tokens, 1, n, case.dim, **how) for n in (case.heads, case.heads, case.groups, case.groups)
+    )
+    return [x.to(torch.bfloat16).requires_grad_() for x in (query, r * of_r, key + mean, value)]
+
+
+def layers(inputs: list[Tensor]) -> dict[str, Layer]:
+    """What can run here, by name."""
+    dense = inner_attention("cudnn", inputs[0], inputs[2])
+    found: dict[str, Layer] = {"ours": parallax_attention, "dense": lambda q, r, k, v: dense(q, k, v)}
+    try:
+        parallel_parallax = import_module("fla.ops.parallax").parallel_parallax
+    except ImportError as error:
+        print(f"fla is left out: {error}")
+        return found
+
+    def fla(*rows: Tensor) -> Tensor:
+        out: Tensor = parallel_parallax(*(x.transpose(0, 1) for x in rows))
+        return out.transpose(0, 1)
+
+    return {**found, "fla": fla}
+
+
+def time_case(case: Case) -> list[dict[str, Any]]:
+    """Milliseconds and teraflops a second of each."""
+    sets = [inputs_of(case) for _ in range(COPIES)]
+    grad = torch.randn_like(sets[0][0])
+    rows = []
+    product = case.tokens**2 * case.heads * case.dim  # N²/2 x D multiply-adds, two operations each
+    for name, layer in layers(sets[0]).items():
+
+        def both(inputs: list[Tensor], layer: Layer = layer, name: str = name) -> object:
+            return torch.autograd.grad(layer(*inputs), inputs, grad, allow_unused=name == "dense")
+
+        forward, backward = (n * product for n in PRODUCTS[name])
+        times = [
+            median_ms([partial(layer, *(x.detach() for x in inputs)) for inputs in sets]),
+            median_ms([partial(both, inputs) for inputs in sets]),
+        ]
+        for direction, ms, flops in zip(("fwd", "fwd+bwd"), times, (forward, forward + backward), strict=True):
+            row = {**case._asdict(), "what": name, "direction": direction, "ms": round(ms, 3)}
+            rows.append({**row, "tflops": round(flops / ms / 1e9, 1), "peak_gib": round(peak_gib(partial(both, sets[0])), 3)})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def errors(dim: int, size: float, mean: float) -> dict[str, dict[str, float]]:
+    """Of output and gradients, relative to their norms, against ours in float64: of ours in bf16 and of dense attention."""
+    inputs = inputs_of(Case(ERROR_TOKENS, 4, 2, dim), size, mean)
+    grad = torch.randn_like(inputs[0])
+    found: dict[str, dict[str, float]] = {}
+    for name, layer in layers(inputs).items():
+        rows = [x.detach() if name != "dense" or i != 1 else torch.zeros_like(x) for i, x in enumerate(inputs)]
+        wide = [x.double().requires_grad_() for x in rows]
+        given = [x.clone().requires_grad_() for x in rows]
+        exact, out = parallax_attention(*wide), layer(*given)
+        expected = [exact, *torch.autograd.grad(exact, wide, grad.double())]
+        grads = torch.autograd.grad(out, given, grad, materialize_grads=True, allow_unused=True)
+        compared = zip(("out", "dq", "dr", "dk", "dv"), (out, *grads), expected, strict=True)
+        found[name] = {
+            what: round(float((a.double() - b).norm() / b.norm()), 6)
+            for what, a, b in compared
+            if name != "dense" or what != "dr"
+        }
+    return found
+
+
+def repeats(case: Case, times: int = 100) -> bool:
+    """Whether so many runs give the same bits."""
+    inputs = inputs_of(case)
+    grad = torch.randn_like(inputs[0])
+
+    def once() -> list[Tensor]:
+        out = parallax_attention(*inputs)
+        return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+
+    first = once()
+    return all(all(map(torch.equal, once(), first)) for _ in range(times))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "parallax")
+    parser.add_argument("--lengths", type=int, nargs="+", help="instead of the cases' own: of 8 heads of 128")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(1)
+    checked = {
+        f"D={dim}, r={size}, mean {mean}": errors(dim, size, mean)
+        for dim in (128, 64, 80)
+        for size in (0.3, 1.0, 3.0)
+        for mean in (0.0, 10.0)
+    }
+    print(json.dumps(checked, indent=2), flush=True)
+    same = repeats(Case(2048, 4, 2, 128))
+    print(f"100 repeats are bit-identical: {same}", flush=True)
+    rows: list[dict[str, Any]] = []
+    for case in [Case(length, 8, 8, 128) for length in options.lengths] if options.lengths else CASES:
+        rows += time_case(case)
+        with (options.out / "parallax.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    summary = {"errors": checked, "repeats": same, **environment()}
+    (options.out / "parallax.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

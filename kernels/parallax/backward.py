@@ -1,0 +1,58 @@
+"""The backward pass in two kernels: by tiles of queries, which sum dq and dr, and by tiles of keys, which sum dk and dv.
+
+With t = dO·o, b = dO·v̄ and a = dO·v: the gradients of logits are p ((a - t) + (t̄ - u) (a - b)), those of u -p (a - b). The
+first kernel writes t and b for the second, which sums over the query heads of a key/value head in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_lighthouse.kernels.launch import cdiv, enqueue, last_contiguous, strides
+from megatron_lighthouse.kernels.parallax.keys import keys_kernel
+from megatron_lighthouse.kernels.parallax.queries import queries_kernel
+from megatron_lighthouse.kernels.parallax.tiles import blocks_of, constants_of
+
+
+def backward(
+    grad: Tensor,
+    near: tuple[Tensor, Tensor],
+    far: tuple[Tensor, Tensor],
+    averages: tuple[Tensor, Tensor, Tensor],
+    lse: Tensor,
+    scale: float,
+    window: int | None,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dr, dk and dv in the inputs' dtype; arguments as `forward` takes and gives them, of whole rows."""
+    rows, batch, heads, dim = near[0].shape
+    query, r, key, value, grad = (last_contiguous(x) for x in (*near, *far, grad))
+    of_value, covariance = (last_contiguous(x) for x in averages[:2])
+    mean = averages[2]
+    dq, dr, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, r, key, value))
+    sums = [lse.new_empty(batch, heads, rows, dtype=torch.float32) for _ in range(2)]
+    shape = (rows, key.shape[0], heads, heads // key.shape[2])
+    blocks = blocks_of("queries", dim, query.element_size())
+    tensors = [query, r, key, value, grad, of_value, covariance, mean, lse, dq, dr]
+    enqueue(
+        queries_kernel,
+        (cdiv(rows, blocks.queries) * batch * heads, 1, 1),
+        [*tensors, *sums],
+        (*(strides(x) for x in tensors), *shape),
+        constants_of(dim, scale, window, causal, blocks),
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+    )
+    blocks = blocks_of("keys", dim, query.element_size())
+    tensors = [query, r, key, value, grad, mean, lse, dk, dv]
+    enqueue(
+        keys_kernel,
+        (cdiv(key.shape[0], blocks.keys) * batch * key.shape[2], 1, 1),
+        [*tensors, *sums],
+        (*(strides(x) for x in tensors), *shape),
+        constants_of(dim, scale, window, causal, blocks),
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+    )
+    return dq, dr, dk, dv

@@ -1,0 +1,88 @@
+"""Tiles of rows, and which pairs of tokens a tile of them may leave out."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from megatron_lighthouse.kernels.launch import padded
+
+
+class Blocks(NamedTuple):
+    """Queries and keys that a program holds at a time, its warps, and how many tiles are under way."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def blocks_of(kernel: str, dim: int, itemsize: int) -> Blocks:
+    """By D and the dtype alone, for the kernel 'forward', 'queries' or 'keys'. fp32 is multiplied without tensor cores."""
+    wide = padded(dim)
+    if itemsize == 4:
+        return Blocks(16, 16, 4, 1)
+    if kernel == "forward":
+        return Blocks(128, 64, 8, 2) if wide <= 128 else Blocks(64, 32, 8, 2)
+    if kernel == "queries":
+        return Blocks(64, 32 if wide == 128 else 64, 8 if wide == 128 else 4, 2) if wide <= 128 else Blocks(32, 32, 8, 1)
+    return Blocks(32, 64, 8, 2) if wide <= 128 else Blocks(32, 32, 8, 1)
+
+
+LOG2_E = 1.4426950408889634
+
+
+def constants_of(dim: int, scale: float, window: int | None, causal: bool, blocks: Blocks) -> dict[str, int | float]:
+    """The constants of a kernel, in its order. SCALE is of exponents of 2; WINDOW 0: none."""
+    own: dict[str, int | float] = {"SCALE": scale * LOG2_E, "WINDOW": window or 0, "CAUSAL": causal}
+    return {**own, "D": dim, "BLOCK_D": padded(dim), "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
+
+
+@triton.jit
+def tile(p_x, stride, i_row, rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BLOCK, BLOCK_D] of rows of D channels, which are contiguous; what lies outside is 0."""
+    i_d = tl.arange(0, BLOCK_D)
+    p_x += i_row.to(tl.int64)[:, None] * stride + i_d[None, :]
+    if D < BLOCK_D:
+        x = tl.load(p_x, mask=(i_row < rows)[:, None] & (i_d < D)[None, :], other=0.0)
+    else:
+        x = tl.load(p_x, mask=(i_row < rows)[:, None], other=0.0)
+    return x
+
+
+@triton.jit
+def put(p_x, stride, i_row, rows, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The way back."""
+    i_d = tl.arange(0, BLOCK_D)
+    p_x += i_row.to(tl.int64)[:, None] * stride + i_d[None, :]
+    tl.store(p_x, x.to(p_x.dtype.element_ty), mask=(i_row < rows)[:, None] & (i_d < D)[None, :])
+
+
+@triton.jit
+def seen(i_m, i_n, keys, WINDOW: tl.constexpr, CAUSAL: tl.constexpr):
+    """Which keys i_n each query i_m sees, along dimensions of their own; WINDOW 0: all up to itself."""
+    visible = i_n < keys
+    if CAUSAL:
+        visible = visible & (i_n <= i_m)
+    if WINDOW:
+        visible = visible & (i_n > i_m - WINDOW)
+    return visible
+
+
+@triton.jit
+def keys_of(i_first, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr):
+    """(begin, whole, masked, end) of the keys that a tile of queries sees: all its queries see those from whole to masked."""
+    begin, whole, end = 0, 0, keys
+    masked = keys // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        end = tl.minimum(i_first + BLOCK_M, keys)
+        masked = tl.minimum(i_first + 1, keys) // BLOCK_N * BLOCK_N
+    if WINDOW:
+        begin = tl.maximum(i_first - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+        whole = tl.maximum(i_first + BLOCK_M - WINDOW, 0)
+        whole = tl.minimum((whole + BLOCK_N - 1) // BLOCK_N * BLOCK_N, end)
+        whole = tl.maximum(whole, begin)
+        masked = tl.maximum(masked, whole)
+    return begin, whole, masked, end

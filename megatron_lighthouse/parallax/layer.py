@@ -1,0 +1,57 @@
+"""A layer of Parallax: what is decided of inputs' shapes, and the call."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_lighthouse.context_parallel.alone import Alone
+from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.context_parallel.parts import Scheme
+from megatron_lighthouse.context_parallel.schemes import comm_type_problem, scheme
+from megatron_lighthouse.lighthouse.transforms import refuse_transforms
+from megatron_lighthouse.parallax.centre import centred
+from megatron_lighthouse.parallax.implementations import block_for
+from megatron_lighthouse.ranges import profiled
+
+
+@dataclass(frozen=True)
+class Attend:
+    """Parallax over the tokens of all ranks."""
+
+    scheme: Scheme
+    exchange: Exchange | None = None
+    cu_seqlens: Tensor | None = None
+
+    @profiled("attend")
+    def __call__(self, query: Tensor, r: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See `parallax_attention`."""
+        refuse_transforms(query, r, key, value, of="parallax_attention")
+        return self.scheme((query, r), (centred(key, self.exchange, self.cu_seqlens), value))
+
+
+def build(
+    query: Tensor,
+    key: Tensor,
+    exchange: Exchange | None = None,
+    comm_type: str = "p2p",
+    softmax_scale: float | None = None,
+    window: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    kernels: str = "auto",
+) -> Attend:
+    """The layer for inputs like these, of which shapes, dtype and device count; see `parallax_attention`.
+
+    Raises:
+        ValueError: a scheme that is not known, heads that 'a2a' cannot share out, or kernels that are forced and cannot run.
+    """
+    heads, groups, size = query.shape[2], key.shape[2], exchange.size if exchange else 1
+    if problem := comm_type_problem(comm_type, heads, groups, size):
+        raise ValueError(problem)
+    scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
+    block = block_for(kernels, query, scale, window, cu_seqlens, over_parts=exchange is not None and comm_type != "a2a")
+    if exchange is None:
+        return Attend(Alone(block), None, cu_seqlens)
+    return Attend(scheme(comm_type, exchange, lambda: block, lambda: Alone(block)), exchange)

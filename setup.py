@@ -37,7 +37,13 @@ setup(
     extras_require={
         "te": ["transformer-engine[core_cu13,pytorch]"],  # --transformer-impl transformer_engine
         "gla": ["flash-linear-attention>=0.6.0"],  # --lighthouse-scorer gla on a GPU
+        "hf": [
+            "safetensors",  # python -m megatron_lighthouse.convert reads and writes it
+            "transformers",  # --tokenizer-type HuggingFaceTokenizer
+        ],
         "test": [
+            "safetensors",  # of the extra hf
+            "transformers",  # random models of each family, which the converter is held to
             "pytest",  # runs the tests
             "pytest-xdist",  # two files of tests at a time: half the time on two cores
             "hypothesis",  # draws the shapes of the property tests

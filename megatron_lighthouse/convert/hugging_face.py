@@ -22,6 +22,16 @@ NO_WEIGHTS = ("*.rotary_emb.inv_freq", "*.attn.masked_bias")
 SHOWN = 5
 
 
+COUNTS = """
+    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    max_position_embeddings num_experts num_local_experts num_experts_per_tok moe_intermediate_size sliding_window q_lora_rank
+    kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts n_shared_experts n_group topk_group
+    decoder_sparse_step
+""".split()
+"""Fields of config.json that are numbers above 0, where they are there."""
+MAY_BE_NONE = ("num_key_value_heads", "head_dim", "sliding_window")
+
+
 class _Config(dict[str, Any]):
     def __missing__(self, name: str) -> Any:
         raise ValueError(f"{CONFIG} has no {name}: without it the model's shape is not known.")
@@ -36,6 +46,16 @@ def read_config(folder: Path) -> dict[str, Any]:
         return _Config(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is no JSON object ({error}): copy it again.") from error
+
+
+def _check_counts(config: dict[str, Any]) -> None:
+    for name in COUNTS:
+        value = config.get(name, 1)
+        if (type(value) is not int or value < 1) and not (value is None and name in MAY_BE_NONE):
+            raise ValueError(f"{CONFIG}'s {name} {value!r} must be a whole number above 0.")
+    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads") or 1
+    if heads % groups:
+        raise ValueError(f"{CONFIG}'s num_attention_heads {heads} is no multiple of its num_key_value_heads {groups}.")
 
 
 class HuggingFace:
@@ -53,8 +73,7 @@ class HuggingFace:
         self.folder = folder
         self.config = read_config(folder)
         self.family = family_of(self.config)
-        if bad := [name for name, size in self.family.sizes(self.config).items() if type(size) is not int or size < 1]:
-            raise ValueError(f"{folder / CONFIG} gives no positive number for the size {bad[0]}.")
+        _check_counts(self.config)
         self.source = Dequantized(Safetensors(folder), self.config)
         there = self.source.stored
         further = self.config.get("num_nextn_predict_layers") or 0

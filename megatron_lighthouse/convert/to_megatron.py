@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +33,8 @@ def convert(source: Path, target: Path, *, force: bool, leave_out: list[str], mt
     model = HuggingFace(source, leave_out, mtp)
     words = model_words(model.family, model.config, tied=model.tied, mtp=model.mtp)
     files.check_apart(source, target)
+    if any(letter.isspace() for letter in str(target.resolve())):
+        raise ValueError(f"{target.resolve()} has blanks, which {ARGUMENTS} cannot quote: name another folder.")
     parts = [part for placed in model.placed for part in _parts(model, placed)]
     total = sum(part.bytes for part in parts)
     files.check_target(target, force, total, (TRACKER, RECORD))
@@ -88,7 +89,7 @@ def _argument_file(model: HuggingFace, words: list[str], tokenizer: Path, carrie
         if word.startswith("--"):
             lines.append(word)
         else:
-            lines[-1] += " " + shlex.quote(word)
+            lines[-1] += " " + word
     return "\n".join(lines) + "\n"
 
 

@@ -7,6 +7,7 @@ A file holds few parts, for torch's writer keeps a tensor of every name until th
 from __future__ import annotations
 
 import io
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -246,7 +247,9 @@ def stored_arguments(folder: Path) -> Namespace | None:
     """Megatron's, of the run that wrote the checkpoint; None where it does not say."""
     from megatron.core import dist_checkpointing
 
-    return dist_checkpointing.load_common_state_dict(str(folder)).get("args")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is: this is one process
+        return dist_checkpointing.load_common_state_dict(str(folder)).get("args")
 
 
 def latest(folder: Path, step: int | None = None) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +24,8 @@ NO_TEXT = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "256"]
 
 def model_arguments(folder: Path) -> list[str]:
     """The words of `model.args`, as the launch scripts read them."""
-    return shlex.split((folder / "model.args").read_text(), comments=True)
+    lines = (folder / "model.args").read_text().splitlines()
+    return [word for line in lines if not line.startswith("#") for word in line.split()]
 
 
 def transformers(*arguments: str | Path) -> None:

@@ -75,7 +75,24 @@ def make(folder: Path) -> None:
                     buffer.add_(torch.randn_like(buffer) * 0.1)
         shards = {"max_shard_size": "100KB"} if name == "qwen3" else {}
         model.save_pretrained(folder / name, **shards)
+        if name == "deepseek":
+            _add_layer_of_further_tokens(folder / name / "model.safetensors")
         numpy.save(folder / name / "logits.npy", _logits(model, tokens))
+
+
+def _add_layer_of_further_tokens(file: Path) -> None:
+    """As DeepSeek's own files have it, and transformers neither writes nor reads it: a layer after the last."""
+    from safetensors.torch import load_file, save_file
+
+    tensors, last = load_file(file), COMMON["num_hidden_layers"]
+    hidden = COMMON["hidden_size"]
+    before, after = f"model.layers.{last - 1}.", f"model.layers.{last}."
+    tensors |= {name.replace(before, after): t * 1.5 for name, t in tensors.items() if name.startswith(before)}
+    tensors |= {after + f"{name}.weight": torch.randn(hidden) for name in ("enorm", "hnorm", "shared_head.norm")}
+    tensors[after + "eh_proj.weight"] = torch.randn(hidden, 2 * hidden)
+    tensors[after + "embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors[after + "shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    save_file(tensors, file, {"format": "pt"})
 
 
 def logits(tokens: Path, *folders: Path) -> None:

@@ -82,7 +82,12 @@ def exported(hf_models: Path, converted: Path, tmp_path_factory: pytest.TempPath
     folder = tmp_path_factory.mktemp("exported")
     for name, (ranks, model, how) in RUNS.items():
         given = [*RUN, *model_arguments(converted / name), *model, *ROWS, *LIGHTHOUSE, *how, *TEXT]
-        given += ["--load", str(converted / name), "--save", str(folder / name / "run/checkpoint")]
+        run = str(folder / name / "run/checkpoint")
+        given += (
+            ["--pretrained-checkpoint", str(converted / name), "--load", run, "--save", run]
+            if name == "llama"
+            else [*("--load", str(converted / name), "--save", run)]
+        )
         given += ["--data-cache-path", str(folder / name / "data")]
         finish(start(folder / name / "run", "megatron_lighthouse.pretrain_gpt", *given, ranks=ranks))
     for name in RUNS:

@@ -90,10 +90,10 @@ def synthetic(folder: Path, config: dict[str, Any]) -> tuple[int, int]:
     """A Hugging Face folder of random bf16; bytes of its largest tensor, and of all."""
     folder.mkdir()
     shapes = {name: s for one in all_placed(llama.FAMILY, config, tied=False) for name, s in one.parts.items()}
-    noise = torch.randn(max(torch.Size(shape).numel() for shape in shapes.values())).bfloat16()
+    noise = torch.randn(max(torch.Size(shape).numel() for shape in shapes.values()) + len(shapes), dtype=torch.bfloat16)
 
     def read(n: int, shape: tuple[int, ...]) -> Callable[[], Tensor]:
-        return lambda: noise.roll(n)[: torch.Size(shape).numel()].reshape(shape)
+        return lambda: noise[n : n + torch.Size(shape).numel()].reshape(shape)
 
     tensors = [Tensors(name, Stored(shape, torch.bfloat16), read(n, shape)) for n, (name, shape) in enumerate(shapes.items())]
     write(folder, tensors, 5_000_000_000, lambda count: None)

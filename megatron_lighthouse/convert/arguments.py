@@ -33,7 +33,7 @@ def model_words(family: Family, config: Config, *, tied: bool, mtp: int = 0) -> 
         *("--num-layers", str(config["num_hidden_layers"]), "--hidden-size", str(config["hidden_size"])),
         *("--ffn-hidden-size", str(config["intermediate_size"]), "--num-attention-heads", str(heads), *per_head),
         *("--max-position-embeddings", str(config["max_position_embeddings"]), *rope.arguments(config, family.latent)),
-        *("--normalization", "RMSNorm", "--norm-epsilon", str(float(config.get("rms_norm_eps", 1e-6)))),
+        *("--normalization", "RMSNorm", "--norm-epsilon", str(float(config["rms_norm_eps"]))),
         *family.arguments(config),
         *([] if one_kind(family, routed) else ["--moe-layer-freq", f"[{','.join(str(int(here)) for here in routed)}]"]),
         *([] if tied else ["--untie-embeddings-and-output-weights"]),

@@ -80,6 +80,9 @@ class HuggingFace:
         first = f"model.layers.{self.config['num_hidden_layers']}."
         in_files = bool(self.family.mtp) and any(name.startswith(first) for name in there)
         self.mtp = further if mtp and in_files else 0
+        for pattern in leave_out:
+            if not _matching(there, [pattern]):
+                raise ValueError(f"--leave-out {pattern} is the name of no tensor of {folder}: give one, or leave it out.")
         self.left_out = [*_matching(there, [*leave_out, *NO_WEIGHTS])]
         if in_files and not mtp:
             layers = range(self.config["num_hidden_layers"], self.config["num_hidden_layers"] + further)

@@ -155,9 +155,9 @@ def convert(
     total = sum(tensor.bytes for tensor in tensors)
     files.check_target(target, force, total, (CONFIG,))
     with files.replacing(target) as folder, tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr) as bar:
+        safetensors_files.write(folder, tensors, shard, bar.update)
         files.carry(model.like, folder)
         (folder / CONFIG).write_text(json.dumps(model.config, indent=2, ensure_ascii=False) + "\n")
-        safetensors_files.write(folder, tensors, shard, bar.update)
     return [
         f"{target}: {len(tensors)} tensors, {total / 1e9:.2f} GB, of {model.family.architecture}",
         *(f"{CONFIG}: {line}" for line in changed_fields(model.before, model.config)),

@@ -15,9 +15,9 @@ from megatron_lighthouse.convert import files, torch_dist
 from megatron_lighthouse.convert.arguments import model_words, namespace
 from megatron_lighthouse.convert.hugging_face import HuggingFace
 from megatron_lighthouse.convert.mapping import HEAD, Placed
-from megatron_lighthouse.convert.torch_dist import EXTRA, Part, object_key
+from megatron_lighthouse.convert.torch_dist import EXTRA, RELEASE, TRACKER, Part, object_key
 
-ARGUMENTS, RECORD, TRACKER, RELEASE = "model.args", "conversion.json", "latest_checkpointed_iteration.txt", "release"
+ARGUMENTS, RECORD = "model.args", "conversion.json"
 CHECKPOINT_VERSION = 3.0
 """Of Megatron's: the order of rows in linear_qkv."""
 MODULES = ("core_attention",)
@@ -36,6 +36,7 @@ def convert(source: Path, target: Path, *, force: bool, leave_out: list[str], mt
     if any(letter.isspace() for letter in str(target.resolve())):
         raise ValueError(f"{target.resolve()} has blanks, which {ARGUMENTS} cannot quote: name another folder.")
     parts = [part for placed in model.placed for part in _parts(model, placed)]
+    _check_dtypes(parts)
     total = sum(part.bytes for part in parts)
     files.check_target(target, force, total, (TRACKER, RECORD))
     objects = dict.fromkeys(_objects(model.placed), torch.empty(0, dtype=torch.uint8))
@@ -55,6 +56,14 @@ def convert(source: Path, target: Path, *, force: bool, leave_out: list[str], mt
         *([f"{len(model.source.quantized)} tensors were quantised, and are bf16 now"] if model.source.quantized else []),
         *(f"left out: {name}" for name in model.left_out),
     ]
+
+
+def _check_dtypes(parts: list[Part]) -> None:
+    """Layers and experts are one tensor in Megatron's checkpoint, and so of one dtype."""
+    dtypes: dict[str, torch.dtype] = {}
+    for part in parts:
+        if (first := dtypes.setdefault(part.key, part.dtype)) != part.dtype:
+            raise ValueError(f"{part.key} would be of {first} in one layer and of {part.dtype} in another: give all one dtype.")
 
 
 def _parts(model: HuggingFace, placed: Placed) -> Iterator[Part]:

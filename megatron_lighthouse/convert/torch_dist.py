@@ -42,6 +42,8 @@ FILE_BYTES = 256 << 20
 NOT_WEIGHTS = ("optimizer", "rng_state", "rerun_state_machine_state", "common_state", "opt_param_scheduler", "content_metadata")
 """What the names of a run's other state begin with."""
 EXTRA = "._extra_state"
+TRACKER, RELEASE = "latest_checkpointed_iteration.txt", "release"
+"""Megatron's names: of the file that says which iteration is the newest, and of what is no iteration."""
 
 
 @dataclass(frozen=True)
@@ -258,11 +260,13 @@ def latest(folder: Path, step: int | None = None) -> Path:
     Raises:
         ValueError: there is none.
     """
-    tracker = folder / "latest_checkpointed_iteration.txt"
+    tracker = folder / TRACKER
     if not tracker.is_file():
         raise ValueError(f"{folder} holds no checkpoint of Megatron's: name the folder that the run was given as --save.")
     said = tracker.read_text().strip()
-    name = f"iter_{step:07d}" if step is not None else said if said == "release" else f"iter_{int(said):07d}"
+    if said != RELEASE and not said.isdecimal():
+        raise ValueError(f"{tracker} says {said!r}, which is no iteration: give --ckpt-step.")
+    name = f"iter_{step:07d}" if step is not None else said if said == RELEASE else f"iter_{int(said):07d}"
     if not (folder / name).is_dir():
         there = ", ".join(sorted(path.name for path in _checkpoints(folder)))
         raise ValueError(f"{folder} has no {name}: there is {there or 'none'}.")
@@ -270,4 +274,4 @@ def latest(folder: Path, step: int | None = None) -> Path:
 
 
 def _checkpoints(folder: Path) -> Iterable[Path]:
-    return (path for path in folder.iterdir() if path.name == "release" or path.name.startswith("iter_"))
+    return (path for path in folder.iterdir() if path.name == RELEASE or path.name.startswith("iter_"))

@@ -13,7 +13,7 @@ from megatron_lighthouse.convert.arguments import changed_fields
 from megatron_lighthouse.convert.hugging_face import HuggingFace, same_bits
 from megatron_lighthouse.convert.safetensors_files import Tensors
 from megatron_lighthouse.convert.to_hugging_face import Megatron
-from megatron_lighthouse.convert.to_megatron import TRACKER
+from megatron_lighthouse.convert.torch_dist import TRACKER
 
 
 def differences(one: Path, other: Path, *, like: Path | None, leave_out: list[str], mtp: bool) -> list[str]:

@@ -21,6 +21,7 @@ BLOCK = 16
 COMMON: dict[str, Any] = {
     **{"vocab_size": 40, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
     **{"num_key_value_heads": 2, "max_position_embeddings": 128, "dtype": "bfloat16", "tie_word_embeddings": False},
+    "rms_norm_eps": 1e-6,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
 GPT_OSS = {

@@ -48,7 +48,9 @@ def test_a_config_that_cannot_be_carried_over(fields: dict[str, Any], named: lis
     assert not (tmp_path / "megatron").exists()
 
 
-@pytest.mark.parametrize("name", ["hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings"])
+@pytest.mark.parametrize(
+    "name", ["hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings", "rms_norm_eps"]
+)
 def test_a_config_that_says_too_little(name: str, tmp_path: Path, capsys: Any) -> None:
     source = write(tmp_path / "hf", weights(), {key: value for key, value in LLAMA.items() if key != name})
     assert name in refusal(capsys, "hf-to-megatron", source, tmp_path / "megatron")
@@ -84,7 +86,12 @@ def _no_head(tensors: Any) -> str:
     return "lacks lm_head.weight"
 
 
-@pytest.mark.parametrize("spoil", [_without, _surplus, _turned, _integers, _mixed, _no_head])
+def _mixed_layers(tensors: Any) -> str:
+    tensors[NORM] = tensors[NORM].float()
+    return "torch.bfloat16 in one layer and of torch.float32 in another"
+
+
+@pytest.mark.parametrize("spoil", [_mixed_layers, _without, _surplus, _turned, _integers, _mixed, _no_head])
 def test_tensors_that_are_not_the_models(spoil: Any, tmp_path: Path, capsys: Any) -> None:
     tensors = weights()
     named = spoil(tensors)
@@ -98,6 +105,8 @@ def test_a_surplus_tensor_is_left_out_when_told_to(tmp_path: Path, capsys: Any) 
     source = write(tmp_path / "hf", tensors)
     convert("hf-to-megatron", source, tmp_path / "megatron", "--leave-out", "*.q_proj.bias")
     assert "left out: model.layers.0.self_attn.q_proj.bias" in capsys.readouterr().out
+    line = refusal(capsys, "hf-to-megatron", source, tmp_path / "other", "--leave-out", "*.q_proj.bias", "*.inv_freq")
+    assert "--leave-out *.inv_freq is the name of no tensor" in line
 
 
 def _cut(folder: Path) -> str:
@@ -208,6 +217,11 @@ def _no_tracker(folder: Path) -> str:
     return "no checkpoint of Megatron's"
 
 
+def _odd_tracker(folder: Path) -> str:
+    (folder / "latest_checkpointed_iteration.txt").write_text("newest")
+    return "'newest', which is no iteration"
+
+
 def _no_files(folder: Path) -> str:
     shutil.rmtree(folder / "hf")
     return "--like"
@@ -226,7 +240,18 @@ def _other_shape(folder: Path) -> str:
 
 
 SPOILT_BACK = [
-    *(_cut_part, _lost_part, _newer_torch, _unreadable, _no_metadata, _no_tracker, _no_files, _other_norm, _other_shape),
+    *(
+        _cut_part,
+        _lost_part,
+        _newer_torch,
+        _unreadable,
+        _no_metadata,
+        _no_tracker,
+        _odd_tracker,
+        _no_files,
+        _other_norm,
+        _other_shape,
+    ),
 ]
 
 

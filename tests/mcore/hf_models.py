@@ -23,6 +23,7 @@ LLAMA3 = {
     **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
     **{"original_max_position_embeddings": 8192, "rope_theta": 500000.0},
 }
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
 YARN = {
     **{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10000.0},
     **{"beta_fast": 32.0, "beta_slow": 1.0},
@@ -41,7 +42,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"vocab_size": 300, "rope_parameters": LLAMA3, "rms_norm_eps": 1e-5}),
     "llama-yarn": ("Llama", {"rope_parameters": YARN, "num_key_value_heads": 4, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}),
-    "qwen3-tied": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3-tied": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True, "rope_parameters": LINEAR}),
     "qwen3-moe": ("Qwen3Moe", {"head_dim": 16, **EXPERTS}),
     "qwen3-moe-mixed": ("Qwen3Moe", {"head_dim": 16, **EXPERTS, "mlp_only_layers": [1], "norm_topk_prob": False}),
     "gpt-oss": (
@@ -52,6 +53,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "deepseek": ("DeepseekV3", {**DEEPSEEK, "rope_parameters": LATENT_YARN}),
+    "deepseek-alike": ("DeepseekV3", {**DEEPSEEK, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1}),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy
 import pytest
 import torch
 
+from megatron_lighthouse.convert.arguments import namespace
 from tests.convert.folders import convert, tensors_of
 from tests.mcore.converted import RUN, finish, megatron_logits, model_arguments, start, transformers
 from tests.mcore.harness import TEXT
@@ -59,6 +61,18 @@ def test_megatron_answers_as_transformers(name: str, hf_models: Path, converted:
     given = model_arguments(converted / name)
     logits = megatron_logits(tmp_path, converted / name, hf_models / "tokens.npy", *given)
     assert_close(logits, numpy.load(hf_models / name / "logits.npy"), "converted logits")
+
+
+def test_the_arguments_are_what_megatron_reads(converted: Path) -> None:
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    for name in MODELS:
+        words = model_arguments(converted / name)
+        read = vars(parser.parse_args(words))
+        for argument, value in vars(namespace(words)).items():
+            assert (argument, read[argument]) == (argument, value), name
+            assert type(read[argument]) is type(value), (name, argument)
 
 
 @pytest.mark.parametrize("name", MODELS)

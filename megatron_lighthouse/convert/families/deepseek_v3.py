@@ -46,6 +46,7 @@ FIXED = {
     "norm_topk_prob": (True,),
     "moe_layer_freq": (1,),
     "rope_interleave": (True,),
+    "rms_norm_eps": (1e-6,),  # the latents' norms have it whatever config.json says
 }
 
 
@@ -68,7 +69,8 @@ def has_experts(config: Config) -> list[bool]:
 
 
 def arguments(config: Config) -> list[str]:
-    if config["num_experts_per_tok"] != 2 * config["topk_group"] and config["n_group"] > 1:
+    limited = config["topk_group"] < config["n_group"]
+    if limited and config["num_experts_per_tok"] != 2 * config["topk_group"]:
         raise ValueError(
             f"config.json's num_experts_per_tok {config['num_experts_per_tok']} with topk_group {config['topk_group']} cannot "
             "be carried over: a group counts as much as its best two experts, and in Megatron as its best "
@@ -83,8 +85,7 @@ def arguments(config: Config) -> list[str]:
         "--num-experts": "n_routed_experts",
         "--moe-ffn-hidden-size": "moe_intermediate_size",
         "--moe-router-topk": "num_experts_per_tok",
-        "--moe-router-num-groups": "n_group",
-        "--moe-router-group-topk": "topk_group",
+        **({"--moe-router-num-groups": "n_group", "--moe-router-group-topk": "topk_group"} if limited else {}),
     }
     return [
         *("--swiglu", "--disable-bias-linear", "--multi-latent-attention", "--qk-layernorm"),

@@ -26,7 +26,7 @@ EXPERTS = [
     Weight("mlp.experts.experts.linear_fc2.weight", {"mlp.experts.down_proj": ("ffn", "hidden")}, TURNED),
     Weight("mlp.experts.experts.linear_fc2.bias", {"mlp.experts.down_proj_bias": ("hidden",)}),
 ]
-FIXED = {"hidden_act": ("silu",), "attention_bias": (True,), "swiglu_limit": (7.0,)}
+FIXED = {"hidden_act": ("silu",), "attention_bias": (True,), "swiglu_limit": (7.0,), "swiglu_alpha": (1.702,)}
 
 
 def sizes(config: Config) -> dict[str, int]:
@@ -39,6 +39,8 @@ def sizes(config: Config) -> dict[str, int]:
 
 def arguments(config: Config) -> list[str]:
     layers = range(config["num_hidden_layers"])
+    if config["sliding_window"] is None:
+        raise ValueError("config.json's sliding_window None cannot be carried over: a number of tokens can.")
     kinds = config.get("layer_types") or ["full_attention" if n % 2 else "sliding_attention" for n in layers]
     windowed = ",".join(str(int(kind == "sliding_attention")) for kind in kinds)
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from megatron_lighthouse.convert import safetensors_files, to_megatron, torch_dist
 from megatron_lighthouse.convert.__main__ import main
+from megatron_lighthouse.convert.safetensors_files import Stored, Tensors
 from megatron_lighthouse.convert.torch_dist import Part, TorchDist
 from tests.convert.folders import LLAMA, convert, tensors_of, weights, write
 
@@ -131,3 +133,27 @@ def test_files_are_of_the_size_that_was_asked_for(tmp_path: Path) -> None:
     assert named["metadata"]["total_size"] == sum(tensor.nbytes for tensor in before.values())
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_no_more_than_a_few_tensors_are_in_memory(back: bool, tmp_path: Path, monkeypatch: Any) -> None:
+    """Torch's writer keeps a tensor of every name until its file is closed, so that files must be small."""
+    made: list[weakref.ref[Any]] = []
+    most = 0
+
+    def read() -> torch.Tensor:
+        nonlocal most
+        most = max(most, sum(tensor() is not None for tensor in made))
+        tensor = torch.ones(4, 8)
+        made.append(weakref.ref(tensor.untyped_storage()))
+        return tensor
+
+    monkeypatch.setattr(torch_dist, "FILE_BYTES", 256)  # two tensors
+    if back:
+        tensors = [Tensors(f"tensor{n}", Stored((4, 8), torch.float32), read) for n in range(20)]
+        safetensors_files.write(tmp_path, tensors, 1000, lambda count: None)
+    else:
+        parts = [Part(f"tensor{n}", (4, 8), (0, 0), (4, 8), torch.float32, read) for n in range(20)]
+        torch_dist.write(tmp_path, parts, {}, lambda count: None)
+    assert len(made) == 20
+    assert most <= 3

@@ -7,10 +7,18 @@ from collections.abc import Generator
 
 import pytest
 import torch
+from hypothesis import settings
+
+from tests.interpreter import quicken
 
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+    quicken()
+
+# a machine may be busy: no example is late
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 LONGEST = """
     launch/test_cluster.py mcore/test_parity.py tests/test_kernels.py experiments/test_bench.py mcore/test_two_stage.py

@@ -30,7 +30,9 @@ class Ranks:
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed", "megatron_lighthouse"])
+        context.set_forkserver_preload(
+            ["torch.distributed", "tests.steps"]
+        )  # with it the kernels, and all that test modules import
         store = Path(tempfile.mkdtemp()) / "store"
         self.pipes: list[Connection] = []
         self.processes = []
@@ -78,6 +80,9 @@ def _serve(pipe: Connection, rank: int, store: str) -> None:
     import torch
     import torch.distributed as dist
 
+    from tests.interpreter import quicken
+
+    quicken()
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     minutes = timedelta(seconds=SECONDS)

@@ -22,7 +22,7 @@ from tests.oracle import Problem, attention, problems
 from tests.steps import LAYOUTS, chosen, restride, tensors
 from tests.tolerances import assert_close
 
-thorough = settings(deadline=None, derandomize=True, max_examples=100)
+thorough = settings(derandomize=True, max_examples=100)
 GQA = Problem(96, 3, 2, 8, 4, batch=2, groups=2, queries_per_group=3, seed=1)
 
 

@@ -179,7 +179,7 @@ def test_lengths_refused_with_advice_that_works(options: Values, seq_length: int
         assert_works(options, seq_length, offer)
 
 
-@settings(deadline=None, derandomize=True, max_examples=400)
+@settings(derandomize=True, max_examples=400)
 @given(*map(st.integers, (2, 2, 1, 1, 1), (4, 4, 4, 4, 700)))
 def test_every_length_either_fits_or_is_refused_with_advice_that_works(
     levels: int, pooling: int, half: int, tiles: int, seq_length: int

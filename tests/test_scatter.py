@@ -24,7 +24,7 @@ from tests.steps import (
 )
 from tests.tolerances import assert_close
 
-few = settings(deadline=None, derandomize=True, max_examples=10)
+few = settings(derandomize=True, max_examples=10)
 GQA = Problem(96, 3, 2, 8, 4, batch=2, groups=2, queries_per_group=3, seed=1)
 heads_first = st.booleans()
 

@@ -16,7 +16,7 @@ from tests.oracle import Problem, norms, problems
 from tests.steps import DEVICE, LAYOUTS, both, poisoned, precision, restride, tensors
 from tests.tolerances import assert_close
 
-few = settings(deadline=None, derandomize=True, max_examples=15)
+few = settings(derandomize=True, max_examples=15)
 
 
 def geometry_of(problem: Problem) -> Geometry:

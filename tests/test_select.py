@@ -23,7 +23,7 @@ from tests.oracle import Problem, attention, entry_at, last_token, number, order
 from tests.oracle import select as select_entries
 from tests.steps import DEVICE, both, chosen, poisoned, tensors
 
-thorough = settings(deadline=None, derandomize=True, max_examples=150)
+thorough = settings(derandomize=True, max_examples=150)
 
 
 def selection_of(problem: Problem) -> Selection:
@@ -63,7 +63,7 @@ def level_scores(problem: Problem) -> tuple[Tensor, Tensor]:
 
 @both
 @pytest.mark.parametrize("block", [4096, 8], ids=["one block a tile", "many blocks a tile"])
-@settings(deadline=None, derandomize=True, max_examples=12)
+@settings(derandomize=True, max_examples=12)
 @given(problem=problems())
 def test_places_are_those_of_the_oracle(steps: Steps, block: int, problem: Problem) -> None:
     scores, coarse = level_scores(problem)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._decomp.decompositions_for_jvp  # scripts torch's functions: before a test has some of them stand in for CUDA's
 from torch import Tensor
 from torch.autograd import forward_ad, functional
 

@@ -52,7 +52,7 @@ def edge_kernel(
 
 
 def edge(rows: Tensor, places: Tensor, sizes: Sequence[int]) -> Tensor:
-    """[chunks, L-1, B, H, D] of rows [S, B, H, D]; `sizes` is (N, L, p, S, chunks). See `context_parallel.halo.edge`."""
+    """[chunks, L-1, B, H, D] of rows [S, B, H, D]; `sizes` is (N, L, p, S, chunks). See `lighthouse.sharded.halo.edge`."""
     rows = last_contiguous(rows)
     edges = torch.empty((sizes[4], sizes[1] - 1, *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
     _launch(rows, edges, places, sizes, add=False)
@@ -60,7 +60,7 @@ def edge(rows: Tensor, places: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def add_edge(rows: Tensor, edges: Tensor, places: Tensor, sizes: Sequence[int]) -> None:
-    """Add edges to rows, in place; both have a contiguous last dimension. See `context_parallel.halo.add_edge`."""
+    """Add edges to rows, in place; both have a contiguous last dimension. See `lighthouse.sharded.halo.add_edge`."""
     _launch(rows, edges, places, sizes, add=True)
 
 

@@ -33,7 +33,7 @@ from megatron_lighthouse.recipe.whole_log import Losses, check_around, check_fin
 
 STAGES = ("lighthouse", "dense")
 LAYERS = "lighthouse/layers"
-"""The scalar that `mcore.switch` writes: layers that use Lighthouse."""
+"""The scalar that `mcore.loop.switch` writes: layers that use Lighthouse."""
 STAGE2_AT = "lighthouse_stage2_at"
 """The argument that says when the run's job switches."""
 SIZES = ("seq_length", "global_batch_size")

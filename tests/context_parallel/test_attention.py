@@ -25,7 +25,7 @@ from tests.ranks import SIZES, run_ranks
 from tests.steps import LAYOUTS
 from tests.tolerances import assert_close
 
-few = settings(deadline=None, derandomize=True, max_examples=15)
+few = settings(derandomize=True, max_examples=15)
 on_sizes = pytest.mark.parametrize("size", SIZES, ids="CP={}".format)
 by_comm_type = pytest.mark.parametrize("comm_type", COMM_TYPES)
 

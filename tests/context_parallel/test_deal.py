@@ -19,7 +19,7 @@ from tests.oracle import Problem
 from tests.ranks import SIZES, run_ranks
 from tests.tolerances import assert_close
 
-thorough = settings(deadline=None, derandomize=True, max_examples=100)
+thorough = settings(derandomize=True, max_examples=100)
 on_sizes = pytest.mark.parametrize("size", SIZES, ids="CP={}".format)
 
 CROWDED = Problem(512, 3, 2, 8, 8, batch=2, groups=2, queries_per_group=2)

@@ -30,7 +30,7 @@ from tests.oracle import Problem
 from tests.ranks import run_ranks
 from tests.test_config import advice
 
-thorough = settings(deadline=None, derandomize=True, max_examples=300)
+thorough = settings(derandomize=True, max_examples=300)
 FITS = Problem(64, 2, 2, 8, 2, groups=2, queries_per_group=2)
 WORKED = "a collective: nothing was refused"
 

@@ -5,12 +5,15 @@ Runs under torchrun and Slurm, which other tests start, are interpreters of thei
 
 from __future__ import annotations
 
+import gc
+import inspect
 import json
 import os
 import runpy
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -59,10 +62,20 @@ def _serve() -> None:
     before = dict(os.environ)
     cpu.install()
     installed = {name: value for name, value in os.environ.items() if before.get(name) != value}
+    import megatron.core.datasets.helpers
+    import megatron.core.models.mimo.optimizer
+    import megatron.core.tokenizers.text  # noqa: F401  with it transformers
+    from megatron.training.arguments import add_megatron_arguments
+
     import megatron_lighthouse.mcore.loop.pretrain
     import megatron_lighthouse.recipe.evaluation_plots
     import megatron_lighthouse.recipe.trained  # noqa: F401
+    from tests.interpreter import quicken
 
+    quicken()
+    inspect.getsource = cache(inspect.getsource)  # Megatron reads the help of its flags in the source, each time
+    add_megatron_arguments(ArgumentParser())
+    gc.freeze()  # what is imported is no garbage: a fork that looked would copy it
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:

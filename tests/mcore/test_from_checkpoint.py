@@ -63,6 +63,6 @@ def test_a_run_is_told_before_anything_starts(tmp_path: Path) -> None:
     asked: list[Any] = ["--attention-dropout", "0.1", "--train-iters", "1", "--save", checkpoints, "--save-interval", "1"]
     run(tmp_path / "dense", *asked)
     words = ["--attention", "lighthouse", "--attention-dropout", "0", "--load", checkpoints, "--use-checkpoint-args"]
-    log = refused(tmp_path / "lighthouse", *words)
+    log = refused(tmp_path / "lighthouse", *words, "--override-opt-param-scheduler")
     assert "--attention-dropout is the checkpoint's (0.1)" in log
     assert "leave --use-checkpoint-args out" in log

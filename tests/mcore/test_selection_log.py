@@ -12,10 +12,13 @@ from megatron_lighthouse.mcore.command_line.arguments import with_lighthouse_arg
 from megatron_lighthouse.mcore.command_line.settings import settings_from
 from megatron_lighthouse.mcore.loop import selection_log
 
+NEW = {"load": None, "finetune": False, "ckpt_step": None}
+"""Megatron's arguments of a run that goes on from no checkpoint."""
+
 
 def arguments(*words: str, **more: Any) -> Namespace:
     parsed = with_lighthouse_arguments()(ArgumentParser()).parse_args(words)
-    return Namespace(**{**vars(parsed), "num_layers": 12, "tensorboard_dir": "log", "cuda_graph_impl": "none", **more})
+    return Namespace(**{**vars(parsed), "num_layers": 12, "tensorboard_dir": "log", "cuda_graph_impl": "none", **NEW, **more})
 
 
 @pytest.mark.parametrize(

@@ -109,8 +109,11 @@ def test_what_we_read_is_there() -> None:
     parser = with_lighthouse_arguments(pretrain.add_arguments)(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
     by_the_loop = {"consumed_train_samples", "curr_iteration", "data_parallel_size", "iteration", "rank"}
     assert ours() - {action.dest for action in parser._actions} == by_the_loop
-    of_checks = reads((ROOT / "megatron_lighthouse/mcore/command_line/checks.py").read_text(), "config")
-    assert of_checks - {field.name for field in fields(TransformerConfig)} == {"geometry", "scorer"}  # of LighthouseConfig
+    package = ROOT / "megatron_lighthouse"
+    of_model = reads((package / "mcore/command_line/checks.py").read_text(), "config")
+    of_model |= set().union(*(reads(path.read_text(), "model") for path in package.glob("**/variant.py")))
+    assert len(of_model) > 12
+    assert of_model <= {field.name for field in fields(TransformerConfig)}
     named = {*words.SIZES, *words.NEEDED, *words.NOT_COUNTED, *blends.DATA, *blends.LISTS, *check.ENDS}
     named |= {"--" + name.replace("_", "-") for read in (check.parse, words._parse) for name in vars(read([]))}
     known = {*parser._option_string_actions}

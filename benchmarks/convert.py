@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -72,6 +73,7 @@ def measure(folder: Path, layers: int) -> dict[str, Any]:
         run = watched([*convert, name, *map(str, given)])
         runs[name] = {
             "seconds": round(run["seconds"], 1),
+            "cpu_seconds": round(run["cpu"], 1),
             "times_the_copy": round(run["seconds"] / copied["seconds"], 2),
             "anonymous_gib": round((run["anonymous"] - before) / GIB, 3),
             "within_limit": run["anonymous"] - before < limit,
@@ -81,6 +83,7 @@ def measure(folder: Path, layers: int) -> dict[str, Any]:
         "largest_tensor_bytes": largest,
         "limit_gib": round(limit / GIB, 3),
         "copy_seconds": round(copied["seconds"], 1),
+        "copy_cpu_seconds": round(copied["cpu"], 1),
         "runs": runs,
         "machine": machine(),
     }
@@ -103,7 +106,7 @@ def synthetic(folder: Path, config: dict[str, Any]) -> tuple[int, int]:
 
 def watched(command: Sequence[str]) -> dict[str, float]:
     """Runs it: seconds until its files are on the disk, and the most anonymous memory of the process, in bytes."""
-    start, most = time.perf_counter(), 0
+    start, most, before = time.perf_counter(), 0, resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.Popen(command)
     status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None:
@@ -113,7 +116,9 @@ def watched(command: Sequence[str]) -> dict[str, float]:
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with status {process.returncode}")
     os.sync()
-    return {"seconds": time.perf_counter() - start, "anonymous": most}
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"seconds": time.perf_counter() - start, "cpu": cpu, "anonymous": most}
 
 
 def machine() -> dict[str, Any]:

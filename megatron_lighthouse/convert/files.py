@@ -69,6 +69,8 @@ def replacing(folder: Path) -> Iterator[Path]:
     beside.mkdir()
     try:
         yield beside
+        for path in beside.rglob("*"):  # at the end, for the disk then writes while tensors are read
+            _settle(path)
         if folder.exists():
             folder.rename(old)
         beside.rename(folder)
@@ -76,6 +78,15 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _settle(path: Path) -> None:
+    """Wait until a file, or what a folder lists, is on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def carry(source: Path, target: Path) -> list[str]:

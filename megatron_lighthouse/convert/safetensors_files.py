@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,5 +153,3 @@ def _write_file(path: Path, tensors: Sequence[Tensors], wrote: Callable[[int], o
                 raise ValueError(f"{tensor.name} turned out {tuple(data.shape)} {data.dtype}, not as announced.")
             file.write(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
             wrote(tensor.bytes)
-        file.flush()
-        os.fsync(file.fileno())

@@ -76,7 +76,7 @@ def write(folder: Path, parts: Sequence[Part], objects: dict[str, Any], wrote: C
     Args:
         wrote: called with the bytes of each part, once written.
     """
-    writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
+    writer = FileSystemWriter(folder, sync_files=False, per_thread_copy_ahead=0)
     planner = _Lazy(parts, objects, wrote)
     writer.set_up_storage_writer(True)
     writer.prepare_local_plan(SavePlan([]))

@@ -38,7 +38,7 @@ def model_words(family: Family, config: Config, *, tied: bool, mtp: int = 0) -> 
         *([] if one_kind(family, routed) else ["--moe-layer-freq", f"[{','.join(str(int(here)) for here in routed)}]"]),
         *([] if tied else ["--untie-embeddings-and-output-weights"]),
         *(["--mtp-num-layers", str(mtp)] if mtp else []),
-        *("--attention-dropout", "0", "--hidden-dropout", "0"),
+        *("--attention-dropout", "0.0", "--hidden-dropout", "0.0"),
         *("--padded-vocab-size", str(config["vocab_size"])),
     ]
 

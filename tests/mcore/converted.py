@@ -16,7 +16,8 @@ RUN = [
     *ON_CPU.split(),
     *"""
     --no-bias-swiglu-fusion --no-bias-gelu-fusion --seq-length 64 --micro-batch-size 1 --lr 5e-3 --lr-decay-style constant
-    --train-iters 3 --log-interval 1 --eval-interval 1000 --eval-iters 0 --no-create-attention-mask-in-dataloader --save-interval 100
+    --train-iters 3 --log-interval 1 --eval-interval 1000 --eval-iters 0 --no-create-attention-mask-in-dataloader
+    --save-interval 100
     """.split(),
 ]
 NO_TEXT = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "256"]

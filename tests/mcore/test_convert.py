@@ -27,14 +27,12 @@ YARN = """
     --position-embedding-type yarn --rotary-scaling-factor 4 --yarn-original-max-position-embeddings 256
     --max-position-embeddings 1024
 """.split()
-LAYOUT = """
-    --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --expert-model-parallel-size 2
-    --expert-tensor-parallel-size 1 --sequence-parallel
-""".split()
+TENSOR = ["--tensor-model-parallel-size", "2"]
+PIPELINE_AND_EXPERT = ["--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "2"]
 RUNS: dict[str, tuple[int, list[str], list[str]]] = {
     "llama": (1, [], []),
-    "qwen3": (1, YARN, ["--lighthouse-scorer", "dilated"]),
-    "qwen3-moe": (4, [], ["--lighthouse-scorer", "dilated", *LAYOUT]),
+    "qwen3": (2, YARN, ["--lighthouse-scorer", "dilated", *TENSOR]),
+    "qwen3-moe": (4, [], ["--lighthouse-scorer", "dilated", *PIPELINE_AND_EXPERT]),
 }
 """By model: on how many processes, what is new of the model, and how it is trained."""
 

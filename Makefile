@@ -40,7 +40,7 @@ $(VENV)/.installed: setup.py pyproject.toml
 	@test -n "$(PYTHON)" || { echo "No Python 3.12 or newer with venv found: install it (Debian: apt install python3.12-venv;" \
 		"pyenv install 3.12), or give make PYTHON=path."; exit 1; }
 	"$(PYTHON)" -m venv $$("$(PYTHON)" -c 'import torch' 2>/dev/null && echo --system-site-packages) $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e ".[megatron,test]"
 	@touch $@
 
 clean:

@@ -12,6 +12,14 @@ KERNELS = [
     *(f"megatron_lighthouse.kernels.{name}" for name in find_packages(str(ROOT / "kernels"))),
 ]
 
+MEGATRON = [
+    "megatron-core>=0.19.2,<0.20",  # the model, the parallelism and the training loop that --attention plugs into
+    "psutil",  # Megatron's distributed checkpoints need it and do not declare it
+    "tqdm",  # the progress bar
+    "tensorboard",  # Megatron logs to it, and the loss plot reads it
+]
+"""What training and evaluation need beside the library."""
+
 setup(
     name="megatron_lighthouse",
     version=VERSION,
@@ -25,25 +33,24 @@ setup(
     package_dir={"megatron_lighthouse.kernels": "kernels"},
     package_data={"megatron_lighthouse.plan": ["*.csv", "*.toml"]},
     install_requires=[
-        "megatron-core>=0.19.2,<0.20",  # the model, the parallelism and the training loop that this plugs into
         "torch>=2.6",  # what Megatron-core itself asks for
         "packaging",  # compares releases
         "numpy",  # text as Megatron's indexed datasets, and the numbers behind the plots
-        "psutil",  # Megatron's distributed checkpoints need it and do not declare it
-        "tqdm",  # the progress bar
-        "tensorboard",  # Megatron logs to it, and the loss plot reads it
         "matplotlib",  # pictures of the loss and of the selection
     ],
     extras_require={
-        "te": ["transformer-engine[core_cu13,pytorch]"],  # --transformer-impl transformer_engine
+        "megatron": MEGATRON,
+        "te": [*MEGATRON, "transformer-engine[core_cu13,pytorch]"],  # --transformer-impl transformer_engine
         "gla": ["flash-linear-attention>=0.6.0"],  # --lighthouse-scorer gla on a GPU
         "hf": [
+            *MEGATRON,
             "safetensors",  # python -m megatron_lighthouse.convert reads and writes it
             "transformers",  # --tokenizer-type HuggingFaceTokenizer
         ],
         "test": [
+            *MEGATRON,
             "safetensors",  # of the extra hf
-            "transformers",  # random models of each family, which the converter is held to
+            "transformers",  # tokenizers, by which a run is evaluated, and random models, which the converter is held to
             "pytest",  # runs the tests
             "pytest-xdist",  # two files of tests at a time: half the time on two cores
             "hypothesis",  # draws the shapes of the property tests

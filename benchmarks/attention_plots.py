@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from attention_cases import LENGTHS, OTHERS
+from together import check_one_device, medians
+
+from megatron_lighthouse.ticks import along_log2
 
 Row = dict[str, Any]
 COLOURS = {"lighthouse": "#0b6e4f", "authors": "#d1495b", "dense cudnn": "#3d5a80", "inner": "#9aa5b1"}
@@ -51,11 +54,11 @@ def _times(path: Path, rows: Sequence[Row]) -> None:
         figure.subplots(1, 2), ("fwd", "fwd+bwd"), ("forward", "forward + backward"), strict=True
     ):
         for what, colour in COLOURS.items():
-            points = sorted((r["N"], r["ms"]) for r in rows if _plain(r) and (r["what"], r["direction"]) == (what, direction))
+            points = medians((r["N"], r["ms"]) for r in rows if _plain(r) and (r["what"], r["direction"]) == (what, direction))
             if points:
                 axes.plot(*zip(*points, strict=True), "o-", color=colour, label=what, markersize=4)
-        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds", title=title)
-        axes.set_xscale("log", base=2)
+        axes.set(yscale="log", xlabel="tokens", ylabel="milliseconds", title=title)
+        along_log2(axes, {int(r["N"]) for r in rows if _plain(r)})
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside right center")
@@ -85,4 +88,5 @@ def _steps(path: Path, rows: Sequence[Row]) -> None:
 
 if __name__ == "__main__":
     files = [Path(name) for name in sys.argv[1:]]
+    check_one_device(files)
     draw(files[0].parent, read(files))

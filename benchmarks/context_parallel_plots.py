@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from together import check_one_device
+
 COLOURS = {"p2p": "#0b6e4f", "all_gather": "#3d5a80", "a2a": "#d1495b"}
 DIAGONAL = {1: "128K", 2: "256K", 4: "512K", 8: "1M-L3"}
 """The case of 131,072 tokens a rank, k = N/128, by ranks: weak scaling."""
@@ -66,6 +68,7 @@ def draw_ranks(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def main(tables: Sequence[str], picture: str) -> None:
+    check_one_device([Path(table) for table in tables])
     rows: list[dict[str, Any]] = []
     for table in tables:
         with Path(table).open() as file:

@@ -125,10 +125,10 @@ def measured_runs(folders: Sequence[Path]) -> dict[tuple[str, str, int, int], Ro
     found: dict[tuple[str, str, int, int], Row] = {}
     named = {folder for folder, *_ in recompute}
     rows = list(_read(folders, "scaling.csv"))
-    alike = ("recipe", "attention", "seq_length", "recompute")
-    alone = {(table, *(row[name] for name in alike)) for table, row in rows if row["context_parallel"] == "1"}
+    alike = ("recipe", "attention", "seq_length", "recompute", "device", "levels", "budget", "dense_first", "dense_last")
+    alone = {(table, *(row.get(name) for name in alike)) for table, row in rows if row["context_parallel"] == "1"}
     for table, row in rows:
-        if (table, *(row[name] for name in alike)) not in alone:
+        if (table, *(row.get(name) for name in alike)) not in alone:
             row = {**row, "efficiency": ""}
         folder = table.parent.name if table.parent.name in named else "study"
         key = (folder, row["attention"], int(row["seq_length"]), int(row["context_parallel"]))
@@ -170,13 +170,17 @@ def draw(path: Path, layers: Sequence[Row], runs: Sequence[Row]) -> None:
             fast, slow = ours["measured_tokens_s_gpu"], dense["measured_tokens_s_gpu"]
             known = float(ours["measured_efficiency"]) if ours["measured_efficiency"] else None
             training[name].append((ranks, ours["efficiency"], known))
-            over[name].append((ranks, ours["times_dense"], float(fast) / float(slow) if fast and slow else None))
+            both = fast and slow and ours["measured_on"] == dense["measured_on"]
+            over[name].append((ranks, ours["times_dense"], float(fast) / float(slow) if both else None))
     figure = Figure(figsize=(13, 4.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     panel(left, "One layer, p2p", "of one GPU's speed", one)
     panel(middle, "Training, Lighthouse", "of one GPU's tokens/s", training)
     panel(right, "Training, Lighthouse over dense", "× tokens/s", over)
-    figure.suptitle("Dotted: predicted, extrapolated beyond two GPUs (grey). Marks: measured, on four GPUs H200s.", fontsize=9)
+    said = "Dotted: predicted, extrapolated beyond two GPUs (grey)."
+    if devices := sorted({row["measured_on"] for row in [*layers, *study.values()] if row["measured_on"]}):
+        said += f" Marks: measured on {' and '.join(f'{device.upper()}s' for device in devices)}."
+    figure.suptitle(said, fontsize=9)
     figure.savefig(path, dpi=120)
 
 

@@ -188,11 +188,11 @@ class Bench:
             ValueError: --work has runs of another experiment, or this one trained otherwise.
         """
         run, size, path = self.runs[name], self.size, self.work / name / "run.json"
-        others = {json.loads(other.read_text())["experiment"] for other in self.work.glob("*/run.json")} - {size.experiment}
+        others = {work.facts_of(other)["experiment"] for other in self.work.glob("*/run.json")} - {size.experiment}
         if others:
             raise ValueError(f"--work {self.work} holds runs of {others.pop()}, not {size.experiment}: name another folder.")
         arguments = [*self.commands.arguments(run), "--corpus", str(self.corpus)]
-        known = json.loads(path.read_text()) if path.exists() else {}
+        known = work.facts_of(path) if path.exists() else {}
         before = known.get("arguments", arguments)
         if before != arguments:
             flags = [{f"{a} {b}" for a, b in pairwise(these) if a.startswith("--")} for these in (before, arguments)]

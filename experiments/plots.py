@@ -15,9 +15,11 @@ from experiments.pairs import dense_of, pairs, positions
 from experiments.runs import REFERENCE, SECOND_SEED
 from experiments.summary import table
 from experiments.tables import Results
+from megatron_lighthouse.recipe.evaluation_plots import middle
 from megatron_lighthouse.recipe.passkey import CHANCE
 from megatron_lighthouse.recipe.printed_log import steady
 from megatron_lighthouse.recipe.recovery import smoothed
+from megatron_lighthouse.ticks import from_zero
 
 MAPS = 6
 """Passkey maps side by side: more could not be read in a page."""
@@ -59,7 +61,7 @@ def _loss(results: Results, path: Path) -> None:
     panels: list[Any] = [*figure.subplots(1, 3 if timed else 2)]
     by_iteration, *by_time, above = panels
     colour = colours(results)
-    ends, tops = [], []
+    ends, tops, drawn = [], [], set[str]()
     for row in results.tables["runs"]:
         run, points = row["run"], results.of("curves", row["run"])
         if not points:
@@ -76,6 +78,7 @@ def _loss(results: Results, path: Path) -> None:
                 if iteration in mean:
                     i = iterations.index(iteration)
                     axes.plot([x[i]], [losses[i]], form, color=colour[run], fillstyle="none" if form == "s" else "full")
+                    drawn.add(form)
         dense = results.losses(dense_of(results, run))
         differences = {
             point["iteration"]: point["loss"] - dense[point["iteration"]] for point in points if point["iteration"] in dense
@@ -90,7 +93,8 @@ def _loss(results: Results, path: Path) -> None:
         min(ends) - 0.03, max(tops, default=max(ends)) + 0.05
     )  # the fall at the start would flatten all that follows
     by_iteration.set(xlabel="iteration", ylabel="training loss, running mean (nats per byte)")
-    by_iteration.set_title("●: switch to dense   □: back at the level before it")
+    meanings = {"o": "●: switch to dense", "s": "□: back at the level before it"}
+    by_iteration.set_title("   ".join(meaning for form, meaning in meanings.items() if form in drawn))
     for axes in by_time:
         axes.set(xlabel="seconds of training, steady", ylim=by_iteration.get_ylim())
     above.set_yscale("symlog", linthresh=0.02)  # a spike is a hundred times what is left at the end
@@ -108,7 +112,7 @@ def _positions(results: Results, path: Path) -> None:
     rows = positions(results)
     for run in dict.fromkeys(row["run"] for row in rows):
         own = [row for row in rows if row["run"] == run]
-        x = [(row["start"] + row["stop"]) / 2 for row in own]
+        x = [middle(row) for row in own]
         left.plot(
             x, [row["loss"] for row in own], ".-", color=colour[run], label=f"{run}: {results.runs[run].title}", linewidth=1.2
         )
@@ -117,7 +121,7 @@ def _positions(results: Results, path: Path) -> None:
             right.errorbar(x, values, errors, fmt=".-", color=colour[run], capsize=2, linewidth=1.2)
     right.axhline(0, color=colour[REFERENCE], linewidth=1)
     for axes, title in ((left, "held-out loss (nats per byte)"), (right, "above dense from scratch, in pairs")):
-        axes.set_xscale("log", base=2)
+        from_zero(axes, [0, *(1 << power for power in range(max(row["stop"] for row in rows).bit_length()))])
         axes.set(xlabel="position in the sequence", title=title)
     _tidy(figure, (left, right))
     _save(figure, path)

@@ -65,22 +65,41 @@ def run_row(facts: Row, points: Sequence[Row], evaluation: Row | None) -> Row:
     return answer
 
 
+def facts_of(path: Path) -> Row:
+    """A run's run.json.
+
+    Raises:
+        ValueError: half of one, which would leave the run out.
+    """
+    facts = read_json(path)
+    if not isinstance(facts, dict) or "experiment" not in facts:
+        raise ValueError(
+            f"{path} is cut short, or no run's: remove it, and give the command that trained the run once more, which writes "
+            "it again and trains on from the last checkpoint; or remove the run's folder."
+        )
+    return facts
+
+
 def from_work(work: Path) -> Results:
     """All that the runs in a --work folder have left by now, or in what `pack` kept of it.
 
     Raises:
-        ValueError: a folder without runs, or with those of two experiments.
+        ValueError: a folder without runs, with those of two experiments, or with a run.json that is not whole.
     """
-    known = {path.parent.name: facts for path in sorted(work.glob("*/run.json")) if (facts := read_json(path))}
+    known = {path.parent.name: facts_of(path) for path in sorted(work.glob("*/run.json"))}
     if not known:
         raise ValueError(f"{work} has no RUN/run.json: give a --work folder, or work.tgz unpacked.")
     experiment, *others = sorted({facts["experiment"] for facts in known.values()})
     if others:
         raise ValueError(f"{work} has runs of {experiment} and of {', '.join(others)}: give a folder for each experiment.")
     results = Results(facts={"experiment": experiment, "corpus": read_json(work / "corpus.json") or {}, "runs": {}})
+    if unknown := sorted(known.keys() - results.runs.keys()):
+        print(f"{', '.join(unknown)}: no run of {experiment}, left out", file=sys.stderr)
     for name in (name for name in results.runs if name in known):
         folder, facts = work / name, known[name]
         log, evaluation = folder / "train.log", read_json(folder / "evaluation" / "evaluation.json")
+        if evaluation is None and (folder / "evaluation" / "evaluation.json").exists():
+            print(f"{folder / 'evaluation' / 'evaluation.json'} is cut short: the evaluation is left out", file=sys.stderr)
         points = curve(log.read_text(errors="replace"), STARTED) if log.exists() else []
         found: dict[str, list[Row]] = {"curves": points, "runs": [run_row(facts, points, evaluation)]}
         if evaluation:  # it is written last

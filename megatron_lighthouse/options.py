@@ -1,16 +1,25 @@
-"""Command-line arguments of a frozen dataclass: a field says its default, its help, and the values it takes."""
+"""Command-line arguments of a frozen dataclass: a field says its default, its help, and the values it takes.
+
+Errors of the library name its arguments, such as `config.budget` and `cp_group`; `in_flags` says them in flags.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+import re
+from collections.abc import Collection
 from dataclasses import Field, field, fields
 from typing import Any
 
 
-def option(default: Any, text: str, choices: Iterable[str] = ()) -> Any:
-    """A field of a config with its help; the default is added to that unless the text says it."""
-    return field(default=default, metadata={"help": text, "choices": tuple(choices)})
+def option(default: Any, text: str, choices: Collection[str] = (), by_length: bool = False) -> Any:
+    """A field of a config with its help; the default is added to that unless the text says it.
+
+    Args:
+        choices: read when flags are made of the field: what is registered by then counts.
+        by_length: the command line has no default of its own (None): what the sequence length asks for is taken.
+    """
+    return field(default=default, metadata={"help": text, "choices": choices, "by_length": by_length})
 
 
 def flag_of(prefix: str, name: str) -> str:
@@ -18,23 +27,44 @@ def flag_of(prefix: str, name: str) -> str:
     return f"--{prefix}-{name.replace('_', '-')}"
 
 
+SAID = {
+    "query's N": "--seq-length",
+    "cp_group.size()": "--context-parallel-size",
+    "cp_comm_type": "--cp-comm-type",
+    "Transformer Engine's layers": "--transformer-impl transformer_engine",
+}
+"""What the library says of its arguments, and the flags of Megatron's that decide them."""
+
+
+def in_flags(message: str, prefix: str = "lighthouse") -> str:
+    """An error of the library in the words of the command line: `config.budget` is --lighthouse-budget."""
+    for name, flag in SAID.items():
+        message = message.replace(name, flag)
+    return re.sub(r"\bconfig\.([a-z]\w*)", lambda found: flag_of(prefix, found[1]), message)
+
+
 def add_options(group: argparse._ArgumentGroup, prefix: str, config: type) -> None:
     """Add `--<prefix>-…` for each field of the dataclass `config`; a bool has a `--no-<prefix>-…` too."""
     for one in fields(config):
-        text = one.metadata["help"]
-        given: dict[str, Any] = {"help": text if "Default:" in text else f"{text} Default: %(default)s."}
+        text, default = one.metadata["help"], None if one.metadata["by_length"] else one.default
+        says = "what the sequence length asks for" if default is None else "%(default)s"
+        given: dict[str, Any] = {"help": text if "Default:" in text else f"{text} Default: {says}."}
         if isinstance(one.default, bool):
             given["action"] = argparse.BooleanOptionalAction
         elif one.metadata["choices"]:
             given["choices"] = list(one.metadata["choices"])
         else:
             given["type"] = type(one.default)
-        group.add_argument(flag_of(prefix, one.name), default=one.default, **given)
+        group.add_argument(flag_of(prefix, one.name), default=default, **given)
 
 
 def read_options(args: argparse.Namespace, prefix: str, config: type) -> Any:
-    """The `config` that parsed arguments ask for. Raises what its constructor raises."""
-    return config(**{one.name: getattr(args, _dest(prefix, one)) for one in fields(config)})
+    """The `config` that parsed arguments ask for, with defaults for None. Raises its constructor's ValueError, in flags."""
+    given = {one.name: getattr(args, _dest(prefix, one)) for one in fields(config)}
+    try:
+        return config(**{name: value for name, value in given.items() if value is not None})
+    except ValueError as error:
+        raise ValueError(in_flags(str(error), prefix)) from None
 
 
 def _dest(prefix: str, one: Field[Any]) -> str:

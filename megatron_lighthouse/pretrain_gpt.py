@@ -14,6 +14,9 @@ PROGRAM_START = time.time()
 
 def main() -> None:
     """Train as the command line says."""
+    from megatron_lighthouse.needed import ask_for_megatron
+
+    ask_for_megatron("megatron_lighthouse.pretrain_gpt")
     import torch
 
     from megatron_lighthouse.launch import dlprof

@@ -21,10 +21,12 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 LONGEST = """
-    launch/test_cluster.py mcore/test_parity.py tests/test_kernels.py experiments/test_bench.py mcore/test_two_stage.py
-    mcore/test_evaluate_arguments.py mcore/test_evaluate.py mcore/test_checkpoints.py mcore/test_stage.py
+    launch/test_cluster.py mcore/test_parity.py tests/test_kernels.py launch/test_scaling_study.py experiments/test_bench.py
+    mcore/test_finite.py mcore/test_toy_variant.py mcore/test_two_stage.py mcore/test_checkpoints.py mcore/test_evaluate.py
+    context_parallel/test_attention.py tests/test_select.py tests/test_rotary.py tests/test_scorers.py tests/test_gather.py
+    mcore/test_evaluate_arguments.py mcore/test_stage.py
 """.split()
-"""Files that take a minute and more, the longest first: a worker takes a whole file at a time."""
+"""Files that take half a minute and more, the longest first: a worker takes a whole file at a time."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -69,10 +69,14 @@ def windows(scores: Array, problem: Problem) -> list[Array]:
     return [scores.reshape(-1, problem.pooling**level).max(1) for level in range(1, problem.levels)]
 
 
+ORACLES = {"norm": norm_oracle, "summary": norm_oracle, "dilated": dilated_oracle, "gla": gla_oracle}
+"""Of each scorer: [N, R, D], [N, D], [N, D] -> s^Q and s^K of every token, [N] each."""
+
+
 def oracle(scorer: str, q: Array, k: Array, v: Array, problem: Problem) -> Array:
     """[2, B, G, coarse length], of q [N, B, H, D], k and v [N, B, G, D]."""
-    token = {"norm": norm_oracle, "summary": norm_oracle, "dilated": dilated_oracle, "gla": gla_oracle}[scorer]
-    ratio, out = problem.queries_per_group, np.zeros((2, problem.batch, problem.groups, pyramid_of(problem).coarse_length))
+    token, ratio = ORACLES[scorer], problem.queries_per_group
+    out = np.zeros((2, problem.batch, problem.groups, pyramid_of(problem).coarse_length))
     for b in range(problem.batch):
         for g in range(problem.groups):
             inputs = q[:, b, g * ratio : (g + 1) * ratio], k[:, b, g], v[:, b, g]

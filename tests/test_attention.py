@@ -192,7 +192,7 @@ QKV = (32, 1, 2, 2)
         pytest.param(QKV, (32, 1, 4, 2), (32, 1, 4, 2), "multiple of the key/value heads", id="2 heads, 4 groups"),
         pytest.param((32, 1, 0, 2), QKV, QKV, "neither can be 0", id="no heads"),
         pytest.param((32, 1, 0, 2), (32, 1, 0, 2), (32, 1, 0, 2), "neither can be 0", id="no heads, no groups"),
-        pytest.param((30, 1, 2, 2), (30, 1, 2, 2), (30, 1, 2, 2), "--seq-length 30", id="length does not fit"),
+        pytest.param((30, 1, 2, 2), (30, 1, 2, 2), (30, 1, 2, 2), "query's N 30", id="length does not fit"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(
@@ -222,7 +222,7 @@ def test_dtypes_that_it_does_not_compute_in_are_refused_with_those_that_work(dty
 
 @pytest.mark.parametrize("scheme", ["bogus", "", "a2a+p2p"])
 def test_an_unknown_scheme_is_refused_on_one_rank_too(scheme: str) -> None:
-    with pytest.raises(ValueError, match=rf"^--cp-comm-type {re.escape(scheme)} .*use p2p, all_gather or a2a"):
+    with pytest.raises(ValueError, match=rf"^cp_comm_type {re.escape(scheme)} .*use p2p, all_gather or a2a"):
         lighthouse_attention(*tensors(GQA), config_of(GQA), cp_comm_type=scheme)
     for works in ("p2p", "all_gather", "a2a"):
         lighthouse_attention(*tensors(GQA), config_of(GQA), cp_comm_type=works)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from megatron_lighthouse import LighthouseConfig
 from megatron_lighthouse.lighthouse import config as module
 from megatron_lighthouse.lighthouse.config import flag
+from megatron_lighthouse.options import in_flags
 
 Values = dict[str, int]
 
@@ -25,7 +26,7 @@ def message(options: dict[str, object], seq_length: int | None = None) -> str:
         if seq_length is not None:
             config.geometry(seq_length)
     except ValueError as error:
-        return str(error)
+        return in_flags(str(error))
     pytest.fail(f"not refused: {options}, {seq_length}")
 
 
@@ -35,6 +36,7 @@ def advice(text: str) -> list[Values]:
     "…: use --a 1 or 2, or --b 3 --c 4" is [{a: 1}, {a: 2}, {b: 3, c: 4}]. Numbers without a flag belong to the flag
     that the message starts with; advice without numbers is left out.
     """
+    text = in_flags(text)
     offers: list[Values] = []
     for part in re.split(r"(?:\buse|the paper uses) ", text)[-1].split(", or "):
         name, found = text.split()[0], dict[str, list[int]]()
@@ -139,7 +141,7 @@ def test_frozen_and_checked_again_when_replaced() -> None:
     with pytest.raises(FrozenInstanceError):
         config.levels = 1
     assert config.replace(levels=4) == LighthouseConfig(levels=4)
-    with pytest.raises(ValueError, match="--lighthouse-levels 1 "):
+    with pytest.raises(ValueError, match=r"config\.levels 1 "):
         config.replace(levels=1)
 
 
@@ -231,7 +233,7 @@ def test_a_length_with_digits_too_many_is_refused_after_few_tries(
 
 def test_ranks_are_advised_only_where_there_are_several() -> None:
     config = LighthouseConfig()
-    with pytest.raises(ValueError, match=r"--context-parallel-size 7 .*: use --context-parallel-size 6 or 8"):
+    with pytest.raises(ValueError, match=r"cp_group.size\(\) 7 .*: use cp_group.size\(\) 6 or 8"):
         config.geometry(98304, 7)
     assert "--context-parallel-size" not in message({}, 98305)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention, notice, versions
+from megatron_lighthouse.options import in_flags
 from megatron_lighthouse.softmax import backends as inner
 from megatron_lighthouse.softmax.backends import BACKENDS, Rows, choose
 from tests.oracle import Problem, attention
@@ -51,7 +52,7 @@ def chosen(name: str = "auto", dtype: torch.dtype = torch.bfloat16, dim: int = 6
 
 
 def refusal(name: str, dtype: torch.dtype = torch.bfloat16, dim: int = 64) -> str:
-    with pytest.raises(ValueError, match=f"^--lighthouse-inner {name} ") as error:
+    with pytest.raises(ValueError, match=f"^config.inner {name} ") as error:
         chosen(name, dtype, dim)
     return str(error.value)
 
@@ -117,13 +118,13 @@ def test_the_choice_and_why_are_said_once(monkeypatch: pytest.MonkeyPatch, caplo
 def test_what_a_cpu_cannot_run_is_refused_with_advice_that_works(name: str) -> None:
     text, reason = refusal(name), "does not run on this device" if name in MODULES else "needs a GPU"
     assert f"{name} cannot run: {BACKENDS[name].title} {reason}. " in text
-    offers = re.findall(r"--lighthouse-inner (\w+) or (\w+)\.$", text)
+    offers = re.findall(r"config.inner (\w+) or (\w+)\.$", text)
     assert offers == [("auto", "sdpa")]
     assert {chosen(offer) for offer in offers[0]} == {"sdpa"}
 
 
 def test_te_is_for_the_layers_of_transformer_engine() -> None:
-    assert "--transformer-impl transformer_engine, or --lighthouse-inner auto" in refusal("te")
+    assert "--transformer-impl transformer_engine, or --lighthouse-inner auto" in in_flags(refusal("te"))
 
 
 TO_128, TO_256 = [*range(8, 129, 8)], [*range(8, 257, 8)]

@@ -128,7 +128,7 @@ def test_a_cpu_takes_the_reference_and_kernels_only_when_forced(monkeypatch: pyt
     x = torch.zeros(1)
     assert implementations.steps_for("auto", x) is reference
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="--lighthouse-steps kernels cannot run: they run on GPUs, not on the device 'cpu'"):
+    with pytest.raises(ValueError, match=r"config\.steps kernels cannot run: they run on GPUs, not on the device 'cpu'"):
         implementations.steps_for("kernels", x)
 
 
@@ -144,7 +144,7 @@ def test_a_pooling_that_the_kernels_are_not_made_for_is_said_once(
     for _ in range(2):
         implementations.steps_for("kernels", torch.zeros(1), pooling)
     assert len(caplog.messages) == (pooling > 16)
-    assert all("--lighthouse-pooling 2 to 16: at 32" in said for said in caplog.messages)
+    assert all("a pooling of 2 to 16: at 32" in said for said in caplog.messages)
 
 
 COMPILED = """
@@ -163,21 +163,29 @@ LAYERS = {
 }
 
 
+FIRST, *REST = LAYERS
+COMPILED_FOR = [
+    *(pytest.param(90, layer, (FIRST, *REST), id=f"sm_90-{layer}") for layer in LAYERS),
+    pytest.param(100, FIRST, (FIRST,), id=f"sm_100-{FIRST}"),
+    *(pytest.param(100, layer, (*REST,), id=f"sm_100-{layer}", marks=pytest.mark.slow) for layer in REST),
+]
+"""Capability, layer, and those that are compiled with it in one process."""
+
+
 @cache
-def compiled(capability: int) -> dict[str, list[Any]]:
+def compiled(capability: int, layers: tuple[str, ...]) -> dict[str, list[Any]]:
     """By layer, what is said of its kernels."""
     # in a process of its own: the interpreter, which the other tests run under, is chosen at import
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILED, str(capability), json.dumps(LAYERS)]
+    command = [sys.executable, "-c", COMPILED, str(capability), json.dumps({layer: LAYERS[layer] for layer in layers})]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("capability", [90, 100], ids="sm_{}".format)
-def test_compiles_for_hopper_and_blackwell_without_spills(capability: int, layer: str) -> None:
-    reports = compiled(capability)[layer]
+@pytest.mark.parametrize(("capability", "layer", "together"), COMPILED_FOR)
+def test_compiles_for_hopper_and_blackwell_without_spills(capability: int, layer: str, together: tuple[str, ...]) -> None:
+    reports = compiled(capability, together)[layer]
     assert len(reports) == 15
     for kernel, registers, shared_bytes, spilled_bytes in reports:
         print(f"sm_{capability} {kernel}: {registers} registers, {shared_bytes} bytes shared, {spilled_bytes} spilled")

@@ -22,6 +22,7 @@ from megatron_lighthouse.lighthouse import reference
 from megatron_lighthouse.lighthouse.geometry import Pyramid
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.lighthouse.steps import Steps
+from megatron_lighthouse.options import in_flags
 from megatron_lighthouse.sequence.layout import Layout
 from tests.oracle import Problem
 from tests.scorer_oracle import oracle, pyramid_of
@@ -148,16 +149,16 @@ def test_the_gate_is_fixed() -> None:
 @pytest.mark.parametrize("scorer", ["dilated", "gla"])
 def test_lengths_that_streams_do_not_divide_are_refused(scorer: str) -> None:
     assert SCORERS[scorer].problem(96, 1) is SCORERS[scorer].problem(96, 4) is None
-    assert SCORERS[scorer].problem(90, 1) == (
+    assert in_flags(str(SCORERS[scorer].problem(90, 1))) == (
         f"--seq-length 90 must be a multiple of 4 for --lighthouse-scorer {scorer}, which takes every 4th token: "
         "use --seq-length 88 or 92."
     )
-    assert SCORERS[scorer].problem(72, 4) == (
+    assert in_flags(str(SCORERS[scorer].problem(72, 4))) == (
         f"--seq-length 72 must be a multiple of 32 for --lighthouse-scorer {scorer}, which takes every 4th token of each of "
         "the 8 chunks of 4 context-parallel ranks: use --seq-length 64 or 96."
     )
     x, exchange = torch.zeros(12, 1, 1, 4), Exchange(None, Layout(2, 0))
-    with pytest.raises(ValueError, match=r"--seq-length 24 must be a multiple of 16 .* use --seq-length 16 or 32"):
+    with pytest.raises(ValueError, match=r"query's N 24 must be a multiple of 16 .* use query's N 16 or 32"):
         SCORERS[scorer](x, x, x, Pyramid(12, 2, 2), reference, exchange)
 
 
@@ -186,9 +187,9 @@ def test_gla_on_a_gpu_asks_for_a_release(release: str | None, is_old: bool, monk
 
 def test_gla_on_a_gpu_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fla.ops.simple_gla", None)
-    with pytest.raises(ValueError, match=r"--lighthouse-scorer gla .* pip install 'flash-linear-attention>=0.6.0'"):
+    with pytest.raises(ValueError, match=r"config.scorer gla .* pip install 'flash-linear-attention>=0.6.0'"):
         gla._flash_linear_attention()
-    with pytest.raises(ValueError, match=r"--lighthouse-scorer gla .* pip install 'flash-linear-attention>=0.6.0'"):
+    with pytest.raises(ValueError, match=r"config.scorer gla .* pip install 'flash-linear-attention>=0.6.0'"):
         SCORERS["gla"].check_installed(kernels, torch.device("cuda"))
     SCORERS["gla"].check_installed(reference, torch.device("cuda"))
     SCORERS["gla"].check_installed(kernels, torch.device("cpu"))

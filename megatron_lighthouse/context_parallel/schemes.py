@@ -44,14 +44,14 @@ def comm_type_problem(comm_type: str, heads: int, groups: int, size: int) -> str
     if comm_type not in COMM_TYPES:
         what = "is Transformer Engine's" if comm_type == "a2a+p2p" else "is not known"
         return (
-            f"--cp-comm-type {comm_type} {what}: use {', '.join(COMM_TYPES[:2])} or {COMM_TYPES[2]}, or "
-            "--transformer-impl transformer_engine."
+            f"cp_comm_type {comm_type} {what}: use {', '.join(COMM_TYPES[:2])} or {COMM_TYPES[2]}, or "
+            "Transformer Engine's layers."
         )
     if comm_type == "a2a" and (heads % size or groups % size):
         fits = [n for n in range(2, groups + 1) if heads % n == 0 and groups % n == 0]
-        other = f", or --context-parallel-size {' or '.join(map(str, fits))}" if fits else ""
+        other = f", or cp_group.size() {' or '.join(map(str, fits))}" if fits else ""
         return (
-            f"--cp-comm-type a2a shares out the {heads} query and {groups} key/value heads of a tensor-parallel rank among "
-            f"--context-parallel-size {size}, which must divide both: use --cp-comm-type p2p{other}."
+            f"cp_comm_type a2a shares out the {heads} query and {groups} key/value heads of a tensor-parallel rank among "
+            f"cp_group.size() {size}, which must divide both: use cp_comm_type p2p{other}."
         )
     return None

@@ -13,6 +13,7 @@ from dataclasses import replace
 from megatron_lighthouse.launch import restart
 from megatron_lighthouse.launch.data_files import checkpoint, data, here, unseen
 from megatron_lighthouse.launch.sizes import sizes
+from megatron_lighthouse.mcore.command_line import pyramid
 from megatron_lighthouse.mcore.command_line.settings import add_arguments, settings_from
 from megatron_lighthouse.mcore.data import blends
 from megatron_lighthouse.mcore.data.text import PADDED_VOCABULARY
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines: list[str] = []
     for name, *more in points:
         args = parse([*words, *more])
+        vars(args).update(pyramid.choice(args, here(sees, args.load) if args.load else None)[0])
         world = options.nodes * options.gpus_per_node
         problems = [*enough(args, world)] if options.exact else []
         world = one_sequence(args) if options.exact else world
@@ -213,6 +215,7 @@ def enough_memory(run: Run) -> Iterator[str]:
     """Single changes with which it fits: what it recomputes, or as few more context- or tensor-parallel ranks as it takes."""
     tp, cp = run.tensor_parallel, run.context_parallel
     for tries in (
+        [("no --cross-entropy-loss-fusion", {"loss_fusion": False})] if run.loss_fusion else [],
         [(RECOMPUTE_WORDS[name], {"recompute": name}) for name in ("mlp", "full")],
         [(f"--context-parallel-size {cp * n}", {"context_parallel": cp * n}) for n in (2, 4, 8, 16, 32)],
         [(f"--tensor-model-parallel-size {tp * n} --sequence-parallel", {"tensor_parallel": tp * n}) for n in (2, 4, 8)],
@@ -239,7 +242,8 @@ def summary(args: argparse.Namespace, world: int) -> str:
     variant = VARIANTS[args.attention]
     if variant.selects and args.seq_length:
         settings = settings_from(args)
-        line += f", {variant.cost(settings.config, args.seq_length, context).gathered_length} rows attended"
+        rows = variant.cost(settings.config, args.seq_length, context).gathered_length
+        line += f", {rows} rows attended (L {settings.config.levels}, k {settings.config.budget})"
         if settings.edge:
             rows = variant.cost(settings.edge, args.seq_length, context).gathered_length
             line += f", {rows} in the first and last layers"

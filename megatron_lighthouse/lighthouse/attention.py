@@ -154,7 +154,7 @@ def lighthouse_select(
     """
     if value is None:
         if SCORERS[config.scorer].reads_values:
-            raise ValueError(f"--lighthouse-scorer {config.scorer} reads the values: pass `value`.")
+            raise ValueError(f"config.scorer {config.scorer} reads the values: pass `value`.")
         value = key
     refuse_transforms(query, key, value)
     exchange = Exchange.over(cp_group)

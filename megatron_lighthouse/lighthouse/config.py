@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from itertools import islice
+from typing import Any
 
+from megatron_lighthouse.lighthouse.by_length import NAMES, by_length
 from megatron_lighthouse.lighthouse.geometry import Geometry
 from megatron_lighthouse.lighthouse.implementations import STEPS
 from megatron_lighthouse.lighthouse.scorers import SCORERS
@@ -22,25 +24,34 @@ def flag(name: str) -> str:
     return flag_of("lighthouse", name)
 
 
+def named(name: str) -> str:
+    """What a caller of the library knows the field `name` as."""
+    return f"config.{name}"
+
+
 @dataclass(frozen=True)
 class LighthouseConfig:
     """Options of Lighthouse Attention (arXiv 2605.06554), checked when constructed.
 
-    Raises ValueError, naming the flag, its value, the rule and values that would work.
+    Raises ValueError, naming the field, its value, the rule and values that would work.
     """
 
-    levels: int = option(3, "Levels of the pyramid (L), the tokens themselves being the finest.")
+    levels: int = option(3, "Levels of the pyramid (L), the tokens themselves being the finest.", by_length=True)
     """Levels of the pyramid (L), the input itself being level 0. A coarsest window holds pooling^(levels-1) tokens."""
 
     pooling: int = option(4, "Pooling factor (p) from one level to the next.")
     """Pooling factor (p) from one level to the next. The kernels are made for 2 to 16: at 32 they run out of registers."""
 
     budget: int = option(
-        1536, "Entries refined per level and key/value head (k). The attended length is seq/p^(L-1) + (L-1)*p*k."
+        1536,
+        "Entries refined per level and key/value head (k). The attended length is seq/p^(L-1) + (L-1)*p*k.",
+        by_length=True,
     )
     """Entries refined per level and key/value head (k). The gathered length is N/p^(L-1) + (L-1)*p*k."""
 
-    tile_budget: int = option(128, "Entries refined per level within one tile (m); the sequence has budget/tile-budget tiles.")
+    tile_budget: int = option(
+        128, "Entries refined per level within one tile (m); the sequence has budget/tile-budget tiles.", by_length=True
+    )
     """Entries refined per level within one tile (m). The sequence has budget/tile_budget tiles."""
 
     scorer: str = option(
@@ -85,34 +96,40 @@ class LighthouseConfig:
             value = getattr(self, field.name)
             kind = {"str": str, "bool": bool, "int": int}[str(field.type)]
             if type(value) is not kind:
-                raise ValueError(f"{flag(field.name)} {value!r} must be of type {field.type}, not {type(value).__name__}.")
+                raise ValueError(f"{named(field.name)} {value!r} must be of type {field.type}, not {type(value).__name__}.")
         if self.levels < 2:
             raise ValueError(
-                f"{flag('levels')} {self.levels} must be at least 2 (one level is dense attention: use --attention dense "
-                f"for that); the paper uses 3 to 5."
+                f"{named('levels')} {self.levels} must be at least 2 (one level is dense attention); the paper uses 3 to 5."
             )
         if self.pooling < 2:
-            raise ValueError(f"{flag('pooling')} {self.pooling} must be at least 2; the paper uses 2, 4 and 8.")
+            raise ValueError(f"{named('pooling')} {self.pooling} must be at least 2; the paper uses 2, 4 and 8.")
         if self.tile_budget < 2 or self.tile_budget % 2:
             raise ValueError(
-                f"{flag('tile_budget')} {self.tile_budget} must be even and positive, for half of it goes to the queries' "
+                f"{named('tile_budget')} {self.tile_budget} must be even and positive, for half of it goes to the queries' "
                 f"choice and half to the keys': use {self._other_tile_budgets()}."
             )
         if self.budget < 1 or self.budget % self.tile_budget:
             below, above = self._neighbours(self.budget, self.tile_budget)
             choices = f"{below} or {above}" if below > 0 else f"{self.tile_budget}, or a smaller tile budget"
             raise ValueError(
-                f"{flag('budget')} {self.budget} must be a positive multiple of {flag('tile_budget')} {self.tile_budget}: "
+                f"{named('budget')} {self.budget} must be a positive multiple of {named('tile_budget')} {self.tile_budget}: "
                 f"use {choices}."
             )
         for name, known in (("scorer", SCORERS), ("inner", INNER), ("steps", STEPS)):
             value = getattr(self, name)
             if value not in known:
-                raise ValueError(f"{flag(name)} {value!r} is not known: use {' or '.join(map(repr, known))}.")
+                raise ValueError(f"{named(name)} {value!r} is not known: use {' or '.join(map(repr, known))}.")
 
     @staticmethod
     def _neighbours(value: int, unit: int) -> tuple[int, int]:
         return value // unit * unit, (value // unit + 1) * unit
+
+    @classmethod
+    def for_length(cls, seq_length: int, **given: Any) -> LighthouseConfig:
+        """The config that `seq_length` tokens ask for (`by_length`), with the fields that are given."""
+        pooling = given.get("pooling", cls.pooling)
+        found = by_length(seq_length, pooling, **{name: given[name] for name in NAMES if name in given})
+        return cls(**{**given, **found})
 
     def geometry(self, seq_length: int, context_parallel: int = 1) -> Geometry:
         """The integers of this config at a sequence length of `seq_length` tokens (N), on `context_parallel` ranks (C).
@@ -124,26 +141,26 @@ class LighthouseConfig:
         geometry = Geometry(seq_length, self.levels, self.pooling, self.budget, self.tile_budget)
         if (refined := self._refined(self.budget)) % chunks:
             raise ValueError(
-                f"--context-parallel-size {context_parallel} deals the gathered rows into {chunks} equal chunks, and "
-                f"{flag('levels')} {self.levels} with {flag('pooling')} {self.pooling} and {flag('budget')} {self.budget} "
+                f"cp_group.size() {context_parallel} deals the gathered rows into {chunks} equal chunks, and "
+                f"{named('levels')} {self.levels} with {named('pooling')} {self.pooling} and {named('budget')} {self.budget} "
                 f"refines into {refined} rows, no multiple of it: use {self._others(seq_length, context_parallel)}."
             )
         if seq_length < 1 or seq_length % (tiles * window):
             raise ValueError(
-                f"--seq-length {seq_length} must be a multiple of {tiles * window} (budget {self.budget} / tile budget "
+                f"query's N {seq_length} must be a multiple of {tiles * window} (budget {self.budget} / tile budget "
                 f"{self.tile_budget} = {tiles} tiles of whole windows of {window} tokens): "
                 f"use {self._others(seq_length, context_parallel)}."
             )
         if seq_length % (chunks * window):
             raise ValueError(
-                f"--context-parallel-size {context_parallel} cuts the sequence into {chunks} chunks of whole windows of "
-                f"{window} tokens, so --seq-length {seq_length} must be a multiple of {chunks * window}: use "
+                f"cp_group.size() {context_parallel} cuts the sequence into {chunks} chunks of whole windows of "
+                f"{window} tokens, so query's N {seq_length} must be a multiple of {chunks * window}: use "
                 f"{self._others(seq_length, context_parallel)}."
             )
         if seq_length < window * self.budget:
             raise ValueError(
-                f"{flag('budget')} {self.budget} refines more windows than the {seq_length // window} windows of {window} "
-                f"tokens that --seq-length {seq_length} has: use {self._others(seq_length, context_parallel)}."
+                f"{named('budget')} {self.budget} refines more windows than the {seq_length // window} windows of {window} "
+                f"tokens that query's N {seq_length} has: use {self._others(seq_length, context_parallel)}."
             )
         return geometry
 
@@ -162,28 +179,32 @@ class LighthouseConfig:
         return seq_length >= least and seq_length % unit == 0 and self._refined(budget) % _chunks(ranks) == 0
 
     def _others(self, seq_length: int, ranks: int) -> str:
-        """The nearest settings that would work: of each kind up to two, every one tried against all rules."""
+        """The nearest settings that would work, budgets first: of each kind up to two, every one tried against all rules."""
         unit, window = self._unit(ranks, self.budget // self.tile_budget), self.pooling ** (self.levels - 1)
         below, above = self._neighbours(seq_length, unit)
         least = self._neighbours(window * self.budget - 1, unit)[1]
         lengths = [n for n in (below, above) if self._fits(n, ranks)] or [n for n in (least,) if self._fits(n, ranks)]
         windows = max(0, seq_length) // window
         budgets = _nearest(self.budget, self.tile_budget, windows, lambda k: self._fits(seq_length, ranks, k))
-        offers = [_either("--seq-length", lengths), _either(flag("budget"), budgets)]
+        offers = [_either(named("budget"), budgets) or self._pair(seq_length, ranks), _either("query's N", lengths)]
         if ranks > 1:
             sizes = _nearest(ranks, 1, windows // 2, lambda n: self._fits(seq_length, n))
-            offers.append(_either("--context-parallel-size", sizes))
-        if not budgets:
-            for m in (64, 32, 16, 8, 4, 2):
-                if m < self.tile_budget and self._fits(seq_length, ranks, m, m):
-                    offers.append(f"{flag('budget')} {m} {flag('tile_budget')} {m}")
-                    break
+            offers.append(_either("cp_group.size()", sizes))
         return ", or ".join(filter(None, offers)) or "other sizes"
+
+    def _pair(self, seq_length: int, ranks: int) -> str:
+        """A budget and a tile budget that work, where no budget does with this tile budget."""
+        found = by_length(max(1, seq_length), self.pooling, self.levels)
+        pairs = [(found["budget"], found["tile_budget"]), *((m, m) for m in (64, 32, 16, 8, 4, 2) if m < self.tile_budget)]
+        for k, m in pairs:
+            if self._fits(seq_length, ranks, k, m):
+                return f"{named('budget')} {k} {named('tile_budget')} {m}"
+        return ""
 
     def _other_tile_budgets(self) -> str:
         """The even divisors of the budget that lie nearest; where there is none, a pair that works."""
-        best = _either(flag("tile_budget"), _nearest(self.tile_budget, 2, self.budget, lambda m: self.budget % m == 0))
-        return best or f"{flag('budget')} 1536 {flag('tile_budget')} 128"
+        best = _either(named("tile_budget"), _nearest(self.tile_budget, 2, self.budget, lambda m: self.budget % m == 0))
+        return best or f"{named('budget')} 1536 {named('tile_budget')} 128"
 
     def replace(self, **changes: object) -> LighthouseConfig:
         """A copy with `changes`, checked again."""

@@ -34,12 +34,12 @@ def steps_for(name: str, query: Tensor, pooling: int = 2) -> Steps:
 
         if pooling > MOST_POOLING:
             say_once(
-                f"lighthouse: the kernels are made for --lighthouse-pooling 2 to {MOST_POOLING}: at {pooling} they run out of "
+                f"lighthouse: the kernels are made for a pooling of 2 to {MOST_POOLING}: at {pooling} they run out of "
                 "registers, and are slow."
             )
         return kernels
     if name == "kernels":
-        raise ValueError(f"--lighthouse-steps kernels cannot run: {missing}. Use auto or reference.")
+        raise ValueError(f"config.steps kernels cannot run: {missing}. Use auto or reference.")
     say_once(f"lighthouse: the steps run in plain PyTorch, many times slower than the kernels: {missing}.")
     return reference
 

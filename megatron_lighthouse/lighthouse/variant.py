@@ -17,6 +17,7 @@ from megatron_lighthouse.lighthouse.layer import Layer, build
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.lighthouse.sharded.select import is_local
 from megatron_lighthouse.lighthouse.sharded.sent import layer_bytes, summary
+from megatron_lighthouse.options import in_flags
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.softmax.backends import Attend
 from megatron_lighthouse.softmax.inputs import Inputs, check_backend
@@ -63,9 +64,9 @@ class Lighthouse(Variant):
         try:
             config.geometry(seq_length, ranks)
         except ValueError as error:
-            yield str(error)
+            yield in_flags(str(error))
         if message := SCORERS[config.scorer].problem(seq_length, ranks):
-            yield message
+            yield in_flags(message)
 
     def graph_problems(self, config: LighthouseConfig, seq_length: int, ranks: int, graphs: str) -> Iterator[str]:
         """How many rows go to which rank is read by the host, in every layer."""
@@ -111,16 +112,25 @@ class Lighthouse(Variant):
 
     def check_installed(self, config: LighthouseConfig, inputs: Inputs, place: Place) -> None:
         rows = torch.empty(0, inputs.dim, dtype=inputs.dtype, device=inputs.device)
-        SCORERS[config.scorer].check_installed(steps_for(config.steps, rows), inputs.device)
-        if not place.base_attends:
-            check_backend(config.inner, inputs, place.exchange.size if place.exchange else 1, place.comm_type)
+        try:
+            SCORERS[config.scorer].check_installed(steps_for(config.steps, rows), inputs.device)
+            if not place.base_attends:
+                check_backend(config.inner, inputs, place.exchange.size if place.exchange else 1, place.comm_type)
+        except ValueError as error:
+            raise ValueError(in_flags(str(error))) from None
 
     def build(self, config: LighthouseConfig, query: Tensor, key: Tensor, place: Place) -> Placed:
         how = (place.exchange, place.comm_type, place.scale, place.base_attends, place.rotary)
-        return Placed(build(config, query, key, *how), place)
+        try:
+            return Placed(build(config, query, key, *how), place)
+        except ValueError as error:
+            raise ValueError(in_flags(str(error))) from None
 
     def cost(self, config: LighthouseConfig, seq_length: int, ranks: int) -> Geometry:
-        return config.geometry(seq_length, ranks)
+        try:
+            return config.geometry(seq_length, ranks)
+        except ValueError as error:
+            raise ValueError(in_flags(str(error))) from None
 
     def sent(
         self, config: LighthouseConfig, seq_length: int, shape: Shape, layout: Layout, comm_type: str

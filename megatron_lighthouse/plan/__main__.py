@@ -1,7 +1,10 @@
-"""`python -m megatron_lighthouse.plan`: memory, time and cost of a run before it is queued; `… plan scaling RESULTS…` after.
+"""`python -m megatron_lighthouse.plan`: days, GPU-hours and layout of a run before it is queued.
 
-Start from a recipe (--recipe) and change what differs; every number has the flag that Megatron knows it by. `--list` shows
-the recipes, `--errors` every point that the model was fitted to. No GPU is needed.
+    python -m megatron_lighthouse.plan --model llama3-8b --tokens 20B --seq-length 512K --gpus 64 --device b200
+
+`… plan models` is the table of docs/models.md, `… plan scaling RESULTS…` collects what runs took. Start from a model, whose
+layout is found, or from a recipe and its layout, and change what differs; every number has the flag that Megatron knows it by.
+`--list` shows models and recipes, `--errors` every point that the times were fitted to. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -15,11 +18,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
-from megatron_lighthouse.plan import report, scaling
+from megatron_lighthouse.lighthouse.config import flag
+from megatron_lighthouse.lighthouse.scorers import SCORERS
+from megatron_lighthouse.options import in_flags
+from megatron_lighthouse.plan import gains, numbers, report, scaling, search
+from megatron_lighthouse.plan.answer import answer
 from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import DEVICES, device_of
 from megatron_lighthouse.plan.model import FLAGS
+from megatron_lighthouse.plan.models import models, placed, run_of_model
 from megatron_lighthouse.plan.run import RECOMPUTE, Run, check_names, recipes, run_of
+from megatron_lighthouse.plan.stages import FRACTION, Stages
 from megatron_lighthouse.plan.words import recipe_words, run_of_words
 from megatron_lighthouse.variants import LIGHTHOUSE, counted
 
@@ -32,63 +41,105 @@ RUN_FLAGS = {
     "global_batch": "--global-batch-size",
     "edge_budget": "--lighthouse-edge-budget",
 }
-CONFIG_FLAGS = {name: f"--lighthouse-{name.replace('_', '-')}" for name in ("levels", "pooling", "budget", "tile_budget")}
+LAYOUT = ("tensor_parallel", "context_parallel", "pipeline_parallel", "cp_comm_type", "recompute")
+CONFIG_FLAGS = {name: flag(name) for name in ("levels", "pooling", "budget", "tile_budget")}
+RECIPE = "530m-98k"
+LENGTH = 2**17
+"""Tokens of a sequence of a model where nothing is said."""
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m megatron_lighthouse.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument(
-        "--recipe", default="530m-98k", help="where to start from: a name, or a file of launch/recipes; default: %(default)s"
-    )
+    made.usage = "%(prog)s [--model NAME | --recipe NAME] [--tokens N] [--seq-length N] [--gpus N] [--device NAME] … (--help)"
+    made.add_argument("--model", help=f"a model by name: {', '.join(models())}; its layout is found where none is given")
+    made.add_argument("--recipe", help=f"or a recipe: a name, or a file of launch/recipes; default: {RECIPE}")
+    made.add_argument("--tokens", type=numbers.tokens, default=10e9, metavar="N", help="to train on, as 20B; default: 10B")
     made.add_argument("--device", default="b200", help=f"{', '.join(DEVICES)}; default: %(default)s")
+    made.add_argument(
+        "--stage1-fraction",
+        type=float,
+        default=FRACTION,
+        metavar="X",
+        help="share of the tokens in stage 1 (Lighthouse), before the dense stage 2; default: %(default)s",
+    )
+    made.add_argument("--details", action="store_true", help="after the answer: each part, all layouts, what it is worth")
     made.add_argument("--attention", help=f"{' or '.join(counted())}; default: the file's, else {LIGHTHOUSE.name}")
-    made.add_argument("--tokens", type=float, default=10e9, help="token budget, for GPU-hours; default: 10 billion")
     made.add_argument("--recompute", help=f"{', '.join(RECOMPUTE)}")
     made.add_argument("--cp-comm-type", help=f"{', '.join(COMM_TYPES)}")
+    made.add_argument(flag("scorer"), dest="scorer", help=f"{', '.join(SCORERS)}")
+    made.add_argument("--qk-layernorm", action="store_true", help="the model norms queries and keys")
+    made.add_argument("--cross-entropy-loss-fusion", dest="loss_fusion", action="store_true", help="as Megatron's")
     for flags in (FLAGS, RUN_FLAGS, CONFIG_FLAGS):
-        for name, flag in flags.items():
-            made.add_argument(flag, dest=name, type=int, metavar="N", help="instead of the recipe's")
-    made.add_argument("--list", action="store_true", help="show the recipes and stop")
+        for name, one in flags.items():
+            kind = numbers.length if name == "seq_length" else int
+            made.add_argument(one, dest=name, type=kind, metavar="N", help="instead of the recipe's")
+    made.add_argument("--list", action="store_true", help="show models and recipes, and stop")
     made.add_argument("--errors", action="store_true", help="show the model beside every measured point and stop")
     return made
 
 
 def run_from(options: argparse.Namespace) -> Run:
-    """The recipe's run with what was asked for instead. Raises ValueError where it cannot be."""
-    given = {name: value for name, value in vars(options).items() if value is not None}
-    changes = {name: given[name] for name in (*RUN_FLAGS, "attention", "recompute", "cp_comm_type") if name in given}
+    """The model's or the recipe's run with what was asked for instead. Raises ValueError where it cannot be."""
+    given = {name: value for name, value in vars(options).items() if value is not None and value is not False}
+    names = (*RUN_FLAGS, "attention", "recompute", "cp_comm_type", "loss_fusion")
+    changes = {name: given[name] for name in names if name in given}
+    lighthouse = {name: given[name] for name in (*CONFIG_FLAGS, "scorer") if name in given}
     device = device_of(options.device)
     check_names(options.attention, options.recompute, options.cp_comm_type)  # before they are read as words of a file
-    if options.recipe in recipes() or not (options.recipe.endswith(".args") or Path(options.recipe).is_file()):
-        run = run_of(options.recipe, device=device, **changes)
+    recipe = options.recipe or RECIPE
+    if options.model and options.recipe:
+        raise ValueError(f"--model {options.model} and --recipe {options.recipe} are both where to start from: give one.")
+    if options.model:
+        run = run_of_model(options.model, **{"seq_length": LENGTH, "gpus": 8, **changes}, device=device, lighthouse=lighthouse)
+    elif recipe in recipes() or not (recipe.endswith(".args") or Path(recipe).is_file()):
+        run = run_of(recipe, device=device, lighthouse=lighthouse, **changes)
     else:  # what is given comes last, where it wins and sizes that follow from it do so
-        flags = {**RUN_FLAGS, "attention": "--attention", "cp_comm_type": "--cp-comm-type"}
-        own = [word for name, flag in flags.items() if name in given for word in (flag, str(given[name]))]
-        run = run_of_words([*recipe_words(Path(options.recipe)), *own], device, options.gpus)
-        run = run.change(recompute=options.recompute or run.recompute)
-    model = replace(run.model, **{name: given[name] for name in FLAGS if name in given})
-    config = run.config.replace(**{name: given[name] for name in CONFIG_FLAGS if name in given})
-    return run.change(model=model, config=config).check()
+        flags = {**RUN_FLAGS, **CONFIG_FLAGS, "scorer": flag("scorer"), "attention": "--attention"}
+        flags |= {"cp_comm_type": "--cp-comm-type"}
+        own = [word for name, one in flags.items() if name in given and name != "gpus" for word in (one, str(given[name]))]
+        run = run_of_words([*recipe_words(Path(recipe)), *own], device, options.gpus)
+        run = run.change(recompute=options.recompute or run.recompute, loss_fusion=run.loss_fusion or options.loss_fusion)
+    if options.qk_layernorm:
+        run = run.change(options={**run.options, "qk_layernorm": True})
+    return run.change(model=replace(run.model, **{name: given[name] for name in FLAGS if name in given}))
+
+
+def plan(options: argparse.Namespace) -> str:
+    """The answer, and the details where they are asked for. Raises ValueError where there is none."""
+    if not 0 < options.tokens < math.inf:
+        raise ValueError(f"--tokens {options.tokens:g} must be above 0, and finite: use 20B or 10e9.")
+    run, speed, fraction = run_from(options), coefficients(), options.stage1_fraction
+    if options.model and all(getattr(options, name) is None for name in LAYOUT):
+        ranking = placed(run, speed, fraction)
+        run = ranking.recommended[0]
+    else:
+        run.check()
+        ranking = search.rank(run, speed, fraction)
+    stages = Stages(run, fraction).check()
+    said = answer(options.model or Path(options.recipe or RECIPE).stem, stages, ranking, options.tokens, speed)
+    return f"{said}\n\n{report.whole(stages, ranking, speed)}" if options.details else said
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["scaling"]:
         return scaling_main(arguments[1:])
+    if arguments[:1] == ["models"]:
+        print(gains.table(coefficients()))
+        return 0
     options = parser().parse_args(arguments)
     try:
         if options.list:
-            print(report.table(["recipe", "what"], [(name, table["description"]) for name, table in recipes().items()]))
+            print(report.table(["model", "what"], [(name, table["title"]) for name, table in models().items()]))
+            print("\n" + report.table(["recipe", "what"], [(name, table["description"]) for name, table in recipes().items()]))
         elif options.errors:
             print(report.errors(coefficients(), every=True))
         else:
-            if not 0 < options.tokens < math.inf:
-                raise ValueError(f"--tokens {options.tokens:g} must be above 0, and finite: use 1e9 for a billion.")
-            print(report.whole(run_from(options), coefficients(), options.tokens))
+            print(plan(options))
     except ValueError as error:
-        print(error, file=sys.stderr)
+        print(in_flags(str(error)), file=sys.stderr)
         return 2
     return 0
 

@@ -47,6 +47,8 @@ def _group(p: Point) -> str:
     if p.kind == "run":
         step = "training step" + (f", CP {p.ranks}" if p.ranks > 1 else "")
         return "memory" if p.direction == "peak GiB" else step
+    if p.kind == "scorer":
+        return "a layer by its scorer"
     if p.ranks > 1:
         return f"two GPUs (CP {p.ranks})"
     if p.what in ("score", "select", "gather", "scatter"):
@@ -69,7 +71,9 @@ def predicted(p: Point, speed: Coefficients) -> float:
         plain = time.attention_seconds("inner", p.rows, p.layer, p.ranks, device, speed)
         more = time.crossing_seconds(scheme or "p2p", p.rows, p.layer, p.ranks, p.ranks, device, speed, plain)
         return plain[which] + more[which]
-    layer = time.lighthouse_layer(p.geometry, *shape)
+    layer = time.lighthouse_layer(p.geometry, *shape, scorer=p.what if p.kind == "scorer" else "norm")
+    if p.kind == "scorer":
+        return layer[p.direction]
     return layer[p.direction] if what == "lighthouse" else layer[what + (" bwd" if p.direction == "bwd" else "")]
 
 

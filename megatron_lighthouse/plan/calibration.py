@@ -13,6 +13,7 @@ import numpy
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
+from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
 from megatron_lighthouse.plan import time, work
 from megatron_lighthouse.plan.coefficients import Coefficients, Fit
@@ -86,7 +87,7 @@ def given() -> dict[str, float]:
 def coefficients() -> Coefficients:
     """The fit."""
     speed = Coefficients(
-        {}, {}, (), {}, _host(), DEVICE.flops / given()["matmul"], 0.0, DEVICE.nvlink_bytes_s / given()["link"]
+        {}, {}, (), {}, _host(), 1.0, DEVICE.flops / given()["matmul"], 0.0, DEVICE.nvlink_bytes_s / given()["link"]
     )
     for kind in ("dense", "inner"):
         for direction, factor in (("fwd", 1.0), ("fwd+bwd", work.FORWARD_AND_BACKWARD)):
@@ -102,6 +103,7 @@ def coefficients() -> Coefficients:
     features = [work.select_features(p.geometry, p.layer, 1, DEVICE.multiprocessors) for p in found]
     copy = speed.steps["gather", "fwd"][1]
     speed = replace(speed, copy=copy, select=fit(features, [p.value for p in found]))
+    speed = replace(speed, scorer=_scorer(speed))
     for scheme in COMM_TYPES:
         for direction in ("fwd", "fwd+bwd"):
             speed.ranks[scheme, direction] = _crossing(scheme, direction, speed)
@@ -128,6 +130,17 @@ def _layers(what: str, direction: str) -> list[Point]:
         and p.layer.dim == 128
         and p.geometry.seq_length >= 16384
     ]
+
+
+def _scorer(speed: Coefficients) -> float:
+    """Times over operations, from what layers of other scorers take beyond that of `norm`."""
+    found = [p for p in points() if p.kind == "scorer"]
+    base = {p.geometry.seq_length: p.value for p in found if p.what == "norm"}
+    own = [(p, SCORERS[p.what]) for p in found if p.what != "norm"]
+    norm, each = SCORERS["norm"], speed.steps["score", "fwd"][1] / DEVICE.memory_bytes_s
+    known = [(s.moved(p.geometry, p.layer) - norm.moved(p.geometry, p.layer)) * each for p, s in own]
+    features = [[s.flops(p.geometry, p.layer) / DEVICE.flops] for p, s in own]
+    return fit(features, [p.value - base[p.geometry.seq_length] for p, _ in own], known)[0]
 
 
 def _crossing(scheme: str, direction: str, speed: Coefficients) -> Fit:

@@ -21,6 +21,8 @@ class Coefficients:
     """(scheme, direction) -> seconds for each other rank, seconds a call, times over bytes sent at the link's rate."""
     host: dict[str, float]
     """Scheme, or none -> seconds that the host takes for the attention of a layer, forward and backward."""
+    scorer: float
+    """Times over the operations of what a scorer attends with, at the datasheet's rate."""
     linear: float
     """Times over flops at the datasheet's rate."""
     copy: float

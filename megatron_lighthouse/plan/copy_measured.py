@@ -26,13 +26,12 @@ def collected(results: Path = RESULTS) -> str:
         *_attention(results, "shapes.csv"),
         *_ranks(results),
         *_steps(results),
+        *_scorers(results),
         *_scaling(results, "scaling.csv"),
         *_scaling(results, "all-layers/scaling.csv"),
     ]
     text = io.StringIO()
-    text.write(
-        "# Written by megatron_lighthouse.plan.copy_measured, from H100s; layer, host: ms; run: seconds, and GiB at the peak.\n"
-    )
+    text.write("# Written by megatron_lighthouse.plan.copy_measured, from H100s; run: seconds, and GiB at the peak; else ms.\n")
     writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
@@ -87,6 +86,17 @@ def _steps(results: Path) -> list[dict[str, object]]:
         sizes = {"tokens": 98304, "levels": 3, "pooling": 4, "budget": 1536}
         rows += [{**head, **sizes, "direction": "seconds", "value": row["seconds a step"]}]
         rows += [{**head, **sizes, "direction": "peak GiB", "value": row["peak GiB"]}]
+    return rows
+
+
+def _scorers(results: Path) -> list[dict[str, object]]:
+    """Layers by scorer, of L = 3, p = 4."""
+    rows: list[dict[str, object]] = []
+    for row in _read(results / "scorers" / "scorers.csv"):
+        head = {"kind": "scorer", "source": "scorers/scorers.csv", "what": row["scorer"], "ranks": 1}
+        sizes = {"tokens": row["tokens"], "levels": 3, "pooling": 4, "budget": row["budget"]}
+        shape = {"batch": 1, "heads": 8, "groups": 8, "dim": 128}
+        rows.append({**head, **sizes, **shape, "direction": "fwd", "value": row["forward ms"]})
     return rows
 
 

@@ -1,17 +1,23 @@
 """Memory of the fullest rank, by part. Bytes, from what Megatron 0.19 with Transformer Engine keeps; no factor is fitted.
 
-Activations are those of the first pipeline stage, which holds as many micro batches as there are stages (1F1B). With tensor
-parallelism sequence parallelism is on, so all of it is shared out. A layer's backward peaks in its MLP or, when the MLP's
-activations are gone, in attention with what context parallelism exchanges: not both at once.
+Each pipeline stage holds as many micro batches as there are stages from it on (1F1B). The first has the embedding, the last the
+logits and the loss. With tensor parallelism sequence parallelism is on, so all of it is shared out. A layer's backward peaks in
+its MLP or, when the MLP's activations are gone, in attention with what context parallelism exchanges: not both at once.
 """
 
 from __future__ import annotations
 
 from megatron_lighthouse.lighthouse.geometry import Geometry
 from megatron_lighthouse.plan.run import Run
-from megatron_lighthouse.plan.time import rank_parameters
+from megatron_lighthouse.plan.time import stage_parameters
 
 BF16, FP32 = 2, 4
+LOSS = {False: BF16 + FP32, True: BF16 + 2 * FP32}
+"""Bytes of a logit at the peak, without and with --cross-entropy-loss-fusion (native).
+
+Megatron's `VocabParallelCrossEntropy` makes one fp32 copy of the bf16 logits and works on it in place. Fused, its parts are
+compiled one by one, and what was in place writes a second copy: an H200 that held both asked for the other in vain.
+"""
 PROMISED = 0.10
 """Greatest relative error against the measured peaks that the plan promises."""
 
@@ -46,12 +52,14 @@ def _mlp(run: Run) -> int:
     return 0 if run.recompute == "mlp" else 3 * run.model.ffn
 
 
-def parts(run: Run) -> dict[str, float]:
-    """Bytes by part. Their sum is the peak that Megatron logs as 'max allocated'."""
+def parts(run: Run, stage: int | None = None) -> dict[str, float]:
+    """Bytes by part, of a pipeline stage from 0, or the fullest. Their sum is what Megatron logs as 'max allocated'."""
+    if stage is None:
+        stage = fullest(run)
     model, tp, cp, pp = run.model, run.tensor_parallel, run.context_parallel, run.pipeline_parallel
-    parameters, shards = rank_parameters(run), run.data_parallel * cp
-    flight = min(pp, run.micro_batches)
-    ends, ours = run.stages[0]
+    parameters, shards = stage_parameters(run, stage), run.data_parallel * cp
+    flight = min(pp - stage, run.micro_batches)
+    ends, ours = run.stages[stage]
     share = run.tokens / tp
     of_ends = lighthouse_activations(run, run.edge) if run.edge else dense_activations(run)
     of_ours = lighthouse_activations(run, run.geometry) if ours else 0.0
@@ -63,21 +71,29 @@ def parts(run: Run) -> dict[str, float]:
         kept, backward = (ends + ours) * share * BF16 * model.hidden, mlp + layer
     gone = share * BF16 * (2 * model.hidden + _mlp(run))  # the MLP's, and its norm's input and output
     beyond = max(0.0, _attention_backward(run) - gone - mlp)
-    logits = run.tokens * run.vocab_rank * (BF16 + FP32)  # Megatron's loss makes an fp32 copy
-    found = {
+    logits = run.tokens * run.vocab_rank * LOSS[run.loss_fusion] if stage == pp - 1 else 0.0
+    return {
         "parameters (bf16)": BF16 * parameters,
         "gradients (fp32)": FP32 * parameters,
         "optimizer (fp32 master, two moments)": 3 * FP32 * parameters / shards,
         "activations": kept * flight,
         "backward of a layer": backward,
         "backward of its attention, beyond that": beyond,
-        "logits and loss": max(0.0, logits - (backward + beyond if pp == 1 else 0.0)),  # not both at once
+        "logits and loss": max(0.0, logits - backward - beyond),  # not both at once
         "gathered for tensor parallelism": run.tokens * model.hidden * BF16 if tp > 1 else 0.0,
     }
-    if pp > 1:  # the logits are the last stage's, which holds one micro batch
-        spare = kept * (flight - 1)
-        found["logits and loss"] = max(0.0, logits - spare - backward - beyond)
-    return found
+
+
+def fullest(run: Run) -> int:
+    """The pipeline stage, from 0, whose ranks need most."""
+    stages = range(run.pipeline_parallel)
+    return max(stages, key=lambda stage: sum(parts(run, stage).values())) if len(stages) > 1 else 0
+
+
+def stage_name(run: Run) -> str:
+    """The fullest pipeline stage, in words."""
+    stage, last = fullest(run), run.pipeline_parallel - 1
+    return {0: "first", last: "last"}.get(stage, f"{stage + 1}th")
 
 
 def _attention_backward(run: Run) -> float:

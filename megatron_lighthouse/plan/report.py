@@ -11,6 +11,7 @@ from megatron_lighthouse.plan import accuracy, memory, search, time
 from megatron_lighthouse.plan.coefficients import Coefficients
 from megatron_lighthouse.plan.device import HELD_BACK
 from megatron_lighthouse.plan.run import Run
+from megatron_lighthouse.plan.stages import Stages
 from megatron_lighthouse.plan.words import layout_words
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.variants import DENSE
@@ -30,10 +31,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def whole(run: Run, speed: Coefficients, tokens: float) -> str:
-    """The report of a run: its own layout, the ranking, and what the model is worth."""
-    parts = [title(run), memory_table(run), time_table(run, speed, tokens), link_table(run)]
-    parts += [limits(run, speed), ranking(run, speed), errors(speed), published(speed)]
+def whole(stages: Stages, found: search.Ranking, speed: Coefficients) -> str:
+    """The report of a run: each stage in its layout, the ranking, and what the model is worth."""
+    parts = []
+    for run in stages.runs:
+        parts += [title(run), memory_table(run), time_table(run, speed), link_table(run)]
+    parts += [limits(stages.run, speed), ranking(stages.run, found, speed), errors(speed), published(speed)]
     return "\n\n".join(parts)
 
 
@@ -47,15 +50,18 @@ def layout(run: Run) -> str:
     return f"{sizes}, recompute {run.recompute}"
 
 
+def kind(run: Run) -> str:
+    """The attention, and its sizes."""
+    model, c = run.model, run.config
+    if not run.variant.selects:
+        return "dense attention"
+    found = f"Lighthouse in {run.lighthouse_layers} of {model.layers} layers (L={c.levels} p={c.pooling} k={c.budget}"
+    return found + (f", k={run.edge_budget} in {model.layers - model.lighthouse_layers} of them)" if run.edge else ")")
+
+
 def title(run: Run) -> str:
-    model = run.model
-    kind = "dense attention"
-    if run.variant.selects:
-        c = run.config
-        kind = f"Lighthouse in {run.lighthouse_layers} of {model.layers} layers (L={c.levels} p={c.pooling} k={c.budget}"
-        kind += f", k={run.edge_budget} in {model.layers - model.lighthouse_layers} of them)" if run.edge else ")"
     return (
-        f"{model.parameters / 1e6:,.0f}M parameters, {run.seq_length:,} tokens, {kind}\n"
+        f"{run.model.parameters / 1e6:,.0f}M parameters, {run.seq_length:,} tokens, {kind(run)}\n"
         f"{run.gpus} x {run.device.name}, {layout(run)}, {run.global_batch} sequences a step{extrapolated(run)}\n"
         f"device: {run.device.source}"
     )
@@ -68,24 +74,28 @@ def memory_table(run: Run) -> str:
     if memory.fits(run):
         verdict = f"fits, but {TIGHT}" if memory.tight(run) else "fits"
     rows += [("all", f"{whole:.2f}"), (f"usable ({HELD_BACK:.0%} held back)", f"{usable:.2f}")]
-    return table(["memory per GPU", "GiB"], rows) + f"\n{verdict}{extrapolated(run)}"
+    head, note = "memory per GPU", ""
+    if run.pipeline_parallel > 1:
+        head = f"memory per GPU of the {memory.stage_name(run)} of {run.pipeline_parallel} pipeline stages, the fullest"
+        note = "\nthe embedding is the first stage's, logits and output weights are the last's"
+    return table([head, "GiB"], rows) + f"\n{verdict}{extrapolated(run)}{note}"
 
 
-def time_table(run: Run, speed: Coefficients, tokens: float) -> str:
+def time_table(run: Run, speed: Coefficients) -> str:
     parts = time.step_parts(run, speed)
     step = sum(parts.values())
     rows = [(name, f"{1e3 * x:.1f}", f"{x / step:.1%}") for name, x in parts.items() if x]
     rows.append(("all", f"{1e3 * step:.1f}", ""))
     rate = time.tokens_per_gpu(run, speed)
-    hours = tokens / rate / 3600
-    lines = [table(["time of a step", "ms", "share"], rows), host_lines(run, speed)]
+    which = "the last, with the logits" if parts["logits and loss"] else "one before the last, without logits"
+    slowest = f", by the slowest pipeline stage ({which})" if run.pipeline_parallel > 1 else ""
+    lines = [table([f"time of a step{slowest}", "ms", "share"], rows), host_lines(run, speed)]
     lines.append(f"{rate:,.0f} tokens/s/GPU, {rate * run.gpus:,.0f} in all{extrapolated(run)}")
     if run.variant.selects:
         dense = run.change(attention=DENSE.name)
         other = time.tokens_per_gpu(dense, speed)
         note = "" if memory.fits(dense) else ", which would not fit in this layout"
         lines.append(f"{rate / other:.2f} x dense ({other:,.0f} tokens/s/GPU{note})")
-    lines.append(f"{tokens / 1e9:,.1f}B tokens: {hours:,.0f} GPU-hours, {hours / run.gpus / 24:,.2f} days on {run.gpus} GPUs")
     return "\n".join(lines)
 
 
@@ -162,24 +172,25 @@ def limits(run: Run, speed: Coefficients) -> str:
     return "\n".join(lines)
 
 
-def ranking(run: Run, speed: Coefficients) -> str:
-    found = search.rank(run, speed)
+def ranking(run: Run, found: search.Ranking, speed: Coefficients) -> str:
+    """The layouts that fit both stages, and which is recommended."""
     refused = ", ".join(f"{count} by {name}" for name, count in found.refused.most_common())
     if not found.layouts:
-        return f"no layout of {run.gpus} GPUs fits (refused: {refused}): use more GPUs, or a shorter --seq-length."
-    rows = [
-        (layout(r), f"{rate:,.0f}", f"{memory.total(r) / 2**30:.1f}", "tight" if memory.tight(r) else "")
-        for r, rate in found.layouts[:SHOWN]
-    ]
-    best, alone = found.recommended, search.rank(run, speed.without_host()).recommended
+        return f"no layout of {run.gpus} GPUs fits both stages (refused: {refused}): use more GPUs, or a shorter --seq-length."
+    fullest = {id(r): Stages(r, found.fraction).fullest for r, _ in found.layouts}
+    rows = []
+    for r, rate in found.layouts[:SHOWN]:
+        full = fullest[id(r)]
+        rows.append((layout(r), f"{rate:,.0f}", f"{memory.total(full) / 2**30:.1f}", "tight" if memory.tight(full) else ""))
+    best, alone = found.recommended, search.rank(run, speed.without_host(), found.fraction).recommended
     other = ""
     if alone[0] != best[0]:
         other = f"by the GPU alone the first would be {layout(alone[0])}, at {alone[1]:,.0f} tokens/s/GPU: the host decides\n"
-    if memory.tight(best[0]):
+    if memory.tight(fullest[id(best[0])]):
         other += f"all are {TIGHT}\n"
-    elif any(memory.tight(r) for r, _ in found.layouts):
+    elif any(map(memory.tight, fullest.values())):
         other += f"{TIGHT}; recommended is the fastest that is not, at {best[1]:,.0f} tokens/s/GPU\n"
-    head = table([f"ranking of {len(found.layouts)} layouts that fit", "tokens/s/GPU", "GiB", ""], rows)
+    head = table([f"ranking of {len(found.layouts)} layouts that fit both stages", "tokens/s/GPU", "GiB", ""], rows)
     return f"{head}\nrefused: {refused or 'none'}{extrapolated(run)}\n{other}recommended: {layout_words(best[0])}"
 
 

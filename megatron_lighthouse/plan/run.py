@@ -5,13 +5,14 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
+from types import SimpleNamespace
 from typing import Any
 
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
-from megatron_lighthouse.mcore.command_line.checks import layer_problems
-from megatron_lighthouse.mcore.command_line.settings import of_edge
+from megatron_lighthouse.mcore.command_line.checks import model_problems
+from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, of_edge
 from megatron_lighthouse.plan.device import DEVICES, Device
 from megatron_lighthouse.plan.model import GPT
 from megatron_lighthouse.variant import Variant
@@ -29,7 +30,8 @@ class Run:
     seq_length: int
     device: Device = DEVICES["b200"]
     attention: str = LIGHTHOUSE.name
-    config: LighthouseConfig = field(default_factory=LighthouseConfig)
+    config: LighthouseConfig = None  # type: ignore[assignment]
+    """What the length asks for where none is given."""
     gpus: int = 1
     tensor_parallel: int = 1
     context_parallel: int = 1
@@ -40,6 +42,14 @@ class Run:
     discard_output: bool = True
     edge_budget: int | None = None
     """Of a Lighthouse run's first and last layers, where they are not dense."""
+    loss_fusion: bool = False
+    """--cross-entropy-loss-fusion."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What else of the model, by the names of Megatron's TransformerConfig, an attention may refuse."""
+
+    def __post_init__(self) -> None:
+        if self.config is None:
+            object.__setattr__(self, "config", LighthouseConfig.for_length(self.seq_length))
 
     @property
     def variant(self) -> Variant:
@@ -103,9 +113,8 @@ class Run:
                 f"use {-(-self.global_batch // dp) * dp}."
             )
         if self.variant.selects:
-            for message in layer_problems(model.dense_first, model.dense_last, model.layers, self.edge_budget):
-                raise ValueError(message)
-            _ = self.geometry, self.edge
+            if found := [*model_problems(self._as_megatron(), self.settings, self.seq_length)]:
+                raise ValueError("\n".join(found))
         elif cp > 1 and self.seq_length % (2 * cp):
             raise ValueError(
                 f"--seq-length {self.seq_length} must be a multiple of {2 * cp}, two chunks for each of "
@@ -123,6 +132,23 @@ class Run:
                 f"{_divisors(model.groups // tp)}."
             )
         return self
+
+    @property
+    def settings(self) -> LighthouseSettings:
+        """What the run asks of Lighthouse."""
+        model = self.model
+        return LighthouseSettings(
+            self.config, model.dense_first, model.dense_last, self.discard_output, edge_budget=self.edge_budget
+        )
+
+    def _as_megatron(self) -> SimpleNamespace:
+        """Those fields of Megatron's TransformerConfig that its refusals read."""
+        model = self.model
+        own: dict[str, Any] = {"num_layers": model.layers, "num_attention_heads": model.heads, "num_query_groups": model.groups}
+        own |= {"tensor_model_parallel_size": self.tensor_parallel, "context_parallel_size": self.context_parallel}
+        own |= {"cp_comm_type": self.cp_comm_type, "transformer_impl": "transformer_engine", "flash_decode": False}
+        off = {"attention_dropout": 0.0, "window_size": None, "multi_latent_attention": False}
+        return SimpleNamespace(**{**off, **own, **self.options})
 
     @property
     def geometry(self) -> Geometry:
@@ -192,13 +218,18 @@ def recipes() -> dict[str, dict[str, Any]]:
 
 
 def run_of(name: str, **changes: Any) -> Run:
-    """The run of a recipe, with `changes`. Raises ValueError where the recipe is not known."""
+    """The run of a recipe, with `changes`, and the pyramid of its length with the fields of `lighthouse`.
+
+    Raises ValueError where the recipe is not known.
+    """
     known = recipes()
     if name not in known:
         raise ValueError(f"--recipe {name!r} is not known: use {' or '.join(known)}.")
-    table = known[name]
-    own = {key: value for key, value in table.items() if key not in ("description", "model", "lighthouse")}
-    return Run(**{**own, "model": GPT(**table["model"]), "config": LighthouseConfig(**table["lighthouse"]), **changes})
+    table = {**known[name], **changes}
+    lighthouse = {**known[name].get("lighthouse", {}), **table.pop("lighthouse", {})}
+    del table["description"]
+    config = LighthouseConfig.for_length(table["seq_length"], **lighthouse)
+    return Run(**{"config": config, **table, "model": GPT(**table["model"])})
 
 
 def _divisors(value: int) -> str:

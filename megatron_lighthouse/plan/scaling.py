@@ -11,7 +11,7 @@ What launch scripts write into run.json before the run starts:
      "global_batch": 1,             sequences a step; 1 for each data-parallel rank where missing
      "device": "h100",              for the prediction; none where missing
      "vocab": 384,                  rows of the embedding; the recipe's where missing
-     "levels": 3, "pooling": 4, "budget": 1536, "tile_budget": 128,     the recipe's where missing
+     "levels": 3, "pooling": 4, "budget": 1536, "tile_budget": 128,     what the length asks for where missing
      "edge_budget": 3072,           of the first and last layers, which are dense where it is missing
      "layers": 30, "hidden": 1024, "ffn": 1536, "heads": 8, "groups": 8, "head_dim": 128, "dense_first": 2, "dense_last": 2,
                                     the recipe's where missing; a recipe that is not in recipes.toml needs all but the last two
@@ -20,7 +20,7 @@ What launch scripts write into run.json before the run starts:
 
 The median of the iterations after the third of each log is the step, or the third where it is the last; a run with fewer,
 without a log, or whose run.json lacks something has empty cells, and a line under the table says why. Efficiency is
-tokens/s/GPU over that of the run of fewest context-parallel ranks of the same attention, length, recipe and recompute.
+tokens/s/GPU over that of the fewest context-parallel ranks among runs that differ in nothing else (`alike.WORDS`).
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ import math
 import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from megatron_lighthouse.plan import memory, time
+from megatron_lighthouse.lighthouse.config import LighthouseConfig
+from megatron_lighthouse.plan import alike, memory, time
+from megatron_lighthouse.plan.alike import MODEL, Row
 from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import device_of
 from megatron_lighthouse.plan.model import GPT
@@ -50,16 +52,15 @@ COLUMNS = (
     *("run", "recipe", "attention", "seq_length", "context_parallel", "gpus", "recompute", "iterations", "seconds_a_step"),
     *("tokens_s_gpu", "efficiency", "peak_gib", "predicted_tokens_s_gpu", "predicted_peak_gib", "last_loss"),
 )
-BESIDE = ("tensor_parallel", "pipeline_parallel", "levels", "pooling", "budget", "edge_budget", "device")
+BESIDE = (
+    *("tensor_parallel", "pipeline_parallel", "levels", "pooling", "budget", "edge_budget", "device"),
+    *("tile_budget", "dense_first", "dense_last", "cp_comm_type"),
+)
 """In scaling.csv alone: what else tells one run from another; L, p and k are empty where run.json does not say."""
-MODEL = tuple(field.name for field in fields(GPT))
 CONFIG = ("levels", "pooling", "budget", "tile_budget")
 NAMES = ("attention", "recipe", "recompute", "cp_comm_type", "device")
 SIZES = ("seq_length", "context_parallel", "tensor_parallel", "pipeline_parallel", "gpus", "global_batch", "edge_budget")
 NUMBERS = (*SIZES, *CONFIG, *MODEL)
-ALIKE = ("recipe", "attention", "seq_length", "recompute")
-"""What two runs share of which one is the other's measure of efficiency."""
-type Row = dict[str, Any]
 
 
 def collect(results: Sequence[Path], out: Path) -> str:
@@ -80,9 +81,11 @@ def collect(results: Sequence[Path], out: Path) -> str:
         rows.append(row)
         notes += [f"{folder}: {note}" for note in found]
     rows.sort(key=lambda r: [str(r.get(k) or "").rjust(12) for k in ("recipe", "seq_length", "attention", "context_parallel")])
-    _efficiency(rows)
+    known = [row for row in rows if all(name in row for name in NEEDED)]
+    alike.settle(known)
+    notes += alike.differences(known) + alike.efficiency(known)
     with (out / "scaling.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, *BESIDE], restval="")
+        writer = csv.DictWriter(file, [*COLUMNS, *BESIDE], restval="", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
     pictures: list[str] = []
@@ -113,12 +116,14 @@ def read(folder: Path) -> tuple[Row, list[str]]:
     notes = [f"run.json: {name} is {info.pop(name)!r}, not {rule}: left out" for name, rule in _wrong(info).items()]
     row: Row = {
         "run": folder.name,
+        "folder": str(folder),
         "tensor_parallel": 1,
         "pipeline_parallel": 1,
+        "kind": alike.kind(info),
         **{name: info[name] for name in (*NEEDED, "recompute", *BESIDE) if name in info},
     }
     missing = [name for name in NEEDED if name not in info]
-    notes += [f"run.json lacks {', '.join(missing)}"] if missing else []
+    notes += [f"run.json lacks {', '.join(missing)}: in no picture"] if missing else []
     text = "\n".join(logs)
     # each log is of one start, and each start warms up
     found = [_numbers(r"elapsed time per iteration \(ms\): (\S+)", log) for log in logs]
@@ -141,7 +146,7 @@ def read(folder: Path) -> tuple[Row, list[str]]:
     if text and not peaks:
         notes.append("no 'max allocated' in the log: no memory")
     if "device" not in info:
-        notes.append("run.json names no device: nothing is predicted")
+        notes.append("run.json names no device: nothing is predicted, and it is compared with none that names one")
     if not missing:
         try:
             _speeds(row, info, times)
@@ -195,19 +200,10 @@ def _speeds(row: Row, info: Row, times: list[float]) -> None:
         run = run.change(model=replace(run.model, **sizes))
     else:
         run = Run(GPT(**sizes), **changes)
-    config = run.config.replace(**{name: info[name] for name in CONFIG if name in info})
+    config = LighthouseConfig.for_length(run.seq_length, **{name: info[name] for name in CONFIG if name in info})
     run = run.change(config=config, device=device_of(info["device"])).check()
     row["predicted_tokens_s_gpu"] = round(time.tokens_per_gpu(run, coefficients()), 1)
     row["predicted_peak_gib"] = round(memory.total(run) / 2**30, 2)
-
-
-def _efficiency(rows: list[Row]) -> None:
-    """Tokens/s/GPU over that of the fewest context-parallel ranks of a run alike."""
-    for row in rows:
-        alike = [r for r in rows if r.get("tokens_s_gpu") and all(r.get(k) == row.get(k) for k in ALIKE)]
-        if row.get("tokens_s_gpu"):
-            base = min(alike, key=lambda r: r["context_parallel"])
-            row["efficiency"] = round(row["tokens_s_gpu"] / base["tokens_s_gpu"], 4)
 
 
 def _cell(value: Any) -> str:

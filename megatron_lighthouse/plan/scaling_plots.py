@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from megatron_lighthouse.plan.alike import Row, series
+from megatron_lighthouse.ticks import along_log2
 
 COLOURS = {"lighthouse": "#d1495b", "dense": "#2b3a67"}
 QUANTITIES = {
@@ -16,45 +20,55 @@ QUANTITIES = {
     "memory": ("peak_gib", "predicted_peak_gib", "GiB at the peak"),
 }
 MARKERS = "osD^vP*X"
+WIDE, LINE = 45, 0.16
+"""Letters of a name beyond which a legend has one column; inches of a line of it."""
+ACROSS = {"context_parallel": "context-parallel ranks", "seq_length": "tokens of a sequence"}
 
 
-def draw(rows: Sequence[dict[str, Any]], out: Path) -> list[str]:
+def draw(rows: Sequence[Row], out: Path) -> list[str]:
     """The names of the pictures written; none for a quantity that no run has."""
-    return [f"{name}.png" for name in QUANTITIES if _picture(rows, out / f"{name}.png", *QUANTITIES[name])]
+    written = []
+    for name, quantity in QUANTITIES.items():
+        if figure := picture(rows, *quantity):
+            FigureCanvasAgg(figure).print_png(str(out / f"{name}.png"))
+            written.append(f"{name}.png")
+    return written
 
 
-def _picture(rows: Sequence[dict[str, Any]], path: Path, measured: str, predicted: str | None, label: str) -> bool:
-    keys = ("attention", "context_parallel", "seq_length")
+def picture(rows: Sequence[Row], measured: str, predicted: str | None, label: str) -> Figure | None:
+    """A quantity along ranks and along length, the runs of each line all of one kind; None where no run has it.
+
+    Where a line has several runs in one place it goes through their median, and each has its mark.
+    """
+    keys = ("attention", *ACROSS)
     rows = [r for r in rows if all(k in r for k in keys) and (r.get(measured) or (predicted and r.get(predicted)))]
     if not rows:
-        return False
-    figure = Figure(figsize=(11, 5.6), layout="constrained")
-    recipes = {str(r.get("recipe")) for r in rows}
-    for axes, across, other in zip(
-        figure.subplots(1, 2), ("context_parallel", "seq_length"), ("seq_length", "context_parallel"), strict=True
-    ):
-        series = sorted({(str(r["attention"]), r[other], str(r.get("recipe"))) for r in rows})
-        for number, (attention, value, recipe) in enumerate(series):
-            own = sorted(
-                (r for r in rows if (str(r["attention"]), r[other], str(r.get("recipe"))) == (attention, value, recipe)),
-                key=lambda r: r[across],
-            )
-            name = f"{attention}, " + (f"{value:,} tokens" if other == "seq_length" else f"CP {value}")
-            style = {"color": COLOURS.get(attention, "#666666"), "marker": MARKERS[number % len(MARKERS)]}
-            known = [(r[across], r[measured]) for r in own if r.get(measured)]
+        return None
+    panels = [(across, series(rows, across, other)) for across, other in zip(ACROSS, reversed(ACROSS), strict=True)]
+    columns = 2 if all(len(name) < WIDE for _, lines in panels for name, _ in lines) else 1
+    high = LINE * (1 + max(len(lines) for _, lines in panels) // columns)
+    figure = Figure(figsize=(11, 4.8 + high), layout="constrained")
+    for axes, (across, lines) in zip(figure.subplots(1, 2), panels, strict=True):
+        for number, (name, runs) in enumerate(lines):
+            style = {"color": COLOURS.get(str(runs[0]["attention"]), "#666666"), "marker": MARKERS[number % len(MARKERS)]}
+            known = [(r[across], r[measured]) for r in runs if r.get(measured)]
             if known:
-                axes.plot(*zip(*known, strict=True), **style, label=name + (f", {recipe}" if len(recipes) > 1 else ""))
-            thought = [(r[across], r[predicted]) for r in own if predicted and r.get(predicted)]
+                axes.plot(*zip(*_medians(known), strict=True), **style, label=name)
+                axes.plot(*zip(*known, strict=True), **style, linestyle="")
+            thought = [(r[across], r[predicted]) for r in runs if predicted and r.get(predicted)]
             if thought:
-                axes.plot(*zip(*thought, strict=True), **style, linestyle=":", fillstyle="none", label=f"{name}, predicted")
-        ticks = sorted({r[across] for r in rows})
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [f"{t:,}" for t in ticks])
-        axes.minorticks_off()
-        axes.set_xlabel("context-parallel ranks" if across == "context_parallel" else "tokens of a sequence")
+                dotted = {**style, "linestyle": ":", "fillstyle": "none", "label": None if known else f"{name}, predicted"}
+                axes.plot(*zip(*_medians(thought), strict=True), **dotted)
+        if predicted and any(r.get(measured) and r.get(predicted) for r in rows):
+            axes.plot([], [], ":", color="#666666", label="dotted: predicted")
+        along_log2(axes, {r[across] for r in rows}, *([str] if across == "context_parallel" else []))
+        axes.set_xlabel(ACROSS[across])
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
-    FigureCanvasAgg(figure).print_png(str(path))
-    return True
+        axes.legend(fontsize=7, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    return figure
+
+
+def _medians(points: Sequence[tuple[int, float]]) -> list[tuple[int, Any]]:
+    return [(x, statistics.median(y for at, y in points if at == x)) for x in sorted({x for x, _ in points})]

@@ -11,6 +11,7 @@ from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.plan import memory, time
 from megatron_lighthouse.plan.coefficients import Coefficients
 from megatron_lighthouse.plan.run import RECOMPUTE, Run
+from megatron_lighthouse.plan.stages import FRACTION, Stages
 
 SCHEMES = ("p2p", "a2a")
 """What the ranking tries: all_gather holds the keys of all ranks and hides nothing (docs/context_parallel.md)."""
@@ -19,31 +20,34 @@ SCHEMES = ("p2p", "a2a")
 @dataclass(frozen=True)
 class Ranking:
     layouts: list[tuple[Run, float]]
-    """Runs that are accepted and fit, with tokens/s/GPU, best first."""
+    """Runs both of whose stages are accepted and fit, with tokens/s/GPU over both, best first."""
     refused: Counter[str]
     """Flag or 'memory' -> layouts that it refused."""
+    fraction: float = FRACTION
 
     @property
     def recommended(self) -> tuple[Run, float]:
         """The fastest whose memory is not tight; where all are, the fastest. There must be one."""
-        return next((found for found in self.layouts if not memory.tight(found[0])), self.layouts[0])
+        fit = (found for found in self.layouts if not memory.tight(Stages(found[0], self.fraction).fullest))
+        return next(fit, self.layouts[0])
 
 
-def rank(run: Run, speed: Coefficients) -> Ranking:
-    """All layouts of the run's GPUs, length and batch."""
+def rank(run: Run, speed: Coefficients, fraction: float = FRACTION) -> Ranking:
+    """All layouts of the run's GPUs, length and batch, by how soon both stages are done."""
     found, refused = [], Counter[str]()
     for layout in _layouts(run):
+        stages = Stages(layout, fraction)
         try:
-            layout.check()
+            stages.check()
         except ValueError as error:
             refused[str(error).split()[0]] += 1
             continue
-        if memory.fits(layout):
-            found.append((layout, time.tokens_per_gpu(layout, speed)))
+        if memory.fits(stages.fullest):
+            found.append((layout, stages.tokens_per_gpu(speed)))
         else:
             refused["memory"] += 1
     # where the speed is the same, the layout that needs less memory
-    return Ranking(sorted(found, key=lambda x: (-round(x[1], 3), memory.total(x[0]))), refused)
+    return Ranking(sorted(found, key=lambda x: (-round(x[1], 3), memory.total(x[0]))), refused, fraction)
 
 
 def _layouts(run: Run) -> Iterator[Run]:
@@ -88,19 +92,17 @@ def _works(run: Run) -> bool:
 def crossover(run: Run, speed: Coefficients) -> list[tuple[int, int, float]]:
     """(length, budget, times as fast as dense) of one layer, forward + backward, from 4,096 tokens on by doubling to 1M.
 
-    The budget is the run's share of its length, N/k; lengths that the config refuses are left out.
+    Levels and budgets are those of each length; lengths that the config refuses are left out.
     """
-    rows, share = [], run.seq_length / run.config.budget
+    rows = []
     cp, span = run.context_parallel, run.spans["context parallel"]
     for length in (2**n for n in range(12, 21)):
-        tile = run.config.tile_budget
-        budget = max(tile, round(length / share / tile) * tile)
-        config = LighthouseConfig(run.config.levels, run.config.pooling, budget, tile)
+        config = LighthouseConfig.for_length(length, pooling=run.config.pooling, scorer=run.config.scorer)
         try:
             geometry = config.geometry(length, cp)
         except ValueError:
             continue
         shape = (run.layer, cp, run.cp_comm_type, span, run.device, speed)
-        dense, ours = time.dense_layer(length, *shape), time.lighthouse_layer(geometry, *shape)
-        rows.append((length, budget, dense["fwd+bwd"] / ours["fwd+bwd"]))
+        dense, ours = time.dense_layer(length, *shape), time.lighthouse_layer(geometry, *shape, config.scorer)
+        rows.append((length, config.budget, dense["fwd+bwd"] / ours["fwd+bwd"]))
     return rows

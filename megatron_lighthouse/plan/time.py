@@ -12,6 +12,7 @@ domains, all send all their bytes over the network. Pipeline stages are not inte
 from __future__ import annotations
 
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
+from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes, layer_bytes
 from megatron_lighthouse.plan import work
 from megatron_lighthouse.plan.coefficients import Coefficients
@@ -69,7 +70,14 @@ def dense_layer(rows: int, layer: Shape, ranks: int, scheme: str, span: int, dev
 
 
 def lighthouse_layer(
-    geometry: Geometry, layer: Shape, ranks: int, scheme: str, span: int, device: Device, speed: Coefficients
+    geometry: Geometry,
+    layer: Shape,
+    ranks: int,
+    scheme: str,
+    span: int,
+    device: Device,
+    speed: Coefficients,
+    scorer: str = "norm",
 ) -> Parts:
     """As `dense_layer`, and each step by name: 'score', 'select', 'gather', 'gather bwd', 'scatter', 'scatter bwd', 'inner'."""
     rows = geometry.gathered_length
@@ -77,14 +85,17 @@ def lighthouse_layer(
     for step, direction in work.STEPS:
         start, slope = speed.steps[step, direction]
         moved = work.step_bytes(step, geometry.seq_length // ranks, rows // ranks, layer)
+        if step == "score":
+            moved = SCORERS[scorer].moved(geometry, layer) / ranks
         parts[step + (" bwd" if direction == "bwd" else "")] = start + slope * moved / device.memory_bytes_s
+    parts["score"] += SCORERS[scorer].flops(geometry, layer) / ranks / device.flops * speed.scorer
     alone = ranks if geometry.tiles % (2 * ranks) == 0 else 1  # where tiles span chunks, every rank decides about all
     features = work.select_features(geometry, layer, alone, device.multiprocessors)
     parts["select"] = sum(a * b for a, b in zip(speed.select, features, strict=True))
     inner, inner_both = attention_seconds("inner", rows, layer, ranks, device, speed)
     more, more_both = crossing_seconds(scheme, rows, layer, ranks, span, device, speed, (inner, inner_both))
     if ranks > 1:
-        plans = [layer_bytes(scheme, geometry, layer, Layout(ranks, rank)) for rank in range(ranks)]
+        plans = [layer_bytes(scheme, geometry, layer, Layout(ranks, rank), scorer) for rank in range(ranks)]
         link = speed.link / device.link_bytes_s(span)
         aside = [{key: value for key, value in plan.items() if key != "attend"} for plan in plans]
         more += max(sum(f for f, _ in plan.values()) for plan in aside) * link
@@ -153,7 +164,7 @@ def _dense_parts(run: Run, speed: Coefficients) -> Parts:
 def _lighthouse_parts(run: Run, geometry: Geometry, speed: Coefficients) -> Parts:
     """As `_dense_parts`, of a Lighthouse layer."""
     cp, span, full = run.context_parallel, run.spans["context parallel"], run.recompute == "full"
-    layer = lighthouse_layer(geometry, run.layer, cp, run.cp_comm_type, span, run.device, speed)
+    layer = lighthouse_layer(geometry, run.layer, cp, run.cp_comm_type, span, run.device, speed, run.config.scorer)
     parts = {}
     for name in ("score", "select", "gather", "scatter"):
         again = full + (run.discard_output and name == "scatter")
@@ -189,10 +200,16 @@ def link_bytes(run: Run) -> tuple[float, float, float]:
 
 
 def rank_parameters(run: Run) -> float:
-    """Parameters on a rank of the fullest stage: its layers, and the embedding or the output weights (both if alone)."""
+    """Parameters on a rank of the last pipeline stage, which has most."""
+    return stage_parameters(run, run.pipeline_parallel - 1)
+
+
+def stage_parameters(run: Run, stage: int) -> float:
+    """Parameters on a rank of a pipeline stage, from 0: its layers; the first's embedding; the last's norm and output."""
     model, tp, pp = run.model, run.tensor_parallel, run.pipeline_parallel
     layers = model.layers / pp * (model.layer_matrices / tp + 2 * model.hidden)
-    return layers + model.hidden + (2 if pp == 1 else 1) * run.vocab_rank * model.hidden
+    first, last = stage == 0, stage == pp - 1
+    return layers + last * model.hidden + (first + last) * run.vocab_rank * model.hidden
 
 
 def tokens_per_gpu(run: Run, speed: Coefficients) -> float:

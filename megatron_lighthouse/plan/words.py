@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
+from megatron_lighthouse.mcore.command_line.checks import argument_problems
 from megatron_lighthouse.mcore.command_line.settings import add_arguments, settings_from
 from megatron_lighthouse.mcore.data.text import PADDED_VOCABULARY
 from megatron_lighthouse.plan.device import Device
 from megatron_lighthouse.plan.model import GPT
 from megatron_lighthouse.plan.run import Run
+from megatron_lighthouse.variants import VARIANTS
 
 LLAMA3_VOCAB = 128256
 """Rows of the vocabulary where the words name none: that of the recipes."""
@@ -29,6 +31,11 @@ NOT_COUNTED = (
     *("--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split"),
 )
 """Flags that change what takes memory in ways that the plan does not know."""
+OPTIONS = {"attention_dropout": 0.0, "window_size": None, "softmax_type": "vanilla"}
+OPTIONS |= dict.fromkeys(("qk_layernorm", "qk_l2_norm", "qk_clip", "log_max_attention_logit"), False)
+"""Arguments of the model that Lighthouse may refuse, by their names, and what it is without them."""
+REFUSED = ("sft", "reset_attention_mask", "dataloader_inter_document_masking", "hybrid_context_parallel", "perform_rl_step")
+"""Arguments of the run, likewise."""
 RECOMPUTE_WORDS = {
     "none": "",
     "mlp": "--recompute-granularity selective --recompute-modules mlp",
@@ -86,10 +93,16 @@ def run_of_words(words: Sequence[str], device: Device, gpus: int | None = None) 
             len(schemes) > 1 or not schemes <= set(COMM_TYPES),
             f"--cp-comm-type: the plan counts one of {', '.join(COMM_TYPES)}.",
         ),
+        (
+            args.cross_entropy_loss_fusion and args.cross_entropy_fusion_impl == "te",
+            "--cross-entropy-fusion-impl te is refused by Megatron 0.19: use native, or leave --cross-entropy-loss-fusion out.",
+        ),
     ):
         if wrong:
             raise ValueError(text)
     settings, gpus = settings_from(args), max(1, tp * cp * pp) if gpus is None else gpus
+    if VARIANTS[args.attention].selects and (found := [*argument_problems(args, settings)]):
+        raise ValueError("\n".join(found))
     return Run(
         model=_model(args),
         seq_length=args.seq_length,
@@ -105,6 +118,8 @@ def run_of_words(words: Sequence[str], device: Device, gpus: int | None = None) 
         cp_comm_type=schemes.pop(),
         discard_output=settings.discard_output,
         edge_budget=settings.edge_budget,
+        loss_fusion=args.cross_entropy_loss_fusion,
+        options={name: getattr(args, name) for name, default in OPTIONS.items() if getattr(args, name) != default},
     )
 
 
@@ -120,6 +135,14 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(flag)
     for flag in ("--group-query-attention", "--sequence-parallel", "--recompute-activations"):
         parser.add_argument(flag, action="store_true")
+    parser.add_argument("--attention-dropout", type=float, default=0.1)  # Megatron's
+    for name in (*OPTIONS, *REFUSED, "cross_entropy_loss_fusion"):
+        flag, default = f"--{name.replace('_', '-')}", OPTIONS.get(name, False)
+        if default is False:
+            parser.add_argument(flag, action="store_true")
+        elif name != "attention_dropout":
+            parser.add_argument(flag, default=default)
+    parser.add_argument("--cross-entropy-fusion-impl", default="native")
     for flag in ("--cp-comm-type", "--recompute-modules", "--text-data"):
         parser.add_argument(flag, nargs="*", default=[])
     try:

@@ -25,13 +25,14 @@ COLOURS = {
     IDLE: "#eeeeee",
 }
 HATCHES = {"forward": "", "recompute": "...", "backward": "///"}
+SAID = {"recompute": "recomputed dotted", "backward": "backward hatched"}
 
 
 def draw(found: Sequence[Rank], path: Path) -> None:
     """Bars of milliseconds: forward plain, recomputed dotted, backward hatched. Of communication only what is not hidden."""
     figure = Figure(figsize=(11, 1.8 + 0.45 * len(found)), layout="constrained")
     axes = figure.subplots()
-    left = [0.0] * len(found)
+    left, drawn = [0.0] * len(found), set[str]()
     places = range(len(found))
     others = sorted({row for rank in found for row, _ in rank.times.rows} - set(ROWS))
     for row in [*ROWS, *others, IDLE]:
@@ -40,13 +41,15 @@ def draw(found: Sequence[Rank], path: Path) -> None:
             widths = [_width(rank, row, direction) for rank in found]
             if not any(widths):
                 continue
+            drawn.add(direction)
             bars = axes.barh(places, widths, left=left, label=label, color=COLOURS.get(row, "#666666"))
             for bar in bars:
                 bar.set(hatch=HATCHES[direction], edgecolor="white", linewidth=0.4)
             label, left = None, [x + width for x, width in zip(left, widths, strict=True)]
     axes.set_yticks(places, [rank.profile.name for rank in found])
     axes.invert_yaxis()
-    axes.set_xlabel(f"ms of {'CPU' if found[0].profile.on_cpu else 'GPU'} an iteration; backward hatched")
+    hatched = [said for direction, said in SAID.items() if direction in drawn]
+    axes.set_xlabel("; ".join([f"ms of {'CPU' if found[0].profile.on_cpu else 'GPU'} an iteration", *hatched]))
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     figure.legend(*axes.get_legend_handles_labels(), fontsize=8, ncols=5, loc="outside upper center")

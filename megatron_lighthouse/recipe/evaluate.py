@@ -1,9 +1,10 @@
 """`python -m megatron_lighthouse.recipe.evaluate`: what a checkpoint has learnt of long text.
 
-Takes the arguments of the run of `megatron_lighthouse.pretrain_gpt`, with `--load` its checkpoints, and `--held-out TEXT --out
-FOLDER`. Three measurements, with the same text and questions for every checkpoint: the loss by position in the sequence, the
-one-digit passkey probe, and hindsight, what the loss owes to later tokens. For models of bytes (`--text-data`). Dense unless
-`--attention lighthouse` is given. One process, or torchrun: its ranks share out the samples.
+Takes `--run FOLDER`, or the arguments of the run of `megatron_lighthouse.pretrain_gpt` with `--load` its checkpoints; and
+`--held-out TEXT --out FOLDER`. Three measurements, with the same text and questions for every checkpoint: the loss by position
+in the sequence, the one-digit passkey probe, and hindsight, what the loss owes to later tokens. Text is read by the run's
+tokenizer. Dense unless `--attention lighthouse` is given, by the run or here. One process, or torchrun: its ranks share out the
+samples.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import math
 import os
 import platform
 import socket
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,10 @@ import numpy
 
 import megatron_lighthouse
 from megatron_lighthouse.mcore.data import text
+from megatron_lighthouse.needed import ask_for_megatron
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.recipe import evaluation_files, hindsight, passkey, positions
+from megatron_lighthouse.recipe.readers import Reader
 from megatron_lighthouse.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -33,20 +35,11 @@ if TYPE_CHECKING:
 type Array = numpy.ndarray[Any, Any]
 
 
-class HeldOut(text.TextData):
-    """`--held-out`: chooses the tokenizer as `--text-data` does, and is no data to train on."""
-
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
-        train = getattr(namespace, "text_data", None)
-        super().__call__(parser, namespace, values, option)
-        namespace.text_data, namespace.held_out = train, values
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add what an evaluation asks for to Megatron's parser."""
     group = parser.add_argument_group("evaluation")
     add = group.add_argument
-    add("--held-out", nargs="+", action=HeldOut, metavar="PATH", required=True, help="Text that was not trained on.")
+    add("--held-out", nargs="+", metavar="PATH", help="Text that was not trained on. Default: what --text-data held out.")
     add("--out", type=Path, metavar="FOLDER", required=True, help="Where the results go.")
     add("--loss-sequences", type=int, default=64, help="Sequences of --seq-length, at most; 0 for no loss. Default: 64.")
     add("--loss-grid", choices=positions.GRIDS, default="log2", help="How positions are put into buckets. Default: log2.")
@@ -61,23 +54,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def read(paths: Sequence[str]) -> tuple[list[Path], Array]:
-    """The files, and their bytes as tokens, uint16, each file with the end-of-document token after it.
+def held_out(args: argparse.Namespace, reader: Reader) -> tuple[list[Path], Array]:
+    """The files of --held-out, and their tokens; without it, none, and the tokens of --text-data that the run did not train on.
 
     Raises:
-        ValueError: a path that does not exist, or no text.
+        ValueError: neither, a path that does not exist, or no text.
     """
-    try:
-        files = text.text_files(paths)
-    except ValueError as error:
-        raise ValueError(str(error).replace("--text-data", "--held-out")) from None
-    parts: list[Array] = []
-    for file in files:
-        parts += [numpy.frombuffer(file.read_bytes(), dtype=numpy.uint8), numpy.array([text.END_OF_DOCUMENT])]
-    return files, numpy.concatenate([part.astype(numpy.uint16) for part in parts])
+    if args.held_out:
+        return reader.read(args.held_out)
+    if not args.text_data:
+        raise ValueError("--held-out PATH is missing: name text that the run did not train on.")
+    folder = args.data_cache_path or os.path.join(args.load, "data")
+    _, valid = text.names_of(text.training_files(args.text_data), folder)
+    if not os.path.exists(f"{valid}.idx"):
+        raise ValueError(
+            f"--held-out PATH is missing, and {folder} no longer holds what the run held out of --text-data, or the text has "
+            "changed since: name text that the run did not train on."
+        )
+    return [], numpy.fromfile(f"{valid}.bin", dtype=numpy.uint16)
 
 
-def grid_of(args: argparse.Namespace, tokens: int) -> tuple[passkey.Grid, list[str]]:
+def grid_of(args: argparse.Namespace, tokens: int, words: passkey.Words = passkey.BYTES) -> tuple[passkey.Grid, list[str]]:
     """The passkey questions that `args` ask for, and what to say of them.
 
     Raises:
@@ -85,11 +82,11 @@ def grid_of(args: argparse.Namespace, tokens: int) -> tuple[passkey.Grid, list[s
     """
     lengths, said = args.passkey_lengths, []
     if not lengths:
-        shorter = [n for n in (args.seq_length // part for part in (8, 4, 2)) if n >= passkey.SHORTEST]
+        shorter = [n for n in (args.seq_length // part for part in (8, 4, 2)) if n >= words.shortest]
         lengths = [*(n for n in shorter if not _misfit(args, n)), args.seq_length]
         if left_out := [n for n in shorter if n not in lengths]:
             said.append(f"no passkey in {', '.join(map(str, left_out))} tokens: {_misfit(args, left_out[0])}")
-    grid = passkey.Grid(lengths, args.passkey_depths, args.passkey_samples, args.passkey_fillers, args.passkey_seed)
+    grid = passkey.Grid(lengths, args.passkey_depths, args.passkey_samples, args.passkey_fillers, args.passkey_seed, words)
     grid.check(tokens)
     for length in lengths:
         if problem := _misfit(args, length):
@@ -145,9 +142,10 @@ def loss_by_position(trained: Trained, tokens: Array) -> dict[str, Any]:
     by_sequence = over_ranks(len(starts), len(edges) - 1, compute, "loss by position")
     means, errors = positions.mean_and_error(by_sequence)
     mean, error = positions.mean_and_error(by_sequence @ numpy.diff(edges) / args.seq_length)
-    documents = positions.documents(starts, args.seq_length, numpy.flatnonzero(tokens == text.END_OF_DOCUMENT))
+    documents = positions.documents(starts, args.seq_length, numpy.flatnonzero(tokens == trained.reader.end))
     columns = zip(edges[:-1], edges[1:], means.tolist(), errors.tolist(), strict=True)
     return {
+        "unit": trained.reader.unit,
         "sequences": len(starts),
         "length": args.seq_length,
         "mean": float(mean),
@@ -167,7 +165,7 @@ def passkey_probe(trained: Trained, tokens: Array, grid: passkey.Grid) -> dict[s
     questions = grid.questions()
 
     def compute(index: int) -> tuple[float, float]:
-        return passkey.answer(questions[index], tokens, grid.seed, trained.next_token)
+        return passkey.answer(questions[index], tokens, grid.seed, trained.next_token, grid.words)
 
     answers = over_ranks(len(questions), 2, compute, "passkey")
     fillers = answers.reshape(len(grid.fillers), -1, 2)
@@ -194,11 +192,12 @@ def hindsight_by_distance(trained: Trained, tokens: Array) -> dict[str, Any]:
     found = over_ranks(samples, 2 * len(hindsight.distances(length)), compute, "hindsight").reshape(samples, 2, -1)
     at = numpy.array([hindsight.draw(index, tokens, length, seed).position for index in range(samples)])
     rows = hindsight.by_distance(at, length, found)
-    return {"length": length, "seed": seed, **rows[0], "distances": rows}
+    return {"unit": trained.reader.unit, "length": length, "seed": seed, **rows[0], "distances": rows}
 
 
 def main() -> None:
     """Evaluate as the command line says."""
+    ask_for_megatron("megatron_lighthouse.recipe.evaluate")
     if "LOCAL_RANK" not in os.environ:  # not under torchrun; Kubernetes' PyTorchJob sets RANK and WORLD_SIZE, of its pods
         with socket.socket() as free:
             free.bind(("localhost", 0))
@@ -213,9 +212,11 @@ def main() -> None:
     from megatron_lighthouse.recipe import trained as checkpoint
 
     args = checkpoint.parse(add_arguments)
-    files, tokens = read(args.held_out)
+    reader = checkpoint.reader(args)
+    files, tokens = held_out(args, reader)
     checkpoint.check_not_trained_on(files, checkpoint.training_text(args))
-    grid, said = grid_of(args, len(tokens)) if args.passkey_samples else (None, [])
+    asks = bool(args.passkey_samples)
+    grid, said = grid_of(args, len(tokens), passkey.words_of(reader.encode)) if asks else (None, [])
     if args.loss_sequences:  # refused before the model is built
         positions.bucket_edges(args.seq_length, args.loss_grid, args.loss_buckets)
         positions.sequence_starts(len(tokens), args.seq_length, args.loss_sequences)

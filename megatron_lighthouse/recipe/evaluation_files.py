@@ -51,8 +51,9 @@ def loss(out: Path, found: Result, title: str) -> Result:
     _write_csv(out / "loss.csv", found["buckets"])
     _write_csv(out / "loss_by_sequence.csv", found["by_sequence"])
     with _whole(out / "loss.png") as partial:
-        evaluation_plots.loss_by_position(found["buckets"], partial, title)
-    print(f"held-out loss {found['mean']:.4f} ± {found['standard_error']:.4f} nats per byte, {found['sequences']} sequences")
+        evaluation_plots.loss_by_position(found["buckets"], partial, title, found["unit"])
+    mean = f"{found['mean']:.4f} ± {found['standard_error']:.4f} nats per {found['unit']}"
+    print(f"held-out loss {mean}, {found['sequences']} sequences")
     return _without(found, "by_sequence")
 
 
@@ -72,8 +73,9 @@ def hindsight(out: Path, found: Result, title: str) -> Result:
     """As `loss`."""
     _write_csv(out / "hindsight.csv", found["distances"])
     with _whole(out / "hindsight.png") as partial:
-        evaluation_plots.hindsight(found["distances"], partial, title)
-    print(f"hindsight {found['difference']:.4f} ± {found['standard_error']:.4f} nats per byte, {found['samples']} samples")
+        evaluation_plots.hindsight(found["distances"], partial, title, found["unit"])
+    mean = f"{found['difference']:.4f} ± {found['standard_error']:.4f} nats per {found['unit']}"
+    print(f"hindsight {mean}, {found['samples']} samples")
     return _without(found, "distances")
 
 

@@ -14,16 +14,22 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from megatron_lighthouse.recipe.passkey import CHANCE
+from megatron_lighthouse.ticks import from_zero
 
 
-def loss_by_position(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+def middle(row: dict[str, Any]) -> float:
+    """Of the positions in a bucket, `start` to `stop` - 1."""
+    return (row["start"] + row["stop"] - 1) / 2
+
+
+def loss_by_position(rows: Sequence[dict[str, Any]], path: Path, title: str, unit: str = "byte") -> None:
     """Draw the mean loss of each bucket, and one standard error to either side, over the bucket's middle."""
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
-    middles = [(row["start"] + row["stop"]) / 2 for row in rows]
-    axes.errorbar(middles, [row["loss"] for row in rows], [row["standard_error"] for row in rows], fmt="o-", capsize=3)
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="position in the sequence", ylabel="held-out loss (nats per byte)", title=title)
+    losses, errors = ([row[name] for row in rows] for name in ("loss", "standard_error"))
+    axes.errorbar([middle(row) for row in rows], losses, errors, fmt="o-", capsize=3)
+    from_zero(axes, [0, *(1 << power for power in range(rows[-1]["stop"].bit_length()))])
+    axes.set(xlabel="position in the sequence", ylabel=f"held-out loss (nats per {unit})", title=title)
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
@@ -49,7 +55,7 @@ def passkey(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     _save(figure, path)
 
 
-def hindsight(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+def hindsight(rows: Sequence[dict[str, Any]], path: Path, title: str, unit: str = "byte") -> None:
     """Draw what the loss gains from the tokens beyond each distance, and one standard error to either side."""
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -57,7 +63,7 @@ def hindsight(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     axes.axhline(0, color="0.7", linewidth=1)
     axes.errorbar(range(len(rows)), gains, errors, fmt="o-", capsize=3)
     axes.set_xticks(range(len(rows)), [str(row["distance"]) for row in rows])
-    axes.set(xlabel="later tokens left as they are", ylabel="hindsight (nats per byte)", title=title)
+    axes.set(xlabel="later tokens left as they are", ylabel=f"hindsight (nats per {unit})", title=title)
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 

@@ -2,7 +2,8 @@
 
     …filler… \\nThe pass key is 7. Remember it.\\n …filler… \\nWhat is the pass key? The pass key is _
 
-The next byte is the answer. Only the ten digits are compared, so that guessing is right once in ten. Imports no Megatron.
+The next token is the answer. Only those of the ten digits are compared, so that guessing is right once in ten. Imports no
+Megatron.
 Ours, after the passkey retrieval of Mohtashami and Jaggi (arXiv 2305.16300).
 """
 
@@ -24,8 +25,54 @@ FILLERS = ("noise", "classic")
 """'noise' is real text that the model has not seen, from another place in each sample; 'classic' is CLASSIC over and over."""
 SHORTEST = 128
 """Tokens; the key and the question take 74."""
-DIGITS = slice(ord("0"), ord("9") + 1)
 CHANCE = 0.1
+
+
+@dataclass(frozen=True)
+class Words:
+    """The probe's sentences as tokens."""
+
+    keys: Sequence[Array]
+    """That name each digit."""
+    key_at: int
+    """Where a digit stands in them."""
+    question: Array
+    digits: Sequence[int]
+    """The token of each digit after the question."""
+    classic: Array
+    """The classic sentences, once."""
+
+    @property
+    def shortest(self) -> int:
+        return max(SHORTEST, 1 + max(map(len, self.keys)) + len(self.question))
+
+
+def words_of(encode: Callable[[str], Array]) -> Words:
+    """The sentences of a tokenizer, which may take a digit with the blank before it.
+
+    Raises:
+        ValueError: a tokenizer that does not give each digit after the question a token of its own.
+    """
+    keys = [encode((KEY % digit).decode()) for digit in range(10)]
+    asked = [encode(QUESTION.decode() + str(digit)) for digit in range(10)]
+    common, at = (_common(found) for found in (asked, keys))
+    digits = [int(found[common]) for found in asked if len(found) == common + 1]
+    if len({*digits}) < 10:
+        raise ValueError(
+            "--passkey-samples asks for the next token, and the tokenizer does not give each of the ten digits one of its own: "
+            "use --passkey-samples 0."
+        )
+    return Words(keys, at, asked[0][:common], digits, encode(CLASSIC.decode()))
+
+
+def _common(found: Sequence[Array]) -> int:
+    """Tokens that all begin with."""
+    shortest = min(map(len, found))
+    same = [len({int(tokens[i]) for tokens in found}) == 1 for i in range(shortest)]
+    return same.index(False) if False in same else shortest
+
+
+BYTES = words_of(lambda words: numpy.frombuffer(words.encode(), dtype=numpy.uint8).astype(numpy.uint16))
 
 
 @dataclass(frozen=True)
@@ -33,7 +80,7 @@ class Prompt:
     """What the model reads."""
 
     tokens: Array
-    """[length], uint16, one a byte."""
+    """[length]: uint16 where one is a byte, else int64."""
     answer: int
     key_at: int
     """The position of the digit."""
@@ -66,6 +113,7 @@ class Grid:
     """A cell."""
     fillers: Sequence[str] = FILLERS
     seed: int = 1234
+    words: Words = BYTES
 
     def cells(self) -> list[tuple[str, int, float]]:
         return list(product(self.fillers, self.lengths, self.depths))
@@ -90,8 +138,8 @@ class Grid:
                 f"--passkey-samples {self.samples} must be at least 1; a multiple of ten asks for each digit equally."
             )
         for length in self.lengths:
-            if length < SHORTEST:
-                raise ValueError(f"--passkey-lengths {length} must be at least {SHORTEST}.")
+            if length < self.words.shortest:
+                raise ValueError(f"--passkey-lengths {length} must be at least {self.words.shortest}.")
             if length > text and "noise" in self.fillers:
                 raise ValueError(f"--passkey-lengths {length} needs as much text in --held-out, which has {text} tokens.")
         for depth in self.depths:
@@ -99,13 +147,13 @@ class Grid:
                 raise ValueError(f"--passkey-depths {depth:g} must be from 0 to 1.")
 
 
-def prompt(sample: Sample, text: Array, seed: int) -> Prompt:
+def prompt(sample: Sample, text: Array, seed: int, words: Words = BYTES) -> Prompt:
     """The question as tokens: the same for the same sample and seed.
 
     Args:
         text: tokens from which 'noise' is cut, at least as many as the sample is long.
     """
-    key, question = KEY % sample.digit, QUESTION
+    key, question = words.keys[sample.digit], words.question
     room = sample.length - len(key) - len(question)
     before = round(sample.depth * room)
     generator = numpy.random.default_rng(
@@ -115,17 +163,15 @@ def prompt(sample: Sample, text: Array, seed: int) -> Prompt:
         start = generator.integers(len(text) - room + 1)
         filler = text[start : start + room]
     else:
-        start = generator.integers(len(CLASSIC))
-        filler = numpy.resize(_tokens(CLASSIC[start:] + CLASSIC[:start]), room)
-    tokens = numpy.concatenate([filler[:before], _tokens(key), filler[before:], _tokens(question)])
-    return Prompt(tokens, sample.digit, before + KEY.index(b"%d"))
+        start = generator.integers(len(words.classic))
+        filler = numpy.resize(numpy.roll(words.classic, -start), room)
+    tokens = numpy.concatenate([filler[:before], key, filler[before:], question])
+    return Prompt(tokens, sample.digit, before + words.key_at)
 
 
-def _tokens(content: bytes) -> Array:
-    return numpy.frombuffer(content, dtype=numpy.uint8).astype(numpy.uint16)
-
-
-def answer(sample: Sample, text: Array, seed: int, next_token: Callable[[Array], Array]) -> tuple[float, float]:
+def answer(
+    sample: Sample, text: Array, seed: int, next_token: Callable[[Array], Array], words: Words = BYTES
+) -> tuple[float, float]:
     """Ask one question.
 
     Args:
@@ -134,8 +180,8 @@ def answer(sample: Sample, text: Array, seed: int, next_token: Callable[[Array],
     Returns:
         1 if the right digit has the greatest logit of the ten, else 0; and its log-probability among the ten, in nats.
     """
-    asked = prompt(sample, text, seed)
-    logits = next_token(asked.tokens)[DIGITS].astype(numpy.float64)
+    asked = prompt(sample, text, seed, words)
+    logits = next_token(asked.tokens)[[*words.digits]].astype(numpy.float64)
     logits = logits - logits.max()
     log_probabilities = logits - math.log(numpy.exp(logits).sum())
     return float(logits.argmax() == asked.answer), float(log_probabilities[asked.answer])

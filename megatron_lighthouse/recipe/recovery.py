@@ -1,4 +1,4 @@
-"""`python -m megatron_lighthouse.recipe.recovery RUN [--dense RUN2]`: what the switch to dense attention cost.
+"""`python -m megatron_lighthouse.recipe.recovery --run RUN [--dense RUN2]`: what the switch to dense attention cost.
 
 Reads the TensorBoard log of a run that switched in one job (`--lighthouse-stage2-at`) or between two, in one folder or in
 `tensorboard/lighthouse` and `tensorboard/dense` as `recipe.two_stage` writes them. Leaves recovery.csv and recovery.png.
@@ -28,7 +28,10 @@ from typing import Any
 
 import numpy
 
+from megatron_lighthouse.needed import ask_for_megatron
 from megatron_lighthouse.plots import STAGE_COLOURS, read_scalars
+from megatron_lighthouse.recipe.comparable import check_comparable, told
+from megatron_lighthouse.recipe.of_run import log_folder
 from megatron_lighthouse.recipe.whole_log import Losses, check_around, check_finite, check_since
 
 STAGES = ("lighthouse", "dense")
@@ -165,19 +168,14 @@ def read_run(folder: Path, switch: int | None = None) -> Run:
 
 def logs(folder: Path) -> list[Path]:
     """The folders of a run's log: one, or one a stage."""
+    folder = log_folder(folder)
     base = folder / "tensorboard" if (folder / "tensorboard").is_dir() else folder
     return [base / name for name in STAGES if (base / name).is_dir()] or [base]
 
 
 def arguments(folder: Path) -> dict[str, int]:
     """`SIZES` and `STAGE2_AT`, where given, of the last job in a log: Megatron writes its arguments into it."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    log = EventAccumulator(str(folder), size_guidance={"tensors": 0})
-    log.Reload()
-    tags = {name: tag for name in (*SIZES, STAGE2_AT) if (tag := f"{name}/text_summary") in log.Tags()["tensors"]}
-    last = {name: log.Tensors(tag)[-1].tensor_proto.string_val[0] for name, tag in tags.items()}
-    return {name: int(value) for name, value in last.items() if value.isdigit()}
+    return {name: int(value) for name, value in told(folder, (*SIZES, STAGE2_AT)).items() if value.isdigit()}
 
 
 def report(run: Run, measured: Recovery, dense: Losses | None, width: int) -> dict[str, Any]:
@@ -262,12 +260,16 @@ def said_of(folder: Path) -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Report on the run that the command line names; answers an exit status."""
     parser = argparse.ArgumentParser(prog="python -m megatron_lighthouse.recipe.recovery", description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run, or of its TensorBoard log")
+    add = parser.add_argument_group("one of these").add_mutually_exclusive_group(required=True).add_argument
+    add("--run", type=Path, metavar="RUN", help="folder of the run, of its checkpoints or of its TensorBoard log")
+    add("folder", type=Path, metavar="RUN", nargs="?", help="the same")
     parser.add_argument("--dense", type=Path, metavar="RUN2", help="a run that was dense from the start")
     parser.add_argument("--switch", type=int, metavar="ITER", help="last iteration with Lighthouse, where the log does not say")
     parser.add_argument("--smooth", type=int, default=10, metavar="W", help="losses in a mean (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where recovery.csv and recovery.png go (default: RUN)")
     options = parser.parse_args(argv)
+    options.run = options.run or options.folder
+    ask_for_megatron("megatron_lighthouse.recipe.recovery", ["tensorboard"])
     try:
         if options.smooth < 1:
             raise ValueError(f"--smooth {options.smooth} must be at least 1: use 10, or more where single losses scatter.")
@@ -275,6 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with said_of(options.run):
             measured = measure(run.losses, run.switch, run.dense_from, options.smooth)
         dense = read_losses(logs(options.dense))[0] if options.dense else None
+        check_comparable(logs(options.run), logs(options.dense) if options.dense else [])
         with said_of(options.dense):
             check_finite(dense or {})
             check_since(dense or {}, run.switch)

@@ -24,12 +24,12 @@ from megatron.training.checkpointing import (
     load_args_from_checkpoint,
     read_metadata,
 )
-from megatron.training.global_vars import set_global_variables
+from megatron.training.global_vars import get_tokenizer, set_global_variables
 from torch import Tensor
 from tqdm import tqdm
 
 from megatron_lighthouse.mcore.attention.fused import with_fused_attention
-from megatron_lighthouse.mcore.command_line import settings
+from megatron_lighthouse.mcore.command_line import pyramid, settings
 from megatron_lighthouse.mcore.command_line.arguments import (
     ArgumentsProvider,
     model_config,
@@ -38,8 +38,10 @@ from megatron_lighthouse.mcore.command_line.arguments import (
 )
 from megatron_lighthouse.mcore.command_line.from_checkpoint import explained
 from megatron_lighthouse.mcore.command_line.run_options import check_run_options
-from megatron_lighthouse.mcore.data.text import text_files
+from megatron_lighthouse.mcore.data import text
 from megatron_lighthouse.mcore.loop import hooks, pretrain
+from megatron_lighthouse.recipe.of_run import of_one_sequence
+from megatron_lighthouse.recipe.readers import BYTES, Reader, reader_of
 from megatron_lighthouse.recipe.same_model import check_same_model
 from megatron_lighthouse.variants import DENSE, LIGHTHOUSE, VARIANTS
 
@@ -57,6 +59,8 @@ class Trained:
     """Of the checkpoint."""
     model: torch.nn.Module
     """Megatron's GPT model, in evaluation mode; this tensor-parallel rank's part."""
+    reader: Reader = BYTES
+    """How text becomes its tokens."""
 
     def token_losses(self, tokens: Array, inputs: Array | None = None) -> Array:
         """[s + 1] tokens -> [s] losses of the last s, each after those before it, in nats, fp32.
@@ -87,9 +91,12 @@ def parse(add_arguments: ArgumentsProvider) -> argparse.Namespace:
     """
     hooks.adapt_machine()
     hooks.load_weights()
+    sys.argv[1:] = of_one_sequence(sys.argv[1:])
     args = parse_args(with_lighthouse_arguments(_with(add_arguments)))
     if args.use_checkpoint_args:
         load_args_from_checkpoint(args)
+    if args.tokenizer_type is None:
+        text.use_bytes(args)
     _leave_training(args)
     for name in ("context_parallel_size", "pipeline_model_parallel_size"):  # before Megatron divides the ranks by them
         if getattr(args, name) != 1:
@@ -105,14 +112,13 @@ def parse(add_arguments: ArgumentsProvider) -> argparse.Namespace:
     args.train_samples = None  # a run's: in batches of another size they are other iterations
     with explained(args, _with(add_arguments)):
         check_run_options(args)
-    if args.tokenizer_type != "NullTokenizer":
-        raise ValueError(f"--tokenizer-type {args.tokenizer_type}: an evaluation reads bytes as tokens, so leave it out.")
     if not checkpoint_exists(args.load):
         raise ValueError(f"--load {args.load} holds no checkpoint: name the folder that the run was given as --save.")
     if not Path(_folder(args)).is_dir():
         there = ", ".join(sorted(path.name for path in Path(args.load).glob("iter_*")))
         raise ValueError(f"--load {args.load} has no {Path(_folder(args)).name}: give --ckpt-step one of {there}.")
     check_same_model(args, stored_arguments(args))
+    pyramid.settle(args)
     settle_attention(args, iteration_of(args))
     return args
 
@@ -162,7 +168,16 @@ def load(args: argparse.Namespace) -> Trained:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     kind = ModelType.encoder_or_decoder
     models, _, _ = training.setup_model_and_optimizer(kind, cfg_container=container, pg_collection=groups)
-    return Trained(args, args.iteration, models[0].eval())
+    return Trained(args, args.iteration, models[0].eval(), reader(args))
+
+
+def reader(args: argparse.Namespace) -> Reader:
+    """How text becomes tokens of the model. After `parse`, by which Megatron has built the tokenizer.
+
+    Raises:
+        ValueError: a tokenizer that reads no text.
+    """
+    return BYTES if text.reads_bytes(args) else reader_of(get_tokenizer(), args.tokenizer_type)
 
 
 def iteration_of(args: argparse.Namespace) -> int:
@@ -188,14 +203,14 @@ def training_text(args: argparse.Namespace) -> list[str]:
     return getattr(stored_arguments(args), "text_data", None) or []
 
 
-def check_not_trained_on(held_out: Iterable[Path], text: Iterable[str]) -> None:
+def check_not_trained_on(held_out: Iterable[Path], trained_on: Iterable[str]) -> None:
     """Refuse to call held out what a run was given to read. Compares paths, so it cannot tell copies.
 
     Raises:
-        ValueError: a file of `held_out` that is among `text`.
+        ValueError: a file of `held_out` that is among `trained_on`.
     """
-    there = [path for path in text if Path(path).exists()]
-    read = {file.resolve() for file in (text_files(there) if there else [])}
+    there = [path for path in trained_on if Path(path).exists()]
+    read = {file.resolve() for file in (text.text_files(there) if there else [])}
     both = sorted(file for file in held_out if file.resolve() in read)
     if both:
         raise ValueError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 from collections import deque
@@ -15,6 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lighthouse.launch.torchrun import own_environment, torchrun
+from megatron_lighthouse.mcore.command_line import kept
+from megatron_lighthouse.needed import ask_for_megatron
+from megatron_lighthouse.recipe.begun import check_begun
 from megatron_lighthouse.recipe.presets import Preset, default_text, preset_for
 
 STAGES = ("lighthouse", "dense")
@@ -25,6 +29,7 @@ SHOWN = ("tokens/s=", "validation loss", "saving checkpoint", "loaded checkpoint
 def main(argv: Sequence[str] | None = None) -> int:
     """Run both stages and draw the pictures; answers an exit status."""
     options, extra = _parser().parse_known_args(argv)
+    ask_for_megatron("megatron_lighthouse.recipe.two_stage")
     gpus = _gpus()
     preset = preset_for(gpus)
     steps = preset.steps if options.steps is None else options.steps
@@ -37,14 +42,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     where = f"{gpus} GPUs" if gpus else f"{preset.processes} CPU processes"
     where = f"{where}, context parallel {preset.context_parallel}"
     print(f"{run}: {steps} iterations with Lighthouse, then {dense_steps} dense, on {where}", flush=True)
-    for attention, start, stop in (("lighthouse", 0, steps), ("dense", steps, steps + dense_steps)):
+    stages = {"lighthouse": (0, steps), "dense": (steps, steps + dense_steps)}
+    arguments = {
+        attention: _arguments(preset, run, attention, stop, steps + dense_steps, text, extra)
+        for attention, (_, stop) in stages.items()
+    }
+    try:
+        check_begun(run, arguments, (steps, dense_steps))
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    for attention, (start, stop) in stages.items():
         done = _iterations_done(run)
         if done >= stop:
             print(f"{attention}: iteration {done} is reached already", flush=True)
             continue
         if done < start:
             raise SystemExit(f"{run} ends at iteration {done}, before its stage {attention} begins at {start}.")
-        command = _command(preset, run, attention, stop, steps + dense_steps, text, extra)
+        command = [*torchrun(preset.processes), "-m", "megatron_lighthouse.pretrain_gpt", *arguments[attention]]
         status = _follow(command, run / f"{attention}.log", _environment(preset))
         if status:
             return status
@@ -52,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SystemExit(
                 f"{attention} stopped at iteration {_iterations_done(run)}, before {stop}: run the same command again."
             )
-    return _draw(run, where)
+    _draw(run, where)
+    print(_next(run, arguments["dense"], preset, dense_steps))
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,14 +100,15 @@ def _environment(preset: Preset) -> dict[str, str]:
     return {**defaults, **interval, **own_environment()}
 
 
-def _command(
+def _arguments(
     preset: Preset, run: Path, attention: str, stop: int, total: int, text: Sequence[str], extra: Sequence[str]
 ) -> list[str]:
+    """Megatron's, paths as `kept` writes them."""
+    run = run.absolute()
     checkpoints = str(run / "checkpoints")
     every = max(1, stop // 2)
     return [
-        *torchrun(preset.processes),
-        *("-m", "megatron_lighthouse.pretrain_gpt", "--attention", attention),
+        *("--attention", attention),
         *preset.arguments,
         # both stages name the whole length, so that the order of the data and the learning rate are those of one run
         *("--train-iters", str(total), "--exit-interval", str(stop), "--eval-interval", str(stop)),
@@ -99,7 +116,7 @@ def _command(
         *("--data-cache-path", str(run / "data"), "--tensorboard-dir", str(run / "tensorboard" / attention)),
         *("--lighthouse-selection-map", str(run / "selection.png")),
         *extra,
-        *("--text-data", *text),
+        *("--text-data", *(os.path.realpath(path) for path in text)),
     ]
 
 
@@ -139,7 +156,27 @@ def _iterations_done(run: Path) -> int:
     return int(tracker.read_text()) if tracker.exists() else 0
 
 
-def _draw(run: Path, where: str) -> int:
+def _next(run: Path, arguments: Sequence[str], preset: Preset, more: int) -> str:
+    """Commands for what the run has left, to paste: its evaluation, its recovery, and `more` iterations."""
+    recipe, folder = [sys.executable, "-m", "megatron_lighthouse.recipe"], ["--run", str(run)]
+    total = str(int(kept.value(arguments, "--train-iters") or 0) + more)
+    held_out = [] if _held_out(run) > int(kept.value(arguments, "--seq-length") or 0) else ["--held-out", "YOUR_TEXT"]
+    further = ["--train-iters", total, "--exit-interval", total, "--override-opt-param-scheduler"]
+    commands = (
+        [*recipe[:2], f"{recipe[2]}.evaluate", *folder, *held_out, "--out", str(run / "evaluation")],
+        [*recipe[:2], f"{recipe[2]}.recovery", *folder],
+        [*torchrun(preset.processes), "-m", "megatron_lighthouse.pretrain_gpt", *folder, *further],
+    )
+    titles = ("what it has learnt of long text", "what the switch cost", f"{more} iterations more")
+    return "\n".join(["Next:", *(f"# {title}\n{shlex.join(words)}" for title, words in zip(titles, commands, strict=True))])
+
+
+def _held_out(run: Path) -> int:
+    """Tokens of the text that no stage was trained on."""
+    return max((path.stat().st_size // 2 for path in (run / "data").glob("text-*-valid.bin")), default=0)
+
+
+def _draw(run: Path, where: str) -> None:
     from megatron_lighthouse import plots
     from megatron_lighthouse.mcore.data.text import byte_entropy
 
@@ -155,7 +192,6 @@ def _draw(run: Path, where: str) -> int:
     if entropy is not None:
         print(f"byte-frequency entropy of the text: {entropy:.3f}")
     print(f"pictures: {run / 'loss.png'}, {run / 'selection.png'}; log: tensorboard --logdir {run / 'tensorboard'}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -106,8 +106,8 @@ def choose_for_blocks(
     if name in BACKENDS and name not in fits:
         of = f" with head dimension {dim}" if name in known else ""
         raise ValueError(
-            f"--lighthouse-inner {name} does not attend over shards{of}: under --context-parallel-size use --lighthouse-inner "
-            f"{' or '.join(['auto', *fits])}, or --cp-comm-type a2a, which attends to whole sequences."
+            f"config.inner {name} does not attend over shards{of}: over several ranks use config.inner "
+            f"{' or '.join(['auto', *fits])}, or cp_comm_type a2a, which attends to whole sequences."
         )
     return _choose(name, Rows(device, dtype, heads, groups, dim), deterministic(), tuple(fits))
 
@@ -116,8 +116,8 @@ def choose_for_blocks(
 def _choose(name: str, rows: Rows, deterministic: bool, known: tuple[str, ...] = ()) -> str:
     if name == "te":
         raise ValueError(
-            "--lighthouse-inner te is the attention of Transformer Engine's layer spec: use it with --transformer-impl "
-            "transformer_engine, or --lighthouse-inner auto."
+            "config.inner te is the attention of Transformer Engine's layer spec: use it with Transformer Engine's layers, or "
+            "config.inner auto."
         )
     candidates = [other for other in _fastest_first(rows) if not known or other in known]
     problems = {other: _problem(other, rows, deterministic) for other in candidates}
@@ -132,8 +132,8 @@ def _choose(name: str, rows: Rows, deterministic: bool, known: tuple[str, ...] =
         say_once(f"lighthouse: the inner attention {'over shards ' if known else ''}of {rows} is {title}{why}.")
     elif problems[name] is not None:
         raise ValueError(
-            f"--lighthouse-inner {name} cannot run: {BACKENDS[name].title} {problems[name]}. For {rows} use "
-            f"--lighthouse-inner {' or '.join(['auto', *fits])}."
+            f"config.inner {name} cannot run: {BACKENDS[name].title} {problems[name]}. For {rows} use "
+            f"config.inner {' or '.join(['auto', *fits])}."
         )
     return name
 

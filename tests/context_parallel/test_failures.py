@@ -24,6 +24,7 @@ from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem
 from megatron_lighthouse.lighthouse.attention import lighthouse_select
 from megatron_lighthouse.lighthouse.selection import Selection
+from megatron_lighthouse.options import in_flags
 from megatron_lighthouse.softmax.blocks import Plain
 from tests.context_parallel.shards import inputs_of, layer, shards_of
 from tests.oracle import Problem
@@ -69,7 +70,7 @@ def refusal(
     said = run_ranks(size, answers, inputs_of(problem), config_of(problem, **options), comm_type, selection)
     assert all(other == said[0] for other in said)
     layer_says, selection_says = said[0]
-    return layer_says, selection_says
+    return in_flags(layer_says), in_flags(selection_says)
 
 
 def refusal_of(config: LighthouseConfig, seq_length: int, size: int) -> str:
@@ -77,7 +78,7 @@ def refusal_of(config: LighthouseConfig, seq_length: int, size: int) -> str:
     try:
         config.geometry(seq_length, size)
     except ValueError as error:
-        return str(error)
+        return in_flags(str(error))
     return ""
 
 
@@ -125,7 +126,7 @@ SIZES = _sizes()
             2,
             Problem(24, 2, 2, 10, 2),
             "--seq-length 24 must be a multiple of 10 (budget 10 / tile budget 2 = 5 tiles of whole windows of 2 tokens): use "
-            "--seq-length 40, or --lighthouse-budget 8 or 12",
+            "--lighthouse-budget 8 or 12, or --seq-length 40.",
             id="tiles of half a window",
         ),
     ],
@@ -196,7 +197,7 @@ def test_heads_that_do_not_divide_among_ranks_are_refused_by_a2a_alone() -> None
 def test_context_parallel_sizes_that_a2a_offers_work(groups: int, ratio: int, size: int) -> None:
     problem = comm_type_problem("a2a", groups * ratio, groups, size)
     assert (problem is None) == (groups % size == 0)
-    for offer in offers(problem or ""):
+    for offer in offers(in_flags(problem or "")):
         if "context_parallel_size" in offer:
             assert comm_type_problem("a2a", groups * ratio, groups, offer["context_parallel_size"]) is None
 
@@ -204,7 +205,7 @@ def test_context_parallel_sizes_that_a2a_offers_work(groups: int, ratio: int, si
 def test_a_forced_backend_that_does_not_return_its_log_sum_exp_is_refused() -> None:
     for comm_type in ("p2p", "all_gather"):
         said, _ = refusal(2, FITS, comm_type, inner="fa3")
-        assert said.startswith("--lighthouse-inner fa3 does not attend over shards: under --context-parallel-size use ")
+        assert said.startswith("--lighthouse-inner fa3 does not attend over shards: over several ranks use ")
         for offer in ("--lighthouse-inner auto", "sdpa", "--cp-comm-type a2a"):
             assert offer in said
     for offer in ("auto", "sdpa"):

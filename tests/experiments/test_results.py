@@ -48,6 +48,18 @@ def test_what_holds_no_results_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("content", ['{"experiment": "tin', "", "[]", "{}"])
+def test_a_run_whose_facts_are_cut_short_is_not_left_out_in_silence(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, facts in (("dense", '{"experiment": "tiny"}'), ("norm-60", content)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(facts)
+    with pytest.raises(SystemExit):
+        main(["--remake", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert f"{tmp_path / 'norm-60' / 'run.json'} is cut short" in " ".join(capsys.readouterr().err.split())
+
+
 def kept(experiment: str, table: str) -> list[Row]:
     return read_csv(RESULTS / experiment / f"{table}.csv")
 

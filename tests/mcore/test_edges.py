@@ -42,7 +42,7 @@ def test_at_the_switch_they_become_dense_with_the_rest() -> None:
 @pytest.mark.parametrize(
     ("budget", "length", "ranks", "message"),
     [
-        (64, 256, 1, "--lighthouse-edge-budget 64 refines more windows than the 16 .*or --lighthouse-edge-budget"),
+        (64, 256, 1, "--lighthouse-edge-budget 64 refines more windows than the 16 .*: use --lighthouse-edge-budget"),
         (24, 256, 1, "multiple of 96 .budget 24 / .*--lighthouse-edge-budget"),
         (28, 21 * 256, 3, "--context-parallel-size 3 .*--lighthouse-edge-budget 28 refines into"),
     ],
@@ -72,7 +72,9 @@ def test_the_check_before_a_job() -> None:
     words += "--lighthouse-budget 8 --lighthouse-tile-budget 4".split()
     args = check.parse([*words, "--lighthouse-edge-budget", "16"])
     assert not [*sizes(args)]
-    assert check.summary(args, 1).endswith("256 tokens, lighthouse, 80 rows attended, 144 in the first and last layers")
+    assert check.summary(args, 1).endswith(
+        "256 tokens, lighthouse, 80 rows attended (L 3, k 8), 144 in the first and last layers"
+    )
     assert any("--lighthouse-edge-budget 64" in text for text in sizes(check.parse([*words, "--lighthouse-edge-budget", "64"])))
 
 

@@ -212,20 +212,20 @@ def test_a_measurement_is_written_before_the_next_begins(tmp_path: Path, monkeyp
 
 
 def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def half(rows: Any, path: Path, title: str) -> None:
+    def half(rows: Any, path: Path, *_: str) -> None:
         path.write_bytes(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(evaluation_plots, "hindsight", half)
     with pytest.raises(OSError, match="disk full"):
-        evaluation_files.hindsight(tmp_path, {"distances": [{"distance": 0}]}, "")
+        evaluation_files.hindsight(tmp_path, {"unit": "byte", "distances": [{"distance": 0}]}, "")
     assert [path.name for path in tmp_path.iterdir()] == ["hindsight.csv"]
 
 
 def test_a_start_removes_what_an_evaluation_writes_and_nothing_else(tmp_path: Path) -> None:
     found = numpy.random.default_rng(1).random(3).tolist()
     rows = [{"distance": n, "difference": x, "standard_error": x} for n, x in enumerate(found)]
-    hindsight = {"distances": rows, "difference": 1.0, "standard_error": 1.0, "samples": 3}
+    hindsight = {"unit": "byte", "distances": rows, "difference": 1.0, "standard_error": 1.0, "samples": 3}
     (tmp_path / "mine.csv").touch()
     kept = evaluation_files.hindsight(tmp_path, hindsight, "")
     assert "distances" not in kept

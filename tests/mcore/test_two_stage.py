@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +13,14 @@ from types import SimpleNamespace
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_lighthouse.mcore.command_line import kept
+from megatron_lighthouse.mcore.command_line.stored import last_iteration as last_checkpoint
 from megatron_lighthouse.mcore.loop import progress
 from megatron_lighthouse.mcore.loop.progress import last_iteration
 from megatron_lighthouse.plots import read_scalars
-from megatron_lighthouse.recipe import two_stage
+from megatron_lighthouse.recipe import recovery, two_stage
 from megatron_lighthouse.recipe.presets import default_text, preset_for
-from tests.mcore.harness import ROOT
+from tests.mcore.harness import ROOT, Processes
 
 
 def recipe(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -29,8 +33,11 @@ def test_both_stages_and_again(tmp_path: Path) -> None:
 
     if torch.cuda.is_available():
         pytest.skip("the GPU preset takes minutes; benchmarks/h100_training.py runs it")
-    short = ["--name", "short", "--steps", "2", "--dense-steps", "1", "--data", str(ROOT / "LICENSE")]
-    first = recipe(tmp_path, *short, "--seq-length", "1024", "--eval-iters", "1")
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"".join(path.read_bytes() for path in sorted((ROOT / "docs").glob("*.md"))))  # a twentieth is enough
+    tiny = ["--seq-length", "1024", "--eval-iters", "1"]
+    short = ["--name", "short", "--steps", "2", "--dense-steps", "1", "--data", str(text), *tiny]
+    first = recipe(tmp_path, *short)
     assert first.returncode == 0, first.stdout + first.stderr
     run = tmp_path / "short"
     assert list(read_scalars(run / "tensorboard" / "lighthouse")["lm loss"][0]) == [1, 2]
@@ -41,6 +48,53 @@ def test_both_stages_and_again(tmp_path: Path) -> None:
     again = recipe(tmp_path, *short)
     assert again.returncode == 0
     assert again.stdout.count("is reached already") == 2
+    refused_where_something_differs(tmp_path, short)
+    what_was_printed_runs(again.stdout, tmp_path)
+
+
+def refused_where_something_differs(folder: Path, short: list[str]) -> None:
+    other = folder / "other.txt"
+    other.write_text("other text " * 200)
+    cases: list[tuple[list[str], list[str]]] = [
+        (["--steps", "3"], ["--steps 3, there 2"]),
+        (["--dense-steps", "4"], ["--dense-steps 4, there 1"]),
+        (["--data", str(other)], [f"--text-data {other}, there {folder / 'text.txt'}"]),
+        (["--seq-length", "2048", "--num-layers", "6"], ["--seq-length 2048, there 1024", "--num-layers 6, there 4"]),
+        (["--qk-layernorm"], ["--qk-layernorm given, there not given"]),
+        (["--seed", "4"], ["--seed 4, there not given"]),
+    ]
+    for asked, says in cases:
+        assert_refused(folder, [*short, *asked], says)
+    files = [folder / "short" / "tensorboard" / name / kept.NAME for name in two_stage.STAGES]
+    for path in files:  # a run of an earlier version: its checkpoint says it
+        path.rename(path.with_suffix(".away"))
+    for asked, says in [*cases[2:4], (["--steps", "3"], ["--train-iters 4, there 3"])]:
+        assert_refused(folder, [*short, *asked], says)
+    for path in files:
+        path.with_suffix(".away").rename(path)
+
+
+def assert_refused(folder: Path, words: list[str], says: list[str]) -> None:
+    with pytest.raises(SystemExit) as refusal:
+        two_stage.main(["--runs", str(folder), *words])
+    assert all(line in str(refusal.value) for line in [*says, "was begun otherwise"]), refusal.value
+
+
+def what_was_printed_runs(printed: str, folder: Path) -> None:
+    """The commands after the last line of `make train`, at a size for a test."""
+    commands = [shlex.split(line) for line in printed.split("Next:")[1].splitlines() if " -m megatron" in line]
+    modules = [next(word for word in words if word.startswith("megatron_lighthouse.")) for words in commands]
+    assert [name.rsplit(".", 1)[1] for name in modules] == ["evaluate", "recovery", "pretrain_gpt"]
+    given = [words[words.index(module) + 1 :] for words, module in zip(commands, modules, strict=True)]
+    assert recovery.main(given[1]) == 0
+    assert (folder / "short" / "recovery.csv").exists()
+    few = ["--loss-sequences", "1", "--passkey-samples", "0"]
+    for ranks, words, module in ((1, [*given[0], *few], modules[0]), (2, given[2], modules[2])):
+        processes = Processes(folder / module, ranks, words, module)
+        assert processes.wait() == [0] * ranks, processes.log.read_text()[-3000:]
+    summary = json.loads((folder / "short" / "evaluation" / "evaluation.json").read_text())
+    assert (summary["iteration"], summary["attention"], summary["loss"]["unit"]) == (3, "dense", "byte")
+    assert last_checkpoint(folder / "short" / "checkpoints") == 4
 
 
 def test_a_stage_without_a_logged_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

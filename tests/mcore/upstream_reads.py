@@ -5,16 +5,22 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 
 def reads(source: str, of: str = "args") -> set[str]:
     """Names read as `args.NAME`, `get_args().NAME`, or by getattr or hasattr of either; of another variable too."""
-    return {*_reads(ast.parse(source), of)}
+    return {*_reads(_nodes(source), of)} if of in source else set()
 
 
-def _reads(tree: ast.AST, variable: str) -> Iterator[str]:
-    for node in ast.walk(tree):
+@lru_cache(1)
+def _nodes(source: str) -> list[ast.AST]:
+    return [*ast.walk(ast.parse(source))]
+
+
+def _reads(nodes: list[ast.AST], variable: str) -> Iterator[str]:
+    for node in nodes:
         match node:
             case ast.Attribute(value=of, attr=str(name), ctx=ast.Load()):
                 pass
@@ -37,7 +43,7 @@ def _is(node: ast.expr, variable: str) -> bool:
 
 def mentions(source: str) -> set[str]:
     """Attributes read of anything, and short texts, by which fields of a configuration are read; not where a parser is told."""
-    found, nodes = set(), [*ast.walk(ast.parse(source))]
+    found, nodes = set(), _nodes(source)
     told = {id(node.value) for node in nodes if isinstance(node, ast.keyword) and node.arg == "dest"}
     for node in nodes:
         match node:

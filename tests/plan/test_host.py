@@ -115,4 +115,6 @@ def test_ranking_is_by_the_whole_step() -> None:
     ours, alone = (search.rank(run, speed).layouts[0] for speed in (SPEED, ALONE))
     assert ours[0] != alone[0]
     assert ours[1] < alone[1]
-    assert f"by the GPU alone the first would be {report.layout(alone[0])}" in report.ranking(run, SPEED)
+    assert f"by the GPU alone the first would be {report.layout(alone[0])}" in report.ranking(
+        run, search.rank(run, SPEED), SPEED
+    )

@@ -247,7 +247,7 @@ def test_memory_counts_dense_layers_that_reach_into_the_first_stage() -> None:
     run = run_of("530m-98k", gpus=2, pipeline_parallel=2, global_batch=2)
     run = run.change(model=replace(run.model, dense_first=0, dense_last=20))
     kept = 5 * memory.dense_activations(run) + 10 * memory.lighthouse_activations(run)
-    assert memory.parts(run)["activations"] == pytest.approx(2 * kept)
+    assert memory.parts(run, stage=0)["activations"] == pytest.approx(2 * kept)
 
 
 def test_edge_layers_are_layers_with_their_own_budget() -> None:

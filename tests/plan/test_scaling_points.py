@@ -99,10 +99,14 @@ def rows_of(table: Path) -> list[dict[str, str]]:
 
 
 def test_the_predictions_are_the_plan_s_and_the_docs_quote_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("matplotlib.figure.Figure.suptitle", lambda _, text, **__: said.append(text))
     monkeypatch.setattr(sys, "argv", ["scaling_predicted.py", "--out", str(tmp_path)])
     scaling_predicted.main()
     kept = ROOT / "benchmarks" / "results" / "scaling" / "predicted"
     tables = {name: rows_of(tmp_path / f"{name}.csv") for name in ("training", "attention")}
+    devices = {row["measured_on"].upper() for rows in tables.values() for row in rows if row["measured_on"]}
+    assert set(re.findall(r"\b([A-Z]+\d+)s\b", said[0])) == devices
     for name, rows in tables.items():
         for row, before in zip(rows, rows_of(kept / f"{name}.csv"), strict=True):
             numbers = {key: float(value) for key, value in row.items() if re.fullmatch(r"[\d.e+-]+", value)}

@@ -17,6 +17,8 @@ from megatron_lighthouse.plan.__main__ import main
 from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import device_of
 from megatron_lighthouse.plan.run import RECOMPUTE, Run, run_of
+from megatron_lighthouse.plan.stages import Stages
+from megatron_lighthouse.plan.words import layout_words
 
 
 @pytest.mark.parametrize(
@@ -34,9 +36,10 @@ def test_ranking(run: Run) -> None:
     assert found.layouts
     for layout, rate in found.layouts:
         layout.config.geometry(layout.seq_length, layout.context_parallel)  # raises where it refuses
-        layout.check()
-        assert memory.total(layout) <= layout.device.memory_gib * 2**30
-        assert rate == time.tokens_per_gpu(layout, coefficients())
+        both = layout.check(), layout.change(attention="dense").check()
+        assert all(memory.total(stage) <= layout.device.memory_gib * 2**30 for stage in both)
+        first, second = (time.tokens_per_gpu(stage, coefficients()) for stage in both)
+        assert rate == pytest.approx(1 / (0.6 / first + 0.4 / second))
     rates = [rate for _, rate in found.layouts]
     assert rates[0] == max(rates)
     assert all(a >= b - 1e-3 for a, b in itertools.pairwise(rates))
@@ -75,10 +78,7 @@ def test_crossover_grows() -> None:
         (["--recipe", "nothing"], ["--recipe 'nothing'", "use 530m-98k"]),
         (["--device", "a100"], ["--device 'a100'", "h100 or h200"]),
         (["--seq-length", "98305"], ["--seq-length 98305 must be a multiple of 192", "use --seq-length 98304"]),
-        (
-            ["--seq-length", "99999999999"],
-            ["--seq-length 99999999999 must be a multiple of 192", "use --seq-length 99999999936"],
-        ),
+        (["--seq-length", "99999999999"], ["--seq-length 99999999999 must be a multiple of", "use --seq-length 99999973376"]),
         (["--tensor-model-parallel-size", "3"], ["--tensor-model-parallel-size 3 must divide", "use 1 or 2 or 4 or 8"]),
         (
             ["--pipeline-model-parallel-size", "4"],
@@ -115,13 +115,13 @@ def test_a_reader_that_has_enough_is_no_error(command: str) -> None:
 
 
 def test_report_says_what_it_is_worth(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--recipe", "530m-256k-cp8"]) == 0
+    assert main(["--recipe", "530m-256k-cp8", "--details"]) == 0
     out = capsys.readouterr().out
     for part in ("memory per GPU", "time of a step", "context parallel", "longest context", "ranking of", "recommended:"):
         assert part in out
     for part in ("GPU-hours", "error of this model", "published", "extrapolated from H100"):
         assert part in out
-    h100 = report.time_table(run_of("530m-98k", device=device_of("h100")), coefficients(), 1e9)
+    h100 = report.time_table(run_of("530m-98k", device=device_of("h100")), coefficients())
     assert "extrapolated" not in h100
 
 
@@ -162,12 +162,13 @@ def test_recommended_leaves_room() -> None:
     found = search.rank(run, coefficients())
     first, (best, rate) = found.layouts[0][0], found.recommended
     usable = run.device.usable_bytes
+    first, best = Stages(first).fullest, Stages(best).fullest
     assert memory.total(first) / (1 - 0.1) > usable >= memory.total(best) / (1 - 0.1)
-    assert all(memory.total(r) > 0.9 * usable for r, other in found.layouts if other > rate)
-    said = report.ranking(run, coefficients()).splitlines()
+    assert all(memory.total(Stages(r).fullest) > 0.9 * usable for r, other in found.layouts if other > rate)
+    said = report.ranking(run, found, coefficients()).splitlines()
     assert said[1].endswith("tight")
     assert "tight: less than 10% room" in said[-2]
-    assert "--recompute-modules mlp" in said[-1]
+    assert said[-1] == f"recommended: {layout_words(found.recommended[0])}"
 
 
 def test_where_all_are_tight_the_fastest_is_recommended() -> None:

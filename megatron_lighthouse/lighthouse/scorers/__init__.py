@@ -8,4 +8,16 @@ from megatron_lighthouse.lighthouse.scorers.gla import Gla
 from megatron_lighthouse.lighthouse.scorers.norm import Norm
 from megatron_lighthouse.lighthouse.scorers.summary import Summary
 
-SCORERS: dict[str, Scorer] = {scorer.name: scorer for scorer in (Norm(), Dilated(), Gla(), Summary())}
+SCORERS: dict[str, Scorer] = {}
+"""By their names in `config.scorer`."""
+
+
+def register(scorer: Scorer) -> None:
+    """Let a scorer be named. Raises ValueError where another has its name."""
+    if scorer.name in SCORERS:
+        raise ValueError(f"scorer {scorer.name!r} is there already: give it another name than {' or '.join(SCORERS)}.")
+    SCORERS[scorer.name] = scorer
+
+
+for _scorer in (Norm(), Dilated(), Gla(), Summary()):
+    register(_scorer)

@@ -53,6 +53,14 @@ class Scorer(ABC):
             s^Q, then s^K: [2, B, G, coarse length], fp32 (fp64 for fp64). They do not depend on how many ranks there are.
         """
 
+    @abstractmethod
+    def moved(self, pyramid: Pyramid, shape: Shape) -> float:
+        """Bytes that it must read and write in a layer, forward, on all ranks: for the plan."""
+
+    @abstractmethod
+    def flops(self, pyramid: Pyramid, shape: Shape) -> float:
+        """Operations of what it attends with, likewise: a multiply and an add are two."""
+
     def sent(self, pyramid: Pyramid, shape: Shape, size: int) -> int:
         """Bytes that each of `size` ranks sends in a layer, forward; `pyramid` is that of the whole sequence."""
         return 0
@@ -74,8 +82,8 @@ class Scorer(ABC):
         below = seq_length // unit * unit
         of = "" if size == 1 else f" of each of the {chunks} chunks of {size} context-parallel ranks"
         return (
-            f"--seq-length {seq_length} must be a multiple of {unit} for --lighthouse-scorer {self.name}, which takes every "
-            f"{self.unit}th token{of}: use --seq-length {f'{below} or ' if below > 0 else ''}{below + unit}."
+            f"query's N {seq_length} must be a multiple of {unit} for config.scorer {self.name}, which takes every "
+            f"{self.unit}th token{of}: use query's N {f'{below} or ' if below > 0 else ''}{below + unit}."
         )
 
     def check_length(self, rows: int, exchange: Exchange | None) -> None:
@@ -83,3 +91,8 @@ class Scorer(ABC):
         size = 1 if exchange is None else exchange.size
         if problem := self.problem(rows * size, size):
             raise ValueError(problem)
+
+
+def row_bytes(rows: int, shape: Shape, heads: int) -> float:
+    """Of `rows` rows of `heads` heads."""
+    return float(rows * heads * shape.batch * shape.dim * shape.itemsize)

@@ -8,6 +8,7 @@ from torch import Tensor
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.lighthouse.reference import accumulation_dtype
+from megatron_lighthouse.lighthouse.scorers.base import row_bytes
 from megatron_lighthouse.lighthouse.steps import Steps
 
 
@@ -31,6 +32,16 @@ def attended_both_ways(query: Tensor, key: Tensor, value: Tensor, steps: Steps, 
 def both_ways_sent(rows: int, shape: Shape, size: int) -> int:
     """Bytes that each of `size` ranks sends for this: keys, values and mean queries of its `rows`."""
     return (size - 1) * 3 * rows * shape.batch * shape.groups * shape.dim * shape.itemsize
+
+
+def both_ways_moved(rows: int, shape: Shape) -> float:
+    """Bytes that both read: queries, keys and values, then keys, mean queries and values."""
+    return row_bytes(rows, shape, shape.heads + 5 * shape.groups)
+
+
+def both_ways_flops(rows: int, batch: int, shape: Shape) -> float:
+    """Operations of both over `rows` rows of `batch` batch elements: two causal products each, of H and of G heads."""
+    return 2.0 * rows**2 * batch * (shape.heads + shape.groups) * shape.dim
 
 
 def group_mean(query: Tensor, groups: int) -> Tensor:

@@ -11,7 +11,12 @@ from megatron_lighthouse.lighthouse.geometry import Pyramid, Shape
 from megatron_lighthouse.lighthouse.reference import window_maxima
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.scorers.base import Scorer
-from megatron_lighthouse.lighthouse.scorers.both_ways import attended_both_ways, both_ways_sent
+from megatron_lighthouse.lighthouse.scorers.both_ways import (
+    attended_both_ways,
+    both_ways_flops,
+    both_ways_moved,
+    both_ways_sent,
+)
 from megatron_lighthouse.lighthouse.scorers.streams import DELTA, streams, tokens
 from megatron_lighthouse.lighthouse.steps import Steps
 
@@ -42,6 +47,12 @@ class Dilated(Scorer):
         self.check_length(query.shape[0], exchange)
         norms = attended_both_ways(streams(query), streams(key), streams(value), steps, exchange)
         return window_maxima(tokens(norms), pyramid)
+
+    def moved(self, pyramid: Pyramid, shape: Shape) -> float:
+        return both_ways_moved(pyramid.seq_length, shape)
+
+    def flops(self, pyramid: Pyramid, shape: Shape) -> float:
+        return both_ways_flops(pyramid.seq_length // DELTA, DELTA * shape.batch, shape)
 
     def sent(self, pyramid: Pyramid, shape: Shape, size: int) -> int:
         return both_ways_sent(pyramid.seq_length // size, shape, size)

@@ -16,7 +16,7 @@ from megatron_lighthouse.lighthouse.geometry import Pyramid, Shape
 from megatron_lighthouse.lighthouse.reference import accumulation_dtype, group_norms, window_maxima
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.scorers.base import Scorer
-from megatron_lighthouse.lighthouse.scorers.both_ways import group_mean
+from megatron_lighthouse.lighthouse.scorers.both_ways import both_ways_moved, group_mean
 from megatron_lighthouse.lighthouse.scorers.streams import DELTA, streams, tokens
 from megatron_lighthouse.lighthouse.steps import Steps
 from megatron_lighthouse.ranges import profiled
@@ -71,6 +71,15 @@ class Gla(Scorer):
         by_query = _norms(heads, key, value, gate, linear, exchange)
         by_key = _norms([key], mean, value, gate, linear, exchange)
         return window_maxima(tokens(torch.stack([by_query, by_key])), pyramid)
+
+    def moved(self, pyramid: Pyramid, shape: Shape) -> float:
+        """Both ways twice over: the states that segments end with, then the rows."""
+        return 2 * both_ways_moved(pyramid.seq_length, shape)
+
+    def flops(self, pyramid: Pyramid, shape: Shape) -> float:
+        """Products within blocks, with the state before them, and into it; both ways twice over."""
+        row = 4.0 * shape.dim * (BLOCK + shape.dim)
+        return 2 * pyramid.seq_length * shape.batch * (shape.heads + shape.groups) * row
 
     def sent(self, pyramid: Pyramid, shape: Shape, size: int) -> int:
         """The state and the gate of each segment of each stream, both ways."""
@@ -167,13 +176,13 @@ def _flash_linear_attention() -> Linear:
         chunk_simple_gla = import_module("fla.ops.simple_gla").chunk_simple_gla
     except ImportError as error:
         raise ValueError(
-            f"--lighthouse-scorer gla runs on a GPU by flash-linear-attention, which cannot be imported ({error}): "
-            "pip install 'flash-linear-attention>=0.6.0', or use --lighthouse-scorer norm, summary or dilated."
+            f"config.scorer gla runs on a GPU by flash-linear-attention, which cannot be imported ({error}): "
+            "pip install 'flash-linear-attention>=0.6.0', or use config.scorer norm, summary or dilated."
         ) from error
     if problem := too_old("flash-linear-attention"):
         raise ValueError(
-            f"--lighthouse-scorer gla runs on a GPU by flash-linear-attention, which {problem}, or use "
-            "--lighthouse-scorer norm, summary or dilated."
+            f"config.scorer gla runs on a GPU by flash-linear-attention, which {problem}, or use "
+            "config.scorer norm, summary or dilated."
         )
 
     def linear(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:

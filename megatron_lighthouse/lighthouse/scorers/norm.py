@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.lighthouse.geometry import Pyramid
+from megatron_lighthouse.lighthouse.geometry import Pyramid, Shape
 from megatron_lighthouse.lighthouse.rotary import Rotary
-from megatron_lighthouse.lighthouse.scorers.base import Scorer
+from megatron_lighthouse.lighthouse.scorers.base import Scorer, row_bytes
 from megatron_lighthouse.lighthouse.steps import Steps
 
 
@@ -33,3 +33,9 @@ class Norm(Scorer):
         rotary: Rotary | None = None,
     ) -> Tensor:
         return steps.score(query, key, pyramid)
+
+    def moved(self, pyramid: Pyramid, shape: Shape) -> float:
+        return row_bytes(pyramid.seq_length, shape, shape.heads + shape.groups)
+
+    def flops(self, pyramid: Pyramid, shape: Shape) -> float:
+        return 0.0

@@ -10,8 +10,13 @@ from torch import Tensor
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse.geometry import Pyramid, Shape
 from megatron_lighthouse.lighthouse.rotary import Rotary
-from megatron_lighthouse.lighthouse.scorers.base import Scorer
-from megatron_lighthouse.lighthouse.scorers.both_ways import attended_both_ways, both_ways_sent
+from megatron_lighthouse.lighthouse.scorers.base import Scorer, row_bytes
+from megatron_lighthouse.lighthouse.scorers.both_ways import (
+    attended_both_ways,
+    both_ways_flops,
+    both_ways_moved,
+    both_ways_sent,
+)
 from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.lighthouse.steps import Steps
 
@@ -42,6 +47,14 @@ class Summary(Scorer):
         top = attended_both_ways(q, k, v, steps, exchange)
         finer = steps.score(query, key, pyramid)[..., : -top.shape[-1]]
         return torch.cat([finer, top], -1)
+
+    def moved(self, pyramid: Pyramid, shape: Shape) -> float:
+        """The scores of `norm`, what the coarsest rows are pooled of, and these."""
+        rows = pyramid.entries(pyramid.levels - 1)
+        return row_bytes(pyramid.seq_length, shape, 2 * shape.heads + 3 * shape.groups) + both_ways_moved(rows, shape)
+
+    def flops(self, pyramid: Pyramid, shape: Shape) -> float:
+        return both_ways_flops(pyramid.entries(pyramid.levels - 1), shape.batch, shape)
 
     def sent(self, pyramid: Pyramid, shape: Shape, size: int) -> int:
         return both_ways_sent(pyramid.entries(pyramid.levels - 1) // size, shape, size)

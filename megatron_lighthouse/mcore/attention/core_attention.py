@@ -27,6 +27,7 @@ from megatron_lighthouse.mcore.command_line.checks import check
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_of_rank
 from megatron_lighthouse.mcore.loop import switch
 from megatron_lighthouse.notice import say_once
+from megatron_lighthouse.options import in_flags
 from megatron_lighthouse.softmax.backends import capability_of
 from megatron_lighthouse.softmax.inputs import Inputs, made_from
 from megatron_lighthouse.softmax.inputs import check as check_inputs
@@ -177,4 +178,4 @@ def _check(variant: Variant, config: Any, inputs: Inputs, place: Place) -> None:
     if place.base_attends or place.exchange is None:
         return
     if problem := comm_type_problem(place.comm_type, inputs.heads, inputs.groups, place.exchange.size):
-        raise ValueError(problem)
+        raise ValueError(in_flags(problem))

@@ -27,7 +27,7 @@ from megatron_lighthouse.mcore.attention.output import without_kept_output
 from megatron_lighthouse.mcore.attention.over_shards import over_shards
 from megatron_lighthouse.mcore.attention.rotary import rotary_of
 from megatron_lighthouse.mcore.attention.streams import add_streams
-from megatron_lighthouse.mcore.command_line import rope
+from megatron_lighthouse.mcore.command_line import pyramid, rope
 from megatron_lighthouse.mcore.command_line.checks import check_run
 from megatron_lighthouse.mcore.command_line.layers import attention_layers
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_of_rank, own_comm_types, settings_from
@@ -94,6 +94,8 @@ def lighthouse(model_cfg: Any, vp_stage: int | None = None) -> LayerSpec:
         ValueError: settings, a model or data that Lighthouse refuses.
     """
     args = _global_args()
+    if args is not None:
+        pyramid.settle(args)
     settings = settings_from(args)
     if args is not None:
         settings = rope.settled(args, settings)

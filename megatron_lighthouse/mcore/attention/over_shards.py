@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem
+from megatron_lighthouse.options import in_flags
 from megatron_lighthouse.softmax.backends import deterministic
 from megatron_lighthouse.softmax.sharded import ShardedAttention, sharded_attention
 
@@ -64,7 +65,7 @@ class ContextParallelAttention(DotProductAttention):  # type: ignore[misc]
         self.attend: dict[Any, ShardedAttention] = {}
         heads, groups = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
         if problem := comm_type_problem(self.cp_comm_type, heads, groups, config.context_parallel_size):
-            raise ValueError(problem)
+            raise ValueError(in_flags(problem))
 
     def forward(
         self,

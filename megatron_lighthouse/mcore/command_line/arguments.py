@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from megatron_lighthouse.mcore.command_line import rope, settings
+from megatron_lighthouse.mcore.command_line import pyramid, rope, settings
 from megatron_lighthouse.mcore.loop import selection_log
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.variants import VARIANTS, switching
@@ -59,6 +59,7 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
     from megatron_lighthouse.mcore.loop import hooks
 
     spec, by_name = model_cfg.transformer_layer_spec, not VARIANTS[args.attention].native
+    pyramid.settle(args)
     chosen = settings.settings_from(args) if by_name or spec is lighthouse else None
     if chosen is not None and chosen.attention.selects:
         chosen = rope.settled(args, chosen)

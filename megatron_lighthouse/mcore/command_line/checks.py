@@ -13,6 +13,7 @@ from megatron_lighthouse.context_parallel.schemes import comm_type_problem
 from megatron_lighthouse.lighthouse.config import flag
 from megatron_lighthouse.mcore.command_line import rope, stored
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_of_rank, of_edge, own_comm_types
+from megatron_lighthouse.options import in_flags
 
 if TYPE_CHECKING:  # what needs no Megatron is asked on a login node too
     from megatron.core.transformer import TransformerConfig
@@ -33,7 +34,7 @@ def check(config: TransformerConfig, settings: LighthouseSettings, seq_length: i
     Raises:
         ValueError: every rule that is broken, one a line, each with what would work.
     """
-    _raise(settings, [*_model(config, settings, seq_length)])
+    _raise(settings, [*model_problems(config, settings, seq_length)])
 
 
 def check_run(args: Namespace, config: TransformerConfig, settings: LighthouseSettings) -> None:
@@ -43,8 +44,8 @@ def check_run(args: Namespace, config: TransformerConfig, settings: LighthouseSe
         ValueError: as `check`.
     """
     found = [
-        *_model(config, settings, args.seq_length),
-        *_arguments(args, settings),
+        *model_problems(config, settings, args.seq_length),
+        *argument_problems(args, settings),
         *_stage2(args, settings),
         *_streams_of_run(args, settings),
     ]
@@ -58,7 +59,8 @@ def _raise(settings: LighthouseSettings, problems: list[str]) -> None:
         raise ValueError(f"--attention {settings.variant} cannot run as asked:\n  - " + "\n  - ".join(problems))
 
 
-def _model(config: TransformerConfig, settings: LighthouseSettings, seq_length: int | None) -> Iterator[str]:
+def model_problems(config: TransformerConfig, settings: LighthouseSettings, seq_length: int | None) -> Iterator[str]:
+    """Why Lighthouse cannot train this model: of the plan too, whose `config` has what is read here alone."""
     yield from _unsupported(config, settings)
     if settings.attention.switches:
         holding = len(settings.holding(config.num_layers))
@@ -81,7 +83,8 @@ def settings_problems(settings: LighthouseSettings, seq_length: int, ranks: int)
         yield from map(of_edge, settings.attention.length_problems(settings.edge, seq_length, ranks))
 
 
-def _arguments(args: Namespace, settings: LighthouseSettings) -> Iterator[str]:
+def argument_problems(args: Namespace, settings: LighthouseSettings) -> Iterator[str]:
+    """Why it cannot train with this data and these options of a run, of those that `args` have."""
     refused = {
         "reset_attention_mask": f"--reset-attention-mask separates documents by a mask, which {settings.attention.title} does "
         "not read: leave it out (documents in one sequence then attend to each other, as without it).",
@@ -216,7 +219,7 @@ def _comm_types(config: TransformerConfig, settings: LighthouseSettings) -> Iter
     heads, groups = (max(1, n) for n in heads_of_rank(config))  # fewer groups than ranks are refused elsewhere
     for kind in own_comm_types(config, settings):
         if message := comm_type_problem(kind, heads, groups, config.context_parallel_size):
-            yield message
+            yield in_flags(message)
 
 
 def copies_in_a_graph(config: TransformerConfig, comm_types: Sequence[str]) -> str | None:

@@ -75,13 +75,10 @@ def choice(args: argparse.Namespace, asked: str, load: Path | None, pretrained: 
         asked: what the command line says, or would if it said anything.
         load, pretrained: --load and --pretrained-checkpoint, where this machine has them.
     """
-    begins, iteration = args.finetune, (args.ckpt_step or stored.last_iteration(load)) if load else None
-    if iteration is None:  # Megatron then begins with the weights of the other
-        load, begins = pretrained, True
-        iteration = stored.last_iteration(load) if load else None
-    if load is None or iteration is None:
+    found = stored.before(args, load, pretrained)
+    if found is None:
         return asked, None
-    before = (stored.common_state(load, iteration) or {}).get("args")
+    load, before, begins = found.folder, found.args, found.begins
     if before is None:
         return asked, f"the checkpoint in {load} does not say how it was trained: {FLAG} {asked} is taken"
     was, how = getattr(before, "lighthouse_rope", MEAN), f"the checkpoint in {load} was trained with it"

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
-from megatron_lighthouse.mcore.command_line import rope, stage
+from megatron_lighthouse.mcore.command_line import pyramid, rope, stage
 from megatron_lighthouse.mcore.command_line.layers import attention_layers
-from megatron_lighthouse.options import add_options, read_options
+from megatron_lighthouse.options import add_options, in_flags, read_options
 from megatron_lighthouse.variant import Variant
 from megatron_lighthouse.variants import DENSE, LIGHTHOUSE, VARIANTS
 
@@ -97,7 +97,7 @@ class LighthouseSettings:
 
 def of_edge(message: str) -> str:
     """What a config says of its budget, said of the edge layers'."""
-    return message.replace(flag("budget") + " ", flag("edge_budget") + " ")
+    return in_flags(message).replace(flag("budget") + " ", flag("edge_budget") + " ")
 
 
 def heads_of_rank(config: TransformerConfig) -> tuple[int, int]:
@@ -162,13 +162,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def settings_from(args: argparse.Namespace | None) -> LighthouseSettings:
     """Settings from parsed arguments, or from the environment where the parser did not know them.
 
-    Where --attention is dense they are Lighthouse's, which a spec may have named.
+    Where --attention is dense they are Lighthouse's, which a spec may have named. Levels and budgets that are not given follow
+    the length of `args`, where it is known (`pyramid`).
 
     Raises:
         ValueError: a setting that cannot be, naming the flag and values that would work; options in the environment beside a
             parser that knows them.
     """
-    holding = attention_layers(args)
+    holding, length = attention_layers(args), getattr(args, "seq_length", None)
     if args is not None and hasattr(args, "lighthouse_levels"):
         if given := os.environ.get(ENVIRONMENT):
             raise ValueError(
@@ -182,6 +183,7 @@ def settings_from(args: argparse.Namespace | None) -> LighthouseSettings:
     if variant.config and not variant.switches:
         config = read_options(args, variant.name, variant.config)
         return LighthouseSettings(config, 0, 0, False, attention_layers=holding, variant=variant.name)
+    args = argparse.Namespace(**{**vars(args), **pyramid.sizes(args, length)})
     config = read_options(args, LIGHTHOUSE.name, LighthouseConfig)
     names = ("dense_first", "dense_last", "discard_output", "rope", "edge_budget")
     own = {name: getattr(args, "lighthouse_" + name) for name in names}

@@ -5,9 +5,11 @@ Megatron's own reading imports it, which a login node may not have; so classes t
 
 from __future__ import annotations
 
+import argparse
 import io
 import pickle
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,33 @@ def last_iteration(folder: Path) -> int | None:
         return int((folder / TRACKER).read_text())
     except (OSError, ValueError):
         return None
+
+
+@dataclass(frozen=True)
+class Before:
+    """The checkpoint that a run starts from."""
+
+    folder: Path
+    begins: bool
+    """Whether a new run begins with its weights; else its own goes on."""
+    args: Any | None
+    """Its arguments; None where they cannot be read."""
+
+
+def before(args: argparse.Namespace, load: Path | None, pretrained: Path | None = None) -> Before | None:
+    """What a run starts from; None where it starts from nothing.
+
+    Args:
+        args: Megatron's, or those that `resume.add_arguments` knows.
+        load, pretrained: --load and --pretrained-checkpoint, where this machine has them.
+    """
+    begins, iteration = args.finetune, (args.ckpt_step or last_iteration(load)) if load else None
+    if iteration is None:  # Megatron then begins with the weights of the other
+        load, begins = pretrained, True
+        iteration = last_iteration(load) if load else None
+    if load is None or iteration is None:
+        return None
+    return Before(load, begins, (common_state(load, iteration) or {}).get("args"))
 
 
 def common_state(folder: Path, iteration: int) -> Mapping[str, Any] | None:

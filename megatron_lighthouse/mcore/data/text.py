@@ -30,9 +30,18 @@ class TextData(argparse.Action):
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
         # the checkpoint keeps these, and an evaluation anywhere has to know by them what was read
         namespace.text_data = [str(Path(path).resolve()) for path in values]
-        namespace.tokenizer_type, namespace.vocab_size = "NullTokenizer", VOCABULARY
-        namespace.padded_vocab_size = PADDED_VOCABULARY
-        namespace.null_tokenizer_eod_id = END_OF_DOCUMENT
+        use_bytes(namespace)
+
+
+def use_bytes(args: argparse.Namespace) -> None:
+    """Make the tokenizer of Megatron's arguments that of bytes."""
+    args.tokenizer_type, args.vocab_size = "NullTokenizer", VOCABULARY
+    args.padded_vocab_size, args.null_tokenizer_eod_id = PADDED_VOCABULARY, END_OF_DOCUMENT
+
+
+def reads_bytes(args: argparse.Namespace) -> bool:
+    """Whether tokens are bytes."""
+    return args.tokenizer_type == "NullTokenizer" and getattr(args, "null_tokenizer_eod_id", None) == END_OF_DOCUMENT
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -96,21 +105,24 @@ def write_datasets(paths: Sequence[str], folder: str) -> tuple[str, str]:
     Raises:
         ValueError: as `training_files`.
     """
-    from megatron.core.datasets.indexed_dataset import get_idx_path
-
     files = training_files(paths)
-    key, total = hashlib.sha256(), 0
-    for file in files:
-        status = file.stat()
-        key.update(f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-        total += status.st_size
-    names = tuple(os.path.join(folder, f"text-{key.hexdigest()[:16]}-{part}") for part in ("train", "valid"))
-    if not all(os.path.exists(get_idx_path(name)) for name in names):
+    names, total = names_of(files, folder), sum(file.stat().st_size for file in files)
+    if not all(os.path.exists(f"{name}.idx") for name in names):
         os.makedirs(folder, exist_ok=True)
         held_out = total // HELD_OUT
         _write(names[0], _documents(files, 0, total - held_out))
         _write(names[1], _documents(files, total - held_out, total))
-    return names[0], names[1]
+    return names
+
+
+def names_of(files: Iterable[Path], folder: str) -> tuple[str, str]:
+    """The prefixes that `write_datasets` gives."""
+    key = hashlib.sha256()
+    for file in files:
+        status = file.stat()
+        key.update(f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    train, valid = (os.path.join(folder, f"text-{key.hexdigest()[:16]}-{part}") for part in ("train", "valid"))
+    return train, valid
 
 
 def _documents(files: Iterable[Path], start: int, stop: int) -> Iterator[bytes]:

@@ -18,6 +18,7 @@ from megatron.training.arguments import parse_and_validate_args
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_lighthouse.lighthouse import telemetry
+from megatron_lighthouse.mcore.command_line import kept
 from megatron_lighthouse.mcore.command_line.arguments import model_config, use_attention, with_lighthouse_arguments
 from megatron_lighthouse.mcore.command_line.from_checkpoint import explained
 from megatron_lighthouse.mcore.command_line.resume import check_resume
@@ -43,6 +44,7 @@ def run(program_start: float | None = None) -> None:
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
     hooks.adapt_machine()
     try:
+        sys.argv[1:] = kept.resumed(sys.argv[1:])
         check_data(sys.argv[1:], whole=os.environ.get("RANK", "0") == "0")  # others must not read great indices again
         provider = with_lighthouse_arguments(add_arguments)
         args = parse_and_validate_args(extra_args_provider=provider)
@@ -53,6 +55,7 @@ def run(program_start: float | None = None) -> None:
         pictures = pictures_of(args)
         for layer_number in pictures:
             telemetry.watch(layer_number)
+        kept.keep(args, sys.argv[1:])
         hooks.follow_training()
         container = pretrain_cfg_container_from_args(args, model_cfg)
     except Exception as error:
@@ -123,5 +126,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help=f"When training ends, draw what the first Lighthouse layer selected in its last batch; with {LAYER} in the file's "
         f"name, one picture for each of {selection_log.LAYERS}.",
     )
+    kept.add_arguments(parser)
     machine.repair_help(parser)
     return parser

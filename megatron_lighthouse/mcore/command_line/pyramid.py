@@ -1,0 +1,79 @@
+"""Levels and budgets where the command line leaves them open: those of the checkpoint that goes on, else the length's.
+
+Imports no Megatron.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from megatron_lighthouse.lighthouse.by_length import NAMES, by_length
+from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
+from megatron_lighthouse.mcore.command_line import stored
+from megatron_lighthouse.notice import say_once
+from megatron_lighthouse.variants import VARIANTS
+
+
+def sizes(args: argparse.Namespace, seq_length: int | None) -> dict[str, int]:
+    """The arguments of Lighthouse that `args` leave open (None), as the length has them. Empty where no length is known."""
+    given = {name: getattr(args, _dest(name)) for name in NAMES}
+    if seq_length is None or None not in given.values():
+        return {}
+    found = by_length(seq_length, args.lighthouse_pooling, **given)
+    return {_dest(name): found[name] for name in NAMES if given[name] is None}
+
+
+def settle(args: argparse.Namespace) -> None:
+    """Give `args`, Megatron's, what they leave open, and say so. Checkpoints hold it, of dense runs too."""
+    if not hasattr(args, _dest("levels")):
+        return
+    load, pretrained = args.load, getattr(args, "pretrained_checkpoint", None)
+    found, said = choice(args, Path(load) if load else None, Path(pretrained) if pretrained else None)
+    vars(args).update(found)
+    if said and (VARIANTS[args.attention].selects or getattr(args, "spec", None)):
+        say_once(f"lighthouse: {said}")
+
+
+def choice(args: argparse.Namespace, load: Path | None, pretrained: Path | None = None) -> tuple[dict[str, int], str | None]:
+    """What a run takes for the arguments that are open, and what to say of it.
+
+    Args:
+        args: Megatron's, or those that `resume.add_arguments` knows.
+        load, pretrained: --load and --pretrained-checkpoint, where this machine has them.
+
+    A checkpoint that goes on at its own length keeps what it was trained with. At another length, with other levels, pooling or
+    budgets given, or where what it says does not fit (as an older dense run's), the length decides.
+    """
+    found = sizes(args, args.seq_length)
+    if not found:
+        return {}, None
+    before = stored.before(args, load, pretrained)
+    if before and not before.begins and before.args is not None and not _changed(args, before.args):
+        kept = {name: getattr(before.args, name) for name in found}
+        differs = kept != found
+        return kept, f"{_words(kept)} as the checkpoint in {before.folder} was trained" if differs else None
+    return found, f"{_words(found)} for {args.seq_length} tokens"
+
+
+def _changed(args: argparse.Namespace, before: Any) -> bool:
+    """Whether the checkpoint's pyramid is another than what is asked for, or is not known."""
+    names = ["seq_length", "lighthouse_pooling", *map(_dest, NAMES)]
+    pairs = [(getattr(args, name), getattr(before, name, None)) for name in names]
+    if any(was is None or now not in (None, was) for now, was in pairs):
+        return True
+    try:
+        config = {name: getattr(before, _dest(name)) for name in NAMES}
+        LighthouseConfig(pooling=args.lighthouse_pooling, **config).geometry(args.seq_length)
+    except ValueError:
+        return True
+    return False
+
+
+def _words(found: dict[str, int]) -> str:
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in found.items()) + " taken"
+
+
+def _dest(name: str) -> str:
+    return flag(name)[2:].replace("-", "_")

@@ -1,0 +1,75 @@
+"""What a run costs, in a few lines: days, GPU-hours and layout, of both stages."""
+
+from __future__ import annotations
+
+from megatron_lighthouse.plan import memory, time
+from megatron_lighthouse.plan.coefficients import Coefficients
+from megatron_lighthouse.plan.report import TIGHT, extrapolated, kind, layout, table
+from megatron_lighthouse.plan.run import Run
+from megatron_lighthouse.plan.search import Ranking
+from megatron_lighthouse.plan.stages import Stages
+from megatron_lighthouse.plan.words import layout_words
+
+DAY = 86400.0
+MORE = "--details: memory and time by part, links, all layouts, and what the model was held to"
+
+
+def answer(name: str, stages: Stages, ranking: Ranking, tokens: float, speed: Coefficients) -> str:
+    """The answer for these stages in their layout, and the layout of `ranking` where that is sooner done."""
+    run, seconds = stages.run, sum(stages.seconds(tokens, speed))
+    size = f"{tokens / 1e9:,.3g}B tokens of {name} ({run.model.parameters / 1e6:,.0f}M parameters)"
+    mark = extrapolated(run).replace("[", "[predicted, ") or " [predicted]"
+    lines = [
+        f"{size} at {run.seq_length:,} on {run.gpus} x {run.device.name}:",
+        f"{duration(seconds)}, {seconds * run.gpus / 3600:,.0f} GPU-hours{mark}",
+        "",
+        _table(stages, tokens, speed),
+        "",
+        f"attention: {kind(run)}, scorer {run.config.scorer}" if run.variant.selects else f"attention: {kind(run)}",
+        "gain: stage 1 {:.1f} x dense, the whole run {:.1f} x".format(*gains(stages, speed)) if run.variant.selects else "",
+        f"layout: {layout(run)}, {run.global_batch} sequences a step",
+        f"flags: {layout_words(run)}",
+        *(f"stage {number}: {text}" for number, text in enumerate(map(_verdict, stages.runs), 1) if text),
+        *_better(stages, ranking, tokens, speed),
+        MORE,
+    ]
+    return "\n".join(line for line, before in zip(lines, ["", *lines], strict=False) if line or before)
+
+
+def gains(stages: Stages, speed: Coefficients) -> tuple[float, float]:
+    """Times as fast as dense in the same layout: stage 1, and the whole run."""
+    dense = time.tokens_per_gpu(stages.dense, speed)
+    return time.tokens_per_gpu(stages.run, speed) / dense, stages.tokens_per_gpu(speed) / dense
+
+
+def duration(seconds: float) -> str:
+    """Days, or hours below two of them."""
+    return f"{seconds / DAY:,.1f} days" if seconds >= 2 * DAY else f"{seconds / 3600:,.1f} hours"
+
+
+def _table(stages: Stages, tokens: float, speed: Coefficients) -> str:
+    """Each stage, and what dense attention throughout would take."""
+    rows = [(f"stage {number}, {run.variant.title}", share, run) for number, (share, run) in enumerate(stages.shares, 1)]
+    rows = [*rows, ("dense throughout", 1.0, stages.dense)] if stages.run.variant.selects else [("dense", 1.0, stages.run)]
+    cells = []
+    for title, share, run in rows:
+        hours, need = share * tokens / time.tokens_per_gpu(run, speed) / 3600, memory.total(run) / 2**30
+        cells.append((title, f"{share:.0%}", f"{hours / run.gpus / 24:,.2f}", f"{hours:,.0f}", f"{need:.1f}"))
+    usable = stages.run.device.usable_bytes / 2**30
+    return table(["", "tokens", "days", "GPU-hours", f"GiB of {usable:.0f}"], cells)
+
+
+def _verdict(run: Run) -> str:
+    if not memory.fits(run):
+        return "DOES NOT FIT" + (f", {memory.stage_name(run)} pipeline stage" if run.pipeline_parallel > 1 else "")
+    return f"fits, but {TIGHT}" if memory.tight(run) else ""
+
+
+def _better(stages: Stages, ranking: Ranking, tokens: float, speed: Coefficients) -> list[str]:
+    if not ranking.layouts:
+        return ["no layout of these GPUs fits both stages: use more --gpus, or a shorter --seq-length"]
+    best, rate = ranking.recommended
+    if best == stages.run:
+        return []
+    seconds, why = tokens / rate / best.gpus, "" if rate > stages.tokens_per_gpu(speed) else ", with more room"
+    return [f"recommended: {layout(best)} ({duration(seconds)}{why}): {layout_words(best)}"]

@@ -1,0 +1,143 @@
+"""The plan answers first: days, GPU-hours and a layout for both stages; and refuses what the run refuses."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_lighthouse.plan import memory, numbers, search, time
+from megatron_lighthouse.plan.__main__ import main, parser, run_from
+from megatron_lighthouse.plan.calibration import coefficients
+from megatron_lighthouse.plan.device import DEVICES
+from megatron_lighthouse.plan.models import run_of_model
+from megatron_lighthouse.plan.run import run_of
+from megatron_lighthouse.plan.stages import Stages
+from megatron_lighthouse.plan.words import recipe_words, run_of_words
+
+FILES = Path(__file__).parents[2] / "launch/recipes"
+ASKED = "--tokens 20B --model llama3-8b --seq-length 512K --gpus 64 --device b200".split()
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main([*words]) == 0
+    return capsys.readouterr().out
+
+
+def test_days_hours_and_layout_come_first(capsys: pytest.CaptureFixture[str]) -> None:
+    """And are those of its stages in that very layout."""
+    out = said(capsys, *ASKED)
+    first, second = out.splitlines()[:2]
+    assert first == "20B tokens of llama3-8b (8,030M parameters) at 524,288 on 64 x HGX B200 180GB:"
+    found = re.match(r"([\d.]+) hours, ([\d,]+) GPU-hours \[predicted, extrapolated from H100", second)
+    assert found
+    (flags,) = re.findall(r"^flags: (.*)$", out, re.MULTILINE)
+    run = run_of_words([*recipe_words(FILES / "llama3-8b-512k.args"), *flags.split()], DEVICES["b200"], 64)
+    run = run.change(recompute="none") if "--recompute" not in flags else run
+    hours = 0.0
+    for share, one in ((0.6, run), (0.4, run.change(attention="dense"))):
+        assert memory.fits(one.change(loss_fusion=False).check())
+        hours += 20e9 * share / time.tokens_per_gpu(one, coefficients()) / 3600
+    assert float(found[2].replace(",", "")) == pytest.approx(hours, abs=1)
+    assert float(found[1]) == pytest.approx(hours / 64, abs=0.1)
+    assert len(out.splitlines()) < 20
+    for part in ("stage 1, Lighthouse", "stage 2, dense", "dense throughout", "gain: stage 1 "):
+        assert part in out
+    assert "time of a step" not in out
+
+
+def test_details_come_after_it_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--recipe", "llama3-8b-512k", "--device", "b200"]
+    short, long = said(capsys, *words), said(capsys, *words, "--details")
+    assert long.startswith(short)
+    for part in (
+        "of the first of 2 pipeline stages, the fullest",
+        "by the slowest pipeline stage",
+        "ranking of",
+        "error of this",
+    ):
+        assert part in long
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [("20B", 20e9), ("1.5t", 1.5e12), ("10e9", 10e9), ("300m", 3e8), ("10,000,000", 1e7)]
+)
+def test_tokens_as_people_write_them(text: str, found: float) -> None:
+    assert numbers.tokens(text) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [("512K", 2**19), ("1M", 2**20), ("98304", 98304), ("98,304", 98304), ("0.5M", 2**19)]
+)
+def test_lengths_are_powers_of_two(text: str, found: int) -> None:
+    assert numbers.length(text) == found
+
+
+def test_what_is_no_number_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--tokens", "5Q"])
+    usage, error = capsys.readouterr().err.splitlines()
+    assert "--model NAME" in usage
+    assert error.endswith("'5Q' is no number: use one such as 20B, 1.5T or 10e9")
+
+
+def test_a_layout_is_offered_only_where_both_stages_fit() -> None:
+    run = run_of("llama3-8b-128k", device=DEVICES["h200"])
+    one, both = (search.rank(run, coefficients(), fraction) for fraction in (1.0, 0.6))
+    fits = {id(r): memory.fits(r.change(attention="dense")) for r, _ in one.layouts}
+    assert not all(fits.values())  # there are such as fit stage 1 alone
+    assert len(both.layouts) == sum(fits.values())
+    assert all(memory.fits(r.change(attention="dense")) for r, _ in both.layouts)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--stage1-fraction", "1.5"], "--stage1-fraction 1.5 must be from 0 to 1: use 0.6"),
+        (["--model", "llama3-8b", "--recipe", "530m-98k"], "give one"),
+        (["--model", "gpt"], "--model 'gpt' is not known: use 530m or llama3-8b"),
+        (["--model", "gpt-oss-20b"], "--window-size"),
+        (["--model", "deepseek-v3"], "--multi-latent-attention is not supported"),
+        (["--model", "llama3-8b", "--qk-layernorm"], "--qk-layernorm makes all queries and keys nearly equally long"),
+        (["--model", "llama3-8b", "--seq-length", "1M", "--gpus", "1"], r"--gpus 1: no layout fits .*: use --gpus \d+, or"),
+    ],
+    ids=lambda x: " ".join(x[:2]) if isinstance(x, list) else "",
+)
+def test_refusals(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert re.search(says, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "more",
+    ["--qk-layernorm", "--window-size 128,0", "--attention-dropout 0.1", "--softmax-type learnable", "--qk-clip", "--sft",
+     "--reset-attention-mask", "--log-max-attention-logit"],
+)  # fmt: skip
+def test_what_the_run_refuses_of_a_file_is_refused(more: str) -> None:
+    words = [*recipe_words(FILES / "530m-98k.args"), *more.split()]
+    with pytest.raises(ValueError, match=more.split()[0]):
+        run_of_words(words, DEVICES["b200"]).check()
+    assert run_of_words([*words, "--attention", "dense"], DEVICES["b200"]).check()
+
+
+def test_each_scorer_costs_what_it_does() -> None:
+    """`dilated` four times as much for twice the tokens; the others less, and none nothing beyond `norm`."""
+    scores = {}
+    for scorer in ("norm", "summary", "gla", "dilated"):
+        for length in (2**18, 2**19):
+            run = run_of_model("llama3-8b", length, {"scorer": scorer}, gpus=8, context_parallel=8, global_batch=1).check()
+            scores[scorer, length] = time.step_parts(run, coefficients())["score"]
+    growth = {scorer: scores[scorer, 2**19] / scores[scorer, 2**18] for scorer in ("norm", "summary", "gla", "dilated")}
+    assert growth["norm"] < 2.1
+    assert growth["gla"] < 2.1
+    assert 2.1 < growth["summary"] < 3.9
+    assert growth["dilated"] == pytest.approx(4, abs=0.1)
+    assert all(scores["norm", 2**18] < scores[scorer, 2**18] for scorer in ("summary", "gla", "dilated"))
+
+
+def test_a_recipe_takes_sizes_by_the_length() -> None:
+    for recipe in ("530m-98k", str(FILES / "530m-98k.args")):
+        run = run_from(parser().parse_args(["--recipe", recipe, "--seq-length", "1M", "--lighthouse-tile-budget", "64"]))
+        assert (run.config.levels, run.config.budget, run.config.tile_budget) == (4, 4096, 64)
+    assert Stages(run, 1.0).runs == [run]

@@ -1,0 +1,33 @@
+"""The table of docs/models.md is what the plan says, and its recipes start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_lighthouse.launch import check
+from megatron_lighthouse.plan.__main__ import main
+from megatron_lighthouse.plan.models import models
+from megatron_lighthouse.plan.words import recipe_words
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_page_holds_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models"]) == 0
+    table, page = capsys.readouterr().out, (ROOT / "docs/models.md").read_text()
+    assert table in page, "run python -m megatron_lighthouse.plan models, and put its table into docs/models.md"
+    assert "**Predicted**" in page
+    rows = [line.split(" | ") for line in table.splitlines()[2:]]
+    assert {row[0].strip("| ") for row in rows} == {one["title"] for one in models().values()}
+    assert all("not yet: `--" in row[-1] or float(row[3].strip("×")) >= 1 for row in rows)
+
+
+@pytest.mark.parametrize("recipe", ["llama3-8b-128k", "qwen3-8b-256k"])
+def test_recipes_of_one_node_start(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = recipe_words(ROOT / "launch/recipes" / f"{recipe}.args")
+    node = ["--nodes", "1", "--gpus-per-node", "8", "--arch", "hopper", "--device", "h200"]
+    assert check.main([*node, "--", *words, "--mock-data"]) == 0
+    assert "TP 2 x CP 4 x PP 1 x DP 1" in (out := capsys.readouterr().out)
+    assert "RUN OUT" not in out

@@ -1,0 +1,50 @@
+"""The memory of logits and loss, held to a run that died of them, and which pipeline stage has what."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_lighthouse.plan import memory
+from megatron_lighthouse.plan.device import DEVICES
+from megatron_lighthouse.plan.model import GPT
+from megatron_lighthouse.plan.run import Run, run_of
+
+QWEN3 = Run(GPT(28, 1024, 3072, 16, 8, 128, 151936), 2**17, device=DEVICES["h200"], recompute="full", loss_fusion=True)
+"""Qwen3-0.6B's shape at 131,072 tokens."""
+HELD, ASKED = 124.5, 74.2
+"""GiB that its first iteration held on an H200, and asked for in vain, with --cross-entropy-fusion-impl native."""
+NAME, ATTENTION = "logits and loss", "backward of its attention, beyond that"
+
+
+def test_the_run_that_died_does_not_fit() -> None:
+    assert not memory.fits(QWEN3.check())
+    moments = 2 / 3 * memory.parts(QWEN3)["optimizer (fp32 master, two moments)"]  # not made yet
+    assert (memory.total(QWEN3) - moments) / 2**30 == pytest.approx(HELD + ASKED, rel=0.01)
+    assert memory.fits(QWEN3.change(loss_fusion=False).check())
+
+
+def test_tensor_parallel_ranks_share_the_logits() -> None:
+    run = run_of("llama3-8b-128k", tensor_parallel=1, context_parallel=8, seq_length=2**20, recompute="full")
+    one, two = (memory.parts(run.change(tensor_parallel=tp, context_parallel=8 // tp)) for tp in (1, 2))
+    whole = 2**17 * 128256 * 6
+    assert one[NAME] + one["backward of a layer"] == pytest.approx(whole)
+    assert two[NAME] + two["backward of a layer"] + two["backward of its attention, beyond that"] == pytest.approx(
+        whole, rel=1e-3
+    )
+
+
+def test_pipeline_stages_hold_what_is_theirs() -> None:
+    """The first the embedding and most micro batches, the last the logits and one; in between neither."""
+    run = run_of("llama3-8b-512k", pipeline_parallel=4, tensor_parallel=2)
+    stages = [memory.parts(run, stage) for stage in range(4)]
+    assert [bool(parts[NAME]) for parts in stages] == [False, False, False, True]
+    parameters = [parts["parameters (bf16)"] for parts in stages]
+    assert parameters[0] > parameters[1] == parameters[2] < parameters[3]
+    assert parameters[0] - parameters[1] == 2 * run.vocab_rank * 4096
+    assert stages[0]["activations"] > stages[2]["activations"] > stages[3]["activations"]
+    assert memory.total(run) == max(sum(parts.values()) for parts in stages)
+    run = run.change(recompute="full")
+    small = run.change(model=replace(run.model, vocab=384))
+    assert (memory.stage_name(run), memory.stage_name(small)) == ("last", "first")

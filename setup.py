@@ -44,9 +44,15 @@ setup(
         "hf": ["transformers"],  # --tokenizer-type HuggingFaceTokenizer
         "muon": ["emerging-optimizers>=0.3"],  # --optimizer muon, which Parallax gains by
         "gla": ["flash-linear-attention>=0.6.0"],  # --lighthouse-scorer gla on a GPU
+        "hf": [
+            *MEGATRON,
+            "safetensors",  # python -m megatron_lighthouse.convert reads and writes it
+            "transformers",  # --tokenizer-type HuggingFaceTokenizer
+        ],
         "test": [
             *MEGATRON,
-            "transformers",  # a tokenizer of Hugging Face, by which a run is evaluated
+            "safetensors",  # of the extra hf
+            "transformers",  # tokenizers, by which a run is evaluated, and random models, which the converter is held to
             "pytest",  # runs the tests
             "pytest-xdist",  # two files of tests at a time: half the time on two cores
             "hypothesis",  # draws the shapes of the property tests

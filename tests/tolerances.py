@@ -25,6 +25,7 @@ TOLERANCES: dict[str, Tolerance] = {
     "ranks float64": Tolerance(1e-10, 0, "softmax merged from parts: some hundred roundings of 1.1e-16, with a wide margin"),
     "ranks float32": Tolerance(1e-5, 0, "softmax merged from parts: some hundred roundings of 6e-8, which mostly cancel"),
     "roundings": Tolerance(0.7, 0, "times the error of one: 1.57, for what is summed was rounded too; 1.81 with sums in bf16"),
+    "converted logits": Tolerance(3e-6, 0, "fp32 logits up to 4, of the same weights: some ten roundings of 2.4e-7"),
     "golden": Tolerance(
         1e-5, 0, "the authors' kernels add fp32 rows by atomics; their rotated rows, in units of the greatest: angles are fp32"
     ),

@@ -19,6 +19,10 @@ MEGATRON = [
     "tensorboard",  # Megatron logs to it, and the loss plot reads it
 ]
 """What training and evaluation need beside the library."""
+HUGGING_FACE = [
+    "safetensors",  # python -m megatron_lighthouse.convert reads and writes it
+    "transformers",  # --tokenizer-type HuggingFaceTokenizer; in the tests, random models that the converter is held to
+]
 
 setup(
     name="megatron_lighthouse",
@@ -41,18 +45,12 @@ setup(
     extras_require={
         "megatron": MEGATRON,
         "te": [*MEGATRON, "transformer-engine[core_cu13,pytorch]"],  # --transformer-impl transformer_engine
-        "hf": ["transformers"],  # --tokenizer-type HuggingFaceTokenizer
         "muon": ["emerging-optimizers>=0.3"],  # --optimizer muon, which Parallax gains by
         "gla": ["flash-linear-attention>=0.6.0"],  # --lighthouse-scorer gla on a GPU
-        "hf": [
-            *MEGATRON,
-            "safetensors",  # python -m megatron_lighthouse.convert reads and writes it
-            "transformers",  # --tokenizer-type HuggingFaceTokenizer
-        ],
+        "hf": [*MEGATRON, *HUGGING_FACE],
         "test": [
             *MEGATRON,
-            "safetensors",  # of the extra hf
-            "transformers",  # tokenizers, by which a run is evaluated, and random models, which the converter is held to
+            *HUGGING_FACE,
             "pytest",  # runs the tests
             "pytest-xdist",  # two files of tests at a time: half the time on two cores
             "hypothesis",  # draws the shapes of the property tests

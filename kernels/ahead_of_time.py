@@ -27,7 +27,7 @@ from megatron_lighthouse.kernels.lighthouse.packed.score import packed_score_ker
 from megatron_lighthouse.kernels.lighthouse.packed.select import packed_block_of, packed_place_kernel, packed_refine_kernel
 from megatron_lighthouse.kernels.lighthouse.scatter import scatter_backward_kernel, scatter_forward_kernel
 from megatron_lighthouse.kernels.lighthouse.score import blocks_of, coarsen_kernel, score_kernel
-from megatron_lighthouse.kernels.lighthouse.select import REGISTERS, block_of, place_kernel, refine_kernel, warps_of
+from megatron_lighthouse.kernels.lighthouse.select import block_of, limit_of, place_kernel, refine_kernel, warps_of
 from megatron_lighthouse.kernels.lighthouse.tiles import HALVES, NEIGHBOURS, NONE
 from megatron_lighthouse.kernels.merge import merge_kernel
 from megatron_lighthouse.kernels.parallax import tiles
@@ -46,7 +46,7 @@ BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 class Report(NamedTuple):
-    """What the assembler says of one kernel."""
+    """What one kernel takes."""
 
     kernel: str
     registers: int
@@ -86,7 +86,7 @@ def compile_all(capability: int, geometry: Geometry, dtype: str, dim: int) -> It
     block, one = block_of(geometry)
     levels = {"P": geometry.pooling, "L": geometry.levels}
     constants = {**levels, "TILE_BUDGET": geometry.tile_budget, "PIN_FIRST": True, "BLOCK": block, "ONE": one}
-    yield _compile(refine_kernel, capability, dtype, constants, warps_of(block), maxnreg=REGISTERS)
+    yield _compile(refine_kernel, capability, dtype, constants, warps_of(block), **limit_of(capability))
     yield _compile(place_kernel, capability, dtype, {**levels, "BLOCK": 256}, 4)
     blocks = attended.blocks_of(dim, BYTES[dtype])
     constants = {**shape, "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
@@ -113,7 +113,7 @@ def compile_packed(capability: int, geometry: Geometry, dtype: str, dim: int) ->
     yield _compile(packed_score_kernel, capability, dtype, constants, how.warps, enable_fp_fusion=False)
     block, one = packed_block_of(rule)
     constants = {**levels, "PIN_FIRST": True, "BLOCK": block, "ONE": one}
-    yield _compile(packed_refine_kernel, capability, dtype, constants, warps_of(block), maxnreg=REGISTERS)
+    yield _compile(packed_refine_kernel, capability, dtype, constants, warps_of(block), **limit_of(capability))
     yield _compile(packed_place_kernel, capability, dtype, {**levels, "BLOCK": 256}, 4)
     blocks = attended.blocks_of(dim, BYTES[dtype])
     constants = {**shape, "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
@@ -144,24 +144,20 @@ def _compile(kernel: Any, capability: int, dtype: str, constants: Mapping[str, A
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options={"num_warps": warps, **options})
-    registers, spilled = _assembled(compiled.asm["ptx"], capability)
-    return Report(compiled.metadata.name, registers, compiled.metadata.shared, spilled)
+    registers, stack = _used(compiled.asm["cubin"])
+    return Report(compiled.metadata.name, registers, compiled.metadata.shared, stack)
 
 
-def _assembled(ptx: str, capability: int) -> tuple[int, int]:
-    """Registers, and bytes spilled, from the assembler that Triton itself uses."""
-    tool = triton.knobs.nvidia.ptxas_blackwell if capability >= 100 else triton.knobs.nvidia.ptxas
-    architecture = re.search(r"\.target (\w+)", ptx)
-    assert architecture is not None
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
+def _used(cubin: bytes) -> tuple[int, int]:
+    """Registers, and bytes of the stack, on which nothing lies but what is spilled, as the machine code says."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
         file.flush()
-        command = [tool.path, "-v", f"--gpu-name={architecture[1]}", "-o", "/dev/null", file.name]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", log)]
-    registers = re.search(r"Used (\d+) registers", log)
-    assert registers is not None, log
-    return int(registers[1]), sum(spills)
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    assert found is not None, said
+    return int(found[1]), int(found[2])
 
 
 def main() -> None:

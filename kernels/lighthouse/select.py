@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_lighthouse.gpu import capability_of
 from megatron_lighthouse.kernels.launch import cdiv, enqueue, power_of_2
 from megatron_lighthouse.kernels.lighthouse.windows import level_offset
 from megatron_lighthouse.lighthouse.geometry import Geometry
@@ -22,7 +23,7 @@ from megatron_lighthouse.ranges import profiled
 BLOCK = 2048
 """Scores that a program holds at most at a time; a longer tile is read in parts."""
 REGISTERS = 128
-"""What a thread may use: left alone, the assembler allows itself less and spills."""
+"""What a thread may use on Hopper: left alone, the assembler of older releases allows itself less and spills."""
 CHOSEN = tl.constexpr(-2)
 REJECTED = tl.constexpr(-1)
 HIGHEST = tl.constexpr(0x7FFFFFFF)
@@ -219,7 +220,7 @@ def compute_places(scores: Tensor, sizes: Sequence[int], pin_first: bool) -> Ten
             (*lengths, geometry.tiles),
             {**shape, "TILE_BUDGET": geometry.tile_budget, "PIN_FIRST": pin_first, "BLOCK": block, "ONE": one},
             num_warps=warps_of(block),
-            maxnreg=REGISTERS,
+            **limit_on(scores.device),
         )
         enqueue(
             place_kernel,
@@ -243,6 +244,17 @@ def block_of(geometry: Geometry) -> tuple[int, bool]:
 def warps_of(block: int) -> int:
     """Four scores a thread, so that none are spilled."""
     return max(1, block // 128)
+
+
+def limit_of(capability: int) -> dict[str, int]:
+    """The option of `refine_kernel`'s compiler: Blackwell's assembler spills under a limit, and not without one."""
+    return {"maxnreg": REGISTERS} if capability < 100 else {}
+
+
+@cache
+def limit_on(device: torch.device) -> dict[str, int]:
+    """The same of a device."""
+    return limit_of(capability_of(device))
 
 
 def _empty(scores: Tensor, geometry: Geometry) -> Tensor:

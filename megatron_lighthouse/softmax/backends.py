@@ -16,19 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_lighthouse.gpu import capability_of
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.versions import LEAST, too_old
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Causal attention over the gathered rows: ([S, B, H, D], [S, B, G, D], [S, B, G, D]) -> [S, B, H, D]."""
-
-
-def capability_of(device: torch.device) -> int:
-    """The device's compute capability times ten; 0 on a CPU."""
-    if device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 @dataclass(frozen=True)

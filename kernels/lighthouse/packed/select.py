@@ -11,10 +11,10 @@ from megatron_lighthouse.kernels.launch import cdiv, enqueue, power_of_2
 from megatron_lighthouse.kernels.lighthouse.select import (
     BLOCK,
     HIGHEST,
-    REGISTERS,
     REJECTED,
     gathered_before,
     key_of,
+    limit_on,
     refine,
     warps_of,
 )
@@ -133,7 +133,7 @@ def compute_packed_places(scores: Tensor, packing: Packing, pin_first: bool) -> 
             {**shape, "PIN_FIRST": pin_first, "BLOCK": block, "ONE": one},
             varying=3,
             num_warps=warps_of(block),
-            maxnreg=REGISTERS,
+            **limit_on(scores.device),
         )
         counts = (packing.bounds.shape[1], packing.units, compact.seq_length, packing.coarse_length, packing.seq_length)
         enqueue(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem
+from megatron_lighthouse.gpu import capability_of
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.mcore.attention.output import remember_source
 from megatron_lighthouse.mcore.attention.over_shards import context_parallel_group, over_shards, tensor_parallel_rank
@@ -31,7 +32,6 @@ from megatron_lighthouse.mcore.loop import switch
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.options import in_flags
 from megatron_lighthouse.sequence.documents import Documents
-from megatron_lighthouse.softmax.backends import capability_of
 from megatron_lighthouse.softmax.inputs import Inputs, made_from
 from megatron_lighthouse.softmax.inputs import check as check_inputs
 from megatron_lighthouse.variant import DocumentLayer, Layer, Place, Variant

@@ -14,6 +14,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from megatron_lighthouse.launch.torchrun import torchrun
+
 MAKE = """
 import sys, torch, transformers
 torch.manual_seed(1)
@@ -56,16 +58,7 @@ def main() -> None:
     if not find_spec("fused_weight_gradient_mlp_cuda"):
         how.append("--no-gradient-accumulation-fusion")
     where = ["--load", str(folder / "megatron"), "--save", str(folder / "run")]
-    torchrun = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "1",
-        "-m",
-        "megatron_lighthouse.pretrain_gpt",
-    ]
-    run(*torchrun, *model, *TRAIN.split(), *how, *where)
+    run(*torchrun(1)[1:], "-m", "megatron_lighthouse.pretrain_gpt", *model, *TRAIN.split(), *how, *where)
     run(*convert, "megatron-to-hf", str(folder / "run"), str(folder / "back"))
     run("-c", LOAD, str(folder / "back"))
 

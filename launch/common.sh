@@ -187,7 +187,9 @@ run_arguments() {
         point) last=(--log-interval 1 --log-throughput) ;; # no checkpoint: it is short, and begins again
         evaluation)
             folders+=(--load "$RUN/checkpoints" --exit-on-missing-checkpoint)
-            last=(--attention dense --skip-train)
+            last=(--skip-train)
+            ARGUMENTS=("${RECIPE_ARGUMENTS[@]}" "${MEGATRON[@]}")
+            [[ $(argument --attention dense) != lighthouse ]] || last=(--attention dense --skip-train)
             ;;
     esac
     # an --evaluate that asks for more than the validation loss would name megatron_lighthouse.recipe.evaluate here

@@ -11,6 +11,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from megatron_lighthouse.usage import Parser
 
@@ -22,6 +23,7 @@ KINDS = {"hopper": ("h100", "h200"), "blackwell": ("b200", "gb200"), "cpu": ()}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the command line; answers an exit status."""
+    from megatron_lighthouse.launch.data_files import here
     from megatron_lighthouse.mcore.command_line import kept
 
     parser = Parser(prog="python -m megatron_lighthouse.launch.check", description=__doc__)
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs: dict[str, list[str]] = {}
     for name, *more in points:
         try:
-            runs[name] = kept.resumed([*words, *more])
+            runs[name] = kept.resumed([*words, *more], partial(here, options.sees))
         except ValueError as error:  # of --run
             wrong.append(str(error))
             continue
@@ -79,7 +81,7 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
     from megatron_lighthouse.launch.fits import counted, names_vocabulary, needs, too_much, without_logits
     from megatron_lighthouse.launch.layout import enough, layout, one_sequence
     from megatron_lighthouse.launch.sizes import sizes
-    from megatron_lighthouse.mcore.command_line import flags, pyramid
+    from megatron_lighthouse.mcore.command_line import documents, flags, pyramid
     from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
     from megatron_lighthouse.plan.device import DEVICES
 
@@ -88,6 +90,7 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
     except flags.WordsError as error:
         return [str(error)], ""
     args = settled(args)
+    unknown += documents.budget_problems(args)
     vars(args).update(pyramid.choice(args, here(options.sees, args.load) if args.load else None)[0])
     sees, kinds = options.sees, KINDS[options.arch]
     device = DEVICES[options.device if options.device in kinds else kinds[0]] if kinds else None
@@ -100,9 +103,13 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
     problems += restart.problems(args, here(sees, args.load) if args.load else None)
     if problems:
         return [*dict.fromkeys(problems)], ""
-    run = counted(words, args, device, world) if device else None
-    problems = [*too_much(run if names_vocabulary(words) else without_logits(run))] if run else []
-    return problems, summary(args, world) + (f"; {needs(run)}" if run else "")
+    if not device:
+        return [], summary(args, world)
+    try:
+        run = counted(words, args, device, world)
+    except ValueError as error:
+        return [], f"{summary(args, world)}; memory is not looked at: {str(error).splitlines()[0]}"
+    return [*too_much(run if names_vocabulary(words) else without_logits(run))], f"{summary(args, world)}; {needs(run)}"
 
 
 def asked_of_megatron(options: argparse.Namespace, points: dict[str, list[str]]) -> tuple[list[str], str]:
@@ -152,7 +159,7 @@ def summary(args: argparse.Namespace, world: int) -> str:
     layout = f"TP {tensor} x CP {context} x PP {pipeline} x DP {world // (tensor * context * pipeline)}"
     line = f"{world} ranks = {layout}; {args.seq_length or "the checkpoint's"} tokens, {args.attention}"
     variant = VARIANTS[args.attention]
-    if variant.selects and args.seq_length:
+    if variant.selects and args.seq_length and not args.dataloader_inter_document_masking:
         settings = settings_from(args)
         rows = variant.cost(settings.config, args.seq_length, context).gathered_length
         line += f", {rows} rows attended (L {settings.config.levels}, k {settings.config.budget})"

@@ -17,12 +17,13 @@ REFUSED = 1.25
 """Memory over what a run may allocate above which it is refused: the count may be wrong by 10%, and no logits were measured."""
 
 
-def counted(words: Sequence[str], args: argparse.Namespace, device: Device, world: int) -> Run | None:
-    """The run as the plan counts it, of both its stages the one that needs more; None where the plan knows no such model."""
-    try:
-        run = run_of_words(words, device, world)
-    except ValueError:
-        return None
+def counted(words: Sequence[str], args: argparse.Namespace, device: Device, world: int) -> Run:
+    """The run as the plan counts it, of both its stages the one that needs more.
+
+    Raises:
+        ValueError: why the plan does not count it.
+    """
+    run = run_of_words(words, device, world)
     return max([run, run.change(attention=DENSE.name)] if args.lighthouse_stage2_at else [run], key=memory.total)
 
 

@@ -36,9 +36,9 @@ def problems(args: argparse.Namespace, folder: Path | None) -> Iterator[str]:
     Args:
         folder: --load, where this machine has it.
     """
-    if args.load is None or args.skip_train:
+    if args.load is None:
         return
-    if args.save == args.load:
+    if args.save == args.load and not args.skip_train:
         for name, (what, use) in AT_EVERY_START.items():
             if value := getattr(args, name):
                 yield f"{what}: {use}.".format(value, value)

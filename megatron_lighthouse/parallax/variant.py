@@ -46,6 +46,15 @@ class Parallax(Variant):
     dense_weights = False
     corrects = True
 
+    def problems(self, config: ParallaxConfig, model: Any) -> Iterator[str]:
+        yield from super().problems(config, model)
+        groups, ranks = model.num_query_groups or model.num_attention_heads, model.tensor_model_parallel_size
+        if groups % ranks:
+            yield (
+                f"--num-query-groups {groups} must be a multiple of --tensor-model-parallel-size {ranks}: use a divisor of it "
+                "as the tensor-parallel size."
+            )
+
     def remarks(self, config: ParallaxConfig, args: Any) -> Iterator[str]:
         if "muon" not in args.optimizer:
             yield (

@@ -131,7 +131,9 @@ def _leave_training(args: argparse.Namespace) -> None:
     args.override_ckpt_iteration = None  # would be refused for the batch size
     args.tensorboard_dir = args.wandb_project = None
     args.enable_one_logger = False
-    args.lighthouse_telemetry_interval, args.lighthouse_telemetry_layers = 0, None
+    args.lighthouse_telemetry_layers = None
+    for name in [name for name in vars(args) if name.endswith("_telemetry_interval")]:
+        setattr(args, name, 0)
 
 
 def settle_attention(args: argparse.Namespace, iteration: int) -> None:

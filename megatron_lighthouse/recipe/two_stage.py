@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         if done < start:
             raise SystemExit(f"{run} ends at iteration {done}, before its stage {attention} begins at {start}.")
-        command = [*torchrun(preset.processes), "-m", "megatron_lighthouse.pretrain_gpt", *arguments[attention]]
+        command = _command(preset, arguments[attention])
         status = _follow(command, run / f"{attention}.log", _environment(preset))
         if status:
             return status
@@ -108,6 +108,10 @@ def _environment(preset: Preset) -> dict[str, str]:
     defaults = {"OMP_NUM_THREADS": str(threads), "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONUNBUFFERED": "1"}
     interval = {"LIGHTHOUSE_PROGRESS_SECONDS": "0.5"} if sys.stdout.isatty() else {}
     return {**defaults, **interval, **own_environment()}
+
+
+def _command(preset: Preset, arguments: Sequence[str]) -> list[str]:
+    return [*torchrun(preset.processes), "-m", "megatron_lighthouse.pretrain_gpt", *arguments]
 
 
 def _arguments(
@@ -183,7 +187,7 @@ def _next(run: Path, arguments: Sequence[str], preset: Preset, more: int, switch
     commands = {
         "what it has learnt of long text": evaluation,
         **({"what the switch cost": [*recipe[:2], f"{recipe[2]}.recovery", *folder]} if switches else {}),
-        f"{more} iterations more": [*torchrun(preset.processes), "-m", "megatron_lighthouse.pretrain_gpt", *folder, *further],
+        f"{more} iterations more": _command(preset, [*folder, *further]),
     }
     return "\n".join(["Next:", *(f"# {title}\n{shlex.join(words)}" for title, words in commands.items())])
 

@@ -11,7 +11,8 @@ from tests.launch.scripts import LAUNCH, ROOT, refused, submit, words
 from tests.launch.slurm import Slurm
 
 RECIPES = sorted(path.stem for path in (LAUNCH / "recipes").glob("*.args"))
-FITS = {"530m-98k": 8, "530m-256k-cp8": 8, "530m-1m": 32, "llama3-8b-512k": 64, "llama3-8b-1m": 128, "cpu-test": 2}
+ONE_NODE = ("530m-98k", "530m-256k-cp8", "llama3-8b-128k", "qwen3-8b-256k")
+FITS = {"530m-1m": 32, "llama3-8b-512k": 64, "llama3-8b-1m": 128, "cpu-test": 2, **dict.fromkeys(ONE_NODE, 8)}
 """GPUs that a recipe is for."""
 
 
@@ -26,7 +27,7 @@ def test_a_recipe_fits(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     ("recipe", "nodes", "extra", "says"),
     [
         ("llama3-8b-512k", 6, "", ("= 64 must divide the GPUs of the job, 6 nodes x 8 = 48: use --nodes 8 or 16",)),
-        ("530m-1m", 4, "--seq-length 1000000", ("--seq-length 1000000 must be a multiple", "1001472")),
+        ("530m-1m", 4, "--seq-length 1000000", ("--seq-length 1000000 must be a multiple", "1024000")),
         ("530m-98k", 1, "--global-batch-size 12", ("multiple of 8", "use 16")),
         ("llama3-8b-512k", 8, "--num-layers 33", ("--num-layers 33",)),
         ("llama3-8b-512k", 8, "--tensor-model-parallel-size 16 --context-parallel-size 2", ("--num-query-groups 8 must",)),

@@ -40,12 +40,12 @@ def test_it_waits_for_no_other_node(tmp_path: Path) -> None:
     assert sorted(done.stdout.splitlines()) == ["0 0 2", "1 1 2"]
 
 
-def test_make_train_starts_it_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_make_train_starts_it_so(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in PYTORCHJOB.items():
         monkeypatch.setenv(name, value)
     preset = preset_for(0)
     assert not [name for name in two_stage._environment(preset) if name.startswith("PET_")]
-    command = two_stage._command(preset, tmp_path, "dense", 2, 4, ["text"], [])
+    command = two_stage._command(preset, ["--attention", "dense"])
     assert command[: len(torchrun(1))] == torchrun(preset.processes)
 
 

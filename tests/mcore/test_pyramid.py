@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_lighthouse import notice
-from megatron_lighthouse.mcore.command_line import pyramid, resume
+from megatron_lighthouse.mcore.command_line import flags, pyramid
 from megatron_lighthouse.mcore.command_line.settings import add_arguments, settings_from
 from tests.mcore.test_rotary import checkpoint
 
@@ -20,8 +20,7 @@ SAVED |= {"lighthouse_budget": 3072, "lighthouse_tile_budget": 96}
 
 
 def arguments(words: str = "", seq_length: int = 98304) -> Namespace:
-    parser = resume.add_arguments(add_arguments(ArgumentParser()))
-    args = parser.parse_args(["--attention", "lighthouse", *words.split()])
+    args, _ = flags.parse(["--attention", "lighthouse", *words.split()], add_arguments)
     args.seq_length, args.spec, args.pretrained_checkpoint = seq_length, None, None
     return args
 

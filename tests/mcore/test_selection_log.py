@@ -12,8 +12,8 @@ from megatron_lighthouse.mcore.command_line.arguments import with_lighthouse_arg
 from megatron_lighthouse.mcore.command_line.settings import settings_from
 from megatron_lighthouse.mcore.loop import selection_log
 
-NEW = {"load": None, "finetune": False, "ckpt_step": None}
-"""Megatron's arguments of a run that goes on from no checkpoint."""
+NEW = {"load": None, "finetune": False, "ckpt_step": None, "seq_length": 256, "rank": 0}
+"""Megatron's arguments of a run of 256 tokens that goes on from no checkpoint."""
 
 
 def arguments(*words: str, **more: Any) -> Namespace:

@@ -147,7 +147,7 @@ def test_what_does_not_go_with_it(megatron: None) -> None:
 
     config = transformer_config()
     given = arguments("--attention", "dense", "--lighthouse-stage2-at", "7")
-    given.load, given.finetune = None, False
+    given.load, given.finetune, given.seq_length = None, False, 256
     with pytest.raises(ValueError, match=r"--lighthouse-stage2-at 7 .* leave it out, or use --attention lighthouse"):
         use_attention(given, Namespace(transformer_layer_spec=None, transformer=config))
     given.skip_train, given.lighthouse_telemetry_interval = True, 0  # --as evaluation of the launch scripts

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from megatron_lighthouse.mcore.command_line import documents, pyramid, rope, settings
+from megatron_lighthouse.mcore.command_line import correction, documents, pyramid, rope, settings
 from megatron_lighthouse.mcore.command_line.checks import copies_in_a_graph, run_problems
 from megatron_lighthouse.mcore.command_line.own_parts import has_own_attention, over_shards_problems, scheme_problems
 from megatron_lighthouse.mcore.loop import selection_log
@@ -77,6 +77,8 @@ def attention_problems(args: argparse.Namespace, config: Any, by_spec: bool, has
         yield from run_problems(args, config, chosen)
         if chosen.attention.selects:
             yield from selection_log.problems(args, chosen)
+        if chosen.attention.corrects:
+            yield from correction.problems(args, chosen.config)
         return
     yield from VARIANTS[args.attention].length_problems(None, args.seq_length, config.context_parallel_size)
     yield from documents.document_problems(args, config)

@@ -48,7 +48,8 @@ def check_run(args: Namespace, config: TransformerConfig, settings: LighthouseSe
 
 def run_problems(args: Namespace, config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:
     """What `check_run` refuses, each rule in a sentence."""
-    yield from model_problems(config, settings, args.seq_length)
+    length = None if documents.asked(args) else args.seq_length  # of which each document has its own
+    yield from model_problems(config, settings, length)
     yield from argument_problems(args, settings)
     yield from _documents(args, config, settings)
     yield from _stage2(args, settings)
@@ -174,9 +175,10 @@ def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Ite
             yield f"--{name.replace('_', '-')} is not supported: leave it out (fp8 in the linear layers works without it)."
     further = getattr(config, "mtp_num_layers", None) or 0  # Megatron counts these from 1, as the model's own
     if further and (settings.edge_budget is not None or further > settings.dense_first):
+        use = f"leave {flag('edge_budget')} out, and use {flag('dense_first')} {further} or more."
         yield (
             f"--mtp-num-layers {further} makes layers that are to stay dense, and go by the numbers of the first of the model: "
-            f"leave {flag('edge_budget')} out, and use {flag('dense_first')} {further} or more."
+            f"{use if settings.attention.switches else 'leave it out, or use --attention dense.'}"
         )
     graphs = getattr(config, "cuda_graph_impl", "none")
     if settings.stage2 is not None and graphs != "none":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +108,11 @@ def read(folder: Path) -> list[str]:
     return [str(word) for word in content]
 
 
-def of_run(given: Sequence[str]) -> tuple[list[str], list[str]]:
+def of_run(given: Sequence[str], here: Callable[[str], Path] = Path) -> tuple[list[str], list[str]]:
     """The arguments of the run that `--run` names, none where it is not given; and the command line without it.
+
+    Args:
+        here: where a folder of the command line is on this machine.
 
     Raises:
         ValueError: as `read`, or --run without a folder, or with several.
@@ -120,16 +123,19 @@ def of_run(given: Sequence[str]) -> tuple[list[str], list[str]]:
     if len(runs) > 1 or len(runs[0]) != 1:
         raise ValueError(f"--run {' '.join(runs[-1])}: give one folder, that of a run.")
     first = next(i for i, word in enumerate(given) if word.partition("=")[0] == "--run")
-    return read(Path(runs[0][0])), [*given[:first], *given[first + (1 if "=" in given[first] else 2) :]]
+    return read(here(runs[0][0])), [*given[:first], *given[first + (1 if "=" in given[first] else 2) :]]
 
 
-def resumed(given: Sequence[str]) -> list[str]:
+def resumed(given: Sequence[str], here: Callable[[str], Path] = Path) -> list[str]:
     """A command line of the entry point, with the arguments of `--run` before its own; it goes on from that run's checkpoint.
+
+    Args:
+        here: as in `of_run`.
 
     Raises:
         ValueError: as `of_run`.
     """
-    before, own = of_run(given)
+    before, own = of_run(given, here)
     if not before:
         return own
     save = value([*before, *own], "--save")

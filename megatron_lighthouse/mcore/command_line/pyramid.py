@@ -9,9 +9,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from megatron_lighthouse.lighthouse.by_length import NAMES, by_length
+from megatron_lighthouse.lighthouse.by_length import NAMES, TILE, by_length
 from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
-from megatron_lighthouse.mcore.command_line import stored
+from megatron_lighthouse.mcore.command_line import documents, stored
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.variants import VARIANTS
 
@@ -21,14 +21,22 @@ def sizes(args: argparse.Namespace, seq_length: int | None) -> dict[str, int]:
     given = {name: getattr(args, _dest(name)) for name in NAMES}
     if seq_length is None or None not in given.values():
         return {}
+    if documents.asked(args) and given["tile_budget"] is None:  # what divides a row is nothing to its documents
+        given["tile_budget"] = TILE
     found = by_length(seq_length, args.lighthouse_pooling, **given)
-    return {_dest(name): found[name] for name in NAMES if given[name] is None}
+    return {_dest(name): found[name] for name in NAMES if getattr(args, _dest(name)) is None}
 
 
 def settle(args: argparse.Namespace) -> None:
-    """Give `args`, Megatron's, what they leave open, and say so. Checkpoints hold it, of dense runs too."""
+    """Give `args`, Megatron's, what they leave open, and say so. Checkpoints hold it, of dense runs too.
+
+    Raises:
+        ValueError: a budget of one sequence, where rows hold packed documents.
+    """
     if not hasattr(args, _dest("levels")):
         return
+    if problems := [*documents.budget_problems(args)]:
+        raise ValueError("\n".join(problems))
     load, pretrained = args.load, getattr(args, "pretrained_checkpoint", None)
     found, said = choice(args, Path(load) if load else None, Path(pretrained) if pretrained else None)
     vars(args).update(found)

@@ -38,8 +38,19 @@ def check_resume(args: argparse.Namespace) -> None:
     Raises:
         ValueError: why not, and what works.
     """
-    if found := [*problems(args, Path(args.load) if args.load else None)]:
+    load, base = (Path(path) if path else None for path in (args.load, getattr(args, "pretrained_checkpoint", None)))
+    if found := [*problems(args, load), *base_problems(args, load, base)]:
         raise ValueError("\n".join(found))
+
+
+def base_problems(args: argparse.Namespace, load: Path | None, base: Path | None) -> Iterator[str]:
+    """Why a run does not begin with the weights in `base` (--pretrained-checkpoint), which it does where --load has none."""
+    if base is None or (load is not None and (args.ckpt_step or stored.last_iteration(load))):
+        return
+    iteration = stored.last_iteration(base)
+    if iteration is not None and (state := stored.common_state(base, iteration)):
+        begins = argparse.Namespace(**{**vars(args), "finetune": True})
+        yield from attention_problems(begins, state.get("args"), base, stored.folder_of(base, iteration))
 
 
 def problems(args: argparse.Namespace, folder: Path | None) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,22 +10,6 @@ import torch
 
 from megatron_lighthouse.mcore.loop import switch
 from megatron_lighthouse.parallax import telemetry
-from megatron_lighthouse.parallax.config import INTERVAL, ParallaxConfig
-
-
-def check(args: argparse.Namespace, config: ParallaxConfig) -> None:
-    """Raises ValueError: what cannot be as asked, with what would work."""
-    if not config.telemetry_interval:
-        return
-    if not args.tensorboard_dir and not getattr(args, "wandb_project", None):
-        raise ValueError(
-            f"{INTERVAL} {config.telemetry_interval} has nowhere to log to: add --tensorboard-dir DIR or --wandb-project NAME."
-        )
-    if (graphs := getattr(args, "cuda_graph_impl", "none")) != "none":
-        raise ValueError(
-            f"{INTERVAL} {config.telemetry_interval} cannot look into the graphs of --cuda-graph-impl {graphs}: leave one of "
-            "them out."
-        )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from megatron_lighthouse.mcore.command_line.resume import attention_problems
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.variant import norm_of
-from megatron_lighthouse.variants import VARIANTS
+from megatron_lighthouse.variants import DENSE, VARIANTS
 
 
 def load_base(
@@ -52,8 +52,8 @@ def load_base(
     if names := sorted({weight.key for _, _, weight in lacking if _is_weight(weight)}):
         say_once(f"the checkpoint in {folder} has no {', '.join(names)}: these begin anew")
         _begin_at_zero([weight for _, _, weight in lacking if _is_weight(weight)], args)
-    elif names := sorted(_of_streams(there, getattr(before, "attention", None)) - _of_streams(there, args.attention)):
-        say_once(f"--attention {args.attention} has no {', '.join(names)}: these of the checkpoint in {folder} are dropped")
+    elif names := sorted(_of_streams(there, getattr(before, "attention", None)) - _of_streams(there, _attention(args))):
+        say_once(f"--attention {_attention(args)} has no {', '.join(names)}: these of the checkpoint in {folder} are dropped")
     answer = load(*given, **named)
     for part, name, weight in lacking:
         part[name] = weight
@@ -71,9 +71,9 @@ def _parts(state: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _lacking(state: dict[str, Any], args: Namespace, there: Iterable[str]) -> list[tuple[dict[str, Any], str, Any]]:
     """What the model asks for of its streams, if the checkpoint has nothing of any of them: chunk, name there, and tensor."""
-    if _of_streams(there, args.attention):
+    if _of_streams(there, _attention(args)):
         return []
-    return [(part, name, part[name]) for _, part in _parts(state) for name in _of_streams(part, args.attention)]
+    return [(part, name, part[name]) for _, part in _parts(state) for name in _of_streams(part, _attention(args))]
 
 
 def _begin_at_zero(weights: Sequence[Any], args: Namespace) -> None:
@@ -81,13 +81,18 @@ def _begin_at_zero(weights: Sequence[Any], args: Namespace) -> None:
 
     Zeros within a norm would do too, but its slope there is 1 / sqrt(epsilon): the first step would make them of unit size.
     """
-    for stream in VARIANTS[args.attention].streams:
+    for stream in VARIANTS[_attention(args)].streams:
         if not stream.zero_at_first:
             continue
         own, norm = ([w for w in weights if f".{name}." in w.key] for name in (f"linear_{stream.name}", norm_of(stream)))
         centred = bool(norm) and getattr(args, "apply_layernorm_1p", False)
         for weight in norm or own:
             weight.data.detach().fill_(-1 if centred and weight.key.endswith(".weight") else 0)
+
+
+def _attention(args: Namespace) -> str:
+    """That of the run; with --spec alone Megatron's parser knows none."""
+    return str(getattr(args, "attention", DENSE.name))
 
 
 def _is_weight(found: Any) -> bool:

@@ -9,6 +9,7 @@ import pytest
 from megatron_lighthouse import LighthouseConfig
 from megatron_lighthouse.launch import check
 from megatron_lighthouse.mcore.command_line.settings import add_arguments, settings_from
+from tests.launch.scripts import TOKENIZER
 
 POWERS = [2**n for n in range(12, 21)]
 
@@ -24,8 +25,9 @@ def given(seq_length: int, words: str = "") -> LighthouseConfig:
 def test_powers_of_two_need_nothing_else(seq_length: int, capsys: pytest.CaptureFixture[str]) -> None:
     for ranks in (1, 2, 4, 8):
         words = f"--num-layers 30 --num-attention-heads 8 --seq-length {seq_length} --context-parallel-size {ranks} --mock-data"
-        more = "--attention lighthouse --attention-dropout 0 --train-iters 4"
-        assert check.main(["--nodes", "1", "--gpus-per-node", "8", "--", *words.split(), *more.split()]) == 0
+        words += f" --hidden-size 1024 --max-position-embeddings {seq_length} --micro-batch-size 1 --lr 1e-3 --train-iters 4"
+        words += " --attention lighthouse --attention-dropout 0 --transformer-impl local"
+        assert check.main(["--nodes", "1", "--gpus-per-node", "8", "--", *words.split(), *TOKENIZER]) == 0
     share = 64 if seq_length <= 2**17 else 128 if seq_length <= 2**19 else 256
     config = given(seq_length)
     assert (config.levels, config.budget) == (4 if share == 256 else 3, seq_length // share)

@@ -10,6 +10,7 @@ from megatron_lighthouse.launch import check
 from megatron_lighthouse.plan.__main__ import main
 from megatron_lighthouse.plan.models import models
 from megatron_lighthouse.plan.words import recipe_words
+from tests.launch.scripts import TOKENIZER
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,7 +27,7 @@ def test_the_page_holds_what_the_command_prints(capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize("recipe", ["llama3-8b-128k", "qwen3-8b-256k"])
 def test_recipes_of_one_node_start(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = recipe_words(ROOT / "launch/recipes" / f"{recipe}.args")
+    words = [*recipe_words(ROOT / "launch/recipes" / f"{recipe}.args"), *TOKENIZER]
     node = ["--nodes", "1", "--gpus-per-node", "8", "--arch", "hopper", "--device", "h200"]
     assert check.main([*node, "--", *words, "--mock-data"]) == 0
     assert "TP 2 x CP 4 x PP 1 x DP 1" in (out := capsys.readouterr().out)

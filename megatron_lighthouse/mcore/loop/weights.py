@@ -85,7 +85,7 @@ def _begin_at_zero(weights: Sequence[Any], args: Namespace) -> None:
         if not stream.zero_at_first:
             continue
         own, norm = ([w for w in weights if f".{name}." in w.key] for name in (f"linear_{stream.name}", norm_of(stream)))
-        centred = bool(norm) and getattr(args, "apply_layernorm_1p", False)
+        centred = bool(norm) and getattr(args, "layernorm_zero_centered_gamma", False)
         for weight in norm or own:
             weight.data.detach().fill_(-1 if centred and weight.key.endswith(".weight") else 0)
 

@@ -63,7 +63,7 @@ def _keys_over_queries(
     return dk, dv
 
 
-@triton.jit(repr=lambda _: "parallax_backward_keys", do_not_specialize=["rows", "keys"])
+@triton.jit(repr=lambda _: "parallax_keys_backward", do_not_specialize=["rows", "keys"])
 def keys_kernel(
     p_q,
     p_r,

@@ -52,7 +52,7 @@ def _queries_over_keys(
     return dq, dr
 
 
-@triton.jit(repr=lambda _: "parallax_backward_queries", do_not_specialize=["rows", "keys"])
+@triton.jit(repr=lambda _: "parallax_queries_backward", do_not_specialize=["rows", "keys"])
 def queries_kernel(
     p_q,
     p_r,

@@ -20,6 +20,8 @@ RANGES = {"attended_norms": "score", "gla": "score"}
 """Ranges `lighthouse/…` that are part of a step of another name."""
 KERNELS = {"attended": "score", "edge": BETWEEN}
 """Kernels `lighthouse_…` likewise."""
+ATTEND = "parallax_"
+"""How the kernels of Parallax begin, which are an attention whole."""
 OF_ANY_LAYER = "lighthouse_merge"
 """A kernel of ours that dense layers run too, under context parallelism."""
 NODES = {
@@ -60,6 +62,8 @@ def range_mark(name: str) -> Mark | None:
 
 def kernel_mark(name: str) -> Mark | None:
     """What a GPU kernel of ours belongs to, by its name alone; None where that does not tell."""
+    if name.startswith(ATTEND):
+        return Mark("attend", "backward" if name.endswith("backward") else "forward")
     if not name.startswith("lighthouse_") or name == OF_ANY_LAYER:
         return None
     step, *parts = name.removeprefix("lighthouse_").split("_")

@@ -22,7 +22,6 @@ from megatron_lighthouse.needed import ask_for_megatron
 from megatron_lighthouse.recipe.begun import check_begun
 from megatron_lighthouse.recipe.presets import Preset, default_text, preset_for
 from megatron_lighthouse.usage import Parser
-from megatron_lighthouse.variants import DENSE, LIGHTHOUSE, VARIANTS
 
 SHOWN = ("tokens/s=", "validation loss", "saving checkpoint", "loaded checkpoint")
 """Lines of Megatron's log that the terminal shows; the log file has all."""
@@ -30,8 +29,13 @@ SHOWN = ("tokens/s=", "validation loss", "saving checkpoint", "loaded checkpoint
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run both stages and draw the pictures; answers an exit status."""
-    options, extra = _parser().parse_known_args(argv)
+    parser = _parser()
+    options, extra = parser.parse_known_args(argv)
     ask_for_megatron("megatron_lighthouse.recipe.two_stage")
+    from megatron_lighthouse.variants import DENSE, VARIANTS  # torch, which --help need not wait for
+
+    if options.attention not in VARIANTS:
+        parser.error(f"--attention {options.attention} is not known: use {', '.join(VARIANTS)}")
     gpus = _gpus()
     preset = preset_for(gpus)
     steps = preset.steps if options.steps is None else options.steps
@@ -82,8 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--attention",
-        choices=list(VARIANTS),
-        default=LIGHTHOUSE.name,
+        default="lighthouse",
         help="of stage 1; one that never becomes dense has no stage 2 (default: %(default)s)",
     )
     parser.add_argument("--name", default="demo", help="the run's folder under --runs (default: %(default)s)")
@@ -174,6 +177,8 @@ def _iterations_done(run: Path) -> int:
 
 def _selects(attention: str) -> bool:
     """Whether a run of it may draw what its layers select: a dense one says that it has none."""
+    from megatron_lighthouse.variants import VARIANTS
+
     return VARIANTS[attention].selects or VARIANTS[attention].native
 
 
@@ -212,7 +217,7 @@ def _draw(run: Path, where: str, stages: Sequence[str]) -> None:
         print(f"{attention}: loss {values[-1]:.3f} at iteration {steps[-1]}")
     if entropy is not None:
         print(f"byte-frequency entropy of the text: {entropy:.3f}")
-    pictures = [run / "loss.png", *([run / "selection.png"] if VARIANTS[stages[0]].selects else [])]
+    pictures = [path for path in (run / "loss.png", run / "selection.png") if path.is_file()]
     print(f"pictures: {', '.join(map(str, pictures))}; log: tensorboard --logdir {run / 'tensorboard'}")
 
 

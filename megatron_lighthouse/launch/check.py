@@ -100,7 +100,8 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
     nodes, gpus_per_node = (1, world) if options.exact else (options.nodes, options.gpus_per_node)
     problems += [*layout(args, nodes, gpus_per_node), *sizes(args, options.runs_here)]
     problems += [*data(args, sees), *checkpoint(args, sees), *unseen(args, sees)]
-    problems += restart.problems(args, here(sees, args.load) if args.load else None)
+    load, base = (here(sees, path) if path else None for path in (args.load, args.pretrained_checkpoint))
+    problems += restart.problems(args, load, base)
     if problems:
         return [*dict.fromkeys(problems)], ""
     if not device:

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_lighthouse.mcore.command_line.resume import base_problems
 from megatron_lighthouse.mcore.command_line.resume import problems as resume_problems
 from megatron_lighthouse.mcore.command_line.stored import TRACKER
 
@@ -30,12 +31,13 @@ AT_EVERY_START = {
 }
 
 
-def problems(args: argparse.Namespace, folder: Path | None) -> Iterator[str]:
+def problems(args: argparse.Namespace, folder: Path | None, base: Path | None = None) -> Iterator[str]:
     """Why a run that saves and loads in one folder would not go on from its last checkpoint.
 
     Args:
-        folder: --load, where this machine has it.
+        folder: --load, where this machine has it; base: --pretrained-checkpoint.
     """
+    yield from base_problems(args, folder, base)
     if args.load is None:
         return
     if args.save == args.load and not args.skip_train:

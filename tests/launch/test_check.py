@@ -121,3 +121,14 @@ def test_the_scripts_say_which_gpus(script: str, study: tuple[str, ...], tmp_pat
     done = subprocess.run([*command, *gpus, "--", "--mock-data"], env={**environment, **own, "LIGHTHOUSE_ARCH": "cpu"})
     assert done.returncode != 0
     assert re.search(r"launch\.check (--point .* )?--arch hopper --device h200 --nodes", (tmp_path / "noted").read_text())
+
+
+@pytest.mark.parametrize("more", ["--attention parallax", "--dataloader-inter-document-masking"])
+def test_memory_that_is_not_counted_is_said(more: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert checked("530m-98k", 8, more, *H100) == 0
+    assert "; memory is not looked at: " in capsys.readouterr().out
+
+
+def test_the_telemetry_of_parallax_needs_a_place(capsys: pytest.CaptureFixture[str]) -> None:
+    assert checked("530m-98k", 8, "--attention parallax --parallax-telemetry-interval 5") == 1
+    assert "--parallax-telemetry-interval 5 has nowhere to log to" in capsys.readouterr().err

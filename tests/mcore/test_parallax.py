@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron_lighthouse.plots import read_scalars
 from tests.mcore.harness import Run, refused, run
 from tests.mcore.test_checkpoints import keys, save_interval
 from tests.mcore.test_checks import problems
+from tests.mcore.test_rotary import checkpoint
 from tests.mcore.test_spec import N, gpt, local_spec, transformer_config
 from tests.tolerances import assert_close
 
@@ -123,6 +125,24 @@ def test_to_dense_is_refused_unless_asked_for(tmp_path: Path, whole: Run) -> Non
 def test_a_projection_of_zeros_is_told_by_its_checkpoint(tensors: dict[str, Tensor], zero: bool, tmp_path: Path) -> None:
     dcp.save(tensors, checkpoint_id=str(tmp_path), no_dist=True)
     assert is_zero(tmp_path, "self_attention.linear_r.") is zero
+
+
+def test_weights_to_begin_with_are_looked_at_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_lighthouse.mcore.command_line import resume
+
+    monkeypatch.setattr(resume, "_is_zero", lambda *_: False)
+    base = Path(checkpoint(tmp_path, attention="parallax"))
+    args = Namespace(attention="dense", ckpt_step=None, finetune=False, skip_train=False, no_load_optim=False)
+    (problem,) = resume.base_problems(args, None, base)
+    assert "is of --attention parallax, whose weights go with no other" in problem
+    assert not [*resume.base_problems(args, base, base)]  # then --load counts
+
+
+def test_a_parser_that_knows_no_attention_has_no_streams() -> None:
+    """Megatron-LM's own, with --spec alone."""
+    from megatron_lighthouse.mcore.loop import weights
+
+    assert weights._lacking({"model": {"layers.0.self_attention.linear_r.weight": None}}, Namespace(), []) == []
 
 
 @pytest.mark.usefixtures("megatron")

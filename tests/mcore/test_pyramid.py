@@ -69,3 +69,17 @@ def test_what_is_given_is_not_touched(tmp_path: Path) -> None:
     args = arguments("--lighthouse-levels 2 --lighthouse-budget 64 --lighthouse-tile-budget 32")
     args.load = checkpoint(tmp_path, **SAVED)
     assert pyramid.choice(args, tmp_path) == ({}, None)
+
+
+@pytest.mark.parametrize("flag", ["--lighthouse-budget", "--lighthouse-edge-budget"])
+def test_documents_have_no_budget_of_a_sequence(flag: str) -> None:
+    args = arguments(f"{flag} 768 --dataloader-inter-document-masking")
+    with pytest.raises(ValueError, match=rf"{flag} 768 is of one sequence, .* use --lighthouse-tile-budget"):
+        pyramid.settle(args)
+
+
+@pytest.mark.parametrize("seq_length", [131072, 128000, 4090])
+def test_tiles_of_documents_do_not_hang_on_the_row(seq_length: int) -> None:
+    args = arguments("--dataloader-inter-document-masking", seq_length)
+    pyramid.settle(args)
+    assert settings_from(args).config.rule.tile_budget == 128

@@ -165,3 +165,8 @@ def test_a_dense_run_of_other_data_or_model_is_not_compared(tmp_path: Path) -> N
     check_comparable(ours, [tmp_path / "silent"])
     with pytest.raises(ValueError, match=r"(?s)--dense .*other cannot be compared.*--seed 2, of the run 1.*--num-layers 6"):
         check_comparable(ours, [tmp_path / "other"])
+
+
+def test_a_folder_of_the_container_is_read_where_it_is(tmp_path: Path) -> None:
+    (tmp_path / kept.NAME).write_text('{"arguments": ["--lr", "1e-3"]}')
+    assert kept.of_run(["--run", "/inside/run", "--seed", "3"], lambda _: tmp_path) == (["--lr", "1e-3"], ["--seed", "3"])

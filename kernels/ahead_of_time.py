@@ -20,7 +20,7 @@ from megatron_lighthouse.kernels.launch import launch, padded
 from megatron_lighthouse.kernels.lighthouse import attended
 from megatron_lighthouse.kernels.lighthouse.edge import edge_kernel
 from megatron_lighthouse.kernels.lighthouse.gather import gather_backward_kernel, gather_forward_kernel
-from megatron_lighthouse.kernels.lighthouse.packed.attended import packed_attended_kernel
+from megatron_lighthouse.kernels.lighthouse.packed.attended import packed_attended_kernel, stages_on
 from megatron_lighthouse.kernels.lighthouse.packed.gather import packed_gather_backward_kernel, packed_gather_forward_kernel
 from megatron_lighthouse.kernels.lighthouse.packed.scatter import packed_scatter_backward_kernel, packed_scatter_forward_kernel
 from megatron_lighthouse.kernels.lighthouse.packed.score import packed_score_kernel
@@ -117,7 +117,7 @@ def compile_packed(capability: int, geometry: Geometry, dtype: str, dim: int) ->
     yield _compile(packed_place_kernel, capability, dtype, {**levels, "BLOCK": 256}, 4)
     blocks = attended.blocks_of(dim, BYTES[dtype])
     constants = {**shape, "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
-    yield _compile(packed_attended_kernel, capability, dtype, constants, blocks.warps, num_stages=blocks.stages)
+    yield _compile(packed_attended_kernel, capability, dtype, constants, blocks.warps, num_stages=stages_on(capability, blocks))
 
 
 def compile_parallax(capability: int, dtype: str, dim: int, window: int | None = None, causal: bool = True) -> Iterator[Report]:

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_lighthouse.gpu import capability_of
 from megatron_lighthouse.kernels.launch import cdiv, enqueue, last_contiguous, padded, strides
-from megatron_lighthouse.kernels.lighthouse.attended import attend_to, blocks_of
+from megatron_lighthouse.kernels.lighthouse.attended import Blocks, attend_to, blocks_of
 from megatron_lighthouse.ranges import profiled
 from megatron_lighthouse.sequence.documents import Documents
 
@@ -75,9 +76,14 @@ def compute_packed_squares(query: Tensor, key: Tensor, value: Tensor, documents:
             {"D": dim, "BLOCK_D": padded(dim), "BLOCK_M": how.queries, "BLOCK_N": how.keys},
             varying=1,
             num_warps=how.warps,
-            num_stages=how.stages,
+            num_stages=stages_on(capability_of(query.device), how),
         )
         return squares
+
+
+def stages_on(capability: int, how: Blocks) -> int:
+    """Blocks of keys under way: with a third, Blackwell's assembler spills."""
+    return min(2, how.stages) if capability >= 100 else how.stages
 
 
 def _blocks(documents: Documents, size: int) -> Tensor:

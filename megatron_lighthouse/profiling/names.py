@@ -32,6 +32,9 @@ NODES = {
     "_PassBackward": BETWEEN,
     "ScatterBackward": "scatter",
     "GatherBackward": "gather",
+    "PackedScatterBackward": "scatter",
+    "PackedGatherBackward": "gather",
+    "_AloneBackward": "attend",
 }
 """Our autograd functions: of the reference, whose backward opens no range, of context_parallel/, and of the kernels. Not those
 of attention over shards, which dense layers run too."""
@@ -66,7 +69,7 @@ def kernel_mark(name: str) -> Mark | None:
         return Mark("attend", "backward" if name.endswith("backward") else "forward")
     if not name.startswith("lighthouse_") or name == OF_ANY_LAYER:
         return None
-    step, *parts = name.removeprefix("lighthouse_").split("_")
+    step, *parts = name.removeprefix("lighthouse_").removeprefix("packed_").split("_")  # over packed documents, likewise
     direction = parts[0] if parts and parts[0] in ("forward", "backward") else None
     return Mark(KERNELS.get(step, _printable(step)), direction)
 

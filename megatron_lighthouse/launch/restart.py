@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_lighthouse.mcore.command_line.resume import base_problems
 from megatron_lighthouse.mcore.command_line.resume import problems as resume_problems
 from megatron_lighthouse.mcore.command_line.stored import TRACKER
 
@@ -37,11 +36,8 @@ def problems(args: argparse.Namespace, folder: Path | None, base: Path | None = 
     Args:
         folder: --load, where this machine has it; base: --pretrained-checkpoint.
     """
-    yield from base_problems(args, folder, base)
-    if args.load is None:
-        return
-    if args.save == args.load and not args.skip_train:
+    if args.load is not None and args.save == args.load and not args.skip_train:
         for name, (what, use) in AT_EVERY_START.items():
             if value := getattr(args, name):
                 yield f"{what}: {use}.".format(value, value)
-    yield from resume_problems(args, folder)
+    yield from resume_problems(args, folder, base)

@@ -131,11 +131,11 @@ def test_weights_to_begin_with_are_looked_at_too(tmp_path: Path, monkeypatch: py
     from megatron_lighthouse.mcore.command_line import resume
 
     monkeypatch.setattr(resume, "_is_zero", lambda *_: False)
-    base = Path(checkpoint(tmp_path, attention="parallax"))
-    args = Namespace(attention="dense", ckpt_step=None, finetune=False, skip_train=False, no_load_optim=False)
-    (problem,) = resume.base_problems(args, None, base)
+    base, other = (Path(checkpoint(tmp_path / name, attention=name)) for name in ("parallax", "dense"))
+    args = Namespace(attention="dense", ckpt_step=None, finetune=False, skip_train=True, no_load_optim=False)
+    (problem,) = resume.problems(args, None, base)
     assert "is of --attention parallax, whose weights go with no other" in problem
-    assert not [*resume.base_problems(args, base, base)]  # then --load counts
+    assert not [*resume.problems(args, other, base)]  # then --load counts
 
 
 def test_a_parser_that_knows_no_attention_has_no_streams() -> None:

@@ -37,8 +37,7 @@ def settle(args: argparse.Namespace) -> None:
         return
     if problems := [*documents.budget_problems(args)]:
         raise ValueError("\n".join(problems))
-    load, pretrained = args.load, getattr(args, "pretrained_checkpoint", None)
-    found, said = choice(args, Path(load) if load else None, Path(pretrained) if pretrained else None)
+    found, said = choice(args, *stored.folders(args))
     vars(args).update(found)
     if said and (VARIANTS[args.attention].selects or getattr(args, "spec", None)):
         say_once(f"lighthouse: {said}")

@@ -38,36 +38,24 @@ def check_resume(args: argparse.Namespace) -> None:
     Raises:
         ValueError: why not, and what works.
     """
-    load, base = (Path(path) if path else None for path in (args.load, getattr(args, "pretrained_checkpoint", None)))
-    if found := [*problems(args, load), *base_problems(args, load, base)]:
+    if found := [*problems(args, *stored.folders(args))]:
         raise ValueError("\n".join(found))
 
 
-def base_problems(args: argparse.Namespace, load: Path | None, base: Path | None) -> Iterator[str]:
-    """Why a run does not begin with the weights in `base` (--pretrained-checkpoint), which it does where --load has none."""
-    if base is None or (load is not None and (args.ckpt_step or stored.last_iteration(load))):
-        return
-    iteration = stored.last_iteration(base)
-    if iteration is not None and (state := stored.common_state(base, iteration)):
-        begins = argparse.Namespace(**{**vars(args), "finetune": True})
-        yield from attention_problems(begins, state.get("args"), base, stored.folder_of(base, iteration))
-
-
-def problems(args: argparse.Namespace, folder: Path | None) -> Iterator[str]:
-    """Why a run does not go on from the last checkpoint in `folder` (--load); nothing where it begins anew.
+def problems(args: argparse.Namespace, load: Path | None, pretrained: Path | None = None) -> Iterator[str]:
+    """Why a run does not go on from its last checkpoint, or does not begin with the weights of another.
 
     Args:
         args: Megatron's, validated or not.
+        load, pretrained: --load and --pretrained-checkpoint, where this machine has them.
     """
-    if folder is None:
+    start = stored.before(args, load, pretrained)
+    if start is None or not start.state:
         return
-    iteration = args.ckpt_step or stored.last_iteration(folder)
-    state = stored.common_state(folder, iteration) if iteration else None
-    if iteration is None or state is None:
-        return
-    before = state.get("args")
-    yield from attention_problems(args, before, folder, stored.folder_of(folder, iteration))
-    if args.skip_train or args.finetune or args.no_load_optim:
+    before, folder = start.args, start.folder
+    begins = argparse.Namespace(**{**vars(args), "finetune": start.begins})
+    yield from attention_problems(begins, before, folder, start.checkpoint)
+    if args.skip_train or start.begins or args.no_load_optim:
         return
     if getattr(before, "no_save_optim", False):
         yield (
@@ -83,7 +71,7 @@ def problems(args: argparse.Namespace, folder: Path | None) -> Iterator[str]:
             "--no-load-optim, and the optimizer begins anew."
         )
     elif not args.override_opt_param_scheduler and not args.use_checkpoint_opt_param_scheduler:
-        yield from _other_rates(args, state, folder)
+        yield from _other_rates(args, start.state, folder)
 
 
 def attention_problems(args: argparse.Namespace, before: Any, folder: Path, checkpoint: Path) -> Iterator[str]:

@@ -65,13 +65,13 @@ def settled(args: argparse.Namespace, settings: LighthouseSettings) -> Lighthous
 
 def taken(args: argparse.Namespace, settings: LighthouseSettings) -> tuple[LighthouseSettings, str | None]:
     """`settings` with the way that the run takes, and what to say of it."""
-    way, said = choice(args, settings.rope, _path(args.load), _path(_pretrained(args)))
+    way, said = choice(args, settings.rope, *stored.folders(args))
     return replace(settings, rope=way), said
 
 
 def keep(args: argparse.Namespace) -> None:
     """As `settled`, of a run without Lighthouse, which hands on what its checkpoint says."""
-    args.lighthouse_rope, _ = choice(args, args.lighthouse_rope, _path(args.load), _path(_pretrained(args)))
+    args.lighthouse_rope, _ = choice(args, args.lighthouse_rope, *stored.folders(args))
 
 
 def choice(args: argparse.Namespace, asked: str, load: Path | None, pretrained: Path | None = None) -> tuple[str, str | None]:
@@ -97,11 +97,3 @@ def choice(args: argparse.Namespace, asked: str, load: Path | None, pretrained: 
         return was, f"{FLAG} {was} is taken: {how}. For {FLAG} {asked} begin anew, with --finetune or --pretrained-checkpoint"
     other = getattr(before, "attention", None) == "lighthouse"
     return asked, f"{FLAG} {asked} is taken for a new run, and not {was}: {how}" if other else None
-
-
-def _pretrained(args: argparse.Namespace) -> str | None:
-    return getattr(args, "pretrained_checkpoint", None)
-
-
-def _path(folder: str | None) -> Path | None:
-    return Path(folder) if folder else None

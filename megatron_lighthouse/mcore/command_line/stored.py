@@ -36,10 +36,27 @@ class Before:
     """The checkpoint that a run starts from."""
 
     folder: Path
+    iteration: int
     begins: bool
     """Whether a new run begins with its weights; else its own goes on."""
-    args: Any | None
-    """Its arguments; None where they cannot be read."""
+    state: Mapping[str, Any]
+    """What all ranks have in common; empty where it cannot be read."""
+
+    @property
+    def args(self) -> Any | None:
+        """Its arguments; None where they cannot be read."""
+        return self.state.get("args")
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder of the one checkpoint."""
+        return folder_of(self.folder, self.iteration)
+
+
+def folders(args: argparse.Namespace) -> tuple[Path | None, Path | None]:
+    """--load and --pretrained-checkpoint of Megatron's arguments."""
+    load, pretrained = args.load, getattr(args, "pretrained_checkpoint", None)
+    return Path(load) if load else None, Path(pretrained) if pretrained else None
 
 
 def before(args: argparse.Namespace, load: Path | None, pretrained: Path | None = None) -> Before | None:
@@ -55,7 +72,7 @@ def before(args: argparse.Namespace, load: Path | None, pretrained: Path | None 
         iteration = last_iteration(load) if load else None
     if load is None or iteration is None:
         return None
-    return Before(load, begins, (common_state(load, iteration) or {}).get("args"))
+    return Before(load, iteration, begins, common_state(load, iteration) or {})
 
 
 def common_state(folder: Path, iteration: int) -> Mapping[str, Any] | None:

@@ -91,6 +91,13 @@ class DocumentLayer(Protocol):
         """As a `Layer`, of one row: N is the tokens of all documents, B = 1."""
 
 
+def beyond_softmax(model: Any) -> Iterator[str]:
+    """Options of a model (a TransformerConfig) by which its attention is more than a causal softmax over all tokens."""
+    for name in ("window_size", "qk_clip", "log_max_attention_logit"):
+        if value := getattr(model, name, None):
+            yield f"--{name.replace('_', '-')} {value}".removesuffix(" True")
+
+
 class Variant:
     """An attention. What is not overridden is right for one that sees all tokens and refuses what it does not know."""
 
@@ -140,10 +147,8 @@ class Variant:
     def problems(self, config: Any, model: Any) -> Iterator[str]:
         """Why it cannot be in this model, a TransformerConfig of Megatron, each with what would work."""
         yield from self.dropout_problems(model.attention_dropout)
-        for name in ("window_size", "qk_clip", "log_max_attention_logit"):
-            if value := getattr(model, name, None):
-                option = f"--{name.replace('_', '-')} {value}".removesuffix(" True")
-                yield f"{option} is not done by --attention {self.name}: leave it out, or use --attention dense."
+        for option in beyond_softmax(model):
+            yield f"{option} is not done by --attention {self.name}: leave it out, or use --attention dense."
         if getattr(model, "softmax_type", "vanilla") != "vanilla":
             yield f"--softmax-type {model.softmax_type} is not done by --attention {self.name}: use --softmax-type vanilla."
 

@@ -91,8 +91,9 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
         return [str(error)], ""
     args = settled(args)
     unknown += documents.budget_problems(args)
-    vars(args).update(pyramid.choice(args, here(options.sees, args.load) if args.load else None)[0])
     sees, kinds = options.sees, KINDS[options.arch]
+    load, base = (here(sees, path) if path else None for path in (args.load, args.pretrained_checkpoint))
+    vars(args).update(pyramid.choice(args, load, base)[0])
     device = DEVICES[options.device if options.device in kinds else kinds[0]] if kinds else None
     world = options.nodes * options.gpus_per_node
     problems = [*unknown, *(enough(args, world) if options.exact else ())]
@@ -100,7 +101,6 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
     nodes, gpus_per_node = (1, world) if options.exact else (options.nodes, options.gpus_per_node)
     problems += [*layout(args, nodes, gpus_per_node), *sizes(args, options.runs_here)]
     problems += [*data(args, sees), *checkpoint(args, sees), *unseen(args, sees)]
-    load, base = (here(sees, path) if path else None for path in (args.load, args.pretrained_checkpoint))
     problems += restart.problems(args, load, base)
     if problems:
         return [*dict.fromkeys(problems)], ""

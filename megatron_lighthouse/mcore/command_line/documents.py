@@ -6,6 +6,8 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_lighthouse.variant import beyond_softmax
+
 FLAG = "--dataloader-inter-document-masking"
 ROTATED = ("rope", "yarn", "learned_absolute", "none")
 """Positions that are counted anew in each document."""
@@ -83,9 +85,7 @@ def _local(config: Any) -> Iterator[str]:
     """Of attention without kept scores, which has no more than a causal softmax."""
     if config.attention_dropout:
         yield f"{FLAG} with --attention-dropout {config.attention_dropout} is not done: use --attention-dropout 0."
-    for name in ("window_size", "qk_clip", "log_max_attention_logit"):
-        if value := getattr(config, name, None):
-            option = f"--{name.replace('_', '-')} {value}".removesuffix(" True")
-            yield f"{FLAG} with {option} is not done by --transformer-impl local: leave one of them out."
+    for option in beyond_softmax(config):
+        yield f"{FLAG} with {option} is not done by --transformer-impl local: leave one of them out."
     if getattr(config, "softmax_type", "vanilla") != "vanilla":
         yield f"{FLAG} with --softmax-type {config.softmax_type} is not done by --transformer-impl local: use vanilla."

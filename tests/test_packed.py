@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthouse_select
+from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthouse_select, running
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse import telemetry
 from megatron_lighthouse.lighthouse.attention import packed_rows
@@ -215,5 +215,5 @@ def test_context_parallel_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_watched_layer_is_refused() -> None:
-    with telemetry.watching([1]), telemetry.layer(1), pytest.raises(ValueError, match="telemetry measures one sequence"):
+    with telemetry.watching([1]), running.layer(1), pytest.raises(ValueError, match="telemetry measures one sequence"):
         lighthouse_attention(*tensors(ROW), config_of(ROW), cu_seqlens=bounds(*ROW.lengths))

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from hypothesis import given
 from torch import Tensor
 
-from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthouse_select, plots
+from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthouse_select, plots, running
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.kernels import lighthouse as kernels
 from megatron_lighthouse.lighthouse import reference, telemetry
@@ -32,7 +32,7 @@ from tests.test_select import thorough
 def choice_of(config: LighthouseConfig, *inputs: Tensor, group: dist.ProcessGroup | None = None) -> Choice:
     """What a layer keeps for telemetry."""
     query, key, value = inputs
-    with telemetry.watching([1]), telemetry.layer(1):
+    with telemetry.watching([1]), running.layer(1):
         lighthouse_select(query, key, config, value=value, cp_group=group)
         return telemetry.watched()[1]
 
@@ -56,12 +56,12 @@ def test_the_latest_choice_of_watched_layers_is_kept(monkeypatch: pytest.MonkeyP
     telemetry.watch(5)
     assert telemetry.watched() == {}
     lighthouse_attention(query, key, value, config)  # outside of any layer
-    with telemetry.layer(4):
+    with running.layer(4):
         lighthouse_attention(query, key, value, config)
     assert telemetry.watched() == {}
-    with telemetry.layer(3):
+    with running.layer(3):
         lighthouse_attention(query, key, value, config)
-        with pytest.raises(RuntimeError), telemetry.layer(4):
+        with pytest.raises(RuntimeError), running.layer(4):
             raise RuntimeError
         lighthouse_attention(key, value, query, config)  # still layer 3, and the later one counts
     telemetry.watch(3)  # watching again forgets nothing
@@ -78,7 +78,7 @@ def test_watching_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run(*layers: int) -> list[int]:
         for number in layers:
-            with telemetry.layer(number):
+            with running.layer(number):
                 lighthouse_attention(*inputs, config)
         return sorted(telemetry.watched())
 

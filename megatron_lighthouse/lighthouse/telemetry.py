@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megatron_lighthouse import running
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse.geometry import Geometry
 from megatron_lighthouse.lighthouse.selection import Selection
@@ -34,7 +35,6 @@ class Choice:
 
 
 _watched: dict[int, Choice | None] = {}
-_current: int | None = None
 
 
 def watch(layer_number: int) -> None:
@@ -60,26 +60,15 @@ def watched() -> dict[int, Choice]:
     return {number: choice for number, choice in _watched.items() if choice is not None}
 
 
-@contextmanager
-def layer(number: int) -> Iterator[None]:
-    """Name the layer whose attention runs inside."""
-    global _current
-    _current, before = number, _current
-    try:
-        yield
-    finally:
-        _current = before
-
-
 def record(selection: Selection, scores: Tensor, geometry: Geometry, pin_first: bool, steps: Steps) -> None:
     """Called by the attention with every selection that it makes, and what it made it from: see `Choice`."""
-    if _current in _watched:
-        _watched[_current] = Choice(selection, scores, geometry, pin_first, steps)
+    if (number := running.current()) in _watched:
+        _watched[number] = Choice(selection, scores, geometry, pin_first, steps)
 
 
 def refuse_documents() -> None:
     """Raises ValueError where the layer that runs is watched: what is measured goes by the tiles of one sequence."""
-    if _current in _watched:
+    if running.current() in _watched:
         raise ValueError("telemetry measures one sequence, not packed documents: watch no layer that runs over documents.")
 
 

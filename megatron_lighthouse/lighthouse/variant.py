@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lighthouse.lighthouse import telemetry
+from megatron_lighthouse import running
 from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
 from megatron_lighthouse.lighthouse.implementations import steps_for
@@ -37,7 +37,7 @@ class Placed:
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, *_: Tensor, attend: Attend | None = None
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
-        with telemetry.layer(self.place.number):
+        with running.layer(self.place.number):
             attended = self.layer.attended(query, key, value, attend)
             output = attended.scatter()
         if not self.place.discard_output or not output.requires_grad or torch.compiler.is_compiling():
@@ -62,7 +62,7 @@ class PlacedDocuments:
         documents: Documents,
         attend: AttendDocuments | None = None,
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
-        with telemetry.layer(self.place.number):
+        with running.layer(self.place.number):
             attended = self.layer.attended(query, key, value, documents, attend)
             output = attended.scatter()
         # where nothing is scattered, the output is the rows, which the inner attention keeps

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from megatron_lighthouse import running
+
 _watched: dict[int, Tensor | None] = {}
-_current: int | None = None
 
 
 @contextmanager
@@ -27,19 +28,8 @@ def watched() -> dict[int, Tensor]:
     return {number: sums for number, sums in _watched.items() if sums is not None}
 
 
-@contextmanager
-def layer(number: int) -> Iterator[None]:
-    """Name the layer whose attention runs inside."""
-    global _current
-    _current, before = number, _current
-    try:
-        yield
-    finally:
-        _current = before
-
-
 def record(value: Tensor, covariance: Tensor) -> None:
     """Called with v̄ and C of all that a rank attends to."""
-    if _current in _watched:
+    if (number := running.current()) in _watched:
         sums = [torch.linalg.vector_norm(x.detach(), dtype=torch.float64).square() for x in (covariance, value)]
-        _watched[_current] = torch.stack(sums)
+        _watched[number] = torch.stack(sums)

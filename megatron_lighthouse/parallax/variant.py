@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_lighthouse import running
 from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
-from megatron_lighthouse.parallax import telemetry
 from megatron_lighthouse.parallax.config import ParallaxConfig
 from megatron_lighthouse.parallax.implementations import implementation_for
 from megatron_lighthouse.parallax.layer import Attend, build
@@ -32,7 +32,7 @@ class Layer:
         self, query: Tensor, key: Tensor, value: Tensor, *streams: Tensor, attend: backends.Attend | None = None
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
         (r,) = streams
-        with telemetry.layer(self.number):
+        with running.layer(self.number):
             return self.attend(query, r, key, value), None
 
 

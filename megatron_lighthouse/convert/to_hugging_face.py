@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 import torch
 from packaging.version import Version
 from torch import Tensor
-from tqdm import tqdm
 
+from megatron_lighthouse.bars import bar
 from megatron_lighthouse.convert import files, safetensors_files
 from megatron_lighthouse.convert.arguments import changed_fields, model_words, namespace, updated
 from megatron_lighthouse.convert.families import family_of
@@ -154,8 +153,8 @@ def convert(
     tensors = model.tensors()
     total = sum(tensor.bytes for tensor in tensors)
     files.check_target(target, force, total, (CONFIG,))
-    with files.replacing(target) as folder, tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr) as bar:
-        safetensors_files.write(folder, tensors, shard, bar.update)
+    with files.replacing(target) as folder, bar(total=total, unit="B", unit_scale=True) as progress:
+        safetensors_files.write(folder, tensors, shard, progress.update)
         files.carry(model.like, folder)
         (folder / CONFIG).write_text(json.dumps(model.config, indent=2, ensure_ascii=False) + "\n")
     return [

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from megatron_lighthouse.bars import bar
 from megatron_lighthouse.convert import files, torch_dist
 from megatron_lighthouse.convert.arguments import model_words, namespace
 from megatron_lighthouse.convert.hugging_face import HuggingFace
@@ -42,11 +41,11 @@ def convert(source: Path, target: Path, *, force: bool, leave_out: list[str], mt
     objects = dict.fromkeys(_objects(model.placed), torch.empty(0, dtype=torch.uint8))
     common = {"args": namespace(words), "checkpoint_version": CHECKPOINT_VERSION, "iteration": 0}
     tokenizer = target.resolve() / files.CARRIED
-    with files.replacing(target) as folder, tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr) as bar:
+    with files.replacing(target) as folder, bar(total=total, unit="B", unit_scale=True) as progress:
         carried = files.carry(source, folder / files.CARRIED)
         (folder / ARGUMENTS).write_text(_argument_file(model, words, tokenizer, carried))
         (folder / RELEASE).mkdir()
-        torch_dist.write(folder / RELEASE, parts, {object_key("common_state", []): common, **objects}, bar.update)
+        torch_dist.write(folder / RELEASE, parts, {object_key("common_state", []): common, **objects}, progress.update)
         (folder / RECORD).write_text(json.dumps(_record(model), indent=2) + "\n")
         (folder / TRACKER).write_text(RELEASE)
     return [

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from megatron_lighthouse.bars import bar
 from megatron_lighthouse.convert.arguments import changed_fields
 from megatron_lighthouse.convert.hugging_face import HuggingFace, same_bits
 from megatron_lighthouse.convert.safetensors_files import Tensors
@@ -21,7 +19,7 @@ def differences(one: Path, other: Path, *, like: Path | None, leave_out: list[st
     (first, config), (second, other_config) = (_opened(folder, like, leave_out, mtp) for folder in (one, other))
     lines = [f"{name}: only in {one}" for name in first if name not in second]
     lines += [f"{name}: only in {other}" for name in second if name not in first]
-    for name in tqdm([name for name in first if name in second], unit="tensor", file=sys.stderr):
+    for name in bar([name for name in first if name in second], unit="tensor"):
         mine, its = first[name].stored, second[name].stored
         if mine != its:
             lines.append(f"{name}: {[*mine.shape]} {mine.dtype} and {[*its.shape]} {its.dtype}")

@@ -43,21 +43,17 @@ def check_begun(run: Path, commands: Mapping[str, Sequence[str]], steps: tuple[i
     if not iteration:
         return
     lines: list[str] = []
-    for attention, asked in commands.items():
-        folder = run / "tensorboard" / attention
-        if (folder / kept.NAME).is_file():
-            lines += _words(asked, kept.read(folder))
-    if first := next((kept.read(run / "tensorboard" / name) for name in commands if _is_kept(run, name)), None):
-        lines += _steps(first, steps)
+    logs = {attention: run / "tensorboard" / attention for attention in commands}
+    left = {attention: kept.read(log) for attention, log in logs.items() if (log / kept.NAME).is_file()}
+    for attention, before in left.items():
+        lines += _words(commands[attention], before)
+    if left:
+        lines += _steps(next(iter(left.values())), steps)
     else:
         state = stored.common_state(run / "checkpoints", iteration)
         lines += _stored([*commands.values()][-1], (state or {}).get("args"))
     if lines := [*dict.fromkeys(lines)]:
         raise ValueError(f"{run} was begun otherwise: give what it was, or another --name.\n  - " + "\n  - ".join(lines))
-
-
-def _is_kept(run: Path, attention: str) -> bool:
-    return (run / "tensorboard" / attention / kept.NAME).is_file()
 
 
 def _compared(flag: str) -> bool:

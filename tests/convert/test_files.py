@@ -43,7 +43,7 @@ def test_an_interruption_leaves_the_target_as_it_was(tmp_path: Path, monkeypatch
 
         def __exit__(self, *_: object) -> None: ...
 
-    monkeypatch.setattr(to_megatron, "tqdm", Bar)
+    monkeypatch.setattr(to_megatron, "bar", Bar)
     for arguments in (["new"], ["old", "--force"]):
         written = 0
         with pytest.raises(Stopped):

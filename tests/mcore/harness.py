@@ -103,10 +103,15 @@ class Processes:
 
 
 def run(
-    folder: Path, *arguments: str, ranks: int = 1, data: Sequence[str] = TEXT, module: str = "megatron_lighthouse.pretrain_gpt"
+    folder: Path,
+    *arguments: str,
+    ranks: int = 1,
+    data: Sequence[str] = TEXT,
+    module: str = "megatron_lighthouse.pretrain_gpt",
+    model: Sequence[str] = MODEL,
 ) -> Run:
-    """Train MODEL with `arguments` on `ranks` processes; fails the test, showing the log's end, if a rank fails."""
-    processes = Processes(folder, ranks, [*MODEL, *_output(folder), *arguments, *data], module)
+    """Train `model` with `arguments` on `ranks` processes; fails the test, showing the log's end, if a rank fails."""
+    processes = Processes(folder, ranks, [*model, *_output(folder), *arguments, *data], module)
     statuses = processes.wait()
     log = processes.log.read_text(errors="replace")
     assert not any(statuses), f"exit statuses {statuses}:\n{log[-5000:]}"

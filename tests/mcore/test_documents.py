@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy
 import pytest
 
-from tests.mcore.harness import ROOT, Run, run
+from tests.mcore import harness
+from tests.mcore.harness import MODEL, ROOT, Run
 from tests.mcore.test_parity import START, assert_same
+
+AT = MODEL.index("--lighthouse-budget")
+run = partial(harness.run, model=MODEL[:AT] + MODEL[AT + 2 :])
+"""Training without a budget of one sequence, which is refused where rows hold documents."""
 
 PACKED = "--attention dense --dataloader-inter-document-masking --eod-mask-loss --lr 1e-3".split()
 TOKENS = "--tokenizer-type NullTokenizer --vocab-size 257 --null-tokenizer-eod-id 256 --padded-vocab-size 384".split()

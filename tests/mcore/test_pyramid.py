@@ -78,6 +78,13 @@ def test_documents_have_no_budget_of_a_sequence(flag: str) -> None:
         pyramid.settle(args)
 
 
+def test_a_run_that_selects_nothing_hands_its_budget_on() -> None:
+    args = arguments("--lighthouse-budget 768 --dataloader-inter-document-masking")
+    args.attention = "dense"
+    pyramid.settle(args)
+    assert args.lighthouse_budget == 768
+
+
 @pytest.mark.parametrize("seq_length", [131072, 128000, 4090])
 def test_tiles_of_documents_do_not_hang_on_the_row(seq_length: int) -> None:
     args = arguments("--dataloader-inter-document-masking", seq_length)

@@ -18,20 +18,6 @@ def asked(args: Namespace) -> bool:
     return bool(getattr(args, "dataloader_inter_document_masking", False))
 
 
-def budget_problems(args: Namespace) -> Iterator[str]:
-    """Budgets of one sequence, as the command line gives them: a document's goes by its own length.
-
-    Args:
-        args: before budgets that are not given follow the sequence length.
-    """
-    for name in ("lighthouse_budget", "lighthouse_edge_budget"):
-        if asked(args) and getattr(args, name, None) is not None:
-            yield (
-                f"--{name.replace('_', '-')} {getattr(args, name)} is of one sequence, and with {FLAG} each document has a "
-                "budget by its own length: leave it out, and use --lighthouse-tile-budget and --lighthouse-document-tile."
-            )
-
-
 def mask_problem(args: Namespace) -> str | None:
     """Why documents are not separated by a mask: causal attention reads none."""
     if not getattr(args, "reset_attention_mask", False):

@@ -6,6 +6,7 @@ Imports no Megatron.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,28 @@ def settle(args: argparse.Namespace) -> None:
     """
     if not hasattr(args, _dest("levels")):
         return
-    if problems := [*documents.budget_problems(args)]:
+    if problems := [*budget_problems(args)]:
         raise ValueError("\n".join(problems))
     found, said = choice(args, *stored.folders(args))
     vars(args).update(found)
-    if said and (VARIANTS[args.attention].selects or getattr(args, "spec", None)):
+    if said and _may_select(args):
         say_once(f"lighthouse: {said}")
+
+
+def budget_problems(args: argparse.Namespace) -> Iterator[str]:
+    """Budgets of one sequence, as the command line gives them, where rows hold documents: a document's goes by its own length.
+
+    Args:
+        args: before budgets that are not given follow the sequence length.
+    """
+    if not (documents.asked(args) and _may_select(args)):
+        return
+    for name in ("budget", "edge_budget"):
+        if (given := getattr(args, _dest(name))) is not None:
+            yield (
+                f"{flag(name)} {given} is of one sequence, and with {documents.FLAG} each document has a budget by its own "
+                "length: leave it out, and use --lighthouse-tile-budget and --lighthouse-document-tile."
+            )
 
 
 def choice(args: argparse.Namespace, load: Path | None, pretrained: Path | None = None) -> tuple[dict[str, int], str | None]:
@@ -76,6 +93,11 @@ def _changed(args: argparse.Namespace, before: Any) -> bool:
     except ValueError:
         return True
     return False
+
+
+def _may_select(args: argparse.Namespace) -> bool:
+    """Whether layers may select; a run whose layers do not hands its sizes on in its checkpoints."""
+    return VARIANTS[args.attention].selects or getattr(args, "spec", None) is not None
 
 
 def _words(found: dict[str, int]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_lighthouse.sequence.documents import Documents
+from megatron_lighthouse.sequence.documents import Documents, check_cu_seqlens
 from megatron_lighthouse.sequence.layout import Layout
 
 
@@ -15,10 +15,12 @@ def documents_in(cu_seqlens: Tensor) -> Documents:
     Args:
         cu_seqlens: [b, any], int32: of each row, filled up with its length.
     """
-    ends = cu_seqlens[:, 1:]
-    offsets = cu_seqlens[:, -1:] * torch.arange(len(cu_seqlens), device=cu_seqlens.device, dtype=torch.int32).unsqueeze(1)
-    kept = (ends + offsets)[ends > cu_seqlens[:, :-1]]
-    return Documents.of(torch.cat([kept.new_zeros(1), kept]), int(cu_seqlens[0, -1]) * len(cu_seqlens))
+    here = cu_seqlens.cpu()  # which waits for the device, once a micro-batch
+    ends = here[:, 1:]
+    offsets = here[:, -1:] * torch.arange(len(here), dtype=torch.int32).unsqueeze(1)
+    bounds = torch.cat([here.new_zeros(1), (ends + offsets)[ends > here[:, :-1]]])
+    lengths = check_cu_seqlens(bounds, int(here[0, -1]) * len(here))
+    return Documents(bounds.to(cu_seqlens.device), lengths)
 
 
 def tokens_of_rank(documents: Documents, rows: int, layout: Layout) -> Tensor:

@@ -41,14 +41,14 @@ def forward_step(data: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> t
     size = args.micro_batch_size if model.training else args.eval_micro_batch_size
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
     with stragglers(bdata=True):
-        batch, documents = _batch(data, vp_stage, size)
+        batch, packing = _batch(data, vp_stage, size)
     timers("batch-generator").stop()
     tokens, position_ids, attention_mask, labels, loss_mask = (batch.get(name) for name in FIELDS)
     more = {}
-    if documents is not None:
+    if packing is not None:
+        documents, rows = packing
         if model.training and not vp_stage:  # by which Megatron counts what attention computes, once a micro-batch
             update_seqlen_stats_from_cu_seqlens(documents.cu_seqlens)
-        rows = tokens_of_rank(documents, size, _layout())
         rotate_by(get_attr_wrapped_model(model, "decoder", return_model_obj=True), documents.positions[rows])
         more["packed_seq_params"] = packed(documents, args.seq_length)
     with stragglers:
@@ -104,8 +104,9 @@ def token_weights(loss_mask: Tensor) -> Tensor:
 
 def _batch(
     data: Iterator[dict[str, Tensor]], vp_stage: int | None, micro_batch_size: int
-) -> tuple[dict[str, Tensor | None], Documents | None]:
-    """This rank's part of the next batch, empty on the pipeline's middle stages; and its documents, which all stages know."""
+) -> tuple[dict[str, Tensor | None], tuple[Documents, Tensor] | None]:
+    """This rank's part of the next batch, empty on the pipeline's middle stages; and what all stages know of packed rows: their
+    documents, and [b, s/cp] the tokens of this rank."""
     args = get_args()
     packs = args.dataloader_inter_document_masking
     if not packs and not is_first_or_last_pipeline_stage(vp_stage):
@@ -140,11 +141,8 @@ def _batch(
     bounds = found["cu_seqlens"]
     assert bounds is not None
     documents = documents_in(bounds)
+    layout = Layout(mpu.get_context_parallel_world_size(), mpu.get_context_parallel_rank())
+    rows = tokens_of_rank(documents, micro_batch_size, layout)
     if not is_first_or_last_pipeline_stage(vp_stage):
-        return {}, documents
-    rows = tokens_of_rank(documents, micro_batch_size, _layout())
-    return {name: None if x is None else x.flatten()[rows] for name, x in batch.items()}, documents
-
-
-def _layout() -> Layout:
-    return Layout(mpu.get_context_parallel_world_size(), mpu.get_context_parallel_rank())
+        return {}, (documents, rows)
+    return {name: None if x is None else x.flatten()[rows] for name, x in batch.items()}, (documents, rows)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.context_parallel.ring import Passage
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
@@ -61,6 +62,8 @@ class Place:
     """Whether the output is to be made again in backward rather than kept."""
     rotary: Rotary | None = None
     """What queries and keys come rotated by, where that is to be known."""
+    around: Any = None
+    """Where it gathers rows for another attention, the config of that one."""
 
 
 class Layer(Protocol):
@@ -89,6 +92,19 @@ class DocumentLayer(Protocol):
         attend: AttendDocuments | None = None,
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
         """As a `Layer`, of one row: N is the tokens of all documents, B = 1."""
+
+
+class RowAttention(Protocol):
+    """What a variant builds for Lighthouse: causal attention over rows in their order.
+
+    Of several context-parallel ranks each gives its rows in zigzag order, and gets their output over the rows of all.
+    """
+
+    def passage(self) -> Passage | None:
+        """The handle of one call, where keys and values may set out to other ranks as they are gathered; None where not."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *streams: Tensor, passage: Passage | None = None) -> Tensor:
+        """[S, B, H, D] for queries and streams, [S, B, G, D] for keys and values -> [S, B, H, D]; differentiable once."""
 
 
 def beyond_softmax(model: Any) -> Iterator[str]:
@@ -120,6 +136,8 @@ class Variant:
     """Whether its layers attend to gathered rows, those of `cost`, instead of all tokens."""
     corrects = False
     """Whether its layers subtract from softmax attention, of which its config has a `telemetry_interval`."""
+    around: str | None = None
+    """Its name in `--lighthouse-around`, where Lighthouse can gather rows for it: then it has `build_rows`."""
     counted = False
     """Whether the plan knows its time and memory."""
 
@@ -172,6 +190,43 @@ class Variant:
 
     def build_documents(self, config: Any, query: Tensor, key: Tensor, place: Place) -> DocumentLayer:
         """The layer for rows like these, where `document_problems` has none. Raises ValueError where it cannot be."""
+        raise NotImplementedError
+
+    def base(self, config: Any) -> Variant:
+        """What its layers are where they do not select, and whose streams they have; itself, if it selects nothing."""
+        return self
+
+    def base_in(self, args: Any) -> Variant:
+        """The same, of arguments, those of an older checkpoint among them."""
+        return self
+
+    def rows_problem(self, inner: str) -> str | None:
+        """Why it cannot attend to gathered rows by the backend `inner` of `--lighthouse-inner`; None where it can."""
+        return None
+
+    def build_rows(
+        self,
+        config: Any,
+        inner: str,
+        query: Tensor,
+        key: Tensor,
+        exchange: Exchange | None,
+        comm_type: str,
+        scale: float | None,
+    ) -> RowAttention:
+        """What attends to Lighthouse's rows, where it is `around`. Raises ValueError where it cannot be.
+
+        Args:
+            config: None for its defaults.
+            query: [S, B, H, D]; key: [S, B, G, D]; of these heads, D, dtype and device count.
+            exchange: of the ranks that share the rows.
+        """
+        raise NotImplementedError
+
+    def build_document_rows(
+        self, config: Any, inner: str, query: Tensor, key: Tensor, scale: float | None
+    ) -> Callable[..., Tensor]:
+        """As `build_rows`, over the rows of packed documents: an `AttendDocuments`, with streams behind the documents."""
         raise NotImplementedError
 
     def cost(self, config: Any, seq_length: int, ranks: int) -> Geometry:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem
+from megatron_lighthouse.lighthouse.around import streams_problem
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.geometry import Pyramid
 from megatron_lighthouse.lighthouse.layer import Attended, Layer, build
@@ -23,7 +24,6 @@ from megatron_lighthouse.lighthouse.transforms import differentiable_once, refus
 from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.softmax.backends import Attend
-from megatron_lighthouse.softmax.documents import AttendDocuments
 from megatron_lighthouse.softmax.inputs import check, made_from
 
 MOST_BUILT = 64
@@ -37,6 +37,8 @@ def lighthouse_attention(
     value: Tensor,
     config: LighthouseConfig,
     *,
+    streams: Sequence[Tensor] = (),
+    around: Any = None,
     softmax_scale: float | None = None,
     rotary: Rotary | None = None,
     cp_group: ProcessGroup | None = None,
@@ -50,20 +52,22 @@ def lighthouse_attention(
     Args:
         query: [N, B, H, D], after RoPE; float64, float32, bfloat16 or float16, any strides. Megatron's "sbhd".
         key, value: [N, B, G, D], G dividing H; same dtype and device as the query.
+        streams: what else the attention `config.around` reads, rotated as the queries, each [N, B, H, D]: r of 'parallax'.
+        around: options of that attention, such as a `ParallaxConfig`; its defaults if None. Not with `attend`.
         softmax_scale: of the inner attention; 1/sqrt(D) by default. Not with `attend`.
         rotary: what queries and keys are rotated by. With it a pooled row stands at the last token of its window, as the
             authors now have it: see `Rotary`. Without it rows are averaged as they come, which is the paper's text.
         cp_group: the context-parallel ranks among which the sequence is sharded. Each of C ranks passes its zigzag shard,
             [N/C, B, ·, D]: of 2C equal chunks, rank r holds chunk r and chunk 2C-1-r.
         cp_comm_type: 'p2p', 'all_gather' or 'a2a': how the inner attention crosses ranks. See `sharded_attention`.
-        attend: the inner attention, over this rank's rows under context parallelism; the backend that `config.inner` names by
-            default.
+        attend: the inner attention, over this rank's rows under context parallelism, of queries, keys, values and streams; the
+            backend that `config.inner` names by default.
         selection: attend to these entries instead of selecting (it carries no gradient either way): a `Selection`, such as
             `attended_rows` has, not the numbers that `lighthouse_select` gives. Not under context parallelism.
         cu_seqlens: [n + 1] int32 on the query's device: the row (B = 1) holds n documents, from token cu_seqlens[i] to the next
             one's, of any lengths. Each is as if it were alone, and rotated from its own first token or from the row's, which
             gives the same. Its budget goes by its length (`LighthouseConfig.document_tile`). The host reads it, once for each
-            `Documents` where that is given instead. `attend` then takes the `Documents` of the rows as a fourth argument. Not
+            `Documents` where that is given instead. `attend` then takes the `Documents` of the rows behind the values. Not
             under context parallelism.
 
     Returns:
@@ -85,13 +89,15 @@ def lighthouse_attention(
     exchange = Exchange.over(cp_group)
     if cu_seqlens is not None:
         _check_one_rank(exchange)
-        how = (softmax_scale, rotary, attend, selection)
+        how = (softmax_scale, rotary, attend, selection, streams, around)
         return packed_rows(query, key, value, config, cu_seqlens, *how).scatter()
     return attended_rows(
         query,
         key,
         value,
         config,
+        streams=streams,
+        around=around,
         softmax_scale=softmax_scale,
         rotary=rotary,
         exchange=exchange,
@@ -107,6 +113,8 @@ def attended_rows(
     value: Tensor,
     config: LighthouseConfig,
     *,
+    streams: Sequence[Tensor] = (),
+    around: Any = None,
     softmax_scale: float | None = None,
     rotary: Rotary | None = None,
     exchange: Exchange | None = None,
@@ -115,12 +123,12 @@ def attended_rows(
     selection: Selection | None = None,
 ) -> Attended:
     """All steps of `lighthouse_attention` but the last, which must follow: the halo is under way until then."""
-    refuse_transforms(query, key, value)
-    _check_scale(query, key, value, softmax_scale, attend)
-    layer = layer_for(config, query, key, value, exchange, cp_comm_type, softmax_scale, attend is not None, rotary)
+    refuse_transforms(query, key, value, *streams)
+    _check_own(query, key, value, config, streams, softmax_scale, around, attend)
+    layer = layer_for(config, query, key, value, exchange, cp_comm_type, softmax_scale, attend is not None, rotary, around)
     if selection is not None:
         _check_selection(selection, query, key, layer.geometry, exchange)
-    return layer.attended(*differentiable_once(query, key, value), attend, selection)
+    return layer.attended(*differentiable_once(query, key, value, *streams), attend=attend, selection=selection)
 
 
 def packed_rows(
@@ -131,16 +139,19 @@ def packed_rows(
     cu_seqlens: Tensor | Documents,
     softmax_scale: float | None = None,
     rotary: Rotary | None = None,
-    attend: AttendDocuments | None = None,
+    attend: Callable[..., Tensor] | None = None,
     selection: Selection | None = None,
+    streams: Sequence[Tensor] = (),
+    around: Any = None,
 ) -> PackedAttended:
     """As `attended_rows`, of a row of documents."""
-    refuse_transforms(query, key, value)
-    _check_scale(query, key, value, softmax_scale, attend)
-    layer, documents = _packed(config, query, key, value, cu_seqlens, softmax_scale, attend is not None, rotary)
+    refuse_transforms(query, key, value, *streams)
+    _check_own(query, key, value, config, streams, softmax_scale, around, attend)
+    layer, documents = _packed(config, query, key, value, cu_seqlens, softmax_scale, attend is not None, rotary, around)
     if selection is not None:
         _check_selection(selection, query, key, Packing.of(documents, layer.rule), None)
-    return layer.attended(*differentiable_once(query, key, value), documents, attend, selection)
+    query, key, value, *streams = differentiable_once(query, key, value, *streams)
+    return layer.attended(query, key, value, *streams, documents=documents, attend=attend, selection=selection)
 
 
 def _packed(
@@ -251,10 +262,25 @@ def _check_one_rank(exchange: Exchange | None) -> None:
         raise ValueError("cu_seqlens cannot be given with context-parallel ranks yet: leave out `cp_group` or `cu_seqlens`.")
 
 
-def _check_scale(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None, attend: object) -> None:
-    if attend is not None and softmax_scale is not None:
+def _check_own(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: LighthouseConfig,
+    streams: Sequence[Tensor],
+    softmax_scale: float | None,
+    around: object,
+    attend: object,
+) -> None:
+    """What is of the default inner attention, and what it reads."""
+    if attend is not None and (softmax_scale is not None or around is not None):
         check(query, key, value)
-        raise ValueError("softmax_scale belongs to the default inner attention: give `attend` its own scale instead.")
+        name = "around" if softmax_scale is None else "softmax_scale"
+        own = "options" if softmax_scale is None else "scale"
+        raise ValueError(f"{name} belongs to the default inner attention: give `attend` its own {own} instead.")
+    if problem := streams_problem(config.around, query, streams):
+        check(query, key, value)
+        raise ValueError(problem)
 
 
 def _check_selection(selection: Selection, query: Tensor, key: Tensor, geometry: Pyramid, exchange: Exchange | None) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import islice
 from typing import Any
 
+from megatron_lighthouse.lighthouse.around import AROUND
 from megatron_lighthouse.lighthouse.by_length import NAMES, by_length
 from megatron_lighthouse.lighthouse.geometry import Geometry
 from megatron_lighthouse.lighthouse.implementations import STEPS
@@ -75,6 +76,15 @@ class LighthouseConfig:
     """The attention over the gathered rows: 'auto' takes the fastest that is there (Transformer Engine's in its own layer
     spec); 'te', 'fa4', 'fa3', 'cudnn', 'fa2' and 'sdpa' force one. See `megatron_lighthouse.softmax.backends`."""
 
+    around: str = option(
+        "softmax",
+        "What attends to the gathered rows, and what a layer is where it does not select, in stage 2 and at the model's ends: "
+        "'softmax', or 'parallax', whose second query is pooled and gathered with the first.",
+        AROUND,
+    )
+    """The attention over the gathered rows, of those that offer themselves (`lighthouse.around`): 'softmax', or 'parallax',
+    for which `lighthouse_attention` is given its streams."""
+
     steps: str = option(
         "auto",
         "What runs the steps around the inner attention: the Triton 'kernels', or plain PyTorch as a 'reference'; 'auto' "
@@ -132,11 +142,13 @@ class LighthouseConfig:
                 f"{named('budget')} {self.budget} must be a positive multiple of {named('tile_budget')} {self.tile_budget}: "
                 f"use {choices}."
             )
-        for name, known in (("scorer", SCORERS), ("inner", INNER), ("steps", STEPS)):
+        for name, known in (("scorer", SCORERS), ("inner", INNER), ("steps", STEPS), ("around", AROUND)):
             value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{named(name)} {value!r} is not known: use {' or '.join(map(repr, known))}.")
 
+        if problem := AROUND[self.around].rows_problem(self.inner):
+            raise ValueError(problem)
         self._check_documents()
 
     def _check_documents(self) -> None:

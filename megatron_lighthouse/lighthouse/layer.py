@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.ring import Passage
 from megatron_lighthouse.lighthouse import telemetry
+from megatron_lighthouse.lighthouse.around import AROUND, apart, stacked
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.geometry import Geometry, Pyramid
 from megatron_lighthouse.lighthouse.implementations import steps_for
@@ -22,8 +25,7 @@ from megatron_lighthouse.lighthouse.sharded.halo import with_halo
 from megatron_lighthouse.lighthouse.sharded.select import own_tiles, select_shard
 from megatron_lighthouse.lighthouse.steps import HaloTravel, Steps
 from megatron_lighthouse.ranges import profiled
-from megatron_lighthouse.softmax.backends import Attend, inner_attention
-from megatron_lighthouse.softmax.sharded import ShardedAttention, sharded_attention
+from megatron_lighthouse.variant import RowAttention
 
 
 @dataclass(frozen=True)
@@ -65,32 +67,44 @@ class Layer:
     steps: Steps
     scorer: Scorer
     exchange: Exchange | None
-    attend: Attend | None
+    attend: RowAttention | None
     """The inner attention; None where every call brings its own."""
     rotary: Rotary | None
     """By which rows are turned on to their window's last token while they are pooled."""
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, attend: Attend | None = None) -> Tensor:
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, *streams: Tensor, attend: Callable[..., Tensor] | None = None
+    ) -> Tensor:
         """[N, B, H, D]: see `lighthouse_attention`."""
-        return self.attended(query, key, value, attend).scatter()
+        return self.attended(query, key, value, *streams, attend=attend).scatter()
 
     def attended(
-        self, query: Tensor, key: Tensor, value: Tensor, attend: Attend | None = None, selection: Selection | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *streams: Tensor,
+        attend: Callable[..., Tensor] | None = None,
+        selection: Selection | None = None,
     ) -> Attended:
         """All steps but the last, which must follow: the halo is under way until then."""
-        attend, deal = attend or self.attend, None
-        assert attend is not None
+        deal, groups = None, key.shape[2]
         if selection is None:
             selection, deal = self.select(query, key, value)
-        passage = attend.passage() if isinstance(attend, ShardedAttention) else None
+        passage = None if self.attend is None or attend else self.attend.passage()
         # what is gathered for a ring can set out at once, unless it is dealt first
-        rows_q, rows_k, rows_v = self.steps.gather(query, key, value, selection, None if deal else passage, self.rotary)
+        near, setting_out = stacked(query, streams, groups), None if deal else passage
+        rows_near, rows_k, rows_v = self.steps.gather(near, key, value, selection, setting_out, self.rotary)
         if deal:
-            rows_q, rows_k, rows_v = deal.out(rows_q, rows_k, rows_v)
+            rows_near, rows_k, rows_v = deal.out(rows_near, rows_k, rows_v)
+        rows_q, *rows_streams = apart(rows_near, len(streams), groups)
         with profiled("attend"):
-            given = () if passage is None else (passage,)
-            attended = attend(rows_q, rows_k, rows_v, *given)
-        rows = deal.back(attended, key.shape[2]) if deal else attended
+            if attend:
+                attended = attend(rows_q, rows_k, rows_v, *rows_streams)
+            else:
+                assert self.attend is not None
+                attended = self.attend(rows_q, rows_k, rows_v, *rows_streams, passage=passage)
+        rows = deal.back(attended, groups) if deal else attended
         if self.exchange is None:
             return Attended(rows, attended, selection, self.steps)
         rows, halo, travel = with_halo(rows, selection, self.exchange)
@@ -117,6 +131,7 @@ def build(
     softmax_scale: float | None = None,
     own_attend: bool = False,
     rotary: Rotary | None = None,
+    around: Any = None,
 ) -> Layer:
     """The layer for inputs like these.
 
@@ -124,6 +139,7 @@ def build(
         query: [N/C, B, H, D]; key: [N/C, B, G, D]; of these only shapes, dtype and device count.
         own_attend: every call brings its inner attention.
         rotary: what queries and keys are rotated by, where pooled rows are to stand at their window's last token.
+        around: the config of the attention that `config.around` names; None for its defaults.
 
     Raises:
         ValueError: as `lighthouse_attention`.
@@ -132,11 +148,9 @@ def build(
         raise ValueError(problem)
     size = exchange.size if exchange else 1
     geometry = config.geometry(query.shape[0] * size, size)
-    attend: Attend | None = None
-    if not own_attend and exchange is None:
-        attend = inner_attention(config.inner, query, key, softmax_scale)
-    elif not own_attend and exchange is not None:
-        attend = sharded_attention(config.inner, query, key, exchange, comm_type, softmax_scale)
+    attend: RowAttention | None = None
+    if not own_attend:
+        attend = AROUND[config.around].build_rows(around, config.inner, query, key, exchange, comm_type, softmax_scale)
     steps = steps_for(config.steps, query, config.pooling)
     own, tiles = Pyramid(query.shape[0], config.levels, config.pooling), own_tiles(geometry, size)
     return Layer(geometry, own, tiles, config.pin_first, steps, SCORERS[config.scorer], exchange, attend, rotary)

@@ -30,16 +30,16 @@ def refuse_transforms(*inputs: Tensor, of: str = "lighthouse_attention") -> None
         )
 
 
-def differentiable_once(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def differentiable_once(*inputs: Tensor) -> tuple[Tensor, ...]:
     """The same tensors, whose gradients raise RuntimeError when they are differentiated.
 
     Without this the second derivative would be zero wherever autograd is allowed to find no path (`hvp`, `allow_unused`).
     torch.compile refuses it itself.
     """
-    inputs = (query, key, value)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs):
         return inputs
-    return _Once.apply(*inputs, _Path.apply(*inputs))
+    once: tuple[Tensor, ...] = _Once.apply(*inputs, _Path.apply(*inputs))
+    return once
 
 
 class _Path(torch.autograd.Function):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse import running
+from megatron_lighthouse.lighthouse.around import AROUND
 from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
 from megatron_lighthouse.lighthouse.implementations import steps_for
@@ -35,10 +36,10 @@ class Placed:
     place: Place
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, *_: Tensor, attend: Attend | None = None
+        self, query: Tensor, key: Tensor, value: Tensor, *streams: Tensor, attend: Attend | None = None
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
         with running.layer(self.place.number):
-            attended = self.layer.attended(query, key, value, attend)
+            attended = self.layer.attended(query, key, value, *streams, attend=attend)
             output = attended.scatter()
         if not self.place.discard_output or not output.requires_grad or torch.compiler.is_compiling():
             return output, None
@@ -58,12 +59,12 @@ class PlacedDocuments:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        *_: Tensor,
+        *streams: Tensor,
         documents: Documents,
         attend: AttendDocuments | None = None,
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
         with running.layer(self.place.number):
-            attended = self.layer.attended(query, key, value, documents, attend)
+            attended = self.layer.attended(query, key, value, *streams, documents=documents, attend=attend)
             output = attended.scatter()
         # where nothing is scattered, the output is the rows, which the inner attention keeps
         if not self.place.discard_output or not output.requires_grad or attended.is_whole:
@@ -79,8 +80,16 @@ class Lighthouse(Variant):
     config = LighthouseConfig
     switches = selects = counted = True
 
+    def base(self, config: LighthouseConfig) -> Variant:
+        return AROUND[config.around]
+
+    def base_in(self, args: Any) -> Variant:
+        return AROUND.get(getattr(args, "lighthouse_around", LighthouseConfig.around), self)
+
     def base_attends(self, config: LighthouseConfig, of_te: bool, local: bool) -> bool:
         """Transformer Engine's does, unless another is forced. Megatron's local one would keep all scores, so it does not."""
+        if not self.base(config).native:
+            return False
         return (of_te and config.inner == "te") or (config.inner == "auto" and not local)
 
     def dropout_problems(self, dropout: float) -> Iterator[str]:
@@ -152,20 +161,21 @@ class Lighthouse(Variant):
         rows = torch.empty(0, inputs.dim, dtype=inputs.dtype, device=inputs.device)
         try:
             SCORERS[config.scorer].check_installed(steps_for(config.steps, rows), inputs.device)
-            if not place.base_attends:
+            if not place.base_attends and self.base(config).native:
                 check_backend(config.inner, inputs, place.exchange.size if place.exchange else 1, place.comm_type)
         except ValueError as error:
             raise ValueError(in_flags(str(error))) from None
 
     def build(self, config: LighthouseConfig, query: Tensor, key: Tensor, place: Place) -> Placed:
-        how = (place.exchange, place.comm_type, place.scale, place.base_attends, place.rotary)
+        how = (place.exchange, place.comm_type, place.scale, place.base_attends, place.rotary, place.around)
         try:
             return Placed(build(config, query, key, *how), place)
         except ValueError as error:
             raise ValueError(in_flags(str(error))) from None
 
     def build_documents(self, config: LighthouseConfig, query: Tensor, key: Tensor, place: Place) -> PlacedDocuments:
-        return PlacedDocuments(build_packed(config, query, key, place.scale, place.base_attends, place.rotary), place)
+        how = (place.scale, place.base_attends, place.rotary, place.around)
+        return PlacedDocuments(build_packed(config, query, key, *how), place)
 
     def cost(self, config: LighthouseConfig, seq_length: int, ranks: int) -> Geometry:
         try:

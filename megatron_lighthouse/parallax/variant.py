@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse import running
+from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.context_parallel.ring import Passage
 from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
 from megatron_lighthouse.parallax.config import ParallaxConfig
@@ -36,6 +38,20 @@ class Layer:
             return self.attend(query, r, key, value), None
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Over the rows that Lighthouse gathers. Keys are centred before they travel, so none sets out as it is gathered."""
+
+    attend: Attend
+
+    def passage(self) -> None:
+        return None
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *streams: Tensor, passage: Passage | None = None) -> Tensor:
+        (r,) = streams
+        return self.attend.over_rows(query, r, key, value)
+
+
 class Parallax(Variant):
     """Parallax (arXiv 2605.29157): a projection R of its own."""
 
@@ -45,6 +61,7 @@ class Parallax(Variant):
     streams = (Stream("r", like_queries=True, zero_at_first=True),)
     dense_weights = False
     corrects = True
+    around = "parallax"
 
     def problems(self, config: ParallaxConfig, model: Any) -> Iterator[str]:
         yield from super().problems(config, model)
@@ -65,6 +82,27 @@ class Parallax(Variant):
     def build(self, config: ParallaxConfig, query: Tensor, key: Tensor, place: Place) -> Layer:
         how = (place.exchange, place.comm_type, place.scale)
         return Layer(build(query, key, *how, kernels=config.kernels), place.number)
+
+    def rows_problem(self, inner: str) -> str | None:
+        if inner == "auto":
+            return None
+        return (
+            f"config.inner {inner} is of softmax attention, and config.around {self.around} has kernels of its own: use "
+            "config.inner auto, and --parallax-kernels to choose them."
+        )
+
+    def build_rows(
+        self,
+        config: ParallaxConfig | None,
+        inner: str,
+        query: Tensor,
+        key: Tensor,
+        exchange: Exchange | None,
+        comm_type: str,
+        scale: float | None,
+    ) -> Rows:
+        kernels = (config or ParallaxConfig()).kernels
+        return Rows(build(query, key, exchange, comm_type, scale, kernels=kernels))
 
     def check_installed(self, config: ParallaxConfig, inputs: Inputs, place: Place) -> None:
         implementation_for(config.kernels, inputs.device, inputs.dtype, inputs.dim)

@@ -26,7 +26,7 @@ class ShardedAttention:
         """Where it is a ring: the handle of one call."""
         return self.scheme.passage() if isinstance(self.scheme, Ring) else None
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, passage: Passage | None = None) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *_: Tensor, passage: Passage | None = None) -> Tensor:
         if isinstance(self.scheme, Ring):
             return self.scheme((query,), (key, value), passage)
         return self.scheme((query,), (key, value))

@@ -2,7 +2,30 @@
 
 from __future__ import annotations
 
-from megatron_lighthouse.variant import Variant
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.context_parallel.ring import Passage
+from megatron_lighthouse.softmax.backends import Attend, inner_attention
+from megatron_lighthouse.softmax.documents import AttendDocuments, documents_attention
+from megatron_lighthouse.softmax.sharded import sharded_attention
+from megatron_lighthouse.variant import RowAttention, Variant
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Softmax attention over the rows of one rank."""
+
+    attend: Attend
+
+    def passage(self) -> None:
+        return None
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *_: Tensor, passage: Passage | None = None) -> Tensor:
+        return self.attend(query, key, value)
 
 
 class Dense(Variant):
@@ -11,6 +34,24 @@ class Dense(Variant):
     name, title = "dense", "dense attention"
     help = "is Megatron's own"
     native = counted = True
+    around = "softmax"
+
+    def build_rows(
+        self,
+        config: Any,
+        inner: str,
+        query: Tensor,
+        key: Tensor,
+        exchange: Exchange | None,
+        comm_type: str,
+        scale: float | None,
+    ) -> RowAttention:
+        if exchange is None:
+            return Rows(inner_attention(inner, query, key, scale))
+        return sharded_attention(inner, query, key, exchange, comm_type, scale)
+
+    def build_document_rows(self, config: Any, inner: str, query: Tensor, key: Tensor, scale: float | None) -> AttendDocuments:
+        return documents_attention(inner, query, key, scale)
 
 
 DENSE = Dense()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_lighthouse.lighthouse import telemetry
+from megatron_lighthouse.lighthouse.around import AROUND, apart, stacked
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.implementations import packed_steps_for
 from megatron_lighthouse.lighthouse.packed.packing import Packing
@@ -19,7 +22,6 @@ from megatron_lighthouse.lighthouse.scorers.base import Scorer
 from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.ranges import profiled
 from megatron_lighthouse.sequence.documents import Documents
-from megatron_lighthouse.softmax.documents import AttendDocuments, documents_attention
 
 
 @dataclass(frozen=True)
@@ -51,35 +53,44 @@ class PackedLayer:
     pin_first: bool
     steps: PackedSteps
     scorer: Scorer
-    attend: AttendDocuments | None
-    """The inner attention; None where every call brings its own."""
+    attend: Callable[..., Tensor] | None
+    """The inner attention, of rows, documents and the rows of streams; None where every call brings its own."""
     rotary: Rotary | None
     """By which rows are turned on to their window's last token while they are pooled."""
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, documents: Documents, attend: AttendDocuments | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *streams: Tensor,
+        documents: Documents,
+        attend: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """[t, 1, H, D]: see `lighthouse_attention`."""
-        return self.attended(query, key, value, documents, attend).scatter()
+        return self.attended(query, key, value, *streams, documents=documents, attend=attend).scatter()
 
     def attended(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        *streams: Tensor,
         documents: Documents,
-        attend: AttendDocuments | None = None,
+        attend: Callable[..., Tensor] | None = None,
         selection: Selection | None = None,
     ) -> PackedAttended:
         """All steps but the last."""
-        attend, packing, rows = attend or self.attend, Packing.of(documents, self.rule), (query, key, value)
+        attend, packing, groups = attend or self.attend, Packing.of(documents, self.rule), key.shape[2]
         assert attend is not None
         if selection is None:
             selection = self.select(query, key, value, documents)
+        rows = list(streams)
         if not packing.is_whole:  # else rows are tokens
-            rows = self.steps.gather(query, key, value, selection, self.rotary)
+            near, key, value = self.steps.gather(stacked(query, streams, groups), key, value, selection, self.rotary)
+            query, *rows = apart(near, len(streams), groups)
         with profiled("attend"):
-            attended = attend(*rows, packing.rows)
+            attended = attend(query, key, value, packing.rows, *rows)
         return PackedAttended(attended, selection, self.steps)
 
     def select(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Selection:
@@ -101,6 +112,7 @@ def build_packed(
     softmax_scale: float | None = None,
     own_attend: bool = False,
     rotary: Rotary | None = None,
+    around: Any = None,
 ) -> PackedLayer:
     """The layer for rows of documents like these.
 
@@ -108,6 +120,7 @@ def build_packed(
         query: [t, 1, H, D]; key: [t, 1, G, D]; of these only heads, D, dtype and device count.
         own_attend: every call brings its inner attention.
         rotary: what queries and keys are rotated by, where pooled rows are to stand at their window's last token.
+        around: as for `lighthouse.layer.build`.
 
     Raises:
         ValueError: as `lighthouse_attention`.
@@ -117,5 +130,6 @@ def build_packed(
         raise ValueError(problem)
     if problem := scorer.packed_problem(rule.window):
         raise ValueError(problem)
-    attend = None if own_attend else documents_attention(config.inner, query, key, softmax_scale)
+    how = (around, config.inner, query, key, softmax_scale)
+    attend = None if own_attend else AROUND[config.around].build_document_rows(*how)
     return PackedLayer(rule, config.pin_first, packed_steps_for(config.steps, query, config.pooling), scorer, attend, rotary)

@@ -43,12 +43,13 @@ class VariantMixin:
     layer_number: int
     place: Place
     """Where it stands; with what of Megatron's."""
+    variant: Variant
+    """What it is at first; with its config."""
     own: Any
-    """Its config, of the variant."""
     layers: dict[Any, Any]
-    """By the shapes of their inputs."""
+    """By the variant, and the shapes of their inputs."""
     settings: LighthouseSettings
-    """Of the whole model: whether, and when, this layer becomes dense."""
+    """Of the whole model: what this layer is, and when it becomes another."""
     config: TransformerConfig
 
     def forward(
@@ -64,12 +65,12 @@ class VariantMixin:
     ) -> Tensor:
         """Megatron's core-attention contract.
 
-        In stage 2 it is the base class's, called as Megatron calls a dense layer.
+        Where the layer is dense it is the base class's, called as Megatron calls a dense layer.
 
         Args:
             query: [s/cp, b, np/tp, hn], and as many heads again for each stream, after RoPE, any strides.
             key, value: [s/cp, b, ng/tp, hn], likewise.
-            attention_mask: not read in stage 1: the attention is causal.
+            attention_mask: read where the layer is dense alone: else the attention is causal.
 
         Returns:
             [s/cp, b, np/tp * hn].
@@ -78,7 +79,8 @@ class VariantMixin:
             ValueError: a call that is not causal self-attention over whole sequences.
         """
         dense = super().forward  # type: ignore[misc]
-        if self._is_dense_now():
+        now, _ = self._now()
+        if now.native:
             given = {"attn_mask_type": attn_mask_type, "attention_bias": attention_bias, "packed_seq_params": packed_seq_params}
             return dense(query, key, value, attention_mask, **given, **kwargs)
         self._check_call(query, key, attn_mask_type, attention_bias, packed_seq_params)
@@ -89,52 +91,62 @@ class VariantMixin:
             out = dense(rows_q, rows_k, rows_v, None, **given, **kwargs)
             return out.unflatten(-1, rows_q.shape[2:])
 
+        attend = base if self.place.base_attends else None
         if packed_seq_params is not None:
-            return self._within_documents(query, key, value, packed_seq_params, base)
-        count = len(self.settings.attention.streams)
+            return self._within_documents(query, key, value, packed_seq_params, attend)
+        count = len(self.settings.base.streams)
         query, *streams = query.chunk(1 + count, dim=2) if count else (query,)
         layer = self._layer_for(query, key, value)
-        out, again = layer(query, key, value, *streams, attend=base if self.place.base_attends else None)
+        out, again = layer(query, key, value, *streams, attend=attend)
         return out.flatten(2) if again is None else remember_source(out.flatten(2), again)
 
-    def _within_documents(self, query: Tensor, key: Tensor, value: Tensor, params: Any, base: Callable[..., Tensor]) -> Tensor:
+    def _within_documents(
+        self, query: Tensor, key: Tensor, value: Tensor, params: Any, attend: Callable[..., Tensor] | None
+    ) -> Tensor:
         """As `forward`, of rows that are packed documents."""
         if query.dim() == 3:  # Megatron's own 'thd', of which it makes [t, 1, np * hn] afterwards
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
-            return self._within_documents(query, key, value, params, base).squeeze(1)
+            return self._within_documents(query, key, value, params, attend).squeeze(1)
         rows = query.shape[1]
         documents = documents_of(params, query.shape[0] * rows)
         query, key, value = (in_one_row(x, 1) for x in (query, key, value))
-        query, *streams = query.chunk(1 + len(self.settings.attention.streams), dim=2)
+        query, *streams = query.chunk(1 + len(self.settings.base.streams), dim=2)
         layer = self._document_layer_for(query, key, value)
-        attend = base if self.place.base_attends else None
         out, again = layer(query, key, value, *streams, documents=documents, attend=attend)
         out = in_rows(out, rows, 1).flatten(2)
         return out if again is None else remember_source(out, lambda: in_rows(again(), rows, 1))
 
     def _layer_for(self, query: Tensor, key: Tensor, value: Tensor) -> Layer:
         """Built once for each shape of the inputs, which a run has one or two of."""
-        return self._built(self.settings.attention.build, query, key, value)
+        now, own = self._now()
+        return self._built(now.build, own, query, key, value)
 
     def _document_layer_for(self, query: Tensor, key: Tensor, value: Tensor) -> DocumentLayer:
-        return self._built(self.settings.attention.build_documents, query, key, value)
+        now, own = self._now()
+        return self._built(now.build_documents, own, query, key, value)
 
-    def _built[T](self, build: Callable[[Any, Tensor, Tensor, Place], T], query: Tensor, key: Tensor, value: Tensor) -> T:
-        made = (build.__name__, *made_from(query, key, value))
+    def _built[T](
+        self, build: Callable[[Any, Tensor, Tensor, Place], T], own: Any, query: Tensor, key: Tensor, value: Tensor
+    ) -> T:
+        made = (build.__qualname__, *made_from(query, key, value))
         layer: T | None = self.layers.get(made)
         if layer is None:
             check_inputs(query, key, value)
-            layer = self.layers[made] = build(self.own, query, key, self.place)
+            layer = self.layers[made] = build(own, query, key, self.place)
         return layer
 
-    def _is_dense_now(self) -> bool:
+    def _now(self) -> tuple[Variant, Any]:
+        """What it is in this iteration, and the config of that."""
         given = self.settings
-        return given.stage2 is not None and given.is_dense(self.layer_number, self.config.num_layers, switch.iteration())
+        if given.stage2 is None or not given.is_dense(self.layer_number, self.config.num_layers, switch.iteration()):
+            return self.variant, self.own
+        return given.base, given.base_config
 
     def _check_call(self, query: Tensor, key: Tensor, mask_type: AttnMaskType | None, bias: Tensor | None, params: Any) -> None:
         ours = f"--attention {self.settings.variant}"
         ranks = self.place.exchange.size if self.place.exchange else 1
-        if params is not None and (problem := next(self.settings.attention.document_problems(self.own, ranks), None)):
+        now, own = self._now()
+        if params is not None and (problem := next(now.document_problems(own, ranks), None)):
             raise ValueError(problem)
         if bias is not None:
             raise ValueError(f"attention_bias is not supported by {ours}: use --attention dense.")
@@ -170,7 +182,8 @@ class CoreAttentionBuilder:
             if self.base.submodules is not None:
                 params["submodules"] = self.base.submodules
         module = over_shards(module, config)
-        if self.settings.is_dense(layer_number, config.num_layers):
+        now, own = self.settings.at_first(layer_number, config.num_layers)
+        if now.native or layer_number not in self.settings.holding(config.num_layers):
             return module(config=config, layer_number=layer_number, **params, **kwargs)
         if not isinstance(module, type):
             raise ValueError(
@@ -178,7 +191,6 @@ class CoreAttentionBuilder:
                 "DotProductAttention and TEDotProductAttention."
             )
         check(config, self.settings, None)
-        variant = self.settings.attention
         here = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         inputs = Inputs(here, config.params_dtype, *heads_of_rank(config), config.kv_channels)
         of_te = "transformer_engine" in module.__module__
@@ -189,14 +201,18 @@ class CoreAttentionBuilder:
             comm_type=kwargs.get("cp_comm_type") or "p2p",
             scale=kwargs.get("softmax_scale"),
             first_head=inputs.heads * tensor_parallel_rank(groups),
-            base_attends=variant.base_attends(self.settings.config, of_te, issubclass(module, DotProductAttention)),
+            base_attends=now.base_attends(own, of_te, issubclass(module, DotProductAttention)),
             discard_output=self.settings.discard_output,
+            around=self.settings.around,
             rotary=None if config.no_rope_freq and config.no_rope_freq[layer_number - 1] else self.rotary,
         )
-        own = self.settings.config_of(layer_number, config.num_layers)
-        _check(variant, own, inputs, place)
-        layer = class_over(module, variant.title)(config=config, layer_number=layer_number, **params, **kwargs)
-        layer.settings, layer.place, layer.own, layer.layers = self.settings, place, own, {}
+        _check(now, own, inputs, place)
+        base, of_base = self.settings.base, self.settings.base_config
+        if base is not now and not base.native:
+            _check(base, of_base, inputs, place)
+        layer = class_over(module, now.title)(config=config, layer_number=layer_number, **params, **kwargs)
+        layer.settings, layer.place, layer.layers = self.settings, place, {}
+        layer.variant, layer.own = now, own
         if place.base_attends and of_te:
             say_once(te_choice(capability_of(here)))
         return layer

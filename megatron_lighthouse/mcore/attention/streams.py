@@ -27,7 +27,7 @@ from megatron_lighthouse.variant import Stream, norm_of
 
 
 class StreamsMixin:
-    """A self-attention with a variant's streams, in the layers that are not dense."""
+    """A self-attention with a variant's streams."""
 
     config: TransformerConfig
     pg_collection: Any
@@ -45,7 +45,7 @@ class StreamsMixin:
         settings: LighthouseSettings,
         **named: Any,
     ) -> None:
-        streams = () if settings.is_dense(layer_number, config.num_layers) else settings.attention.streams
+        streams = settings.base.streams if layer_number in settings.holding(config.num_layers) else ()
         # Transformer Engine's projections sum the gradient of their input themselves: there each gathers for itself
         self.gathers = bool(streams) and config.sequence_parallel and submodules.linear_qkv is ColumnParallelLinear
         if self.gathers:
@@ -128,7 +128,7 @@ def add_streams(layer: Any, settings: LighthouseSettings) -> None:
         ValueError: a layer whose input reaches the self-attention before it is normed, or that has another self-attention.
     """
     attention: Any = getattr(layer, "self_attention", None)
-    if not settings.attention.streams or not hasattr(getattr(attention, "submodules", None), "core_attention"):
+    if not settings.base.streams or not hasattr(getattr(attention, "submodules", None), "core_attention"):
         return
     if not (isinstance(attention.module, type) and issubclass(attention.module, SelfAttention)):
         raise ValueError(f"--attention {settings.variant} adds projections to SelfAttention, not to {attention.module!r}.")

@@ -77,8 +77,8 @@ def attention_problems(args: argparse.Namespace, config: Any, by_spec: bool, has
         yield from run_problems(args, config, chosen)
         if chosen.attention.selects:
             yield from selection_log.problems(args, chosen)
-        if chosen.attention.corrects:
-            yield from correction.problems(args, chosen.config)
+        if chosen.base.corrects:
+            yield from correction.problems(args, chosen.base_config)
         return
     yield from VARIANTS[args.attention].length_problems(None, args.seq_length, config.context_parallel_size)
     yield from documents.document_problems(args, config)
@@ -124,10 +124,11 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
     else:
         rope.keep(args)
     if chosen is not None:
-        if chosen.attention.corrects:
+        if chosen.base.corrects:
             hooks.log_correction(args, chosen)
-        for remark in () if getattr(args, "skip_train", False) or args.rank else chosen.attention.remarks(chosen.config, args):
-            say_once(remark)
+        if not getattr(args, "skip_train", False) and not args.rank:
+            for remark in chosen.base.remarks(chosen.base_config, args):
+                say_once(remark)
     if chosen is None or not chosen.attention.switches:
         selection_log.say_nothing_is_logged(args)
     if chosen is None and spec is not None:

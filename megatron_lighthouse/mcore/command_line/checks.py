@@ -76,6 +76,8 @@ def model_problems(config: TransformerConfig, settings: LighthouseSettings, seq_
         yield from found
     elif graphs != "none":
         yield from settings.attention.graph_problems(settings.config, seq_length, size, graphs)
+        if settings.base is not settings.attention:
+            yield from settings.base.graph_problems(settings.base_config, seq_length, size, graphs)
         if settings.edge:
             yield from map(of_edge, settings.attention.graph_problems(settings.edge, seq_length, size, graphs))
 
@@ -115,6 +117,8 @@ def _documents(args: Namespace, config: TransformerConfig, settings: LighthouseS
     if documents.asked(args):
         for own in filter(None, (settings.config, settings.edge)):
             yield from settings.attention.document_problems(own, config.context_parallel_size)
+        if not settings.base.native and settings.base is not settings.attention:
+            yield from settings.base.document_problems(settings.base_config, config.context_parallel_size)
         yield from documents.watched_problems(args)
 
 
@@ -153,7 +157,7 @@ def _skipped_switch(args: Namespace, at: int) -> Iterator[str]:
 
 
 def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:
-    yield from settings.attention.problems(settings.config, config)
+    yield from _attention(config, settings)
     yield from cp_layout_problems(config)
     for name in DYNAMIC:
         if getattr(config, name, False):
@@ -174,11 +178,11 @@ def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Ite
         if getattr(config, name, False):
             yield f"--{name.replace('_', '-')} is not supported: leave it out (fp8 in the linear layers works without it)."
     further = getattr(config, "mtp_num_layers", None) or 0  # Megatron counts these from 1, as the model's own
-    if further and (settings.edge_budget is not None or further > settings.dense_first):
+    if further and (settings.edge_budget is not None or further > settings.dense_first or settings.base.streams):
         use = f"leave {flag('edge_budget')} out, and use {flag('dense_first')} {further} or more."
         yield (
             f"--mtp-num-layers {further} makes layers that are to stay dense, and go by the numbers of the first of the model: "
-            f"{use if settings.attention.switches else 'leave it out, or use --attention dense.'}"
+            f"{use if settings.base.native else 'leave it out, or use --attention dense.'}"
         )
     graphs = getattr(config, "cuda_graph_impl", "none")
     if settings.stage2 is not None and graphs != "none":
@@ -193,9 +197,19 @@ def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Ite
     yield from _streams(config, settings)
 
 
+def _attention(config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:
+    """What the attention refuses, and of the one that it selects for what it does not refuse itself."""
+    said = [*settings.attention.problems(settings.config, config)]
+    yield from said
+    if not settings.base.native and settings.base is not settings.attention:
+        options = {problem.split()[0] for problem in said}
+        found = settings.base.problems(settings.base_config, config)
+        yield from (problem for problem in found if problem.split()[0] not in options)
+
+
 def _streams(config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:
     """Where more is projected from a layer's input than q, k and v."""
-    if not settings.attention.streams:
+    if not settings.base.streams:
         return
     if getattr(config, "fused_single_qkv_rope", False):
         yield f"fused_single_qkv_rope rotates q, k and v alone: turn it off with --attention {settings.variant}."
@@ -205,7 +219,7 @@ def _streams(config: TransformerConfig, settings: LighthouseSettings) -> Iterato
 
 def unnormed(settings: LighthouseSettings) -> str:
     """Why no stream can be read from a layer's input where the norm is part of linear_qkv."""
-    names = ", ".join(f"linear_{stream.name}" for stream in settings.attention.streams)
+    names = ", ".join(f"linear_{stream.name}" for stream in settings.base.streams)
     return (
         f"--attention {settings.variant} reads a layer's normed input by {names}, and this layer spec norms it within "
         "linear_qkv: use --transformer-impl local."
@@ -215,7 +229,7 @@ def unnormed(settings: LighthouseSettings) -> str:
 def _streams_of_run(args: Namespace, settings: LighthouseSettings) -> Iterator[str]:
     """Streams travel as heads of the queries, which RoPE rotates."""
     kind = getattr(args, "position_embedding_type", None)
-    for stream in settings.attention.streams:
+    for stream in settings.base.streams:
         if not stream.rotated and kind in ("rope", "yarn", "mrope"):
             yield (
                 f"--position-embedding-type {kind} would rotate linear_{stream.name} of --attention {settings.variant}, which "

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_lighthouse.mcore.command_line import stored
 from megatron_lighthouse.variant import Stream, norm_of
-from megatron_lighthouse.variants import VARIANTS
+from megatron_lighthouse.variants import VARIANTS, base_in, named_in
 
 OVERRIDE, KEEP = "--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"
 
@@ -81,14 +81,18 @@ def attention_problems(args: argparse.Namespace, before: Any, folder: Path, chec
         before: the checkpoint's arguments; None, and without an attention, where another program wrote it.
         folder: of checkpoints, in which `checkpoint` is.
     """
-    was, now = getattr(before, "attention", None), getattr(args, "attention", None)
-    if was in (None, now) or now is None:
+    if getattr(before, "attention", None) is None or getattr(args, "attention", None) is None:
         return
-    if was not in VARIANTS:
-        yield f"the checkpoint in {folder} is of --attention {was}, which is not known here: use {' or '.join(VARIANTS)}."
+    old, new = base_in(before), base_in(args)
+    if old is None:
+        known = " or ".join(VARIANTS)
+        yield f"the checkpoint in {folder} is of --attention {before.attention}, which is not known here: use {known}."
         return
-    had, has = ({stream.name for stream in VARIANTS[name].streams} for name in (was, now))
-    lost = [stream for stream in VARIANTS[was].streams if stream.name in had - has and not VARIANTS[was].dense_weights]
+    if old is new or new is None:
+        return
+    was, now = named_in(before), named_in(args)
+    had, has = ({stream.name for stream in base.streams} for base in (old, new))
+    lost = [stream for stream in old.streams if stream.name in had - has and not old.dense_weights]
     if lost and not getattr(args, "drop_attention_weights", False) and not all(_is_zero(checkpoint, one) for one in lost):
         yield (
             f"the checkpoint in {folder} is of --attention {was}, whose weights go with no other: use --attention {was}, or "

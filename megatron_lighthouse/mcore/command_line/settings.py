@@ -43,10 +43,28 @@ class LighthouseSettings:
     """The numbers, from 1, of the model's layers that hold attention; None where all do."""
     variant: str = LIGHTHOUSE.name
     """Of `--attention`: whose `config` it is."""
+    around: Any = None
+    """Where its layers select for another attention, the config of that one; None for its defaults, or where it has none."""
 
     @property
     def attention(self) -> Variant:
         return VARIANTS[self.variant]
+
+    @property
+    def base(self) -> Variant:
+        """What a layer is that does not select, in stage 2 or at the model's ends; its streams are those of all layers."""
+        return self.attention.base(self.config)
+
+    @property
+    def base_config(self) -> Any:
+        """The config of `base`."""
+        return self.config if self.base is self.attention else self.around
+
+    def at_first(self, layer_number: int, num_layers: int) -> tuple[Variant, Any]:
+        """What a layer that holds attention begins as, and the config of that."""
+        if self.is_dense(layer_number, num_layers):
+            return self.base, self.base_config
+        return self.attention, self.config_of(layer_number, num_layers)
 
     def is_dense(self, layer_number: int, num_layers: int, iteration: int = 0) -> bool:
         """Whether the layer of this global, 1-based number is dense in this iteration, from 1; in 0, whether it always is.
@@ -193,6 +211,8 @@ def settings_from(args: argparse.Namespace | None) -> LighthouseSettings:
     config = read_options(args, LIGHTHOUSE.name, LighthouseConfig)
     names = ("dense_first", "dense_last", "discard_output", "rope", "edge_budget")
     own = {name: getattr(args, "lighthouse_" + name) for name in names}
-    settings = LighthouseSettings(config, **own, stage2=stage.stage2_from(args), attention_layers=holding)
+    base = LIGHTHOUSE.base(config)
+    around = read_options(args, base.name, base.config) if base.config else None
+    settings = LighthouseSettings(config, **own, stage2=stage.stage2_from(args), attention_layers=holding, around=around)
     _ = settings.edge  # checked
     return settings

@@ -90,6 +90,6 @@ def log_selection(args: argparse.Namespace, settings: LighthouseSettings) -> Non
 
 def log_correction(args: argparse.Namespace, settings: LighthouseSettings) -> None:
     """Log what the layers of Parallax subtract, if that is asked for. On every rank, before training."""
-    if interval := settings.config.telemetry_interval:
-        logged = correction_log.Logged(interval, settings.numbers(args.num_layers))
+    if interval := settings.base_config.telemetry_interval:
+        logged = correction_log.Logged(interval, settings.holding(args.num_layers))
         wrap(loop, "train_step", "correction log", logged.train_step)

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from megatron_lighthouse.mcore.command_line.resume import attention_problems
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.variant import norm_of
-from megatron_lighthouse.variants import DENSE, VARIANTS
+from megatron_lighthouse.variants import DENSE, streams_in
 
 
 def load_base(
@@ -52,7 +52,7 @@ def load_base(
     if names := sorted({weight.key for _, _, weight in lacking if _is_weight(weight)}):
         say_once(f"the checkpoint in {folder} has no {', '.join(names)}: these begin anew")
         _begin_at_zero([weight for _, _, weight in lacking if _is_weight(weight)], args)
-    elif names := sorted(_of_streams(there, getattr(before, "attention", None)) - _of_streams(there, _attention(args))):
+    elif names := sorted(_of_streams(there, before) - _of_streams(there, args)):
         say_once(f"--attention {_attention(args)} has no {', '.join(names)}: these of the checkpoint in {folder} are dropped")
     answer = load(*given, **named)
     for part, name, weight in lacking:
@@ -71,9 +71,9 @@ def _parts(state: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _lacking(state: dict[str, Any], args: Namespace, there: Iterable[str]) -> list[tuple[dict[str, Any], str, Any]]:
     """What the model asks for of its streams, if the checkpoint has nothing of any of them: chunk, name there, and tensor."""
-    if _of_streams(there, _attention(args)):
+    if _of_streams(there, args):
         return []
-    return [(part, name, part[name]) for _, part in _parts(state) for name in _of_streams(part, _attention(args))]
+    return [(part, name, part[name]) for _, part in _parts(state) for name in _of_streams(part, args)]
 
 
 def _begin_at_zero(weights: Sequence[Any], args: Namespace) -> None:
@@ -81,7 +81,7 @@ def _begin_at_zero(weights: Sequence[Any], args: Namespace) -> None:
 
     Zeros within a norm would do too, but its slope there is 1 / sqrt(epsilon): the first step would make them of unit size.
     """
-    for stream in VARIANTS[_attention(args)].streams:
+    for stream in streams_in(args):
         if not stream.zero_at_first:
             continue
         own, norm = ([w for w in weights if f".{name}." in w.key] for name in (f"linear_{stream.name}", norm_of(stream)))
@@ -99,8 +99,7 @@ def _is_weight(found: Any) -> bool:
     return hasattr(found, "global_shape") and not found.key.endswith("_extra_state")
 
 
-def _of_streams(keys: Iterable[str], attention: str | None) -> set[str]:
-    """Those of `keys` that are of the streams of an attention."""
-    streams = VARIANTS[attention].streams if attention in VARIANTS else ()
-    modules = [f".self_attention.{name}." for stream in streams for name in (f"linear_{stream.name}", norm_of(stream))]
+def _of_streams(keys: Iterable[str], args: Any) -> set[str]:
+    """Those of `keys` that are of the streams of a run of these arguments."""
+    modules = [f".self_attention.{name}." for one in streams_in(args) for name in (f"linear_{one.name}", norm_of(one))]
     return {key for key in keys if any(module in key for module in modules)}

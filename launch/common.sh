@@ -189,7 +189,7 @@ run_arguments() {
             folders+=(--load "$RUN/checkpoints" --exit-on-missing-checkpoint)
             last=(--skip-train)
             ARGUMENTS=("${RECIPE_ARGUMENTS[@]}" "${MEGATRON[@]}")
-            [[ $(argument --attention dense) != lighthouse ]] || last=(--attention dense --skip-train)
+            [[ $(argument --attention dense) != lighthouse ]] || last=(--attention "$(stage2_attention)" --skip-train)
             ;;
     esac
     # an --evaluate that asks for more than the validation loss would name megatron_lighthouse.recipe.evaluate here
@@ -208,6 +208,14 @@ argument() {
         esac
     done
     printf '%s\n' "$value"
+}
+
+# what a run with Lighthouse attends by in stage 2: what it is around, of which softmax is the dense one
+stage2_attention() {
+    local around
+    around=$(argument --lighthouse-around softmax)
+    [[ $around != softmax ]] || around=dense
+    printf '%s\n' "$around"
 }
 
 # the iteration of the last whole checkpoint

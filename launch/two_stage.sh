@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Stage 1 with Lighthouse, stage 2 dense, then an evaluation: three jobs, each of which waits for the one before to be done,
+# Stage 1 with Lighthouse, stage 2 dense (or --lighthouse-around), then an evaluation: three jobs, each of which waits for the one before to be done,
 # requeues included.
 #
 # Usage: launch/two_stage.sh --cluster NAME|FILE --recipe NAME|FILE --run FOLDER --stage1 K --total T [options] [-- MEGATRON ARGUMENTS]
 #
 #   --stage1 K       iterations with --attention lighthouse
 #   --total T        iterations of both stages: --train-iters of both, so that data and learning rate are those of one run
-#   --eval-iters N   batches of the evaluation, dense, on the last checkpoint; 0: none. Default: the run's own --eval-iters
+#   --eval-iters N   batches of the evaluation, as in stage 2, on the last checkpoint; 0: none. Default: the run's own --eval-iters
 #   --only-check 1   check all three jobs, ask sbatch --test-only, and queue nothing
 #   --nodes, --time, --sbatch, --check, --profile as for launch/submit.sh (--profile is for stage 1)
 #
@@ -33,6 +33,7 @@ run_arguments
 at=$(argument --lighthouse-stage2-at '')
 [[ -z $at ]] || die "--lighthouse-stage2-at $at is both stages in one job, and two_stage.sh queues a job for each: leave it out, or use" \
     "launch/submit.sh for the one job."
+STAGE2=$(stage2_attention)
 EVAL_ITERS=${EVAL_ITERS:-$(argument --eval-iters 100)}
 [[ $EVAL_ITERS =~ ^[0-9]+$ ]] || die "--eval-iters $EVAL_ITERS must be a number of batches: use 32, or 0 for no evaluation."
 
@@ -58,7 +59,7 @@ queue() {
         exit $((status == UNREACHABLE ? UNREACHABLE : 2))
     fi
     if [[ $asked == quietly ]]; then
-        [[ $label != evaluation ]] || set -- "$@" --attention dense --skip-train --exit-on-missing-checkpoint
+        [[ $label != evaluation ]] || set -- "$@" --skip-train --exit-on-missing-checkpoint
         points+=(--point "$label $*")
         return
     fi
@@ -70,9 +71,9 @@ queue() {
 jobs_left() {
     (($(iteration) >= STAGE1)) ||
         queue stage-1 "stage 1, to iteration $STAGE1" "${profile[@]}" -- --attention lighthouse --exit-interval "$STAGE1"
-    (($(iteration) >= TOTAL)) || queue stage-2 "stage 2, to iteration $TOTAL" -- --attention dense
+    (($(iteration) >= TOTAL)) || queue stage-2 "stage 2, to iteration $TOTAL" -- --attention "$STAGE2"
     if ((EVAL_ITERS)) && { ((${#points[@]})) || ! evaluated; }; then
-        queue evaluation evaluation --as evaluation -- --eval-iters "$EVAL_ITERS"
+        queue evaluation evaluation --as evaluation -- --attention "$STAGE2" --eval-iters "$EVAL_ITERS"
     fi
 }
 

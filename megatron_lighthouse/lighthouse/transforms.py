@@ -48,11 +48,12 @@ class _Path(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
+        ctx.count = len(inputs)
         return inputs[0].new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[None, ...]:
-        return None, None, None
+        return (None,) * ctx.count
 
 
 class _Once(torch.autograd.Function):

@@ -186,10 +186,11 @@ class Lighthouse(Variant):
     def sent(
         self, config: LighthouseConfig, seq_length: int, shape: Shape, layout: Layout, comm_type: str
     ) -> dict[str, tuple[int, int]]:
-        return layer_bytes(comm_type, config.geometry(seq_length, layout.size), shape, layout, config.scorer)
+        geometry = config.geometry(seq_length, layout.size)
+        return layer_bytes(comm_type, geometry, shape, layout, config.scorer, self.base(config))
 
     def summary(self, config: LighthouseConfig, seq_length: int, shape: Shape, ranks: int, comm_type: str) -> str:
-        return summary(config.geometry(seq_length, ranks), shape, ranks, comm_type, config.scorer)
+        return summary(config.geometry(seq_length, ranks), shape, ranks, comm_type, config.scorer, self.base(config))
 
 
 LIGHTHOUSE = Lighthouse()

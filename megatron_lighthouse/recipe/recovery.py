@@ -1,7 +1,8 @@
 """`python -m megatron_lighthouse.recipe.recovery --run RUN [--dense RUN2]`: what the switch to dense attention cost.
 
 Reads the TensorBoard log of a run that switched in one job (`--lighthouse-stage2-at`) or between two, in one folder or in
-`tensorboard/lighthouse` and `tensorboard/dense` as `recipe.two_stage` writes them. Leaves recovery.csv and recovery.png.
+`tensorboard/lighthouse` and `tensorboard/dense` (or of what it was around), as of `recipe.two_stage`. Leaves recovery.csv and
+recovery.png.
 
 Definitions, ours; W is --smooth, and losses are the training losses that were logged:
 - smoothed: the mean of a loss and of up to W - 1 before it in the same stage, so that no mean has both attentions in it.
@@ -35,10 +36,8 @@ from megatron_lighthouse.recipe.whole_log import Losses, check_around, check_fin
 from megatron_lighthouse.usage import Parser
 
 STAGES = ("lighthouse", "dense")
-LAYERS = "lighthouse/layers"
-"""The scalar that `mcore.loop.switch` writes: layers that use Lighthouse."""
-STAGE2_AT = "lighthouse_stage2_at"
-"""The argument that says when the run's job switches."""
+LAYERS = "lighthouse/layers"  # the scalar that `mcore.loop.switch` writes: layers that use Lighthouse
+STAGE2_AT = "lighthouse_stage2_at"  # when the run's job switches
 SIZES = ("seq_length", "global_batch_size")
 
 
@@ -170,7 +169,8 @@ def logs(folder: Path) -> list[Path]:
     """The folders of a run's log: one, or one a stage."""
     folder = log_folder(folder)
     base = folder / "tensorboard" if (folder / "tensorboard").is_dir() else folder
-    return [base / name for name in STAGES if (base / name).is_dir()] or [base]
+    stages = [part for part in base.iterdir() if [*part.glob("*tfevents*")]] if base.is_dir() else []
+    return sorted(stages, key=lambda part: part.name != STAGES[0]) or [base]
 
 
 def arguments(folder: Path) -> dict[str, int]:

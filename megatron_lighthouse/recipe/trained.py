@@ -43,7 +43,7 @@ from megatron_lighthouse.mcore.loop import hooks, pretrain
 from megatron_lighthouse.recipe.of_run import of_one_sequence
 from megatron_lighthouse.recipe.readers import BYTES, Reader, reader_of
 from megatron_lighthouse.recipe.same_model import check_same_model
-from megatron_lighthouse.variants import DENSE, LIGHTHOUSE, VARIANTS
+from megatron_lighthouse.variants import LIGHTHOUSE, VARIANTS
 
 type Array = numpy.ndarray[Any, Any]
 BY_SPEC = ["megatron_lighthouse.mcore.spec", "lighthouse"]
@@ -137,7 +137,7 @@ def _leave_training(args: argparse.Namespace) -> None:
 
 
 def settle_attention(args: argparse.Namespace, iteration: int) -> None:
-    """Make `attention` what the layers do at the checkpoint's iteration: dense, where all of them have switched by then.
+    """Make `attention` what the layers do at the checkpoint's iteration: what they select for, where all have switched by then.
 
     Sets `lighthouse_layers`, how many have not, and `switched_at`: --lighthouse-stage2-at where none is left, else None.
     """
@@ -148,7 +148,7 @@ def settle_attention(args: argparse.Namespace, iteration: int) -> None:
         given, layers = settings.settings_from(args), args.num_layers
         args.lighthouse_layers = given.lighthouse_layers(layers) - given.dense_by_now(layers, iteration)
         if given.stage2 and not args.lighthouse_layers:
-            args.attention, args.switched_at = DENSE.name, given.stage2.at
+            args.attention, args.switched_at = given.base.name, given.stage2.at
     if not VARIANTS[args.attention].switches:
         args.lighthouse_stage2_at = None  # there is nothing to switch
 

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, extra = parser.parse_known_args(argv)
     ask_for_megatron("megatron_lighthouse.recipe.two_stage")
-    from megatron_lighthouse.variants import DENSE, VARIANTS  # torch, which --help need not wait for
+    from megatron_lighthouse.variants import VARIANTS, base_in  # torch, which --help need not wait for
 
     if options.attention not in VARIANTS:
         parser.error(f"--attention {options.attention} is not known: use {', '.join(VARIANTS)}")
@@ -48,9 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     where = f"{gpus} GPUs" if gpus else f"{preset.processes} CPU processes"
     where = f"{where}, context parallel {preset.context_parallel}"
     variant, total = VARIANTS[options.attention], steps + dense_steps
-    stages = {variant.name: (0, steps), DENSE.name: (steps, total)} if variant.switches else {variant.name: (0, total)}
+    # Megatron refuses another word
+    asked = {"lighthouse_around": around} if (around := kept.value(extra, "--lighthouse-around")) else {}
+    base = base_in(argparse.Namespace(attention=options.attention, **asked))
+    assert base is not None
+    stages = {variant.name: (0, steps), base.name: (steps, total)} if variant.switches else {variant.name: (0, total)}
     print(f"{run}: {stages[variant.name][1]} iterations with {variant.title}", end="")
-    print(f", then {dense_steps} dense, on {where}" if variant.switches else f", on {where}", flush=True)
+    print(f", then {dense_steps} of {base.title}, on {where}" if variant.switches else f", on {where}", flush=True)
     arguments = {
         attention: _arguments(preset, run, attention, stop, total, text, extra) for attention, (_, stop) in stages.items()
     }
@@ -81,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m megatron_lighthouse.recipe.two_stage",
-        description="Train a small GPT: stage 1 with Lighthouse, stage 2 dense. Other arguments go to Megatron, to both.",
+        description="Train a small GPT: stage 1 with Lighthouse, stage 2 without. Other arguments go to Megatron, to both.",
         allow_abbrev=False,
     )
     parser.add_argument(

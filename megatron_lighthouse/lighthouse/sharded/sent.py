@@ -5,10 +5,15 @@ Counts what leaves a rank, in the dtype in which it leaves. `exchange.sent` coun
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.sequence.layout import Layout
+
+if TYPE_CHECKING:  # which asks this file
+    from megatron_lighthouse.variant import Variant
 
 
 def attend_bytes(comm_type: str, rows: int, shape: Shape, layout: Layout) -> tuple[int, int]:
@@ -32,34 +37,39 @@ def attend_bytes(comm_type: str, rows: int, shape: Shape, layout: Layout) -> tup
 
 
 def layer_bytes(
-    comm_type: str, geometry: Geometry, shape: Shape, layout: Layout, scorer: str = "norm"
+    comm_type: str, geometry: Geometry, shape: Shape, layout: Layout, scorer: str = "norm", base: Variant | None = None
 ) -> dict[str, tuple[int, int]]:
-    """(forward, backward) bytes that a rank sends in one Lighthouse layer, by purpose.
+    """(forward, backward) bytes that a rank sends in one Lighthouse layer, by purpose; `base` attends to the rows, or softmax.
 
     'deal', of rows that are dealt because tiles span chunks, is the most it can be: how many are dealt depends on the data.
     """
     size = layout.size
     halo = ((layout.rank < size - 1) + (layout.rank > 0)) * (geometry.levels - 1) * shape.batch * shape.heads * shape.dim
+    rows = geometry.gathered_length
+    attend = {"attend": attend_bytes(comm_type, rows, shape, layout)}
     plan = {
-        "attend": attend_bytes(comm_type, geometry.gathered_length, shape, layout),
+        **(attend if base is None else base.sent(None, rows, shape, layout, comm_type)),
         "halo": (halo * shape.itemsize, halo * shape.itemsize),
     }
+    near = shape.heads * (1 + len(base.streams if base else ()))
     if forward := SCORERS[scorer].sent(geometry, shape, size):
         plan["scorer"] = (forward, 0)
     if geometry.tiles % (2 * size):
         scores = 2 * shape.batch * shape.groups * (geometry.coarse_length // size) * max(4, shape.itemsize)
         plan["select"] = (scores * (size - 1), 0)
-        rows = geometry.gathered_length * shape.batch * shape.dim * shape.itemsize
-        dealt = rows * (shape.heads + 2 * shape.groups) + rows // size * shape.heads
-        plan["deal"] = (dealt, rows // size * (shape.heads + 2 * shape.groups) + rows * shape.heads)
+        rows = rows * shape.batch * shape.dim * shape.itemsize
+        dealt = rows * (near + 2 * shape.groups) + rows // size * shape.heads
+        plan["deal"] = (dealt, rows // size * (near + 2 * shape.groups) + rows * shape.heads)
     return plan
 
 
-def summary(geometry: Geometry, shape: Shape, size: int, comm_type: str, scorer: str = "norm") -> str:
+def summary(
+    geometry: Geometry, shape: Shape, size: int, comm_type: str, scorer: str = "norm", base: Variant | None = None
+) -> str:
     """One line for the start of a run: what the busiest rank sends in a layer and step, by each scheme."""
 
     def megabytes(scheme: str) -> str:
-        ranks = [layer_bytes(scheme, geometry, shape, Layout(size, rank), scorer) for rank in range(size)]
+        ranks = [layer_bytes(scheme, geometry, shape, Layout(size, rank), scorer, base) for rank in range(size)]
         return f"{max(sum(f + b for f, b in plan.values()) for plan in ranks) / 1e6:,.1f}"
 
     others = [name for name in COMM_TYPES if name != comm_type]

@@ -15,7 +15,7 @@ from megatron.training import get_args
 
 from megatron_lighthouse.bars import SECONDS, bar
 from megatron_lighthouse.mcore.command_line.stage import stage2_from
-from megatron_lighthouse.variants import DENSE, VARIANTS
+from megatron_lighthouse.variants import VARIANTS, base_in
 
 
 class Progress:
@@ -76,9 +76,9 @@ class Progress:
 
 
 def attention_in(args: argparse.Namespace, iteration: int) -> str:
-    """--attention, until --lighthouse-stage2-at has made all layers dense."""
-    stage2 = stage2_from(args) if VARIANTS[args.attention].switches else None
-    return DENSE.name if stage2 and iteration >= stage2.at + stage2.over else str(args.attention)
+    """--attention, until --lighthouse-stage2-at has made all layers what they select for."""
+    stage2, base = stage2_from(args) if VARIANTS[args.attention].switches else None, base_in(args)
+    return base.name if base and stage2 and iteration >= stage2.at + stage2.over else str(args.attention)
 
 
 def last_iteration(iteration: int, train_iters: int, exit_interval: int | None) -> int:

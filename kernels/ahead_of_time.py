@@ -41,7 +41,7 @@ FP32 = {
     *("p_scores", "p_turns", "p_finer", "p_coarser", "p_squares"),
     *("p_lse", "p_part_lse", "p_mean", "p_of_output", "p_of_value"),
 }
-INT32 = {"p_ranks", "p_places", "p_documents", "p_tiles", "p_starts", "p_blocks", "p_bounds"}
+INT32 = {"p_ranks", "p_places", "p_documents", "p_tiles", "p_starts", "p_blocks", "p_bounds", "p_ends"}
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -120,11 +120,13 @@ def compile_packed(capability: int, geometry: Geometry, dtype: str, dim: int) ->
     yield _compile(packed_attended_kernel, capability, dtype, constants, blocks.warps, num_stages=stages_on(capability, blocks))
 
 
-def compile_parallax(capability: int, dtype: str, dim: int, window: int | None = None, causal: bool = True) -> Iterator[Report]:
+def compile_parallax(
+    capability: int, dtype: str, dim: int, window: int | None = None, causal: bool = True, documents: bool = False
+) -> Iterator[Report]:
     """Compile the kernels of Parallax likewise; `causal`: over a rank's own rows."""
     for kernel, name in ((forward_kernel, "forward"), (queries_kernel, "queries"), (keys_kernel, "keys")):
         blocks = tiles.blocks_of(name, dim, BYTES[dtype])
-        constants = tiles.constants_of(dim, dim**-0.5, window, causal, blocks)
+        constants = tiles.constants_of(dim, dim**-0.5, window, causal, blocks, documents)
         yield _compile(kernel, capability, dtype, constants, blocks.warps, num_stages=blocks.stages)
 
 

@@ -24,23 +24,29 @@ def backward(
     scale: float,
     window: int | None,
     causal: bool,
+    bounds: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dr, dk and dv in the inputs' dtype; arguments as `forward` takes and gives them, of whole rows."""
+    """dq, dr, dk and dv in the inputs' dtype; arguments as `forward` takes and gives them, of whole rows.
+
+    Args:
+        bounds: [n] int32 each, of the document of each token where it starts, and where it ends.
+    """
     rows, batch, heads, dim = near[0].shape
     query, r, key, value, grad = (last_contiguous(x) for x in (*near, *far, grad))
     of_value, covariance = (last_contiguous(x) for x in averages[:2])
     mean = averages[2]
     dq, dr, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, r, key, value))
     sums = [lse.new_empty(batch, heads, rows, dtype=torch.float32) for _ in range(2)]
+    starts, ends = (lse, lse) if bounds is None else bounds  # which are not read then
     shape = (rows, key.shape[0], heads, heads // key.shape[2])
     blocks = blocks_of("queries", dim, query.element_size())
     tensors = [query, r, key, value, grad, of_value, covariance, mean, lse, dq, dr]
     enqueue(
         queries_kernel,
         (cdiv(rows, blocks.queries) * batch * heads, 1, 1),
-        [*tensors, *sums],
+        [*tensors, *sums, starts],
         (*(strides(x) for x in tensors), *shape),
-        constants_of(dim, scale, window, causal, blocks),
+        constants_of(dim, scale, window, causal, blocks, bounds is not None),
         num_warps=blocks.warps,
         num_stages=blocks.stages,
     )
@@ -49,9 +55,9 @@ def backward(
     enqueue(
         keys_kernel,
         (cdiv(key.shape[0], blocks.keys) * batch * key.shape[2], 1, 1),
-        [*tensors, *sums],
+        [*tensors, *sums, ends],
         (*(strides(x) for x in tensors), *shape),
-        constants_of(dim, scale, window, causal, blocks),
+        constants_of(dim, scale, window, causal, blocks, bounds is not None),
         num_warps=blocks.warps,
         num_stages=blocks.stages,
     )

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_lighthouse.kernels.launch import cdiv, enqueue, last_contiguous, strides
-from megatron_lighthouse.kernels.parallax.tiles import blocks_of, constants_of, keys_of, put, seen, tile
+from megatron_lighthouse.kernels.parallax.tiles import blocks_of, constants_of, first_seen, keys_of, put, seen, tile
 
 
 @triton.jit
@@ -25,11 +25,11 @@ def _over_keys(
     stride_k,
     stride_v,
     i_m,
+    low,
     begin,
     end,
     keys,
     SCALE: tl.constexpr,
-    WINDOW: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASKED: tl.constexpr,
     D: tl.constexpr,
@@ -44,7 +44,7 @@ def _over_keys(
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
         u = tl.dot(r, tl.trans(k), input_precision="ieee")
         if MASKED:
-            logits = tl.where(seen(i_m[:, None], i_n[None, :], keys, WINDOW, CAUSAL), logits, float("-inf"))
+            logits = tl.where(seen(i_m[:, None], i_n[None, :], low[:, None], keys, CAUSAL), logits, float("-inf"))
         higher = tl.maximum(best, tl.max(logits, 1))
         from_ = tl.where(higher == float("-inf"), 0.0, higher)  # of a row that has seen no key yet
         weights = tl.exp2(logits - from_[:, None])
@@ -73,6 +73,7 @@ def forward_kernel(
     p_covariance,
     p_mean,
     p_lse,
+    p_starts,
     strides_q,
     strides_r,
     strides_k,
@@ -87,6 +88,7 @@ def forward_kernel(
     R,
     SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
     CAUSAL: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -110,18 +112,19 @@ def forward_kernel(
     best, zeros = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     state = (best, zeros, zeros, acc, acc)
-    begin, whole, masked, end = keys_of(i_first, keys, BLOCK_M, BLOCK_N, WINDOW, CAUSAL)
+    i_last = tl.minimum(i_first + BLOCK_M, rows) - 1
+    low = first_seen(p_starts, tl.minimum(i_m, rows - 1), WINDOW, DOCUMENTS)
+    low_first, low_last = (first_seen(p_starts, i_first, WINDOW, DOCUMENTS), first_seen(p_starts, i_last, WINDOW, DOCUMENTS))
+    begin, whole, masked, end = keys_of(i_first, low_first, low_last, keys, BLOCK_M, BLOCK_N, CAUSAL)
     s_k, s_v = strides_k[0], strides_v[0]
-    if WINDOW:
+    if WINDOW or DOCUMENTS:
         state = _over_keys(
-            state, q, r, p_k, p_v, s_k, s_v, i_m, begin, whole, keys, SCALE, WINDOW, CAUSAL, True, D, BLOCK_D, BLOCK_N
+            state, q, r, p_k, p_v, s_k, s_v, i_m, low, begin, whole, keys, SCALE, CAUSAL, True, D, BLOCK_D, BLOCK_N
         )
     state = _over_keys(
-        state, q, r, p_k, p_v, s_k, s_v, i_m, whole, masked, keys, SCALE, WINDOW, CAUSAL, False, D, BLOCK_D, BLOCK_N
+        state, q, r, p_k, p_v, s_k, s_v, i_m, low, whole, masked, keys, SCALE, CAUSAL, False, D, BLOCK_D, BLOCK_N
     )
-    state = _over_keys(
-        state, q, r, p_k, p_v, s_k, s_v, i_m, masked, end, keys, SCALE, WINDOW, CAUSAL, True, D, BLOCK_D, BLOCK_N
-    )
+    state = _over_keys(state, q, r, p_k, p_v, s_k, s_v, i_m, low, masked, end, keys, SCALE, CAUSAL, True, D, BLOCK_D, BLOCK_N)
     best, total, mean, values, products = state
     total = tl.where(total == 0.0, 1.0, total)  # rows past the end may see nothing
 
@@ -137,7 +140,14 @@ def forward_kernel(
 
 
 def forward(
-    query: Tensor, r: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, causal: bool
+    query: Tensor,
+    r: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    window: int | None,
+    causal: bool,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """v̄ and C [n, B, H, D] in the inputs' dtype, t̄ [n, B, H, 1] and the log-sum-exp [B, H, n] in fp32.
 
@@ -145,6 +155,7 @@ def forward(
         query, r: [n, B, H, D]; key, value: [m, B, G, D], centred. bf16, fp16 or fp32.
         causal: near and far rows are the same, and see those up to their own.
         window: of so many keys; with `causal` alone.
+        starts: [n] int32, the first token of the document of each; likewise. One document by default.
     """
     rows, batch, heads, dim = query.shape
     query, r, key, value = (last_contiguous(x) for x in (query, r, key, value))
@@ -156,9 +167,9 @@ def forward(
     enqueue(
         forward_kernel,
         (cdiv(rows, blocks.queries) * batch * heads, 1, 1),
-        tensors,
+        [*tensors, lse if starts is None else starts],
         (*(strides(x) for x in tensors), rows, key.shape[0], heads, heads // key.shape[2]),
-        constants_of(dim, scale, window, causal, blocks),
+        constants_of(dim, scale, window, causal, blocks, starts is not None),
         num_warps=blocks.warps,
         num_stages=blocks.stages,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megatron_lighthouse.kernels.parallax.tiles import put, seen, tile
+from megatron_lighthouse.kernels.parallax.tiles import last_seeing, put, tile
 
 
 @triton.jit
@@ -26,12 +26,12 @@ def _keys_over_queries(
     stride_mean,
     stride_lse,
     i_n,
+    high,
     begin,
     end,
     rows,
     keys,
     SCALE: tl.constexpr,
-    WINDOW: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASKED: tl.constexpr,
     D: tl.constexpr,
@@ -48,7 +48,10 @@ def _keys_over_queries(
         lse = tl.load(p_lse + i_m64 * stride_lse, mask=m_row, other=0.0) * 1.4426950408889634
         weights = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * SCALE - lse[None, :])
         if MASKED:
-            weights = tl.where(seen(i_m[None, :], i_n[:, None], keys, WINDOW, CAUSAL) & m_row[None, :], weights, 0.0)
+            visible = (i_n < keys)[:, None] & (i_m[None, :] < high[:, None])
+            if CAUSAL:
+                visible = visible & (i_n[:, None] <= i_m[None, :])
+            weights = tl.where(visible, weights, 0.0)
         r = tile(p_r, stride_r, i_m, rows, D, BLOCK_D)
         mean = tl.load(p_mean + i_m64 * stride_mean, mask=m_row, other=0.0)
         below = mean[None, :] - tl.dot(k, tl.trans(r), input_precision="ieee")
@@ -76,6 +79,7 @@ def keys_kernel(
     p_dv,
     p_of_output,
     p_of_value,
+    p_ends,
     strides_q,
     strides_r,
     strides_k,
@@ -91,6 +95,7 @@ def keys_kernel(
     R,
     SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
     CAUSAL: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -106,13 +111,15 @@ def keys_kernel(
     k = tile(p_k + i_b * strides_k[1] + i_g * strides_k[2], strides_k[0], i_n, keys, D, BLOCK_D)
     v = tile(p_v + i_b * strides_v[1] + i_g * strides_v[2], strides_v[0], i_n, keys, D, BLOCK_D)
 
+    high = last_seeing(p_ends, tl.minimum(i_n, keys - 1), rows, WINDOW, DOCUMENTS)
     begin, whole, masked, end = 0, 0, rows // BLOCK_M * BLOCK_M, rows
     if CAUSAL:
         begin = i_first // BLOCK_M * BLOCK_M
         whole = tl.minimum((i_first + BLOCK_N - 1 + BLOCK_M - 1) // BLOCK_M * BLOCK_M, rows)
-    if WINDOW:
-        end = tl.minimum(i_first + BLOCK_N + WINDOW - 1, rows)
-        masked = tl.minimum(masked, (i_first + WINDOW) // BLOCK_M * BLOCK_M)
+    if WINDOW or DOCUMENTS:
+        i_last = tl.minimum(i_first + BLOCK_N, keys) - 1
+        end = tl.minimum(last_seeing(p_ends, i_last, rows, WINDOW, DOCUMENTS), rows)
+        masked = tl.minimum(masked, last_seeing(p_ends, i_first, rows, WINDOW, DOCUMENTS) // BLOCK_M * BLOCK_M)
         whole = tl.minimum(whole, end)
     masked = tl.maximum(masked, whole)
     acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -129,15 +136,15 @@ def keys_kernel(
         if CAUSAL:
             state = _keys_over_queries(
                 state, k, v, p_q_h, p_r_h, p_grad_h, p_mean_h, p_lse_h, p_output_h, p_value_h, s_q, s_r, s_g, s_m, s_l,
-                i_n, begin, whole, rows, keys, SCALE, WINDOW, CAUSAL, True, D, BLOCK_D, BLOCK_M,
+                i_n, high, begin, whole, rows, keys, SCALE, CAUSAL, True, D, BLOCK_D, BLOCK_M,
             )  # fmt: skip
         state = _keys_over_queries(
             state, k, v, p_q_h, p_r_h, p_grad_h, p_mean_h, p_lse_h, p_output_h, p_value_h, s_q, s_r, s_g, s_m, s_l,
-            i_n, whole, masked, rows, keys, SCALE, WINDOW, CAUSAL, False, D, BLOCK_D, BLOCK_M,
+            i_n, high, whole, masked, rows, keys, SCALE, CAUSAL, False, D, BLOCK_D, BLOCK_M,
         )  # fmt: skip
         state = _keys_over_queries(
             state, k, v, p_q_h, p_r_h, p_grad_h, p_mean_h, p_lse_h, p_output_h, p_value_h, s_q, s_r, s_g, s_m, s_l,
-            i_n, masked, end, rows, keys, SCALE, WINDOW, CAUSAL, True, D, BLOCK_D, BLOCK_M,
+            i_n, high, masked, end, rows, keys, SCALE, CAUSAL, True, D, BLOCK_D, BLOCK_M,
         )  # fmt: skip
     dk, dv = state
     put(p_dk + i_b * strides_dk[1] + i_g * strides_dk[2], strides_dk[0], i_n, keys, dk, D, BLOCK_D)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megatron_lighthouse.kernels.parallax.tiles import keys_of, put, seen, tile
+from megatron_lighthouse.kernels.parallax.tiles import first_seen, keys_of, put, seen, tile
 
 
 @triton.jit
@@ -23,11 +23,11 @@ def _queries_over_keys(
     stride_k,
     stride_v,
     i_m,
+    low,
     begin,
     end,
     keys,
     SCALE: tl.constexpr,
-    WINDOW: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASKED: tl.constexpr,
     D: tl.constexpr,
@@ -41,7 +41,7 @@ def _queries_over_keys(
         k = tile(p_k, stride_k, i_n, keys, D, BLOCK_D)
         weights = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE - lse[:, None])
         if MASKED:
-            weights = tl.where(seen(i_m[:, None], i_n[None, :], keys, WINDOW, CAUSAL), weights, 0.0)
+            weights = tl.where(seen(i_m[:, None], i_n[None, :], low[:, None], keys, CAUSAL), weights, 0.0)
         below = mean[:, None] - tl.dot(r, tl.trans(k), input_precision="ieee")
         v = tile(p_v, stride_v, i_n, keys, D, BLOCK_D)
         along = tl.dot(g, tl.trans(v), input_precision="ieee")
@@ -67,6 +67,7 @@ def queries_kernel(
     p_dr,
     p_of_output,
     p_of_value,
+    p_starts,
     strides_q,
     strides_r,
     strides_k,
@@ -84,6 +85,7 @@ def queries_kernel(
     R,
     SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
     CAUSAL: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -118,19 +120,22 @@ def queries_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     state = (acc, acc)
     s_k, s_v = strides_k[0], strides_v[0]
-    begin, whole, masked, end = keys_of(i_first, keys, BLOCK_M, BLOCK_N, WINDOW, CAUSAL)
-    if WINDOW:
+    i_last = tl.minimum(i_first + BLOCK_M, rows) - 1
+    low = first_seen(p_starts, tl.minimum(i_m, rows - 1), WINDOW, DOCUMENTS)
+    low_first, low_last = (first_seen(p_starts, i_first, WINDOW, DOCUMENTS), first_seen(p_starts, i_last, WINDOW, DOCUMENTS))
+    begin, whole, masked, end = keys_of(i_first, low_first, low_last, keys, BLOCK_M, BLOCK_N, CAUSAL)
+    if WINDOW or DOCUMENTS:
         state = _queries_over_keys(
-            state, q, r, g, mean, lse, of_output, of_value, p_k, p_v, s_k, s_v, i_m, begin, whole, keys,
-            SCALE, WINDOW, CAUSAL, True, D, BLOCK_D, BLOCK_N,
+            state, q, r, g, mean, lse, of_output, of_value, p_k, p_v, s_k, s_v, i_m, low, begin, whole, keys,
+            SCALE, CAUSAL, True, D, BLOCK_D, BLOCK_N,
         )  # fmt: skip
     state = _queries_over_keys(
-        state, q, r, g, mean, lse, of_output, of_value, p_k, p_v, s_k, s_v, i_m, whole, masked, keys,
-        SCALE, WINDOW, CAUSAL, False, D, BLOCK_D, BLOCK_N,
+        state, q, r, g, mean, lse, of_output, of_value, p_k, p_v, s_k, s_v, i_m, low, whole, masked, keys,
+        SCALE, CAUSAL, False, D, BLOCK_D, BLOCK_N,
     )  # fmt: skip
     dq, dr = _queries_over_keys(
-        state, q, r, g, mean, lse, of_output, of_value, p_k, p_v, s_k, s_v, i_m, masked, end, keys,
-        SCALE, WINDOW, CAUSAL, True, D, BLOCK_D, BLOCK_N,
+        state, q, r, g, mean, lse, of_output, of_value, p_k, p_v, s_k, s_v, i_m, low, masked, end, keys,
+        SCALE, CAUSAL, True, D, BLOCK_D, BLOCK_N,
     )  # fmt: skip
     scale: tl.constexpr = SCALE * 0.6931471805599453
     put(p_dq + i_b * strides_dq[1] + i_h * strides_dq[2], strides_dq[0], i_m, rows, dq * scale, D, BLOCK_D)

@@ -34,9 +34,11 @@ def blocks_of(kernel: str, dim: int, itemsize: int) -> Blocks:
 LOG2_E = 1.4426950408889634
 
 
-def constants_of(dim: int, scale: float, window: int | None, causal: bool, blocks: Blocks) -> dict[str, int | float]:
+def constants_of(
+    dim: int, scale: float, window: int | None, causal: bool, blocks: Blocks, documents: bool = False
+) -> dict[str, int | float]:
     """The constants of a kernel, in its order. SCALE is of exponents of 2; WINDOW 0: none."""
-    own: dict[str, int | float] = {"SCALE": scale * LOG2_E, "WINDOW": window or 0, "CAUSAL": causal}
+    own: dict[str, int | float] = {"SCALE": scale * LOG2_E, "WINDOW": window or 0, "DOCUMENTS": documents, "CAUSAL": causal}
     return {**own, "D": dim, "BLOCK_D": padded(dim), "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
 
 
@@ -61,28 +63,52 @@ def put(p_x, stride, i_row, rows, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def seen(i_m, i_n, keys, WINDOW: tl.constexpr, CAUSAL: tl.constexpr):
-    """Which keys i_n each query i_m sees, along dimensions of their own; WINDOW 0: all up to itself."""
-    visible = i_n < keys
+def first_seen(p_starts, i_m, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """The first key that a query i_m sees, by its window (0: none) and its document, of which `p_starts` has the first token.
+
+    Neither falls from a query to the next, on which `keys_of` goes.
+    """
+    low = i_m * 0
+    if DOCUMENTS:
+        low = tl.load(p_starts + i_m)
+    if WINDOW:
+        low = tl.maximum(low, i_m - WINDOW + 1)
+    return low
+
+
+@triton.jit
+def last_seeing(p_ends, i_n, rows, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """Likewise the first query, of all behind it, that does not see a key i_n; `p_ends` has its document's end."""
+    high = i_n * 0 + rows
+    if DOCUMENTS:
+        high = tl.load(p_ends + i_n)
+    if WINDOW:
+        high = tl.minimum(high, i_n + WINDOW)
+    return high
+
+
+@triton.jit
+def seen(i_m, i_n, low, keys, CAUSAL: tl.constexpr):
+    """Which keys i_n each query i_m sees, along dimensions of their own, from `low` on."""
+    visible = (i_n < keys) & (i_n >= low)
     if CAUSAL:
         visible = visible & (i_n <= i_m)
-    if WINDOW:
-        visible = visible & (i_n > i_m - WINDOW)
     return visible
 
 
 @triton.jit
-def keys_of(i_first, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr):
-    """(begin, whole, masked, end) of the keys that a tile of queries sees: all its queries see those from whole to masked."""
-    begin, whole, end = 0, 0, keys
+def keys_of(i_first, low, low_last, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
+    """(begin, whole, masked, end) of the keys that a tile of queries sees: all its queries see those from whole to masked.
+
+    The first query sees none before `low`, the last none before `low_last`.
+    """
+    end = keys
     masked = keys // BLOCK_N * BLOCK_N
     if CAUSAL:
         end = tl.minimum(i_first + BLOCK_M, keys)
         masked = tl.minimum(i_first + 1, keys) // BLOCK_N * BLOCK_N
-    if WINDOW:
-        begin = tl.maximum(i_first - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
-        whole = tl.maximum(i_first + BLOCK_M - WINDOW, 0)
-        whole = tl.minimum((whole + BLOCK_N - 1) // BLOCK_N * BLOCK_N, end)
-        whole = tl.maximum(whole, begin)
-        masked = tl.maximum(masked, whole)
+    begin = low // BLOCK_N * BLOCK_N
+    whole = tl.minimum((low_last + BLOCK_N - 1) // BLOCK_N * BLOCK_N, end)
+    whole = tl.maximum(whole, begin)
+    masked = tl.maximum(masked, whole)
     return begin, whole, masked, end

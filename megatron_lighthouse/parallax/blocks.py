@@ -43,6 +43,14 @@ class Attention:
     cu_seqlens: Tensor | None = None
     """Documents of one sequence on one rank: a query sees those of its own."""
 
+    def bounds(self, tokens: int) -> tuple[Tensor, Tensor] | None:
+        """[n] int32 each: where the document of each token starts, and where it ends. Asks the device nothing."""
+        if self.cu_seqlens is None:
+            return None
+        places = self.cu_seqlens.int()
+        starts, ends = (x.repeat_interleave(places.diff(), output_size=tokens) for x in (places[:-1], places[1:]))
+        return starts, ends
+
     def output(self, part: Part) -> Tensor:
         value, covariance, _ = part.averages
         telemetry.record(value, covariance)
@@ -50,20 +58,21 @@ class Attention:
 
 
 class Kernels(Attention):
-    """Triton's, on a GPU: no documents, and a window within whole sequences alone."""
+    """Triton's, on a GPU: documents and a window within whole sequences alone."""
 
     def forward(self, near: Tensors, far: Tensors, mask: Mask) -> Part:
         from megatron_lighthouse.kernels.parallax import forward
 
         (q, r), (k, v) = near, far
-        *averages, lse = forward(q, r, k, v, self.scale, self.window, mask.causal)
+        bounds = self.bounds(q.shape[0])
+        *averages, lse = forward(q, r, k, v, self.scale, self.window, mask.causal, None if bounds is None else bounds[0])
         return Moments(tuple(averages), lse)
 
     def backward(self, grad: Tensor, near: Tensors, far: Tensors, part: Part, mask: Mask) -> tuple[Tensors, Tensors]:
         from megatron_lighthouse.kernels.parallax import backward
 
         (q, r), (k, v), (value, covariance, mean) = near, far, part.averages
-        how = (self.scale, self.window, mask.causal)
+        how = (self.scale, self.window, mask.causal, self.bounds(grad.shape[0]))
         dq, dr, dk, dv = backward(grad, (q, r), (k, v), (value, covariance, mean), part.lse, *how)
         return (dq, dr), (dk, dv)
 
@@ -130,9 +139,8 @@ class Plain(Attention):
         hidden = far > near
         if self.window is not None:
             hidden |= far <= near - self.window
-        if self.cu_seqlens is not None:
-            near, far = (torch.searchsorted(self.cu_seqlens, x, right=True) for x in (near, far))
-            hidden |= near != far
+        if (bounds := self.bounds(k.shape[2])) is not None:
+            hidden |= far < bounds[0][rows].unsqueeze(1)
         return logits.masked_fill_(hidden, -torch.inf)
 
 

@@ -26,8 +26,9 @@ def centred(key: Tensor, exchange: Exchange | None = None, cu_seqlens: Tensor | 
     """
     if cu_seqlens is not None:
         rows, lengths = key.detach().double(), cu_seqlens.diff().long()
-        total, squares = (torch.segment_reduce(x, "sum", lengths=lengths, initial=0) for x in (rows, rows.square()))
-        return key - _mean(total, squares, lengths.clamp(min=1).view(-1, 1, 1, 1), key.dtype).repeat_interleave(lengths, 0)
+        total, squares = (_of_documents(x, cu_seqlens) for x in (rows, rows.square()))
+        mean = _mean(total, squares, lengths.clamp(min=1).view(-1, 1, 1, 1), key.dtype)
+        return key - mean.repeat_interleave(lengths, 0, output_size=len(key))
     if exchange is None:
         total, squares = _sums(key.detach(), 0)
         return key - _mean(total, squares, key.shape[0], key.dtype)
@@ -35,6 +36,18 @@ def centred(key: Tensor, exchange: Exchange | None = None, cu_seqlens: Tensor | 
     of_chunks = torch.stack(_sums(key.detach().unflatten(0, (2, -1)), 1), 1)
     total, squares = exchange.in_order(exchange.all_gather(of_chunks, "centre")).sum(0)
     return key - _mean(total, squares, key.shape[0] * exchange.size, key.dtype)
+
+
+PIECE = 256
+"""Rows that a thread sums one after the other."""
+
+
+def _of_documents(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The sums of documents: of pieces first, so that a long one is summed by many. Asks the device nothing."""
+    cuts = torch.cat([cu_seqlens.long(), torch.arange(0, len(x), PIECE, device=x.device)]).sort().values
+    pieces = torch.segment_reduce(x, "sum", lengths=cuts.diff(), initial=0, unsafe=True)
+    each = torch.searchsorted(cuts, cu_seqlens.long()).diff()
+    return torch.segment_reduce(pieces, "sum", lengths=each, initial=0, unsafe=True)
 
 
 def _sums(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ def block_for(
     Raises:
         ValueError: as `implementation_for`.
     """
-    problem = "they know no documents (cu_seqlens)" if cu_seqlens is not None else None
+    problem = None
     if window is not None and over_parts:
         problem = "they know a window within whole sequences alone: use cp_comm_type a2a"
     kind = implementation_for(name, query.device, query.dtype, query.shape[-1], problem)

@@ -17,8 +17,11 @@ from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
 from megatron_lighthouse.parallax.config import ParallaxConfig
 from megatron_lighthouse.parallax.implementations import implementation_for
 from megatron_lighthouse.parallax.layer import Attend, build
+from megatron_lighthouse.ranges import profiled
+from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.softmax import backends
+from megatron_lighthouse.softmax.documents import AttendDocuments
 from megatron_lighthouse.softmax.inputs import Inputs
 from megatron_lighthouse.variant import Place, Stream, Variant
 
@@ -36,6 +39,33 @@ class Layer:
         (r,) = streams
         with running.layer(self.number):
             return self.attend(query, r, key, value), None
+
+
+@dataclass(frozen=True)
+class WithinDocuments:
+    """As `Layer`, over packed documents, each as if it were alone."""
+
+    kernels: str
+    scale: float | None
+    number: int = 0
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *streams: Tensor,
+        documents: Documents,
+        attend: AttendDocuments | None = None,
+    ) -> tuple[Tensor, Callable[[], Tensor] | None]:
+        (r,) = streams
+        with running.layer(self.number), profiled("attend"):
+            return self.over_rows(query, key, value, documents, r), None
+
+    def over_rows(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents, r: Tensor) -> Tensor:
+        """[t, 1, H, D]."""
+        within = build(query, key, softmax_scale=self.scale, cu_seqlens=documents.cu_seqlens, kernels=self.kernels)
+        return within.over_rows(query, r, key, value)
 
 
 @dataclass(frozen=True)
@@ -103,6 +133,22 @@ class Parallax(Variant):
     ) -> Rows:
         kernels = (config or ParallaxConfig()).kernels
         return Rows(build(query, key, exchange, comm_type, scale, kernels=kernels))
+
+    def build_document_rows(
+        self, config: ParallaxConfig | None, inner: str, query: Tensor, key: Tensor, scale: float | None
+    ) -> Callable[..., Tensor]:
+        return WithinDocuments((config or ParallaxConfig()).kernels, scale).over_rows
+
+    def document_problems(self, config: ParallaxConfig, ranks: int) -> Iterator[str]:
+        """One rank holds whole documents; several would have to share them."""
+        if ranks > 1:
+            yield (
+                f"--dataloader-inter-document-masking with --context-parallel-size {ranks} is not done by --attention "
+                f"{self.name}: use --context-parallel-size 1, or --attention dense."
+            )
+
+    def build_documents(self, config: ParallaxConfig, query: Tensor, key: Tensor, place: Place) -> WithinDocuments:
+        return WithinDocuments(config.kernels, place.scale, place.number)
 
     def check_installed(self, config: ParallaxConfig, inputs: Inputs, place: Place) -> None:
         implementation_for(config.kernels, inputs.device, inputs.dtype, inputs.dim)

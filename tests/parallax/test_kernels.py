@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -58,6 +59,22 @@ def test_float32(name: str) -> None:
     with poisoned():
         found = with_grads(parallax_attention, on_device(tensors, torch.float32), **how)
     assert max(errors(found, expected)) < 3e-6
+
+
+@pytest.mark.parametrize("window", [None, 13])
+def test_documents_as_alone(window: int | None) -> None:
+    """Shorter and longer than a tile, none at all, and keys whose means lie far apart: none enters another's."""
+    places = [0, 5, 5, 21, 59]
+    tensors = inputs(59, 1, 2, 1, 12, r=1.0)
+    for number, (begin, end) in enumerate(pairwise(places)):
+        tensors[2][begin:end] += 40.0 * number
+    bounds = torch.tensor(places, device=DEVICE)
+    with poisoned():
+        found = with_grads(parallax_attention, on_device(tensors, torch.float32), cu_seqlens=bounds, window=window)
+    for begin, end in pairwise(places):
+        if end > begin:
+            expected = with_grads(formula, [x[begin:end] for x in tensors], window=window)
+            assert max(errors([x[begin:end] for x in found], expected)) < 1e-5
 
 
 @pytest.mark.parametrize("size", [0.3, 3.0])
@@ -119,8 +136,6 @@ def test_where_they_cannot_run_it_is_said() -> None:
         implementation_for("triton", torch.device("cuda"), torch.float64, 64)
     with pytest.raises(ValueError, match="they take head dimensions up to 256, not 320"):
         implementation_for("triton", torch.device("cuda"), torch.bfloat16, 320)
-    with pytest.raises(ValueError, match="they know no documents"):
-        parallax_attention(*(x.float() for x in inputs(8, 1, 1, 1, 4)[:4]), cu_seqlens=torch.tensor([0, 8]))
 
 
 @pytest.mark.parametrize("kernel", ["forward", "queries", "keys"])

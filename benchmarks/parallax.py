@@ -3,7 +3,7 @@
 Ours, flash-linear-attention's where it is installed, and cuDNN's dense attention, in the same run: forward and forward with
 backward, bf16, with the rate of the products that they need (4 forward, 11 backward in ours; dense: 2 and 5). Before that the
 errors of each against float64 over a short sequence, with keys that share a mean and without one, and whether repeats give the
-same bits. Leaves parallax.csv and parallax.json. Not run yet: no figure of it is published.
+same bits. At 98,304 tokens Lighthouse around Parallax too, k = 1536, and around softmax. Leaves parallax.csv and parallax.json. Not run yet: no figure of it is published.
 """
 
 from __future__ import annotations
@@ -21,14 +21,18 @@ import torch
 from measure import median_ms, peak_gib
 from torch import Tensor
 
+from megatron_lighthouse import LighthouseConfig, lighthouse_attention
 from megatron_lighthouse.parallax.attention import parallax_attention
 from megatron_lighthouse.softmax.backends import inner_attention
 from megatron_lighthouse.versions import environment
 
 COPIES = 2
 """Sets of inputs, taken in turn."""
-PRODUCTS = {"ours": (4, 11), "fla": (4, 11), "dense": (2, 5)}
-"""Matrix products of N²/2 x D multiply-adds a head, forward and backward."""
+PRODUCTS = {"ours": (4, 11), "fla": (4, 11), "dense": (2, 5), "around": (4, 11), "lighthouse": (2, 5)}
+"""Matrix products of N²/2 x D multiply-adds a head, forward and backward; of the last two over the gathered rows."""
+AROUND = LighthouseConfig(levels=3, pooling=4, budget=1536, tile_budget=128, around="parallax")
+AROUND_FROM = 98304
+"""Tokens from which Lighthouse is timed too."""
 ERROR_TOKENS = 1024
 Layer = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -58,6 +62,9 @@ def layers(inputs: list[Tensor]) -> dict[str, Layer]:
     """What can run here, by name."""
     dense = inner_attention("cudnn", inputs[0], inputs[2])
     found: dict[str, Layer] = {"ours": parallax_attention, "dense": lambda q, r, k, v: dense(q, k, v)}
+    if len(inputs[0]) >= AROUND_FROM:
+        found["around"] = lambda q, r, k, v: lighthouse_attention(q, k, v, AROUND, streams=[r])
+        found["lighthouse"] = lambda q, r, k, v: lighthouse_attention(q, k, v, AROUND.replace(around="softmax"))
     try:
         parallel_parallax = import_module("fla.ops.parallax").parallel_parallax
     except ImportError as error:
@@ -76,12 +83,14 @@ def time_case(case: Case) -> list[dict[str, Any]]:
     sets = [inputs_of(case) for _ in range(COPIES)]
     grad = torch.randn_like(sets[0][0])
     rows = []
-    product = case.tokens**2 * case.heads * case.dim  # N²/2 x D multiply-adds, two operations each
     for name, layer in layers(sets[0]).items():
 
         def both(inputs: list[Tensor], layer: Layer = layer, name: str = name) -> object:
-            return torch.autograd.grad(layer(*inputs), inputs, grad, allow_unused=name == "dense")
+            return torch.autograd.grad(layer(*inputs), inputs, grad, allow_unused=name in ("dense", "lighthouse"))
 
+        gathers = name in ("around", "lighthouse")
+        attended = AROUND.geometry(case.tokens).gathered_length if gathers else case.tokens
+        product = attended**2 * case.heads * case.dim  # N²/2 x D multiply-adds, two operations each
         forward, backward = (n * product for n in PRODUCTS[name])
         times = [
             median_ms([partial(layer, *(x.detach() for x in inputs)) for inputs in sets]),

@@ -78,3 +78,5 @@ def test_a_recipe_with_an_attention_that_the_plan_does_not_count() -> None:
     words = recipe_words(ROOT / "launch" / "recipes" / "530m-98k.args")
     with pytest.raises(ValueError, match="--attention parallax is not counted by the plan: use dense or lighthouse"):
         run_of_words([*words, "--attention", "parallax"], DEVICES["h100"])
+    with pytest.raises(ValueError, match="--attention lighthouse --lighthouse-around parallax is not counted by the plan"):
+        run_of_words([*words, "--attention", "lighthouse", "--lighthouse-around", "parallax"], DEVICES["h100"])

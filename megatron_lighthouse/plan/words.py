@@ -15,7 +15,7 @@ from megatron_lighthouse.mcore.data.text import PADDED_VOCABULARY
 from megatron_lighthouse.plan.device import Device
 from megatron_lighthouse.plan.model import GPT
 from megatron_lighthouse.plan.run import Run
-from megatron_lighthouse.variants import VARIANTS, counted
+from megatron_lighthouse.variants import VARIANTS, base_in, counted, named_in
 
 LLAMA3_VOCAB = 128256
 """Rows of the vocabulary where the words name none: that of the recipes."""
@@ -87,6 +87,10 @@ def run_of_words(words: Sequence[str], device: Device, gpus: int | None = None) 
         (
             args.attention not in counted(),
             f"--attention {args.attention} is not counted by the plan: use {' or '.join(counted())}.",
+        ),
+        (
+            (base := base_in(args)) is not None and not base.counted,
+            f"--attention {named_in(args)} is not counted by the plan: leave --lighthouse-around out, to plan it with softmax.",
         ),
         (args.transformer_impl == "local", "--transformer-impl local is not counted by the plan: use transformer_engine."),
         (

@@ -3,7 +3,8 @@
 Ours, flash-linear-attention's where it is installed, and cuDNN's dense attention, in the same run: forward and forward with
 backward, bf16, with the rate of the products that they need (4 forward, 11 backward in ours; dense: 2 and 5). Before that the
 errors of each against float64 over a short sequence, with keys that share a mean and without one, and whether repeats give the
-same bits. At 98,304 tokens Lighthouse around Parallax too, k = 1536, and around softmax. Leaves parallax.csv and parallax.json. Not run yet: no figure of it is published.
+same bits. At 98,304 tokens Lighthouse around Parallax too, k = 1536, and around softmax. Leaves parallax.csv and parallax.json.
+Not run yet: no figure of it is published.
 """
 
 from __future__ import annotations

@@ -38,6 +38,19 @@ class Stream:
     """Whether it is 0 in a model that takes the weights of a checkpoint without it: its norm's weight, or else its own."""
 
 
+@dataclass(frozen=True)
+class Work:
+    """What an attention takes beside dense attention over as many rows, for the plan."""
+
+    forward: float = 1.0
+    """Times as long, forward; `both`: forward and backward."""
+    both: float = 1.0
+    kept: int = 0
+    """Kept for backward besides, in sizes of the queries."""
+    assumed: str | None = None
+    """What the times rest on, where they were not measured here."""
+
+
 def norm_of(stream: Stream) -> str:
     """The module that norms a stream. Megatron sums over tensor-parallel ranks where it reads 'q_layernorm' in a name."""
     return f"{stream.name}_q_layernorm"
@@ -139,7 +152,8 @@ class Variant:
     around: str | None = None
     """Its name in `--lighthouse-around`, where Lighthouse can gather rows for it: then it has `build_rows`."""
     counted = False
-    """Whether the plan knows its time and memory."""
+    """Whether the plan knows its time and memory, by its `work`."""
+    work = Work()
 
     def base_attends(self, config: Any, of_te: bool, local: bool) -> bool:
         """Whether the spec's core attention, Transformer Engine's or Megatron's local one, attends to this one's rows."""

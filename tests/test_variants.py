@@ -17,7 +17,7 @@ from megatron_lighthouse.plan.device import DEVICES
 from megatron_lighthouse.plan.run import check_names
 from megatron_lighthouse.plan.words import recipe_words, run_of_words
 from megatron_lighthouse.variants import VARIANTS, register
-from tests.toy_variant.toy import TOY, ToyConfig
+from tests.toy_variant.toy import TOY, Toy, ToyConfig
 
 PACKAGE = Path(megatron_lighthouse.__file__).parent
 ROOT = PACKAGE.parent
@@ -50,7 +50,7 @@ def test_one_line_makes_flags_and_settings(toy: None) -> None:
 
 
 def test_what_the_plan_does_not_count_is_refused(toy: None) -> None:
-    with pytest.raises(ValueError, match="--attention 'toy' is not known: use dense or lighthouse"):
+    with pytest.raises(ValueError, match="--attention 'toy' is not known: use dense or lighthouse or parallax"):
         check_names("toy", None, None)
 
 
@@ -73,10 +73,11 @@ def test_no_name_is_compared() -> None:
     assert [(file.name, line) for file in files for line in file.read_text().splitlines() if COMPARED.search(line)] == []
 
 
-def test_a_recipe_with_an_attention_that_the_plan_does_not_count() -> None:
+def test_a_recipe_with_an_attention_that_the_plan_does_not_count(toy: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its memory is not taken for that of a dense run."""
+    monkeypatch.setattr(Toy, "around", "toy")
     words = recipe_words(ROOT / "launch" / "recipes" / "530m-98k.args")
-    with pytest.raises(ValueError, match="--attention parallax is not counted by the plan: use dense or lighthouse"):
-        run_of_words([*words, "--attention", "parallax"], DEVICES["h100"])
-    with pytest.raises(ValueError, match="--attention lighthouse --lighthouse-around parallax is not counted by the plan"):
-        run_of_words([*words, "--attention", "lighthouse", "--lighthouse-around", "parallax"], DEVICES["h100"])
+    with pytest.raises(ValueError, match="--attention toy is not counted by the plan: use dense or lighthouse or parallax"):
+        run_of_words([*words, "--attention", "toy"], DEVICES["h100"])
+    with pytest.raises(ValueError, match="--attention lighthouse --lighthouse-around toy is not counted by the plan"):
+        run_of_words([*words, "--attention", "lighthouse", "--lighthouse-around", "toy"], DEVICES["h100"])

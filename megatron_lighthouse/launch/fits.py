@@ -11,7 +11,6 @@ from megatron_lighthouse.plan import memory
 from megatron_lighthouse.plan.device import Device
 from megatron_lighthouse.plan.run import Run
 from megatron_lighthouse.plan.words import RECOMPUTE_WORDS, run_of_words
-from megatron_lighthouse.variants import DENSE
 
 REFUSED = 1.25
 """Memory over what a run may allocate above which it is refused: the count may be wrong by 10%, and no logits were measured."""
@@ -24,7 +23,7 @@ def counted(words: Sequence[str], args: argparse.Namespace, device: Device, worl
         ValueError: why the plan does not count it.
     """
     run = run_of_words(words, device, world)
-    return max([run, run.change(attention=DENSE.name)] if args.lighthouse_stage2_at else [run], key=memory.total)
+    return max([run, run.change(attention=run.base.name)] if args.lighthouse_stage2_at else [run], key=memory.total)
 
 
 def needs(run: Run) -> str:

@@ -17,8 +17,9 @@ MORE = "--details: memory and time by part, links, all layouts, and what the mod
 def answer(name: str, stages: Stages, ranking: Ranking, tokens: float, speed: Coefficients) -> str:
     """The answer for these stages in their layout, and the layout of `ranking` where that is sooner done."""
     run, seconds = stages.run, sum(stages.seconds(tokens, speed))
-    size = f"{tokens / 1e9:,.3g}B tokens of {name} ({run.model.parameters / 1e6:,.0f}M parameters)"
+    size = f"{tokens / 1e9:,.3g}B tokens of {name} ({run.parameters / 1e6:,.0f}M parameters)"
     mark = extrapolated(run).replace("[", "[predicted, ") or " [predicted]"
+    stage1, whole = gains(stages, speed)
     lines = [
         f"{size} at {run.seq_length:,} on {run.gpus} x {run.device.name}:",
         f"{duration(seconds)}, {seconds * run.gpus / 3600:,.0f} GPU-hours{mark}",
@@ -26,7 +27,8 @@ def answer(name: str, stages: Stages, ranking: Ranking, tokens: float, speed: Co
         _table(stages, tokens, speed),
         "",
         f"attention: {kind(run)}, scorer {run.config.scorer}" if run.variant.selects else f"attention: {kind(run)}",
-        "gain: stage 1 {:.1f} x dense, the whole run {:.1f} x".format(*gains(stages, speed)) if run.variant.selects else "",
+        f"gain: stage 1 {stage1:.1f} x {run.base.name}, the whole run {whole:.1f} x" if run.variant.selects else "",
+        f"{run.base.name} [predicted: {run.base.work.assumed}]" if run.base.work.assumed else "",
         f"layout: {layout(run)}, {run.global_batch} sequences a step",
         f"flags: {layout_words(run)}",
         *(f"stage {number}: {text}" for number, text in enumerate(map(_verdict, stages.runs), 1) if text),
@@ -49,9 +51,10 @@ def duration(seconds: float) -> str:
 
 def _table(stages: Stages, tokens: float, speed: Coefficients) -> str:
     """Each stage, and what dense attention throughout would take."""
+    base = stages.run.base.name
     rows = [(f"stage {number}, {run.variant.title}", share, run) for number, (share, run) in enumerate(stages.shares, 1)]
-    rows = [*rows, ("dense throughout", 1.0, stages.dense)] if stages.run.variant.selects else [("dense", 1.0, stages.run)]
-    cells = []
+    rows = [*rows, (f"{base} throughout", 1.0, stages.dense)] if stages.run.variant.selects else [(base, 1.0, stages.run)]
+    cells: list[tuple[str, ...]] = []
     for title, share, run in rows:
         hours, need = share * tokens / time.tokens_per_gpu(run, speed) / 3600, memory.total(run) / 2**30
         cells.append((title, f"{share:.0%}", f"{hours / run.gpus / 24:,.2f}", f"{hours:,.0f}", f"{need:.1f}"))

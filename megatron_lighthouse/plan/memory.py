@@ -28,9 +28,9 @@ def dense_activations(run: Run) -> float:
     """Kept by a layer for a micro batch.
 
     Both norms' inputs and outputs (4h), Q, K, V after RoPE, the output and fp32 log-sum-exp of attention, gate and up (2 FFN)
-    and what goes down (FFN).
+    and what goes down (FFN); and what another attention than softmax keeps besides (`Work.kept`).
     """
-    model, columns = run.model, run.model.heads * run.model.head_dim
+    model, columns = run.model, run.model.heads * run.model.head_dim * (1 + run.base.work.kept)
     elements = 4 * model.hidden + model.qkv + columns + _mlp(run)
     return run.tokens / run.tensor_parallel * (BF16 * elements + FP32 * model.heads)
 
@@ -43,7 +43,8 @@ def lighthouse_activations(run: Run, geometry: Geometry | None = None) -> float:
     """
     model, geometry = run.model, geometry or run.geometry
     columns = model.heads * model.head_dim
-    rows = geometry.gathered_length / run.context_parallel * (BF16 * (model.qkv + columns) + FP32 * model.heads)
+    kept = columns * run.base.work.kept
+    rows = geometry.gathered_length / run.context_parallel * (BF16 * (model.qkv + columns + kept) + FP32 * model.heads)
     entries = geometry.pyramid_length / run.context_parallel * model.groups * FP32
     other = run.tokens * BF16 * (4 * model.hidden + _mlp(run) + (0 if run.discard_output else columns))
     return (rows + entries + other) / run.tensor_parallel
@@ -114,7 +115,7 @@ def _attention_backward(run: Run) -> float:
     """
     model, tp, cp = run.model, run.tensor_parallel, run.context_parallel
     columns, keys = model.heads * model.head_dim // tp, 2 * run.layer.groups * model.head_dim
-    gradients = BF16 * (model.hidden / tp + 2 * columns + keys) + FP32 * columns
+    gradients = BF16 * (model.hidden / tp + 2 * columns + run.stream_columns // tp + keys) + FP32 * columns
     if cp == 1:
         return run.tokens * gradients
     only = run.lighthouse_layers == model.layers

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from statistics import mean
 
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
-from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
 from megatron_lighthouse.plan import accuracy, memory, search, time
 from megatron_lighthouse.plan.coefficients import Coefficients
 from megatron_lighthouse.plan.device import HELD_BACK
@@ -14,7 +13,7 @@ from megatron_lighthouse.plan.run import Run
 from megatron_lighthouse.plan.stages import Stages
 from megatron_lighthouse.plan.words import layout_words
 from megatron_lighthouse.sequence.layout import Layout
-from megatron_lighthouse.variants import DENSE
+from megatron_lighthouse.variant import Variant
 
 SHOWN = 8
 """Layouts of the ranking that are shown."""
@@ -54,14 +53,15 @@ def kind(run: Run) -> str:
     """The attention, and its sizes."""
     model, c = run.model, run.config
     if not run.variant.selects:
-        return "dense attention"
-    found = f"Lighthouse in {run.lighthouse_layers} of {model.layers} layers (L={c.levels} p={c.pooling} k={c.budget}"
+        return run.variant.title
+    of = "" if run.base.native else f" around {run.base.title}"
+    found = f"Lighthouse{of} in {run.lighthouse_layers} of {model.layers} layers (L={c.levels} p={c.pooling} k={c.budget}"
     return found + (f", k={run.edge_budget} in {model.layers - model.lighthouse_layers} of them)" if run.edge else ")")
 
 
 def title(run: Run) -> str:
     return (
-        f"{run.model.parameters / 1e6:,.0f}M parameters, {run.seq_length:,} tokens, {kind(run)}\n"
+        f"{run.parameters / 1e6:,.0f}M parameters, {run.seq_length:,} tokens, {kind(run)}\n"
         f"{run.gpus} x {run.device.name}, {layout(run)}, {run.global_batch} sequences a step{extrapolated(run)}\n"
         f"device: {run.device.source}"
     )
@@ -92,10 +92,12 @@ def time_table(run: Run, speed: Coefficients) -> str:
     lines = [table([f"time of a step{slowest}", "ms", "share"], rows), host_lines(run, speed)]
     lines.append(f"{rate:,.0f} tokens/s/GPU, {rate * run.gpus:,.0f} in all{extrapolated(run)}")
     if run.variant.selects:
-        dense = run.change(attention=DENSE.name)
+        dense = run.change(attention=run.base.name)
         other = time.tokens_per_gpu(dense, speed)
         note = "" if memory.fits(dense) else ", which would not fit in this layout"
-        lines.append(f"{rate / other:.2f} x dense ({other:,.0f} tokens/s/GPU{note})")
+        lines.append(f"{rate / other:.2f} x {run.base.name} ({other:,.0f} tokens/s/GPU{note})")
+    if run.base.work.assumed:
+        lines.append(f"{run.base.name} [predicted: {run.base.work.assumed}]")
     return "\n".join(lines)
 
 
@@ -133,14 +135,13 @@ def link_table(run: Run) -> str:
         ranks = [Layout(cp, rank) for rank in range(cp)]
         forward = 1 + (run.recompute == "full")  # what is recomputed sends its forward's bytes again
 
-        dense = max(forward * f + b for f, b in (attend_bytes(run.cp_comm_type, run.seq_length, layer, r) for r in ranks))
-
-        def sent_by(config: LighthouseConfig) -> float:
-            plans = [run.variant.sent(config, run.seq_length, layer, rank, run.cp_comm_type).values() for rank in ranks]
+        def sent_by(variant: Variant, config: LighthouseConfig) -> float:
+            plans = [variant.sent(config, run.seq_length, layer, rank, run.cp_comm_type).values() for rank in ranks]
             return max(sum(forward * f + b for f, b in plan) for plan in plans)
 
-        ends = sent_by(run.config.replace(budget=run.edge_budget)) if run.edge else dense
-        ours = sent_by(run.config) if run.lighthouse_layers else 0
+        edge = run.config.replace(budget=run.edge_budget) if run.edge else None
+        ends = sent_by(run.variant, edge) if edge else sent_by(run.base, run.config)
+        ours = sent_by(run.variant, run.config) if run.lighthouse_layers else 0
         crossing = max(a * ends + b * ours for a, b in run.stages)
     rows = []
     for name, sent in (

@@ -59,6 +59,26 @@ class Run:
         return VARIANTS[self.attention]
 
     @property
+    def base(self) -> Variant:
+        """What its layers are where they do not select."""
+        return self.variant.base(self.config)
+
+    @property
+    def stream_columns(self) -> int:
+        """Of each layer's projections to streams, on all tensor-parallel ranks."""
+        return len(self.base.streams) * self.model.heads * self.model.head_dim
+
+    @property
+    def layer_matrices(self) -> int:
+        """Parameters in the matrices of one layer, those of streams among them."""
+        return self.model.layer_matrices + self.model.hidden * self.stream_columns
+
+    @property
+    def parameters(self) -> int:
+        """All parameters of the model."""
+        return self.model.parameters + self.model.layers * self.model.hidden * self.stream_columns
+
+    @property
     def spans(self) -> dict[str, int]:
         """Over how many neighbours, in Megatron's order of ranks (tensor, context, data, pipeline), a group's messages go.
 

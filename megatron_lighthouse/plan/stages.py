@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from megatron_lighthouse.plan import memory, time
 from megatron_lighthouse.plan.coefficients import Coefficients
 from megatron_lighthouse.plan.run import Run
-from megatron_lighthouse.variants import DENSE
 
 FRACTION = 0.6
 """Share of the tokens that stage 1 takes where nothing is said: what the experiments trained (docs/quality.md)."""
@@ -27,7 +26,8 @@ class Stages:
 
     @property
     def dense(self) -> Run:
-        return self.run.change(attention=DENSE.name)
+        """What it becomes: dense, or what it was around."""
+        return self.run.change(attention=self.run.base.name)
 
     @property
     def shares(self) -> list[tuple[float, Run]]:

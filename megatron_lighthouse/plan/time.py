@@ -11,14 +11,18 @@ domains, all send all their bytes over the network. Pipeline stages are not inte
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
 from megatron_lighthouse.lighthouse.scorers import SCORERS
-from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes, layer_bytes
+from megatron_lighthouse.lighthouse.sharded.sent import layer_bytes
 from megatron_lighthouse.plan import work
 from megatron_lighthouse.plan.coefficients import Coefficients
 from megatron_lighthouse.plan.device import Device
 from megatron_lighthouse.plan.run import Run
 from megatron_lighthouse.sequence.layout import Layout
+from megatron_lighthouse.variant import Variant
+from megatron_lighthouse.variants import DENSE
 
 type Parts = dict[str, float]
 OPTIMIZER_BYTES = 30
@@ -28,18 +32,30 @@ HOST_AGAIN = {"none": 0.0, "mlp": 0.25, "full": 0.5}
 
 
 def attention_seconds(
-    kind: str, rows: int, layer: Shape, ranks: int, device: Device, speed: Coefficients
+    kind: str, rows: int, layer: Shape, ranks: int, device: Device, speed: Coefficients, base: Variant = DENSE
 ) -> tuple[float, float]:
-    """(forward, forward + backward) of causal attention over `rows` rows, of which each rank does an equal part of the work."""
+    """(forward, forward + backward) of causal attention over `rows` rows, of which each rank does an equal part of the work.
+
+    Args:
+        base: what attends; all its time is taken to be so many times that of softmax (`Work`).
+    """
     flops = work.attention_flops(rows, layer) / ranks
     start, slope = speed.attention[kind, "fwd"]
     both_start, both_slope = speed.attention[kind, "fwd+bwd"]
     both = both_start + both_slope * flops * work.FORWARD_AND_BACKWARD / device.flops
-    return start + slope * flops / device.flops, both
+    return base.work.forward * (start + slope * flops / device.flops), base.work.both * both
 
 
 def crossing_seconds(
-    scheme: str, rows: int, layer: Shape, ranks: int, span: int, device: Device, speed: Coefficients, hide: tuple[float, float]
+    scheme: str,
+    rows: int,
+    layer: Shape,
+    ranks: int,
+    span: int,
+    device: Device,
+    speed: Coefficients,
+    hide: tuple[float, float],
+    base: Variant = DENSE,
 ) -> tuple[float, float]:
     """(forward, forward + backward) that attention over several ranks takes beyond its share of the work.
 
@@ -49,7 +65,7 @@ def crossing_seconds(
     """
     if ranks == 1:
         return 0.0, 0.0
-    sent = [attend_bytes(scheme, rows, layer, Layout(ranks, rank)) for rank in range(ranks)]
+    sent = [base.sent(None, rows, layer, Layout(ranks, rank), scheme)["attend"] for rank in range(ranks)]
     found = []
     for direction, bytes_sent, behind in (
         ("fwd", max(f for f, _ in sent), hide[0]),
@@ -62,10 +78,15 @@ def crossing_seconds(
     return found[0], found[1]
 
 
-def dense_layer(rows: int, layer: Shape, ranks: int, scheme: str, span: int, device: Device, speed: Coefficients) -> Parts:
-    """Dense attention without projections: 'fwd', 'fwd+bwd', and 'exposed fwd' and 'exposed', which lie within them."""
-    forward, both = attention_seconds("dense", rows, layer, ranks, device, speed)
-    more, more_both = crossing_seconds(scheme, rows, layer, ranks, span, device, speed, (forward, both))
+def dense_layer(
+    rows: int, layer: Shape, ranks: int, scheme: str, span: int, device: Device, speed: Coefficients, base: Variant = DENSE
+) -> Parts:
+    """Dense attention, or another over all tokens, without projections.
+
+    'fwd', 'fwd+bwd', and 'exposed fwd' and 'exposed', which lie within them.
+    """
+    forward, both = attention_seconds("dense", rows, layer, ranks, device, speed, base)
+    more, more_both = crossing_seconds(scheme, rows, layer, ranks, span, device, speed, (forward, both), base)
     return {"fwd": forward + more, "fwd+bwd": both + more_both, "exposed fwd": more, "exposed": more_both}
 
 
@@ -78,13 +99,15 @@ def lighthouse_layer(
     device: Device,
     speed: Coefficients,
     scorer: str = "norm",
+    base: Variant = DENSE,
 ) -> Parts:
     """As `dense_layer`, and each step by name: 'score', 'select', 'gather', 'gather bwd', 'scatter', 'scatter bwd', 'inner'."""
     rows = geometry.gathered_length
     parts: Parts = {}
     for step, direction in work.STEPS:
         start, slope = speed.steps[step, direction]
-        moved = work.step_bytes(step, geometry.seq_length // ranks, rows // ranks, layer)
+        near = replace(layer, heads=layer.heads * (1 + len(base.streams))) if step == "gather" else layer
+        moved = work.step_bytes(step, geometry.seq_length // ranks, rows // ranks, near)
         if step == "score":
             moved = SCORERS[scorer].moved(geometry, layer) / ranks
         parts[step + (" bwd" if direction == "bwd" else "")] = start + slope * moved / device.memory_bytes_s
@@ -92,10 +115,10 @@ def lighthouse_layer(
     alone = ranks if geometry.tiles % (2 * ranks) == 0 else 1  # where tiles span chunks, every rank decides about all
     features = work.select_features(geometry, layer, alone, device.multiprocessors)
     parts["select"] = sum(a * b for a, b in zip(speed.select, features, strict=True))
-    inner, inner_both = attention_seconds("inner", rows, layer, ranks, device, speed)
-    more, more_both = crossing_seconds(scheme, rows, layer, ranks, span, device, speed, (inner, inner_both))
+    inner, inner_both = attention_seconds("inner", rows, layer, ranks, device, speed, base)
+    more, more_both = crossing_seconds(scheme, rows, layer, ranks, span, device, speed, (inner, inner_both), base)
     if ranks > 1:
-        plans = [layer_bytes(scheme, geometry, layer, Layout(ranks, rank), scorer) for rank in range(ranks)]
+        plans = [layer_bytes(scheme, geometry, layer, Layout(ranks, rank), scorer, base) for rank in range(ranks)]
         link = speed.link / device.link_bytes_s(span)
         aside = [{key: value for key, value in plan.items() if key != "attend"} for plan in plans]
         more += max(sum(f for f, _ in plan.values()) for plan in aside) * link
@@ -114,9 +137,10 @@ def step_parts(run: Run, speed: Coefficients) -> Parts:
     model, device, tp, cp, pp = run.model, run.device, run.tensor_parallel, run.context_parallel, run.pipeline_parallel
     layers, tokens = model.layers / pp, run.tokens
     full, mlp = run.recompute == "full", run.recompute == "mlp"
-    passes = 3 + full + mlp * work.mlp_share(model)  # a forward, a backward of twice its work, and what is done again
-    linear = tokens * work.linear_flops(model) / tp / device.flops * speed.linear * passes
-    moved = tokens * work.elementwise_bytes(model) / tp / device.memory_bytes_s * speed.copy
+    share_of_mlp = 3 * model.hidden * model.ffn / run.layer_matrices
+    passes = 3 + full + mlp * share_of_mlp  # a forward, a backward of twice its work, and what is done again
+    linear = tokens * 2.0 * run.layer_matrices / tp / device.flops * speed.linear * passes
+    moved = tokens * work.elementwise_bytes(model, run.stream_columns) / tp / device.memory_bytes_s * speed.copy
     tensor, between, gradients = link_bytes(run)
     every = {
         "linear layers": linear,
@@ -157,7 +181,7 @@ def step_parts(run: Run, speed: Coefficients) -> Parts:
 def _dense_parts(run: Run, speed: Coefficients) -> Parts:
     """Seconds of the attention of a dense layer for a micro batch, by part of the step."""
     cp, span, full = run.context_parallel, run.spans["context parallel"], run.recompute == "full"
-    layer = dense_layer(run.seq_length, run.layer, cp, run.cp_comm_type, span, run.device, speed)
+    layer = dense_layer(run.seq_length, run.layer, cp, run.cp_comm_type, span, run.device, speed, run.base)
     exposed = layer["exposed"] + full * layer["exposed fwd"]
     return {"dense attention": layer["fwd+bwd"] + full * layer["fwd"] - exposed, "context parallel, exposed": exposed}
 
@@ -165,7 +189,8 @@ def _dense_parts(run: Run, speed: Coefficients) -> Parts:
 def _lighthouse_parts(run: Run, geometry: Geometry, speed: Coefficients) -> Parts:
     """As `_dense_parts`, of a Lighthouse layer."""
     cp, span, full = run.context_parallel, run.spans["context parallel"], run.recompute == "full"
-    layer = lighthouse_layer(geometry, run.layer, cp, run.cp_comm_type, span, run.device, speed, run.config.scorer)
+    how = (run.cp_comm_type, span, run.device, speed, run.config.scorer, run.base)
+    layer = lighthouse_layer(geometry, run.layer, cp, *how)
     parts = {}
     for name in ("score", "select", "gather", "scatter"):
         again = full + (run.discard_output and name == "scatter")
@@ -208,7 +233,7 @@ def rank_parameters(run: Run) -> float:
 def stage_parameters(run: Run, stage: int) -> float:
     """Parameters on a rank of a pipeline stage, from 0: its layers; the first's embedding; the last's norm and output."""
     model, tp, pp = run.model, run.tensor_parallel, run.pipeline_parallel
-    layers = model.layers / pp * (model.layer_matrices / tp + 2 * model.hidden)
+    layers = model.layers / pp * (run.layer_matrices / tp + 2 * model.hidden)
     first, last = stage == 0, stage == pp - 1
     return layers + last * model.hidden + (first + last) * run.vocab_rank * model.hidden
 

@@ -121,7 +121,7 @@ def run_of_words(words: Sequence[str], device: Device, gpus: int | None = None) 
         seq_length=args.seq_length,
         device=device,
         attention=args.attention,
-        config=settings.config,
+        **({"config": settings.config} if settings.attention.switches else {}),  # else that of the length
         gpus=gpus,
         tensor_parallel=tp,
         context_parallel=cp,

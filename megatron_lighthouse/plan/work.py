@@ -34,16 +34,10 @@ def select_features(geometry: Geometry, layer: Shape, ranks: int, multiprocessor
     return [turns, turns * (geometry.levels - 1), turns * windows]
 
 
-def linear_flops(model: GPT) -> float:
-    """Forward, for a token and layer: 2 operations for each element of its matrices."""
-    return 2.0 * model.layer_matrices
+def elementwise_bytes(model: GPT, streams: int = 0) -> float:
+    """Forward, for a token and layer, bf16: two norms and two residual sums (10h), RoPE on Q and K, SwiGLU (3 FFN).
 
-
-def elementwise_bytes(model: GPT) -> float:
-    """Forward, for a token and layer, bf16: two norms and two residual sums (10h), RoPE on Q and K, SwiGLU (3 FFN)."""
-    return 2.0 * (10 * model.hidden + 2 * (model.heads + model.groups) * model.head_dim + 3 * model.ffn)
-
-
-def mlp_share(model: GPT) -> float:
-    """The part of a layer's matrices that belongs to the MLP."""
-    return 3 * model.hidden * model.ffn / model.layer_matrices
+    Args:
+        streams: columns of further projections that RoPE rotates.
+    """
+    return 2.0 * (10 * model.hidden + 2 * ((model.heads + model.groups) * model.head_dim + streams) + 3 * model.ffn)

@@ -118,6 +118,8 @@ describe_point() {
     apart=$((gpus / $(gpus_of_sequence)))
     text="{\"attention\": $(quoted "$(argument --attention dense)"), \"gpus\": $gpus, \"recipe\": $(quoted "$(basename "$RECIPE" .args)")"
     text+=", \"global_batch\": $(argument --global-batch-size $(($(argument --micro-batch-size 1) * apart)))"
+    value=$(argument --lighthouse-around '')
+    [[ -z $value ]] || text+=", \"around\": $(quoted "$value")"
     text+=", \"recompute\": $(quoted "$(recompute)"), \"cp_comm_type\": $(quoted "$(argument --cp-comm-type p2p)")"
     for pair in seq_length=--seq-length tensor_parallel=--tensor-model-parallel-size context_parallel=--context-parallel-size \
         pipeline_parallel=--pipeline-model-parallel-size levels=--lighthouse-levels pooling=--lighthouse-pooling \

@@ -15,7 +15,7 @@ from megatron_lighthouse.variants import VARIANTS
 
 type Row = dict[str, Any]
 MODEL = tuple(field.name for field in fields(GPT))
-OF_SELECTION = ("dense_first", "dense_last", "levels", "pooling", "budget", "tile_budget", "edge_budget")
+OF_SELECTION = ("dense_first", "dense_last", "levels", "pooling", "budget", "tile_budget", "edge_budget", "around")
 """Settings that mean nothing to an attention that selects nothing."""
 FOLLOWS = ("recompute", "levels", "budget", "tile_budget", "edge_budget")
 """Settings that may go with the length: along it they part runs only where a length has more than one of them."""
@@ -25,6 +25,7 @@ WORDS = {
     "dense_first": "{} dense first",
     "dense_last": "{} dense last",
     "edge_budget": "edge k {}",
+    "around": "around {}",
     "levels": "L {}",
     "pooling": "p {}",
     "budget": "k {}",
@@ -38,7 +39,14 @@ WORDS = {
     **{name: f"{name} {{}}" for name in MODEL if not name.startswith("dense")},
 }
 """All that parts runs beside attention, ranks and length, and how a legend says it."""
-PLAIN = {"recompute": "none", "cp_comm_type": "p2p", "tensor_parallel": 1, "pipeline_parallel": 1, "pooling": 4}
+PLAIN = {
+    "recompute": "none",
+    "cp_comm_type": "p2p",
+    "tensor_parallel": 1,
+    "pipeline_parallel": 1,
+    "pooling": 4,
+    "around": "softmax",
+}
 
 
 def kind(info: Row) -> Row:

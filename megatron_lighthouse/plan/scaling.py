@@ -12,6 +12,7 @@ What launch scripts write into run.json before the run starts:
      "device": "h100",              for the prediction; none where missing
      "vocab": 384,                  rows of the embedding; the recipe's where missing
      "levels": 3, "pooling": 4, "budget": 1536, "tile_budget": 128,     what the length asks for where missing
+     "around": "parallax",          what Lighthouse is around; softmax where it is missing
      "edge_budget": 3072,           of the first and last layers, which are dense where it is missing
      "layers": 30, "hidden": 1024, "ffn": 1536, "heads": 8, "groups": 8, "head_dim": 128, "dense_first": 2, "dense_last": 2,
                                     the recipe's where missing; a recipe that is not in recipes.toml needs all but the last two
@@ -58,7 +59,7 @@ BESIDE = (
 )
 """In scaling.csv alone: what else tells one run from another; L, p and k are empty where run.json does not say."""
 CONFIG = ("levels", "pooling", "budget", "tile_budget")
-NAMES = ("attention", "recipe", "recompute", "cp_comm_type", "device")
+NAMES = ("attention", "recipe", "recompute", "cp_comm_type", "device", "around")
 SIZES = ("seq_length", "context_parallel", "tensor_parallel", "pipeline_parallel", "gpus", "global_batch", "edge_budget")
 NUMBERS = (*SIZES, *CONFIG, *MODEL)
 
@@ -200,7 +201,7 @@ def _speeds(row: Row, info: Row, times: list[float]) -> None:
         run = run.change(model=replace(run.model, **sizes))
     else:
         run = Run(GPT(**sizes), **changes)
-    config = LighthouseConfig.for_length(run.seq_length, **{name: info[name] for name in CONFIG if name in info})
+    config = LighthouseConfig.for_length(run.seq_length, **{name: info[name] for name in (*CONFIG, "around") if name in info})
     run = run.change(config=config, device=device_of(info["device"])).check()
     row["predicted_tokens_s_gpu"] = round(time.tokens_per_gpu(run, coefficients()), 1)
     row["predicted_peak_gib"] = round(memory.total(run) / 2**30, 2)

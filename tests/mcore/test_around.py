@@ -6,12 +6,15 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_lighthouse import lighthouse_attention
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.mcore.attention.core_attention import VariantMixin
 from megatron_lighthouse.mcore.command_line import resume
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
 from megatron_lighthouse.mcore.command_line.stored import common_state
+from megatron_lighthouse.parallax.attention import parallax_attention
 from megatron_lighthouse.parallax.config import ParallaxConfig
 from megatron_lighthouse.plots import read_scalars
 from megatron_lighthouse.recipe.trained import settle_attention
@@ -19,8 +22,9 @@ from megatron_lighthouse.variants import DENSE, LIGHTHOUSE, PARALLAX, base_in, n
 from tests.mcore.harness import Run, run
 from tests.mcore.test_checkpoints import keys, save_interval
 from tests.mcore.test_checks import problems
+from tests.mcore.test_packed import documents_of_rows, each_alone, with_gradients
 from tests.mcore.test_parallax import PROJECTION
-from tests.mcore.test_spec import gpt, local_spec, transformer_config
+from tests.mcore.test_spec import N, fused_qkv, gpt, local_spec, transformer_config
 from tests.tolerances import assert_close
 
 SAVED = 1
@@ -89,6 +93,33 @@ def test_the_ends_of_the_model_are_plain_parallax() -> None:
     layers = [layer.self_attention for layer in model.decoder.layers]
     assert [layer.core_attention.variant for layer in layers] == [PARALLAX, LIGHTHOUSE, LIGHTHOUSE, PARALLAX]
     assert all(isinstance(layer.core_attention, VariantMixin) and layer.linear_r.weight.any() for layer in layers)
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize("number", [0, 1], ids=["plain", "around"])
+def test_packed_documents_are_as_alone(number: int) -> None:
+    """Of two rows, with gradients: the plain layer by one document after the other, and Lighthouse's as the library has it."""
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from megatron_lighthouse.mcore.attention.layer_specs import with_lighthouse
+    from megatron_lighthouse.mcore.attention.packed import packed
+
+    model = gpt(with_lighthouse(local_spec(), SETTINGS), transformer_config(num_layers=4))
+    layer = model.decoder.layers[number].self_attention.core_attention
+    query, key, value = fused_qkv(2, torch.float64)
+    r = torch.randn_like(query).requires_grad_()
+    inputs = [query, r, key, value]
+    given = {"attn_mask_type": AttnMaskType.causal, "packed_seq_params": packed(documents_of_rows(), N)}
+    out = layer(torch.cat([query, r], 2), key, value, None, **given)
+    if number:
+        row_q, row_r, row_k, row_v = (x.transpose(0, 1).flatten(0, 1).unsqueeze(1) for x in inputs)
+        bounds = documents_of_rows().cu_seqlens
+        expected = lighthouse_attention(row_q, row_k, row_v, SETTINGS.config, streams=[row_r], cu_seqlens=bounds)
+        expected = expected.view(2, N, -1).transpose(0, 1)
+    else:
+        expected = each_alone(lambda q, s, k, v, mask: parallax_attention(q, s, k, v).flatten(2), inputs)
+    for a, b in zip(with_gradients(out, inputs), with_gradients(expected, inputs), strict=True):
+        assert_close(a, b, "float64")
 
 
 GIVEN = {"attention": "lighthouse", "lighthouse_around": "parallax"}

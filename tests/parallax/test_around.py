@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -63,6 +64,24 @@ def test_gradients_by_finite_differences() -> None:
     leaves = [x.requires_grad_() for x in inputs(16, 1, 2, 1, 3, mean=1.0)[:4]]
     selection = attended_rows(leaves[0], leaves[2], leaves[3], config, streams=[leaves[1]]).selection
     assert torch.autograd.gradcheck(lambda *x: around(*x, config=config, selection=selection), leaves)
+
+
+def test_packed_documents_are_as_alone() -> None:
+    """Long enough to select, and whole; with means of their keys far apart. None sees another's."""
+    lengths, config = (96, 7, 153), LighthouseConfig(levels=3, pooling=2, budget=4, tile_budget=2, around="parallax")
+    tensors = inputs(sum(lengths), 1, HEADS, GROUPS, DIM, r=1.0)
+    tensors[2][96:] += 1e3
+    bounds = torch.tensor([0, 96, 103, 256], dtype=torch.int32)
+    found = with_grads(around, tensors, config=config, cu_seqlens=bounds, rotary=ROTARY)
+    for begin, end in pairwise(bounds.tolist()):
+        alone = torch.tensor([0, end - begin], dtype=torch.int32)
+        part = [x[begin:end] for x in tensors]
+        expected = with_grads(around, part, config=config, cu_seqlens=alone, rotary=ROTARY)
+        plain = with_grads(formula, part)
+        for i, (whole, one) in enumerate(zip(found, expected, strict=True)):
+            assert_close(whole[begin:end], one, "ranks float64")
+            if end - begin == 7:  # goes in whole: Parallax itself
+                assert_close(one, plain[i], "ranks float64")
 
 
 def over_ranks(group: dist.ProcessGroup | None, tensors: list[Tensor], how: dict[str, Any]) -> list[Tensor]:

@@ -20,6 +20,7 @@ LIGHTHOUSE, DENSE = {"attention": "lighthouse"}, {"attention": "dense"}
 OTHERS: dict[str, dict[str, Any]] = {
     "device": {"device": "h200"},
     "dense layers": {"dense_first": 0, "dense_last": 0},
+    "around": {"around": "parallax"},
     "edge budget": {"edge_budget": 3072},
     "recipe": {"recipe": "530m-1m"},
     "budget": {"budget": 3072},

@@ -70,7 +70,7 @@ def test_packed_documents_are_as_alone() -> None:
     """Long enough to select, and whole; with means of their keys far apart. None sees another's."""
     lengths, config = (96, 7, 153), LighthouseConfig(levels=3, pooling=2, budget=4, tile_budget=2, around="parallax")
     tensors = inputs(sum(lengths), 1, HEADS, GROUPS, DIM, r=1.0)
-    tensors[2][96:] += 1e3
+    tensors[2][96:] += 10.0
     bounds = torch.tensor([0, 96, 103, 256], dtype=torch.int32)
     found = with_grads(around, tensors, config=config, cu_seqlens=bounds, rotary=ROTARY)
     for begin, end in pairwise(bounds.tolist()):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import megatron_lighthouse
+from megatron_lighthouse.lighthouse.around import AROUND
 from megatron_lighthouse.mcore.command_line.settings import add_arguments, settings_from
 from megatron_lighthouse.plan.device import DEVICES
 from megatron_lighthouse.plan.run import check_names
@@ -65,6 +66,13 @@ def test_the_scripts_read_the_same_names() -> None:
 )
 def test_a_comparison_is_recognized(line: str) -> None:
     assert COMPARED.search(line)
+
+
+def test_lighthouse_names_no_attention_that_it_can_be_around() -> None:
+    others = "|".join(variant.name for variant in AROUND.values() if not variant.native)
+    text = "".join(file.read_text() for file in (PACKAGE / "lighthouse").rglob("*.py"))
+    assert others
+    assert not re.search(others, text, re.IGNORECASE)
 
 
 def test_no_name_is_compared() -> None:

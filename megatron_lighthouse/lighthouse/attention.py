@@ -52,8 +52,8 @@ def lighthouse_attention(
     Args:
         query: [N, B, H, D], after RoPE; float64, float32, bfloat16 or float16, any strides. Megatron's "sbhd".
         key, value: [N, B, G, D], G dividing H; same dtype and device as the query.
-        streams: what else the attention `config.around` reads, rotated as the queries, each [N, B, H, D]: r of 'parallax'.
-        around: options of that attention, such as a `ParallaxConfig`; its defaults if None. Not with `attend`.
+        streams: what else the attention `config.around` reads, rotated as the queries, each [N, B, H, D].
+        around: options of that attention, an object of its variant's `config`; its defaults if None. Not with `attend`.
         softmax_scale: of the inner attention; 1/sqrt(D) by default. Not with `attend`.
         rotary: what queries and keys are rotated by. With it a pooled row stands at the last token of its window, as the
             authors now have it: see `Rotary`. Without it rows are averaged as they come, which is the paper's text.

@@ -79,11 +79,11 @@ class LighthouseConfig:
     around: str = option(
         "softmax",
         "What attends to the gathered rows, and what a layer is where it does not select, in stage 2 and at the model's ends: "
-        "'softmax', or 'parallax', whose second query is pooled and gathered with the first.",
+        "'softmax', or another attention, whose further projections are pooled and gathered as the queries are.",
         AROUND,
     )
-    """The attention over the gathered rows, of those that offer themselves (`lighthouse.around`): 'softmax', or 'parallax',
-    for which `lighthouse_attention` is given its streams."""
+    """The attention over the gathered rows, of those that offer themselves (`lighthouse.around`): 'softmax', or another, for
+    which `lighthouse_attention` is given its streams."""
 
     steps: str = option(
         "auto",

@@ -61,6 +61,8 @@ class Place:
     """Whether the output is to be made again in backward rather than kept."""
     rotary: Rotary | None = None
     """What queries and keys come rotated by, where that is to be known."""
+    sinks: bool = False
+    """Whether every call brings a sink for each head, [H], which only a variant that takes them is asked for."""
 
 
 class Layer(Protocol):

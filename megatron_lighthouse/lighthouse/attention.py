@@ -44,6 +44,7 @@ def lighthouse_attention(
     attend: Callable[..., Tensor] | None = None,
     selection: Selection | None = None,
     cu_seqlens: Tensor | Documents | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention through a selected set of pyramid entries.
 
@@ -65,6 +66,8 @@ def lighthouse_attention(
             gives the same. Its budget goes by its length (`LighthouseConfig.document_tile`). The host reads it, once for each
             `Documents` where that is given instead. `attend` then takes the `Documents` of the rows as a fourth argument. Not
             under context parallelism.
+        sinks: [H], a logit a head, of a key that every row of the inner attention sees and whose value is 0 (gpt-oss); 0 is
+            the softmax off by one. Differentiable. Not with `attend` or `cu_seqlens`.
 
     Returns:
         [N, B, H, D] in the query's dtype (under torch.autocast in the inner attention's); under context parallelism, this
@@ -83,6 +86,7 @@ def lighthouse_attention(
     if problem := comm_type_problem(cp_comm_type, 1, 1, 1):
         raise ValueError(problem)
     exchange = Exchange.over(cp_group)
+    _check_sinks(sinks, query, attend, cu_seqlens)
     if cu_seqlens is not None:
         _check_one_rank(exchange)
         how = (softmax_scale, rotary, attend, selection)
@@ -98,6 +102,7 @@ def lighthouse_attention(
         cp_comm_type=cp_comm_type,
         attend=attend,
         selection=selection,
+        sinks=sinks,
     ).scatter()
 
 
@@ -113,14 +118,16 @@ def attended_rows(
     cp_comm_type: str = "p2p",
     attend: Attend | None = None,
     selection: Selection | None = None,
+    sinks: Tensor | None = None,
 ) -> Attended:
     """All steps of `lighthouse_attention` but the last, which must follow: the halo is under way until then."""
     refuse_transforms(query, key, value)
     _check_scale(query, key, value, softmax_scale, attend)
-    layer = layer_for(config, query, key, value, exchange, cp_comm_type, softmax_scale, attend is not None, rotary)
+    how = (exchange, cp_comm_type, softmax_scale, attend is not None, rotary, sinks is not None)
+    layer = layer_for(config, query, key, value, *how)
     if selection is not None:
         _check_selection(selection, query, key, layer.geometry, exchange)
-    return layer.attended(*differentiable_once(query, key, value), attend, selection)
+    return layer.attended(*differentiable_once(query, key, value), attend, selection, sinks)
 
 
 def packed_rows(
@@ -255,6 +262,18 @@ def _check_scale(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float
     if attend is not None and softmax_scale is not None:
         check(query, key, value)
         raise ValueError("softmax_scale belongs to the default inner attention: give `attend` its own scale instead.")
+
+
+def _check_sinks(sinks: Tensor | None, query: Tensor, attend: object, cu_seqlens: object) -> None:
+    if sinks is None:
+        return
+    if attend is not None or cu_seqlens is not None:
+        other = "attend" if attend is not None else "cu_seqlens"
+        raise ValueError(f"sinks belong to the default inner attention over one sequence: leave out `sinks` or `{other}`.")
+    if query.dim() == 4 and (sinks.shape != query.shape[2:3] or sinks.device != query.device):
+        raise ValueError(
+            f"sinks must be [{query.shape[2]}] on {query.device}, one a query head, not {list(sinks.shape)} on {sinks.device}."
+        )
 
 
 def _check_selection(selection: Selection, query: Tensor, key: Tensor, geometry: Pyramid, exchange: Exchange | None) -> None:

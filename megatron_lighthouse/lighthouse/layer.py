@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from megatron_lighthouse.lighthouse.steps import HaloTravel, Steps
 from megatron_lighthouse.ranges import profiled
 from megatron_lighthouse.softmax.backends import Attend, inner_attention
 from megatron_lighthouse.softmax.sharded import ShardedAttention, sharded_attention
+from megatron_lighthouse.softmax.sinks import sinks_attention
 
 
 @dataclass(frozen=True)
@@ -65,17 +67,25 @@ class Layer:
     steps: Steps
     scorer: Scorer
     exchange: Exchange | None
-    attend: Attend | None
-    """The inner attention; None where every call brings its own."""
+    attend: Callable[..., Tensor] | None
+    """The inner attention, an `Attend` or one that takes sinks too; None where every call brings its own."""
     rotary: Rotary | None
     """By which rows are turned on to their window's last token while they are pooled."""
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, attend: Attend | None = None) -> Tensor:
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, attend: Attend | None = None, sinks: Tensor | None = None
+    ) -> Tensor:
         """[N, B, H, D]: see `lighthouse_attention`."""
-        return self.attended(query, key, value, attend).scatter()
+        return self.attended(query, key, value, attend, sinks=sinks).scatter()
 
     def attended(
-        self, query: Tensor, key: Tensor, value: Tensor, attend: Attend | None = None, selection: Selection | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attend: Callable[..., Tensor] | None = None,
+        selection: Selection | None = None,
+        sinks: Tensor | None = None,
     ) -> Attended:
         """All steps but the last, which must follow: the halo is under way until then."""
         attend, deal = attend or self.attend, None
@@ -88,8 +98,8 @@ class Layer:
         if deal:
             rows_q, rows_k, rows_v = deal.out(rows_q, rows_k, rows_v)
         with profiled("attend"):
-            given = () if passage is None else (passage,)
-            attended = attend(rows_q, rows_k, rows_v, *given)
+            given = {} if passage is None else {"passage": passage}
+            attended = attend(rows_q, rows_k, rows_v, *(() if sinks is None else (sinks,)), **given)
         rows = deal.back(attended, key.shape[2]) if deal else attended
         if self.exchange is None:
             return Attended(rows, attended, selection, self.steps)
@@ -117,6 +127,7 @@ def build(
     softmax_scale: float | None = None,
     own_attend: bool = False,
     rotary: Rotary | None = None,
+    sinks: bool = False,
 ) -> Layer:
     """The layer for inputs like these.
 
@@ -124,6 +135,7 @@ def build(
         query: [N/C, B, H, D]; key: [N/C, B, G, D]; of these only shapes, dtype and device count.
         own_attend: every call brings its inner attention.
         rotary: what queries and keys are rotated by, where pooled rows are to stand at their window's last token.
+        sinks: every call brings a sink for each head.
 
     Raises:
         ValueError: as `lighthouse_attention`.
@@ -132,11 +144,11 @@ def build(
         raise ValueError(problem)
     size = exchange.size if exchange else 1
     geometry = config.geometry(query.shape[0] * size, size)
-    attend: Attend | None = None
+    attend: Callable[..., Tensor] | None = None
     if not own_attend and exchange is None:
-        attend = inner_attention(config.inner, query, key, softmax_scale)
+        attend = (sinks_attention if sinks else inner_attention)(config.inner, query, key, softmax_scale)
     elif not own_attend and exchange is not None:
-        attend = sharded_attention(config.inner, query, key, exchange, comm_type, softmax_scale)
+        attend = sharded_attention(config.inner, query, key, exchange, comm_type, softmax_scale, sinks=sinks)
     steps = steps_for(config.steps, query, config.pooling)
     own, tiles = Pyramid(query.shape[0], config.levels, config.pooling), own_tiles(geometry, size)
     return Layer(geometry, own, tiles, config.pin_first, steps, SCORERS[config.scorer], exchange, attend, rotary)

@@ -89,9 +89,16 @@ def deterministic() -> bool:
 
 
 def choose_for_blocks(
-    name: str, known: Sequence[str], device: torch.device, dtype: torch.dtype, heads: int, groups: int, dim: int
+    name: str,
+    known: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    groups: int,
+    dim: int,
+    over: str,
 ) -> str:
-    """As `choose`, among the backends `known` that return their log-sum-exp: context parallelism merges by it.
+    """As `choose`, among the backends `known` that return their log-sum-exp: shards are merged by it, and sinks enter by it.
 
     Raises:
         ValueError: as `inner_attention`, or a backend that is forced and is not among those.
@@ -103,7 +110,7 @@ def choose_for_blocks(
             f"config.inner {name} does not attend over shards{of}: over several ranks use config.inner "
             f"{' or '.join(['auto', *fits])}, or cp_comm_type a2a, which attends to whole sequences."
         )
-    return _choose(name, Rows(device, dtype, heads, groups, dim), deterministic(), tuple(fits), SHARDS)
+    return _choose(name, Rows(device, dtype, heads, groups, dim), deterministic(), tuple(fits), over)
 
 
 def choose_for_documents(name: str, device: torch.device, dtype: torch.dtype, heads: int, groups: int, dim: int) -> str:
@@ -132,7 +139,7 @@ def _choose(name: str, rows: Rows, deterministic: bool, known: tuple[str, ...] =
             f"{backends[other].title} {problems[other]}" for other in list(problems)[: list(problems).index(name)]
         )
         why = f" ({passed})" if passed and rows.capability else ""
-        title = "plain PyTorch" if over == SHARDS and name == "sdpa" else backends[name].title
+        title = "plain PyTorch" if over in (SHARDS, SINKS) and name == "sdpa" else backends[name].title
         say_once(f"lighthouse: the inner attention {over}of {rows} is {title}{why}.")
     elif problems[name] is not None:
         raise ValueError(
@@ -276,8 +283,8 @@ BACKENDS: dict[str, Backend] = {
 }
 """What `--lighthouse-inner` can name, beside 'auto' and 'te' (Transformer Engine's, in its own layer spec)."""
 
-SHARDS, DOCUMENTS = "over shards ", "over documents "
-FAMILIES: dict[str, dict[str, Backend]] = {"": BACKENDS, SHARDS: BACKENDS}
+SHARDS, DOCUMENTS, SINKS = "over shards ", "over documents ", "with sinks "
+FAMILIES: dict[str, dict[str, Backend]] = {"": BACKENDS, SHARDS: BACKENDS, SINKS: BACKENDS}
 """The backends by what they attend over; `softmax.documents` has those over documents."""
 
 INNER = ("auto", "te", *BACKENDS)

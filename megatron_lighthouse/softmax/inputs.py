@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lighthouse.softmax.backends import choose, choose_for_blocks, deterministic
+from megatron_lighthouse.softmax.backends import SHARDS, SINKS, choose, choose_for_blocks, deterministic
 from megatron_lighthouse.softmax.blocks import BLOCKS
+from megatron_lighthouse.softmax.sinks import CHANNELS, key_row_backends
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Those that the steps and the inner attention compute in."""
@@ -26,13 +27,16 @@ class Inputs:
     dim: int
 
 
-def check_backend(name: str, inputs: Inputs, ranks: int, comm_type: str) -> None:
+def check_backend(name: str, inputs: Inputs, ranks: int, comm_type: str, sinks: bool = False) -> None:
     """Raises ValueError where the backend `name` ('auto': any) cannot attend to such inputs, on so many ranks."""
     rows = (inputs.device, inputs.dtype, inputs.heads, inputs.groups, inputs.dim)
-    if ranks == 1 or comm_type == "a2a":
+    alone = ranks == 1 or comm_type == "a2a"
+    if alone and sinks and name in key_row_backends(inputs.dim):
+        choose(name, *rows[:-1], inputs.dim + CHANNELS)
+    elif alone and not sinks:
         choose(name, *rows)
     else:
-        choose_for_blocks(name, list(BLOCKS), *rows)
+        choose_for_blocks(name, list(BLOCKS), *rows, over=SINKS if alone else SHARDS)
 
 
 def made_from(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:

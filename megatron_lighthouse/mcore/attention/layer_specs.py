@@ -27,11 +27,13 @@ from megatron_lighthouse.mcore.attention.norm import torch_norm
 from megatron_lighthouse.mcore.attention.output import without_kept_output
 from megatron_lighthouse.mcore.attention.over_shards import over_shards
 from megatron_lighthouse.mcore.attention.rotary import rotary_of
+from megatron_lighthouse.mcore.attention.sinks import CountedSinks
 from megatron_lighthouse.mcore.attention.streams import add_streams
 from megatron_lighthouse.mcore.command_line import pyramid, rope
 from megatron_lighthouse.mcore.command_line.checks import check_run
 from megatron_lighthouse.mcore.command_line.documents import asked
 from megatron_lighthouse.mcore.command_line.layers import attention_layers
+from megatron_lighthouse.mcore.command_line.own_parts import learns_shared_sinks
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_of_rank, own_comm_types, settings_from
 from megatron_lighthouse.notice import say_once
 
@@ -151,11 +153,14 @@ def _say_what_is_sent(config: TransformerConfig, settings: LighthouseSettings) -
 
 def _dense_over_shards(spec: LayerSpec, config: TransformerConfig) -> LayerSpec:
     """The spec of a dense model; with context parallelism, Megatron's local core attention made one that can do it."""
-    if config.context_parallel_size == 1:
+    learnt = learns_shared_sinks(config)
+    if config.context_parallel_size == 1 and not learnt:
         return spec
     spec = copy.deepcopy(spec)
     for submodules in attentions_of(spec):
         submodules.core_attention = over_shards(submodules.core_attention, config)
+        if learnt and not isinstance(submodules.core_attention, CountedSinks):  # layers of a block may share a spec
+            submodules.core_attention = CountedSinks(submodules.core_attention)
     return spec
 
 

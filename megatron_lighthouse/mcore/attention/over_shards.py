@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem
 from megatron_lighthouse.mcore.attention.packed import attend_documents, check_call
+from megatron_lighthouse.mcore.command_line.layers import is_windowed
 from megatron_lighthouse.mcore.command_line.own_parts import over_shards_problems
 from megatron_lighthouse.options import in_flags
 from megatron_lighthouse.softmax.backends import deterministic
@@ -44,7 +45,7 @@ class ContextParallelAttention(DotProductAttention):  # type: ignore[misc]
         """See `DotProductAttention`.
 
         Raises:
-            ValueError: dropout, a window, a softmax with a sink, or a `cp_comm_type` that cannot be.
+            ValueError: dropout, a window that is not causal, or a `cp_comm_type` that cannot be.
         """
         if found := [*over_shards_problems(config, attention_dropout)]:
             raise ValueError("\n".join(found))
@@ -55,6 +56,7 @@ class ContextParallelAttention(DotProductAttention):  # type: ignore[misc]
         )
         self.config = config
         self.given_scale = softmax_scale
+        self.window = config.window_size[0] if is_windowed(config, layer_number) else None
         self.cp_comm_type = cp_comm_type or "p2p"
         self.exchange = Exchange.over(context_parallel_group(pg_collection))
         self.attend: dict[Any, ShardedAttention] = {}
@@ -92,9 +94,9 @@ class ContextParallelAttention(DotProductAttention):  # type: ignore[misc]
             return attend_documents(within, query, key, value, packed_seq_params, size)
         attend = self.attend.get(made_from)
         if attend is None:
-            attend = sharded_attention("auto", query, key, self.exchange, self.cp_comm_type, self.given_scale)
-            self.attend[made_from] = attend
-        return attend(query, key, value).flatten(2)
+            how = (self.exchange, self.cp_comm_type, self.given_scale, self.window, self.softmax_offset is not None)
+            attend = self.attend[made_from] = sharded_attention("auto", query, key, *how)
+        return attend(query, key, value, self.softmax_offset).flatten(2)
 
 
 def over_shards(core_attention: Any, config: TransformerConfig) -> Any:

@@ -50,7 +50,7 @@ def lighthouse_attention(
 
     Args:
         query: [N, B, H, D], after RoPE; float64, float32, bfloat16 or float16, any strides. Megatron's "sbhd".
-        key, value: [N, B, G, D], G dividing H; same dtype and device as the query.
+        key, value: [N, B, G, D], G dividing H; same dtype and device as the query. Values may have another D (MLA).
         softmax_scale: of the inner attention; 1/sqrt(D) by default. Not with `attend`.
         rotary: what queries and keys are rotated by. With it a pooled row stands at the last token of its window, as the
             authors now have it: see `Rotary`. Without it rows are averaged as they come, which is the paper's text.
@@ -70,10 +70,10 @@ def lighthouse_attention(
             the softmax off by one. Differentiable. Not with `attend` or `cu_seqlens`.
 
     Returns:
-        [N, B, H, D] in the query's dtype (under torch.autocast in the inner attention's); under context parallelism, this
-        rank's shard of it: the same values at any number of ranks, up to the order of sums in the inner attention. Position j
-        depends on tokens 0..j, once the selection is fixed; which windows are refined also depends on the later tokens of
-        their tile.
+        [N, B, H, D of values] in the query's dtype (under torch.autocast in the inner attention's); under context parallelism,
+        this rank's shard of it: the same values at any number of ranks, up to the order of sums in the inner attention.
+        Position j depends on tokens 0..j, once the selection is fixed; which windows are refined also depends on the later
+        tokens of their tile.
 
     Raises:
         ValueError: shapes or dtypes that do not fit each other, an N that does not fit the config or the ranks, or an inner
@@ -123,10 +123,10 @@ def attended_rows(
     """All steps of `lighthouse_attention` but the last, which must follow: the halo is under way until then."""
     refuse_transforms(query, key, value)
     _check_scale(query, key, value, softmax_scale, attend)
-    how = (exchange, cp_comm_type, softmax_scale, attend is not None, rotary, sinks is not None)
+    how = (exchange, cp_comm_type, softmax_scale, attend is not None, rotary, sinks is not None, value.shape[-1])
     layer = layer_for(config, query, key, value, *how)
     if selection is not None:
-        _check_selection(selection, query, key, layer.geometry, exchange)
+        _check_selection(selection, query, key.shape[2] // layer.heads_per_selection, layer.geometry, exchange)
     return layer.attended(*differentiable_once(query, key, value), attend, selection, sinks)
 
 
@@ -146,7 +146,7 @@ def packed_rows(
     _check_scale(query, key, value, softmax_scale, attend)
     layer, documents = _packed(config, query, key, value, cu_seqlens, softmax_scale, attend is not None, rotary)
     if selection is not None:
-        _check_selection(selection, query, key, Packing.of(documents, layer.rule), None)
+        _check_selection(selection, query, key.shape[2], Packing.of(documents, layer.rule), None)
     return layer.attended(*differentiable_once(query, key, value), documents, attend, selection)
 
 
@@ -154,6 +154,10 @@ def _packed(
     config: LighthouseConfig, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | Documents, *how: Any
 ) -> tuple[PackedLayer, Documents]:
     layer = _built_by(build_packed, config, query, key, value, *how)
+    if value.shape[3] != key.shape[3]:
+        raise ValueError(
+            f"cu_seqlens is for values of the D of keys, {key.shape[3]}, not {value.shape[3]}: pad them with zeros."
+        )
     if query.shape[1] != 1:
         raise ValueError(
             f"cu_seqlens is of one row, and the batch (dimension 1) is {query.shape[1]}: lay rows end to end, "
@@ -231,13 +235,14 @@ def lighthouse_select(
         _check_one_rank(exchange)
         packed, documents = _packed(config, query, key, value, cu_seqlens, None, True, rotary)
         return packed.select(query, key, value, documents).indices
-    selection, deal = layer_for(config, query, key, value, exchange, "p2p", None, True, rotary).select(query, key, value)
+    how = (exchange, "p2p", None, True, rotary, False, value.shape[-1])
+    selection, deal = layer_for(config, query, key, value, *how).select(query, key, value)
     if exchange is None:
         return selection.indices
     entries = _numbered_in_whole(selection.indices, selection.geometry, exchange.layout)
     if deal is None:
         return entries
-    dealt, _, _ = deal.out(*[entries.movedim(-1, 0).unsqueeze(-1)] * 3)
+    (dealt,) = deal.out(entries.shape[1], entries.movedim(-1, 0).unsqueeze(-1))
     return dealt.squeeze(-1).movedim(0, -1).contiguous()
 
 
@@ -276,7 +281,7 @@ def _check_sinks(sinks: Tensor | None, query: Tensor, attend: object, cu_seqlens
         )
 
 
-def _check_selection(selection: Selection, query: Tensor, key: Tensor, geometry: Pyramid, exchange: Exchange | None) -> None:
+def _check_selection(selection: Selection, query: Tensor, groups: int, geometry: Pyramid, exchange: Exchange | None) -> None:
     if exchange is not None:
         raise ValueError("a selection can be given without context parallelism alone: leave out `selection` or `cp_group`.")
     if not isinstance(selection, Selection):
@@ -287,7 +292,6 @@ def _check_selection(selection: Selection, query: Tensor, key: Tensor, geometry:
         )
     if selection.geometry != geometry:
         raise ValueError(f"selection was made for {selection.geometry}, not for {geometry}.")
-    if selection.places.shape[:2] != (query.shape[1], key.shape[2]):
-        raise ValueError(
-            f"selection was made for [B, G] {list(selection.places.shape[:2])}, not for [{query.shape[1]}, {key.shape[2]}]."
-        )
+    if selection.places.shape[:2] != (query.shape[1], groups):
+        made = list(selection.places.shape[:2])
+        raise ValueError(f"selection was made for [B, G] {made}, not for [{query.shape[1]}, {groups}].")

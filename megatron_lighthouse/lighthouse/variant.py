@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_lighthouse import running
 from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
+from megatron_lighthouse.lighthouse.heads import documents_problem
 from megatron_lighthouse.lighthouse.implementations import steps_for
 from megatron_lighthouse.lighthouse.layer import Layer, build
 from megatron_lighthouse.lighthouse.packed.layer import PackedLayer, build_packed
@@ -83,7 +84,7 @@ class Lighthouse(Variant):
     name, title = "lighthouse", "Lighthouse"
     help = "selects a small set of pyramid entries and attends densely to it, with the checkpoints of 'dense'"
     config = LighthouseConfig
-    switches = selects = counted = True
+    switches = selects = counted = latent = True
 
     def base_attends(self, config: LighthouseConfig, of_te: bool, local: bool) -> bool:
         """Transformer Engine's does, unless another is forced. Megatron's local one would keep all scores, so it does not."""
@@ -109,8 +110,9 @@ class Lighthouse(Variant):
                 f"--dataloader-inter-document-masking with --context-parallel-size {ranks} is done by dense attention alone: "
                 "use --context-parallel-size 1, or --attention dense."
             )
-        if problem := SCORERS[config.scorer].packed_problem(config.rule.window):
-            yield in_flags(problem)
+        for problem in (SCORERS[config.scorer].packed_problem(config.rule.window), documents_problem(config)):
+            if problem:
+                yield in_flags(problem)
 
     def graph_problems(self, config: LighthouseConfig, seq_length: int, ranks: int, graphs: str) -> Iterator[str]:
         """How many rows go to which rank is read by the host, in every layer."""
@@ -164,7 +166,7 @@ class Lighthouse(Variant):
             raise ValueError(in_flags(str(error))) from None
 
     def build(self, config: LighthouseConfig, query: Tensor, key: Tensor, place: Place) -> Placed:
-        how = (place.exchange, place.comm_type, place.scale, place.base_attends, place.rotary, place.sinks)
+        how = (place.exchange, place.comm_type, place.scale, place.base_attends, place.rotary, place.sinks, place.value_dim)
         try:
             return Placed(build(config, query, key, *how), place)
         except ValueError as error:

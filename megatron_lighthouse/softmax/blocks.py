@@ -135,17 +135,26 @@ BLOCKS: dict[str, type[Cudnn | Flash2 | Plain]] = {"cudnn": Cudnn, "fa2": Flash2
 """By their names in `--lighthouse-inner`."""
 
 
-def block_for(name: str, query: Tensor, key: Tensor, scale: float, window: int | None = None, over: str = SHARDS) -> Block:
+def block_for(
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    value_dim: int | None = None,
+    window: int | None = None,
+    over: str = SHARDS,
+) -> Block:
     """The fastest of BLOCKS for these rows, or the one that `name` forces.
 
     Args:
+        value_dim: of the values, where it is not D.
         window: rows before its own that a row sees, where it is not all: cuDNN's in torch has no windows.
         over: what it attends over, in words.
 
     Raises:
         ValueError: a backend that is forced and is not there, cannot take these rows, or does not return its log-sum-exp.
     """
-    rows = (query.device, query.dtype, query.shape[2], key.shape[2], query.shape[3])
+    rows = (query.device, query.dtype, query.shape[2], key.shape[2], query.shape[3], value_dim)
     known = [other for other in BLOCKS if window is None or other != "cudnn"]
     return BLOCKS[choose_for_blocks(name, known, *rows, over=over)](scale, window)
 

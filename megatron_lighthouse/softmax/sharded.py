@@ -48,6 +48,7 @@ def sharded_attention(
     softmax_scale: float | None = None,
     window: int | None = None,
     sinks: bool = False,
+    value_dim: int | None = None,
 ) -> ShardedAttention:
     """Causal attention over the rows of all ranks.
 
@@ -57,6 +58,7 @@ def sharded_attention(
         comm_type: see `megatron_lighthouse.context_parallel.schemes.scheme`.
         window: rows before its own that a row sees; None: all.
         sinks: whether every call brings a sink for each head.
+        value_dim: of the values, where it is not D.
 
     Raises:
         ValueError: a scheme that is not known, heads that 'a2a' cannot share out, or a backend that cannot do it.
@@ -66,11 +68,11 @@ def sharded_attention(
         raise ValueError(problem)
 
     if window is not None:
-        return ShardedAttention(Windowed(block_for(name, query, key, scale, window), exchange, window))
+        return ShardedAttention(Windowed(block_for(name, query, key, scale, value_dim, window), exchange, window))
 
     def whole() -> Callable[..., Tensor]:
         q, k = (x[:, :, : x.shape[2] // exchange.size] for x in (query, key))
-        attend = (sinks_attention if sinks else inner_attention)(name, q, k, scale)
+        attend = (sinks_attention if sinks else inner_attention)(name, q, k, scale, value_dim)
         return lambda near, far, *own: attend(*near, *far, *own)
 
-    return ShardedAttention(scheme(comm_type, exchange, lambda: block_for(name, query, key, scale), whole))
+    return ShardedAttention(scheme(comm_type, exchange, lambda: block_for(name, query, key, scale, value_dim), whole))

@@ -24,7 +24,9 @@ CHANNELS = 8
 """That are added: kernels want multiples of 8."""
 
 
-def sinks_attention(name: str, query: Tensor, key: Tensor, softmax_scale: float | None = None) -> AttendWithSinks:
+def sinks_attention(
+    name: str, query: Tensor, key: Tensor, softmax_scale: float | None = None, value_dim: int | None = None
+) -> AttendWithSinks:
     """As `inner_attention`, with sinks, whose gradients are exact too.
 
     Raises:
@@ -35,7 +37,7 @@ def sinks_attention(name: str, query: Tensor, key: Tensor, softmax_scale: float 
         q, k = (torch.nn.functional.pad(x[:1], (0, CHANNELS)) for x in (query, key))
         attend = inner_attention(name, q, k, scale)
         return lambda q, k, v, sinks: _with_key_row(attend, q, k, v, sinks / scale)
-    scheme = Alone(block_for(name, query, key, scale, over=SINKS))
+    scheme = Alone(block_for(name, query, key, scale, value_dim, over=SINKS))
     return lambda q, k, v, sinks: scheme((q,), (k, v), sinks)
 
 
@@ -55,7 +57,6 @@ def _with_key_row(attend: Callable[..., Tensor], query: Tensor, key: Tensor, val
     first = torch.zeros_like(key[:1, ..., :1]).expand(-1, -1, -1, key.shape[-1] + CHANNELS).clone()
     first[..., -CHANNELS : len(parts) - CHANNELS] = 1
     k = torch.cat([first, torch.nn.functional.pad(key, (0, CHANNELS))])
-    out = attend(
-        torch.nn.functional.pad(q, (0, 0) * 3 + (1, 0)), k, torch.nn.functional.pad(value, (0, CHANNELS) + (0, 0) * 2 + (1, 0))
-    )
-    return out[1:, ..., : value.shape[-1]]
+    wider = k.shape[-1] - value.shape[-1]
+    q, v = (torch.nn.functional.pad(x, (0, more, 0, 0, 0, 0, 1, 0)) for x, more in ((q, 0), (value, wider)))
+    return attend(q, k, v)[1:, ..., : value.shape[-1]]

@@ -14,6 +14,12 @@ from tests.mcore.test_parity import START, assert_same
 MODELS = {
     # the second layer is dense and the fourth Lighthouse; a window is longer than a chunk of two ranks
     "gpt-oss": "--window-size 100,0 --window-attn-skip-freq 2 --softmax-type learnable --lighthouse-dense-last 0",
+    # values of a width of their own, and two heads a selection
+    "deepseek": """
+        --multi-latent-attention --q-lora-rank 24 --kv-lora-rank 16 --qk-head-dim 8 --qk-pos-emb-head-dim 8 --v-head-dim 12
+        --rope-type yarn --rotary-scaling-factor 4 --mscale-all-dim 1.0 --original-max-position-embeddings 64
+        --lighthouse-heads-per-selection 2
+    """,
 }
 LAYOUTS = {
     "TP2+SP": "--tensor-model-parallel-size 2 --sequence-parallel",

@@ -22,13 +22,14 @@ from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem
 from megatron_lighthouse.gpu import capability_of
 from megatron_lighthouse.lighthouse.rotary import Rotary
+from megatron_lighthouse.mcore.attention.builder import Builder
 from megatron_lighthouse.mcore.attention.output import remember_source
-from megatron_lighthouse.mcore.attention.over_shards import context_parallel_group, over_shards, tensor_parallel_rank
+from megatron_lighthouse.mcore.attention.over_shards import able_local, context_parallel_group, tensor_parallel_rank
 from megatron_lighthouse.mcore.attention.packed import documents_of, in_one_row, in_rows, packed
 from megatron_lighthouse.mcore.attention.sinks import with_counted_sinks
 from megatron_lighthouse.mcore.attention.te_choice import te_choice
 from megatron_lighthouse.mcore.command_line.checks import check
-from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_of_rank
+from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, head_dims, heads_of_rank
 from megatron_lighthouse.mcore.loop import switch
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.options import in_flags
@@ -75,7 +76,7 @@ class VariantMixin:
             attention_mask: not read in stage 1: the attention is causal.
 
         Returns:
-            [s/cp, b, np/tp * hn].
+            [s/cp, b, np/tp * hn], hn of the values.
 
         Raises:
             ValueError: a call that is not causal self-attention over whole sequences.
@@ -90,7 +91,7 @@ class VariantMixin:
             within = None if documents is None else packed(documents, documents.longest)
             given = {"attn_mask_type": attn_mask_type, "packed_seq_params": within}
             out = dense(rows_q, rows_k, rows_v, None, **given, **kwargs)
-            return out.unflatten(-1, rows_q.shape[2:])
+            return out.unflatten(-1, (rows_q.shape[2], -1))
 
         if packed_seq_params is not None:
             return self._within_documents(query, key, value, packed_seq_params, base)
@@ -157,7 +158,7 @@ def class_over(base: type, title: str) -> type:
 
 
 @dataclass(frozen=True)
-class CoreAttentionBuilder:
+class CoreAttentionBuilder(Builder):
     """Builds the core attention of one layer, the variant's or dense by its global number."""
 
     base: Any
@@ -173,7 +174,7 @@ class CoreAttentionBuilder:
             module, params = module.module, dict(module.params)
             if self.base.submodules is not None:
                 params["submodules"] = self.base.submodules
-        module, settings = over_shards(module, config), self.settings.in_model(config)
+        module, settings = able_local(module, config), self.settings.in_model(config)
         if settings.is_dense(layer_number, config.num_layers):
             return with_counted_sinks(module(config=config, layer_number=layer_number, **params, **kwargs))
         if not isinstance(module, type):
@@ -184,7 +185,7 @@ class CoreAttentionBuilder:
         check(config, settings, None)
         variant = settings.attention
         here = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        inputs = Inputs(here, config.params_dtype, *heads_of_rank(config), config.kv_channels)
+        inputs = Inputs(here, config.params_dtype, *heads_of_rank(config), *head_dims(config))
         of_te = "transformer_engine" in module.__module__
         groups = kwargs.get("pg_collection")
         base_attends = variant.base_attends(settings.config, of_te, issubclass(module, DotProductAttention))
@@ -197,6 +198,7 @@ class CoreAttentionBuilder:
             base_attends=base_attends,
             discard_output=settings.discard_output,
             rotary=None if config.no_rope_freq and config.no_rope_freq[layer_number - 1] else self.rotary,
+            value_dim=inputs.value_dim,
             sinks=not base_attends and config.softmax_type != "vanilla",
         )
         own = settings.config_of(layer_number, config.num_layers)

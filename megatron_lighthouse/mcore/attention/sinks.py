@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.transformer.spec_utils import build_module
 from torch.nn import Parameter
+
+from megatron_lighthouse.mcore.attention.builder import Builder
 
 
 def with_counted_sinks(core_attention: Any) -> Any:
@@ -21,10 +24,10 @@ def with_counted_sinks(core_attention: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class CountedSinks:
+class CountedSinks(Builder):
     """Builds the core attention `base` of a layer spec, a class or a ModuleSpec, and has its sinks counted."""
 
     base: Any
 
     def __call__(self, **kwargs: Any) -> Any:
-        return with_counted_sinks(self.base(**kwargs))
+        return with_counted_sinks(build_module(self.base, **kwargs))

@@ -165,6 +165,7 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
         or config.sequence_parallel
         or config.context_parallel_size > 1
         or learns_shared_sinks(config)
+        or config.multi_latent_attention
     ):
         model_cfg.transformer_layer_spec = partial(layer_spec, settings=chosen, documents=packs)
     return model_cfg

@@ -11,9 +11,16 @@ from typing import TYPE_CHECKING
 from megatron_lighthouse.context_parallel.copies import SWITCH
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem
 from megatron_lighthouse.lighthouse.config import flag
+from megatron_lighthouse.lighthouse.heads import heads_problem
 from megatron_lighthouse.mcore.command_line import documents, rope, stored
 from megatron_lighthouse.mcore.command_line.own_parts import engine_problems
-from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_of_rank, of_edge, own_comm_types
+from megatron_lighthouse.mcore.command_line.settings import (
+    LighthouseSettings,
+    head_dims,
+    heads_of_rank,
+    of_edge,
+    own_comm_types,
+)
 from megatron_lighthouse.options import in_flags
 
 if TYPE_CHECKING:  # what needs no Megatron is asked on a login node too
@@ -166,8 +173,15 @@ def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Ite
     for name in DYNAMIC:
         if getattr(config, name, False):
             yield f"--{name.replace('_', '-')} packs sequences (thd): leave it out, or use --attention dense."
-    if config.multi_latent_attention:
-        yield "--multi-latent-attention is not supported: use --group-query-attention, or --attention dense."
+    if config.multi_latent_attention and not settings.attention.latent:
+        yield (
+            f"--multi-latent-attention is not done by --attention {settings.variant}: use --group-query-attention, or "
+            "--attention lighthouse or dense."
+        )
+    if settings.attention.selects and config.num_attention_heads:
+        dims = head_dims(config) if config.multi_latent_attention else (0, None)
+        if message := heads_problem(settings.config, max(1, heads_of_rank(config)[1]), *dims):
+            yield in_flags(message)
     if getattr(config, "experimental_attention_variant", None):
         yield (
             f"--experimental-attention-variant {config.experimental_attention_variant} brings its own attention: use one or "

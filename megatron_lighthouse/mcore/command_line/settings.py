@@ -49,11 +49,14 @@ class LighthouseSettings:
         return VARIANTS[self.variant]
 
     def in_model(self, model: Any) -> LighthouseSettings:
-        """These, less layers of the model (a TransformerConfig) that do not attend to all tokens."""
-        full = attention_layers(model)
+        """These, as the model (a TransformerConfig) has them: less layers that do not attend to all tokens, and with as many
+        heads a selection as it asks for."""
+        full, own = attention_layers(model), self
+        if getattr(self.config, "heads_per_selection", 1) == 0:
+            own = replace(own, config=self.config.replace(heads_per_selection=heads_per_selection(model)))
         if full is None or full == self.attention_layers:
-            return self
-        return replace(self, attention_layers=tuple(n for n in full if n in (self.attention_layers or full)))
+            return own
+        return replace(own, attention_layers=tuple(n for n in full if n in (self.attention_layers or full)))
 
     def is_dense(self, layer_number: int, num_layers: int, iteration: int = 0) -> bool:
         """Whether the layer of this global, 1-based number is dense in this iteration, from 1; in 0, whether it always is.
@@ -107,9 +110,30 @@ def of_edge(message: str) -> str:
     return in_flags(message).replace(flag("budget") + " ", flag("edge_budget") + " ")
 
 
+SELECTIONS = 16
+"""At least as many as this are left of a model's heads where these share selections: what 16 heads make."""
+
+
+def heads_per_selection(model: Any) -> int:
+    """By default: 1; with MLA, whose heads each have keys of their own, as many as leave SELECTIONS, on any number of ranks."""
+    heads = model.num_attention_heads
+    if not getattr(model, "multi_latent_attention", False):
+        return 1
+    return max(n for n in range(1, max(1, heads // SELECTIONS) + 1) if heads % n == 0)
+
+
+def head_dims(config: Any) -> tuple[int, int]:
+    """Channels of a query or key, and of a value."""
+    if getattr(config, "multi_latent_attention", False):
+        return config.qk_head_dim + config.qk_pos_emb_head_dim, config.v_head_dim
+    dim = config.kv_channels or config.hidden_size // config.num_attention_heads
+    return dim, dim
+
+
 def heads_of_rank(config: TransformerConfig) -> tuple[int, int]:
-    """Query heads and key/value heads of one tensor-parallel rank."""
+    """Query heads and key/value heads of one tensor-parallel rank. In MLA each query head has keys of its own."""
     heads, groups = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
+    groups = heads if getattr(config, "multi_latent_attention", False) else groups
     return heads // config.tensor_model_parallel_size, groups // config.tensor_model_parallel_size
 
 

@@ -23,20 +23,23 @@ NOT_TURNED = (NONE, 0, 0)
 
 
 @triton.jit
-def head_of(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, heads, first_head, G):
-    """Where program (·, b * heads + head - first_head) finds its head among those of Q, K and V: pointer, stride, group."""
+def head_of(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, heads, first_head, K, G):
+    """Where program (·, b * heads + head - first_head) finds its head among H of Q and K of K and V: pointer, stride, and
+    which of the G selections it has."""
     i_b = tl.program_id(1) // heads
     i_head = tl.program_id(1) % heads + first_head
     i_b64 = i_b.to(tl.int64)
     if i_head < H:
         group = i_head // (H // G)
         pointer, stride = p_q + i_b64 * strides_q[1] + i_head.to(tl.int64) * strides_q[2], strides_q[0]
-    elif i_head < H + G:
-        group = i_head - H
-        pointer, stride = p_k + i_b64 * strides_k[1] + group.to(tl.int64) * strides_k[2], strides_k[0]
+    elif i_head < H + K:
+        i_other = i_head - H
+        group = i_other // (K // G)
+        pointer, stride = p_k + i_b64 * strides_k[1] + i_other.to(tl.int64) * strides_k[2], strides_k[0]
     else:
-        group = i_head - H - G
-        pointer, stride = p_v + i_b64 * strides_v[1] + group.to(tl.int64) * strides_v[2], strides_v[0]
+        i_other = i_head - H - K
+        group = i_other // (K // G)
+        pointer, stride = p_v + i_b64 * strides_v[1] + i_other.to(tl.int64) * strides_v[2], strides_v[0]
     return pointer, stride, i_b64 * G + group
 
 
@@ -64,6 +67,7 @@ def gather_forward_kernel(
     H,
     heads,
     first_head,
+    K,
     G,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -74,9 +78,9 @@ def gather_forward_kernel(
     PAIRS: tl.constexpr,
     BEFORE: tl.constexpr,
 ):
-    p_x, stride_x, i_bg = head_of(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, heads, first_head, G)
+    p_x, stride_x, i_bg = head_of(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, heads, first_head, K, G)
     p_rows, stride_rows, _ = head_of(
-        p_rows_q, p_rows_k, p_rows_v, strides_rows_q, strides_rows_k, strides_rows_v, H, heads, first_head, G
+        p_rows_q, p_rows_k, p_rows_v, strides_rows_q, strides_rows_k, strides_rows_v, H, heads, first_head, K, G
     )
     p_map = p_places + i_bg * pyramid_length
     collect(
@@ -92,7 +96,7 @@ def gather_forward_kernel(
         chunks,
         first,
         blocks,
-        tl.program_id(1) % heads + first_head < H + G,
+        tl.program_id(1) % heads + first_head < H + K,
         D,
         BLOCK_D,
         P,
@@ -131,6 +135,7 @@ def gather_backward_kernel(
     H,
     heads,
     first_head,
+    K,
     G,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -142,9 +147,9 @@ def gather_backward_kernel(
     BEFORE: tl.constexpr,
 ):
     p_rows, stride_rows, i_bg = head_of(
-        p_rows_q, p_rows_k, p_rows_v, strides_rows_q, strides_rows_k, strides_rows_v, H, heads, first_head, G
+        p_rows_q, p_rows_k, p_rows_v, strides_rows_q, strides_rows_k, strides_rows_v, H, heads, first_head, K, G
     )
-    p_x, stride_x, _ = head_of(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, heads, first_head, G)
+    p_x, stride_x, _ = head_of(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, heads, first_head, K, G)
     p_map = p_places + i_bg * pyramid_length
     spread(
         p_rows,
@@ -159,7 +164,7 @@ def gather_backward_kernel(
         chunks,
         first,
         blocks,
-        tl.program_id(1) % heads + first_head < H + G,
+        tl.program_id(1) % heads + first_head < H + K,
         D,
         BLOCK_D,
         P,
@@ -187,16 +192,25 @@ def _gather(
     with profiled("gather"):
         length, levels, pooling, rows_length, chunks = sizes
         rows = _empty(query, key, value, rows_length)
-        how = launch("collect", query.shape[3], query.element_size())
-        blocks = range(cdiv(length // chunks // pooling ** (levels - 1), how.rows))
-        tensors, (all_of, of_keys, of_queries) = (query, key, value, *rows), _heads(query, key)
-        turned = _turned(places, turns, pairing)
+        tensors, window, (of_queries, of_keys) = (
+            (query, key, value, *rows),
+            pooling ** (levels - 1),
+            _launches(query, key, value),
+        )
+
+        def collected(of: Sequence[Heads]) -> None:
+            for heads, dim, turned in of:
+                how = launch("collect", dim, query.element_size())
+                blocks = range(cdiv(length // chunks // window, how.rows))
+                more = _turned(places, turns, pairing if turned else NOT_TURNED)
+                launch_windows(gather_forward_kernel, tensors, places, sizes, heads, blocks, how, dim=dim, **more)
+
         if travel is None:
-            launch_windows(gather_forward_kernel, tensors, places, sizes, all_of, blocks, how, **turned)
+            collected(_joined(of_queries, of_keys))
         else:
-            launch_windows(gather_forward_kernel, tensors, places, sizes, of_keys, blocks, how, **turned)
+            collected(of_keys)
             travel.set_out(rows[1:])
-            launch_windows(gather_forward_kernel, tensors, places, sizes, of_queries, blocks, how, **turned)
+            collected(of_queries)
         return rows
 
 
@@ -213,16 +227,20 @@ def _gather_backward(
     """The gradients of the tokens [N, B, ·, D], from those of the rows [S, B, ·, D]."""
     with profiled("gather backward"):
         tokens = _empty(query, key, value, sizes[0])
-        how = launch("spread", query.shape[3], query.element_size())
-        blocks = range(cdiv(sizes[0] // sizes[4] // sizes[2], how.rows))
-        tensors, (all_of, of_keys, of_queries) = (query, key, value, *tokens), _heads(query, key)
-        turned = _turned(places, turns, pairing)
+        tensors, (of_queries, of_keys) = (query, key, value, *tokens), _launches(query, key, value)
+
+        def spread_over(tensors: Sequence[Tensor], of: Sequence[Heads]) -> None:
+            for heads, dim, turned in of:
+                how = launch("spread", dim, query.element_size())
+                blocks = range(cdiv(sizes[0] // sizes[4] // sizes[2], how.rows))
+                more = _turned(places, turns, pairing if turned else NOT_TURNED)
+                launch_windows(gather_backward_kernel, tensors, places, sizes, heads, blocks, how, dim=dim, **more)
+
         if travel is None:
-            launch_windows(gather_backward_kernel, tensors, places, sizes, all_of, blocks, how, **turned)
+            spread_over(tensors, _joined(of_queries, of_keys))
         else:
-            launch_windows(gather_backward_kernel, tensors, places, sizes, of_queries, blocks, how, **turned)
-            tensors = (query, *travel.come_home((key, value)), *tokens)
-            launch_windows(gather_backward_kernel, tensors, places, sizes, of_keys, blocks, how, **turned)
+            spread_over(tensors, of_queries)
+            spread_over((query, *travel.come_home((key, value)), *tokens), of_keys)
         return tokens
 
 
@@ -232,10 +250,24 @@ def _turned(places: Tensor, turns: Tensor | None, pairing: Sequence[int]) -> dic
     return {"tables": (places if turns is None else turns,), "TURN": how, "PAIRS": pairs, "BEFORE": before}
 
 
-def _heads(query: Tensor, key: Tensor) -> tuple[tuple[int, int, int], ...]:
-    """The heads of a launch, as `launch_windows` takes them: all, those of keys and values, those of queries."""
-    heads, others = query.shape[2], 2 * key.shape[2]
-    return (heads, heads + others, 0), (heads, others, heads), (heads, heads, 0)
+type Heads = tuple[tuple[int, int, int, int], int, bool]
+"""The heads of a launch, as `launch_windows` takes them; their channels; and whether they may be turned."""
+
+
+def _launches(query: Tensor, key: Tensor, value: Tensor) -> tuple[list[Heads], list[Heads]]:
+    """That of the queries; and those of keys and values, which have one each where their channels differ."""
+    heads, others, dim = query.shape[2], key.shape[2], key.shape[3]
+    of_queries: Heads = ((heads, heads, 0, others), dim, True)
+    if value.shape[3] == dim:
+        return [of_queries], [((heads, 2 * others, heads, others), dim, True)]
+    of_values: Heads = ((heads, others, heads + others, others), value.shape[3], False)
+    return [of_queries], [((heads, others, heads, others), dim, True), of_values]
+
+
+def _joined(of_queries: list[Heads], of_keys: list[Heads]) -> list[Heads]:
+    """The queries' launch and the first of the others as one, and the rest."""
+    ((heads, own, _, others), dim, turned), ((_, more, *_), *_), *rest = *of_queries, *of_keys
+    return [((heads, own + more, 0, others), dim, turned), *rest]
 
 
 def _empty(query: Tensor, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,14 +25,22 @@ from megatron_lighthouse.mcore.attention.core_attention import CoreAttentionBuil
 from megatron_lighthouse.mcore.attention.fused import of_documents
 from megatron_lighthouse.mcore.attention.norm import torch_norm
 from megatron_lighthouse.mcore.attention.output import without_kept_output
-from megatron_lighthouse.mcore.attention.over_shards import over_shards
+from megatron_lighthouse.mcore.attention.over_shards import able_local
 from megatron_lighthouse.mcore.attention.rotary import rotary_of
+from megatron_lighthouse.mcore.attention.sinks import CountedSinks
 from megatron_lighthouse.mcore.attention.streams import add_streams
 from megatron_lighthouse.mcore.command_line import pyramid, rope
 from megatron_lighthouse.mcore.command_line.checks import check_run
 from megatron_lighthouse.mcore.command_line.documents import asked
 from megatron_lighthouse.mcore.command_line.layers import attention_layers
-from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_of_rank, own_comm_types, settings_from
+from megatron_lighthouse.mcore.command_line.own_parts import learns_shared_sinks
+from megatron_lighthouse.mcore.command_line.settings import (
+    LighthouseSettings,
+    head_dims,
+    heads_of_rank,
+    own_comm_types,
+    settings_from,
+)
 from megatron_lighthouse.notice import say_once
 
 type LayerSpec = ModuleSpec | TransformerBlockSubmodules
@@ -140,7 +148,9 @@ def _say_what_is_sent(config: TransformerConfig, settings: LighthouseSettings) -
     comm_types = own_comm_types(config, settings)
     if args is None or not comm_types:
         return
-    layer = Shape(args.micro_batch_size, *heads_of_rank(config), config.kv_channels, config.params_dtype.itemsize)
+    dim, value_dim = head_dims(config)
+    shared = getattr(settings.in_model(config).config, "heads_per_selection", 0) or 1
+    layer = Shape(args.micro_batch_size, *heads_of_rank(config), dim, config.params_dtype.itemsize, value_dim, shared)
     edges = {"edge layers: ": settings.edge} if settings.edge else {}
     for kind, own in {"": settings.config, **edges}.items():
         for comm_type in comm_types:
@@ -150,17 +160,20 @@ def _say_what_is_sent(config: TransformerConfig, settings: LighthouseSettings) -
 
 
 def _dense_over_shards(spec: LayerSpec, config: TransformerConfig) -> LayerSpec:
-    """The spec of a dense model; with context parallelism, Megatron's local core attention made one that can do it."""
-    if config.context_parallel_size == 1:
+    """The spec of a dense model, whose core attention, where it is Megatron's local one, can do what the model asks for."""
+    learnt = learns_shared_sinks(config)
+    if config.context_parallel_size == 1 and not learnt and not config.multi_latent_attention:
         return spec
     spec = copy.deepcopy(spec)
     for submodules in attentions_of(spec):
-        submodules.core_attention = over_shards(submodules.core_attention, config)
+        submodules.core_attention = able_local(submodules.core_attention, config)
+        if learnt and not isinstance(submodules.core_attention, CountedSinks):  # layers of a block may share a spec
+            submodules.core_attention = CountedSinks(submodules.core_attention)
     return spec
 
 
 def _with_documents(spec: LayerSpec, config: TransformerConfig) -> LayerSpec:
-    """The spec with core attention that takes packed documents: of one rank, for `over_shards` puts its own in its place."""
+    """The spec with core attention that takes packed documents: of one rank, for `able_local` puts its own in its place."""
     spec = copy.deepcopy(spec)
     for submodules in attentions_of(spec):
         if config.context_parallel_size == 1:

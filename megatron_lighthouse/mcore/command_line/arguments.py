@@ -9,7 +9,13 @@ from typing import Any
 
 from megatron_lighthouse.mcore.command_line import correction, documents, pyramid, rope, settings
 from megatron_lighthouse.mcore.command_line.checks import copies_in_a_graph, run_problems
-from megatron_lighthouse.mcore.command_line.own_parts import has_own_attention, over_shards_problems, scheme_problems
+from megatron_lighthouse.mcore.command_line.own_parts import (
+    engine_problems,
+    has_own_attention,
+    learns_shared_sinks,
+    over_shards_problems,
+    scheme_problems,
+)
 from megatron_lighthouse.mcore.loop import selection_log
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.variants import VARIANTS, switching
@@ -68,6 +74,12 @@ def attention_problems(args: argparse.Namespace, config: Any, by_spec: bool, has
     if chosen is None and has_spec:
         if documents.asked(args):
             yield f"{documents.FLAG} needs core attention that takes documents, and --spec {args.spec} has its own."
+        if learns_shared_sinks(config):
+            yield (
+                f"--softmax-type learnable with --tensor-model-parallel-size {config.tensor_model_parallel_size}: Megatron "
+                "leaves the sinks of all ranks but the first out of the gradient's norm (Megatron-LM 7452), and so does the "
+                f"core attention of --spec {args.spec}: leave --spec out, or use tensor-parallel size 1."
+            )
         return
     if has_spec and by_name:
         yield f"--attention {args.attention} chooses the layer spec, and so does --spec: leave one of them out."
@@ -82,6 +94,7 @@ def attention_problems(args: argparse.Namespace, config: Any, by_spec: bool, has
         return
     yield from VARIANTS[args.attention].length_problems(None, args.seq_length, config.context_parallel_size)
     yield from documents.document_problems(args, config)
+    yield from engine_problems(config)
     if has_own_attention(config):
         yield from over_shards_problems(config)
         yield from scheme_problems(config)
@@ -146,6 +159,13 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
     if chosen is not None or has_own_attention(config):
         # the attention is causal and reads no mask; one of seq x seq bytes would not fit at long context
         args.create_attention_mask_in_dataloader = False
-    if spec is None and (chosen is not None or packs or config.sequence_parallel or config.context_parallel_size > 1):
+    if spec is None and (
+        chosen is not None
+        or packs
+        or config.sequence_parallel
+        or config.context_parallel_size > 1
+        or learns_shared_sinks(config)
+        or config.multi_latent_attention
+    ):
         model_cfg.transformer_layer_spec = partial(layer_spec, settings=chosen, documents=packs)
     return model_cfg

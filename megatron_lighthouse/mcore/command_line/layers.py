@@ -1,4 +1,4 @@
-"""Which layers of a model hold attention, and so may take Lighthouse. Imports no Megatron.
+"""Which layers of a model attend to all tokens, and so may take Lighthouse. Imports no Megatron.
 
 Multi-token-prediction layers are not among a model's numbered layers, and stay dense.
 """
@@ -13,16 +13,39 @@ from typing import Any
 
 
 def attention_layers(model: Any) -> tuple[int, ...] | None:
-    """The numbers, from 1, of the layers that hold attention; None where all do.
+    """The numbers, from 1, of the layers that attend to all tokens; None where all do.
 
-    In a heterogeneous model (`--heterogeneous-layers-config-path`) a layer may have none, or a linear map in its place.
+    In a heterogeneous model (`--heterogeneous-layers-config-path`) a layer may have no attention, or a linear map in its place.
+    With `--window-size` a layer may see a window alone (`is_windowed`): such layers stay as they are.
 
     Args:
         model: a TransformerConfig, or Megatron's arguments.
 
     Raises:
-        ValueError: a description of the layers that is no such JSON.
+        ValueError: a description of the layers that is no such JSON, or a list of windowed layers of another length.
     """
+    holding, layers, listed = _holding(model), getattr(model, "num_layers", None), getattr(model, "window_attn_skip_freq", None)
+    if not getattr(model, "window_size", None) or not layers:
+        return holding
+    if isinstance(listed, list) and len(listed) != layers:
+        raise ValueError(
+            f"--window-attn-skip-freq {listed} is of {len(listed)} layers, and --num-layers is {layers}: give one number a "
+            "layer, 1 where it sees a window alone, or one number N, by which each N-th sees all tokens."
+        )
+    numbers = range(1, layers + 1) if holding is None else holding
+    return tuple(number for number in numbers if not is_windowed(model, number))
+
+
+def is_windowed(model: Any, number: int) -> bool:
+    """Whether the layer of this number sees a window alone, as Megatron has it."""
+    every = getattr(model, "window_attn_skip_freq", None)
+    if not getattr(model, "window_size", None) or every is None:
+        return bool(getattr(model, "window_size", None))
+    return number % every != 0 if isinstance(every, int) else bool(every[number - 1])
+
+
+def _holding(model: Any) -> tuple[int, ...] | None:
+    """The numbers of the layers that hold attention; None where all do."""
     name, written = (getattr(model, f"heterogeneous_layers_config_{what}", None) for what in ("path", "encoded_json"))
     experts = getattr(model, "num_moe_experts", None) or getattr(model, "num_experts", None)
     # with experts, or with the text alone on the command line, Megatron 0.19 builds each layer with attention

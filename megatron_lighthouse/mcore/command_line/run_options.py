@@ -114,12 +114,6 @@ def _wrong_in_megatron(args: Namespace) -> Iterator[str]:
             "averages the loss of these layers over ranks that count different numbers of tokens (Megatron-LM 3943, 7452), "
             "which is not the loss of one process: use context-parallel size 1."
         )
-    if args.tensor_model_parallel_size > 1 and getattr(args, "softmax_type", "vanilla") == "learnable":
-        yield (
-            f"--softmax-type learnable with --tensor-model-parallel-size {args.tensor_model_parallel_size}: Megatron leaves "
-            "the sinks of all ranks but the first out of the gradient's norm, and so clips otherwise than one process "
-            "(Megatron-LM 7452): use --softmax-type vanilla or off-by-one, or tensor-parallel size 1."
-        )
     variant = getattr(args, "experimental_attention_variant", None)
     if variant == "gated_delta_net" and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         yield (

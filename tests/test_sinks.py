@@ -40,7 +40,9 @@ def formula(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, window: in
 
 def sinks_like(x: Tensor) -> Tensor:
     """One of a head that no row can tell from none, and some that matter."""
-    return torch.linspace(-40, 3, x.shape[2], dtype=x.dtype)
+    sinks = torch.linspace(-1, 3, x.shape[2], dtype=x.dtype)
+    sinks[0] = -40
+    return sinks
 
 
 def answers(

@@ -217,10 +217,11 @@ def lighthouse_select(
         cu_seqlens: as for `lighthouse_attention`.
 
     Returns:
-        [B, G, S] int64, in causal order, numbered in the concatenated pyramid (level 0 first). Of C context-parallel ranks,
-        each gets the [B, G, S/C] entries whose rows it attends to, chunk r and chunk 2C-1-r of all S, numbered as without them.
-        Of packed documents [1, G, S], document by document: level 0 is the row's tokens, and then come the whole windows of all
-        documents in turn, level 1 first. A document that goes in whole, or the rest behind its last window, has none.
+        [B, G, S] int64, in causal order, numbered in the concatenated pyramid (level 0 first), for G / `heads_per_selection`
+        selections. Of C context-parallel ranks, each gets the [B, G, S/C] entries whose rows it attends to, chunk r and chunk
+        2C-1-r of all S, numbered as without them. Of packed documents [1, G, S], document by document: level 0 is the row's
+        tokens, and then come the whole windows of all documents in turn, level 1 first. A document that goes in whole, or the
+        rest behind its last window, has none.
 
     Raises:
         ValueError: as `lighthouse_attention`, or a scorer that lacks the values.

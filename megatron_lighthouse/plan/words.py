@@ -22,7 +22,8 @@ LLAMA3_VOCAB = 128256
 SIZES = ("--num-layers", "--hidden-size", "--num-attention-heads", "--seq-length")
 NEEDED = ("--swiglu", "--untie-embeddings-and-output-weights", "--bf16", "--use-distributed-optimizer")
 NOT_COUNTED = (
-    *("--num-experts", "--multi-latent-attention", "--experimental-attention-variant", "--mtp-num-layers", "--yaml-cfg"),
+    *("--num-experts", "--multi-latent-attention", "--window-size", "--experimental-attention-variant", "--mtp-num-layers"),
+    "--yaml-cfg",
     *("--is-hybrid-model", "--hybrid-layer-pattern", "--hybrid-override-pattern", "--heterogeneous-layers-config-path"),
     "--heterogeneous-layers-config-encoded-json",
     *("--fp8-format", "--fp4-format", "--use-precision-aware-optimizer", "--grad-reduce-in-bf16", "--optimizer-cpu-offload"),
@@ -32,7 +33,7 @@ NOT_COUNTED = (
     *("--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split"),
 )
 """Flags that change what takes memory in ways that the plan does not know."""
-OPTIONS = {"attention_dropout": 0.0, "window_size": None, "softmax_type": "vanilla"}
+OPTIONS = {"attention_dropout": 0.0, "softmax_type": "vanilla"}
 OPTIONS |= dict.fromkeys(("qk_layernorm", "qk_l2_norm", "qk_clip", "log_max_attention_logit"), False)
 """Arguments of the model that Lighthouse may refuse, by their names, and what it is without them."""
 REFUSED = ("sft", "reset_attention_mask", "dataloader_inter_document_masking", "hybrid_context_parallel", "perform_rl_step")

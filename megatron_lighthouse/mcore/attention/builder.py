@@ -6,24 +6,22 @@ class or what names one: so a builder names a class, too, that is never made.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 
 class _Called:
     """In whose place stands what the builder makes."""
 
-    def __new__(cls, builder: Builder, **kwargs: Any) -> Any:
+    def __new__(cls, builder: Callable[..., Any], **kwargs: Any) -> Any:
         return builder(**kwargs)
 
 
 class Builder:
-    """See the module."""
+    """Callable; and, for `build_module`, what a ModuleSpec has."""
 
     module = _Called
 
     @property
     def params(self) -> dict[str, Any]:
         return {"builder": self}
-
-    def __call__(self, **kwargs: Any) -> Any:
-        raise NotImplementedError

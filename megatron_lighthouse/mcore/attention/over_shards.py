@@ -95,8 +95,9 @@ class ContextParallelAttention(LocalAttention):
             return attend_documents(within, query, key, value, packed_seq_params, size)
         attend = self.attend.get(made_from)
         if attend is None:
-            how = (self.exchange, self.cp_comm_type, self.given_scale, self.window, self.softmax_offset is not None)
-            attend = self.attend[made_from] = sharded_attention("auto", query, key, *how, value.shape[-1])
+            softmax = (self.given_scale, self.window, self.softmax_offset is not None, value.shape[-1])
+            attend = sharded_attention("auto", query, key, self.exchange, self.cp_comm_type, *softmax)
+            self.attend[made_from] = attend
         return attend(query, key, value, self.softmax_offset).flatten(2)
 
 
@@ -109,9 +110,10 @@ def able_local(core_attention: Any, config: TransformerConfig) -> Any:
 
 def in_place_of_local(core_attention: Any, other: type) -> Any:
     """`core_attention` of a layer spec, a class or a ModuleSpec; where it is Megatron's local one, `other`."""
-    if isinstance(core_attention, ModuleSpec) and core_attention.module is DotProductAttention:
+    local = (DotProductAttention, LocalAttention)
+    if isinstance(core_attention, ModuleSpec) and core_attention.module in local:
         return ModuleSpec(other, params=core_attention.params, submodules=core_attention.submodules)
-    return other if core_attention is DotProductAttention else core_attention
+    return other if core_attention in local else core_attention
 
 
 def context_parallel_group(pg_collection: ProcessGroupCollection | None) -> Any:

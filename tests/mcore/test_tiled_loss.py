@@ -66,7 +66,7 @@ def test_gradients_of_the_weight_are_rounded_once() -> None:
     torch.manual_seed(0)
     layer = Output(torch.bfloat16)
     hidden, labels = torch.randn(512, 1, 16, dtype=torch.bfloat16), torch.randint(40, (1, 512))
-    Logits(hidden, layer, None, None, 8).loss(labels, losses).sum().backward()
+    Logits(hidden, layer, None, lambda x: x, 8).loss(labels, losses).sum().backward()
     parts = torch.zeros(40, 16)
     for rows, wanted in zip(hidden.split(8), labels.split(8, dim=1), strict=True):
         loss = losses(wanted, linear(rows, layer.weight)).sum()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import gpt_model
+from megatron.core.models.hybrid import hybrid_block, hybrid_model
 from megatron.core.transformer import multi_token_prediction
 from megatron.training import checkpointing, initialize
 from megatron.training import training as loop
@@ -70,9 +71,16 @@ def follow_training() -> None:
 
 def tile_loss() -> None:
     """For every model that takes a loss, on every rank."""
-    wrap(gpt_model.GPTModel, "_postprocess", "tiled loss", tiled_loss.postprocess)
-    wrap(gpt_model, "process_mtp_loss", "tiled loss", tiled_loss.mtp_loss)
+    for model in (gpt_model.GPTModel, hybrid_model.HybridModel):
+        wrap(model, "forward", "tiled loss", tiled_loss.forward)
     wrap(multi_token_prediction, "_compute_mtp_acceptance_counts", "tiled loss", tiled_loss.mtp_counts)
+
+
+def stack_locally() -> None:
+    """For hybrid models of local modules: their last norm is one too."""
+    from megatron_lighthouse.mcore.attention.hybrid_specs import final_norm
+
+    wrap(hybrid_block, "TENorm", "local norm", final_norm)
 
 
 def load_weights() -> None:

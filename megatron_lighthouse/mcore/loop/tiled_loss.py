@@ -22,7 +22,7 @@ from megatron_lighthouse.notice import say_once
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Megatron's compute_language_model_loss: labels [b, n] and logits [n, b, V/tp] -> [b, n], fp32, in nats."""
-Scale = Callable[[Tensor], Tensor] | None
+Scale = Callable[[Tensor], Tensor]
 
 
 def tiles(hidden: Tensor, of_tokens: tuple[Tensor, ...], tokens: int) -> Iterator[tuple[Tensor, ...]]:
@@ -95,12 +95,13 @@ class Logits:
     layer: Any
     weight: Tensor | None
     scale: Scale
+    """Of all logits, as maximal update parametrization has it."""
     tokens: int
 
     def of(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """Those of a tile."""
         logits, _ = self.layer(hidden, weight=weight)
-        return logits if self.scale is None else self.scale(logits)
+        return self.scale(logits)
 
     def loss(self, labels: Tensor, compute: Loss) -> Tensor:
         """[b, s] labels -> [b, s] losses."""
@@ -151,31 +152,27 @@ def at_once(layer: Any, labels: Tensor, deferred: bool) -> int:
     return found
 
 
-def postprocess(inner: Callable[..., Tensor], model: Any, **named: Any) -> Tensor:
-    """In place of GPTModel's `_postprocess`."""
-    labels, asked = named["labels"], named.get("output_processor")
-    if model.post_process and labels is not None and asked is None:
-        scale = model._scale_logits if model.config.use_mup else None
-        if tokens := at_once(model.output_layer, labels, model.config.defer_embedding_wgrad_compute):
-            named["output_processor"] = partial(_process, scale, tokens)
-    return inner(model, **named)
+def forward(inner: Callable[..., Tensor], model: Any, *given: Any, labels: Tensor | None = None, **named: Any) -> Tensor:
+    """In place of the `forward` of Megatron's models, which make the logits and their loss, multi-token prediction's too."""
+    layer = getattr(model, "output_layer", None)
+    tokens = 0
+    if model.post_process and labels is not None:
+        tokens = at_once(layer, labels, model.config.defer_embedding_wgrad_compute)
+    if not tokens:
+        return inner(model, *given, labels=labels, **named)
+    compute, scale = model.compute_language_model_loss, model._scale_logits
 
+    def loss(labels: Tensor, logits: Any) -> Tensor:
+        return logits.loss(labels, compute) if isinstance(logits, Logits) else compute(labels, logits)
 
-def _process(scale: Scale, tokens: int, **named: Any) -> Tensor:
-    logits = Logits(named["hidden_states"], named["output_layer"], named["output_weight"], scale, tokens)
-    return logits.loss(named["labels"], named["compute_language_model_loss"])
-
-
-def mtp_loss(inner: Callable[..., Tensor], **named: Any) -> Tensor:
-    """In place of `process_mtp_loss`, which adds the losses of multi-token prediction."""
-    labels, layer, compute = (named[name] for name in ("labels", "output_layer", "compute_language_model_loss"))
-    if labels is not None and (tokens := at_once(layer, labels, named["config"].defer_embedding_wgrad_compute)):
-        named |= {
-            "output_layer": Unmade(layer, named.get("scale_logits_fn"), tokens),
-            "scale_logits_fn": None,
-            "compute_language_model_loss": lambda labels, logits: logits.loss(labels, compute),
-        }
-    return inner(**named)
+    # the model's own attributes are hidden while it runs: what stands for its output layer has no weights of its own
+    stands = {"output_layer": Unmade(layer, scale, tokens), "compute_language_model_loss": loss, "_scale_logits": lambda x: x}
+    vars(model).update(stands)
+    try:
+        return inner(model, *given, labels=labels, **named)
+    finally:
+        for name in stands:
+            del vars(model)[name]
 
 
 def mtp_counts(inner: Callable[..., Any], logits: Any, labels: Tensor, mask: Tensor, layer: Any, *more: Any) -> Any:

@@ -25,17 +25,12 @@ OF_ATTENTION = ("input_layernorm", "self_attention", "self_attn_bda")
 
 
 def hybrid_stack(config: TransformerConfig) -> ModuleSpec:
-    """The stack's spec, to be changed freely, with a norm of queries and keys where the model asks for one.
+    """The stack's spec, to be changed freely.
 
     Layers that are not made of local modules (Mamba, gated delta nets, multi-token prediction) are Transformer Engine's alone.
     """
     if config.transformer_impl != "local":
-        spec = copy.deepcopy(hybrid_stack_spec)
-        if config.qk_layernorm:  # Megatron 0.19 leaves it out of this stack without a word
-            attention = spec.submodules.attention_layer.submodules
-            norm = spec.submodules.moe_layer.submodules.pre_mlp_layernorm  # Transformer Engine's
-            attention.self_attention.submodules.q_layernorm = attention.self_attention.submodules.k_layernorm = norm
-        return spec
+        return copy.deepcopy(hybrid_stack_spec)
     common = {"normalization": config.normalization, "qk_layernorm": config.qk_layernorm}
     dense, latent, experts = (
         _with_norms(get_gpt_layer_local_submodules(**common, **own), config)

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from megatron.training import get_args
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from megatron_lighthouse.mcore.command_line.loss_tiles import FLAG, tile_tokens
+from megatron_lighthouse.mcore.command_line.tiles import LOSS, tile_tokens
+from megatron_lighthouse.mcore.loop.summed import Summed, apart
 from megatron_lighthouse.notice import say_once
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -49,43 +48,6 @@ def joined(parts: list[Tensor], ranks: int) -> Tensor:
     return torch.cat([x.unflatten(1, (ranks, -1)) for x in parts], dim=2).flatten(1)
 
 
-class Summed:
-    """A weight whose gradients are summed in fp32 over its uses, and rounded once, at the last.
-
-    Where they are added to Megatron's `main_grad` by the product itself, there is nothing to sum.
-    """
-
-    def __init__(self, weight: Tensor, uses: int, fused: bool) -> None:
-        self.weight, self.uses = weight, uses
-        self.sums = weight.requires_grad and torch.is_grad_enabled() and not fused and uses > 1
-        self.total: Tensor | None = None
-        self.left = uses
-
-    def use(self) -> Tensor:
-        """The weight, for one use."""
-        return _Use.apply(self.weight, self) if self.sums else self.weight
-
-    def add(self, grad: Tensor) -> Tensor | None:
-        """The sum, in the weight's dtype, when the last use has come."""
-        self.total = grad.to(torch.promote_types(grad.dtype, torch.float32)) if self.total is None else self.total.add_(grad)
-        self.left -= 1
-        if self.left:
-            return None
-        total, self.total, self.left = self.total, None, self.uses
-        return total.to(grad.dtype)
-
-
-class _Use(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, summed: Summed) -> Tensor:
-        ctx.summed = summed
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
-        return ctx.summed.add(grads[0]), None
-
-
 @dataclass(frozen=True)
 class Logits:
     """Stands for logits [s, b, V/tp] that are not made: what makes those of a tile."""
@@ -112,8 +74,8 @@ class Logits:
         given = self.layer.weight if self.weight is None else self.weight
         cut = [*tiles(self.hidden, (labels,), self.tokens)]
         weight = Summed(given, len(cut), self.layer.gradient_accumulation_fusion)
-        apart = partial(checkpoint, of_tile, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
-        return joined([apart(hidden, weight.use(), wanted) for hidden, wanted in cut], labels.shape[1] // len(self.hidden))
+        parts = [apart(of_tile, hidden, weight.use(), wanted) for hidden, wanted in cut]
+        return joined(parts, labels.shape[1] // len(self.hidden))
 
     def counts(self, labels: Tensor, mask: Tensor, count: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """How many of a multi-token-prediction layer's guesses are right, and of how many."""
@@ -147,7 +109,7 @@ def at_once(layer: Any, labels: Tensor, deferred: bool) -> int:
     if not found or labels.numel() <= found:
         return 0
     if deferred:
-        say_once(f"lighthouse: --defer-embedding-wgrad-compute keeps all logits: the loss is not taken in tiles ({FLAG}).")
+        say_once(f"lighthouse: --defer-embedding-wgrad-compute keeps all logits: the loss is not taken in tiles ({LOSS}).")
         return 0
     return found
 

@@ -170,12 +170,13 @@ def _gather_backward(
     with profiled("gather backward"):
         tokens = _empty(query, key, value, sizes[0])
         of_queries, of_keys = _launches(query, key, value)
-        kernel, how = (gather_backward_kernel, "spread"), (places, sizes, turns, pairing)
+        how, tensors = (places, sizes, turns, pairing), (query, key, value, *tokens)
         if travel is None:
-            _launch(*kernel, (query, key, value, *tokens), *how, _joined(of_queries, of_keys))
+            _launch(gather_backward_kernel, "spread", tensors, *how, _joined(of_queries, of_keys))
         else:
-            _launch(*kernel, (query, key, value, *tokens), *how, [of_queries])
-            _launch(*kernel, (query, *travel.come_home((key, value)), *tokens), *how, of_keys)
+            _launch(gather_backward_kernel, "spread", tensors, *how, [of_queries])
+            tensors = (query, *travel.come_home((key, value)), *tokens)
+            _launch(gather_backward_kernel, "spread", tensors, *how, of_keys)
         return tokens
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_lighthouse.notice import say_once
-from megatron_lighthouse.softmax.rows import Rows
+from megatron_lighthouse.softmax.rows import DOCUMENTS, SHARDS, SINKS, Rows
 from megatron_lighthouse.versions import LEAST, too_old
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -85,7 +85,7 @@ def choose_for_blocks(
     dim: int,
     value_dim: int | None = None,
     *,
-    over: str,
+    over: str = SHARDS,
 ) -> str:
     """As `choose`, among the backends `known` that return their log-sum-exp: shards are merged by it, and sinks enter by it.
 
@@ -274,7 +274,6 @@ BACKENDS: dict[str, Backend] = {
 }
 """What `--lighthouse-inner` can name, beside 'auto' and 'te' (Transformer Engine's, in its own layer spec)."""
 
-SHARDS, DOCUMENTS, SINKS = "over shards ", "over documents ", "with sinks "
 FAMILIES: dict[str, dict[str, Backend]] = {"": BACKENDS, SHARDS: BACKENDS, SINKS: BACKENDS}
 """The backends by what they attend over; `softmax.documents` has those over documents."""
 

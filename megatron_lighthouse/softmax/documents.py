@@ -18,7 +18,6 @@ from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.softmax.backends import (
     BACKENDS,
     BLACKWELL,
-    DOCUMENTS,
     FAMILIES,
     UP_TO_256,
     Backend,
@@ -27,7 +26,7 @@ from megatron_lighthouse.softmax.backends import (
     flash_function,
     flash_problem,
 )
-from megatron_lighthouse.softmax.rows import Rows
+from megatron_lighthouse.softmax.rows import DOCUMENTS, Rows
 
 AttendDocuments = Callable[[Tensor, Tensor, Tensor, Documents], Tensor]
 """Causal attention within each document: ([S, 1, H, D], [S, 1, G, D], [S, 1, G, D], documents) -> [S, 1, H, D]."""

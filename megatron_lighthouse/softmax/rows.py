@@ -8,6 +8,9 @@ import torch
 
 from megatron_lighthouse.gpu import capability_of
 
+SHARDS, DOCUMENTS, SINKS = "over shards ", "over documents ", "with sinks "
+"""What is attended over, in words; with nothing to add, whole sequences."""
+
 
 @dataclass(frozen=True)
 class Rows:

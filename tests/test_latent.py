@@ -36,10 +36,10 @@ def narrow(inputs: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("travels", [False, True], ids=["", "under way"])
 def test_gather_of_shared_selections_is_that_of_each_head(steps: Steps, travels: bool) -> None:
     """With the selection written out for each head, and the values by themselves."""
-    two = replace(PROBLEM, groups=2)
+    four, two = replace(PROBLEM, batch=1), replace(PROBLEM, batch=1, groups=2)
     shared = selection_of(two, entries(two))
     each = Selection(shared.geometry, shared.places.repeat_interleave(2, 1), shared.length)
-    query, key, value = narrow(tensors(PROBLEM, precision(steps)))
+    query, key, value = narrow(tensors(four, precision(steps)))
     query = torch.cat([query, 2 * query], 3).unflatten(3, (2, -1)).flatten(2, 3)  # two queries a key
 
     def expected(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:

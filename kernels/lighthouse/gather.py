@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -83,32 +83,9 @@ def gather_forward_kernel(
         p_rows_q, p_rows_k, p_rows_v, strides_rows_q, strides_rows_k, strides_rows_v, H, heads, first_head, K, G
     )
     p_map = p_places + i_bg * pyramid_length
-    collect(
-        p_x,
-        p_map,
-        p_rows,
-        p_rows,
-        p_turns,
-        stride_x,
-        stride_rows,
-        0,
-        length,
-        chunks,
-        first,
-        blocks,
-        tl.program_id(1) % heads + first_head < H + K,
-        D,
-        BLOCK_D,
-        P,
-        L,
-        BLOCK,
-        0,
-        True,
-        False,
-        TURN,
-        PAIRS,
-        BEFORE,
-    )
+    pointers, strides, chunked = (p_x, p_map, p_rows, p_rows, p_turns), (stride_x, stride_rows), (length, chunks, first, blocks)
+    turned = tl.program_id(1) % heads + first_head < H + K
+    collect(*pointers, *strides, 0, *chunked, turned, D, BLOCK_D, P, L, BLOCK, 0, True, False, TURN, PAIRS, BEFORE)
 
 
 @triton.jit(repr=lambda _: "lighthouse_gather_backward")
@@ -151,32 +128,9 @@ def gather_backward_kernel(
     )
     p_x, stride_x, _ = head_of(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, heads, first_head, K, G)
     p_map = p_places + i_bg * pyramid_length
-    spread(
-        p_rows,
-        p_map,
-        p_x,
-        p_rows,
-        p_turns,
-        stride_rows,
-        stride_x,
-        0,
-        length,
-        chunks,
-        first,
-        blocks,
-        tl.program_id(1) % heads + first_head < H + K,
-        D,
-        BLOCK_D,
-        P,
-        L,
-        BLOCK,
-        0,
-        True,
-        False,
-        TURN,
-        PAIRS,
-        BEFORE,
-    )
+    pointers, strides, chunked = (p_rows, p_map, p_x, p_rows, p_turns), (stride_rows, stride_x), (length, chunks, first, blocks)
+    turned = tl.program_id(1) % heads + first_head < H + K
+    spread(*pointers, *strides, 0, *chunked, turned, D, BLOCK_D, P, L, BLOCK, 0, True, False, TURN, PAIRS, BEFORE)
 
 
 def _gather(
@@ -190,27 +144,15 @@ def _gather(
     travel: FarTravel | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with profiled("gather"):
-        length, levels, pooling, rows_length, chunks = sizes
-        rows = _empty(query, key, value, rows_length)
-        tensors, window, (of_queries, of_keys) = (
-            (query, key, value, *rows),
-            pooling ** (levels - 1),
-            _launches(query, key, value),
-        )
-
-        def collected(of: Sequence[Heads]) -> None:
-            for heads, dim, turned in of:
-                how = launch("collect", dim, query.element_size())
-                blocks = range(cdiv(length // chunks // window, how.rows))
-                more = _turned(places, turns, pairing if turned else NOT_TURNED)
-                launch_windows(gather_forward_kernel, tensors, places, sizes, heads, blocks, how, dim=dim, **more)
-
+        rows = _empty(query, key, value, sizes[3])
+        of_queries, of_keys = _launches(query, key, value)
+        given = (gather_forward_kernel, "collect", (query, key, value, *rows), places, sizes, turns, pairing)
         if travel is None:
-            collected(_joined(of_queries, of_keys))
+            _launch(*given, _joined(of_queries, of_keys))
         else:
-            collected(of_keys)
+            _launch(*given, of_keys)
             travel.set_out(rows[1:])
-            collected(of_queries)
+            _launch(*given, [of_queries])
         return rows
 
 
@@ -227,47 +169,62 @@ def _gather_backward(
     """The gradients of the tokens [N, B, ·, D], from those of the rows [S, B, ·, D]."""
     with profiled("gather backward"):
         tokens = _empty(query, key, value, sizes[0])
-        tensors, (of_queries, of_keys) = (query, key, value, *tokens), _launches(query, key, value)
-
-        def spread_over(tensors: Sequence[Tensor], of: Sequence[Heads]) -> None:
-            for heads, dim, turned in of:
-                how = launch("spread", dim, query.element_size())
-                blocks = range(cdiv(sizes[0] // sizes[4] // sizes[2], how.rows))
-                more = _turned(places, turns, pairing if turned else NOT_TURNED)
-                launch_windows(gather_backward_kernel, tensors, places, sizes, heads, blocks, how, dim=dim, **more)
-
+        of_queries, of_keys = _launches(query, key, value)
+        how, tensors = (places, sizes, turns, pairing), (query, key, value, *tokens)
         if travel is None:
-            spread_over(tensors, _joined(of_queries, of_keys))
+            _launch(gather_backward_kernel, "spread", tensors, *how, _joined(of_queries, of_keys))
         else:
-            spread_over(tensors, of_queries)
-            spread_over((query, *travel.come_home((key, value)), *tokens), of_keys)
+            _launch(gather_backward_kernel, "spread", tensors, *how, [of_queries])
+            tensors = (query, *travel.come_home((key, value)), *tokens)
+            _launch(gather_backward_kernel, "spread", tensors, *how, of_keys)
         return tokens
 
 
-def _turned(places: Tensor, turns: Tensor | None, pairing: Sequence[int]) -> dict[str, Any]:
-    """What a kernel is told of the turn; where there is none it reads no table, and any tensor stands for it."""
-    how, pairs, before = pairing
-    return {"tables": (places if turns is None else turns,), "TURN": how, "PAIRS": pairs, "BEFORE": before}
+class Heads(NamedTuple):
+    """Heads of one launch: as `launch_windows` takes them, their channels, and whether they may be turned."""
+
+    of: tuple[int, int, int, int]
+    dim: int
+    turned: bool
 
 
-type Heads = tuple[tuple[int, int, int, int], int, bool]
-"""The heads of a launch, as `launch_windows` takes them; their channels; and whether they may be turned."""
-
-
-def _launches(query: Tensor, key: Tensor, value: Tensor) -> tuple[list[Heads], list[Heads]]:
-    """That of the queries; and those of keys and values, which have one each where their channels differ."""
+def _launches(query: Tensor, key: Tensor, value: Tensor) -> tuple[Heads, list[Heads]]:
+    """Of the queries; and of keys and values, apart where their channels differ."""
     heads, others, dim = query.shape[2], key.shape[2], key.shape[3]
-    of_queries: Heads = ((heads, heads, 0, others), dim, True)
+    of_queries = Heads((heads, heads, 0, others), dim, True)
     if value.shape[3] == dim:
-        return [of_queries], [((heads, 2 * others, heads, others), dim, True)]
-    of_values: Heads = ((heads, others, heads + others, others), value.shape[3], False)
-    return [of_queries], [((heads, others, heads, others), dim, True), of_values]
+        return of_queries, [Heads((heads, 2 * others, heads, others), dim, True)]
+    of_values = Heads((heads, others, heads + others, others), value.shape[3], False)
+    return of_queries, [Heads((heads, others, heads, others), dim, True), of_values]
 
 
-def _joined(of_queries: list[Heads], of_keys: list[Heads]) -> list[Heads]:
-    """The queries' launch and the first of the others as one, and the rest."""
-    ((heads, own, _, others), dim, turned), ((_, more, *_), *_), *rest = *of_queries, *of_keys
-    return [((heads, own + more, 0, others), dim, turned), *rest]
+def _joined(of_queries: Heads, of_keys: list[Heads]) -> list[Heads]:
+    """The queries and the first of the others in one launch, and the rest."""
+    first, *rest = of_keys
+    heads, count, _, others = of_queries.of
+    return [of_queries._replace(of=(heads, count + first.of[1], 0, others)), *rest]
+
+
+def _launch(
+    kernel: Any,
+    step: str,
+    tensors: Sequence[Tensor],
+    places: Tensor,
+    sizes: Sequence[int],
+    turns: Tensor | None,
+    pairing: Sequence[int],
+    launches: Sequence[Heads],
+) -> None:
+    """Launch a kernel that collects or spreads; where nothing is turned it reads no table, and any tensor stands for it."""
+    length, levels, pooling, _, chunks = sizes
+    window = pooling ** (levels - 1) if step == "collect" else pooling
+    tables = (places if turns is None else turns,)
+    for heads, dim, turned in launches:
+        how = launch(step, dim, tensors[0].element_size())
+        blocks = range(cdiv(length // chunks // window, how.rows))
+        turn, pairs, before = pairing if turned else NOT_TURNED
+        turning = {"TURN": turn, "PAIRS": pairs, "BEFORE": before}
+        launch_windows(kernel, tensors, places, sizes, heads, blocks, how, dim=dim, tables=tables, **turning)
 
 
 def _empty(query: Tensor, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:

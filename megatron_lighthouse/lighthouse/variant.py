@@ -137,7 +137,7 @@ class Lighthouse(Variant):
         if SCORERS[config.scorer].by_length:
             others = " or ".join(name for name, scorer in SCORERS.items() if not scorer.by_length)
             for name, what in (("qk_layernorm", "--qk-layernorm"), ("qk_l2_norm", "--qk-l2-norm")):
-                if getattr(model, name, False):
+                if getattr(model, name, False) and not getattr(model, "multi_latent_attention", False):  # MLA norms latents
                     yield (
                         f"{what} makes all queries and keys nearly equally long, so that {flag('scorer')} {config.scorer}, "
                         f"which goes by their length, selects at random: leave it out, or use {flag('scorer')} {others}."

@@ -16,40 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_lighthouse.gpu import capability_of
 from megatron_lighthouse.notice import say_once
+from megatron_lighthouse.softmax.rows import DOCUMENTS, SHARDS, SINKS, Rows
 from megatron_lighthouse.versions import LEAST, too_old
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Causal attention over the gathered rows: ([S, B, H, D], [S, B, G, D], [S, B, G, D]) -> [S, B, H, D]."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What a backend must be able to take."""
-
-    device: torch.device
-    dtype: torch.dtype
-    heads: int
-    groups: int
-    dim: int
-    """Of queries and keys."""
-    value_dim: int
-
-    @property
-    def capability(self) -> int:
-        return capability_of(self.device)
-
-    @property
-    def dims(self) -> str:
-        """In words."""
-        same = self.dim == self.value_dim
-        return f"head dimension {self.dim}" if same else f"head dimensions {self.dim} (keys) and {self.value_dim} (values)"
-
-    def __str__(self) -> str:
-        values = "" if self.dim == self.value_dim else f" (values {self.value_dim})"
-        heads = f"{self.heads} query and {self.groups} key/value heads of {self.dim}{values}"
-        return f"{str(self.dtype).removeprefix('torch.')}, {heads}"
 
 
 @dataclass(frozen=True)
@@ -113,7 +85,7 @@ def choose_for_blocks(
     dim: int,
     value_dim: int | None = None,
     *,
-    over: str,
+    over: str = SHARDS,
 ) -> str:
     """As `choose`, among the backends `known` that return their log-sum-exp: shards are merged by it, and sinks enter by it.
 
@@ -302,7 +274,6 @@ BACKENDS: dict[str, Backend] = {
 }
 """What `--lighthouse-inner` can name, beside 'auto' and 'te' (Transformer Engine's, in its own layer spec)."""
 
-SHARDS, DOCUMENTS, SINKS = "over shards ", "over documents ", "with sinks "
 FAMILIES: dict[str, dict[str, Backend]] = {"": BACKENDS, SHARDS: BACKENDS, SINKS: BACKENDS}
 """The backends by what they attend over; `softmax.documents` has those over documents."""
 

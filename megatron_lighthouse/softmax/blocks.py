@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.parts import Block, Mask, Part, Tensors
-from megatron_lighthouse.softmax.backends import SHARDS, choose_for_blocks
+from megatron_lighthouse.softmax.backends import choose_for_blocks
+from megatron_lighthouse.softmax.rows import SHARDS
 
 aten = torch.ops.aten
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lighthouse.softmax.backends import SHARDS, SINKS, choose, choose_for_blocks, deterministic
+from megatron_lighthouse.softmax.backends import choose, choose_for_blocks, deterministic
 from megatron_lighthouse.softmax.blocks import BLOCKS
+from megatron_lighthouse.softmax.rows import SHARDS, SINKS
 from megatron_lighthouse.softmax.sinks import CHANNELS, key_row_backends
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -15,7 +15,7 @@ from megatron_lighthouse.context_parallel.parts import Block, Tensors
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem, scheme
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.sequence.documents import Documents
-from megatron_lighthouse.softmax.backends import SHARDS, choose_for_blocks
+from megatron_lighthouse.softmax.backends import choose_for_blocks
 from megatron_lighthouse.softmax.blocks import BLOCKS
 from megatron_lighthouse.softmax.document_blocks import OverDocuments
 from megatron_lighthouse.softmax.documents import AttendDocuments, documents_attention
@@ -75,5 +75,5 @@ def sharded_documents_attention(
     rows = (query.device, query.dtype, query.shape[2], key.shape[2], query.shape[3])
     # cuDNN's in torch compiles anew for each length, of which documents have many
     known = [other for other in BLOCKS if other != "cudnn"]
-    block = BLOCKS["sdpa" if comm_type == "a2a" else choose_for_blocks(name, known, *rows, over=SHARDS)](scale)
+    block = BLOCKS["sdpa" if comm_type == "a2a" else choose_for_blocks(name, known, *rows)](scale)
     return ShardedDocuments(exchange, comm_type, block, attend)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.alone import Alone
-from megatron_lighthouse.softmax.backends import SINKS, inner_attention
+from megatron_lighthouse.softmax.backends import inner_attention
 from megatron_lighthouse.softmax.blocks import block_for
+from megatron_lighthouse.softmax.rows import SINKS
 
 AttendWithSinks = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """([S, B, H, D], [S, B, G, D], [S, B, G, D], [H]) -> [S, B, H, D]."""

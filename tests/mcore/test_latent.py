@@ -120,6 +120,12 @@ def test_latent_layers_that_are_refused(config: dict[str, Any], model: dict[str,
         check(latent(**model).transformer, settings, N)
 
 
+def test_norms_of_latents_leave_heads_of_unlike_lengths() -> None:
+    from megatron_lighthouse.mcore.command_line.checks import check
+
+    check(latent(qk_layernorm=True).transformer, LATENT, N)
+
+
 def test_latent_layers_of_another_attention_are_refused() -> None:
     from megatron_lighthouse.mcore.command_line.checks import check
     from megatron_lighthouse.parallax.config import ParallaxConfig

@@ -17,8 +17,8 @@ MODELS = {
     # values of a width of their own, and two heads a selection
     "deepseek": """
         --multi-latent-attention --q-lora-rank 24 --kv-lora-rank 16 --qk-head-dim 8 --qk-pos-emb-head-dim 8 --v-head-dim 12
-        --rope-type yarn --rotary-scaling-factor 4 --mscale-all-dim 1.0 --original-max-position-embeddings 64
-        --lighthouse-heads-per-selection 2
+        --rope-type yarn --rotary-scaling-factor 4 --mscale-all-dim 1.0
+        --lighthouse-heads-per-selection 2 --qk-layernorm
     """,
 }
 LAYOUTS = {

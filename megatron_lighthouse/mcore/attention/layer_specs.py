@@ -43,6 +43,9 @@ from megatron_lighthouse.mcore.command_line.settings import (
 )
 from megatron_lighthouse.notice import say_once
 
+OF_LAYER, OF_ATTENTION = ("input_layernorm", "pre_mlp_layernorm"), ("q_layernorm", "k_layernorm", "kv_layernorm")
+"""The norms of a layer spec."""
+
 type LayerSpec = ModuleSpec | TransformerBlockSubmodules
 
 
@@ -215,9 +218,11 @@ def _with_sequence_parallel_norm(spec: LayerSpec, config: TransformerConfig, vp_
     if spec.layer_norm is WrappedTorchNorm:
         spec.layer_norm = torch_norm
     for layer in _layers_of(spec):
-        for name in ("input_layernorm", "pre_mlp_layernorm"):
-            if getattr(layer.submodules, name, None) is WrappedTorchNorm:
-                setattr(layer.submodules, name, torch_norm)
+        attention = getattr(getattr(layer.submodules, "self_attention", None), "submodules", None)
+        for holder, names in ((layer.submodules, OF_LAYER), (attention, OF_ATTENTION)):
+            for name in names:
+                if getattr(holder, name, None) is WrappedTorchNorm:
+                    setattr(holder, name, torch_norm)
     return spec
 
 

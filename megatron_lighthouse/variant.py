@@ -77,6 +77,10 @@ class Place:
     """What queries and keys come rotated by, where that is to be known."""
     around: Any = None
     """Where it gathers rows for another attention, the config of that one."""
+    value_dim: int | None = None
+    """D of the values, where it is not that of the keys: of a variant that is `latent`."""
+    sinks: bool = False
+    """Whether every call brings a sink for each head, [H], which only a variant that takes them is asked for."""
 
 
 class Layer(Protocol):
@@ -145,6 +149,8 @@ class Variant:
     """Whether a dense model may take its weights, less those of its streams."""
     switches = False
     """Whether layers may be dense at the model's ends, and become so in stage 2: `--lighthouse-dense-first` and those after."""
+    latent = False
+    """Whether values may have another width than keys, as those of MLA."""
     selects = False
     """Whether its layers attend to gathered rows, those of `cost`, instead of all tokens."""
     corrects = False
@@ -227,6 +233,8 @@ class Variant:
         exchange: Exchange | None,
         comm_type: str,
         scale: float | None,
+        sinks: bool = False,
+        value_dim: int | None = None,
     ) -> RowAttention:
         """What attends to Lighthouse's rows, where it is `around`. Raises ValueError where it cannot be.
 
@@ -234,6 +242,8 @@ class Variant:
             config: None for its defaults.
             query: [S, B, H, D]; key: [S, B, G, D]; of these heads, D, dtype and device count.
             exchange: of the ranks that share the rows.
+            sinks: whether every call brings a sink for each head, [H], behind the streams.
+            value_dim: of the values, where it is not D.
         """
         raise NotImplementedError
 

@@ -11,9 +11,9 @@ from torch.distributed import ProcessGroup
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem
-from megatron_lighthouse.lighthouse.around import streams_problem
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.geometry import Pyramid
+from megatron_lighthouse.lighthouse.given import check_one_rank, check_own, check_selection, check_sinks
 from megatron_lighthouse.lighthouse.layer import Attended, Layer, build
 from megatron_lighthouse.lighthouse.packed.layer import PackedAttended, PackedLayer, build_packed
 from megatron_lighthouse.lighthouse.packed.packing import Packing
@@ -46,12 +46,13 @@ def lighthouse_attention(
     attend: Callable[..., Tensor] | None = None,
     selection: Selection | None = None,
     cu_seqlens: Tensor | Documents | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention through a selected set of pyramid entries.
 
     Args:
         query: [N, B, H, D], after RoPE; float64, float32, bfloat16 or float16, any strides. Megatron's "sbhd".
-        key, value: [N, B, G, D], G dividing H; same dtype and device as the query.
+        key, value: [N, B, G, D], G dividing H; same dtype and device as the query. Values may have another D (MLA).
         streams: what else the attention `config.around` reads, rotated as the queries, each [N, B, H, D].
         around: options of that attention, an object of its variant's `config`; its defaults if None. Not with `attend`.
         softmax_scale: of the inner attention; 1/sqrt(D) by default. Not with `attend`.
@@ -69,12 +70,14 @@ def lighthouse_attention(
             gives the same. Its budget goes by its length (`LighthouseConfig.document_tile`). The host reads it, once for each
             `Documents` where that is given instead. `attend` then takes the `Documents` of the rows behind the values. Not
             under context parallelism.
+        sinks: [H], a logit a head, of a key that every row of the inner attention sees and whose value is 0 (gpt-oss); 0 is
+            the softmax off by one. Differentiable. Not with `attend` or `cu_seqlens`.
 
     Returns:
-        [N, B, H, D] in the query's dtype (under torch.autocast in the inner attention's); under context parallelism, this
-        rank's shard of it: the same values at any number of ranks, up to the order of sums in the inner attention. Position j
-        depends on tokens 0..j, once the selection is fixed; which windows are refined also depends on the later tokens of
-        their tile.
+        [N, B, H, D of values] in the query's dtype (under torch.autocast in the inner attention's); under context parallelism,
+        this rank's shard of it: the same values at any number of ranks, up to the order of sums in the inner attention.
+        Position j depends on tokens 0..j, once the selection is fixed; which windows are refined also depends on the later
+        tokens of their tile.
 
     Raises:
         ValueError: shapes or dtypes that do not fit each other, an N that does not fit the config or the ranks, or an inner
@@ -87,8 +90,9 @@ def lighthouse_attention(
     if problem := comm_type_problem(cp_comm_type, 1, 1, 1):
         raise ValueError(problem)
     exchange = Exchange.over(cp_group)
+    check_sinks(sinks, query, attend, cu_seqlens)
     if cu_seqlens is not None:
-        _check_one_rank(exchange)
+        check_one_rank(exchange)
         how = (softmax_scale, rotary, attend, selection, streams, around)
         return packed_rows(query, key, value, config, cu_seqlens, *how).scatter()
     return attended_rows(
@@ -104,6 +108,7 @@ def lighthouse_attention(
         cp_comm_type=cp_comm_type,
         attend=attend,
         selection=selection,
+        sinks=sinks,
     ).scatter()
 
 
@@ -121,14 +126,17 @@ def attended_rows(
     cp_comm_type: str = "p2p",
     attend: Attend | None = None,
     selection: Selection | None = None,
+    sinks: Tensor | None = None,
 ) -> Attended:
     """All steps of `lighthouse_attention` but the last, which must follow: the halo is under way until then."""
     refuse_transforms(query, key, value, *streams)
-    _check_own(query, key, value, config, streams, softmax_scale, around, attend)
-    layer = layer_for(config, query, key, value, exchange, cp_comm_type, softmax_scale, attend is not None, rotary, around)
+    check_own(query, key, value, config, streams, softmax_scale, around, attend)
+    how = (exchange, cp_comm_type, softmax_scale, attend is not None, rotary, sinks is not None, value.shape[-1], around)
+    layer = layer_for(config, query, key, value, *how)
     if selection is not None:
-        _check_selection(selection, query, key, layer.geometry, exchange)
-    return layer.attended(*differentiable_once(query, key, value, *streams), attend=attend, selection=selection)
+        check_selection(selection, query, key.shape[2] // layer.heads_per_selection, layer.geometry, exchange)
+    once = differentiable_once(query, key, value, *streams)
+    return layer.attended(*once, attend=attend, selection=selection, sinks=sinks)
 
 
 def packed_rows(
@@ -146,10 +154,10 @@ def packed_rows(
 ) -> PackedAttended:
     """As `attended_rows`, of a row of documents."""
     refuse_transforms(query, key, value, *streams)
-    _check_own(query, key, value, config, streams, softmax_scale, around, attend)
+    check_own(query, key, value, config, streams, softmax_scale, around, attend)
     layer, documents = _packed(config, query, key, value, cu_seqlens, softmax_scale, attend is not None, rotary, around)
     if selection is not None:
-        _check_selection(selection, query, key, Packing.of(documents, layer.rule), None)
+        check_selection(selection, query, key.shape[2], Packing.of(documents, layer.rule), None)
     query, key, value, *streams = differentiable_once(query, key, value, *streams)
     return layer.attended(query, key, value, *streams, documents=documents, attend=attend, selection=selection)
 
@@ -158,6 +166,10 @@ def _packed(
     config: LighthouseConfig, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | Documents, *how: Any
 ) -> tuple[PackedLayer, Documents]:
     layer = _built_by(build_packed, config, query, key, value, *how)
+    if value.shape[3] != key.shape[3]:
+        raise ValueError(
+            f"cu_seqlens is for values of the D of keys, {key.shape[3]}, not {value.shape[3]}: pad them with zeros."
+        )
     if query.shape[1] != 1:
         raise ValueError(
             f"cu_seqlens is of one row, and the batch (dimension 1) is {query.shape[1]}: lay rows end to end, "
@@ -217,10 +229,11 @@ def lighthouse_select(
         cu_seqlens: as for `lighthouse_attention`.
 
     Returns:
-        [B, G, S] int64, in causal order, numbered in the concatenated pyramid (level 0 first). Of C context-parallel ranks,
-        each gets the [B, G, S/C] entries whose rows it attends to, chunk r and chunk 2C-1-r of all S, numbered as without them.
-        Of packed documents [1, G, S], document by document: level 0 is the row's tokens, and then come the whole windows of all
-        documents in turn, level 1 first. A document that goes in whole, or the rest behind its last window, has none.
+        [B, G, S] int64, in causal order, numbered in the concatenated pyramid (level 0 first), for G / `heads_per_selection`
+        selections. Of C context-parallel ranks, each gets the [B, G, S/C] entries whose rows it attends to, chunk r and chunk
+        2C-1-r of all S, numbered as without them. Of packed documents [1, G, S], document by document: level 0 is the row's
+        tokens, and then come the whole windows of all documents in turn, level 1 first. A document that goes in whole, or the
+        rest behind its last window, has none.
 
     Raises:
         ValueError: as `lighthouse_attention`, or a scorer that lacks the values.
@@ -232,16 +245,17 @@ def lighthouse_select(
     refuse_transforms(query, key, value)
     exchange = Exchange.over(cp_group)
     if cu_seqlens is not None:
-        _check_one_rank(exchange)
+        check_one_rank(exchange)
         packed, documents = _packed(config, query, key, value, cu_seqlens, None, True, rotary)
         return packed.select(query, key, value, documents).indices
-    selection, deal = layer_for(config, query, key, value, exchange, "p2p", None, True, rotary).select(query, key, value)
+    how = (exchange, "p2p", None, True, rotary, False, value.shape[-1])
+    selection, deal = layer_for(config, query, key, value, *how).select(query, key, value)
     if exchange is None:
         return selection.indices
     entries = _numbered_in_whole(selection.indices, selection.geometry, exchange.layout)
     if deal is None:
         return entries
-    dealt, _, _ = deal.out(*[entries.movedim(-1, 0).unsqueeze(-1)] * 3)
+    (dealt,) = deal.out(entries.shape[1], entries.movedim(-1, 0).unsqueeze(-1))
     return dealt.squeeze(-1).movedim(0, -1).contiguous()
 
 
@@ -255,46 +269,3 @@ def _numbered_in_whole(entries: Tensor, here: Pyramid, layout: Layout) -> Tensor
         moved = torch.where(entry < half, entry + early * half, entry + (late - 1) * half) + whole.offset(level)
         numbered = torch.where((entry >= 0) & (entry < 2 * half), moved, numbered)
     return numbered
-
-
-def _check_one_rank(exchange: Exchange | None) -> None:
-    if exchange is not None:
-        raise ValueError("cu_seqlens cannot be given with context-parallel ranks yet: leave out `cp_group` or `cu_seqlens`.")
-
-
-def _check_own(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    config: LighthouseConfig,
-    streams: Sequence[Tensor],
-    softmax_scale: float | None,
-    around: object,
-    attend: object,
-) -> None:
-    """What is of the default inner attention, and what it reads."""
-    if attend is not None and (softmax_scale is not None or around is not None):
-        check(query, key, value)
-        name = "around" if softmax_scale is None else "softmax_scale"
-        own = "options" if softmax_scale is None else "scale"
-        raise ValueError(f"{name} belongs to the default inner attention: give `attend` its own {own} instead.")
-    if problem := streams_problem(config.around, query, streams):
-        check(query, key, value)
-        raise ValueError(problem)
-
-
-def _check_selection(selection: Selection, query: Tensor, key: Tensor, geometry: Pyramid, exchange: Exchange | None) -> None:
-    if exchange is not None:
-        raise ValueError("a selection can be given without context parallelism alone: leave out `selection` or `cp_group`.")
-    if not isinstance(selection, Selection):
-        raise TypeError(
-            f"selection must be a megatron_lighthouse.lighthouse.selection.Selection, not a {type(selection).__name__}: pass "
-            "`attended_rows(query, key, value, config).selection` (of megatron_lighthouse.lighthouse.attention), or leave it "
-            "out. What lighthouse_select gives are numbers of entries."
-        )
-    if selection.geometry != geometry:
-        raise ValueError(f"selection was made for {selection.geometry}, not for {geometry}.")
-    if selection.places.shape[:2] != (query.shape[1], key.shape[2]):
-        raise ValueError(
-            f"selection was made for [B, G] {list(selection.places.shape[:2])}, not for [{query.shape[1]}, {key.shape[2]}]."
-        )

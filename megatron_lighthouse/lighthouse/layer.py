@@ -15,6 +15,7 @@ from megatron_lighthouse.lighthouse import telemetry
 from megatron_lighthouse.lighthouse.around import AROUND, apart, stacked
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.geometry import Geometry, Pyramid
+from megatron_lighthouse.lighthouse.heads import heads_problem, summed
 from megatron_lighthouse.lighthouse.implementations import steps_for
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.scorers import SCORERS
@@ -69,14 +70,22 @@ class Layer:
     exchange: Exchange | None
     attend: RowAttention | None
     """The inner attention; None where every call brings its own."""
+    heads_per_selection: int
+    """Key/value heads that share a selection."""
     rotary: Rotary | None
     """By which rows are turned on to their window's last token while they are pooled."""
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, *streams: Tensor, attend: Callable[..., Tensor] | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *streams: Tensor,
+        attend: Callable[..., Tensor] | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """[N, B, H, D]: see `lighthouse_attention`."""
-        return self.attended(query, key, value, *streams, attend=attend).scatter()
+        return self.attended(query, key, value, *streams, attend=attend, sinks=sinks).scatter()
 
     def attended(
         self,
@@ -86,24 +95,27 @@ class Layer:
         *streams: Tensor,
         attend: Callable[..., Tensor] | None = None,
         selection: Selection | None = None,
+        sinks: Tensor | None = None,
     ) -> Attended:
         """All steps but the last, which must follow: the halo is under way until then."""
-        deal, groups = None, key.shape[2]
+        deal = None
         if selection is None:
             selection, deal = self.select(query, key, value)
+        groups = selection.places.shape[1]
         passage = None if self.attend is None or attend else self.attend.passage()
         # what is gathered for a ring can set out at once, unless it is dealt first
         near, setting_out = stacked(query, streams, groups), None if deal else passage
         rows_near, rows_k, rows_v = self.steps.gather(near, key, value, selection, setting_out, self.rotary)
         if deal:
-            rows_near, rows_k, rows_v = deal.out(rows_near, rows_k, rows_v)
-        rows_q, *rows_streams = apart(rows_near, len(streams), groups)
+            rows_near, rows_k, rows_v = deal.out(groups, rows_near, rows_k, rows_v)
+        rows_q, *others = apart(rows_near, len(streams), groups)
+        others += [] if sinks is None else [sinks]
         with profiled("attend"):
             if attend:
-                attended = attend(rows_q, rows_k, rows_v, *rows_streams)
+                attended = attend(rows_q, rows_k, rows_v, *others)
             else:
                 assert self.attend is not None
-                attended = self.attend(rows_q, rows_k, rows_v, *rows_streams, passage=passage)
+                attended = self.attend(rows_q, rows_k, rows_v, *others, passage=passage)
         rows = deal.back(attended, groups) if deal else attended
         if self.exchange is None:
             return Attended(rows, attended, selection, self.steps)
@@ -114,6 +126,7 @@ class Layer:
         """The entries of this rank; and, where the ranks hold different numbers of rows, how these are dealt."""
         with torch.no_grad():  # no decorator: torch.compile cannot follow one on a method
             scores, deal = self.scorer(query, key, value, self.own, self.steps, self.exchange, self.rotary), None
+            scores = summed(scores, self.heads_per_selection)
             if self.exchange is None:
                 selection = self.steps.select(scores, self.geometry, self.pin_first)
             else:
@@ -131,6 +144,8 @@ def build(
     softmax_scale: float | None = None,
     own_attend: bool = False,
     rotary: Rotary | None = None,
+    sinks: bool = False,
+    value_dim: int | None = None,
     around: Any = None,
 ) -> Layer:
     """The layer for inputs like these.
@@ -139,18 +154,25 @@ def build(
         query: [N/C, B, H, D]; key: [N/C, B, G, D]; of these only shapes, dtype and device count.
         own_attend: every call brings its inner attention.
         rotary: what queries and keys are rotated by, where pooled rows are to stand at their window's last token.
+        sinks: every call brings a sink for each head.
+        value_dim: of the values, where it is not D.
         around: the config of the attention that `config.around` names; None for its defaults.
+
 
     Raises:
         ValueError: as `lighthouse_attention`.
     """
     if rotary is not None and (problem := rotary.problem(query.shape[3])):
         raise ValueError(problem)
+    if problem := heads_problem(config, key.shape[2], query.shape[3], value_dim):
+        raise ValueError(problem)
     size = exchange.size if exchange else 1
     geometry = config.geometry(query.shape[0] * size, size)
     attend: RowAttention | None = None
     if not own_attend:
-        attend = AROUND[config.around].build_rows(around, config.inner, query, key, exchange, comm_type, softmax_scale)
+        how = (exchange, comm_type, softmax_scale, sinks, value_dim)
+        attend = AROUND[config.around].build_rows(around, config.inner, query, key, *how)
     steps = steps_for(config.steps, query, config.pooling)
     own, tiles = Pyramid(query.shape[0], config.levels, config.pooling), own_tiles(geometry, size)
-    return Layer(geometry, own, tiles, config.pin_first, steps, SCORERS[config.scorer], exchange, attend, rotary)
+    scorer, shared = SCORERS[config.scorer], config.heads_per_selection or 1
+    return Layer(geometry, own, tiles, config.pin_first, steps, scorer, exchange, attend, shared, rotary)

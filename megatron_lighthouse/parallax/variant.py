@@ -133,7 +133,18 @@ class Parallax(Variant):
         exchange: Exchange | None,
         comm_type: str,
         scale: float | None,
+        sinks: bool = False,
+        value_dim: int | None = None,
     ) -> Rows:
+        if sinks:
+            raise ValueError(
+                f"sinks are not done by config.around {self.around}: leave them out, or use config.around softmax."
+            )
+        if value_dim not in (None, query.shape[3]):
+            raise ValueError(
+                f"values of {value_dim} channels beside keys of {query.shape[3]} are not done by config.around {self.around}: "
+                "use config.around softmax."
+            )
         kernels = (config or ParallaxConfig()).kernels
         return Rows(build(query, key, exchange, comm_type, scale, kernels=kernels))
 

@@ -138,7 +138,8 @@ def step_parts(run: Run, speed: Coefficients) -> Parts:
     layers, tokens = model.layers / pp, run.tokens
     full, mlp = run.recompute == "full", run.recompute == "mlp"
     share_of_mlp = 3 * model.hidden * model.ffn / run.layer_matrices
-    passes = 3 + full + mlp * share_of_mlp  # a forward, a backward of twice its work, and what is done again
+    # a forward, a backward of twice its work, and what is done again
+    passes = 3 + full + (mlp + bool(run.mlp_tile_tokens)) * share_of_mlp
     linear = tokens * 2.0 * run.layer_matrices / tp / device.flops * speed.linear * passes
     moved = tokens * work.elementwise_bytes(model, run.stream_columns) / tp / device.memory_bytes_s * speed.copy
     tensor, between, gradients = link_bytes(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,10 @@ from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.ring import Passage
-from megatron_lighthouse.softmax.backends import Attend, inner_attention
+from megatron_lighthouse.softmax.backends import inner_attention
 from megatron_lighthouse.softmax.documents import AttendDocuments, documents_attention
 from megatron_lighthouse.softmax.sharded import sharded_attention
+from megatron_lighthouse.softmax.sinks import sinks_attention
 from megatron_lighthouse.variant import RowAttention, Variant
 
 
@@ -19,13 +21,14 @@ from megatron_lighthouse.variant import RowAttention, Variant
 class Rows:
     """Softmax attention over the rows of one rank."""
 
-    attend: Attend
+    attend: Callable[..., Tensor]
+    """An `Attend`, or one that takes sinks too."""
 
     def passage(self) -> None:
         return None
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *_: Tensor, passage: Passage | None = None) -> Tensor:
-        return self.attend(query, key, value)
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *sinks: Tensor, passage: Passage | None = None) -> Tensor:
+        return self.attend(query, key, value, *sinks)
 
 
 class Dense(Variant):
@@ -45,10 +48,12 @@ class Dense(Variant):
         exchange: Exchange | None,
         comm_type: str,
         scale: float | None,
+        sinks: bool = False,
+        value_dim: int | None = None,
     ) -> RowAttention:
         if exchange is None:
-            return Rows(inner_attention(inner, query, key, scale))
-        return sharded_attention(inner, query, key, exchange, comm_type, scale)
+            return Rows((sinks_attention if sinks else inner_attention)(inner, query, key, scale, value_dim))
+        return sharded_attention(inner, query, key, exchange, comm_type, scale, None, sinks, value_dim)
 
     def build_document_rows(self, config: Any, inner: str, query: Tensor, key: Tensor, scale: float | None) -> AttendDocuments:
         return documents_attention(inner, query, key, scale)

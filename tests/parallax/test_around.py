@@ -52,6 +52,18 @@ def test_r_goes_the_way_of_the_queries(rotary: Rotary | None) -> None:
         assert_close(one, expected, "ranks float64")
 
 
+def test_heads_that_share_a_selection() -> None:
+    """Rows of q and r come back to the heads they left."""
+    config = ALONE.replace(heads_per_selection=2)
+    query, r, key, value, _ = inputs(TOKENS, BATCH, HEADS, GROUPS, DIM, r=1.0)
+    selection = attended_rows(query, key, value, config.replace(around="softmax")).selection
+    rows_q, rows_k, rows_v = gather(query, key, value, selection)
+    rows_r, _, _ = gather(r, key, value, selection)
+    assert_close(
+        around(query, r, key, value, config), scatter(formula(rows_q, rows_r, rows_k, rows_v), selection), "ranks float64"
+    )
+
+
 def test_without_r_it_is_lighthouse() -> None:
     query, r, key, value, _ = inputs(TOKENS, BATCH, HEADS, GROUPS, DIM, r=0.0)
     assert_close(
@@ -129,6 +141,7 @@ def test_ranks_send_what_was_counted(config: LighthouseConfig, comm_type: str) -
         (ALONE, [HEADS, HEADS], {}, r"reads 1 \(r\) besides query, key and value, got 2"),
         (ALONE.replace(around="softmax"), [HEADS], {}, "config.around softmax reads none besides query, key and value, got 1"),
         (ALONE, [GROUPS], {}, "r of config.around parallax must be like the query"),
+        (ALONE, [HEADS], {"sinks": torch.zeros(HEADS)}, r"sinks are not done by config.around parallax"),
         (ALONE, [HEADS], {"around": ParallaxConfig(), "attend": print}, "around belongs to the default inner attention"),
     ],
 )

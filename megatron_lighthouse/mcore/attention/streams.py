@@ -45,7 +45,7 @@ class StreamsMixin:
         settings: LighthouseSettings,
         **named: Any,
     ) -> None:
-        streams = settings.base.streams if layer_number in settings.holding(config.num_layers) else ()
+        streams = settings.base.streams if layer_number in settings.in_model(config).holding(config.num_layers) else ()
         # Transformer Engine's projections sum the gradient of their input themselves: there each gathers for itself
         self.gathers = bool(streams) and config.sequence_parallel and submodules.linear_qkv is ColumnParallelLinear
         if self.gathers:

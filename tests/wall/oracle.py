@@ -1,14 +1,13 @@
-"""Wall in float64 as its formula stands, N x N x K, for autograd: each pair's gates are summed by themselves."""
+"""Wall in float64 as its formula stands, N x N x K, for autograd, with differences of prefix sums."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-
-NAMES = ("out", "dq", "dk", "dv", "dg")
-
 
 def formula(
     query: Tensor,
@@ -30,12 +29,12 @@ def formula(
     if cu_seqlens is not None:
         document = torch.searchsorted(cu_seqlens, place, right=True)
         hidden = hidden | (document != document.unsqueeze(1))
-    # [i, j, t]: whether gate t stands between key j and query i
-    between = ((place > place.view(-1, 1)) & (place <= place.view(-1, 1, 1))).to(query.dtype)
-    exponents = torch.einsum("ijt,tbhk->ijbhk", between, gate)
+    # what is hidden may be above 0, and exp of it inf
+    shown = place <= place.unsqueeze(1)
+    exponents = torch.where(shown.view(tokens, tokens, 1, 1, 1), _between(gate), 0)
     logits = scale * torch.einsum("ibhk,jbhk,ijbhk->bhij", query, key, exponents.exp())
     if scalar_gate is not None:
-        logits = logits + torch.einsum("ijt,tbh->bhij", between, scalar_gate)
+        logits = logits + torch.where(shown.view(tokens, tokens, 1, 1), _between(scalar_gate), 0).permute(2, 3, 0, 1)
     logits = logits.masked_fill(hidden, -torch.inf)
     if sink is None:
         weights = logits.softmax(-1)
@@ -43,6 +42,12 @@ def formula(
         nowhere = sink.view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
         weights = torch.cat([logits, nowhere], -1).softmax(-1)[..., :-1]
     return torch.einsum("bhij,jbhv->ibhv", weights, value)
+
+
+def _between(gate: Tensor) -> Tensor:
+    """[N, N, ...], of query i and key j: the gates after j and up to i."""
+    sums = gate.cumsum(0)
+    return sums.unsqueeze(1) - sums
 
 
 def inputs(
@@ -76,8 +81,9 @@ def inputs(
     return [*found, grad]
 
 
-def with_grads(attention: object, tensors: list[Tensor], **how: object) -> list[Tensor]:
-    """Output and gradients of all inputs; those by name in `how` take part as they are."""
+def with_grads(attention: Callable[..., Tensor], tensors: list[Tensor], **how: Any) -> list[Tensor]:
+    """Output and gradients of all inputs, of which a scalar gate has three dimensions, and a sink one."""
     *leaves, grad = (x.detach().clone().requires_grad_() for x in tensors)
-    out = attention(*leaves, **how)  # type: ignore[operator]
+    more = {"scalar_gate" if x.dim() == 3 else "sink": x for x in leaves[4:]}
+    out = attention(*leaves[:4], **more, **how)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad.detach())]

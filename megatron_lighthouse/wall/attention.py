@@ -97,7 +97,7 @@ def check(query: Tensor, key: Tensor, value: Tensor) -> None:
 def check_gates(query: Tensor, key: Tensor, gate: Tensor, scalar_gate: Tensor | None, sink: Tensor | None) -> None:
     """Raises ValueError where gates or sink do not fit the queries, or on a CPU a gate is above 0 or nan."""
     tokens, batch, heads, dim = query.shape
-    of_heads = [(tokens, batch, some, dim) for some in dict.fromkeys((heads, key.shape[2]))]
+    of_heads: list[tuple[int, ...]] = [(tokens, batch, some, dim) for some in dict.fromkeys((heads, key.shape[2]))]
     fits: dict[str, tuple[Tensor | None, list[tuple[int, ...]]]] = {
         "gate": (gate, of_heads),
         "scalar_gate": (scalar_gate, [(tokens, batch, heads)]),
@@ -112,7 +112,8 @@ def check_gates(query: Tensor, key: Tensor, gate: Tensor, scalar_gate: Tensor | 
             raise ValueError(f"{name} must be of a floating dtype on {query.device}, got {x.dtype} on {x.device}.")
         if name != "sink" and x.device.type == "cpu" and not bool((x <= 0).all()):
             raise ValueError(
-                f"{name} must be natural logarithms <= 0, got up to {x.max().item():g}: use such as torch.nn.functional.logsigmoid."
+                f"{name} must be natural logarithms <= 0, got up to {x.max().item():g}: use such as "
+                "torch.nn.functional.logsigmoid."
             )
 
 

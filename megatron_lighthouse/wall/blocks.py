@@ -1,4 +1,4 @@
-"""Wall over parts: see `Block`. Near are query, key, value, gate and more of a rank; far are decayed keys, values and scalar gates.
+"""Wall over parts: see `Block`. Near are query, key, value, gate and more; far are decayed keys, values and scalar gates.
 
 Rows of one piece see each other along the diagonal, and what lies before their piece by way of the anchor at its start.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -46,7 +47,9 @@ class Near(NamedTuple):
         return self.gate.repeat_interleave(self.query.shape[2] // self.gate.shape[2], 2)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Near:
-        return Near(*(None if x is None else change(x) for x in self))
+        query, key, value, gate = (change(x) for x in self[:4])
+        scalar, sink = (None if x is None else change(x) for x in self[4:])
+        return Near(query, key, value, gate, scalar, sink)
 
 
 class Meeting(NamedTuple):
@@ -105,7 +108,8 @@ class Attention:
         d_far = tuple(torch.zeros_like(x, dtype=wide) for x in far)
         for meeting in self._meetings(given, far, mask):
             self._seen_backward(grad, part, meeting, grads, d_far)
-        return grads._replace(query=grads.query.to(grad.dtype)).tensors, tuple(x.to(like.dtype) for x, like in zip(d_far, far, strict=True))
+        d_near = grads._replace(query=grads.query.to(grad.dtype)).tensors
+        return d_near, tuple(x.to(like.dtype) for x, like in zip(d_far, far, strict=True))
 
     def _near(self, near: Tensors) -> Near:
         query, key, value, gate, *more = near
@@ -142,8 +146,8 @@ class Attention:
                 continue
             near = slice(group.rows.start, group.rows.start + end - group.begin)
             rows = [(p.number, slice(p.rows.start + max(first - p.begin, 0), p.rows.stop)) for p in seen]
-            some = given.each(lambda x, near=near: x[near])
-            yield self._decayed(group, near, rows, some, far, self._hidden(group, end, first, seen, given))
+            hidden = self._hidden(group, end, first, seen, given)
+            yield self._decayed(group, near, rows, given.each(itemgetter(near)), far, hidden)
 
     def _hidden(self, group: Piece, end: int, first: int, seen: list[Piece], given: Near) -> Tensor | None:
         if self.sight.window is None:
@@ -165,21 +169,21 @@ class Attention:
         made = Rows(query, keys, torch.cat([value[rows] for _, rows in seen]), hidden=hidden)
         if given.scalar is not None:
             to_anchor = torch.cat([of_scalar[0][rows] + scalars[0][number] for number, rows in seen])
-            made = replace(made, of_query=prefix(given.scalar), of_key=to_anchor)
+            made = replace(made, bias=(prefix(given.scalar), to_anchor))
         return Meeting(group.number, near, seen, made, of_query, of_key)
 
     def _seen_backward(self, grad: Tensor, part: Part, meeting: Meeting, grads: Near, d_far: Tensors) -> None:
         """Add to the gradients of near and far rows, and note those of what lies between."""
         assert self.call is not None
         near, rows = meeting.near, meeting.rows
-        dq, dk, dv, of_query, of_key = self.earlier.backward(grad[near], rows, part[near])
+        dq, dk, dv, of_bias = self.earlier.backward(grad[near], rows, part[near])
         grads.query[near] += dq * meeting.of_query.repeat_interleave(dq.shape[2] // meeting.of_query.shape[2], 2)
         wide = part.lse.dtype
         grads.gate[near] += prefix_backward(_summed(rows.query.to(wide) * dq, grads.gate.shape[2]))
         of_gate, of_scalar = rows.key.to(wide) * dk, []
-        if grads.scalar is not None and of_query is not None and of_key is not None:
-            grads.scalar[near] += prefix_backward(of_query)
-            of_scalar.append(of_key)
+        if grads.scalar is not None and of_bias is not None:
+            grads.scalar[near] += prefix_backward(of_bias[0])
+            of_scalar.append(of_bias[1])
         lengths = [some.stop - some.start for _, some in meeting.far]
         split = (x.split(lengths) for x in (dk, dv, *of_scalar))
         for (_, some), factor, of_rows in zip(meeting.far, meeting.of_key, zip(*split, strict=True), strict=True):

@@ -33,8 +33,8 @@ class Diagonal(Protocol):
             gate: [n, B, H, K] <= 0, natural logarithms, -inf too; in the dtype of sums: float32, of float64 inputs float64.
             scalar_gate: [n, B, H] <= 0, likewise; None: no γ.
             scale: on q·k alone.
-            first: [n] int32 on the inputs' device, 0 <= first[i] <= i, never falling. first[t] == t: no pair crosses from before
-                row t to t or later, so that what is summed over gates may begin anew there.
+            first: [n] int32 on the inputs' device, 0 <= first[i] <= i, never falling. first[t] == t: no pair crosses from
+                before row t to t or later, so that what is summed over gates may begin anew there.
 
         Returns:
             [n, B, H, V] in the query's dtype; and the log-sum-exp of the logits [B, H, n], natural logarithm, finite, in the

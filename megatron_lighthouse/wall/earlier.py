@@ -26,16 +26,14 @@ class Rows:
     """[m, B, H or G, K]."""
     value: Tensor
     """[m, B, G, V]."""
-    of_query: Tensor | None = None
-    """[n, B, H, 1], the scalar gates from the anchor, in the dtype of sums."""
-    of_key: Tensor | None = None
-    """[m, B, H, 1], those to it."""
+    bias: tuple[Tensor, Tensor] | None = None
+    """[n, B, H, 1] and [m, B, H, 1], the scalar gates from the anchor and to it, in the dtype of sums."""
     hidden: Tensor | None = None
     """[n, m], whom a row does not see; None: it sees all."""
 
 
-Grads = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
-"""Of the query, key, value, of_query and of_key of `Rows`."""
+Grads = tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]
+"""Of the query, key, value and bias of `Rows`."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class Stock:
     def backward(self, grad: Tensor, rows: Rows, part: Part) -> Grads:
         (dq,), (dk, dv) = self.block.backward(grad, (rows.query,), self._far(rows), part, UNMASKED)
         groups = rows.value.shape[2]
-        return dq, dk, dv.unflatten(2, (groups, -1)).sum(3, dtype=part.lse.dtype).to(dv.dtype), None, None
+        return dq, dk, dv.unflatten(2, (groups, -1)).sum(3, dtype=part.lse.dtype).to(dv.dtype), None
 
     def _far(self, rows: Rows) -> tuple[Tensor, Tensor]:
         return rows.key, rows.value.repeat_interleave(rows.key.shape[2] // rows.value.shape[2], 2)
@@ -85,22 +83,22 @@ class Plain:
             dk += change.transpose(-1, -2) @ q[:, :, some]
         dk, dv = (x.unflatten(1, (like.shape[2], -1)).sum(2) for x, like in ((dk, rows.key), (dv, rows.value)))
         d_q, d_k, d_v = (tokens_first(x).to(grad.dtype) for x in (torch.cat(dq, 2), dk, dv))
-        if rows.of_key is None:
-            return d_q, d_k, d_v, None, None
-        scalars = (tokens_first(x.unsqueeze(-1)) for x in (torch.cat(of_query, 2), of_key))
-        return d_q, d_k, d_v, *scalars
+        of_near, of_far = (tokens_first(x.unsqueeze(-1)) for x in (torch.cat(of_query, 2), of_key))
+        return d_q, d_k, d_v, None if rows.bias is None else (of_near, of_far)
 
     def _parts(self, rows: Rows) -> Iterator[tuple[slice, Rows]]:
         count = max(1, self.ELEMENTS // (rows.query.shape[1] * rows.query.shape[2] * len(rows.key)))
         for i in range(0, len(rows.query), count):
             some = slice(i, i + count)
-            given = (None if x is None else x[some] for x in (rows.of_query, rows.hidden))
-            of_query, hidden = given
-            yield some, replace(rows, query=rows.query[some], of_query=of_query, hidden=hidden)
+            bias = None if rows.bias is None else (rows.bias[0][some], rows.bias[1])
+            hidden = None if rows.hidden is None else rows.hidden[some]
+            yield some, replace(rows, query=rows.query[some], bias=bias, hidden=hidden)
 
     def _logits(self, q: Tensor, k: Tensor, rows: Rows) -> Tensor:
-        bias = (None if x is None else x.squeeze(-1).permute(1, 2, 0) for x in (rows.of_query, rows.of_key))
-        return logits_of(q, k, self.scale, *bias, rows.hidden)
+        if rows.bias is None:
+            return logits_of(q, k, self.scale, None, rows.hidden)
+        of_query, of_key = (x.squeeze(-1).permute(1, 2, 0) for x in rows.bias)
+        return logits_of(q, k, self.scale, (of_query, of_key), rows.hidden)
 
     def _spread(self, *tensors: Tensor) -> list[Tensor]:
         """[B, H, ·, ·] in the dtype of sums, a head of keys or values repeated for each of its queries."""

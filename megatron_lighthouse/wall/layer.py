@@ -55,8 +55,8 @@ class Attend:
         own_sink = None if sink is None else sink.unflatten(0, (size, -1))[rank]
 
         def whole(near: Tensors, far: Tensors) -> Tensor:
-            query, gate, *scalar = near
-            return self._over_rows(query, *far, gate, scalar[0] if scalar else None, own_sink)
+            (query, gate, *scalar), (key, value) = near, far
+            return self._over_rows(query, key, value, gate, scalar[0] if scalar else None, own_sink)
 
         near = (query, gate) if scalar_gate is None else (query, gate, scalar_gate)
         return ByHeads(whole, self.exchange)(near, (key, value))

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 
-def logits_of(
-    query: Tensor, key: Tensor, scale: float, of_query: Tensor | None, of_key: Tensor | None, hidden: Tensor | None
-) -> Tensor:
-    """[..., n, m] = scale q·k + of_query [..., n] + of_key [..., m]; -inf where hidden [n, m]."""
+def logits_of(query: Tensor, key: Tensor, scale: float, bias: tuple[Tensor, Tensor] | None, hidden: Tensor | None) -> Tensor:
+    """[..., n, m] = scale q·k + the bias of a query [..., n] and that of a key [..., m]; -inf where hidden [n, m]."""
     logits = query @ key.transpose(-1, -2) * scale
-    if of_query is not None and of_key is not None:
-        logits += of_query.unsqueeze(-1)
-        logits += of_key.unsqueeze(-2)
+    if bias is not None:
+        logits += bias[0].unsqueeze(-1)
+        logits += bias[1].unsqueeze(-2)
     return logits if hidden is None else logits.masked_fill_(hidden, -torch.inf)
 
 

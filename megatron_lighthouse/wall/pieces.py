@@ -29,7 +29,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Cut:
-    """How a sequence is cut: into chunks for the ranks, and these into pieces of `step` tokens, the last of which is shorter."""
+    """How a sequence is cut: into chunks for the ranks, and these into pieces of `step` tokens, the last may be shorter."""
 
     chunk: int
     """Tokens of a chunk."""

@@ -1,7 +1,7 @@
 """The diagonal in plain PyTorch, by doubling: right for any gate and length, any device and dtype. See `diagonal.Diagonal`.
 
-A row and its own key need no gate. Then for s = 1, 2, 4, …: of every 2s rows the later s attend to the earlier s, with the anchor
-between them: so every pair has an anchor of its own between its rows, and all sums of gates go outward from it. Ours.
+A row and its own key need no gate. Then for s = 1, 2, 4, …: of every 2s rows the later s attend to the earlier s, with
+the anchor between them: so each pair has an anchor between its rows, and all sums of gates go outward from it. Ours.
 """
 
 from __future__ import annotations
@@ -39,9 +39,8 @@ def forward(
         found, found_lse = attend(decayed.logits, halves.left(v))
         own = halves.right(lse)
         total = torch.logaddexp(own, found_lse)
-        shares = ((x - total).exp().unsqueeze(-1) for x in (own, found_lse))
-        merged = sum(x * share for x, share in zip((halves.right(out), found), shares, strict=True))
-        halves.put_right(out, merged)
+        first_share, share = ((x - total).exp().unsqueeze(-1) for x in (own, found_lse))
+        halves.put_right(out, halves.right(out) * first_share + found * share)
         halves.put_right(lse, total)
     return tokens_first(out[:, :, :rows]).to(query.dtype), lse[..., :rows]
 
@@ -117,8 +116,8 @@ class _Decayed:
     def __init__(self, halves: _Halves, q: Tensor, k: Tensor, g: Tensor, scalar: Tensor | None, scale: float) -> None:
         self.of_query, self.of_key = prefix(halves.right(g), -2).exp(), suffix(halves.left(g), -2).exp()
         self.query, self.key = halves.right(q) * self.of_query, halves.left(k) * self.of_key
-        bias = (None, None) if scalar is None else (prefix(halves.right(scalar), -1), suffix(halves.left(scalar), -1))
-        self.logits = logits_of(self.query, self.key, scale, *bias, halves.hidden)
+        bias = None if scalar is None else (prefix(halves.right(scalar), -1), suffix(halves.left(scalar), -1))
+        self.logits = logits_of(self.query, self.key, scale, bias, halves.hidden)
 
 
 def _halves(first: Tensor, q: Tensor) -> Iterator[_Halves]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+
 def formula(
     query: Tensor,
     key: Tensor,

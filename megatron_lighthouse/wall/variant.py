@@ -99,6 +99,13 @@ class Wall(Variant):
                 "as the tensor-parallel size."
             )
 
+        kind, ranks = getattr(model, "softmax_type", "vanilla"), model.context_parallel_size
+        if kind != "vanilla" and ranks > 1:
+            yield (
+                f"--softmax-type {kind} with --context-parallel-size {ranks} is not done by --attention {self.name}: use "
+                "--softmax-type vanilla, or one rank of the sequence."
+            )
+
     def position_problems(self, config: WallConfig, kind: str | None) -> Iterator[str]:
         if kind not in (None, self.position):
             why = "RoPE would rotate linear_g too" if kind in ("rope", "yarn", "mrope") else "the gates take their place"

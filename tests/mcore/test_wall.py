@@ -22,7 +22,6 @@ SAVED = 1
 NONE = ("--position-embedding-type", "none")
 ANEW = "--no-load-optim"
 GATE, BIAS, SCALAR = (f"decoder.layers.self_attention.linear_{name}" for name in ("g.weight", "g.bias", "gs.weight"))
-SINK = "decoder.layers.self_attention.core_attention.softmax_offset"
 
 
 def settings(**changes: Any) -> LighthouseSettings:
@@ -33,8 +32,8 @@ def train(folder: Path, *options: str, attention: str = "wall", ranks: int = 1) 
     return run(folder, "--attention", attention, *NONE, "--train-iters", "4", *options, ranks=ranks)
 
 
-WHOLE = ("--wall-scalar-gate", "--wall-gate-bias", "3", "--wall-gate-max", "0.86", "--softmax-type", "learnable")
-"""With all that a layer may have, and gates that matter at 256 tokens."""
+WHOLE = ("--wall-scalar-gate", "--wall-gate-bias", "3", "--wall-gate-max", "0.86")
+"""With gates that matter at 256 tokens."""
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +78,7 @@ def test_a_layout_changes_nothing(name: str, tmp_path: Path, whole: Run) -> None
 
 def test_a_checkpoint_names_its_gates(whole: Run, dense: Run) -> None:
     of_wall, of_dense = (keys(one.folder / "checkpoint", SAVED) for one in (whole, dense))
-    assert {GATE, BIAS, SCALAR, SINK} <= of_wall - of_dense
+    assert {GATE, BIAS, SCALAR} <= of_wall - of_dense
 
 
 def test_from_dense_gates_begin_near_none(tmp_path: Path, dense: Run) -> None:
@@ -93,7 +92,7 @@ def test_from_dense_gates_begin_near_none(tmp_path: Path, dense: Run) -> None:
 
 
 def test_to_dense_gates_are_lost_by_name_alone(tmp_path: Path, whole: Run) -> None:
-    given = ("--attention", "dense", *NONE, "--softmax-type", "learnable", "--train-iters", "2", *from_saved(whole))
+    given = ("--attention", "dense", *NONE, "--train-iters", "2", *from_saved(whole))
     log = refused(tmp_path, *given, ANEW)
     assert "is of --attention wall, whose weights go with no other: use --attention wall, or add" in log
     assert "--drop-attention-weights to lose linear_g, linear_gs" in log
@@ -101,14 +100,14 @@ def test_to_dense_gates_are_lost_by_name_alone(tmp_path: Path, whole: Run) -> No
 
 @pytest.mark.usefixtures("megatron")
 class TestLayers:
-    def attention(self, **changes: Any) -> Any:
+    def attention(self, model: dict[str, Any] | None = None, **changes: Any) -> Any:
         from megatron_lighthouse.mcore.attention.layer_specs import with_lighthouse
 
         torch.manual_seed(3)
-        model = gpt(with_lighthouse(local_spec(), settings(**changes)), transformer_config(num_layers=1))
+        made = gpt(with_lighthouse(local_spec(), settings(**changes)), transformer_config(num_layers=1, **(model or {})))
         tokens = torch.randint(64, (1, N))
-        model(tokens, torch.arange(N).unsqueeze(0), None).sum().backward()
-        attention = model.decoder.layers[0].self_attention
+        made(tokens, torch.arange(N).unsqueeze(0), None).sum().backward()
+        attention = made.decoder.layers[0].self_attention
         assert all(parameter.grad.any() for name, parameter in attention.named_parameters() if "linear_g" in name)
         return attention
 
@@ -116,6 +115,11 @@ class TestLayers:
         heads, tied = (self.attention(tied_gates=tied).linear_g for tied in (False, True))
         assert heads.weight.shape[0] == 32
         assert tied.weight.shape[0] == 16
+
+    def test_sinks_are_those_of_the_model(self) -> None:
+        sink = self.attention({"softmax_type": "learnable"}).core_attention.softmax_offset
+        assert sink.shape == (4,)
+        assert sink.grad.all()
 
     def test_the_bias_begins_as_asked(self) -> None:
         attention = self.attention(gate_bias=5.0, scalar_gate=True)
@@ -132,6 +136,10 @@ class TestLayers:
         ({"qk_clip": True}, "--qk-clip rescales the rows of q and k alone"),
         ({"flash_decode": True}, "--flash-decode"),
         ({"softmax_type": "learnable"}, ""),
+        (
+            {"softmax_type": "learnable", "context_parallel_size": 2},
+            "--softmax-type learnable with --context-parallel-size 2 is not done by --attention wall",
+        ),
         ({}, ""),
     ],
     ids=str,

@@ -41,8 +41,9 @@ def wall_attention(
         key: [N, B, G, K], G dividing H: query head h reads key/value head h // (H/G).
         value: [N, B, G, V]; V may differ from K.
         gate: g, [N, B, H, K], or [N, B, G, K] where the query heads of a group share them; natural logarithms <= 0, of any
-            size, -inf too. Any floating dtype: float32 keeps what bfloat16 rounds. Positive gates are refused on a CPU; on
-            a GPU, where to look would hold up the host, they are not looked for, and what they give is not defined.
+            size, -inf too. Any floating dtype: float32 keeps what bfloat16 rounds. Gates above 0 are refused by one rank on a
+            CPU. Elsewhere they are not looked for, since that would hold up the host, or one rank would fail alone; what
+            they give is not defined.
         scalar_gate: γ, [N, B, H], likewise; none by default.
         sink: β, [H], a logit of which the weight goes to no value; none by default.
         softmax_scale: on q·k alone; 1/sqrt(K) by default.
@@ -65,6 +66,8 @@ def wall_attention(
     exchange = Exchange.over(cp_group)
     check(query, key, value)
     check_gates(query, key, gate, scalar_gate, sink)
+    if exchange is None and query.device.type == "cpu":
+        _check_signs(gate=gate, scalar_gate=scalar_gate)
     if window is not None and window < 1:
         raise ValueError(f"window {window} must be at least 1, for a query sees itself: use 1 or more, or None for all tokens.")
     if exchange is not None and query.shape[0] % 2:
@@ -95,7 +98,7 @@ def check(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def check_gates(query: Tensor, key: Tensor, gate: Tensor, scalar_gate: Tensor | None, sink: Tensor | None) -> None:
-    """Raises ValueError where gates or sink do not fit the queries, or on a CPU a gate is above 0 or nan."""
+    """Raises ValueError where gates or sink do not fit the queries."""
     tokens, batch, heads, dim = query.shape
     of_heads: list[tuple[int, ...]] = [(tokens, batch, some, dim) for some in dict.fromkeys((heads, key.shape[2]))]
     fits: dict[str, tuple[Tensor | None, list[tuple[int, ...]]]] = {
@@ -110,7 +113,12 @@ def check_gates(query: Tensor, key: Tensor, gate: Tensor, scalar_gate: Tensor | 
             raise ValueError(f"{name} must be {' or '.join(map(str, shapes))}, got {tuple(x.shape)}.")
         if not x.dtype.is_floating_point or x.device != query.device:
             raise ValueError(f"{name} must be of a floating dtype on {query.device}, got {x.dtype} on {x.device}.")
-        if name != "sink" and x.device.type == "cpu" and not bool((x <= 0).all()):
+
+
+def _check_signs(**gates: Tensor | None) -> None:
+    """Raises ValueError where a gate is above 0 or nan. Reads them on the host."""
+    for name, x in gates.items():
+        if x is not None and not bool((x <= 0).all()):
             raise ValueError(
                 f"{name} must be natural logarithms <= 0, got up to {x.max().item():g}: use such as "
                 "torch.nn.functional.logsigmoid."

@@ -73,6 +73,10 @@ class Place:
     """Whether the output is to be made again in backward rather than kept."""
     rotary: Rotary | None = None
     """What queries and keys come rotated by, where that is to be known."""
+    value_dim: int | None = None
+    """D of the values, where it is not that of the keys: of a variant that is `latent`."""
+    sinks: bool = False
+    """Whether every call brings a sink for each head, [H], which only a variant that takes them is asked for."""
 
 
 class Layer(Protocol):
@@ -81,8 +85,8 @@ class Layer(Protocol):
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, *streams: Tensor, attend: Attend | None = None
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
-        """[N, B, H, D] of queries, [N, B, G, D] of keys and values, and of streams what they say; of a variant with `sinks`,
-        where the model has them, `sink` [H] too.
+        """[N, B, H, D] of queries, [N, B, G, D] of keys and values, and of streams what they say; and `sinks` [H], if the place
+        says that there are.
 
         Returns:
             [N, B, H, D]; and what makes it again, without autograd, where it need not be kept for backward: else None.
@@ -126,14 +130,14 @@ class Variant:
     """Whether it is Megatron's own core attention, in whose place nothing is put."""
     streams: tuple[Stream, ...] = ()
     """All that it may have, whatever its config."""
-    sinks = False
-    """Whether its layers take the model's sinks, those of --softmax-type."""
     position: str | None = None
     """The --position-embedding-type that `make train` gives it; None: the preset's."""
     dense_weights = True
     """Whether a dense model may take its weights, less those of its streams."""
     switches = False
     """Whether layers may be dense at the model's ends, and become so in stage 2: `--lighthouse-dense-first` and those after."""
+    latent = False
+    """Whether values may have another width than keys, as those of MLA."""
     selects = False
     """Whether its layers attend to gathered rows, those of `cost`, instead of all tokens."""
     corrects = False

@@ -38,11 +38,11 @@ class Layer:
         value: Tensor,
         *streams: Tensor,
         attend: backends.Attend | None = None,
-        sink: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
         gate, *scalar = streams
         with running.layer(self.number):
-            return self.attend(query, key, value, gate, scalar[0] if scalar else None, sink), None
+            return self.attend(query, key, value, gate, scalar[0] if scalar else None, sinks), None
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ class OverDocuments:
         *streams: Tensor,
         documents: Documents,
         attend: AttendDocuments | None = None,
-        sink: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
         bounds = [0]
         for length in documents.lengths:
             bounds.append(bounds[-1] + length)
         made = _made(self.config, query, key, self.place, Sight(tuple(bounds)))
-        return Layer(made, self.place.number)(query, key, value, *streams, sink=sink)
+        return Layer(made, self.place.number)(query, key, value, *streams, sinks=sinks)
 
 
 class Wall(Variant):
@@ -80,7 +80,6 @@ class Wall(Variant):
         Stream("gs", rotated=False, bias=8.0, per_channel=False),
     )
     dense_weights = False
-    sinks = True
     position = "none"
 
     def streams_of(self, config: WallConfig) -> tuple[Stream, ...]:
@@ -97,13 +96,6 @@ class Wall(Variant):
             yield (
                 f"--num-query-groups {groups} must be a multiple of --tensor-model-parallel-size {ranks}: use a divisor of it "
                 "as the tensor-parallel size."
-            )
-
-        kind, ranks = getattr(model, "softmax_type", "vanilla"), model.context_parallel_size
-        if kind != "vanilla" and ranks > 1:
-            yield (
-                f"--softmax-type {kind} with --context-parallel-size {ranks} is not done by --attention {self.name}: use "
-                "--softmax-type vanilla, or one rank of the sequence."
             )
 
     def position_problems(self, config: WallConfig, kind: str | None) -> Iterator[str]:

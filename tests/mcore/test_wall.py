@@ -23,17 +23,21 @@ NONE = ("--position-embedding-type", "none")
 ANEW = "--no-load-optim"
 GATE, BIAS, SCALAR = (f"decoder.layers.self_attention.linear_{name}" for name in ("g.weight", "g.bias", "gs.weight"))
 
+SINK = "decoder.layers.self_attention.core_attention.softmax_offset"
+
 
 def settings(**changes: Any) -> LighthouseSettings:
     return LighthouseSettings(WallConfig(**changes), 0, 0, discard_output=False, variant="wall")
 
 
 def train(folder: Path, *options: str, attention: str = "wall", ranks: int = 1) -> Run:
-    return run(folder, "--attention", attention, *NONE, "--train-iters", "4", *options, ranks=ranks)
+    return run(
+        folder, "--attention", attention, *NONE, "--softmax-type", "learnable", "--train-iters", "4", *options, ranks=ranks
+    )
 
 
-WHOLE = ("--wall-scalar-gate", "--wall-gate-bias", "3", "--wall-gate-max", "0.86")
-"""With gates that matter at 256 tokens."""
+WHOLE = ("--wall-scalar-gate", "--wall-gate-bias", "3", "--wall-gate-max", "0.86", "--softmax-type", "learnable")
+"""With all that a layer may have, and gates that matter at 256 tokens."""
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +82,7 @@ def test_a_layout_changes_nothing(name: str, tmp_path: Path, whole: Run) -> None
 
 def test_a_checkpoint_names_its_gates(whole: Run, dense: Run) -> None:
     of_wall, of_dense = (keys(one.folder / "checkpoint", SAVED) for one in (whole, dense))
-    assert {GATE, BIAS, SCALAR} <= of_wall - of_dense
+    assert {GATE, BIAS, SCALAR, SINK} <= of_wall - of_dense
 
 
 def test_from_dense_gates_begin_near_none(tmp_path: Path, dense: Run) -> None:
@@ -92,7 +96,7 @@ def test_from_dense_gates_begin_near_none(tmp_path: Path, dense: Run) -> None:
 
 
 def test_to_dense_gates_are_lost_by_name_alone(tmp_path: Path, whole: Run) -> None:
-    given = ("--attention", "dense", *NONE, "--train-iters", "2", *from_saved(whole))
+    given = ("--attention", "dense", *NONE, "--softmax-type", "learnable", "--train-iters", "2", *from_saved(whole))
     log = refused(tmp_path, *given, ANEW)
     assert "is of --attention wall, whose weights go with no other: use --attention wall, or add" in log
     assert "--drop-attention-weights to lose linear_g, linear_gs" in log
@@ -136,10 +140,6 @@ class TestLayers:
         ({"qk_clip": True}, "--qk-clip rescales the rows of q and k alone"),
         ({"flash_decode": True}, "--flash-decode"),
         ({"softmax_type": "learnable"}, ""),
-        (
-            {"softmax_type": "learnable", "context_parallel_size": 2},
-            "--softmax-type learnable with --context-parallel-size 2 is not done by --attention wall",
-        ),
         ({}, ""),
     ],
     ids=str,

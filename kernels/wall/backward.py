@@ -1,4 +1,4 @@
-"""The backward pass: pairs within tiles, then earlier tiles of keys, then later tiles of queries, then the gates' suffix sums."""
+"""The backward pass: pairs within tiles, earlier tiles of keys, later tiles of queries, and the gates' suffix sums."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The forward pass: output and log-sum-exp of a tile of queries, over its own keys and then over earlier tiles, back to `first`."""
+"""The forward pass: output and log-sum-exp of a tile of queries, over its own keys, then over earlier tiles back to `first`."""
 
 from __future__ import annotations
 

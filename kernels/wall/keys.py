@@ -77,7 +77,9 @@ def keys_kernel(
         p_grad_h = p_grad + i_b * strides_grad[1] + i_h * strides_grad[2]
         p_lse_h = p_lse + i_b * strides_lse[0] + i_h * strides_lse[1]
         p_delta_h = p_delta + i_b * strides_delta[0] + i_h * strides_delta[1]
-        p_totals_h = p_totals + (i_tile + 1).to(tl.int64) * strides_totals[0] + i_b * strides_totals[1] + i_h * strides_totals[2]
+        p_totals_h = (
+            p_totals + (i_tile + 1).to(tl.int64) * strides_totals[0] + i_b * strides_totals[1] + i_h * strides_totals[2]
+        )
         if SCALAR:
             p_scalar_h = p_scalar + i_b * strides_scalar[1] + i_h * strides_scalar[2]
             scalar_after, scalar_between = scalars_after(p_scalar_h, strides_scalar[0], i_n, rows, ROWS), 0.0

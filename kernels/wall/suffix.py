@@ -14,7 +14,16 @@ from megatron_lighthouse.kernels.wall.tiles import blocks_of
 
 @triton.jit(repr=lambda _: "wall_suffix_totals", do_not_specialize=["rows"])
 def totals_kernel(
-    p_sums, p_totals, p_starts, strides_sums, strides_totals, rows, H, K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr
+    p_sums,
+    p_totals,
+    p_starts,
+    strides_sums,
+    strides_totals,
+    rows,
+    H,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """Program b * H + h of each tile: the sum of its rows of the document that began before it."""
     tiles = (rows + ROWS - 1) // ROWS

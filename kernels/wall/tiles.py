@@ -25,8 +25,10 @@ def blocks_of(kernel: str, dim: int, itemsize: int) -> Blocks:
     """By the larger of K and V and the dtype alone, for 'prepare', 'forward', 'near', 'queries', 'keys' or 'sums'."""
     if itemsize == 4:  # multiplied without tensor cores
         return Blocks(32, 4, 1)
-    wide = padded(dim) > 128
-    return Blocks(32 if wide else 64, 4 if kernel in ("prepare", "sums") else 8, 1 if wide or kernel == "near" else 2)
+    wide = padded(dim)
+    if kernel == "near":
+        return Blocks(64 if wide <= 128 else 32, 16 if wide == 128 else 8, 1)
+    return Blocks(64 if wide <= 128 else 32, 4 if kernel == "sums" else 8, 2 if wide <= 128 else 1)
 
 
 def constants_of(query: Tensor, value: Tensor, scale: float, scalar: bool, rows: int) -> dict[str, int | float]:
@@ -85,7 +87,7 @@ def anchored(g, g_next, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.cons
 
 @triton.jit
 def anchored_corner(g, g_next, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Those of all queries and keys to the middle of each 8 rows: exponents lie within ±80, which fp32 holds."""
+    """Those of all queries and keys to the middle of each 8 rows: exponents lie within ±80."""
     later = (tl.arange(0, ROWS) // 4 % 2 == 1)[:, None]
     before, after = outward(g, g_next, 4, ROWS, BLOCK_K)
     exponent = tl.where(later, before, -after)
@@ -93,12 +95,12 @@ def anchored_corner(g, g_next, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def held(x, HALF: tl.constexpr, DTYPE: tl.constexpr):
-    """Operands of products: within 16 rows in fp32, for most of the gates' gradients are there; else in the inputs' dtype."""
-    if HALF <= 8:
-        return x.to(tl.float32)
+def held(x, dtype: tl.constexpr):
+    """`x` within ±e^80 in bf16 if that is the inputs' dtype, else in fp32: fp16 cannot hold it."""
+    if dtype == tl.bfloat16:
+        return x.to(dtype)
     else:
-        return x.to(DTYPE)
+        return x.to(tl.float32)
 
 
 @triton.jit
@@ -117,13 +119,12 @@ def near_logits(q, k, g, g_next, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK_K
     """
     precision: tl.constexpr = "ieee" if WIDE else "tf32x3"
     w_q, w_k = anchored_corner(g, g_next, ROWS, BLOCK_K)
-    logits = tl.dot(q.to(tl.float32) * w_q, tl.trans(k.to(tl.float32) * w_k), input_precision=precision)
+    logits = tl.dot(held(q * w_q, q.dtype), tl.trans(held(k * w_k, q.dtype)), input_precision=precision)
     logits = tl.where(together(8, ROWS), logits, 0.0)
     for level in tl.static_range(4):
         if ROWS >> (level + 1) >= 8:
             w_q, w_k = anchored(g, g_next, ROWS >> (level + 1), ROWS, BLOCK_K)
-            q_level, k_level = held(q * w_q, ROWS >> (level + 1), q.dtype), held(k * w_k, ROWS >> (level + 1), q.dtype)
-            product = tl.dot(q_level, tl.trans(k_level), input_precision=precision)
+            product = tl.dot((q * w_q).to(q.dtype), tl.trans((k * w_k).to(k.dtype)), input_precision="ieee")
             logits += tl.where(together(ROWS >> level, ROWS), product, 0.0)
     return logits
 

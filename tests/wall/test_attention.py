@@ -49,16 +49,6 @@ def test_the_formula(gate: float, how: dict[str, Any], pieces: None) -> None:
             assert_close(found, one, "ranks float64")
 
 
-def test_gradients_by_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Step, "TOKENS", 4)
-    leaves = [x.requires_grad_() for x in inputs(6, 1, 2, 1, (2, 1), scalar=-0.3, sink=True)[:-1]]
-    names = ("scalar_gate", "sink")
-    assert torch.autograd.gradcheck(
-        lambda *x: wall_attention(*x[:4], **dict(zip(names, x[4:], strict=True)), window=5),
-        [*leaves[:3], leaves[3] - 0.01, leaves[4] - 0.01, leaves[5]],
-    )
-
-
 def test_strides_change_nothing(pieces: None) -> None:
     tensors = inputs(12, 2, 4, 2, (6, 6))
     strided = [x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2) for x in tensors]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_lighthouse.kernels import wall as kernels
+from megatron_lighthouse.profiling.names import kernel_mark
 from megatron_lighthouse.wall import attention, layer, reference
 from megatron_lighthouse.wall.attention import wall_attention
 from megatron_lighthouse.wall.earlier import Plain
@@ -28,6 +29,14 @@ def test_pieces_by_the_kernels(gate: float, monkeypatch: pytest.MonkeyPatch) -> 
     found = with_grads(wall_attention, [x.to(DEVICE, torch.float32) for x in tensors], **how)
     for one, other in zip(found, expected, strict=True):
         assert float((one.double().cpu() - other).norm() / other.norm()) < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("kernel", "direction"),
+    [("forward", "forward"), ("prepare", None), ("keys_backward", "backward"), ("suffix_sums", "backward")],
+)
+def test_profiles_know_the_kernels(kernel: str, direction: str | None) -> None:
+    assert kernel_mark(f"wall_{kernel}") == ("attend", direction)
 
 
 def test_what_is_taken_where(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.parts import Mask, Part, Tensors
-from megatron_lighthouse.wall.decay import prefix, prefix_backward
+from megatron_lighthouse.wall.decay import prefix, prefix_backward, spread
 from megatron_lighthouse.wall.diagonal import Diagonal
 from megatron_lighthouse.wall.earlier import Earlier, Rows
 from megatron_lighthouse.wall.pieces import Cut, Piece, Sight
@@ -44,7 +44,7 @@ class Near(NamedTuple):
 
     def spread_gate(self) -> Tensor:
         """A gate for each query head."""
-        return self.gate.repeat_interleave(self.query.shape[2] // self.gate.shape[2], 2)
+        return spread(self.gate, self.query.shape[2])
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Near:
         query, key, value, gate = (change(x) for x in self[:4])
@@ -164,7 +164,7 @@ class Attention:
         between, *scalars = self.call.between(group.number)
         key, value, *of_scalar = far
         of_query, of_key = prefix(given.gate).exp(), [between[number].exp() for number, _ in seen]
-        query = (given.query * of_query.repeat_interleave(given.query.shape[2] // of_query.shape[2], 2)).to(key.dtype)
+        query = (given.query * spread(of_query, given.query.shape[2])).to(key.dtype)
         keys = torch.cat([(key[rows] * factor).to(key.dtype) for (_, rows), factor in zip(seen, of_key, strict=True)])
         made = Rows(query, keys, torch.cat([value[rows] for _, rows in seen]), hidden=hidden)
         if given.scalar is not None:
@@ -177,7 +177,7 @@ class Attention:
         assert self.call is not None
         near, rows = meeting.near, meeting.rows
         dq, dk, dv, of_bias = self.earlier.backward(grad[near], rows, part[near])
-        grads.query[near] += dq * meeting.of_query.repeat_interleave(dq.shape[2] // meeting.of_query.shape[2], 2)
+        grads.query[near] += dq * spread(meeting.of_query, dq.shape[2])
         wide = part.lse.dtype
         grads.gate[near] += prefix_backward(_summed(rows.query.to(wide) * dq, grads.gate.shape[2]))
         of_gate, of_scalar = rows.key.to(wide) * dk, []

@@ -30,7 +30,7 @@ class WallConfig:
 
     gate_max: float = option(
         0.0,
-        "Clamp gates softly, as m expm1(g / m), so that none is below -m (Tilde: 0.86). Default: 0, not at all.",
+        "Clamp channels' gates softly, as m expm1(g / m), so that none is below -m (Tilde: 0.86). Default: 0, not at all.",
     )
     """The most that a token can make a channel fade; 0: any."""
 
@@ -47,7 +47,7 @@ class WallConfig:
     def __post_init__(self) -> None:
         if self.kernels not in KERNELS:
             raise ValueError(f"--wall-kernels {self.kernels} is not known: use {', '.join(KERNELS[:-1])} or {KERNELS[-1]}.")
-        if not math.isfinite(self.gate_bias):
-            raise ValueError(f"--wall-gate-bias {self.gate_bias} must be finite: use such as 8.")
+        if not -40 <= self.gate_bias <= 40:
+            raise ValueError(f"--wall-gate-bias {self.gate_bias} must lie between -40 and 40: use such as 8.")
         if not 0 <= self.gate_max < math.inf:
             raise ValueError(f"--wall-gate-max {self.gate_max} must be positive, or 0 for none: use such as 0.86.")

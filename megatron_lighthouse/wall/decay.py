@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 
+def spread(x: Tensor, heads: int) -> Tensor:
+    """[n, B, G, ·] -> [n, B, heads, ·]: each of G heads for as many of `heads`, in order; as it is where these are as many."""
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
+
+
 def prefix(gate: Tensor, dim: int = 0) -> Tensor:
     """Σ_{t<=i}: from the anchor before the first row up to each row's own gate."""
     return gate.cumsum(dim, dtype=torch.float64).to(gate.dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_lighthouse.context_parallel.parts import Block, Mask, Part
 from megatron_lighthouse.softmax.blocks import heads_first, tokens_first
+from megatron_lighthouse.wall.decay import spread
 from megatron_lighthouse.wall.pairs import attend, change_of, logits_of
 
 UNMASKED = Mask((1,), (0,))
@@ -51,7 +52,7 @@ class Stock:
         return dq, dk, dv.unflatten(2, (groups, -1)).sum(3, dtype=part.lse.dtype).to(dv.dtype), None
 
     def _far(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        return rows.key, rows.value.repeat_interleave(rows.key.shape[2] // rows.value.shape[2], 2)
+        return rows.key, spread(rows.value, rows.key.shape[2])
 
 
 @dataclass(frozen=True)

@@ -41,12 +41,13 @@ class Attend:
     exchange: Exchange | None = None
     comm_type: str = "p2p"
     gates: Gates | None = None
+    scalar_gates: Gates | None = None
 
     @profiled("attend")
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, scalar_gate: Tensor | None, sink: Tensor | None
     ) -> Tensor:
-        """See `wall_attention`; the scalar gate is [n, B, H, 1] here. Gates are what `gates` makes of these."""
+        """See `wall_attention`; the scalar gate is [n, B, H, 1]. Gates are what `gates` and `scalar_gates` make of these."""
         given = [x for x in (query, key, value, gate, scalar_gate, sink) if x is not None]
         refuse_transforms(*given, of="wall_attention")
         if self.exchange is None or self.comm_type != "a2a":
@@ -67,8 +68,9 @@ class Attend:
         """Of the heads that are here: over the rows that are, or those of all ranks."""
         exchange = None if self.comm_type == "a2a" else self.exchange
         wide = torch.promote_types(query.dtype, torch.float32)
-        make = self.gates or (lambda x: x.to(wide))
-        gate, scalar = make(gate), None if scalar is None else make(scalar)
+        gate = self.gates(gate) if self.gates else gate.to(wide)
+        if scalar is not None:
+            scalar = self.scalar_gates(scalar) if self.scalar_gates else scalar.to(wide)
         if sink is not None:
             sink = sink.to(wide).view(1, 1, -1, 1).expand(*query.shape[:3], 1)
         call = Call()
@@ -96,6 +98,7 @@ def build(
     kernels: str = "auto",
     biased: bool = False,
     gates: Gates | None = None,
+    scalar_gates: Gates | None = None,
 ) -> Attend:
     """The layer for inputs like these, of which shapes, dtype and device count; see `wall_attention`.
 
@@ -120,4 +123,4 @@ def build(
     diagonal = diagonal_for(kernels, query.device, query.dtype, max(query.shape[-1], value.shape[-1]))
     earlier = earlier_for(query, value, gate_heads, scale, biased, sight.window is not None)
     first = first_rows(cut, sight, chunks, query.device)
-    return Attend(Attention(diagonal, earlier, scale, cut, sight, first), exchange, comm_type, gates)
+    return Attend(Attention(diagonal, earlier, scale, cut, sight, first), exchange, comm_type, gates, scalar_gates)

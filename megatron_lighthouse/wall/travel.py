@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.wall.decay import suffix, suffix_backward
+from megatron_lighthouse.wall.decay import spread, suffix, suffix_backward
 from megatron_lighthouse.wall.pieces import Piece
 
 PURPOSE = "totals"
@@ -59,7 +59,7 @@ class Decayed(torch.autograd.Function):
         own = [torch.stack([x[piece.rows].sum(0, dtype=torch.float64) for piece in pieces]).to(x.dtype) for x in gates]
         call.totals = own if exchange is None else [exchange.in_order(exchange.all_gather(x, PURPOSE)) for x in own]
         gate, *scalar = (_sums(x, pieces) for x in gates)
-        return (_spread(key, gate) * gate.exp()).to(key.dtype), *scalar
+        return (spread(key, gate.shape[2]) * gate.exp()).to(key.dtype), *scalar
 
     @staticmethod
     @once_differentiable
@@ -72,7 +72,7 @@ class Decayed(torch.autograd.Function):
             shares = (exchange.all_to_all(exchange.out_of_order(x).flatten(0, 1), PURPOSE) for x in totals)
             totals = [x.unflatten(0, (exchange.size, -1)).sum(0) for x in shares]
         d_gates = []
-        for x, through, total in zip(gates, (_spread(key, gates[0]) * grad, *of_scalar), totals, strict=True):
+        for x, through, total in zip(gates, (spread(key, gates[0].shape[2]) * grad, *of_scalar), totals, strict=True):
             of_rows = [suffix_backward(through[p.rows].double()) + own for p, own in zip(pieces, total, strict=True)]
             d_gates.append(torch.cat(of_rows).to(x.dtype))
         d_key = grad.unflatten(2, (key.shape[2], -1)).sum(3).to(key.dtype)
@@ -82,8 +82,3 @@ class Decayed(torch.autograd.Function):
 def _sums(gate: Tensor, pieces: list[Piece]) -> Tensor:
     """From each row's next gate to the end of its piece."""
     return torch.cat([suffix(gate[piece.rows]) for piece in pieces])
-
-
-def _spread(key: Tensor, gate: Tensor) -> Tensor:
-    """A key head for each head of the gates."""
-    return key.repeat_interleave(gate.shape[2] // key.shape[2], 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -110,6 +111,13 @@ class Wall(Variant):
                 "use --context-parallel-size 1, or --attention dense."
             )
 
+    def remarks(self, config: WallConfig, args: Any) -> Iterator[str]:
+        each = math.log1p(math.exp(-config.gate_bias))
+        yield (
+            f"wall: --wall-gate-bias {config.gate_bias:g}: at first a channel fades to 1/e in {1 / each:,.0f} tokens, and to "
+            f"{math.exp(-each * args.seq_length):.2g} over --seq-length {args.seq_length}."
+        )
+
     def build(self, config: WallConfig, query: Tensor, key: Tensor, place: Place) -> Layer:
         return Layer(_made(config, query, key, place), place.number)
 
@@ -128,7 +136,7 @@ class Wall(Variant):
 def _made(config: WallConfig, query: Tensor, key: Tensor, place: Place, sight: Sight | None = None) -> Attend:
     heads = key.shape[2] if config.tied_gates else query.shape[2]
     how = (place.exchange, place.comm_type, place.scale, sight, config.kernels, config.scalar_gate)
-    return build(query, key, key, heads, *how, LogSigmoid(config.gate_max))
+    return build(query, key, key, heads, *how, LogSigmoid(config.gate_max), LogSigmoid())
 
 
 WALL = Wall()

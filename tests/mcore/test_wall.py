@@ -79,6 +79,10 @@ def test_a_layout_changes_nothing(name: str, tmp_path: Path, whole: Run) -> None
 def test_a_checkpoint_names_its_gates(whole: Run, dense: Run) -> None:
     of_wall, of_dense = (keys(one.folder / "checkpoint", SAVED) for one in (whole, dense))
     assert of_wall - of_dense >= {GATE, BIAS, SCALAR}
+    assert (
+        "wall: --wall-gate-bias 3: at first a channel fades to 1/e in 21 tokens, and to 3.9e-06 over --seq-length 256"
+        in whole.log
+    )
 
 
 def test_from_dense_gates_begin_near_none(tmp_path: Path, dense: Run) -> None:

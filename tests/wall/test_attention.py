@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse.wall.attention import wall_attention
+from megatron_lighthouse.wall.gates import LogSigmoid
 from megatron_lighthouse.wall.layer import Step
 from tests.tolerances import assert_close
 from tests.wall.oracle import formula, inputs, with_grads
@@ -185,3 +186,15 @@ def test_few_logits_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Size, "ELEMENTS", 40)
     for found, one in zip(with_grads(wall_attention, tensors, window=12), expected, strict=True):
         assert_close(found, one, "float64")
+
+
+@pytest.mark.parametrize("most", [0.0, 0.86])
+def test_gates_of_logits(most: float) -> None:
+    """The hand-written gradient, and a soft clamp that no gate passes."""
+    logits = torch.tensor([-40.0, -2.0, 0.0, 3.0, 8.0, 40.0], dtype=torch.float64, requires_grad=True)
+    gates = LogSigmoid(most)(logits)
+    assert torch.autograd.gradcheck(LogSigmoid(most), logits)
+    assert (gates <= 0).all()
+    if most:
+        assert (gates >= -most).all()
+    assert LogSigmoid(most)(logits.bfloat16()).dtype == torch.float32

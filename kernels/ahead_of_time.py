@@ -34,14 +34,22 @@ from megatron_lighthouse.kernels.parallax import tiles
 from megatron_lighthouse.kernels.parallax.forward import forward_kernel
 from megatron_lighthouse.kernels.parallax.keys import keys_kernel
 from megatron_lighthouse.kernels.parallax.queries import queries_kernel
+from megatron_lighthouse.kernels.wall import tiles as wall_tiles
+from megatron_lighthouse.kernels.wall.forward import forward_kernel as wall_forward_kernel
+from megatron_lighthouse.kernels.wall.keys import keys_kernel as wall_keys_kernel
+from megatron_lighthouse.kernels.wall.near import near_kernel
+from megatron_lighthouse.kernels.wall.prepare import prepare_kernel
+from megatron_lighthouse.kernels.wall.queries import queries_kernel as wall_queries_kernel
+from megatron_lighthouse.kernels.wall.suffix import suffix_kernel, totals_kernel
 from megatron_lighthouse.lighthouse.geometry import Geometry
 from megatron_lighthouse.lighthouse.packed.rule import Rule
 
 FP32 = {
     *("p_scores", "p_turns", "p_finer", "p_coarser", "p_squares"),
     *("p_lse", "p_part_lse", "p_mean", "p_of_output", "p_of_value"),
+    *("p_gate", "p_scalar", "p_totals", "p_delta", "p_sums", "p_sum_dq", "p_sum_dk", "p_sum_dv", "p_scalar_sums", "p_later"),
 }
-INT32 = {"p_ranks", "p_places", "p_documents", "p_tiles", "p_starts", "p_blocks", "p_bounds", "p_ends"}
+INT32 = {"p_first", "p_ranks", "p_places", "p_documents", "p_tiles", "p_starts", "p_blocks", "p_bounds", "p_ends"}
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -130,6 +138,24 @@ def compile_parallax(
         yield _compile(kernel, capability, dtype, constants, blocks.warps, num_stages=blocks.stages)
 
 
+def compile_wall(capability: int, dtype: str, key_dim: int, value_dim: int, scalar: bool = False) -> Iterator[Report]:
+    """Compile the kernels of Wall likewise; `scalar`: with scalar gates."""
+    widest, own = max(key_dim, value_dim), {"K": key_dim, "BLOCK_K": padded(key_dim)}
+    for kernel, name in ((prepare_kernel, "prepare"), (totals_kernel, "sums"), (suffix_kernel, "sums")):
+        itemsize = BYTES["fp32" if name == "sums" else dtype]
+        blocks = wall_tiles.blocks_of(name, widest, itemsize)
+        yield _compile(kernel, capability, dtype, {**own, "ROWS": blocks.rows}, blocks.warps)
+    for kernel, name in (
+        (wall_forward_kernel, "forward"),
+        (near_kernel, "near"),
+        (wall_queries_kernel, "queries"),
+        (wall_keys_kernel, "keys"),
+    ):
+        blocks = wall_tiles.blocks_of(name, widest, BYTES[dtype])
+        constants = wall_tiles.constants(key_dim, value_dim, key_dim**-0.5, scalar, dtype == "fp32", blocks.rows)
+        yield _compile(kernel, capability, dtype, constants, blocks.warps, num_stages=blocks.stages)
+
+
 def _compile(kernel: Any, capability: int, dtype: str, constants: Mapping[str, Any], warps: int, **options: Any) -> Report:
     signature: dict[str, Any] = {}
     aligned: dict[tuple[int, ...], Any] = {}
@@ -179,6 +205,7 @@ def main() -> None:
             *compile_all(capability, geometry, *layer[1:]),
             *compile_packed(capability, geometry, *layer[1:]),
             *compile_parallax(*layer),
+            *compile_wall(*layer, options.dim),
         ):
             print(f"        {report.kernel:32} {report.registers:9} {report.shared_bytes:13} {report.spilled_bytes:14}")
 

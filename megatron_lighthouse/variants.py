@@ -8,12 +8,14 @@ from megatron_lighthouse.lighthouse.variant import LIGHTHOUSE
 from megatron_lighthouse.parallax.variant import PARALLAX
 from megatron_lighthouse.softmax.variant import DENSE
 from megatron_lighthouse.variant import Stream, Variant
+from megatron_lighthouse.wall.variant import WALL
 
 __all__ = [
     "DENSE",
     "LIGHTHOUSE",
     "PARALLAX",
     "VARIANTS",
+    "WALL",
     "base_in",
     "counted",
     "named_in",
@@ -34,6 +36,7 @@ def register(variant: Variant) -> None:
 register(DENSE)
 register(LIGHTHOUSE)
 register(PARALLAX)
+register(WALL)
 
 
 def base_in(args: Any) -> Variant | None:

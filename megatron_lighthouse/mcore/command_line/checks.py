@@ -200,7 +200,7 @@ def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Ite
         if getattr(config, name, False):
             yield f"--{name.replace('_', '-')} is not supported: leave it out (fp8 in the linear layers works without it)."
     further = getattr(config, "mtp_num_layers", None) or 0  # Megatron counts these from 1, as the model's own
-    if further and (settings.edge_budget is not None or further > settings.dense_first or settings.base.streams):
+    if further and (settings.edge_budget is not None or further > settings.dense_first or settings.streams):
         use = f"leave {flag('edge_budget')} out, and use {flag('dense_first')} {further} or more."
         yield (
             f"--mtp-num-layers {further} makes layers that are to stay dense, and go by the numbers of the first of the model: "
@@ -232,7 +232,7 @@ def _attention(config: TransformerConfig, settings: LighthouseSettings) -> Itera
 
 def _streams(config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:
     """Where more is projected from a layer's input than q, k and v."""
-    if not settings.base.streams:
+    if not settings.streams:
         return
     if getattr(config, "fused_single_qkv_rope", False):
         yield f"fused_single_qkv_rope rotates q, k and v alone: turn it off with --attention {settings.variant}."
@@ -242,7 +242,7 @@ def _streams(config: TransformerConfig, settings: LighthouseSettings) -> Iterato
 
 def unnormed(settings: LighthouseSettings) -> str:
     """Why no stream can be read from a layer's input where the norm is part of linear_qkv."""
-    names = ", ".join(f"linear_{stream.name}" for stream in settings.base.streams)
+    names = ", ".join(f"linear_{stream.name}" for stream in settings.streams)
     return (
         f"--attention {settings.variant} reads a layer's normed input by {names}, and this layer spec norms it within "
         "linear_qkv: use --transformer-impl local."
@@ -252,12 +252,7 @@ def unnormed(settings: LighthouseSettings) -> str:
 def _streams_of_run(args: Namespace, settings: LighthouseSettings) -> Iterator[str]:
     """Streams travel as heads of the queries, which RoPE rotates."""
     kind = getattr(args, "position_embedding_type", None)
-    for stream in settings.base.streams:
-        if not stream.rotated and kind in ("rope", "yarn", "mrope"):
-            yield (
-                f"--position-embedding-type {kind} would rotate linear_{stream.name} of --attention {settings.variant}, which "
-                "must not be: use --position-embedding-type none."
-            )
+    yield from settings.base.position_problems(settings.base_config, kind)
 
 
 def _comm_types(config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:

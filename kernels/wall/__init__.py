@@ -1,0 +1,13 @@
+"""The diagonal of Wall as Triton kernels: what `megatron_lighthouse.wall.diagonal` describes.
+
+Gates are summed outward from an anchor, tile by tile: no sum runs over the sequence, and none is subtracted from another. No
+atomics; every sum has one order, so results are bit-identical from run to run. Tiles are a table by head dimension and dtype.
+"""
+
+from __future__ import annotations
+
+from megatron_lighthouse.kernels.wall.backward import backward
+from megatron_lighthouse.kernels.wall.forward import forward
+from megatron_lighthouse.kernels.wall.suffix import suffix_sums
+
+__all__ = ["backward", "forward", "suffix_sums"]

@@ -1,0 +1,85 @@
+"""What all pairs of tiles need: queries decayed from their tile's first row, keys to their tile's end, and totals between.
+
+A query of tile I and a key of tile J < I are then (q̃ exp(sum of the totals of the tiles between)) · k̃: every exponent is a sum
+of gates that lie between the two, and none is a difference.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_lighthouse.kernels.launch import cdiv, enqueue, padded, strides
+from megatron_lighthouse.kernels.parallax.tiles import put, tile
+from megatron_lighthouse.kernels.wall.tiles import Blocks, gates, outward
+
+
+@triton.jit(repr=lambda _: "wall_prepare", do_not_specialize=["rows"])
+def prepare_kernel(
+    p_q,
+    p_k,
+    p_gate,
+    p_near,
+    p_far,
+    p_totals,
+    strides_q,
+    strides_k,
+    strides_gate,
+    strides_near,
+    strides_far,
+    strides_totals,
+    rows,
+    H,
+    R,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Program b * H + h of each tile."""
+    tiles = (rows + ROWS - 1) // ROWS
+    heads = tl.num_programs(0) // tiles
+    i_tile, i_head = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
+    i_b, i_h = i_head // H, i_head % H
+    i_m = tl.program_id(0) // heads * ROWS + tl.arange(0, ROWS)
+    p_gate += i_b * strides_gate[1] + i_h * strides_gate[2]
+    g = gates(p_gate, strides_gate[0], i_m, rows, K, BLOCK_K)
+    before, after = outward(g, gates(p_gate, strides_gate[0], i_m + 1, rows, K, BLOCK_K), ROWS, ROWS, BLOCK_K)
+    q = tile(p_q + i_b * strides_q[1] + i_h * strides_q[2], strides_q[0], i_m, rows, K, BLOCK_K)
+    k = tile(p_k + i_b * strides_k[1] + i_h // R * strides_k[2], strides_k[0], i_m, rows, K, BLOCK_K)
+    p_near += i_b * strides_near[1] + i_h * strides_near[2]
+    p_far += i_b * strides_far[1] + i_h * strides_far[2]
+    put(p_near, strides_near[0], i_m, rows, q * tl.exp(before), K, BLOCK_K)
+    put(p_far, strides_far[0], i_m, rows, k * tl.exp(after), K, BLOCK_K)
+    i_k = tl.arange(0, BLOCK_K)
+    p_totals += i_tile * strides_totals[0] + i_b * strides_totals[1] + i_h * strides_totals[2]
+    tl.store(p_totals + i_k, tl.sum(g, 0), mask=i_k < K)
+
+
+class Prepared(NamedTuple):
+    """[n, B, H, K] in the inputs' dtype, and [tiles, B, H, K] fp32."""
+
+    near: Tensor
+    far: Tensor
+    totals: Tensor
+
+
+def prepare(query: Tensor, key: Tensor, gate: Tensor, blocks: Blocks) -> Prepared:
+    """Of tensors whose last dimension is contiguous."""
+    rows, batch, heads, dim = query.shape
+    tiles = cdiv(rows, blocks.rows)
+    near, far = (torch.empty(query.shape, dtype=query.dtype, device=query.device) for _ in range(2))
+    totals = torch.empty(tiles, batch, heads, dim, dtype=torch.float32, device=query.device)
+    tensors = [query, key, gate, near, far, totals]
+    enqueue(
+        prepare_kernel,
+        (tiles * batch * heads, 1, 1),
+        tensors,
+        (*(strides(x) for x in tensors), rows, heads, heads // key.shape[2]),
+        {"K": dim, "BLOCK_K": padded(dim), "ROWS": blocks.rows},
+        num_warps=blocks.warps,
+    )
+    return Prepared(near, far, totals)

@@ -1,0 +1,45 @@
+"""The kernels are compiled for Hopper and Blackwell without a GPU: what the assembler says of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+COMPILED = """
+import json, sys
+from megatron_lighthouse.kernels.ahead_of_time import compile_wall
+capability, dtype, key_dim, value_dim, scalar = json.loads(sys.argv[1])
+print(json.dumps([tuple(x) for x in compile_wall(capability, dtype, key_dim, value_dim, scalar)]))
+"""
+SPILLED = 2560
+"""Bytes. On Hopper the kernels spill, that of the pairs within a tile most: which blocks are fastest is to be timed."""
+SHARED = 227 * 1024
+"""Bytes that Hopper and Blackwell have for a block."""
+
+
+NAMES = [
+    f"wall_{x}"
+    for x in ("prepare", "suffix_totals", "suffix_sums", "forward", "near_backward", "queries_backward", "keys_backward")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [90, 100], ids="sm_{}".format)
+@pytest.mark.parametrize("layer", [("bf16", 128, 128, False), ("fp16", 80, 64, True)], ids=str)
+def test_compiles(capability: int, layer: tuple[str, int, int, bool]) -> None:
+    # in a process of its own: the interpreter, which the other tests run under, is chosen at import
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILED, json.dumps([capability, *layer])]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    reports = json.loads(done.stdout.splitlines()[-1])
+    assert [name for name, *_ in reports] == NAMES
+    for kernel, registers, shared_bytes, spilled_bytes in reports:
+        print(f"sm_{capability} {kernel}: {registers} registers, {shared_bytes} bytes shared, {spilled_bytes} spilled")
+        assert spilled_bytes <= SPILLED, kernel
+        assert 0 < registers <= 255
+        assert shared_bytes <= SHARED

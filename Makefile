@@ -7,7 +7,7 @@ NAME ?= demo
 VENV ?= .venv
 WORKERS ?= 2
 RUN := $(VENV)/bin/python
-MATHS = $(filter-out $(patsubst %,tests/test_%.py,kernels package patches profiling),$(wildcard tests/test_*.py)) tests/context_parallel tests/parallax
+MATHS = $(filter-out $(patsubst %,tests/test_%.py,kernels package patches profiling),$(wildcard tests/test_*.py)) tests/context_parallel tests/parallax tests/wall
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # the first interpreter of at least 3.12 that can make a virtual environment; PYTHON=path takes another

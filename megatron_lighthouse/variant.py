@@ -21,12 +21,16 @@ from megatron_lighthouse.softmax.inputs import Inputs
 
 @dataclass(frozen=True)
 class Stream:
-    """One more projection of a layer's input, besides q, k and v: [N, B, H, D], as the queries."""
+    """One more projection of a layer's input, besides q, k and v: [N, B, H, D], as the queries, unless it says otherwise."""
 
     name: str
     """In a checkpoint its module is `self_attention.linear_<name>`."""
     rotated: bool = True
     """Whether RoPE rotates it as it does the queries."""
+    per_group: bool = False
+    """Whether it has as many heads as keys and values have."""
+    per_channel: bool = True
+    """Whether a head of it has D columns; else one."""
     init: Callable[[Tensor], Any] | None = None
     """Fills the weight; None: as the model's other projections."""
     bias: float | None = None
@@ -35,6 +39,14 @@ class Stream:
     """Whether it is normed where the model norms its queries, by a norm of its own, and has a bias where these have one."""
     zero_at_first: bool = False
     """Whether it is 0 in a model that takes the weights of a checkpoint without it: its norm's weight, or else its own."""
+
+    def heads(self, heads: int, groups: int) -> int:
+        """Its own, beside so many of queries and of keys."""
+        return groups if self.per_group else heads
+
+    def columns(self, heads: int, groups: int, dim: int) -> int:
+        """Of its projection."""
+        return self.heads(heads, groups) * (dim if self.per_channel else 1)
 
 
 def norm_of(stream: Stream) -> str:
@@ -73,7 +85,8 @@ class Layer(Protocol):
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, *streams: Tensor, attend: Attend | None = None
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
-        """[N, B, H, D] twice over for queries and streams, [N, B, G, D] for keys and values.
+        """[N, B, H, D] of queries, [N, B, G, D] of keys and values, and of streams what they say; and `sinks` [H], if the place
+        says that there are.
 
         Returns:
             [N, B, H, D]; and what makes it again, without autograd, where it need not be kept for backward: else None.
@@ -116,6 +129,9 @@ class Variant:
     native = False
     """Whether it is Megatron's own core attention, in whose place nothing is put."""
     streams: tuple[Stream, ...] = ()
+    """All that it may have, whatever its config."""
+    position: str | None = None
+    """The --position-embedding-type that `make train` gives it; None: the preset's."""
     dense_weights = True
     """Whether a dense model may take its weights, less those of its streams."""
     switches = False
@@ -149,6 +165,19 @@ class Variant:
     def remarks(self, config: Any, args: Any) -> Iterator[str]:
         """What to say at the start of a training run, of Megatron's arguments."""
         yield from ()
+
+    def streams_of(self, config: Any) -> tuple[Stream, ...]:
+        """Those that its layers have with this config."""
+        return self.streams
+
+    def position_problems(self, config: Any, kind: str | None) -> Iterator[str]:
+        """Why it cannot be in a model with this --position-embedding-type, where that is known."""
+        for stream in self.streams_of(config):
+            if not stream.rotated and kind in ("rope", "yarn", "mrope"):
+                yield (
+                    f"--position-embedding-type {kind} would rotate linear_{stream.name} of --attention {self.name}, which "
+                    "must not be: use --position-embedding-type none."
+                )
 
     def problems(self, config: Any, model: Any) -> Iterator[str]:
         """Why it cannot be in this model, a TransformerConfig of Megatron, each with what would work."""

@@ -6,8 +6,9 @@ from megatron_lighthouse.lighthouse.variant import LIGHTHOUSE
 from megatron_lighthouse.parallax.variant import PARALLAX
 from megatron_lighthouse.softmax.variant import DENSE
 from megatron_lighthouse.variant import Variant
+from megatron_lighthouse.wall.variant import WALL
 
-__all__ = ["DENSE", "LIGHTHOUSE", "PARALLAX", "VARIANTS", "counted", "register", "switching"]
+__all__ = ["DENSE", "LIGHTHOUSE", "PARALLAX", "VARIANTS", "WALL", "counted", "register", "switching"]
 
 VARIANTS: dict[str, Variant] = {}
 """By name, in the order in which they are listed."""
@@ -21,6 +22,7 @@ def register(variant: Variant) -> None:
 register(DENSE)
 register(LIGHTHOUSE)
 register(PARALLAX)
+register(WALL)
 
 
 def switching() -> str:

@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def test_the_names_of_today() -> None:
-    assert list(VARIANTS) == ["dense", "lighthouse", "parallax"]
+    assert list(VARIANTS) == ["dense", "lighthouse", "parallax", "wall"]
 
 
 def test_one_line_makes_flags_and_settings(toy: None) -> None:

@@ -20,8 +20,10 @@ RANGES = {"attended_norms": "score", "gla": "score"}
 """Ranges `lighthouse/…` that are part of a step of another name."""
 KERNELS = {"attended": "score", "edge": BETWEEN}
 """Kernels `lighthouse_…` likewise."""
-ATTEND = "parallax_"
-"""How the kernels of Parallax begin, which are an attention whole."""
+ATTEND = ("parallax_", "wall_")
+"""How the kernels of Parallax and Wall begin, which are attentions whole."""
+IN_BACKWARD = ("_backward", "_suffix_totals", "_suffix_sums")
+"""How those of them end that run in backward alone."""
 OF_ANY_LAYER = "lighthouse_merge"
 """A kernel of ours that dense layers run too, under context parallelism."""
 NODES = {
@@ -35,6 +37,7 @@ NODES = {
     "PackedScatterBackward": "scatter",
     "PackedGatherBackward": "gather",
     "_AloneBackward": "attend",
+    "DecayedBackward": "attend",
 }
 """Our autograd functions: of the reference, whose backward opens no range, of context_parallel/, and of the kernels. Not those
 of attention over shards, which dense layers run too."""
@@ -66,7 +69,8 @@ def range_mark(name: str) -> Mark | None:
 def kernel_mark(name: str) -> Mark | None:
     """What a GPU kernel of ours belongs to, by its name alone; None where that does not tell."""
     if name.startswith(ATTEND):
-        return Mark("attend", "backward" if name.endswith("backward") else "forward")
+        own = "forward" if name.endswith("_forward") else None
+        return Mark("attend", "backward" if name.endswith(IN_BACKWARD) else own)
     if not name.startswith("lighthouse_") or name == OF_ANY_LAYER:
         return None
     step, *parts = name.removeprefix("lighthouse_").removeprefix("packed_").split("_")  # over packed documents, likewise

@@ -127,6 +127,7 @@ def _arguments(
     return [
         *("--attention", attention),
         *preset.arguments,
+        *_position(attention),
         # both stages name the whole length, so that the order of the data and the learning rate are those of one run
         *("--train-iters", str(total), "--exit-interval", str(stop), "--eval-interval", str(stop)),
         *("--save", checkpoints, "--load", checkpoints, "--save-interval", str(every)),
@@ -135,6 +136,14 @@ def _arguments(
         *extra,
         *("--text-data", *(os.path.realpath(path) for path in text)),
     ]
+
+
+def _position(attention: str) -> tuple[str, ...]:
+    """The position embedding that an attention asks for, where it is not the preset's."""
+    from megatron_lighthouse.variants import VARIANTS
+
+    position = VARIANTS[attention].position
+    return () if position is None else ("--position-embedding-type", position)
 
 
 def _follow(command: Sequence[str], log: Path, environment: dict[str, str]) -> int:

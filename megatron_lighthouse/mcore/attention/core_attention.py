@@ -27,6 +27,7 @@ from megatron_lighthouse.mcore.attention.output import remember_source
 from megatron_lighthouse.mcore.attention.over_shards import able_local, context_parallel_group, tensor_parallel_rank
 from megatron_lighthouse.mcore.attention.packed import documents_of, in_one_row, in_rows, packed
 from megatron_lighthouse.mcore.attention.sinks import with_counted_sinks
+from megatron_lighthouse.mcore.attention.streams import apart
 from megatron_lighthouse.mcore.attention.te_choice import te_choice
 from megatron_lighthouse.mcore.command_line.checks import check
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, head_dims, heads_of_rank
@@ -71,7 +72,7 @@ class VariantMixin:
         In stage 2 it is the base class's, called as Megatron calls a dense layer.
 
         Args:
-            query: [s/cp, b, np/tp, hn], and as many heads again for each stream, after RoPE, any strides.
+            query: [s/cp, b, np/tp, hn], and those of the streams, after RoPE, any strides.
             key, value: [s/cp, b, ng/tp, hn], likewise.
             attention_mask: not read in stage 1: the attention is causal.
 
@@ -95,11 +96,9 @@ class VariantMixin:
 
         if packed_seq_params is not None:
             return self._within_documents(query, key, value, packed_seq_params, base)
-        count = len(self.settings.attention.streams)
-        query, *streams = query.chunk(1 + count, dim=2) if count else (query,)
+        query, streams = self._apart(query, key)
         layer = self._layer_for(query, key, value)
-        sinks = {"sinks": self.softmax_offset} if self.place.sinks else {}
-        out, again = layer(query, key, value, *streams, attend=base if self.place.base_attends else None, **sinks)
+        out, again = layer(query, key, value, *streams, attend=base if self.place.base_attends else None, **self._sinks())
         return out.flatten(2) if again is None else remember_source(out.flatten(2), again)
 
     def _within_documents(self, query: Tensor, key: Tensor, value: Tensor, params: Any, base: Callable[..., Tensor]) -> Tensor:
@@ -110,12 +109,20 @@ class VariantMixin:
         rows = query.shape[1]
         documents = documents_of(params, query.shape[0] * rows)
         query, key, value = (in_one_row(x, 1) for x in (query, key, value))
-        query, *streams = query.chunk(1 + len(self.settings.attention.streams), dim=2)
+        query, streams = self._apart(query, key)
         layer = self._document_layer_for(query, key, value)
         attend = base if self.place.base_attends else None
-        out, again = layer(query, key, value, *streams, documents=documents, attend=attend)
+        out, again = layer(query, key, value, *streams, documents=documents, attend=attend, **self._sinks())
         out = in_rows(out, rows, 1).flatten(2)
         return out if again is None else remember_source(out, lambda: in_rows(again(), rows, 1))
+
+    def _apart(self, query: Tensor, key: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The queries and the streams that travel with them."""
+        return apart(query, heads_of_rank(self.config)[0], key.shape[2], self.settings.streams)
+
+    def _sinks(self) -> dict[str, Tensor | None]:
+        """The base class's, where the layer attends instead of it."""
+        return {"sinks": self.softmax_offset} if self.place.sinks else {}
 
     def _layer_for(self, query: Tensor, key: Tensor, value: Tensor) -> Layer:
         """Built once for each shape of the inputs, which a run has one or two of."""

@@ -8,7 +8,7 @@ and v.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -20,6 +20,7 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
+from torch.nn.functional import pad
 
 from megatron_lighthouse.mcore.command_line.checks import unnormed
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
@@ -45,7 +46,7 @@ class StreamsMixin:
         settings: LighthouseSettings,
         **named: Any,
     ) -> None:
-        streams = () if settings.is_dense(layer_number, config.num_layers) else settings.attention.streams
+        streams = () if settings.is_dense(layer_number, config.num_layers) else settings.streams
         # Transformer Engine's projections sum the gradient of their input themselves: there each gathers for itself
         self.gathers = bool(streams) and config.sequence_parallel and submodules.linear_qkv is ColumnParallelLinear
         if self.gathers:
@@ -59,12 +60,13 @@ class StreamsMixin:
                 setattr(self, norm_of(stream), submodules.q_layernorm(config=config, **how))
 
     def _projection(self, stream: Stream) -> ColumnParallelLinear:
-        """hidden -> as many columns as the queries have, in plain order of heads."""
+        """hidden -> the columns of a stream, in plain order of heads."""
         make = _of_gathered(ColumnParallelLinear) if self.gathers else ColumnParallelLinear
+        heads = self.config.num_attention_heads
         biased = stream.like_queries and (self.config.add_bias_linear or self.config.add_qkv_bias)
         linear = make(
             self.config.hidden_size,
-            self.config.kv_channels * self.config.num_attention_heads,
+            stream.columns(heads, self.config.num_query_groups or heads, self.config.kv_channels),
             config=self.config,
             init_method=stream.init or self.config.init_method,
             bias=stream.bias is not None or biased,
@@ -76,7 +78,7 @@ class StreamsMixin:
         return linear
 
     def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **named: Any) -> tuple[Any, ...]:
-        """As `SelfAttention`'s, the queries [s, b, (1 + streams) * np/tp, hn]; with sequence parallelism s is gathered once."""
+        """As `SelfAttention`'s, the queries [s, b, np/tp and streams, hn]; with sequence parallelism s is gathered once."""
         if self.gathers:
             hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self.pg_collection.tp)
         query, *rest = super().get_query_key_value_tensors(hidden_states, *args, **named)  # type: ignore[misc]
@@ -84,11 +86,28 @@ class StreamsMixin:
         return (torch.cat([query, *heads], dim=2) if heads else query, *rest)
 
     def _heads(self, stream: Stream, hidden_states: Tensor) -> Tensor:
-        """[s, b, np/tp, hn]."""
+        """[s, b, ·, hn]; of streams with one column a head, as many rows of hn as they fill."""
         projected, _ = getattr(self, f"linear_{stream.name}")(hidden_states)
-        heads = projected.unflatten(-1, (-1, self.hidden_size_per_attention_head))
+        dim = self.hidden_size_per_attention_head
+        heads = pad(projected, (0, -projected.shape[-1] % dim)).unflatten(-1, (-1, dim))
         norm = getattr(self, norm_of(stream), None)
         return heads if norm is None else norm(heads)
+
+
+def apart(query: Tensor, heads: int, groups: int, streams: Sequence[Stream]) -> tuple[Tensor, list[Tensor]]:
+    """What `get_query_key_value_tensors` put together: queries [s, b, np/tp, hn], and streams, of one column a head [..., 1].
+
+    Args:
+        query: [s, b, ·, hn], with those of the streams.
+        heads, groups: query and key/value heads of this rank.
+    """
+    if not streams:
+        return query, []
+    dim = query.shape[-1]
+    columns = [stream.columns(heads, groups, dim) for stream in streams]
+    query, *rows = query.split([heads, *(-(-one // dim) for one in columns)], dim=2)
+    found = zip(streams, columns, rows, strict=True)
+    return query, [x if stream.per_channel else x.flatten(2)[..., :one].unsqueeze(-1) for stream, one, x in found]
 
 
 def _norms_apart(layer: Any, attention: Any) -> bool:
@@ -128,7 +147,7 @@ def add_streams(layer: Any, settings: LighthouseSettings) -> None:
         ValueError: a layer whose input reaches the self-attention before it is normed, or that has another self-attention.
     """
     attention: Any = getattr(layer, "self_attention", None)
-    if not settings.attention.streams or not hasattr(getattr(attention, "submodules", None), "core_attention"):
+    if not settings.streams or not hasattr(getattr(attention, "submodules", None), "core_attention"):
         return
     if not (isinstance(attention.module, type) and issubclass(attention.module, SelfAttention)):
         raise ValueError(f"--attention {settings.variant} adds projections to SelfAttention, not to {attention.module!r}.")

@@ -218,7 +218,7 @@ def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Ite
 
 def _streams(config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:
     """Where more is projected from a layer's input than q, k and v."""
-    if not settings.attention.streams:
+    if not settings.streams:
         return
     if getattr(config, "fused_single_qkv_rope", False):
         yield f"fused_single_qkv_rope rotates q, k and v alone: turn it off with --attention {settings.variant}."
@@ -228,7 +228,7 @@ def _streams(config: TransformerConfig, settings: LighthouseSettings) -> Iterato
 
 def unnormed(settings: LighthouseSettings) -> str:
     """Why no stream can be read from a layer's input where the norm is part of linear_qkv."""
-    names = ", ".join(f"linear_{stream.name}" for stream in settings.attention.streams)
+    names = ", ".join(f"linear_{stream.name}" for stream in settings.streams)
     return (
         f"--attention {settings.variant} reads a layer's normed input by {names}, and this layer spec norms it within "
         "linear_qkv: use --transformer-impl local."
@@ -237,13 +237,7 @@ def unnormed(settings: LighthouseSettings) -> str:
 
 def _streams_of_run(args: Namespace, settings: LighthouseSettings) -> Iterator[str]:
     """Streams travel as heads of the queries, which RoPE rotates."""
-    kind = getattr(args, "position_embedding_type", None)
-    for stream in settings.attention.streams:
-        if not stream.rotated and kind in ("rope", "yarn", "mrope"):
-            yield (
-                f"--position-embedding-type {kind} would rotate linear_{stream.name} of --attention {settings.variant}, which "
-                "must not be: use --position-embedding-type none."
-            )
+    yield from settings.attention.position_problems(settings.config, getattr(args, "position_embedding_type", None))
 
 
 def _comm_types(config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:

@@ -12,7 +12,7 @@ from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
 from megatron_lighthouse.mcore.command_line import pyramid, rope, stage
 from megatron_lighthouse.mcore.command_line.layers import attention_layers
 from megatron_lighthouse.options import add_options, in_flags, read_options
-from megatron_lighthouse.variant import Variant
+from megatron_lighthouse.variant import Stream, Variant
 from megatron_lighthouse.variants import DENSE, LIGHTHOUSE, VARIANTS
 
 if TYPE_CHECKING:
@@ -47,6 +47,11 @@ class LighthouseSettings:
     @property
     def attention(self) -> Variant:
         return VARIANTS[self.variant]
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """Those of its layers."""
+        return self.attention.streams_of(self.config)
 
     def in_model(self, model: Any) -> LighthouseSettings:
         """These, as the model (a TransformerConfig) has them: less layers that do not attend to all tokens, and with as many
@@ -164,7 +169,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--drop-attention-weights",
         action="store_true",
         help="Take the weights of a checkpoint of another attention although it has some that this one does not know, such as "
-        "linear_r of Parallax: what they did is lost.",
+        "linear_r of Parallax or linear_g of Wall: what they did is lost.",
     )
     add_options(group, LIGHTHOUSE.name, LighthouseConfig)
     group.add_argument(

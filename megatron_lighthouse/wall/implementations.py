@@ -1,0 +1,54 @@
+"""Which implementation of Wall's diagonal runs where: the kernels, or plain PyTorch; and what attends to earlier pieces."""
+
+from __future__ import annotations
+
+import importlib
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from megatron_lighthouse.lighthouse.implementations import missing
+from megatron_lighthouse.notice import say_once
+from megatron_lighthouse.softmax.blocks import block_for
+from megatron_lighthouse.wall import reference
+from megatron_lighthouse.wall.diagonal import Diagonal
+from megatron_lighthouse.wall.earlier import Earlier, Plain, Stock
+
+
+def diagonal_for(name: str, device: torch.device, dtype: torch.dtype, dim: int) -> Diagonal:
+    """What `name` of --wall-kernels stands for.
+
+    Args:
+        dim: the larger of the head dimensions K and V.
+
+    Raises:
+        ValueError: 'triton' where the kernels cannot run.
+    """
+    if name == "reference" or (name == "auto" and device.type != "cuda"):
+        return cast(Diagonal, reference)
+    problem = missing(device.type, dtype, dim)
+    if problem is None:
+        return cast(Diagonal, importlib.import_module("megatron_lighthouse.kernels.wall"))
+    if name == "triton":
+        raise ValueError(f"--wall-kernels triton cannot run: {problem}. Use auto or reference.")
+    say_once(f"wall: the diagonal runs in plain PyTorch, many times slower than the kernels: {problem}.")
+    return cast(Diagonal, reference)
+
+
+def earlier_for(query: Tensor, value: Tensor, gate_heads: int, scale: float, biased: bool, masked: bool) -> Earlier:
+    """What attends to pieces before a query's own: on a GPU a stock kernel, where it can.
+
+    Args:
+        gate_heads: heads of the gates, and so of decayed keys.
+        biased: whether there are scalar gates.
+        masked: whether there is a window.
+    """
+    if query.device.type != "cuda":
+        return Plain(scale)
+    alike = query.shape[-1] == value.shape[-1]
+    if alike and not biased and not masked:
+        return Stock(block_for("auto", query, query[:, :, :gate_heads], scale))
+    what = "scalar gates" if biased else "a window" if masked else "values narrower or wider than keys"
+    say_once(f"wall: attention to earlier pieces runs in plain PyTorch, slowly: stock kernels know no {what}.")
+    return Plain(scale)

@@ -1,0 +1,99 @@
+"""Wall over context-parallel ranks: as on one, and what is sent as it was counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_lighthouse.context_parallel import exchange as exchange_module
+from megatron_lighthouse.lighthouse.geometry import Shape
+from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
+from megatron_lighthouse.sequence.layout import Layout
+from megatron_lighthouse.wall.attention import wall_attention
+from megatron_lighthouse.wall.config import WallConfig
+from megatron_lighthouse.wall.layer import Step
+from megatron_lighthouse.wall.variant import WALL
+from tests.context_parallel.shards import shards_of, whole
+from tests.ranks import run_ranks
+from tests.tolerances import assert_close
+from tests.wall.oracle import formula, inputs, with_grads
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "strong gates": ({"gate": -9.0, "scalar": -0.3, "sink": True}, {"softmax_scale": 0.8}),
+    "shared gates": ({"tied": True}, {}),
+    "window": ({"scalar": -0.1}, {"window": 10}),
+    "documents": ({"gate": 0.0, "sink": True}, {"documents": True}),
+    "documents and a window": ({"tied": True}, {"documents": True, "window": 5}),
+}
+
+
+def on_rank(group: dist.ProcessGroup, cases: list[tuple[list[Tensor], dict[str, Any]]], step: int) -> list[list[Tensor]]:
+    found = []
+    tokens, Step.TOKENS = Step.TOKENS, step
+    for tensors, how in cases:
+        rows = [x if x.dim() == 1 else shards_of(group, [x])[0] for x in tensors]
+        found.append(with_grads(wall_attention, rows, cp_group=group, **how))
+    Step.TOKENS = tokens
+    return found
+
+
+def case(name: str, tokens: int, heads: int, groups: int) -> tuple[list[Tensor], dict[str, Any]]:
+    given, how = CASES[name]
+    how = dict(how)
+    documents = how.pop("documents", False)
+    if documents:
+        how["cu_seqlens"] = torch.tensor([0, 1, 2, tokens // 3, tokens // 3, tokens - 5, tokens])
+    return inputs(tokens, 1 if documents else 2, heads, groups, (5, 3), **given), how
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("comm_type", ["p2p", "all_gather", "a2a"])
+def test_ranks_equal_one(comm_type: str, size: int) -> None:
+    """With grouped heads, V that is not K, and chunks of six tokens in pieces of four."""
+    groups = size if comm_type == "a2a" else 2
+    cases = [case(name, 12 * size, 2 * groups, groups) for name in CASES]
+    ranks = run_ranks(size, on_rank, [(x, {"cp_comm_type": comm_type, **how}) for x, how in cases], 4)
+    for (tensors, how), shards in zip(cases, zip(*ranks, strict=True), strict=True):
+        for expected, found in zip(with_grads(formula, tensors, **how), zip(*shards, strict=True), strict=True):
+            together = sum(found) if expected.dim() == 1 else whole(found)
+            assert_close(together, expected, "ranks float64")
+
+
+TOKENS, BATCH, HEADS, GROUPS, DIM = 64, 2, 8, 4, 8
+
+
+def sent_by(group: dist.ProcessGroup, comm_type: str, config: WallConfig) -> list[dict[str, int]]:
+    """What this rank sends forward, and backward."""
+    scalar = -0.1 if config.scalar_gate else None
+    tensors = inputs(TOKENS, BATCH, HEADS, GROUPS, (DIM, DIM), tied=config.tied_gates, scalar=scalar)
+    *leaves, grad = (x.float().requires_grad_() for x in shards_of(group, tensors))
+    how: dict[str, Any] = {"scalar_gate": leaves[4]} if config.scalar_gate else {}
+    exchange_module.sent.clear()
+    out = wall_attention(*leaves[:4], **how, cp_group=group, cp_comm_type=comm_type)
+    forward = dict(exchange_module.sent)
+    exchange_module.sent.clear()
+    out.backward(grad)
+    return [forward, dict(exchange_module.sent)]
+
+
+@pytest.mark.parametrize("comm_type", ["p2p", "all_gather", "a2a"])
+@pytest.mark.parametrize("config", [WallConfig(), WallConfig(tied_gates=True, scalar_gate=True)], ids=["", "shared"])
+def test_ranks_send_what_was_counted(comm_type: str, config: WallConfig) -> None:
+    for rank, ways in enumerate(run_ranks(4, sent_by, comm_type, config)):
+        plan = WALL.sent(config, TOKENS, Shape(BATCH, HEADS, GROUPS, DIM, 4), Layout(4, rank), comm_type)
+        for way, sent in enumerate(ways):
+            assert sent == {name: both[way] for name, both in plan.items()}
+
+
+def test_shared_gates_cost_no_more_than_dense_attention() -> None:
+    """But for the sums of pieces; of their own, as many keys as query heads: (R + 1) / 2 times as much."""
+    layer, rank = Shape(1, 8, 2, 64, 2), Layout(4, 1)
+    dense = attend_bytes("p2p", 8192, layer, rank)
+    assert WALL.sent(WallConfig(tied_gates=True), 8192, layer, rank, "p2p")["attend"] == dense
+    whole = WALL.sent(WallConfig(), 8192, layer, rank, "p2p")
+    assert [2 * n for n in whole["attend"]] == [5 * n for n in dense]
+    assert sum(whole["totals"]) < 0.02 * sum(whole["attend"])

@@ -3,7 +3,8 @@
 Ours, flash-linear-attention's where it is installed, and cuDNN's dense attention, in the same run: forward and forward with
 backward, bf16, at the gates of a bias of 8, and the first call of ours. Before that the errors of ours against float64 over a
 short sequence, cut into pieces, at initial gates and at -2 (the bars: gradients of gates within 3 % and 6 %), and whether
-repeats give the same bits. Leaves wall.csv and wall.json. Not run yet: no figure of it is published.
+repeats give the same bits. Beside times stands their floor: products at the GPU's peak, and what the kernels must move. Leaves
+wall.csv and wall.json. Not run yet: no figure of it is published.
 
 The bars on one H200: 32,768 tokens forward 6 ms, with backward 27 ms; 98,304 with backward 210 ms.
 """
@@ -33,6 +34,12 @@ COPIES = 2
 """Sets of inputs, taken in turn."""
 INITIAL = -3.35e-4
 """The gates of a bias of 8."""
+OPERATIONS, BYTES = 989e12, 4.8e12
+"""A second, of an H200 in bf16 by its data sheet."""
+PRODUCTS = {"fwd": (2, 2), "fwd+bwd": (7, 9)}
+"""For each pair of tokens in different pieces, and in the same one: there tiles of queries and tiles of keys both make logits."""
+MOVED = {"fwd": 24, "fwd+bwd": 122}
+"""Bytes for each channel of a query that kernels move along the diagonal: rows, gates, rows decayed to their tiles, fp32 sums."""
 NAMES = ("out", "dq", "dk", "dv", "dg")
 Layer = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -75,6 +82,17 @@ def layers(inputs: list[Tensor]) -> dict[str, Layer]:
     return {**found, "fla": fla}
 
 
+def floor_ms(case: Case, direction: str) -> float:
+    """Milliseconds that ours cannot be below: products, then bytes. Of earlier keys each piece reads and writes decayed ones."""
+    piece = min(Step.TOKENS, case.tokens)
+    same = case.tokens * piece / 2
+    apart = case.tokens**2 / 2 - same
+    products = sum(n * pairs for n, pairs in zip(PRODUCTS[direction], (apart, same), strict=True)) * case.heads * case.dim
+    decayed = 4 * apart / piece * (1 if direction == "fwd" else 3)
+    moved = (case.tokens * MOVED[direction] + decayed) * case.heads * case.dim
+    return 1000 * (2 * products / OPERATIONS + moved / BYTES)
+
+
 def time_case(case: Case) -> list[dict[str, Any]]:
     """Milliseconds of each."""
     sets = [inputs_of(case) for _ in range(COPIES)]
@@ -95,6 +113,7 @@ def time_case(case: Case) -> list[dict[str, Any]]:
         ]
         for direction, ms in zip(("fwd", "fwd+bwd"), times, strict=True):
             row = {**case._asdict(), "what": name, "direction": direction, "ms": round(ms, 3), "first_s": round(first, 2)}
+            row["floor_ms"] = round(floor_ms(case, direction), 3) if name == "ours" else None
             rows.append({**row, "peak_gib": round(peak_gib(partial(both, sets[0])), 3)})
             print(rows[-1], flush=True)
     return rows

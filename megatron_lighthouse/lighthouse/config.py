@@ -10,12 +10,13 @@ from typing import Any
 
 from megatron_lighthouse.lighthouse.by_length import NAMES, by_length
 from megatron_lighthouse.lighthouse.geometry import Geometry
-from megatron_lighthouse.lighthouse.implementations import STEPS
 from megatron_lighthouse.lighthouse.packed.rule import Rule
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.options import flag_of, option
-from megatron_lighthouse.softmax.backends import INNER
+from megatron_lighthouse.softmax.names import INNER
 
+STEPS = ("auto", "kernels", "reference")
+"""What `steps` can name."""
 TRIED = 1000
 """Values that are tried each way from one that does not work: trying all takes hours where a length is far too great."""
 

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from megatron_lighthouse import running
 from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
 from megatron_lighthouse.parallax.config import ParallaxConfig
-from megatron_lighthouse.parallax.implementations import implementation_for
-from megatron_lighthouse.parallax.layer import Attend, build
 from megatron_lighthouse.sequence.layout import Layout
-from megatron_lighthouse.softmax import backends
-from megatron_lighthouse.softmax.inputs import Inputs
-from megatron_lighthouse.variant import Place, Stream, Variant
+from megatron_lighthouse.variant import Place, Stream, Variant, shared_out_problem
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_lighthouse.parallax.layer import Attend
+    from megatron_lighthouse.softmax import backends
+    from megatron_lighthouse.softmax.inputs import Inputs
+
+FLOAT64 = 8
+"""Bytes."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,8 @@ class Parallax(Variant):
     def problems(self, config: ParallaxConfig, model: Any) -> Iterator[str]:
         yield from super().problems(config, model)
         groups, ranks = model.num_query_groups or model.num_attention_heads, model.tensor_model_parallel_size
-        if groups % ranks:
-            yield (
-                f"--num-query-groups {groups} must be a multiple of --tensor-model-parallel-size {ranks}: use a divisor of it "
-                "as the tensor-parallel size."
-            )
+        if message := shared_out_problem("--num-query-groups", groups, ranks):
+            yield message
 
     def remarks(self, config: ParallaxConfig, args: Any) -> Iterator[str]:
         if "muon" not in args.optimizer:
@@ -63,10 +63,14 @@ class Parallax(Variant):
             )
 
     def build(self, config: ParallaxConfig, query: Tensor, key: Tensor, place: Place) -> Layer:
+        from megatron_lighthouse.parallax.layer import build
+
         how = (place.exchange, place.comm_type, place.scale)
         return Layer(build(query, key, *how, kernels=config.kernels), place.number)
 
     def check_installed(self, config: ParallaxConfig, inputs: Inputs, place: Place) -> None:
+        from megatron_lighthouse.parallax.implementations import implementation_for
+
         implementation_for(config.kernels, inputs.device, inputs.dtype, inputs.dim)
 
     def sent(
@@ -78,7 +82,7 @@ class Parallax(Variant):
             r = seq_length // layout.size * shape.batch * shape.heads * shape.dim * shape.itemsize
             more = r * (layout.size - 1) // layout.size
             forward, backward = forward + more, backward + more
-        centre = 2 * 2 * shape.batch * shape.groups * shape.dim * torch.float64.itemsize * (layout.size - 1)
+        centre = 2 * 2 * shape.batch * shape.groups * shape.dim * FLOAT64 * (layout.size - 1)
         return {"attend": (forward, backward), "centre": (centre, 0)}
 
 

@@ -279,5 +279,3 @@ BACKENDS: dict[str, Backend] = {
 SHARDS, DOCUMENTS = "over shards ", "over documents "
 FAMILIES: dict[str, dict[str, Backend]] = {"": BACKENDS, SHARDS: BACKENDS}
 """The backends by what they attend over; `softmax.documents` has those over documents."""
-
-INNER = ("auto", "te", *BACKENDS)

@@ -28,11 +28,17 @@ from megatron_lighthouse.mcore.attention.output import without_kept_output
 from megatron_lighthouse.mcore.attention.over_shards import over_shards
 from megatron_lighthouse.mcore.attention.rotary import rotary_of
 from megatron_lighthouse.mcore.attention.streams import add_streams
-from megatron_lighthouse.mcore.command_line import pyramid, rope
+from megatron_lighthouse.mcore.command_line import rope
 from megatron_lighthouse.mcore.command_line.checks import check_run
 from megatron_lighthouse.mcore.command_line.documents import asked
 from megatron_lighthouse.mcore.command_line.layers import attention_layers
-from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_of_rank, own_comm_types, settings_from
+from megatron_lighthouse.mcore.command_line.settings import (
+    LighthouseSettings,
+    heads_of_rank,
+    own_comm_types,
+    settings_by_spec,
+    settings_from,
+)
 from megatron_lighthouse.notice import say_once
 
 type LayerSpec = ModuleSpec | TransformerBlockSubmodules
@@ -96,11 +102,8 @@ def lighthouse(model_cfg: Any, vp_stage: int | None = None) -> LayerSpec:
         ValueError: settings, a model or data that Lighthouse refuses.
     """
     args = _global_args()
+    settings = settings_from(None) if args is None else settings_by_spec(args)
     if args is not None:
-        pyramid.settle(args)
-    settings = settings_from(args)
-    if args is not None:
-        settings = rope.settled(args, settings)
         check_run(args, model_cfg.transformer, settings)
     return layer_spec(model_cfg, vp_stage, settings=settings, documents=args is not None and asked(args))
 
@@ -182,6 +185,10 @@ def _with_sequence_parallel_norm(spec: LayerSpec, config: TransformerConfig, vp_
         for name in ("input_layernorm", "pre_mlp_layernorm"):
             if getattr(layer.submodules, name, None) is WrappedTorchNorm:
                 setattr(layer.submodules, name, torch_norm)
+    for attention in attentions_of(spec):
+        for name in ("q_layernorm", "k_layernorm"):  # --qk-layernorm; Megatron knows their gradients by these names
+            if getattr(attention, name, None) is WrappedTorchNorm:
+                setattr(attention, name, torch_norm)
     return spec
 
 

@@ -17,6 +17,7 @@ from megatron_lighthouse.quiet import quiet_imports
 from megatron_lighthouse.usage import Parser, with_nearest
 
 ROOT = Path(__file__).parents[1]
+OURS = "python -m megatron_lighthouse."
 SLOW = {"torch", "megatron", "matplotlib"}
 ASKED = """
 import runpy, sys
@@ -66,7 +67,7 @@ def test_what_asks_torch_for_nothing_imports_none() -> None:
     run = "--nodes 1 --gpus-per-node 8 --arch blackwell --without-megatron --"
     recipe = " ".join(recipe_words(ROOT / "launch/recipes/llama3-8b-128k.args")) + ""
     recipe += " --mock-data --tokenizer-type NullTokenizer --vocab-size 128256 --save x --load x"
-    accepted = {
+    said = {
         "plan --list": "model",
         "plan --model llama3-8b --tokens 20B --seq-length 512K --gpus 8 --details": "20B tokens of llama3-8b",
         "plan --recipe 530m-1m --lighthouse-scorer gla --gpus 32": "10B tokens of 530m-1m",
@@ -74,11 +75,24 @@ def test_what_asks_torch_for_nothing_imports_none() -> None:
         **{f"{name} --help": "usage" for name in ("plan", "plan scaling", "profiling", "convert", "recipe.corpus")},
         **{f"{name} --help": "usage" for name in ("recipe.recovery", "recipe.evaluate")},
     }
-    refused = {f"launch.check {run} {recipe} --lightouse-budget 2": "The run cannot start as asked:"}
-    text = COMMANDS.format(lines=[*accepted, *refused], slow=SLOW)
+    wrong = {
+        f"launch.check {run} {recipe} --lightouse-budget 2": (1, "The run cannot start as asked:"),
+        "plan --seq-lenght 4K": (
+            2,
+            f"{OURS}plan: --seq-lenght is not a known flag: did you mean --seq-length?",
+        ),
+        "plan llama3-8b": (2, f"{OURS}plan: llama3-8b follows no flag that takes it."),
+        "profiling report --cvs x": (
+            2,
+            f"{OURS}profiling: --cvs is not a known flag: did you mean --csv?",
+        ),
+        "convert": (2, f"{OURS}convert: the following arguments are required: {{hf-to-megatron,"),
+    }
+    text = COMMANDS.format(lines=[*said, *wrong], slow=SLOW)
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
-    for line, (command, begins) in zip(done.stdout.splitlines(), (accepted | refused).items(), strict=True):
-        assert line.startswith(f"{int(command in refused)} [{begins!r}"[:-1]), (command, line)
+    expected = {command: (0, begins) for command, begins in said.items()} | wrong
+    for line, (command, (status, begins)) in zip(done.stdout.splitlines(), expected.items(), strict=True):
+        assert line.startswith(f"{status} [{begins!r}"[:-1]), (command, line)
 
 
 def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,8 +29,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -77,8 +79,11 @@ def collect(results: Sequence[Path], out: Path) -> str:
         raise ValueError(f"scaling {named}: no run.json in there: name folders that hold one for each run, beside its *.log.")
     out.mkdir(parents=True, exist_ok=True)  # before the work
     rows, notes = [], []
+    names = Counter(folder.name for folder in folders)
     for folder in folders:
         row, found = read(folder)
+        if names[folder.name] > 1:  # as of several studies
+            row["run"] = str(folder.relative_to(os.path.commonpath(folders)))
         rows.append(row)
         notes += [f"{folder}: {note}" for note in found]
     rows.sort(key=lambda r: [str(r.get(k) or "").rjust(12) for k in ("recipe", "seq_length", "attention", "context_parallel")])

@@ -63,6 +63,13 @@ def test_efficiency_is_over_runs_of_the_same_kind(other: str, tmp_path: Path) ->
     assert "lighthouse runs differ in" in said or other in ("budget", "levels", "recompute", "edge budget")
 
 
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for study in ("h100/a", "h200/a", "h200/b"):
+        write(tmp_path / "runs" / study, 6, 1000.0, 10.0, **LIGHTHOUSE, gpus=1, context_parallel=1, device=study[:4])
+    rows, _ = collected(tmp_path)
+    assert list(rows) == ["h100/a", "h200/a", "b"]
+
+
 def test_what_is_predicted_has_the_runs_scorer(tmp_path: Path) -> None:
     for scorer in ("norm", "dilated"):
         words = f"--attention lighthouse --lighthouse-scorer {scorer}"

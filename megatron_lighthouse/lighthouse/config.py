@@ -166,7 +166,12 @@ class LighthouseConfig:
 
     @classmethod
     def for_length(cls, seq_length: int, **given: Any) -> LighthouseConfig:
-        """The config that `seq_length` tokens ask for (`by_length`), with the fields that are given."""
+        """The config that `seq_length` tokens ask for (`by_length`), with the fields that are given.
+
+        Raises ValueError as the constructor does.
+        """
+        if type(seq_length) is not int or seq_length < 1:
+            raise ValueError(f"seq_length {seq_length!r} must be a whole number of at least 1.")
         pooling = given.get("pooling", cls.pooling)
         found = by_length(seq_length, pooling, **{name: given[name] for name in NAMES if name in given})
         return cls(**{**given, **found})

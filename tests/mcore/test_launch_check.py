@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -91,6 +92,18 @@ def test_a_rule_is_said_once(more: str, rule: str, capsys: pytest.CaptureFixture
     """Of those that the entry point, the layout and the attention have in common."""
     assert check.main([*GPUS, "--without-megatron", "--", *LLAMA, *more.split()]) == 1
     assert capsys.readouterr().err.count(f"  - {rule}") == 1
+
+
+def test_a_login_node_without_torch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "iter_0000004").mkdir()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
+    monkeypatch.setattr(check, "find_spec", lambda name: None)
+    for name in [name for name in sys.modules if name.split(".")[0] == "torch"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert check.main([*GPUS, "--without-megatron", "--", *LLAMA, "--load", str(tmp_path)]) == 0
+    assert "but not what checkpoints hold" in capsys.readouterr().out
 
 
 def test_what_was_not_asked_is_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -150,9 +150,9 @@ def test_a_stage_without_a_logged_loss(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_a_failed_run_shows_why(tmp_path: Path) -> None:
-    result = recipe(tmp_path, "--data", str(ROOT / "LICENSE"), "--lighthouse-budget", "40")
+    result = recipe(tmp_path, "--data", str(ROOT / "LICENSE"), "--num-dataset-builder-threads", "0")  # which Megatron refuses
     assert result.returncode != 0
-    assert "--lighthouse-budget 40 must be a positive multiple of --lighthouse-tile-budget 16: use 32 or 48" in result.stderr
+    assert "Megatron refuses the arguments: assert args.num_dataset_builder_threads > 0" in result.stderr
     assert "lighthouse.log" in result.stderr
 
 

@@ -18,6 +18,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("query", "key", "value", "r"), (Tensor,)),
     "config": (LighthouseConfig,),
     "rotary": (Rotary,),
+    "sinks": (Tensor,),
     "cp_group": (ProcessGroup,),
     "cu_seqlens": (Tensor, Documents),
     "softmax_scale": (Real,),
@@ -46,3 +47,15 @@ def check_types(**given: Any) -> None:
     scale = given.get("softmax_scale")
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"softmax_scale {scale} must be finite: leave it out for 1/sqrt(D).")
+
+
+def check_sinks(sinks: Tensor | None, query: Tensor, attend: object, cu_seqlens: object) -> None:
+    if sinks is None:
+        return
+    if attend is not None or cu_seqlens is not None:
+        other = "attend" if attend is not None else "cu_seqlens"
+        raise ValueError(f"sinks belong to the default inner attention over one sequence: leave out `sinks` or `{other}`.")
+    if query.dim() == 4 and (sinks.shape != query.shape[2:3] or sinks.device != query.device):
+        raise ValueError(
+            f"sinks must be [{query.shape[2]}] on {query.device}, one a query head, not {list(sinks.shape)} on {sinks.device}."
+        )

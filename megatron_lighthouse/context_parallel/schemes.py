@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megatron_lighthouse.context_parallel.exchange import Exchange
-    from megatron_lighthouse.context_parallel.parts import Block, Scheme, Tensors
+    from megatron_lighthouse.context_parallel.parts import Block, Scheme
 
 COMM_TYPES = ("p2p", "all_gather", "a2a")
 SWITCH = "LIGHTHOUSE_COPY_ENGINE"
@@ -25,7 +25,7 @@ SWITCH = "LIGHTHOUSE_COPY_ENGINE"
 
 
 def scheme(
-    comm_type: str, exchange: Exchange, block: Callable[[], Block], whole: Callable[[], Callable[[Tensors, Tensors], Tensor]]
+    comm_type: str, exchange: Exchange, block: Callable[[], Block], whole: Callable[[], Callable[..., Tensor]]
 ) -> Scheme:
     """The scheme of that name.
 
@@ -33,7 +33,8 @@ def scheme(
         comm_type: 'p2p' passes far rows from rank to rank while attending, 'all_gather' collects them first, 'a2a' exchanges
             rows for heads.
         block: what gives the attention over parts, for the first two.
-        whole: what gives the attention over whole sequences of some heads, for the last.
+        whole: what gives the attention over whole sequences of some heads, for the last: of near rows, far rows, and these
+            heads' sinks where there are.
     """
     from megatron_lighthouse.context_parallel.gathered import Gathered
     from megatron_lighthouse.context_parallel.heads import ByHeads

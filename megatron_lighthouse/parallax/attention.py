@@ -53,7 +53,7 @@ def parallax_attention(
     """
     check_types(query=query, r=r, key=key, value=value, softmax_scale=softmax_scale, cp_group=cp_group, cu_seqlens=cu_seqlens)
     exchange = Exchange.over(cp_group)
-    check(query, key, value)
+    check(query, key, value, one_dim=True)
     check_r(query, r)
     if window is not None and window < 1:
         raise ValueError(f"window {window} must be at least 1, for a query sees itself: use 1 or more, or None for all tokens.")

@@ -24,7 +24,7 @@ def enough(args: argparse.Namespace, gpus: int) -> Iterator[str]:
         yield (
             f"--tensor-model-parallel-size {args.tensor_model_parallel_size} x --context-parallel-size "
             f"{args.context_parallel_size} x --pipeline-model-parallel-size {args.pipeline_model_parallel_size} = {one} GPUs, "
-            f"and there are {gpus}: use smaller sizes (CP of --study), or more --gpus."
+            f"and there are {gpus}: use smaller sizes (CP of --study), or --gpus {one}."
         )
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from h100_training import DETERMINISTIC
 
-from megatron_lighthouse.context_parallel.copies import SWITCH
+from megatron_lighthouse.context_parallel.schemes import SWITCH
 from megatron_lighthouse.launch.torchrun import one_rank, torchrun
 from megatron_lighthouse.plan.words import RECOMPUTE_WORDS
 from megatron_lighthouse.plots import read_scalars

@@ -24,9 +24,9 @@ check_here() {
     [[ -z $IMAGE || ! -x $ROOT/.venv/bin/python ]] || PYTHON=$ROOT/.venv/bin/python
     [[ -n $IMAGE || -n $CHECK_PYTHON ]] || options=(--runs-here)
     PYTHON=${CHECK_PYTHON:-$PYTHON} sees=$(container_folders)
-    "$PYTHON" -c 'import importlib.util as found, sys; sys.exit(not found.find_spec("torch"))' 2>/dev/null ||
-        die "The check needs a Python with torch, and $PYTHON is none here. Nothing was queued: put torch (a build for CPUs will do)" \
-            "into $ROOT/.venv, name another Python by CHECK_PYTHON, or give --check 0, and layout and data are not checked."
+    "$PYTHON" -c 'import importlib.util as found, sys; sys.exit(sys.version_info < (3, 12) or not found.find_spec("numpy"))' 2>/dev/null ||
+        die "The check needs a Python of 3.12 or newer with numpy, and $PYTHON is none here. Nothing was queued: make one in" \
+            "$ROOT/.venv, name another by CHECK_PYTHON, or give --check 0, and layout and data are not checked."
     check_arguments "$@" "${options[@]}" --sees "$sees"
 }
 

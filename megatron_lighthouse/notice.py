@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 from functools import cache
 
-import torch
-
 log = logging.getLogger("megatron_lighthouse")
 
 
 def say_once(message: str) -> None:
     """Warn, on rank 0 alone, the first time that `message` is given. Silent in compiled code."""
+    import torch  # which takes seconds, and a program that says nothing may need it for nothing
+
     if not torch.compiler.is_compiling():
         _say(message)
 
 
 @cache
 def _say(message: str) -> None:
+    import torch
+
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
         return
     log.warning(message)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from megatron_lighthouse.event_files import check_whole
-from megatron_lighthouse.lighthouse import telemetry
-from megatron_lighthouse.lighthouse.selection import Selection
+
+if TYPE_CHECKING:
+    from megatron_lighthouse.lighthouse.selection import Selection
 
 COLOURS = ("#f2a93b", "#d1495b", "#66509b", "#2b3a67", "#1b1f3b", "#0b0c16")
 type Scalars = dict[str, tuple[numpy.ndarray[Any, Any], numpy.ndarray[Any, Any]]]
@@ -25,6 +25,10 @@ STAGE_COLOURS = {"lighthouse": "#d1495b", "dense": "#2b3a67"}
 
 def selection_map(selection: Selection, path: Path, title: str) -> None:
     """Draw, for the first batch element, the finest level in which each head sees each token; and where the rows went."""
+    import torch
+
+    from megatron_lighthouse.lighthouse import telemetry
+
     geometry = selection.geometry
     finest = torch.full((selection.rows[0].shape[1], geometry.seq_length), geometry.levels - 1)
     for level in range(geometry.levels - 1, -1, -1):

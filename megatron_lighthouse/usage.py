@@ -30,8 +30,14 @@ def one_line(parser: argparse.ArgumentParser, message: str) -> NoReturn:
         SystemExit: with WRONG.
     """
     if os.environ.get("RANK", "0") == "0":
-        print(f"{parser.prog}: {with_nearest(message, parser._option_string_actions)} See --help.", file=sys.stderr)
+        print(f"{parser.prog}: {with_nearest(message, _flags(parser))} See --help.", file=sys.stderr)
     raise SystemExit(WRONG)
+
+
+def _flags(parser: argparse.ArgumentParser) -> list[str]:
+    """Of a parser, and of its commands: what a command does not know, the program says."""
+    commands = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return [*parser._option_string_actions, *(flag for made in commands for one in made.values() for flag in _flags(one))]
 
 
 def with_nearest(message: str, known: Iterable[str]) -> str:

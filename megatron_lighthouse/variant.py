@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor
-
-from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.context_parallel.ring import Passage
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
-from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
-from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.sequence.layout import Layout
-from megatron_lighthouse.softmax.backends import Attend
-from megatron_lighthouse.softmax.documents import AttendDocuments
-from megatron_lighthouse.softmax.inputs import Inputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_lighthouse.context_parallel.exchange import Exchange
+    from megatron_lighthouse.context_parallel.ring import Passage
+    from megatron_lighthouse.lighthouse.rotary import Rotary
+    from megatron_lighthouse.sequence.documents import Documents
+    from megatron_lighthouse.softmax.backends import Attend
+    from megatron_lighthouse.softmax.documents import AttendDocuments
+    from megatron_lighthouse.softmax.inputs import Inputs
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,18 @@ def beyond_softmax(model: Any) -> Iterator[str]:
     for name in ("window_size", "qk_clip", "log_max_attention_logit"):
         if value := getattr(model, name, None):
             yield f"--{name.replace('_', '-')} {value}".removesuffix(" True")
+
+
+def shared_out_problem(flag: str, heads: int, ranks: int) -> str | None:
+    """Why so many heads cannot be shared out among tensor-parallel ranks; None where they can."""
+    if heads % ranks == 0:
+        return None
+    fits = [size for size in range(1, heads + 1) if heads % size == 0]
+    near = sorted(sorted(fits, key=lambda size: abs(size - ranks))[:2])
+    return (
+        f"{flag} {heads} must be a multiple of --tensor-model-parallel-size {ranks}: use --tensor-model-parallel-size "
+        f"{' or '.join(map(str, near))}."
+    )
 
 
 class Variant:

@@ -13,7 +13,7 @@ from megatron_lighthouse.lighthouse.geometry import Pyramid
 from tests.oracle import Array, Problem, attend, norms
 
 # the package has the function under the module's name
-gla = import_module("megatron_lighthouse.lighthouse.scorers.gla")
+linear = import_module("megatron_lighthouse.lighthouse.scorers.linear")
 
 Pair = tuple[Array, Array]
 """s^Q and s^K of each row."""
@@ -43,7 +43,7 @@ def dilated_oracle(q: Array, k: Array, v: Array) -> Pair:
 
 
 def gla_oracle(q: Array, k: Array, v: Array) -> Pair:
-    weight = gla._weight(q.shape[-1], torch.device("cpu")).numpy()
+    weight = linear._weight(q.shape[-1], torch.device("cpu")).numpy()
 
     def stream(q: Array, k: Array, v: Array) -> Pair:
         gates = [-math.log1p(math.exp(-float(x @ weight))) / 16 for x in q.mean(1)]

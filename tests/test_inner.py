@@ -19,6 +19,7 @@ from megatron_lighthouse import LighthouseConfig, lighthouse_attention, notice, 
 from megatron_lighthouse.options import in_flags
 from megatron_lighthouse.softmax import backends as inner
 from megatron_lighthouse.softmax.backends import BACKENDS, choose
+from megatron_lighthouse.softmax.names import INNER
 from megatron_lighthouse.softmax.rows import Rows
 from tests.oracle import Problem, attention
 from tests.tolerances import assert_close
@@ -113,6 +114,10 @@ def test_the_choice_and_why_are_said_once(monkeypatch: pytest.MonkeyPatch, caplo
     why = "(FlashAttention 4 is lost; FlashAttention 3 is old; cuDNN's attention in torch is broken)"
     ends = ["torch's scaled_dot_product_attention.", f"FlashAttention 2 in torch {why}."]
     assert caplog.messages == [start + end for end in ends]
+
+
+def test_command_lines_name_every_backend() -> None:
+    assert ("auto", "te", *BACKENDS) == INNER
 
 
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "sdpa"])

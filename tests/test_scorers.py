@@ -32,13 +32,14 @@ from tests.tolerances import assert_close
 # the package has the function under the module's name
 ROOT = Path(__file__).parents[1]
 gla = import_module("megatron_lighthouse.lighthouse.scorers.gla")
+linear = import_module("megatron_lighthouse.lighthouse.scorers.linear")
 
 
 def in_plain_pytorch(monkeypatch: pytest.MonkeyPatch, segment: int, block: int) -> None:
     """Gated linear attention as on a CPU, which counts in fp32."""
     monkeypatch.setattr(gla, "SEGMENT", segment)
     monkeypatch.setattr(gla, "BLOCK", block)
-    monkeypatch.setattr(gla, "_flash_linear_attention", lambda: gla.plain)
+    monkeypatch.setattr(linear, "_flash_linear_attention", lambda: linear.plain)
 
 
 PROBLEMS = {
@@ -138,12 +139,12 @@ def test_no_gradient(scorer: str, steps: Steps, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_gate_is_fixed() -> None:
-    weight = gla._weight(4096, torch.device("cpu"))
+    weight = linear._weight(4096, torch.device("cpu"))
     assert 0.019 < weight.std() < 0.021
     assert weight.abs().max() < 0.1
-    assert torch.equal(weight, gla._weight.__wrapped__(4096, torch.device("cpu")))
+    assert torch.equal(weight, linear._weight.__wrapped__(4096, torch.device("cpu")))
     first = [-0.009996545, 0.020611967, -0.003357224, -0.004757806]  # a model goes on training with those that it began with
-    assert_close(gla._weight(4, torch.device("cpu")), first, "float32")
+    assert_close(linear._weight(4, torch.device("cpu")), first, "float32")
 
 
 @pytest.mark.parametrize("scorer", ["dilated", "gla"])
@@ -188,7 +189,7 @@ def test_gla_on_a_gpu_asks_for_a_release(release: str | None, is_old: bool, monk
 def test_gla_on_a_gpu_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fla.ops.simple_gla", None)
     with pytest.raises(ValueError, match=r"config.scorer gla .* pip install 'flash-linear-attention>=0.6.0'"):
-        gla._flash_linear_attention()
+        linear._flash_linear_attention()
     with pytest.raises(ValueError, match=r"config.scorer gla .* pip install 'flash-linear-attention>=0.6.0'"):
         SCORERS["gla"].check_installed(kernels, torch.device("cuda"))
     SCORERS["gla"].check_installed(reference, torch.device("cuda"))

@@ -7,13 +7,17 @@ import logging
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
 from megatron_lighthouse import bars
+from megatron_lighthouse.plan.words import recipe_words
 from megatron_lighthouse.quiet import quiet_imports
 from megatron_lighthouse.usage import Parser, with_nearest
 
+ROOT = Path(__file__).parents[1]
+OURS = "python -m megatron_lighthouse."
 SLOW = {"torch", "megatron", "matplotlib"}
 ASKED = """
 import runpy, sys
@@ -40,6 +44,55 @@ def test_help_and_a_wrong_flag_wait_for_no_library(module: str, flag: str) -> No
     assert ended == ("0" if flag == "--help" else "2")
     assert len(said) == (0 if flag == "--help" else 1), said
     assert "usage: " in done.stdout if flag == "--help" else "usage: " not in done.stderr
+
+
+COMMANDS = """
+import contextlib, io, os, runpy, sys
+for line in {lines}:
+    module, *sys.argv[1:] = line.split()
+    sys.argv[0], said, status = "x", io.StringIO(), 0
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            runpy.run_module("megatron_lighthouse." + module, run_name="__main__")
+        except SystemExit as end:
+            status = end.code or 0
+    ours = [name for name in sys.modules if name.startswith("megatron_lighthouse.")]
+    torch = {slow} & set(sys.modules)
+    print(status, *(["imports", *torch, "by", ours[-1]] if torch else []), said.getvalue().splitlines()[:1])
+"""
+
+
+def test_what_asks_torch_for_nothing_imports_none() -> None:
+    """The plan, the check before a job is queued (as far as it asks no Megatron), and every other command's --help."""
+    run = "--nodes 1 --gpus-per-node 8 --arch blackwell --without-megatron --"
+    recipe = " ".join(recipe_words(ROOT / "launch/recipes/llama3-8b-128k.args")) + ""
+    recipe += " --mock-data --tokenizer-type NullTokenizer --vocab-size 128256 --save x --load x"
+    said = {
+        "plan --list": "model",
+        "plan --model llama3-8b --tokens 20B --seq-length 512K --gpus 8 --details": "20B tokens of llama3-8b",
+        "plan --recipe 530m-1m --lighthouse-scorer gla --gpus 32": "10B tokens of 530m-1m",
+        f"launch.check {run} {recipe}": "8 ranks = TP 2",
+        **{f"{name} --help": "usage" for name in ("plan", "plan scaling", "profiling", "convert", "recipe.corpus")},
+        **{f"{name} --help": "usage" for name in ("recipe.recovery", "recipe.evaluate")},
+    }
+    wrong = {
+        f"launch.check {run} {recipe} --lightouse-budget 2": (1, "The run cannot start as asked:"),
+        "plan --seq-lenght 4K": (
+            2,
+            f"{OURS}plan: --seq-lenght is not a known flag: did you mean --seq-length?",
+        ),
+        "plan llama3-8b": (2, f"{OURS}plan: llama3-8b follows no flag that takes it."),
+        "profiling report --cvs x": (
+            2,
+            f"{OURS}profiling: --cvs is not a known flag: did you mean --csv?",
+        ),
+        "convert": (2, f"{OURS}convert: the following arguments are required: {{hf-to-megatron,"),
+    }
+    text = COMMANDS.format(lines=[*said, *wrong], slow=SLOW)
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
+    expected = {command: (0, begins) for command, begins in said.items()} | wrong
+    for line, (command, (status, begins)) in zip(done.stdout.splitlines(), expected.items(), strict=True):
+        assert line.startswith(f"{status} [{begins!r}"[:-1]), (command, line)
 
 
 def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthouse_select
+from megatron_lighthouse import LighthouseConfig, Rotary, lighthouse_attention, lighthouse_select
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.mcore.command_line import checks, settings
 from megatron_lighthouse.options import in_flags
+from megatron_lighthouse.parallax.attention import parallax_attention
 from megatron_lighthouse.softmax.backends import choose_for_blocks
 
 SMALL = {"levels": 2, "pooling": 4, "budget": 8, "tile_budget": 4}
@@ -67,6 +69,38 @@ def test_the_library_names_arguments(refusal: str, monkeypatch: pytest.MonkeyPat
     in_words_of_a_command = in_flags(str(refused.value))
     assert in_words_of_a_command.startswith("--")
     assert not re.search(r"config\.|cp_group|query's N|cp_comm_type", in_words_of_a_command)
+
+
+ROW: Any = torch.zeros(64, 1, 2, 8)
+SETTINGS = LighthouseConfig(**SMALL)  # type: ignore[arg-type]
+WRONG_TYPES: Any = {
+    "query": (lambda: lighthouse_attention(ROW.numpy(), ROW, ROW, SETTINGS), "query must be a torch.Tensor, not a ndarray"),
+    "value": (lambda: lighthouse_attention(ROW, ROW, None, SETTINGS), "value must be a torch.Tensor, not a NoneType"),
+    "config": (lambda: lighthouse_attention(ROW, ROW, ROW, SMALL), "config must be a .*LighthouseConfig, not a dict"),
+    "config of a selection": (lambda: lighthouse_select(ROW, ROW, None), "config must be a .*LighthouseConfig, not a None"),
+    "scale": (lambda: lighthouse_attention(ROW, ROW, ROW, SETTINGS, softmax_scale="1"), "softmax_scale must be a number"),
+    "a scale of none": (lambda: lighthouse_attention(ROW, ROW, ROW, SETTINGS, softmax_scale=float("nan")), "softmax_scale nan"),
+    "rotary": (lambda: lighthouse_attention(ROW, ROW, ROW, SETTINGS, rotary=ROW), "rotary must be a .*Rotary, not a Tensor"),
+    "group": (
+        lambda: lighthouse_attention(ROW, ROW, ROW, SETTINGS, cp_group=2),
+        "cp_group must be a .*Group, not a int",
+    ),
+    "documents": (
+        lambda: lighthouse_attention(ROW, ROW, ROW, SETTINGS, cu_seqlens=[0, 64]),
+        "cu_seqlens .* not a list",
+    ),
+    "attend": (lambda: lighthouse_attention(ROW, ROW, ROW, SETTINGS, attend="fa2"), "attend must be a function .* 'fa2'"),
+    "frequencies": (lambda: Rotary([1.0]), "Rotary: inv_freq must be a torch.Tensor, not a list"),
+    "length": (lambda: LighthouseConfig.for_length(1024.0), "seq_length 1024.0 must be a whole number"),
+    "r": (lambda: parallax_attention(ROW, None, ROW, ROW), "r must be a torch.Tensor, not a NoneType"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TYPES)
+def test_a_wrong_type_is_said_by_its_argument(name: str) -> None:
+    call, says = WRONG_TYPES[name]
+    with pytest.raises((TypeError, ValueError), match=f"^{says}"):
+        call()
 
 
 @pytest.mark.parametrize(

@@ -26,14 +26,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_lighthouse.context_parallel.schemes import SWITCH
 from megatron_lighthouse.notice import say_once
 
 SLOTS = 2
 ALIGNMENT = 256
 COUNTER = 4
 """Bytes."""
-SWITCH = "LIGHTHOUSE_COPY_ENGINE"
-"""Environment variable: 0 leaves all to the process group."""
 
 _of_group: dict[dist.ProcessGroup, Copies | str] = {}
 

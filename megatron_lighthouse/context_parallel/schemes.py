@@ -11,16 +11,17 @@ which is the causal triangle, cut so that all ranks have as much to do.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.context_parallel.gathered import Gathered
-from megatron_lighthouse.context_parallel.heads import ByHeads
-from megatron_lighthouse.context_parallel.parts import Block, Scheme
-from megatron_lighthouse.context_parallel.ring import Ring
+    from megatron_lighthouse.context_parallel.exchange import Exchange
+    from megatron_lighthouse.context_parallel.parts import Block, Scheme
 
 COMM_TYPES = ("p2p", "all_gather", "a2a")
+SWITCH = "LIGHTHOUSE_COPY_ENGINE"
+"""Environment variable: 0 leaves all that `p2p` sends to the process group."""
 
 
 def scheme(
@@ -35,6 +36,10 @@ def scheme(
         whole: what gives the attention over whole sequences of some heads, for the last: of near rows, far rows, and these
             heads' sinks where there are.
     """
+    from megatron_lighthouse.context_parallel.gathered import Gathered
+    from megatron_lighthouse.context_parallel.heads import ByHeads
+    from megatron_lighthouse.context_parallel.ring import Ring
+
     if comm_type == "a2a":
         return ByHeads(whole(), exchange)
     return Ring(block(), exchange) if comm_type == "p2p" else Gathered(block(), exchange)

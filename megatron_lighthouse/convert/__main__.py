@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lighthouse.needed import ask_for_megatron
+from megatron_lighthouse.usage import Parser
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="python -m megatron_lighthouse.convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = made.add_subparsers(dest="command", required=True)
+    commands = made.add_subparsers(dest="command", required=True, metavar="{hf-to-megatron,megatron-to-hf,verify}")
     there = commands.add_parser("hf-to-megatron", help="a Hugging Face folder -> one that a run loads")
     back = commands.add_parser("megatron-to-hf", help="a run's checkpoint -> a Hugging Face folder")
     verify = commands.add_parser("verify", help="whether two folders hold the same model, to the bit; status 1 if not")

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
+from importlib.util import find_spec
 
 from megatron_lighthouse.usage import Parser
 
@@ -120,6 +121,7 @@ def asked_of_megatron(options: argparse.Namespace, points: dict[str, list[str]])
     from megatron_lighthouse.mcore.command_line import flags
 
     by_list = f"flags, layout, sizes, files and this project's rules, by the flags of Megatron-core {flags.VERSION}"
+    by_list += "" if find_spec("torch") else f" (but not what checkpoints hold, for {sys.executable} has no torch)"
     if options.without_megatron:
         return [], f"{by_list}; Megatron's own rules are the run's to ask."
     if not megatron.can_be_asked():

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator
 
 from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern
+from megatron_lighthouse.variant import shared_out_problem
 from megatron_lighthouse.variants import VARIANTS
 
 ENDS = ("--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split")
@@ -23,7 +24,7 @@ def enough(args: argparse.Namespace, gpus: int) -> Iterator[str]:
         yield (
             f"--tensor-model-parallel-size {args.tensor_model_parallel_size} x --context-parallel-size "
             f"{args.context_parallel_size} x --pipeline-model-parallel-size {args.pipeline_model_parallel_size} = {one} GPUs, "
-            f"and there are {gpus}: use smaller sizes (CP of --study), or more --gpus."
+            f"and there are {gpus}: use smaller sizes (CP of --study), or --gpus {one}."
         )
 
 
@@ -38,22 +39,23 @@ def layout(args: argparse.Namespace, nodes: int, gpus_per_node: int) -> Iterator
         fits = [n for n in range(1, 4 * one + 1) if n * gpus_per_node % one == 0]
         fit = " or ".join(map(str, sorted(sorted(fits, key=lambda n: abs(n - nodes))[:2])))
         yield (
-            f"{product} = {one} must divide the GPUs of the job, {nodes} nodes x {gpus_per_node} = {world}: use --nodes {fit}, "
-            "or smaller sizes."
+            f"{product} = {one} must divide the GPUs of the job, {nodes} node{'s' * (nodes != 1)} x {gpus_per_node} = {world}: "
+            f"use --nodes {fit}, or smaller sizes."
         )
     elif args.global_batch_size and args.global_batch_size % (args.micro_batch_size * (world // one)):
         unit = args.micro_batch_size * (world // one)
         yield (
             f"--global-batch-size {args.global_batch_size} must be a multiple of {unit} (--micro-batch-size "
-            f"{args.micro_batch_size} x {world // one} data-parallel ranks): use {-(-args.global_batch_size // unit) * unit}."
+            f"{args.micro_batch_size} x {world // one} data-parallel ranks): use "
+            f"--global-batch-size {-(-args.global_batch_size // unit) * unit}."
         )
     yield from stages(args)
     heads, groups = args.num_attention_heads, args.num_query_groups or args.num_attention_heads
     copied = VARIANTS[args.attention].native and groups and tensor % groups == 0  # Megatron gives several ranks the same group
     unknown = copied or args.use_checkpoint_args  # then it is the checkpoint's, whatever is said here
     for name, size in (("num-attention-heads", heads), ("num-query-groups", args.num_query_groups)):
-        if size and size % tensor and not (name == "num-query-groups" and unknown):
-            yield f"--{name} {size} must be a multiple of --tensor-model-parallel-size {tensor}: use a divisor of {size}."
+        if size and not (name == "num-query-groups" and unknown) and (problem := shared_out_problem(f"--{name}", size, tensor)):
+            yield problem
     groups = max(1, (groups or context * tensor) // tensor)
     if "a2a" in args.cp_comm_type and groups % context:
         yield (

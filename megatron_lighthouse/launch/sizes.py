@@ -24,7 +24,8 @@ def sizes(args: argparse.Namespace, runs_here: bool = False) -> Iterator[str]:
             f"use --train-iters {iterations} alone."
         )
     elif not args.train_iters:
-        yield "--train-iters is missing: a requeued job goes on until the checkpoint is there."
+        given = "is missing" if args.train_iters is None else f"{args.train_iters} trains nothing"
+        yield f"--train-iters {given}: give the iterations at which the job is done, such as --train-iters 20000."
     yield from before.problems(args)
     yield from run_options.problems(args)
     if runs_here:

@@ -8,11 +8,12 @@ and dealt as further heads of theirs, so that nothing between here and the atten
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from megatron_lighthouse.variant import Variant
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Around(Mapping[str, Variant]):
@@ -38,6 +39,8 @@ AROUND = Around()
 
 def stacked(query: Tensor, streams: Sequence[Tensor], groups: int) -> Tensor:
     """Queries and streams, [N, B, H, D] each, as queries of more heads [N, B, (1 + streams) * H, D]: group by group."""
+    import torch
+
     if not streams:
         return query
     return torch.cat([x.unflatten(2, (groups, -1)) for x in (query, *streams)], 3).flatten(2, 3)

@@ -11,9 +11,10 @@ from torch.distributed import ProcessGroup
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem
+from megatron_lighthouse.given import check_sinks, check_types
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.geometry import Pyramid
-from megatron_lighthouse.lighthouse.given import check_one_rank, check_own, check_selection, check_sinks
+from megatron_lighthouse.lighthouse.given import check_one_rank, check_own, check_selection
 from megatron_lighthouse.lighthouse.layer import Attended, Layer, build
 from megatron_lighthouse.lighthouse.packed.layer import PackedAttended, PackedLayer, build_packed
 from megatron_lighthouse.lighthouse.packed.packing import Packing
@@ -83,9 +84,11 @@ def lighthouse_attention(
         ValueError: shapes or dtypes that do not fit each other, an N that does not fit the config or the ranks, or an inner
             attention that is forced and is not there; boundaries that do not begin with 0, increase and end at N, or that come
             with B > 1, with context-parallel ranks or with a scorer that cannot. Before any collective, on every rank alike.
-        TypeError: a selection that is no `Selection`.
+        TypeError: an argument of another type.
         RuntimeError: under torch.func or forward-mode differentiation; in backward, a second derivative.
     """
+    check_types(query=query, key=key, value=value, config=config, softmax_scale=softmax_scale, rotary=rotary)
+    check_types(cp_group=cp_group, attend=attend, cu_seqlens=cu_seqlens, sinks=sinks)
     # by name alone, here: under Transformer Engine's attention `attended_rows` may be given a scheme of its own
     if problem := comm_type_problem(cp_comm_type, 1, 1, 1):
         raise ValueError(problem)
@@ -237,11 +240,14 @@ def lighthouse_select(
 
     Raises:
         ValueError: as `lighthouse_attention`, or a scorer that lacks the values.
+        TypeError: an argument of another type.
     """
+    check_types(query=query, key=key, config=config, rotary=rotary, cp_group=cp_group, cu_seqlens=cu_seqlens)
     if value is None:
         if SCORERS[config.scorer].reads_values:
             raise ValueError(f"config.scorer {config.scorer} reads the values: pass `value`.")
         value = key
+    check_types(value=value)
     refuse_transforms(query, key, value)
     exchange = Exchange.over(cp_group)
     if cu_seqlens is not None:

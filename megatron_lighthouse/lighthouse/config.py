@@ -11,12 +11,13 @@ from typing import Any
 from megatron_lighthouse.lighthouse.around import AROUND
 from megatron_lighthouse.lighthouse.by_length import NAMES, by_length
 from megatron_lighthouse.lighthouse.geometry import Geometry
-from megatron_lighthouse.lighthouse.implementations import STEPS
 from megatron_lighthouse.lighthouse.packed.rule import Rule
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.options import flag_of, option
-from megatron_lighthouse.softmax.backends import INNER
+from megatron_lighthouse.softmax.names import INNER
 
+STEPS = ("auto", "kernels", "reference")
+"""What `steps` can name."""
 TRIED = 1000
 """Values that are tried each way from one that does not work: trying all takes hours where a length is far too great."""
 
@@ -186,7 +187,12 @@ class LighthouseConfig:
 
     @classmethod
     def for_length(cls, seq_length: int, **given: Any) -> LighthouseConfig:
-        """The config that `seq_length` tokens ask for (`by_length`), with the fields that are given."""
+        """The config that `seq_length` tokens ask for (`by_length`), with the fields that are given.
+
+        Raises ValueError as the constructor does.
+        """
+        if type(seq_length) is not int or seq_length < 1:
+            raise ValueError(f"seq_length {seq_length!r} must be a whole number of at least 1.")
         pooling = given.get("pooling", cls.pooling)
         found = by_length(seq_length, pooling, **{name: given[name] for name in NAMES if name in given})
         return cls(**{**given, **found})

@@ -40,18 +40,6 @@ def check_own(
         raise ValueError(problem)
 
 
-def check_sinks(sinks: Tensor | None, query: Tensor, attend: object, cu_seqlens: object) -> None:
-    if sinks is None:
-        return
-    if attend is not None or cu_seqlens is not None:
-        other = "attend" if attend is not None else "cu_seqlens"
-        raise ValueError(f"sinks belong to the default inner attention over one sequence: leave out `sinks` or `{other}`.")
-    if query.dim() == 4 and (sinks.shape != query.shape[2:3] or sinks.device != query.device):
-        raise ValueError(
-            f"sinks must be [{query.shape[2]}] on {query.device}, one a query head, not {list(sinks.shape)} on {sinks.device}."
-        )
-
-
 def check_selection(selection: Selection, query: Tensor, groups: int, geometry: Pyramid, exchange: Exchange | None) -> None:
     if exchange is not None:
         raise ValueError("a selection can be given without context parallelism alone: leave out `selection` or `cp_group`.")

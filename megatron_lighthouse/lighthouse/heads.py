@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.scorers import SCORERS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NAME = "config.heads_per_selection"
 

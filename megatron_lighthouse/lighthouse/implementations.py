@@ -14,7 +14,6 @@ from megatron_lighthouse.lighthouse.packed.steps import PackedSteps
 from megatron_lighthouse.lighthouse.steps import Steps
 from megatron_lighthouse.notice import say_once
 
-STEPS = ("auto", "kernels", "reference")
 MOST_POOLING = 16
 
 

@@ -34,6 +34,8 @@ class Rotary:
     tables: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.inv_freq, Tensor):
+            raise TypeError(f"Rotary: inv_freq must be a torch.Tensor, not a {type(self.inv_freq).__name__}.")
         inv_freq = self.inv_freq.detach().to("cpu", torch.float64)
         if inv_freq.dim() != 1 or not len(inv_freq) or not inv_freq.isfinite().all():
             raise ValueError(f"Rotary: inv_freq must be a vector of finite numbers, one a pair, got {list(inv_freq.shape)}.")

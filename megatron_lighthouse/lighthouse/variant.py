@@ -4,29 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from megatron_lighthouse import running
 from megatron_lighthouse.lighthouse.around import AROUND
 from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
 from megatron_lighthouse.lighthouse.heads import documents_problem
-from megatron_lighthouse.lighthouse.implementations import steps_for
-from megatron_lighthouse.lighthouse.layer import Layer, build
-from megatron_lighthouse.lighthouse.packed.layer import PackedLayer, build_packed
 from megatron_lighthouse.lighthouse.scorers import SCORERS
-from megatron_lighthouse.lighthouse.sharded.select import is_local
 from megatron_lighthouse.lighthouse.sharded.sent import layer_bytes, summary
 from megatron_lighthouse.options import in_flags
-from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.sequence.layout import Layout
-from megatron_lighthouse.softmax.backends import Attend
-from megatron_lighthouse.softmax.documents import AttendDocuments
-from megatron_lighthouse.softmax.inputs import Inputs, check_backend
-from megatron_lighthouse.variant import Place, Variant
+from megatron_lighthouse.variant import Place, Variant, shared_out_problem
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_lighthouse.lighthouse.layer import Layer
+    from megatron_lighthouse.lighthouse.packed.layer import PackedLayer
+    from megatron_lighthouse.sequence.documents import Documents
+    from megatron_lighthouse.softmax.backends import Attend
+    from megatron_lighthouse.softmax.documents import AttendDocuments
+    from megatron_lighthouse.softmax.inputs import Inputs
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,8 @@ class Placed:
         attend: Attend | None = None,
         sinks: Tensor | None = None,
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
+        import torch
+
         with running.layer(self.place.number):
             attended = self.layer.attended(query, key, value, *streams, attend=attend, sinks=sinks)
             output = attended.scatter()
@@ -125,6 +126,8 @@ class Lighthouse(Variant):
 
     def graph_problems(self, config: LighthouseConfig, seq_length: int, ranks: int, graphs: str) -> Iterator[str]:
         """How many rows go to which rank is read by the host, in every layer."""
+        from megatron_lighthouse.lighthouse.sharded.select import is_local
+
         if ranks == 1 or is_local(config.geometry(seq_length, ranks), ranks):
             return
         fits = config.budget // (2 * ranks)
@@ -158,13 +161,15 @@ class Lighthouse(Variant):
                     "tokens: leave it out, or use --attention dense."
                 )
         groups, tensor_parallel = model.num_query_groups or model.num_attention_heads, model.tensor_model_parallel_size
-        if groups % tensor_parallel:
-            yield (
-                f"--num-query-groups {groups} must be a multiple of --tensor-model-parallel-size {tensor_parallel}, for each "
-                f"key/value head selects once: use {groups} or a divisor of it as the tensor-parallel size."
-            )
+        if message := shared_out_problem("--num-query-groups", groups, tensor_parallel):
+            yield message
 
     def check_installed(self, config: LighthouseConfig, inputs: Inputs, place: Place) -> None:
+        import torch
+
+        from megatron_lighthouse.lighthouse.implementations import steps_for
+        from megatron_lighthouse.softmax.inputs import check_backend
+
         rows = torch.empty(0, inputs.dim, dtype=inputs.dtype, device=inputs.device)
         try:
             SCORERS[config.scorer].check_installed(steps_for(config.steps, rows), inputs.device)
@@ -175,6 +180,8 @@ class Lighthouse(Variant):
             raise ValueError(in_flags(str(error))) from None
 
     def build(self, config: LighthouseConfig, query: Tensor, key: Tensor, place: Place) -> Placed:
+        from megatron_lighthouse.lighthouse.layer import build
+
         own = (place.base_attends, place.rotary, place.sinks, place.value_dim, place.around)
         how = (place.exchange, place.comm_type, place.scale, *own)
         try:
@@ -183,6 +190,8 @@ class Lighthouse(Variant):
             raise ValueError(in_flags(str(error))) from None
 
     def build_documents(self, config: LighthouseConfig, query: Tensor, key: Tensor, place: Place) -> PlacedDocuments:
+        from megatron_lighthouse.lighthouse.packed.layer import build_packed
+
         how = (place.scale, place.base_attends, place.rotary, place.around)
         return PlacedDocuments(build_packed(config, query, key, *how), place)
 

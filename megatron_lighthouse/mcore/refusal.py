@@ -6,8 +6,6 @@ import errno
 import json
 import traceback
 
-import torch
-
 REFUSED = 2
 """Exit status of a command line or data that cannot run, as argparse's: pretrain.sbatch does not queue such a job again."""
 LASTING = (errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -41,6 +39,8 @@ def repeats(error: BaseException, parsed: bool) -> bool:
     if isinstance(error, OSError):
         return error.errno in LASTING
     if isinstance(error, RuntimeError):  # torch's: a GPU that does not start, half a checkpoint
+        import torch
+
         return not (isinstance(error, torch.AcceleratorError) or _raised_in(error, "torch"))
     return True
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.given import check_types
 from megatron_lighthouse.parallax.layer import build
 from megatron_lighthouse.softmax.inputs import check
 
@@ -47,8 +48,10 @@ def parallax_attention(
 
     Raises:
         ValueError: shapes or dtypes that do not fit each other, or what cannot be done. Raised before any collective.
+        TypeError: an argument of another type.
         RuntimeError: under torch.func or forward-mode differentiation; in backward, a second derivative.
     """
+    check_types(query=query, r=r, key=key, value=value, softmax_scale=softmax_scale, cp_group=cp_group, cu_seqlens=cu_seqlens)
     exchange = Exchange.over(cp_group)
     check(query, key, value, one_dim=True)
     check_r(query, r)

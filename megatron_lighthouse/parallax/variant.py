@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from megatron_lighthouse import running
-from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.context_parallel.ring import Passage
 from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
 from megatron_lighthouse.parallax.config import ParallaxConfig
-from megatron_lighthouse.parallax.implementations import implementation_for
-from megatron_lighthouse.parallax.layer import Attend, build
-from megatron_lighthouse.ranges import profiled
-from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.sequence.layout import Layout
-from megatron_lighthouse.softmax import backends
-from megatron_lighthouse.softmax.documents import AttendDocuments
-from megatron_lighthouse.softmax.inputs import Inputs
-from megatron_lighthouse.variant import Place, Stream, Variant, Work
+from megatron_lighthouse.variant import Place, Stream, Variant, Work, shared_out_problem
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_lighthouse.context_parallel.exchange import Exchange
+    from megatron_lighthouse.context_parallel.ring import Passage
+    from megatron_lighthouse.parallax.layer import Attend
+    from megatron_lighthouse.sequence.documents import Documents
+    from megatron_lighthouse.softmax import backends
+    from megatron_lighthouse.softmax.documents import AttendDocuments
+    from megatron_lighthouse.softmax.inputs import Inputs
+
+FLOAT64 = 8
+"""Bytes."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,16 @@ class WithinDocuments:
         documents: Documents,
         attend: AttendDocuments | None = None,
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
+        from megatron_lighthouse.ranges import profiled
+
         (r,) = streams
         with running.layer(self.number), profiled("attend"):
             return self.over_rows(query, key, value, documents, r), None
 
     def over_rows(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents, r: Tensor) -> Tensor:
         """[t, 1, H, D]."""
+        from megatron_lighthouse.parallax.layer import build
+
         within = build(query, key, softmax_scale=self.scale, cu_seqlens=documents.cu_seqlens, kernels=self.kernels)
         return within.over_rows(query, r, key, value)
 
@@ -99,11 +105,8 @@ class Parallax(Variant):
     def problems(self, config: ParallaxConfig, model: Any) -> Iterator[str]:
         yield from super().problems(config, model)
         groups, ranks = model.num_query_groups or model.num_attention_heads, model.tensor_model_parallel_size
-        if groups % ranks:
-            yield (
-                f"--num-query-groups {groups} must be a multiple of --tensor-model-parallel-size {ranks}: use a divisor of it "
-                "as the tensor-parallel size."
-            )
+        if message := shared_out_problem("--num-query-groups", groups, ranks):
+            yield message
 
     def remarks(self, config: ParallaxConfig, args: Any) -> Iterator[str]:
         if "muon" not in args.optimizer:
@@ -113,6 +116,8 @@ class Parallax(Variant):
             )
 
     def build(self, config: ParallaxConfig, query: Tensor, key: Tensor, place: Place) -> Layer:
+        from megatron_lighthouse.parallax.layer import build
+
         how = (place.exchange, place.comm_type, place.scale)
         return Layer(build(query, key, *how, kernels=config.kernels), place.number)
 
@@ -145,6 +150,8 @@ class Parallax(Variant):
                 f"values of {value_dim} channels beside keys of {query.shape[3]} are not done by config.around {self.around}: "
                 "use config.around softmax."
             )
+        from megatron_lighthouse.parallax.layer import build
+
         kernels = (config or ParallaxConfig()).kernels
         return Rows(build(query, key, exchange, comm_type, scale, kernels=kernels))
 
@@ -165,6 +172,8 @@ class Parallax(Variant):
         return WithinDocuments(config.kernels, place.scale, place.number)
 
     def check_installed(self, config: ParallaxConfig, inputs: Inputs, place: Place) -> None:
+        from megatron_lighthouse.parallax.implementations import implementation_for
+
         implementation_for(config.kernels, inputs.device, inputs.dtype, inputs.dim)
 
     def sent(
@@ -176,7 +185,7 @@ class Parallax(Variant):
             r = seq_length // layout.size * shape.batch * shape.heads * shape.dim * shape.itemsize
             more = r * (layout.size - 1) // layout.size
             forward, backward = forward + more, backward + more
-        centre = 2 * 2 * shape.batch * shape.groups * shape.dim * torch.float64.itemsize * (layout.size - 1)
+        centre = 2 * 2 * shape.batch * shape.groups * shape.dim * FLOAT64 * (layout.size - 1)
         return {"attend": (forward, backward), "centre": (centre, 0)}
 
 

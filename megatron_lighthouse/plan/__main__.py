@@ -30,6 +30,7 @@ from megatron_lighthouse.plan.models import models, placed, run_of_model
 from megatron_lighthouse.plan.run import RECOMPUTE, Run, check_names, recipes, run_of
 from megatron_lighthouse.plan.stages import FRACTION, Stages
 from megatron_lighthouse.plan.words import recipe_words, run_of_words
+from megatron_lighthouse.usage import Parser
 from megatron_lighthouse.variants import LIGHTHOUSE, counted
 
 RUN_FLAGS = {
@@ -49,7 +50,7 @@ LENGTH = 2**17
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="python -m megatron_lighthouse.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.usage = "%(prog)s [--model NAME | --recipe NAME] [--tokens N] [--seq-length N] [--gpus N] [--device NAME] … (--help)"
@@ -145,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def scaling_main(arguments: Sequence[str]) -> int:
-    made = argparse.ArgumentParser(prog="python -m megatron_lighthouse.plan scaling", description=scaling.__doc__)
+    made = Parser(prog="python -m megatron_lighthouse.plan scaling", description=scaling.__doc__)
     made.formatter_class = argparse.RawDescriptionHelpFormatter
     made.add_argument("results", nargs="+", type=Path, help="folders of runs, or folders that hold such folders")
     made.add_argument("--out", type=Path, default=Path("scaling"), help="where CSV, table and plots go; default: %(default)s")

@@ -9,13 +9,22 @@ from dataclasses import fields
 from typing import Any
 
 from megatron_lighthouse.lighthouse.by_length import NAMES, by_length
+from megatron_lighthouse.mcore.command_line import kept
 from megatron_lighthouse.plan.model import GPT
 from megatron_lighthouse.plan.run import recipes
 from megatron_lighthouse.variants import VARIANTS
 
 type Row = dict[str, Any]
 MODEL = tuple(field.name for field in fields(GPT))
-OF_SELECTION = ("dense_first", "dense_last", "levels", "pooling", "budget", "tile_budget", "edge_budget", "around")
+OF_WORDS = {
+    **{"scorer": "--lighthouse-scorer", "inner": "--lighthouse-inner", "steps": "--lighthouse-steps"},
+    "transformer_impl": "--transformer-impl",
+}
+"""What the scripts' run.json says in the run's command line alone, by its flag."""
+OF_SELECTION = (
+    *("dense_first", "dense_last", "levels", "pooling", "budget", "tile_budget", "edge_budget"),
+    *("scorer", "inner", "steps", "around"),
+)
 """Settings that mean nothing to an attention that selects nothing."""
 FOLLOWS = ("recompute", "levels", "budget", "tile_budget", "edge_budget")
 """Settings that may go with the length: along it they part runs only where a length has more than one of them."""
@@ -29,6 +38,10 @@ WORDS = {
     "levels": "L {}",
     "pooling": "p {}",
     "budget": "k {}",
+    "scorer": "scorer {}",
+    "inner": "inner {}",
+    "steps": "steps {}",
+    "transformer_impl": "{} layers",
     "tile_budget": "m {}",
     "recompute": "recompute {}",
     "cp_comm_type": "{}",
@@ -40,12 +53,8 @@ WORDS = {
 }
 """All that parts runs beside attention, ranks and length, and how a legend says it."""
 PLAIN = {
-    "recompute": "none",
-    "cp_comm_type": "p2p",
-    "tensor_parallel": 1,
-    "pipeline_parallel": 1,
-    "pooling": 4,
-    "around": "softmax",
+    **{"recompute": "none", "cp_comm_type": "p2p", "tensor_parallel": 1, "pipeline_parallel": 1, "pooling": 4},
+    **{"scorer": "norm", "inner": "auto", "steps": "auto", "transformer_impl": "transformer_engine", "around": "softmax"},
 }
 
 
@@ -56,7 +65,7 @@ def kind(info: Row) -> Row:
     """
     table = recipes().get(str(info.get("recipe")), {})
     dense = {"dense_first": 2, "dense_last": 2}
-    told = {**PLAIN, **(dense | table["model"] | table.get("lighthouse", {}) if table else {}), **info}
+    told = {**PLAIN, **(dense | table["model"] | table.get("lighthouse", {}) if table else {}), **_spoken(info), **info}
     if told.get("seq_length"):  # sizes that nobody gave are those of the length
         told |= by_length(told["seq_length"], told["pooling"], **{name: told[name] for name in NAMES if name in told})
     if told.get("device"):
@@ -70,6 +79,11 @@ def kind(info: Row) -> Row:
         told["micro_batches"] = told.get("global_batch", replicas) / replicas
         told["replicas_of"] = told["gpus"] if replicas > 1 else None
     return {name: told.get(name) for name in WORDS}
+
+
+def _spoken(info: Row) -> Row:
+    words = str(info.get("arguments", "")).split()
+    return {name: said for name, flag in OF_WORDS.items() if (said := kept.value(words, flag)) is not None}
 
 
 def settle(rows: Sequence[Row]) -> None:

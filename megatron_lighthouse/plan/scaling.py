@@ -16,6 +16,7 @@ What launch scripts write into run.json before the run starts:
      "edge_budget": 3072,           of the first and last layers, which are dense where it is missing
      "layers": 30, "hidden": 1024, "ffn": 1536, "heads": 8, "groups": 8, "head_dim": 128, "dense_first": 2, "dense_last": 2,
                                     the recipe's where missing; a recipe that is not in recipes.toml needs all but the last two
+     "scorer": "norm",              or in "arguments", as "inner", "steps" and "transformer_impl"
      "recompute": "none",           none, mlp or full
      "cp_comm_type": "p2p", "job": "1234_0", "arguments": "--attention lighthouse …"}
 
@@ -29,8 +30,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -59,7 +62,7 @@ BESIDE = (
 )
 """In scaling.csv alone: what else tells one run from another; L, p and k are empty where run.json does not say."""
 CONFIG = ("levels", "pooling", "budget", "tile_budget")
-NAMES = ("attention", "recipe", "recompute", "cp_comm_type", "device", "around")
+NAMES = ("attention", "recipe", "recompute", "cp_comm_type", "device", "around", *alike.OF_WORDS)
 SIZES = ("seq_length", "context_parallel", "tensor_parallel", "pipeline_parallel", "gpus", "global_batch", "edge_budget")
 NUMBERS = (*SIZES, *CONFIG, *MODEL)
 
@@ -77,8 +80,11 @@ def collect(results: Sequence[Path], out: Path) -> str:
         raise ValueError(f"scaling {named}: no run.json in there: name folders that hold one for each run, beside its *.log.")
     out.mkdir(parents=True, exist_ok=True)  # before the work
     rows, notes = [], []
+    names = Counter(folder.name for folder in folders)
     for folder in folders:
         row, found = read(folder)
+        if names[folder.name] > 1:  # as of several studies
+            row["run"] = str(folder.relative_to(os.path.commonpath(folders)))
         rows.append(row)
         notes += [f"{folder}: {note}" for note in found]
     rows.sort(key=lambda r: [str(r.get(k) or "").rjust(12) for k in ("recipe", "seq_length", "attention", "context_parallel")])
@@ -202,6 +208,7 @@ def _speeds(row: Row, info: Row, times: list[float]) -> None:
     else:
         run = Run(GPT(**sizes), **changes)
     config = LighthouseConfig.for_length(run.seq_length, **{name: info[name] for name in (*CONFIG, "around") if name in info})
+    config = config.replace(scorer=row["kind"]["scorer"] or config.scorer)
     run = run.change(config=config, device=device_of(info["device"])).check()
     row["predicted_tokens_s_gpu"] = round(time.tokens_per_gpu(run, coefficients()), 1)
     row["predicted_peak_gib"] = round(memory.total(run) / 2**30, 2)

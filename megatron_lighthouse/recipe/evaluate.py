@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import socket
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,10 @@ import megatron_lighthouse
 from megatron_lighthouse.mcore.data import text
 from megatron_lighthouse.needed import ask_for_megatron
 from megatron_lighthouse.notice import say_once
+from megatron_lighthouse.quiet import quiet_imports
 from megatron_lighthouse.recipe import evaluation_files, hindsight, passkey, positions
 from megatron_lighthouse.recipe.readers import Reader
+from megatron_lighthouse.usage import Parser
 from megatron_lighthouse.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -52,6 +55,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--hindsight-samples", type=int, default=0, help="Sequences with another future; 0 for no hindsight. Default: 0.")
     add("--hindsight-seed", type=int, default=1234, help="Of the samples. Default: 1234.")
     return parser
+
+
+def _parser() -> Parser:
+    """What --help shows."""
+    made = Parser(
+        prog="python -m megatron_lighthouse.recipe.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Beside these, the arguments of python -m megatron_lighthouse.pretrain_gpt.",
+    )
+    made.add_argument("--run", metavar="FOLDER", help="Take the arguments of the last job there, and its checkpoint.")
+    add_arguments(made)
+    return made
 
 
 def held_out(args: argparse.Namespace, reader: Reader) -> tuple[list[Path], Array]:
@@ -197,19 +213,22 @@ def hindsight_by_distance(trained: Trained, tokens: Array) -> dict[str, Any]:
 
 def main() -> None:
     """Evaluate as the command line says."""
+    if {"-h", "--help"} & {*sys.argv[1:]}:  # Megatron's own takes many seconds, and thousands of lines
+        _parser().parse_args(["--help"])
     ask_for_megatron("megatron_lighthouse.recipe.evaluate")
     if "LOCAL_RANK" not in os.environ:  # not under torchrun; Kubernetes' PyTorchJob sets RANK and WORLD_SIZE, of its pods
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    import torch
+    with quiet_imports():
+        import torch
 
-    if not torch.cuda.is_available():
-        from megatron_lighthouse import cpu
+        if not torch.cuda.is_available():
+            from megatron_lighthouse import cpu
 
-        cpu.install()
-    from megatron_lighthouse.recipe import trained as checkpoint
+            cpu.install()
+        from megatron_lighthouse.recipe import trained as checkpoint
 
     args = checkpoint.parse(add_arguments)
     reader = checkpoint.reader(args)

@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_lighthouse.recipe import evaluation_plots
-
 type Result = dict[str, Any]
 SUMMARY = "evaluation.json"
 NAMES = (
@@ -48,6 +46,8 @@ def start(out: Path) -> None:
 
 def loss(out: Path, found: Result, title: str) -> Result:
     """Write it and say it; answers what belongs in the summary."""
+    from megatron_lighthouse.recipe import evaluation_plots
+
     _write_csv(out / "loss.csv", found["buckets"])
     _write_csv(out / "loss_by_sequence.csv", found["by_sequence"])
     with _whole(out / "loss.png") as partial:
@@ -59,6 +59,8 @@ def loss(out: Path, found: Result, title: str) -> Result:
 
 def passkey(out: Path, found: Result, title: str) -> Result:
     """As `loss`."""
+    from megatron_lighthouse.recipe import evaluation_plots
+
     _write_csv(out / "passkey.csv", found["cells"])
     _write_csv(out / "passkey_by_question.csv", found["questions"])
     with _whole(out / "passkey.png") as partial:
@@ -71,6 +73,8 @@ def passkey(out: Path, found: Result, title: str) -> Result:
 
 def hindsight(out: Path, found: Result, title: str) -> Result:
     """As `loss`."""
+    from megatron_lighthouse.recipe import evaluation_plots
+
     _write_csv(out / "hindsight.csv", found["distances"])
     with _whole(out / "hindsight.png") as partial:
         evaluation_plots.hindsight(found["distances"], partial, title, found["unit"])

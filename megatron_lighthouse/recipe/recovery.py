@@ -29,7 +29,6 @@ from typing import Any
 import numpy
 
 from megatron_lighthouse.needed import ask_for_megatron
-from megatron_lighthouse.plots import STAGE_COLOURS, read_scalars
 from megatron_lighthouse.recipe.comparable import check_comparable, told
 from megatron_lighthouse.recipe.of_run import log_folder
 from megatron_lighthouse.recipe.whole_log import Losses, check_around, check_finite, check_since
@@ -125,6 +124,8 @@ def read_losses(folders: Sequence[Path]) -> tuple[Losses, list[int], Losses]:
     Raises:
         ValueError: a folder without a log of training losses.
     """
+    from megatron_lighthouse.plots import read_scalars
+
     losses: Losses = {}
     layers: Losses = {}
     starts = []
@@ -224,6 +225,8 @@ def draw(run: Run, measured: Recovery, dense: Losses | None, width: int, path: P
     """Draw the losses, faint, and smoothed by stage; the switch, the level, and where the run is back at it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    from megatron_lighthouse.plots import STAGE_COLOURS
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()

@@ -14,14 +14,15 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 from megatron_lighthouse.launch.torchrun import own_environment, torchrun
-from megatron_lighthouse.mcore.command_line import kept
+from megatron_lighthouse.mcore.command_line import flags, kept
 from megatron_lighthouse.needed import ask_for_megatron
 from megatron_lighthouse.recipe.begun import check_begun
 from megatron_lighthouse.recipe.presets import Preset, default_text, preset_for
-from megatron_lighthouse.usage import Parser
+from megatron_lighthouse.usage import WRONG, Parser
 
 SHOWN = ("tokens/s=", "validation loss", "saving checkpoint", "loaded checkpoint")
 """Lines of Megatron's log that the terminal shows; the log file has all."""
@@ -32,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, extra = parser.parse_known_args(argv)
     ask_for_megatron("megatron_lighthouse.recipe.two_stage")
+    if typed := _cut_short(parser, extra):
+        parser.error("unrecognized arguments: " + " ".join(typed))
     from megatron_lighthouse.variants import VARIANTS, base_in  # torch, which --help need not wait for
 
     if options.attention not in VARIANTS:
@@ -43,7 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if steps < 1 or dense_steps < 1:
         raise SystemExit(f"--steps {steps} and --dense-steps {dense_steps} must be at least 1.")
     run = Path(options.runs) / options.name
-    run.mkdir(parents=True, exist_ok=True)
     text = options.data or default_text()
     where = f"{gpus} GPUs" if gpus else f"{preset.processes} CPU processes"
     where = f"{where}, context parallel {preset.context_parallel}"
@@ -53,8 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     base = base_in(argparse.Namespace(attention=options.attention, **asked))
     assert base is not None
     stages = {variant.name: (0, steps), base.name: (steps, total)} if variant.switches else {variant.name: (0, total)}
-    print(f"{run}: {stages[variant.name][1]} iterations with {variant.title}", end="")
-    print(f", then {dense_steps} of {base.title}, on {where}" if variant.switches else f", on {where}", flush=True)
     arguments = {
         attention: _arguments(preset, run, attention, stop, total, text, extra) for attention, (_, stop) in stages.items()
     }
@@ -62,6 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_begun(run, arguments, (stages[variant.name][1], total - stages[variant.name][1]))
     except ValueError as error:
         raise SystemExit(str(error)) from None
+    if wrong := [*dict.fromkeys(problem for words in arguments.values() for problem in _problems(words, run, preset))]:
+        print("The run cannot start as asked:\n  - " + "\n  - ".join(wrong), file=sys.stderr)
+        return WRONG
+    run.mkdir(parents=True, exist_ok=True)
+    print(f"{run}: {stages[variant.name][1]} iterations with {variant.title}", end="")
+    print(f", then {dense_steps} of {base.title}, on {where}" if variant.switches else f", on {where}", flush=True)
     for attention, (start, stop) in stages.items():
         done = _iterations_done(run)
         if done >= stop:
@@ -80,6 +86,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     _draw(run, where, list(stages))
     print(_next(run, arguments[list(stages)[-1]], preset, dense_steps, len(stages) > 1))
     return 0
+
+
+def _cut_short(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
+    """Those of the words for Megatron that are none of its flags, and nearly one of these."""
+    known = {flag for one in flags.listed() for flag in one["flags"]}
+    given = [word.partition("=")[0] for word in words if word.startswith("--")]
+    own = [*parser._option_string_actions]
+    return [word for word in given if word not in known and get_close_matches(word, own, 1, 0.7)]
+
+
+def _problems(words: Sequence[str], run: Path, preset: Preset) -> list[str]:
+    """What the check before queuing refuses of a command line, and the run would once its processes have begun."""
+    from megatron_lighthouse.launch.check import settled
+    from megatron_lighthouse.launch.data_files import data
+    from megatron_lighthouse.launch.layout import layout
+    from megatron_lighthouse.launch.sizes import sizes
+    from megatron_lighthouse.mcore.command_line import pyramid
+    from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
+
+    try:
+        args, unknown = flags.parse(words, with_all_arguments, strict=flags.installed() == flags.VERSION)
+    except flags.WordsError as error:
+        return [str(error)]
+    args = settled(args)
+    vars(args).update(pyramid.choice(args, run / "checkpoints")[0])
+    return [*unknown, *layout(args, 1, preset.processes), *sizes(args, runs_here=True), *data(args, {})]
 
 
 def _parser() -> argparse.ArgumentParser:

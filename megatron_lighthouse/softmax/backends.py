@@ -276,5 +276,3 @@ BACKENDS: dict[str, Backend] = {
 
 FAMILIES: dict[str, dict[str, Backend]] = {"": BACKENDS, SHARDS: BACKENDS, SINKS: BACKENDS}
 """The backends by what they attend over; `softmax.documents` has those over documents."""
-
-INNER = ("auto", "te", *BACKENDS)

@@ -59,7 +59,7 @@ def check(query: Tensor, key: Tensor, value: Tensor, one_dim: bool = False) -> N
         other = "" if one_dim else " (values may have another D)"
         raise ValueError(f"expected query [N, B, H, D] and key and value of one shape [N, B, G, D]{other}, got {shapes}.")
     if query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]:
-        raise ValueError(f"query, key and value must agree in N, B and D, got {shapes}.")
+        raise ValueError(f"query [N, B, H, D], key and value [N, B, G, D] must agree in N, B and D, got {shapes}.")
     if not query.shape[2] or not key.shape[2] or query.shape[2] % key.shape[2]:
         raise ValueError(
             f"the query heads (dimension 2) must be a multiple of the key/value heads, and neither can be 0, got {shapes}."

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.context_parallel.ring import Passage
-from megatron_lighthouse.softmax.backends import inner_attention
-from megatron_lighthouse.softmax.documents import AttendDocuments, documents_attention
-from megatron_lighthouse.softmax.sharded import sharded_attention
-from megatron_lighthouse.softmax.sinks import sinks_attention
 from megatron_lighthouse.variant import RowAttention, Variant
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_lighthouse.context_parallel.exchange import Exchange
+    from megatron_lighthouse.context_parallel.ring import Passage
+    from megatron_lighthouse.softmax.documents import AttendDocuments
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,17 @@ class Dense(Variant):
         sinks: bool = False,
         value_dim: int | None = None,
     ) -> RowAttention:
+        from megatron_lighthouse.softmax.backends import inner_attention
+        from megatron_lighthouse.softmax.sharded import sharded_attention
+        from megatron_lighthouse.softmax.sinks import sinks_attention
+
         if exchange is None:
             return Rows((sinks_attention if sinks else inner_attention)(inner, query, key, scale, value_dim))
         return sharded_attention(inner, query, key, exchange, comm_type, scale, None, sinks, value_dim)
 
     def build_document_rows(self, config: Any, inner: str, query: Tensor, key: Tensor, scale: float | None) -> AttendDocuments:
+        from megatron_lighthouse.softmax.documents import documents_attention
+
         return documents_attention(inner, query, key, scale)
 
 

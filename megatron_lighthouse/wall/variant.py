@@ -5,24 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from megatron_lighthouse import running
 from megatron_lighthouse.lighthouse.geometry import Shape
-from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.sequence.layout import Layout
-from megatron_lighthouse.softmax import backends
-from megatron_lighthouse.softmax.documents import AttendDocuments
-from megatron_lighthouse.softmax.inputs import Inputs
-from megatron_lighthouse.variant import Place, Stream, Variant, beyond_softmax
+from megatron_lighthouse.variant import Place, Stream, Variant, beyond_softmax, shared_out_problem
 from megatron_lighthouse.wall.config import WallConfig
-from megatron_lighthouse.wall.gates import LogSigmoid
-from megatron_lighthouse.wall.implementations import diagonal_for
-from megatron_lighthouse.wall.layer import Attend, build
-from megatron_lighthouse.wall.pieces import Sight
-from megatron_lighthouse.wall.sent import sent
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_lighthouse.sequence.documents import Documents
+    from megatron_lighthouse.softmax import backends
+    from megatron_lighthouse.softmax.documents import AttendDocuments
+    from megatron_lighthouse.softmax.inputs import Inputs
+    from megatron_lighthouse.wall.layer import Attend
+    from megatron_lighthouse.wall.pieces import Sight
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,8 @@ class OverDocuments:
         attend: AttendDocuments | None = None,
         sinks: Tensor | None = None,
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
+        from megatron_lighthouse.wall.pieces import Sight
+
         bounds = [0]
         for length in documents.lengths:
             bounds.append(bounds[-1] + length)
@@ -93,11 +94,8 @@ class Wall(Variant):
         for option in beyond_softmax(model):
             yield f"{option} is not done by --attention {self.name}: leave it out, or use --attention dense."
         groups, ranks = model.num_query_groups or model.num_attention_heads, model.tensor_model_parallel_size
-        if groups % ranks:
-            yield (
-                f"--num-query-groups {groups} must be a multiple of --tensor-model-parallel-size {ranks}: use a divisor of it "
-                "as the tensor-parallel size."
-            )
+        if message := shared_out_problem("--num-query-groups", groups, ranks):
+            yield message
 
     def position_problems(self, config: WallConfig, kind: str | None) -> Iterator[str]:
         if kind not in (None, self.position):
@@ -125,15 +123,22 @@ class Wall(Variant):
         return OverDocuments(config, place)
 
     def check_installed(self, config: WallConfig, inputs: Inputs, place: Place) -> None:
+        from megatron_lighthouse.wall.implementations import diagonal_for
+
         diagonal_for(config.kernels, inputs.device, inputs.dtype, inputs.dim)
 
     def sent(
         self, config: WallConfig, seq_length: int, shape: Shape, layout: Layout, comm_type: str
     ) -> dict[str, tuple[int, int]]:
+        from megatron_lighthouse.wall.sent import sent
+
         return sent(comm_type, seq_length, shape, layout, config.tied_gates, config.scalar_gate)
 
 
 def _made(config: WallConfig, query: Tensor, key: Tensor, place: Place, sight: Sight | None = None) -> Attend:
+    from megatron_lighthouse.wall.gates import LogSigmoid
+    from megatron_lighthouse.wall.layer import build
+
     heads = key.shape[2] if config.tied_gates else query.shape[2]
     how = (place.exchange, place.comm_type, place.scale, sight, config.kernels, config.scalar_gate)
     return build(query, key, key, heads, *how, LogSigmoid(config.gate_max), LogSigmoid())

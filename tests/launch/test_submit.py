@@ -31,7 +31,7 @@ def test_a_recipe_fits(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
         ("530m-98k", 1, "--global-batch-size 12", ("multiple of 8", "use 16")),
         ("llama3-8b-512k", 8, "--num-layers 33", ("--num-layers 33",)),
         ("llama3-8b-512k", 8, "--tensor-model-parallel-size 16 --context-parallel-size 2", ("--num-query-groups 8 must",)),
-        ("530m-98k", 1, "--train-iters 0", ("--train-iters is missing",)),
+        ("530m-98k", 1, "--train-iters 0", ("--train-iters 0 trains nothing: give",)),
         ("530m-98k", 1, "--seq-length 131072", ("--max-position-embeddings 98304 must be at least", "use 131072")),
         ("530m-98k", 1, "--attention dense --context-parallel-size 8 --seq-length 98300", ("a multiple of 16", "use 98288")),
         ("llama3-8b-512k", 8, "--cp-comm-type a2a", ("shares out a tensor-parallel rank's 2 key/value heads", "divisor of 2")),

@@ -149,10 +149,18 @@ def test_the_options_exist_in_megatron() -> None:
 
     from megatron.training.arguments import add_megatron_arguments
 
-    from megatron_lighthouse.mcore.command_line.run_options import NOT_HERE, OTHER_DATA
+    from megatron_lighthouse.mcore.command_line.run_options import NOT_HERE
+    from megatron_lighthouse.mcore.data.blends import DATA, LISTS
 
     known = {action.dest for action in add_megatron_arguments(ArgumentParser())._actions}
-    assert {*NOT_HERE, *OTHER_DATA, "reset_attention_mask", "attention_backend", "mtp_num_layers", "tokenizer_type"} <= known
+    assert {
+        *NOT_HERE,
+        *(name[2:].replace("-", "_") for name in (*DATA, *LISTS)),
+        "reset_attention_mask",
+        "attention_backend",
+        "mtp_num_layers",
+        "tokenizer_type",
+    } <= known
     assert {"softmax_type", "experimental_attention_variant"} <= known
 
 
@@ -208,8 +216,8 @@ def plain_run(**changes: Any) -> Namespace:
             {"experimental_attention_variant": "gated_delta_net", "tensor_model_parallel_size": 2},
             "--experimental-attention-variant gated_delta_net with --tensor-model-parallel-size 2: .* add --sequence-parallel",
         ),
-        ({"text_data": ["a"], "data_path": ["b"]}, "so is --data-path: leave one of them out"),
-        ({"text_data": ["a"], "mock_data": True}, "so is --mock-data"),
+        ({"text_data": ["a"], "data_path": ["b"]}, "--data-path and --text-data are each the data of a run"),
+        ({"text_data": ["a"], "mock_data": True}, "--text-data and --mock-data are each the data"),
         ({"text_data": ["a"], "tokenizer_type": "GPT2BPETokenizer"}, "--tokenizer-type GPT2BPETokenizer does not go with"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,7 +38,7 @@ WRONG = {
     "MLA": ("--multi-latent-attention --lighthouse-scorer dilated", "reads values .* use --lighthouse-scorer norm"),
     "a window": ("--window-size 4096,0", r"--window-size \(4096, 0\) .* give --window-attn-skip-freq N"),
     "windows over ranks": ("--window-size 4096,0 --window-attn-skip-freq 2", r"with --cp-comm-type p2p: .* a2a or all_gather"),
-    "SFT": ("--sft", "use Megatron-LM's own pretrain_gpt.py"),
+    "SFT": ("--sft", "use Megatron-LM's own pretrain_gpt.py with dense attention"),
     "dropout": ("--attention-dropout 0.1", "use --attention-dropout 0 "),
     "a layout": ("--context-parallel-size 3", "use --nodes"),
     "a length": ("--seq-length 100000", "--seq-length 100000 must be"),
@@ -57,6 +58,13 @@ WRONG = {
         "--attention dense --transformer-impl local --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2",
         r"--cp-comm-type a2a\+p2p",
     ),
+    "a scheme of no name": ("--cp-comm-type allgather", "allgather is not known: use p2p, all_gather, a2a or a2a"),
+    "no evaluation": ("--eval-interval 0", "must be at least 1: .* use --eval-iters 0"),
+    "no log": ("--log-interval 0", "--log-interval 0 must be at least 1"),
+    "a negative rate": ("--lr -1", "--lr -1.0 must not be negative: use a learning rate"),
+    "a negative start": ("--lr-warmup-init -1", "use --lr-warmup-init 0, or"),
+    "no iteration": ("--train-iters 0", "--train-iters 0 trains nothing: give"),
+    "a batch": ("--global-batch-size 12", "use --global-batch-size 16"),
     "a second data": ("--data-path nowhere", "leave all but one out"),
 }
 
@@ -71,6 +79,32 @@ def test_wrong_words_without_megatron(name: str, tmp_path: Path, capsys: pytest.
     more = more.format(empty=tmp_path / "empty", other=tmp_path / "other")
     assert check.main([*GPUS, "--", *LLAMA, *more.split()]) == 1
     assert re.search(says, error := capsys.readouterr().err), error
+
+
+@pytest.mark.parametrize(
+    ("more", "rule"),
+    [
+        *((flag, flag) for flag in ("--sft", "--hybrid-context-parallel", "--perform-rl-step", "--reset-attention-mask")),
+        ("--text-data x", "--text-data and --mock-data"),
+        ("--tensor-model-parallel-size 3", "--num-query-groups 8 must be"),
+    ],
+)
+def test_a_rule_is_said_once(more: str, rule: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of those that the entry point, the layout and the attention have in common."""
+    assert check.main([*GPUS, "--without-megatron", "--", *LLAMA, *more.split()]) == 1
+    assert capsys.readouterr().err.count(f"  - {rule}") == 1
+
+
+def test_a_login_node_without_torch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "iter_0000004").mkdir()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
+    monkeypatch.setattr(check, "find_spec", lambda name: None)
+    for name in [name for name in sys.modules if name.split(".")[0] == "torch"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert check.main([*GPUS, "--without-megatron", "--", *LLAMA, "--load", str(tmp_path)]) == 0
+    assert "but not what checkpoints hold" in capsys.readouterr().out
 
 
 def test_what_was_not_asked_is_said(capsys: pytest.CaptureFixture[str]) -> None:

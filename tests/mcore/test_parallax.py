@@ -56,7 +56,7 @@ LAYOUTS = {
     "tensor": (TENSOR, 2),
     "pipeline": (f"{PIPELINE} --num-layers-per-virtual-pipeline-stage 1", 2),
     "context": (CONTEXT, 2),
-    "tensor and context": (f"{TENSOR} {CONTEXT}", 4),
+    "tensor and context": (f"{TENSOR} {CONTEXT} --sequence-parallel", 4),
     "data": ("", 2),
     "recompute": ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", 1),
 }

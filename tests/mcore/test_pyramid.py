@@ -12,7 +12,7 @@ import pytest
 
 from megatron_lighthouse import notice
 from megatron_lighthouse.mcore.command_line import flags, pyramid
-from megatron_lighthouse.mcore.command_line.settings import add_arguments, settings_from
+from megatron_lighthouse.mcore.command_line.settings import ENVIRONMENT, add_arguments, settings_by_spec, settings_from
 from tests.mcore.test_rotary import checkpoint
 
 SAVED = {"seq_length": 98304, "attention": "lighthouse", "lighthouse_pooling": 4, "lighthouse_levels": 3}
@@ -63,6 +63,23 @@ def test_a_checkpoint_goes_on_with_its_sizes(
     assert (config.levels, config.budget, config.tile_budget) == found
     (said,) = caplog.messages
     assert re.search(says, said)
+
+
+def test_a_spec_in_upstreams_script_goes_on_with_them_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whose parser knows none of the options, so that its checkpoints would not hold them."""
+    monkeypatch.setenv(ENVIRONMENT, "--lighthouse-dense-first 1")
+    args, _ = flags.parse(["--spec", "megatron_lighthouse.mcore.spec", "lighthouse"], lambda parser: parser)
+    args.seq_length, args.pretrained_checkpoint = 98304, None
+    args.load = checkpoint(tmp_path, **SAVED, lighthouse_rope="mean")
+    notice._say.cache_clear()
+    with caplog.at_level(logging.WARNING, "megatron_lighthouse"):
+        settings = settings_by_spec(args)
+    assert (settings.config.budget, settings.config.tile_budget, settings.dense_first, settings.rope) == (3072, 96, 1, "mean")
+    assert any(re.search("budget 3072 .* as the checkpoint in .* was trained", said) for said in caplog.messages)
+    assert (args.lighthouse_budget, args.lighthouse_rope) == (3072, "mean")  # which the next checkpoint holds
+    assert settings_by_spec(args) == settings  # of another stage of the model
 
 
 def test_what_is_given_is_not_touched(tmp_path: Path) -> None:

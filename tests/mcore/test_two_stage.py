@@ -52,6 +52,29 @@ def test_both_stages_and_again(tmp_path: Path) -> None:
     what_was_printed_runs(again.stdout, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--dense-step 3", "--dense-step is not a known flag: did you mean --dense-steps?"),
+        ("--lighthouse-bugdet 64", "--lighthouse-bugdet is not a known flag: did you mean --lighthouse-budget?"),
+        ("--seq-length 1000", "--seq-length 1000 must be a multiple of"),
+        ("--data nowhere", "nowhere is not there"),
+    ],
+)
+def test_what_no_run_takes_is_refused_before_one_begins(
+    words: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(two_stage, "_gpus", lambda: 0)
+    monkeypatch.setattr(two_stage, "_follow", lambda *_: pytest.fail("a stage has begun"))
+    try:
+        status = two_stage.main(["--runs", str(tmp_path / "runs"), *words.split()])
+    except SystemExit as end:
+        status = end.code
+    assert status == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 def refused_where_something_differs(folder: Path, short: list[str]) -> None:
     other = folder / "other.txt"
     other.write_text("other text " * 200)
@@ -127,9 +150,9 @@ def test_a_stage_without_a_logged_loss(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_a_failed_run_shows_why(tmp_path: Path) -> None:
-    result = recipe(tmp_path, "--data", str(ROOT / "LICENSE"), "--lighthouse-budget", "40")
+    result = recipe(tmp_path, "--data", str(ROOT / "LICENSE"), "--num-dataset-builder-threads", "0")  # which Megatron refuses
     assert result.returncode != 0
-    assert "--lighthouse-budget 40 must be a positive multiple of --lighthouse-tile-budget 16: use 32 or 48" in result.stderr
+    assert "Megatron refuses the arguments: assert args.num_dataset_builder_threads > 0" in result.stderr
     assert "lighthouse.log" in result.stderr
 
 

@@ -31,6 +31,9 @@ OTHERS: dict[str, dict[str, Any]] = {
     "GPUs": {"gpus": 8},
     "no device": {"device": None},
     "sizes": {"hidden": 2048},
+    "scorer": {"scorer": "summary"},
+    "scorer, in its command line": {"arguments": "--attention lighthouse --lighthouse-scorer gla --lighthouse-scorer summary"},
+    "layers": {"arguments": "--transformer-impl local"},
 }
 
 
@@ -59,6 +62,22 @@ def test_efficiency_is_over_runs_of_the_same_kind(other: str, tmp_path: Path) ->
     assert float(rows["two"]["efficiency"]) == pytest.approx(0.8, abs=1e-3)
     assert float(rows["one"]["efficiency"]) == float(rows["other"]["efficiency"]) == 1
     assert "lighthouse runs differ in" in said or other in ("budget", "levels", "recompute", "edge budget")
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for study in ("h100/a", "h200/a", "h200/b"):
+        write(tmp_path / "runs" / study, 6, 1000.0, 10.0, **LIGHTHOUSE, gpus=1, context_parallel=1, device=study[:4])
+    rows, _ = collected(tmp_path)
+    assert list(rows) == ["h100/a", "h200/a", "b"]
+
+
+def test_what_is_predicted_has_the_runs_scorer(tmp_path: Path) -> None:
+    for scorer in ("norm", "dilated"):
+        words = f"--attention lighthouse --lighthouse-scorer {scorer}"
+        write(tmp_path / "runs" / scorer, 6, 1000.0, 10.0, **LIGHTHOUSE, gpus=1, context_parallel=1, arguments=words)
+    rows, _ = collected(tmp_path)
+    norm, dilated = (float(rows[scorer]["predicted_tokens_s_gpu"]) for scorer in ("norm", "dilated"))
+    assert dilated < 0.9 * norm
 
 
 def test_what_means_nothing_to_dense_attention_parts_no_runs(tmp_path: Path) -> None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse.geometry import Pyramid, Shape
-from megatron_lighthouse.lighthouse.packed.packing import Packing
-from megatron_lighthouse.lighthouse.packed.steps import PackedSteps
-from megatron_lighthouse.lighthouse.rotary import Rotary
-from megatron_lighthouse.lighthouse.steps import Steps
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from megatron_lighthouse.context_parallel.exchange import Exchange
+    from megatron_lighthouse.lighthouse.packed.packing import Packing
+    from megatron_lighthouse.lighthouse.packed.steps import PackedSteps
+    from megatron_lighthouse.lighthouse.rotary import Rotary
+    from megatron_lighthouse.lighthouse.steps import Steps
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class Scorer(ABC):
         Args:
             query: [t, 1, H, D]; key, value: [t, 1, G, D].
         """
+        import torch
+
         levels: list[list[Tensor]] = [[] for _ in range(1, packing.levels)]
         starts = accumulate(packing.lengths, initial=0)
         for start, windows in zip(starts, packing.windows, strict=False):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse.geometry import Shape
-from megatron_lighthouse.lighthouse.packed.steps import PackedSteps
-from megatron_lighthouse.lighthouse.reference import accumulation_dtype
 from megatron_lighthouse.lighthouse.scorers.base import row_bytes
-from megatron_lighthouse.lighthouse.steps import Steps
-from megatron_lighthouse.sequence.documents import Documents
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_lighthouse.context_parallel.exchange import Exchange
+    from megatron_lighthouse.lighthouse.packed.steps import PackedSteps
+    from megatron_lighthouse.lighthouse.steps import Steps
+    from megatron_lighthouse.sequence.documents import Documents
 
 
 def attended_both_ways(query: Tensor, key: Tensor, value: Tensor, steps: Steps, exchange: Exchange | None) -> Tensor:
@@ -20,6 +22,8 @@ def attended_both_ways(query: Tensor, key: Tensor, value: Tensor, steps: Steps, 
     Source: the paper's "dilated" scorer, for H = G. Grouped queries (ours): a token's first norm is that of its group's H/G
     rows taken as one vector, and in the second the mean of the group's queries stands for them.
     """
+    import torch
+
     layout = None if exchange is None else exchange.layout
 
     def whole(x: Tensor) -> Tensor:
@@ -33,6 +37,8 @@ def attended_both_ways(query: Tensor, key: Tensor, value: Tensor, steps: Steps, 
 
 def packed_both_ways(query: Tensor, key: Tensor, value: Tensor, steps: PackedSteps, documents: Documents) -> Tensor:
     """The same of rows that are documents, end to end."""
+    import torch
+
     by_query = steps.attended_norms(query, key, value, documents)
     return torch.stack([by_query, steps.attended_norms(key, group_mean(query, key.shape[2]), value, documents)])
 
@@ -60,6 +66,8 @@ def group_mean(query: Tensor, groups: int) -> Tensor:
 
 def ordered_mean(parts: list[Tensor]) -> Tensor:
     """The mean of tensors of one dtype, in that dtype; added up in their order, so that it does not depend on their shape."""
+    from megatron_lighthouse.lighthouse.reference import accumulation_dtype
+
     if len(parts) == 1:
         return parts[0]
     total = parts[0].to(accumulation_dtype(parts[0]))

@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse.geometry import Pyramid, Shape
-from megatron_lighthouse.lighthouse.packed.maps import Maps
-from megatron_lighthouse.lighthouse.packed.packing import Packing
-from megatron_lighthouse.lighthouse.packed.steps import PackedSteps
-from megatron_lighthouse.lighthouse.reference import window_maxima
-from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.scorers.base import Scorer
 from megatron_lighthouse.lighthouse.scorers.both_ways import (
     attended_both_ways,
@@ -22,7 +15,15 @@ from megatron_lighthouse.lighthouse.scorers.both_ways import (
     packed_both_ways,
 )
 from megatron_lighthouse.lighthouse.scorers.streams import DELTA, streams, tokens
-from megatron_lighthouse.lighthouse.steps import Steps
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_lighthouse.context_parallel.exchange import Exchange
+    from megatron_lighthouse.lighthouse.packed.packing import Packing
+    from megatron_lighthouse.lighthouse.packed.steps import PackedSteps
+    from megatron_lighthouse.lighthouse.rotary import Rotary
+    from megatron_lighthouse.lighthouse.steps import Steps
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Dilated(Scorer):
         exchange: Exchange | None,
         rotary: Rotary | None = None,
     ) -> Tensor:
+        from megatron_lighthouse.lighthouse.reference import window_maxima
+
         self.check_length(query.shape[0], exchange)
         norms = attended_both_ways(streams(query), streams(key), streams(value), steps, exchange)
         return window_maxima(tokens(norms), pyramid)
@@ -55,6 +58,9 @@ class Dilated(Scorer):
     def packed(
         self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, steps: PackedSteps, rotary: Rotary | None = None
     ) -> Tensor:
+        from megatron_lighthouse.lighthouse.packed.maps import Maps
+        from megatron_lighthouse.lighthouse.reference import window_maxima
+
         inside = Maps.of(packing).inside
         q, k, v = (streams(x[inside]) for x in (query, key, value))
         norms = packed_both_ways(q, k, v, steps, packing.compact_documents(DELTA))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse.geometry import Pyramid, Shape
-from megatron_lighthouse.lighthouse.packed.packing import Packing
-from megatron_lighthouse.lighthouse.packed.steps import PackedSteps
-from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.scorers.base import Scorer, row_bytes
-from megatron_lighthouse.lighthouse.steps import Steps
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_lighthouse.context_parallel.exchange import Exchange
+    from megatron_lighthouse.lighthouse.packed.packing import Packing
+    from megatron_lighthouse.lighthouse.packed.steps import PackedSteps
+    from megatron_lighthouse.lighthouse.rotary import Rotary
+    from megatron_lighthouse.lighthouse.steps import Steps
 
 
 @dataclass(frozen=True)

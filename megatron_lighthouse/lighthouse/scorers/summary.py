@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse.geometry import Pyramid, Shape
-from megatron_lighthouse.lighthouse.packed.packing import Packing
-from megatron_lighthouse.lighthouse.packed.steps import PackedSteps
-from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.scorers.base import Scorer, row_bytes
 from megatron_lighthouse.lighthouse.scorers.both_ways import (
     attended_both_ways,
@@ -20,8 +14,15 @@ from megatron_lighthouse.lighthouse.scorers.both_ways import (
     both_ways_sent,
     packed_both_ways,
 )
-from megatron_lighthouse.lighthouse.selection import Selection
-from megatron_lighthouse.lighthouse.steps import Steps
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_lighthouse.context_parallel.exchange import Exchange
+    from megatron_lighthouse.lighthouse.packed.packing import Packing
+    from megatron_lighthouse.lighthouse.packed.steps import PackedSteps
+    from megatron_lighthouse.lighthouse.rotary import Rotary
+    from megatron_lighthouse.lighthouse.steps import Steps
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Summary(Scorer):
         exchange: Exchange | None,
         rotary: Rotary | None = None,
     ) -> Tensor:
+        import torch
+
         q, k, v = coarsest(query, key, value, pyramid, steps, rotary)
         top = attended_both_ways(q, k, v, steps, exchange)
         finer = steps.score(query, key, pyramid)[..., : -top.shape[-1]]
@@ -54,6 +57,8 @@ class Summary(Scorer):
     def packed(
         self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, steps: PackedSteps, rotary: Rotary | None = None
     ) -> Tensor:
+        import torch
+
         q, k, v = coarsest(query, key, value, packing, steps, rotary)
         top = packed_both_ways(q, k, v, steps, packing.compact_documents(packing.rule.window))
         return torch.cat([steps.score(query, key, packing)[..., : -top.shape[-1]], top], -1)
@@ -79,6 +84,10 @@ def coarsest(
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The means of the coarsest windows: [n, ...] -> [n/F, ...] for each of the three, as `Steps.gather` makes them."""
+    import torch
+
+    from megatron_lighthouse.lighthouse.selection import Selection
+
     windows = pyramid.entries(pyramid.levels - 1)
     places = query.new_full((query.shape[1], key.shape[2], pyramid.pyramid_length), -1, dtype=torch.int32)
     places[..., -windows:] = torch.arange(windows, dtype=torch.int32, device=query.device)

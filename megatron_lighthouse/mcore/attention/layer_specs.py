@@ -29,7 +29,7 @@ from megatron_lighthouse.mcore.attention.over_shards import able_local
 from megatron_lighthouse.mcore.attention.rotary import rotary_of
 from megatron_lighthouse.mcore.attention.sinks import CountedSinks
 from megatron_lighthouse.mcore.attention.streams import add_streams
-from megatron_lighthouse.mcore.command_line import pyramid, rope
+from megatron_lighthouse.mcore.command_line import rope
 from megatron_lighthouse.mcore.command_line.checks import check_run
 from megatron_lighthouse.mcore.command_line.documents import asked
 from megatron_lighthouse.mcore.command_line.layers import attention_layers
@@ -39,6 +39,7 @@ from megatron_lighthouse.mcore.command_line.settings import (
     head_dims,
     heads_of_rank,
     own_comm_types,
+    settings_by_spec,
     settings_from,
 )
 from megatron_lighthouse.notice import say_once
@@ -115,8 +116,7 @@ def settled(args: Namespace | None, config: TransformerConfig) -> LighthouseSett
     """What `--spec` asks of Lighthouse, checked against the run that Megatron's arguments describe, where there are any."""
     if args is None:
         return settings_from(args)
-    pyramid.settle(args)
-    settings = rope.settled(args, settings_from(args))
+    settings = settings_by_spec(args)
     check_run(args, config, settings)
     return settings
 

@@ -8,9 +8,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 
+from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
 from megatron_lighthouse.mcore.command_line import flags
 from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
 from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern
+
+SCHEMES = (*COMM_TYPES, "a2a+p2p")
+"""Of --cp-comm-type, for which Megatron takes any word."""
+INTERVALS = ("log_interval", "tensorboard_log_interval", "eval_interval")
+"""By which Megatron divides."""
 
 
 def given(words: Sequence[str]) -> argparse.Namespace | None:
@@ -42,6 +48,7 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
     if not args.use_checkpoint_args:  # else they may be the checkpoint's
         yield from _model(args)
     yield from _batch(args)
+    yield from _intervals(args)
     yield from _saves(args)
     if not args.skip_train:
         yield from _rates(args)
@@ -71,6 +78,8 @@ def _model(args: argparse.Namespace) -> Iterator[str]:
     length, positions = args.seq_length or args.encoder_seq_length, args.max_position_embeddings
     if length and positions and positions < length:
         yield f"--max-position-embeddings {positions} must be at least --seq-length {length}: use {length}."
+    if args.context_parallel_size > 1 and (unknown := [kind for kind in args.cp_comm_type if kind not in SCHEMES]):
+        yield f"--cp-comm-type {' '.join(unknown)} is not known: use {', '.join(SCHEMES[:-1])} or {SCHEMES[-1]}."
     sizes = args.hierarchical_context_parallel_sizes
     if "a2a+p2p" in args.cp_comm_type and not sizes:
         yield "--cp-comm-type a2a+p2p needs --hierarchical-context-parallel-sizes: add it, or use --cp-comm-type p2p."
@@ -82,7 +91,14 @@ def _batch(args: argparse.Namespace) -> Iterator[str]:
     for name in ("micro_batch_size", "global_batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            yield f"{_flag(name)} {value} must be at least 1."
+            yield f"{_flag(name)} {value} must be at least 1: use 1, or more sequences."
+
+
+def _intervals(args: argparse.Namespace) -> Iterator[str]:
+    for name in INTERVALS:
+        if (every := getattr(args, name)) is not None and every < 1:
+            never = " To evaluate never, use --eval-iters 0." if name == "eval_interval" else ""
+            yield f"{_flag(name)} {every} must be at least 1: use 10, or another number of iterations.{never}"
 
 
 def _saves(args: argparse.Namespace) -> Iterator[str]:
@@ -93,7 +109,7 @@ def _saves(args: argparse.Namespace) -> Iterator[str]:
     elif args.save is not None and keep is not None and (keep < 1 or keep % every):
         use = max(1, keep // every) * every
         yield f"--save-retain-interval {keep} must be a multiple of --save-interval {every}: use {use}."
-    if args.log_memory_interval is not None and args.log_memory_interval % args.log_interval:
+    if args.log_memory_interval is not None and args.log_interval > 0 and args.log_memory_interval % args.log_interval:
         yield (
             f"--log-memory-interval {args.log_memory_interval} must be a multiple of --log-interval {args.log_interval}: use "
             f"{-(-args.log_memory_interval // args.log_interval) * args.log_interval}."
@@ -104,10 +120,17 @@ def _rates(args: argparse.Namespace) -> Iterator[str]:
     """Of the learning rate and the weight decay."""
     if args.lr is None:
         yield "--lr is missing: give a learning rate, such as 3e-4."
-    elif not 0 <= args.min_lr <= args.lr or args.lr_warmup_init > args.lr:
+    elif args.lr < 0:
+        yield f"--lr {args.lr} must not be negative: use a learning rate such as 3e-4."
+    elif not 0 <= args.min_lr <= args.lr or not 0 <= args.lr_warmup_init <= args.lr:
+        use = " and ".join(
+            f"{_flag(name)} {args.lr / 10 if name == 'min_lr' else 0:g}"
+            for name in ("min_lr", "lr_warmup_init")
+            if not 0 <= getattr(args, name) <= args.lr
+        )
         yield (
             f"--lr {args.lr} must be at least --min-lr {args.min_lr} and --lr-warmup-init {args.lr_warmup_init}, and none of "
-            f"them negative: use --min-lr {args.lr / 10:g}, or a greater --lr."
+            f"them negative: use {use}, or a greater --lr."
         )
     ends = (args.start_weight_decay, args.end_weight_decay)
     if args.weight_decay_incr_style == "constant":

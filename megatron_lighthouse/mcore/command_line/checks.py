@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_lighthouse.context_parallel.copies import SWITCH
-from megatron_lighthouse.context_parallel.schemes import comm_type_problem
+from megatron_lighthouse.context_parallel.schemes import SWITCH, comm_type_problem
 from megatron_lighthouse.lighthouse.config import flag
 from megatron_lighthouse.lighthouse.heads import heads_problem
 from megatron_lighthouse.mcore.command_line import documents, rope, stored
@@ -29,6 +28,11 @@ if TYPE_CHECKING:  # what needs no Megatron is asked on a login node too
 
 DYNAMIC = ("hybrid_context_parallel", "dynamic_context_parallel")
 """One option: Megatron renamed it after 0.19 (5679)."""
+PACKED = {
+    "sft": "--sft (packed sequences)",
+    **{name: f"--{name.replace('_', '-')} (packed sequences)" for name in DYNAMIC},
+    "perform_rl_step": "--perform-rl-step (text by inference paths)",
+}
 CP_LAYOUTS = ("attention_cp_layout", "linear_cp_layout")
 """Options of Megatron after 0.19 (6387)."""
 
@@ -100,18 +104,7 @@ def settings_problems(settings: LighthouseSettings, seq_length: int, ranks: int)
 
 def argument_problems(args: Namespace, settings: LighthouseSettings) -> Iterator[str]:
     """Why it cannot train with this data and these options of a run, of those that `args` have."""
-    refused = {
-        "sft": "--sft packs sequences (thd): use --attention dense for it.",
-        **{
-            name: f"--{name.replace('_', '-')} packs sequences (thd): leave it out, or use --attention dense."
-            for name in DYNAMIC
-        },
-        "perform_rl_step": "--perform-rl-step generates text by inference paths that bypass core attention: use --attention "
-        "dense.",
-    }
-    yield from (message for name, message in refused.items() if getattr(args, name, False))
-    if message := documents.mask_problem(args):
-        yield message
+    yield from packed_problems(args)
     yield from cp_layout_problems(args)
     backend = getattr(args, "attention_backend", None)
     if getattr(backend, "name", backend) == "local":
@@ -119,6 +112,22 @@ def argument_problems(args: Namespace, settings: LighthouseSettings) -> Iterator
             "--attention-backend local replaces the core attention of every layer after the specs are built: use "
             "--transformer-impl local, or another backend."
         )
+
+
+def packed_problems(args: Namespace) -> Iterator[str]:
+    """What no attention does in this entry point, and only Megatron's own in upstream's script."""
+    yield from _packed(args)
+    if message := documents.mask_problem(args):
+        yield message
+
+
+def _packed(given: object) -> Iterator[str]:
+    for name, option in PACKED.items():
+        if getattr(given, name, False):
+            yield (
+                f"{option} is not done by megatron_lighthouse: leave it out, or use Megatron-LM's own pretrain_gpt.py with "
+                "dense attention."
+            )
 
 
 def _documents(args: Namespace, config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:
@@ -174,9 +183,7 @@ def _skipped_switch(args: Namespace, at: int) -> Iterator[str]:
 def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:
     yield from _attention(config, settings)
     yield from cp_layout_problems(config)
-    for name in DYNAMIC:
-        if getattr(config, name, False):
-            yield f"--{name.replace('_', '-')} packs sequences (thd): leave it out, or use --attention dense."
+    yield from _packed(config)
     if config.multi_latent_attention and not all(one.native or one.latent for one in (settings.attention, settings.base)):
         yield (
             f"--multi-latent-attention is not done by --attention {settings.variant}: use --group-query-attention, or "

@@ -34,8 +34,6 @@ def settle(args: argparse.Namespace) -> None:
     Raises:
         ValueError: a budget of one sequence, where rows hold packed documents.
     """
-    if not hasattr(args, _dest("levels")):
-        return
     if problems := [*budget_problems(args)]:
         raise ValueError("\n".join(problems))
     found, said = choice(args, *stored.folders(args))

@@ -117,11 +117,15 @@ def _other_rates(args: argparse.Namespace, state: Mapping[str, Any], folder: Pat
     ]
     now, was = vars(args), vars(state.get("args") or args)
     pairs += [(option, now[name], was.get(name, now[name])) for name, option in OF_GROUPS.items()]
-    if differ := [f"{option} ({asked}, was {before})" for option, asked, before in pairs if asked != before]:
+    if differ := [f"{option} ({asked}, was {before}{_unit(option)})" for option, asked, before in pairs if asked != before]:
         yield (
             f"the checkpoint in {folder} was trained with another {'; '.join(differ)}: add {OVERRIDE} to go on with what is "
             f"asked for, {KEEP} to go on with the checkpoint's, or give what it was. Either keeps the optimizer's moments."
         )
+
+
+def _unit(option: str) -> str:
+    return " samples" if option in {FLAGS[name] for name in FLAGS if name.endswith("_steps")} else ""
 
 
 def schedule(args: argparse.Namespace) -> dict[str, Any]:

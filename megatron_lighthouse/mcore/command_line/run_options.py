@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 from megatron_lighthouse.mcore.command_line import hybrid
-from megatron_lighthouse.mcore.command_line.checks import cp_layout_problems
-from megatron_lighthouse.mcore.command_line.documents import mask_problem
+from megatron_lighthouse.mcore.command_line.checks import PACKED, cp_layout_problems, packed_problems
 from megatron_lighthouse.mcore.command_line.own_parts import norm_problem
 from megatron_lighthouse.mcore.command_line.unread import unread_problems
 from megatron_lighthouse.mcore.data import tokenizers
+from megatron_lighthouse.mcore.data.blends import sources
 
 ELSEWHERE = "use Megatron-LM's own pretrain_gpt.py for it (patches/patch.py gives that --attention lighthouse)"
 
 NOT_HERE = {
-    "sft": "--sft (packed sequences)",
+    **{name: PACKED[name] for name in ("sft", "hybrid_context_parallel", "perform_rl_step")},
     "fim_data": "--fim-data",
-    "hybrid_context_parallel": "--hybrid-context-parallel (packed sequences)",
-    "perform_rl_step": "--perform-rl-step",
     "check_for_spiky_loss": "--check-for-spiky-loss",
     "overlap_moe_expert_parallel_comm": "--overlap-moe-expert-parallel-comm",
     "logits_load_dir": "--logits-load-dir (distillation from stored logits)",
     "inprocess_restart": "--inprocess-restart",
     "yaml_cfg": "--yaml-cfg",
 }
-LATER = {"dynamic_context_parallel": "--dynamic-context-parallel (packed sequences)"}
-"""As Megatron after 0.19 calls options of these."""
-
-OTHER_DATA = (
-    *("data_path", "data_args_path", "train_data_path", "valid_data_path", "test_data_path"),
-    *("per_split_data_args_path", "mock_data"),
-)
 
 
 def check_run_options(args: Namespace) -> None:
@@ -83,20 +74,18 @@ def _missing_fusions(args: Namespace) -> Iterator[str]:
 
 def problems(args: Namespace) -> Iterator[str]:
     """Options that this entry point would not honour, whatever machine it runs on."""
-    for name, option in {**NOT_HERE, **LATER}.items():
-        if getattr(args, name, False):
+    yield from packed_problems(args)
+    for name, option in NOT_HERE.items():
+        if getattr(args, name, False) and name not in PACKED:
             yield f"{option} is not done by megatron_lighthouse.pretrain_gpt: {ELSEWHERE}."
-    if message := mask_problem(args):
-        yield message
     yield from unread_problems(args)
     yield from _of_the_model(args)
     yield from _full_validation(args)
     yield from cp_layout_problems(args)
     yield from _wrong_in_megatron(args)
     if args.text_data:
-        others = [name for name in OTHER_DATA if getattr(args, name, None)]
-        if others:
-            yield f"--text-data is the data of a run, and so is {_flags(others)}: leave one of them out."
+        if len(given := sources(args)) > 1:  # in the words of `data.files`, which is asked before a job is queued
+            yield f"{' and '.join(given)} are each the data of a run: leave all but one out."
         if args.tokenizer_type != "NullTokenizer":
             yield (
                 f"--tokenizer-type {args.tokenizer_type} does not go with --text-data, whose tokens are bytes: leave it out."
@@ -127,10 +116,6 @@ def _wrong_in_megatron(args: Namespace) -> Iterator[str]:
             "--heterogeneous-layers-config-encoded-json alone is not heeded by Megatron, which would make all layers alike: "
             "write it to a file, and give --heterogeneous-layers-config-path FILE."
         )
-
-
-def _flags(names: Sequence[str]) -> str:
-    return " and ".join("--" + name.replace("_", "-") for name in names)
 
 
 def _of_the_model(args: Namespace) -> Iterator[str]:

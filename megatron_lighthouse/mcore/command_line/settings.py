@@ -219,6 +219,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
+def settings_by_spec(args: argparse.Namespace) -> LighthouseSettings:
+    """Those of a run whose `--spec` names Lighthouse: a checkpoint that goes on keeps its own, and the next one holds them.
+
+    Args:
+        args: Megatron's; where its parser knew none of ours, they get what the environment says.
+
+    Raises:
+        ValueError: as `settings_from`.
+    """
+    if not hasattr(args, "lighthouse_levels"):
+        vars(args).update(vars(_of_environment()), lighthouse_environment=os.environ.get(ENVIRONMENT))
+    pyramid.settle(args)
+    return rope.settled(args, settings_from(args))
+
+
+def _of_environment() -> argparse.Namespace:
+    parser = add_arguments(argparse.ArgumentParser(prog=ENVIRONMENT, allow_abbrev=False))
+    return parser.parse_args(shlex.split(os.environ.get(ENVIRONMENT, "")))
+
+
 def settings_from(args: argparse.Namespace | None) -> LighthouseSettings:
     """Settings from parsed arguments, or from the environment where the parser did not know them.
 
@@ -231,14 +251,14 @@ def settings_from(args: argparse.Namespace | None) -> LighthouseSettings:
     """
     holding, length = attention_layers(args), getattr(args, "seq_length", None)
     if args is not None and hasattr(args, "lighthouse_levels"):
-        if given := os.environ.get(ENVIRONMENT):
+        given = os.environ.get(ENVIRONMENT)
+        if given and given != getattr(args, "lighthouse_environment", None):
             raise ValueError(
                 f"{ENVIRONMENT} {given!r} is for a parser that does not know --lighthouse-* options, and this one does: unset "
                 "it, and put them on the command line."
             )
     else:
-        parser = add_arguments(argparse.ArgumentParser(prog=ENVIRONMENT, allow_abbrev=False))
-        args = parser.parse_args(shlex.split(os.environ.get(ENVIRONMENT, "")))
+        args = _of_environment()
     variant = VARIANTS[args.attention]
     if variant.config and not variant.switches:
         config = read_options(args, variant.name, variant.config)

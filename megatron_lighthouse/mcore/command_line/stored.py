@@ -80,9 +80,9 @@ def common_state(folder: Path, iteration: int) -> Mapping[str, Any] | None:
     checkpoint = folder_of(folder, iteration)
     if not checkpoint.is_dir():
         return None
-    from torch.distributed.checkpoint.filesystem import FileSystemReader  # takes as long to import as all of torch
-
     try:
+        from torch.distributed.checkpoint.filesystem import FileSystemReader  # takes as long to import as all of torch
+
         if (checkpoint / "common.pt").is_file():
             return _plain((checkpoint / "common.pt").read_bytes())
         stored = FileSystemReader(checkpoint).read_metadata().storage_data

@@ -22,7 +22,7 @@ type Here = Callable[[str], Path]
 
 def value(args: argparse.Namespace, name: str) -> Any:
     """Of the option of this name."""
-    return getattr(args, name[2:].replace("-", "_"))
+    return getattr(args, name[2:].replace("-", "_"), None)
 
 
 def sources(args: argparse.Namespace) -> list[str]:

@@ -9,17 +9,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.lighthouse import telemetry
 from megatron_lighthouse.lighthouse.config import flag
 from megatron_lighthouse.mcore.command_line.layers import in_words
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, settings_from
 from megatron_lighthouse.mcore.loop import switch
 from megatron_lighthouse.notice import say_once
+
+if TYPE_CHECKING:
+    from megatron_lighthouse.lighthouse import telemetry
 
 INTERVAL, LAYERS = flag("telemetry_interval"), flag("telemetry_layers")
 
@@ -88,6 +87,8 @@ class Logged:
 
     def train_step(self, step: Callable[..., Any], *given: Any, **named: Any) -> Any:
         """Around Megatron's."""
+        from megatron_lighthouse.lighthouse import telemetry
+
         now = switch.iteration()
         selecting = [layer for layer in self.layers if not self.settings.is_dense(layer, self.num_layers, now)]
         if now % self.interval or not selecting:
@@ -128,6 +129,10 @@ def averages(layers: Sequence[int], levels: int) -> dict[str, float]:
     Returns:
         By 'lighthouse/what/layer-N/which', the same on every rank.
     """
+    import torch
+
+    from megatron_lighthouse.lighthouse import telemetry
+
     names = telemetry.measure_names(levels)
     here = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     sums = torch.zeros(len(layers), len(names) + 1, dtype=torch.float64)
@@ -149,6 +154,9 @@ def averages(layers: Sequence[int], levels: int) -> dict[str, float]:
 def whole(choice: telemetry.Choice) -> telemetry.Choice:
     """The choice of all tokens and heads. All ranks that share a sequence in a pipeline stage call it."""
     from megatron.core import mpu
+
+    from megatron_lighthouse.context_parallel.exchange import Exchange
+    from megatron_lighthouse.lighthouse import telemetry
 
     shards, heads = mpu.get_context_parallel_group(), mpu.get_tensor_model_parallel_group()
     return telemetry.whole(choice, Exchange.over(shards), Exchange.over(heads))

@@ -50,7 +50,7 @@ type LayerSpec = ModuleSpec | TransformerBlockSubmodules
 
 
 def with_lighthouse(spec: LayerSpec, settings: LighthouseSettings, rotary: Rotary | None = None) -> LayerSpec:
-    """A copy of a GPT layer or block spec, local or Transformer Engine, whose core attention is Lighthouse.
+    """A copy of a GPT layer or block spec or a hybrid stack's, local or Transformer Engine, whose core attention is Lighthouse.
 
     Whether a layer is Lighthouse or dense is decided when it is built, from its global number, so the spec is right on
     every pipeline stage.
@@ -90,7 +90,7 @@ def with_lighthouse(spec: LayerSpec, settings: LighthouseSettings, rotary: Rotar
     if not found and isinstance(spec, ModuleSpec):
         raise ValueError(
             f"--attention {settings.variant} found no core attention in the layer spec of {spec.module.__name__}: it takes "
-            "GPT layer specs (local or transformer_engine)."
+            "GPT layer specs and hybrid stacks (local or transformer_engine)."
         )
     if _global_args() is not None:
         from megatron_lighthouse.mcore.loop import hooks
@@ -107,13 +107,31 @@ def lighthouse(model_cfg: Any, vp_stage: int | None = None) -> LayerSpec:
         ValueError: settings, a model or data that Lighthouse refuses.
     """
     args = _global_args()
-    if args is not None:
-        pyramid.settle(args)
-    settings = settings_from(args)
-    if args is not None:
-        settings = rope.settled(args, settings)
-        check_run(args, model_cfg.transformer, settings)
+    settings = settled(args, model_cfg.transformer)
     return layer_spec(model_cfg, vp_stage, settings=settings, documents=args is not None and asked(args))
+
+
+def settled(args: Namespace | None, config: TransformerConfig) -> LighthouseSettings:
+    """What `--spec` asks of Lighthouse, checked against the run that Megatron's arguments describe, where there are any."""
+    if args is None:
+        return settings_from(args)
+    pyramid.settle(args)
+    settings = rope.settled(args, settings_from(args))
+    check_run(args, config, settings)
+    return settings
+
+
+def hybrid_spec(model_cfg: Any, *, settings: LighthouseSettings | None) -> ModuleSpec:
+    """The stack's spec for `model_cfg` (a HybridModelConfig); with `settings`, its attention layers made Lighthouse.
+
+    Raises:
+        ValueError: a model that Lighthouse refuses.
+    """
+    from megatron_lighthouse.mcore.attention.hybrid_specs import hybrid_stack
+
+    spec = _with_attention(hybrid_stack(model_cfg.transformer), model_cfg, settings)
+    assert isinstance(spec, ModuleSpec)
+    return spec
 
 
 def layer_spec(
@@ -136,6 +154,11 @@ def layer_spec(
         spec = _with_sequence_parallel_norm(spec, config, vp_stage)
     if documents:
         spec = _with_documents(spec, config)
+    return _with_attention(spec, model_cfg, settings)
+
+
+def _with_attention(spec: LayerSpec, model_cfg: Any, settings: LighthouseSettings | None) -> LayerSpec:
+    config = model_cfg.transformer
     if settings is None:
         return _dense_over_shards(spec, config)
     _say_what_is_sent(config, settings)
@@ -213,6 +236,8 @@ def attentions_of(spec: LayerSpec) -> Iterator[Any]:
 
 
 def _layers_of(spec: LayerSpec) -> list[ModuleSpec]:
+    if isinstance(spec, ModuleSpec) and hasattr(spec.submodules, "attention_layer"):  # a hybrid stack
+        return [spec.submodules.attention_layer, spec.submodules.mla_layer]
     return [spec] if isinstance(spec, ModuleSpec) else list(spec.layer_specs or [])
 
 

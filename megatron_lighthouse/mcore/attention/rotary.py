@@ -8,6 +8,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 
 from megatron_lighthouse.lighthouse.rotary import Rotary
+from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern
 from megatron_lighthouse.mcore.command_line.rope import rope_problems
 
 OF_LATENT_YARN = "original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim".split()
@@ -20,7 +21,7 @@ def rotary_of(model_cfg: Any) -> Rotary | None:
     """The rotation that a model's layers apply, but for those of `no_rope_freq`; None where its positions are not rotary.
 
     Args:
-        model_cfg: Megatron's GPTModelConfig, of which GPTModel makes the module that this makes too.
+        model_cfg: Megatron's GPTModelConfig or HybridModelConfig, of which the model makes the module that this makes too.
 
     Raises:
         ValueError: a model whose rotation is not one angle a token.
@@ -54,6 +55,8 @@ def _module(model_cfg: Any) -> Any:
         "use_cpu_initialization": config.use_cpu_initialization,
     }
     if model_cfg.position_embedding_type == "rope":
+        if hybrid_pattern(config):
+            return RotaryEmbedding(**how)
         scaling = {"rope_scaling": model_cfg.rope_scaling, "rope_scaling_factor": model_cfg.rope_scaling_factor}
         return RotaryEmbedding(**how, **scaling)
     yarn = {name: getattr(config, f"yarn_{name}") for name in OF_YARN}

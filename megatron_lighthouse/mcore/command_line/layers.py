@@ -11,11 +11,25 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+ATTEND = "*+"
+"""The symbols of layers with attention, and with multi-latent attention, in a hybrid model's pattern."""
+
+
+def hybrid_pattern(model: Any) -> str | None:
+    """The symbols of a hybrid model's layers (`--hybrid-layer-pattern`), one a layer; None of another model.
+
+    Args:
+        model: a TransformerConfig, or Megatron's arguments, validated or not.
+    """
+    pattern = getattr(model, "hybrid_layer_pattern", None) or getattr(model, "hybrid_override_pattern", None)
+    return pattern.partition("/")[0].replace("|", "") if pattern else None
+
 
 def attention_layers(model: Any) -> tuple[int, ...] | None:
     """The numbers, from 1, of the layers that attend to all tokens; None where all do.
 
-    In a heterogeneous model (`--heterogeneous-layers-config-path`) a layer may have no attention, or a linear map in its place.
+    In a heterogeneous model (`--heterogeneous-layers-config-path`) a layer may have no attention, or a linear map in its place,
+    and in a hybrid model what its pattern says.
     With `--window-size` a layer may see a window alone (`is_windowed`): such layers stay as they are.
 
     Args:
@@ -46,6 +60,8 @@ def is_windowed(model: Any, number: int) -> bool:
 
 def _holding(model: Any) -> tuple[int, ...] | None:
     """The numbers of the layers that hold attention; None where all do."""
+    if pattern := hybrid_pattern(model):
+        return tuple(number for number, symbol in enumerate(pattern, 1) if symbol in ATTEND)
     name, written = (getattr(model, f"heterogeneous_layers_config_{what}", None) for what in ("path", "encoded_json"))
     experts = getattr(model, "num_moe_experts", None) or getattr(model, "num_experts", None)
     # with experts, or with the text alone on the command line, Megatron 0.19 builds each layer with attention

@@ -206,7 +206,7 @@ def plain_run(**changes: Any) -> Namespace:
         ),
         (
             {"multi_latent_attention": True, "tensor_model_parallel_size": 2},
-            "--multi-latent-attention with --tensor-model-parallel-size 2 .* use tensor-parallel size 1, or --transformer-impl",
+            "--multi-latent-attention with --tensor-model-parallel-size 2 .* add --sequence-parallel",
         ),
         (
             {"experimental_attention_variant": "gated_delta_net", "tensor_model_parallel_size": 2},

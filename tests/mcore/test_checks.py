@@ -213,6 +213,10 @@ def plain_run(**changes: Any) -> Namespace:
             "--mtp-num-layers 1 with --context-parallel-size 2: .* use context-parallel size 1",
         ),
         (
+            {"multi_latent_attention": True, "tensor_model_parallel_size": 2},
+            "--multi-latent-attention with --tensor-model-parallel-size 2 .* add --sequence-parallel",
+        ),
+        (
             {"experimental_attention_variant": "gated_delta_net", "tensor_model_parallel_size": 2},
             "--experimental-attention-variant gated_delta_net with --tensor-model-parallel-size 2: .* add --sequence-parallel",
         ),

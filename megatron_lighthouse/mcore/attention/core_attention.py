@@ -26,9 +26,9 @@ from megatron_lighthouse.mcore.attention.builder import Builder
 from megatron_lighthouse.mcore.attention.output import remember_source
 from megatron_lighthouse.mcore.attention.over_shards import able_local, context_parallel_group, tensor_parallel_rank
 from megatron_lighthouse.mcore.attention.packed import documents_of, in_one_row, in_rows, packed
-from megatron_lighthouse.mcore.attention.sinks import with_counted_sinks
 from megatron_lighthouse.mcore.attention.streams import apart
 from megatron_lighthouse.mcore.attention.te_choice import te_choice
+from megatron_lighthouse.mcore.attention.tensor_ranks import over_tensor_ranks
 from megatron_lighthouse.mcore.command_line.checks import check
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, head_dims, heads_of_rank
 from megatron_lighthouse.mcore.loop import switch
@@ -196,7 +196,7 @@ class CoreAttentionBuilder(Builder):
         module, settings = able_local(module, config), self.settings.in_model(config)
         now, own = settings.at_first(layer_number, config.num_layers)
         if now.native or layer_number not in settings.holding(config.num_layers):
-            return with_counted_sinks(module(config=config, layer_number=layer_number, **params, **kwargs))
+            return over_tensor_ranks(module(config=config, layer_number=layer_number, **params, **kwargs), config)
         if not isinstance(module, type):
             raise ValueError(
                 f"--attention {self.settings.variant} cannot wrap the core attention {module!r}: it wraps classes such as "
@@ -230,7 +230,7 @@ class CoreAttentionBuilder(Builder):
         layer.variant, layer.own = now, own
         if place.base_attends and of_te:
             say_once(te_choice(capability_of(here)))
-        return with_counted_sinks(layer)
+        return over_tensor_ranks(layer, config)
 
 
 def _check(variant: Variant, config: Any, inputs: Inputs, place: Place) -> None:

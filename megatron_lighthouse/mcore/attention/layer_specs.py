@@ -27,8 +27,8 @@ from megatron_lighthouse.mcore.attention.norm import torch_norm
 from megatron_lighthouse.mcore.attention.output import without_kept_output
 from megatron_lighthouse.mcore.attention.over_shards import able_local
 from megatron_lighthouse.mcore.attention.rotary import rotary_of
-from megatron_lighthouse.mcore.attention.sinks import CountedSinks
 from megatron_lighthouse.mcore.attention.streams import add_streams
+from megatron_lighthouse.mcore.attention.tensor_ranks import OverTensorRanks
 from megatron_lighthouse.mcore.command_line import rope
 from megatron_lighthouse.mcore.command_line.checks import check_run
 from megatron_lighthouse.mcore.command_line.documents import asked
@@ -187,14 +187,15 @@ def _say_what_is_sent(config: TransformerConfig, settings: LighthouseSettings) -
 
 def _dense_over_shards(spec: LayerSpec, config: TransformerConfig) -> LayerSpec:
     """The spec of a dense model, whose core attention, where it is Megatron's local one, can do what the model asks for."""
-    learnt = learns_shared_sinks(config)
-    if config.context_parallel_size == 1 and not learnt and not config.multi_latent_attention:
+    latent = config.multi_latent_attention
+    differs = learns_shared_sinks(config) or (latent and config.tensor_model_parallel_size > 1)
+    if config.context_parallel_size == 1 and not differs and not latent:
         return spec
     spec = copy.deepcopy(spec)
     for submodules in attentions_of(spec):
         submodules.core_attention = able_local(submodules.core_attention, config)
-        if learnt and not isinstance(submodules.core_attention, CountedSinks):  # layers of a block may share a spec
-            submodules.core_attention = CountedSinks(submodules.core_attention)
+        if differs and not isinstance(submodules.core_attention, OverTensorRanks):  # layers of a block may share a spec
+            submodules.core_attention = OverTensorRanks(submodules.core_attention)
     return spec
 
 

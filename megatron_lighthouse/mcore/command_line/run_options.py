@@ -105,6 +105,12 @@ def _wrong_in_megatron(args: Namespace) -> Iterator[str]:
             "averages the loss of these layers over ranks that count different numbers of tokens (Megatron-LM 3943, 7452), "
             "which is not the loss of one process: use context-parallel size 1."
         )
+    size, latent = args.tensor_model_parallel_size, getattr(args, "multi_latent_attention", False)
+    if latent and size > 1 and args.transformer_impl == "local" and not args.sequence_parallel:
+        yield (
+            f"--multi-latent-attention with --tensor-model-parallel-size {size} and --transformer-impl local: Megatron adds up "
+            "gradients of its norms over ranks that each have all of them: add --sequence-parallel."
+        )
     variant = getattr(args, "experimental_attention_variant", None)
     if variant == "gated_delta_net" and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         yield (

@@ -6,23 +6,26 @@ What another program starts (torchrun, a script, Slurm) is a fork too in the env
 from __future__ import annotations
 
 import ast
+import atexit
 import gc
 import inspect
 import json
 import os
 import runpy
 import select
+import signal
 import socket
 import struct
 import subprocess
 import sys
+import threading
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import torch
 
@@ -93,7 +96,8 @@ def _serve() -> None:
     import megatron_lighthouse.launch.megatron
     import megatron_lighthouse.launch.restart
     import megatron_lighthouse.mcore.loop.pretrain
-    import megatron_lighthouse.plan.__main__
+    import megatron_lighthouse.plan.answer
+    import megatron_lighthouse.plan.search
     import megatron_lighthouse.recipe.evaluation_plots
     import megatron_lighthouse.recipe.trained  # noqa: F401
     from tests.interpreter import quicken
@@ -105,55 +109,78 @@ def _serve() -> None:
     add_megatron_arguments(ArgumentParser())
     gc.freeze()  # what is imported is no garbage: a fork that looked would copy it
     listener, tests = socket.socket(fileno=int(sys.argv[1])), os.pidfd_open(int(sys.argv[2]))
-    started: list[int] = []
-    while tests not in select.select([listener, tests], [], [])[0]:
-        asking, _ = listener.accept()
-        if not (process := os.fork()):
-            listener.close()
-            return _stand_behind(asking, installed)
-        started = [earlier for earlier in started if not os.waitpid(earlier, os.WNOHANG)[0]] + [process]
-        asking.close()
+    running: dict[int, tuple[int, socket.socket]] = {}  # by the file descriptor of each: its number, and who waits for it
+    while tests not in (ready := select.select([listener, tests, *running, *(who for _, who in running.values())], [], [])[0]):
+        if listener in ready:
+            asking, _ = listener.accept()
+            with suppress(ValueError):  # it was killed before it had asked
+                _, (output, errors), _, _ = socket.recv_fds(asking, 1, 2)
+                request = json.loads(asking.makefile().readline())
+                if not (process := os.fork()):
+                    request["environment"] |= installed
+                    _go_where(asking)
+                    _run(**request, output=output, errors=errors)
+                with suppress(PermissionError):  # whichever of the two comes first
+                    os.setpgid(process, process)
+                os.close(output)
+                os.close(errors)
+                running[os.pidfd_open(process)] = process, asking
+                _tell(asking, process)
+        for ended, (process, asking) in list(running.items()):
+            if ended in ready:
+                _tell(asking, os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+                del running[ended]
+                asking.close()
+                os.close(ended)
+            elif asking in ready:  # who waits was killed
+                with suppress(ProcessLookupError):
+                    os.killpg(process, signal.SIGKILL)
 
 
-def _stand_behind(asking: socket.socket, installed: Mapping[str, str]) -> None:
-    """Run what the process at the other end of `asking` was to run, where it is and with its output. The two end together."""
-    _, (output, errors), _, _ = socket.recv_fds(asking, 1, 2)
-    request = json.loads(asking.makefile().readline())
-    request["environment"] |= installed
-    waiting, _, _ = struct.unpack("3i", asking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    if os.readlink(f"/proc/{waiting}/ns/net") != os.readlink("/proc/self/ns/net"):  # on a node of the emulated Slurm
-        os.setns(os.pidfd_open(waiting), os.CLONE_NEWNS | os.CLONE_NEWNET | os.CLONE_NEWUTS | os.CLONE_NEWPID)
-    if not (process := os.fork()):
-        os.setpgid(0, 0)
-        asking.close()
-        return _run(**request, output=output, errors=errors)
-    with suppress(PermissionError, ProcessLookupError):  # whichever of the two comes first
-        os.setpgid(process, process)
+def _tell(asking: socket.socket, number: int) -> None:
     with suppress(BrokenPipeError, ConnectionResetError):
-        asking.sendall(f"{process}\n".encode())
-        if asking in select.select([asking, os.pidfd_open(process)], [], [])[0]:  # it was killed
-            os.killpg(process, 9)
-        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        asking.sendall(f"{status}\n".encode())
-    os._exit(0)
+        asking.sendall(f"{number}\n".encode())
 
 
-def _run(argv: list[str], environment: dict[str, str], folder: str, output: int, errors: int) -> None:
+def _go_where(asking: socket.socket) -> None:
+    """The process that waits is: perhaps on a node of the emulated Slurm."""
+    waiting, _, _ = struct.unpack("3i", asking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    if os.readlink(f"/proc/{waiting}/ns/net") != os.readlink("/proc/self/ns/net"):
+        os.setns(os.pidfd_open(waiting), os.CLONE_NEWNS | os.CLONE_NEWNET | os.CLONE_NEWUTS)
+
+
+def _run(argv: list[str], environment: dict[str, str], folder: str, output: int, errors: int) -> NoReturn:
+    os.setpgid(0, 0)
     for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), output, errors)):
         os.dup2(file, number)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = argv
-    if "--save" in argv:
-        from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
+    status = 1
+    try:
+        if "--save" in argv:
+            from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 
-        get_write_results_queue("fork")  # by default a new interpreter, which imports torch again
-    if argv[0].endswith(".py"):
-        sys.path.insert(0, str(Path(argv[0]).parent))
-        runpy.run_path(argv[0], run_name="__main__")
-    else:
-        runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+            get_write_results_queue("fork")  # by default a new interpreter, which imports torch again
+        if argv[0].endswith(".py"):
+            sys.path.insert(0, str(Path(argv[0]).parent))
+            runpy.run_path(argv[0], run_name="__main__")
+        else:
+            runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    # all that an interpreter does at its end but to take apart what is imported, which a fork would copy for it
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status & 255)
 
 
 if __name__ == "__main__":

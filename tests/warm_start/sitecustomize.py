@@ -21,7 +21,9 @@ if ours:
         server.connect(os.environ["WARM_START"])
         socket.send_fds(server, [b" "], [1, 2])
         server.sendall(json.dumps(request).encode() + b"\n")
-        status = int(server.makefile().read().split()[-1])  # after the process
+        answers = server.makefile()
+        answers.readline()  # the process
+        status = int(answers.readline() or 1)
     if status < 0:
         if -status != signal.SIGKILL:
             signal.signal(-status, signal.SIG_DFL)

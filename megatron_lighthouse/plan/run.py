@@ -14,6 +14,7 @@ from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
 from megatron_lighthouse.mcore.command_line.checks import model_problems
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, of_edge
+from megatron_lighthouse.mcore.command_line.tiles import tile_tokens
 from megatron_lighthouse.plan.device import DEVICES, Device
 from megatron_lighthouse.plan.model import GPT
 from megatron_lighthouse.variant import Variant
@@ -45,6 +46,8 @@ class Run:
     """Of a Lighthouse run's first and last layers, where they are not dense."""
     loss_fusion: bool = False
     """--cross-entropy-loss-fusion."""
+    loss_tile_tokens: int | None = None
+    mlp_tile_tokens: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     """What else of the model, by the names of Megatron's TransformerConfig, an attention may refuse."""
 
@@ -133,6 +136,12 @@ class Run:
                 f"{_divisors(model.groups // tp)}."
             )
         return self
+
+    @property
+    def logits_at_once(self) -> int:
+        """Tokens whose logits the last stage holds at once."""
+        tile = tile_tokens(self.loss_tile_tokens, self.vocab_rank)
+        return min(self.tokens, tile or self.tokens)
 
     @property
     def settings(self) -> LighthouseSettings:

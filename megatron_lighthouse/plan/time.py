@@ -114,7 +114,8 @@ def step_parts(run: Run, speed: Coefficients) -> Parts:
     model, device, tp, cp, pp = run.model, run.device, run.tensor_parallel, run.context_parallel, run.pipeline_parallel
     layers, tokens = model.layers / pp, run.tokens
     full, mlp = run.recompute == "full", run.recompute == "mlp"
-    passes = 3 + full + mlp * work.mlp_share(model)  # a forward, a backward of twice its work, and what is done again
+    # a forward, a backward of twice its work, and what is done again
+    passes = 3 + full + (mlp + bool(run.mlp_tile_tokens)) * work.mlp_share(model)
     linear = tokens * work.linear_flops(model) / tp / device.flops * speed.linear * passes
     moved = tokens * work.elementwise_bytes(model) / tp / device.memory_bytes_s * speed.copy
     tensor, between, gradients = link_bytes(run)
@@ -123,7 +124,8 @@ def step_parts(run: Run, speed: Coefficients) -> Parts:
         "elementwise": moved * speed.elementwise * (3 + full),
         "tensor parallel, exposed": tensor / layers * speed.link / device.link_bytes_s(run.spans["tensor parallel"]),
     }
-    output = 2.0 * model.hidden * run.vocab_rank / device.flops * speed.linear * 3
+    products = 3 + (run.logits_at_once < tokens)  # in tiles the logits are made again in backward
+    output = 2.0 * model.hidden * run.vocab_rank / device.flops * speed.linear * products
     logits = tokens * (output + 20 * run.vocab_rank / device.memory_bytes_s * speed.copy)
     host = layer_host_seconds(run, speed)
     ends = _lighthouse_parts(run, run.edge, speed) if run.edge else _dense_parts(run, speed)

@@ -1,0 +1,180 @@
+"""The loss and the MLPs in tiles: the losses and gradients of the whole, from what is computed of no more than a tile."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, linear
+
+from megatron_lighthouse.mcore.command_line.tiles import problems, tile_tokens
+from tests.mcore.harness import Run, run
+from tests.mcore.test_parity import START, assert_same
+from tests.tolerances import assert_close
+
+TILES = "--loss-tile-tokens 48 --mlp-tile-tokens 40".split()
+"""No divisors of the 256 tokens."""
+
+
+class Output(torch.nn.Module):
+    """An output layer that remembers how many tokens it was given at once."""
+
+    gradient_accumulation_fusion = False
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(40, 16, dtype=dtype))
+        self.seen: list[int] = []
+
+    def forward(self, hidden: Tensor, weight: Tensor | None = None) -> tuple[Tensor, None]:
+        self.seen.append(hidden.shape[0] * hidden.shape[1])
+        return linear(hidden, self.weight if weight is None else weight), None
+
+
+def losses(labels: Tensor, logits: Tensor) -> Tensor:
+    return cross_entropy(logits.double().permute(1, 2, 0), labels, reduction="none")
+
+
+@pytest.mark.parametrize(("rows", "batch", "tokens"), [(50, 1, 7), (33, 3, 20), (8, 2, 1), (5, 1, 100)])
+def test_tiles_give_the_loss_and_gradients_of_the_whole(rows: int, batch: int, tokens: int) -> None:
+    from megatron_lighthouse.mcore.loop.tiled_loss import Logits
+
+    torch.manual_seed(0)
+    layer, scale = Output(torch.float64), 0.5
+    hidden = torch.randn(rows, batch, 16, dtype=torch.float64, requires_grad=True)
+    labels, weights = torch.randint(40, (batch, rows)), torch.rand(batch, rows, dtype=torch.float64)
+    whole = losses(labels, scale * layer(hidden)[0])
+    expected = torch.autograd.grad((whole * weights).sum(), [hidden, layer.weight])
+    layer.seen.clear()
+    tiled = Logits(hidden, layer, None, lambda x: scale * x, tokens).loss(labels, losses)
+    assert_close(tiled, whole, "float64")
+    found = torch.autograd.grad((tiled * weights).sum(), [hidden, layer.weight])
+    assert max(layer.seen) <= max(tokens, batch)
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, "float64")
+
+
+def test_gradients_of_the_weight_are_rounded_once() -> None:
+    """Sums of bf16 tiles in bf16 would lie further off than one rounding of the sum of what each tile gave."""
+    from megatron_lighthouse.mcore.loop.tiled_loss import Logits
+
+    torch.manual_seed(0)
+    layer = Output(torch.bfloat16)
+    hidden, labels = torch.randn(512, 1, 16, dtype=torch.bfloat16), torch.randint(40, (1, 512))
+    Logits(hidden, layer, None, lambda x: x, 8).loss(labels, losses).sum().backward()
+    parts = torch.zeros(40, 16)
+    for rows, wanted in zip(hidden.split(8), labels.split(8, dim=1), strict=True):
+        loss = losses(wanted, linear(rows, layer.weight)).sum()
+        parts += torch.autograd.grad(loss, layer.weight)[0].float()
+    assert torch.equal(layer.weight.grad, parts.bfloat16())  # the last tile comes first: sums of 64 in fp32, another order
+
+
+def test_sequence_parallel_ranks_each_have_a_part_of_every_tile() -> None:
+    """Two ranks' rows are gathered rank by rank: labels come in that order, losses in the sequence's."""
+    from megatron_lighthouse.mcore.loop.tiled_loss import joined, tiles
+
+    labels = torch.arange(2 * 20).view(2, 20)
+    hidden = labels.T[:10].unsqueeze(2)  # of the first rank: tokens 0 to 9
+    parts = []
+    for part, wanted in tiles(hidden, (labels,), 8):
+        gathered = torch.cat([part, part + 10])[:, :, 0].T  # the second rank's are ten further on
+        assert torch.equal(gathered, wanted)
+        parts.append(wanted)
+    assert max(part.numel() for part in parts) <= 8
+    assert torch.equal(joined(parts, 2), labels)
+
+
+@pytest.mark.parametrize(
+    ("given", "vocabulary", "expected"), [(None, 151936, 1766), (None, 384, 699050), (0, 151936, 0), (64, 384, 64)]
+)
+def test_tiles_hold_a_gibibyte(given: int | None, vocabulary: int, expected: int) -> None:
+    assert tile_tokens(given, vocabulary) == expected
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_mlp_in_tiles_keeps_no_more_than_its_input(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.mlp import MLP, MLPSubmodules
+
+    from megatron_lighthouse.mcore.loop import tiled_mlp
+
+    config = TransformerConfig(
+        num_layers=1, hidden_size=16, num_attention_heads=2, ffn_hidden_size=24, add_bias_linear=bias, gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu, params_dtype=torch.float64, gradient_accumulation_fusion=False,
+    )  # fmt: skip
+    mlp = MLP(config, MLPSubmodules(ColumnParallelLinear, RowParallelLinear), ffn_hidden_size=24)
+    hidden = torch.randn(37, 2, 16, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(37, 2, 16, dtype=torch.float64)
+    runs = []
+    for tokens in (0, 10):
+        monkeypatch.setattr(tiled_mlp, "get_args", lambda tokens=tokens: SimpleNamespace(mlp_tile_tokens=tokens))
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x):
+            output, of_bias = tiled_mlp.forward(MLP.forward, mlp, hidden)
+        loss = (output * weights).sum() + (0 if of_bias is None else of_bias.square().sum())
+        runs.append((output, *torch.autograd.grad(loss, [hidden, *mlp.parameters()])))
+        assert (max(kept) > 2 * 37 * 16) == (tokens == 0)
+    for whole, tiled in zip(*runs, strict=True):
+        assert_close(tiled, whole, "float64")
+
+
+MTP = "--mtp-num-layers 1 --eval-interval 2 --eval-iters 1".split()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("start")
+    save = ["--train-iters", "1", "--save", str(folder / "checkpoint"), "--save-interval", "1"]
+    run(folder, "--attention", "dense", *MTP, *save)
+    return folder / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Callable[..., Run]:
+    """Three iterations from one checkpoint; equal ones are run once."""
+    begin = ["--attention", "dense", "--load", str(checkpoint), *START]
+    return cache(lambda *words, ranks=1: run(tmp_path_factory.mktemp("run"), *begin, *words, ranks=ranks))
+
+
+@pytest.mark.parametrize(
+    ("model", "ranks", "layout"),
+    [
+        (MTP, 1, ""),
+        (MTP, 2, "--tensor-model-parallel-size 2"),
+        ([], 2, "--tensor-model-parallel-size 2 --sequence-parallel --micro-batch-size 2"),
+    ],
+    ids=["multi-token prediction", "multi-token prediction, TP2", "TP2+SP, two rows at once"],
+)
+def test_training_in_tiles_is_training(model: list[str], ranks: int, layout: str, start: Callable[..., Run]) -> None:
+    result = start(*model, *TILES, *layout.split(), ranks=ranks)
+    assert_same(result, start(*model))
+    assert not model or "mtp_1 loss" in result.log
+    assert not model or "validation loss at iteration 2" in result.log
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"loss_tile_tokens": -1}, "--loss-tile-tokens -1 must be at least 0"),
+        ({"mlp_tile_tokens": -8}, "--mlp-tile-tokens -8 must be at least 0"),
+        (
+            {"loss_tile_tokens": 64, "defer_embedding_wgrad_compute": True},
+            "--loss-tile-tokens 64 with --defer-embedding-wgrad-compute",
+        ),
+        ({"mlp_tile_tokens": 64, "fp8": "hybrid"}, "--mlp-tile-tokens 64 with --fp8: its scales"),
+        ({"mlp_tile_tokens": 64, "cuda_graph_impl": "local"}, "--mlp-tile-tokens 64 with --cuda-graph-impl"),
+    ],
+)
+def test_what_cannot_be_is_refused(given: dict[str, object], message: str) -> None:
+    plain = {"loss_tile_tokens": None, "mlp_tile_tokens": 0, "cuda_graph_impl": "none", "fp8": None}
+    (problem,) = problems(Namespace(**{**plain, **given}))
+    assert problem.startswith(message)
+    assert not [*problems(Namespace(**plain))]

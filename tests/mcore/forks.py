@@ -95,6 +95,7 @@ def _serve() -> None:
 
     import megatron_lighthouse.launch.megatron
     import megatron_lighthouse.launch.restart
+    import megatron_lighthouse.mcore.attention.hybrid_specs
     import megatron_lighthouse.mcore.loop.pretrain
     import megatron_lighthouse.plan.answer
     import megatron_lighthouse.plan.search

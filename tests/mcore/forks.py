@@ -26,6 +26,7 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any, NoReturn
+from unittest import mock
 
 import torch
 
@@ -106,7 +107,7 @@ def _serve() -> None:
     quicken()
     # Megatron reads the help of its flags in the source, each time
     inspect.getsource = cache(inspect.getsource)
-    argument_utils.ast = SimpleNamespace(**{**vars(ast), "parse": cache(ast.parse)})
+    mock.patch.object(argument_utils, "ast", SimpleNamespace(**{**vars(ast), "parse": cache(ast.parse)})).start()
     add_megatron_arguments(ArgumentParser())
     gc.freeze()  # what is imported is no garbage: a fork that looked would copy it
     listener, tests = socket.socket(fileno=int(sys.argv[1])), os.pidfd_open(int(sys.argv[2]))

@@ -8,13 +8,14 @@ VENV ?= .venv
 WORKERS ?= 2
 RUN := $(VENV)/bin/python
 MATHS = $(filter-out $(patsubst %,tests/test_%.py,kernels package patches profiling),$(wildcard tests/test_*.py)) tests/context_parallel tests/parallax tests/wall
-PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# compiled modules are kept, whatever the environment says: the tests start hundreds of processes that import them
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # the first interpreter of at least 3.12 that can make a virtual environment; PYTHON=path takes another
 PYTHON ?= $(shell for p in python3.12 python3.13 python3 $$(ls -d $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python3 2>/dev/null); do \
 	"$$p" -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && command -v "$$p" && break; done)
 
-.PHONY: train check test test-all lint types clean
+.PHONY: train check test test-all quick lint types clean
 
 train: $(VENV)/.installed
 	$(RUN) -m megatron_lighthouse.recipe.two_stage --name $(NAME) $(if $(DATA),--data $(DATA)) $(ARGS)
@@ -22,7 +23,11 @@ train: $(VENV)/.installed
 check: lint types
 	$(PYTEST) -k "not kernels" $(ARGS) $(MATHS)
 
-test: lint types
+# mypy beside them, and not before, for it takes one core
+test: lint
+	$(MAKE) --no-print-directory --jobs=2 types quick
+
+quick: $(VENV)/.installed
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: lint types

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.plan import memory, time
@@ -65,7 +66,7 @@ class Point:
     """Whether it runs however long it takes: a target of the study."""
     stage: str = STAGES[0]
 
-    @property
+    @cached_property
     def run(self) -> Run:
         """As the plan knows it."""
         run = run_of("530m-98k", device=DEVICES["h100"], gpus=self.gpus, global_batch=self.global_batch)
@@ -78,7 +79,7 @@ class Point:
     def gpus(self) -> int:
         return self.context_parallel * self.tensor_parallel * self.pipeline_parallel
 
-    @property
+    @cached_property
     def step(self) -> float:
         """Seconds, by the plan."""
         return self.seq_length * self.global_batch / time.tokens_per_gpu(self.run, coefficients()) / self.gpus

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import tempfile
 from collections.abc import Generator
 
 import pytest
@@ -10,11 +12,15 @@ import torch
 from hypothesis import settings
 
 from tests.interpreter import quicken
+from tests.ranks import stand_ready
 
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
     quicken()
+
+if "WARM_START" not in os.environ:  # of all workers: see tests/mcore/forks.py
+    os.environ["WARM_START"], os.environ["WARM_UNTIL"] = tempfile.mkdtemp() + "/warm", str(os.getpid())
 
 # a machine may be busy: no example is late
 settings.register_profile("untimed", deadline=None)
@@ -29,13 +35,19 @@ def _quick_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(megatron, "can_be_asked", lambda: False)
 
 
+@pytest.fixture(autouse=True)
+def _default_signals() -> None:
+    """Commands that tests call in this process set their own, which what is then forked would inherit."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 LONGEST = """
-    launch/test_cluster.py mcore/test_parity.py tests/test_kernels.py launch/test_scaling_study.py experiments/test_bench.py
-    mcore/test_finite.py mcore/test_toy_variant.py mcore/test_two_stage.py mcore/test_checkpoints.py mcore/test_evaluate.py
-    context_parallel/test_attention.py tests/test_select.py tests/test_rotary.py tests/test_scorers.py tests/test_gather.py
-    mcore/test_evaluate_arguments.py mcore/test_stage.py
+    launch/test_cluster.py mcore/test_parity.py mcore/test_two_stage.py experiments/test_bench.py mcore/test_finite.py
+    context_parallel/test_attention.py mcore/test_documents.py mcore/test_convert.py mcore/test_parallax.py
+    mcore/test_checkpoints.py mcore/test_toy_variant.py tests/test_kernels.py mcore/test_stage.py mcore/test_evaluate.py
+    tests/test_rotary.py mcore/test_cached.py mcore/test_evaluate_arguments.py mcore/test_pretrain.py tests/test_scorers.py
 """.split()
-"""Files that take half a minute and more, the longest first: a worker takes a whole file at a time."""
+"""Files that take a quarter of a minute and more, the longest first: a worker takes a whole file at a time."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -53,6 +65,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not ON_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    modules = {item.module for item in session.items if isinstance(item, pytest.Function)}
+    if not ON_GPU and not session.config.option.collectonly and any({"run_ranks", "together"} & set(vars(m)) for m in modules):
+        stand_ready()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,6 +1,7 @@
 """Processes that stand ready as context-parallel ranks, over gloo: what the tests of several ranks run on.
 
-They are made once for all tests. A function that a test hands them must be at the top level of a module.
+They are made once for all tests: of this process as it is when the tests are collected, with all that they import. A function
+that a test hands them must be at the top level of a module.
 """
 
 from __future__ import annotations
@@ -10,9 +11,8 @@ import os
 import pickle
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -28,19 +28,19 @@ class RankError(Exception):
 class Ranks:
     """Eight processes, of which the first 2, 4 or 8 work together."""
 
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            ["torch.distributed", "tests.steps"]
-        )  # with it the kernels, and all that test modules import
+    def __init__(self, start: str) -> None:
+        context: Any = multiprocessing.get_context(start)
+        if start == "forkserver":
+            context.set_forkserver_preload(["torch.distributed", "tests.steps"])  # with it the kernels
         store = Path(tempfile.mkdtemp()) / "store"
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(max(SIZES)):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, str(store)), daemon=True)
-            process.start()
             self.pipes.append(ours)
+            inherited = self.pipes if start == "fork" else []
+            process = context.Process(target=_serve, args=(theirs, rank, str(store), inherited), daemon=True)
+            process.start()
             self.processes.append(process)
 
     def run(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -55,7 +55,7 @@ class Ranks:
         answers = []
         for rank, pipe in enumerate(self.pipes[:size]):
             if not pipe.poll(SECONDS):
-                ranks.cache_clear()
+                RANKS.clear()
                 for process in self.processes:
                     process.kill()
                 raise RankError(f"rank {rank} of {size} did not answer within {SECONDS} s")
@@ -66,17 +66,27 @@ class Ranks:
         return [result for _, result in answers]
 
 
-@cache
-def ranks() -> Ranks:
-    return Ranks()
+RANKS: list[Ranks] = []
+"""One, once it is made."""
+
+
+def stand_ready() -> None:
+    """Before this process has differentiated anything: a fork of one that has cannot."""
+    import torch.fx.experimental.symbolic_shapes  # noqa: F401  the first gradient of each rank would
+
+    RANKS[:] = [Ranks("fork")]
 
 
 def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """See `Ranks.run`."""
-    return ranks().run(size, function, *args)
+    if not RANKS:
+        RANKS.append(Ranks("forkserver"))
+    return RANKS[0].run(size, function, *args)
 
 
-def _serve(pipe: Connection, rank: int, store: str) -> None:
+def _serve(pipe: Connection, rank: int, store: str, inherited: Sequence[Connection]) -> None:
+    for end in inherited:  # else no rank would see that the tests have ended
+        end.close()
     import torch
     import torch.distributed as dist
 

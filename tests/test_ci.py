@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -42,15 +41,17 @@ def test_a_known_fault():
     [((), 0, "3 skipped, 1 xfailed"), (("--no-skips",), 1, "1 skipped, 1 xfailed, 2 errors")],
     ids=["make test", "CI"],
 )
-def test_only_a_missing_gpu_may_skip(options: tuple[str, ...], status: int, says: str, tmp_path: Path) -> None:
-    file = tmp_path / "test_skips.py"
+def test_only_a_missing_gpu_may_skip(
+    options: tuple[str, ...], status: int, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / f"test_skips_{len(options)}.py"  # a module of its own
     file.write_text(SKIPS)
     settings = f"-c {ROOT}/pyproject.toml --rootdir {tmp_path} -p tests.conftest -p no:cacheprovider".split()
-    command = [sys.executable, "-m", "pytest", *settings, *options, str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == status, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1].startswith(says)
-    assert "test_skips.py:15: needs a CUDA device" in done.stdout
+    ended = pytest.main([*settings, *options, "--capture=no", str(file)])
+    said = capsys.readouterr().out
+    assert ended == status, said
+    assert said.splitlines()[-1].startswith(says)
+    assert f"{file.name}:15: needs a CUDA device" in said
 
 
 APT = """#!/bin/sh

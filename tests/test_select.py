@@ -16,6 +16,8 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from megatron_lighthouse import LighthouseConfig, lighthouse_select
+from megatron_lighthouse.kernels import lighthouse as kernels
+from megatron_lighthouse.lighthouse import reference
 from megatron_lighthouse.lighthouse.geometry import Geometry
 from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.lighthouse.steps import Steps
@@ -61,8 +63,11 @@ def level_scores(problem: Problem) -> tuple[Tensor, Tensor]:
     return scores, torch.cat([scores.unflatten(-1, (-1, width)).amax(-1) for width in widths], -1).to(DEVICE)
 
 
-@both
-@pytest.mark.parametrize("block", [4096, 8], ids=["one block a tile", "many blocks a tile"])
+@pytest.mark.parametrize(
+    ("steps", "block"),
+    [(reference, 4096), (kernels, 4096), (kernels, 8)],
+    ids=["reference", "kernels, one block a tile", "kernels, many blocks a tile"],
+)
 @settings(derandomize=True, max_examples=12)
 @given(problem=problems())
 def test_places_are_those_of_the_oracle(steps: Steps, block: int, problem: Problem) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib.resources import files
 from types import SimpleNamespace
 from typing import Any
@@ -241,6 +242,7 @@ def check_names(attention: str | None, recompute: str | None, cp_comm_type: str 
             raise ValueError(f"{flag} {name!r} is not known: use {' or '.join(known)}.")
 
 
+@cache
 def recipes() -> dict[str, dict[str, Any]]:
     """The tables of recipes.toml, by name."""
     return tomllib.loads((files("megatron_lighthouse.plan") / "recipes.toml").read_text())

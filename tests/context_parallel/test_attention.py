@@ -27,6 +27,8 @@ from tests.tolerances import assert_close
 
 few = settings(derandomize=True, max_examples=15)
 on_sizes = pytest.mark.parametrize("size", SIZES, ids="CP={}".format)
+on_few = pytest.mark.parametrize("size", [2, 4, pytest.param(8, marks=pytest.mark.slow)], ids="CP={}".format)
+"""What 8 ranks do beyond 4, `test_ranks_equal_one` holds."""
 by_comm_type = pytest.mark.parametrize("comm_type", COMM_TYPES)
 
 PROBLEMS = {
@@ -77,7 +79,7 @@ def equals_one_rank(
 ROTARY = {"halves": Rotary(torch.tensor([1.0, 0.3])), "neighbours": Rotary(torch.tensor([0.7, 0.2]), True, 2)}
 
 
-@on_sizes
+@on_few
 @pytest.mark.parametrize("name", BY_ALL)
 @pytest.mark.parametrize("pairs", ROTARY)
 @pytest.mark.parametrize("scorer", ["norm", "summary"])
@@ -106,7 +108,7 @@ def test_ranks_equal_one_in_other_layouts(name: str, comm_type: str, size: int) 
     equals_one_rank(size, grouped(PROBLEMS[name], comm_type, size), comm_type)
 
 
-@on_sizes
+@on_few
 @by_comm_type
 @pytest.mark.parametrize("name", ["a tile in each chunk", "tiles that begin within chunks"])
 def test_ranks_equal_one_in_fp32(name: str, comm_type: str, size: int) -> None:
@@ -145,7 +147,7 @@ def test_every_scorer_ranks_alike(scorer: str, name: str, size: int) -> None:
     equals_one_rank(size, grouped(PROBLEMS[name], "p2p", size), "p2p", scorer=scorer)
 
 
-@on_sizes
+@on_few
 @pytest.mark.parametrize("pin_first", [True, False], ids=["pinned", "not pinned"])
 @pytest.mark.parametrize("name", ["a tile in each chunk", "one tile"])
 def test_the_first_window_alone_is_pinned(name: str, pin_first: bool, size: int) -> None:

@@ -21,6 +21,7 @@ from experiments.__main__ import main
 from experiments.runs import BASE
 from megatron_lighthouse.plots import read_scalars
 from megatron_lighthouse.recipe import recovery
+from tests.mcore.forks import warm
 from tests.mcore.harness import ROOT
 from tests.tolerances import assert_close
 
@@ -56,7 +57,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     options += ["--corpus", str(folder / "corpus"), "--work", str(folder / "work"), "--out", str(folder / "out")]
     processes = []
     for number, run in enumerate(("dense", BASE)):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": str(number)}
+        environment = {**os.environ, **warm(), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": str(number)}
         command = [sys.executable, "-m", "experiments", "--runs", run, *options]
         log = (folder / f"{run}.txt").open("w")
         processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
@@ -159,7 +160,7 @@ def test_again_starts_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch, cap
 def test_side_by_side_and_one_that_ends_early(bench: Bench, tmp_path: Path) -> None:
     paths = ["--corpus", str(bench.work.parent / "corpus"), "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
     options = [*bench.options, "--passkey-samples", "0", *paths, "--at-once", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **warm(), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "experiments", "--runs", "cp-2", "dense-2", *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

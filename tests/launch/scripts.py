@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.mcore.forks import warm
+
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 
@@ -33,7 +35,7 @@ def submit(folder: Path, *arguments: str, script: str = "submit.sh", known: str 
         (programs / name).chmod(0o755)
     path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     command = [str(LAUNCH / script), "--run", str(folder / "run"), *arguments]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHON"} | {"PATH": path}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHON"} | {"PATH": path, **warm()}
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
 
 

@@ -19,19 +19,21 @@ from megatron_lighthouse.plan.__main__ import main
 from megatron_lighthouse.plots import read_scalars
 from tests.launch import slurm
 from tests.launch.slurm import Slurm
+from tests.mcore.forks import warm
 
 ROOT = Path(__file__).parents[2]
+Words = tuple[str, ...]
 DATA = ("--text-data", str(ROOT / "LICENSE"))
 ITERATION = re.compile(r"iteration +(\d+)/ .*lm loss: (\S+)")
 
 
 def submit(
-    cluster: Slurm, run: Path, *options: str, file: Path | str = "cpu-test", data: tuple[str, ...] = DATA, bin: str = ""
+    cluster: Slurm, run: Path, *options: str, file: Path | str = "cpu-test", data: Words = DATA, bin: str = "", **more: str
 ) -> str:
     """The number of the queued job, which finds programs in `bin` first."""
     path = f"{bin}:{Path(sys.executable).parent}:{cluster.environment['PATH']}".removeprefix(":")
     command = ["--cluster", str(file), "--recipe", "cpu-test", "--run", str(run), *options]
-    done = cluster.run(str(ROOT / "launch" / "submit.sh"), *command, "--", *data, PATH=path)
+    done = cluster.run(str(ROOT / "launch" / "submit.sh"), *command, "--", *data, PATH=path, **more)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -278,7 +280,8 @@ def test_two_stages_and_their_evaluation(cluster: Slurm, tmp_path: Path) -> None
 def test_a_scaling_array(cluster: Slurm, tmp_path: Path) -> None:
     file, study = cluster_file(tmp_path, "PREFLIGHT=0"), tmp_path / "study"
     points = ["--study", "CP=1:2 SEQ=256 ATTENTION=dense:lighthouse", "--check", "0"]
-    job = submit(cluster, study, *points, file=file, data=(*DATA, "--train-iters", "5", "--global-batch-size", "2"))
+    data = (*DATA, "--train-iters", "5", "--global-batch-size", "2")
+    job = submit(cluster, study, *points, file=file, data=data, **warm())
     for task in range(4):
         state = cluster.wait(f"{job}_{task}")
         assert state["JobState"] == "COMPLETED", "\n".join(path.read_text()[-2000:] for path in study.glob("*/logs/*.log"))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.scripts import LAUNCH
+from tests.mcore.forks import warm
 
 STAND_IN = """#!/bin/sh
 case "$*" in
@@ -38,6 +39,7 @@ def study(machine: Path, part: str, gpus: int, *more: str) -> subprocess.Complet
     (machine / "python").write_text(STAND_IN.format(python=sys.executable))
     own = {"PATH": f"{machine}:{os.environ['PATH']}", "PYTHON": str(machine / "python"), "GPUS": str(gpus)}
     own |= {"NOTES": str(machine / "notes"), "BROKEN": str(machine / "broken")}
+    own |= warm()
     command = ["bash", LAUNCH.parent / "benchmarks" / "scaling.sh", "--out", machine / "out", "--work", machine / "work"]
     return subprocess.run([*command, "--part", part, *more], env={**os.environ, **own}, capture_output=True, text=True)
 

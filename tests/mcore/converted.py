@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,20 @@ def model_arguments(folder: Path) -> list[str]:
     return [word for line in lines if not line.startswith("#") for word in line.split()]
 
 
+@cache
+def _beside() -> subprocess.Popen[str]:
+    """A process without the stand-in, whose imports take longer than all that it does."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-m", "tests.mcore.hf_models"], cwd=ROOT, text=True, **pipes)
+
+
 def transformers(*arguments: str | Path) -> None:
-    """A process of its own, without the stand-in."""
-    command = [sys.executable, "-m", "tests.mcore.hf_models", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert not done.returncode, done.stderr[-4000:]
+    """A function of `hf_models` and what it is given."""
+    process = _beside()
+    assert process.stdin
+    assert process.stdout
+    print(json.dumps([*map(str, arguments)]), file=process.stdin, flush=True)
+    assert process.stdout.readline() == "done\n", "its error is on stderr"
 
 
 def start(folder: Path, module: str, *arguments: str, ranks: int = 1) -> Processes:

@@ -1,23 +1,34 @@
-"""The entry point in processes forked from one that has imported it: imports take most of a short run.
+"""Our commands in processes forked from one that has imported them: imports take most of a short run.
 
-Runs under torchrun and Slurm, which other tests start, are interpreters of their own.
+What another program starts (torchrun, a script, Slurm) is a fork too in the environment `warm`, else an interpreter of its own.
 """
 
 from __future__ import annotations
 
+import ast
+import atexit
 import gc
 import inspect
 import json
 import os
 import runpy
+import select
+import signal
+import socket
+import struct
 import subprocess
 import sys
-import time
+import threading
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from types import SimpleNamespace
+from typing import IO, Any, NoReturn
+from unittest import mock
+
+import torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,36 +38,51 @@ class Fork:
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str], stdout: IO[Any], cwd: Path, **_: Any) -> None:
         self.returncode: int | None = None
-        self.pid = _ask({"argv": command[2:], "environment": env, "output": stdout.name, "folder": str(cwd)})
+        self.server = socket.socket(socket.AF_UNIX)
+        self.server.connect(_server())
+        socket.send_fds(self.server, [b" "], [stdout.fileno(), stdout.fileno()])
+        request = {"argv": command[2:], "environment": dict(env), "folder": str(cwd)}
+        self.server.sendall(json.dumps(request).encode() + b"\n")
+        self.answers = self.server.makefile()
+        self.pid = int(self.answers.readline())
 
     def poll(self) -> int | None:
+        return self.wait() if self.returncode is None and select.select([self.server], [], [], 0)[0] else self.returncode
+
+    def wait(self) -> int:
         if self.returncode is None:
-            self.returncode = _ask(self.pid)
+            self.returncode = int(self.answers.readline())
+            self.answers.close()
+            self.server.close()
         return self.returncode
 
-    def wait(self) -> None:
-        while self.poll() is None:
-            time.sleep(0.01)
+
+def warm() -> dict[str, str]:
+    """Variables with which `python -m` of our commands, whoever starts it, is a fork: see warm_start/sitecustomize.py."""
+    folders = [str(ROOT)]
+    if not torch.cuda.is_available():  # a fork has no CUDA
+        _server()
+        folders.append(str(ROOT / "tests" / "warm_start"))
+    return {"PYTHONPATH": os.pathsep.join(folders)}
 
 
 @cache
-def _server() -> subprocess.Popen[str]:
-    """It ends with this process, whose end closes the pipe."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, "-m", "tests.mcore.forks"], text=True, env=environment, cwd=ROOT, **pipes)
-
-
-def _ask(request: object) -> Any:
-    server = _server()
-    assert server.stdin
-    assert server.stdout
-    print(json.dumps(request), file=server.stdin, flush=True)
-    return json.loads(server.stdout.readline())
+def _server() -> str:
+    """The socket of the server, which whoever asks first starts."""
+    path = os.environ["WARM_START"]
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(own := f"{path}{os.getpid()}")
+    listener.listen(64)
+    with suppress(FileExistsError):
+        os.link(own, path)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "tests.mcore.forks", str(listener.fileno()), os.environ["WARM_UNTIL"]]
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment, cwd=ROOT, pass_fds=[listener.fileno()])
+    return path
 
 
 def _serve() -> None:
-    """Answer a command with the process that runs it, and a process with its exit status, null while it runs."""
+    """Run what is asked for in forks, until the tests end."""
     from megatron_lighthouse import cpu
 
     before = dict(os.environ)
@@ -65,47 +91,98 @@ def _serve() -> None:
     import megatron.core.datasets.helpers
     import megatron.core.models.mimo.optimizer
     import megatron.core.tokenizers.text  # noqa: F401  with it transformers
+    from megatron.training import argument_utils
     from megatron.training.arguments import add_megatron_arguments
 
+    import megatron_lighthouse.launch.megatron
+    import megatron_lighthouse.launch.restart
+    import megatron_lighthouse.mcore.attention.hybrid_specs
     import megatron_lighthouse.mcore.loop.pretrain
+    import megatron_lighthouse.plan.answer
+    import megatron_lighthouse.plan.search
     import megatron_lighthouse.recipe.evaluation_plots
     import megatron_lighthouse.recipe.trained  # noqa: F401
     from tests.interpreter import quicken
 
     quicken()
-    inspect.getsource = cache(inspect.getsource)  # Megatron reads the help of its flags in the source, each time
+    # Megatron reads the help of its flags in the source, each time
+    inspect.getsource = cache(inspect.getsource)
+    mock.patch.object(argument_utils, "ast", SimpleNamespace(**{**vars(ast), "parse": cache(ast.parse)})).start()
     add_megatron_arguments(ArgumentParser())
     gc.freeze()  # what is imported is no garbage: a fork that looked would copy it
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    for line in sys.stdin:
-        request = json.loads(line)
-        if isinstance(request, int):
-            ended, status = os.waitpid(request, os.WNOHANG)
-            answer = os.waitstatus_to_exitcode(status) if ended else None
-        elif answer := os.fork():
-            os.setpgid(answer, answer)
-        else:
-            answers.close()
-            request["environment"] |= installed
-            return _run(**request)
-        print(json.dumps(answer), file=answers, flush=True)
+    listener, tests = socket.socket(fileno=int(sys.argv[1])), os.pidfd_open(int(sys.argv[2]))
+    running: dict[int, tuple[int, socket.socket]] = {}  # by the file descriptor of each: its number, and who waits for it
+    while tests not in (ready := select.select([listener, tests, *running, *(who for _, who in running.values())], [], [])[0]):
+        if listener in ready:
+            asking, _ = listener.accept()
+            with suppress(ValueError):  # it was killed before it had asked
+                _, (output, errors), _, _ = socket.recv_fds(asking, 1, 2)
+                request = json.loads(asking.makefile().readline())
+                if not (process := os.fork()):
+                    request["environment"] |= installed
+                    _go_where(asking)
+                    _run(**request, output=output, errors=errors)
+                with suppress(PermissionError):  # whichever of the two comes first
+                    os.setpgid(process, process)
+                os.close(output)
+                os.close(errors)
+                running[os.pidfd_open(process)] = process, asking
+                _tell(asking, process)
+        for ended, (process, asking) in list(running.items()):
+            if ended in ready:
+                _tell(asking, os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+                del running[ended]
+                asking.close()
+                os.close(ended)
+            elif asking in ready:  # who waits was killed
+                with suppress(ProcessLookupError):
+                    os.killpg(process, signal.SIGKILL)
 
 
-def _run(argv: list[str], environment: dict[str, str], output: str, folder: str) -> None:
-    for file, numbers, mode in ((os.devnull, (0,), os.O_RDONLY), (output, (1, 2), os.O_WRONLY | os.O_APPEND)):
-        opened = os.open(file, mode)
-        for number in numbers:
-            os.dup2(opened, number)
+def _tell(asking: socket.socket, number: int) -> None:
+    with suppress(BrokenPipeError, ConnectionResetError):
+        asking.sendall(f"{number}\n".encode())
+
+
+def _go_where(asking: socket.socket) -> None:
+    """The process that waits is: perhaps on a node of the emulated Slurm."""
+    waiting, _, _ = struct.unpack("3i", asking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    if os.readlink(f"/proc/{waiting}/ns/net") != os.readlink("/proc/self/ns/net"):
+        os.setns(os.pidfd_open(waiting), os.CLONE_NEWNS | os.CLONE_NEWNET | os.CLONE_NEWUTS)
+
+
+def _run(argv: list[str], environment: dict[str, str], folder: str, output: int, errors: int) -> NoReturn:
+    os.setpgid(0, 0)
+    for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), output, errors)):
+        os.dup2(file, number)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = argv
-    if "--save" in argv:
-        from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
+    status = 1
+    try:
+        if "--save" in argv:
+            from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 
-        get_write_results_queue("fork")  # by default a new interpreter, which imports torch again
-    runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+            get_write_results_queue("fork")  # by default a new interpreter, which imports torch again
+        if argv[0].endswith(".py"):
+            sys.path.insert(0, str(Path(argv[0]).parent))
+            runpy.run_path(argv[0], run_name="__main__")
+        else:
+            runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    # all that an interpreter does at its end but to take apart what is imported, which a fork would copy for it
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status & 255)
 
 
 if __name__ == "__main__":

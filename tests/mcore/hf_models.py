@@ -1,10 +1,13 @@
 """Tiny random models by transformers, and what they answer. A process of its own: the stand-in for CUDA spoils its RoPE.
 
-`python -m tests.mcore.hf_models make FOLDER` writes a folder a model; `… logits TOKENS FOLDER…` loads them, in fp32.
+`python -m tests.mcore.hf_models` reads lines: `["make", FOLDER]` writes a folder a model; `["logits", TOKENS, FOLDER, …]` loads
+them, in fp32.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -116,5 +119,9 @@ def _logits(model: Any, tokens: torch.Tensor) -> Any:
 
 
 if __name__ == "__main__":
-    arguments = [Path(word) for word in sys.argv[2:]]
-    {"make": make, "logits": logits}[sys.argv[1]](*arguments)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        name, *words = json.loads(line)
+        {"make": make, "logits": logits}[name](*map(Path, words))
+        print("done", file=answers, flush=True)

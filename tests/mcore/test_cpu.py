@@ -104,10 +104,10 @@ def python(code: str, *arguments: str) -> str:
 
 
 @cache
-def printed() -> dict[str, str]:
-    """By case, the traceback of a process of its own, all forked from one interpreter."""
-    parts = python("import sys\n" + WITHOUT_CUDA + EACH, json.dumps(list(CASES.values()))).split("next\n")
-    return dict(zip([*CASES, "the end"], parts, strict=True))
+def printed(before: str, *cases: str) -> dict[str, str]:
+    """By case, the traceback of a process of its own, all forked from one interpreter, which runs `before`."""
+    parts = python(f"import sys, torch\n{before}{EACH}", json.dumps(cases)).split("next\n")
+    return dict(zip([*cases, "the end"], parts, strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -116,12 +116,12 @@ def test_without_cuda(case: str) -> None:
 
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA, where the stand-in does nothing")
-    assert not printed()[case]
+    assert not printed(WITHOUT_CUDA, *CASES.values())[CASES[case]]
 
 
 def test_nothing_changes_where_cuda_is() -> None:
-    python(WITH_CUDA)
+    assert not printed("", WITH_CUDA, ENTRY_WITH_CUDA)[WITH_CUDA]
 
 
 def test_the_entry_point_does_not_import_it_where_cuda_is() -> None:
-    python(ENTRY_WITH_CUDA)
+    assert not printed("", WITH_CUDA, ENTRY_WITH_CUDA)[ENTRY_WITH_CUDA]

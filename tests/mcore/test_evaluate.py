@@ -21,6 +21,7 @@ from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
 from megatron_lighthouse.plots import read_scalars
 from megatron_lighthouse.recipe import hindsight
+from tests.mcore.forks import warm
 from tests.mcore.harness import MODEL, ROOT, Processes, run
 from tests.tolerances import assert_close
 
@@ -43,7 +44,7 @@ def evaluate(ranks: int, *arguments: str, model: Sequence[str] = MODEL) -> subpr
 
 
 def evaluate_by_torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**own_environment(), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**own_environment(), **warm(), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*torchrun(ranks), "-m", COMMAND, *MODEL, *arguments], capture_output=True, text=True, env=environment
     )

@@ -60,9 +60,11 @@ LAYOUTS = {
     "data": ("", 2),
     "recompute": ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", 1),
 }
+BOTH = ("tensor", "context")
+"""Tried together in `make test`, and each alone in `make test-all`."""
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in BOTH)) for name in LAYOUTS])
 def test_a_layout_changes_nothing(name: str, tmp_path: Path, whole: Run) -> None:
     options, ranks = LAYOUTS[name]
     found = train(tmp_path, *options.split(), *from_saved(whole), ranks=ranks)

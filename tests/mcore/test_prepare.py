@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,13 @@ def files(tmp_path: Path) -> list[str]:
     return [str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.jsonl.gz")]
 
 
+@pytest.fixture
+def _deaf() -> None:
+    """SIGTERM is this process's own to heed: its workers must end all the same. Every test begins with the default."""
+    signal.signal(signal.SIGTERM, lambda *_: None)
+
+
+@pytest.mark.usefixtures("_deaf")
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_megatron_reads_what_is_written(
     files: list[str], workers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -20,12 +20,13 @@ from megatron_lighthouse.mcore.loop.progress import last_iteration
 from megatron_lighthouse.plots import read_scalars
 from megatron_lighthouse.recipe import recovery, two_stage
 from megatron_lighthouse.recipe.presets import default_text, preset_for
+from tests.mcore.forks import warm
 from tests.mcore.harness import ROOT, Processes
 
 
 def recipe(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "megatron_lighthouse.recipe.two_stage", "--runs", str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **warm()})
 
 
 def test_both_stages_and_again(tmp_path: Path) -> None:

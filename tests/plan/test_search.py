@@ -19,6 +19,7 @@ from megatron_lighthouse.plan.device import device_of
 from megatron_lighthouse.plan.run import RECOMPUTE, Run, run_of
 from megatron_lighthouse.plan.stages import Stages
 from megatron_lighthouse.plan.words import layout_words
+from tests.mcore.forks import warm
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,7 @@ def test_a_reader_that_has_enough_is_no_error(command: str) -> None:
     read, write = os.pipe()
     os.close(read)
     words = [sys.executable, "-m", *f"megatron_lighthouse.{command}".split()]
-    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, env={**os.environ, **warm()})
     os.close(write)
     assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
 

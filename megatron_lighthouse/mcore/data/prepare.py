@@ -12,6 +12,7 @@ import gzip
 import json
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -175,7 +176,8 @@ def _ids(texts: Iterator[str], workers: int) -> Iterator[list[int]]:
         yield from map(_encode, texts)
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would not live on in a fork
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
+    # told to end, a worker ends, whatever this process has set
+    with multiprocessing.get_context("fork").Pool(workers, signal.signal, (signal.SIGTERM, signal.SIG_DFL)) as pool:
         while some := [*islice(texts, 1000 * workers)]:
             yield from pool.imap(_encode, some, chunksize=50)
 

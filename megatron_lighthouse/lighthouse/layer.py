@@ -11,7 +11,7 @@ from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.ring import Passage
 from megatron_lighthouse.lighthouse import telemetry
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
-from megatron_lighthouse.lighthouse.geometry import Geometry, Pyramid
+from megatron_lighthouse.lighthouse.geometry import Geometry, Tiled
 from megatron_lighthouse.lighthouse.implementations import steps_for
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.scorers import SCORERS
@@ -57,8 +57,8 @@ class Layer:
 
     geometry: Geometry
     """Of the whole sequence."""
-    own: Pyramid
-    """Of this rank's tokens."""
+    own: Tiled
+    """Of this rank's tokens, in the tiles of the whole sequence."""
     own_tiles: Geometry | None
     """Where context-parallel ranks select alone: of this rank's tiles. Else rows are dealt."""
     pin_first: bool
@@ -138,5 +138,5 @@ def build(
     elif not own_attend and exchange is not None:
         attend = sharded_attention(config.inner, query, key, exchange, comm_type, softmax_scale)
     steps = steps_for(config.steps, query, config.pooling)
-    own, tiles = Pyramid(query.shape[0], config.levels, config.pooling), own_tiles(geometry, size)
+    own, tiles = Tiled(query.shape[0], config.levels, config.pooling, geometry.tile), own_tiles(geometry, size)
     return Layer(geometry, own, tiles, config.pin_first, steps, SCORERS[config.scorer], exchange, attend, rotary)

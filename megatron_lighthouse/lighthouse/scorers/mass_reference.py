@@ -1,0 +1,117 @@
+"""What the `mass` scorer is made of, in plain PyTorch: what its kernels (`kernels.lighthouse.mass`) are held to.
+
+Every product has a shape that the place in the sequence settles, and so one order: see `reference.attended_norms`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_lighthouse.lighthouse.geometry import Pyramid
+from megatron_lighthouse.lighthouse.reference import accumulation_dtype, chunk_starts, next_power_of_two, window_maxima
+from megatron_lighthouse.ranges import profiled
+from megatron_lighthouse.sequence.layout import Layout
+
+BLOCK = 64
+"""Rows, and keys, that are worked on at a time."""
+
+
+@torch.no_grad()
+@profiled("mass")
+def rows(query: Tensor, key: Tensor, layout: Layout | None) -> tuple[Tensor, Tensor]:
+    """The log-sum-exp of each row's logits over the keys before its own, scale 1/sqrt(D), and its greatest weight.
+
+    Args:
+        query: [n, B, H, D], the rows of the two chunks that `layout` gives a rank; all of the sequence where it is None.
+        key: [C * n, B, G, D], the whole sequence in its order.
+
+    Returns:
+        Both [B, H, n], fp32 (fp64 for fp64): the first row sees no key, and has minus infinity and 0.
+    """
+    groups, dim, found = key.shape[2], key.shape[3], []
+    kind, keys, begins = accumulation_dtype(query), key.permute(1, 2, 0, 3), chunk_starts(query.shape[0], layout)
+    for begin, chunk in zip(begins, query.chunk(len(begins)), strict=True):
+        before = begin % BLOCK  # a chunk may begin within a block: rows that another rank has are zero here
+        padded = torch.nn.functional.pad(chunk, (0, 0, 0, 0, 0, 0, before, -(before + chunk.shape[0]) % BLOCK))
+        for i, block in enumerate(padded.split(BLOCK)):
+            first = begin - before + i * BLOCK
+            position = first + torch.arange(BLOCK, device=query.device)
+            k = keys[:, :, : first + BLOCK].to(kind)
+            q = block.to(kind).unflatten(2, (groups, -1)).permute(1, 2, 3, 0, 4).flatten(2, 3)
+            logits = (q @ k.mT / dim**0.5).unflatten(2, (-1, BLOCK))
+            hidden = torch.arange(k.shape[2], device=query.device) >= position.unsqueeze(-1)
+            logits = logits.masked_fill_(hidden, -torch.inf)
+            lse = logits.logsumexp(-1)
+            peak = (logits.amax(-1) - lse).exp().where(position > 0, 0)
+            mine = slice(max(0, before - i * BLOCK), before + chunk.shape[0] - i * BLOCK)
+            found.append(torch.stack([lse, peak]).flatten(2, 3)[..., mine])
+    lse, peak = torch.cat(found, -1)
+    return lse, peak
+
+
+@torch.no_grad()
+@profiled("mass")
+def columns(query: Tensor, key: Tensor, lse: Tensor, tile: int, layout: Layout | None) -> Tensor:
+    """How much weight each key gets from the later queries of its tile: [B, G, n], added up over a group's heads.
+
+    Args:
+        query: [n, B, H, D]; key: [n, B, G, D]; lse: [B, H, n], as `rows` gives it: all in tiles of `tile` rows from the first.
+        layout: the rank whose keys are wanted, where not all are: other columns may hold anything.
+    """
+    (n, _, groups, dim), kind = key.shape, accumulation_dtype(query)
+    out = lse.new_zeros(*key.shape[1:3], n)
+    for begin in range(0, n, tile):
+        end = min(begin + tile, n)
+        for first in range(begin, end, BLOCK):
+            total: Tensor | None = None
+            k = _block(key, first, end).to(kind).permute(1, 2, 3, 0)
+            for start in range(first, end, BLOCK):
+                q = _block(query, start, end).to(kind).unflatten(2, (groups, -1)).permute(1, 2, 3, 0, 4)
+                logits = (q.flatten(2, 3) @ k / dim**0.5).unflatten(2, (-1, BLOCK))
+                least = _block(lse.movedim(-1, 0), start, end).movedim(0, -1).unflatten(1, (groups, -1))
+                row, column = (x + torch.arange(BLOCK, device=key.device) for x in (start, first))
+                seen = (row.unsqueeze(-1) > column) & (row < end).unsqueeze(-1)
+                part = (logits - least.unsqueeze(-1)).masked_fill_(~seen, -torch.inf).exp().sum((2, 3))
+                total = part if total is None else total + part
+            assert total is not None
+            out[..., first : min(first + BLOCK, end)] = total[..., : end - first]
+    return out
+
+
+@torch.no_grad()
+@profiled("mass")
+def products(query: Tensor, key: Tensor, for_query: Tensor, for_key: Tensor, pyramid: Pyramid, layout: Layout | None) -> Tensor:
+    """Window maxima of each token's product with a row of its tile: [2, B, G, coarse length], as `Steps.score`.
+
+    Products are made positive, in their order, for selection takes no others. Of a group's queries they are added up.
+
+    Args:
+        query: [n, B, H, D]; key: [n, B, G, D]: this rank's tokens.
+        for_query, for_key: [tiles, B, G, D] in a dtype of sums.
+        layout: where tiles are numbered in the whole sequence; None: among these tokens.
+    """
+    begins, tokens = chunk_starts(query.shape[0], layout), pyramid.tile * pyramid.window(pyramid.levels - 1)
+    positions = torch.cat([begin + torch.arange(query.shape[0] // len(begins)) for begin in begins])
+    tiles, scores = (positions // tokens).to(query.device), []
+    for x, row in ((query.unflatten(2, (key.shape[2], -1)), for_query), (key.unsqueeze(3), for_key)):
+        parts = x.to(accumulation_dtype(x)) * row[tiles].unsqueeze(3)
+        parts = torch.nn.functional.pad(parts, (0, next_power_of_two(x.shape[-1]) - x.shape[-1]))
+        while parts.shape[-1] > 1:
+            parts = parts[..., 0::2] + parts[..., 1::2]
+        total = parts[..., 0, 0]
+        for r in range(1, parts.shape[3]):
+            total = total + parts[..., r, 0]
+        scores.append(window_maxima(_positive(total).permute(1, 2, 0), pyramid))
+    return torch.stack(scores)
+
+
+def _block(x: Tensor, first: int, end: int) -> Tensor:
+    """BLOCK rows of x from `first` on, those from `end` on being zero."""
+    rows = x[first : min(first + BLOCK, end)]
+    return torch.nn.functional.pad(rows, (0, 0) * (x.dim() - 1) + (0, BLOCK - rows.shape[0]))
+
+
+def _positive(x: Tensor) -> Tensor:
+    """Positive numbers in the order of `x`."""
+    return torch.where(x >= 0, 1 + x, 1 / (1 - x))

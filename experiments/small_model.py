@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,8 @@ class Block(nn.Module):
 class Model(nn.Module):
     """Bytes in, logits of the next byte out: [N, B] -> [N, B, 256]."""
 
+    blocks: Any
+
     def __init__(self, normed: bool = True) -> None:
         super().__init__()
         self.embedding = nn.Embedding(256, WIDTH)
@@ -67,7 +70,8 @@ class Model(nn.Module):
         x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x, self.turn)
-        return self.head(self.last(x))
+        logits: Tensor = self.head(self.last(x))
+        return logits
 
     @torch.no_grad()
     def layers(self, tokens: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:

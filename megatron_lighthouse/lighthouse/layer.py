@@ -104,7 +104,7 @@ class Layer:
                 selection = self.steps.select(scores, self.geometry, self.pin_first)
             else:
                 selection, deal = select_shard(scores, self.geometry, self.own_tiles, self.pin_first, self.steps, self.exchange)
-            telemetry.record(selection, scores, self.geometry, self.pin_first, self.steps)
+            telemetry.record(selection, scores, self.geometry, self.pin_first, self.steps, self.scorer.causal)
         return selection, deal
 
 

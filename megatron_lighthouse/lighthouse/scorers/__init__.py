@@ -20,5 +20,5 @@ def register(scorer: Scorer) -> None:
     SCORERS[scorer.name] = scorer
 
 
-for _scorer in (Norm(), Dilated(), Gla(), Summary(), Mass()):
+for _scorer in (Norm(), Mass(), Dilated(), Gla(), Summary()):
     register(_scorer)

@@ -64,11 +64,10 @@ def norm_oracle(q: Array, k: Array, v: Array) -> Pair:
     return np.array(norms(q)), np.array(norms(k))
 
 
-def product_oracle(q: Array, k: Array, v: Array) -> Pair:
-    """Of one tile: the group's queries with its mean key, the key with its mean query, both made positive."""
-    of = (q.sum(1) @ k.mean(0), k @ q.mean((0, 1)))
-    by_query, by_key = (np.array([1 + x if x >= 0 else 1 / (1 - x) for x in made]) for made in of)
-    return by_query, by_key
+def finer_oracle(q: Array, k: Array, window: int) -> Pair:
+    """Of one tile: how far a group's queries lie from their window's mean; the key with the mean query, made positive."""
+    apart = q - q.reshape(-1, window, *q.shape[1:]).mean(1).repeat(window, 0)
+    return (apart**2).sum((1, 2)), np.array([1 + x if x >= 0 else 1 / (1 - x) for x in k @ q.mean((0, 1))])
 
 
 def mass_oracle(q: Array, k: Array, tile: int) -> Pair:
@@ -88,11 +87,8 @@ def windows(scores: Array, problem: Problem) -> list[Array]:
     return [scores.reshape(-1, problem.pooling**level).max(1) for level in range(1, problem.levels)]
 
 
-ORACLES = {
-    **{"norm": norm_oracle, "summary": norm_oracle, "mass": product_oracle},
-    **{"dilated": dilated_oracle, "gla": gla_oracle},
-}
-"""Of each scorer: [N, R, D], [N, D], [N, D] -> s^Q and s^K of every token, [N] each."""
+ORACLES = {"norm": norm_oracle, "summary": norm_oracle, "dilated": dilated_oracle, "gla": gla_oracle, "mass": norm_oracle}
+"""Of each scorer: [N, R, D], [N, D], [N, D] -> s^Q and s^K of every token, [N] each. (Of `mass`: see `oracle`.)"""
 
 
 def oracle(scorer: str, q: Array, k: Array, v: Array, problem: Problem) -> Array:
@@ -103,17 +99,20 @@ def oracle(scorer: str, q: Array, k: Array, v: Array, problem: Problem) -> Array
         for g in range(problem.groups):
             inputs = q[:, b, g * ratio : (g + 1) * ratio], k[:, b, g], v[:, b, g]
             pooled = [x.reshape(-1, problem.window, *x.shape[1:]).mean(1) for x in inputs]
-            rows = pyramid_of(problem).tile * problem.window if scorer == "mass" else len(q)
-            tiles = [token(*(x[i : i + rows] for x in inputs)) for i in range(0, len(q), rows)]
-            levels = [windows(np.concatenate(x), problem) for x in zip(*tiles, strict=True)]
-            if scorer in ("summary", "mass"):
-                found = (
-                    both_ways(softmax_rows, *pooled)
-                    if scorer == "summary"
-                    else mass_oracle(*pooled[:2], rows // problem.window)
-                )
-                for level, top in zip(levels, found, strict=True):
-                    level[-1] = top
+            tops: Pair | tuple[()] = ()
+            scores = token(*inputs)
+            if scorer == "summary":
+                tops = both_ways(softmax_rows, *pooled)
+            elif scorer == "mass":
+                tile = pyramid_of(problem).tile
+                tops = mass_oracle(*pooled[:2], tile)
+                firsts = range(0, len(q), tile * problem.window)
+                tiles = [[x[i : i + tile * problem.window] for x in inputs[:2]] for i in firsts]
+                by_query, by_key = zip(*(finer_oracle(*x, problem.window) for x in tiles), strict=True)
+                scores = np.concatenate(by_query), np.concatenate(by_key)
+            levels = [windows(x, problem) for x in scores]
+            for level, top in zip(levels, tops, strict=False):
+                level[-1] = top
             out[:, b, g] = [np.concatenate(level) for level in levels]
     return out
 

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from megatron_lighthouse.kernels.launch import cdiv, enqueue, last_contiguous, padded, run, strides
 from megatron_lighthouse.kernels.lighthouse.attended import blocks_of
-from megatron_lighthouse.kernels.lighthouse.products import chunks_of, products
+from megatron_lighthouse.kernels.lighthouse.mass_finer import chunks_of, finer
 from megatron_lighthouse.lighthouse.reference import chunk_starts
 from megatron_lighthouse.ranges import profiled
 from megatron_lighthouse.sequence.layout import Layout
 
-__all__ = ["columns", "products", "rows"]
+__all__ = ["columns", "finer", "rows"]
 
 
 @triton.jit
@@ -165,8 +165,8 @@ def rows(query: Tensor, key: Tensor, layout: Layout | None) -> tuple[Tensor, Ten
 
 def columns(query: Tensor, key: Tensor, lse: Tensor, tile: int, layout: Layout | None) -> Tensor:
     """See `mass_reference.columns`, with the log-sum-exp of `rows` here."""
-    starts, length = chunks_of(key.shape[0], layout, layout.size if layout else 1)
-    return run(columns_op, compute_columns, query.detach(), key.detach(), lse, tile, starts, length)
+    chunks = [*chunks_of(key.shape[0], layout, layout.size if layout else 1)]
+    return run(columns_op, compute_columns, query.detach(), key.detach(), lse, tile, chunks)
 
 
 def compute_rows(query: Tensor, key: Tensor, starts: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -193,8 +193,8 @@ def compute_rows(query: Tensor, key: Tensor, starts: Sequence[int]) -> tuple[Ten
         return lse, peak
 
 
-def compute_columns(query: Tensor, key: Tensor, lse: Tensor, tile: int, starts: Sequence[int], length: int) -> Tensor:
-    """As `columns`, of the keys from each of two `starts` on."""
+def compute_columns(query: Tensor, key: Tensor, lse: Tensor, tile: int, chunks: Sequence[int]) -> Tensor:
+    """As `columns`, of the keys of two chunks: where they begin, and their length."""
     with profiled("mass"):
         query, key = last_contiguous(query), last_contiguous(key)
         (count, batch, heads, dim), groups = query.shape, key.shape[2]
@@ -204,7 +204,7 @@ def compute_columns(query: Tensor, key: Tensor, lse: Tensor, tile: int, starts: 
             columns_kernel,
             (cdiv(count, tile) * blocks, batch * groups, 1),
             (query, key, lse, mass),
-            (*(strides(x) for x in (query, key)), *starts, length, count, tile, blocks, heads, heads // groups),
+            (*(strides(x) for x in (query, key)), *chunks, count, tile, blocks, heads, heads // groups),
             {"D": dim, "BLOCK_D": padded(dim), "BLOCK_M": how.keys, "BLOCK_N": how.queries},
             num_warps=how.warps,
             num_stages=how.stages,
@@ -225,4 +225,4 @@ def _empty_columns(key: Tensor) -> Tensor:
 rows_op = torch.library.custom_op("lighthouse::mass_rows", compute_rows, mutates_args=())
 rows_op.register_fake(lambda query, key, starts: _empty_rows(query))
 columns_op = torch.library.custom_op("lighthouse::mass_columns", compute_columns, mutates_args=())
-columns_op.register_fake(lambda query, key, lse, tile, starts, length: _empty_columns(key))
+columns_op.register_fake(lambda query, key, lse, tile, chunks: _empty_columns(key))

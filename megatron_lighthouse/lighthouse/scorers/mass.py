@@ -26,7 +26,7 @@ class Mass(Scorer):
     Of the coarsest windows, whose pooled queries attend to the pooled keys of all earlier windows: s^K is the softmax weight
     that a window's key gets from the later windows of its tile, s^Q the greatest weight that its query gives, both added up
     over the group's heads. Finer levels take the maxima of tokens: s^K is the product of a key with the mean query of its tile,
-    s^Q that of the group's queries with the tile's mean key.
+    s^Q how far the group's queries lie from those of their coarsest window (experiments/results/capture has what was tried).
 
     Scores depend on later tokens of the tile, as selections do.
     """
@@ -48,10 +48,9 @@ class Mass(Scorer):
         rotary: Rotary | None = None,
     ) -> Tensor:
         run, layout, groups = implementation(steps), None if exchange is None else exchange.layout, key.shape[2]
-        rows_q, rows_k, _ = coarsest(query, key, key, pyramid, steps, rotary)
-        keys = _whole(rows_k, exchange)
+        pooled, rows_k, _ = coarsest(query, key, key, pyramid, steps, rotary)
+        rows_q, keys, alone = pooled, _whole(rows_k, exchange), is_local(pyramid, exchange)
         lse, peak = run.rows(rows_q, keys, layout)
-        alone = is_local(pyramid, exchange)
         if alone:
             keys, layout = rows_k, None
         else:
@@ -62,8 +61,8 @@ class Mass(Scorer):
         top = torch.stack([_added_up(peak, groups, 1), by_key])
         if pyramid.levels == 2:
             return top
-        means = tile_means(keys, groups, pyramid.tile), tile_means(rows_q, groups, pyramid.tile)
-        return torch.cat([run.products(query, key, *means, pyramid, layout)[..., : -top.shape[-1]], top], -1)
+        mean = tile_means(rows_q, groups, pyramid.tile)
+        return torch.cat([run.finer(query, key, pooled, mean, pyramid, layout)[..., : -top.shape[-1]], top], -1)
 
     def moved(self, pyramid: Pyramid, shape: Shape) -> float:
         """What the coarsest rows are pooled of, the tokens again for the finer levels, and the pooled rows twice."""
@@ -86,7 +85,7 @@ class Mass(Scorer):
 
 
 def implementation(steps: Steps) -> ModuleType:
-    """What runs beside these steps: a module with `rows`, `columns` and `products` as `mass_reference` has them."""
+    """What runs beside these steps: a module with `rows`, `columns` and `finer` as `mass_reference` has them."""
     if steps is reference:
         return mass_reference
     from megatron_lighthouse.kernels.lighthouse import mass

@@ -81,37 +81,41 @@ def columns(query: Tensor, key: Tensor, lse: Tensor, tile: int, layout: Layout |
 
 @torch.no_grad()
 @profiled("mass")
-def products(query: Tensor, key: Tensor, for_query: Tensor, for_key: Tensor, pyramid: Pyramid, layout: Layout | None) -> Tensor:
-    """Window maxima of each token's product with a row of its tile: [2, B, G, coarse length], as `Steps.score`.
+def finer(query: Tensor, key: Tensor, pooled: Tensor, mean: Tensor, pyramid: Pyramid, layout: Layout | None) -> Tensor:
+    """Window maxima of two scores of each token: [2, B, G, coarse length], in the order of the concatenated pyramid.
 
-    Products are made positive, in their order, for selection takes no others. Of a group's queries they are added up.
+    By its queries the squared distance from their window's pooled queries, added up over the group; by its key the product
+    with the mean query of its tile, made positive in its order, for selection takes no negative scores. Sums are made in the
+    order of `Steps.score`.
 
     Args:
         query: [n, B, H, D]; key: [n, B, G, D]: this rank's tokens.
-        for_query, for_key: [tiles, B, G, D] in a dtype of sums.
+        pooled: [n/F, B, H, D], of the same tokens.
+        mean: [tiles, B, G, D] in a dtype of sums.
         layout: where tiles are numbered in the whole sequence; None: among these tokens.
     """
-    begins, tokens = chunk_starts(query.shape[0], layout), pyramid.tile * pyramid.window(pyramid.levels - 1)
-    positions = torch.cat([begin + torch.arange(query.shape[0] // len(begins)) for begin in begins])
-    tiles, scores = (positions // tokens).to(query.device), []
-    for x, row in ((query.unflatten(2, (key.shape[2], -1)), for_query), (key.unsqueeze(3), for_key)):
-        parts = x.to(accumulation_dtype(x)) * row[tiles].unsqueeze(3)
-        parts = torch.nn.functional.pad(parts, (0, next_power_of_two(x.shape[-1]) - x.shape[-1]))
-        while parts.shape[-1] > 1:
-            parts = parts[..., 0::2] + parts[..., 1::2]
-        total = parts[..., 0, 0]
-        for r in range(1, parts.shape[3]):
-            total = total + parts[..., r, 0]
-        scores.append(window_maxima(_positive(total).permute(1, 2, 0), pyramid))
-    return torch.stack(scores)
+    kind, groups, begins = accumulation_dtype(query), key.shape[2], chunk_starts(query.shape[0], layout)
+    window, n = pyramid.window(pyramid.levels - 1), query.shape[0] // len(begins)
+    positions = torch.cat([begin + torch.arange(n, device=query.device) for begin in begins])
+    apart = query.to(kind) - pooled.to(kind).repeat_interleave(window, 0)
+    by_query = _sums(apart.square().unflatten(2, (groups, -1)))
+    by_key = _sums((key.to(kind) * mean[positions // (pyramid.tile * window)]).unsqueeze(3))
+    by_key = torch.where(by_key >= 0, 1 + by_key, 1 / (1 + by_key.abs()))
+    return window_maxima(torch.stack([by_query, by_key]), pyramid)
+
+
+def _sums(x: Tensor) -> Tensor:
+    """[n, B, G, R, D] -> [B, G, n]: neighbours first, then neighbours of those, then head by head."""
+    x = torch.nn.functional.pad(x, (0, next_power_of_two(x.shape[-1]) - x.shape[-1]))
+    while x.shape[-1] > 1:
+        x = x[..., 0::2] + x[..., 1::2]
+    first, *others = x.squeeze(-1).unbind(3)
+    for other in others:
+        first = first + other
+    return first.permute(1, 2, 0)
 
 
 def _block(x: Tensor, first: int, end: int) -> Tensor:
     """BLOCK rows of x from `first` on, those from `end` on being zero."""
     rows = x[first : min(first + BLOCK, end)]
     return torch.nn.functional.pad(rows, (0, 0) * (x.dim() - 1) + (0, BLOCK - rows.shape[0]))
-
-
-def _positive(x: Tensor) -> Tensor:
-    """Positive numbers in the order of `x`."""
-    return torch.where(x >= 0, 1 + x, 1 / (1 - x))

@@ -1,4 +1,7 @@
-"""Products: what all queries and keys make with a row of their tile, and the maxima over windows; reads Q and K once."""
+"""The finer levels of the mass scorer: what tokens make with a row of their window or tile, and the maxima over windows.
+
+Reads Q and K once, as `score` does, and adds up in its order.
+"""
 
 from __future__ import annotations
 
@@ -17,43 +20,58 @@ from megatron_lighthouse.sequence.layout import Layout
 
 
 @triton.jit
-def _products_of(
-    p_x, stride_token, stride_head, p_row, stride_tile, i_token, i_tile, m_token, R, D: tl.constexpr, BLOCK_D: tl.constexpr,
+def _sums(
+    p_x,
+    strides_x,
+    p_row,
+    strides_row,
+    i_token,
+    i_row,
+    m_token,
+    R,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Of R rows of D with the row of a token's tile, added up, [BLOCK]: in the order of `norms_of`, and made positive."""
+    SQUARES: tl.constexpr,
+):
+    """Of R rows of D: the squares of the differences from R others, or the products with these, added up: [BLOCK]."""
     i_d = tl.arange(0, BLOCK_D)
     mask = m_token[:, None] & (i_d < D)[None, :]
-    p_x += i_token.to(tl.int64)[:, None] * stride_token + i_d[None, :]
-    row = tl.load(p_row + i_tile.to(tl.int64)[:, None] * stride_tile + i_d[None, :], mask=mask, other=0.0)
+    p_x += i_token.to(tl.int64)[:, None] * strides_x[0] + i_d[None, :]
+    p_row += i_row.to(tl.int64)[:, None] * strides_row[0] + i_d[None, :]
     total = tl.zeros([BLOCK], tl.float32)
     for _ in range(R):
-        x = tl.load(p_x, mask=mask, other=0.0).to(tl.float32) * row
+        x = tl.load(p_x, mask=mask, other=0.0).to(tl.float32)
+        row = tl.load(p_row, mask=mask, other=0.0).to(tl.float32)
+        x = (x - row) * (x - row) if SQUARES else x * row
         width: tl.constexpr = BLOCK_D
         for halving in tl.static_range(16):
             if width >> halving > 1:
                 left, right = tl.split(tl.reshape(x, [BLOCK, width >> (halving + 1), 2]))
                 x = left + right
         total += tl.reshape(x, [BLOCK])
-        p_x += stride_head
-    return tl.where(total >= 0.0, 1.0 + total, tl.div_rn(1.0, tl.where(total >= 0.0, 1.0, 1.0 - total)))
+        p_x += strides_x[2]
+        p_row += strides_row[2]
+    return total
 
 
-@triton.jit(repr=lambda _: "lighthouse_mass_products", do_not_specialize=["first", "second", "length"])
-def products_kernel(
+@triton.jit(repr=lambda _: "lighthouse_mass_finer", do_not_specialize=["first", "second", "length"])
+def finer_kernel(
     p_q,
     p_k,
-    p_rows,
+    p_pooled,
+    p_mean,
     p_scores,
     strides_q,
     strides_k,
+    strides_pooled,
+    strides_mean,
     first,
     second,
     length,
     seq_length,
     coarse_length,
     tokens,
-    tiles,
     G,
     R,
     D: tl.constexpr,
@@ -64,22 +82,22 @@ def products_kernel(
     FUSED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Scores [2, B, G, coarse length] of levels 1..FUSED, of rows [2, tiles, B, G, D]; programs as of `score_kernel`."""
+    """Scores [2, B, G, coarse length] of levels 1..FUSED; programs as of `score_kernel`. A tile has so many `tokens`."""
     i_bg = tl.program_id(1)
     i_b, i_g = (i_bg // G).to(tl.int64), (i_bg % G).to(tl.int64)
     i_token, m_token = entry_of(tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), L - 1, P, P2)
     m_token &= i_token < seq_length
-    i_tile = tl.where(i_token < length, first + i_token, second + i_token - length) // tokens
-    stride_tile = tl.num_programs(1) * D
-    p_rows += (tl.program_id(2) * tiles).to(tl.int64) * stride_tile + i_bg.to(tl.int64) * D
     if tl.program_id(2) == 0:
         p_x = p_q + i_b * strides_q[1] + i_g * R * strides_q[2]
-        best = _products_of(
-            p_x, strides_q[0], strides_q[2], p_rows, stride_tile, i_token, i_tile, m_token, R, D, BLOCK_D, BLOCK
-        )
+        p_row = p_pooled + i_b * strides_pooled[1] + i_g * R * strides_pooled[2]
+        i_row = i_token // P ** (L - 1)
+        best = _sums(p_x, strides_q, p_row, strides_pooled, i_token, i_row, m_token, R, D, BLOCK_D, BLOCK, True)
     else:
         p_x = p_k + i_b * strides_k[1] + i_g * strides_k[2]
-        best = _products_of(p_x, strides_k[0], 0, p_rows, stride_tile, i_token, i_tile, m_token, 1, D, BLOCK_D, BLOCK)
+        p_row = p_mean + i_b * strides_mean[1] + i_g * strides_mean[2]
+        i_row = tl.where(i_token < length, first + i_token, second + i_token - length) // tokens
+        best = _sums(p_x, strides_k, p_row, strides_mean, i_token, i_row, m_token, 1, D, BLOCK_D, BLOCK, False)
+        best = tl.where(best >= 0.0, 1.0 + best, tl.div_rn(1.0, 1.0 + tl.abs(best)))
     best = tl.where(m_token, best, -1.0)
     p_level = p_scores + (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + i_bg) * coarse_length
     for l in tl.static_range(1, FUSED + 1):
@@ -90,22 +108,25 @@ def products_kernel(
         p_level += seq_length // P**l
 
 
-def products(query: Tensor, key: Tensor, for_query: Tensor, for_key: Tensor, pyramid: Pyramid, layout: Layout | None) -> Tensor:
-    """See `mass_reference.products`."""
-    starts, length = chunks_of(query.shape[0], layout, 1)
-    tokens = pyramid.tile * pyramid.window(pyramid.levels - 1)
-    made = torch.stack([for_query, for_key])
-    return run(products_op, compute_products, query.detach(), key.detach(), made, pyramid.pyramid, [*starts, length, tokens])
+def finer(query: Tensor, key: Tensor, pooled: Tensor, mean: Tensor, pyramid: Pyramid, layout: Layout | None) -> Tensor:
+    """See `mass_reference.finer`."""
+    where = [*chunks_of(query.shape[0], layout, 1), pyramid.tile * pyramid.window(pyramid.levels - 1)]
+    return run(finer_op, compute_finer, query.detach(), key.detach(), pooled, mean, pyramid.pyramid, where)
 
 
-def chunks_of(rows: int, layout: Layout | None, size: int) -> tuple[list[int], int]:
+def chunks_of(rows: int, layout: Layout | None, size: int) -> tuple[int, int, int]:
     """Where the first and the second chunk of a rank begin, of `rows` rows of `size` ranks, and their length."""
-    length = rows // size if layout is None else rows // size // 2
-    return ([0, 0] if layout is None else [chunk * length for chunk in layout.chunks]), length
+    if layout is None:
+        return 0, 0, rows
+    length = rows // size // 2
+    early, late = layout.chunks
+    return early * length, late * length, length
 
 
-def compute_products(query: Tensor, key: Tensor, rows: Tensor, sizes: Sequence[int], where: Sequence[int]) -> Tensor:
-    """As `products`, of rows [2, tiles, B, G, D].
+def compute_finer(
+    query: Tensor, key: Tensor, pooled: Tensor, mean: Tensor, sizes: Sequence[int], where: Sequence[int]
+) -> Tensor:
+    """As `finer`.
 
     Args:
         sizes: (N, L, p).
@@ -113,22 +134,22 @@ def compute_products(query: Tensor, key: Tensor, rows: Tensor, sizes: Sequence[i
     """
     with profiled("mass"):
         pyramid = Pyramid(*sizes)
-        query, key = last_contiguous(query), last_contiguous(key)
+        query, key, pooled, mean = (last_contiguous(x) for x in (query, key, pooled, mean))
         scores = _empty(key, pyramid)
         (_, batch, heads, dim), groups = query.shape, key.shape[2]
         how = launch("score", dim, query.element_size())
         block, digit, fused = blocks_of(pyramid, how.rows)
         slots = pyramid.entries(pyramid.levels - 1) * digit ** (pyramid.levels - 1)
         shape = {"D": dim, "BLOCK_D": padded(dim), "P": pyramid.pooling, "P2": digit, "L": pyramid.levels}
-        first, second, length, tokens = where
+        *chunks, tokens = where
+        tensors = (query, key, pooled, mean)
         enqueue(
-            products_kernel,
+            finer_kernel,
             (cdiv(slots, block), batch * groups, 2),
-            (query, key, rows.contiguous(), scores),
+            (*tensors, scores),
             (
-                *(strides(x) for x in (query, key)),
-                *(first, second, length, pyramid.seq_length, pyramid.coarse_length, tokens),
-                *(rows.shape[1], groups, heads // groups),
+                *(strides(x) for x in tensors),
+                *(*chunks, pyramid.seq_length, pyramid.coarse_length, tokens, groups, heads // groups),
             ),
             {**shape, "FUSED": fused, "BLOCK": block},
             num_warps=how.warps,
@@ -143,5 +164,5 @@ def _empty(key: Tensor, pyramid: Pyramid) -> Tensor:
     return torch.empty((2, *key.shape[1:3], pyramid.coarse_length), dtype=torch.float32, device=key.device)
 
 
-products_op = torch.library.custom_op("lighthouse::mass_products", compute_products, mutates_args=())
-products_op.register_fake(lambda query, key, rows, sizes, where: _empty(key, Pyramid(*sizes)))
+finer_op = torch.library.custom_op("lighthouse::mass_finer", compute_finer, mutates_args=())
+finer_op.register_fake(lambda query, key, pooled, mean, sizes, where: _empty(key, Pyramid(*sizes)))

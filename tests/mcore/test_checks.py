@@ -51,7 +51,7 @@ REFUSED = [
     ({"attention_dropout": 0.1}, "--attention-dropout 0.1", "--attention-dropout 0"),
     ({"window_size": (128, 0)}, "--window-size (128, 0)", "--attention dense"),
     ({"multi_latent_attention": True}, "--multi-latent-attention", "--group-query-attention"),
-    ({"qk_layernorm": True}, "--qk-layernorm", "--lighthouse-scorer dilated or gla"),
+    ({"qk_layernorm": True}, "--qk-layernorm", "--lighthouse-scorer mass, dilated or gla"),
     ({"qk_l2_norm": True}, "--qk-l2-norm", "leave it out"),
     ({"softmax_type": "learnable"}, "--softmax-type learnable", "--softmax-type vanilla"),
     ({"experimental_attention_variant": "dsa"}, "--experimental-attention-variant dsa", "use one or the other"),

@@ -33,7 +33,7 @@ GPUS = ["--arch", "hopper", "--nodes", "8", "--gpus-per-node", "8"]
 WRONG = {
     "a flag cut short": ("--lr-warmup-iter 100", "did you mean --lr-warmup-iters?"),
     "a value": ("--normalization rmsnorm", "--normalization: invalid choice: 'rmsnorm'"),
-    "QK-norm": ("--qk-layernorm", "use --lighthouse-scorer dilated or gla"),
+    "QK-norm": ("--qk-layernorm --lighthouse-scorer norm", "use --lighthouse-scorer mass, dilated or gla"),
     "MLA": ("--multi-latent-attention", "use --group-query-attention, or --attention dense"),
     "a window": ("--window-size 4096,0", r"--window-size \(4096, 0\) .* leave it out"),
     "SFT": ("--sft", "use Megatron-LM's own pretrain_gpt.py"),

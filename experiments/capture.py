@@ -1,9 +1,9 @@
 """`python -m experiments.capture --model FILE --out FOLDER`: which scorer finds the windows that attention looks at.
 
 Of a small model with normed queries and keys (`small_model`), trained with dense attention: the share of a query's far
-attention (64 tokens and more) that falls on the best quarter of each tile's coarsest windows by s^K of a scorer, averaged over queries,
-heads and rows of text. The oracle takes the best quarter by that share itself. On the text `test` the table of scorers is made;
-`choice.csv`, of what `mass` could have been, on the text `choice`.
+attention (64 tokens and more) that falls on the best quarter of each tile's coarsest windows by s^K of a scorer, averaged over
+queries, heads and rows of text. The oracle takes the best quarter by that share itself, `earliest` what stands first.
+`capture.csv`, of scorers, is of the text `test`; `choice.csv`, of what `mass` could have been, of the text `choice`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from megatron_lighthouse.versions import environment
 FAR, LEVELS, POOLING, SHARE = 64, 3, 4, 4
 WINDOW = POOLING ** (LEVELS - 1)
 WINDOWS = TOKENS // WINDOW
-TILES = (1, 2)
+TILES = (1, 2, 4, 8)
 NAMES = ("mass", "dilated", "summary", "norm")
 TURN = rotary()
 
@@ -58,18 +58,18 @@ def of_scorers(layers: list[Inputs]) -> Iterator[dict[str, Any]]:
     """A row a scorer and number of tiles, with the share of each layer."""
     shares = [far_shares(query, key) for query, key, _ in layers]
     for tiles in TILES:
-        pyramid, found = Tiled(TOKENS, LEVELS, POOLING, WINDOWS // tiles), {}
-        found["oracle"] = [captured(x, x, tiles) for x in shares]
+        pyramid = Tiled(TOKENS, LEVELS, POOLING, WINDOWS // tiles)
+        scores = {"oracle": shares, "earliest": [-torch.arange(WINDOWS).expand_as(x) for x in shares]}
         for name in NAMES:
-            scores = [SCORERS[name](*inputs, pyramid, reference, None, TURN)[1, ..., -WINDOWS:] for inputs in layers]
-            found[name] = [captured(x, score, tiles) for x, score in zip(shares, scores, strict=True)]
-        for name, values in found.items():
-            yield {"tiles": tiles, "scorer": name, **_by_layer(values)}
+            scores[name] = [SCORERS[name](*inputs, pyramid, reference, None, TURN)[1, ..., -WINDOWS:] for inputs in layers]
+        for name, each in scores.items():
+            found = [captured(x, score, tiles) for x, score in zip(shares, each, strict=True)]
+            yield {"tiles": tiles, "scorer": name, **_by_layer(found)}
 
 
 def of_choices(layers: list[Inputs]) -> Iterator[dict[str, Any]]:
     """A row a way to rank by queries, with how unlike dense attention's a layer's output is: 1 - cos²."""
-    for tiles in TILES:
+    for tiles in TILES[:2]:
         found: dict[tuple[str, str], list[float]] = {}
         for inputs in layers:
             dense = _dense(*inputs)

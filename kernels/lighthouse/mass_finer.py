@@ -89,14 +89,14 @@ def finer_kernel(
     m_token &= i_token < seq_length
     if tl.program_id(2) == 0:
         p_x = p_q + i_b * strides_q[1] + i_g * R * strides_q[2]
-        p_row = p_pooled + i_b * strides_pooled[1] + i_g * R * strides_pooled[2]
-        i_row = i_token // P ** (L - 1)
-        best = _sums(p_x, strides_q, p_row, strides_pooled, i_token, i_row, m_token, R, D, BLOCK_D, BLOCK, True)
+        p_window = p_pooled + i_b * strides_pooled[1] + i_g * R * strides_pooled[2]
+        i_window = i_token // P ** (L - 1)
+        best = _sums(p_x, strides_q, p_window, strides_pooled, i_token, i_window, m_token, R, D, BLOCK_D, BLOCK, True)
     else:
         p_x = p_k + i_b * strides_k[1] + i_g * strides_k[2]
-        p_row = p_mean + i_b * strides_mean[1] + i_g * strides_mean[2]
-        i_row = tl.where(i_token < length, first + i_token, second + i_token - length) // tokens
-        best = _sums(p_x, strides_k, p_row, strides_mean, i_token, i_row, m_token, 1, D, BLOCK_D, BLOCK, False)
+        p_tile = p_mean + i_b * strides_mean[1] + i_g * strides_mean[2]
+        i_tile = tl.where(i_token < length, first + i_token, second + i_token - length) // tokens
+        best = _sums(p_x, strides_k, p_tile, strides_mean, i_token, i_tile, m_token, 1, D, BLOCK_D, BLOCK, False)
         best = tl.where(best >= 0.0, 1.0 + best, tl.div_rn(1.0, 1.0 + tl.abs(best)))
     best = tl.where(m_token, best, -1.0)
     p_level = p_scores + (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + i_bg) * coarse_length

@@ -103,13 +103,12 @@ def of_ranks(scorer: str, size: int, case: Problem, steps: Steps, inputs: list[T
 
 @both
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize(("scorer", "budget"), [*((scorer, 8) for scorer in SCORERS), ("mass", 32)])
+@pytest.mark.parametrize("scorer", SCORERS)
 def test_scores_have_the_same_bits_on_any_number_of_ranks(
-    scorer: str, budget: int, size: int, steps: Steps, monkeypatch: pytest.MonkeyPatch
+    scorer: str, size: int, steps: Steps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tiles span chunks with one budget, and lie in them with the other."""
     in_plain_pytorch(monkeypatch, segment=4, block=3)
-    case = Problem(128, 3, 2, budget, 4, batch=2, groups=2, queries_per_group=2, dim=8)
+    case = Problem(128, 3, 2, 8, 4, batch=2, groups=2, queries_per_group=2, dim=8)
     inputs = tensors(case, precision(steps))
     expected = SCORERS[scorer](*inputs, pyramid_of(case), steps, None)
     found = torch.cat(of_ranks(scorer, size, case, steps, inputs), -1)
@@ -117,6 +116,14 @@ def test_scores_have_the_same_bits_on_any_number_of_ranks(
         assert_close(found, expected, "float64" if found.dtype == torch.float64 else "float32")
     else:
         assert torch.equal(found, expected)
+
+
+@both
+def test_mass_has_the_same_bits_where_tiles_lie_in_chunks(steps: Steps) -> None:
+    case = Problem(64, 3, 2, 16, 4, groups=2, queries_per_group=2, dim=8)
+    inputs = tensors(case, precision(steps))
+    found = torch.cat(of_ranks("mass", 2, case, steps, inputs), -1)
+    assert torch.equal(found, SCORERS["mass"](*inputs, pyramid_of(case), steps, None))
 
 
 def test_gla_on_chunks_that_are_not_whole_segments(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,7 +109,7 @@ def test_megatron_reads_the_words(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "more",
     [
-        ("--attention", "lighthouse", "--qk-layernorm"),
+        ("--attention", "lighthouse", "--qk-layernorm", "--lighthouse-scorer", "norm"),
         ("--rope-scaling-factor", "32"),
         ("--save", "there"),
         ("--num-layer", "4"),

@@ -99,7 +99,10 @@ def test_a_layout_is_offered_only_where_both_stages_fit() -> None:
         (["--model", "gpt"], "--model 'gpt' is not known: use 530m or llama3-8b"),
         (["--model", "gpt-oss-20b"], "--window-size"),
         (["--model", "deepseek-v3"], "--multi-latent-attention is not supported"),
-        (["--model", "llama3-8b", "--qk-layernorm"], "--qk-layernorm makes all queries and keys nearly equally long"),
+        (
+            ["--model", "llama3-8b", "--qk-layernorm", "--lighthouse-scorer", "norm"],
+            "--qk-layernorm makes all queries and keys nearly equally long",
+        ),
         (["--model", "llama3-8b", "--seq-length", "1M", "--gpus", "1"], r"--gpus 1: no layout fits .*: use --gpus \d+, or"),
     ],
     ids=lambda x: " ".join(x[:2]) if isinstance(x, list) else "",
@@ -111,7 +114,7 @@ def test_refusals(words: list[str], says: str, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize(
     "more",
-    ["--qk-layernorm", "--window-size 128,0", "--attention-dropout 0.1", "--softmax-type learnable", "--qk-clip", "--sft",
+    ["--qk-layernorm --lighthouse-scorer norm", "--window-size 128,0", "--attention-dropout 0.1", "--softmax-type learnable", "--qk-clip", "--sft",
      "--reset-attention-mask", "--log-max-attention-logit"],
 )  # fmt: skip
 def test_what_the_run_refuses_of_a_file_is_refused(more: str) -> None:
@@ -151,7 +154,7 @@ def test_mass_adds_at_most_a_twentieth_to_a_step() -> None:
             sum(time.step_parts(run.change(config=run.config.replace(scorer=scorer)), coefficients()).values())
             for scorer in ("norm", "mass")
         ]
-        assert steps[0] < steps[1] < 1.05 * steps[0]
+        assert steps[0] <= steps[1] < 1.05 * steps[0]  # the first waits for the host either way
 
 
 @pytest.mark.parametrize(

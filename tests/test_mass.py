@@ -25,7 +25,7 @@ MASS = SCORERS["mass"]
 parts = pytest.mark.parametrize("part", [mass_reference, mass_kernels], ids=["reference", "kernels"])
 
 
-@settings(derandomize=True, max_examples=25, deadline=None)
+@settings(derandomize=True, max_examples=15, deadline=None)
 @given(problem=problems(), layout=st.sampled_from(LAYOUTS))
 def test_equals_the_oracle(problem: Problem, layout: str) -> None:
     query, key, value = tensors(problem)
@@ -34,7 +34,7 @@ def test_equals_the_oracle(problem: Problem, layout: str) -> None:
     assert_close(scores, expected, "float64")
 
 
-@settings(derandomize=True, max_examples=6, deadline=None)
+@settings(derandomize=True, max_examples=4, deadline=None)
 @given(problem=small_problems, layout=st.sampled_from(LAYOUTS))
 def test_kernels_equal_the_reference(problem: Problem, layout: str) -> None:
     inputs = tensors(problem, "float32")

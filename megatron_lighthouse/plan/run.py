@@ -12,8 +12,8 @@ from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
 from megatron_lighthouse.mcore.command_line.checks import model_problems
-from megatron_lighthouse.mcore.command_line.loss_tiles import tile_tokens
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, of_edge
+from megatron_lighthouse.mcore.command_line.tiles import tile_tokens
 from megatron_lighthouse.plan.device import DEVICES, Device
 from megatron_lighthouse.plan.model import GPT
 from megatron_lighthouse.variant import Variant
@@ -46,6 +46,7 @@ class Run:
     loss_fusion: bool = False
     """--cross-entropy-loss-fusion."""
     loss_tile_tokens: int | None = None
+    mlp_tile_tokens: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     """What else of the model, by the names of Megatron's TransformerConfig, an attention may refuse."""
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_lighthouse.lighthouse import telemetry
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
+from megatron_lighthouse.lighthouse.heads import documents_problem
 from megatron_lighthouse.lighthouse.implementations import packed_steps_for
 from megatron_lighthouse.lighthouse.packed.packing import Packing
 from megatron_lighthouse.lighthouse.packed.rule import Rule
@@ -115,7 +116,7 @@ def build_packed(
     scorer, rule = SCORERS[config.scorer], config.rule
     if rotary is not None and (problem := rotary.problem(query.shape[3])):
         raise ValueError(problem)
-    if problem := scorer.packed_problem(rule.window):
+    if problem := scorer.packed_problem(rule.window) or documents_problem(config):
         raise ValueError(problem)
     attend = None if own_attend else documents_attention(config.inner, query, key, softmax_scale)
     return PackedLayer(rule, config.pin_first, packed_steps_for(config.steps, query, config.pooling), scorer, attend, rotary)

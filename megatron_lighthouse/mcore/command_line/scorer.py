@@ -25,7 +25,9 @@ def of_model(model: Any) -> str:
 
 
 def normed_by(model: Any) -> list[str]:
-    """The flags by which a model norms its queries and keys."""
+    """The flags by which a model norms its queries and keys; MLA norms latents, which leaves these as long as they are."""
+    if getattr(model, "multi_latent_attention", False):
+        return []
     return [option for name, option in NORMS.items() if getattr(model, name, False)]
 
 

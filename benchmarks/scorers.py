@@ -22,7 +22,7 @@ from megatron_lighthouse import LighthouseConfig, lighthouse_attention
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.versions import environment
 
-COUNTED = ("norm", "summary", "dilated", "gla")
+COUNTED = ("norm", "mass", "summary", "dilated", "gla")
 COPIES = 3
 """Sets of inputs, taken in turn."""
 

@@ -20,6 +20,8 @@ from megatron_lighthouse.kernels.launch import launch, padded
 from megatron_lighthouse.kernels.lighthouse import attended
 from megatron_lighthouse.kernels.lighthouse.edge import edge_kernel
 from megatron_lighthouse.kernels.lighthouse.gather import gather_backward_kernel, gather_forward_kernel
+from megatron_lighthouse.kernels.lighthouse.mass import columns_kernel, rows_kernel
+from megatron_lighthouse.kernels.lighthouse.mass_finer import finer_kernel
 from megatron_lighthouse.kernels.lighthouse.packed.attended import packed_attended_kernel, stages_on
 from megatron_lighthouse.kernels.lighthouse.packed.gather import packed_gather_backward_kernel, packed_gather_forward_kernel
 from megatron_lighthouse.kernels.lighthouse.packed.scatter import packed_scatter_backward_kernel, packed_scatter_forward_kernel
@@ -46,6 +48,7 @@ from megatron_lighthouse.lighthouse.packed.rule import Rule
 
 FP32 = {
     *("p_scores", "p_turns", "p_finer", "p_coarser", "p_squares"),
+    *("p_peak", "p_mass"),
     *("p_lse", "p_part_lse", "p_mean", "p_of_output", "p_of_value"),
     *("p_gate", "p_scalar", "p_totals", "p_delta", "p_sums", "p_sum_dq", "p_sum_dk", "p_sum_dv", "p_scalar_sums", "p_later"),
 }
@@ -98,7 +101,14 @@ def compile_all(capability: int, geometry: Geometry, dtype: str, dim: int) -> It
     yield _compile(place_kernel, capability, dtype, {**levels, "BLOCK": 256}, 4)
     blocks = attended.blocks_of(dim, BYTES[dtype])
     constants = {**shape, "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
-    yield _compile(attended.attended_kernel, capability, dtype, constants, blocks.warps, num_stages=blocks.stages)
+    for kernel in (attended.attended_kernel, rows_kernel):
+        yield _compile(kernel, capability, dtype, constants, blocks.warps, num_stages=blocks.stages)
+    constants |= {"BLOCK_M": blocks.keys, "BLOCK_N": blocks.queries}
+    yield _compile(columns_kernel, capability, dtype, constants, blocks.warps, num_stages=blocks.stages)
+    how = launch("score", dim, BYTES[dtype])
+    block, digit, fused = blocks_of(geometry, how.rows)
+    constants = {**size, "P2": digit, "FUSED": fused, "BLOCK": block}
+    yield _compile(finer_kernel, capability, dtype, constants, how.warps, enable_fp_fusion=False)
 
 
 def compile_packed(capability: int, geometry: Geometry, dtype: str, dim: int) -> Iterator[Report]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from functools import cache
 
 log = logging.getLogger("megatron_lighthouse")
@@ -20,6 +21,6 @@ def say_once(message: str) -> None:
 def _say(message: str) -> None:
     import torch
 
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
-        return
-    log.warning(message)
+    begun = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not (torch.distributed.get_rank() if begun else int(os.environ.get("RANK", "0"))):
+        log.warning(message)

@@ -12,14 +12,16 @@ from dataclasses import Field, field, fields
 from typing import Any
 
 
-def option(default: Any, text: str, choices: Collection[str] = (), by_length: bool = False) -> Any:
+def option(default: Any, text: str, choices: Collection[str] = (), by_length: bool = False, by_model: str | None = None) -> Any:
     """A field of a config with its help; the default is added to that unless the text says it.
 
     Args:
         choices: read when flags are made of the field: what is registered by then counts.
         by_length: the command line has no default of its own (None): what the sequence length asks for is taken.
+        by_model: a word that only the command line knows, and its default: what the model asks for is taken.
     """
-    return field(default=default, metadata={"help": text, "choices": choices, "by_length": by_length})
+    known = {"help": text, "choices": choices, "by_length": by_length, "by_model": by_model}
+    return field(default=default, metadata=known)
 
 
 def flag_of(prefix: str, name: str) -> str:
@@ -46,13 +48,14 @@ def in_flags(message: str, prefix: str = "lighthouse") -> str:
 def add_options(group: argparse._ArgumentGroup, prefix: str, config: type) -> None:
     """Add `--<prefix>-…` for each field of the dataclass `config`; a bool has a `--no-<prefix>-…` too."""
     for one in fields(config):
-        text, default = one.metadata["help"], None if one.metadata["by_length"] else one.default
+        text, by_model = one.metadata["help"], one.metadata["by_model"]
+        default = None if one.metadata["by_length"] else by_model or one.default
         says = "what the sequence length asks for" if default is None else "%(default)s"
         given: dict[str, Any] = {"help": text if "Default:" in text else f"{text} Default: {says}."}
         if isinstance(one.default, bool):
             given["action"] = argparse.BooleanOptionalAction
         elif one.metadata["choices"]:
-            given["choices"] = list(one.metadata["choices"])
+            given["choices"] = [*([by_model] if by_model else []), *one.metadata["choices"]]
         else:
             given["type"] = type(one.default)
         group.add_argument(flag_of(prefix, one.name), default=default, **given)

@@ -9,7 +9,7 @@ from importlib import import_module
 import numpy as np
 import torch
 
-from megatron_lighthouse.lighthouse.geometry import Pyramid
+from megatron_lighthouse.lighthouse.geometry import Tiled
 from tests.oracle import Array, Problem, attend, norms
 
 # the package has the function under the module's name
@@ -64,13 +64,31 @@ def norm_oracle(q: Array, k: Array, v: Array) -> Pair:
     return np.array(norms(q)), np.array(norms(k))
 
 
+def finer_oracle(q: Array, k: Array, window: int) -> Pair:
+    """Of one tile: how far a group's queries lie from their window's mean; the key with the mean query, made positive."""
+    apart = q - q.reshape(-1, window, *q.shape[1:]).mean(1).repeat(window, 0)
+    return (apart**2).sum((1, 2)), np.array([1 + x if x >= 0 else 1 / (1 - x) for x in k @ q.mean((0, 1))])
+
+
+def mass_oracle(q: Array, k: Array, tile: int) -> Pair:
+    """Of pooled rows: the greatest weight of each, over the windows before it; and the weight from the rest of its tile."""
+    by_query, by_key = np.zeros(len(k)), np.zeros(len(k))
+    for a in range(1, len(k)):
+        for r in range(q.shape[1]):
+            weights = np.exp(k[:a] @ q[a, r] / math.sqrt(q.shape[2]))
+            weights /= weights.sum()
+            by_query[a] += weights.max()
+            by_key[a // tile * tile : a] += weights[a // tile * tile :]
+    return by_query, by_key
+
+
 def windows(scores: Array, problem: Problem) -> list[Array]:
     """The maxima of level-0 scores, level by level."""
     return [scores.reshape(-1, problem.pooling**level).max(1) for level in range(1, problem.levels)]
 
 
-ORACLES = {"norm": norm_oracle, "summary": norm_oracle, "dilated": dilated_oracle, "gla": gla_oracle}
-"""Of each scorer: [N, R, D], [N, D], [N, D] -> s^Q and s^K of every token, [N] each."""
+ORACLES = {"norm": norm_oracle, "summary": norm_oracle, "dilated": dilated_oracle, "gla": gla_oracle, "mass": norm_oracle}
+"""Of each scorer: [N, R, D], [N, D], [N, D] -> s^Q and s^K of every token, [N] each. (Of `mass`: see `oracle`.)"""
 
 
 def oracle(scorer: str, q: Array, k: Array, v: Array, problem: Problem) -> Array:
@@ -80,14 +98,25 @@ def oracle(scorer: str, q: Array, k: Array, v: Array, problem: Problem) -> Array
     for b in range(problem.batch):
         for g in range(problem.groups):
             inputs = q[:, b, g * ratio : (g + 1) * ratio], k[:, b, g], v[:, b, g]
-            levels = [windows(x, problem) for x in token(*inputs)]
+            pooled = [x.reshape(-1, problem.window, *x.shape[1:]).mean(1) for x in inputs]
+            tops: Pair | tuple[()] = ()
+            scores = token(*inputs)
             if scorer == "summary":
-                pooled = [x.reshape(-1, problem.window, *x.shape[1:]).mean(1) for x in inputs]
-                for level, top in zip(levels, both_ways(softmax_rows, *pooled), strict=True):
-                    level[-1] = top
+                tops = both_ways(softmax_rows, *pooled)
+            elif scorer == "mass":
+                tile = pyramid_of(problem).tile
+                tops = mass_oracle(*pooled[:2], tile)
+                firsts = range(0, len(q), tile * problem.window)
+                tiles = [[x[i : i + tile * problem.window] for x in inputs[:2]] for i in firsts]
+                by_query, by_key = zip(*(finer_oracle(*x, problem.window) for x in tiles), strict=True)
+                scores = np.concatenate(by_query), np.concatenate(by_key)
+            levels = [windows(x, problem) for x in scores]
+            for level, top in zip(levels, tops, strict=False):
+                level[-1] = top
             out[:, b, g] = [np.concatenate(level) for level in levels]
     return out
 
 
-def pyramid_of(problem: Problem) -> Pyramid:
-    return Pyramid(problem.seq_length, problem.levels, problem.pooling)
+def pyramid_of(problem: Problem) -> Tiled:
+    tiles = problem.budget // problem.tile_budget
+    return Tiled(problem.seq_length, problem.levels, problem.pooling, problem.seq_length // problem.window // tiles)

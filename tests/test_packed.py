@@ -63,7 +63,7 @@ def test_equals_the_oracle(packed: Packed) -> None:
 
 @pytest.mark.parametrize("rotary", [None, ROTARY], ids=["mean", "last"])
 @pytest.mark.parametrize("pin_first", [True, False], ids=["pin", "no pin"])
-@pytest.mark.parametrize("scorer", ["norm", "summary", "dilated", "gla"])
+@pytest.mark.parametrize("scorer", ["norm", "mass", "summary", "dilated", "gla"])
 def test_each_document_equals_it_alone(scorer: str, pin_first: bool, rotary: Rotary | None) -> None:
     packed = of(ROW.lengths, pin_first=pin_first)
     inputs, config = tensors(packed), config_of(packed, scorer=scorer)
@@ -79,7 +79,7 @@ def test_each_document_equals_it_alone(scorer: str, pin_first: bool, rotary: Rot
 
 
 @pytest.mark.parametrize("rotary", [None, ROTARY], ids=["mean", "last"])
-@pytest.mark.parametrize("scorer", ["norm", "summary", "dilated", "gla"])
+@pytest.mark.parametrize("scorer", ["norm", "mass", "summary", "dilated", "gla"])
 def test_a_document_of_whole_tiles_equals_the_sequence(scorer: str, rotary: Rotary | None) -> None:
     packed = of((96,), groups=2)
     inputs, config = tensors(packed), config_of(packed, scorer=scorer)
@@ -108,7 +108,7 @@ def test_documents_that_would_not_become_fewer_rows_are_dense() -> None:
         assert_close(a, b, "float64")
 
 
-@pytest.mark.parametrize("scorer", ["norm", "summary", "dilated", "gla"])
+@pytest.mark.parametrize("scorer", ["norm", "mass", "summary", "dilated", "gla"])
 def test_no_token_of_a_document_influences_another(scorer: str) -> None:
     config, cu_seqlens, inputs = config_of(ROW, scorer=scorer), bounds(*ROW.lengths), tensors(ROW)
     others = random_like(inputs)

@@ -32,6 +32,7 @@ ROWS = {
     "two levels of three": (of((1, 30, 8, 24, 2), levels=2, pooling=3, groups=1), None, "norm"),
     "turned": (of((9, 3, 40, 33), dim=8), ROTARY, "norm"),
     "four levels": (of((50, 16, 7), levels=4, tile_windows=3, groups=1), ROTARY, "summary"),
+    "mass, of ragged tiles": (of((50, 16, 21), tile_windows=3, groups=2), ROTARY, "mass"),
     "attended streams": (of((21, 5, 40), groups=1, pin_first=False), None, "dilated"),
 }
 

@@ -120,6 +120,14 @@ def test_scores_have_the_same_bits_on_any_number_of_ranks(
         assert torch.equal(found, expected)
 
 
+@both
+def test_mass_has_the_same_bits_where_tiles_lie_in_chunks(steps: Steps) -> None:
+    case = Problem(64, 3, 2, 16, 4, groups=2, queries_per_group=2, dim=8)
+    inputs = tensors(case, precision(steps))
+    found = torch.cat(of_ranks("mass", 2, case, steps, inputs), -1)
+    assert torch.equal(found, SCORERS["mass"](*inputs, pyramid_of(case), steps, None))
+
+
 def test_gla_on_chunks_that_are_not_whole_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     in_plain_pytorch(monkeypatch, segment=5, block=3)
     case = Problem(96, 3, 2, 8, 4, dim=8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -188,7 +189,7 @@ def gathered(indices: Tensor, problem: Problem, end: int) -> set[tuple[int, int,
     return found
 
 
-@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("scorer", [name for name, scorer in SCORERS.items() if scorer.causal])
 @pytest.mark.parametrize("pin_first", [True, False])
 def test_later_tokens_against_an_input_that_ends_at_the_cut(scorer: str, pin_first: bool) -> None:
     """In one tile, which a shorter sequence has too."""
@@ -204,6 +205,18 @@ def test_later_tokens_against_an_input_that_ends_at_the_cut(scorer: str, pin_fir
         expected.append(len(a ^ b) / len(a | b))
     assert telemetry.later_tokens(choice_of(config, query, key, value)) == expected
     assert 0 < expected[0] < 1
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_whether_scores_are_causal_is_what_a_scorer_says(scorer: str) -> None:
+    """Those of windows before the end of a shorter input; of others later tokens of the tile cannot be told apart."""
+    problem = Problem(64, 3, 2, 4, 4, groups=2, queries_per_group=2)
+    config = LighthouseConfig(**problem.options, scorer=scorer)
+    query, key, value = (x.cpu() for x in tensors(problem))
+    choice, short = (choice_of(config, *(x[:n] for x in (query, key, value))) for n in (64, 32))
+    same = torch.allclose(choice.scores.split([32, 16], -1)[1][..., :8], short.scores.split([16, 8], -1)[1], rtol=1e-9)
+    assert same == SCORERS[scorer].causal
+    assert math.isnan(telemetry.later_tokens(choice)[0]) == (not same)
 
 
 def test_later_tokens_of_several_tiles() -> None:

@@ -226,8 +226,8 @@ def lighthouse_select(
 
     Args:
         query, key: as for `lighthouse_attention`.
-        value: likewise, for the scorers that read it: all but 'norm'.
-        rotary: likewise, for the scorer that pools: 'summary'.
+        value: likewise, for the scorers that read it: all but 'norm' and 'mass'.
+        rotary: likewise, for the scorers that pool: 'summary' and 'mass'.
         cp_group: the context-parallel ranks among which the sequence is sharded.
         cu_seqlens: as for `lighthouse_attention`.
 

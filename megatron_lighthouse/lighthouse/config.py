@@ -18,6 +18,8 @@ from megatron_lighthouse.softmax.names import INNER
 
 STEPS = ("auto", "kernels", "reference")
 """What `steps` can name."""
+AUTO = "auto"
+"""The scorer that a model asks for, on the command line."""
 TRIED = 1000
 """Values that are tried each way from one that does not work: trying all takes hours where a length is far too great."""
 
@@ -59,13 +61,17 @@ class LighthouseConfig:
 
     scorer: str = option(
         "norm",
-        "What ranks the entries: 'norm' takes the L2 norms of queries and keys, 'summary' attention over the coarsest "
-        "windows, 'dilated' attention over every fourth token, 'gla' gated linear attention over these.",
+        "What ranks the entries: 'norm' takes the L2 norms of queries and keys, 'mass' the softmax weight that the coarsest "
+        "windows give each other, 'summary' attention over these, 'dilated' attention over every fourth token, 'gla' gated "
+        "linear attention over those. 'auto': 'mass' where the model norms queries and keys, else 'norm'; what goes on from a "
+        "checkpoint takes the checkpoint's.",
         SCORERS,
+        by_model=AUTO,
     )
     """What ranks the entries: 'norm' takes the L2 norms of the queries and of the keys; 'dilated' those of the outputs of
     attention among every fourth token, both ways; 'gla' the same by gated linear attention (on a GPU it needs
-    flash-linear-attention); 'summary' attends among the coarsest windows, and takes 'norm' for the finer ones."""
+    flash-linear-attention); 'summary' attends among the coarsest windows, and takes 'norm' for the finer ones; 'mass' takes the
+    softmax weight that the coarsest windows give each other, and serves where queries and keys are normed."""
 
     heads_per_selection: int = option(
         0,

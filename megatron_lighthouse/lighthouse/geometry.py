@@ -36,6 +36,11 @@ class Pyramid:
         """Entries of levels 1..L-1 together: those that are scored."""
         return self.pyramid_length - self.seq_length
 
+    @property
+    def tile(self) -> int:
+        """Coarsest windows of a tile: all of them, where nothing says otherwise."""
+        return self.entries(self.levels - 1)
+
     def window(self, level: int) -> int:
         """Tokens in a window of `level`: p^l."""
         return self.pooling**level
@@ -70,6 +75,18 @@ class Pyramid:
 
 
 @dataclass(frozen=True)
+class Tiled(Pyramid):
+    """Windows that are selected from tile by tile: of a rank's share of a sequence, or of one packed document."""
+
+    tile_windows: int
+    """Coarsest windows of a tile, counted from the first token of the sequence; a document's last tile may have fewer."""
+
+    @property
+    def tile(self) -> int:
+        return self.tile_windows
+
+
+@dataclass(frozen=True)
 class Geometry(Pyramid):
     """Sizes of one layer at one sequence length. All counts are per batch element and key/value head."""
 
@@ -87,6 +104,10 @@ class Geometry(Pyramid):
     def tiles(self) -> int:
         """T = k/m."""
         return self.budget // self.tile_budget
+
+    @property
+    def tile(self) -> int:
+        return self.entries(self.levels - 1) // self.tiles
 
     @property
     def gathered_length(self) -> int:

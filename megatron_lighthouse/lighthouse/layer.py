@@ -14,7 +14,7 @@ from megatron_lighthouse.context_parallel.ring import Passage
 from megatron_lighthouse.lighthouse import telemetry
 from megatron_lighthouse.lighthouse.around import AROUND, apart, stacked
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
-from megatron_lighthouse.lighthouse.geometry import Geometry, Pyramid
+from megatron_lighthouse.lighthouse.geometry import Geometry, Tiled
 from megatron_lighthouse.lighthouse.heads import heads_problem, summed
 from megatron_lighthouse.lighthouse.implementations import steps_for
 from megatron_lighthouse.lighthouse.rotary import Rotary
@@ -60,8 +60,8 @@ class Layer:
 
     geometry: Geometry
     """Of the whole sequence."""
-    own: Pyramid
-    """Of this rank's tokens."""
+    own: Tiled
+    """Of this rank's tokens, in the tiles of the whole sequence."""
     own_tiles: Geometry | None
     """Where context-parallel ranks select alone: of this rank's tiles. Else rows are dealt."""
     pin_first: bool
@@ -131,7 +131,7 @@ class Layer:
                 selection = self.steps.select(scores, self.geometry, self.pin_first)
             else:
                 selection, deal = select_shard(scores, self.geometry, self.own_tiles, self.pin_first, self.steps, self.exchange)
-            telemetry.record(selection, scores, self.geometry, self.pin_first, self.steps)
+            telemetry.record(selection, scores, self.geometry, self.pin_first, self.steps, self.scorer.causal)
         return selection, deal
 
 
@@ -173,6 +173,6 @@ def build(
         how = (exchange, comm_type, softmax_scale, sinks, value_dim)
         attend = AROUND[config.around].build_rows(around, config.inner, query, key, *how)
     steps = steps_for(config.steps, query, config.pooling)
-    own, tiles = Pyramid(query.shape[0], config.levels, config.pooling), own_tiles(geometry, size)
+    own, tiles = Tiled(query.shape[0], config.levels, config.pooling, geometry.tile), own_tiles(geometry, size)
     scorer, shared = SCORERS[config.scorer], config.heads_per_selection or 1
     return Layer(geometry, own, tiles, config.pin_first, steps, scorer, exchange, attend, shared, rotary)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +33,8 @@ class Choice:
     """Of the whole sequence."""
     pin_first: bool
     steps: Steps
+    causal: bool = True
+    """Whether no score depends on later tokens: `Scorer.causal`."""
 
 
 _watched: dict[int, Choice | None] = {}
@@ -60,10 +63,12 @@ def watched() -> dict[int, Choice]:
     return {number: choice for number, choice in _watched.items() if choice is not None}
 
 
-def record(selection: Selection, scores: Tensor, geometry: Geometry, pin_first: bool, steps: Steps) -> None:
+def record(
+    selection: Selection, scores: Tensor, geometry: Geometry, pin_first: bool, steps: Steps, causal: bool = True
+) -> None:
     """Called by the attention with every selection that it makes, and what it made it from: see `Choice`."""
     if (number := running.current()) in _watched:
-        _watched[number] = Choice(selection, scores, geometry, pin_first, steps)
+        _watched[number] = Choice(selection, scores, geometry, pin_first, steps, causal)
 
 
 def refuse_documents() -> None:
@@ -148,14 +153,16 @@ def later_tokens(choice: Choice) -> list[float]:
     levels 0..L-2 before the cut that either of the two gathers, that only one does. (Level L-1 always is gathered.) Where
     scores do not go by position it is about 1 minus the cut: the budget goes to fewer windows.
 
-    A cut lies between coarsest windows. The scores before it are those that a truncated input would give, for in every scorer
-    they are causal; after it they are 0. No score is less, and ties go to the lower entry, so those windows take only
-    what the others leave of the budget.
+    A cut lies between coarsest windows. The scores before it are those that a truncated input would give, where the scorer is
+    causal: of another (`mass`) it cannot be told from the scores, and the answer is NaN. After the cut they are 0. No score is
+    less, and ties go to the lower entry, so those windows take only what the others leave of the budget.
 
     The layer alone is asked: its queries, keys and values are as they were, although layers below it select too.
     """
+    if not choice.causal:
+        return [math.nan] * len(CUTS)
     geometry, before = choice.geometry, choice.selection.rows
-    windows = geometry.entries(geometry.levels - 1) // geometry.tiles  # coarsest, in a tile
+    windows = geometry.tile
     shares = []
     for percent in CUTS:
         kept = torch.arange(windows, device=choice.scores.device) < min(max(1, windows * percent // 100), windows - 1)

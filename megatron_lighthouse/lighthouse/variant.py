@@ -147,7 +147,8 @@ class Lighthouse(Variant):
                 "use --attention dense."
             )
         if SCORERS[config.scorer].by_length:
-            others = " or ".join(name for name, scorer in SCORERS.items() if not scorer.by_length)
+            *more, last = (name for name, scorer in SCORERS.items() if not scorer.by_length)
+            others = f"{', '.join(more)} or {last}"
             for name, what in (("qk_layernorm", "--qk-layernorm"), ("qk_l2_norm", "--qk-l2-norm")):
                 if getattr(model, name, False) and not getattr(model, "multi_latent_attention", False):  # MLA norms latents
                     yield (

@@ -18,8 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
-from megatron_lighthouse.lighthouse.config import flag
+from megatron_lighthouse.lighthouse.config import AUTO, flag
 from megatron_lighthouse.lighthouse.scorers import SCORERS
+from megatron_lighthouse.mcore.command_line import scorer
 from megatron_lighthouse.options import in_flags
 from megatron_lighthouse.plan import gains, numbers, report, scaling, search
 from megatron_lighthouse.plan.answer import answer
@@ -69,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--attention", help=f"{' or '.join(counted())}; default: the file's, else {LIGHTHOUSE.name}")
     made.add_argument("--recompute", help=f"{', '.join(RECOMPUTE)}")
     made.add_argument("--cp-comm-type", help=f"{', '.join(COMM_TYPES)}")
-    made.add_argument(flag("scorer"), dest="scorer", help=f"{', '.join(SCORERS)}")
+    made.add_argument(flag("scorer"), dest="scorer", help=f"{', '.join((AUTO, *SCORERS))}")
     made.add_argument("--qk-layernorm", action="store_true", help="the model norms queries and keys")
     made.add_argument("--cross-entropy-loss-fusion", dest="loss_fusion", action="store_true", help="as Megatron's")
     for flags in (FLAGS, RUN_FLAGS, CONFIG_FLAGS):
@@ -84,6 +85,8 @@ def parser() -> argparse.ArgumentParser:
 def run_from(options: argparse.Namespace) -> Run:
     """The model's or the recipe's run with what was asked for instead. Raises ValueError where it cannot be."""
     given = {name: value for name, value in vars(options).items() if value is not None and value is not False}
+    if given.get("scorer") == AUTO:
+        del given["scorer"]
     names = (*RUN_FLAGS, "attention", "recompute", "cp_comm_type", "loss_fusion")
     changes = {name: given[name] for name in names if name in given}
     lighthouse = {name: given[name] for name in (*CONFIG_FLAGS, "scorer") if name in given}
@@ -104,6 +107,8 @@ def run_from(options: argparse.Namespace) -> Run:
         run = run.change(recompute=options.recompute or run.recompute, loss_fusion=run.loss_fusion or options.loss_fusion)
     if options.qk_layernorm:
         run = run.change(options={**run.options, "qk_layernorm": True})
+        if run.variant.selects and "scorer" not in given and SCORERS[run.config.scorer].by_length:
+            run = run.change(config=run.config.replace(scorer=scorer.of_model(options)))
     return run.change(model=replace(run.model, **{name: given[name] for name in FLAGS if name in given}))
 
 

@@ -16,9 +16,9 @@ ROWS = (*STEPS, BETWEEN, COMMUNICATION, DENSE, REST)
 """The rows of the table, in its order."""
 DIRECTIONS = ("forward", "recompute", "backward")
 
-RANGES = {"attended_norms": "score", "gla": "score"}
+RANGES = {"attended_norms": "score", "gla": "score", "mass": "score"}
 """Ranges `lighthouse/…` that are part of a step of another name."""
-KERNELS = {"attended": "score", "edge": BETWEEN}
+KERNELS = {"attended": "score", "mass": "score", "edge": BETWEEN}
 """Kernels `lighthouse_…` likewise."""
 ATTEND = ("parallax_", "wall_")
 """How the kernels of Parallax and Wall begin, which are attentions whole."""

@@ -67,6 +67,13 @@ def test_what_a_scorer_sends_was_planned(scorer: str) -> None:
         assert sent["scorer"] > 0
 
 
+def test_mass_sends_queries_too_where_tiles_span_chunks() -> None:
+    config, layer = DEAL.replace(scorer="mass"), Shape(BATCH, HEADS, GROUPS, DIM, 4)
+    for rank, (sent, _) in enumerate(run_ranks(2, _sent, config, "p2p")):
+        planned = layer_bytes("p2p", config.geometry(TOKENS, 2), layer, Layout(2, rank), "mass")
+        assert sent["scorer"] == planned["scorer"][0] > SCORERS["mass"].sent(SELECT_ALONE.geometry(TOKENS, 2), layer, 2)
+
+
 def test_the_line_at_the_start_names_every_scheme_and_the_way_of_selecting() -> None:
     layer = Shape(1, 8, 8, 128, 2)
     line = summary(LighthouseConfig().geometry(98304), layer, 2, "p2p")

@@ -60,7 +60,7 @@ REFUSED = [
         "--softmax-type learnable with",
         "--cp-comm-type a2a",
     ),
-    ({"qk_layernorm": True}, "--qk-layernorm", "--lighthouse-scorer dilated or gla"),
+    ({"qk_layernorm": True}, "--qk-layernorm", "--lighthouse-scorer mass, dilated or gla"),
     ({"qk_l2_norm": True}, "--qk-l2-norm", "leave it out"),
     ({"experimental_attention_variant": "dsa"}, "--experimental-attention-variant dsa", "use one or the other"),
     ({"transformer_impl": "inference_optimized"}, "inference_optimized", "--attention dense"),

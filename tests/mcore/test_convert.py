@@ -31,7 +31,7 @@ TENSOR = ["--tensor-model-parallel-size", "2"]
 PIPELINE_AND_EXPERT = ["--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "2"]
 RUNS: dict[str, tuple[int, list[str], list[str]]] = {
     "llama": (1, [], []),
-    "qwen3": (2, YARN, ["--lighthouse-scorer", "dilated", *TENSOR]),
+    "qwen3": (2, YARN, TENSOR),  # by the scorer that it takes itself
     "qwen3-moe": (4, [], ["--lighthouse-scorer", "dilated", *PIPELINE_AND_EXPERT]),
 }
 """By model: on how many processes, what is new of the model, and how it is trained."""

@@ -34,7 +34,7 @@ GPUS = ["--arch", "hopper", "--nodes", "8", "--gpus-per-node", "8"]
 WRONG = {
     "a flag cut short": ("--lr-warmup-iter 100", "did you mean --lr-warmup-iters?"),
     "a value": ("--normalization rmsnorm", "--normalization: invalid choice: 'rmsnorm'"),
-    "QK-norm": ("--qk-layernorm", "use --lighthouse-scorer dilated or gla"),
+    "QK-norm": ("--qk-layernorm --lighthouse-scorer norm", "use --lighthouse-scorer mass, dilated or gla"),
     "MLA": ("--multi-latent-attention --lighthouse-scorer dilated", "reads values .* use --lighthouse-scorer norm"),
     "a window": ("--window-size 4096,0", r"--window-size \(4096, 0\) .* give --window-attn-skip-freq N"),
     "windows over ranks": ("--window-size 4096,0 --window-attn-skip-freq 2", r"with --cp-comm-type p2p: .* a2a or all_gather"),
@@ -144,7 +144,7 @@ def test_megatron_reads_the_words(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "more",
     [
-        ("--attention", "lighthouse", "--qk-layernorm"),
+        ("--attention", "lighthouse", "--qk-layernorm", "--lighthouse-scorer", "norm"),
         ("--rope-scaling-factor", "32"),
         ("--save", "there"),
         ("--num-layer", "4"),

@@ -98,7 +98,10 @@ def test_a_layout_is_offered_only_where_both_stages_fit() -> None:
         (["--model", "gpt"], "--model 'gpt' is not known: use 530m or llama3-8b"),
         (["--model", "gpt-oss-20b"], "--num-experts and --window-size, which is not counted"),
         (["--model", "deepseek-v3"], "--num-experts and --multi-latent-attention, which is not counted"),
-        (["--model", "llama3-8b", "--qk-layernorm"], "--qk-layernorm makes all queries and keys nearly equally long"),
+        (
+            ["--model", "llama3-8b", "--qk-layernorm", "--lighthouse-scorer", "norm"],
+            "--qk-layernorm makes all queries and keys nearly equally long",
+        ),
         (["--model", "llama3-8b", "--seq-length", "1M", "--gpus", "1"], r"--gpus 1: no layout fits .*: use --gpus \d+, or"),
     ],
     ids=lambda x: " ".join(x[:2]) if isinstance(x, list) else "",
@@ -110,7 +113,8 @@ def test_refusals(words: list[str], says: str, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize(
     "more",
-    ["--qk-layernorm", "--attention-dropout 0.1", "--qk-clip", "--sft", "--reset-attention-mask", "--log-max-attention-logit"],
+    ["--qk-layernorm --lighthouse-scorer norm", "--attention-dropout 0.1", "--qk-clip", "--sft",
+     "--reset-attention-mask", "--log-max-attention-logit"],
 )  # fmt: skip
 def test_what_the_run_refuses_of_a_file_is_refused(more: str) -> None:
     words = [*recipe_words(FILES / "530m-98k.args"), *more.split()]
@@ -129,16 +133,41 @@ def test_packed_documents_are_not_counted_as_one_sequence(attention: str) -> Non
 def test_each_scorer_costs_what_it_does() -> None:
     """`dilated` four times as much for twice the tokens; the others less, and none nothing beyond `norm`."""
     scores = {}
-    for scorer in ("norm", "summary", "gla", "dilated"):
+    for scorer in ("norm", "mass", "summary", "gla", "dilated"):
         for length in (2**18, 2**19):
             run = run_of_model("llama3-8b", length, {"scorer": scorer}, gpus=8, context_parallel=8, global_batch=1).check()
             scores[scorer, length] = time.step_parts(run, coefficients())["score"]
-    growth = {scorer: scores[scorer, 2**19] / scores[scorer, 2**18] for scorer in ("norm", "summary", "gla", "dilated")}
+    growth = {scorer: scores[scorer, 2**19] / scores[scorer, 2**18] for scorer, _ in scores}
     assert growth["norm"] < 2.1
     assert growth["gla"] < 2.1
     assert 2.1 < growth["summary"] < 3.9
+    assert 2.1 < growth["mass"] < 3.9
     assert growth["dilated"] == pytest.approx(4, abs=0.1)
-    assert all(scores["norm", 2**18] < scores[scorer, 2**18] for scorer in ("summary", "gla", "dilated"))
+    assert all(scores["norm", 2**18] < scores[scorer, 2**18] for scorer in ("mass", "summary", "gla", "dilated"))
+
+
+def test_mass_adds_at_most_a_twentieth_to_a_step() -> None:
+    """Of the paper's model at 98,304 tokens, and of one with normed queries and keys, by count."""
+    for run in (run_of("530m-98k"), run_of_model("qwen3-8b", 98304, gpus=8, context_parallel=8, global_batch=8)):
+        steps = [
+            sum(time.step_parts(run.change(config=run.config.replace(scorer=scorer)), coefficients()).values())
+            for scorer in ("norm", "mass")
+        ]
+        assert steps[0] <= steps[1] < 1.05 * steps[0]  # the first waits for the host either way
+
+
+@pytest.mark.parametrize(
+    ("words", "scorer"),
+    [
+        ("--model qwen3-8b", "mass"),
+        ("--model qwen3-8b --lighthouse-scorer auto", "mass"),
+        ("--recipe 530m-98k --qk-layernorm", "mass"),
+        ("--recipe 530m-98k --lighthouse-scorer auto", "norm"),
+        ("--recipe 530m-98k --qk-layernorm --lighthouse-scorer gla", "gla"),
+    ],
+)
+def test_a_plan_takes_the_scorer_that_the_model_asks_for(words: str, scorer: str) -> None:
+    assert run_from(parser().parse_args([*words.split(), "--seq-length", "131072"])).config.scorer == scorer
 
 
 def test_a_recipe_takes_sizes_by_the_length() -> None:

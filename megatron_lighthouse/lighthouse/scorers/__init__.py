@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_lighthouse.lighthouse.scorers.base import Scorer
 from megatron_lighthouse.lighthouse.scorers.dilated import Dilated
 from megatron_lighthouse.lighthouse.scorers.gla import Gla
+from megatron_lighthouse.lighthouse.scorers.mass import Mass
 from megatron_lighthouse.lighthouse.scorers.norm import Norm
 from megatron_lighthouse.lighthouse.scorers.summary import Summary
 
@@ -19,5 +20,5 @@ def register(scorer: Scorer) -> None:
     SCORERS[scorer.name] = scorer
 
 
-for _scorer in (Norm(), Dilated(), Gla(), Summary()):
+for _scorer in (Norm(), Mass(), Dilated(), Gla(), Summary()):
     register(_scorer)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from megatron_lighthouse.lighthouse.geometry import Pyramid, Shape
+from megatron_lighthouse.lighthouse.geometry import Pyramid, Shape, Tiled
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,8 @@ class Scorer(ABC):
     """How its time grows with N tokens; F = p^(L-1) are a coarsest window."""
     unit: int = 1
     """Tokens that a chunk must be a multiple of, in addition to what the pyramid asks for."""
+    causal: bool = True
+    """Whether an entry's scores depend on no token after its last; else on those up to the end of its tile."""
     same_bits: bool = True
     """Whether its numbers are the same to the last bit on any number of ranks, also on a GPU."""
 
@@ -51,7 +53,7 @@ class Scorer(ABC):
 
         Args:
             query: [n, B, H, D], of this rank's tokens; key, value: [n, B, G, D].
-            pyramid: of these tokens.
+            pyramid: of these tokens; `pyramid.tile` is what is selected from at a time.
             exchange: connects the ranks; None where there is one.
             rotary: by which pooled rows are turned on to their window's last token; tokens come rotated already.
 
@@ -71,10 +73,10 @@ class Scorer(ABC):
         import torch
 
         levels: list[list[Tensor]] = [[] for _ in range(1, packing.levels)]
-        starts = accumulate(packing.lengths, initial=0)
+        starts, shape = accumulate(packing.lengths, initial=0), (packing.levels, packing.pooling, packing.rule.tile_windows)
         for start, windows in zip(starts, packing.windows, strict=False):
             if windows:
-                pyramid = Pyramid(windows * packing.rule.window, packing.levels, packing.pooling)
+                pyramid = Tiled(windows * packing.rule.window, *shape)
                 tokens = slice(start, start + pyramid.seq_length)
                 scores = self(query[tokens], key[tokens], value[tokens], pyramid, steps.alone, None, rotary)
                 sizes = [pyramid.entries(level) for level in range(1, packing.levels)]

@@ -8,8 +8,8 @@ import shlex
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
-from megatron_lighthouse.mcore.command_line import pyramid, rope, stage
+from megatron_lighthouse.lighthouse.config import AUTO, LighthouseConfig, flag
+from megatron_lighthouse.mcore.command_line import pyramid, rope, scorer, stage
 from megatron_lighthouse.mcore.command_line.layers import attention_layers
 from megatron_lighthouse.options import add_options, in_flags, read_options
 from megatron_lighthouse.variant import Stream, Variant
@@ -243,13 +243,13 @@ def settings_from(args: argparse.Namespace | None) -> LighthouseSettings:
     """Settings from parsed arguments, or from the environment where the parser did not know them.
 
     Where --attention is dense they are Lighthouse's, which a spec may have named. Levels and budgets that are not given follow
-    the length of `args`, where it is known (`pyramid`).
+    the length of `args`, where it is known (`pyramid`), and the scorer the model (`scorer`).
 
     Raises:
         ValueError: a setting that cannot be, naming the flag and values that would work; options in the environment beside a
             parser that knows them.
     """
-    holding, length = attention_layers(args), getattr(args, "seq_length", None)
+    holding, length, model = attention_layers(args), getattr(args, "seq_length", None), args
     if args is not None and hasattr(args, "lighthouse_levels"):
         given = os.environ.get(ENVIRONMENT)
         if given and given != getattr(args, "lighthouse_environment", None):
@@ -264,6 +264,8 @@ def settings_from(args: argparse.Namespace | None) -> LighthouseSettings:
         config = read_options(args, variant.name, variant.config)
         return LighthouseSettings(config, 0, 0, False, attention_layers=holding, variant=variant.name)
     args = argparse.Namespace(**{**vars(args), **pyramid.sizes(args, length)})
+    if args.lighthouse_scorer == AUTO:
+        args.lighthouse_scorer = scorer.of_model(model)
     config = read_options(args, LIGHTHOUSE.name, LighthouseConfig)
     names = ("dense_first", "dense_last", "discard_output", "rope", "edge_budget")
     own = {name: getattr(args, "lighthouse_" + name) for name in names}

@@ -7,6 +7,7 @@ the last rank, which has Megatron's writers.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -146,7 +147,7 @@ def averages(layers: Sequence[int], levels: int) -> dict[str, float]:
     for layer, (*values, ranks) in zip(layers, sums.tolist(), strict=True):
         for name, value in zip(names, values, strict=True):
             what, which = name.split("/")
-            if ranks:
+            if ranks and not math.isnan(value):  # what cannot be told of this scorer
                 scalars[f"lighthouse/{what}/layer-{layer}/{which}"] = value / ranks
     return scalars
 

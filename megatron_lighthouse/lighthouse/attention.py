@@ -16,6 +16,7 @@ from megatron_lighthouse.lighthouse.geometry import Pyramid
 from megatron_lighthouse.lighthouse.layer import Attended, Layer, build
 from megatron_lighthouse.lighthouse.packed.layer import PackedAttended, PackedLayer, build_packed
 from megatron_lighthouse.lighthouse.packed.packing import Packing
+from megatron_lighthouse.lighthouse.packed.sharded import ShardedAttended, ShardedPackedLayer
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.lighthouse.selection import Selection
@@ -84,8 +85,7 @@ def lighthouse_attention(
         raise ValueError(problem)
     exchange = Exchange.over(cp_group)
     if cu_seqlens is not None:
-        _check_one_rank(exchange)
-        how = (softmax_scale, rotary, attend, selection)
+        how = (softmax_scale, rotary, attend, selection, exchange, cp_comm_type)
         return packed_rows(query, key, value, config, cu_seqlens, *how).scatter()
     return attended_rows(
         query,
@@ -133,33 +133,50 @@ def packed_rows(
     rotary: Rotary | None = None,
     attend: AttendDocuments | None = None,
     selection: Selection | None = None,
-) -> PackedAttended:
+    exchange: Exchange | None = None,
+    cp_comm_type: str = "p2p",
+) -> PackedAttended | ShardedAttended:
     """As `attended_rows`, of a row of documents."""
     refuse_transforms(query, key, value)
     _check_scale(query, key, value, softmax_scale, attend)
-    layer, documents = _packed(config, query, key, value, cu_seqlens, softmax_scale, attend is not None, rotary)
+    how = (softmax_scale, attend is not None, rotary, exchange, cp_comm_type)
+    layer, documents = _packed(config, query, key, value, cu_seqlens, exchange, *how)
     if selection is not None:
-        _check_selection(selection, query, key, Packing.of(documents, layer.rule), None)
-    return layer.attended(*differentiable_once(query, key, value), documents, attend, selection)
+        _check_selection(selection, query, key, Packing.of(documents, layer.rule), exchange)
+    given = differentiable_once(query, key, value)
+    if isinstance(layer, ShardedPackedLayer):
+        return layer.attended(*given, documents, attend)
+    return layer.attended(*given, documents, attend, selection)
 
 
 def _packed(
-    config: LighthouseConfig, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | Documents, *how: Any
-) -> tuple[PackedLayer, Documents]:
+    config: LighthouseConfig,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor | Documents,
+    exchange: Exchange | None,
+    *how: Any,
+) -> tuple[PackedLayer | ShardedPackedLayer, Documents]:
     layer = _built_by(build_packed, config, query, key, value, *how)
     if query.shape[1] != 1:
         raise ValueError(
             f"cu_seqlens is of one row, and the batch (dimension 1) is {query.shape[1]}: lay rows end to end, "
             "[N * B, 1, H, D], and their documents likewise."
         )
+    size = exchange.size if exchange else 1
+    tokens = len(query) * size
     if isinstance(cu_seqlens, Tensor):
-        return layer, Documents.of(cu_seqlens, len(query), query.device)
-    if cu_seqlens.tokens != len(query) or cu_seqlens.cu_seqlens.device != query.device:
-        where = cu_seqlens.cu_seqlens.device
-        raise ValueError(
-            f"cu_seqlens is of {cu_seqlens.tokens} tokens on {where}, and the row of {len(query)} on {query.device}."
-        )
-    return layer, cu_seqlens
+        documents = Documents.of(cu_seqlens, tokens, query.device)
+    else:
+        documents, where = cu_seqlens, cu_seqlens.cu_seqlens.device
+        if documents.tokens != tokens or where != query.device:
+            raise ValueError(
+                f"cu_seqlens is of {documents.tokens} tokens on {where}, and the row of {tokens} on {query.device}."
+            )
+    if problem := documents.zigzag_problem(size):
+        raise ValueError(problem)
+    return layer, documents
 
 
 def layer_for(config: LighthouseConfig, query: Tensor, key: Tensor, value: Tensor, *how: Any) -> Layer:
@@ -221,8 +238,9 @@ def lighthouse_select(
     refuse_transforms(query, key, value)
     exchange = Exchange.over(cp_group)
     if cu_seqlens is not None:
-        _check_one_rank(exchange)
-        packed, documents = _packed(config, query, key, value, cu_seqlens, None, True, rotary)
+        packed, documents = _packed(config, query, key, value, cu_seqlens, exchange, None, True, rotary, exchange)
+        if isinstance(packed, ShardedPackedLayer):
+            return packed.select(query, key, value, documents)
         return packed.select(query, key, value, documents).indices
     selection, deal = layer_for(config, query, key, value, exchange, "p2p", None, True, rotary).select(query, key, value)
     if exchange is None:
@@ -244,11 +262,6 @@ def _numbered_in_whole(entries: Tensor, here: Pyramid, layout: Layout) -> Tensor
         moved = torch.where(entry < half, entry + early * half, entry + (late - 1) * half) + whole.offset(level)
         numbered = torch.where((entry >= 0) & (entry < 2 * half), moved, numbered)
     return numbered
-
-
-def _check_one_rank(exchange: Exchange | None) -> None:
-    if exchange is not None:
-        raise ValueError("cu_seqlens cannot be given with context-parallel ranks yet: leave out `cp_group` or `cu_seqlens`.")
 
 
 def _check_scale(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None, attend: object) -> None:

@@ -15,6 +15,7 @@ from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
 from megatron_lighthouse.lighthouse.implementations import steps_for
 from megatron_lighthouse.lighthouse.layer import Layer, build
 from megatron_lighthouse.lighthouse.packed.layer import PackedLayer, build_packed
+from megatron_lighthouse.lighthouse.packed.sharded import ShardedPackedLayer
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.lighthouse.sharded.select import is_local
 from megatron_lighthouse.lighthouse.sharded.sent import layer_bytes, summary
@@ -50,7 +51,7 @@ class Placed:
 class PlacedDocuments:
     """As `Placed`, over packed documents."""
 
-    layer: PackedLayer
+    layer: PackedLayer | ShardedPackedLayer
     place: Place
 
     def __call__(
@@ -97,12 +98,7 @@ class Lighthouse(Variant):
             yield in_flags(message)
 
     def document_problems(self, config: LighthouseConfig, ranks: int) -> Iterator[str]:
-        """One rank holds whole documents; several would have to share their pyramids."""
-        if ranks > 1:
-            yield (
-                f"--dataloader-inter-document-masking with --context-parallel-size {ranks} is done by dense attention alone: "
-                "use --context-parallel-size 1, or --attention dense."
-            )
+        """Why documents cannot be ranked."""
         if problem := SCORERS[config.scorer].packed_problem(config.rule.window):
             yield in_flags(problem)
 
@@ -165,7 +161,11 @@ class Lighthouse(Variant):
             raise ValueError(in_flags(str(error))) from None
 
     def build_documents(self, config: LighthouseConfig, query: Tensor, key: Tensor, place: Place) -> PlacedDocuments:
-        return PlacedDocuments(build_packed(config, query, key, place.scale, place.base_attends, place.rotary), place)
+        how = (place.scale, place.base_attends, place.rotary, place.exchange, place.comm_type)
+        try:
+            return PlacedDocuments(build_packed(config, query, key, *how), place)
+        except ValueError as error:
+            raise ValueError(in_flags(str(error))) from None
 
     def cost(self, config: LighthouseConfig, seq_length: int, ranks: int) -> Geometry:
         try:

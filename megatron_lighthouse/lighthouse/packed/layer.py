@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse import telemetry
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.implementations import packed_steps_for
 from megatron_lighthouse.lighthouse.packed.packing import Packing
 from megatron_lighthouse.lighthouse.packed.rule import Rule
+from megatron_lighthouse.lighthouse.packed.sharded import ShardedPackedLayer
 from megatron_lighthouse.lighthouse.packed.steps import PackedSteps
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.scorers import SCORERS
@@ -20,6 +22,7 @@ from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.ranges import profiled
 from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.softmax.documents import AttendDocuments, documents_attention
+from megatron_lighthouse.softmax.sharded_documents import sharded_documents_attention
 
 
 @dataclass(frozen=True)
@@ -101,13 +104,16 @@ def build_packed(
     softmax_scale: float | None = None,
     own_attend: bool = False,
     rotary: Rotary | None = None,
-) -> PackedLayer:
+    exchange: Exchange | None = None,
+    comm_type: str = "p2p",
+) -> PackedLayer | ShardedPackedLayer:
     """The layer for rows of documents like these.
 
     Args:
         query: [t, 1, H, D]; key: [t, 1, G, D]; of these only heads, D, dtype and device count.
         own_attend: every call brings its inner attention.
         rotary: what queries and keys are rotated by, where pooled rows are to stand at their window's last token.
+        exchange: the ranks that share the row; then `query` and `key` are of [t / C, ...].
 
     Raises:
         ValueError: as `lighthouse_attention`.
@@ -117,5 +123,10 @@ def build_packed(
         raise ValueError(problem)
     if problem := scorer.packed_problem(rule.window):
         raise ValueError(problem)
-    attend = None if own_attend else documents_attention(config.inner, query, key, softmax_scale)
-    return PackedLayer(rule, config.pin_first, packed_steps_for(config.steps, query, config.pooling), scorer, attend, rotary)
+    steps, attend = packed_steps_for(config.steps, query, config.pooling), None
+    if exchange is None:
+        attend = None if own_attend else documents_attention(config.inner, query, key, softmax_scale)
+        return PackedLayer(rule, config.pin_first, steps, scorer, attend, rotary)
+    if not own_attend:
+        attend = sharded_documents_attention(config.inner, query, key, exchange, comm_type, softmax_scale)
+    return ShardedPackedLayer(rule, config.pin_first, steps, scorer, attend, rotary, exchange)

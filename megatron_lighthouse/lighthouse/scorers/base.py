@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse.geometry import Pyramid, Shape
 from megatron_lighthouse.lighthouse.packed.packing import Packing
+from megatron_lighthouse.lighthouse.packed.shares import Shares
 from megatron_lighthouse.lighthouse.packed.steps import PackedSteps
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.steps import Steps
@@ -76,6 +77,25 @@ class Scorer(ABC):
                 for level, part in zip(levels, scores.split(sizes, -1), strict=True):
                     level.append(part)
         return torch.cat([part for level in levels for part in level], -1)
+
+    def shared(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        shares: Shares,
+        steps: PackedSteps,
+        exchange: Exchange,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        """The same of a row whose tokens lie on several ranks, on all of them: here each scores all tokens, unless a scorer
+        shares the work.
+
+        Args:
+            query: [tokens of the pieces, 1, H, D], of which this rank has those of its windows; key, value: likewise, G.
+        """
+        whole = [shares.whole_tokens(x, exchange, "scorer") for x in (query, key, value)]
+        return self.packed(whole[0], whole[1], whole[2], shares.packing, steps, rotary)
 
     def packed_problem(self, window: int) -> str | None:
         """Why it cannot rank documents whose coarsest windows have so many tokens; None where it can."""

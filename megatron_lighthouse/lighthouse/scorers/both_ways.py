@@ -7,6 +7,7 @@ from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse.geometry import Shape
+from megatron_lighthouse.lighthouse.packed.shares import Shares
 from megatron_lighthouse.lighthouse.packed.steps import PackedSteps
 from megatron_lighthouse.lighthouse.reference import accumulation_dtype
 from megatron_lighthouse.lighthouse.scorers.base import row_bytes
@@ -35,6 +36,25 @@ def packed_both_ways(query: Tensor, key: Tensor, value: Tensor, steps: PackedSte
     """The same of rows that are documents, end to end."""
     by_query = steps.attended_norms(query, key, value, documents)
     return torch.stack([by_query, steps.attended_norms(key, group_mean(query, key.shape[2]), value, documents)])
+
+
+def shared_both_ways(
+    query: Tensor, key: Tensor, value: Tensor, steps: PackedSteps, shares: Shares, unit: int, exchange: Exchange
+) -> Tensor:
+    """The same of the windows that this rank owns, a row for every `unit` of their tokens: [2, B, G, own rows]."""
+    documents, own, index = shares.packing.compact_documents(unit), shares.own_runs(unit), shares.own_in_row(unit)
+
+    def whole(x: Tensor) -> Tensor:
+        return shares.whole(x.unflatten(0, (-1, shares.window // unit)), exchange, "scorer").flatten(0, 1)
+
+    def norms(queries: Tensor, keys: Tensor) -> Tensor:
+        in_row = queries.new_zeros(documents.tokens, *queries.shape[1:])
+        in_row[index] = queries
+        return steps.attended_norms(in_row, keys, values, documents, own)[..., index]
+
+    values = whole(value)
+    by_query = norms(query, whole(key))
+    return torch.stack([by_query, norms(key, whole(group_mean(query, key.shape[2])))])
 
 
 def both_ways_sent(rows: int, shape: Shape, size: int) -> int:

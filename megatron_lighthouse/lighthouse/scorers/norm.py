@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse.geometry import Pyramid, Shape
 from megatron_lighthouse.lighthouse.packed.packing import Packing
+from megatron_lighthouse.lighthouse.packed.shares import Shares
 from megatron_lighthouse.lighthouse.packed.steps import PackedSteps
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.scorers.base import Scorer, row_bytes
@@ -40,6 +41,18 @@ class Norm(Scorer):
         self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, steps: PackedSteps, rotary: Rotary | None = None
     ) -> Tensor:
         return steps.score(query, key, packing)
+
+    def shared(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        shares: Shares,
+        steps: PackedSteps,
+        exchange: Exchange,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        return shares.whole_scores(shares.own_scores(steps.score(query, key, shares.pieces)), exchange)
 
     def moved(self, pyramid: Pyramid, shape: Shape) -> float:
         return row_bytes(pyramid.seq_length, shape, shape.heads + shape.groups)

@@ -1,0 +1,304 @@
+"""Shares: which rank does what for a row of documents whose tokens lie on several ranks, in document zigzag. Integers alone.
+
+A chunk of a document may end within a window. So a window has one owner (ours): the rank of the chunk that its last token is
+in. To it the tokens of the window before the chunk travel, and it pools them as one rank would. Tokens in no window, and
+documents that go in whole, stay where they are.
+
+A rank's tokens get what windows that end in them, or shortly before them, spill. So it works on *pieces*: one for each of its
+chunks of each document, wide enough to hold all these windows. To the steps, pieces are documents, whose windows begin where
+those of the document do. A piece's entries that a rank does not own are not gathered; those that spill into no token of its
+chunk are not scattered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.context_parallel.transfer import End, Queue
+from megatron_lighthouse.lighthouse.packed.maps import Maps
+from megatron_lighthouse.lighthouse.packed.packing import Packing, numbered
+from megatron_lighthouse.lighthouse.packed.steps import Runs
+from megatron_lighthouse.sequence.documents import Documents
+from megatron_lighthouse.sequence.layout import Layout
+
+
+@dataclass(frozen=True)
+class Pieces(Packing):
+    """A packing of a rank's pieces, whose windows are some of a document's."""
+
+    given: tuple[int, ...]
+    """Coarsest windows of each piece."""
+
+    @cached_property
+    def windows(self) -> tuple[int, ...]:
+        return self.given
+
+
+class Shares:
+    """Those of one packing and rank. Made on the CPU; what the steps read is on the device of the row."""
+
+    def __init__(self, packing: Packing, layout: Layout) -> None:
+        self.packing, self.layout = packing, layout
+        self.here = here = Packing.of(_on_cpu(packing.lengths), packing.rule)
+        self.window, chunks, maps = packing.rule.window, 2 * layout.size, Maps.of(here)
+        documents = _on_cpu(here.lengths)
+        self.chunk = torch.empty(here.seq_length, dtype=torch.int64)
+        """[t]: in which each token is."""
+        self.chunk[documents.order(layout.size)] = torch.arange(chunks).repeat_interleave(here.seq_length // chunks)
+        self.sizes = torch.stack([documents.cu_seqlens_of(chunk, layout.size).long().diff() for chunk in range(chunks)])
+        """[2C, n]: tokens of each chunk of each document."""
+        self.owner = self.chunk[maps.inside.view(-1, self.window)[:, -1]]
+        """[W]: the chunk whose rank owns each coarsest window."""
+        self.own_tokens = documents.rows_of_rank(layout)
+        self._cut_pieces(maps)
+
+    @staticmethod
+    def of(packing: Packing, layout: Layout) -> Shares:
+        """Those of a packing; made once for all layers."""
+        made: dict[Layout, Shares] = vars(packing).setdefault("shares", {})
+        if layout not in made:
+            made[layout] = Shares(packing, layout)
+        return made[layout]
+
+    def _cut_pieces(self, maps: Maps) -> None:
+        """The pieces of this rank, and what their tokens and windows are in the row."""
+        width, own = self.window, self.layout.chunks
+        windows, begins = maps.windows.diff(), self.sizes.cumsum(0) - self.sizes
+        first, size = torch.cat([begins[chunk] for chunk in own]), torch.cat([self.sizes[chunk] for chunk in own])
+        end, inside = first + size, (windows * width).repeat(2)
+        start = (((first + 1) // width - 1).clamp(min=0) * width).where(inside > 0, first)
+        stop = end.where(end > inside, torch.minimum(inside, -(-end // width) * width))
+        held = ((torch.minimum(stop, inside) - start) // width).where(inside > 0, 0)
+        there = size > 0
+        first, end, start, stop, held = (x[there] for x in (first, end, start, stop, held))
+        document = torch.arange(len(windows)).repeat(2)[there]
+        chunk = torch.tensor(own).repeat_interleave(len(windows))[there]
+        lengths: tuple[int, ...] = tuple((stop - start).tolist())
+        cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        packing, given = self.packing, tuple(held.tolist())
+        how = (sum(lengths), packing.levels, packing.pooling, packing.rule, lengths)
+        self.pieces = Pieces(*how, cu_seqlens.to(packing.cu_seqlens.device, non_blocking=True), given)
+        piece = numbered(cu_seqlens, sum(lengths))
+        position = torch.arange(sum(lengths)) - cu_seqlens[piece] + start[piece]
+        self.token_at = maps.tokens[document][piece] + position
+        """[tokens of the pieces]: in the row."""
+        self.in_chunk = (position >= first[piece]) & (position < end[piece])
+        """[tokens of the pieces]: whether they are of the piece's chunk."""
+        self.loose = position >= (windows * width)[document][piece]
+        self.chunk_at = chunk[piece]
+        before = torch.tensor([0, *accumulate(given)])
+        piece = numbered(before, sum(given))
+        self.window_at = (maps.windows[document] + start // width - before[:-1])[piece] + torch.arange(sum(given))
+        """[windows of the pieces]: in the row."""
+        self.window_chunk = chunk[piece]
+        self.owns_window = self.owner[self.window_at] == self.window_chunk
+
+    def _by_entry(self, tokens: Tensor, windows: Tensor) -> Tensor:
+        """[..., entries of all levels], from what tokens and coarsest windows have."""
+        pooling, top = self.packing.pooling, self.packing.levels - 1
+        return torch.cat(
+            [tokens, *(windows.repeat_interleave(pooling ** (top - level), -1) for level in range(1, top + 1))], -1
+        )
+
+    def _on_device(self, x: Tensor) -> Tensor:
+        return x.to(self.packing.cu_seqlens.device, non_blocking=True)
+
+    def _rank(self, chunk: Tensor) -> Tensor:
+        return torch.minimum(chunk, 2 * self.layout.size - 1 - chunk)
+
+    @cached_property
+    def token_owner(self) -> Tensor:
+        """[t]: the rank that pools each token, or keeps it where it is in no window."""
+        chunk = self.chunk.clone()
+        chunk[Maps.of(self.here).inside] = self.owner.repeat_interleave(self.window)
+        return self._rank(chunk)
+
+    @cached_property
+    def owns_token(self) -> Tensor:
+        """[tokens of the pieces]: whether this rank pools or keeps them, by way of this piece."""
+        inside = Maps.of(self._pieces_here).inside.view(-1, self.window)
+        owns = self.in_chunk & self.loose
+        owns[inside] = self.owns_window.unsqueeze(1)
+        return owns
+
+    @cached_property
+    def _pieces_here(self) -> Pieces:
+        packing = self.pieces
+        bounds = torch.tensor([0, *accumulate(packing.lengths)], dtype=torch.int32)
+        return Pieces(*packing.pyramid, packing.rule, packing.lengths, bounds, packing.given)
+
+    @cached_property
+    def align(self) -> tuple[End, End]:
+        """Tokens as this rank holds them, and tokens of its pieces: those that it owns travel there."""
+        size, tokens = self.layout.size, self.packing.seq_length
+        owned = self.token_owner[self.own_tokens]
+        here = Queue.of(owned, self.own_tokens, tokens, size)
+        held = self._rank(self.chunk[self.token_at]).where(self.owns_token, size)
+        there = Queue.of(held, self.token_at, tokens, size)
+        ends = []
+        for queue, length in ((here, len(owned)), (there, len(held))):
+            end = queue.end(queue.counts.tolist(), torch.arange(length), length)
+            ends.append(End(self._on_device(end.rows), end.counts, length))
+        return ends[0], ends[1]
+
+    @cached_property
+    def own_at(self) -> Tensor:
+        """[t / C]: this rank's tokens, as it holds them, among those of its pieces."""
+        return self._on_device(self.in_chunk.nonzero().squeeze(1))
+
+    @cached_property
+    def entry_at(self) -> Tensor:
+        """[entries of the pieces]: in the row's pyramid."""
+        finer, levels = self.packing.rule.window, [self.token_at]
+        for level in range(1, self.packing.levels):
+            each = finer // self.packing.window(level)
+            entries = (self.window_at.unsqueeze(1) * each + torch.arange(each)).flatten()
+            levels.append(entries + self.packing.offset(level))
+        return self._on_device(torch.cat(levels))
+
+    @cached_property
+    def owns(self) -> Tensor:
+        """[entries of the pieces]: whether this rank gathers them, by way of this piece."""
+        return self._on_device(self._by_entry(self.owns_token, self.owns_window))
+
+    @cached_property
+    def owners(self) -> Tensor:
+        """[entries of the row]: the rank that gathers each."""
+        return self._on_device(self._by_entry(self.token_owner, self._rank(self.owner)))
+
+    @cached_property
+    def chunks_at(self) -> Tensor:
+        """[entries of the pieces]: the chunk that their piece is for."""
+        return self._on_device(self._by_entry(self.chunk_at, self.window_chunk))
+
+    @cached_property
+    def wanted(self) -> Tensor:
+        """[copies, entries of the row] int16: the chunks, one after the other, that each spills into; -1 where there are no
+        more, or where the document has no token in the chunk."""
+        maps, packing = Maps.of(self.here), self.here
+        first, last, document = [self.chunk], [self.chunk], [maps.document]
+        for level in range(1, packing.levels):
+            width = packing.window(level)
+            begin = maps.inside.view(-1, width)[:, -1]
+            of = maps.document[begin]
+            end = torch.minimum(begin + width - 1, maps.tokens[of + 1] - 1)
+            first.append(self.chunk[begin])
+            last.append(self.chunk[end])
+            document.append(of)
+        start, stop, of = (torch.cat(x) for x in (first, last, document))
+        copies = []
+        for copy in range(int((stop - start).max()) + 1):
+            chunk = start + copy
+            there = (chunk <= stop) & (self.sizes[chunk.clamp(max=len(self.sizes) - 1), of] > 0)
+            copies.append(chunk.where(there, -1).to(torch.int16))
+        return self._on_device(torch.stack(copies))
+
+    @cached_property
+    def wants(self) -> Tensor:
+        """[entries of the pieces]: whether they spill into the piece's chunk."""
+        return (self.wanted[:, self.entry_at] == self.chunks_at).any(0)
+
+    @cached_property
+    def rows(self) -> Documents:
+        """The gathered rows of all documents, filled up to a number that 2C divides: as ranks attend to them."""
+        lengths = self.packing.rows.lengths
+        filler = -sum(lengths) % (2 * self.layout.size)
+        documents = _on_cpu((*lengths, filler) if filler else lengths)
+        return Documents(self._on_device(documents.cu_seqlens), documents.lengths)
+
+    @cached_property
+    def row_rank(self) -> Tensor:
+        """[S filled up]: the rank that attends to each row."""
+        ranks, rows = 2 * self.layout.size, self.rows
+        rank = torch.empty(rows.tokens, dtype=torch.int64)
+        order = torch.arange(ranks).repeat_interleave(rows.tokens // ranks)
+        rank[_on_cpu(rows.lengths).order(self.layout.size)] = self._rank(order)
+        return self._on_device(rank)
+
+    @cached_property
+    def own_rows(self) -> Tensor:
+        """[S filled up / C]: the rows that this rank attends to."""
+        return self._on_device(_on_cpu(self.rows.lengths).rows_of_rank(self.layout))
+
+    @cached_property
+    def own_windows(self) -> Tensor:
+        """[own]: the windows that this rank owns, among those of its pieces."""
+        return self._on_device(self.owns_window.nonzero().squeeze(1))
+
+    @cached_property
+    def own_inside(self) -> Tensor:
+        """[own * F]: the tokens of the windows that this rank owns, among those of its pieces."""
+        return Maps.of(self.pieces).inside.view(-1, self.window)[self.own_windows].flatten()
+
+    @cached_property
+    def most_windows(self) -> int:
+        """That any rank owns."""
+        return int(self._rank(self.owner).bincount(minlength=self.layout.size).max())
+
+    @cached_property
+    def window_places(self) -> Tensor:
+        """[W]: where each window is among those of all ranks, `most_windows` of each."""
+        rank = self._rank(self.owner)
+        order = ((rank * 2 * self.layout.size + self.owner) * len(rank) + torch.arange(len(rank))).argsort()
+        counts = rank.bincount(minlength=self.layout.size)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(rank)) - (counts.cumsum(0) - counts)[rank[order]]
+        return self._on_device(place + rank * self.most_windows)
+
+    def own_in_row(self, unit: int) -> Tensor:
+        """[own * F / unit]: the rows of the windows that this rank owns, a row for every `unit` tokens of all windows."""
+        each = self.window // unit
+        windows = self._on_device(self.window_at[self.owns_window]).unsqueeze(1)
+        return (windows * each + torch.arange(each, device=windows.device)).flatten()
+
+    def own_runs(self, unit: int) -> Runs:
+        """The same, as runs of each document's rows."""
+        each, owned, before = self.window // unit, self.window_at[self.owns_window], Maps.of(self.here).windows
+        document = torch.searchsorted(before[1:].contiguous(), owned, right=True)
+        number = owned - before[document]
+        begins = torch.ones_like(owned, dtype=torch.bool)
+        begins[1:] = (number.diff() != 1) | (document.diff() != 0)
+        at = begins.nonzero().squeeze(1).tolist()
+        firsts, documents = number.tolist(), document.tolist()
+        return tuple(
+            (documents[i], firsts[i] * each, (firsts[j - 1] + 1) * each) for i, j in zip(at, [*at[1:], len(owned)], strict=True)
+        )
+
+    def whole_tokens(self, x: Tensor, exchange: Exchange, purpose: str) -> Tensor:
+        """[tokens of the pieces, ...] -> [t, ...] of the row: those in windows; others are zero."""
+        inside = Maps.of(self.packing).inside
+        out = x.new_zeros(self.packing.seq_length, *x.shape[1:])
+        out[inside] = self.whole(x[self.own_inside].unflatten(0, (-1, self.window)), exchange, purpose).flatten(0, 1)
+        return out
+
+    def own_scores(self, scores: Tensor) -> Tensor:
+        """[2, 1, G, coarse length] of the windows that this rank owns, from those of its pieces."""
+        pooling, top = self.packing.pooling, self.packing.levels - 1
+        each = [pooling ** (top - level) for level in range(1, top + 1)]
+        levels = scores.split([len(self.window_at) * n for n in each], -1)
+        own = (x.unflatten(-1, (-1, n))[..., self.own_windows, :] for x, n in zip(levels, each, strict=True))
+        return torch.cat([x.flatten(3) for x in own], -1)
+
+    def whole(self, x: Tensor, exchange: Exchange, purpose: str) -> Tensor:
+        """[own, ...] of the windows that each rank owns -> [W, ...] of all, in order."""
+        filled = torch.cat([x, x.new_zeros(self.most_windows - len(x), *x.shape[1:])])
+        return exchange.all_gather(filled, purpose).flatten(0, 1)[self.window_places]
+
+    def whole_scores(self, scores: Tensor, exchange: Exchange) -> Tensor:
+        """[2, 1, G, coarse length] of the row, from those of the windows that each rank owns; all in one message."""
+        pooling, top = self.packing.pooling, self.packing.levels - 1
+        each = [pooling ** (top - level) for level in range(1, top + 1)]
+        levels = scores.split([len(self.own_windows) * n for n in each], -1)
+        trees = torch.cat([x.unflatten(-1, (-1, n)) for x, n in zip(levels, each, strict=True)], -1)
+        whole = self.whole(trees.movedim(3, 0), exchange, "select").movedim(0, 3)
+        return torch.cat([x.flatten(3) for x in whole.split(each, -1)], -1)
+
+
+def _on_cpu(lengths: tuple[int, ...]) -> Documents:
+    return Documents(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), lengths)

@@ -1,0 +1,82 @@
+"""Lighthouse over packed documents on several ranks, against one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthouse_select
+from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
+from megatron_lighthouse.lighthouse.rotary import Rotary
+from megatron_lighthouse.sequence.layout import Layout
+from tests.context_parallel.shards import Group
+from tests.context_parallel.test_documents import row_of, rows_of_ranks
+from tests.packed_oracle import of
+from tests.ranks import SIZES, run_ranks
+from tests.steps import random_like, tensors
+from tests.tolerances import assert_close
+
+ROWS = {
+    "chunks shorter than windows, and than nothing": (1, 40, 3, 9, 16, 2, 25, 5, 27),
+    "one over all ranks": (160,),
+    "one over all ranks, cut within windows": (3, 151, 1, 2, 3),
+    "equal": (20,) * 8,
+    "whole ones alone": (3, 5) * 16,
+}
+
+
+def layer(
+    group: Group,
+    lengths: Sequence[int],
+    inputs: Sequence[Tensor],
+    config: LighthouseConfig,
+    comm_type: str,
+    rotary: Rotary | None,
+) -> list[Tensor]:
+    """Output, gradients, and the entries attended to, of this rank's tokens."""
+    documents = row_of(lengths)
+    size, rank = (1, 0) if group is None else (group.size(), group.rank())
+    rows = documents.rows_of_rank(Layout(size, rank))
+    leaves = [x[rows].requires_grad_() for x in inputs[:3]]
+    how: dict[str, Any] = {"cu_seqlens": documents, "rotary": rotary, "cp_group": group}
+    out = lighthouse_attention(*leaves, config, cp_comm_type=comm_type, **how)
+    grads = torch.autograd.grad(out, leaves, inputs[3][rows])
+    chosen = lighthouse_select(leaves[0], leaves[1], config, value=leaves[2], **how)
+    return [out.detach(), *grads, chosen]
+
+
+def check(size: int, lengths: Sequence[int], config: LighthouseConfig, comm_type: str, rotary: Rotary | None = None) -> None:
+    packed = of(tuple(lengths), groups=size if comm_type == "a2a" else 2)
+    inputs = [*tensors(packed), *random_like(tensors(packed)[:1])]
+    *expected, chosen = layer(None, lengths, inputs, config, comm_type, rotary)
+    *answers, entries = zip(*run_ranks(size, layer, lengths, inputs, config, comm_type, rotary), strict=True)
+    back = torch.cat(rows_of_ranks(row_of(lengths), size)).argsort()
+    for parts, whole in zip(answers, expected, strict=True):
+        assert_close(torch.cat(parts)[back], whole, "ranks float64")
+    dealt = torch.cat(entries, -1)
+    assert torch.equal(dealt.sort().values[..., -chosen.shape[-1] :], chosen.sort().values)
+    assert (dealt.sort().values[..., : -chosen.shape[-1]] == -1).all()
+
+
+CONFIG = LighthouseConfig(levels=3, pooling=2, budget=2, tile_budget=2, document_tile=32, whole_below=0)
+BY_ALL = ["chunks shorter than windows, and than nothing"]
+
+
+@pytest.mark.parametrize("size", SIZES, ids="CP={}".format)
+@pytest.mark.parametrize(
+    ("kind", "comm_type"),
+    [*product(BY_ALL, COMM_TYPES), *zip([kind for kind in ROWS if kind not in BY_ALL], ["p2p", *COMM_TYPES], strict=True)],
+)
+def test_equals_one_rank(kind: str, comm_type: str, size: int) -> None:
+    check(size, ROWS[kind], CONFIG, comm_type)
+
+
+@pytest.mark.parametrize("scorer", ["summary", "dilated", "gla"])
+def test_scorers_equal_one_rank(scorer: str) -> None:
+    for rotary in (None, Rotary(torch.tensor([0.8, 0.1]))):
+        check(4, ROWS["one over all ranks, cut within windows"], CONFIG.replace(scorer=scorer), "all_gather", rotary)

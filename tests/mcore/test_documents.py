@@ -87,8 +87,10 @@ def one_lighthouse(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, d
     [
         (1, "--micro-batch-size 2 --no-lighthouse-discard-output"),
         (4, "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2"),
+        (2, "--context-parallel-size 2 --cp-comm-type p2p all_gather a2a p2p"),
+        (4, "--tensor-model-parallel-size 2 --context-parallel-size 2 --sequence-parallel --micro-batch-size 2"),
     ],
-    ids=["two rows at once, outputs kept", "TP2·PP2"],
+    ids=["two rows at once, outputs kept", "TP2·PP2", "CP2, all-gather and all-to-all by layer", "TP2·CP2, two rows at once"],
 )
 def test_lighthouse_equals_itself_on_one_process(
     ranks: int, arguments: str, tmp_path: Path, checkpoint: Path, documents: list[str], one_lighthouse: Run, one_process: Run

@@ -24,7 +24,7 @@ from megatron_lighthouse.gpu import capability_of
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.mcore.attention.output import remember_source
 from megatron_lighthouse.mcore.attention.over_shards import context_parallel_group, over_shards, tensor_parallel_rank
-from megatron_lighthouse.mcore.attention.packed import documents_of, in_one_row, in_rows, packed
+from megatron_lighthouse.mcore.attention.packed import cut_problem, documents_of, in_one_row, in_rows, packed
 from megatron_lighthouse.mcore.attention.te_choice import te_choice
 from megatron_lighthouse.mcore.command_line.checks import check
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_of_rank
@@ -102,15 +102,15 @@ class VariantMixin:
         if query.dim() == 3:  # Megatron's own 'thd', of which it makes [t, 1, np * hn] afterwards
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
             return self._within_documents(query, key, value, params, base).squeeze(1)
-        rows = query.shape[1]
-        documents = documents_of(params, query.shape[0] * rows)
-        query, key, value = (in_one_row(x, 1) for x in (query, key, value))
+        rows, ranks = query.shape[1], self._ranks
+        documents = documents_of(params, query.shape[0] * rows * ranks)
+        query, key, value = (in_one_row(x, ranks) for x in (query, key, value))
         query, *streams = query.chunk(1 + len(self.settings.attention.streams), dim=2)
         layer = self._document_layer_for(query, key, value)
         attend = base if self.place.base_attends else None
         out, again = layer(query, key, value, *streams, documents=documents, attend=attend)
-        out = in_rows(out, rows, 1).flatten(2)
-        return out if again is None else remember_source(out, lambda: in_rows(again(), rows, 1))
+        out = in_rows(out, rows, ranks).flatten(2)
+        return out if again is None else remember_source(out, lambda: in_rows(again(), rows, ranks))
 
     def _layer_for(self, query: Tensor, key: Tensor, value: Tensor) -> Layer:
         """Built once for each shape of the inputs, which a run has one or two of."""
@@ -127,15 +127,20 @@ class VariantMixin:
             layer = self.layers[made] = build(self.own, query, key, self.place)
         return layer
 
+    @property
+    def _ranks(self) -> int:
+        return self.place.exchange.size if self.place.exchange else 1
+
     def _is_dense_now(self) -> bool:
         given = self.settings
         return given.stage2 is not None and given.is_dense(self.layer_number, self.config.num_layers, switch.iteration())
 
     def _check_call(self, query: Tensor, key: Tensor, mask_type: AttnMaskType | None, bias: Tensor | None, params: Any) -> None:
         ours = f"--attention {self.settings.variant}"
-        ranks = self.place.exchange.size if self.place.exchange else 1
-        if params is not None and (problem := next(self.settings.attention.document_problems(self.own, ranks), None)):
-            raise ValueError(problem)
+        if params is not None:
+            problems = self.settings.attention.document_problems(self.own, self._ranks)
+            if problem := cut_problem(params, self._ranks) or next(problems, None):
+                raise ValueError(problem)
         if bias is not None:
             raise ValueError(f"attention_bias is not supported by {ours}: use --attention dense.")
         causal = (None, AttnMaskType.causal) if params is None else (None, AttnMaskType.causal, AttnMaskType.padding_causal)

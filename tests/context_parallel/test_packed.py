@@ -8,10 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthouse_select
+from megatron_lighthouse.context_parallel import exchange
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
+from megatron_lighthouse.lighthouse.geometry import Shape
+from megatron_lighthouse.lighthouse.packed.packing import Packing
+from megatron_lighthouse.lighthouse.packed.sent import document_bytes
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.sequence.layout import Layout
 from tests.context_parallel.shards import Group
@@ -46,6 +51,21 @@ def layer(
     return [out.detach(), *grads, chosen]
 
 
+def sent(
+    group: dist.ProcessGroup, lengths: Sequence[int], config: LighthouseConfig, comm_type: str
+) -> tuple[list[dict[str, int]], dict[str, tuple[int, int]]]:
+    """What this rank sends forward, and backward; and what was planned."""
+    documents, layout = row_of(lengths), Layout(group.size(), group.rank())
+    leaves = [torch.randn(documents.tokens // layout.size, 1, heads, 4, requires_grad=True) for heads in (8, 4, 4)]
+    exchange.sent.clear()
+    out = lighthouse_attention(*leaves, config, cu_seqlens=documents, cp_group=group, cp_comm_type=comm_type)
+    forward = dict(exchange.sent)
+    exchange.sent.clear()
+    out.sum().backward()
+    plan = document_bytes(comm_type, Packing.of(documents, config.rule), Shape(1, 8, 4, 4, 4), layout, config.scorer)
+    return [forward, dict(exchange.sent)], plan
+
+
 def check(size: int, lengths: Sequence[int], config: LighthouseConfig, comm_type: str, rotary: Rotary | None = None) -> None:
     packed = of(tuple(lengths), groups=size if comm_type == "a2a" else 2)
     inputs = [*tensors(packed), *random_like(tensors(packed)[:1])]
@@ -75,3 +95,22 @@ def test_equals_one_rank(kind: str, comm_type: str, size: int) -> None:
 def test_scorers_equal_one_rank(scorer: str) -> None:
     for rotary in (None, Rotary(torch.tensor([0.8, 0.1]))):
         check(4, MIXED, CONFIG.replace(scorer=scorer), "all_gather", rotary)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "comm_type", "scorer"),
+    [
+        (MIXED, "p2p", "norm"),
+        (MIXED, "a2a", "gla"),
+        (MIXED, "all_gather", "dilated"),
+        (ROWS["whole ones alone"], "p2p", "norm"),
+    ],
+    ids=str,
+)
+def test_ranks_send_what_was_planned(lengths: tuple[int, ...], comm_type: str, scorer: str) -> None:
+    for ways, plan in run_ranks(4, sent, lengths, CONFIG.replace(scorer=scorer), comm_type):
+        for way, found in enumerate(ways):
+            planned = {name: both[way] for name, both in plan.items() if both[way]}
+            most = planned.pop("deal", 0)
+            assert (0 < found.pop("deal") <= most) if most else "deal" not in found
+            assert found == planned

@@ -4,15 +4,12 @@ A chunk of a document may end within a window. So a window has one owner (ours):
 in. To it the tokens of the window before the chunk travel, and it pools them as one rank would. Tokens in no window, and
 documents that go in whole, stay where they are.
 
-A rank's tokens get what windows that end in them, or shortly before them, spill. So it works on *pieces*: one for each of its
-chunks of each document, wide enough to hold all these windows. To the steps, pieces are documents, whose windows begin where
-those of the document do. A piece's entries that a rank does not own are not gathered; those that spill into no token of its
-chunk are not scattered.
+Of the entries of a rank's pieces (`packed.pieces`) those that it does not own are not gathered, and those that spill into no
+token of a piece's chunk are not scattered.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
@@ -22,22 +19,11 @@ from torch import Tensor
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.transfer import End, Queue
 from megatron_lighthouse.lighthouse.packed.maps import Maps
-from megatron_lighthouse.lighthouse.packed.packing import Packing, numbered
+from megatron_lighthouse.lighthouse.packed.packing import Packing
+from megatron_lighthouse.lighthouse.packed.pieces import Cut
 from megatron_lighthouse.lighthouse.packed.steps import Runs
 from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.sequence.layout import Layout
-
-
-@dataclass(frozen=True)
-class Pieces(Packing):
-    """A packing of a rank's pieces, whose windows are some of a document's."""
-
-    given: tuple[int, ...]
-    """Coarsest windows of each piece."""
-
-    @cached_property
-    def windows(self) -> tuple[int, ...]:
-        return self.given
 
 
 class Shares:
@@ -56,7 +42,10 @@ class Shares:
         self.owner = self.chunk[maps.inside.view(-1, self.window)[:, -1]]
         """[W]: the chunk whose rank owns each coarsest window."""
         self.own_tokens = documents.rows_of_rank(layout)
-        self._cut_pieces(maps)
+        self.cut = Cut.of(here, self.sizes, layout, packing.cu_seqlens.device)
+        self.pieces = self.cut.pieces
+        self.owns_window = self.owner[self.cut.window_at] == self.cut.window_chunk
+        """[windows of the pieces]: whether this rank owns them, by way of this piece."""
 
     @staticmethod
     def of(packing: Packing, layout: Layout) -> Shares:
@@ -65,39 +54,6 @@ class Shares:
         if layout not in made:
             made[layout] = Shares(packing, layout)
         return made[layout]
-
-    def _cut_pieces(self, maps: Maps) -> None:
-        """The pieces of this rank, and what their tokens and windows are in the row."""
-        width, own = self.window, self.layout.chunks
-        windows, begins = maps.windows.diff(), self.sizes.cumsum(0) - self.sizes
-        first, size = torch.cat([begins[chunk] for chunk in own]), torch.cat([self.sizes[chunk] for chunk in own])
-        end, inside = first + size, (windows * width).repeat(2)
-        start = (((first + 1) // width - 1).clamp(min=0) * width).where(inside > 0, first)
-        stop = end.where(end > inside, torch.minimum(inside, -(-end // width) * width))
-        held = ((torch.minimum(stop, inside) - start) // width).where(inside > 0, 0)
-        there = size > 0
-        first, end, start, stop, held = (x[there] for x in (first, end, start, stop, held))
-        document = torch.arange(len(windows)).repeat(2)[there]
-        chunk = torch.tensor(own).repeat_interleave(len(windows))[there]
-        lengths: tuple[int, ...] = tuple((stop - start).tolist())
-        cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        packing, given = self.packing, tuple(held.tolist())
-        how = (sum(lengths), packing.levels, packing.pooling, packing.rule, lengths)
-        self.pieces = Pieces(*how, cu_seqlens.to(packing.cu_seqlens.device, non_blocking=True), given)
-        piece = numbered(cu_seqlens, sum(lengths))
-        position = torch.arange(sum(lengths)) - cu_seqlens[piece] + start[piece]
-        self.token_at = maps.tokens[document][piece] + position
-        """[tokens of the pieces]: in the row."""
-        self.in_chunk = (position >= first[piece]) & (position < end[piece])
-        """[tokens of the pieces]: whether they are of the piece's chunk."""
-        self.loose = position >= (windows * width)[document][piece]
-        self.chunk_at = chunk[piece]
-        before = torch.tensor([0, *accumulate(given)])
-        piece = numbered(before, sum(given))
-        self.window_at = (maps.windows[document] + start // width - before[:-1])[piece] + torch.arange(sum(given))
-        """[windows of the pieces]: in the row."""
-        self.window_chunk = chunk[piece]
-        self.owns_window = self.owner[self.window_at] == self.window_chunk
 
     def _by_entry(self, tokens: Tensor, windows: Tensor) -> Tensor:
         """[..., entries of all levels], from what tokens and coarsest windows have."""
@@ -122,16 +78,10 @@ class Shares:
     @cached_property
     def owns_token(self) -> Tensor:
         """[tokens of the pieces]: whether this rank pools or keeps them, by way of this piece."""
-        inside = Maps.of(self._pieces_here).inside.view(-1, self.window)
-        owns = self.in_chunk & self.loose
+        inside = self.cut.inside.view(-1, self.window)
+        owns = self.cut.in_chunk & self.cut.loose
         owns[inside] = self.owns_window.unsqueeze(1)
         return owns
-
-    @cached_property
-    def _pieces_here(self) -> Pieces:
-        packing = self.pieces
-        bounds = torch.tensor([0, *accumulate(packing.lengths)], dtype=torch.int32)
-        return Pieces(*packing.pyramid, packing.rule, packing.lengths, bounds, packing.given)
 
     @cached_property
     def align(self) -> tuple[End, End]:
@@ -139,8 +89,8 @@ class Shares:
         size, tokens = self.layout.size, self.packing.seq_length
         owned = self.token_owner[self.own_tokens]
         here = Queue.of(owned, self.own_tokens, tokens, size)
-        held = self._rank(self.chunk[self.token_at]).where(self.owns_token, size)
-        there = Queue.of(held, self.token_at, tokens, size)
+        held = self._rank(self.chunk[self.cut.token_at]).where(self.owns_token, size)
+        there = Queue.of(held, self.cut.token_at, tokens, size)
         ends = []
         for queue, length in ((here, len(owned)), (there, len(held))):
             end = queue.end(queue.counts.tolist(), torch.arange(length), length)
@@ -150,15 +100,15 @@ class Shares:
     @cached_property
     def own_at(self) -> Tensor:
         """[t / C]: this rank's tokens, as it holds them, among those of its pieces."""
-        return self._on_device(self.in_chunk.nonzero().squeeze(1))
+        return self._on_device(self.cut.in_chunk.nonzero().squeeze(1))
 
     @cached_property
     def entry_at(self) -> Tensor:
         """[entries of the pieces]: in the row's pyramid."""
-        finer, levels = self.packing.rule.window, [self.token_at]
+        finer, levels = self.packing.rule.window, [self.cut.token_at]
         for level in range(1, self.packing.levels):
             each = finer // self.packing.window(level)
-            entries = (self.window_at.unsqueeze(1) * each + torch.arange(each)).flatten()
+            entries = (self.cut.window_at.unsqueeze(1) * each + torch.arange(each)).flatten()
             levels.append(entries + self.packing.offset(level))
         return self._on_device(torch.cat(levels))
 
@@ -175,7 +125,7 @@ class Shares:
     @cached_property
     def chunks_at(self) -> Tensor:
         """[entries of the pieces]: the chunk that their piece is for."""
-        return self._on_device(self._by_entry(self.chunk_at, self.window_chunk))
+        return self._on_device(self._by_entry(self.cut.token_chunk, self.cut.window_chunk))
 
     @cached_property
     def wanted(self) -> Tensor:
@@ -254,12 +204,12 @@ class Shares:
     def own_in_row(self, unit: int) -> Tensor:
         """[own * F / unit]: the rows of the windows that this rank owns, a row for every `unit` tokens of all windows."""
         each = self.window // unit
-        windows = self._on_device(self.window_at[self.owns_window]).unsqueeze(1)
+        windows = self._on_device(self.cut.window_at[self.owns_window]).unsqueeze(1)
         return (windows * each + torch.arange(each, device=windows.device)).flatten()
 
     def own_runs(self, unit: int) -> Runs:
         """The same, as runs of each document's rows."""
-        each, owned, before = self.window // unit, self.window_at[self.owns_window], Maps.of(self.here).windows
+        each, owned, before = self.window // unit, self.cut.window_at[self.owns_window], Maps.of(self.here).windows
         document = torch.searchsorted(before[1:].contiguous(), owned, right=True)
         number = owned - before[document]
         begins = torch.ones_like(owned, dtype=torch.bool)
@@ -281,7 +231,7 @@ class Shares:
         """[2, 1, G, coarse length] of the windows that this rank owns, from those of its pieces."""
         pooling, top = self.packing.pooling, self.packing.levels - 1
         each = [pooling ** (top - level) for level in range(1, top + 1)]
-        levels = scores.split([len(self.window_at) * n for n in each], -1)
+        levels = scores.split([len(self.cut.window_at) * n for n in each], -1)
         own = (x.unflatten(-1, (-1, n))[..., self.own_windows, :] for x, n in zip(levels, each, strict=True))
         return torch.cat([x.flatten(3) for x in own], -1)
 

@@ -119,6 +119,10 @@ class Scorer(ABC):
         """Bytes that each of `size` ranks sends in a layer, forward; `pyramid` is that of the whole sequence."""
         return 0
 
+    def shared_sent(self, pyramid: Pyramid, shape: Shape, size: int) -> int:
+        """The same for packed documents, of a pyramid of as many windows for each rank as one owns at most."""
+        return (size - 1) * pyramid.seq_length // size * (shape.heads + 2 * shape.groups) * shape.dim * shape.itemsize
+
     def check_installed(self, steps: Steps, device: torch.device) -> None:
         """Refuse where a package is missing that it needs on `device`, beside the steps that run there.
 

@@ -85,3 +85,6 @@ class Dilated(Scorer):
 
     def sent(self, pyramid: Pyramid, shape: Shape, size: int) -> int:
         return both_ways_sent(pyramid.seq_length // size, shape, size)
+
+    def shared_sent(self, pyramid: Pyramid, shape: Shape, size: int) -> int:
+        return self.sent(pyramid, shape, size)

@@ -59,3 +59,6 @@ class Norm(Scorer):
 
     def flops(self, pyramid: Pyramid, shape: Shape) -> float:
         return 0.0
+
+    def shared_sent(self, pyramid: Pyramid, shape: Shape, size: int) -> int:
+        return self.sent(pyramid, shape, size)

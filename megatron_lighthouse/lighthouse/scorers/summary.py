@@ -86,6 +86,9 @@ class Summary(Scorer):
     def sent(self, pyramid: Pyramid, shape: Shape, size: int) -> int:
         return both_ways_sent(pyramid.entries(pyramid.levels - 1) // size, shape, size)
 
+    def shared_sent(self, pyramid: Pyramid, shape: Shape, size: int) -> int:
+        return self.sent(pyramid, shape, size)
+
 
 def coarsest(
     query: Tensor,

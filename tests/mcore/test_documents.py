@@ -70,6 +70,8 @@ def test_losses_equal_those_of_one_process(
     start = [*PACKED, "--load", str(checkpoint), *START, *arguments.split()]
     result = run(tmp_path, *start, ranks=ranks, data=documents)
     assert list(result.losses) == [1, 2, 3]
+    assert result.log.count("attention's work goes by the lengths of documents") == 1
+    assert ("2 data-parallel ranks have other documents each" in result.log) == ("DP2" in layout)
     assert_same(result, one_process)
 
 

@@ -30,7 +30,7 @@ from megatron_lighthouse.mcore.attention.rotary import rotary_of
 from megatron_lighthouse.mcore.attention.streams import add_streams
 from megatron_lighthouse.mcore.command_line import pyramid, rope
 from megatron_lighthouse.mcore.command_line.checks import check_run
-from megatron_lighthouse.mcore.command_line.documents import asked
+from megatron_lighthouse.mcore.command_line.documents import asked, upstream_problems
 from megatron_lighthouse.mcore.command_line.layers import attention_layers
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_of_rank, own_comm_types, settings_from
 from megatron_lighthouse.notice import say_once
@@ -101,6 +101,9 @@ def lighthouse(model_cfg: Any, vp_stage: int | None = None) -> LayerSpec:
     settings = settings_from(args)
     if args is not None:
         settings = rope.settled(args, settings)
+        upstream = not hasattr(args, "attention")  # whose parser does not know our options
+        if upstream and (found := [*upstream_problems(args, model_cfg.transformer)]):
+            raise ValueError("\n".join(found))
         check_run(args, model_cfg.transformer, settings)
     return layer_spec(model_cfg, vp_stage, settings=settings, documents=args is not None and asked(args))
 
@@ -142,7 +145,7 @@ def _say_what_is_sent(config: TransformerConfig, settings: LighthouseSettings) -
         return
     layer = Shape(args.micro_batch_size, *heads_of_rank(config), config.kv_channels, config.params_dtype.itemsize)
     edges = {"edge layers: ": settings.edge} if settings.edge else {}
-    for kind, own in {"": settings.config, **edges}.items():
+    for kind, own in {} if asked(args) else {"": settings.config, **edges}.items():  # of documents it goes by their lengths
         for comm_type in comm_types:
             say_once(kind + settings.attention.summary(own, args.seq_length, layer, size, comm_type))
     if "p2p" in comm_types and torch.cuda.is_available():  # which of two ways it takes is said at the start, not later

@@ -90,7 +90,7 @@ def settings_problems(settings: LighthouseSettings, seq_length: int, ranks: int)
 def argument_problems(args: Namespace, settings: LighthouseSettings) -> Iterator[str]:
     """Why it cannot train with this data and these options of a run, of those that `args` have."""
     refused = {
-        "sft": "--sft packs sequences (thd): use --attention dense for it.",
+        "sft": "--sft packs conversations by a loader that was not tried: use --attention dense for it.",
         **{
             name: f"--{name.replace('_', '-')} packs sequences (thd): leave it out, or use --attention dense."
             for name in DYNAMIC

@@ -64,8 +64,9 @@ def lighthouse_attention(
         cu_seqlens: [n + 1] int32 on the query's device: the row (B = 1) holds n documents, from token cu_seqlens[i] to the next
             one's, of any lengths. Each is as if it were alone, and rotated from its own first token or from the row's, which
             gives the same. Its budget goes by its length (`LighthouseConfig.document_tile`). The host reads it, once for each
-            `Documents` where that is given instead. `attend` then takes the `Documents` of the rows as a fourth argument. Not
-            under context parallelism.
+            `Documents` where that is given instead. `attend` then takes the `Documents` of the rows as a fourth argument. Of C
+            context-parallel ranks each passes its tokens in document zigzag (`Documents.rows_of_rank`), and the cu_seqlens of
+            the whole row; 2C must divide N.
 
     Returns:
         [N, B, H, D] in the query's dtype (under torch.autocast in the inner attention's); under context parallelism, this
@@ -76,7 +77,7 @@ def lighthouse_attention(
     Raises:
         ValueError: shapes or dtypes that do not fit each other, an N that does not fit the config or the ranks, or an inner
             attention that is forced and is not there; boundaries that do not begin with 0, increase and end at N, or that come
-            with B > 1, with context-parallel ranks or with a scorer that cannot. Before any collective, on every rank alike.
+            with B > 1 or with a scorer that cannot. Before any collective, on every rank alike.
         TypeError: a selection that is no `Selection`.
         RuntimeError: under torch.func or forward-mode differentiation; in backward, a second derivative.
     """
@@ -225,8 +226,8 @@ def lighthouse_select(
     Returns:
         [B, G, S] int64, in causal order, numbered in the concatenated pyramid (level 0 first). Of C context-parallel ranks,
         each gets the [B, G, S/C] entries whose rows it attends to, chunk r and chunk 2C-1-r of all S, numbered as without them.
-        Of packed documents [1, G, S], document by document: level 0 is the row's tokens, and then come the whole windows of all
-        documents in turn, level 1 first. A document that goes in whole, or the rest behind its last window, has none.
+        Of packed documents [1, G, S], document by document (S filled up to a multiple of 2C by -1): level 0 is the row's
+        tokens, and then come the whole windows of all documents in turn, level 1 first. A document that goes in whole, or the rest behind its last window, has none.
 
     Raises:
         ValueError: as `lighthouse_attention`, or a scorer that lacks the values.

@@ -28,14 +28,17 @@ def document_bytes(
     dealt, attended = rows * together, len(shares.own_rows)
     plan = {
         "align": (next(aligned) * together, next(aligned) * together),
-        "select": (windows * 2 * shape.groups * entries * max(4, shape.itemsize), 0),
         "deal": (
             dealt + attended * copies * shape.heads * row,
             attended * together + rows * copies * shape.heads * row,
         ),
         "attend": attend_bytes(comm_type, shares.rows.tokens, shape, layout),
     }
+    known = SCORERS[scorer]
+    if not known.shares:
+        return plan | {"scorer": (windows * packing.rule.window * together, 0)}
+    plan["select"] = (windows * 2 * shape.groups * entries * max(4, shape.itemsize), 0)
     pyramid = Pyramid(shares.most_windows * packing.rule.window * size, packing.levels, packing.pooling)
-    if forward := SCORERS[scorer].shared_sent(pyramid, shape, size):
+    if forward := known.sent(pyramid, shape, size):
         plan["scorer"] = (forward, 0)
     return plan

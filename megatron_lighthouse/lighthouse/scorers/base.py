@@ -31,6 +31,8 @@ class Scorer(ABC):
     """How its time grows with N tokens; F = p^(L-1) are a coarsest window."""
     unit: int = 1
     """Tokens that a chunk must be a multiple of, in addition to what the pyramid asks for."""
+    shares: bool = False
+    """Whether ranks share its work over packed documents (`shared`); else each scores the whole row."""
     same_bits: bool = True
     """Whether its numbers are the same to the last bit on any number of ranks, also on a GPU."""
 
@@ -118,10 +120,6 @@ class Scorer(ABC):
     def sent(self, pyramid: Pyramid, shape: Shape, size: int) -> int:
         """Bytes that each of `size` ranks sends in a layer, forward; `pyramid` is that of the whole sequence."""
         return 0
-
-    def shared_sent(self, pyramid: Pyramid, shape: Shape, size: int) -> int:
-        """The same for packed documents, of a pyramid of as many windows for each rank as one owns at most."""
-        return (size - 1) * pyramid.seq_length // size * (shape.heads + 2 * shape.groups) * shape.dim * shape.itemsize
 
     def check_installed(self, steps: Steps, device: torch.device) -> None:
         """Refuse where a package is missing that it needs on `device`, beside the steps that run there.

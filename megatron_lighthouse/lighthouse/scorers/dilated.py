@@ -39,6 +39,7 @@ class Dilated(Scorer):
     by_length: bool = False
     grows: str = f"N²/{DELTA}"
     unit: int = DELTA
+    shares: bool = True
 
     def __call__(
         self,
@@ -85,6 +86,3 @@ class Dilated(Scorer):
 
     def sent(self, pyramid: Pyramid, shape: Shape, size: int) -> int:
         return both_ways_sent(pyramid.seq_length // size, shape, size)
-
-    def shared_sent(self, pyramid: Pyramid, shape: Shape, size: int) -> int:
-        return self.sent(pyramid, shape, size)

@@ -24,6 +24,7 @@ class Norm(Scorer):
     reads_values: bool = False
     by_length: bool = True
     grows: str = "N"
+    shares: bool = True
 
     def __call__(
         self,
@@ -59,6 +60,3 @@ class Norm(Scorer):
 
     def flops(self, pyramid: Pyramid, shape: Shape) -> float:
         return 0.0
-
-    def shared_sent(self, pyramid: Pyramid, shape: Shape, size: int) -> int:
-        return self.sent(pyramid, shape, size)

@@ -37,6 +37,7 @@ class Summary(Scorer):
     reads_values: bool = True
     by_length: bool = True
     grows: str = "(N/F)²"
+    shares: bool = True
 
     def __call__(
         self,
@@ -85,9 +86,6 @@ class Summary(Scorer):
 
     def sent(self, pyramid: Pyramid, shape: Shape, size: int) -> int:
         return both_ways_sent(pyramid.entries(pyramid.levels - 1) // size, shape, size)
-
-    def shared_sent(self, pyramid: Pyramid, shape: Shape, size: int) -> int:
-        return self.sent(pyramid, shape, size)
 
 
 def coarsest(

@@ -62,6 +62,7 @@ def enough_memory(run: Run) -> Iterator[str]:
     tp, cp = run.tensor_parallel, run.context_parallel
     for tries in (
         [("no --cross-entropy-loss-fusion", {"loss_fusion": False})] if run.loss_fusion else [],
+        [("no --loss-tile-tokens", {"loss_tile_tokens": None})] if run.loss_tile_tokens is not None else [],
         [(RECOMPUTE_WORDS[name], {"recompute": name}) for name in ("mlp", "full")],
         [(f"--context-parallel-size {cp * n}", {"context_parallel": cp * n}) for n in (2, 4, 8, 16, 32)],
         [(f"--tensor-model-parallel-size {tp * n} --sequence-parallel", {"tensor_parallel": tp * n}) for n in (2, 4, 8)],

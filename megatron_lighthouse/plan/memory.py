@@ -18,6 +18,8 @@ LOSS = {False: BF16 + FP32, True: BF16 + 2 * FP32}
 Megatron's `VocabParallelCrossEntropy` makes one fp32 copy of the bf16 logits and works on it in place. Fused, its parts are
 compiled one by one, and what was in place writes a second copy: an H200 that held both asked for the other in vain.
 """
+OF_TILES = BF16 + FP32
+"""Bytes of a parameter of the output, while its gradient is summed over tiles: one tile's, and the sum."""
 PROMISED = 0.10
 """Greatest relative error against the measured peaks that the plan promises."""
 
@@ -71,7 +73,7 @@ def parts(run: Run, stage: int | None = None) -> dict[str, float]:
         kept, backward = (ends + ours) * share * BF16 * model.hidden, mlp + layer
     gone = share * BF16 * (2 * model.hidden + _mlp(run))  # the MLP's, and its norm's input and output
     beyond = max(0.0, _attention_backward(run) - gone - mlp)
-    logits = run.tokens * run.vocab_rank * LOSS[run.loss_fusion] if stage == pp - 1 else 0.0
+    logits = _logits(run) if stage == pp - 1 else 0.0
     return {
         "parameters (bf16)": BF16 * parameters,
         "gradients (fp32)": FP32 * parameters,
@@ -82,6 +84,12 @@ def parts(run: Run, stage: int | None = None) -> dict[str, float]:
         "logits and loss": max(0.0, logits - backward - beyond),  # not both at once
         "gathered for tensor parallelism": run.tokens * model.hidden * BF16 if tp > 1 else 0.0,
     }
+
+
+def _logits(run: Run) -> float:
+    """Those that are there at once, and their loss; with tiles, the gradient of the output weight too."""
+    at_once = run.logits_at_once * run.vocab_rank * LOSS[run.loss_fusion]
+    return at_once + (OF_TILES * run.vocab_rank * run.model.hidden if run.logits_at_once < run.tokens else 0.0)
 
 
 def fullest(run: Run) -> int:

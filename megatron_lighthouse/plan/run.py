@@ -12,6 +12,7 @@ from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
 from megatron_lighthouse.mcore.command_line.checks import model_problems
+from megatron_lighthouse.mcore.command_line.loss_tiles import tile_tokens
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, of_edge
 from megatron_lighthouse.plan.device import DEVICES, Device
 from megatron_lighthouse.plan.model import GPT
@@ -44,6 +45,7 @@ class Run:
     """Of a Lighthouse run's first and last layers, where they are not dense."""
     loss_fusion: bool = False
     """--cross-entropy-loss-fusion."""
+    loss_tile_tokens: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
     """What else of the model, by the names of Megatron's TransformerConfig, an attention may refuse."""
 
@@ -132,6 +134,12 @@ class Run:
                 f"{_divisors(model.groups // tp)}."
             )
         return self
+
+    @property
+    def logits_at_once(self) -> int:
+        """Tokens whose logits the last stage holds at once."""
+        tile = tile_tokens(self.loss_tile_tokens, self.vocab_rank)
+        return min(self.tokens, tile or self.tokens)
 
     @property
     def settings(self) -> LighthouseSettings:

@@ -123,7 +123,8 @@ def step_parts(run: Run, speed: Coefficients) -> Parts:
         "elementwise": moved * speed.elementwise * (3 + full),
         "tensor parallel, exposed": tensor / layers * speed.link / device.link_bytes_s(run.spans["tensor parallel"]),
     }
-    output = 2.0 * model.hidden * run.vocab_rank / device.flops * speed.linear * 3
+    products = 3 + (run.logits_at_once < tokens)  # in tiles the logits are made again in backward
+    output = 2.0 * model.hidden * run.vocab_rank / device.flops * speed.linear * products
     logits = tokens * (output + 20 * run.vocab_rank / device.memory_bytes_s * speed.copy)
     host = layer_host_seconds(run, speed)
     ends = _lighthouse_parts(run, run.edge, speed) if run.edge else _dense_parts(run, speed)

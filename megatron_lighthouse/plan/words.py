@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
-from megatron_lighthouse.mcore.command_line import documents
+from megatron_lighthouse.mcore.command_line import documents, loss_tiles
 from megatron_lighthouse.mcore.command_line.checks import argument_problems
 from megatron_lighthouse.mcore.command_line.settings import add_arguments, settings_from
 from megatron_lighthouse.mcore.data.text import PADDED_VOCABULARY
@@ -128,12 +128,14 @@ def run_of_words(words: Sequence[str], device: Device, gpus: int | None = None) 
         discard_output=settings.discard_output,
         edge_budget=settings.edge_budget,
         loss_fusion=args.cross_entropy_loss_fusion,
+        loss_tile_tokens=args.loss_tile_tokens,
         options={name: getattr(args, name) for name, default in OPTIONS.items() if getattr(args, name) != default},
     )
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser = add_arguments(argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False))
+    loss_tiles.add_arguments(parser)
     for flag in (*SIZES, "--ffn-hidden-size", "--kv-channels", "--vocab-size", "--global-batch-size", "--recompute-num-layers"):
         parser.add_argument(flag, type=int)
     for name in ("tensor-model-parallel-size", "context-parallel-size", "pipeline-model-parallel-size"):

@@ -7,11 +7,14 @@ from dataclasses import replace
 import pytest
 
 from megatron_lighthouse.plan import memory
+from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import DEVICES
 from megatron_lighthouse.plan.model import GPT
 from megatron_lighthouse.plan.run import Run, run_of
+from megatron_lighthouse.plan.time import step_parts
 
-QWEN3 = Run(GPT(28, 1024, 3072, 16, 8, 128, 151936), 2**17, device=DEVICES["h200"], recompute="full", loss_fusion=True)
+WHOLE = {"loss_tile_tokens": 0}
+QWEN3 = Run(GPT(28, 1024, 3072, 16, 8, 128, 151936), 2**17, device=DEVICES["h200"], recompute="full", loss_fusion=True, **WHOLE)
 """Qwen3-0.6B's shape at 131,072 tokens."""
 HELD, ASKED = 124.5, 74.2
 """GiB that its first iteration held on an H200, and asked for in vain, with --cross-entropy-fusion-impl native."""
@@ -25,8 +28,25 @@ def test_the_run_that_died_does_not_fit() -> None:
     assert memory.fits(QWEN3.change(loss_fusion=False).check())
 
 
+def test_in_tiles_it_fits_with_a_gibibyte_of_logits() -> None:
+    tiled = QWEN3.change(loss_tile_tokens=None)
+    assert tiled.logits_at_once == 1766
+    assert memory.total(tiled.check()) / 2**30 < 28
+    alone = memory.total(QWEN3) - memory.total(tiled)
+    gradient = 6 * 151936 * 1024  # of the output weight: a tile's in bf16, the sum in fp32
+    hidden = sum(memory.parts(tiled)[name] for name in ("backward of a layer", ATTENTION)) - gradient - 1766 * 151936 * 10
+    assert alone == pytest.approx((2**17 - 1766) * 151936 * 10 - gradient - max(0.0, hidden), rel=1e-9)
+
+
+def test_tiles_cost_a_product() -> None:
+    seconds = [step_parts(QWEN3.change(loss_tile_tokens=tile), coefficients())["logits and loss"] for tile in (0, 2**17, 4096)]
+    assert seconds[0] == seconds[1]
+    output = 2 * 2**17 * 1024 * 151936 / QWEN3.device.flops * coefficients().linear
+    assert seconds[2] - seconds[0] == pytest.approx(output)
+
+
 def test_tensor_parallel_ranks_share_the_logits() -> None:
-    run = run_of("llama3-8b-128k", tensor_parallel=1, context_parallel=8, seq_length=2**20, recompute="full")
+    run = run_of("llama3-8b-128k", tensor_parallel=1, context_parallel=8, seq_length=2**20, recompute="full", **WHOLE)
     one, two = (memory.parts(run.change(tensor_parallel=tp, context_parallel=8 // tp)) for tp in (1, 2))
     whole = 2**17 * 128256 * 6
     assert one[NAME] + one["backward of a layer"] == pytest.approx(whole)
@@ -37,7 +57,7 @@ def test_tensor_parallel_ranks_share_the_logits() -> None:
 
 def test_pipeline_stages_hold_what_is_theirs() -> None:
     """The first the embedding and most micro batches, the last the logits and one; in between neither."""
-    run = run_of("llama3-8b-512k", pipeline_parallel=4, tensor_parallel=2)
+    run = run_of("llama3-8b-512k", pipeline_parallel=4, tensor_parallel=2, **WHOLE)
     stages = [memory.parts(run, stage) for stage in range(4)]
     assert [bool(parts[NAME]) for parts in stages] == [False, False, False, True]
     parameters = [parts["parameters (bf16)"] for parts in stages]

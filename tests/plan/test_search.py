@@ -158,7 +158,7 @@ def test_capitals_do_not_matter() -> None:
 
 def test_recommended_leaves_room() -> None:
     """For what the count may be wrong by; the fastest of this run does not."""
-    run = run_of("530m-1m")
+    run = run_of("530m-1m", loss_tile_tokens=0)
     found = search.rank(run, coefficients())
     first, (best, rate) = found.layouts[0][0], found.recommended
     usable = run.device.usable_bytes
@@ -172,7 +172,8 @@ def test_recommended_leaves_room() -> None:
 
 
 def test_where_all_are_tight_the_fastest_is_recommended() -> None:
-    run = run_of("530m-98k", device=device_of("h100"), gpus=1, global_batch=1, seq_length=98304 + 192 * 40)
+    device, length = device_of("h100"), 98304 + 192 * 40
+    run = run_of("530m-98k", device=device, gpus=1, global_batch=1, seq_length=length, loss_tile_tokens=0)
     tight = [r for r in (run.change(recompute=again) for again in RECOMPUTE) if memory.tight(r)]
     found = search.Ranking([(r, 2.0 - i) for i, r in enumerate(tight)], Counter())
     assert len(tight) > 1

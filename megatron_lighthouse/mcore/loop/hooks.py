@@ -11,6 +11,8 @@ from functools import wraps
 from typing import Any
 
 import torch
+from megatron.core.models.gpt import gpt_model
+from megatron.core.transformer import multi_token_prediction
 from megatron.training import checkpointing, initialize
 from megatron.training import training as loop
 
@@ -24,6 +26,7 @@ from megatron_lighthouse.mcore.loop import (
     selection_log,
     skip,
     switch,
+    tiled_loss,
     weights,
 )
 
@@ -57,11 +60,19 @@ def adapt_machine() -> None:
 def follow_training() -> None:
     """For every run of the entry point, on every rank, before training."""
     load_weights()
+    tile_loss()
     wrap(loop, "training_log", "progress", progress.Progress().training_log)
     wrap(loop, "load_checkpoint", "rates", rates.load_checkpoint)
     wrap(loop, "dummy_train_step", "skip", skip.skip_step)
     wrap(loop, "train_step", "finite", finite.train_step)
     wrap(loop, "save_checkpoint", "finite", finite.save_checkpoint)
+
+
+def tile_loss() -> None:
+    """For every model that takes a loss, on every rank."""
+    wrap(gpt_model.GPTModel, "_postprocess", "tiled loss", tiled_loss.postprocess)
+    wrap(gpt_model, "process_mtp_loss", "tiled loss", tiled_loss.mtp_loss)
+    wrap(multi_token_prediction, "_compute_mtp_acceptance_counts", "tiled loss", tiled_loss.mtp_counts)
 
 
 def load_weights() -> None:

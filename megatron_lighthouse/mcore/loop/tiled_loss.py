@@ -1,0 +1,185 @@
+"""The loss, a tile of the sequence at a time: logits of a tile alone are there, and are made again in backward.
+
+Megatron's own output layer and cross entropy make them, so each token's loss is that of the whole, but for what a product of
+other sizes rounds. Backward takes one product more. Gradients of the output weight are summed over tiles in fp32, and rounded
+once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.training import get_args
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from megatron_lighthouse.mcore.command_line.loss_tiles import FLAG, tile_tokens
+from megatron_lighthouse.notice import say_once
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Megatron's compute_language_model_loss: labels [b, n] and logits [n, b, V/tp] -> [b, n], fp32, in nats."""
+Scale = Callable[[Tensor], Tensor] | None
+
+
+def tiles(hidden: Tensor, of_tokens: tuple[Tensor, ...], tokens: int) -> Iterator[tuple[Tensor, ...]]:
+    """Cut along the sequence.
+
+    Args:
+        hidden: [s/ranks, b, h]; with sequence parallelism each of the ranks has as many tokens of every tile.
+        of_tokens: each [b, s], of all those ranks.
+        tokens: the most in a tile, of all sequences together.
+
+    Yields:
+        hidden of a tile [n/ranks, b, h], and of each of the others [b, n] in the order in which the output layer gathers them.
+    """
+    rows = hidden.shape[0]
+    together = of_tokens[0].numel() // rows  # tokens that one row of every rank and sequence makes
+    count = -(-rows // max(1, tokens // together))
+    cut = (x.unflatten(1, (-1, rows)).tensor_split(count, dim=2) for x in of_tokens)
+    for part, *others in zip(hidden.tensor_split(count), *cut, strict=True):
+        yield part, *(x.flatten(1) for x in others)
+
+
+def joined(parts: list[Tensor], ranks: int) -> Tensor:
+    """[b, n] of each tile -> [b, s], in the order of the sequence: what `tiles` cut."""
+    return torch.cat([x.unflatten(1, (ranks, -1)) for x in parts], dim=2).flatten(1)
+
+
+class Summed:
+    """A weight whose gradients are summed in fp32 over its uses, and rounded once, at the last.
+
+    Where they are added to Megatron's `main_grad` by the product itself, there is nothing to sum.
+    """
+
+    def __init__(self, weight: Tensor, uses: int, fused: bool) -> None:
+        self.weight, self.uses = weight, uses
+        self.sums = weight.requires_grad and torch.is_grad_enabled() and not fused and uses > 1
+        self.total: Tensor | None = None
+        self.left = uses
+
+    def use(self) -> Tensor:
+        """The weight, for one use."""
+        return _Use.apply(self.weight, self) if self.sums else self.weight
+
+    def add(self, grad: Tensor) -> Tensor | None:
+        """The sum, in the weight's dtype, when the last use has come."""
+        self.total = grad.to(torch.promote_types(grad.dtype, torch.float32)) if self.total is None else self.total.add_(grad)
+        self.left -= 1
+        if self.left:
+            return None
+        total, self.total, self.left = self.total, None, self.uses
+        return total.to(grad.dtype)
+
+
+class _Use(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, summed: Summed) -> Tensor:
+        ctx.summed = summed
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+        return ctx.summed.add(grads[0]), None
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Stands for logits [s, b, V/tp] that are not made: what makes those of a tile."""
+
+    hidden: Tensor
+    """[s/ranks, b, h]"""
+    layer: Any
+    weight: Tensor | None
+    scale: Scale
+    tokens: int
+
+    def of(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """Those of a tile."""
+        logits, _ = self.layer(hidden, weight=weight)
+        return logits if self.scale is None else self.scale(logits)
+
+    def loss(self, labels: Tensor, compute: Loss) -> Tensor:
+        """[b, s] labels -> [b, s] losses."""
+
+        def of_tile(hidden: Tensor, weight: Tensor, wanted: Tensor) -> Tensor:
+            return compute(wanted, self.of(hidden, weight))
+
+        given = self.layer.weight if self.weight is None else self.weight
+        cut = [*tiles(self.hidden, (labels,), self.tokens)]
+        weight = Summed(given, len(cut), self.layer.gradient_accumulation_fusion)
+        apart = partial(checkpoint, of_tile, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
+        return joined([apart(hidden, weight.use(), wanted) for hidden, wanted in cut], labels.shape[1] // len(self.hidden))
+
+    def counts(self, labels: Tensor, mask: Tensor, count: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """How many of a multi-token-prediction layer's guesses are right, and of how many."""
+        given = self.layer.weight if self.weight is None else self.weight
+        with torch.no_grad():
+            found = [count(self.of(part, given), *others) for part, *others in tiles(self.hidden, (labels, mask), self.tokens)]
+        right, total = (torch.stack(numbers).sum() for numbers in zip(*found, strict=True))
+        return right, total
+
+
+class Unmade:
+    """Stands for an output layer: its logits are made when their loss is asked for."""
+
+    def __init__(self, layer: Any, scale: Scale, tokens: int) -> None:
+        self.layer, self.scale, self.tokens = layer, scale, tokens
+
+    def __call__(self, hidden: Tensor, weight: Tensor | None = None, **_: Any) -> tuple[Logits, None]:
+        return Logits(hidden, self.layer, weight, self.scale, self.tokens), None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
+
+
+def at_once(layer: Any, labels: Tensor, deferred: bool) -> int:
+    """Tokens of a tile; 0: all are taken at once.
+
+    Args:
+        deferred: whether the gradient of the output weight waits for the logits of whole micro-batches.
+    """
+    found = tile_tokens(get_args().loss_tile_tokens, layer.output_size_per_partition)
+    if not found or labels.numel() <= found:
+        return 0
+    if deferred:
+        say_once(f"lighthouse: --defer-embedding-wgrad-compute keeps all logits: the loss is not taken in tiles ({FLAG}).")
+        return 0
+    return found
+
+
+def postprocess(inner: Callable[..., Tensor], model: Any, **named: Any) -> Tensor:
+    """In place of GPTModel's `_postprocess`."""
+    labels, asked = named["labels"], named.get("output_processor")
+    if model.post_process and labels is not None and asked is None:
+        scale = model._scale_logits if model.config.use_mup else None
+        if tokens := at_once(model.output_layer, labels, model.config.defer_embedding_wgrad_compute):
+            named["output_processor"] = partial(_process, scale, tokens)
+    return inner(model, **named)
+
+
+def _process(scale: Scale, tokens: int, **named: Any) -> Tensor:
+    logits = Logits(named["hidden_states"], named["output_layer"], named["output_weight"], scale, tokens)
+    return logits.loss(named["labels"], named["compute_language_model_loss"])
+
+
+def mtp_loss(inner: Callable[..., Tensor], **named: Any) -> Tensor:
+    """In place of `process_mtp_loss`, which adds the losses of multi-token prediction."""
+    labels, layer, compute = (named[name] for name in ("labels", "output_layer", "compute_language_model_loss"))
+    if labels is not None and (tokens := at_once(layer, labels, named["config"].defer_embedding_wgrad_compute)):
+        named |= {
+            "output_layer": Unmade(layer, named.get("scale_logits_fn"), tokens),
+            "scale_logits_fn": None,
+            "compute_language_model_loss": lambda labels, logits: logits.loss(labels, compute),
+        }
+    return inner(**named)
+
+
+def mtp_counts(inner: Callable[..., Any], logits: Any, labels: Tensor, mask: Tensor, layer: Any, *more: Any) -> Any:
+    """In place of `_compute_mtp_acceptance_counts`."""
+    if not isinstance(logits, Logits):
+        return inner(logits, labels, mask, layer, *more)
+    return logits.counts(labels, mask, lambda part, *of_tokens: inner(part, *of_tokens, logits.layer, *more))

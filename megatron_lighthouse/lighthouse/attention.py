@@ -78,7 +78,7 @@ def lighthouse_attention(
         ValueError: shapes or dtypes that do not fit each other, an N that does not fit the config or the ranks, or an inner
             attention that is forced and is not there; boundaries that do not begin with 0, increase and end at N, or that come
             with B > 1 or with a scorer that cannot. Before any collective, on every rank alike.
-        TypeError: a selection that is no `Selection`.
+        TypeError: a selection that is no `Selection`, or a cu_seqlens that is neither a tensor nor `Documents`.
         RuntimeError: under torch.func or forward-mode differentiation; in backward, a second derivative.
     """
     # by name alone, here: under Transformer Engine's attention `attended_rows` may be given a scheme of its own
@@ -167,6 +167,8 @@ def _packed(
         )
     size = exchange.size if exchange else 1
     tokens = len(query) * size
+    if not isinstance(cu_seqlens, Tensor | Documents):
+        raise TypeError(f"cu_seqlens must be an int32 tensor or Documents, not a {type(cu_seqlens).__name__}: give a tensor.")
     if isinstance(cu_seqlens, Tensor):
         documents = Documents.of(cu_seqlens, tokens, query.device)
     else:
@@ -227,7 +229,8 @@ def lighthouse_select(
         [B, G, S] int64, in causal order, numbered in the concatenated pyramid (level 0 first). Of C context-parallel ranks,
         each gets the [B, G, S/C] entries whose rows it attends to, chunk r and chunk 2C-1-r of all S, numbered as without them.
         Of packed documents [1, G, S], document by document (S filled up to a multiple of 2C by -1): level 0 is the row's
-        tokens, and then come the whole windows of all documents in turn, level 1 first. A document that goes in whole, or the rest behind its last window, has none.
+        tokens, and then come the whole windows of all documents in turn, level 1 first. A document that goes in whole, or the
+        rest behind its last window, has none.
 
     Raises:
         ValueError: as `lighthouse_attention`, or a scorer that lacks the values.

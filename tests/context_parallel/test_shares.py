@@ -41,7 +41,10 @@ def test_each_token_and_window_has_one_rank(drawn: tuple[Packing, list[Shares]])
         assert torch.equal(x.cut.token_at[x.own_at], rows_of_ranks(row_of(packing.lengths), len(ranks))[rank])
     if sum(packing.windows):
         most = ranks[0].most_windows
-        own = (x.cut.window_at[x.owns_window] for x in ranks)
+        for x in ranks:
+            runs = [torch.arange(first, end) + packing.bounds[1][i] for i, first, end in x.own_runs]
+            assert torch.equal(torch.cat([x.own_window_at[:0], *runs]), x.own_window_at)
+        own = (x.own_window_at for x in ranks)
         padded = [torch.nn.functional.pad(x, (0, most - len(x)), value=-1) for x in own]
         assert torch.equal(torch.cat(padded)[ranks[0].window_places], torch.arange(sum(packing.windows)))
 

@@ -166,7 +166,7 @@ def test_what_upstreams_loop_does_not_do_is_refused_when_the_model_is_built(
     from megatron_lighthouse.mcore import arguments
     from megatron_lighthouse.mcore.attention import layer_specs
 
-    given = Namespace(seq_length=N, dataloader_inter_document_masking=True, micro_batch_size=1, train_iters=1)
+    given = Namespace(seq_length=N, dataloader_inter_document_masking=True, load=None)
     monkeypatch.setattr(layer_specs, "_global_args", lambda: given)
     monkeypatch.setattr(layer_specs.pyramid, "settle", lambda args: None)
     monkeypatch.setattr(layer_specs, "settings_from", lambda args: SETTINGS)

@@ -201,24 +201,27 @@ class Shares:
         place[order] = torch.arange(len(rank)) - (counts.cumsum(0) - counts)[rank[order]]
         return self._on_device(place + rank * self.most_windows)
 
-    def own_in_row(self, unit: int) -> Tensor:
-        """[own * F / unit]: the rows of the windows that this rank owns, a row for every `unit` tokens of all windows."""
-        each = self.window // unit
-        windows = self._on_device(self.cut.window_at[self.owns_window]).unsqueeze(1)
-        return (windows * each + torch.arange(each, device=windows.device)).flatten()
+    @cached_property
+    def own_window_at(self) -> Tensor:
+        """[own]: the windows that this rank owns, in the row."""
+        return self._on_device(self.cut.window_at[self.owns_window])
 
-    def own_runs(self, unit: int) -> Runs:
-        """The same, as runs of each document's rows."""
-        each, owned, before = self.window // unit, self.cut.window_at[self.owns_window], Maps.of(self.here).windows
+    def own_in_row(self, unit: int) -> Tensor:
+        """[own * F / unit]: their rows, where all windows have one for every `unit` tokens."""
+        each = self.window // unit
+        return (self.own_window_at.unsqueeze(1) * each + torch.arange(each, device=self.own_window_at.device)).flatten()
+
+    @cached_property
+    def own_runs(self) -> Runs:
+        """The windows that this rank owns, as runs of each document's."""
+        owned, before = self.cut.window_at[self.owns_window], Maps.of(self.here).windows
         document = torch.searchsorted(before[1:].contiguous(), owned, right=True)
-        number = owned - before[document]
         begins = torch.ones_like(owned, dtype=torch.bool)
-        begins[1:] = (number.diff() != 1) | (document.diff() != 0)
-        at = begins.nonzero().squeeze(1).tolist()
-        firsts, documents = number.tolist(), document.tolist()
-        return tuple(
-            (documents[i], firsts[i] * each, (firsts[j - 1] + 1) * each) for i, j in zip(at, [*at[1:], len(owned)], strict=True)
-        )
+        begins[1:] = (owned.diff() != 1) | (document.diff() != 0)
+        at = begins.nonzero().squeeze(1)
+        ends = torch.cat([at[1:], at.new_tensor([len(owned)])[: len(at)]])
+        first, size = (owned - before[document])[at], ends - at
+        return tuple(zip(document[at].tolist(), first.tolist(), (first + size).tolist(), strict=True))
 
     def whole_tokens(self, x: Tensor, exchange: Exchange, purpose: str) -> Tensor:
         """[tokens of the pieces, ...] -> [t, ...] of the row: those in windows; others are zero."""

@@ -42,10 +42,11 @@ def shared_both_ways(
     query: Tensor, key: Tensor, value: Tensor, steps: PackedSteps, shares: Shares, unit: int, exchange: Exchange
 ) -> Tensor:
     """The same of the windows that this rank owns, a row for every `unit` of their tokens: [2, B, G, own rows]."""
-    documents, own, index = shares.packing.compact_documents(unit), shares.own_runs(unit), shares.own_in_row(unit)
+    documents, index, each = shares.packing.compact_documents(unit), shares.own_in_row(unit), shares.window // unit
+    own = tuple((document, first * each, end * each) for document, first, end in shares.own_runs)
 
     def whole(x: Tensor) -> Tensor:
-        return shares.whole(x.unflatten(0, (-1, shares.window // unit)), exchange, "scorer").flatten(0, 1)
+        return shares.whole(x.unflatten(0, (-1, each)), exchange, "scorer").flatten(0, 1)
 
     def norms(queries: Tensor, keys: Tensor) -> Tensor:
         in_row = queries.new_zeros(documents.tokens, *queries.shape[1:])

@@ -77,6 +77,7 @@ class ShardedPackedLayer:
         """All steps but the last."""
         attend, packing = attend or self.attend, Packing.of(documents, self.rule)
         assert attend is not None
+        telemetry.refuse_documents()
         if packing.is_whole:
             with profiled("attend"):
                 return ShardedAttended(attend(query, key, value, documents), None, None, self.steps)
@@ -107,7 +108,6 @@ class ShardedPackedLayer:
 
     def _chosen(self, query: Tensor, key: Tensor, value: Tensor, shares: Shares) -> Selection:
         """The entries of all documents, the same on all ranks."""
-        telemetry.refuse_documents()
         with torch.no_grad():
             scores = self.scorer.shared(query, key, value, shares, self.steps, self.exchange, self.rotary)
             return self.steps.select(scores, shares.packing, self.pin_first)

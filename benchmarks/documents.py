@@ -163,11 +163,14 @@ def main() -> None:
         "--lengths", type=Path, help="of a corpus' documents in tokens, one a line, in the order in which they come"
     )
     parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument(
+        "--whole-below", type=int, default=256, help="documents of fewer tokens go in whole; default: %(default)s"
+    )
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(1)
-    config = LighthouseConfig.for_length(TOKENS)
+    config = LighthouseConfig.for_length(TOKENS, whole_below=options.whole_below)
     given = [int(line) for line in options.lengths.read_text().split()] if options.lengths else []
     short = [700, 1, 64, 2048, 333]
     error = largest_error(config, short, inputs_of(sum(short), options.device, torch.float32))

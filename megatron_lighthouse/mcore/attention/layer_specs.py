@@ -97,13 +97,13 @@ def lighthouse(model_cfg: Any, vp_stage: int | None = None) -> LayerSpec:
     """
     args = _global_args()
     if args is not None:
+        upstream = not hasattr(args, "attention")  # whose parser does not know our options
+        if upstream and (found := [*upstream_problems(args, model_cfg.transformer)]):
+            raise ValueError("\n".join(found))
         pyramid.settle(args)
     settings = settings_from(args)
     if args is not None:
         settings = rope.settled(args, settings)
-        upstream = not hasattr(args, "attention")  # whose parser does not know our options
-        if upstream and (found := [*upstream_problems(args, model_cfg.transformer)]):
-            raise ValueError("\n".join(found))
         check_run(args, model_cfg.transformer, settings)
     return layer_spec(model_cfg, vp_stage, settings=settings, documents=args is not None and asked(args))
 

@@ -26,6 +26,7 @@ def answer(name: str, stages: Stages, ranking: Ranking, tokens: float, speed: Co
         _table(stages, tokens, speed),
         "",
         f"attention: {kind(run)}, scorer {run.config.scorer}" if run.variant.selects else f"attention: {kind(run)}",
+        f"documents: {run.documents.row(run.seq_length).words()}" if run.documents else "",
         "gain: stage 1 {:.1f} x dense, the whole run {:.1f} x".format(*gains(stages, speed)) if run.variant.selects else "",
         f"layout: {layout(run)}, {run.global_batch} sequences a step",
         f"flags: {layout_words(run)}",

@@ -91,7 +91,7 @@ def run_of_words(words: Sequence[str], device: Device, gpus: int | None = None) 
         (args.transformer_impl == "local", "--transformer-impl local is not counted by the plan: use transformer_engine."),
         (
             documents.asked(args),
-            f"{documents.FLAG} is not counted by the plan, which knows no lengths of documents: leave it out.",
+            f"{documents.FLAG} is not read by the plan: leave it out, and give --document-lengths, a file of documents' lengths.",
         ),
         (args.micro_batch_size != 1, f"--micro-batch-size {args.micro_batch_size} is not counted by the plan: use 1."),
         (

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention
 from megatron_lighthouse.sequence.documents import Documents
-from megatron_lighthouse.softmax.backends import DOCUMENTS, FAMILIES
+from megatron_lighthouse.softmax.backends import FAMILIES
 from megatron_lighthouse.softmax.documents import AttendDocuments, documents_attention
+from megatron_lighthouse.softmax.rows import DOCUMENTS
 from megatron_lighthouse.versions import environment
 
 TOKENS, HEADS, GROUPS, DIM = 98304, 8, 8, 128

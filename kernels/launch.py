@@ -97,10 +97,11 @@ def launch_windows(
     tensors: Sequence[Tensor],
     places: Tensor,
     sizes: Sequence[int],
-    heads: tuple[int, int, int],
+    heads: tuple[int, ...],
     blocks: range,
     how: Launch,
     *,
+    dim: int | None = None,
     tables: Sequence[Tensor] = (),
     **constants: int,
 ) -> None:
@@ -109,11 +110,14 @@ def launch_windows(
     Args:
         tensors: [·, B, ·, D], as the kernel takes them.
         sizes: (N, L, p, S, chunks).
-        heads: H; the heads over which the grid runs, of all that the kernel knows; and the first of them.
+        heads: H; the heads over which the grid runs, of all that the kernel knows; the first of them; and what else the kernel
+            is told of heads.
         blocks: of each chunk.
+        dim: D of those heads; that of the first tensor by default.
         tables: other tensors that the kernel reads, contiguous.
     """
-    (_, batch, _, dim), groups = tensors[0].shape, places.shape[1]
+    (_, batch, _, first_dim), groups = tensors[0].shape, places.shape[1]
+    dim = dim or first_dim
     tensors = [last_contiguous(x) for x in tensors]
     length, levels, pooling, _, chunks = sizes
     counts = (length // chunks, chunks, blocks.start, len(blocks), places.shape[2])

@@ -61,6 +61,10 @@ class Place:
     """Whether the output is to be made again in backward rather than kept."""
     rotary: Rotary | None = None
     """What queries and keys come rotated by, where that is to be known."""
+    value_dim: int | None = None
+    """D of the values, where it is not that of the keys: of a variant that is `latent`."""
+    sinks: bool = False
+    """Whether every call brings a sink for each head, [H], which only a variant that takes them is asked for."""
 
 
 class Layer(Protocol):
@@ -116,6 +120,8 @@ class Variant:
     """Whether a dense model may take its weights, less those of its streams."""
     switches = False
     """Whether layers may be dense at the model's ends, and become so in stage 2: `--lighthouse-dense-first` and those after."""
+    latent = False
+    """Whether values may have another width than keys, as those of MLA."""
     selects = False
     """Whether its layers attend to gathered rows, those of `cost`, instead of all tokens."""
     corrects = False

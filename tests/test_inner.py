@@ -18,7 +18,8 @@ from torch import Tensor
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention, notice, versions
 from megatron_lighthouse.options import in_flags
 from megatron_lighthouse.softmax import backends as inner
-from megatron_lighthouse.softmax.backends import BACKENDS, Rows, choose
+from megatron_lighthouse.softmax.backends import BACKENDS, choose
+from megatron_lighthouse.softmax.rows import Rows
 from tests.oracle import Problem, attention
 from tests.tolerances import assert_close
 
@@ -141,12 +142,15 @@ def test_what_flash_attention_takes(name: str, device: int, takes: list[int], mo
     monkeypatch.setitem(sys.modules, MODULES[name], FlashAttention())
     monkeypatch.setattr(Rows, "capability", device)
     problem = BACKENDS[name].problem
-    rows = [Rows(torch.device("cpu"), torch.float16, 4, 2, dim) for dim in range(1, 300)]
+    rows = [Rows(torch.device("cpu"), torch.float16, 4, 2, dim, dim) for dim in range(1, 300)]
     assert [one.dim for one in rows if problem(one) is None] == takes
     if not takes:
         assert "does not run on this device" in refusal(name)
         return
     assert chosen(name, torch.float16, takes[-1]) == name
+    narrow = replace(rows[0], dim=192, value_dim=128)
+    assert problem(narrow) is None
+    assert "head dimensions 192 (keys) and 64 (values)" in str(problem(replace(narrow, value_dim=64)))
     assert "takes bf16 and fp16 alone" in refusal(name, torch.float32)
     for dim in (60, takes[-1] + 8):
         assert f"does not take head dimension {dim}" in refusal(name, dim=dim)

@@ -26,8 +26,9 @@ from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.softmax import backends
-from megatron_lighthouse.softmax.backends import BACKENDS, DOCUMENTS, FAMILIES, Rows
+from megatron_lighthouse.softmax.backends import BACKENDS, FAMILIES
 from megatron_lighthouse.softmax.documents import documents_attention
+from megatron_lighthouse.softmax.rows import DOCUMENTS, Rows
 from tests.packed_oracle import Packed, of
 from tests.steps import DEVICE, poisoned, random_like, restride, tensors
 from tests.tolerances import assert_close

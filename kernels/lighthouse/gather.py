@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,20 +23,23 @@ NOT_TURNED = (NONE, 0, 0)
 
 
 @triton.jit
-def head_of(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, heads, first_head, G):
-    """Where program (·, b * heads + head - first_head) finds its head among those of Q, K and V: pointer, stride, group."""
+def head_of(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, heads, first_head, K, G):
+    """Where program (·, b * heads + head - first_head) finds its head among H of Q and K of K and V: pointer, stride, and
+    which of the G selections it has."""
     i_b = tl.program_id(1) // heads
     i_head = tl.program_id(1) % heads + first_head
     i_b64 = i_b.to(tl.int64)
     if i_head < H:
         group = i_head // (H // G)
         pointer, stride = p_q + i_b64 * strides_q[1] + i_head.to(tl.int64) * strides_q[2], strides_q[0]
-    elif i_head < H + G:
-        group = i_head - H
-        pointer, stride = p_k + i_b64 * strides_k[1] + group.to(tl.int64) * strides_k[2], strides_k[0]
+    elif i_head < H + K:
+        i_other = i_head - H
+        group = i_other // (K // G)
+        pointer, stride = p_k + i_b64 * strides_k[1] + i_other.to(tl.int64) * strides_k[2], strides_k[0]
     else:
-        group = i_head - H - G
-        pointer, stride = p_v + i_b64 * strides_v[1] + group.to(tl.int64) * strides_v[2], strides_v[0]
+        i_other = i_head - H - K
+        group = i_other // (K // G)
+        pointer, stride = p_v + i_b64 * strides_v[1] + i_other.to(tl.int64) * strides_v[2], strides_v[0]
     return pointer, stride, i_b64 * G + group
 
 
@@ -64,6 +67,7 @@ def gather_forward_kernel(
     H,
     heads,
     first_head,
+    K,
     G,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -74,37 +78,14 @@ def gather_forward_kernel(
     PAIRS: tl.constexpr,
     BEFORE: tl.constexpr,
 ):
-    p_x, stride_x, i_bg = head_of(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, heads, first_head, G)
+    p_x, stride_x, i_bg = head_of(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, heads, first_head, K, G)
     p_rows, stride_rows, _ = head_of(
-        p_rows_q, p_rows_k, p_rows_v, strides_rows_q, strides_rows_k, strides_rows_v, H, heads, first_head, G
+        p_rows_q, p_rows_k, p_rows_v, strides_rows_q, strides_rows_k, strides_rows_v, H, heads, first_head, K, G
     )
     p_map = p_places + i_bg * pyramid_length
-    collect(
-        p_x,
-        p_map,
-        p_rows,
-        p_rows,
-        p_turns,
-        stride_x,
-        stride_rows,
-        0,
-        length,
-        chunks,
-        first,
-        blocks,
-        tl.program_id(1) % heads + first_head < H + G,
-        D,
-        BLOCK_D,
-        P,
-        L,
-        BLOCK,
-        0,
-        True,
-        False,
-        TURN,
-        PAIRS,
-        BEFORE,
-    )
+    pointers, strides, chunked = (p_x, p_map, p_rows, p_rows, p_turns), (stride_x, stride_rows), (length, chunks, first, blocks)
+    turned = tl.program_id(1) % heads + first_head < H + K
+    collect(*pointers, *strides, 0, *chunked, turned, D, BLOCK_D, P, L, BLOCK, 0, True, False, TURN, PAIRS, BEFORE)
 
 
 @triton.jit(repr=lambda _: "lighthouse_gather_backward")
@@ -131,6 +112,7 @@ def gather_backward_kernel(
     H,
     heads,
     first_head,
+    K,
     G,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -142,36 +124,13 @@ def gather_backward_kernel(
     BEFORE: tl.constexpr,
 ):
     p_rows, stride_rows, i_bg = head_of(
-        p_rows_q, p_rows_k, p_rows_v, strides_rows_q, strides_rows_k, strides_rows_v, H, heads, first_head, G
+        p_rows_q, p_rows_k, p_rows_v, strides_rows_q, strides_rows_k, strides_rows_v, H, heads, first_head, K, G
     )
-    p_x, stride_x, _ = head_of(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, heads, first_head, G)
+    p_x, stride_x, _ = head_of(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, heads, first_head, K, G)
     p_map = p_places + i_bg * pyramid_length
-    spread(
-        p_rows,
-        p_map,
-        p_x,
-        p_rows,
-        p_turns,
-        stride_rows,
-        stride_x,
-        0,
-        length,
-        chunks,
-        first,
-        blocks,
-        tl.program_id(1) % heads + first_head < H + G,
-        D,
-        BLOCK_D,
-        P,
-        L,
-        BLOCK,
-        0,
-        True,
-        False,
-        TURN,
-        PAIRS,
-        BEFORE,
-    )
+    pointers, strides, chunked = (p_rows, p_map, p_x, p_rows, p_turns), (stride_rows, stride_x), (length, chunks, first, blocks)
+    turned = tl.program_id(1) % heads + first_head < H + K
+    spread(*pointers, *strides, 0, *chunked, turned, D, BLOCK_D, P, L, BLOCK, 0, True, False, TURN, PAIRS, BEFORE)
 
 
 def _gather(
@@ -185,18 +144,15 @@ def _gather(
     travel: FarTravel | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with profiled("gather"):
-        length, levels, pooling, rows_length, chunks = sizes
-        rows = _empty(query, key, value, rows_length)
-        how = launch("collect", query.shape[3], query.element_size())
-        blocks = range(cdiv(length // chunks // pooling ** (levels - 1), how.rows))
-        tensors, (all_of, of_keys, of_queries) = (query, key, value, *rows), _heads(query, key)
-        turned = _turned(places, turns, pairing)
+        rows = _empty(query, key, value, sizes[3])
+        of_queries, of_keys = _launches(query, key, value)
+        given = (gather_forward_kernel, "collect", (query, key, value, *rows), places, sizes, turns, pairing)
         if travel is None:
-            launch_windows(gather_forward_kernel, tensors, places, sizes, all_of, blocks, how, **turned)
+            _launch(*given, _joined(of_queries, of_keys))
         else:
-            launch_windows(gather_forward_kernel, tensors, places, sizes, of_keys, blocks, how, **turned)
+            _launch(*given, of_keys)
             travel.set_out(rows[1:])
-            launch_windows(gather_forward_kernel, tensors, places, sizes, of_queries, blocks, how, **turned)
+            _launch(*given, [of_queries])
         return rows
 
 
@@ -213,29 +169,62 @@ def _gather_backward(
     """The gradients of the tokens [N, B, ·, D], from those of the rows [S, B, ·, D]."""
     with profiled("gather backward"):
         tokens = _empty(query, key, value, sizes[0])
-        how = launch("spread", query.shape[3], query.element_size())
-        blocks = range(cdiv(sizes[0] // sizes[4] // sizes[2], how.rows))
-        tensors, (all_of, of_keys, of_queries) = (query, key, value, *tokens), _heads(query, key)
-        turned = _turned(places, turns, pairing)
+        of_queries, of_keys = _launches(query, key, value)
+        how, tensors = (places, sizes, turns, pairing), (query, key, value, *tokens)
         if travel is None:
-            launch_windows(gather_backward_kernel, tensors, places, sizes, all_of, blocks, how, **turned)
+            _launch(gather_backward_kernel, "spread", tensors, *how, _joined(of_queries, of_keys))
         else:
-            launch_windows(gather_backward_kernel, tensors, places, sizes, of_queries, blocks, how, **turned)
+            _launch(gather_backward_kernel, "spread", tensors, *how, [of_queries])
             tensors = (query, *travel.come_home((key, value)), *tokens)
-            launch_windows(gather_backward_kernel, tensors, places, sizes, of_keys, blocks, how, **turned)
+            _launch(gather_backward_kernel, "spread", tensors, *how, of_keys)
         return tokens
 
 
-def _turned(places: Tensor, turns: Tensor | None, pairing: Sequence[int]) -> dict[str, Any]:
-    """What a kernel is told of the turn; where there is none it reads no table, and any tensor stands for it."""
-    how, pairs, before = pairing
-    return {"tables": (places if turns is None else turns,), "TURN": how, "PAIRS": pairs, "BEFORE": before}
+class Heads(NamedTuple):
+    """Heads of one launch: as `launch_windows` takes them, their channels, and whether they may be turned."""
+
+    of: tuple[int, int, int, int]
+    dim: int
+    turned: bool
 
 
-def _heads(query: Tensor, key: Tensor) -> tuple[tuple[int, int, int], ...]:
-    """The heads of a launch, as `launch_windows` takes them: all, those of keys and values, those of queries."""
-    heads, others = query.shape[2], 2 * key.shape[2]
-    return (heads, heads + others, 0), (heads, others, heads), (heads, heads, 0)
+def _launches(query: Tensor, key: Tensor, value: Tensor) -> tuple[Heads, list[Heads]]:
+    """Of the queries; and of keys and values, apart where their channels differ."""
+    heads, others, dim = query.shape[2], key.shape[2], key.shape[3]
+    of_queries = Heads((heads, heads, 0, others), dim, True)
+    if value.shape[3] == dim:
+        return of_queries, [Heads((heads, 2 * others, heads, others), dim, True)]
+    of_values = Heads((heads, others, heads + others, others), value.shape[3], False)
+    return of_queries, [Heads((heads, others, heads, others), dim, True), of_values]
+
+
+def _joined(of_queries: Heads, of_keys: list[Heads]) -> list[Heads]:
+    """The queries and the first of the others in one launch, and the rest."""
+    first, *rest = of_keys
+    heads, count, _, others = of_queries.of
+    return [of_queries._replace(of=(heads, count + first.of[1], 0, others)), *rest]
+
+
+def _launch(
+    kernel: Any,
+    step: str,
+    tensors: Sequence[Tensor],
+    places: Tensor,
+    sizes: Sequence[int],
+    turns: Tensor | None,
+    pairing: Sequence[int],
+    launches: Sequence[Heads],
+) -> None:
+    """Launch a kernel that collects or spreads; where nothing is turned it reads no table, and any tensor stands for it."""
+    length, levels, pooling, _, chunks = sizes
+    window = pooling ** (levels - 1) if step == "collect" else pooling
+    tables = (places if turns is None else turns,)
+    for heads, dim, turned in launches:
+        how = launch(step, dim, tensors[0].element_size())
+        blocks = range(cdiv(length // chunks // window, how.rows))
+        turn, pairs, before = pairing if turned else NOT_TURNED
+        turning = {"TURN": turn, "PAIRS": pairs, "BEFORE": before}
+        launch_windows(kernel, tensors, places, sizes, heads, blocks, how, dim=dim, tables=tables, **turning)
 
 
 def _empty(query: Tensor, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_lighthouse.context_parallel.parts import Block, Mask, Part, Tensors
+from megatron_lighthouse.context_parallel.parts import Block, Mask, Part, Tensors, sinks_gradient
 
 WHOLE = Mask((0,), (0,))
 
@@ -20,26 +20,28 @@ class Alone:
 
     block: Block
 
-    def __call__(self, near: Tensors, far: Tensors) -> Tensor:
-        out: Tensor = _Alone.apply(self.block, len(near), *near, *far)
+    def __call__(self, near: Tensors, far: Tensors, sinks: Tensor | None = None) -> Tensor:
+        out: Tensor = _Alone.apply(self.block, sinks, len(near), *near, *far)
         return out
 
 
 class _Alone(torch.autograd.Function):
-    """(block, number of near tensors, *near, *far) -> output."""
+    """(block, sinks or None, number of near tensors, *near, *far) -> output."""
 
     @staticmethod
-    def forward(ctx: Any, block: Block, count: int, *rows: Tensor) -> Tensor:
+    def forward(ctx: Any, block: Block, sinks: Tensor | None, count: int, *rows: Tensor) -> Tensor:
         near, far = rows[:count], rows[count:]
-        part = block.forward(near, far, WHOLE)
+        part = block.forward(near, far, WHOLE).with_sinks(sinks)
         ctx.block, ctx.near, ctx.far = block, len(near), len(far)
-        ctx.save_for_backward(*near, *far, *part.averages, part.lse)
+        ctx.save_for_backward(*near, *far, *part.averages, part.lse, sinks)
         return block.output(part)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        near, far = saved[: ctx.near], saved[ctx.near : ctx.near + ctx.far]
-        d_near, d_far = ctx.block.backward(grad, near, far, Part(saved[ctx.near + ctx.far : -1], saved[-1]), WHOLE)
-        return None, None, *d_near, *d_far
+        *saved, sinks = ctx.saved_tensors
+        near, far = tuple(saved[: ctx.near]), tuple(saved[ctx.near : ctx.near + ctx.far])
+        part = Part(tuple(saved[ctx.near + ctx.far : -1]), saved[-1])
+        d_near, d_far = ctx.block.backward(grad, near, far, part, WHOLE)
+        d_sinks = sinks_gradient(sinks, grad, ctx.block.output(part), part.lse)
+        return None, d_sinks, None, *d_near, *d_far

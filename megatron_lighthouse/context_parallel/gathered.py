@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.context_parallel.parts import Block, Mask, Part, Tensors
+from megatron_lighthouse.context_parallel.parts import Block, Mask, Part, Tensors, sinks_gradient
 from megatron_lighthouse.sequence.layout import Layout
 
 
@@ -22,8 +22,8 @@ class Gathered:
     block: Block
     exchange: Exchange
 
-    def __call__(self, near: Tensors, far: Tensors) -> Tensor:
-        out: Tensor = _Gathered.apply(self, len(near), *near, *far)
+    def __call__(self, near: Tensors, far: Tensors, sinks: Tensor | None = None) -> Tensor:
+        out: Tensor = _Gathered.apply(self, sinks, len(near), *near, *far)
         return out
 
     @property
@@ -42,20 +42,21 @@ class Gathered:
 
 
 class _Gathered(torch.autograd.Function):
-    """(scheme, number of near tensors, *near, *far) -> output."""
+    """(scheme, sinks or None, number of near tensors, *near, *far) -> output."""
 
     @staticmethod
-    def forward(ctx: Any, scheme: Gathered, count: int, *rows: Tensor) -> Tensor:
+    def forward(ctx: Any, scheme: Gathered, sinks: Tensor | None, count: int, *rows: Tensor) -> Tensor:
         near, far = rows[:count], rows[count:]
         ctx.scheme, ctx.near, ctx.far = scheme, len(near), len(far)
         wholes = tuple(scheme.exchange.all_gather(x, "attend") for x in far)
         part = scheme.block.forward(near, far, scheme.own)
         dtypes, others = part.dtypes, list(scheme.parts(wholes))
-        part = part.to(*[part.lse.dtype] * len(dtypes)) if len(others) > 1 else part  # what is merged once is rounded once
+        several = len(others) > 1 or sinks is not None  # what is merged once is rounded once
+        part = part.to(*[part.lse.dtype] * len(dtypes)) if several else part
         for _, seeing, theirs, mask in others:
             part[seeing].merge(scheme.block.forward(tuple(x[seeing] for x in near), theirs, mask))
-        part = part.to(*dtypes)
-        ctx.save_for_backward(*near, *far, *part.averages, part.lse)
+        part = part.with_sinks(sinks).to(*dtypes)
+        ctx.save_for_backward(*near, *far, *part.averages, part.lse, sinks)
         return scheme.block.output(part)
 
     @staticmethod
@@ -63,7 +64,7 @@ class _Gathered(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved, scheme = ctx.saved_tensors, ctx.scheme
         near, far = saved[: ctx.near], saved[ctx.near : ctx.near + ctx.far]
-        part = Part(saved[ctx.near + ctx.far : -1], saved[-1])
+        part, sinks = Part(saved[ctx.near + ctx.far : -2], saved[-2]), saved[-1]
         exchange: Exchange = scheme.exchange
         wholes = tuple(exchange.all_gather(x, "attend") for x in far)
         d_near, d_far = scheme.block.backward(grad, near, far, part, scheme.own)
@@ -79,7 +80,8 @@ class _Gathered(torch.autograd.Function):
                 target.copy_(x.unflatten(0, target.shape[:2]))
         shares = (exchange.all_to_all(x.flatten(0, 1), "attend").unflatten(0, (exchange.size, -1)) for x in d_wholes)
         totals = ((x.sum(0, dtype=wide) + d).to(d.dtype) for x, d in zip(shares, d_far, strict=True))
-        return None, None, *(x.to(like.dtype) for x, like in zip(sums, near, strict=True)), *totals
+        d_sinks = sinks_gradient(sinks, grad, scheme.block.output(part), part.lse)
+        return None, d_sinks, None, *(x.to(like.dtype) for x, like in zip(sums, near, strict=True)), *totals
 
 
 def _seen(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:

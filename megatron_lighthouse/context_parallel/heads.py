@@ -18,13 +18,14 @@ from megatron_lighthouse.context_parallel.parts import Tensors
 class ByHeads:
     """Attention over shards by all-to-all: see `Scheme`."""
 
-    whole: Callable[[Tensors, Tensors], Tensor]
-    """Attends to all 2sC rows, in the order of the sequence, of 1/C of the heads."""
+    whole: Callable[..., Tensor]
+    """Attends to all 2sC rows, in the order of the sequence, of 1/C of the heads: of near, far, and sinks where there are."""
     exchange: Exchange
 
-    def __call__(self, near: Tensors, far: Tensors) -> Tensor:
+    def __call__(self, near: Tensors, far: Tensors, sinks: Tensor | None = None) -> Tensor:
         near, far = (tuple(_ToHeads.apply(x, self.exchange) for x in rows) for rows in (near, far))
-        out: Tensor = _ToRows.apply(self.whole(near, far), self.exchange)
+        own = () if sinks is None else (sinks.unflatten(0, (self.exchange.size, -1))[self.exchange.rank],)
+        out: Tensor = _ToRows.apply(self.whole(near, far, *own), self.exchange)
         return out
 
 

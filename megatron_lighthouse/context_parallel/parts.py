@@ -59,6 +59,30 @@ class Part:
             merge(x, self.lse.clone(), y, other.lse)
         merge(self.averages[-1], self.lse, other.averages[-1], other.lse)
 
+    def with_sinks(self, sinks: Tensor | None) -> Part:
+        """That where each row also sees a key whose value is 0 and whose logit is its head's of `sinks` [H]: once, at the end.
+
+        out * sigmoid(lse - sink), and log(e^lse + e^sink). Given this part, `Block.backward` is that of the rest of the keys.
+        """
+        if sinks is None:
+            return self
+        lse = torch.logaddexp(self.lse, sinks.to(self.lse.dtype).unsqueeze(-1))
+        share = (self.lse - lse).exp().permute(2, 0, 1).unsqueeze(-1)
+        return Part(tuple((x * share).to(x.dtype) for x in self.averages), lse)
+
+
+def sinks_gradient(sinks: Tensor | None, grad: Tensor, output: Tensor, lse: Tensor) -> Tensor | None:
+    """[H]: of the sinks, -sum over rows of e^(sink - lse) (grad · output).
+
+    Args:
+        grad: [n, B, H, D], of `output`; both and `lse` [B, H, n] are of `Part.with_sinks`.
+    """
+    if sinks is None:
+        return None
+    shares = (sinks.to(lse.dtype).unsqueeze(-1) - lse).exp()
+    changes = (grad.to(lse.dtype) * output.to(lse.dtype)).sum(-1).permute(1, 2, 0)
+    return -(shares * changes).sum((0, 2)).to(sinks.dtype)
+
 
 class Block(Protocol):
     """One kind of attention, as the schemes call it."""
@@ -81,5 +105,5 @@ class Block(Protocol):
 class Scheme(Protocol):
     """How the near rows of all ranks meet the far rows of all."""
 
-    def __call__(self, near: Tensors, far: Tensors) -> Tensor:
-        """The output of this rank's near rows [2s, ...] over the far rows of all ranks; differentiable."""
+    def __call__(self, near: Tensors, far: Tensors, sinks: Tensor | None = None) -> Tensor:
+        """The output of this rank's near rows [2s, ...] over the far rows of all ranks, and sinks; differentiable."""

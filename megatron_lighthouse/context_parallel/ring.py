@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.context_parallel.exchange import Exchange, Parcel
-from megatron_lighthouse.context_parallel.parts import Block, Mask, Part, Tensors
+from megatron_lighthouse.context_parallel.parts import Block, Mask, Part, Tensors, sinks_gradient
 from megatron_lighthouse.sequence.layout import Layout
 
 
@@ -34,8 +34,8 @@ class Ring:
         """The handle of one call, for steps before and after it that work while rows travel."""
         return Passage(self.exchange)
 
-    def __call__(self, near: Tensors, far: Tensors, passage: Passage | None = None) -> Tensor:
-        out: Tensor = _Ring.apply(self, passage or self.passage(), len(near), *near, *far)
+    def __call__(self, near: Tensors, far: Tensors, sinks: Tensor | None = None, passage: Passage | None = None) -> Tensor:
+        out: Tensor = _Ring.apply(self, passage or self.passage(), sinks, len(near), *near, *far)
         return out
 
     def mask(self, rank: int) -> Mask:
@@ -88,22 +88,22 @@ class Passage:
 
 
 class _Ring(torch.autograd.Function):
-    """(ring, passage, number of near tensors, *near, *far) -> output."""
+    """(ring, passage, sinks or None, number of near tensors, *near, *far) -> output."""
 
     @staticmethod
-    def forward(ctx: Any, ring: Ring, passage: Passage, count: int, *rows: Tensor) -> Tensor:
+    def forward(ctx: Any, ring: Ring, passage: Passage, sinks: Tensor | None, count: int, *rows: Tensor) -> Tensor:
         near, far = rows[:count], rows[count:]
         ctx.ring, ctx.passage, ctx.near, ctx.far = ring, passage, len(near), len(far)
         block, exchange = ring.block, ring.exchange
         arriving, passage.arriving = passage.arriving or _Arriving(far, exchange), None
         part = block.forward(near, far, ring.mask(exchange.rank))
-        dtypes, several = part.dtypes, exchange.size > 2
+        dtypes, several = part.dtypes, exchange.size > 2 or sinks is not None
         part = part.to(*[part.lse.dtype] * len(dtypes)) if several else part  # what is merged once is rounded once
         for rank, parcel in arriving:
             seeing = _rows(rank, exchange.rank, near[0])
             part[seeing].merge(block.forward(tuple(x[seeing] for x in near), parcel, ring.mask(rank)))
-        part = part.to(*dtypes)
-        ctx.save_for_backward(*near, *far, *part.averages, part.lse)
+        part = part.with_sinks(sinks).to(*dtypes)
+        ctx.save_for_backward(*near, *far, *part.averages, part.lse, sinks)
         return block.output(part)
 
     @staticmethod
@@ -113,7 +113,7 @@ class _Ring(torch.autograd.Function):
         passage: Passage = ctx.passage
         (saved, arriving), passage.begun = passage.begun or passage.read(ctx), None
         near, far = saved[: ctx.near], saved[ctx.near : ctx.near + ctx.far]
-        part = Part(saved[ctx.near + ctx.far : -1], saved[-1])
+        part, sinks = Part(saved[ctx.near + ctx.far : -2], saved[-2]), saved[-1]
         block, exchange, wide = ring.block, ring.exchange, part.lse.dtype
         sums, returning = [_Sum(x, wide, exchange.size > 2) for x in near], _Returning(far, wide, exchange)
         for hop, (rank, parcel) in enumerate(arriving, 1):
@@ -125,7 +125,7 @@ class _Ring(torch.autograd.Function):
             returning.pack(rank, d_far)
             if hop < exchange.size - 1:
                 returning.send()
-        needed = ctx.needs_input_grad[3 + ctx.near :]
+        needed = ctx.needs_input_grad[4 + ctx.near :]
         late = passage.travels and all(needed) and not exchange.copies(grad.device)
         if not late:
             returning.send()
@@ -135,7 +135,8 @@ class _Ring(torch.autograd.Function):
             passage.returning = returning
         else:
             own_far = returning.added_to(own_far)
-        return None, None, None, *(s.with_own(x) for s, x in zip(sums, own_near, strict=True)), *own_far
+        d_sinks = sinks_gradient(sinks, grad, block.output(part), part.lse)
+        return None, None, d_sinks, None, *(s.with_own(x) for s, x in zip(sums, own_near, strict=True)), *own_far
 
 
 def _rows(rank: int, own: int, x: Tensor) -> slice:

@@ -17,14 +17,14 @@ from torch import Tensor
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.gathered import Gathered
 from megatron_lighthouse.context_parallel.heads import ByHeads
-from megatron_lighthouse.context_parallel.parts import Block, Scheme, Tensors
+from megatron_lighthouse.context_parallel.parts import Block, Scheme
 from megatron_lighthouse.context_parallel.ring import Ring
 
 COMM_TYPES = ("p2p", "all_gather", "a2a")
 
 
 def scheme(
-    comm_type: str, exchange: Exchange, block: Callable[[], Block], whole: Callable[[], Callable[[Tensors, Tensors], Tensor]]
+    comm_type: str, exchange: Exchange, block: Callable[[], Block], whole: Callable[[], Callable[..., Tensor]]
 ) -> Scheme:
     """The scheme of that name.
 
@@ -32,7 +32,8 @@ def scheme(
         comm_type: 'p2p' passes far rows from rank to rank while attending, 'all_gather' collects them first, 'a2a' exchanges
             rows for heads.
         block: what gives the attention over parts, for the first two.
-        whole: what gives the attention over whole sequences of some heads, for the last.
+        whole: what gives the attention over whole sequences of some heads, for the last: of near rows, far rows, and these
+            heads' sinks where there are.
     """
     if comm_type == "a2a":
         return ByHeads(whole(), exchange)

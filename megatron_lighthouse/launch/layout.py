@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
+from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern
 from megatron_lighthouse.variants import VARIANTS
 
 ENDS = ("--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split")
@@ -64,7 +65,7 @@ def layout(args: argparse.Namespace, nodes: int, gpus_per_node: int) -> Iterator
 def stages(args: argparse.Namespace) -> Iterator[str]:
     """Whether the layers make pipeline stages of one size. Where the command line gives the sizes, Megatron checks them."""
     own = ("pipeline_model_parallel_layout", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
-    if not args.num_layers or any(getattr(args, name) is not None for name in own):
+    if not args.num_layers or hybrid_pattern(args) or any(getattr(args, name) is not None for name in own):
         return
     layers, pipeline = args.num_layers, args.pipeline_model_parallel_size
     ends = [flag for flag in ENDS if getattr(args, flag[2:].replace("-", "_"))]

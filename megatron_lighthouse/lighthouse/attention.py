@@ -45,12 +45,13 @@ def lighthouse_attention(
     attend: Callable[..., Tensor] | None = None,
     selection: Selection | None = None,
     cu_seqlens: Tensor | Documents | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention through a selected set of pyramid entries.
 
     Args:
         query: [N, B, H, D], after RoPE; float64, float32, bfloat16 or float16, any strides. Megatron's "sbhd".
-        key, value: [N, B, G, D], G dividing H; same dtype and device as the query.
+        key, value: [N, B, G, D], G dividing H; same dtype and device as the query. Values may have another D (MLA).
         softmax_scale: of the inner attention; 1/sqrt(D) by default. Not with `attend`.
         rotary: what queries and keys are rotated by. With it a pooled row stands at the last token of its window, as the
             authors now have it: see `Rotary`. Without it rows are averaged as they come, which is the paper's text.
@@ -67,12 +68,14 @@ def lighthouse_attention(
             `Documents` where that is given instead. `attend` then takes the `Documents` of the rows as a fourth argument. Of C
             context-parallel ranks each passes its tokens in document zigzag (`Documents.rows_of_rank`), and the cu_seqlens of
             the whole row; 2C must divide N.
+        sinks: [H], a logit a head, of a key that every row of the inner attention sees and whose value is 0 (gpt-oss); 0 is
+            the softmax off by one. Differentiable. Not with `attend` or `cu_seqlens`.
 
     Returns:
-        [N, B, H, D] in the query's dtype (under torch.autocast in the inner attention's); under context parallelism, this
-        rank's shard of it: the same values at any number of ranks, up to the order of sums in the inner attention. Position j
-        depends on tokens 0..j, once the selection is fixed; which windows are refined also depends on the later tokens of
-        their tile.
+        [N, B, H, D of values] in the query's dtype (under torch.autocast in the inner attention's); under context parallelism,
+        this rank's shard of it: the same values at any number of ranks, up to the order of sums in the inner attention.
+        Position j depends on tokens 0..j, once the selection is fixed; which windows are refined also depends on the later
+        tokens of their tile.
 
     Raises:
         ValueError: shapes or dtypes that do not fit each other, an N that does not fit the config or the ranks, or an inner
@@ -85,6 +88,7 @@ def lighthouse_attention(
     if problem := comm_type_problem(cp_comm_type, 1, 1, 1):
         raise ValueError(problem)
     exchange = Exchange.over(cp_group)
+    _check_sinks(sinks, query, attend, cu_seqlens)
     if cu_seqlens is not None:
         how = (softmax_scale, rotary, attend, selection, exchange, cp_comm_type)
         return packed_rows(query, key, value, config, cu_seqlens, *how).scatter()
@@ -99,6 +103,7 @@ def lighthouse_attention(
         cp_comm_type=cp_comm_type,
         attend=attend,
         selection=selection,
+        sinks=sinks,
     ).scatter()
 
 
@@ -114,14 +119,16 @@ def attended_rows(
     cp_comm_type: str = "p2p",
     attend: Attend | None = None,
     selection: Selection | None = None,
+    sinks: Tensor | None = None,
 ) -> Attended:
     """All steps of `lighthouse_attention` but the last, which must follow: the halo is under way until then."""
     refuse_transforms(query, key, value)
     _check_scale(query, key, value, softmax_scale, attend)
-    layer = layer_for(config, query, key, value, exchange, cp_comm_type, softmax_scale, attend is not None, rotary)
+    how = (exchange, cp_comm_type, softmax_scale, attend is not None, rotary, sinks is not None, value.shape[-1])
+    layer = layer_for(config, query, key, value, *how)
     if selection is not None:
-        _check_selection(selection, query, key, layer.geometry, exchange)
-    return layer.attended(*differentiable_once(query, key, value), attend, selection)
+        _check_selection(selection, query, key.shape[2] // layer.heads_per_selection, layer.geometry, exchange)
+    return layer.attended(*differentiable_once(query, key, value), attend, selection, sinks)
 
 
 def packed_rows(
@@ -143,7 +150,7 @@ def packed_rows(
     how = (softmax_scale, attend is not None, rotary, exchange, cp_comm_type)
     layer, documents = _packed(config, query, key, value, cu_seqlens, exchange, *how)
     if selection is not None:
-        _check_selection(selection, query, key, Packing.of(documents, layer.rule), exchange)
+        _check_selection(selection, query, key.shape[2], Packing.of(documents, layer.rule), exchange)
     given = differentiable_once(query, key, value)
     if isinstance(layer, ShardedPackedLayer):
         return layer.attended(*given, documents, attend)
@@ -160,6 +167,10 @@ def _packed(
     *how: Any,
 ) -> tuple[PackedLayer | ShardedPackedLayer, Documents]:
     layer = _built_by(build_packed, config, query, key, value, *how)
+    if value.shape[3] != key.shape[3]:
+        raise ValueError(
+            f"cu_seqlens is for values of the D of keys, {key.shape[3]}, not {value.shape[3]}: pad them with zeros."
+        )
     if query.shape[1] != 1:
         raise ValueError(
             f"cu_seqlens is of one row, and the batch (dimension 1) is {query.shape[1]}: lay rows end to end, "
@@ -226,11 +237,11 @@ def lighthouse_select(
         cu_seqlens: as for `lighthouse_attention`.
 
     Returns:
-        [B, G, S] int64, in causal order, numbered in the concatenated pyramid (level 0 first). Of C context-parallel ranks,
-        each gets the [B, G, S/C] entries whose rows it attends to, chunk r and chunk 2C-1-r of all S, numbered as without them.
-        Of packed documents [1, G, S], document by document (S filled up to a multiple of 2C by -1): level 0 is the row's
-        tokens, and then come the whole windows of all documents in turn, level 1 first. A document that goes in whole, or the
-        rest behind its last window, has none.
+        [B, G, S] int64, in causal order, numbered in the concatenated pyramid (level 0 first), for G / `heads_per_selection`
+        selections. Of C context-parallel ranks, each gets the [B, G, S/C] entries whose rows it attends to, chunk r and chunk
+        2C-1-r of all S, numbered as without them. Of packed documents [1, G, S], document by document (S filled up to a
+        multiple of 2C by -1): level 0 is the row's tokens, and then come the whole windows of all documents in turn, level 1
+        first. A document that goes in whole, or the rest behind its last window, has none.
 
     Raises:
         ValueError: as `lighthouse_attention`, or a scorer that lacks the values.
@@ -246,13 +257,14 @@ def lighthouse_select(
         if isinstance(packed, ShardedPackedLayer):
             return packed.select(query, key, value, documents)
         return packed.select(query, key, value, documents).indices
-    selection, deal = layer_for(config, query, key, value, exchange, "p2p", None, True, rotary).select(query, key, value)
+    how = (exchange, "p2p", None, True, rotary, False, value.shape[-1])
+    selection, deal = layer_for(config, query, key, value, *how).select(query, key, value)
     if exchange is None:
         return selection.indices
     entries = _numbered_in_whole(selection.indices, selection.geometry, exchange.layout)
     if deal is None:
         return entries
-    dealt, _, _ = deal.out(*[entries.movedim(-1, 0).unsqueeze(-1)] * 3)
+    (dealt,) = deal.out(entries.shape[1], entries.movedim(-1, 0).unsqueeze(-1))
     return dealt.squeeze(-1).movedim(0, -1).contiguous()
 
 
@@ -274,7 +286,19 @@ def _check_scale(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float
         raise ValueError("softmax_scale belongs to the default inner attention: give `attend` its own scale instead.")
 
 
-def _check_selection(selection: Selection, query: Tensor, key: Tensor, geometry: Pyramid, exchange: Exchange | None) -> None:
+def _check_sinks(sinks: Tensor | None, query: Tensor, attend: object, cu_seqlens: object) -> None:
+    if sinks is None:
+        return
+    if attend is not None or cu_seqlens is not None:
+        other = "attend" if attend is not None else "cu_seqlens"
+        raise ValueError(f"sinks belong to the default inner attention over one sequence: leave out `sinks` or `{other}`.")
+    if query.dim() == 4 and (sinks.shape != query.shape[2:3] or sinks.device != query.device):
+        raise ValueError(
+            f"sinks must be [{query.shape[2]}] on {query.device}, one a query head, not {list(sinks.shape)} on {sinks.device}."
+        )
+
+
+def _check_selection(selection: Selection, query: Tensor, groups: int, geometry: Pyramid, exchange: Exchange | None) -> None:
     if exchange is not None:
         raise ValueError("a selection can be given without context parallelism alone: leave out `selection` or `cp_group`.")
     if not isinstance(selection, Selection):
@@ -285,7 +309,6 @@ def _check_selection(selection: Selection, query: Tensor, key: Tensor, geometry:
         )
     if selection.geometry != geometry:
         raise ValueError(f"selection was made for {selection.geometry}, not for {geometry}.")
-    if selection.places.shape[:2] != (query.shape[1], key.shape[2]):
-        raise ValueError(
-            f"selection was made for [B, G] {list(selection.places.shape[:2])}, not for [{query.shape[1]}, {key.shape[2]}]."
-        )
+    if selection.places.shape[:2] != (query.shape[1], groups):
+        made = list(selection.places.shape[:2])
+        raise ValueError(f"selection was made for [B, G] {made}, not for [{query.shape[1]}, {groups}].")

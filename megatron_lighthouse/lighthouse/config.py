@@ -65,6 +65,13 @@ class LighthouseConfig:
     attention among every fourth token, both ways; 'gla' the same by gated linear attention (on a GPU it needs
     flash-linear-attention); 'summary' attends among the coarsest windows, and takes 'norm' for the finer ones."""
 
+    heads_per_selection: int = option(
+        0,
+        "Key/value heads of a tensor-parallel rank that share one selection, by the sum of their scores. Default: 1; with "
+        "--multi-latent-attention as many as leave 16 selections of all the model's heads.",
+    )
+    """Key/value heads that share one selection, made by the sum of their scores (ours): each still attends for itself. 0: 1."""
+
     inner: str = option(
         "auto",
         "The attention over the gathered rows. 'auto': Transformer Engine's in its layer spec, else the fastest of "
@@ -137,6 +144,8 @@ class LighthouseConfig:
             if value not in known:
                 raise ValueError(f"{named(name)} {value!r} is not known: use {' or '.join(map(repr, known))}.")
 
+        if self.heads_per_selection < 0:
+            raise ValueError(f"{named('heads_per_selection')} {self.heads_per_selection} must not be negative: use 1.")
         self._check_documents()
 
     def _check_documents(self) -> None:

@@ -106,3 +106,12 @@ class Shape:
     dim: int
     itemsize: int
     """Bytes of an element of Q, K and V."""
+    value_dim: int = 0
+    """Of values, where it is not `dim`."""
+    heads_per_selection: int = 1
+    """Key/value heads that share one."""
+
+    @property
+    def values(self) -> int:
+        """Channels of a value, and of the output."""
+        return self.value_dim or self.dim

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from megatron_lighthouse.context_parallel.ring import Passage
 from megatron_lighthouse.lighthouse import telemetry
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.geometry import Geometry, Pyramid
+from megatron_lighthouse.lighthouse.heads import heads_problem, summed
 from megatron_lighthouse.lighthouse.implementations import steps_for
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.scorers import SCORERS
@@ -24,6 +26,7 @@ from megatron_lighthouse.lighthouse.steps import HaloTravel, Steps
 from megatron_lighthouse.ranges import profiled
 from megatron_lighthouse.softmax.backends import Attend, inner_attention
 from megatron_lighthouse.softmax.sharded import ShardedAttention, sharded_attention
+from megatron_lighthouse.softmax.sinks import sinks_attention
 
 
 @dataclass(frozen=True)
@@ -65,17 +68,27 @@ class Layer:
     steps: Steps
     scorer: Scorer
     exchange: Exchange | None
-    attend: Attend | None
-    """The inner attention; None where every call brings its own."""
+    attend: Callable[..., Tensor] | None
+    """The inner attention, an `Attend` or one that takes sinks too; None where every call brings its own."""
+    heads_per_selection: int
+    """Key/value heads that share a selection."""
     rotary: Rotary | None
     """By which rows are turned on to their window's last token while they are pooled."""
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, attend: Attend | None = None) -> Tensor:
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, attend: Attend | None = None, sinks: Tensor | None = None
+    ) -> Tensor:
         """[N, B, H, D]: see `lighthouse_attention`."""
-        return self.attended(query, key, value, attend).scatter()
+        return self.attended(query, key, value, attend, sinks=sinks).scatter()
 
     def attended(
-        self, query: Tensor, key: Tensor, value: Tensor, attend: Attend | None = None, selection: Selection | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attend: Callable[..., Tensor] | None = None,
+        selection: Selection | None = None,
+        sinks: Tensor | None = None,
     ) -> Attended:
         """All steps but the last, which must follow: the halo is under way until then."""
         attend, deal = attend or self.attend, None
@@ -86,11 +99,11 @@ class Layer:
         # what is gathered for a ring can set out at once, unless it is dealt first
         rows_q, rows_k, rows_v = self.steps.gather(query, key, value, selection, None if deal else passage, self.rotary)
         if deal:
-            rows_q, rows_k, rows_v = deal.out(rows_q, rows_k, rows_v)
+            rows_q, rows_k, rows_v = deal.out(selection.places.shape[1], rows_q, rows_k, rows_v)
         with profiled("attend"):
-            given = () if passage is None else (passage,)
-            attended = attend(rows_q, rows_k, rows_v, *given)
-        rows = deal.back(attended, key.shape[2]) if deal else attended
+            given = {} if passage is None else {"passage": passage}
+            attended = attend(rows_q, rows_k, rows_v, *(() if sinks is None else (sinks,)), **given)
+        rows = deal.back(attended, selection.places.shape[1]) if deal else attended
         if self.exchange is None:
             return Attended(rows, attended, selection, self.steps)
         rows, halo, travel = with_halo(rows, selection, self.exchange)
@@ -100,6 +113,7 @@ class Layer:
         """The entries of this rank; and, where the ranks hold different numbers of rows, how these are dealt."""
         with torch.no_grad():  # no decorator: torch.compile cannot follow one on a method
             scores, deal = self.scorer(query, key, value, self.own, self.steps, self.exchange, self.rotary), None
+            scores = summed(scores, self.heads_per_selection)
             if self.exchange is None:
                 selection = self.steps.select(scores, self.geometry, self.pin_first)
             else:
@@ -117,6 +131,8 @@ def build(
     softmax_scale: float | None = None,
     own_attend: bool = False,
     rotary: Rotary | None = None,
+    sinks: bool = False,
+    value_dim: int | None = None,
 ) -> Layer:
     """The layer for inputs like these.
 
@@ -124,19 +140,25 @@ def build(
         query: [N/C, B, H, D]; key: [N/C, B, G, D]; of these only shapes, dtype and device count.
         own_attend: every call brings its inner attention.
         rotary: what queries and keys are rotated by, where pooled rows are to stand at their window's last token.
+        sinks: every call brings a sink for each head.
+        value_dim: of the values, where it is not D.
 
     Raises:
         ValueError: as `lighthouse_attention`.
     """
     if rotary is not None and (problem := rotary.problem(query.shape[3])):
         raise ValueError(problem)
+    if problem := heads_problem(config, key.shape[2], query.shape[3], value_dim):
+        raise ValueError(problem)
     size = exchange.size if exchange else 1
     geometry = config.geometry(query.shape[0] * size, size)
-    attend: Attend | None = None
+    attend: Callable[..., Tensor] | None = None
     if not own_attend and exchange is None:
-        attend = inner_attention(config.inner, query, key, softmax_scale)
+        attend = (sinks_attention if sinks else inner_attention)(config.inner, query, key, softmax_scale, value_dim)
     elif not own_attend and exchange is not None:
-        attend = sharded_attention(config.inner, query, key, exchange, comm_type, softmax_scale)
+        how = (exchange, comm_type, softmax_scale, None, sinks, value_dim)
+        attend = sharded_attention(config.inner, query, key, *how)
     steps = steps_for(config.steps, query, config.pooling)
     own, tiles = Pyramid(query.shape[0], config.levels, config.pooling), own_tiles(geometry, size)
-    return Layer(geometry, own, tiles, config.pin_first, steps, SCORERS[config.scorer], exchange, attend, rotary)
+    scorer, shared = SCORERS[config.scorer], config.heads_per_selection or 1
+    return Layer(geometry, own, tiles, config.pin_first, steps, scorer, exchange, attend, shared, rotary)

@@ -185,11 +185,13 @@ def gather(
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Steps.gather`."""
-    rows_k, rows_v = _Gather.apply(key, selection, rotary), _Gather.apply(value, selection, None)
+    grouped = [x.unflatten(2, (selection.places.shape[1], -1)) for x in (query, key, value)]
+    rows_k, rows_v = (
+        _Gather.apply(x, selection, how).flatten(2, 3) for x, how in zip(grouped[1:], (rotary, None), strict=True)
+    )
     if travel is not None:
         rows_k, rows_v = _Travel.apply(rows_k, rows_v, travel)
-    grouped = query.unflatten(2, (key.shape[2], -1))
-    return _Gather.apply(grouped, selection, rotary).flatten(2, 3), rows_k, rows_v
+    return _Gather.apply(grouped[0], selection, rotary).flatten(2, 3), rows_k, rows_v
 
 
 @profiled("scatter")

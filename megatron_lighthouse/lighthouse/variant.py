@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_lighthouse import running
 from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
+from megatron_lighthouse.lighthouse.heads import documents_problem
 from megatron_lighthouse.lighthouse.implementations import steps_for
 from megatron_lighthouse.lighthouse.layer import Layer, build
 from megatron_lighthouse.lighthouse.packed.layer import PackedLayer, build_packed
@@ -36,10 +37,16 @@ class Placed:
     place: Place
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, *_: Tensor, attend: Attend | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *_: Tensor,
+        attend: Attend | None = None,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
         with running.layer(self.place.number):
-            attended = self.layer.attended(query, key, value, attend)
+            attended = self.layer.attended(query, key, value, attend, sinks=sinks)
             output = attended.scatter()
         if not self.place.discard_output or not output.requires_grad or torch.compiler.is_compiling():
             return output, None
@@ -78,7 +85,7 @@ class Lighthouse(Variant):
     name, title = "lighthouse", "Lighthouse"
     help = "selects a small set of pyramid entries and attends densely to it, with the checkpoints of 'dense'"
     config = LighthouseConfig
-    switches = selects = counted = True
+    switches = selects = counted = latent = True
 
     def base_attends(self, config: LighthouseConfig, of_te: bool, local: bool) -> bool:
         """Transformer Engine's does, unless another is forced. Megatron's local one would keep all scores, so it does not."""
@@ -99,8 +106,9 @@ class Lighthouse(Variant):
 
     def document_problems(self, config: LighthouseConfig, ranks: int) -> Iterator[str]:
         """Why documents cannot be ranked."""
-        if problem := SCORERS[config.scorer].packed_problem(config.rule.window):
-            yield in_flags(problem)
+        for problem in (SCORERS[config.scorer].packed_problem(config.rule.window), documents_problem(config)):
+            if problem:
+                yield in_flags(problem)
 
     def graph_problems(self, config: LighthouseConfig, seq_length: int, ranks: int, graphs: str) -> Iterator[str]:
         """How many rows go to which rank is read by the host, in every layer."""
@@ -116,21 +124,20 @@ class Lighthouse(Variant):
 
     def problems(self, config: LighthouseConfig, model: Any) -> Iterator[str]:
         yield from self.dropout_problems(model.attention_dropout)
-        if model.window_size is not None:
+        if model.window_size is not None and getattr(model, "window_attn_skip_freq", None) is None:
             yield (
-                f"--window-size {model.window_size} (sliding window) has no meaning among gathered entries: leave it out, or "
+                f"--window-size {model.window_size} makes all layers see a window alone, and Lighthouse has no meaning in one: "
+                "give --window-attn-skip-freq N or a list, by which some see all tokens and take Lighthouse, leave it out, or "
                 "use --attention dense."
             )
         if SCORERS[config.scorer].by_length:
             others = " or ".join(name for name, scorer in SCORERS.items() if not scorer.by_length)
             for name, what in (("qk_layernorm", "--qk-layernorm"), ("qk_l2_norm", "--qk-l2-norm")):
-                if getattr(model, name, False):
+                if getattr(model, name, False) and not getattr(model, "multi_latent_attention", False):  # MLA norms latents
                     yield (
                         f"{what} makes all queries and keys nearly equally long, so that {flag('scorer')} {config.scorer}, "
                         f"which goes by their length, selects at random: leave it out, or use {flag('scorer')} {others}."
                     )
-        if getattr(model, "softmax_type", "vanilla") != "vanilla":
-            yield f"--softmax-type {model.softmax_type} counts a sink once per gathered row: use --softmax-type vanilla."
         for name, option in (("qk_clip", "--qk-clip"), ("log_max_attention_logit", "--log-max-attention-logit")):
             if getattr(model, name, False):
                 yield (
@@ -149,12 +156,13 @@ class Lighthouse(Variant):
         try:
             SCORERS[config.scorer].check_installed(steps_for(config.steps, rows), inputs.device)
             if not place.base_attends:
-                check_backend(config.inner, inputs, place.exchange.size if place.exchange else 1, place.comm_type)
+                ranks = place.exchange.size if place.exchange else 1
+                check_backend(config.inner, inputs, ranks, place.comm_type, place.sinks)
         except ValueError as error:
             raise ValueError(in_flags(str(error))) from None
 
     def build(self, config: LighthouseConfig, query: Tensor, key: Tensor, place: Place) -> Placed:
-        how = (place.exchange, place.comm_type, place.scale, place.base_attends, place.rotary)
+        how = (place.exchange, place.comm_type, place.scale, place.base_attends, place.rotary, place.sinks, place.value_dim)
         try:
             return Placed(build(config, query, key, *how), place)
         except ValueError as error:

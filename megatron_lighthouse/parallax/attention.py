@@ -50,7 +50,7 @@ def parallax_attention(
         RuntimeError: under torch.func or forward-mode differentiation; in backward, a second derivative.
     """
     exchange = Exchange.over(cp_group)
-    check(query, key, value)
+    check(query, key, value, one_dim=True)
     check_r(query, r)
     if window is not None and window < 1:
         raise ValueError(f"window {window} must be at least 1, for a query sees itself: use 1 or more, or None for all tokens.")

@@ -17,26 +17,20 @@ COLUMNS = ("model", "tokens", "B200s", "stage 1", "whole run", "GiB", "layout")
 
 
 def table(speed: Coefficients) -> str:
-    """In Markdown: a row for each model and length, or why the model is not supported."""
+    """In Markdown: a row for each model and length, or what of the model is not counted."""
     lines = [f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|"]
     for name, one in models().items():
+        if what := one.get("not_counted"):
+            lines.append(f"| {one['title']} | – | | | | | not counted: {', '.join(f'`{flag}`' for flag in what)} |")
+            continue
         for length in LENGTHS:
-            try:
-                run = run_of_model(name, length, gpus=NODE)
-            except ValueError as error:
-                lines.append(f"| {one['title']} | – | | | | | not yet: {_flags(str(error))} |")
-                break
+            run = run_of_model(name, length, gpus=NODE)
             lines.append(f"| {one['title']} | {_length(length)} | {' | '.join(_cells(run, speed))} |")
     return "\n".join(lines)
 
 
 def _length(tokens: int) -> str:
     return f"{tokens // 2**20}M" if tokens >= 2**20 else f"{tokens // 2**10}K"
-
-
-def _flags(refusal: str) -> str:
-    """The options that the lines of a refusal begin with."""
-    return ", ".join(f"`{line.split()[0]}`" for line in refusal.splitlines())
 
 
 def _cells(run: Run, speed: Coefficients) -> list[str]:

@@ -51,7 +51,7 @@ def lighthouse_activations(run: Run, geometry: Geometry | None = None) -> float:
 
 def _mlp(run: Run) -> int:
     """Elements a token that the MLP keeps: gate and up, and what goes down. Its input is the norm's output."""
-    return 0 if run.recompute == "mlp" else 3 * run.model.ffn
+    return 0 if run.recompute == "mlp" or run.mlp_tile_tokens else 3 * run.model.ffn
 
 
 def parts(run: Run, stage: int | None = None) -> dict[str, float]:
@@ -67,8 +67,9 @@ def parts(run: Run, stage: int | None = None) -> dict[str, float]:
     of_ours = lighthouse_activations(run, run.geometry) if ours else 0.0
     layer = max(of_ends if ends else 0.0, of_ours)
     kept = ends * of_ends + ours * of_ours
-    # gradients of a layer's output and of the MLP's, and what --recompute-modules mlp makes again
-    backward = mlp = share * BF16 * (model.hidden + (6 if run.recompute == "mlp" else 3) * model.ffn)
+    # gradients of a layer's output and of the MLP's, and what --recompute-modules mlp, or a tile, makes again
+    again, at_once = not _mlp(run), min(run.tokens, run.mlp_tile_tokens or run.tokens) / tp
+    backward = mlp = BF16 * (share * model.hidden + at_once * (6 if again else 3) * model.ffn)
     if run.recompute == "full":
         kept, backward = (ends + ours) * share * BF16 * model.hidden, mlp + layer
     gone = share * BF16 * (2 * model.hidden + _mlp(run))  # the MLP's, and its norm's input and output

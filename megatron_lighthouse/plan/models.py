@@ -33,13 +33,13 @@ def run_of_model(name: str, seq_length: int, lighthouse: dict[str, Any] | None =
     if name not in known:
         raise ValueError(f"--model {name!r} is not known: use {' or '.join(known)}, or --recipe FILE.")
     table = known[name]
+    if what := table.get("not_counted"):
+        raise ValueError(f"--model {name} has {' and '.join(what)}, which is not counted by the plan.")
     config = LighthouseConfig.for_length(seq_length, **{**table.get("lighthouse", {}), **(lighthouse or {})})
     batch = max(1, STEP_TOKENS // max(1, seq_length))
     own = {"config": config, "global_batch": batch, "options": table.get("options", {})}
     run = Run(GPT(**table["model"]), seq_length, **{**own, **changes})
     check_model(run)
-    if what := table.get("not_counted"):
-        raise ValueError(f"--model {name} has {what}, which is not counted by the plan.")
     return run
 
 

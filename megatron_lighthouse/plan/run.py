@@ -15,8 +15,8 @@ from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
 from megatron_lighthouse.mcore.command_line.checks import model_problems
 from megatron_lighthouse.mcore.command_line.documents import document_problems
-from megatron_lighthouse.mcore.command_line.loss_tiles import tile_tokens
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, of_edge
+from megatron_lighthouse.mcore.command_line.tiles import tile_tokens
 from megatron_lighthouse.plan.device import DEVICES, Device
 from megatron_lighthouse.plan.documents import DocumentGeometry, Mix
 from megatron_lighthouse.plan.model import GPT
@@ -50,6 +50,7 @@ class Run:
     loss_fusion: bool = False
     """--cross-entropy-loss-fusion."""
     loss_tile_tokens: int | None = None
+    mlp_tile_tokens: int = 0
     documents: Mix | None = None
     """Of packed rows; None: a sequence is one document."""
     options: dict[str, Any] = field(default_factory=dict)

@@ -133,7 +133,8 @@ def step_parts(run: Run, speed: Coefficients) -> Parts:
     model, device, tp, cp, pp = run.model, run.device, run.tensor_parallel, run.context_parallel, run.pipeline_parallel
     layers, tokens = model.layers / pp, run.tokens
     full, mlp = run.recompute == "full", run.recompute == "mlp"
-    passes = 3 + full + mlp * work.mlp_share(model)  # a forward, a backward of twice its work, and what is done again
+    # a forward, a backward of twice its work, and what is done again
+    passes = 3 + full + (mlp + bool(run.mlp_tile_tokens)) * work.mlp_share(model)
     linear = tokens * work.linear_flops(model) / tp / device.flops * speed.linear * passes
     moved = tokens * work.elementwise_bytes(model) / tp / device.memory_bytes_s * speed.copy
     tensor, between, gradients = link_bytes(run)

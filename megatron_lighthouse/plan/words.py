@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
-from megatron_lighthouse.mcore.command_line import documents, loss_tiles
+from megatron_lighthouse.mcore.command_line import documents, tiles
 from megatron_lighthouse.mcore.command_line.checks import argument_problems
 from megatron_lighthouse.mcore.command_line.settings import add_arguments, settings_from
 from megatron_lighthouse.mcore.data.text import PADDED_VOCABULARY
@@ -22,7 +22,8 @@ LLAMA3_VOCAB = 128256
 SIZES = ("--num-layers", "--hidden-size", "--num-attention-heads", "--seq-length")
 NEEDED = ("--swiglu", "--untie-embeddings-and-output-weights", "--bf16", "--use-distributed-optimizer")
 NOT_COUNTED = (
-    *("--num-experts", "--multi-latent-attention", "--experimental-attention-variant", "--mtp-num-layers", "--yaml-cfg"),
+    *("--num-experts", "--multi-latent-attention", "--window-size", "--experimental-attention-variant", "--mtp-num-layers"),
+    "--yaml-cfg",
     *("--is-hybrid-model", "--hybrid-layer-pattern", "--hybrid-override-pattern", "--heterogeneous-layers-config-path"),
     "--heterogeneous-layers-config-encoded-json",
     *("--fp8-format", "--fp4-format", "--use-precision-aware-optimizer", "--grad-reduce-in-bf16", "--optimizer-cpu-offload"),
@@ -32,7 +33,7 @@ NOT_COUNTED = (
     *("--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split"),
 )
 """Flags that change what takes memory in ways that the plan does not know."""
-OPTIONS = {"attention_dropout": 0.0, "window_size": None, "softmax_type": "vanilla"}
+OPTIONS = {"attention_dropout": 0.0, "softmax_type": "vanilla"}
 OPTIONS |= dict.fromkeys(("qk_layernorm", "qk_l2_norm", "qk_clip", "log_max_attention_logit"), False)
 """Arguments of the model that Lighthouse may refuse, by their names, and what it is without them."""
 REFUSED = ("sft", "reset_attention_mask", "dataloader_inter_document_masking", "hybrid_context_parallel", "perform_rl_step")
@@ -129,13 +130,14 @@ def run_of_words(words: Sequence[str], device: Device, gpus: int | None = None) 
         edge_budget=settings.edge_budget,
         loss_fusion=args.cross_entropy_loss_fusion,
         loss_tile_tokens=args.loss_tile_tokens,
+        mlp_tile_tokens=args.mlp_tile_tokens,
         options={name: getattr(args, name) for name, default in OPTIONS.items() if getattr(args, name) != default},
     )
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser = add_arguments(argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False))
-    loss_tiles.add_arguments(parser)
+    tiles.add_arguments(parser)
     for flag in (*SIZES, "--ffn-hidden-size", "--kv-channels", "--vocab-size", "--global-batch-size", "--recompute-num-layers"):
         parser.add_argument(flag, type=int)
     for name in ("tensor-model-parallel-size", "context-parallel-size", "pipeline-model-parallel-size"):

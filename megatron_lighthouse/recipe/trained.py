@@ -91,7 +91,7 @@ def parse(add_arguments: ArgumentsProvider) -> argparse.Namespace:
     """
     hooks.adapt_machine()
     hooks.load_weights()
-    hooks.tile_loss()
+    hooks.tile()
     sys.argv[1:] = of_one_sequence(sys.argv[1:])
     args = parse_args(with_lighthouse_arguments(_with(add_arguments)))
     if args.use_checkpoint_args:

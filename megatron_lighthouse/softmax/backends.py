@@ -16,30 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_lighthouse.gpu import capability_of
 from megatron_lighthouse.notice import say_once
+from megatron_lighthouse.softmax.rows import DOCUMENTS, SHARDS, SINKS, Rows
 from megatron_lighthouse.versions import LEAST, too_old
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Causal attention over the gathered rows: ([S, B, H, D], [S, B, G, D], [S, B, G, D]) -> [S, B, H, D]."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What a backend must be able to take."""
-
-    device: torch.device
-    dtype: torch.dtype
-    heads: int
-    groups: int
-    dim: int
-
-    @property
-    def capability(self) -> int:
-        return capability_of(self.device)
-
-    def __str__(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')}, {self.heads} query and {self.groups} key/value heads of {self.dim}"
 
 
 @dataclass(frozen=True)
@@ -55,28 +37,33 @@ class Backend:
     """Whether its backward of these rows gives the same bits again, when torch is asked to be deterministic."""
 
 
-def inner_attention(name: str, query: Tensor, key: Tensor, softmax_scale: float | None = None) -> Attend:
+def inner_attention(
+    name: str, query: Tensor, key: Tensor, softmax_scale: float | None = None, value_dim: int | None = None
+) -> Attend:
     """The backend `name` of BACKENDS for these rows, or the fastest for 'auto'.
 
     Args:
         query: [S, B, H, D]; key: [S, B, G, D]; of these only shapes, dtype and device count.
         softmax_scale: 1/sqrt(D) by default.
+        value_dim: of the values, where it is not D.
 
     Raises:
         ValueError: a backend that is forced and is not there, or cannot take these rows.
     """
-    chosen = choose(name, query.device, query.dtype, query.shape[2], key.shape[2], query.shape[3])
+    chosen = choose(name, query.device, query.dtype, query.shape[2], key.shape[2], query.shape[3], value_dim)
     attend = BACKENDS[chosen].attend
     return lambda q, k, v: attend(q, k, v, softmax_scale)
 
 
-def choose(name: str, device: torch.device, dtype: torch.dtype, heads: int, groups: int, dim: int) -> str:
+def choose(
+    name: str, device: torch.device, dtype: torch.dtype, heads: int, groups: int, dim: int, value_dim: int | None = None
+) -> str:
     """The name in BACKENDS that `name` stands for; says it the first time.
 
     Raises:
         ValueError: as `inner_attention`.
     """
-    return _choose(name, Rows(device, dtype, heads, groups, dim), deterministic())
+    return _choose(name, Rows(device, dtype, heads, groups, dim, value_dim or dim), deterministic())
 
 
 # all that torch._dynamo.assume_constant_result does; to import that would double the time that this package takes to import
@@ -89,9 +76,18 @@ def deterministic() -> bool:
 
 
 def choose_for_blocks(
-    name: str, known: Sequence[str], device: torch.device, dtype: torch.dtype, heads: int, groups: int, dim: int
+    name: str,
+    known: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    groups: int,
+    dim: int,
+    value_dim: int | None = None,
+    *,
+    over: str = SHARDS,
 ) -> str:
-    """As `choose`, among the backends `known` that return their log-sum-exp: context parallelism merges by it.
+    """As `choose`, among the backends `known` that return their log-sum-exp: shards are merged by it, and sinks enter by it.
 
     Raises:
         ValueError: as `inner_attention`, or a backend that is forced and is not among those.
@@ -103,7 +99,7 @@ def choose_for_blocks(
             f"config.inner {name} does not attend over shards{of}: over several ranks use config.inner "
             f"{' or '.join(['auto', *fits])}, or cp_comm_type a2a, which attends to whole sequences."
         )
-    return _choose(name, Rows(device, dtype, heads, groups, dim), deterministic(), tuple(fits), SHARDS)
+    return _choose(name, Rows(device, dtype, heads, groups, dim, value_dim or dim), deterministic(), tuple(fits), over)
 
 
 def choose_for_documents(name: str, device: torch.device, dtype: torch.dtype, heads: int, groups: int, dim: int) -> str:
@@ -112,7 +108,7 @@ def choose_for_documents(name: str, device: torch.device, dtype: torch.dtype, he
     Raises:
         ValueError: as `inner_attention`.
     """
-    return _choose(name, Rows(device, dtype, heads, groups, dim), deterministic(), (), DOCUMENTS)
+    return _choose(name, Rows(device, dtype, heads, groups, dim, dim), deterministic(), (), DOCUMENTS)
 
 
 @cache
@@ -132,7 +128,7 @@ def _choose(name: str, rows: Rows, deterministic: bool, known: tuple[str, ...] =
             f"{backends[other].title} {problems[other]}" for other in list(problems)[: list(problems).index(name)]
         )
         why = f" ({passed})" if passed and rows.capability else ""
-        title = "plain PyTorch" if over == SHARDS and name == "sdpa" else backends[name].title
+        title = "plain PyTorch" if over in (SHARDS, SINKS) and name == "sdpa" else backends[name].title
         say_once(f"lighthouse: the inner attention {over}of {rows} is {title}{why}.")
     elif problems[name] is not None:
         raise ValueError(
@@ -157,13 +153,15 @@ def _fastest_first(rows: Rows) -> list[str]:
 
 UP_TO_256, BLACKWELL = range(8, 257, 8), (*range(8, 129, 8), 256)
 """Head dimensions of FlashAttention on Hopper, and of FlashAttention 4 on Blackwell."""
+NARROWER = (192, 128)
+"""Of keys and values: what FlashAttention 3 and 4 take where they are not the same, DeepSeek's."""
 
 
 def flash_problem(
     package: str, module: str, dims: dict[int, Sequence[int]], function: str = "flash_attn_func"
 ) -> Callable[[Rows], str | None]:
     """Why FlashAttention's `function` cannot take rows. `dims`: the head dimensions that it takes, by major compute capability.
-    Those of FlashAttention 4 are what its interface asserts; its (192, 128) is of values narrower than keys."""
+    Those of FlashAttention 4 are what its interface asserts."""
 
     def problem(rows: Rows) -> str | None:
         takes = dims.get(rows.capability // 10)
@@ -171,8 +169,8 @@ def flash_problem(
             return "does not run on this device"
         if rows.dtype not in (torch.bfloat16, torch.float16):
             return "takes bf16 and fp16 alone"
-        if rows.dim not in takes:
-            return f"does not take head dimension {rows.dim}"
+        if (rows.dim, rows.value_dim) != NARROWER and (rows.dim not in takes or rows.dim != rows.value_dim):
+            return f"does not take {rows.dims}"
         return _import_problem(package, module, function)
 
     return problem
@@ -224,8 +222,8 @@ def _torch_problem(backend: SDPBackend) -> Callable[[Rows], str | None]:
         if rows.device.type != "cuda":
             return "needs a GPU"
         q, k, v = (
-            torch.empty(1, heads, 128, rows.dim, dtype=rows.dtype, device=rows.device, requires_grad=True)
-            for heads in (rows.heads, rows.groups, rows.groups)
+            torch.empty(1, heads, 128, dim, dtype=rows.dtype, device=rows.device, requires_grad=True)
+            for heads, dim in ((rows.heads, rows.dim), (rows.groups, rows.dim), (rows.groups, rows.value_dim))
         )
         given = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, rows.heads != rows.groups)
         can = torch.backends.cuda
@@ -276,8 +274,7 @@ BACKENDS: dict[str, Backend] = {
 }
 """What `--lighthouse-inner` can name, beside 'auto' and 'te' (Transformer Engine's, in its own layer spec)."""
 
-SHARDS, DOCUMENTS = "over shards ", "over documents "
-FAMILIES: dict[str, dict[str, Backend]] = {"": BACKENDS, SHARDS: BACKENDS}
+FAMILIES: dict[str, dict[str, Backend]] = {"": BACKENDS, SHARDS: BACKENDS, SINKS: BACKENDS}
 """The backends by what they attend over; `softmax.documents` has those over documents."""
 
 INNER = ("auto", "te", *BACKENDS)

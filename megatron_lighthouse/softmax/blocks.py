@@ -1,18 +1,19 @@
 """Softmax attention over parts: see `Block`. Near is the query [n, B, H, D], far key and value [m, B, G, D]; causal: n = m.
 
-The one average is the output.
+The one average is the output. With a window the near rows are the last of the far ones, n <= m.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.parts import Block, Mask, Part, Tensors
 from megatron_lighthouse.softmax.backends import choose_for_blocks
+from megatron_lighthouse.softmax.rows import SHARDS
 
 aten = torch.ops.aten
 
@@ -22,6 +23,8 @@ class Softmax:
     """What the backends share."""
 
     scale: float
+    window: int | None = None
+    """Rows before its own that a row sees; None: all."""
 
     def output(self, part: Part) -> Tensor:
         return part.averages[0]
@@ -48,10 +51,16 @@ class Cudnn(Softmax):
 class Flash2(Softmax):
     """FlashAttention 2 in torch; repeats to the bit where torch is asked for it."""
 
+    @property
+    def _within(self) -> dict[str, Any]:
+        """The kernel counts from the last near and the last far row."""
+        window = {} if self.window is None else {"window_size_left": self.window, "window_size_right": 0}
+        return {"scale": self.scale, **window}
+
     def forward(self, near: Tensors, far: Tensors, mask: Mask) -> Part:
         q, k, v = (x.transpose(0, 1) for x in (*near, *far))
         lengths = (None, None, q.shape[1], k.shape[1])
-        out, lse, *_ = aten._flash_attention_forward(q, k, v, *lengths, 0.0, mask.causal, False, scale=self.scale)
+        out, lse, *_ = aten._flash_attention_forward(q, k, v, *lengths, 0.0, mask.causal, False, **self._within)
         return Part((out.transpose(0, 1),), lse)
 
     def backward(self, grad: Tensor, near: Tensors, far: Tensors, part: Part, mask: Mask) -> tuple[Tensors, Tensors]:
@@ -59,7 +68,7 @@ class Flash2(Softmax):
         lengths = (None, None, q.shape[1], k.shape[1])
         none = torch.zeros(2, dtype=torch.uint64, device=q.device)
         given = (g.contiguous(), q, k, v, o.contiguous(), part.lse.contiguous(), *lengths)
-        grads = aten._flash_attention_backward(*given, 0.0, mask.causal, none, none, scale=self.scale)
+        grads = aten._flash_attention_backward(*given, 0.0, mask.causal, none, none, **self._within)
         return (grads[0].transpose(0, 1),), (grads[1].transpose(0, 1), grads[2].transpose(0, 1))
 
 
@@ -72,10 +81,10 @@ class Plain(Softmax):
     def forward(self, near: Tensors, far: Tensors, mask: Mask) -> Part:
         q, k, v = self._spread(*near, *far)
         outs, lses = [], []
-        for rows in self._parts(q, k):
-            scores = self._scores(q, k, rows, mask.causal)
+        for rows, seen in self._parts(q, k):
+            scores = self._scores(q, k, rows, seen, mask.causal)
             lse = scores.logsumexp(-1)
-            outs.append((scores - lse.unsqueeze(-1)).exp() @ v)
+            outs.append((scores - lse.unsqueeze(-1)).exp() @ v[:, :, seen])
             lses.append(lse)
         return Part((tokens_first(torch.cat(outs, 2)).to(near[0].dtype),), torch.cat(lses, 2))
 
@@ -84,12 +93,12 @@ class Plain(Softmax):
         g, o = (x.to(q.dtype) for x in heads_first(grad, *part.averages))
         delta = (g * o).sum(-1, keepdim=True)
         dq, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
-        for rows in self._parts(q, k):
-            weights = (self._scores(q, k, rows, mask.causal) - part.lse[:, :, rows].unsqueeze(-1)).exp()
-            dv += weights.transpose(2, 3) @ g[:, :, rows]
-            change = weights * (g[:, :, rows] @ v.transpose(2, 3) - delta[:, :, rows]) * self.scale
-            dq.append(change @ k)
-            dk += change.transpose(2, 3) @ q[:, :, rows]
+        for rows, seen in self._parts(q, k):
+            weights = (self._scores(q, k, rows, seen, mask.causal) - part.lse[:, :, rows].unsqueeze(-1)).exp()
+            dv[:, :, seen] += weights.transpose(2, 3) @ g[:, :, rows]
+            change = weights * (g[:, :, rows] @ v[:, :, seen].transpose(2, 3) - delta[:, :, rows]) * self.scale
+            dq.append(change @ k[:, :, seen])
+            dk[:, :, seen] += change.transpose(2, 3) @ q[:, :, rows]
         dk, dv = (x.unflatten(1, (far[0].shape[2], -1)).sum(2) for x in (dk, dv))
         of_query, *others = (tokens_first(x).to(near[0].dtype) for x in (torch.cat(dq, 2), dk, dv))
         return (of_query,), tuple(others)
@@ -100,15 +109,26 @@ class Plain(Softmax):
         heads = tensors[0].shape[2]
         return [x.to(wide).repeat_interleave(heads // x.shape[1], 1) for x in heads_first(*tensors)]
 
-    def _parts(self, q: Tensor, k: Tensor) -> list[slice]:
-        rows = max(1, self.ELEMENTS // (q.shape[0] * q.shape[1] * k.shape[2]))
-        return [slice(i, i + rows) for i in range(0, q.shape[2], rows)]
+    def _parts(self, q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
+        """Some near rows at a time, and the far rows that they may see."""
+        ahead = k.shape[2] - q.shape[2]
+        if self.window is None:
+            rows = max(1, self.ELEMENTS // (q.shape[0] * q.shape[1] * k.shape[2]))
+            return [(slice(i, i + rows), slice(None)) for i in range(0, q.shape[2], rows)]
+        rows = max(1, min(self.window, self.ELEMENTS // (2 * q.shape[0] * q.shape[1] * max(1, self.window))))
+        seen = [slice(max(0, i + ahead - self.window), i + ahead + rows) for i in range(0, q.shape[2], rows)]
+        return [(slice(i, i + rows), far) for i, far in zip(range(0, q.shape[2], rows), seen, strict=True)]
 
-    def _scores(self, q: Tensor, k: Tensor, rows: slice, causal: bool) -> Tensor:
-        scores = q[:, :, rows] @ k.transpose(2, 3) * self.scale
+    def _scores(self, q: Tensor, k: Tensor, rows: slice, seen: slice, causal: bool) -> Tensor:
+        scores = q[:, :, rows] @ k[:, :, seen].transpose(2, 3) * self.scale
         if causal:
-            positions = torch.arange(k.shape[2], device=q.device)
-            scores.masked_fill_(positions > positions[rows].unsqueeze(1), -torch.inf)
+            far = torch.arange(k.shape[2], device=q.device)[seen]
+            ahead = 0 if self.window is None else k.shape[2] - q.shape[2]
+            near = (torch.arange(q.shape[2], device=q.device) + ahead)[rows].unsqueeze(1)
+            hidden = far > near
+            if self.window is not None:
+                hidden |= far < near - self.window
+            scores.masked_fill_(hidden, -torch.inf)
         return scores
 
 
@@ -116,14 +136,28 @@ BLOCKS: dict[str, type[Cudnn | Flash2 | Plain]] = {"cudnn": Cudnn, "fa2": Flash2
 """By their names in `--lighthouse-inner`."""
 
 
-def block_for(name: str, query: Tensor, key: Tensor, scale: float) -> Block:
+def block_for(
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    value_dim: int | None = None,
+    window: int | None = None,
+    over: str = SHARDS,
+) -> Block:
     """The fastest of BLOCKS for these rows, or the one that `name` forces.
+
+    Args:
+        value_dim: of the values, where it is not D.
+        window: rows before its own that a row sees, where it is not all: cuDNN's in torch has no windows.
+        over: what it attends over, in words.
 
     Raises:
         ValueError: a backend that is forced and is not there, cannot take these rows, or does not return its log-sum-exp.
     """
-    rows = (query.device, query.dtype, query.shape[2], key.shape[2], query.shape[3])
-    return BLOCKS[choose_for_blocks(name, list(BLOCKS), *rows)](scale)
+    rows = (query.device, query.dtype, query.shape[2], key.shape[2], query.shape[3], value_dim)
+    known = [other for other in BLOCKS if window is None or other != "cudnn"]
+    return BLOCKS[choose_for_blocks(name, known, *rows, over=over)](scale, window)
 
 
 def heads_first(*tensors: Tensor) -> list[Tensor]:

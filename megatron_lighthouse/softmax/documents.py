@@ -18,16 +18,15 @@ from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.softmax.backends import (
     BACKENDS,
     BLACKWELL,
-    DOCUMENTS,
     FAMILIES,
     UP_TO_256,
     Backend,
-    Rows,
     choose_for_documents,
     deterministic,
     flash_function,
     flash_problem,
 )
+from megatron_lighthouse.softmax.rows import DOCUMENTS, Rows
 
 AttendDocuments = Callable[[Tensor, Tensor, Tensor, Documents], Tensor]
 """Causal attention within each document: ([S, 1, H, D], [S, 1, G, D], [S, 1, G, D], documents) -> [S, 1, H, D]."""

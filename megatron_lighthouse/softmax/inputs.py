@@ -10,6 +10,8 @@ from torch import Tensor
 
 from megatron_lighthouse.softmax.backends import choose, choose_for_blocks, deterministic
 from megatron_lighthouse.softmax.blocks import BLOCKS
+from megatron_lighthouse.softmax.rows import SHARDS, SINKS
+from megatron_lighthouse.softmax.sinks import CHANNELS, key_row_backends
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Those that the steps and the inner attention compute in."""
@@ -24,15 +26,21 @@ class Inputs:
     heads: int
     groups: int
     dim: int
+    """Of queries and keys."""
+    value_dim: int | None = None
+    """Of values, where it is another."""
 
 
-def check_backend(name: str, inputs: Inputs, ranks: int, comm_type: str) -> None:
+def check_backend(name: str, inputs: Inputs, ranks: int, comm_type: str, sinks: bool = False) -> None:
     """Raises ValueError where the backend `name` ('auto': any) cannot attend to such inputs, on so many ranks."""
-    rows = (inputs.device, inputs.dtype, inputs.heads, inputs.groups, inputs.dim)
-    if ranks == 1 or comm_type == "a2a":
+    rows = (inputs.device, inputs.dtype, inputs.heads, inputs.groups, inputs.dim, inputs.value_dim)
+    alone = ranks == 1 or comm_type == "a2a"
+    if alone and sinks and name in key_row_backends(inputs.dim):
+        choose(name, *rows[:-2], inputs.dim + CHANNELS)
+    elif alone and not sinks:
         choose(name, *rows)
     else:
-        choose_for_blocks(name, list(BLOCKS), *rows)
+        choose_for_blocks(name, list(BLOCKS), *rows, over=SINKS if alone else SHARDS)
 
 
 def made_from(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
@@ -41,11 +49,15 @@ def made_from(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
     return query.shape, key.shape, value.shape, *kinds, deterministic()
 
 
-def check(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Raises ValueError where shapes or dtypes do not fit each other."""
+def check(query: Tensor, key: Tensor, value: Tensor, one_dim: bool = False) -> None:
+    """Raises ValueError where shapes or dtypes do not fit each other; `one_dim`: values must have the D of keys."""
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-    if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape:
-        raise ValueError(f"expected query [N, B, H, D] and key and value of one shape [N, B, G, D], got {shapes}.")
+    same = key.shape == value.shape or (
+        not one_dim and value.dim() == 4 and key.shape[:3] == value.shape[:3] and value.shape[3]
+    )
+    if query.dim() != 4 or key.dim() != 4 or not same:
+        other = "" if one_dim else " (values may have another D)"
+        raise ValueError(f"expected query [N, B, H, D] and key and value of one shape [N, B, G, D]{other}, got {shapes}.")
     if query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]:
         raise ValueError(f"query, key and value must agree in N, B and D, got {shapes}.")
     if not query.shape[2] or not key.shape[2] or query.shape[2] % key.shape[2]:

@@ -1,4 +1,7 @@
-"""Softmax attention over shards: the scheme of `--cp-comm-type`, with queries near and keys and values far."""
+"""Softmax attention over shards: the scheme of `--cp-comm-type`, with queries near and keys and values far.
+
+Rows that see a window alone are crossed in one way, whatever the scheme: see `context_parallel.windowed`.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.context_parallel.parts import Scheme, Tensors
+from megatron_lighthouse.context_parallel.parts import Scheme
 from megatron_lighthouse.context_parallel.ring import Passage, Ring
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem, scheme
+from megatron_lighthouse.context_parallel.windowed import Windowed
 from megatron_lighthouse.softmax.backends import inner_attention
 from megatron_lighthouse.softmax.blocks import block_for
+from megatron_lighthouse.softmax.sinks import sinks_attention
 
 
 @dataclass(frozen=True)
@@ -26,14 +31,24 @@ class ShardedAttention:
         """Where it is a ring: the handle of one call."""
         return self.scheme.passage() if isinstance(self.scheme, Ring) else None
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, passage: Passage | None = None) -> Tensor:
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None, passage: Passage | None = None
+    ) -> Tensor:
         if isinstance(self.scheme, Ring):
-            return self.scheme((query,), (key, value), passage)
-        return self.scheme((query,), (key, value))
+            return self.scheme((query,), (key, value), sinks, passage)
+        return self.scheme((query,), (key, value), sinks)
 
 
 def sharded_attention(
-    name: str, query: Tensor, key: Tensor, exchange: Exchange, comm_type: str, softmax_scale: float | None = None
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    exchange: Exchange,
+    comm_type: str,
+    softmax_scale: float | None = None,
+    window: int | None = None,
+    sinks: bool = False,
+    value_dim: int | None = None,
 ) -> ShardedAttention:
     """Causal attention over the rows of all ranks.
 
@@ -41,6 +56,9 @@ def sharded_attention(
         name: of the backend, as for `inner_attention`.
         query: [2s, B, H, D]; key: [2s, B, G, D]; of these only shapes, dtype and device count.
         comm_type: see `megatron_lighthouse.context_parallel.schemes.scheme`.
+        window: rows before its own that a row sees; None: all.
+        sinks: whether every call brings a sink for each head.
+        value_dim: of the values, where it is not D.
 
     Raises:
         ValueError: a scheme that is not known, heads that 'a2a' cannot share out, or a backend that cannot do it.
@@ -49,9 +67,12 @@ def sharded_attention(
     if problem := comm_type_problem(comm_type, query.shape[2], key.shape[2], exchange.size):
         raise ValueError(problem)
 
-    def whole() -> Callable[[Tensors, Tensors], Tensor]:
-        q, k = (x[:, :, : x.shape[2] // exchange.size] for x in (query, key))
-        attend = inner_attention(name, q, k, scale)
-        return lambda near, far: attend(*near, *far)
+    if window is not None:
+        return ShardedAttention(Windowed(block_for(name, query, key, scale, value_dim, window), exchange, window))
 
-    return ShardedAttention(scheme(comm_type, exchange, lambda: block_for(name, query, key, scale), whole))
+    def whole() -> Callable[..., Tensor]:
+        q, k = (x[:, :, : x.shape[2] // exchange.size] for x in (query, key))
+        attend = (sinks_attention if sinks else inner_attention)(name, q, k, scale, value_dim)
+        return lambda near, far, *own: attend(*near, *far, *own)
+
+    return ShardedAttention(scheme(comm_type, exchange, lambda: block_for(name, query, key, scale, value_dim), whole))

@@ -19,13 +19,20 @@ from tests.ranks import run_ranks
 TOKENS, BATCH, HEADS, GROUPS, DIM = 256, 2, 8, 4, 8
 SELECT_ALONE = LighthouseConfig(levels=3, pooling=2, budget=32, tile_budget=4)
 DEAL = SELECT_ALONE.replace(tile_budget=32)
+SHARED = DEAL.replace(heads_per_selection=2)
+"""Taken with narrower values."""
+
+
+def value_dim(config: LighthouseConfig) -> int:
+    return 6 if config == SHARED else DIM
 
 
 def _sent(group: ProcessGroup, config: LighthouseConfig, comm_type: str) -> list[dict[str, int]]:
     """What this rank sends forward, and backward."""
     torch.manual_seed(group.rank())
     tokens = TOKENS // group.size()
-    query, key, value = (torch.randn(tokens, BATCH, n, DIM, requires_grad=True) for n in (HEADS, GROUPS, GROUPS))
+    shapes = ((HEADS, DIM), (GROUPS, DIM), (GROUPS, value_dim(config)))
+    query, key, value = (torch.randn(tokens, BATCH, *shape, requires_grad=True) for shape in shapes)
     ways: list[dict[str, int]] = []
     exchange.sent.clear()
     out = lighthouse_attention(query, key, value, config, cp_group=group, cp_comm_type=comm_type)
@@ -36,12 +43,13 @@ def _sent(group: ProcessGroup, config: LighthouseConfig, comm_type: str) -> list
 
 
 @pytest.mark.parametrize("comm_type", ["p2p", "all_gather", "a2a"])
-@pytest.mark.parametrize("config", [SELECT_ALONE, DEAL], ids=["ranks select alone", "one tile"])
+@pytest.mark.parametrize("config", [SELECT_ALONE, DEAL, SHARED], ids=["ranks select alone", "one tile", "shared selections"])
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_send_what_was_planned(size: int, config: LighthouseConfig, comm_type: str) -> None:
     geometry = config.geometry(TOKENS, size)
+    layer = Shape(BATCH, HEADS, GROUPS, DIM, 4, value_dim(config), config.heads_per_selection or 1)
     for rank, ways in enumerate(run_ranks(size, _sent, config, comm_type)):
-        plan = layer_bytes(comm_type, geometry, Shape(BATCH, HEADS, GROUPS, DIM, 4), Layout(size, rank))
+        plan = layer_bytes(comm_type, geometry, layer, Layout(size, rank))
         for way, sent in enumerate(ways):
             planned: dict[str, Any] = {name: both[way] for name, both in plan.items() if both[way]}
             most = planned.pop("deal", 0)

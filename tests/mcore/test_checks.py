@@ -34,6 +34,8 @@ def problems(settings: LighthouseSettings = GOOD, seq_length: int | None = 256, 
     return ""
 
 
+WINDOWS = {"window_size": (128, 0), "window_attn_skip_freq": 2, "transformer_impl": "transformer_engine"}
+SINKS = {"softmax_type": "learnable", "transformer_impl": "transformer_engine"}
 LOCAL_RANKS = {"context_parallel_size": 2, "transformer_impl": "local"}
 REFUSED = [
     (
@@ -49,11 +51,17 @@ REFUSED = [
         "a multiple of 4 (such as 2)",
     ),
     ({"attention_dropout": 0.1}, "--attention-dropout 0.1", "--attention-dropout 0"),
-    ({"window_size": (128, 0)}, "--window-size (128, 0)", "--attention dense"),
-    ({"multi_latent_attention": True}, "--multi-latent-attention", "--group-query-attention"),
+    ({"window_size": (128, 0)}, "--window-size (128, 0)", "--window-attn-skip-freq N"),
+    ({"window_size": (128, 0), "window_attn_skip_freq": [1] * 6}, "leave none of 0 layers", "that attend to all tokens"),
+    ({"window_size": (128, 0), "window_attn_skip_freq": [1, 0]}, "is of 2 layers, and --num-layers is 6", "one number a layer"),
+    ({**WINDOWS, "context_parallel_size": 2}, "--window-size (128, 0) with --cp-comm-type p2p", "a2a or all_gather"),
+    (
+        {**SINKS, "context_parallel_size": 2, "cp_comm_type": "all_gather"},
+        "--softmax-type learnable with",
+        "--cp-comm-type a2a",
+    ),
     ({"qk_layernorm": True}, "--qk-layernorm", "--lighthouse-scorer dilated or gla"),
     ({"qk_l2_norm": True}, "--qk-l2-norm", "leave it out"),
-    ({"softmax_type": "learnable"}, "--softmax-type learnable", "--softmax-type vanilla"),
     ({"experimental_attention_variant": "dsa"}, "--experimental-attention-variant dsa", "use one or the other"),
     ({"transformer_impl": "inference_optimized"}, "inference_optimized", "--attention dense"),
     ({"qk_clip": True}, "--qk-clip", "--attention dense"),
@@ -81,6 +89,11 @@ ACCEPTED = [
     {"recompute_granularity": "full"},
     {"num_moe_experts": 4},
     {"bf16": True},
+    {**WINDOWS, "context_parallel_size": 2, "cp_comm_type": "all_gather"},
+    {**WINDOWS, "context_parallel_size": 2, "cp_comm_type": ["a2a", "p2p"] * 3},
+    {**WINDOWS, **LOCAL_RANKS},
+    {**SINKS, "context_parallel_size": 2, "cp_comm_type": "a2a"},
+    {"softmax_type": "off-by-one"},
 ]
 
 
@@ -190,10 +203,6 @@ def plain_run(**changes: Any) -> Namespace:
         (
             {"mtp_num_layers": 1, "pipeline_model_parallel_size": 1, "context_parallel_size": 2},
             "--mtp-num-layers 1 with --context-parallel-size 2: .* use context-parallel size 1",
-        ),
-        (
-            {"softmax_type": "learnable", "tensor_model_parallel_size": 2},
-            "--softmax-type learnable with --tensor-model-parallel-size 2: .* use --softmax-type vanilla",
         ),
         (
             {"experimental_attention_variant": "gated_delta_net", "tensor_model_parallel_size": 2},

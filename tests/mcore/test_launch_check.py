@@ -34,8 +34,9 @@ WRONG = {
     "a flag cut short": ("--lr-warmup-iter 100", "did you mean --lr-warmup-iters?"),
     "a value": ("--normalization rmsnorm", "--normalization: invalid choice: 'rmsnorm'"),
     "QK-norm": ("--qk-layernorm", "use --lighthouse-scorer dilated or gla"),
-    "MLA": ("--multi-latent-attention", "use --group-query-attention, or --attention dense"),
-    "a window": ("--window-size 4096,0", r"--window-size \(4096, 0\) .* leave it out"),
+    "MLA": ("--multi-latent-attention --lighthouse-scorer dilated", "reads values .* use --lighthouse-scorer norm"),
+    "a window": ("--window-size 4096,0", r"--window-size \(4096, 0\) .* give --window-attn-skip-freq N"),
+    "windows over ranks": ("--window-size 4096,0 --window-attn-skip-freq 2", r"with --cp-comm-type p2p: .* a2a or all_gather"),
     "SFT": ("--sft", "use Megatron-LM's own pretrain_gpt.py"),
     "dropout": ("--attention-dropout 0.1", "use --attention-dropout 0 "),
     "a layout": ("--context-parallel-size 3", "use --nodes"),
@@ -49,8 +50,8 @@ WRONG = {
     "WSD": ("--lr-decay-style WSD", "needs --lr-wsd-decay-iters"),
     "what nothing reads": ("--use-flash-attn", "use --attention-backend flash"),
     "dense over shards": (
-        "--attention dense --transformer-impl local --softmax-type learnable",
-        r"--softmax-type learnable do not go with --context-parallel-size 4 .* leave them out",
+        "--attention dense --transformer-impl local --window-size 128,128",
+        r"--window-size \(128, 128\) does not go with --context-parallel-size 4 .* use 128,0",
     ),
     "a scheme": (
         "--attention dense --transformer-impl local --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2",

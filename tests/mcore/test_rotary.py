@@ -164,9 +164,9 @@ def test_models_whose_rotation_is_not_known_are_refused(megatron: None) -> None:
     with pytest.raises(ValueError, match=r"a layer spec does not say: .* or use --lighthouse-rope mean"):
         with_lighthouse(local_spec(), SETTINGS)
     with_lighthouse(local_spec(), SETTINGS, rotary_of(config_of({}, {})))
-    latent = Namespace(transformer=Namespace(multi_latent_attention=True), position_embedding_type="rope")
-    with pytest.raises(ValueError, match=r"--multi-latent-attention: use --lighthouse-rope mean"):
-        rotary_of(latent)
+    latent = Namespace(multi_latent_attention=True, rotary_interleaved=True)
+    with pytest.raises(ValueError, match=r"--multi-latent-attention with --rotary-interleaved: leave that out, or use .* mean"):
+        rotary_of(Namespace(transformer=latent, position_embedding_type="rope"))
 
 
 def checkpoint(folder: Path, **arguments: Any) -> str:

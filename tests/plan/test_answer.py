@@ -97,8 +97,8 @@ def test_a_layout_is_offered_only_where_both_stages_fit() -> None:
         (["--stage1-fraction", "1.5"], "--stage1-fraction 1.5 must be from 0 to 1: use 0.6"),
         (["--model", "llama3-8b", "--recipe", "530m-98k"], "give one"),
         (["--model", "gpt"], "--model 'gpt' is not known: use 530m or llama3-8b"),
-        (["--model", "gpt-oss-20b"], "--window-size"),
-        (["--model", "deepseek-v3"], "--multi-latent-attention is not supported"),
+        (["--model", "gpt-oss-20b"], "--num-experts and --window-size, which is not counted"),
+        (["--model", "deepseek-v3"], "--num-experts and --multi-latent-attention, which is not counted"),
         (["--model", "llama3-8b", "--qk-layernorm"], "--qk-layernorm makes all queries and keys nearly equally long"),
         (["--model", "llama3-8b", "--seq-length", "1M", "--gpus", "1"], r"--gpus 1: no layout fits .*: use --gpus \d+, or"),
     ],
@@ -111,8 +111,7 @@ def test_refusals(words: list[str], says: str, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize(
     "more",
-    ["--qk-layernorm", "--window-size 128,0", "--attention-dropout 0.1", "--softmax-type learnable", "--qk-clip", "--sft",
-     "--reset-attention-mask", "--log-max-attention-logit"],
+    ["--qk-layernorm", "--attention-dropout 0.1", "--qk-clip", "--sft", "--reset-attention-mask", "--log-max-attention-logit"],
 )  # fmt: skip
 def test_what_the_run_refuses_of_a_file_is_refused(more: str) -> None:
     words = [*recipe_words(FILES / "530m-98k.args"), *more.split()]

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_lighthouse.plan import memory
+from megatron_lighthouse.lighthouse.config import LighthouseConfig
+from megatron_lighthouse.plan import memory, work
 from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import DEVICES
 from megatron_lighthouse.plan.model import GPT
@@ -43,6 +44,15 @@ def test_tiles_cost_a_product() -> None:
     assert seconds[0] == seconds[1]
     output = 2 * 2**17 * 1024 * 151936 / QWEN3.device.flops * coefficients().linear
     assert seconds[2] - seconds[0] == pytest.approx(output)
+
+
+def test_mlps_in_tiles_hold_a_tile_and_cost_a_forward() -> None:
+    million = QWEN3.change(seq_length=2**20, config=LighthouseConfig.for_length(2**20), loss_tile_tokens=None)
+    tiled = million.change(mlp_tile_tokens=2**16)
+    layer = [memory.parts(run)["backward of a layer"] for run in (million, tiled)]
+    assert layer[0] - layer[1] == 2 * 3072 * (2**20 * (3 + 3) - 2**16 * 6)  # kept and its gradients, but for a tile's
+    seconds = [step_parts(run, coefficients())["linear layers"] for run in (million, tiled)]
+    assert seconds[1] / seconds[0] == pytest.approx(1 + work.mlp_share(QWEN3.model) / 4)
 
 
 def test_tensor_parallel_ranks_share_the_logits() -> None:

@@ -57,9 +57,9 @@ def packed_gather_forward_kernel(
 ):
     """Program (block of units, head of Q, K or V)."""
     heads = H + 2 * G
-    p_x, stride_x, i_g = head_of(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, heads, 0, G)
+    p_x, stride_x, i_g = head_of(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, heads, 0, G, G)
     p_rows, stride_rows, _ = head_of(
-        p_rows_q, p_rows_k, p_rows_v, strides_rows_q, strides_rows_k, strides_rows_v, H, heads, 0, G
+        p_rows_q, p_rows_k, p_rows_v, strides_rows_q, strides_rows_k, strides_rows_v, H, heads, 0, G, G
     )
     p_map, is_turned = p_places + i_g * pyramid_length, tl.program_id(1) < H + G
     strides = stride_x, stride_rows, 0
@@ -128,9 +128,9 @@ def packed_gather_backward_kernel(
     """Program (block of windows of level 1, head of Q, K or V)."""
     heads = H + 2 * G
     p_rows, stride_rows, i_g = head_of(
-        p_rows_q, p_rows_k, p_rows_v, strides_rows_q, strides_rows_k, strides_rows_v, H, heads, 0, G
+        p_rows_q, p_rows_k, p_rows_v, strides_rows_q, strides_rows_k, strides_rows_v, H, heads, 0, G, G
     )
-    p_x, stride_x, _ = head_of(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, heads, 0, G)
+    p_x, stride_x, _ = head_of(p_q, p_k, p_v, strides_q, strides_k, strides_v, H, heads, 0, G, G)
     p_map, is_turned = p_places + i_g * pyramid_length, tl.program_id(1) < H + G
     strides = stride_rows, stride_x, 0
     packed = p_documents, documents, units, tokens, windows

@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse import telemetry
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
+from megatron_lighthouse.lighthouse.heads import documents_problem
 from megatron_lighthouse.lighthouse.implementations import packed_steps_for
 from megatron_lighthouse.lighthouse.packed.packing import Packing
 from megatron_lighthouse.lighthouse.packed.rule import Rule
@@ -121,7 +122,7 @@ def build_packed(
     scorer, rule = SCORERS[config.scorer], config.rule
     if rotary is not None and (problem := rotary.problem(query.shape[3])):
         raise ValueError(problem)
-    if problem := scorer.packed_problem(rule.window):
+    if problem := scorer.packed_problem(rule.window) or documents_problem(config):
         raise ValueError(problem)
     steps, attend = packed_steps_for(config.steps, query, config.pooling), None
     if exchange is None:

@@ -1,7 +1,8 @@
 """Deal: the gathered rows of ranks that hold different numbers of them, dealt evenly before attention and back after.
 
-Row x of the S rows of a batch element and key/value head lies on the rank that holds its entry's chunk, and is attended to on
-the rank that holds chunk x // (S / 2C) of the rows. All rows that pass between two ranks go in one message.
+Row x of the S rows of a batch element and selection (a key/value head's, or that of several) lies on the rank that holds its
+entry's chunk, and is attended to on the rank that holds chunk x // (S / 2C) of the rows. All rows that pass between two ranks
+go in one message.
 """
 
 from __future__ import annotations
@@ -62,12 +63,16 @@ class Deal:
         sends = target.flatten().argsort(stable=True)[: sum(to)]
         return Deal(exchange, held, 2 * share, sends, source.flatten().argsort(stable=True), to, by)
 
-    def out(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows as gathered, [held, B, ·, D], to rows as attended to, [S/C, B, ·, D]; differentiable."""
-        groups = key.shape[2]
-        heads = torch.cat([query.unflatten(2, (groups, -1)), key.unsqueeze(3), value.unsqueeze(3)], 3)
-        dealt = self._pass(heads, self.sends, self.to, self.receives, self.by, self.dealt)
-        return dealt[:, :, :, :-2].flatten(2, 3), dealt[:, :, :, -2], dealt[:, :, :, -1]
+    def out(self, groups: int, *tensors: Tensor) -> list[Tensor]:
+        """Rows as gathered, [held, B, ·, ·], to rows as attended to, [S/C, B, ·, ·]; differentiable.
+
+        Args:
+            groups: G, selections. Those of the heads of one travel together.
+        """
+        grouped = [x.unflatten(2, (groups, -1)).flatten(3) for x in tensors]
+        dealt = self._pass(torch.cat(grouped, 3), self.sends, self.to, self.receives, self.by, self.dealt)
+        parts = dealt.split([x.shape[3] for x in grouped], 3)
+        return [x.unflatten(3, (-1, like.shape[3])).flatten(2, 3) for x, like in zip(parts, tensors, strict=True)]
 
     def back(self, rows: Tensor, groups: int) -> Tensor:
         """Rows as attended to, [S/C, B, H, D], to rows as gathered, [held, B, H, D]; differentiable."""
@@ -75,7 +80,7 @@ class Deal:
         return self._pass(heads, self.receives, self.by, self.sends, self.to, self.held).flatten(2, 3)
 
     def _pass(self, x: Tensor, take: Tensor, to: tuple[int, ...], put: Tensor, by: tuple[int, ...], length: int) -> Tensor:
-        """[·, B, G, heads, D] -> [length, B, G, heads, D]."""
+        """[·, B, G, ...] -> [length, B, G, ...]."""
         batch, groups = x.shape[1:3]
         flat = x.movedim(0, 2).flatten(0, 2)
         moved: Tensor = _Pass.apply(flat, take, to, put, by, batch * groups * length, self.exchange)

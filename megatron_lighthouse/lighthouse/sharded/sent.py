@@ -18,16 +18,16 @@ def attend_bytes(comm_type: str, rows: int, shape: Shape, layout: Layout) -> tup
         comm_type: 'p2p', 'all_gather' or 'a2a', as this project does them.
     """
     others, chunk = layout.size - 1, rows // (2 * layout.size)
-    row = shape.batch * shape.dim * shape.itemsize
+    both, element = shape.groups * (shape.dim + shape.values), shape.batch * shape.itemsize
     if comm_type == "p2p":
         # to a higher rank goes the early chunk of keys and values, to a lower one both; gradients go back for what came
-        keys = (layout.size - 1 - layout.rank + 2 * layout.rank) * chunk * 2 * shape.groups * row
-        gradients = (layout.rank + 2 * (layout.size - 1 - layout.rank)) * chunk * 2 * shape.groups * row
+        keys = (layout.size - 1 - layout.rank + 2 * layout.rank) * chunk * both * element
+        gradients = (layout.rank + 2 * (layout.size - 1 - layout.rank)) * chunk * both * element
         return keys, keys + gradients
     if comm_type == "all_gather":
-        keys = others * 2 * chunk * 2 * shape.groups * row
+        keys = others * 2 * chunk * both * element
         return keys, 2 * keys
-    once = 2 * chunk * (2 * shape.heads + 2 * shape.groups) * row * others // layout.size
+    once = 2 * chunk * (shape.heads * (shape.dim + shape.values) + both) * element * others // layout.size
     return once, once
 
 
@@ -39,7 +39,7 @@ def layer_bytes(
     'deal', of rows that are dealt because tiles span chunks, is the most it can be: how many are dealt depends on the data.
     """
     size = layout.size
-    halo = ((layout.rank < size - 1) + (layout.rank > 0)) * (geometry.levels - 1) * shape.batch * shape.heads * shape.dim
+    halo = ((layout.rank < size - 1) + (layout.rank > 0)) * (geometry.levels - 1) * shape.batch * shape.heads * shape.values
     plan = {
         "attend": attend_bytes(comm_type, geometry.gathered_length, shape, layout),
         "halo": (halo * shape.itemsize, halo * shape.itemsize),
@@ -47,11 +47,12 @@ def layer_bytes(
     if forward := SCORERS[scorer].sent(geometry, shape, size):
         plan["scorer"] = (forward, 0)
     if geometry.tiles % (2 * size):
-        scores = 2 * shape.batch * shape.groups * (geometry.coarse_length // size) * max(4, shape.itemsize)
+        selections = shape.batch * shape.groups // shape.heads_per_selection
+        scores = 2 * selections * (geometry.coarse_length // size) * max(4, shape.itemsize)
         plan["select"] = (scores * (size - 1), 0)
-        rows = geometry.gathered_length * shape.batch * shape.dim * shape.itemsize
-        dealt = rows * (shape.heads + 2 * shape.groups) + rows // size * shape.heads
-        plan["deal"] = (dealt, rows // size * (shape.heads + 2 * shape.groups) + rows * shape.heads)
+        rows = geometry.gathered_length * shape.batch * shape.itemsize
+        given, output = shape.heads * shape.dim + shape.groups * (shape.dim + shape.values), shape.heads * shape.values
+        plan["deal"] = (rows * given + rows // size * output, rows // size * given + rows * output)
     return plan
 
 

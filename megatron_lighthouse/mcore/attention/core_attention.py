@@ -22,12 +22,14 @@ from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem
 from megatron_lighthouse.gpu import capability_of
 from megatron_lighthouse.lighthouse.rotary import Rotary
+from megatron_lighthouse.mcore.attention.builder import Builder
 from megatron_lighthouse.mcore.attention.output import remember_source
-from megatron_lighthouse.mcore.attention.over_shards import context_parallel_group, over_shards, tensor_parallel_rank
+from megatron_lighthouse.mcore.attention.over_shards import able_local, context_parallel_group, tensor_parallel_rank
 from megatron_lighthouse.mcore.attention.packed import cut_problem, documents_of, in_one_row, in_rows, packed
+from megatron_lighthouse.mcore.attention.sinks import with_counted_sinks
 from megatron_lighthouse.mcore.attention.te_choice import te_choice
 from megatron_lighthouse.mcore.command_line.checks import check
-from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_of_rank
+from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, head_dims, heads_of_rank
 from megatron_lighthouse.mcore.loop import switch
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.options import in_flags
@@ -50,6 +52,8 @@ class VariantMixin:
     settings: LighthouseSettings
     """Of the whole model: whether, and when, this layer becomes dense."""
     config: TransformerConfig
+    softmax_offset: Tensor | None
+    """Of the base class: the sinks, [np/tp]."""
 
     def forward(
         self,
@@ -72,7 +76,7 @@ class VariantMixin:
             attention_mask: not read in stage 1: the attention is causal.
 
         Returns:
-            [s/cp, b, np/tp * hn].
+            [s/cp, b, np/tp * hn], hn of the values.
 
         Raises:
             ValueError: a call that is not causal self-attention over whole sequences.
@@ -87,14 +91,15 @@ class VariantMixin:
             within = None if documents is None else packed(documents, documents.longest)
             given = {"attn_mask_type": attn_mask_type, "packed_seq_params": within}
             out = dense(rows_q, rows_k, rows_v, None, **given, **kwargs)
-            return out.unflatten(-1, rows_q.shape[2:])
+            return out.unflatten(-1, (rows_q.shape[2], -1))
 
         if packed_seq_params is not None:
             return self._within_documents(query, key, value, packed_seq_params, base)
         count = len(self.settings.attention.streams)
         query, *streams = query.chunk(1 + count, dim=2) if count else (query,)
         layer = self._layer_for(query, key, value)
-        out, again = layer(query, key, value, *streams, attend=base if self.place.base_attends else None)
+        sinks = {"sinks": self.softmax_offset} if self.place.sinks else {}
+        out, again = layer(query, key, value, *streams, attend=base if self.place.base_attends else None, **sinks)
         return out.flatten(2) if again is None else remember_source(out.flatten(2), again)
 
     def _within_documents(self, query: Tensor, key: Tensor, value: Tensor, params: Any, base: Callable[..., Tensor]) -> Tensor:
@@ -158,7 +163,7 @@ def class_over(base: type, title: str) -> type:
 
 
 @dataclass(frozen=True)
-class CoreAttentionBuilder:
+class CoreAttentionBuilder(Builder):
     """Builds the core attention of one layer, the variant's or dense by its global number."""
 
     base: Any
@@ -174,37 +179,40 @@ class CoreAttentionBuilder:
             module, params = module.module, dict(module.params)
             if self.base.submodules is not None:
                 params["submodules"] = self.base.submodules
-        module = over_shards(module, config)
-        if self.settings.is_dense(layer_number, config.num_layers):
-            return module(config=config, layer_number=layer_number, **params, **kwargs)
+        module, settings = able_local(module, config), self.settings.in_model(config)
+        if settings.is_dense(layer_number, config.num_layers):
+            return with_counted_sinks(module(config=config, layer_number=layer_number, **params, **kwargs))
         if not isinstance(module, type):
             raise ValueError(
                 f"--attention {self.settings.variant} cannot wrap the core attention {module!r}: it wraps classes such as "
                 "DotProductAttention and TEDotProductAttention."
             )
-        check(config, self.settings, None)
-        variant = self.settings.attention
+        check(config, settings, None)
+        variant = settings.attention
         here = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        inputs = Inputs(here, config.params_dtype, *heads_of_rank(config), config.kv_channels)
+        inputs = Inputs(here, config.params_dtype, *heads_of_rank(config), *head_dims(config))
         of_te = "transformer_engine" in module.__module__
         groups = kwargs.get("pg_collection")
+        base_attends = variant.base_attends(settings.config, of_te, issubclass(module, DotProductAttention))
         place = Place(
             number=layer_number,
             exchange=Exchange.over(context_parallel_group(groups)),
             comm_type=kwargs.get("cp_comm_type") or "p2p",
             scale=kwargs.get("softmax_scale"),
             first_head=inputs.heads * tensor_parallel_rank(groups),
-            base_attends=variant.base_attends(self.settings.config, of_te, issubclass(module, DotProductAttention)),
-            discard_output=self.settings.discard_output,
+            base_attends=base_attends,
+            discard_output=settings.discard_output,
             rotary=None if config.no_rope_freq and config.no_rope_freq[layer_number - 1] else self.rotary,
+            value_dim=inputs.value_dim,
+            sinks=not base_attends and config.softmax_type != "vanilla",
         )
-        own = self.settings.config_of(layer_number, config.num_layers)
+        own = settings.config_of(layer_number, config.num_layers)
         _check(variant, own, inputs, place)
         layer = class_over(module, variant.title)(config=config, layer_number=layer_number, **params, **kwargs)
-        layer.settings, layer.place, layer.own, layer.layers = self.settings, place, own, {}
+        layer.settings, layer.place, layer.own, layer.layers = settings, place, own, {}
         if place.base_attends and of_te:
             say_once(te_choice(capability_of(here)))
-        return layer
+        return with_counted_sinks(layer)
 
 
 def _check(variant: Variant, config: Any, inputs: Inputs, place: Place) -> None:

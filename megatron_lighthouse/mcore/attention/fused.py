@@ -14,6 +14,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
+from megatron_lighthouse.mcore.attention.local import LocalAttention
 from megatron_lighthouse.mcore.attention.over_shards import in_place_of_local
 from megatron_lighthouse.mcore.attention.packed import ThdMixin, attend_documents, check_call, class_over_thd
 from megatron_lighthouse.mcore.command_line.documents import FLAG
@@ -21,7 +22,7 @@ from megatron_lighthouse.softmax.backends import Attend, deterministic, inner_at
 from megatron_lighthouse.softmax.documents import AttendDocuments, documents_attention
 
 
-class FusedAttention(DotProductAttention):  # type: ignore[misc]
+class FusedAttention(LocalAttention):
     """Causal attention of one rank's heads over whole sequences, or within each document of packed rows."""
 
     def __init__(self, *args: Any, softmax_scale: float | None = None, **kwargs: Any) -> None:
@@ -48,7 +49,7 @@ class FusedAttention(DotProductAttention):  # type: ignore[misc]
         """
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
         check_call("attention without kept scores", mask_type, attention_bias, packed_seq_params, 1)
-        made_from = (query.shape, key.shape, query.dtype, query.device, deterministic())
+        made_from = (query.shape, key.shape, value.shape, query.dtype, query.device, deterministic())
         if packed_seq_params is not None:
             within = self.within.get(made_from)
             if within is None:
@@ -59,7 +60,7 @@ class FusedAttention(DotProductAttention):  # type: ignore[misc]
             raise ValueError("attention without kept scores is causal, and reads no mask.")
         attend = self.attend.get(made_from)
         if attend is None:
-            attend = self.attend[made_from] = inner_attention("auto", query, key, self.given_scale)
+            attend = self.attend[made_from] = inner_attention("auto", query, key, self.given_scale, value.shape[-1])
         return attend(query, key, value).flatten(2)
 
 

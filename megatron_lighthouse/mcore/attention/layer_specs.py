@@ -25,21 +25,32 @@ from megatron_lighthouse.mcore.attention.core_attention import CoreAttentionBuil
 from megatron_lighthouse.mcore.attention.fused import of_documents
 from megatron_lighthouse.mcore.attention.norm import torch_norm
 from megatron_lighthouse.mcore.attention.output import without_kept_output
-from megatron_lighthouse.mcore.attention.over_shards import over_shards
+from megatron_lighthouse.mcore.attention.over_shards import able_local
 from megatron_lighthouse.mcore.attention.rotary import rotary_of
+from megatron_lighthouse.mcore.attention.sinks import CountedSinks
 from megatron_lighthouse.mcore.attention.streams import add_streams
 from megatron_lighthouse.mcore.command_line import pyramid, rope
 from megatron_lighthouse.mcore.command_line.checks import check_run
 from megatron_lighthouse.mcore.command_line.documents import asked, upstream_problems
 from megatron_lighthouse.mcore.command_line.layers import attention_layers
-from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_of_rank, own_comm_types, settings_from
+from megatron_lighthouse.mcore.command_line.own_parts import learns_shared_sinks
+from megatron_lighthouse.mcore.command_line.settings import (
+    LighthouseSettings,
+    head_dims,
+    heads_of_rank,
+    own_comm_types,
+    settings_from,
+)
 from megatron_lighthouse.notice import say_once
+
+OF_LAYER, OF_ATTENTION = ("input_layernorm", "pre_mlp_layernorm"), ("q_layernorm", "k_layernorm", "kv_layernorm")
+"""The norms of a layer spec."""
 
 type LayerSpec = ModuleSpec | TransformerBlockSubmodules
 
 
 def with_lighthouse(spec: LayerSpec, settings: LighthouseSettings, rotary: Rotary | None = None) -> LayerSpec:
-    """A copy of a GPT layer or block spec, local or Transformer Engine, whose core attention is Lighthouse.
+    """A copy of a GPT layer or block spec or a hybrid stack's, local or Transformer Engine, whose core attention is Lighthouse.
 
     Whether a layer is Lighthouse or dense is decided when it is built, from its global number, so the spec is right on
     every pipeline stage.
@@ -79,7 +90,7 @@ def with_lighthouse(spec: LayerSpec, settings: LighthouseSettings, rotary: Rotar
     if not found and isinstance(spec, ModuleSpec):
         raise ValueError(
             f"--attention {settings.variant} found no core attention in the layer spec of {spec.module.__name__}: it takes "
-            "GPT layer specs (local or transformer_engine)."
+            "GPT layer specs and hybrid stacks (local or transformer_engine)."
         )
     if _global_args() is not None:
         from megatron_lighthouse.mcore.loop import hooks
@@ -96,16 +107,35 @@ def lighthouse(model_cfg: Any, vp_stage: int | None = None) -> LayerSpec:
         ValueError: settings, a model or data that Lighthouse refuses.
     """
     args = _global_args()
-    if args is not None:
-        upstream = not hasattr(args, "attention")  # whose parser does not know our options
-        if upstream and (found := [*upstream_problems(args, model_cfg.transformer)]):
-            raise ValueError("\n".join(found))
-        pyramid.settle(args)
-    settings = settings_from(args)
-    if args is not None:
-        settings = rope.settled(args, settings)
-        check_run(args, model_cfg.transformer, settings)
+    # upstream's parser does not know our options
+    found = [] if args is None or hasattr(args, "attention") else [*upstream_problems(args, model_cfg.transformer)]
+    if found:
+        raise ValueError("\n".join(found))
+    settings = settled(args, model_cfg.transformer)
     return layer_spec(model_cfg, vp_stage, settings=settings, documents=args is not None and asked(args))
+
+
+def settled(args: Namespace | None, config: TransformerConfig) -> LighthouseSettings:
+    """What `--spec` asks of Lighthouse, checked against the run that Megatron's arguments describe, where there are any."""
+    if args is None:
+        return settings_from(args)
+    pyramid.settle(args)
+    settings = rope.settled(args, settings_from(args))
+    check_run(args, config, settings)
+    return settings
+
+
+def hybrid_spec(model_cfg: Any, *, settings: LighthouseSettings | None) -> ModuleSpec:
+    """The stack's spec for `model_cfg` (a HybridModelConfig); with `settings`, its attention layers made Lighthouse.
+
+    Raises:
+        ValueError: a model that Lighthouse refuses.
+    """
+    from megatron_lighthouse.mcore.attention.hybrid_specs import hybrid_stack
+
+    spec = _with_attention(hybrid_stack(model_cfg.transformer), model_cfg, settings)
+    assert isinstance(spec, ModuleSpec)
+    return spec
 
 
 def layer_spec(
@@ -128,6 +158,11 @@ def layer_spec(
         spec = _with_sequence_parallel_norm(spec, config, vp_stage)
     if documents:
         spec = _with_documents(spec, config)
+    return _with_attention(spec, model_cfg, settings)
+
+
+def _with_attention(spec: LayerSpec, model_cfg: Any, settings: LighthouseSettings | None) -> LayerSpec:
+    config = model_cfg.transformer
     if settings is None:
         return _dense_over_shards(spec, config)
     _say_what_is_sent(config, settings)
@@ -143,7 +178,9 @@ def _say_what_is_sent(config: TransformerConfig, settings: LighthouseSettings) -
     comm_types = own_comm_types(config, settings)
     if args is None or not comm_types:
         return
-    layer = Shape(args.micro_batch_size, *heads_of_rank(config), config.kv_channels, config.params_dtype.itemsize)
+    dim, value_dim = head_dims(config)
+    shared = getattr(settings.in_model(config).config, "heads_per_selection", 0) or 1
+    layer = Shape(args.micro_batch_size, *heads_of_rank(config), dim, config.params_dtype.itemsize, value_dim, shared)
     edges = {"edge layers: ": settings.edge} if settings.edge else {}
     for kind, own in {} if asked(args) else {"": settings.config, **edges}.items():  # of documents it goes by their lengths
         for comm_type in comm_types:
@@ -153,17 +190,20 @@ def _say_what_is_sent(config: TransformerConfig, settings: LighthouseSettings) -
 
 
 def _dense_over_shards(spec: LayerSpec, config: TransformerConfig) -> LayerSpec:
-    """The spec of a dense model; with context parallelism, Megatron's local core attention made one that can do it."""
-    if config.context_parallel_size == 1:
+    """The spec of a dense model, whose core attention, where it is Megatron's local one, can do what the model asks for."""
+    learnt = learns_shared_sinks(config)
+    if config.context_parallel_size == 1 and not learnt and not config.multi_latent_attention:
         return spec
     spec = copy.deepcopy(spec)
     for submodules in attentions_of(spec):
-        submodules.core_attention = over_shards(submodules.core_attention, config)
+        submodules.core_attention = able_local(submodules.core_attention, config)
+        if learnt and not isinstance(submodules.core_attention, CountedSinks):  # layers of a block may share a spec
+            submodules.core_attention = CountedSinks(submodules.core_attention)
     return spec
 
 
 def _with_documents(spec: LayerSpec, config: TransformerConfig) -> LayerSpec:
-    """The spec with core attention that takes packed documents: of one rank, for `over_shards` puts its own in its place."""
+    """The spec with core attention that takes packed documents: of one rank, for `able_local` puts its own in its place."""
     spec = copy.deepcopy(spec)
     for submodules in attentions_of(spec):
         if config.context_parallel_size == 1:
@@ -182,9 +222,11 @@ def _with_sequence_parallel_norm(spec: LayerSpec, config: TransformerConfig, vp_
     if spec.layer_norm is WrappedTorchNorm:
         spec.layer_norm = torch_norm
     for layer in _layers_of(spec):
-        for name in ("input_layernorm", "pre_mlp_layernorm"):
-            if getattr(layer.submodules, name, None) is WrappedTorchNorm:
-                setattr(layer.submodules, name, torch_norm)
+        attention = getattr(getattr(layer.submodules, "self_attention", None), "submodules", None)
+        for holder, names in ((layer.submodules, OF_LAYER), (attention, OF_ATTENTION)):
+            for name in names:
+                if getattr(holder, name, None) is WrappedTorchNorm:
+                    setattr(holder, name, torch_norm)
     return spec
 
 
@@ -198,6 +240,8 @@ def attentions_of(spec: LayerSpec) -> Iterator[Any]:
 
 
 def _layers_of(spec: LayerSpec) -> list[ModuleSpec]:
+    if isinstance(spec, ModuleSpec) and hasattr(spec.submodules, "attention_layer"):  # a hybrid stack
+        return [spec.submodules.attention_layer, spec.submodules.mla_layer]
     return [spec] if isinstance(spec, ModuleSpec) else list(spec.layer_specs or [])
 
 

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem
+from megatron_lighthouse.mcore.attention.local import LocalAttention
 from megatron_lighthouse.mcore.attention.packed import attend_documents, check_call
+from megatron_lighthouse.mcore.command_line.layers import is_windowed
 from megatron_lighthouse.mcore.command_line.own_parts import over_shards_problems
 from megatron_lighthouse.options import in_flags
 from megatron_lighthouse.softmax.backends import deterministic
@@ -27,7 +29,7 @@ from megatron_lighthouse.softmax.sharded import ShardedAttention, sharded_attent
 from megatron_lighthouse.softmax.sharded_documents import ShardedDocuments, sharded_documents_attention
 
 
-class ContextParallelAttention(DotProductAttention):  # type: ignore[misc]
+class ContextParallelAttention(LocalAttention):
     """Causal attention over the tokens of all context-parallel ranks, in Megatron's zigzag order or in that of documents."""
 
     def __init__(
@@ -40,21 +42,22 @@ class ContextParallelAttention(DotProductAttention):  # type: ignore[misc]
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        **channels: int,
     ) -> None:
-        """See `DotProductAttention`.
+        """See `LocalAttention`.
 
         Raises:
-            ValueError: dropout, a window, a softmax with a sink, or a `cp_comm_type` that cannot be.
+            ValueError: dropout, a window that is not causal, or a `cp_comm_type` that cannot be.
         """
         if found := [*over_shards_problems(config, attention_dropout)]:
             raise ValueError("\n".join(found))
         alone = copy.copy(config)
         alone.context_parallel_size = 1
-        super().__init__(
-            alone, layer_number, attn_mask_type, attention_type, attention_dropout, softmax_scale, cp_comm_type, pg_collection
-        )
+        how = (attn_mask_type, attention_type, attention_dropout, softmax_scale, cp_comm_type, pg_collection)
+        super().__init__(alone, layer_number, *how, **channels)
         self.config = config
         self.given_scale = softmax_scale
+        self.window = config.window_size[0] if is_windowed(config, layer_number) else None
         self.cp_comm_type = cp_comm_type or "p2p"
         self.exchange = Exchange.over(context_parallel_group(pg_collection))
         self.attend: dict[Any, ShardedAttention] = {}
@@ -74,7 +77,7 @@ class ContextParallelAttention(DotProductAttention):  # type: ignore[misc]
         packed_seq_params: Any = None,
         **kwargs: Any,
     ) -> Tensor:
-        """[s/cp, b, np/tp, hn] and twice [s/cp, b, ng/tp, hn] -> [s/cp, b, np/tp * hn].
+        """[s/cp, b, np/tp, hn] and twice [s/cp, b, ng/tp, hn] -> [s/cp, b, np/tp * hn], hn of the values.
 
         Raises:
             ValueError: a call that is not causal self-attention.
@@ -83,7 +86,7 @@ class ContextParallelAttention(DotProductAttention):  # type: ignore[misc]
         assert self.exchange is not None
         size = self.exchange.size
         check_call("--context-parallel-size without Transformer Engine", mask_type, attention_bias, packed_seq_params, size)
-        made_from = (query.shape, key.shape, query.dtype, query.device, deterministic())
+        made_from = (query.shape, key.shape, value.shape, query.dtype, query.device, deterministic())
         if packed_seq_params is not None:
             within = self.within.get(made_from)
             if within is None:
@@ -92,21 +95,25 @@ class ContextParallelAttention(DotProductAttention):  # type: ignore[misc]
             return attend_documents(within, query, key, value, packed_seq_params, size)
         attend = self.attend.get(made_from)
         if attend is None:
-            attend = sharded_attention("auto", query, key, self.exchange, self.cp_comm_type, self.given_scale)
+            softmax = (self.given_scale, self.window, self.softmax_offset is not None, value.shape[-1])
+            attend = sharded_attention("auto", query, key, self.exchange, self.cp_comm_type, *softmax)
             self.attend[made_from] = attend
-        return attend(query, key, value).flatten(2)
+        return attend(query, key, value, self.softmax_offset).flatten(2)
 
 
-def over_shards(core_attention: Any, config: TransformerConfig) -> Any:
-    """`core_attention` of a layer spec; where it is Megatron's local one and there are context-parallel ranks, ours."""
-    return core_attention if config.context_parallel_size == 1 else in_place_of_local(core_attention, ContextParallelAttention)
+def able_local(core_attention: Any, config: TransformerConfig) -> Any:
+    """`core_attention` of a layer spec; where it is Megatron's local one, what takes context-parallel ranks, or MLA."""
+    if config.context_parallel_size > 1:
+        return in_place_of_local(core_attention, ContextParallelAttention)
+    return in_place_of_local(core_attention, LocalAttention) if config.multi_latent_attention else core_attention
 
 
 def in_place_of_local(core_attention: Any, other: type) -> Any:
     """`core_attention` of a layer spec, a class or a ModuleSpec; where it is Megatron's local one, `other`."""
-    if isinstance(core_attention, ModuleSpec) and core_attention.module is DotProductAttention:
+    local = (DotProductAttention, LocalAttention)
+    if isinstance(core_attention, ModuleSpec) and core_attention.module in local:
         return ModuleSpec(other, params=core_attention.params, submodules=core_attention.submodules)
-    return other if core_attention is DotProductAttention else core_attention
+    return other if core_attention in local else core_attention
 
 
 def context_parallel_group(pg_collection: ProcessGroupCollection | None) -> Any:

@@ -7,9 +7,16 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from megatron_lighthouse.mcore.command_line import correction, documents, pyramid, rope, settings
+from megatron_lighthouse.mcore.command_line import correction, documents, hybrid, pyramid, rope, settings
 from megatron_lighthouse.mcore.command_line.checks import copies_in_a_graph, run_problems
-from megatron_lighthouse.mcore.command_line.own_parts import has_own_attention, over_shards_problems, scheme_problems
+from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern
+from megatron_lighthouse.mcore.command_line.own_parts import (
+    engine_problems,
+    has_own_attention,
+    learns_shared_sinks,
+    over_shards_problems,
+    scheme_problems,
+)
 from megatron_lighthouse.mcore.loop import selection_log
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.variants import VARIANTS, switching
@@ -37,8 +44,16 @@ def nothing_to_switch(args: argparse.Namespace) -> str | None:
 
 
 def model_config(args: argparse.Namespace) -> Any:
-    """Megatron's GPTModelConfig of `args`, and what it leaves out: --rope-scaling-factor."""
-    from megatron.training.argument_utils import gpt_config_from_args
+    """Megatron's HybridModelConfig of `args` where these name a pattern of layers, else its GPTModelConfig.
+
+    And what those leave out: the pattern, in the TransformerConfig, and --rope-scaling-factor.
+    """
+    from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
+
+    if hybrid_pattern(args):
+        model_cfg = hybrid_config_from_args(args)
+        model_cfg.transformer.hybrid_layer_pattern = args.hybrid_layer_pattern
+        return model_cfg
 
     model_cfg = gpt_config_from_args(args)
     if args.use_rope_scaling and args.rope_scaling_factor != model_cfg.rope_scaling_factor:
@@ -68,10 +83,19 @@ def attention_problems(args: argparse.Namespace, config: Any, by_spec: bool, has
     if chosen is None and has_spec:
         if documents.asked(args):
             yield f"{documents.FLAG} needs core attention that takes documents, and --spec {args.spec} has its own."
+        if learns_shared_sinks(config):
+            yield (
+                f"--softmax-type learnable with --tensor-model-parallel-size {config.tensor_model_parallel_size}: Megatron "
+                "leaves the sinks of all ranks but the first out of the gradient's norm (Megatron-LM 7452), and so does the "
+                f"core attention of --spec {args.spec}: leave --spec out, or use tensor-parallel size 1."
+            )
         return
     if has_spec and by_name:
         yield f"--attention {args.attention} chooses the layer spec, and so does --spec: leave one of them out."
     if chosen is not None:
+        if message := hybrid.attention_problem(args, args.attention):
+            yield message
+            return
         if chosen.attention.selects:
             chosen, _ = rope.taken(args, chosen)
         yield from run_problems(args, config, chosen)
@@ -82,6 +106,7 @@ def attention_problems(args: argparse.Namespace, config: Any, by_spec: bool, has
         return
     yield from VARIANTS[args.attention].length_problems(None, args.seq_length, config.context_parallel_size)
     yield from documents.document_problems(args, config)
+    yield from engine_problems(config)
     if has_own_attention(config):
         yield from over_shards_problems(config)
         yield from scheme_problems(config)
@@ -104,15 +129,16 @@ def config_of(args: argparse.Namespace) -> Any:
 
 
 def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
-    """Give `model_cfg` (a GPTModelConfig) the attention that `--attention` names, checked against model and data.
+    """Give `model_cfg` (a GPTModelConfig or HybridModelConfig) the attention that `--attention` names, checked against both.
 
     Raises:
         ValueError: settings, a model or data that Lighthouse refuses.
     """
-    from megatron_lighthouse.mcore.attention.layer_specs import layer_spec, lighthouse
+    from megatron_lighthouse.mcore.attention.layer_specs import hybrid_spec, layer_spec, lighthouse
     from megatron_lighthouse.mcore.loop import hooks
 
-    config, spec = model_cfg.transformer, model_cfg.transformer_layer_spec
+    is_hybrid = hybrid_pattern(args) is not None
+    config, spec = model_cfg.transformer, model_cfg.hybrid_stack_spec if is_hybrid else model_cfg.transformer_layer_spec
     pyramid.settle(args)
     if found := [*dict.fromkeys(attention_problems(args, config, spec is lighthouse, spec is not None))]:
         raise ValueError(f"--attention {args.attention} cannot run as asked:\n  - " + "\n  - ".join(found))
@@ -148,6 +174,16 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
     if chosen is not None or has_own_attention(config):
         # the attention is causal and reads no mask; one of seq x seq bytes would not fit at long context
         args.create_attention_mask_in_dataloader = False
-    if spec is None and (chosen is not None or packs or config.sequence_parallel or config.context_parallel_size > 1):
+    if is_hybrid and spec is None:
+        hooks.stack_locally()
+        model_cfg.hybrid_stack_spec = hybrid_spec(model_cfg, settings=chosen)
+    elif spec is None and (
+        chosen is not None
+        or packs
+        or config.sequence_parallel
+        or config.context_parallel_size > 1
+        or learns_shared_sinks(config)
+        or config.multi_latent_attention
+    ):
         model_cfg.transformer_layer_spec = partial(layer_spec, settings=chosen, documents=packs)
     return model_cfg

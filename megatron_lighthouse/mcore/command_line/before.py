@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from megatron_lighthouse.mcore.command_line import flags
 from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
+from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern
 
 
 def given(words: Sequence[str]) -> argparse.Namespace | None:
@@ -55,7 +56,7 @@ def _flag(name: str) -> str:
 
 def _model(args: argparse.Namespace) -> Iterator[str]:
     needed = ["hidden_size", "num_attention_heads", "max_position_embeddings"]
-    layers = args.num_layers or args.encoder_num_layers or args.hybrid_layer_pattern
+    layers = args.num_layers or args.encoder_num_layers or hybrid_pattern(args)
     needed += [] if layers or args.heterogeneous_layers_config_path else ["num_layers"]
     needed += [] if args.seq_length or args.encoder_seq_length else ["seq_length"]
     for name in needed:

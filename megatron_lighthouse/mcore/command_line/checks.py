@@ -11,8 +11,16 @@ from typing import TYPE_CHECKING
 from megatron_lighthouse.context_parallel.copies import SWITCH
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem
 from megatron_lighthouse.lighthouse.config import flag
+from megatron_lighthouse.lighthouse.heads import heads_problem
 from megatron_lighthouse.mcore.command_line import documents, rope, stored
-from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_of_rank, of_edge, own_comm_types
+from megatron_lighthouse.mcore.command_line.own_parts import engine_problems
+from megatron_lighthouse.mcore.command_line.settings import (
+    LighthouseSettings,
+    head_dims,
+    heads_of_rank,
+    of_edge,
+    own_comm_types,
+)
 from megatron_lighthouse.options import in_flags
 
 if TYPE_CHECKING:  # what needs no Megatron is asked on a login node too
@@ -65,6 +73,7 @@ def _raise(settings: LighthouseSettings, problems: list[str]) -> None:
 
 def model_problems(config: TransformerConfig, settings: LighthouseSettings, seq_length: int | None) -> Iterator[str]:
     """Why Lighthouse cannot train this model: of the plan too, whose `config` has what is read here alone."""
+    settings = settings.in_model(config)
     yield from _unsupported(config, settings)
     if settings.attention.switches:
         holding = len(settings.holding(config.num_layers))
@@ -115,6 +124,12 @@ def _documents(args: Namespace, config: TransformerConfig, settings: LighthouseS
     if documents.asked(args):
         for own in filter(None, (settings.config, settings.edge)):
             yield from settings.attention.document_problems(own, config.context_parallel_size)
+        engine = config.transformer_impl == "transformer_engine"
+        if engine and config.softmax_type != "vanilla" and not settings.attention.base_attends(settings.config, True, False):
+            yield (
+                f"{documents.FLAG} with --softmax-type {config.softmax_type} is done by Transformer Engine's attention alone: "
+                f"leave {flag('inner')} out."
+            )
         yield from documents.watched_problems(args)
 
 
@@ -158,8 +173,15 @@ def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Ite
     for name in DYNAMIC:
         if getattr(config, name, False):
             yield f"--{name.replace('_', '-')} packs sequences (thd): leave it out, or use --attention dense."
-    if config.multi_latent_attention:
-        yield "--multi-latent-attention is not supported: use --group-query-attention, or --attention dense."
+    if config.multi_latent_attention and not settings.attention.latent:
+        yield (
+            f"--multi-latent-attention is not done by --attention {settings.variant}: use --group-query-attention, or "
+            "--attention lighthouse or dense."
+        )
+    if settings.attention.selects and config.num_attention_heads:
+        dims = head_dims(config) if config.multi_latent_attention else (0, None)
+        if message := heads_problem(settings.config, max(1, heads_of_rank(config)[1]), *dims):
+            yield in_flags(message)
     if getattr(config, "experimental_attention_variant", None):
         yield (
             f"--experimental-attention-variant {config.experimental_attention_variant} brings its own attention: use one or "
@@ -190,6 +212,7 @@ def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Ite
     if message := copies_in_a_graph(config, own_comm_types(config, settings)):
         yield message
     yield from _comm_types(config, settings)
+    yield from engine_problems(config)
     yield from _streams(config, settings)
 
 
@@ -243,7 +266,7 @@ def copies_in_a_graph(config: TransformerConfig, comm_types: Sequence[str]) -> s
 
 
 def layer_problems(dense_first: int, dense_last: int, layers: int, edge_budget: int | None = None) -> Iterator[str]:
-    """Of which of the model's layers are dense, or have a budget of their own, of as many as hold attention."""
+    """Of which of the model's layers are dense, or have a budget of their own, of as many as attend to all tokens."""
     for name, count in (("dense_first", dense_first), ("dense_last", dense_last)):
         if count < 0:
             yield f"{flag(name)} {count} must not be negative: use 0 to leave no layer dense."
@@ -255,5 +278,5 @@ def layer_problems(dense_first: int, dense_last: int, layers: int, edge_budget: 
     if dense_first + dense_last >= layers:
         yield (
             f"{flag('dense_first')} {dense_first} and {flag('dense_last')} {dense_last} leave none of {layers} layers to "
-            "Lighthouse, of those that hold attention: use smaller numbers, or --attention dense."
+            "Lighthouse, of those that attend to all tokens: use smaller numbers, or --attention dense."
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from megatron_lighthouse.mcore.command_line import kept, loss_tiles
+from megatron_lighthouse.mcore.command_line import kept, tiles
 from megatron_lighthouse.mcore.command_line.arguments import (
     ArgumentsProvider,
     model_config,
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help=f"When training ends, draw what the first Lighthouse layer selected in its last batch; with {LAYER} in the file's "
         f"name, one picture for each of {selection_log.LAYERS}.",
     )
-    loss_tiles.add_arguments(parser)
+    tiles.add_arguments(parser)
     kept.add_arguments(parser)
     repair_help(parser)
     if type(parser) is argparse.ArgumentParser:  # Megatron's, whose usage is four thousand lines
@@ -68,7 +68,7 @@ def checked_model(args: argparse.Namespace, provider: ArgumentsProvider = with_a
         ValueError: what is refused, and what works.
     """
     with explained(args, provider):
-        if found := [*problems(args), *loss_tiles.problems(args), *(missing_packages(args) if packages else ())]:
+        if found := [*problems(args), *tiles.problems(args), *(missing_packages(args) if packages else ())]:
             raise ValueError("\n".join(found))
         check_resume(args)
         return use_attention(args, model_config(args))

@@ -1,4 +1,4 @@
-"""Which layers of a model hold attention, and so may take Lighthouse. Imports no Megatron.
+"""Which layers of a model attend to all tokens, and so may take Lighthouse. Imports no Megatron.
 
 Multi-token-prediction layers are not among a model's numbered layers, and stay dense.
 """
@@ -11,18 +11,57 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+ATTEND = "*+"
+"""The symbols of layers with attention, and with multi-latent attention, in a hybrid model's pattern."""
+
+
+def hybrid_pattern(model: Any) -> str | None:
+    """The symbols of a hybrid model's layers (`--hybrid-layer-pattern`), one a layer; None of another model.
+
+    Args:
+        model: a TransformerConfig, or Megatron's arguments, validated or not.
+    """
+    pattern = getattr(model, "hybrid_layer_pattern", None) or getattr(model, "hybrid_override_pattern", None)
+    return pattern.partition("/")[0].replace("|", "") if pattern else None
+
 
 def attention_layers(model: Any) -> tuple[int, ...] | None:
-    """The numbers, from 1, of the layers that hold attention; None where all do.
+    """The numbers, from 1, of the layers that attend to all tokens; None where all do.
 
-    In a heterogeneous model (`--heterogeneous-layers-config-path`) a layer may have none, or a linear map in its place.
+    In a heterogeneous model (`--heterogeneous-layers-config-path`) a layer may have no attention, or a linear map in its place,
+    and in a hybrid model what its pattern says.
+    With `--window-size` a layer may see a window alone (`is_windowed`): such layers stay as they are.
 
     Args:
         model: a TransformerConfig, or Megatron's arguments.
 
     Raises:
-        ValueError: a description of the layers that is no such JSON.
+        ValueError: a description of the layers that is no such JSON, or a list of windowed layers of another length.
     """
+    holding, layers, listed = _holding(model), getattr(model, "num_layers", None), getattr(model, "window_attn_skip_freq", None)
+    if not getattr(model, "window_size", None) or not layers:
+        return holding
+    if isinstance(listed, list) and len(listed) != layers:
+        raise ValueError(
+            f"--window-attn-skip-freq {listed} is of {len(listed)} layers, and --num-layers is {layers}: give one number a "
+            "layer, 1 where it sees a window alone, or one number N, by which each N-th sees all tokens."
+        )
+    numbers = range(1, layers + 1) if holding is None else holding
+    return tuple(number for number in numbers if not is_windowed(model, number))
+
+
+def is_windowed(model: Any, number: int) -> bool:
+    """Whether the layer of this number sees a window alone, as Megatron has it."""
+    every = getattr(model, "window_attn_skip_freq", None)
+    if not getattr(model, "window_size", None) or every is None:
+        return bool(getattr(model, "window_size", None))
+    return number % every != 0 if isinstance(every, int) else bool(every[number - 1])
+
+
+def _holding(model: Any) -> tuple[int, ...] | None:
+    """The numbers of the layers that hold attention; None where all do."""
+    if pattern := hybrid_pattern(model):
+        return tuple(number for number, symbol in enumerate(pattern, 1) if symbol in ATTEND)
     name, written = (getattr(model, f"heterogeneous_layers_config_{what}", None) for what in ("path", "encoded_json"))
     experts = getattr(model, "num_moe_experts", None) or getattr(model, "num_experts", None)
     # with experts, or with the text alone on the command line, Megatron 0.19 builds each layer with attention

@@ -1,4 +1,5 @@
-"""What is refused by the parts that stand in for Megatron's local ones: dense attention over shards, and torch's norm.
+"""What is refused by the parts that stand in for Megatron's local ones: dense attention over shards, and torch's norm; and
+what Transformer Engine's attention lacks over ranks.
 
 Asked when these are built, and before. Imports no Megatron.
 """
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem
+from megatron_lighthouse.mcore.command_line.layers import is_windowed
 from megatron_lighthouse.mcore.command_line.settings import comm_types_of, heads_of_rank
 from megatron_lighthouse.options import in_flags
 
@@ -18,6 +20,11 @@ NORMS = ("LayerNorm", "RMSNorm")
 def has_own_attention(config: Any) -> bool:
     """Whether dense layers take this project's attention over shards in place of Megatron's local one."""
     return bool(config.context_parallel_size > 1 and config.transformer_impl == "local")
+
+
+def learns_shared_sinks(config: Any) -> bool:
+    """Whether tensor-parallel ranks learn the sinks of their heads, which Megatron 0.19 does not count as such."""
+    return bool(config.softmax_type == "learnable" and config.tensor_model_parallel_size > 1)
 
 
 def over_shards_problems(config: Any, dropout: float | None = None) -> Iterator[str]:
@@ -33,11 +40,35 @@ def over_shards_problems(config: Any, dropout: float | None = None) -> Iterator[
             f"--attention-dropout {dropout} does not go with --context-parallel-size {config.context_parallel_size} without "
             "Transformer Engine: use --attention-dropout 0."
         )
-    if config.window_size is not None or config.softmax_type != "vanilla":
+    if config.window_size is not None and (config.window_size[0] < 0 or config.window_size[1] != 0):
         yield (
-            f"--window-size {config.window_size} and --softmax-type {config.softmax_type} do not go with "
-            f"--context-parallel-size {config.context_parallel_size} without Transformer Engine: leave them out."
+            f"--window-size {config.window_size} does not go with --context-parallel-size {config.context_parallel_size} "
+            f"without Transformer Engine: use {max(0, config.window_size[0])},0, tokens before a token and none after it."
         )
+
+
+def engine_problems(config: Any) -> Iterator[str]:
+    """What Transformer Engine's attention lacks over context-parallel ranks, which it says once a layer is called."""
+    if config.transformer_impl != "transformer_engine" or config.context_parallel_size == 1:
+        return
+    window, softmax, kinds = (
+        getattr(config, "window_size", None),
+        getattr(config, "softmax_type", "vanilla"),
+        config.cp_comm_type,
+    )
+    numbers = [n for n in range(1, config.num_layers + 1) if is_windowed(config, n)] if window else []
+    of_windows = {kinds[n - 1] for n in numbers} if isinstance(kinds, list) else {kinds or "p2p"}
+    for kind in sorted(of_windows - {"a2a", "all_gather"}) if numbers else ():
+        yield (
+            f"--window-size {window} with --cp-comm-type {kind}: Transformer Engine's attention has no windows over ranks by "
+            "it: use --cp-comm-type a2a or all_gather, or --transformer-impl local."
+        )
+    for kind in comm_types_of(config) if softmax != "vanilla" else ():
+        if kind != "a2a":
+            yield (
+                f"--softmax-type {softmax} with --cp-comm-type {kind}: Transformer Engine's attention has no sinks over ranks "
+                "by it: use --cp-comm-type a2a, or --transformer-impl local."
+            )
 
 
 def scheme_problems(config: Any) -> Iterator[str]:

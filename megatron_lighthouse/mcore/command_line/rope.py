@@ -46,8 +46,11 @@ def rope_problems(config: Any, position_embedding_type: str | None) -> Iterator[
             f"--position-embedding-type mrope rotates by three positions a token, of which {FLAG} last would need each: use "
             f"{FLAG} mean, or --position-embedding-type rope."
         )
-    if config.multi_latent_attention:
-        yield f"{FLAG} last does not know the rotation of --multi-latent-attention: use {FLAG} mean."
+    if config.multi_latent_attention and config.rotary_interleaved:
+        yield (
+            f"{FLAG} last does not know the rotation of --multi-latent-attention with --rotary-interleaved: leave that out, or "
+            f"use {FLAG} mean."
+        )
 
 
 def settled(args: argparse.Namespace, settings: LighthouseSettings) -> LighthouseSettings:

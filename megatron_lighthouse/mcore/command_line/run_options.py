@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 
+from megatron_lighthouse.mcore.command_line import hybrid
 from megatron_lighthouse.mcore.command_line.checks import cp_layout_problems
 from megatron_lighthouse.mcore.command_line.documents import mask_problem
 from megatron_lighthouse.mcore.command_line.own_parts import norm_problem
@@ -52,6 +53,7 @@ def missing_packages(args: Namespace) -> Iterator[str]:
             "installed: install it (pip install 'transformer-engine[core_cu13,pytorch]'), or use --transformer-impl local."
         )
     yield from _missing_fusions(args)
+    yield from hybrid.missing_packages(args)
     for package in tokenizers.packages(args.tokenizer_type):
         if not find_spec(package):
             yield (
@@ -114,12 +116,6 @@ def _wrong_in_megatron(args: Namespace) -> Iterator[str]:
             "averages the loss of these layers over ranks that count different numbers of tokens (Megatron-LM 3943, 7452), "
             "which is not the loss of one process: use context-parallel size 1."
         )
-    if args.tensor_model_parallel_size > 1 and getattr(args, "softmax_type", "vanilla") == "learnable":
-        yield (
-            f"--softmax-type learnable with --tensor-model-parallel-size {args.tensor_model_parallel_size}: Megatron leaves "
-            "the sinks of all ranks but the first out of the gradient's norm, and so clips otherwise than one process "
-            "(Megatron-LM 7452): use --softmax-type vanilla or off-by-one, or tensor-parallel size 1."
-        )
     variant = getattr(args, "experimental_attention_variant", None)
     if variant == "gated_delta_net" and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         yield (
@@ -138,11 +134,7 @@ def _flags(names: Sequence[str]) -> str:
 
 
 def _of_the_model(args: Namespace) -> Iterator[str]:
-    if getattr(args, "hybrid_layer_pattern", None):
-        yield (
-            f"--hybrid-layer-pattern {args.hybrid_layer_pattern} is of a hybrid model, and megatron_lighthouse.pretrain_gpt "
-            "builds GPT: use --num-layers, or Megatron-LM's own pretrain_hybrid.py."
-        )
+    yield from hybrid.problems(args)
     if getattr(args, "rope_scaling_factor", 8.0) != 8.0 and not args.use_rope_scaling:
         yield (
             f"--rope-scaling-factor {args.rope_scaling_factor} means nothing without --use-rope-scaling: add it, or leave "

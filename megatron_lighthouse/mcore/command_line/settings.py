@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
@@ -28,7 +28,7 @@ class LighthouseSettings:
 
     config: Any = field(default_factory=LighthouseConfig)
     dense_first: int = 2
-    """Of the layers that hold attention, how many at the bottom of the model stay dense."""
+    """Of the layers that attend to all tokens, how many at the bottom of the model stay dense."""
     dense_last: int = 2
     """How many of them at the top stay dense."""
     discard_output: bool = True
@@ -40,7 +40,7 @@ class LighthouseSettings:
     edge_budget: int | None = None
     """Where given, the first and last layers are Lighthouse too, with this budget in place of the config's."""
     attention_layers: tuple[int, ...] | None = None
-    """The numbers, from 1, of the model's layers that hold attention; None where all do."""
+    """The numbers, from 1, of the model's layers that attend to all tokens; None where all do."""
     variant: str = LIGHTHOUSE.name
     """Of `--attention`: whose `config` it is."""
 
@@ -48,10 +48,20 @@ class LighthouseSettings:
     def attention(self) -> Variant:
         return VARIANTS[self.variant]
 
+    def in_model(self, model: Any) -> LighthouseSettings:
+        """These, as the model (a TransformerConfig) has them: less layers that do not attend to all tokens, and with as many
+        heads a selection as it asks for."""
+        full, own = attention_layers(model), self
+        if getattr(self.config, "heads_per_selection", 1) == 0:
+            own = replace(own, config=self.config.replace(heads_per_selection=heads_per_selection(model)))
+        if full is None or full == self.attention_layers:
+            return own
+        return replace(own, attention_layers=tuple(n for n in full if n in (self.attention_layers or full)))
+
     def is_dense(self, layer_number: int, num_layers: int, iteration: int = 0) -> bool:
         """Whether the layer of this global, 1-based number is dense in this iteration, from 1; in 0, whether it always is.
 
-        One that holds no attention is as a dense one.
+        One that holds no attention, or sees a window alone, is as a dense one.
         """
         return layer_number not in self.numbers(num_layers)[self.dense_by_now(num_layers, iteration) :]
 
@@ -60,7 +70,7 @@ class LighthouseSettings:
         return self._inner(num_layers) if self.edge_budget is None else self.holding(num_layers)
 
     def _inner(self, num_layers: int) -> tuple[int, ...]:
-        """The numbers of the layers that hold attention, less the first and last of them."""
+        """The numbers of the layers that attend to all tokens, less the first and last of them."""
         holding = self.holding(num_layers)
         return holding[max(0, self.dense_first) : max(0, len(holding) - max(0, self.dense_last))]
 
@@ -83,7 +93,7 @@ class LighthouseSettings:
             raise ValueError(of_edge(str(error))) from None
 
     def holding(self, num_layers: int) -> tuple[int, ...]:
-        """The numbers of the layers that hold attention."""
+        """The numbers of the layers that attend to all tokens."""
         return tuple(range(1, num_layers + 1)) if self.attention_layers is None else self.attention_layers
 
     def lighthouse_layers(self, num_layers: int) -> int:
@@ -100,9 +110,30 @@ def of_edge(message: str) -> str:
     return in_flags(message).replace(flag("budget") + " ", flag("edge_budget") + " ")
 
 
+SELECTIONS = 16
+"""At least as many as this are left of a model's heads where these share selections: what 16 heads make."""
+
+
+def heads_per_selection(model: Any) -> int:
+    """By default: 1; with MLA, whose heads each have keys of their own, as many as leave SELECTIONS, on any number of ranks."""
+    heads = model.num_attention_heads
+    if not getattr(model, "multi_latent_attention", False):
+        return 1
+    return max(n for n in range(1, max(1, heads // SELECTIONS) + 1) if heads % n == 0)
+
+
+def head_dims(config: Any) -> tuple[int, int]:
+    """Channels of a query or key, and of a value."""
+    if getattr(config, "multi_latent_attention", False):
+        return config.qk_head_dim + config.qk_pos_emb_head_dim, config.v_head_dim
+    dim = config.kv_channels or config.hidden_size // config.num_attention_heads
+    return dim, dim
+
+
 def heads_of_rank(config: TransformerConfig) -> tuple[int, int]:
-    """Query heads and key/value heads of one tensor-parallel rank."""
+    """Query heads and key/value heads of one tensor-parallel rank. In MLA each query head has keys of its own."""
     heads, groups = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
+    groups = heads if getattr(config, "multi_latent_attention", False) else groups
     return heads // config.tensor_model_parallel_size, groups // config.tensor_model_parallel_size
 
 
@@ -148,8 +179,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             flag(name),
             type=int,
             default=2,
-            help=f"Layers at the {where} of the model that stay dense, of those that hold attention, counted over the whole "
-            "model whatever the pipeline layout. Default: %(default)s.",
+            help=f"Layers at the {where} of the model that stay dense, of those that attend to all tokens, counted over the "
+            "whole model whatever the pipeline layout. Default: %(default)s.",
         )
     group.add_argument(
         flag("edge_budget"),

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import gpt_model
-from megatron.core.transformer import multi_token_prediction
+from megatron.core.models.hybrid import hybrid_block, hybrid_model
+from megatron.core.transformer import mlp, multi_token_prediction
 from megatron.training import checkpointing, initialize
 from megatron.training import training as loop
 
@@ -27,6 +28,7 @@ from megatron_lighthouse.mcore.loop import (
     skip,
     switch,
     tiled_loss,
+    tiled_mlp,
     weights,
 )
 
@@ -60,7 +62,7 @@ def adapt_machine() -> None:
 def follow_training() -> None:
     """For every run of the entry point, on every rank, before training."""
     load_weights()
-    tile_loss()
+    tile()
     wrap(loop, "training_log", "progress", progress.Progress().training_log)
     wrap(loop, "load_checkpoint", "rates", rates.load_checkpoint)
     wrap(loop, "dummy_train_step", "skip", skip.skip_step)
@@ -68,11 +70,19 @@ def follow_training() -> None:
     wrap(loop, "save_checkpoint", "finite", finite.save_checkpoint)
 
 
-def tile_loss() -> None:
-    """For every model that takes a loss, on every rank."""
-    wrap(gpt_model.GPTModel, "_postprocess", "tiled loss", tiled_loss.postprocess)
-    wrap(gpt_model, "process_mtp_loss", "tiled loss", tiled_loss.mtp_loss)
+def tile() -> None:
+    """For every model, on every rank."""
+    wrap(mlp.MLP, "forward", "tiled mlp", tiled_mlp.forward)
+    for model in (gpt_model.GPTModel, hybrid_model.HybridModel):
+        wrap(model, "forward", "tiled loss", tiled_loss.forward)
     wrap(multi_token_prediction, "_compute_mtp_acceptance_counts", "tiled loss", tiled_loss.mtp_counts)
+
+
+def stack_locally() -> None:
+    """For hybrid models of local modules: their last norm is one too."""
+    from megatron_lighthouse.mcore.attention.hybrid_specs import final_norm
+
+    wrap(hybrid_block, "TENorm", "local norm", final_norm)
 
 
 def load_weights() -> None:

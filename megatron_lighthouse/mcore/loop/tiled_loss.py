@@ -9,20 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from megatron.training import get_args
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from megatron_lighthouse.mcore.command_line.loss_tiles import FLAG, tile_tokens
+from megatron_lighthouse.mcore.command_line.tiles import LOSS, tile_tokens
+from megatron_lighthouse.mcore.loop.summed import Summed, apart
 from megatron_lighthouse.notice import say_once
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Megatron's compute_language_model_loss: labels [b, n] and logits [n, b, V/tp] -> [b, n], fp32, in nats."""
-Scale = Callable[[Tensor], Tensor] | None
+Scale = Callable[[Tensor], Tensor]
 
 
 def tiles(hidden: Tensor, of_tokens: tuple[Tensor, ...], tokens: int) -> Iterator[tuple[Tensor, ...]]:
@@ -49,43 +48,6 @@ def joined(parts: list[Tensor], ranks: int) -> Tensor:
     return torch.cat([x.unflatten(1, (ranks, -1)) for x in parts], dim=2).flatten(1)
 
 
-class Summed:
-    """A weight whose gradients are summed in fp32 over its uses, and rounded once, at the last.
-
-    Where they are added to Megatron's `main_grad` by the product itself, there is nothing to sum.
-    """
-
-    def __init__(self, weight: Tensor, uses: int, fused: bool) -> None:
-        self.weight, self.uses = weight, uses
-        self.sums = weight.requires_grad and torch.is_grad_enabled() and not fused and uses > 1
-        self.total: Tensor | None = None
-        self.left = uses
-
-    def use(self) -> Tensor:
-        """The weight, for one use."""
-        return _Use.apply(self.weight, self) if self.sums else self.weight
-
-    def add(self, grad: Tensor) -> Tensor | None:
-        """The sum, in the weight's dtype, when the last use has come."""
-        self.total = grad.to(torch.promote_types(grad.dtype, torch.float32)) if self.total is None else self.total.add_(grad)
-        self.left -= 1
-        if self.left:
-            return None
-        total, self.total, self.left = self.total, None, self.uses
-        return total.to(grad.dtype)
-
-
-class _Use(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, summed: Summed) -> Tensor:
-        ctx.summed = summed
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
-        return ctx.summed.add(grads[0]), None
-
-
 @dataclass(frozen=True)
 class Logits:
     """Stands for logits [s, b, V/tp] that are not made: what makes those of a tile."""
@@ -95,12 +57,13 @@ class Logits:
     layer: Any
     weight: Tensor | None
     scale: Scale
+    """Of all logits, as maximal update parametrization has it."""
     tokens: int
 
     def of(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """Those of a tile."""
         logits, _ = self.layer(hidden, weight=weight)
-        return logits if self.scale is None else self.scale(logits)
+        return self.scale(logits)
 
     def loss(self, labels: Tensor, compute: Loss) -> Tensor:
         """[b, s] labels -> [b, s] losses."""
@@ -111,8 +74,8 @@ class Logits:
         given = self.layer.weight if self.weight is None else self.weight
         cut = [*tiles(self.hidden, (labels,), self.tokens)]
         weight = Summed(given, len(cut), self.layer.gradient_accumulation_fusion)
-        apart = partial(checkpoint, of_tile, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
-        return joined([apart(hidden, weight.use(), wanted) for hidden, wanted in cut], labels.shape[1] // len(self.hidden))
+        parts = [apart(of_tile, hidden, weight.use(), wanted) for hidden, wanted in cut]
+        return joined(parts, labels.shape[1] // len(self.hidden))
 
     def counts(self, labels: Tensor, mask: Tensor, count: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """How many of a multi-token-prediction layer's guesses are right, and of how many."""
@@ -146,36 +109,32 @@ def at_once(layer: Any, labels: Tensor, deferred: bool) -> int:
     if not found or labels.numel() <= found:
         return 0
     if deferred:
-        say_once(f"lighthouse: --defer-embedding-wgrad-compute keeps all logits: the loss is not taken in tiles ({FLAG}).")
+        say_once(f"lighthouse: --defer-embedding-wgrad-compute keeps all logits: the loss is not taken in tiles ({LOSS}).")
         return 0
     return found
 
 
-def postprocess(inner: Callable[..., Tensor], model: Any, **named: Any) -> Tensor:
-    """In place of GPTModel's `_postprocess`."""
-    labels, asked = named["labels"], named.get("output_processor")
-    if model.post_process and labels is not None and asked is None:
-        scale = model._scale_logits if model.config.use_mup else None
-        if tokens := at_once(model.output_layer, labels, model.config.defer_embedding_wgrad_compute):
-            named["output_processor"] = partial(_process, scale, tokens)
-    return inner(model, **named)
+def forward(inner: Callable[..., Tensor], model: Any, *given: Any, labels: Tensor | None = None, **named: Any) -> Tensor:
+    """In place of the `forward` of Megatron's models, which make the logits and their loss, multi-token prediction's too."""
+    layer = getattr(model, "output_layer", None)
+    tokens = 0
+    if model.post_process and labels is not None:
+        tokens = at_once(layer, labels, model.config.defer_embedding_wgrad_compute)
+    if not tokens:
+        return inner(model, *given, labels=labels, **named)
+    compute, scale = model.compute_language_model_loss, model._scale_logits
 
+    def loss(labels: Tensor, logits: Any) -> Tensor:
+        return logits.loss(labels, compute) if isinstance(logits, Logits) else compute(labels, logits)
 
-def _process(scale: Scale, tokens: int, **named: Any) -> Tensor:
-    logits = Logits(named["hidden_states"], named["output_layer"], named["output_weight"], scale, tokens)
-    return logits.loss(named["labels"], named["compute_language_model_loss"])
-
-
-def mtp_loss(inner: Callable[..., Tensor], **named: Any) -> Tensor:
-    """In place of `process_mtp_loss`, which adds the losses of multi-token prediction."""
-    labels, layer, compute = (named[name] for name in ("labels", "output_layer", "compute_language_model_loss"))
-    if labels is not None and (tokens := at_once(layer, labels, named["config"].defer_embedding_wgrad_compute)):
-        named |= {
-            "output_layer": Unmade(layer, named.get("scale_logits_fn"), tokens),
-            "scale_logits_fn": None,
-            "compute_language_model_loss": lambda labels, logits: logits.loss(labels, compute),
-        }
-    return inner(**named)
+    # the model's own attributes are hidden while it runs: what stands for its output layer has no weights of its own
+    stands = {"output_layer": Unmade(layer, scale, tokens), "compute_language_model_loss": loss, "_scale_logits": lambda x: x}
+    vars(model).update(stands)
+    try:
+        return inner(model, *given, labels=labels, **named)
+    finally:
+        for name in stands:
+            del vars(model)[name]
 
 
 def mtp_counts(inner: Callable[..., Any], logits: Any, labels: Tensor, mask: Tensor, layer: Any, *more: Any) -> Any:

@@ -1,7 +1,8 @@
-"""The loss in tiles: the losses and gradients of the whole, from logits of no more than a tile."""
+"""The loss and the MLPs in tiles: the losses and gradients of the whole, from what is computed of no more than a tile."""
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -12,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-from megatron_lighthouse.mcore.command_line.loss_tiles import tile_tokens
+from megatron_lighthouse.mcore.command_line.tiles import problems, tile_tokens
 from tests.mcore.harness import Run, run
 from tests.mcore.test_parity import START, assert_same
 from tests.tolerances import assert_close
 
-TILES = "--loss-tile-tokens 48".split()
-"""Not a divisor of the 256 tokens."""
+TILES = "--loss-tile-tokens 48 --mlp-tile-tokens 40".split()
+"""No divisors of the 256 tokens."""
 
 
 class Output(torch.nn.Module):
@@ -66,7 +67,7 @@ def test_gradients_of_the_weight_are_rounded_once() -> None:
     torch.manual_seed(0)
     layer = Output(torch.bfloat16)
     hidden, labels = torch.randn(512, 1, 16, dtype=torch.bfloat16), torch.randint(40, (1, 512))
-    Logits(hidden, layer, None, None, 8).loss(labels, losses).sum().backward()
+    Logits(hidden, layer, None, lambda x: x, 8).loss(labels, losses).sum().backward()
     parts = torch.zeros(40, 16)
     for rows, wanted in zip(hidden.split(8), labels.split(8, dim=1), strict=True):
         loss = losses(wanted, linear(rows, layer.weight)).sum()
@@ -94,6 +95,35 @@ def test_sequence_parallel_ranks_each_have_a_part_of_every_tile() -> None:
 )
 def test_tiles_hold_a_gibibyte(given: int | None, vocabulary: int, expected: int) -> None:
     assert tile_tokens(given, vocabulary) == expected
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_mlp_in_tiles_keeps_no_more_than_its_input(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.mlp import MLP, MLPSubmodules
+
+    from megatron_lighthouse.mcore.loop import tiled_mlp
+
+    config = TransformerConfig(
+        num_layers=1, hidden_size=16, num_attention_heads=2, ffn_hidden_size=24, add_bias_linear=bias, gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu, params_dtype=torch.float64, gradient_accumulation_fusion=False,
+    )  # fmt: skip
+    mlp = MLP(config, MLPSubmodules(ColumnParallelLinear, RowParallelLinear), ffn_hidden_size=24)
+    hidden = torch.randn(37, 2, 16, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(37, 2, 16, dtype=torch.float64)
+    runs = []
+    for tokens in (0, 10):
+        monkeypatch.setattr(tiled_mlp, "get_args", lambda tokens=tokens: SimpleNamespace(mlp_tile_tokens=tokens))
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x):
+            output, of_bias = tiled_mlp.forward(MLP.forward, mlp, hidden)
+        loss = (output * weights).sum() + (0 if of_bias is None else of_bias.square().sum())
+        runs.append((output, *torch.autograd.grad(loss, [hidden, *mlp.parameters()])))
+        assert (max(kept) > 2 * 37 * 16) == (tokens == 0)
+    for whole, tiled in zip(*runs, strict=True):
+        assert_close(tiled, whole, "float64")
 
 
 MTP = "--mtp-num-layers 1 --eval-interval 2 --eval-iters 1".split()
@@ -131,19 +161,20 @@ def test_training_in_tiles_is_training(model: list[str], ranks: int, layout: str
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("given", "message"),
     [
-        ("--loss-tile-tokens -1", "--loss-tile-tokens -1 must be at least 0"),
+        ({"loss_tile_tokens": -1}, "--loss-tile-tokens -1 must be at least 0"),
+        ({"mlp_tile_tokens": -8}, "--mlp-tile-tokens -8 must be at least 0"),
         (
-            "--loss-tile-tokens 64 --defer-embedding-wgrad-compute",
+            {"loss_tile_tokens": 64, "defer_embedding_wgrad_compute": True},
             "--loss-tile-tokens 64 with --defer-embedding-wgrad-compute",
         ),
+        ({"mlp_tile_tokens": 64, "fp8": "hybrid"}, "--mlp-tile-tokens 64 with --fp8: its scales"),
+        ({"mlp_tile_tokens": 64, "cuda_graph_impl": "local"}, "--mlp-tile-tokens 64 with --cuda-graph-impl"),
     ],
 )
-def test_what_cannot_be_is_refused(arguments: str, message: str) -> None:
-    from megatron_lighthouse.mcore.command_line.loss_tiles import problems
-
-    words = arguments.split()
-    args = SimpleNamespace(loss_tile_tokens=int(words[1]), defer_embedding_wgrad_compute=len(words) > 2)
-    (problem,) = problems(args)
+def test_what_cannot_be_is_refused(given: dict[str, object], message: str) -> None:
+    plain = {"loss_tile_tokens": None, "mlp_tile_tokens": 0, "cuda_graph_impl": "none", "fp8": None}
+    (problem,) = problems(Namespace(**{**plain, **given}))
     assert problem.startswith(message)
+    assert not [*problems(Namespace(**plain))]

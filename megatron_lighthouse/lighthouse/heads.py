@@ -1,0 +1,42 @@
+"""Key/value heads that share a selection (ours): many heads, as those of MLA, need not choose each for itself."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megatron_lighthouse.lighthouse.config import LighthouseConfig
+from megatron_lighthouse.lighthouse.scorers import SCORERS
+
+NAME = "config.heads_per_selection"
+
+
+def summed(scores: Tensor, heads: int) -> Tensor:
+    """Scores [2, B, G, n], summed over so many heads at a time: [2, B, G / heads, n], in the order of the heads."""
+    if heads == 1:
+        return scores
+    total, *rest = scores.unflatten(2, (-1, heads)).unbind(3)
+    for other in rest:
+        total = total + other
+    return total
+
+
+def heads_problem(config: LighthouseConfig, groups: int, dim: int, value_dim: int | None = None) -> str | None:
+    """Why a layer cannot have `groups` key/value heads, of so many channels; None where it can."""
+    shared = config.heads_per_selection or 1
+    if groups % shared:
+        fits = sorted((n for n in range(1, groups + 1) if groups % n == 0), key=lambda n: abs(n - shared))
+        use = " or ".join(map(str, sorted(fits[:2])))
+        return f"{NAME} {shared} must divide the {groups} key/value heads of a tensor-parallel rank: use {use}."
+    if SCORERS[config.scorer].reads_values and value_dim not in (None, dim):
+        fits_all = " or ".join(name for name, scorer in SCORERS.items() if not scorer.reads_values)
+        return (
+            f"config.scorer {config.scorer} reads values of as many channels as keys, and these have {value_dim} and {dim}: "
+            f"use config.scorer {fits_all}."
+        )
+    return None
+
+
+def documents_problem(config: LighthouseConfig) -> str | None:
+    """Why heads cannot share selections in packed documents; None where they do not."""
+    shared = config.heads_per_selection
+    return None if shared in (0, 1) else f"{NAME} {shared} is not done for packed documents: use {NAME} 1."

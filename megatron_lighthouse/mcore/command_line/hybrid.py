@@ -1,0 +1,53 @@
+"""What a hybrid model (`--hybrid-layer-pattern`) does not go together with. Imports no Megatron."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+from megatron_lighthouse.mcore.command_line import documents
+from megatron_lighthouse.mcore.command_line.layers import ATTEND, hybrid_pattern
+
+FLAG = "--hybrid-layer-pattern"
+LOCAL = "*+-E|"
+"""The symbols of layers that are made of Megatron's local modules too."""
+PACKAGES = {"M": ("mamba_ssm", "mamba-ssm"), "G": ("fla", "flash-linear-attention")}
+"""By symbol, what a layer imports, and what installs it."""
+
+
+def problems(args: Namespace) -> Iterator[str]:
+    """Why such a model is not trained as asked, whatever machine it runs on."""
+    symbols = hybrid_pattern(args)
+    if symbols is None:
+        return
+    pattern = args.hybrid_layer_pattern or args.hybrid_override_pattern
+    if args.transformer_impl == "local" and (other := "".join(sorted({*pattern} - {*LOCAL}))):
+        yield (
+            f"{FLAG} {pattern} with --transformer-impl local: of {' '.join(other)} there are no local modules: use "
+            f"--transformer-impl transformer_engine, or layers of {' '.join(LOCAL[:-1])} alone."
+        )
+    if documents.asked(args):
+        yield f"{documents.FLAG} with {FLAG} is not done: leave the flag out, or train a GPT, by --num-layers."
+    if getattr(args, "use_rope_scaling", False):
+        yield "--use-rope-scaling is not heeded by Megatron's hybrid model: leave it out, or use --rotary-base or a yarn model."
+    if getattr(args, "rotary_interleaved", False) and args.position_embedding_type == "rope":
+        yield "--rotary-interleaved is half heeded by Megatron's hybrid model, which would rotate wrongly: leave it out."
+
+
+def attention_problem(args: Namespace, attention: str) -> str | None:
+    """Why there is no layer that takes the attention of `--attention`."""
+    symbols = hybrid_pattern(args)
+    if symbols is None or {*symbols} & {*ATTEND}:
+        return None
+    return (
+        f"--attention {attention} with {FLAG} {symbols}: none of its layers attends: use {' or '.join(ATTEND)} for some, or "
+        "leave --attention out."
+    )
+
+
+def missing_packages(args: Namespace) -> Iterator[str]:
+    """What its layers need and this Python lacks."""
+    for symbol, (module, package) in PACKAGES.items():
+        if symbol in (hybrid_pattern(args) or "") and not find_spec(module):
+            yield f"{FLAG}: layers of {symbol} need the package {package}, which is not installed: pip install {package}."

@@ -1,0 +1,115 @@
+"""Hybrid models through the entry point: a GPT's layers named one by one are that GPT, at any layout."""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from megatron_lighthouse.mcore.command_line import hybrid
+from megatron_lighthouse.mcore.command_line.layers import attention_layers
+from tests.mcore import harness
+from tests.mcore.harness import MODEL, Run
+from tests.mcore.test_parity import START, assert_same
+
+LAYERS = MODEL.index("--num-layers")
+UNNAMED = MODEL[:LAYERS] + MODEL[LAYERS + 2 :]
+run = partial(harness.run, model=UNNAMED, module="megatron_lighthouse.pretrain_hybrid")
+LIGHTHOUSE = ["--attention", "lighthouse"]
+PATTERN = ["--hybrid-layer-pattern", "*-*-*-*-"]
+GATED = ["--attention-output-gate"]
+"""As Qwen3-Next has it."""
+
+LAYOUTS = {
+    "TP2+SP, in tiles": (2, PATTERN, "--tensor-model-parallel-size 2 --sequence-parallel --loss-tile-tokens 48"),
+    "PP2": (2, ["--hybrid-layer-pattern", "*-*-|*-*-"], "--pipeline-model-parallel-size 2"),
+    "CP2": (2, PATTERN, "--context-parallel-size 2"),
+    "DP2, recompute": (2, PATTERN, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a GPT."""
+    folder = tmp_path_factory.mktemp("start")
+    save = ["--train-iters", "1", "--save", str(folder / "checkpoint"), "--save-interval", "1"]
+    harness.run(folder, *LIGHTHOUSE, *GATED, *save)
+    return folder / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def gpt(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Run:
+    return harness.run(tmp_path_factory.mktemp("gpt"), *LIGHTHOUSE, *GATED, "--load", str(checkpoint), *START)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layers_of_a_gpt_by_their_symbols_are_that_gpt(layout: str, tmp_path: Path, checkpoint: Path, gpt: Run) -> None:
+    """From the GPT's checkpoint, against the GPT on one process. The middle two of its four attention layers are Lighthouse."""
+    ranks, pattern, words = LAYOUTS[layout]
+    start = [*LIGHTHOUSE, *GATED, "--load", str(checkpoint), *START]
+    result = run(tmp_path, *start, *pattern, *words.split(), ranks=ranks)
+    assert list(result.losses) == [1, 2, 3]
+    assert_same(result, gpt)
+
+
+def test_the_spec_makes_the_same_model(tmp_path: Path, checkpoint: Path, gpt: Run) -> None:
+    """As Megatron-LM's own pretrain_hybrid.py takes it."""
+    spec = ["--spec", "megatron_lighthouse.mcore.hybrid_spec", "lighthouse"]
+    result = run(tmp_path, *spec, *PATTERN, *GATED, "--load", str(checkpoint), *START)
+    assert_same(result, gpt)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "numbers"),
+    [("M-*-|ME*E", (3, 7)), ("*-*-/M*", (1, 3)), ("M-M-", ()), ("+E|+E", (1, 3)), (None, None)],
+)
+def test_attention_layers_are_counted_by_their_symbols(pattern: str | None, numbers: tuple[int, ...] | None) -> None:
+    assert attention_layers(Namespace(hybrid_layer_pattern=pattern, num_layers=8)) == numbers
+
+
+def arguments(**given: object) -> Namespace:
+    base = {"hybrid_layer_pattern": "*-*-", "transformer_impl": "local", "position_embedding_type": "rope"}
+    return Namespace(**{**base, **given})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"hybrid_layer_pattern": "M-*-/M"},
+            r"--hybrid-layer-pattern M-\*-/M with --transformer-impl local: of / M there are no",
+        ),
+        ({"dataloader_inter_document_masking": True}, "--dataloader-inter-document-masking with --hybrid-layer-pattern"),
+        ({"use_rope_scaling": True}, "--use-rope-scaling is not heeded .* use --rotary-base"),
+        ({"rotary_interleaved": True}, "--rotary-interleaved is half heeded"),
+    ],
+)
+def test_what_does_not_go_with_a_pattern(given: dict[str, object], message: str) -> None:
+    assert not [*hybrid.problems(arguments())]
+    (problem,) = hybrid.problems(arguments(**given))
+    assert re.search(message, problem)
+
+
+def test_a_pattern_without_attention_takes_none(tmp_path: Path) -> None:
+    problem = hybrid.attention_problem(arguments(hybrid_layer_pattern="M-M-"), "lighthouse")
+    assert "none of its layers attends: use * or +" in str(problem)
+    assert hybrid.attention_problem(arguments(), "lighthouse") is None
+
+
+def test_layers_whose_package_is_not_there() -> None:
+    found = [*hybrid.missing_packages(arguments(hybrid_layer_pattern="M-*-"))]
+    assert found == [
+        "--hybrid-layer-pattern: layers of M need the package mamba-ssm, which is not installed: pip install mamba-ssm."
+    ]
+
+
+def test_the_entry_point_asks_for_a_pattern(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from megatron_lighthouse import pretrain_hybrid
+
+    monkeypatch.setattr("sys.argv", ["pretrain_hybrid", "--num-layers", "4"])
+    with pytest.raises(SystemExit, match="2"):
+        pretrain_hybrid.main()
+    assert "--hybrid-layer-pattern is missing: give one symbol a layer" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.geometry import Pyramid
+from megatron_lighthouse.lighthouse.given import check_scale, check_selection, check_sinks
 from megatron_lighthouse.lighthouse.layer import Attended, Layer, build
 from megatron_lighthouse.lighthouse.packed.layer import PackedAttended, PackedLayer, build_packed
 from megatron_lighthouse.lighthouse.packed.packing import Packing
@@ -88,7 +89,7 @@ def lighthouse_attention(
     if problem := comm_type_problem(cp_comm_type, 1, 1, 1):
         raise ValueError(problem)
     exchange = Exchange.over(cp_group)
-    _check_sinks(sinks, query, attend, cu_seqlens)
+    check_sinks(sinks, query, attend, cu_seqlens)
     if cu_seqlens is not None:
         how = (softmax_scale, rotary, attend, selection, exchange, cp_comm_type)
         return packed_rows(query, key, value, config, cu_seqlens, *how).scatter()
@@ -123,11 +124,11 @@ def attended_rows(
 ) -> Attended:
     """All steps of `lighthouse_attention` but the last, which must follow: the halo is under way until then."""
     refuse_transforms(query, key, value)
-    _check_scale(query, key, value, softmax_scale, attend)
+    check_scale(query, key, value, softmax_scale, attend)
     how = (exchange, cp_comm_type, softmax_scale, attend is not None, rotary, sinks is not None, value.shape[-1])
     layer = layer_for(config, query, key, value, *how)
     if selection is not None:
-        _check_selection(selection, query, key.shape[2] // layer.heads_per_selection, layer.geometry, exchange)
+        check_selection(selection, query, key.shape[2] // layer.heads_per_selection, layer.geometry, exchange)
     return layer.attended(*differentiable_once(query, key, value), attend, selection, sinks)
 
 
@@ -146,11 +147,11 @@ def packed_rows(
 ) -> PackedAttended | ShardedAttended:
     """As `attended_rows`, of a row of documents."""
     refuse_transforms(query, key, value)
-    _check_scale(query, key, value, softmax_scale, attend)
+    check_scale(query, key, value, softmax_scale, attend)
     how = (softmax_scale, attend is not None, rotary, exchange, cp_comm_type)
     layer, documents = _packed(config, query, key, value, cu_seqlens, exchange, *how)
     if selection is not None:
-        _check_selection(selection, query, key.shape[2], Packing.of(documents, layer.rule), exchange)
+        check_selection(selection, query, key.shape[2], Packing.of(documents, layer.rule), exchange)
     given = differentiable_once(query, key, value)
     if isinstance(layer, ShardedPackedLayer):
         return layer.attended(*given, documents, attend)
@@ -278,37 +279,3 @@ def _numbered_in_whole(entries: Tensor, here: Pyramid, layout: Layout) -> Tensor
         moved = torch.where(entry < half, entry + early * half, entry + (late - 1) * half) + whole.offset(level)
         numbered = torch.where((entry >= 0) & (entry < 2 * half), moved, numbered)
     return numbered
-
-
-def _check_scale(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None, attend: object) -> None:
-    if attend is not None and softmax_scale is not None:
-        check(query, key, value)
-        raise ValueError("softmax_scale belongs to the default inner attention: give `attend` its own scale instead.")
-
-
-def _check_sinks(sinks: Tensor | None, query: Tensor, attend: object, cu_seqlens: object) -> None:
-    if sinks is None:
-        return
-    if attend is not None or cu_seqlens is not None:
-        other = "attend" if attend is not None else "cu_seqlens"
-        raise ValueError(f"sinks belong to the default inner attention over one sequence: leave out `sinks` or `{other}`.")
-    if query.dim() == 4 and (sinks.shape != query.shape[2:3] or sinks.device != query.device):
-        raise ValueError(
-            f"sinks must be [{query.shape[2]}] on {query.device}, one a query head, not {list(sinks.shape)} on {sinks.device}."
-        )
-
-
-def _check_selection(selection: Selection, query: Tensor, groups: int, geometry: Pyramid, exchange: Exchange | None) -> None:
-    if exchange is not None:
-        raise ValueError("a selection can be given without context parallelism alone: leave out `selection` or `cp_group`.")
-    if not isinstance(selection, Selection):
-        raise TypeError(
-            f"selection must be a megatron_lighthouse.lighthouse.selection.Selection, not a {type(selection).__name__}: pass "
-            "`attended_rows(query, key, value, config).selection` (of megatron_lighthouse.lighthouse.attention), or leave it "
-            "out. What lighthouse_select gives are numbers of entries."
-        )
-    if selection.geometry != geometry:
-        raise ValueError(f"selection was made for {selection.geometry}, not for {geometry}.")
-    if selection.places.shape[:2] != (query.shape[1], groups):
-        made = list(selection.places.shape[:2])
-        raise ValueError(f"selection was made for [B, G] {made}, not for [{query.shape[1]}, {groups}].")

@@ -11,12 +11,14 @@ from megatron_lighthouse.softmax.inputs import check
 
 
 def check_scale(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None, attend: object) -> None:
+    """Raises ValueError for a scale beside an inner attention, which has its own."""
     if attend is not None and softmax_scale is not None:
         check(query, key, value)
         raise ValueError("softmax_scale belongs to the default inner attention: give `attend` its own scale instead.")
 
 
 def check_sinks(sinks: Tensor | None, query: Tensor, attend: object, cu_seqlens: object) -> None:
+    """Raises ValueError for sinks that nothing would read, or of another shape."""
     if sinks is None:
         return
     if attend is not None or cu_seqlens is not None:
@@ -30,8 +32,6 @@ def check_sinks(sinks: Tensor | None, query: Tensor, attend: object, cu_seqlens:
 
 def check_selection(selection: Selection, query: Tensor, groups: int, geometry: Pyramid, exchange: Exchange | None) -> None:
     """Raises ValueError or TypeError for a selection that is not one of such inputs."""
-    """Raises ValueError for sinks that nothing would read, or of another shape."""
-    """Raises ValueError for a scale beside an inner attention, which has its own."""
     if exchange is not None:
         raise ValueError("a selection can be given without context parallelism alone: leave out `selection` or `cp_group`.")
     if not isinstance(selection, Selection):

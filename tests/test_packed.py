@@ -17,6 +17,7 @@ from megatron_lighthouse.lighthouse.attention import packed_rows
 from megatron_lighthouse.lighthouse.packed.packing import Packing
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.sequence.documents import Documents
+from tests.context_parallel.shards import exchange_of
 from tests.packed_oracle import Packed, attention, of, rows
 from tests.steps import DEVICE, random_like, tensors
 from tests.tolerances import assert_close
@@ -195,6 +196,8 @@ def test_other_input_that_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=rule):
             lighthouse_attention(*inputs, config, cu_seqlens=cu_seqlens)
+    with pytest.raises(TypeError, match="cu_seqlens must be an int32 tensor or Documents, not a list"):
+        lighthouse_attention(*inputs, config, cu_seqlens=[0, 20, 40])
     with pytest.raises(ValueError, match=r"lay rows end to end, \[N \* B, 1, H, D\]"):
         lighthouse_attention(*(x.repeat(1, 2, 1, 1) for x in inputs), config, cu_seqlens=right)
     chosen = packed_rows(*inputs, config, bounds(40)).selection
@@ -206,12 +209,19 @@ def test_other_input_that_does_not_fit_is_refused() -> None:
             lighthouse_attention(*inputs, odd, cu_seqlens=right)
 
 
-def test_context_parallel_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Exchange, "over", lambda group: object())
-    inputs, config = tensors(of((40,))), config_of(ROW)
+def test_what_context_parallel_ranks_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Exchange, "over", lambda group: exchange_of(4, 1))
+    inputs, config = tensors(of((10,))), config_of(ROW)
     for function, taken in ((lighthouse_attention, inputs), (lighthouse_select, inputs[:2])):
-        with pytest.raises(ValueError, match="cu_seqlens cannot be given with context-parallel ranks yet"):
-            function(*taken, config, cu_seqlens=bounds(20, 20))
+        with pytest.raises(ValueError, match="must end at the row's 40 tokens, got 10"):
+            function(*taken, config, cu_seqlens=bounds(10))
+        with pytest.raises(ValueError, match="ends at 36 tokens, which 4 context-parallel ranks cannot share"):
+            function(*(x[:9] for x in taken), config, cu_seqlens=bounds(20, 16))
+        with pytest.raises(ValueError, match="is of 10 tokens on cpu, and the row of 40"):
+            function(*taken, config, cu_seqlens=Documents.of(bounds(10), 10))
+    chosen = packed_rows(*tensors(of((40,))), config, bounds(40)).selection
+    with pytest.raises(ValueError, match="a selection can be given without context parallelism alone"):
+        lighthouse_attention(*inputs, config, cu_seqlens=bounds(40), selection=chosen)
 
 
 def test_a_watched_layer_is_refused() -> None:

@@ -17,8 +17,14 @@ from torch import Tensor
 
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthouse_select, notice
 from megatron_lighthouse.kernels.launch import enqueue
+from megatron_lighthouse.kernels.lighthouse import packed as packed_kernels
+from megatron_lighthouse.lighthouse.packed import reference as packed_reference
+from megatron_lighthouse.lighthouse.packed.packing import Packing
+from megatron_lighthouse.lighthouse.packed.shares import Shares
 from megatron_lighthouse.lighthouse.rotary import Rotary
+from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.sequence.documents import Documents
+from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.softmax import backends
 from megatron_lighthouse.softmax.backends import BACKENDS, FAMILIES
 from megatron_lighthouse.softmax.documents import documents_attention
@@ -66,6 +72,32 @@ def test_the_layer_equals_the_reference(name: str) -> None:
     assert found[0][0].shape[2] < packed.seq_length
     for a, b in zip(found[0][1:], found[1][1:], strict=True):
         assert_close(a, b, "float32")
+
+
+def test_a_rank_s_pieces_equal_the_reference() -> None:
+    packed = of((40, 3, 33, 5, 47), groups=1)
+    documents = Documents.of(bounds(packed), packed.seq_length)
+    shares = Shares.of(Packing.of(documents, LighthouseConfig(**packed.options).rule), Layout(2, 1))
+    generator = torch.Generator().manual_seed(5)
+    length, pieces = shares.pieces.seq_length, shares.pieces
+    inputs = [torch.randn((length, 1, n, 8), generator=generator).to(DEVICE) for n in (2, 1, 1)]
+    numbers = torch.randperm(pieces.pyramid_length, generator=generator).to(DEVICE)
+    places = numbers.where(shares.wants & (numbers % 2 == 0), -1).int().view(1, 1, -1)
+    selection = Selection(pieces, places, pieces.pyramid_length)
+    rows = packed_reference.gather(*inputs, selection)[0]
+    there = (places >= 0).flatten()
+    found = []
+    for steps in (packed_kernels, packed_reference):
+        with poisoned():
+            gathered = steps.gather(*inputs, selection)[0][numbers[there]]
+            scores = steps.score(*inputs[:2], pieces)
+            whole = [torch.cat([x, x])[: documents.tokens] for x in inputs]
+            norms = steps.attended_norms(*whole, documents, ((0, 5, 17), (4, 40, 47)))
+            found.append((gathered, steps.scatter(rows, selection), scores, norms[..., 5:17], norms[..., -7:]))
+    for a, b in zip(*found, strict=True):
+        assert_close(a, b, "float32")
+    every = packed_reference.attended_norms(*whole, documents)
+    assert torch.equal(norms[..., 5:17], every[..., 5:17])
 
 
 def test_numbers_that_vary_do_not_add_to_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

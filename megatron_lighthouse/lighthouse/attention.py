@@ -14,10 +14,11 @@ from megatron_lighthouse.context_parallel.schemes import comm_type_problem
 from megatron_lighthouse.given import check_sinks, check_types
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.geometry import Pyramid
-from megatron_lighthouse.lighthouse.given import check_one_rank, check_own, check_selection
+from megatron_lighthouse.lighthouse.given import check_own, check_selection
 from megatron_lighthouse.lighthouse.layer import Attended, Layer, build
 from megatron_lighthouse.lighthouse.packed.layer import PackedAttended, PackedLayer, build_packed
 from megatron_lighthouse.lighthouse.packed.packing import Packing
+from megatron_lighthouse.lighthouse.packed.sharded import ShardedAttended, ShardedPackedLayer
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.lighthouse.selection import Selection
@@ -69,8 +70,9 @@ def lighthouse_attention(
         cu_seqlens: [n + 1] int32 on the query's device: the row (B = 1) holds n documents, from token cu_seqlens[i] to the next
             one's, of any lengths. Each is as if it were alone, and rotated from its own first token or from the row's, which
             gives the same. Its budget goes by its length (`LighthouseConfig.document_tile`). The host reads it, once for each
-            `Documents` where that is given instead. `attend` then takes the `Documents` of the rows behind the values. Not
-            under context parallelism.
+            `Documents` where that is given instead. `attend` then takes the `Documents` of the rows behind the values. Of C
+            context-parallel ranks each passes its tokens in document zigzag (`Documents.rows_of_rank`), and the cu_seqlens of
+            the whole row; 2C must divide N.
         sinks: [H], a logit a head, of a key that every row of the inner attention sees and whose value is 0 (gpt-oss); 0 is
             the softmax off by one. Differentiable. Not with `attend` or `cu_seqlens`.
 
@@ -83,7 +85,7 @@ def lighthouse_attention(
     Raises:
         ValueError: shapes or dtypes that do not fit each other, an N that does not fit the config or the ranks, or an inner
             attention that is forced and is not there; boundaries that do not begin with 0, increase and end at N, or that come
-            with B > 1, with context-parallel ranks or with a scorer that cannot. Before any collective, on every rank alike.
+            with B > 1 or with a scorer that cannot. Before any collective, on every rank alike.
         TypeError: an argument of another type.
         RuntimeError: under torch.func or forward-mode differentiation; in backward, a second derivative.
     """
@@ -95,8 +97,7 @@ def lighthouse_attention(
     exchange = Exchange.over(cp_group)
     check_sinks(sinks, query, attend, cu_seqlens)
     if cu_seqlens is not None:
-        check_one_rank(exchange)
-        how = (softmax_scale, rotary, attend, selection, streams, around)
+        how = (softmax_scale, rotary, attend, selection, streams, around, exchange, cp_comm_type)
         return packed_rows(query, key, value, config, cu_seqlens, *how).scatter()
     return attended_rows(
         query,
@@ -154,20 +155,31 @@ def packed_rows(
     selection: Selection | None = None,
     streams: Sequence[Tensor] = (),
     around: Any = None,
-) -> PackedAttended:
+    exchange: Exchange | None = None,
+    cp_comm_type: str = "p2p",
+) -> PackedAttended | ShardedAttended:
     """As `attended_rows`, of a row of documents."""
     refuse_transforms(query, key, value, *streams)
     check_own(query, key, value, config, streams, softmax_scale, around, attend)
-    layer, documents = _packed(config, query, key, value, cu_seqlens, softmax_scale, attend is not None, rotary, around)
+    how = (softmax_scale, attend is not None, rotary, around, exchange, cp_comm_type)
+    layer, documents = _packed(config, query, key, value, cu_seqlens, exchange, *how)
     if selection is not None:
-        check_selection(selection, query, key.shape[2], Packing.of(documents, layer.rule), None)
+        check_selection(selection, query, key.shape[2], Packing.of(documents, layer.rule), exchange)
     query, key, value, *streams = differentiable_once(query, key, value, *streams)
+    if isinstance(layer, ShardedPackedLayer):
+        return layer.attended(query, key, value, documents=documents, attend=attend)
     return layer.attended(query, key, value, *streams, documents=documents, attend=attend, selection=selection)
 
 
 def _packed(
-    config: LighthouseConfig, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | Documents, *how: Any
-) -> tuple[PackedLayer, Documents]:
+    config: LighthouseConfig,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor | Documents,
+    exchange: Exchange | None,
+    *how: Any,
+) -> tuple[PackedLayer | ShardedPackedLayer, Documents]:
     layer = _built_by(build_packed, config, query, key, value, *how)
     if value.shape[3] != key.shape[3]:
         raise ValueError(
@@ -178,14 +190,21 @@ def _packed(
             f"cu_seqlens is of one row, and the batch (dimension 1) is {query.shape[1]}: lay rows end to end, "
             "[N * B, 1, H, D], and their documents likewise."
         )
+    size = exchange.size if exchange else 1
+    tokens = len(query) * size
+    if not isinstance(cu_seqlens, Tensor | Documents):
+        raise TypeError(f"cu_seqlens must be an int32 tensor or Documents, not a {type(cu_seqlens).__name__}: give a tensor.")
     if isinstance(cu_seqlens, Tensor):
-        return layer, Documents.of(cu_seqlens, len(query), query.device)
-    if cu_seqlens.tokens != len(query) or cu_seqlens.cu_seqlens.device != query.device:
-        where = cu_seqlens.cu_seqlens.device
-        raise ValueError(
-            f"cu_seqlens is of {cu_seqlens.tokens} tokens on {where}, and the row of {len(query)} on {query.device}."
-        )
-    return layer, cu_seqlens
+        documents = Documents.of(cu_seqlens, tokens, query.device)
+    else:
+        documents, where = cu_seqlens, cu_seqlens.cu_seqlens.device
+        if documents.tokens != tokens or where != query.device:
+            raise ValueError(
+                f"cu_seqlens is of {documents.tokens} tokens on {where}, and the row of {tokens} on {query.device}."
+            )
+    if problem := documents.zigzag_problem(size):
+        raise ValueError(problem)
+    return layer, documents
 
 
 def layer_for(config: LighthouseConfig, query: Tensor, key: Tensor, value: Tensor, *how: Any) -> Layer:
@@ -234,9 +253,9 @@ def lighthouse_select(
     Returns:
         [B, G, S] int64, in causal order, numbered in the concatenated pyramid (level 0 first), for G / `heads_per_selection`
         selections. Of C context-parallel ranks, each gets the [B, G, S/C] entries whose rows it attends to, chunk r and chunk
-        2C-1-r of all S, numbered as without them. Of packed documents [1, G, S], document by document: level 0 is the row's
-        tokens, and then come the whole windows of all documents in turn, level 1 first. A document that goes in whole, or the
-        rest behind its last window, has none.
+        2C-1-r of all S, numbered as without them. Of packed documents [1, G, S], document by document (S filled up to a
+        multiple of 2C by -1): level 0 is the row's tokens, and then come the whole windows of all documents in turn, level 1
+        first. A document that goes in whole, or the rest behind its last window, has none.
 
     Raises:
         ValueError: as `lighthouse_attention`, or a scorer that lacks the values.
@@ -251,8 +270,9 @@ def lighthouse_select(
     refuse_transforms(query, key, value)
     exchange = Exchange.over(cp_group)
     if cu_seqlens is not None:
-        check_one_rank(exchange)
-        packed, documents = _packed(config, query, key, value, cu_seqlens, None, True, rotary)
+        packed, documents = _packed(config, query, key, value, cu_seqlens, exchange, None, True, rotary, None, exchange)
+        if isinstance(packed, ShardedPackedLayer):
+            return packed.select(query, key, value, documents)
         return packed.select(query, key, value, documents).indices
     how = (exchange, "p2p", None, True, rotary, False, value.shape[-1])
     selection, deal = layer_for(config, query, key, value, *how).select(query, key, value)

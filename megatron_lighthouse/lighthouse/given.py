@@ -1,4 +1,4 @@
-"""What the attention's arguments must keep beside shapes and dtypes: `lighthouse_attention` says which."""
+"""What a call may be given, and what goes with what: checked before anything is computed or sent."""
 
 from __future__ import annotations
 
@@ -14,11 +14,6 @@ from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.softmax.inputs import check
 
 
-def check_one_rank(exchange: Exchange | None) -> None:
-    if exchange is not None:
-        raise ValueError("cu_seqlens cannot be given with context-parallel ranks yet: leave out `cp_group` or `cu_seqlens`.")
-
-
 def check_own(
     query: Tensor,
     key: Tensor,
@@ -29,7 +24,7 @@ def check_own(
     around: object,
     attend: object,
 ) -> None:
-    """What is of the default inner attention, and what it reads."""
+    """Raises ValueError for what is of the default inner attention beside another, and for streams that it does not read."""
     if attend is not None and (softmax_scale is not None or around is not None):
         check(query, key, value)
         name = "around" if softmax_scale is None else "softmax_scale"
@@ -41,6 +36,7 @@ def check_own(
 
 
 def check_selection(selection: Selection, query: Tensor, groups: int, geometry: Pyramid, exchange: Exchange | None) -> None:
+    """Raises ValueError or TypeError for a selection that is not one of such inputs."""
     if exchange is not None:
         raise ValueError("a selection can be given without context parallelism alone: leave out `selection` or `cp_group`.")
     if not isinstance(selection, Selection):

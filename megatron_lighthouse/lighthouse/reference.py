@@ -6,6 +6,8 @@ trailing dimensions; sums are in fp32, or in fp64 for fp64 inputs. Sources: arXi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -73,12 +75,20 @@ QUERIES = 64
 @torch.no_grad()
 @profiled("attended_norms")
 def attended_norms(query: Tensor, key: Tensor, value: Tensor, layout: Layout | None) -> Tensor:
-    """See `Steps.attended_norms`. Every product has a shape that the position in the sequence settles, and so one order."""
-    heads, groups, dim = query.shape[2], key.shape[2], query.shape[3]
+    """See `Steps.attended_norms`."""
+    begins = chunk_starts(query.shape[0], layout)
+    return norms_of_chunks(query.chunk(len(begins)), begins, key, value)
+
+
+def norms_of_chunks(chunks: Sequence[Tensor], begins: Sequence[int], key: Tensor, value: Tensor) -> Tensor:
+    """`attended_norms` of queries that are runs of the sequence, each of which begins at its position.
+
+    Every product has a shape that the position in the sequence settles, and so one order.
+    """
+    groups, (heads, dim), query = key.shape[2], chunks[0].shape[2:], chunks[0]
     kind, squares = accumulation_dtype(query), []
     keys, values = (x.permute(1, 2, 0, 3) for x in (key, value))
-    begins = chunk_starts(query.shape[0], layout)
-    for begin, chunk in zip(begins, query.chunk(len(begins)), strict=True):
+    for begin, chunk in zip(begins, chunks, strict=True):
         before = begin % QUERIES  # a chunk may begin within a block: rows that another rank has are zero here
         rows = torch.nn.functional.pad(chunk, (0, 0, 0, 0, 0, 0, before, -(before + chunk.shape[0]) % QUERIES))
         for i, block in enumerate(rows.split(QUERIES)):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from megatron_lighthouse.lighthouse.layer import Layer
     from megatron_lighthouse.lighthouse.packed.layer import PackedLayer
+    from megatron_lighthouse.lighthouse.packed.sharded import ShardedPackedLayer
     from megatron_lighthouse.sequence.documents import Documents
     from megatron_lighthouse.softmax.backends import Attend
     from megatron_lighthouse.softmax.documents import AttendDocuments
@@ -59,7 +60,7 @@ class Placed:
 class PlacedDocuments:
     """As `Placed`, over packed documents."""
 
-    layer: PackedLayer
+    layer: PackedLayer | ShardedPackedLayer
     place: Place
 
     def __call__(
@@ -72,7 +73,8 @@ class PlacedDocuments:
         attend: AttendDocuments | None = None,
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
         with running.layer(self.place.number):
-            attended = self.layer.attended(query, key, value, *streams, documents=documents, attend=attend)
+            rows: Callable[..., Any] = self.layer.attended  # of several ranks, without streams
+            attended = rows(query, key, value, *streams, documents=documents, attend=attend)
             output = attended.scatter()
         # where nothing is scattered, the output is the rows, which the inner attention keeps
         if not self.place.discard_output or not output.requires_grad or attended.is_whole:
@@ -114,15 +116,15 @@ class Lighthouse(Variant):
             yield in_flags(message)
 
     def document_problems(self, config: LighthouseConfig, ranks: int) -> Iterator[str]:
-        """One rank holds whole documents; several would have to share their pyramids."""
-        if ranks > 1:
-            yield (
-                f"--dataloader-inter-document-masking with --context-parallel-size {ranks} is done by dense attention alone: "
-                "use --context-parallel-size 1, or --attention dense."
-            )
+        """Why documents cannot be ranked."""
         for problem in (SCORERS[config.scorer].packed_problem(config.rule.window), documents_problem(config)):
             if problem:
                 yield in_flags(problem)
+        if ranks > 1 and config.around != "softmax":
+            yield (
+                f"--dataloader-inter-document-masking with --context-parallel-size {ranks} is not done with "
+                f"{flag('around')} {config.around}: use {flag('around')} softmax, or --context-parallel-size 1."
+            )
 
     def graph_problems(self, config: LighthouseConfig, seq_length: int, ranks: int, graphs: str) -> Iterator[str]:
         """How many rows go to which rank is read by the host, in every layer."""
@@ -193,8 +195,11 @@ class Lighthouse(Variant):
     def build_documents(self, config: LighthouseConfig, query: Tensor, key: Tensor, place: Place) -> PlacedDocuments:
         from megatron_lighthouse.lighthouse.packed.layer import build_packed
 
-        how = (place.scale, place.base_attends, place.rotary, place.around)
-        return PlacedDocuments(build_packed(config, query, key, *how), place)
+        how = (place.scale, place.base_attends, place.rotary, place.around, place.exchange, place.comm_type)
+        try:
+            return PlacedDocuments(build_packed(config, query, key, *how), place)
+        except ValueError as error:
+            raise ValueError(in_flags(str(error))) from None
 
     def cost(self, config: LighthouseConfig, seq_length: int, ranks: int) -> Geometry:
         try:

@@ -26,6 +26,7 @@ from megatron_lighthouse.plan import gains, numbers, report, scaling, search
 from megatron_lighthouse.plan.answer import answer
 from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import DEVICES, device_of
+from megatron_lighthouse.plan.documents import FLAG, Mix
 from megatron_lighthouse.plan.model import FLAGS
 from megatron_lighthouse.plan.models import models, placed, run_of_model
 from megatron_lighthouse.plan.run import RECOMPUTE, Run, check_names, recipes, run_of
@@ -66,6 +67,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="X",
         help="share of the tokens in stage 1 (Lighthouse), before the dense stage 2; default: %(default)s",
     )
+    made.add_argument(
+        FLAG, type=Path, metavar="FILE", help="rows are packed: a document's tokens a line, or these and how many have so many"
+    )
     made.add_argument("--details", action="store_true", help="after the answer: each part, all layouts, what it is worth")
     made.add_argument("--attention", help=f"{' or '.join(counted())}; default: the file's, else {LIGHTHOUSE.name}")
     made.add_argument("--recompute", help=f"{', '.join(RECOMPUTE)}")
@@ -105,6 +109,8 @@ def run_from(options: argparse.Namespace) -> Run:
         own = [word for name, one in flags.items() if name in given and name != "gpus" for word in (one, str(given[name]))]
         run = run_of_words([*recipe_words(Path(recipe)), *own], device, options.gpus)
         run = run.change(recompute=options.recompute or run.recompute, loss_fusion=run.loss_fusion or options.loss_fusion)
+    if options.document_lengths:
+        run = run.change(documents=Mix.read(options.document_lengths))
     if options.qk_layernorm:
         run = run.change(options={**run.options, "qk_layernorm": True})
         if run.variant.selects and "scorer" not in given and SCORERS[run.config.scorer].by_length:

@@ -27,6 +27,7 @@ def answer(name: str, stages: Stages, ranking: Ranking, tokens: float, speed: Co
         _table(stages, tokens, speed),
         "",
         f"attention: {kind(run)}, scorer {run.config.scorer}" if run.variant.selects else f"attention: {kind(run)}",
+        f"documents: {run.documents.row(run.seq_length).words()}" if run.documents else "",
         f"gain: stage 1 {stage1:.1f} x {run.base.name}, the whole run {whole:.1f} x" if run.variant.selects else "",
         f"{run.base.name} [predicted: {run.base.work.assumed}]" if run.base.work.assumed else "",
         f"layout: {layout(run)}, {run.global_batch} sequences a step",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tomllib
+from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
@@ -13,9 +15,11 @@ from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
 from megatron_lighthouse.mcore.command_line.checks import model_problems
+from megatron_lighthouse.mcore.command_line.documents import document_problems
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, of_edge
 from megatron_lighthouse.mcore.command_line.tiles import tile_tokens
 from megatron_lighthouse.plan.device import DEVICES, Device
+from megatron_lighthouse.plan.documents import DocumentGeometry, Mix
 from megatron_lighthouse.plan.model import GPT
 from megatron_lighthouse.variant import Variant
 from megatron_lighthouse.variants import LIGHTHOUSE, VARIANTS, counted
@@ -48,6 +52,8 @@ class Run:
     """--cross-entropy-loss-fusion."""
     loss_tile_tokens: int | None = None
     mlp_tile_tokens: int = 0
+    documents: Mix | None = None
+    """Of packed rows; None: a sequence is one document."""
     options: dict[str, Any] = field(default_factory=dict)
     """What else of the model, by the names of Megatron's TransformerConfig, an attention may refuse."""
 
@@ -136,8 +142,11 @@ class Run:
                 f"--global-batch-size {self.global_batch} must be a multiple of the {dp} data-parallel ranks: "
                 f"use {-(-self.global_batch // dp) * dp}."
             )
+        if self.documents and (found := [*self._document_problems()]):
+            raise ValueError("\n".join(found))
         if self.variant.selects:
-            if found := [*model_problems(self._as_megatron(), self.settings, self.seq_length)]:
+            length = None if self.documents else self.seq_length
+            if found := [*model_problems(self._as_megatron(), self.settings, length)]:
                 raise ValueError("\n".join(found))
         elif cp > 1 and self.seq_length % (2 * cp):
             raise ValueError(
@@ -163,6 +172,11 @@ class Run:
         tile = tile_tokens(self.loss_tile_tokens, self.vocab_rank)
         return min(self.tokens, tile or self.tokens)
 
+    def _document_problems(self) -> Iterator[str]:
+        yield from document_problems(Namespace(dataloader_inter_document_masking=True), self._as_megatron())
+        if self.variant.selects:
+            yield from self.variant.document_problems(self.config, self.context_parallel)
+
     @property
     def settings(self) -> LighthouseSettings:
         """What the run asks of Lighthouse."""
@@ -183,6 +197,8 @@ class Run:
     @property
     def geometry(self) -> Geometry:
         """Lighthouse's integers. Raises ValueError where length, config and context parallelism do not fit."""
+        if self.documents:
+            return DocumentGeometry.of(self.config, self.documents.row(self.seq_length))
         return LIGHTHOUSE.cost(self.config, self.seq_length, self.context_parallel)
 
     @property
@@ -190,6 +206,8 @@ class Run:
         """Of the layers with a budget of their own; None where there are none. Raises ValueError as `geometry`."""
         if self.edge_budget is None or not self.variant.selects:
             return None
+        if self.documents:  # whose budget is a tile's
+            return self.geometry
         try:
             config = self.config.replace(budget=self.edge_budget)
             return self.variant.cost(config, self.seq_length, self.context_parallel)

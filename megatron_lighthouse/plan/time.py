@@ -19,6 +19,7 @@ from megatron_lighthouse.lighthouse.sharded.sent import layer_bytes
 from megatron_lighthouse.plan import work
 from megatron_lighthouse.plan.coefficients import Coefficients
 from megatron_lighthouse.plan.device import Device
+from megatron_lighthouse.plan.documents import DocumentGeometry
 from megatron_lighthouse.plan.run import Run
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.variant import Variant
@@ -32,7 +33,7 @@ HOST_AGAIN = {"none": 0.0, "mlp": 0.25, "full": 0.5}
 
 
 def attention_seconds(
-    kind: str, rows: int, layer: Shape, ranks: int, device: Device, speed: Coefficients, base: Variant = DENSE
+    kind: str, rows: float, layer: Shape, ranks: int, device: Device, speed: Coefficients, base: Variant = DENSE
 ) -> tuple[float, float]:
     """(forward, forward + backward) of causal attention over `rows` rows, of which each rank does an equal part of the work.
 
@@ -79,13 +80,24 @@ def crossing_seconds(
 
 
 def dense_layer(
-    rows: int, layer: Shape, ranks: int, scheme: str, span: int, device: Device, speed: Coefficients, base: Variant = DENSE
+    rows: int,
+    layer: Shape,
+    ranks: int,
+    scheme: str,
+    span: int,
+    device: Device,
+    speed: Coefficients,
+    base: Variant = DENSE,
+    attended: float | None = None,
 ) -> Parts:
     """Dense attention, or another over all tokens, without projections.
 
     'fwd', 'fwd+bwd', and 'exposed fwd' and 'exposed', which lie within them.
+
+    Args:
+        attended: rows of one document in which it does as much, where there are several.
     """
-    forward, both = attention_seconds("dense", rows, layer, ranks, device, speed, base)
+    forward, both = attention_seconds("dense", attended or rows, layer, ranks, device, speed, base)
     more, more_both = crossing_seconds(scheme, rows, layer, ranks, span, device, speed, (forward, both), base)
     return {"fwd": forward + more, "fwd+bwd": both + more_both, "exposed fwd": more, "exposed": more_both}
 
@@ -103,6 +115,8 @@ def lighthouse_layer(
 ) -> Parts:
     """As `dense_layer`, and each step by name: 'score', 'select', 'gather', 'gather bwd', 'scatter', 'scatter bwd', 'inner'."""
     rows = geometry.gathered_length
+    packed = geometry if isinstance(geometry, DocumentGeometry) else None
+    attended = packed.attended if packed else rows
     parts: Parts = {}
     for step, direction in work.STEPS:
         start, slope = speed.steps[step, direction]
@@ -111,11 +125,14 @@ def lighthouse_layer(
         if step == "score":
             moved = SCORERS[scorer].moved(geometry, layer) / ranks
         parts[step + (" bwd" if direction == "bwd" else "")] = start + slope * moved / device.memory_bytes_s
-    parts["score"] += SCORERS[scorer].flops(geometry, layer) / ranks / device.flops * speed.scorer
+    flops = packed.scorer_flops(scorer, layer) if packed else SCORERS[scorer].flops(geometry, layer)
+    parts["score"] += flops / ranks / device.flops * speed.scorer
     alone = ranks if geometry.tiles % (2 * ranks) == 0 else 1  # where tiles span chunks, every rank decides about all
     features = work.select_features(geometry, layer, alone, device.multiprocessors)
     parts["select"] = sum(a * b for a, b in zip(speed.select, features, strict=True))
-    inner, inner_both = attention_seconds("inner", rows, layer, ranks, device, speed, base)
+    if packed and packed.is_whole:
+        parts = dict.fromkeys(parts, 0.0)
+    inner, inner_both = attention_seconds("inner", attended, layer, ranks, device, speed, base)
     more, more_both = crossing_seconds(scheme, rows, layer, ranks, span, device, speed, (inner, inner_both), base)
     if ranks > 1:
         plans = [layer_bytes(scheme, geometry, layer, Layout(ranks, rank), scorer, base) for rank in range(ranks)]
@@ -182,7 +199,9 @@ def step_parts(run: Run, speed: Coefficients) -> Parts:
 def _dense_parts(run: Run, speed: Coefficients) -> Parts:
     """Seconds of the attention of a dense layer for a micro batch, by part of the step."""
     cp, span, full = run.context_parallel, run.spans["context parallel"], run.recompute == "full"
-    layer = dense_layer(run.seq_length, run.layer, cp, run.cp_comm_type, span, run.device, speed, run.base)
+    attended = run.documents.row(run.seq_length).attended if run.documents else None
+    where = (run.seq_length, run.layer, cp, run.cp_comm_type, span, run.device, speed)
+    layer = dense_layer(*where, run.base, attended)
     exposed = layer["exposed"] + full * layer["exposed fwd"]
     return {"dense attention": layer["fwd+bwd"] + full * layer["fwd"] - exposed, "context parallel, exposed": exposed}
 

@@ -11,7 +11,7 @@ STEPS = (("score", "fwd"), ("gather", "fwd"), ("scatter", "fwd"), ("gather", "bw
 """The steps that memory bounds, and when they run."""
 
 
-def attention_flops(rows: int, layer: Shape) -> float:
+def attention_flops(rows: float, layer: Shape) -> float:
     """Forward: two causal products of rows^2/2 * D multiply-adds a head, 2 operations each."""
     return 2.0 * rows**2 * layer.batch * layer.heads * layer.dim
 

@@ -32,6 +32,7 @@ NODES = {
     "_TravelBackward": "gather",
     "_HaloBackward": BETWEEN,
     "_PassBackward": BETWEEN,
+    "_TransferBackward": BETWEEN,
     "ScatterBackward": "scatter",
     "GatherBackward": "gather",
     "PackedScatterBackward": "scatter",

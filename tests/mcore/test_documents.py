@@ -70,6 +70,8 @@ def test_losses_equal_those_of_one_process(
     start = [*PACKED, "--load", str(checkpoint), *START, *arguments.split()]
     result = run(tmp_path, *start, ranks=ranks, data=documents)
     assert list(result.losses) == [1, 2, 3]
+    assert result.log.count("attention's work goes by the lengths of documents") == 1
+    assert ("2 data-parallel ranks have other documents each" in result.log) == ("DP2" in layout)
     assert_same(result, one_process)
 
 
@@ -87,8 +89,10 @@ def one_lighthouse(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, d
     [
         (1, "--micro-batch-size 2 --no-lighthouse-discard-output"),
         (4, "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2"),
+        (2, "--context-parallel-size 2 --cp-comm-type p2p all_gather a2a p2p"),
+        (4, "--tensor-model-parallel-size 2 --context-parallel-size 2 --sequence-parallel --micro-batch-size 2"),
     ],
-    ids=["two rows at once, outputs kept", "TP2·PP2"],
+    ids=["two rows at once, outputs kept", "TP2·PP2", "CP2, all-gather and all-to-all by layer", "TP2·CP2, two rows at once"],
 )
 def test_lighthouse_equals_itself_on_one_process(
     ranks: int, arguments: str, tmp_path: Path, checkpoint: Path, documents: list[str], one_lighthouse: Run, one_process: Run

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse import lighthouse_attention
-from megatron_lighthouse.mcore.command_line.documents import FLAG, document_problems
+from megatron_lighthouse.mcore.command_line.documents import FLAG, document_problems, remark
 from megatron_lighthouse.sequence.documents import Documents
 from tests.mcore.test_spec import SETTINGS, N, core_attention, fused_qkv, gpt, local_spec, transformer_config
 from tests.tolerances import assert_close
@@ -147,6 +147,43 @@ def test_each_token_is_rotated_by_its_place_in_its_document(kind: str) -> None:
     assert torch.equal((again[0] if isinstance(again, tuple) else again).flip(1), found)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, ""),
+        (
+            {"context_parallel_size": 2},
+            "--context-parallel-size 2: upstream's pretrain_gpt.py cuts packed rows",
+        ),
+        ({"pipeline_model_parallel_size": 3, "pipeline_dtype": torch.float32}, "--pipeline-model-parallel-size 3"),
+    ],
+    ids=["one rank", "context parallel", "three stages"],
+)
+def test_what_upstreams_loop_does_not_do_is_refused_when_the_model_is_built(
+    changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By --spec, and in its patched script; RoPE would fail before a layer could say why."""
+    from megatron_lighthouse.mcore import arguments
+    from megatron_lighthouse.mcore.attention import layer_specs
+
+    given = Namespace(seq_length=N, dataloader_inter_document_masking=True)
+    monkeypatch.setattr(layer_specs, "_global_args", lambda: given)
+    monkeypatch.setattr(layer_specs.pyramid, "settle", lambda args: None)
+    monkeypatch.setattr(layer_specs, "settings_from", lambda args: SETTINGS)
+    monkeypatch.setattr(layer_specs.rope, "settled", lambda args, settings: settings)
+    monkeypatch.setattr(layer_specs, "layer_spec", lambda *args, **kwargs: "built")
+    monkeypatch.setattr(arguments.arguments, "use_attention", lambda args, model_cfg: "built")
+    config = transformer_config(**changes)
+    config.transformer_impl = "local"
+    model_cfg = SimpleNamespace(transformer=config)
+    for build in (lambda: layer_specs.lighthouse(model_cfg), lambda: arguments.use_attention(given, model_cfg)):
+        if message:
+            with pytest.raises(ValueError, match=f"{FLAG} with {message}.* use python -m megatron_lighthouse.pretrain_gpt, or"):
+                build()
+        else:
+            assert build() == "built"
+
+
 def test_rows_that_upstream_cuts_as_one_sequence_are_refused() -> None:
     from megatron.core.transformer.enums import AttnMaskType
 
@@ -189,15 +226,22 @@ def test_what_documents_do_not_go_with(options: dict[str, Any], changes: dict[st
     assert not [*document_problems(Namespace(), config)]
 
 
-def test_lighthouse_over_ranks_is_refused() -> None:
+def test_unequal_work_is_said_once_at_the_start() -> None:
+    said = remark(Namespace(context_parallel_size=1, data_parallel_size=4))
+    assert "The 4 data-parallel ranks have other documents each" in said
+    assert "bytes" not in said
+    said = remark(Namespace(context_parallel_size=2, data_parallel_size=1))
+    assert "data-parallel" not in said
+    assert "So do the bytes that context-parallel ranks send." in said
+
+
+def test_lighthouse_over_ranks_is_let_by_and_watching_it_is_refused() -> None:
     from megatron_lighthouse.mcore.command_line.checks import check_run
 
     given = Namespace(seq_length=N, dataloader_inter_document_masking=True, transformer_impl="local")
     config = transformer_config()
     config.transformer_impl = "local"
-    check_run(given, config, SETTINGS)
-    config.context_parallel_size = 2
-    with pytest.raises(ValueError, match=f"{FLAG} with --context-parallel-size 2 is done by dense attention alone"):
+    for config.context_parallel_size in (1, 2):
         check_run(given, config, SETTINGS)
     given.lighthouse_telemetry_interval = 10
     with pytest.raises(ValueError, match="--lighthouse-telemetry-interval 10 measures one sequence"):
@@ -228,6 +272,11 @@ def test_a_model_given_packed_rows_as_upstream_gives_them_has_the_same_logits() 
     rotate_by(model, documents.positions.view(2, N))
     ours = model(tokens, documents.positions.view(2, N), None, packed_seq_params=packed(documents, N))
     assert_close(ours.flatten(0, 1), upstream.flatten(0, 1), "float32")
+    weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(5)).to(ours)
+    parameters = [*model.parameters()]
+    trained, by_upstream = (torch.autograd.grad((out * weights.view(out.shape)).mean(), parameters) for out in (ours, upstream))
+    for a, b in zip(trained, by_upstream, strict=True):
+        assert_close(a, b, "float32")
     tokens[0, 150:] = 0  # of the last document of the first row
     changed = model(tokens, documents.positions.view(2, N), None, packed_seq_params=packed(documents, N))
     assert torch.equal(changed[0, :131], ours[0, :131])

@@ -15,6 +15,7 @@ from megatron_lighthouse.kernels.lighthouse.packed.scatter import PackedScatter
 from megatron_lighthouse.kernels.lighthouse.packed.score import compute_packed_scores
 from megatron_lighthouse.kernels.lighthouse.packed.select import compute_packed_places
 from megatron_lighthouse.lighthouse.packed.packing import Packing
+from megatron_lighthouse.lighthouse.packed.steps import Runs
 from megatron_lighthouse.lighthouse.reference import group_norms
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.selection import Selection
@@ -28,9 +29,9 @@ def score(query: Tensor, key: Tensor, packing: Packing) -> Tensor:
     return compute_packed_scores(query.detach(), key.detach(), packing)
 
 
-def attended_norms(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
+def attended_norms(query: Tensor, key: Tensor, value: Tensor, documents: Documents, runs: Runs | None = None) -> Tensor:
     """See `PackedSteps.attended_norms`."""
-    squares = compute_packed_squares(query.detach(), key.detach(), value.detach(), documents)
+    squares = compute_packed_squares(query.detach(), key.detach(), value.detach(), documents, runs)
     return group_norms(squares.unflatten(1, (key.shape[2], -1)))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_lighthouse.gpu import capability_of
 from megatron_lighthouse.kernels.launch import cdiv, enqueue, last_contiguous, padded, strides
 from megatron_lighthouse.kernels.lighthouse.attended import Blocks, attend_to, blocks_of
+from megatron_lighthouse.lighthouse.packed.steps import Runs, runs_of
 from megatron_lighthouse.ranges import profiled
 from megatron_lighthouse.sequence.documents import Documents
 
@@ -60,14 +61,14 @@ def packed_attended_kernel(
     tl.store(p_squares + i_position, tl.sum(acc * acc, 1), mask=i_position < keys)
 
 
-def compute_packed_squares(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
+def compute_packed_squares(query: Tensor, key: Tensor, value: Tensor, documents: Documents, runs: Runs | None = None) -> Tensor:
     """[B, H, n] fp32: the squared norms of the rows of attention, for `PackedSteps.attended_norms`."""
     with profiled("attended_norms"):
         query, key, value = (last_contiguous(x) for x in (query, key, value))
         (rows, batch, heads, dim), groups = query.shape, key.shape[2]
         squares = torch.empty((batch, heads, rows), dtype=torch.float32, device=query.device)
         how = blocks_of(dim, query.element_size())
-        blocks = _blocks(documents, how.queries)
+        blocks = _blocks(documents, how.queries, runs)
         enqueue(
             packed_attended_kernel,
             (len(blocks), batch * heads, 1),
@@ -86,11 +87,14 @@ def stages_on(capability: int, how: Blocks) -> int:
     return min(2, how.stages) if capability >= 100 else how.stages
 
 
-def _blocks(documents: Documents, size: int) -> Tensor:
-    """[blocks, 2] int32: document and number of each block of queries; late ones, which have the most keys, first."""
-    known: dict[int, Tensor] = vars(documents).setdefault("blocks", {})
-    if size not in known:
-        blocks = [(i, block) for i, length in enumerate(documents.lengths) for block in range(cdiv(length, size))]
-        blocks.sort(key=lambda x: -x[1])
-        known[size] = torch.tensor(blocks, dtype=torch.int32).to(documents.cu_seqlens.device, non_blocking=True)
-    return known[size]
+def _blocks(documents: Documents, size: int, runs: Runs | None) -> Tensor:
+    """[blocks, 2] int32: document and number of each block of queries that has a row of `runs`; late ones, which have the most
+    keys, first."""
+    known: dict[tuple[int, Runs | None], Tensor] = vars(documents).setdefault("blocks", {})
+    if (size, runs) not in known:
+        every = runs_of(documents) if runs is None else runs
+        found = {(i, block) for i, first, end in every for block in range(first // size, cdiv(end, size)) if first < end}
+        blocks = sorted(found, key=lambda x: (-x[1], x[0]))
+        table = torch.tensor(blocks, dtype=torch.int32).view(-1, 2)
+        known[size, runs] = table.to(documents.cu_seqlens.device, non_blocking=True)
+    return known[size, runs]

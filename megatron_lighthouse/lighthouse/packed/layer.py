@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse import telemetry
 from megatron_lighthouse.lighthouse.around import AROUND, apart, stacked
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
@@ -16,6 +17,7 @@ from megatron_lighthouse.lighthouse.heads import documents_problem
 from megatron_lighthouse.lighthouse.implementations import packed_steps_for
 from megatron_lighthouse.lighthouse.packed.packing import Packing
 from megatron_lighthouse.lighthouse.packed.rule import Rule
+from megatron_lighthouse.lighthouse.packed.sharded import ShardedPackedLayer
 from megatron_lighthouse.lighthouse.packed.steps import PackedSteps
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.scorers import SCORERS
@@ -23,6 +25,7 @@ from megatron_lighthouse.lighthouse.scorers.base import Scorer
 from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.ranges import profiled
 from megatron_lighthouse.sequence.documents import Documents
+from megatron_lighthouse.softmax.sharded_documents import sharded_documents_attention
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,9 @@ def build_packed(
     own_attend: bool = False,
     rotary: Rotary | None = None,
     around: Any = None,
-) -> PackedLayer:
+    exchange: Exchange | None = None,
+    comm_type: str = "p2p",
+) -> PackedLayer | ShardedPackedLayer:
     """The layer for rows of documents like these.
 
     Args:
@@ -122,6 +127,7 @@ def build_packed(
         own_attend: every call brings its inner attention.
         rotary: what queries and keys are rotated by, where pooled rows are to stand at their window's last token.
         around: as for `lighthouse.layer.build`.
+        exchange: the ranks that share the row; then `query` and `key` are of [t / C, ...].
 
     Raises:
         ValueError: as `lighthouse_attention`.
@@ -131,6 +137,16 @@ def build_packed(
         raise ValueError(problem)
     if problem := scorer.packed_problem(rule.window) or documents_problem(config):
         raise ValueError(problem)
-    how = (around, config.inner, query, key, softmax_scale)
-    attend = None if own_attend else AROUND[config.around].build_document_rows(*how)
-    return PackedLayer(rule, config.pin_first, packed_steps_for(config.steps, query, config.pooling), scorer, attend, rotary)
+    steps, attend, base = packed_steps_for(config.steps, query, config.pooling), None, AROUND[config.around]
+    if exchange is None:
+        if not own_attend:
+            attend = base.build_document_rows(around, config.inner, query, key, softmax_scale)
+        return PackedLayer(rule, config.pin_first, steps, scorer, attend, rotary)
+    if not base.native:
+        raise ValueError(
+            f"cu_seqlens over context-parallel ranks is not done with config.around {config.around}: use config.around "
+            "softmax, or one rank."
+        )
+    if not own_attend:
+        attend = sharded_documents_attention(config.inner, query, key, exchange, comm_type, softmax_scale)
+    return ShardedPackedLayer(rule, config.pin_first, steps, scorer, attend, rotary, exchange)

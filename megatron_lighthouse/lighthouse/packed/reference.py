@@ -6,6 +6,8 @@ A row's windows are pooled, scored and put in causal order as those of one seque
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -13,6 +15,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from megatron_lighthouse.lighthouse import reference as alone
 from megatron_lighthouse.lighthouse.packed.maps import Maps
 from megatron_lighthouse.lighthouse.packed.packing import Packing
+from megatron_lighthouse.lighthouse.packed.steps import Runs, runs_of
 from megatron_lighthouse.lighthouse.reference import accumulation_dtype, places_of, pool, read, read_or_zero, tokens_behind
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.selection import Selection
@@ -30,10 +33,16 @@ def score(query: Tensor, key: Tensor, packing: Packing) -> Tensor:
 
 
 @torch.no_grad()
-def attended_norms(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
+def attended_norms(query: Tensor, key: Tensor, value: Tensor, documents: Documents, runs: Runs | None = None) -> Tensor:
     """See `PackedSteps.attended_norms`."""
-    parts = zip(*(x.split(documents.lengths) for x in (query, key, value)), strict=True)
-    return torch.cat([alone.attended_norms(q, k, v, None) for q, k, v in parts if len(q)], -1)
+    kind, starts = accumulation_dtype(query), [0, *accumulate(documents.lengths)]
+    norms = torch.zeros((query.shape[1], key.shape[2], len(query)), dtype=kind, device=query.device)
+    for i, first, end in runs_of(documents) if runs is None else runs:
+        if first < end:
+            start, rows = starts[i], slice(starts[i] + first, starts[i] + end)
+            k, v = key[start : start + documents.lengths[i]], value[start : start + documents.lengths[i]]
+            norms[..., rows] = alone.norms_of_chunks([query[rows]], [first], k, v)
+    return norms
 
 
 @torch.no_grad()

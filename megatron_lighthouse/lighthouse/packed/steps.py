@@ -12,6 +12,14 @@ from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.lighthouse.steps import Steps
 from megatron_lighthouse.sequence.documents import Documents
 
+Runs = tuple[tuple[int, int, int], ...]
+"""Of rows of documents: the document, the first and the end of each run of them, counted in the document."""
+
+
+def runs_of(documents: Documents) -> Runs:
+    """All rows."""
+    return tuple((i, 0, length) for i, length in enumerate(documents.lengths))
+
 
 class PackedSteps(Protocol):
     """What `Steps` are for one sequence, for a row of t tokens. B is 1 but in `attended_norms`."""
@@ -23,8 +31,14 @@ class PackedSteps(Protocol):
     def score(self, query: Tensor, key: Tensor, packing: Packing) -> Tensor:
         """[2, 1, G, coarse length]: see `Steps.score`."""
 
-    def attended_norms(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
-        """[B, G, n]: see `Steps.attended_norms`. No row of [n, B, ·, D] sees those of another document."""
+    def attended_norms(
+        self, query: Tensor, key: Tensor, value: Tensor, documents: Documents, runs: Runs | None = None
+    ) -> Tensor:
+        """[B, G, n]: see `Steps.attended_norms`. No row of [n, B, ·, D] sees those of another document.
+
+        Args:
+            runs: the rows whose norms are asked for, all by default; those of the others may be anything.
+        """
 
     def select(self, scores: Tensor, packing: Packing, pin_first: bool) -> Selection:
         """Choose entries in the tiles of each document: see `Steps.select`.

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from megatron_lighthouse.context_parallel.exchange import Exchange
     from megatron_lighthouse.lighthouse.packed.packing import Packing
+    from megatron_lighthouse.lighthouse.packed.shares import Shares
     from megatron_lighthouse.lighthouse.packed.steps import PackedSteps
     from megatron_lighthouse.lighthouse.rotary import Rotary
     from megatron_lighthouse.lighthouse.steps import Steps
@@ -35,6 +36,8 @@ class Scorer(ABC):
     """Tokens that a chunk must be a multiple of, in addition to what the pyramid asks for."""
     causal: bool = True
     """Whether an entry's scores depend on no token after its last; else on those up to the end of its tile."""
+    shares: bool = False
+    """Whether ranks share its work over packed documents (`shared`); else each scores the whole row."""
     same_bits: bool = True
     """Whether its numbers are the same to the last bit on any number of ranks, also on a GPU."""
 
@@ -83,6 +86,25 @@ class Scorer(ABC):
                 for level, part in zip(levels, scores.split(sizes, -1), strict=True):
                     level.append(part)
         return torch.cat([part for level in levels for part in level], -1)
+
+    def shared(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        shares: Shares,
+        steps: PackedSteps,
+        exchange: Exchange,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        """The same of a row whose tokens lie on several ranks, on all of them: here each scores all tokens, unless a scorer
+        shares the work.
+
+        Args:
+            query: [tokens of the pieces, 1, H, D], of which this rank has those of its windows; key, value: likewise, G.
+        """
+        whole = [shares.whole_tokens(x, exchange, "scorer") for x in (query, key, value)]
+        return self.packed(whole[0], whole[1], whole[2], shares.packing, steps, rotary)
 
     def packed_problem(self, window: int) -> str | None:
         """Why it cannot rank documents whose coarsest windows have so many tokens; None where it can."""

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megatron_lighthouse.context_parallel.exchange import Exchange
+    from megatron_lighthouse.lighthouse.packed.shares import Shares
     from megatron_lighthouse.lighthouse.packed.steps import PackedSteps
     from megatron_lighthouse.lighthouse.steps import Steps
     from megatron_lighthouse.sequence.documents import Documents
@@ -41,6 +42,28 @@ def packed_both_ways(query: Tensor, key: Tensor, value: Tensor, steps: PackedSte
 
     by_query = steps.attended_norms(query, key, value, documents)
     return torch.stack([by_query, steps.attended_norms(key, group_mean(query, key.shape[2]), value, documents)])
+
+
+def shared_both_ways(
+    query: Tensor, key: Tensor, value: Tensor, steps: PackedSteps, shares: Shares, unit: int, exchange: Exchange
+) -> Tensor:
+    """The same of the windows that this rank owns, a row for every `unit` of their tokens: [2, B, G, own rows]."""
+    import torch
+
+    documents, index, each = shares.packing.compact_documents(unit), shares.own_in_row(unit), shares.window // unit
+    own = tuple((document, first * each, end * each) for document, first, end in shares.own_runs)
+
+    def whole(x: Tensor) -> Tensor:
+        return shares.whole(x.unflatten(0, (-1, each)), exchange, "scorer").flatten(0, 1)
+
+    def norms(queries: Tensor, keys: Tensor) -> Tensor:
+        in_row = queries.new_zeros(documents.tokens, *queries.shape[1:])
+        in_row[index] = queries
+        return steps.attended_norms(in_row, keys, values, documents, own)[..., index]
+
+    values = whole(value)
+    by_query = norms(query, whole(key))
+    return torch.stack([by_query, norms(key, whole(group_mean(query, key.shape[2])))])
 
 
 def both_ways_sent(rows: int, shape: Shape, size: int) -> int:

@@ -13,6 +13,7 @@ from megatron_lighthouse.lighthouse.scorers.both_ways import (
     both_ways_moved,
     both_ways_sent,
     packed_both_ways,
+    shared_both_ways,
 )
 from megatron_lighthouse.lighthouse.scorers.streams import DELTA, streams, tokens
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from megatron_lighthouse.context_parallel.exchange import Exchange
     from megatron_lighthouse.lighthouse.packed.packing import Packing
+    from megatron_lighthouse.lighthouse.packed.shares import Shares
     from megatron_lighthouse.lighthouse.packed.steps import PackedSteps
     from megatron_lighthouse.lighthouse.rotary import Rotary
     from megatron_lighthouse.lighthouse.steps import Steps
@@ -38,6 +40,7 @@ class Dilated(Scorer):
     by_length: bool = False
     grows: str = f"N²/{DELTA}"
     unit: int = DELTA
+    shares: bool = True
 
     def __call__(
         self,
@@ -65,6 +68,23 @@ class Dilated(Scorer):
         q, k, v = (streams(x[inside]) for x in (query, key, value))
         norms = packed_both_ways(q, k, v, steps, packing.compact_documents(DELTA))
         return window_maxima(tokens(norms), packing.compact)
+
+    def shared(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        shares: Shares,
+        steps: PackedSteps,
+        exchange: Exchange,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        from megatron_lighthouse.lighthouse.reference import window_maxima
+
+        q, k, v = (streams(x[shares.own_inside]) for x in (query, key, value))
+        norms = shared_both_ways(q, k, v, steps, shares, DELTA, exchange)
+        pyramid = Pyramid(len(shares.own_inside), *shares.packing.pyramid[1:])
+        return shares.whole_scores(window_maxima(tokens(norms), pyramid), exchange)
 
     def moved(self, pyramid: Pyramid, shape: Shape) -> float:
         return both_ways_moved(pyramid.seq_length, shape)

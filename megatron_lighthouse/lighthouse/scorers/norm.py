@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from megatron_lighthouse.context_parallel.exchange import Exchange
     from megatron_lighthouse.lighthouse.packed.packing import Packing
+    from megatron_lighthouse.lighthouse.packed.shares import Shares
     from megatron_lighthouse.lighthouse.packed.steps import PackedSteps
     from megatron_lighthouse.lighthouse.rotary import Rotary
     from megatron_lighthouse.lighthouse.steps import Steps
@@ -26,6 +27,7 @@ class Norm(Scorer):
     reads_values: bool = False
     by_length: bool = True
     grows: str = "N"
+    shares: bool = True
 
     def __call__(
         self,
@@ -43,6 +45,18 @@ class Norm(Scorer):
         self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, steps: PackedSteps, rotary: Rotary | None = None
     ) -> Tensor:
         return steps.score(query, key, packing)
+
+    def shared(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        shares: Shares,
+        steps: PackedSteps,
+        exchange: Exchange,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        return shares.whole_scores(shares.own_scores(steps.score(query, key, shares.pieces)), exchange)
 
     def moved(self, pyramid: Pyramid, shape: Shape) -> float:
         return row_bytes(pyramid.seq_length, shape, shape.heads + shape.groups)

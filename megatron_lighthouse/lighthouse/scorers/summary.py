@@ -13,6 +13,7 @@ from megatron_lighthouse.lighthouse.scorers.both_ways import (
     both_ways_moved,
     both_ways_sent,
     packed_both_ways,
+    shared_both_ways,
 )
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from megatron_lighthouse.context_parallel.exchange import Exchange
     from megatron_lighthouse.lighthouse.packed.packing import Packing
+    from megatron_lighthouse.lighthouse.packed.shares import Shares
     from megatron_lighthouse.lighthouse.packed.steps import PackedSteps
     from megatron_lighthouse.lighthouse.rotary import Rotary
     from megatron_lighthouse.lighthouse.steps import Steps
@@ -36,6 +38,7 @@ class Summary(Scorer):
     reads_values: bool = True
     by_length: bool = True
     grows: str = "(N/F)²"
+    shares: bool = True
 
     def __call__(
         self,
@@ -62,6 +65,23 @@ class Summary(Scorer):
         q, k, v = coarsest(query, key, value, packing, steps, rotary)
         top = packed_both_ways(q, k, v, steps, packing.compact_documents(packing.rule.window))
         return torch.cat([steps.score(query, key, packing)[..., : -top.shape[-1]], top], -1)
+
+    def shared(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        shares: Shares,
+        steps: PackedSteps,
+        exchange: Exchange,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        import torch
+
+        q, k, v = (x[shares.own_windows] for x in coarsest(query, key, value, shares.pieces, steps, rotary))
+        top = shared_both_ways(q, k, v, steps, shares, shares.window, exchange)
+        finer = shares.own_scores(steps.score(query, key, shares.pieces))[..., : -len(q) or None]
+        return shares.whole_scores(torch.cat([finer, top], -1), exchange)
 
     def moved(self, pyramid: Pyramid, shape: Shape) -> float:
         """The scores of `norm`, what the coarsest rows are pooled of, and these."""

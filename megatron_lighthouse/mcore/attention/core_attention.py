@@ -25,7 +25,7 @@ from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.mcore.attention.builder import Builder
 from megatron_lighthouse.mcore.attention.output import remember_source
 from megatron_lighthouse.mcore.attention.over_shards import able_local, context_parallel_group, tensor_parallel_rank
-from megatron_lighthouse.mcore.attention.packed import documents_of, in_one_row, in_rows, packed
+from megatron_lighthouse.mcore.attention.packed import cut_problem, documents_of, in_one_row, in_rows, packed
 from megatron_lighthouse.mcore.attention.streams import apart
 from megatron_lighthouse.mcore.attention.te_choice import te_choice
 from megatron_lighthouse.mcore.attention.tensor_ranks import over_tensor_ranks
@@ -111,14 +111,14 @@ class VariantMixin:
         if query.dim() == 3:  # Megatron's own 'thd', of which it makes [t, 1, np * hn] afterwards
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
             return self._within_documents(query, key, value, params, attend).squeeze(1)
-        rows = query.shape[1]
-        documents = documents_of(params, query.shape[0] * rows)
-        query, key, value = (in_one_row(x, 1) for x in (query, key, value))
+        rows, ranks = query.shape[1], self._ranks
+        documents = documents_of(params, query.shape[0] * rows * ranks)
+        query, key, value = (in_one_row(x, ranks) for x in (query, key, value))
         query, streams = self._apart(query, key)
         layer = self._document_layer_for(query, key, value)
         out, again = layer(query, key, value, *streams, documents=documents, attend=attend, **self._sinks())
-        out = in_rows(out, rows, 1).flatten(2)
-        return out if again is None else remember_source(out, lambda: in_rows(again(), rows, 1))
+        out = in_rows(out, rows, ranks).flatten(2)
+        return out if again is None else remember_source(out, lambda: in_rows(again(), rows, ranks))
 
     def _apart(self, query: Tensor, key: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The queries and the streams that travel with them."""
@@ -147,6 +147,10 @@ class VariantMixin:
             layer = self.layers[made] = build(own, query, key, self.place)
         return layer
 
+    @property
+    def _ranks(self) -> int:
+        return self.place.exchange.size if self.place.exchange else 1
+
     def _now(self) -> tuple[Variant, Any]:
         """What it is in this iteration, and the config of that."""
         given = self.settings
@@ -156,10 +160,10 @@ class VariantMixin:
 
     def _check_call(self, query: Tensor, key: Tensor, mask_type: AttnMaskType | None, bias: Tensor | None, params: Any) -> None:
         ours = f"--attention {self.settings.variant}"
-        ranks = self.place.exchange.size if self.place.exchange else 1
-        now, own = self._now()
-        if params is not None and (problem := next(now.document_problems(own, ranks), None)):
-            raise ValueError(problem)
+        if params is not None:
+            now, own = self._now()
+            if problem := cut_problem(params, self._ranks) or next(now.document_problems(own, self._ranks), None):
+                raise ValueError(problem)
         if bias is not None:
             raise ValueError(f"attention_bias is not supported by {ours}: use --attention dense.")
         causal = (None, AttnMaskType.causal) if params is None else (None, AttnMaskType.causal, AttnMaskType.padding_causal)

@@ -31,7 +31,7 @@ from megatron_lighthouse.mcore.attention.streams import add_streams
 from megatron_lighthouse.mcore.attention.tensor_ranks import OverTensorRanks
 from megatron_lighthouse.mcore.command_line import rope
 from megatron_lighthouse.mcore.command_line.checks import check_run
-from megatron_lighthouse.mcore.command_line.documents import asked
+from megatron_lighthouse.mcore.command_line.documents import asked, upstream_problems
 from megatron_lighthouse.mcore.command_line.layers import attention_layers
 from megatron_lighthouse.mcore.command_line.own_parts import learns_shared_sinks
 from megatron_lighthouse.mcore.command_line.settings import (
@@ -108,6 +108,10 @@ def lighthouse(model_cfg: Any, vp_stage: int | None = None) -> LayerSpec:
         ValueError: settings, a model or data that Lighthouse refuses.
     """
     args = _global_args()
+    # upstream's parser does not know our options
+    found = [] if args is None or hasattr(args, "attention") else [*upstream_problems(args, model_cfg.transformer)]
+    if found:
+        raise ValueError("\n".join(found))
     settings = settled(args, model_cfg.transformer)
     return layer_spec(model_cfg, vp_stage, settings=settings, documents=args is not None and asked(args))
 
@@ -178,7 +182,7 @@ def _say_what_is_sent(config: TransformerConfig, settings: LighthouseSettings) -
     shared = getattr(settings.in_model(config).config, "heads_per_selection", 0) or 1
     layer = Shape(args.micro_batch_size, *heads_of_rank(config), dim, config.params_dtype.itemsize, value_dim, shared)
     edges = {"edge layers: ": settings.edge} if settings.edge else {}
-    for kind, own in {"": settings.config, **edges}.items():
+    for kind, own in {} if asked(args) else {"": settings.config, **edges}.items():  # of documents it goes by their lengths
         for comm_type in comm_types:
             say_once(kind + settings.attention.summary(own, args.seq_length, layer, size, comm_type))
     if "p2p" in comm_types and torch.cuda.is_available():  # which of two ways it takes is said at the start, not later

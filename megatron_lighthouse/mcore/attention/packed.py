@@ -120,8 +120,15 @@ def check_call(what: str, mask_type: AttnMaskType, bias: Tensor | None, params: 
     """Raises ValueError for a call that is not causal self-attention, or of packed rows that ranks cut otherwise than ours."""
     if mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal) or bias is not None:
         raise ValueError(f"{what} is causal self-attention: no attention_bias, and not the mask type {mask_type}.")
-    if params is not None and ranks > 1 and not isinstance(params, PackedDocuments):
-        raise ValueError(
-            "upstream's pretrain_gpt.py cuts packed rows for --context-parallel-size as one sequence, and rotates them as "
-            "documents: use python -m megatron_lighthouse.pretrain_gpt, or --context-parallel-size 1."
-        )
+    if problem := cut_problem(params, ranks):
+        raise ValueError(problem)
+
+
+def cut_problem(params: Any, ranks: int) -> str | None:
+    """Why so many ranks cannot attend to packed rows that are not ours; None where they can."""
+    if params is None or ranks == 1 or isinstance(params, PackedDocuments):
+        return None
+    return (
+        "upstream's pretrain_gpt.py cuts packed rows for --context-parallel-size as one sequence, and rotates them as "
+        "documents: use python -m megatron_lighthouse.pretrain_gpt, or --context-parallel-size 1."
+    )

@@ -167,6 +167,8 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
         kind = args.position_embedding_type
         say_once(f"--reset-position-ids changes nothing with --position-embedding-type {kind}, which does not read them.")
     packs = documents.asked(args)
+    if packs and not args.rank:
+        say_once(documents.remark(args))
     if packs and config.apply_rope_fusion and max(args.micro_batch_size, args.eval_micro_batch_size) > 1:
         say_once(f"{documents.FLAG}: the rows of a micro-batch have angles of their own, so RoPE is not fused.")
         config.apply_rope_fusion = False

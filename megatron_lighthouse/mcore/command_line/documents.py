@@ -18,6 +18,19 @@ def asked(args: Namespace) -> bool:
     return bool(getattr(args, "dataloader_inter_document_masking", False))
 
 
+def remark(args: Namespace) -> str:
+    """What is said of them at the start of a run."""
+    said = f"{FLAG}: attention's work goes by the lengths of documents."
+    if args.context_parallel_size > 1:
+        said += " So do the bytes that context-parallel ranks send."
+    if args.data_parallel_size > 1:
+        said += (
+            f" The {args.data_parallel_size} data-parallel ranks have other documents each, so that the one with the longest "
+            "sets the pace of a step."
+        )
+    return f"{said} tokens/s counts whole rows, which hold no padding."
+
+
 def mask_problem(args: Namespace) -> str | None:
     """Why documents are not separated by a mask: causal attention reads none."""
     if not getattr(args, "reset_attention_mask", False):
@@ -47,6 +60,23 @@ def document_problems(args: Namespace, config: Any) -> Iterator[str]:
     if (graphs := getattr(config, "cuda_graph_impl", "none")) != "none":
         yield f"{FLAG} with --cuda-graph-impl {graphs} is not done, for each batch has other documents: leave one of them out."
     yield from _local(config) if config.transformer_impl == "local" else _of_te(config)
+
+
+def upstream_problems(args: Namespace, config: Any) -> Iterator[str]:
+    """What upstream's pretrain_gpt.py, whose loop hands out the rows, does not do with packed documents."""
+    if not asked(args):
+        return
+    use = "use python -m megatron_lighthouse.pretrain_gpt"
+    if (ranks := config.context_parallel_size) > 1:
+        yield (
+            f"{FLAG} with --context-parallel-size {ranks}: upstream's pretrain_gpt.py cuts packed rows as one sequence, and "
+            f"rotates them as documents: {use}, or --context-parallel-size 1."
+        )
+    if (stages := config.pipeline_model_parallel_size) > 2:
+        yield (
+            f"{FLAG} with --pipeline-model-parallel-size {stages}: upstream's pretrain_gpt.py tells the first and last stage "
+            f"alone where documents end: {use}, or --pipeline-model-parallel-size 2."
+        )
 
 
 def watched_problems(args: Namespace) -> Iterator[str]:

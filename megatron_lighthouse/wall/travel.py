@@ -69,8 +69,9 @@ class Decayed(torch.autograd.Function):
         grad = grad * _sums(gates[0], pieces).exp()  # of the keys themselves
         totals = ctx.call.total_grads()
         if exchange is not None:
-            shares = (exchange.all_to_all(exchange.out_of_order(x).flatten(0, 1), PURPOSE) for x in totals)
-            totals = [x.unflatten(0, (exchange.size, -1)).sum(0) for x in shares]
+            sums = (exchange.out_of_order(x.to(gates[0].dtype)) for x in totals)
+            shares = (exchange.all_to_all(x.flatten(0, 1), PURPOSE) for x in sums)
+            totals = [x.unflatten(0, (exchange.size, -1)).sum(0, dtype=torch.float64) for x in shares]
         d_gates = []
         for x, through, total in zip(gates, (spread(key, gates[0].shape[2]) * grad, *of_scalar), totals, strict=True):
             of_rows = [suffix_backward(through[p.rows].double()) + own for p, own in zip(pieces, total, strict=True)]

@@ -37,9 +37,9 @@ INITIAL = -3.35e-4
 OPERATIONS, BYTES = 989e12, 4.8e12
 """A second, of an H200 in bf16 by its data sheet."""
 PRODUCTS = {"fwd": (2, 2), "fwd+bwd": (7, 9)}
-"""For each pair of tokens in different pieces, and in one: there tiles of queries and tiles of keys both make logits."""
-MOVED = {"fwd": 24, "fwd+bwd": 122}
-"""Bytes for each channel of a query that kernels move along the diagonal: rows, gates, rows decayed to tiles, fp32 sums."""
+"""For a pair of tokens in different pieces, and in one: there tiles of queries and tiles of keys both make logits."""
+MOVED = {"fwd": 22, "fwd+bwd": 104}
+"""Bytes for each channel of a query that kernels move along the diagonal, keys and values, which a group shares, left out."""
 NAMES = ("out", "dq", "dk", "dv", "dg")
 Layer = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -83,7 +83,7 @@ def layers(inputs: list[Tensor]) -> dict[str, Layer]:
 
 
 def floor_ms(case: Case, direction: str) -> float:
-    """Milliseconds that ours cannot be below: products, then bytes. Each piece reads and writes decayed earlier keys."""
+    """Milliseconds that ours cannot be below: products, then bytes. Each piece reads earlier keys and writes them decayed."""
     piece = min(Step.TOKENS, case.tokens)
     same = case.tokens * piece / 2
     apart = case.tokens**2 / 2 - same

@@ -27,7 +27,7 @@ def blocks_of(kernel: str, dim: int, itemsize: int) -> Blocks:
         return Blocks(32, 4, 1)
     wide = padded(dim)
     if kernel == "near":
-        return Blocks(64 if wide <= 128 else 32, 16 if wide == 128 else 8, 1)
+        return Blocks(64 if wide <= 128 else 32, 16, 1)
     return Blocks(64 if wide <= 128 else 32, 4 if kernel == "sums" else 8, 2 if wide <= 128 else 1)
 
 

@@ -29,7 +29,7 @@ NAMES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [90, 100], ids="sm_{}".format)
-@pytest.mark.parametrize("layer", [("bf16", 128, 128, False), ("fp16", 80, 64, True)], ids=str)
+@pytest.mark.parametrize("layer", [("bf16", 128, 128, False), ("bf16", 80, 64, True)], ids=str)
 def test_compiles(capability: int, layer: tuple[str, int, int, bool]) -> None:
     # in a process of its own: the interpreter, which the other tests run under, is chosen at import
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

@@ -1,8 +1,7 @@
 """`python -m megatron_lighthouse.recipe.recovery --run RUN [--dense RUN2]`: what the switch to dense attention cost.
 
-Reads the TensorBoard log of a run that switched in one job (`--lighthouse-stage2-at`) or between two, in one folder or in
-`tensorboard/lighthouse` and `tensorboard/dense` (or of what it was around), as of `recipe.two_stage`. Leaves recovery.csv and
-recovery.png.
+Reads the TensorBoard log of a run that switched in one job (`--lighthouse-stage2-at`) or between two, in one folder or in one
+for each attention, as of `recipe.two_stage`. Leaves recovery.csv and recovery.png.
 
 Definitions, ours; W is --smooth, and losses are the training losses that were logged:
 - smoothed: the mean of a loss and of up to W - 1 before it in the same stage, so that no mean has both attentions in it.
@@ -288,8 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    out = options.out or options.run
-    out.mkdir(parents=True, exist_ok=True)
+    (out := options.out or options.run).mkdir(parents=True, exist_ok=True)
     with (out / "recovery.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["run", "smooth", *row])
         writer.writeheader()

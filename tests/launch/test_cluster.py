@@ -279,9 +279,8 @@ def test_two_stages_and_their_evaluation(cluster: Slurm, tmp_path: Path) -> None
 
 def test_a_scaling_array(cluster: Slurm, tmp_path: Path) -> None:
     file, study = cluster_file(tmp_path, "PREFLIGHT=0"), tmp_path / "study"
-    points = ["--study", "CP=1:2 SEQ=256 ATTENTION=dense:lighthouse", "--check", "0"]
-    data = (*DATA, "--train-iters", "5", "--global-batch-size", "2")
-    job = submit(cluster, study, *points, file=file, data=data, **warm())
+    points = "--check", "0", "--study", "CP=1:2 SEQ=256 ATTENTION=dense:lighthouse"
+    job = submit(cluster, study, *points, file=file, data=(*DATA, "--train-iters", "5", "--global-batch-size", "2"), **warm())
     for task in range(4):
         state = cluster.wait(f"{job}_{task}")
         assert state["JobState"] == "COMPLETED", "\n".join(path.read_text()[-2000:] for path in study.glob("*/logs/*.log"))

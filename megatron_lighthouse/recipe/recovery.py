@@ -7,11 +7,11 @@ Definitions, ours; W is --smooth, and losses are the training losses that were l
 - smoothed: the mean of a loss and of up to W - 1 before it in the same stage, so that no mean has both attentions in it.
 - level: the last smoothed loss of stage 1; scatter: the standard deviation of the W losses in it, to judge the spike by.
 - spike: the highest single loss from the switch to the W-th loss after all layers are dense, less the level.
-- recovered: in the first iteration, from that of the spike on, whose smoothed loss is at most the level. The mean lags, so that
-  is up to W - 1 losses late. Without a spike above 0 there is nothing to recover from: 0 iterations.
+- recovered: in the first iteration, from that of the spike on, whose smoothed loss is at most the level; up to W - 1 losses
+  late, for the mean lags. Without a spike above 0: after 0 iterations.
 - final loss: the last smoothed loss. Gap: the mean of the last W losses less that of the dense run in the same iterations.
-- level with dense: in the first iteration in which the mean of W such differences, all since the spike, is at most 0. The level
-  of stage 1 may be out of reach: a part of it is hindsight (docs/evaluation.md).
+- level with dense: in the first iteration in which the mean of W such differences, all since the spike, is at most 0. A part of
+  stage 1's level is hindsight (docs/evaluation.md), and may be out of reach.
 """
 
 from __future__ import annotations

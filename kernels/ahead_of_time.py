@@ -20,7 +20,7 @@ from megatron_lighthouse.kernels.launch import launch, padded
 from megatron_lighthouse.kernels.lighthouse import attended
 from megatron_lighthouse.kernels.lighthouse.edge import edge_kernel
 from megatron_lighthouse.kernels.lighthouse.gather import gather_backward_kernel, gather_forward_kernel
-from megatron_lighthouse.kernels.lighthouse.mass import columns_kernel, rows_kernel
+from megatron_lighthouse.kernels.lighthouse.mass import column_blocks_of, columns_kernel, rows_kernel
 from megatron_lighthouse.kernels.lighthouse.mass_finer import finer_kernel
 from megatron_lighthouse.kernels.lighthouse.packed.attended import packed_attended_kernel, stages_on
 from megatron_lighthouse.kernels.lighthouse.packed.gather import packed_gather_backward_kernel, packed_gather_forward_kernel
@@ -103,7 +103,8 @@ def compile_all(capability: int, geometry: Geometry, dtype: str, dim: int) -> It
     constants = {**shape, "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
     for kernel in (attended.attended_kernel, rows_kernel):
         yield _compile(kernel, capability, dtype, constants, blocks.warps, num_stages=blocks.stages)
-    constants |= {"BLOCK_M": blocks.keys, "BLOCK_N": blocks.queries}
+    blocks = column_blocks_of(dim, BYTES[dtype])
+    constants = {**shape, "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
     yield _compile(columns_kernel, capability, dtype, constants, blocks.warps, num_stages=blocks.stages)
     how = launch("score", dim, BYTES[dtype])
     block, digit, fused = blocks_of(geometry, how.rows)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_lighthouse.kernels.launch import cdiv, enqueue, last_contiguous, padded, run, strides
-from megatron_lighthouse.kernels.lighthouse.attended import blocks_of
+from megatron_lighthouse.kernels.lighthouse.attended import Blocks, blocks_of
 from megatron_lighthouse.kernels.lighthouse.mass_finer import chunks_of, finer
 from megatron_lighthouse.lighthouse.reference import chunk_starts
 from megatron_lighthouse.ranges import profiled
@@ -193,19 +193,25 @@ def compute_rows(query: Tensor, key: Tensor, starts: Sequence[int]) -> tuple[Ten
         return lse, peak
 
 
+def column_blocks_of(dim: int, itemsize: int) -> Blocks:
+    """As `blocks_of`, with fewer queries at a time: with as many, Blackwell's assembler spills."""
+    how = blocks_of(dim, itemsize)
+    return how._replace(queries=min(64, how.keys), keys=how.queries)
+
+
 def compute_columns(query: Tensor, key: Tensor, lse: Tensor, tile: int, chunks: Sequence[int]) -> Tensor:
     """As `columns`, of the keys of two chunks: where they begin, and their length."""
     with profiled("mass"):
         query, key = last_contiguous(query), last_contiguous(key)
         (count, batch, heads, dim), groups = query.shape, key.shape[2]
-        mass, how = _empty_columns(key), blocks_of(dim, query.element_size())
-        blocks = cdiv(min(tile, count), how.queries)
+        mass, how = _empty_columns(key), column_blocks_of(dim, query.element_size())
+        blocks = cdiv(min(tile, count), how.keys)
         enqueue(
             columns_kernel,
             (cdiv(count, tile) * blocks, batch * groups, 1),
             (query, key, lse, mass),
             (*(strides(x) for x in (query, key)), *chunks, count, tile, blocks, heads, heads // groups),
-            {"D": dim, "BLOCK_D": padded(dim), "BLOCK_M": how.keys, "BLOCK_N": how.queries},
+            {"D": dim, "BLOCK_D": padded(dim), "BLOCK_M": how.queries, "BLOCK_N": how.keys},
             num_warps=how.warps,
             num_stages=how.stages,
         )

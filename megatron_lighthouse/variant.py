@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from megatron_lighthouse.softmax.backends import Attend
     from megatron_lighthouse.softmax.documents import AttendDocuments
     from megatron_lighthouse.softmax.inputs import Inputs
+from megatron_lighthouse.work import Work
 
 
 @dataclass(frozen=True)
@@ -50,19 +51,6 @@ class Stream:
     def columns(self, heads: int, groups: int, dim: int) -> int:
         """Of its projection."""
         return self.heads(heads, groups) * (dim if self.per_channel else 1)
-
-
-@dataclass(frozen=True)
-class Work:
-    """What an attention takes beside dense attention over as many rows, for the plan."""
-
-    forward: float = 1.0
-    """Times as long, forward; `both`: forward and backward."""
-    both: float = 1.0
-    kept: int = 0
-    """Kept for backward besides, in sizes of the queries."""
-    assumed: str | None = None
-    """What the times rest on, where they were not measured here."""
 
 
 def norm_of(stream: Stream) -> str:

@@ -11,7 +11,8 @@ from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
 from megatron_lighthouse.parallax.config import ParallaxConfig
 from megatron_lighthouse.sequence.layout import Layout
-from megatron_lighthouse.variant import Place, Stream, Variant, Work, shared_out_problem
+from megatron_lighthouse.variant import Place, Stream, Variant, shared_out_problem
+from megatron_lighthouse.work import Work
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -19,8 +19,7 @@ from __future__ import annotations
 import csv
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ import numpy
 from megatron_lighthouse.needed import ask_for_megatron
 from megatron_lighthouse.recipe.comparable import check_comparable, told
 from megatron_lighthouse.recipe.of_run import log_folder
-from megatron_lighthouse.recipe.whole_log import Losses, check_around, check_finite, check_since
+from megatron_lighthouse.recipe.whole_log import Losses, check_around, check_finite, check_since, said_of
 from megatron_lighthouse.usage import Parser
 
 STAGES = ("lighthouse", "dense")
@@ -248,15 +247,6 @@ def draw(run: Run, measured: Recovery, dense: Losses | None, width: int, path: P
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     FigureCanvasAgg(figure).print_png(str(path))
-
-
-@contextmanager
-def said_of(folder: Path) -> Iterator[None]:
-    """Let errors name the run."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

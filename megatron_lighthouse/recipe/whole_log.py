@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 
 type Losses = dict[int, float]
 """Loss in nats by iteration, in order."""
@@ -59,3 +61,12 @@ def _holes(iterations: Sequence[int], interval: int) -> list[str]:
 def _few(names: Iterable[str]) -> str:
     every = list(names)
     return ", ".join([*every[:NAMED], *["…"] * (len(every) > NAMED)])
+
+
+@contextmanager
+def said_of(folder: Path) -> Iterator[None]:
+    """Let errors name the run."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error

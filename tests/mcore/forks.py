@@ -137,6 +137,9 @@ def _serve() -> None:
             elif asking in ready:  # who waits was killed
                 with suppress(ProcessLookupError):
                     os.killpg(process, signal.SIGKILL)
+    for process, _ in running.values():  # the tests were killed
+        with suppress(ProcessLookupError):
+            os.killpg(process, signal.SIGKILL)
 
 
 def _tell(asking: socket.socket, number: int) -> None:

@@ -69,7 +69,7 @@ REFUSED = [
     ({"flash_decode": True}, "--flash-decode", "--attention dense"),
     ({"fp8_dot_product_attention": True}, "--fp8-dot-product-attention", "leave it out"),
     ({"fp8_multi_head_attention": True}, "--fp8-multi-head-attention", "leave it out"),
-    ({"tensor_model_parallel_size": 4}, "--tensor-model-parallel-size 4", "use 2 or a divisor"),
+    ({"tensor_model_parallel_size": 4}, "--tensor-model-parallel-size 4", "use --tensor-model-parallel-size 1 or 2"),
 ]
 
 

@@ -168,9 +168,7 @@ def test_what_upstreams_loop_does_not_do_is_refused_when_the_model_is_built(
 
     given = Namespace(seq_length=N, dataloader_inter_document_masking=True)
     monkeypatch.setattr(layer_specs, "_global_args", lambda: given)
-    monkeypatch.setattr(layer_specs.pyramid, "settle", lambda args: None)
-    monkeypatch.setattr(layer_specs, "settings_from", lambda args: SETTINGS)
-    monkeypatch.setattr(layer_specs.rope, "settled", lambda args, settings: settings)
+    monkeypatch.setattr(layer_specs, "settled", lambda args, config: SETTINGS)
     monkeypatch.setattr(layer_specs, "layer_spec", lambda *args, **kwargs: "built")
     monkeypatch.setattr(arguments.arguments, "use_attention", lambda args, model_cfg: "built")
     config = transformer_config(**changes)

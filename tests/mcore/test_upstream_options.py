@@ -111,7 +111,8 @@ def test_what_we_read_is_there() -> None:
 
     parser = with_lighthouse_arguments(pretrain.add_arguments)(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
     by_the_loop = {"consumed_train_samples", "curr_iteration", "data_parallel_size", "iteration", "rank", "world_size"}
-    assert ours() - {action.dest for action in parser._actions} == by_the_loop
+    by_us = {"lighthouse_environment"}
+    assert ours() - {action.dest for action in parser._actions} == by_the_loop | by_us
     package = ROOT / "megatron_lighthouse"
     of_model = reads((package / "mcore/command_line/checks.py").read_text(), "config")
     of_model |= set().union(*(reads(path.read_text(), "model") for path in package.glob("**/variant.py")))
@@ -137,7 +138,7 @@ def test_what_we_read_is_there() -> None:
         ({"logits_load_dir": "there"}, "--logits-load-dir .* is not done .* use Megatron-LM's own pretrain_gpt.py"),
         ({"inprocess_restart": True}, "--inprocess-restart is not done"),
         ({"yaml_cfg": "file"}, "--yaml-cfg is not done"),
-        ({"hybrid_layer_pattern": "M*"}, r"--hybrid-layer-pattern M\* is of a hybrid model"),
+        ({"hybrid_layer_pattern": "M*"}, r"--hybrid-layer-pattern M\* with --transformer-impl local: of M"),
         ({"rope_scaling_factor": 32.0, "use_rope_scaling": False}, "--rope-scaling-factor 32.0 means nothing without"),
         ({"full_validation": True}, "--full-validation fails .* add --multiple-validation-sets"),
         ({"multiple_validation_sets": True}, "--multiple-validation-sets .* without --full-validation: add it"),

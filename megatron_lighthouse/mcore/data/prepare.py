@@ -12,9 +12,9 @@ import gzip
 import json
 import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -176,10 +176,10 @@ def _ids(texts: Iterator[str], workers: int) -> Iterator[list[int]]:
         yield from map(_encode, texts)
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would not live on in a fork
-    # told to end, a worker ends, whatever this process has set
-    with multiprocessing.get_context("fork").Pool(workers, signal.signal, (signal.SIGTERM, signal.SIG_DFL)) as pool:
+    # its workers end by themselves; a Pool's are sent SIGTERM, which one that has just begun heeds as this process does
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
         while some := [*islice(texts, 1000 * workers)]:
-            yield from pool.imap(_encode, some, chunksize=50)
+            yield from pool.map(_encode, some, chunksize=50)
 
 
 def _build(args: argparse.Namespace) -> None:

@@ -30,6 +30,10 @@ source "$LAUNCH/wait.sh"
 GPUS='' STUDY='' CHECK=quick ONLY_CHECK=0
 OWN="--gpus=GPUS --study=STUDY --only-check=ONLY_CHECK" parse_options "${BASH_SOURCE[0]}" "$@"
 check_check
+if [[ -n $IMAGE ]]; then
+    echo "IMAGE=$IMAGE in $CLUSTER is for jobs: nothing here runs in a container." >&2
+    [[ $PYTHON != python3 || ! -x $ROOT/.venv/bin/python ]] || PYTHON=$ROOT/.venv/bin/python
+fi
 [[ $ONLY_CHECK == 0 ]] || CHECK=1 # else the run asks Megatron itself, in seconds
 
 # GPUs that a process here sees; nothing where that cannot be told

@@ -41,7 +41,7 @@ EVAL_ITERS=${EVAL_ITERS:-$(argument --eval-iters 100)}
 under_way=$(job_under_way train)
 [[ -z $under_way ]] || die "--run $RUN: its job $under_way (train) is queued or runs. Nothing was queued: scancel $under_way, or wait for its end."
 
-after='' queued=() points=() asked=quietly
+after='' queued=() points=() asked=quietly unreachable=''
 # one of the jobs: its label, its name, options of submit.sh, what Megatron is given beyond all stages'. At first Slurm is asked, and its
 # words are kept in points; then it is queued, and the next waits for it
 queue() {
@@ -52,9 +52,12 @@ queue() {
         shift
     done
     shift
-    job=$("$LAUNCH/submit.sh" --cluster "$CLUSTER" --recipe "$RECIPE" --run "$RUN" --nodes "$NODES" --time "$TIME" \
-        --check 0 --only-check "$asked" --sbatch "$SBATCH $after" "${options[@]}" -- "${MEGATRON[@]}" "$@") || status=$?
-    if ((status)); then
+    [[ -n $unreachable ]] ||
+        job=$("$LAUNCH/submit.sh" --cluster "$CLUSTER" --recipe "$RECIPE" --run "$RUN" --nodes "$NODES" --time "$TIME" \
+            --check 0 --only-check "$asked" --sbatch "$SBATCH $after" "${options[@]}" -- "${MEGATRON[@]}" "$@") || status=$?
+    if ((status == UNREACHABLE)) && [[ $asked == quietly ]]; then
+        unreachable=1 # submit.sh said so; what needs no Slurm is checked all the same
+    elif ((status)); then
         echo "$name was not queued.${queued[*]:+ Queued are jobs ${queued[*]}: scancel ${queued[*]}, or the same command when they are done.}" >&2
         exit $((status == UNREACHABLE ? UNREACHABLE : 2))
     fi
@@ -88,6 +91,7 @@ if [[ $CHECK != 0 ]]; then
     [[ -n $IMAGE ]] || find_profiler env
     check_here "${points[@]}" >&2 || die "Nothing was queued."
 fi
+[[ -z $unreachable ]] || exit "$UNREACHABLE"
 if ((ONLY_CHECK)); then
     say_only_checked
     exit

@@ -112,7 +112,8 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
         run = counted(words, args, device, world)
     except ValueError as error:
         return [], f"{summary(args, world)}; memory is not looked at: {str(error).splitlines()[0]}"
-    return [*too_much(run if names_vocabulary(words) else without_logits(run))], f"{summary(args, world)}; {needs(run)}"
+    named = names_vocabulary(words)
+    return [*too_much(run if named else without_logits(run), named)], f"{summary(args, world)}; {needs(run)}"
 
 
 def asked_of_megatron(options: argparse.Namespace, points: dict[str, list[str]]) -> tuple[list[str], str]:

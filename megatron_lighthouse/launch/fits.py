@@ -35,7 +35,7 @@ def needs(run: Run) -> str:
 
 def names_vocabulary(words: Sequence[str]) -> bool:
     """Whether the rows of the vocabulary are known here: else a tokenizer says so when the run starts."""
-    return any(word.partition("=")[0] in ("--vocab-size", "--text-data") for word in words)
+    return any(word.partition("=")[0] in ("--vocab-size", "--padded-vocab-size", "--text-data") for word in words)
 
 
 def without_logits(run: Run) -> Run:
@@ -43,22 +43,28 @@ def without_logits(run: Run) -> Run:
     return run.change(model=replace(run.model, vocab=PADDED_VOCABULARY))
 
 
-def too_much(run: Run) -> Iterator[str]:
-    """Whether the run needs far more memory than a GPU has."""
+def too_much(run: Run, named: bool = True) -> Iterator[str]:
+    """Whether the run needs far more memory than a GPU has.
+
+    Args:
+        named: whether the words name its vocabulary; else it is the smallest there is.
+    """
     total, usable = memory.total(run), run.device.usable_bytes
     if total <= REFUSED * usable:
         return
     use = " or ".join(enough_memory(run)) or "more of --context-parallel-size and recompute together, or a shorter --seq-length"
+    words = f"with a vocabulary of {run.model.vocab:,}"
+    words = words if named else f"even {words}, for none is named here"
     yield (
-        f"--seq-length {run.seq_length} needs {total / 2**30:.1f} GiB of a GPU by the plan, with a vocabulary of "
-        f"{run.model.vocab:,} (--vocab-size), and {usable / 2**30:.1f} are there ({run.device.name}; "
-        f"where the nodes have others, --check 0 of submit.sh): use {use}."
+        f"--seq-length {run.seq_length} needs {total / 2**30:.1f} GiB of a GPU by the plan, {words}, and "
+        f"{usable / 2**30:.1f} are there ({run.device.name}; where the nodes have others, --check 0 of submit.sh): use {use}."
     )
 
 
 def enough_memory(run: Run) -> Iterator[str]:
     """Single changes with which it fits: what it recomputes, or as few more context- or tensor-parallel ranks as it takes."""
     tp, cp = run.tensor_parallel, run.context_parallel
+    one = tp * cp * run.pipeline_parallel
     for tries in (
         [("no --cross-entropy-loss-fusion", {"loss_fusion": False})] if run.loss_fusion else [],
         [("no --loss-tile-tokens", {"loss_tile_tokens": None})] if run.loss_tile_tokens is not None else [],
@@ -66,7 +72,12 @@ def enough_memory(run: Run) -> Iterator[str]:
         [(f"--context-parallel-size {cp * n}", {"context_parallel": cp * n}) for n in (2, 4, 8, 16, 32)],
         [(f"--tensor-model-parallel-size {tp * n} --sequence-parallel", {"tensor_parallel": tp * n}) for n in (2, 4, 8)],
     ):
-        yield from [text for text, change in tries if _fits(run.change(**change))][:1]
+        for text, change in tries:
+            more = run.change(**change)
+            if _fits(more):
+                needed = one // (tp * cp) * more.tensor_parallel * more.context_parallel
+                yield text if needed <= run.gpus else f"{text} on {needed} GPUs"
+                break
 
 
 def _fits(run: Run) -> bool:

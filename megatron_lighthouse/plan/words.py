@@ -142,7 +142,15 @@ def run_of_words(words: Sequence[str], device: Device, gpus: int | None = None) 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser = add_arguments(argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False))
     tiles.add_arguments(parser)
-    for flag in (*SIZES, "--ffn-hidden-size", "--kv-channels", "--vocab-size", "--global-batch-size", "--recompute-num-layers"):
+    for flag in (
+        *SIZES,
+        "--ffn-hidden-size",
+        "--kv-channels",
+        "--vocab-size",
+        "--padded-vocab-size",
+        "--global-batch-size",
+        "--recompute-num-layers",
+    ):
         parser.add_argument(flag, type=int)
     for name in ("tensor-model-parallel-size", "context-parallel-size", "pipeline-model-parallel-size"):
         parser.add_argument(f"--{name}", type=int, default=1)
@@ -183,7 +191,7 @@ def _model(args: argparse.Namespace) -> GPT:
         heads=heads,
         groups=args.num_query_groups if args.group_query_attention else heads,
         head_dim=args.kv_channels or hidden // heads,
-        vocab=PADDED_VOCABULARY if args.text_data else args.vocab_size or LLAMA3_VOCAB,
+        vocab=PADDED_VOCABULARY if args.text_data else args.padded_vocab_size or args.vocab_size or LLAMA3_VOCAB,
         dense_first=args.lighthouse_dense_first,
         dense_last=args.lighthouse_dense_last,
     )

@@ -66,6 +66,14 @@ def test_what_is_offered_fits(capsys: pytest.CaptureFixture[str]) -> None:
         assert "RUN OUT" not in capsys.readouterr().out
 
 
+def test_what_takes_more_gpus_says_how_many(capsys: pytest.CaptureFixture[str]) -> None:
+    long = "--seq-length 8388608 --max-position-embeddings 8388608"
+    assert checked("530m-1m", 8, long, "--arch", "blackwell", logits="") == 1
+    error = capsys.readouterr().err
+    assert "even with a vocabulary of 384, for none is named here" in error
+    assert re.search(r"--context-parallel-size 16 on 16 GPUs or --tensor-model-parallel-size 2 .* on 16 GPUs", error)
+
+
 @pytest.mark.parametrize(
     ("more", "options", "says"),
     [
@@ -129,7 +137,7 @@ def test_the_scripts_say_which_gpus(script: str, study: tuple[str, ...], tmp_pat
     assert re.search(r"launch\.check (--point .* )?--arch hopper --device h200 --nodes", (tmp_path / "noted").read_text())
 
 
-@pytest.mark.parametrize("more", ["--attention parallax", "--dataloader-inter-document-masking"])
+@pytest.mark.parametrize("more", ["--attention wall --position-embedding-type none", "--dataloader-inter-document-masking"])
 def test_memory_that_is_not_counted_is_said(more: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert checked("530m-98k", 8, more, *H100) == 0
     assert "; memory is not looked at: " in capsys.readouterr().out

@@ -19,7 +19,6 @@ from megatron_lighthouse.plan.__main__ import main
 from megatron_lighthouse.plots import read_scalars
 from tests.launch import slurm
 from tests.launch.slurm import Slurm
-from tests.mcore.forks import warm
 
 ROOT = Path(__file__).parents[2]
 Words = tuple[str, ...]
@@ -280,7 +279,7 @@ def test_two_stages_and_their_evaluation(cluster: Slurm, tmp_path: Path) -> None
 def test_a_scaling_array(cluster: Slurm, tmp_path: Path) -> None:
     file, study = cluster_file(tmp_path, "PREFLIGHT=0"), tmp_path / "study"
     points = "--check", "0", "--study", "CP=1:2 SEQ=256 ATTENTION=dense:lighthouse"
-    job = submit(cluster, study, *points, file=file, data=(*DATA, "--train-iters", "5", "--global-batch-size", "2"), **warm())
+    job = submit(cluster, study, *points, file=file, data=(*DATA, "--train-iters", "5", "--global-batch-size", "2"))
     for task in range(4):
         state = cluster.wait(f"{job}_{task}")
         assert state["JobState"] == "COMPLETED", "\n".join(path.read_text()[-2000:] for path in study.glob("*/logs/*.log"))

@@ -13,7 +13,10 @@ NOTHING = SimpleNamespace(restore=lambda: None)
 
 @cache
 def quicken() -> None:
-    """For this process, whose kernels are only interpreted, once: a rank may be a fork of one that did. A release of Triton that names it otherwise is left as it is."""
+    """For this process, whose kernels are only interpreted; once, for a rank may be a fork of one that did.
+
+    A release of Triton that names it otherwise is left as it is.
+    """
     from triton.language import core
     from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter

@@ -192,8 +192,6 @@ def _packed(
         )
     size = exchange.size if exchange else 1
     tokens = len(query) * size
-    if not isinstance(cu_seqlens, Tensor | Documents):
-        raise TypeError(f"cu_seqlens must be an int32 tensor or Documents, not a {type(cu_seqlens).__name__}: give a tensor.")
     if isinstance(cu_seqlens, Tensor):
         documents = Documents.of(cu_seqlens, tokens, query.device)
     else:

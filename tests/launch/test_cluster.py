@@ -276,6 +276,7 @@ def test_two_stages_and_their_evaluation(cluster: Slurm, tmp_path: Path) -> None
         assert "nothing to queue" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_scaling_array(cluster: Slurm, tmp_path: Path) -> None:
     file, study = cluster_file(tmp_path, "PREFLIGHT=0"), tmp_path / "study"
     points = "--check", "0", "--study", "CP=1:2 SEQ=256 ATTENTION=dense:lighthouse"

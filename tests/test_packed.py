@@ -196,7 +196,7 @@ def test_other_input_that_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=rule):
             lighthouse_attention(*inputs, config, cu_seqlens=cu_seqlens)
-    with pytest.raises(TypeError, match="cu_seqlens must be a torch.Tensor or .*Documents, not a list"):
+    with pytest.raises(TypeError, match=r"cu_seqlens must be a torch\.Tensor or .*Documents, not a list"):
         lighthouse_attention(*inputs, config, cu_seqlens=[0, 20, 40])
     with pytest.raises(ValueError, match=r"lay rows end to end, \[N \* B, 1, H, D\]"):
         lighthouse_attention(*(x.repeat(1, 2, 1, 1) for x in inputs), config, cu_seqlens=right)

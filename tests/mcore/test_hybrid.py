@@ -55,6 +55,21 @@ def test_the_layers_of_a_gpt_by_their_symbols_are_that_gpt(layout: str, tmp_path
     assert_same(result, gpt)
 
 
+@pytest.mark.parametrize("kind", ["attention_layer", "mla_layer"])
+def test_norms_of_a_local_stack_go_with_sequence_parallelism(kind: str) -> None:
+    """Those of queries, keys and latents too, which Megatron's norm of torch refuses."""
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    from megatron_lighthouse.mcore.attention.hybrid_specs import hybrid_stack
+
+    asked = {"transformer_impl": "local", "sequence_parallel": True, "normalization": "RMSNorm", "qk_layernorm": True}
+    plain = {"qk_l2_norm": False, "num_moe_experts": None, "moe_grouped_gemm": False}
+    layer = getattr(hybrid_stack(Namespace(**asked, **plain)).submodules, kind).submodules
+    norms = [layer.input_layernorm, *(x for name, x in vars(layer.self_attention.submodules).items() if "layernorm" in name)]
+    assert len(norms) >= 3
+    assert WrappedTorchNorm not in norms
+
+
 def test_the_spec_makes_the_same_model(tmp_path: Path, checkpoint: Path, gpt: Run) -> None:
     """As Megatron-LM's own pretrain_hybrid.py takes it."""
     spec = ["--spec", "megatron_lighthouse.mcore.hybrid_spec", "lighthouse"]

@@ -15,10 +15,9 @@ from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSub
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer, TransformerLayerSubmodules
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_layer import MoETransformerLayer
 
-from megatron_lighthouse.mcore.attention.norm import torch_norm
+from megatron_lighthouse.mcore.attention.norm import take_torch_norms
 
 OF_MLP = ("pre_mlp_layernorm", "mlp", "mlp_bda")
 OF_ATTENTION = ("input_layernorm", "self_attention", "self_attn_bda")
@@ -91,7 +90,5 @@ def _part(module: type, submodules: TransformerLayerSubmodules, names: tuple[str
 def _with_norms(submodules: TransformerLayerSubmodules, config: TransformerConfig) -> TransformerLayerSubmodules:
     """Where Megatron would take torch's norm, which refuses sequence parallelism, take one that works."""
     if config.sequence_parallel:
-        for name in ("input_layernorm", "pre_mlp_layernorm"):
-            if getattr(submodules, name) is WrappedTorchNorm:
-                setattr(submodules, name, torch_norm)
+        take_torch_norms(submodules)
     return submodules

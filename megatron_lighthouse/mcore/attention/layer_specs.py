@@ -23,7 +23,7 @@ from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.mcore.attention.core_attention import CoreAttentionBuilder
 from megatron_lighthouse.mcore.attention.fused import of_documents
-from megatron_lighthouse.mcore.attention.norm import torch_norm
+from megatron_lighthouse.mcore.attention.norm import take_torch_norms, torch_norm
 from megatron_lighthouse.mcore.attention.output import without_kept_output
 from megatron_lighthouse.mcore.attention.over_shards import able_local
 from megatron_lighthouse.mcore.attention.rotary import rotary_of
@@ -43,9 +43,6 @@ from megatron_lighthouse.mcore.command_line.settings import (
     settings_from,
 )
 from megatron_lighthouse.notice import say_once
-
-OF_LAYER, OF_ATTENTION = ("input_layernorm", "pre_mlp_layernorm"), ("q_layernorm", "k_layernorm", "kv_layernorm")
-"""The norms of a layer spec."""
 
 type LayerSpec = ModuleSpec | TransformerBlockSubmodules
 
@@ -223,11 +220,7 @@ def _with_sequence_parallel_norm(spec: LayerSpec, config: TransformerConfig, vp_
     if spec.layer_norm is WrappedTorchNorm:
         spec.layer_norm = torch_norm
     for layer in _layers_of(spec):
-        attention = getattr(getattr(layer.submodules, "self_attention", None), "submodules", None)
-        for holder, names in ((layer.submodules, OF_LAYER), (attention, OF_ATTENTION)):
-            for name in names:
-                if getattr(holder, name, None) is WrappedTorchNorm:
-                    setattr(holder, name, torch_norm)
+        take_torch_norms(layer.submodules)
     return spec
 
 

@@ -60,6 +60,11 @@ class Logits:
     """Of all logits, as maximal update parametrization has it."""
     tokens: int
 
+    @property
+    def given(self) -> Tensor:
+        """The weight: a tied one, or the layer's own."""
+        return self.layer.weight if self.weight is None else self.weight
+
     def of(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """Those of a tile."""
         logits, _ = self.layer(hidden, weight=weight)
@@ -71,17 +76,17 @@ class Logits:
         def of_tile(hidden: Tensor, weight: Tensor, wanted: Tensor) -> Tensor:
             return compute(wanted, self.of(hidden, weight))
 
-        given = self.layer.weight if self.weight is None else self.weight
         cut = [*tiles(self.hidden, (labels,), self.tokens)]
-        weight = Summed(given, len(cut), self.layer.gradient_accumulation_fusion)
+        weight = Summed(self.given, len(cut), self.layer.gradient_accumulation_fusion)
         parts = [apart(of_tile, hidden, weight.use(), wanted) for hidden, wanted in cut]
         return joined(parts, labels.shape[1] // len(self.hidden))
 
     def counts(self, labels: Tensor, mask: Tensor, count: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """How many of a multi-token-prediction layer's guesses are right, and of how many."""
-        given = self.layer.weight if self.weight is None else self.weight
         with torch.no_grad():
-            found = [count(self.of(part, given), *others) for part, *others in tiles(self.hidden, (labels, mask), self.tokens)]
+            found = [
+                count(self.of(part, self.given), *others) for part, *others in tiles(self.hidden, (labels, mask), self.tokens)
+            ]
         right, total = (torch.stack(numbers).sum() for numbers in zip(*found, strict=True))
         return right, total
 

@@ -47,6 +47,7 @@ WRONG = {
     "a folder of none": ("--tokenizer-model {other}", "holds no tokenizer"),
     "no tokenizer": ("--tokenizer-type SentencePieceTokenizer", "--tokenizer-model meta-llama/.* is not there"),
     "the rate": ("--min-lr 1", "--lr 0.0003 must be at least --min-lr 1.0"),
+    "tiles": ("--loss-tile-tokens -3", "use a number of tokens, or 0 for all"),
     "a warm-up": ("--lr-warmup-fraction 1", "use 0.02"),
     "WSD": ("--lr-decay-style WSD", "needs --lr-wsd-decay-iters"),
     "what nothing reads": ("--use-flash-attn", "use --attention-backend flash"),

@@ -68,7 +68,7 @@ def checked_model(args: argparse.Namespace, provider: ArgumentsProvider = with_a
         ValueError: what is refused, and what works.
     """
     with explained(args, provider):
-        if found := [*problems(args), *tiles.problems(args), *(missing_packages(args) if packages else ())]:
+        if found := [*problems(args), *(missing_packages(args) if packages else ())]:
             raise ValueError("\n".join(found))
         check_resume(args)
         return use_attention(args, model_config(args))

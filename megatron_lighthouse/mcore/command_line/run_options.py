@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-from megatron_lighthouse.mcore.command_line import hybrid
+from megatron_lighthouse.mcore.command_line import hybrid, tiles
 from megatron_lighthouse.mcore.command_line.checks import PACKED, cp_layout_problems, packed_problems
 from megatron_lighthouse.mcore.command_line.own_parts import norm_problem
 from megatron_lighthouse.mcore.command_line.unread import unread_problems
@@ -79,6 +79,7 @@ def problems(args: Namespace) -> Iterator[str]:
         if getattr(args, name, False) and name not in PACKED:
             yield f"{option} is not done by megatron_lighthouse.pretrain_gpt: {ELSEWHERE}."
     yield from unread_problems(args)
+    yield from tiles.problems(args)
     yield from _of_the_model(args)
     yield from _full_validation(args)
     yield from cp_layout_problems(args)

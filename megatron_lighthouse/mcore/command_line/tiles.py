@@ -51,7 +51,7 @@ def tile_tokens(given: int | None, vocabulary: int) -> int:
 
 def problems(args: argparse.Namespace) -> Iterator[str]:
     """Why the loss or the MLPs cannot be taken as asked."""
-    given, mlp = args.loss_tile_tokens, args.mlp_tile_tokens
+    given, mlp = getattr(args, "loss_tile_tokens", None), getattr(args, "mlp_tile_tokens", 0)
     for flag, value in ((LOSS, given), (MLP, mlp)):
         if value is not None and value < 0:
             yield f"{flag} {value} must be at least 0: use a number of tokens, or 0 for all."

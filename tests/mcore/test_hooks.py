@@ -41,7 +41,7 @@ def test_installing_again_changes_nothing(megatron: None, monkeypatch: pytest.Mo
     from megatron_lighthouse.mcore.loop import hooks
 
     owners = [(loop, name) for name in (*PATCHED, *(() if torch.cuda.is_available() else ("initialize_megatron",)))]
-    owners += [(initialize, "_compile_dependencies"), (checkpointing, "_async_delete_checkpoint_impl")]
+    owners += [(initialize, "_compile_dependencies"), (checkpointing, "_async_delete_checkpoint_impl"), *model_parts()]
 
     def installed() -> list[Any]:
         hooks.adapt_machine()
@@ -55,6 +55,31 @@ def test_installing_again_changes_nothing(megatron: None, monkeypatch: pytest.Mo
     once = installed()
     assert all(now is not was and getattr(now, hooks.MARK) for now, was in zip(once, before, strict=True))
     assert all(now is was for now, was in zip(installed(), once, strict=True))
+
+
+def model_parts() -> list[tuple[Any, str]]:
+    """What `hooks.tile` and `hooks.load_weights` wrap."""
+    from megatron.core.models.gpt import gpt_model
+    from megatron.core.models.hybrid import hybrid_model
+    from megatron.core.transformer import mlp, multi_token_prediction
+    from megatron.training import checkpointing
+
+    models = [(owner, "forward") for owner in (mlp.MLP, gpt_model.GPTModel, hybrid_model.HybridModel)]
+    mtp = (multi_token_prediction, "_compute_mtp_acceptance_counts")
+    return [*models, mtp, (checkpointing, "_load_global_dist_base_checkpoint")]
+
+
+def test_a_model_outside_the_training_loop_takes_no_tiles(megatron: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_lighthouse.mcore.loop import hooks
+    from tests.mcore.test_output import loss, model
+
+    one = model(True)
+    expected = loss(one)
+    for owner, name in model_parts():
+        inner = getattr(owner, name)
+        monkeypatch.setattr(owner, name, getattr(inner, "__wrapped__", inner))
+    hooks.tile()
+    assert torch.equal(loss(one), expected)
 
 
 def test_no_other_file_patches_megatron() -> None:

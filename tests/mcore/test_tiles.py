@@ -115,7 +115,7 @@ def test_an_mlp_in_tiles_keeps_no_more_than_its_input(bias: bool, monkeypatch: p
     weights = torch.randn(37, 2, 16, dtype=torch.float64)
     runs = []
     for tokens in (0, 10):
-        monkeypatch.setattr(tiled_mlp, "get_args", lambda tokens=tokens: SimpleNamespace(mlp_tile_tokens=tokens))
+        monkeypatch.setattr(tiled_mlp, "global_args", lambda tokens=tokens: SimpleNamespace(mlp_tile_tokens=tokens))
         kept: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x):
             output, of_bias = tiled_mlp.forward(MLP.forward, mlp, hidden)

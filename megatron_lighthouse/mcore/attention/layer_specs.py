@@ -42,6 +42,7 @@ from megatron_lighthouse.mcore.command_line.settings import (
     settings_by_spec,
     settings_from,
 )
+from megatron_lighthouse.mcore.global_args import global_args
 from megatron_lighthouse.notice import say_once
 
 type LayerSpec = ModuleSpec | TransformerBlockSubmodules
@@ -90,7 +91,7 @@ def with_lighthouse(spec: LayerSpec, settings: LighthouseSettings, rotary: Rotar
             f"--attention {settings.variant} found no core attention in the layer spec of {spec.module.__name__}: it takes "
             "GPT layer specs and hybrid stacks (local or transformer_engine)."
         )
-    if _global_args() is not None:
+    if global_args() is not None:
         from megatron_lighthouse.mcore.loop import hooks
 
         hooks.follow_switch(settings)
@@ -104,7 +105,7 @@ def lighthouse(model_cfg: Any, vp_stage: int | None = None) -> LayerSpec:
     Raises:
         ValueError: settings, a model or data that Lighthouse refuses.
     """
-    args = _global_args()
+    args = global_args()
     # upstream's parser does not know our options
     found = [] if args is None or hasattr(args, "attention") else [*upstream_problems(args, model_cfg.transformer)]
     if found:
@@ -171,7 +172,7 @@ def _with_attention(spec: LayerSpec, model_cfg: Any, settings: LighthouseSetting
 
 def _say_what_is_sent(config: TransformerConfig, settings: LighthouseSettings) -> None:
     """One line, where this project's own attention crosses context-parallel ranks; Transformer Engine's does it its own way."""
-    args, size = _global_args(), config.context_parallel_size
+    args, size = global_args(), config.context_parallel_size
     comm_types = own_comm_types(config, settings)
     if args is None or not comm_types:
         return
@@ -237,13 +238,3 @@ def _layers_of(spec: LayerSpec) -> list[ModuleSpec]:
     if isinstance(spec, ModuleSpec) and hasattr(spec.submodules, "attention_layer"):  # a hybrid stack
         return [spec.submodules.attention_layer, spec.submodules.mla_layer]
     return [spec] if isinstance(spec, ModuleSpec) else list(spec.layer_specs or [])
-
-
-def _global_args() -> Namespace | None:
-    """Megatron's arguments, or None outside its training loop."""
-    try:
-        from megatron.training import get_args
-
-        return get_args()
-    except (ImportError, AssertionError):
-        return None

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.training import get_args
 from torch import Tensor
 
 from megatron_lighthouse.mcore.command_line.tiles import LOSS, tile_tokens
+from megatron_lighthouse.mcore.global_args import global_args
 from megatron_lighthouse.mcore.loop.summed import Summed, apart
 from megatron_lighthouse.notice import say_once
 
@@ -110,7 +110,7 @@ def at_once(layer: Any, labels: Tensor, deferred: bool) -> int:
     Args:
         deferred: whether the gradient of the output weight waits for the logits of whole micro-batches.
     """
-    found = tile_tokens(get_args().loss_tile_tokens, layer.output_size_per_partition)
+    found = tile_tokens(getattr(global_args(), "loss_tile_tokens", 0), layer.output_size_per_partition)
     if not found or labels.numel() <= found:
         return 0
     if deferred:

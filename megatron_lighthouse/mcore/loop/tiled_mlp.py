@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.mlp import MLP
-from megatron.training import get_args
 from torch import Tensor
 
+from megatron_lighthouse.mcore.global_args import global_args
 from megatron_lighthouse.mcore.loop.summed import Summed, apart
 
 type Output = tuple[Tensor, Tensor | None]
@@ -22,7 +22,7 @@ type Output = tuple[Tensor, Tensor | None]
 
 def forward(inner: Callable[..., Output], mlp: Any, hidden: Tensor, *given: Any, **named: Any) -> Output:
     """In place of MLP's `forward`: [s, b, h] -> [s, b, h] and a bias [h], or None."""
-    tokens = get_args().mlp_tile_tokens
+    tokens = getattr(global_args(), "mlp_tile_tokens", 0)
     whole = type(mlp) is not MLP or given or named.get("per_token_scale") is not None
     if whole or not tokens or hidden.shape[0] * hidden.shape[1] <= tokens:
         return inner(mlp, hidden, *given, **named)

@@ -36,6 +36,7 @@ from megatron_lighthouse.kernels.parallax import tiles
 from megatron_lighthouse.kernels.parallax.forward import forward_kernel
 from megatron_lighthouse.kernels.parallax.keys import keys_kernel
 from megatron_lighthouse.kernels.parallax.queries import queries_kernel
+from megatron_lighthouse.kernels.wall import crossing, decays
 from megatron_lighthouse.kernels.wall import tiles as wall_tiles
 from megatron_lighthouse.kernels.wall.forward import forward_kernel as wall_forward_kernel
 from megatron_lighthouse.kernels.wall.keys import keys_kernel as wall_keys_kernel
@@ -51,6 +52,7 @@ FP32 = {
     *("p_peak", "p_mass"),
     *("p_lse", "p_part_lse", "p_mean", "p_of_output", "p_of_value"),
     *("p_gate", "p_scalar", "p_totals", "p_delta", "p_sums", "p_sum_dq", "p_sum_dk", "p_sum_dv", "p_scalar_sums", "p_later"),
+    "p_factor",
 }
 INT32 = {"p_first", "p_ranks", "p_places", "p_documents", "p_tiles", "p_starts", "p_blocks", "p_bounds", "p_ends"}
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -153,9 +155,18 @@ def compile_wall(capability: int, dtype: str, key_dim: int, value_dim: int, scal
     """Compile the kernels of Wall likewise; `scalar`: with scalar gates."""
     widest, own = max(key_dim, value_dim), {"K": key_dim, "BLOCK_K": padded(key_dim)}
     for kernel, name in ((prepare_kernel, "prepare"), (totals_kernel, "sums"), (suffix_kernel, "sums")):
-        itemsize = BYTES["fp32" if name == "sums" else dtype]
-        blocks = wall_tiles.blocks_of(name, widest, itemsize)
+        blocks = wall_tiles.blocks_of(name, widest, BYTES[dtype])
         yield _compile(kernel, capability, dtype, {**own, "ROWS": blocks.rows}, blocks.warps)
+    how: dict[str, bool]
+    for kernel, how in (
+        (decays.totals_kernel, {"PRODUCT": True}),
+        (decays.decay_kernel, {"AFTER": True, "ADD": True}),
+        (decays.backward_kernel, {"AFTER": True}),
+        (crossing.crossing_kernel, {}),
+        (crossing.backward_kernel, {}),
+    ):
+        blocks = wall_tiles.blocks_of("decay", key_dim, BYTES[dtype])
+        yield _compile(kernel, capability, dtype, {**how, **own, "ROWS": blocks.rows}, blocks.warps)
     for kernel, name in (
         (wall_forward_kernel, "forward"),
         (near_kernel, "near"),

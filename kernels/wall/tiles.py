@@ -22,13 +22,17 @@ class Blocks(NamedTuple):
 
 
 def blocks_of(kernel: str, dim: int, itemsize: int) -> Blocks:
-    """By the larger of K and V and the dtype alone, for 'prepare', 'forward', 'near', 'queries', 'keys' or 'sums'."""
+    """By the larger of K and V and the dtype alone, for 'prepare', 'forward', 'near', 'queries', 'keys', 'sums' or 'decay'."""
+    wide = padded(dim)
+    if kernel == "sums":
+        return Blocks(32, 4, 1)
+    if kernel == "decay":
+        return Blocks(64 if wide <= 128 else 32, 4, 1)
     if itemsize == 4:  # multiplied without tensor cores
         return Blocks(32, 4, 1)
-    wide = padded(dim)
     if kernel == "near":
         return Blocks(64 if wide <= 128 else 32, 16, 1)
-    return Blocks(64 if wide <= 128 else 32, 4 if kernel == "sums" else 8, 2 if wide <= 128 else 1)
+    return Blocks(64 if wide <= 128 else 32, 8, 2 if wide <= 128 else 1)
 
 
 def constants_of(query: Tensor, value: Tensor, scale: float, scalar: bool, rows: int) -> dict[str, int | float]:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.parts import Mask, Part, Tensors
-from megatron_lighthouse.wall.decay import prefix, prefix_backward, spread
+from megatron_lighthouse.wall.decay import Decays, prefix, prefix_backward, spread
 from megatron_lighthouse.wall.diagonal import Diagonal
 from megatron_lighthouse.wall.earlier import Earlier, Rows
-from megatron_lighthouse.wall.pieces import Cut, Piece, Sight
+from megatron_lighthouse.wall.pieces import Cut, Piece, Run, Sight, runs
 from megatron_lighthouse.wall.travel import Call
 
 
@@ -58,13 +58,15 @@ class Meeting(NamedTuple):
     anchor: int
     """The piece that the near rows begin."""
     near: slice
-    far: list[tuple[int, slice]]
+    far: list[int]
     """The pieces that the far rows are of."""
+    runs: list[Run]
+    """Those rows."""
     rows: Rows
-    of_query: Tensor
-    """[n, B, heads, K], what the queries were multiplied by."""
-    of_key: list[Tensor]
-    """[B, heads, K] of each piece, what its keys were."""
+    gate: Tensor
+    """Of the near rows."""
+    factors: Tensor
+    """[pieces, B, heads, K], by which their keys were multiplied."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Attention:
     """Of one call."""
 
     diagonal: Diagonal
+    decays: Decays
     earlier: Earlier
     scale: float
     cut: Cut
@@ -163,36 +166,45 @@ class Attention:
         assert self.call is not None
         between, *scalars = self.call.between(group.number)
         key, value, *of_scalar = far
-        of_query, of_key = prefix(given.gate).exp(), [between[number].exp() for number, _ in seen]
-        query = (given.query * spread(of_query, given.query.shape[2])).to(key.dtype)
-        keys = torch.cat([(key[rows] * factor).to(key.dtype) for (_, rows), factor in zip(seen, of_key, strict=True)])
-        made = Rows(query, keys, torch.cat([value[rows] for _, rows in seen]), hidden=hidden)
+        query = self.decays.decay(given.query, given.gate, after=False)
+        factors = torch.stack([between[number] for number, _ in seen]).exp()
+        joined = runs([rows for _, rows in seen])
+        keys = key.new_empty(joined[-1].taken.stop, *key.shape[1:])
+        for run in joined:
+            self.decays.cross(keys[run.taken], key[run.rows], factors[run.pieces], run.step)
+        values = [value[run.rows] for run in joined]
+        made = Rows(query, keys, values[0] if len(values) == 1 else torch.cat(values), hidden=hidden)
         if given.scalar is not None:
             to_anchor = torch.cat([of_scalar[0][rows] + scalars[0][number] for number, rows in seen])
             made = replace(made, bias=(prefix(given.scalar), to_anchor))
-        return Meeting(group.number, near, seen, made, of_query, of_key)
+        return Meeting(group.number, near, [number for number, _ in seen], joined, made, given.gate, factors)
 
     def _seen_backward(self, grad: Tensor, part: Part, meeting: Meeting, grads: Near, d_far: Tensors) -> None:
         """Add to the gradients of near and far rows, and note those of what lies between."""
         assert self.call is not None
         near, rows = meeting.near, meeting.rows
         dq, dk, dv, of_bias = self.earlier.backward(grad[near], rows, part[near])
-        grads.query[near] += dq * spread(meeting.of_query, dq.shape[2])
-        wide = part.lse.dtype
-        grads.gate[near] += prefix_backward(_summed(rows.query.to(wide) * dq, grads.gate.shape[2]))
-        of_gate, of_scalar = rows.key.to(wide) * dk, []
+        self.decays.add_decayed(grads.query[near], dq, meeting.gate, after=False)
+        grads.gate[near] += self.decays.decay_backward(rows.query, dq, grads.gate.shape[2], after=False)
+        of_far = [dv] if of_bias is None else [dv, of_bias[1]]
+        crossed = []
+        for run in meeting.runs:
+            given = d_far[0][run.rows], rows.key[run.taken], dk[run.taken], meeting.factors[run.pieces]
+            crossed.append(self.decays.cross_backward(*given, run.step))
+            for total, x in zip(d_far[1:], of_far, strict=True):
+                total[run.rows] += x[run.taken]
+        found = [torch.cat(crossed)]
         if grads.scalar is not None and of_bias is not None:
             grads.scalar[near] += prefix_backward(of_bias[0])
-            of_scalar.append(of_bias[1])
-        lengths = [some.stop - some.start for _, some in meeting.far]
-        split = (x.split(lengths) for x in (dk, dv, *of_scalar))
-        for (_, some), factor, of_rows in zip(meeting.far, meeting.of_key, zip(*split, strict=True), strict=True):
-            d_key, *others = of_rows
-            d_far[0][some] += d_key * factor
-            for total, x in zip(d_far[1:], others, strict=True):
-                total[some] += x
-        crossed = [torch.stack([x.sum(0, dtype=torch.float64) for x in y.split(lengths)]) for y in (of_gate, *of_scalar)]
-        self.call.crossed[meeting.anchor, *(number for number, _ in meeting.far)] = crossed
+            lengths = [n for run in meeting.runs for n in _lengths(run)]
+            found.append(torch.stack([x.sum(0, dtype=torch.float64) for x in of_bias[1].split(lengths)]))
+        self.call.crossed[meeting.anchor, *meeting.far] = found
+
+
+def _lengths(run: Run) -> list[int]:
+    """Rows of each piece."""
+    pieces, rows = run.pieces.stop - run.pieces.start, run.taken.stop - run.taken.start
+    return [run.step] * (pieces - 1) + [rows - (pieces - 1) * run.step]
 
 
 def _nothing(given: Near) -> Part:

@@ -6,8 +6,41 @@ a difference of what is large, and no exponential overflows. Sums are made in fl
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
+
+
+class Decays(Protocol):
+    """What the functions below and the kernels implement, each as a module. Rows are [n, B, heads, K], of any strides.
+
+    Gates [n, B, heads, K] and factors are in the dtype of sums, as are all sums. Where one argument has fewer heads than
+    another, each of them serves several, in order.
+    """
+
+    def decay(self, x: Tensor, gate: Tensor, after: bool, dtype: torch.dtype | None = None) -> Tensor:
+        """Rows times exp(`prefix`) of the gates, or (`after`) exp(`suffix`); in the dtype of `x`, unless another is given."""
+
+    def add_decayed(self, out: Tensor, x: Tensor, gate: Tensor, after: bool) -> None:
+        """Add that to rows in the dtype of sums."""
+
+    def decay_backward(self, x: Tensor, y: Tensor, heads: int, after: bool) -> Tensor:
+        """The gates' gradient [n, B, heads, K] by way of x = decay(…), of which y is the gradient; or the other way round."""
+
+    def cross(self, out: Tensor, key: Tensor, factors: Tensor, step: int) -> None:
+        """Write keys [m, B, heads, K] times the factors [pieces, B, heads, K] of their piece of `step` rows."""
+
+    def cross_backward(self, out: Tensor, crossed: Tensor, grad: Tensor, factors: Tensor, step: int) -> Tensor:
+        """Add the keys' gradients [m, B, heads, K] in the dtype of sums.
+
+        Args:
+            crossed: what `cross` wrote.
+            grad: its gradient.
+
+        Returns:
+            The gradient of the factors' logarithms, [pieces, B, heads, K], float64.
+        """
 
 
 def spread(x: Tensor, heads: int) -> Tensor:
@@ -35,3 +68,33 @@ def suffix_backward(grad: Tensor, dim: int = 0) -> Tensor:
     """The gradient of the gates by way of `suffix`: Σ_{j<t}. Exactly 0 where only zeros come before."""
     before = torch.cat([torch.zeros_like(grad.narrow(dim, 0, 1)), grad.narrow(dim, 0, grad.shape[dim] - 1)], dim)
     return before.cumsum(dim, dtype=torch.float64).to(grad.dtype)
+
+
+def decay(x: Tensor, gate: Tensor, after: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """See `Decays`, as for all below."""
+    heads = max(x.shape[2], gate.shape[2])
+    return (spread(x, heads) * spread((suffix if after else prefix)(gate).exp(), heads)).to(dtype or x.dtype)
+
+
+def add_decayed(out: Tensor, x: Tensor, gate: Tensor, after: bool) -> None:
+    out += decay(x, gate, after, out.dtype)
+
+
+def decay_backward(x: Tensor, y: Tensor, heads: int, after: bool) -> Tensor:
+    wide = torch.promote_types(y.dtype, torch.float32)
+    product = (spread(x, y.shape[2]).to(wide) * y).unflatten(2, (heads, -1)).sum(3)
+    return (suffix_backward if after else prefix_backward)(product)
+
+
+def cross(out: Tensor, key: Tensor, factors: Tensor, step: int) -> None:
+    for i, factor in enumerate(factors):
+        rows = slice(i * step, (i + 1) * step)
+        out[rows] = key[rows] * factor
+
+
+def cross_backward(out: Tensor, crossed: Tensor, grad: Tensor, factors: Tensor, step: int) -> Tensor:
+    for i, factor in enumerate(factors):
+        rows = slice(i * step, (i + 1) * step)
+        out[rows] += grad[rows] * factor
+    parts = (crossed.to(out.dtype) * grad).split(step)
+    return torch.stack([x.sum(0, dtype=torch.float64) for x in parts])

@@ -18,7 +18,7 @@ from megatron_lighthouse.context_parallel.schemes import comm_type_problem, sche
 from megatron_lighthouse.lighthouse.transforms import refuse_transforms
 from megatron_lighthouse.ranges import profiled
 from megatron_lighthouse.wall.blocks import Attention, Near
-from megatron_lighthouse.wall.implementations import diagonal_for, earlier_for
+from megatron_lighthouse.wall.implementations import earlier_for, makers_for
 from megatron_lighthouse.wall.pieces import Cut, Sight, first_rows
 from megatron_lighthouse.wall.travel import Call, Decayed
 
@@ -79,7 +79,7 @@ class Attend:
         chunks = WHOLE.near if exchange is None else exchange.layout.chunks
         if exchange is not None or attention.cut.per_chunk > 1:
             gates = (gate,) if scalar is None else (gate, scalar)
-            decayed, *scalars = Decayed.apply(call, attention.cut.pieces(chunks), exchange, key, *gates)
+            decayed, *scalars = Decayed.apply(call, attention.decays, attention.cut.pieces(chunks), exchange, key, *gates)
             far = (decayed, value, *scalars)
         if exchange is None:
             return Alone(attention)(near, far)
@@ -120,7 +120,7 @@ def build(
     chunks = exchange.layout.chunks if exchange is not None and over_parts else WHOLE.near
     if exchange is not None and not over_parts:
         query, gate_heads = query[:, :, : query.shape[2] // size], gate_heads // size
-    diagonal = diagonal_for(kernels, query.device, query.dtype, max(query.shape[-1], value.shape[-1]))
+    diagonal, decays = makers_for(kernels, query.device, query.dtype, max(query.shape[-1], value.shape[-1]))
     earlier = earlier_for(query, value, gate_heads, scale, biased, sight.window is not None)
     first = first_rows(cut, sight, chunks, query.device)
-    return Attend(Attention(diagonal, earlier, scale, cut, sight, first), exchange, comm_type, gates, scalar_gates)
+    return Attend(Attention(diagonal, decays, earlier, scale, cut, sight, first), exchange, comm_type, gates, scalar_gates)

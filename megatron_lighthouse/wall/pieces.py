@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,6 +82,37 @@ class Sight:
         if self.window is not None:
             first, end = max(first, piece.begin - self.window + 1), min(end, piece.begin + self.window - 1)
         return min(first, piece.begin), end
+
+
+class Run(NamedTuple):
+    """Pieces whose rows follow each other, all but the last as long."""
+
+    rows: slice
+    """Of the tensor."""
+    taken: slice
+    """Of the rows of all runs, one after the other."""
+    pieces: slice
+    """Of all pieces, in order."""
+    step: int
+    """Rows of a piece."""
+
+
+def runs(seen: Sequence[slice]) -> list[Run]:
+    """The rows of pieces, joined where they can be."""
+    found: list[Run] = []
+    taken = 0
+    for i, rows in enumerate(seen):
+        length = rows.stop - rows.start
+        begin, first, run = rows.start, taken, Run(rows, slice(0), slice(i, i), length)
+        if found:
+            last = found[-1]
+            full = last.rows.stop - last.rows.start == (last.pieces.stop - last.pieces.start) * last.step
+            if full and last.rows.stop == rows.start and length <= last.step:
+                run = found.pop()
+                begin, first = run.rows.start, run.taken.start
+        taken += length
+        found.append(Run(slice(begin, rows.stop), slice(first, taken), slice(run.pieces.start, i + 1), run.step))
+    return found
 
 
 def first_rows(cut: Cut, sight: Sight, chunks: Sequence[int], device: torch.device) -> Tensor:

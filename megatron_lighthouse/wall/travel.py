@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.wall.decay import spread, suffix, suffix_backward
+from megatron_lighthouse.wall.decay import Decays, suffix, suffix_backward
 from megatron_lighthouse.wall.pieces import Piece
 
 PURPOSE = "totals"
@@ -48,38 +48,44 @@ class Call:
 
 
 class Decayed(torch.autograd.Function):
-    """(call, pieces of these rows, exchange, key [n, B, G, K], *gates [n, B, heads, ·]) -> decayed keys, and scalar gates."""
+    """(call, decays, pieces of these rows, exchange, key [n, B, G, K], *gates [n, B, heads, ·]) -> keys, scalar gates."""
 
     @staticmethod
     def forward(
-        ctx: Any, call: Call, pieces: list[Piece], exchange: Exchange | None, key: Tensor, *gates: Tensor
+        ctx: Any, call: Call, decays: Decays, pieces: list[Piece], exchange: Exchange | None, key: Tensor, *gates: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.call, ctx.pieces, ctx.exchange = call, pieces, exchange
+        ctx.call, ctx.decays, ctx.pieces, ctx.exchange = call, decays, pieces, exchange
         ctx.save_for_backward(key, *gates)
         own = [torch.stack([x[piece.rows].sum(0, dtype=torch.float64) for piece in pieces]).to(x.dtype) for x in gates]
         call.totals = own if exchange is None else [exchange.in_order(exchange.all_gather(x, PURPOSE)) for x in own]
-        gate, *scalar = (_sums(x, pieces) for x in gates)
-        return (spread(key, gate.shape[2]) * gate.exp()).to(key.dtype), *scalar
+        scalar = (_sums(x, pieces) for x in gates[1:])
+        return torch.cat([decays.decay(key[p.rows], gates[0][p.rows], after=True) for p in pieces]), *scalar
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *of_scalar: Tensor) -> tuple[Tensor | None, ...]:
-        pieces, exchange = ctx.pieces, ctx.exchange
+        decays, pieces, exchange = ctx.decays, ctx.pieces, ctx.exchange
         key, *gates = ctx.saved_tensors
-        grad = grad * _sums(gates[0], pieces).exp()  # of the keys themselves
+        wide = gates[0].dtype
+        of_keys = [decays.decay(grad[p.rows], gates[0][p.rows], after=True, dtype=wide) for p in pieces]
         totals = ctx.call.total_grads()
         if exchange is not None:
             sums = (exchange.out_of_order(x.to(gates[0].dtype)) for x in totals)
             shares = (exchange.all_to_all(x.flatten(0, 1), PURPOSE) for x in sums)
             totals = [x.unflatten(0, (exchange.size, -1)).sum(0, dtype=torch.float64) for x in shares]
-        d_gates = []
-        for x, through, total in zip(gates, (spread(key, gates[0].shape[2]) * grad, *of_scalar), totals, strict=True):
-            of_rows = [suffix_backward(through[p.rows].double()) + own for p, own in zip(pieces, total, strict=True)]
-            d_gates.append(torch.cat(of_rows).to(x.dtype))
-        d_key = grad.unflatten(2, (key.shape[2], -1)).sum(3).to(key.dtype)
-        return None, None, None, d_key, *d_gates
+        of_gates: list[list[Tensor]] = [[] for _ in gates]
+        for piece, x in zip(pieces, of_keys, strict=True):
+            of_gates[0].append(decays.decay_backward(key[piece.rows], x, gates[0].shape[2], after=True))
+            for found, through in zip(of_gates[1:], of_scalar, strict=True):
+                found.append(suffix_backward(through[piece.rows]))
+        d_gates = [
+            torch.cat([x + own.to(wide) for x, own in zip(found, total, strict=True)])
+            for found, total in zip(of_gates, totals, strict=True)
+        ]
+        d_key = torch.cat([x.unflatten(2, (key.shape[2], -1)).sum(3).to(key.dtype) for x in of_keys])
+        return None, None, None, None, d_key, *d_gates
 
 
 def _sums(gate: Tensor, pieces: list[Piece]) -> Tensor:
-    """From each row's next gate to the end of its piece."""
+    """Scalar gates from each row's next one to the end of its piece."""
     return torch.cat([suffix(gate[piece.rows]) for piece in pieces])

@@ -123,9 +123,9 @@ class Wall(Variant):
         return OverDocuments(config, place)
 
     def check_installed(self, config: WallConfig, inputs: Inputs, place: Place) -> None:
-        from megatron_lighthouse.wall.implementations import diagonal_for
+        from megatron_lighthouse.wall.implementations import makers_for
 
-        diagonal_for(config.kernels, inputs.device, inputs.dtype, inputs.dim)
+        makers_for(config.kernels, inputs.device, inputs.dtype, inputs.dim)
 
     def sent(
         self, config: WallConfig, seq_length: int, shape: Shape, layout: Layout, comm_type: str

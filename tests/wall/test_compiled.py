@@ -22,8 +22,9 @@ SHARED = 227 * 1024
 
 
 NAMES = [
-    f"wall_{x}"
-    for x in ("prepare", "suffix_totals", "suffix_sums", "forward", "near_backward", "queries_backward", "keys_backward")
+    *("wall_prepare", "wall_suffix_totals", "wall_suffix_sums"),
+    *("wall_decay_totals", "wall_decay", "wall_decay_backward", "wall_crossing", "wall_crossing_backward"),
+    *("wall_forward", "wall_near_backward", "wall_queries_backward", "wall_keys_backward"),
 ]
 
 

@@ -156,7 +156,8 @@ def compile_wall(capability: int, dtype: str, key_dim: int, value_dim: int, scal
     widest, own = max(key_dim, value_dim), {"K": key_dim, "BLOCK_K": padded(key_dim)}
     for kernel, name in ((prepare_kernel, "prepare"), (totals_kernel, "sums"), (suffix_kernel, "sums")):
         blocks = wall_tiles.blocks_of(name, widest, BYTES[dtype])
-        yield _compile(kernel, capability, dtype, {**own, "ROWS": blocks.rows}, blocks.warps)
+        rows = wall_tiles.rows_of(blocks.rows) if name == "prepare" else {"ROWS": blocks.rows}
+        yield _compile(kernel, capability, dtype, {**own, **rows}, blocks.warps)
     how: dict[str, bool]
     for kernel, how in (
         (decays.totals_kernel, {"PRODUCT": True}),

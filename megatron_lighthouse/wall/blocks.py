@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.parts import Mask, Part, Tensors
-from megatron_lighthouse.wall.decay import Decays, prefix, prefix_backward, spread
+from megatron_lighthouse.wall.decay import Decays, prefix, prefix_backward, spread, summed
 from megatron_lighthouse.wall.diagonal import Diagonal
 from megatron_lighthouse.wall.earlier import Earlier, Rows
 from megatron_lighthouse.wall.pieces import Cut, Piece, Run, Sight, runs
@@ -132,7 +132,7 @@ class Attention:
         rows = (given.query, given.key, given.value, given.spread_gate(), given.flat_scalar())
         (out,) = part.averages
         dq, dk, dv, d_gate, d_scalar = self.diagonal.backward(grad, *rows, out, part.lse, self.scale, self.first)
-        d_gate = _summed(d_gate, given.gate.shape[2])
+        d_gate = summed(d_gate, given.gate.shape[2])
         d_sink = None
         if given.sink is not None:
             delta = (grad.to(d_gate.dtype) * out).sum(-1, keepdim=True)
@@ -217,8 +217,3 @@ def _nothing(given: Near) -> Part:
 def _of_rows(x: Tensor) -> Tensor:
     """[n, B, H, 1] -> [B, H, n], as a log-sum-exp."""
     return x.squeeze(-1).permute(1, 2, 0)
-
-
-def _summed(x: Tensor, heads: int) -> Tensor:
-    """Over the query heads that share one of `heads`."""
-    return x.unflatten(2, (heads, -1)).sum(3)

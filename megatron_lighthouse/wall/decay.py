@@ -48,6 +48,11 @@ def spread(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
 
 
+def summed(x: Tensor, heads: int) -> Tensor:
+    """The way back: [n, B, ·, ·] -> [n, B, heads, ·], summed over those that share one of `heads`."""
+    return x if x.shape[2] == heads else x.unflatten(2, (heads, -1)).sum(3)
+
+
 def prefix(gate: Tensor, dim: int = 0) -> Tensor:
     """Σ_{t<=i}: from the anchor before the first row up to each row's own gate."""
     return gate.cumsum(dim, dtype=torch.float64).to(gate.dtype)
@@ -82,7 +87,7 @@ def add_decayed(out: Tensor, x: Tensor, gate: Tensor, after: bool) -> None:
 
 def decay_backward(x: Tensor, y: Tensor, heads: int, after: bool) -> Tensor:
     wide = torch.promote_types(y.dtype, torch.float32)
-    product = (spread(x, y.shape[2]).to(wide) * y).unflatten(2, (heads, -1)).sum(3)
+    product = summed(spread(x, y.shape[2]).to(wide) * y, heads)
     return (suffix_backward if after else prefix_backward)(product)
 
 

@@ -49,7 +49,9 @@ class Stock:
     def backward(self, grad: Tensor, rows: Rows, part: Part) -> Grads:
         (dq,), (dk, dv) = self.block.backward(grad, (rows.query,), self._far(rows), part, UNMASKED)
         groups = rows.value.shape[2]
-        return dq, dk, dv.unflatten(2, (groups, -1)).sum(3, dtype=part.lse.dtype).to(dv.dtype), None
+        if groups != dv.shape[2]:
+            dv = dv.unflatten(2, (groups, -1)).sum(3, dtype=part.lse.dtype).to(dv.dtype)
+        return dq, dk, dv, None
 
     def _far(self, rows: Rows) -> tuple[Tensor, Tensor]:
         return rows.key, spread(rows.value, rows.key.shape[2])

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.wall.decay import Decays, suffix, suffix_backward
+from megatron_lighthouse.wall.decay import Decays, suffix, suffix_backward, summed
 from megatron_lighthouse.wall.pieces import Piece
 
 PURPOSE = "totals"
@@ -82,7 +82,7 @@ class Decayed(torch.autograd.Function):
             torch.cat([x + own.to(wide) for x, own in zip(found, total, strict=True)])
             for found, total in zip(of_gates, totals, strict=True)
         ]
-        d_key = torch.cat([x.unflatten(2, (key.shape[2], -1)).sum(3).to(key.dtype) for x in of_keys])
+        d_key = torch.cat([summed(x, key.shape[2]).to(key.dtype) for x in of_keys])
         return None, None, None, None, d_key, *d_gates
 
 

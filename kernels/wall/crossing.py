@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_lighthouse.kernels.launch import cdiv, enqueue, last_contiguous, padded, strides
 from megatron_lighthouse.kernels.parallax.tiles import put, tile
+from megatron_lighthouse.kernels.wall.decays import place
 from megatron_lighthouse.kernels.wall.tiles import blocks_of
 
 
@@ -27,14 +28,9 @@ def crossing_kernel(
     BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Program b * H + h of each tile of each piece of `step` rows."""
-    tiles = (step + ROWS - 1) // ROWS
-    heads = tl.num_programs(0) // ((rows + step - 1) // step * tiles)
-    i_head, i_tile = (tl.program_id(0) % heads).to(tl.int64), tl.program_id(0) // heads
-    i_b, i_h, i_piece = i_head // H, i_head % H, i_tile // tiles
-    i_m = i_piece * step + i_tile % tiles * ROWS + tl.arange(0, ROWS)
-    end = tl.minimum(rows, (i_piece + 1) * step)
-    i_k = tl.arange(0, BLOCK_K)
+    """Of each piece of `step` rows."""
+    i_tile, i_b, i_h, i_m, end = place(rows, step, H, ROWS)
+    i_piece, i_k = i_tile // ((step + ROWS - 1) // ROWS), tl.arange(0, BLOCK_K)
     p_factor += i_piece.to(tl.int64) * strides_factor[0] + i_b * strides_factor[1] + i_h * strides_factor[2]
     factor = tl.load(p_factor + i_k, mask=i_k < K, other=0.0)
     x = tile(p_x + i_b * strides_x[1] + i_h * strides_x[2], strides_x[0], i_m, end, K, BLOCK_K)
@@ -61,13 +57,8 @@ def backward_kernel(
     ROWS: tl.constexpr,
 ):
     """Likewise: adds to the keys' gradients, and sums x grad over each tile."""
-    tiles = (step + ROWS - 1) // ROWS
-    heads = tl.num_programs(0) // ((rows + step - 1) // step * tiles)
-    i_head, i_tile = (tl.program_id(0) % heads).to(tl.int64), tl.program_id(0) // heads
-    i_b, i_h, i_piece = i_head // H, i_head % H, i_tile // tiles
-    i_m = i_piece * step + i_tile % tiles * ROWS + tl.arange(0, ROWS)
-    end = tl.minimum(rows, (i_piece + 1) * step)
-    i_k = tl.arange(0, BLOCK_K)
+    i_tile, i_b, i_h, i_m, end = place(rows, step, H, ROWS)
+    i_piece, i_k = i_tile // ((step + ROWS - 1) // ROWS), tl.arange(0, BLOCK_K)
     p_factor += i_piece.to(tl.int64) * strides_factor[0] + i_b * strides_factor[1] + i_h * strides_factor[2]
     factor = tl.load(p_factor + i_k, mask=i_k < K, other=0.0)
     grad = tile(p_grad + i_b * strides_grad[1] + i_h * strides_grad[2], strides_grad[0], i_m, end, K, BLOCK_K).to(tl.float32)

@@ -32,7 +32,7 @@ def blocks_of(kernel: str, dim: int, itemsize: int) -> Blocks:
         return Blocks(32, 4, 1)
     if kernel == "near":
         return Blocks(64 if wide <= 128 else 32, 4, 1)
-    return Blocks(64 if wide <= 128 else 32, 8, 2 if wide <= 128 else 1)
+    return Blocks(64 if wide <= 128 else 32, 8 if kernel == "queries" else 4, 2 if wide <= 128 else 1)
 
 
 def constants_of(query: Tensor, value: Tensor, scale: float, scalar: bool, rows: int) -> dict[str, int | float]:

@@ -27,6 +27,11 @@ class Piece:
         """The token after its last."""
         return self.begin + self.rows.stop - self.rows.start
 
+    def since(self, token: int) -> Piece:
+        """What of it does not come before this token."""
+        skipped = max(token - self.begin, 0)
+        return Piece(self.number, self.begin + skipped, slice(self.rows.start + skipped, self.rows.stop))
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -85,33 +90,41 @@ class Sight:
 
 
 class Run(NamedTuple):
-    """Pieces whose rows follow each other, all but the last as long."""
+    """Pieces that follow each other in the sequence and in a tensor, all but the last as long."""
 
+    number: int
+    """Of the first."""
+    count: int
     rows: slice
     """Of the tensor."""
     taken: slice
     """Of the rows of all runs, one after the other."""
-    pieces: slice
-    """Of all pieces, in order."""
     step: int
     """Rows of a piece."""
 
+    @property
+    def lengths(self) -> list[int]:
+        """Of each piece."""
+        return [self.step] * (self.count - 1) + [self.rows.stop - self.rows.start - (self.count - 1) * self.step]
 
-def runs(seen: Sequence[slice]) -> list[Run]:
+    def joins(self, piece: Piece) -> bool:
+        """Whether the piece can be its next."""
+        follows = (self.number + self.count, self.rows.stop) == (piece.number, piece.rows.start)
+        return follows and self.lengths[-1] == self.step >= piece.rows.stop - piece.rows.start
+
+
+def runs(pieces: Sequence[Piece]) -> list[Run]:
     """The rows of pieces, joined where they can be."""
     found: list[Run] = []
     taken = 0
-    for i, rows in enumerate(seen):
-        length = rows.stop - rows.start
-        begin, first, run = rows.start, taken, Run(rows, slice(0), slice(i, i), length)
-        if found:
-            last = found[-1]
-            full = last.rows.stop - last.rows.start == (last.pieces.stop - last.pieces.start) * last.step
-            if full and last.rows.stop == rows.start and length <= last.step:
-                run = found.pop()
-                begin, first = run.rows.start, run.taken.start
+    for piece in pieces:
+        length = piece.rows.stop - piece.rows.start
+        run = Run(piece.number, 0, slice(piece.rows.start, 0), slice(taken, 0), length)
+        if found and found[-1].joins(piece):
+            run = found.pop()
         taken += length
-        found.append(Run(slice(begin, rows.stop), slice(first, taken), slice(run.pieces.start, i + 1), run.step))
+        rows, own = slice(run.rows.start, piece.rows.stop), slice(run.taken.start, taken)
+        found.append(run._replace(count=run.count + 1, rows=rows, taken=own))
     return found
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from megatron_lighthouse import running
 from megatron_lighthouse.lighthouse.geometry import Shape
+from megatron_lighthouse.lighthouse.rows import number_problem
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.variant import Place, Stream, Variant, beyond_softmax, shared_out_problem
 from megatron_lighthouse.wall.config import WallConfig
@@ -16,6 +18,9 @@ from megatron_lighthouse.wall.config import WallConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from megatron_lighthouse.context_parallel.exchange import Exchange
+    from megatron_lighthouse.context_parallel.ring import Passage
+    from megatron_lighthouse.lighthouse.selection import Selection
     from megatron_lighthouse.sequence.documents import Documents
     from megatron_lighthouse.softmax import backends
     from megatron_lighthouse.softmax.documents import AttendDocuments
@@ -62,13 +67,25 @@ class OverDocuments:
         attend: AttendDocuments | None = None,
         sinks: Tensor | None = None,
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
-        from megatron_lighthouse.wall.pieces import Sight
-
-        bounds = [0]
-        for length in documents.lengths:
-            bounds.append(bounds[-1] + length)
-        made = _made(self.config, query, key, self.place, Sight(tuple(bounds)))
+        made = _made(self.config, query, key, self.place, _sight(documents))
         return Layer(made, self.place.number)(query, key, value, *streams, sinks=sinks)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Over the rows that Lighthouse gathers. Keys have decayed to the end of their piece before they travel."""
+
+    attend: Attend
+    scalar: bool
+    """Whether there are scalar gates; what follows them is the sink."""
+
+    def passage(self) -> None:
+        return None
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *streams: Tensor, passage: Passage | None = None) -> Tensor:
+        gate, *more = streams
+        scalar = more.pop(0) if self.scalar else None
+        return self.attend.over_rows(query, key, value, gate, scalar, more[0] if more else None)
 
 
 class Wall(Variant):
@@ -83,6 +100,7 @@ class Wall(Variant):
     )
     dense_weights = False
     position = "none"
+    around = "wall"
 
     def streams_of(self, config: WallConfig) -> tuple[Stream, ...]:
         gate = Stream("g", rotated=False, bias=config.gate_bias, per_group=config.tied_gates)
@@ -128,11 +146,103 @@ class Wall(Variant):
         diagonal_for(config.kernels, inputs.device, inputs.dtype, inputs.dim)
 
     def sent(
-        self, config: WallConfig, seq_length: int, shape: Shape, layout: Layout, comm_type: str
+        self, config: WallConfig, seq_length: int, shape: Shape, layout: Layout, comm_type: str, around: Any = None
     ) -> dict[str, tuple[int, int]]:
         from megatron_lighthouse.wall.sent import sent
 
         return sent(comm_type, seq_length, shape, layout, config.tied_gates, config.scalar_gate)
+
+    def rows_problem(self, inner: str) -> str | None:
+        if inner == "auto":
+            return None
+        return (
+            f"config.inner {inner} is of softmax attention, and config.around {self.around} has kernels of its own: use "
+            "config.inner auto, and --wall-kernels to choose them."
+        )
+
+    def rotary_problem(self) -> str:
+        return f"rotary: config.around {self.around} attends without positions: leave `rotary` out, and do not rotate."
+
+    def streams_problem(
+        self, config: WallConfig | None, query: Tensor, key: Tensor, streams: Sequence[Tensor], exchange: Exchange | None
+    ) -> str | None:
+        """Signs are looked at by one rank on a CPU: see `wall_attention`."""
+        config = config or WallConfig()
+        wanted = self.streams_of(config)
+        if message := number_problem(self.around, wanted, streams):
+            return f"{message} Scalar gates are read with around=WallConfig(scalar_gate=True)."
+        shapes = (query.shape[:2] + (key if config.tied_gates else query).shape[2:3] + query.shape[3:], (*query.shape[:3], 1))
+        for stream, x, shape in zip(wanted, streams, shapes, strict=False):
+            if x.shape != shape or not x.dtype.is_floating_point or x.device != query.device:
+                return (
+                    f"streams: {stream.name} of config.around {self.around} must be {tuple(shape)}, floating, on "
+                    f"{query.device}, got {tuple(x.shape)} {x.dtype} on {x.device}: with gates of a group, "
+                    "around=WallConfig(tied_gates=True)."
+                )
+            if exchange is None and x.device.type == "cpu" and not bool((x <= 0).all()):
+                return f"streams: {stream.name} of config.around {self.around} must be natural logarithms <= 0: use logsigmoid."
+        return None
+
+    def of_projections(self, config: WallConfig, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        from megatron_lighthouse.wall.gates import LogSigmoid
+
+        gate, *scalar = streams
+        return LogSigmoid(config.gate_max)(gate), *map(LogSigmoid(), scalar)
+
+    def gather(
+        self,
+        take: Callable[..., tuple[Tensor, ...]],
+        selection: Selection,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *streams: Tensor,
+    ) -> tuple[Tensor, ...]:
+        from megatron_lighthouse.wall.gathered import gather
+
+        return gather(take, selection, query, key, value, *streams)
+
+    def row_bytes(self, config: WallConfig | None, shape: Shape) -> int:
+        config, wide = config or WallConfig(), max(4, shape.itemsize)
+        gates = shape.groups if config.tied_gates else shape.heads
+        given = (shape.heads + gates) * shape.dim + shape.groups * shape.values
+        of_gates = gates * shape.dim + (shape.heads if config.scalar_gate else 0)
+        return shape.batch * (given * shape.itemsize + of_gates * wide)
+
+    def rows_sent(
+        self, config: WallConfig | None, rows: int, shape: Shape, layout: Layout, comm_type: str
+    ) -> dict[str, tuple[int, int]]:
+        from megatron_lighthouse.wall.sent import sent
+
+        config, wide = config or WallConfig(), max(4, shape.itemsize)
+        return sent(comm_type, rows, shape, layout, config.tied_gates, config.scalar_gate, wide, gathered=True)
+
+    def build_rows(
+        self,
+        config: WallConfig | None,
+        inner: str,
+        query: Tensor,
+        key: Tensor,
+        exchange: Exchange | None,
+        comm_type: str,
+        scale: float | None,
+        sinks: bool = False,
+        value_dim: int | None = None,
+    ) -> Rows:
+        config = config or WallConfig()
+        value = key[..., :1].expand(*key.shape[:3], value_dim or key.shape[3])
+        return Rows(_over_rows(config, query, key, value, exchange, comm_type, scale), config.scalar_gate)
+
+    def build_document_rows(
+        self, config: WallConfig | None, inner: str, query: Tensor, key: Tensor, scale: float | None
+    ) -> Callable[..., Tensor]:
+        given = config or WallConfig()
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, documents: Documents, *streams: Tensor) -> Tensor:
+            made = _over_rows(given, query, value, value, None, "p2p", scale, _sight(documents))
+            return Rows(made, given.scalar_gate)(query, key, value, *streams)
+
+        return attend
 
 
 def _made(config: WallConfig, query: Tensor, key: Tensor, place: Place, sight: Sight | None = None) -> Attend:
@@ -142,6 +252,29 @@ def _made(config: WallConfig, query: Tensor, key: Tensor, place: Place, sight: S
     heads = key.shape[2] if config.tied_gates else query.shape[2]
     how = (place.exchange, place.comm_type, place.scale, sight, config.kernels, config.scalar_gate)
     return build(query, key, key, heads, *how, LogSigmoid(config.gate_max), LogSigmoid())
+
+
+def _over_rows(
+    config: WallConfig,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    exchange: Exchange | None,
+    comm_type: str,
+    scale: float | None,
+    sight: Sight | None = None,
+) -> Attend:
+    """Over gathered rows, of gates; key and value are of as many heads as the model has."""
+    from megatron_lighthouse.wall.layer import build
+
+    heads = key.shape[2] if config.tied_gates else query.shape[2]
+    return build(query, key, value, heads, exchange, comm_type, scale, sight, config.kernels, config.scalar_gate)
+
+
+def _sight(documents: Documents) -> Sight:
+    from megatron_lighthouse.wall.pieces import Sight
+
+    return Sight((0, *accumulate(documents.lengths)))
 
 
 WALL = Wall()

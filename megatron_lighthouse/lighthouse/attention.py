@@ -55,8 +55,8 @@ def lighthouse_attention(
     Args:
         query: [N, B, H, D], after RoPE; float64, float32, bfloat16 or float16, any strides. Megatron's "sbhd".
         key, value: [N, B, G, D], G dividing H; same dtype and device as the query. Values may have another D (MLA).
-        streams: what else the attention `config.around` reads, each [N, B, H, D] and rotated as the queries, unless its own page
-            of the docs says otherwise.
+        streams: what else the attention `config.around` reads, each [N, B, H, D] and rotated as the queries, unless its page
+            in the docs says otherwise.
         around: options of that attention, an object of its variant's `config`; its defaults if None. Not with `attend`.
         softmax_scale: of the inner attention; 1/sqrt(D) by default. Not with `attend`.
         rotary: what queries and keys are rotated by. With it a pooled row stands at the last token of its window, as the

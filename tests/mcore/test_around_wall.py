@@ -11,10 +11,12 @@ from torch.nn.functional import logsigmoid
 
 from megatron_lighthouse import lighthouse_attention
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
+from megatron_lighthouse.mcore.command_line import kept
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
+from megatron_lighthouse.recipe import two_stage
 from megatron_lighthouse.variants import LIGHTHOUSE, WALL
 from megatron_lighthouse.wall.config import WallConfig
-from tests.mcore.harness import Run, run
+from tests.mcore.harness import ROOT, Run, run
 from tests.mcore.test_checkpoints import keys, save_interval
 from tests.mcore.test_checks import problems
 from tests.mcore.test_packed import documents_of_rows, with_gradients
@@ -64,6 +66,18 @@ def test_stage_2_is_wall(tmp_path: Path, wall: Run, whole: Run) -> None:
     assert second.losses[3] != whole.losses[3], "stage 1 does not select"
     assert "begin anew" not in whole.log + second.log
     assert keys(wall.folder / "checkpoint", 1) == keys(whole.folder / "checkpoint", 2)
+
+
+def test_make_train_gives_both_stages_no_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, str | None] = {}
+
+    def refuse(words: list[str], *_: object) -> list[str]:
+        asked[words[1]] = kept.value(words, "--position-embedding-type")
+        return ["enough is known"]
+
+    monkeypatch.setattr(two_stage, "_problems", refuse)
+    assert two_stage.main(["--runs", str(tmp_path), *AROUND, "--data", str(ROOT / "LICENSE")])
+    assert asked == {"lighthouse": "none", "wall": "none"}
 
 
 def settings(**changes: Any) -> LighthouseSettings:

@@ -175,10 +175,10 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     device, tokens, dims = ("cuda", 1024, (128, 64, 80)) if gpu else ("cpu", 256, (16,))
     Step.TOKENS = tokens // 4
-    dims = dims[: 0 if options.only_times else None]
-    checked = {f"D={dim}, g {gate}": errors(dim, gate, tokens, device) for dim in dims for gate in (INITIAL, -0.1, -2.0)}
+    tried: tuple[int, ...] = () if options.only_times else dims
+    checked = {f"D={dim}, g {gate}": errors(dim, gate, tokens, device) for dim in tried for gate in (INITIAL, -0.1, -2.0)}
     print(json.dumps(checked, indent=2), flush=True)
-    same = repeats(Case(tokens, 4, 2, dims[0]), 100 if gpu else 2, device) if dims else None
+    same = repeats(Case(tokens, 4, 2, dims[0]), 100 if gpu else 2, device) if tried else None
     Step.TOKENS = options.piece
     print(f"repeats are bit-identical: {same}", flush=True)
     rows: list[dict[str, Any]] = []

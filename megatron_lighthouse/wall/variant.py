@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from megatron_lighthouse import running
@@ -23,9 +22,9 @@ if TYPE_CHECKING:
     from megatron_lighthouse.lighthouse.selection import Selection
     from megatron_lighthouse.sequence.documents import Documents
     from megatron_lighthouse.softmax import backends
-    from megatron_lighthouse.softmax.documents import AttendDocuments
     from megatron_lighthouse.softmax.inputs import Inputs
     from megatron_lighthouse.wall.layer import Attend
+    from megatron_lighthouse.wall.over_documents import OverDocuments
     from megatron_lighthouse.wall.pieces import Sight
 
 
@@ -48,27 +47,6 @@ class Layer:
         gate, *scalar = streams
         with running.layer(self.number):
             return self.attend(query, key, value, gate, scalar[0] if scalar else None, sinks), None
-
-
-@dataclass(frozen=True)
-class OverDocuments:
-    """The same over the documents of a row, which each call brings."""
-
-    config: WallConfig
-    place: Place
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *streams: Tensor,
-        documents: Documents,
-        attend: AttendDocuments | None = None,
-        sinks: Tensor | None = None,
-    ) -> tuple[Tensor, Callable[[], Tensor] | None]:
-        made = _made(self.config, query, key, self.place, _sight(documents))
-        return Layer(made, self.place.number)(query, key, value, *streams, sinks=sinks)
 
 
 @dataclass(frozen=True)
@@ -121,11 +99,7 @@ class Wall(Variant):
             yield f"--position-embedding-type {kind} does not go with --attention {self.name}, for {why}: use none."
 
     def document_problems(self, config: WallConfig, ranks: int) -> Iterator[str]:
-        if ranks > 1:
-            yield (
-                f"--dataloader-inter-document-masking with --context-parallel-size {ranks} is done by dense attention alone: "
-                "use --context-parallel-size 1, or --attention dense."
-            )
+        yield from ()
 
     def remarks(self, config: WallConfig, args: Any) -> Iterator[str]:
         each = math.log1p(math.exp(-config.gate_bias))
@@ -138,7 +112,12 @@ class Wall(Variant):
         return Layer(_made(config, query, key, place), place.number)
 
     def build_documents(self, config: WallConfig, query: Tensor, key: Tensor, place: Place) -> OverDocuments:
-        return OverDocuments(config, place)
+        from megatron_lighthouse.wall.over_documents import OverDocuments
+
+        def attend(sight: Sight, query: Tensor, key: Tensor, *rows: Tensor, sinks: Tensor | None) -> Any:
+            return Layer(_made(config, query, key, place, sight), place.number)(query, key, *rows, sinks=sinks)
+
+        return OverDocuments(attend, place.exchange)
 
     def check_installed(self, config: WallConfig, inputs: Inputs, place: Place) -> None:
         from megatron_lighthouse.wall.implementations import diagonal_for
@@ -236,10 +215,12 @@ class Wall(Variant):
     def build_document_rows(
         self, config: WallConfig | None, inner: str, query: Tensor, key: Tensor, scale: float | None
     ) -> Callable[..., Tensor]:
+        from megatron_lighthouse.wall.over_documents import sight_of
+
         given = config or WallConfig()
 
         def attend(query: Tensor, key: Tensor, value: Tensor, documents: Documents, *streams: Tensor) -> Tensor:
-            made = _over_rows(given, query, value, value, None, "p2p", scale, _sight(documents))
+            made = _over_rows(given, query, value, value, None, "p2p", scale, sight_of(documents))
             return Rows(made, given.scalar_gate)(query, key, value, *streams)
 
         return attend
@@ -269,12 +250,6 @@ def _over_rows(
 
     heads = key.shape[2] if config.tied_gates else query.shape[2]
     return build(query, key, value, heads, exchange, comm_type, scale, sight, config.kernels, config.scalar_gate)
-
-
-def _sight(documents: Documents) -> Sight:
-    from megatron_lighthouse.wall.pieces import Sight
-
-    return Sight((0, *accumulate(documents.lengths)))
 
 
 WALL = Wall()

@@ -36,7 +36,7 @@ from megatron_lighthouse.kernels.parallax import tiles
 from megatron_lighthouse.kernels.parallax.forward import forward_kernel
 from megatron_lighthouse.kernels.parallax.keys import keys_kernel
 from megatron_lighthouse.kernels.parallax.queries import queries_kernel
-from megatron_lighthouse.kernels.wall import crossing, decays
+from megatron_lighthouse.kernels.wall import crossing, decays, gathered
 from megatron_lighthouse.kernels.wall import tiles as wall_tiles
 from megatron_lighthouse.kernels.wall.forward import forward_kernel as wall_forward_kernel
 from megatron_lighthouse.kernels.wall.keys import keys_kernel as wall_keys_kernel
@@ -53,8 +53,9 @@ FP32 = {
     *("p_lse", "p_part_lse", "p_mean", "p_of_output", "p_of_value"),
     *("p_gate", "p_scalar", "p_totals", "p_delta", "p_sums", "p_sum_dq", "p_sum_dk", "p_sum_dv", "p_scalar_sums", "p_later"),
     "p_factor",
+    *("p_row_gates", "p_grad_gates", "p_dg"),
 }
-INT32 = {"p_first", "p_ranks", "p_places", "p_documents", "p_tiles", "p_starts", "p_blocks", "p_bounds", "p_ends"}
+INT32 = {"p_first", "p_ranks", "p_places", "p_documents", "p_tiles", "p_starts", "p_blocks", "p_bounds", "p_ends", "p_begin"}
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -179,6 +180,14 @@ def compile_wall(capability: int, dtype: str, key_dim: int, value_dim: int, scal
         yield _compile(kernel, capability, dtype, constants, blocks.warps, num_stages=blocks.stages)
 
 
+def compile_wall_rows(capability: int, geometry: Geometry, dtype: str, dim: int) -> Iterator[Report]:
+    """Compile what gathers rows for Wall likewise."""
+    how = gathered.launch_of(dim, geometry.pooling)
+    constants = gathered.constants(dim, geometry.levels, geometry.pooling, how)
+    for kernel in (gathered.gather_kernel, gathered.gather_backward_kernel):
+        yield _compile(kernel, capability, dtype, constants, how.warps)
+
+
 def _compile(kernel: Any, capability: int, dtype: str, constants: Mapping[str, Any], warps: int, **options: Any) -> Report:
     signature: dict[str, Any] = {}
     aligned: dict[tuple[int, ...], Any] = {}
@@ -229,6 +238,7 @@ def main() -> None:
             *compile_packed(capability, geometry, *layer[1:]),
             *compile_parallax(*layer),
             *compile_wall(*layer, options.dim),
+            *compile_wall_rows(capability, geometry, *layer[1:]),
         ):
             print(f"        {report.kernel:32} {report.registers:9} {report.shared_bytes:13} {report.spilled_bytes:14}")
 

@@ -35,6 +35,8 @@ class Placed:
 
     layer: Layer
     place: Place
+    base: Variant
+    """What it is around."""
 
     def __call__(
         self,
@@ -48,6 +50,7 @@ class Placed:
         import torch
 
         with running.layer(self.place.number):
+            streams = self.base.of_projections(self.place.around, streams)
             attended = self.layer.attended(query, key, value, *streams, attend=attend, sinks=sinks)
             output = attended.scatter()
         if not self.place.discard_output or not output.requires_grad or torch.compiler.is_compiling():
@@ -62,6 +65,7 @@ class PlacedDocuments:
 
     layer: PackedLayer | ShardedPackedLayer
     place: Place
+    base: Variant
 
     def __call__(
         self,
@@ -73,6 +77,7 @@ class PlacedDocuments:
         attend: AttendDocuments | None = None,
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
         with running.layer(self.place.number):
+            streams = self.base.of_projections(self.place.around, streams)
             rows: Callable[..., Any] = self.layer.attended  # of several ranks, without streams
             attended = rows(query, key, value, *streams, documents=documents, attend=attend)
             output = attended.scatter()
@@ -188,7 +193,7 @@ class Lighthouse(Variant):
         own = (place.base_attends, place.rotary, place.sinks, place.value_dim, place.around)
         how = (place.exchange, place.comm_type, place.scale, *own)
         try:
-            return Placed(build(config, query, key, *how), place)
+            return Placed(build(config, query, key, *how), place, self.base(config))
         except ValueError as error:
             raise ValueError(in_flags(str(error))) from None
 
@@ -197,7 +202,7 @@ class Lighthouse(Variant):
 
         how = (place.scale, place.base_attends, place.rotary, place.around, place.exchange, place.comm_type)
         try:
-            return PlacedDocuments(build_packed(config, query, key, *how), place)
+            return PlacedDocuments(build_packed(config, query, key, *how), place, self.base(config))
         except ValueError as error:
             raise ValueError(in_flags(str(error))) from None
 
@@ -208,13 +213,15 @@ class Lighthouse(Variant):
             raise ValueError(in_flags(str(error))) from None
 
     def sent(
-        self, config: LighthouseConfig, seq_length: int, shape: Shape, layout: Layout, comm_type: str
+        self, config: LighthouseConfig, seq_length: int, shape: Shape, layout: Layout, comm_type: str, around: Any = None
     ) -> dict[str, tuple[int, int]]:
         geometry = config.geometry(seq_length, layout.size)
-        return layer_bytes(comm_type, geometry, shape, layout, config.scorer, self.base(config))
+        return layer_bytes(comm_type, geometry, shape, layout, config.scorer, self.base(config), around)
 
-    def summary(self, config: LighthouseConfig, seq_length: int, shape: Shape, ranks: int, comm_type: str) -> str:
-        return summary(config.geometry(seq_length, ranks), shape, ranks, comm_type, config.scorer, self.base(config))
+    def summary(
+        self, config: LighthouseConfig, seq_length: int, shape: Shape, ranks: int, comm_type: str, around: Any = None
+    ) -> str:
+        return summary(config.geometry(seq_length, ranks), shape, ranks, comm_type, config.scorer, self.base(config), around)
 
 
 LIGHTHOUSE = Lighthouse()

@@ -178,7 +178,7 @@ class Parallax(Variant):
         implementation_for(config.kernels, inputs.device, inputs.dtype, inputs.dim)
 
     def sent(
-        self, config: ParallaxConfig, seq_length: int, shape: Shape, layout: Layout, comm_type: str
+        self, config: ParallaxConfig, seq_length: int, shape: Shape, layout: Layout, comm_type: str, around: Any = None
     ) -> dict[str, tuple[int, int]]:
         """As dense attention's, and for the mean of the keys two sums in float64; by heads, r goes with the queries."""
         forward, backward = attend_bytes(comm_type, seq_length, shape, layout)

@@ -42,9 +42,10 @@ class Near(NamedTuple):
     def flat_scalar(self) -> Tensor | None:
         return None if self.scalar is None else self.scalar.squeeze(-1)
 
-    def spread_gate(self) -> Tensor:
-        """A gate for each query head."""
-        return spread(self.gate, self.query.shape[2])
+    def alike(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """For the diagonal: a gate for each query head, and as many values as keys, which in Lighthouse are as gates."""
+        value, gate = spread(self.value, self.key.shape[2]), spread(self.gate, self.query.shape[2])
+        return self.query, self.key, value, gate, self.flat_scalar()
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Near:
         query, key, value, gate = (change(x) for x in self[:4])
@@ -123,8 +124,7 @@ class Attention:
 
     def _own(self, given: Near) -> Part:
         """The diagonal, and the sink as a key whose value is 0."""
-        rows = (given.query, given.key, given.value, given.spread_gate(), given.flat_scalar())
-        out, lse = self.diagonal.forward(*rows, self.scale, self.first)
+        out, lse = self.diagonal.forward(*given.alike(), self.scale, self.first)
         if given.sink is None:
             return Part((out,), lse)
         total = torch.logaddexp(lse, _of_rows(given.sink))
@@ -132,10 +132,10 @@ class Attention:
         return Part(((out * share).to(out.dtype),), total)
 
     def _own_backward(self, grad: Tensor, given: Near, part: Part) -> Near:
-        rows = (given.query, given.key, given.value, given.spread_gate(), given.flat_scalar())
         (out,) = part.averages
-        dq, dk, dv, d_gate, d_scalar = self.diagonal.backward(grad, *rows, out, part.lse, self.scale, self.first)
-        d_gate = summed(d_gate, given.gate.shape[2])
+        found = self.diagonal.backward(grad, *given.alike(), out, part.lse, self.scale, self.first)
+        dq, dk, dv, d_gate, d_scalar = found
+        d_gate, dv = summed(d_gate, given.gate.shape[2]), summed(dv, given.value.shape[2])
         d_sink = None
         if given.sink is not None:
             delta = (grad.to(d_gate.dtype) * out).sum(-1, keepdim=True)

@@ -53,8 +53,10 @@ def spread(x: Tensor, heads: int) -> Tensor:
 
 
 def summed(x: Tensor, heads: int) -> Tensor:
-    """The way back: [n, B, ·, ·] -> [n, B, heads, ·], summed over those that share one of `heads`."""
-    return x if x.shape[2] == heads else x.unflatten(2, (heads, -1)).sum(3)
+    """The way back: [n, B, ·, ·] -> [n, B, heads, ·], summed over those that share one of `heads`, in the dtype of sums."""
+    if x.shape[2] == heads:
+        return x
+    return x.unflatten(2, (heads, -1)).sum(3, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
 
 
 def prefix(gate: Tensor, dim: int = 0) -> Tensor:

@@ -48,21 +48,27 @@ class Attend:
         self, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, scalar_gate: Tensor | None, sink: Tensor | None
     ) -> Tensor:
         """See `wall_attention`; the scalar gate is [n, B, H, 1]. Gates are what `gates` and `scalar_gates` make of these."""
+        return self.over_rows(query, key, value, gate, scalar_gate, sink)
+
+    def over_rows(
+        self, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, scalar_gate: Tensor | None, sink: Tensor | None
+    ) -> Tensor:
+        """The same, as a step of another attention, which has a name of its own in profiles; keys may have the gates' heads."""
         given = [x for x in (query, key, value, gate, scalar_gate, sink) if x is not None]
         refuse_transforms(*given, of="wall_attention")
         if self.exchange is None or self.comm_type != "a2a":
-            return self._over_rows(query, key, value, gate, scalar_gate, sink)
+            return self._of_heads(query, key, value, gate, scalar_gate, sink)
         size, rank = self.exchange.size, self.exchange.rank
         own_sink = None if sink is None else sink.unflatten(0, (size, -1))[rank]
 
         def whole(near: Tensors, far: Tensors) -> Tensor:
             (query, gate, *scalar), (key, value) = near, far
-            return self._over_rows(query, key, value, gate, scalar[0] if scalar else None, own_sink)
+            return self._of_heads(query, key, value, gate, scalar[0] if scalar else None, own_sink)
 
         near = (query, gate) if scalar_gate is None else (query, gate, scalar_gate)
         return ByHeads(whole, self.exchange)(near, (key, value))
 
-    def _over_rows(
+    def _of_heads(
         self, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, scalar: Tensor | None, sink: Tensor | None
     ) -> Tensor:
         """Of the heads that are here: over the rows that are, or those of all ranks."""

@@ -100,3 +100,15 @@ def test_lighthouse_equals_itself_on_one_process(
     assert abs(one_lighthouse.losses[1] - one_process.losses[1]) > 1e-4, "nothing was selected"
     start = [*LIGHTHOUSE, "--load", str(checkpoint), *START, *arguments.split()]
     assert_same(run(tmp_path, *start, ranks=ranks, data=documents), one_lighthouse)
+
+
+def test_wall_over_ranks_equals_itself_on_one_process(tmp_path: Path, documents: list[str]) -> None:
+    """With gates that matter at these lengths, and two rows at once."""
+    options = "--position-embedding-type none --wall-gate-bias 3 --micro-batch-size 2".split()
+    wall = ["--attention", "wall", *PACKED[2:], *options]
+    one, two = (
+        run(tmp_path / str(ranks), *wall, "--context-parallel-size", str(ranks), ranks=ranks, data=documents)
+        for ranks in (1, 2)
+    )
+    assert list(one.losses) == [1, 2, 3]
+    assert_same(two, one)

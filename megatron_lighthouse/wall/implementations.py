@@ -16,6 +16,9 @@ from megatron_lighthouse.wall.decay import Decays
 from megatron_lighthouse.wall.diagonal import Diagonal
 from megatron_lighthouse.wall.earlier import Earlier, Plain, Stock
 
+SEEN = (torch.bfloat16, 128)
+"""On an H200 the kernels of today were right with these. At 64 or 80 channels one ended in an illegal memory access."""
+
 
 def makers_for(name: str, device: torch.device, dtype: torch.dtype, dim: int) -> tuple[Diagonal, Decays]:
     """What `name` of --wall-kernels stands for: what makes the diagonal, and what decays rows to anchors.
@@ -30,6 +33,11 @@ def makers_for(name: str, device: torch.device, dtype: torch.dtype, dim: int) ->
     if name == "reference" or (name == "auto" and device.type != "cuda"):
         return plain
     problem = missing(device.type, dtype, dim)
+    if problem is None and name == "auto" and (dtype, dim) != SEEN:
+        problem = (
+            f"they have run rightly on a GPU at {SEEN[1]} channels in bfloat16, not yet at {dim} in "
+            f"{str(dtype).removeprefix('torch.')}; --wall-kernels triton takes them all the same"
+        )
     if problem is None:
         kernels = importlib.import_module("megatron_lighthouse.kernels.wall")
         return cast(Diagonal, kernels), cast(Decays, kernels)

@@ -5,7 +5,8 @@ gates since the last row are a row's where one is gathered. Backward the gradien
 that a first walk left at the start of each window of level 1. So exponents are gates: none is positive, and no sum of gates is
 a difference.
 
-Names: p_ pointers, i_ indices, m_ masks; sums are in fp32. Windows that are not there have tokens of 0.
+In profiles they are a part of gather, by their names. Names: p_ pointers, i_ indices, m_ masks; sums are in fp32. Windows that
+are not there have tokens of 0.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def _place(p_map, tokens, windows, i_window, i_unit, LEVEL: tl.constexpr, P: tl.
     return tl.load(p_level + i_window * P ** (L - 1 - LEVEL) + i_unit // P ** (LEVEL - 1), mask=ends, other=-1)
 
 
-@triton.jit(repr=lambda _: "wall_gather", do_not_specialize=["tokens", "windows", "entries"])
+@triton.jit(repr=lambda _: "lighthouse_gather_forward_decayed", do_not_specialize=["tokens", "windows", "entries"])
 def gather_kernel(
     p_k,
     p_gate,
@@ -107,7 +108,7 @@ def gather_kernel(
         sums = carried
 
 
-@triton.jit(repr=lambda _: "wall_gather_backward", do_not_specialize=["tokens", "windows", "entries"])
+@triton.jit(repr=lambda _: "lighthouse_gather_backward_decayed", do_not_specialize=["tokens", "windows", "entries"])
 def gather_backward_kernel(
     p_k,
     p_gate,

@@ -54,7 +54,7 @@ print(json.dumps([tuple(x) for x in reports]))
 @pytest.mark.parametrize("given", [(90, 3, 4), (100, 3, 4), (90, 3, 8)], ids=str)
 def test_what_gathers_rows_for_it_compiles_and_does_not_spill(given: tuple[int, ...]) -> None:
     reports = reported(ROWS, given)
-    assert [name for name, *_ in reports] == ["wall_gather", "wall_gather_backward"]
+    assert [name for name, *_ in reports] == [f"lighthouse_gather_{way}_decayed" for way in ("forward", "backward")]
     assert all(spilled == 0 and 0 < registers <= 255 for _, registers, _, spilled in reports)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron_lighthouse import LighthouseConfig
 from megatron_lighthouse.lighthouse.attention import attended_rows, packed_rows
 from megatron_lighthouse.lighthouse.selection import Selection
+from megatron_lighthouse.profiling.names import Mark, kernel_mark
 from megatron_lighthouse.wall import gathered_reference as reference
 from megatron_lighthouse.wall.gathered import by_kernels, by_kernels_backward
 from tests.steps import DEVICE, poisoned
@@ -87,3 +88,8 @@ def test_strides_and_repeats_give_the_same_bits() -> None:
     assert all(map(torch.equal, first, again))
     grads = (by_kernels_backward(*given, *first, selection) for given in ((key, gate), strided))
     assert all(map(torch.equal, *grads))
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_profiles_count_them_as_gathering(way: str) -> None:
+    assert kernel_mark(f"lighthouse_gather_{way}_decayed") == Mark("gather", way)

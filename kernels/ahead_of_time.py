@@ -49,7 +49,7 @@ from megatron_lighthouse.lighthouse.packed.rule import Rule
 FP32 = {
     *("p_scores", "p_turns", "p_finer", "p_coarser", "p_squares"),
     *("p_peak", "p_mass"),
-    *("p_lse", "p_part_lse", "p_mean", "p_of_output", "p_of_value"),
+    *("p_lse", "p_part_lse", "p_mean", "p_terms"),
     *("p_gate", "p_scalar", "p_totals", "p_delta", "p_sums", "p_sum_dq", "p_sum_dk", "p_sum_dv", "p_scalar_sums", "p_later"),
 }
 INT32 = {"p_first", "p_ranks", "p_places", "p_documents", "p_tiles", "p_starts", "p_blocks", "p_bounds", "p_ends"}
@@ -145,7 +145,7 @@ def compile_parallax(
     """Compile the kernels of Parallax likewise; `causal`: over a rank's own rows."""
     for kernel, name in ((forward_kernel, "forward"), (queries_kernel, "queries"), (keys_kernel, "keys")):
         blocks = tiles.blocks_of(name, dim, BYTES[dtype])
-        constants = tiles.constants_of(dim, dim**-0.5, window, causal, blocks, documents)
+        constants = tiles.constants_of(dim, dim**-0.5, window, causal, blocks, documents, BYTES[dtype] == 2)
         yield _compile(kernel, capability, dtype, constants, blocks.warps, num_stages=blocks.stages)
 
 

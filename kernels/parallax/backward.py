@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_lighthouse.kernels.launch import cdiv, enqueue, last_contiguous, strides
 from megatron_lighthouse.kernels.parallax.keys import keys_kernel
 from megatron_lighthouse.kernels.parallax.queries import queries_kernel
-from megatron_lighthouse.kernels.parallax.tiles import blocks_of, constants_of
+from megatron_lighthouse.kernels.parallax.tiles import blocks_of, constants_of, in_bulk
 
 
 def backward(
@@ -36,28 +36,30 @@ def backward(
     of_value, covariance = (last_contiguous(x) for x in averages[:2])
     mean = averages[2]
     dq, dr, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, r, key, value))
-    sums = [lse.new_empty(batch, heads, rows, dtype=torch.float32) for _ in range(2)]
     starts, ends = (lse, lse) if bounds is None else bounds  # which are not read then
     shape = (rows, key.shape[0], heads, heads // key.shape[2])
-    blocks = blocks_of("queries", dim, query.element_size())
+    tiles = {name: blocks_of(name, dim, query.element_size()) for name in ("queries", "keys")}
+    padded_rows = cdiv(rows, tiles["queries"].queries) * tiles["queries"].queries  # of which tiles of queries in both are parts
+    terms = lse.new_empty(batch, heads, 4, padded_rows, dtype=torch.float32)
+    blocks = tiles["queries"]
     tensors = [query, r, key, value, grad, of_value, covariance, mean, lse, dq, dr]
     enqueue(
         queries_kernel,
         (cdiv(rows, blocks.queries) * batch * heads, 1, 1),
-        [*tensors, *sums, starts],
-        (*(strides(x) for x in tensors), *shape),
-        constants_of(dim, scale, window, causal, blocks, bounds is not None),
+        [*tensors, terms, starts],
+        (*(strides(x) for x in tensors), *shape, padded_rows),
+        constants_of(dim, scale, window, causal, blocks, bounds is not None, in_bulk(key, value)),
         num_warps=blocks.warps,
         num_stages=blocks.stages,
     )
-    blocks = blocks_of("keys", dim, query.element_size())
-    tensors = [query, r, key, value, grad, mean, lse, dk, dv]
+    blocks = tiles["keys"]
+    tensors = [query, r, key, value, grad, dk, dv]
     enqueue(
         keys_kernel,
         (cdiv(key.shape[0], blocks.keys) * batch * key.shape[2], 1, 1),
-        [*tensors, *sums, ends],
-        (*(strides(x) for x in tensors), *shape),
-        constants_of(dim, scale, window, causal, blocks, bounds is not None),
+        [*tensors, terms, ends],
+        (*(strides(x) for x in tensors), *shape, padded_rows),
+        constants_of(dim, scale, window, causal, blocks, bounds is not None, in_bulk(query, r, grad)),
         num_warps=blocks.warps,
         num_stages=blocks.stages,
     )

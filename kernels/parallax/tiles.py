@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from megatron_lighthouse.kernels.launch import padded
 
@@ -31,15 +33,24 @@ def blocks_of(kernel: str, dim: int, itemsize: int) -> Blocks:
     return Blocks(32, 64, 8, 2) if wide <= 128 else Blocks(32, 32, 8, 1)
 
 
+def in_bulk(*tensors: Tensor) -> bool:
+    """Whether the bulk copy engine of Hopper and later can load rows of all: multiples of 16 bytes apart, of 2-byte elements."""
+    x = tensors[0]
+    if x.element_size() != 2 or x.device.type != "cuda" or torch.cuda.get_device_capability(x.device)[0] < 9:
+        return False
+    apart = (n for x in tensors for n in x.stride()[:3])
+    return all(n > 0 and n % 8 == 0 for n in apart) and all(x.data_ptr() % 16 == 0 for x in tensors)
+
+
 LOG2_E = 1.4426950408889634
 
 
 def constants_of(
-    dim: int, scale: float, window: int | None, causal: bool, blocks: Blocks, documents: bool = False
+    dim: int, scale: float, window: int | None, causal: bool, blocks: Blocks, documents: bool = False, bulk: bool = False
 ) -> dict[str, int | float]:
     """The constants of a kernel, in its order. SCALE is of exponents of 2; WINDOW 0: none."""
     own: dict[str, int | float] = {"SCALE": scale * LOG2_E, "WINDOW": window or 0, "DOCUMENTS": documents, "CAUSAL": causal}
-    return {**own, "D": dim, "BLOCK_D": padded(dim), "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
+    return {**own, "BULK": bulk, "D": dim, "BLOCK_D": padded(dim), "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
 
 
 @triton.jit
@@ -52,6 +63,24 @@ def tile(p_x, stride, i_row, rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
     else:
         x = tl.load(p_x, mask=(i_row < rows)[:, None], other=0.0)
     return x
+
+
+@triton.jit
+def source(p_x, stride, rows, BULK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
+    """What `loaded` takes tiles of BLOCK rows from: a descriptor for the bulk copy engine, or the pointer."""
+    if BULK:
+        return tl.make_tensor_descriptor(p_x, [rows, D], [stride.to(tl.int64), 1], [BLOCK, BLOCK_D])
+    else:
+        return p_x
+
+
+@triton.jit
+def loaded(x, stride, i_first, rows, BULK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
+    """[BLOCK, BLOCK_D] from row i_first on; what lies outside is 0."""
+    if BULK:
+        return x.load([i_first, 0])
+    else:
+        return tile(x, stride, i_first + tl.arange(0, BLOCK), rows, D, BLOCK_D)
 
 
 @triton.jit

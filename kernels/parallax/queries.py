@@ -46,10 +46,10 @@ def _queries_over_keys(
             i_n = i_first + tl.arange(0, BLOCK_N)
             weights = tl.where(seen(i_m[:, None], i_n[None, :], low[:, None], keys, CAUSAL), weights, 0.0)
         past *= weights
-        dr = tl.dot(past.to(k.dtype), k, dr, input_precision="ieee")
         below = above[:, None] - tl.dot(r, tl.trans(k), input_precision="ieee")
         of_logits = weights * of_covariance[:, None] + below * past
         dq = tl.dot(of_logits.to(k.dtype), k, dq, input_precision="ieee")
+        dr = tl.dot(past.to(k.dtype), k, dr, input_precision="ieee")
     return dq, dr
 
 

@@ -26,20 +26,24 @@ def blocks_of(kernel: str, dim: int, itemsize: int) -> Blocks:
     wide = padded(dim)
     if itemsize == 4:
         return Blocks(16, 16, 4, 1)
-    if kernel == "forward":
-        return Blocks(128, 64, 8, 2) if wide <= 128 else Blocks(64, 32, 8, 2)
-    if kernel == "queries":
-        return Blocks(64, 32 if wide == 128 else 64, 8 if wide == 128 else 4, 2) if wide <= 128 else Blocks(32, 32, 8, 1)
-    return Blocks(32, 64, 8, 2) if wide <= 128 else Blocks(32, 32, 8, 1)
+    if wide > 128:
+        return Blocks(64, 32, 8, 2) if kernel == "forward" else Blocks(32, 32, 8, 1)
+    if wide < 128 and kernel != "forward":
+        return Blocks(64, 64, 4, 2)
+    return Blocks(64, 128, 8, 2) if kernel == "keys" else Blocks(128, 64, 8, 2)
 
 
 def in_bulk(*tensors: Tensor) -> bool:
-    """Whether the bulk copy engine of Hopper and later can load rows of all: multiples of 16 bytes apart, of 2-byte elements."""
+    """Whether Hopper's bulk copy engine can load rows of all: of 2-byte elements, and multiples of 16 bytes apart."""
     x = tensors[0]
     if x.element_size() != 2 or x.device.type != "cuda" or torch.cuda.get_device_capability(x.device)[0] < 9:
         return False
     apart = (n for x in tensors for n in x.stride()[:3])
-    return all(n > 0 and n % 8 == 0 for n in apart) and all(x.data_ptr() % 16 == 0 for x in tensors)
+    return (
+        hasattr(tl, "make_tensor_descriptor")
+        and all(n > 0 and n % 8 == 0 for n in apart)
+        and all(x.data_ptr() % 16 == 0 for x in tensors)
+    )
 
 
 LOG2_E = 1.4426950408889634

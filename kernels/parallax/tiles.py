@@ -34,16 +34,15 @@ def blocks_of(kernel: str, dim: int, itemsize: int) -> Blocks:
 
 
 def in_bulk(*tensors: Tensor) -> bool:
-    """Whether Hopper's bulk copy engine can load rows of all: of 2-byte elements, and multiples of 16 bytes apart."""
-    x = tensors[0]
-    if x.element_size() != 2 or x.device.type != "cuda" or torch.cuda.get_device_capability(x.device)[0] < 9:
-        return False
-    apart = (n for x in tensors for n in x.stride()[:3])
-    return (
-        hasattr(tl, "make_tensor_descriptor")
-        and all(n > 0 and n % 8 == 0 for n in apart)
-        and all(x.data_ptr() % 16 == 0 for x in tensors)
-    )
+    """Whether Hopper's bulk copy engine loads tiles of rows of all of these."""
+    device = tensors[0].device
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    return hopper and hasattr(tl, "make_tensor_descriptor") and all(map(apart, tensors))
+
+
+def apart(x: Tensor) -> bool:
+    """Whether its rows, of 2-byte elements, lie multiples of 16 bytes apart, as that engine needs."""
+    return x.element_size() == 2 and x.data_ptr() % 16 == 0 and all(n > 0 and n % 8 == 0 for n in x.stride()[:3])
 
 
 LOG2_E = 1.4426950408889634

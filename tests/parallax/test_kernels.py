@@ -97,6 +97,27 @@ def test_strides_and_repeats_give_the_same_bits() -> None:
         assert all(map(torch.equal, with_grads(parallax_attention, others), first))
 
 
+@pytest.mark.parametrize("window", [None, 21])
+def test_bulk_copies_give_the_same_bits(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of Hopper, which the interpreter carries out too, of a dimension that is no power of two."""
+    tensors = on_device(inputs(41, 1, 2, 1, 24), torch.float16)
+    found = [with_grads(parallax_attention, tensors, window=window)]
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(sys.modules[f"megatron_lighthouse.kernels.parallax.{name}"], "in_bulk", lambda *x: DEVICE == "cpu")
+    found.append(with_grads(parallax_attention, tensors, window=window))
+    assert all(map(torch.equal, *found))
+
+
+def test_bulk_copies_need_rows_16_bytes_apart() -> None:
+    rows = torch.zeros(6, 2, 2, 20, dtype=torch.float16)
+    assert tiles.apart(rows[..., :16].contiguous())
+    assert not tiles.apart(rows), "40 bytes"
+    assert tiles.apart(rows.new_zeros(6, 2, 2, 24)[..., :20])
+    assert not tiles.apart(rows.new_zeros(6, 2, 2, 24)[..., 4:20]), "begins between"
+    assert not tiles.apart(rows.new_zeros(1, 2, 2, 16).expand(6, -1, -1, -1)), "one row for all"
+    assert not tiles.apart(rows.new_zeros(6, 2, 2, 16).float()), "fp32"
+
+
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["tokens", "batch", "heads"])
 def test_tensors_that_32_bits_do_not_span(dim: int) -> None:
     if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < NEEDED:

@@ -19,6 +19,7 @@ from megatron_lighthouse.kernels.parallax.tiles import (
     in_bulk,
     keys_of,
     loaded,
+    on_hopper,
     put,
     seen,
     source,
@@ -174,7 +175,7 @@ def forward(
     """
     rows, batch, heads, dim = query.shape
     query, r, key, value = (last_contiguous(x) for x in (query, r, key, value))
-    blocks = blocks_of("forward", dim, query.element_size())
+    blocks = blocks_of("forward", dim, query.element_size(), on_hopper(query))
     of_value, covariance = (query.new_empty(query.shape) for _ in range(2))
     mean = query.new_empty(rows, batch, heads, 1, dtype=torch.float32)
     lse = query.new_empty(batch, heads, rows, dtype=torch.float32)

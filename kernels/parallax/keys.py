@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megatron_lighthouse.kernels.parallax.tiles import last_seeing, loaded, put, source, tile
+from megatron_lighthouse.kernels.parallax.tiles import last_seeing, put, tile
 
 
 @triton.jit
@@ -13,9 +13,9 @@ def _keys_over_queries(
     state,
     k,
     v,
-    q_rows,
-    r_rows,
-    grad_rows,
+    p_q,
+    p_r,
+    p_grad,
     p_terms,
     stride_q,
     stride_r,
@@ -30,19 +30,21 @@ def _keys_over_queries(
     CAUSAL: tl.constexpr,
     BOUNDED: tl.constexpr,
     MASKED: tl.constexpr,
-    BULK: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """dk / scale and -dv scale over the queries begin..end - 1 of a head too. What is of pairs is [keys, queries] here."""
+    """dk and -dv over the queries begin..end - 1 of a head too. What is of pairs is [keys, queries] here.
+
+    Products stand in the order in which the fewest of them are in registers at a time.
+    """
     dk, dv = state
     scale: tl.constexpr = SCALE * 0.6931471805599453
     for i_first in range(begin, end, BLOCK_M):
         i_m = i_first + tl.arange(0, BLOCK_M)
-        g = loaded(grad_rows, stride_grad, i_first, rows, BULK, D, BLOCK_D, BLOCK_M)
-        past = tl.load(p_terms + 2 * stride_terms + i_m)[None, :] - tl.dot(v, tl.trans(g), input_precision="ieee") * (1 / scale)
-        q = loaded(q_rows, stride_q, i_first, rows, BULK, D, BLOCK_D, BLOCK_M)
+        g = tile(p_grad, stride_grad, i_m, rows, D, BLOCK_D)
+        past = tl.load(p_terms + 2 * stride_terms + i_m)[None, :] - tl.dot(v, tl.trans(g), input_precision="ieee")
+        q = tile(p_q, stride_q, i_m, rows, D, BLOCK_D)
         weights = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * SCALE - tl.load(p_terms + i_m)[None, :])
         if MASKED:
             if CAUSAL:
@@ -50,10 +52,10 @@ def _keys_over_queries(
             if BOUNDED:
                 weights = tl.where(i_m[None, :] < high[:, None], weights, 0.0)
         past *= weights
-        r = loaded(r_rows, stride_r, i_first, rows, BULK, D, BLOCK_D, BLOCK_M)
+        r = tile(p_r, stride_r, i_m, rows, D, BLOCK_D)
         dk = tl.dot(past.to(q.dtype), r, dk, input_precision="ieee")
-        below = tl.dot(k, tl.trans(r), input_precision="ieee") * scale - tl.load(p_terms + stride_terms + i_m)[None, :]
-        of_logits = weights * tl.load(p_terms + 3 * stride_terms + i_m)[None, :] + below * past
+        below = tl.dot(k, tl.trans(r), input_precision="ieee") - tl.load(p_terms + stride_terms + i_m)[None, :]
+        of_logits = weights * tl.load(p_terms + 3 * stride_terms + i_m)[None, :] + below * (past * scale)
         dk = tl.dot(of_logits.to(q.dtype), q, dk, input_precision="ieee")
         dv = tl.dot((weights * below).to(g.dtype), g, dv, input_precision="ieee")
     return dk, dv
@@ -86,7 +88,6 @@ def keys_kernel(
     WINDOW: tl.constexpr,
     DOCUMENTS: tl.constexpr,
     CAUSAL: tl.constexpr,
-    BULK: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -116,25 +117,24 @@ def keys_kernel(
     s_q, s_r, s_g = strides_q[0], strides_r[0], strides_grad[0]
     for i_of_group in range(R):
         i_h = i_g * R + i_of_group
-        q_rows = source(p_q + i_b * strides_q[1] + i_h * strides_q[2], s_q, rows, BULK, D, BLOCK_D, BLOCK_M)
-        r_rows = source(p_r + i_b * strides_r[1] + i_h * strides_r[2], s_r, rows, BULK, D, BLOCK_D, BLOCK_M)
-        g_rows = source(p_grad + i_b * strides_grad[1] + i_h * strides_grad[2], s_g, rows, BULK, D, BLOCK_D, BLOCK_M)
+        p_q_h = p_q + i_b * strides_q[1] + i_h * strides_q[2]
+        p_r_h = p_r + i_b * strides_r[1] + i_h * strides_r[2]
+        p_grad_h = p_grad + i_b * strides_grad[1] + i_h * strides_grad[2]
         p_terms_h = p_terms + (i_b * H + i_h) * 4 * stride_terms
         if CAUSAL:
             state = _keys_over_queries(
-                state, k, v, q_rows, r_rows, g_rows, p_terms_h, s_q, s_r, s_g, stride_terms,
-                i_n, high, begin, whole, rows, SCALE, CAUSAL, WINDOW or DOCUMENTS, True, BULK, D, BLOCK_D, BLOCK_M,
+                state, k, v, p_q_h, p_r_h, p_grad_h, p_terms_h, s_q, s_r, s_g, stride_terms,
+                i_n, high, begin, whole, rows, SCALE, CAUSAL, WINDOW or DOCUMENTS, True, D, BLOCK_D, BLOCK_M,
             )  # fmt: skip
         state = _keys_over_queries(
-            state, k, v, q_rows, r_rows, g_rows, p_terms_h, s_q, s_r, s_g, stride_terms,
-            i_n, high, whole, masked, rows, SCALE, CAUSAL, WINDOW or DOCUMENTS, False, BULK, D, BLOCK_D, BLOCK_M,
+            state, k, v, p_q_h, p_r_h, p_grad_h, p_terms_h, s_q, s_r, s_g, stride_terms,
+            i_n, high, whole, masked, rows, SCALE, CAUSAL, WINDOW or DOCUMENTS, False, D, BLOCK_D, BLOCK_M,
         )  # fmt: skip
         if WINDOW or DOCUMENTS:
             state = _keys_over_queries(
-                state, k, v, q_rows, r_rows, g_rows, p_terms_h, s_q, s_r, s_g, stride_terms,
-                i_n, high, masked, end, rows, SCALE, CAUSAL, WINDOW or DOCUMENTS, True, BULK, D, BLOCK_D, BLOCK_M,
+                state, k, v, p_q_h, p_r_h, p_grad_h, p_terms_h, s_q, s_r, s_g, stride_terms,
+                i_n, high, masked, end, rows, SCALE, CAUSAL, WINDOW or DOCUMENTS, True, D, BLOCK_D, BLOCK_M,
             )  # fmt: skip
-    scale: tl.constexpr = SCALE * 0.6931471805599453
-    dk, dv = state[0] * scale, state[1] * (-1 / scale)
+    dk, dv = state
     put(p_dk + i_b * strides_dk[1] + i_g * strides_dk[2], strides_dk[0], i_n, keys, dk, D, BLOCK_D)
-    put(p_dv + i_b * strides_dv[1] + i_g * strides_dv[2], strides_dv[0], i_n, keys, dv, D, BLOCK_D)
+    put(p_dv + i_b * strides_dv[1] + i_g * strides_dv[2], strides_dv[0], i_n, keys, -dv, D, BLOCK_D)

@@ -1,4 +1,4 @@
-"""Backward by tiles of queries, which sums dq and dr, and writes dO·o and dO·v̄ for the tiles of keys. Formulas: `backward`."""
+"""Backward by tiles of queries, which sums dq and dr, and writes what tiles of keys need of a query. Formulas: `backward`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _queries_over_keys(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dq / scale and dr over the keys begin..end - 1 too."""
+    """dq / scale and -dr over the keys begin..end - 1 too."""
     dq, dr = state
     for i_first in range(begin, end, BLOCK_N):
         v = loaded(v_rows, stride_v, i_first, keys, BULK, D, BLOCK_D, BLOCK_N)
@@ -94,7 +94,7 @@ def queries_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Program b * H + h of each tile of queries, as forward. Writes t and b too, [B, H, n] each."""
+    """Program b * H + h of each tile of queries, as forward. Writes the terms of a whole tile: rows past the end weigh nothing."""
     tiles = (rows + BLOCK_M - 1) // BLOCK_M
     heads = tl.num_programs(0) // tiles
     i_first, i_head = (tiles - 1 - tl.program_id(0) // heads) * BLOCK_M, (tl.program_id(0) % heads).to(tl.int64)
@@ -117,9 +117,9 @@ def queries_kernel(
     above, scale = mean + 1, SCALE * 0.6931471805599453
     p_terms += i_head * 4 * stride_terms + i_m
     tl.store(p_terms, lse)
-    tl.store(p_terms + stride_terms, above * scale)
-    tl.store(p_terms + 2 * stride_terms, of_value / scale)
-    tl.store(p_terms + 3 * stride_terms, of_covariance)
+    tl.store(p_terms + stride_terms, above)
+    tl.store(p_terms + 2 * stride_terms, of_value)
+    tl.store(p_terms + 3 * stride_terms, of_covariance * scale)
 
     s_k, s_v = strides_k[0], strides_v[0]
     k_rows = source(p_k + i_b * strides_k[1] + i_g * strides_k[2], s_k, keys, BULK, D, BLOCK_D, BLOCK_N)

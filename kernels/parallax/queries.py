@@ -94,7 +94,7 @@ def queries_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Program b * H + h of each tile of queries, as forward. Writes the terms of a whole tile: rows past the end weigh nothing."""
+    """Program b * H + h of each tile of queries, as forward. Writes terms of a whole tile: rows past the end weigh nothing."""
     tiles = (rows + BLOCK_M - 1) // BLOCK_M
     heads = tl.num_programs(0) // tiles
     i_first, i_head = (tiles - 1 - tl.program_id(0) // heads) * BLOCK_M, (tl.program_id(0) % heads).to(tl.int64)

@@ -50,12 +50,14 @@ from megatron_lighthouse.lighthouse.packed.rule import Rule
 FP32 = {
     *("p_scores", "p_turns", "p_finer", "p_coarser", "p_squares"),
     *("p_peak", "p_mass"),
-    *("p_lse", "p_part_lse", "p_mean", "p_of_output", "p_of_value"),
+    *("p_lse", "p_part_lse", "p_mean", "p_terms"),
     *("p_gate", "p_scalar", "p_totals", "p_delta", "p_sums", "p_sum_dq", "p_sum_dk", "p_sum_dv", "p_scalar_sums", "p_later"),
     "p_factor",
     *("p_row_gates", "p_grad_gates", "p_dg"),
 }
 INT32 = {"p_first", "p_ranks", "p_places", "p_documents", "p_tiles", "p_starts", "p_blocks", "p_bounds", "p_ends", "p_begin"}
+TENSOR_MEMORY = 512
+"""Columns that Blackwell has for a program."""
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -146,9 +148,11 @@ def compile_parallax(
     capability: int, dtype: str, dim: int, window: int | None = None, causal: bool = True, documents: bool = False
 ) -> Iterator[Report]:
     """Compile the kernels of Parallax likewise; `causal`: over a rank's own rows."""
+    hopper = capability // 10 == 9
     for kernel, name in ((forward_kernel, "forward"), (queries_kernel, "queries"), (keys_kernel, "keys")):
-        blocks = tiles.blocks_of(name, dim, BYTES[dtype])
-        constants = tiles.constants_of(dim, dim**-0.5, window, causal, blocks, documents)
+        blocks = tiles.blocks_of(name, dim, BYTES[dtype], hopper)
+        bulk = None if name == "keys" else hopper and BYTES[dtype] == 2
+        constants = tiles.constants_of(dim, dim**-0.5, window, causal, blocks, documents, bulk)
         yield _compile(kernel, capability, dtype, constants, blocks.warps, num_stages=blocks.stages)
 
 
@@ -204,6 +208,11 @@ def _compile(kernel: Any, capability: int, dtype: str, constants: Mapping[str, A
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options={"num_warps": warps, **options})
+    columns = getattr(compiled.metadata, "tmem_size", None) or 0
+    if columns > TENSOR_MEMORY:  # Triton has made a kernel that only traps, and says so at launch alone
+        raise ValueError(
+            f"{compiled.metadata.name} needs {columns} columns of tensor memory, more than {TENSOR_MEMORY}: smaller tiles"
+        )
     registers, stack = _used(compiled.asm["cubin"])
     return Report(compiled.metadata.name, registers, compiled.metadata.shared, stack)
 

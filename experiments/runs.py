@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
+from experiments import second
 from megatron_lighthouse.recipe.presets import COMMON, LOCAL, ON_CPU
 
 REFERENCE, BASE = "dense", "norm-60"
@@ -41,6 +42,8 @@ class Run:
     dense: int = 2
     """Layers that stay dense at either end."""
     options: str = ""
+    model: str = ""
+    """Megatron's arguments, where the model is not the experiment's."""
     gradual: bool = False
     """Whether layers return to dense attention one by one."""
     seed: int = 1
@@ -140,6 +143,11 @@ EXPERIMENTS = {
             ),
         },
     ),
+    "second": Experiment(
+        "rows at their window's end, no dense layers, a causal selection; several share a GPU",
+        *(GPT_39M, STABLE, 16384, 2700, 2, 128),
+        second.runs((REFERENCE, DENSE), (BASE, NORM)),
+    ),
     "pilot": Experiment(
         "a smaller model at 8K, ten runs side by side: which settings recover",
         *(GPT_14M, STABLE, 8192, 3000, 4, 64),
@@ -236,7 +244,7 @@ def model_arguments(run: Run, size: Size, of_machine: list[str]) -> list[str]:
     """Model, optimizer and schedule: what a run and the evaluation of its checkpoint are both given."""
     length, experiment = str(size.seq_length), EXPERIMENTS[size.experiment]
     return [
-        *(*COMMON.split(), *of_machine, *experiment.model.split()),
+        *(*COMMON.split(), *of_machine, *experiment.model.split(), *run.model.split()),
         *experiment.schedule.format(decay=size.steps // 5, rise=size.steps // 30).split(),
         *("--seq-length", length, "--max-position-embeddings", length, "--global-batch-size", str(size.batch)),
         *("--micro-batch-size", str(size.batch), "--train-iters", str(size.steps), "--seed", str(run.seed)),

@@ -40,7 +40,7 @@ def select(score_q: list[float], score_k: list[float], problem: Problem) -> tupl
         first_token = tile * per_tile * problem.window
 
         def enter(entry: Entry, seen_from: int | None, by_query=by_query, by_key=by_key, first_token=first_token) -> None:
-            """What happens from an entry's first token to its last; its row is seen from `seen_from` on, where that is given."""
+            """What happens from an entry's first token to its last; its row is seen from `seen_from` on, where that is said."""
             level, i = entry
             gathered.append(entry)
             if seen_from not in (None, last_token(entry, problem)):

@@ -38,7 +38,7 @@ def config_of(problem: Problem, **more: object) -> LighthouseConfig:
 
 
 def places_by_hand(scores: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
-    """The rows of all entries, and of those that are not silent, from level-0 scores [2, B, G, N], by the loops of the oracle."""
+    """The rows of all entries, and of those that are not silent, from level-0 scores [2, B, G, N], by the oracle."""
     length = config_of(problem).geometry(problem.seq_length).pyramid_length
     places, spills = torch.full((2, problem.batch, problem.groups, length), -1, dtype=torch.int32)
     for b in range(problem.batch):

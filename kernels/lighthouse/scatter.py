@@ -177,18 +177,17 @@ class Scatter(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        *given, ctx.travel, some_silent = args
-        _, halo, places, ctx.sizes = given
+        _, halo, places, ctx.sizes, ctx.travel, some_silent = args
         ctx.how = halo is not None, some_silent
         ctx.save_for_backward(places)
-        return _scatter(*given, ctx.travel) if ctx.travel else run(scatter_op, _scatter_whole, *given)
+        return _scatter(*args[:-1]) if ctx.travel else run(scatter_op, _scatter_whole, *args[:-2])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (places,) = ctx.saved_tensors
         if ctx.travel:
-            rows, halo = _scatter_backward(grad, places, ctx.sizes, *ctx.how, ctx.travel)
+            rows, halo = _scatter_backward(grad, places, ctx.sizes, *ctx.how, travel=ctx.travel)
         else:
             rows, halo = run(scatter_backward_op, _scatter_backward_whole, grad, places, ctx.sizes, *ctx.how)
         return rows, halo if ctx.how[0] else None, *[None] * 4

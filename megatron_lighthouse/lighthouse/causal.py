@@ -6,8 +6,8 @@ As in the paper m windows of a tile are refined at each level, half of them by q
 2. by keys, when it has ended: by its own s^K. Its children, and all that they are refined into, are gathered as they were, and
    seen as keys from the window's last token on. Rows of theirs that end before it would be outputs too early: they are silent.
 
-Either choice is made window by window. One is refined if, of the windows of its tile so far, fewer score as high than the tile's
-share of them; no more than the share, and the last where too few were. So S is the paper's, and no later window is waited for.
+Either choice is made window by window. One is refined if, of the windows of its tile so far, fewer score as high than the share
+of them that the tile refines; until that is spent, and the last ones where else some were left. So S is the paper's.
 
 The order of rows stays the paper's: within a window that was refined by keys no row is seen by any query before its last token,
 and those of its children stand just before its own.

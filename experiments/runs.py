@@ -143,11 +143,7 @@ EXPERIMENTS = {
             ),
         },
     ),
-    "second": Experiment(
-        "rows at their window's end, no dense layers, a causal selection; several share a GPU",
-        *(GPT_39M, STABLE, 16384, 2700, 2, 128),
-        second.runs((REFERENCE, DENSE), (BASE, NORM)),
-    ),
+    "second": Experiment(second.TITLE, GPT_39M, STABLE, 16384, 2700, 2, 128, second.runs((REFERENCE, DENSE), (BASE, NORM))),
     "pilot": Experiment(
         "a smaller model at 8K, ten runs side by side: which settings recover",
         *(GPT_14M, STABLE, 8192, 3000, 4, 64),

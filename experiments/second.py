@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from experiments.runs import Run
 
+TITLE = "rows at their window's end, no dense layers, a causal selection; several share a GPU"
 EDGES = "no dense layers: at either end two with"
 CAUSAL, EDGE, NORMED = "--lighthouse-causal-selection", "--lighthouse-edge-budget", "--qk-layernorm"
 

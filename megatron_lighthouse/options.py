@@ -50,9 +50,12 @@ def in_flags(message: str, prefix: str = "lighthouse") -> str:
     """An error of the library in the words of the command line: `config.budget` is --lighthouse-budget."""
     for name, flag in SAID.items():
         message = message.replace(name, flag)
-    message = re.sub(r"\bconfig\.([a-z]\w*) True\b", lambda found: flag_of(prefix, found[1]), message)
-    message = re.sub(r"\bconfig\.([a-z]\w*) False\b", lambda found: flag_of("no-" + prefix, found[1]), message)
-    return re.sub(r"\bconfig\.([a-z]\w*)", lambda found: flag_of(prefix, found[1]), message)
+
+    def said(found: re.Match[str]) -> str:
+        return flag_of(f"no-{prefix}" if found[2] == "False" else prefix, found[1])
+
+    # a bool is what its flag says, unless it is said to be of a wrong type
+    return re.sub(r"\bconfig\.([a-z]\w*)(?: (True|False)\b(?! must))?", said, message)
 
 
 def add_options(group: argparse._ArgumentGroup, prefix: str, config: type) -> None:

@@ -185,9 +185,9 @@ class Scatter(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (places,) = ctx.saved_tensors
+        (places,), (has_halo, some_silent) = ctx.saved_tensors, ctx.how
         if ctx.travel:
-            rows, halo = _scatter_backward(grad, places, ctx.sizes, *ctx.how, travel=ctx.travel)
+            rows, halo = _scatter_backward(grad, places, ctx.sizes, has_halo, some_silent, ctx.travel)
         else:
-            rows, halo = run(scatter_backward_op, _scatter_backward_whole, grad, places, ctx.sizes, *ctx.how)
-        return rows, halo if ctx.how[0] else None, *[None] * 4
+            rows, halo = run(scatter_backward_op, _scatter_backward_whole, grad, places, ctx.sizes, has_halo, some_silent)
+        return rows, halo if has_halo else None, *[None] * 4

@@ -164,6 +164,15 @@ def test_nor_where_heads_share_a_selection() -> None:
     assert [changed_before(inputs, config, start) for start in (17, 50, 79)] == [0, 0, 0]
 
 
+def test_nor_where_rows_are_gathered_for_another_attention() -> None:
+    *inputs, stream = [*tensors(PROBLEM), random_like(tensors(PROBLEM)[:1])[0]]
+    config = config_of(PROBLEM, around="parallax")
+    changed = [torch.cat([x[:39], -x[39:]]) for x in (*inputs, stream)]
+    before, after = (lighthouse_attention(*x[:3], config, streams=x[3:]) for x in ([*inputs, stream], changed))
+    assert torch.equal(before[:39], after[:39])
+    assert not torch.equal(before[39:], after[39:])
+
+
 @some
 @given(small_problems)
 def test_no_position_is_empty(problem: Problem) -> None:

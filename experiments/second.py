@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from experiments.runs import Run
+from experiments.run import Run
 
 TITLE = "rows at their window's end, no dense layers, a causal selection; several share a GPU"
 EDGES = "no dense layers: at either end two with"

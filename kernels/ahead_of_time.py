@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megatron_lighthouse.kernels.launch import launch, padded
-from megatron_lighthouse.kernels.lighthouse import attended
+from megatron_lighthouse.kernels.lighthouse import attended, causal
 from megatron_lighthouse.kernels.lighthouse.edge import edge_kernel
 from megatron_lighthouse.kernels.lighthouse.gather import gather_backward_kernel, gather_forward_kernel
 from megatron_lighthouse.kernels.lighthouse.mass import column_blocks_of, columns_kernel, rows_kernel
@@ -104,6 +104,7 @@ def compile_all(capability: int, geometry: Geometry, dtype: str, dim: int) -> It
     constants = {**levels, "TILE_BUDGET": geometry.tile_budget, "PIN_FIRST": True, "BLOCK": block, "ONE": one}
     yield _compile(refine_kernel, capability, dtype, constants, warps_of(block), **limit_of(capability))
     yield _compile(place_kernel, capability, dtype, {**levels, "BLOCK": 256}, 4)
+    yield _compile(causal.earlier_kernel, capability, dtype, {"BLOCK": causal.BLOCK}, causal.WARPS)
     blocks = attended.blocks_of(dim, BYTES[dtype])
     constants = {**shape, "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
     for kernel in (attended.attended_kernel, rows_kernel):

@@ -66,6 +66,8 @@ class Layer:
     own_tiles: Geometry | None
     """Where context-parallel ranks select alone: of this rank's tiles. Else rows are dealt."""
     pin_first: bool
+    causal: bool
+    """Whether the selection rests on no later token."""
     steps: Steps
     scorer: Scorer
     exchange: Exchange | None
@@ -77,6 +79,11 @@ class Layer:
     """Key/value heads that share a selection."""
     rotary: Rotary | None
     """By which rows are turned on to their window's last token while they are pooled."""
+
+    @property
+    def rule(self) -> tuple[bool, bool]:
+        """(pin_first, causal), as `Steps.select` takes them."""
+        return self.pin_first, self.causal
 
     def __call__(
         self,
@@ -129,10 +136,10 @@ class Layer:
             scores, deal = self.scorer(query, key, value, self.own, self.steps, self.exchange, self.rotary), None
             scores = summed(scores, self.heads_per_selection)
             if self.exchange is None:
-                selection = self.steps.select(scores, self.geometry, self.pin_first)
+                selection = self.steps.select(scores, self.geometry, *self.rule)
             else:
-                selection, deal = select_shard(scores, self.geometry, self.own_tiles, self.pin_first, self.steps, self.exchange)
-            telemetry.record(selection, scores, self.geometry, self.pin_first, self.steps, self.scorer.causal)
+                selection, deal = select_shard(scores, self.geometry, self.own_tiles, *self.rule, self.steps, self.exchange)
+            telemetry.record(selection, scores, self.geometry, *self.rule, self.steps, self.scorer.causal)
         return selection, deal
 
 
@@ -178,4 +185,5 @@ def build(
     steps = steps_for(config.steps, query, config.pooling)
     own, tiles = Tiled(query.shape[0], config.levels, config.pooling, geometry.tile), own_tiles(geometry, size)
     scorer, shared = SCORERS[config.scorer], config.heads_per_selection or 1
-    return Layer(geometry, own, tiles, config.pin_first, steps, scorer, exchange, base.gather, attend, shared, rotary)
+    rule = (config.pin_first, config.causal_selection)
+    return Layer(geometry, own, tiles, *rule, steps, scorer, exchange, base.gather, attend, shared, rotary)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_lighthouse import running
 from megatron_lighthouse.lighthouse.around import AROUND
+from megatron_lighthouse.lighthouse.causal_rules import causal_documents_problem
 from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
 from megatron_lighthouse.lighthouse.heads import documents_problem
@@ -122,7 +123,8 @@ class Lighthouse(Variant):
 
     def document_problems(self, config: LighthouseConfig, ranks: int) -> Iterator[str]:
         """Why documents cannot be ranked."""
-        for problem in (SCORERS[config.scorer].packed_problem(config.rule.window), documents_problem(config)):
+        problems = (documents_problem(config), causal_documents_problem(config))
+        for problem in (SCORERS[config.scorer].packed_problem(config.rule.window), *problems):
             if problem:
                 yield in_flags(problem)
         if ranks > 1 and config.around != "softmax":

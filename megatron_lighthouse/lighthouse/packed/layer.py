@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse import telemetry
 from megatron_lighthouse.lighthouse.around import AROUND
+from megatron_lighthouse.lighthouse.causal_rules import causal_documents_problem
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.heads import documents_problem
 from megatron_lighthouse.lighthouse.implementations import packed_steps_for
@@ -140,7 +141,7 @@ def build_packed(
     base = AROUND[config.around]
     if rotary is not None and (problem := rotary.problem(query.shape[3]) or base.rotary_problem()):
         raise ValueError(problem)
-    if problem := scorer.packed_problem(rule.window) or documents_problem(config):
+    if problem := scorer.packed_problem(rule.window) or documents_problem(config) or causal_documents_problem(config):
         raise ValueError(problem)
     steps, attend = packed_steps_for(config.steps, query, config.pooling), None
     if exchange is None:

@@ -25,7 +25,7 @@ def test_the_page_holds_what_the_command_prints(capsys: pytest.CaptureFixture[st
     assert all("not counted: `--" in row[-1] or float(row[3].strip("×")) >= 1 for row in rows)
 
 
-@pytest.mark.parametrize("recipe", ["llama3-8b-128k", "qwen3-8b-256k"])
+@pytest.mark.parametrize("recipe", ["llama3-8b-128k", "qwen3-8b-256k", "qwen3-8b-1m-8gpu"])
 def test_recipes_of_one_node_start(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*recipe_words(ROOT / "launch/recipes" / f"{recipe}.args"), *TOKENIZER]
     node = ["--nodes", "1", "--gpus-per-node", "8", "--arch", "hopper", "--device", "h200"]

@@ -1,11 +1,12 @@
 """`python benchmarks/million.py --out FOLDER`: a million tokens in one sequence on one GPU, and what tiles cost.
 
 Qwen3-0.6B's shape (tied embeddings, queries and keys normed), every layer Lighthouse, bf16, Adam with fp32 state, full
-recompute, random tokens of the whole vocabulary; Transformer Engine where it is installed. Its runs are four kinds:
+recompute, random tokens of the whole vocabulary; Transformer Engine where it is installed. Its runs are five kinds:
 
     0.6b-LENGTH…     131,072 (k = 1,024), 524,288 and 1,048,576 tokens (k = 4,096)
     tiling-…         32,768 tokens, which fit without tiles: without, with tiles of the loss, and of the MLPs too
     before-LENGTH    without tiles, from 16,384 tokens by doubling, until one does not fit; of another checkout: --before PATH
+    parity-…         16,384 tokens, 50 steps: without tiles and in tiles, every loss in summary.json
     8b-LENGTH-…      layers of Qwen3-8B's shape, dense and Lighthouse: a layer is what 4 take more than 1
 
 each in a process of its own through `megatron_lighthouse.pretrain_gpt`. `--runs '0.6b-*' tiling-32768` takes some of them, in
@@ -98,6 +99,8 @@ def cases() -> Iterator[Case]:
     yield Case("tiling-32768-loss", "0.6b", 2**15, 12)
     yield Case("tiling-32768-loss-mlp", "0.6b", 2**15, 12, mlp_tiles=2**13)
     yield Case(f"0.6b-{2**20}-whole-mlp", "0.6b", 2**20, 4, levels=4, budget=4096)
+    yield Case("parity-16384-none", "0.6b", 2**14, 50, loss_tiles=False)
+    yield Case("parity-16384-tiles", "0.6b", 2**14, 50, mlp_tiles=2**12)
     for length in (2**n for n in range(14, 21)):
         yield Case(f"before-{length}", "0.6b", length, 4, budget=length // 128, loss_tiles=False, before=True)
     for length in (2**17, 2**18):
@@ -128,7 +131,7 @@ def main() -> None:
         if case.before and any(row["before"] and row["status"] != "trained" for row in rows):
             continue  # one of half the length did not fit
         rows.append(measured(case, options, more, end))
-        print({name: value for name, value in rows[-1].items() if name not in ("model", "before")}, flush=True)
+        print({name: value for name, value in rows[-1].items() if name not in ("model", "before", "losses")}, flush=True)
         keep(rows, options.out)
         (options.out / "summary.json").write_text(json.dumps({**environment, "runs": rows}, indent=2) + "\n")
     draw(rows, options.out / "million.png")
@@ -209,6 +212,7 @@ def measured(case: Case, options: argparse.Namespace, more: list[str], end: floa
         **{f"peak GiB {name}": round(max(found), 3) if found else None for name, found in peaks.items()},
         "first loss": losses[0] if losses else None,
         "last loss": losses[-1] if losses else None,
+        "losses": losses,
         "seconds in all": round(time.monotonic() - begun, 1),
     }
 
@@ -230,7 +234,8 @@ def keep(rows: list[dict[str, Any]], out: Path) -> None:
     for name, table in (("million", rows), ("layers", list(layers(rows)))):
         if table:
             with (out / f"{name}.csv").open("w", newline="") as file:
-                writer = csv.DictWriter(file, list(dict.fromkeys(key for row in table for key in row)))
+                names = [name for name in dict.fromkeys(key for row in table for key in row) if name != "losses"]
+                writer = csv.DictWriter(file, names, extrasaction="ignore")
                 writer.writeheader()
                 writer.writerows(table)
 
@@ -239,7 +244,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Memory and time against length, of each kind of run."""
     series: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        if row.get("seconds a step") and not row["name"].startswith("tiling"):
+        if row.get("seconds a step") and not row["name"].startswith(("tiling", "parity")):
             of = f"{row['attention']}, {row['layers']} layers" if row["model"] == "8b" else "in tiles"
             series.setdefault(f"{row['model']} {'without tiles' if row['before'] else of}", []).append(row)
     figure = Figure(figsize=(10, 4.2), layout="constrained")

@@ -71,7 +71,7 @@ def test_a_tile_holds_three_gibibytes(ffn: int, tokens: int) -> None:
 
 def test_tiles_are_ranked_and_offered() -> None:
     """Where nothing else fits one GPU."""
-    run = run_of("530m-98k", gpus=1, global_batch=1, seq_length=1376256, device=DEVICES["h200"], recompute="full")
+    run = run_of("530m-98k", gpus=1, global_batch=1, seq_length=98304 * 15, device=DEVICES["h200"], recompute="full")
     assert not memory.fits(run)
     best = next(way for way in search.ways(run) if memory.fits(way))
     assert best.mlp_tile_tokens == 2**17

@@ -99,7 +99,7 @@ def test_ring_in_backward() -> None:
     name = "backward of its attention, beyond that"
     run = run_of("530m-98k", gpus=2, context_parallel=2, attention="dense")
     ring = 98304 // 2 * 2 * (1024 * (1 + 1 + 2 + 2 + 2 + 8 - 2) - 3 * 1536)
-    mlp = 98304 // 2 * 2 * (1024 + 3 * 1536)
+    mlp = 98304 // 2 * 2 * (1024 + 2 * 1536)
     assert memory.parts(run)[name] == ring - mlp > 0
     assert memory.parts(run.change(context_parallel=1))[name] == 0
 

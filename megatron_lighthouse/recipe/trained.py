@@ -14,6 +14,7 @@ import torch
 from megatron.core import dist_checkpointing, mpu
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import training
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_args, validate_args
@@ -74,13 +75,23 @@ class Trained:
     def next_token(self, tokens: Array) -> Array:
         """[s] tokens -> [vocabulary] logits of the token after the last, fp32."""
         given = torch.from_numpy(tokens.astype(numpy.int64)).cuda().unsqueeze(0)
-        return self._forward(given, runtime_gather_output=True)[0, -1].float().cpu().numpy()
+        hook = get_attr_wrapped_model(self.model, "output_layer").register_forward_pre_hook(_last_row)
+        try:
+            return self._forward(given, runtime_gather_output=True)[0, -1].float().cpu().numpy()
+        finally:
+            hook.remove()
 
     @torch.no_grad()
     def _forward(self, tokens: Tensor, **how: Any) -> Tensor:
         """One sequence, causal, as a training run without attention masks."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
         return self.model(tokens.contiguous(), positions, None, **how)
+
+
+def _last_row(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of an output layer's input [s/ranks, b, h] the last row of each sequence-parallel rank: logits of all would not fit."""
+    hidden, *others = args
+    return hidden[-1:], *others
 
 
 def parse(add_arguments: ArgumentsProvider) -> argparse.Namespace:

@@ -134,7 +134,11 @@ def test_losses_and_the_next_token_are_those_of_megatrons_logits() -> None:
     with torch.no_grad():
         given = torch.from_numpy(tokens.astype(numpy.int64)).cuda()[None]
         logits = tiny(fused=False)(given, torch.arange(65).cuda()[None], None)[0].double().cpu()
+    rows: list[int] = []
+    seen = trained.model.output_layer.register_forward_hook(lambda _, __, out: rows.append(len(out[0])))
     assert_close(trained.next_token(tokens), logits[-1], "float32")
+    seen.remove()
+    assert rows == [1], "logits of all tokens would not fit at long context"
     expected = -logits.log_softmax(-1)[torch.arange(64), torch.from_numpy(tokens[1:].astype(numpy.int64))]
     assert_close(trained.token_losses(tokens), expected, "float32")
     assert expected.std() > 0.1, "each position must have a loss of its own"

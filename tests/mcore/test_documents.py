@@ -11,6 +11,7 @@ import pytest
 from tests.mcore import harness
 from tests.mcore.harness import MODEL, ROOT, Run
 from tests.mcore.test_parity import START, assert_same
+from tests.tolerances import assert_close
 
 AT = MODEL.index("--lighthouse-budget")
 run = partial(harness.run, model=MODEL[:AT] + MODEL[AT + 2 :])
@@ -100,3 +101,18 @@ def test_lighthouse_equals_itself_on_one_process(
     assert abs(one_lighthouse.losses[1] - one_process.losses[1]) > 1e-4, "nothing was selected"
     start = [*LIGHTHOUSE, "--load", str(checkpoint), *START, *arguments.split()]
     assert_same(run(tmp_path, *start, ranks=ranks, data=documents), one_lighthouse)
+
+
+FURTHER = "--mtp-num-layers 1 --train-iters 2 --eval-interval 2 --eval-iters 1".split()
+
+
+def test_further_tokens_are_predicted_alike_on_two_ranks(tmp_path: Path, documents: list[str]) -> None:
+    one, two = (run(tmp_path / f"{ranks}", *PACKED, *FURTHER, ranks=ranks, data=documents) for ranks in (1, 2))
+    assert "validation loss at iteration 2" in one.log
+    assert len(further(one.log)) == 2
+    assert_close([*one.losses.values(), *further(one.log)], [*two.losses.values(), *further(two.log)], "parallel loss")
+
+
+def further(log: str) -> list[float]:
+    """The losses of a further token that were logged."""
+    return [float(line.split("mtp_1 loss: ")[1].split("|")[0]) for line in log.splitlines() if "mtp_1 loss: " in line]

@@ -38,8 +38,8 @@ def packed(documents: Documents, seq_length: int, ends: Tensor | None = None) ->
     """
     bounds = documents.cu_seqlens
     lengths = {"max_seqlen_q": seq_length, "max_seqlen_kv": seq_length}
-    within = {"cu_seqlens_q": bounds, "cu_seqlens_kv": bounds, "documents": documents, "ends": ends}
-    return PackedDocuments(qkv_format="sbhd", **within, **lengths)
+    given: dict[str, Any] = {"cu_seqlens_q": bounds, "cu_seqlens_kv": bounds, **lengths}
+    return PackedDocuments(qkv_format="sbhd", documents=documents, ends=ends, **given)
 
 
 def documents_of(params: Any, tokens: int) -> Documents:

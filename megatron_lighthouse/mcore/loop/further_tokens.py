@@ -61,9 +61,10 @@ def roll(
     """
     ends = getattr(packed_seq_params, "ends", None)
     if tensor is None or not isinstance(packed_seq_params, PackedDocuments):
-        return inner(tensor, shifts, dims, cp_group, packed_seq_params)  # type: ignore[no-any-return]
+        rolled: tuple[Tensor | None, Tensor | None] = inner(tensor, shifts, dims, cp_group, packed_seq_params)
+        return rolled
     assert ends is not None
     assert (shifts, dims) == (-1, -1)
     kept = tensor.masked_fill(ends, 0)
-    rolled = torch.cat([kept[:, 1:], torch.zeros_like(kept[:, :1])], dim=1).masked_fill(ends, 0)
-    return rolled, rolled.sum()
+    moved = torch.cat([kept[:, 1:], torch.zeros_like(kept[:, :1])], dim=1).masked_fill(ends, 0)
+    return moved, moved.sum()

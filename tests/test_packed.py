@@ -10,9 +10,8 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthouse_select, running
+from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthouse_select
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.lighthouse import telemetry
 from megatron_lighthouse.lighthouse.attention import packed_rows
 from megatron_lighthouse.lighthouse.packed.packing import Packing
 from megatron_lighthouse.lighthouse.rotary import Rotary
@@ -222,8 +221,3 @@ def test_what_context_parallel_ranks_cannot_share_is_refused(monkeypatch: pytest
     chosen = packed_rows(*tensors(of((40,))), config, bounds(40)).selection
     with pytest.raises(ValueError, match="a selection can be given without context parallelism alone"):
         lighthouse_attention(*inputs, config, cu_seqlens=bounds(40), selection=chosen)
-
-
-def test_a_watched_layer_is_refused() -> None:
-    with telemetry.watching([1]), running.layer(1), pytest.raises(ValueError, match="telemetry measures one sequence"):
-        lighthouse_attention(*tensors(ROW), config_of(ROW), cu_seqlens=bounds(*ROW.lengths))

@@ -278,7 +278,7 @@ def test_a_run_over_documents_is_evaluated_by_document(evaluated: Evaluated, tmp
     given = ["--attention", "lighthouse", FLAG, "--load", str(evaluated.checkpoint), "--out", str(tmp_path / "out")]
     for name in ("one", "two"):
         (tmp_path / f"{name}.txt").write_text(f"{name} " * 90)
-    probe = ["--passkey-samples", "1", "--passkey-lengths", "101", "--passkey-depths", "0", "--passkey-fillers", "classic"]
+    probe = ["--passkey-samples", "1", "--passkey-lengths", "131", "--passkey-depths", "0", "--passkey-fillers", "classic"]
     texts = ["--held-out", *(str(tmp_path / f"{name}.txt") for name in ("one", "two"))]
     result = evaluate(1, *given, *texts, *probe, model=[*MODEL[:at], *MODEL[at + 2 :]])
     assert result.returncode == 0, result.stdout[-3000:]

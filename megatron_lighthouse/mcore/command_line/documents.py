@@ -79,13 +79,6 @@ def upstream_problems(args: Namespace, config: Any) -> Iterator[str]:
         )
 
 
-def watched_problems(args: Namespace) -> Iterator[str]:
-    """What measures a selection goes by the tiles of one sequence."""
-    for name in ("lighthouse_telemetry_interval", "lighthouse_selection_map"):
-        if value := getattr(args, name, None):
-            yield f"--{name.replace('_', '-')} {value} measures one sequence, not packed documents: leave it out, or {FLAG}."
-
-
 def _of_te(config: Any) -> Iterator[str]:
     size = config.context_parallel_size
     if config.transformer_impl != "transformer_engine":

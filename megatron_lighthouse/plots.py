@@ -52,7 +52,7 @@ def selection_map(selection: Selection, path: Path, title: str) -> None:
     )
     if isinstance(geometry, Packing):
         for end in geometry.cu_seqlens[1:-1].tolist():
-            wide.axvline(end - 0.5, color="white", linewidth=0.8)
+            wide.axvline(end - 0.5, color="white", linewidth=min(0.8, 60 / len(geometry.lengths)))  # of 8 inches at most 60/72
     wide.set(xlabel="token", ylabel="key/value head", yticks=range(len(finest)), title=f"{title}: finest level gathered")
     names = [f"level {level}: {_tokens(geometry.window(level))}" for level in range(geometry.levels)]
     figure.legend(

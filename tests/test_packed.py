@@ -14,6 +14,7 @@ from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthou
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse.attention import packed_rows
 from megatron_lighthouse.lighthouse.packed.packing import Packing
+from megatron_lighthouse.lighthouse.packed.rule import Rule
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.sequence.documents import Documents
 from tests.context_parallel.shards import exchange_of
@@ -221,3 +222,13 @@ def test_what_context_parallel_ranks_cannot_share_is_refused(monkeypatch: pytest
     chosen = packed_rows(*tensors(of((40,))), config, bounds(40)).selection
     with pytest.raises(ValueError, match="a selection can be given without context parallelism alone"):
         lighthouse_attention(*inputs, config, cu_seqlens=bounds(40), selection=chosen)
+
+
+def test_the_rule_is_asked_once_for_each_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row has many documents, and few lengths: at most sqrt(2t) of t tokens."""
+    inner, asked = Rule.counts, []
+    monkeypatch.setattr(Rule, "counts", lambda rule, tokens: asked.append(tokens) or inner(rule, tokens))
+    packing = Packing.of(Documents.of(bounds(*(40, 64, 3, 40) * 9), 147 * 9), config_of(ROW).rule)
+    assert packing.rows.tokens == packing.gathered_length == int(packing.bounds[2, -1])
+    assert packing.budget == int(packing.tiles[3].sum())
+    assert sorted(asked) == [3, 40, 64]

@@ -45,6 +45,7 @@ from megatron_lighthouse.mcore.command_line.run_options import check_run_options
 from megatron_lighthouse.mcore.data import text
 from megatron_lighthouse.mcore.data.documents import documents_until
 from megatron_lighthouse.mcore.loop import hooks, pretrain
+from megatron_lighthouse.mcore.loop.further_tokens import ends_of
 from megatron_lighthouse.recipe.of_run import of_one_sequence
 from megatron_lighthouse.recipe.readers import BYTES, Reader, reader_of
 from megatron_lighthouse.recipe.same_model import check_same_model
@@ -90,7 +91,7 @@ class Trained:
             documents = documents_until(tokens[0], self.reader.end)
             positions = documents.positions.unsqueeze(0)
             rotate_by(get_attr_wrapped_model(self.model, "decoder", return_model_obj=True), positions)
-            how["packed_seq_params"] = packed(documents, tokens.shape[1])
+            how["packed_seq_params"] = packed(documents, tokens.shape[1], ends_of(documents, tokens, self.reader.end))
         return self.model(tokens.contiguous(), positions, None, **how)
 
 
@@ -103,6 +104,7 @@ def parse(add_arguments: ArgumentsProvider) -> argparse.Namespace:
     hooks.adapt_machine()
     hooks.load_weights()
     hooks.tile()
+    hooks.keep_documents_apart()
     sys.argv[1:] = of_one_sequence(sys.argv[1:])
     args = parse_args(with_lighthouse_arguments(_with(add_arguments)))
     if args.use_checkpoint_args:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -102,3 +103,17 @@ def test_a_row_of_documents_trains_as_each_document_alone(monkeypatch: pytest.Mo
     assert any(grad.abs().max() > 1e-3 for name, grad in zip(dict(one.named_parameters()), found, strict=True) if "mtp" in name)
     for grad, total in zip(found, expected, strict=True):
         assert_close(grad, total / counted, "float32")
+
+
+def test_a_model_that_predicts_further_tokens_is_evaluated_by_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_lighthouse.recipe.readers import BYTES
+    from megatron_lighthouse.recipe.trained import Trained
+
+    _, tokens, labels, _ = row()
+    read, one = torch.cat([tokens[0], labels[0, -1:]]).numpy(), model(monkeypatch)
+    trained = Trained(Namespace(dataloader_inter_document_masking=True), 0, one, replace(BYTES, end=END))
+    losses, bounds = trained.token_losses(read), [0, *accumulate(ROW)]
+    last = trained.next_token(read[:-1])
+    for start, stop in pairwise(bounds):
+        assert_close(losses[start:stop], trained.token_losses(read[start : stop + 1]), "float32")
+    assert_close(last, trained.next_token(read[bounds[-2] : -1]), "float32")

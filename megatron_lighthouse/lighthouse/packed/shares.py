@@ -19,10 +19,10 @@ from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.transfer import End
 from megatron_lighthouse.lighthouse.packed.align import arriving, leaving
 from megatron_lighthouse.lighthouse.packed.maps import Maps
-from megatron_lighthouse.lighthouse.packed.packing import Packing, bounds_of, integers
+from megatron_lighthouse.lighthouse.packed.packing import Packing, bounds_of, integers, numbered
 from megatron_lighthouse.lighthouse.packed.pieces import Cut
 from megatron_lighthouse.lighthouse.packed.steps import Runs
-from megatron_lighthouse.sequence.documents import Documents, repeated
+from megatron_lighthouse.sequence.documents import Documents, repeated, runs
 from megatron_lighthouse.sequence.layout import Layout
 
 
@@ -126,13 +126,18 @@ class Shares:
         more, or where the document has no token in the chunk."""
         first, last = self.spilled
         document = self._by_entry(torch.empty(0, dtype=torch.int64), Maps.of(self.here).window_document)
-        spread, copies = (last - first)[self.here.seq_length :], [first]
-        for copy in range(1, int(spread.max()) + 1 if len(spread) else 1):
-            some = (spread >= copy).nonzero().squeeze(1)
-            at, chunk = some + self.here.seq_length, first[some + self.here.seq_length] + copy
-            there = self.sizes[chunk.long(), document[some]] > 0
-            copies.append(torch.full_like(first, -1).scatter_(0, at, chunk.where(there, -1)))
-        return self._on_device(torch.stack(copies))
+        spread = (last - first)[self.here.seq_length :].long()
+        # one for each further chunk of each entry
+        bounds = bounds_of(spread).long()
+        further = int(bounds[-1])
+        copy, some = runs(torch.ones_like(spread), bounds, further), numbered(bounds, further)
+        at = some + self.here.seq_length
+        chunk = first.index_select(0, at) + copy
+        there = self.sizes[chunk, document.index_select(0, some)] > 0
+        wanted = torch.full((1 + int(copy.max()) if further else 1, len(first)), -1, dtype=torch.int16)
+        wanted[0] = first
+        wanted.view(-1).scatter_(0, copy * len(first) + at, chunk.where(there, -1).to(torch.int16))
+        return self._on_device(wanted)
 
     @cached_property
     def wants(self) -> Tensor:

@@ -18,6 +18,7 @@ import pytest
 
 from megatron_lighthouse.launch.torchrun import own_environment, torchrun
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
+from megatron_lighthouse.mcore.command_line.documents import FLAG
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
 from megatron_lighthouse.plots import read_scalars
 from megatron_lighthouse.recipe import hindsight
@@ -89,10 +90,10 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
     return Evaluated(float(validation), folder / "out", result.stdout, checkpoint, text)
 
 
-def tiny(fused: bool, budget: int | None = None) -> Any:
+def tiny(fused: bool, budget: int | None = None, short: bool = False) -> Any:
     """A model of random weights, the same for all: with Megatron's own attention, or with what an evaluation takes for it.
 
-    With `budget`, of the 16 windows of 4 tokens in 64, all layers use Lighthouse in two tiles.
+    With `budget`, of the 16 windows of 4 tokens in 64, all layers use Lighthouse in two tiles; `short`: of short documents too.
     """
     import torch
     from megatron.core.models.gpt import GPTModel
@@ -116,6 +117,8 @@ def tiny(fused: bool, budget: int | None = None) -> Any:
     spec = with_fused_attention(given).transformer_layer_spec(given) if fused else get_gpt_layer_local_spec()
     if budget:
         lighthouse = LighthouseConfig(levels=2, pooling=4, budget=budget, tile_budget=budget // 2)
+        if short:
+            lighthouse = lighthouse.replace(whole_below=8, document_tile=32)
         spec = with_lighthouse(spec, LighthouseSettings(lighthouse, dense_first=0, dense_last=0, rope="mean"))
     model = GPTModel(config, spec, vocab_size=384, max_sequence_length=SEQUENCE, position_embedding_type="rope")
     return model.cuda().eval()
@@ -273,3 +276,18 @@ def test_what_was_trained_on_is_refused(evaluated: Evaluated, tmp_path: Path) ->
     result = evaluate(1, *options, "--held-out", str(evaluated.text))
     assert result.returncode != 0
     assert "was read in training (--text-data of the checkpoint)" in result.stderr
+
+
+def test_a_run_over_documents_is_evaluated_by_document(evaluated: Evaluated, tmp_path: Path) -> None:
+    at = MODEL.index("--lighthouse-budget")
+    given = ["--attention", "lighthouse", FLAG, "--load", str(evaluated.checkpoint), "--out", str(tmp_path / "out")]
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} " * 90)
+    probe = ["--passkey-samples", "1", "--passkey-lengths", "131", "--passkey-depths", "0", "--passkey-fillers", "classic"]
+    texts = ["--held-out", *(str(tmp_path / f"{name}.txt") for name in ("one", "two"))]
+    result = evaluate(1, *given, *texts, *probe, model=[*MODEL[:at], *MODEL[at + 2 :]])
+    assert result.returncode == 0, result.stdout[-3000:]
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert (found["loss"]["position_in"], found["loss"]["sequences"]) == ("document", 2)
+    assert 1 < found["loss"]["mean"] < 10
+    assert found["passkey"]["fillers"]["classic"]["samples"] == 1

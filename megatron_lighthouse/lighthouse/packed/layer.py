@@ -105,13 +105,14 @@ class PackedLayer:
     def select(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Selection:
         """The entries of all documents."""
         packing = Packing.of(documents, self.rule)
-        telemetry.refuse_documents()
         if packing.is_whole:
             places = torch.arange(packing.seq_length, dtype=torch.int32, device=query.device)
             return Selection(packing, places.expand(1, key.shape[2], -1), packing.seq_length)
         with torch.no_grad():
             scores = self.scorer.packed(query, key, value, packing, self.steps, self.rotary)
-            return self.steps.select(scores, packing, self.pin_first)
+            selection = self.steps.select(scores, packing, self.pin_first)
+            telemetry.record(selection, scores, packing, self.pin_first, False, self.steps, self.scorer.causal)
+            return selection
 
 
 def build_packed(

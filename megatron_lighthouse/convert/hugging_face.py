@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_lighthouse.convert.families import family_of
 from megatron_lighthouse.convert.mapping import EMBEDDING, HEAD, Placed, all_placed, repeated
+from megatron_lighthouse.convert.memory import Reused
 from megatron_lighthouse.convert.quantized import Dequantized
 from megatron_lighthouse.convert.safetensors_files import Safetensors, Stored, Tensors
 
@@ -87,6 +88,7 @@ class HuggingFace:
         if in_files and not mtp:
             layers = range(self.config["num_hidden_layers"], self.config["num_hidden_layers"] + further)
             self.left_out += _matching(there, [f"model.layers.{n}.*" for n in layers])
+        self._memory = Reused()
         self.tied = self._is_tied()
         self.placed = all_placed(self.family, self.config, tied=self.tied, mtp=self.mtp)
         self._check()
@@ -123,9 +125,10 @@ class HuggingFace:
                 raise ValueError(f"{listed([*placed.parts])} are of several dtypes, and Megatron holds them as one tensor.")
 
     def read(self, placed: Placed) -> Tensor:
-        """Megatron's tensor."""
+        """Megatron's tensor; it is valid until the next is read."""
         index = placed.expert[0] if placed.by_first_axis and placed.expert else None
-        return placed.form.join([self.source.read(name, index) for name in placed.parts], placed.sizes)
+        parts = [self.source.read(name, index) for name in placed.parts]
+        return placed.form.join(parts, placed.sizes, self._memory.tensor(placed.shape, parts[0].dtype))
 
     def dtype(self, placed: Placed) -> torch.dtype:
         return self.source.stored[next(iter(placed.parts))].dtype

@@ -17,9 +17,11 @@ from megatron_lighthouse.convert.arguments import changed_fields, model_words, n
 from megatron_lighthouse.convert.families import family_of
 from megatron_lighthouse.convert.hugging_face import CONFIG, listed, read_config, whole_shape
 from megatron_lighthouse.convert.mapping import EMBEDDING, HEAD, MEGATRON_HEAD, VOCABULARY, Placed, all_placed, repeated
+from megatron_lighthouse.convert.memory import Reused
 from megatron_lighthouse.convert.safetensors_files import Stored, Tensors
 from megatron_lighthouse.convert.to_megatron import RECORD
-from megatron_lighthouse.convert.torch_dist import TorchDist, latest, stored_arguments
+from megatron_lighthouse.convert.torch_dist import latest, stored_arguments
+from megatron_lighthouse.convert.torch_dist_reader import TorchDist
 
 MAY_DIFFER = """
     position_embedding_type rotary_base rotary_scaling_factor rotary_seq_len_interpolation_factor use_rope_scaling
@@ -65,6 +67,7 @@ class Megatron:
             raise ValueError(f"{checkpoint} holds {listed(surplus)}, which {self.family.architecture} has not.")
         self.vocab = min(self.before["vocab_size"], self._stored.tensors[VOCABULARY[0]].size[0])
         self._last: tuple[int, list[Tensor]] = (-1, [])
+        self._memory = Reused()
         dtype = str(self._stored.tensors[VOCABULARY[0]].properties.dtype).removeprefix("torch.")
         args = self.args if hasattr(self.args, "rotary_base") else namespace(self._words())
         self.config = updated(self.before, self.family, args, vocab=self.vocab, dtype=dtype, tied=self.tied)
@@ -119,13 +122,17 @@ class Megatron:
         key, _ = self._keys[id(first)]
         shape = whole_shape(first, first.parts[name])
         shape = (self.vocab, *shape[1:]) if key in VOCABULARY else shape
-        which = [*first.parts].index(name)
+        which, dtype = [*first.parts].index(name), self._stored.tensors[key].properties.dtype
 
         def read() -> Tensor:
-            parts = [self._split(owner)[which] for owner in owners]
-            return torch.stack(parts) if first.by_first_axis else parts[0]
+            if not first.by_first_axis:
+                return self._split(first)[which]
+            experts = self._memory.tensor((len(owners), *first.parts[name]), dtype)
+            for expert, owner in zip(experts, owners, strict=True):
+                expert.copy_(self._split(owner)[which])
+            return experts
 
-        return Tensors(name, Stored(shape, self._stored.tensors[key].properties.dtype), read)
+        return Tensors(name, Stored(shape, dtype), read)
 
     def _split(self, placed: Placed) -> list[Tensor]:
         """The last one read stays, for several tensors of Hugging Face come from one."""

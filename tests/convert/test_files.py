@@ -13,7 +13,8 @@ import torch
 from megatron_lighthouse.convert import safetensors_files, to_megatron, torch_dist
 from megatron_lighthouse.convert.__main__ import main
 from megatron_lighthouse.convert.safetensors_files import Stored, Tensors
-from megatron_lighthouse.convert.torch_dist import Part, TorchDist
+from megatron_lighthouse.convert.torch_dist import Part
+from megatron_lighthouse.convert.torch_dist_reader import TorchDist
 from tests.convert.folders import LLAMA, convert, tensors_of, weights, write
 
 

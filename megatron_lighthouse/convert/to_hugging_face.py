@@ -14,9 +14,9 @@ from torch import Tensor
 from megatron_lighthouse.bars import bar
 from megatron_lighthouse.convert import files, safetensors_files
 from megatron_lighthouse.convert.arguments import changed_fields, model_words, namespace, updated
-from megatron_lighthouse.convert.families import family_of
+from megatron_lighthouse.convert.families import family_of, fla
 from megatron_lighthouse.convert.hugging_face import CONFIG, listed, read_config, whole_shape
-from megatron_lighthouse.convert.mapping import EMBEDDING, HEAD, MEGATRON_HEAD, VOCABULARY, Placed, all_placed, repeated
+from megatron_lighthouse.convert.mapping import HEAD, MEGATRON_HEAD, VOCABULARY, Placed, all_placed, repeated
 from megatron_lighthouse.convert.memory import Reused
 from megatron_lighthouse.convert.safetensors_files import Stored, Tensors
 from megatron_lighthouse.convert.to_megatron import RECORD
@@ -24,6 +24,7 @@ from megatron_lighthouse.convert.torch_dist import latest, stored_arguments
 from megatron_lighthouse.convert.torch_dist_reader import TorchDist
 
 MAY_DIFFER = """
+    attention wall_gate_bias
     position_embedding_type rotary_base rotary_scaling_factor rotary_seq_len_interpolation_factor use_rope_scaling
     rope_scaling_factor yarn_original_max_position_embeddings yarn_beta_fast yarn_beta_slow mscale mscale_all_dim rope_type
     yarn_correction_range_round_to_int max_position_embeddings padded_vocab_size attention_dropout hidden_dropout
@@ -53,13 +54,17 @@ class Megatron:
         self.args = stored_arguments(checkpoint) or Namespace()
         self.like = _like(folder, self.args, like)
         self.before = read_config(self.like)
-        self.family = family_of(self.before)
         there = set(self._stored.weights())
+        begun = self.before
+        if (streams := fla.further(there)) and "num_heads" not in begun:
+            begun = fla.with_streams(begun, streams, self.args)
+        self.family = family_of(begun)
+        self._fields = self.family.common(begun)
         self.tied = MEGATRON_HEAD not in there
         has_mtp = any(key.startswith("mtp.") for key in there)
         self.mtp = (self.before.get("num_nextn_predict_layers") or 1) if has_mtp and mtp and self.family.mtp else 0
         self._check_arguments()
-        self._placed = all_placed(self.family, self.before, tied=self.tied, mtp=self.mtp)
+        self._placed = all_placed(self.family, self._fields, tied=self.tied, mtp=self.mtp)
         self._keys = {id(placed): self._find(placed, there) for placed in self._placed}
         used = {name for placed in self._placed for name, _ in placed.candidates()}
         surplus = sorted(key for key in there - used if mtp or not key.startswith("mtp."))
@@ -70,10 +75,10 @@ class Megatron:
         self._memory = Reused()
         dtype = str(self._stored.tensors[VOCABULARY[0]].properties.dtype).removeprefix("torch.")
         args = self.args if hasattr(self.args, "rotary_base") else namespace(self._words())
-        self.config = updated(self.before, self.family, args, vocab=self.vocab, dtype=dtype, tied=self.tied)
+        self.config = updated(begun, self.family, args, vocab=self.vocab, dtype=dtype, tied=self.tied)
 
     def _words(self) -> list[str]:
-        return model_words(self.family, self.before, tied=self.tied, mtp=self.mtp)
+        return model_words(self.family, self._fields, tied=self.tied, mtp=self.mtp)
 
     def _check_arguments(self) -> None:
         """Whether the run computed what config.json says: its weights do not tell."""
@@ -108,9 +113,9 @@ class Megatron:
                 experts.setdefault(name, []).append(placed)
         made = [self._tensor(name, owners) for name, owners in experts.items()]
         by_name = {tensor.name: tensor for tensor in made}
-        again = {name: of for name, of in repeated(self.before, self.mtp).items() if of in by_name}
+        again = {name: of for name, of in repeated(self.family, self.before, self.mtp).items() if of in by_name}
         if self.tied and self._head_was_there():
-            again[HEAD] = EMBEDDING
+            again[HEAD] = self.family.embedding
         return made + [Tensors(name, by_name[of].stored, by_name[of].read) for name, of in again.items()]
 
     def _head_was_there(self) -> bool:

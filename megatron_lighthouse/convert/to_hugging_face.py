@@ -12,7 +12,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from megatron_lighthouse.bars import bar
-from megatron_lighthouse.convert import files, safetensors_files
+from megatron_lighthouse.convert import files, hybrid, safetensors_files
 from megatron_lighthouse.convert.arguments import changed_fields, model_words, namespace, updated
 from megatron_lighthouse.convert.families import family_of, fla
 from megatron_lighthouse.convert.hugging_face import CONFIG, listed, read_config, whole_shape
@@ -50,8 +50,10 @@ class Megatron:
     def __init__(self, folder: Path, step: int | None = None, like: Path | None = None, mtp: bool = True) -> None:
         _check_torch(folder)
         checkpoint = latest(folder, step)
-        self._stored = TorchDist(checkpoint)
         self.args = stored_arguments(checkpoint) or Namespace()
+        if layers := hybrid.pairs(self.args):
+            self.args = Namespace(**{**vars(self.args), "num_layers": layers})
+        self._stored = TorchDist(checkpoint, hybrid.gpt_name if layers else str)
         self.like = _like(folder, self.args, like)
         self.before = read_config(self.like)
         there = set(self._stored.weights())
@@ -84,7 +86,12 @@ class Megatron:
         """Whether the run computed what config.json says: its weights do not tell."""
         said = vars(namespace(self._words()))
         for name, value in said.items():
-            if name in MAY_DIFFER or not hasattr(self.args, name) or name == "group_query_attention":
+            if (
+                name in MAY_DIFFER
+                or (name == "moe_layer_freq" and hybrid.pairs(self.args))
+                or not hasattr(self.args, name)
+                or name == "group_query_attention"
+            ):
                 continue
             if (had := getattr(self.args, name)) != value:
                 raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,14 @@ NOT_WEIGHTS = ("optimizer", "rng_state", "rerun_state_machine_state", "common_st
 class TorchDist:
     """The tensors of a `torch_dist` checkpoint of any layout, read part by part.
 
+    Args:
+        rename: gives the name by which a tensor is asked for.
+
     Raises:
         ValueError: another format, one of a newer torch, a file that is missing or cut, or a tensor with a gap.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, rename: Callable[[str], str] = str) -> None:
         self.folder = folder
         if not (folder / ".metadata").is_file():
             raise ValueError(
@@ -41,12 +44,14 @@ class TorchDist:
                 "or is cut. Install the torch of the run that wrote it."
             ) from error
         self._where: dict[tuple[str, torch.Size | None], Any] = {
-            (i.fqn, i.offset): at for i, at in metadata.storage_data.items()
+            (rename(i.fqn), i.offset): at for i, at in metadata.storage_data.items()
         }
         self._mapped = cache(lambda name: Mapped(folder / name))
         self._memory = Reused()
         self.tensors: dict[str, TensorStorageMetadata] = {
-            key: found for key, found in metadata.state_dict_metadata.items() if isinstance(found, TensorStorageMetadata)
+            rename(key): found
+            for key, found in metadata.state_dict_metadata.items()
+            if isinstance(found, TensorStorageMetadata)
         }
         self._check_files(metadata.storage_data)
 

@@ -6,7 +6,7 @@ import io
 import mmap
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class Mapped:
         Raises:
             ValueError: there is none, or one that is not stored as it is in memory.
         """
-        form = torch.load(_Slice(self._map, offset, length), map_location="meta", weights_only=True)
+        form = torch.load(cast(IO[bytes], _Slice(self._map, offset, length)), map_location="meta", weights_only=True)
         if not isinstance(form, Tensor):
             raise ValueError(f"it holds a {type(form).__name__}, where a tensor should be.")
         start = offset + self._data(offset, length)

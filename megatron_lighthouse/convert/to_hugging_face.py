@@ -15,6 +15,7 @@ from megatron_lighthouse.bars import bar
 from megatron_lighthouse.convert import files, hybrid, safetensors_files
 from megatron_lighthouse.convert.arguments import changed_fields, model_words, namespace, updated
 from megatron_lighthouse.convert.families import family_of, fla
+from megatron_lighthouse.convert.family import Config
 from megatron_lighthouse.convert.hugging_face import CONFIG, listed, read_config, whole_shape
 from megatron_lighthouse.convert.mapping import HEAD, MEGATRON_HEAD, VOCABULARY, Placed, all_placed, repeated
 from megatron_lighthouse.convert.memory import Reused
@@ -57,7 +58,7 @@ class Megatron:
         self.like = _like(folder, self.args, like)
         self.before = read_config(self.like)
         there = set(self._stored.weights())
-        begun = self.before
+        begun: Config = self.before
         if (streams := fla.further(there)) and "num_heads" not in begun:
             begun = fla.with_streams(begun, streams, self.args)
         self.family = family_of(begun)

@@ -53,7 +53,7 @@ def weights(config: dict[str, Any]) -> dict[str, Tensor]:
     for n in range(config["num_hidden_layers"]):
         shapes |= {f"model.layers.{n}.{name}": shape for name, shape in layer.items()}
     made = torch.Generator().manual_seed(4)
-    return {name: torch.randn(shape, generator=made) * 0.1 + ("norm" in name) for name, shape in shapes.items()}
+    return {name: torch.randn(shape, generator=made) * 0.07 + ("norm" in name) for name, shape in shapes.items()}
 
 
 def logits(tensors: dict[str, Tensor], config: dict[str, Any], tokens: Tensor) -> Tensor:

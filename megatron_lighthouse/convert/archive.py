@@ -30,10 +30,10 @@ class Mapped:
         Raises:
             ValueError: there is none, or one that is not stored as it is in memory.
         """
+        start = offset + self._data(offset, length)
         form = torch.load(cast(IO[bytes], _Slice(self._map, offset, length)), map_location="meta", weights_only=True)
         if not isinstance(form, Tensor):
             raise ValueError(f"it holds a {type(form).__name__}, where a tensor should be.")
-        start = offset + self._data(offset, length)
         data = self._bytes.untyped_storage()[start : start + form.untyped_storage().nbytes()]
         return torch.empty(0, dtype=form.dtype).set_(data, form.storage_offset(), form.size(), form.stride())
 

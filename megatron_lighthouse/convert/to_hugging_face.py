@@ -29,9 +29,15 @@ MAY_DIFFER = """
     position_embedding_type rotary_base rotary_scaling_factor rotary_seq_len_interpolation_factor use_rope_scaling
     rope_scaling_factor yarn_original_max_position_embeddings yarn_beta_fast yarn_beta_slow mscale mscale_all_dim rope_type
     yarn_correction_range_round_to_int max_position_embeddings padded_vocab_size attention_dropout hidden_dropout
-    mtp_num_layers untie_embeddings_and_output_weights moe_router_dtype
+    group_query_attention mtp_num_layers untie_embeddings_and_output_weights moe_router_dtype
 """.split()
 """Arguments that a run may change, or that do not change the model."""
+UNSAID = {
+    **{"softmax_type": "vanilla", "window_size": None, "attention_output_gate": False, "qk_layernorm": False},
+    **{"qk_l2_norm": False, "apply_layernorm_1p": False, "no_rope_freq": None, "rotary_percent": 1.0},
+    **{"rotary_interleaved": False, "squared_relu": False, "quick_geglu": False, "activation_func_clamp_value": None},
+}
+"""Arguments that change the model, and what they are where a family does not say them."""
 SHARD_BYTES = 5_000_000_000
 """As transformers' own default was for years."""
 
@@ -59,7 +65,7 @@ class Megatron:
         self.before = read_config(self.like)
         there = set(self._stored.weights())
         begun: Config = self.before
-        if (streams := fla.further(there)) and "num_heads" not in begun:
+        if (streams := fla.streams_of(there)) and "num_heads" not in begun:
             begun = fla.with_streams(begun, streams, self.args)
         self.family = family_of(begun)
         self._fields = self.family.common(begun)
@@ -85,16 +91,12 @@ class Megatron:
 
     def _check_arguments(self) -> None:
         """Whether the run computed what config.json says: its weights do not tell."""
-        said = vars(namespace(self._words()))
+        said = {**UNSAID, **vars(namespace(self._words()))}
+        paired = ("moe_layer_freq",) if hybrid.pairs(self.args) else ()  # its pattern says it
         for name, value in said.items():
-            if (
-                name in MAY_DIFFER
-                or (name == "moe_layer_freq" and hybrid.pairs(self.args))
-                or not hasattr(self.args, name)
-                or name == "group_query_attention"
-            ):
+            if name in MAY_DIFFER or name in paired or not hasattr(self.args, name):
                 continue
-            if (had := getattr(self.args, name)) != value:
+            if (had := getattr(self.args, name)) != value and not (name in UNSAID and had is None):
                 raise ValueError(
                     f"{self.like / CONFIG} asks for {name} {value}, and the run that wrote {self._stored.folder} had {had}: "
                     "the export would be another model."

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from typing import Any
 
 from megatron_lighthouse.convert.family import Config, Weight, gated, head_sizes
-from megatron_lighthouse.convert.forms import GROUPED, Form
+from megatron_lighthouse.convert.forms import GROUPED
 
 EMBEDDING = "model.embeddings.weight"
 MLP = gated("mlp", "mlp", "ffn")
@@ -38,12 +38,11 @@ def projections(*names: str, bias: bool) -> list[Weight]:
     """linear_qkv of these, in Megatron's order, each with the heads of queries or, for k and v, of keys."""
     kinds: dict[str, tuple[str, ...]] = {"weight": ("hidden",), **({"bias": ()} if bias else {})}
     heads = {name: "kv" if name in ("k", "v") else "q" for name in names}
-    form: Form = GROUPED
     return [
         Weight(
             f"self_attention.linear_qkv.{kind}",
             {f"attn.{name}_proj.{kind}": (heads[name], *rest) for name in names},
-            form,
+            GROUPED,
         )
         for kind, rest in kinds.items()
     ]
@@ -71,7 +70,7 @@ def sizes(config: Config) -> dict[str, int]:
     return head_sizes({**config, "head_dim": None})
 
 
-def further(there: Collection[str]) -> tuple[str, ...]:
+def streams_of(there: Collection[str]) -> tuple[str, ...]:
     """The projections besides q, k and v, by a checkpoint's keys."""
     return tuple(name for name in ("r", "g", "gs") if any(f".linear_{name}." in key for key in there))
 

@@ -34,7 +34,7 @@ MAY_DIFFER = """
 """Arguments that a run may change, or that do not change the model."""
 UNSAID = {
     **{"softmax_type": "vanilla", "window_size": None, "attention_output_gate": False, "qk_layernorm": False},
-    **{"qk_l2_norm": False, "apply_layernorm_1p": False, "no_rope_freq": None, "rotary_percent": 1.0},
+    **{"qk_l2_norm": False, "layernorm_zero_centered_gamma": False, "no_rope_freq": None, "rotary_percent": 1.0},
     **{"rotary_interleaved": False, "squared_relu": False, "quick_geglu": False, "activation_func_clamp_value": None},
 }
 """Arguments that change the model, and what they are where a family does not say them."""

@@ -170,7 +170,7 @@ class Attention:
         assert self.call is not None
         between, *scalars = self.call.between(group.number)
         key, value, *of_scalar = far
-        factors = [between[run.number : run.number + run.count].exp().to(given.gate.dtype) for run in seen]
+        factors = [between[run.number : run.number + run.pieces].exp().to(given.gate.dtype) for run in seen]
         keys = key.new_empty(seen[-1].taken.stop, *key.shape[1:])
         for run, factor in zip(seen, factors, strict=True):
             self.decays.cross(keys[run.taken], key[run.rows], factor, run.step)

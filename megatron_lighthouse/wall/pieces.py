@@ -94,7 +94,7 @@ class Run(NamedTuple):
 
     number: int
     """Of the first."""
-    count: int
+    pieces: int
     rows: slice
     """Of the tensor."""
     taken: slice
@@ -105,11 +105,11 @@ class Run(NamedTuple):
     @property
     def lengths(self) -> list[int]:
         """Of each piece."""
-        return [self.step] * (self.count - 1) + [self.rows.stop - self.rows.start - (self.count - 1) * self.step]
+        return [self.step] * (self.pieces - 1) + [self.rows.stop - self.rows.start - (self.pieces - 1) * self.step]
 
     def joins(self, piece: Piece) -> bool:
         """Whether the piece can be its next."""
-        follows = (self.number + self.count, self.rows.stop) == (piece.number, piece.rows.start)
+        follows = (self.number + self.pieces, self.rows.stop) == (piece.number, piece.rows.start)
         return follows and self.lengths[-1] == self.step >= piece.rows.stop - piece.rows.start
 
 
@@ -124,7 +124,7 @@ def runs(pieces: Sequence[Piece]) -> list[Run]:
             run = found.pop()
         taken += length
         rows, own = slice(run.rows.start, piece.rows.stop), slice(run.taken.start, taken)
-        found.append(run._replace(count=run.count + 1, rows=rows, taken=own))
+        found.append(run._replace(pieces=run.pieces + 1, rows=rows, taken=own))
     return found
 
 

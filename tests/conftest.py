@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 
 import pytest
 import torch
 from hypothesis import settings
 
+from megatron_lighthouse import notice
+from tests import left
 from tests.interpreter import quicken
 from tests.ranks import stand_ready
 
@@ -39,6 +41,28 @@ def _quick_check(monkeypatch: pytest.MonkeyPatch) -> None:
 def _default_signals() -> None:
     """Commands that tests call in this process set their own, which what is then forked would inherit."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_was_said() -> None:
+    """Else what is said once would have been said to another test."""
+    notice._say.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_hooked() -> Iterator[None]:
+    """A model that is built in this process hooks Megatron's training loop."""
+    yield
+    left.unhook()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    """By a file, whose session fixtures are not its own."""
+    before = left.state()
+    yield
+    after = left.state()
+    assert {name: (was, after[name]) for name, was in before.items() if after[name] != was} == {}
 
 
 LONGEST = """

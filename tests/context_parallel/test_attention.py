@@ -27,8 +27,8 @@ from tests.tolerances import assert_close
 
 few = settings(derandomize=True, max_examples=15)
 on_sizes = pytest.mark.parametrize("size", SIZES, ids="CP={}".format)
-on_few = pytest.mark.parametrize("size", [2, 4, pytest.param(8, marks=pytest.mark.slow)], ids="CP={}".format)
-"""What 8 ranks do beyond 4, `test_ranks_equal_one` holds."""
+on_few = pytest.mark.parametrize("size", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8))], ids="CP={}".format)
+"""What 2 and 8 ranks do otherwise than 4, `test_ranks_equal_one` holds."""
 by_comm_type = pytest.mark.parametrize("comm_type", COMM_TYPES)
 
 PROBLEMS = {

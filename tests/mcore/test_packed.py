@@ -167,7 +167,7 @@ def test_what_upstreams_loop_does_not_do_is_refused_when_the_model_is_built(
     from megatron_lighthouse.mcore.attention import layer_specs
 
     given = Namespace(seq_length=N, dataloader_inter_document_masking=True)
-    monkeypatch.setattr(layer_specs, "_global_args", lambda: given)
+    monkeypatch.setattr(layer_specs, "global_args", lambda: given)
     monkeypatch.setattr(layer_specs, "settled", lambda args, config: SETTINGS)
     monkeypatch.setattr(layer_specs, "layer_spec", lambda *args, **kwargs: "built")
     monkeypatch.setattr(arguments.arguments, "use_attention", lambda args, model_cfg: "built")

@@ -13,15 +13,26 @@ from typing import Any
 
 import torch
 
-NOTED = ("PYTEST_CURRENT_TEST", "TORCHDYNAMO_DISABLE", "CUDA_DEVICE_MAX_CONNECTIONS")
-"""By pytest, and by the stand-in for CUDA, which stays."""
+NOTED = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "TORCHDYNAMO_DISABLE", "CUDA_DEVICE_MAX_CONNECTIONS")
+"""By pytest and torch, and by the stand-in for CUDA, which stays."""
+
+
+def environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in NOTED}
+
+
+def restore(before: dict[str, str]) -> None:
+    """The environment: Megatron's models and libraries write there, and what tests start inherits it."""
+    for name in environment().keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 def state() -> dict[str, Any]:
     """All that tests have been seen to change, or might."""
     cuda = torch.backends.cuda
     return {
-        "environment": {name: value for name, value in os.environ.items() if name not in NOTED},
+        **environment(),
         "folder": os.getcwd(),
         "command line": [*sys.argv],
         "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGURG, signal.SIGUSR1)],

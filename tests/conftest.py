@@ -39,12 +39,6 @@ def _quick_check(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _default_signals() -> None:
-    """Commands that tests call in this process set their own, which what is then forked would inherit."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-@pytest.fixture(autouse=True)
 def _nothing_was_said() -> None:
     """Else what is said once would have been said to another test."""
     notice._say.cache_clear()
@@ -53,10 +47,11 @@ def _nothing_was_said() -> None:
 @pytest.fixture(autouse=True)
 def _nothing_is_kept() -> Iterator[None]:
     """A model that is built in this process hooks Megatron's training loop, and Megatron writes to the environment."""
-    before = left.environment()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    before = left.environment(), left.signals()
     yield
     left.unhook()
-    left.restore(before)
+    left.restore(*before)
 
 
 @pytest.fixture(scope="module", autouse=True)

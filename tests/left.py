@@ -21,11 +21,17 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in NOTED}
 
 
-def restore(before: dict[str, str]) -> None:
-    """The environment: Megatron's models and libraries write there, and what tests start inherits it."""
+def signals() -> dict[int, Any]:
+    return {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGURG)}
+
+
+def restore(before: dict[str, str], handlers: dict[int, Any]) -> None:
+    """The environment, where Megatron's models and libraries write, and what commands do with signals: forks inherit both."""
     for name in environment().keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def state() -> dict[str, Any]:
@@ -35,10 +41,10 @@ def state() -> dict[str, Any]:
         **environment(),
         "folder": os.getcwd(),
         "command line": [*sys.argv],
-        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGURG, signal.SIGUSR1)],
+        "signals": signals(),
         "logging": (logging.root.level, logging.root.manager.disable),
         "warnings": len(warnings.filters),
-        "torch's defaults": (torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads()),
+        "torch's defaults": (torch.get_default_dtype(), torch.get_default_device()),
         "determinism": (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
         "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
         "torch's attention": (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()),

@@ -21,7 +21,7 @@ train: $(VENV)/.installed
 	$(RUN) -m megatron_lighthouse.recipe.two_stage --name $(NAME) $(if $(DATA),--data $(DATA)) $(ARGS)
 
 check: lint types
-	$(PYTEST) -k "not kernels" $(ARGS) $(MATHS)
+	$(PYTEST) -m "not slow" -k "not kernels" $(ARGS) $(MATHS)
 
 # mypy beside them, and not before, for it takes one core
 test: lint

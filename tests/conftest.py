@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 
 import pytest
 import torch
 from hypothesis import settings
 
+from megatron_lighthouse import notice
+from tests import left
 from tests.interpreter import quicken
 from tests.ranks import stand_ready
 
@@ -36,16 +39,37 @@ def _quick_check(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _default_signals() -> None:
-    """Commands that tests call in this process set their own, which what is then forked would inherit."""
+def _nothing_was_said() -> None:
+    """Else what is said once would have been said to another test."""
+    notice._say.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_kept() -> Iterator[None]:
+    """A model that is built in this process hooks Megatron's training loop, and Megatron writes to the environment."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    before = left.environment(), left.signals()
+    yield
+    left.unhook()
+    left.restore(*before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    """By a file, whose session fixtures are not its own."""
+    before = left.state()
+    yield
+    after = left.state()
+    changed = {name: (before.get(name), after.get(name)) for name in {*before, *after} if before.get(name) != after.get(name)}
+    assert not changed
 
 
 LONGEST = """
-    launch/test_cluster.py mcore/test_parity.py mcore/test_two_stage.py experiments/test_bench.py mcore/test_finite.py
-    context_parallel/test_attention.py mcore/test_documents.py mcore/test_convert.py mcore/test_parallax.py
-    mcore/test_checkpoints.py mcore/test_toy_variant.py tests/test_kernels.py mcore/test_stage.py mcore/test_evaluate.py
-    tests/test_rotary.py mcore/test_cached.py mcore/test_evaluate_arguments.py mcore/test_pretrain.py tests/test_scorers.py
+    launch/test_cluster.py mcore/test_parity.py mcore/test_two_stage.py context_parallel/test_attention.py
+    experiments/test_bench.py tests/test_kernels.py mcore/test_documents.py launch/test_stopped.py mcore/test_convert.py
+    tests/test_select.py mcore/test_wall.py mcore/test_finite.py mcore/test_models.py tests/test_rotary.py
+    tests/test_attention.py mcore/test_tiles.py mcore/test_stage.py launch/test_scaling_study.py tests/test_scorers.py
+    mcore/test_parallax.py mcore/test_checkpoints.py mcore/test_toy_variant.py mcore/test_around.py mcore/test_hybrid.py
 """.split()
 """Files that take a quarter of a minute and more, the longest first: a worker takes a whole file at a time."""
 
@@ -68,6 +92,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
+    gc.freeze()  # what is imported and collected is no garbage: to look at it takes long, and a fork would copy it
     modules = {item.module for item in session.items if isinstance(item, pytest.Function)}
     if not ON_GPU and not session.config.option.collectonly and any({"run_ranks", "together"} & set(vars(m)) for m in modules):
         stand_ready()

@@ -7,6 +7,7 @@ import gzip
 import json
 import re
 import sqlite3
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -123,8 +124,9 @@ def test_a_real_trace_shows_every_step_both_ways(tmp_path: Path) -> None:
     # what torch itself adds up: each operator's own time
     own = sum(event.self_cpu_time_total for event in profile.key_averages() if not event.is_user_annotation) / 1000
     assert sum(times.rows.values()) == pytest.approx(own, rel=0.1)
-    # whatever is not ours is little: sum, its backward, and views
-    assert times.rows[REST, "forward"] < 0.5 * sum(times.rows[step, "forward"] for step in STEPS[1:])
+    # whatever is not ours is little: sum, and views
+    pieces = Counter(span.row for span in rank.profile.spans if span.direction == "forward")
+    assert 0 < pieces[REST] < 0.05 * sum(pieces[step] for step in STEPS)
 
 
 def test_every_name_in_the_code_is_known() -> None:

@@ -27,8 +27,8 @@ from tests.tolerances import assert_close
 
 few = settings(derandomize=True, max_examples=15)
 on_sizes = pytest.mark.parametrize("size", SIZES, ids="CP={}".format)
-on_few = pytest.mark.parametrize("size", [2, 4, pytest.param(8, marks=pytest.mark.slow)], ids="CP={}".format)
-"""What 8 ranks do beyond 4, `test_ranks_equal_one` holds."""
+on_few = pytest.mark.parametrize("size", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8))], ids="CP={}".format)
+"""What 2 and 8 ranks do otherwise than 4, `test_ranks_equal_one` holds."""
 by_comm_type = pytest.mark.parametrize("comm_type", COMM_TYPES)
 
 PROBLEMS = {
@@ -102,7 +102,7 @@ def test_ranks_equal_one(name: str, comm_type: str, size: int) -> None:
     equals_one_rank(size, grouped(PROBLEMS[name], comm_type, size), comm_type)
 
 
-@on_sizes
+@on_few
 @pytest.mark.parametrize(("name", "comm_type"), OTHERS)
 def test_ranks_equal_one_in_other_layouts(name: str, comm_type: str, size: int) -> None:
     equals_one_rank(size, grouped(PROBLEMS[name], comm_type, size), comm_type)
@@ -140,7 +140,7 @@ def test_ranks_take_a_scale(comm_type: str) -> None:
     equals_one_rank(2, grouped(PROBLEMS["one tile"], comm_type, 2), comm_type, scale=0.3)
 
 
-@pytest.mark.parametrize("size", [2, 4], ids="CP={}".format)
+@on_few
 @pytest.mark.parametrize("name", ["a tile in each chunk", "tiles that begin within chunks"])
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_every_scorer_ranks_alike(scorer: str, name: str, size: int) -> None:

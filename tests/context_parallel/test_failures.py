@@ -266,6 +266,7 @@ def run_out_of_memory(*args: Any) -> Any:
 def test_a_rank_that_fails_alone_ends_the_others(how: str, tile_budget: int, tmp_path: Path) -> None:
     size, problem = 2, Problem(64, 2, 2, 8, tile_budget)
     context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     processes = [context.Process(target=fail_alone, args=(r, size, tmp_path, problem, how)) for r in range(size)]
     deadline = time.monotonic() + 30
     for process in processes:

@@ -11,13 +11,13 @@ from experiments import archive, pairs, summary
 from experiments.__main__ import main
 from experiments.runs import BASE
 from experiments.tables import Row, read_csv
-from tests.mcore.harness import ROOT
+from tests.mcore.harness import ROOT, some_slow
 
 RESULTS = ROOT / "experiments" / "results"
 ARCHIVED = sorted(path.parent.name for path in RESULTS.glob("*/work.tgz"))
 
 
-@pytest.mark.parametrize("experiment", ARCHIVED)
+@pytest.mark.parametrize("experiment", some_slow(ARCHIVED, {"variants"}))
 def test_what_is_kept_is_what_the_archive_makes(experiment: str, tmp_path: Path) -> None:
     results = archive.read(RESULTS / experiment / "work.tgz")
     pairs.write(results, tmp_path)

@@ -16,7 +16,7 @@ def baseline(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
     return cache(lambda *arguments, ranks=1: run(tmp_path_factory.mktemp("baseline"), *arguments, ranks=ranks))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def megatron(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Parallel state of one rank, and seeded generators."""
     from megatron_lighthouse import cpu

@@ -90,12 +90,18 @@ def _serve() -> None:
     installed = {name: value for name, value in os.environ.items() if before.get(name) != value}
     import megatron.core.datasets.helpers
     import megatron.core.models.mimo.optimizer
-    import megatron.core.tokenizers.text  # noqa: F401  with it transformers
+    import megatron.core.tokenizers.text.models  # noqa: F401  with it transformers
+    import torch.utils.serialization.config  # noqa: F401
     from megatron.training import argument_utils
     from megatron.training.arguments import add_megatron_arguments
 
     import megatron_lighthouse.launch.megatron
     import megatron_lighthouse.launch.restart
+    import megatron_lighthouse.lighthouse.implementations
+    import megatron_lighthouse.lighthouse.layer
+    import megatron_lighthouse.lighthouse.packed.reference
+    import megatron_lighthouse.lighthouse.sharded.deal
+    import megatron_lighthouse.lighthouse.sharded.select
     import megatron_lighthouse.mcore.attention.hybrid_specs
     import megatron_lighthouse.mcore.loop.pretrain
     import megatron_lighthouse.plan.answer

@@ -7,11 +7,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from megatron_lighthouse.plots import read_scalars
@@ -31,12 +33,17 @@ MODEL = [
     --micro-batch-size 1 --global-batch-size 2 --train-iters 3 --seed 7
     --lr 5e-3 --lr-decay-style constant --log-interval 1 --eval-interval 1000 --eval-iters 0
     --no-create-attention-mask-in-dataloader
-    --lighthouse-budget 8 --lighthouse-tile-budget 4 --lighthouse-dense-first 1 --lighthouse-dense-last 1
+    --lighthouse-budget 8 --lighthouse-tile-budget 4 --lighthouse-dense-first 1 --lighthouse-dense-last 1 --num-workers 0
     """.split(),
 ]
 """4 layers, the middle two Lighthouse: 256 tokens, 2 tiles, 80 gathered rows."""
 
 TEXT = ["--text-data", str(ROOT / "LICENSE")]
+
+
+def some_slow(names: Iterable[str], slow: Collection[str]) -> list[Any]:
+    """Parameters of a test, of which `make test` leaves those in `slow` to `make test-all`."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name in slow)) for name in names]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from megatron_lighthouse.parallax.config import ParallaxConfig
 from megatron_lighthouse.plots import read_scalars
 from megatron_lighthouse.recipe.trained import settle_attention
 from megatron_lighthouse.variants import DENSE, LIGHTHOUSE, PARALLAX, base_in, named_in
-from tests.mcore.harness import Run, run
+from tests.mcore.harness import Run, run, some_slow
 from tests.mcore.test_checkpoints import keys, save_interval
 from tests.mcore.test_checks import problems
 from tests.mcore.test_packed import documents_of_rows, each_alone, with_gradients
@@ -54,7 +54,10 @@ def from_saved(run: Run) -> list[str]:
     return ["--load", str(run.folder / "checkpoint"), "--ckpt-step", str(SAVED)]
 
 
-@pytest.mark.parametrize("layout", ["--tensor-model-parallel-size", "--context-parallel-size"])
+TENSOR, CONTEXT = "--tensor-model-parallel-size", "--context-parallel-size"
+
+
+@pytest.mark.parametrize("layout", some_slow([TENSOR, CONTEXT], {TENSOR}))
 def test_a_layout_changes_nothing(layout: str, tmp_path: Path, whole: Run) -> None:
     """Two tiles over four chunks: context-parallel ranks deal rows."""
     found = train(tmp_path, *AROUND, layout, "2", *from_saved(whole), ranks=2)

@@ -55,8 +55,16 @@ def test_both_attentions_save_the_same_keys(saved: dict[str, Path]) -> None:
     assert keys(saved["lighthouse"], 2) == dense
 
 
-@pytest.mark.parametrize("layout", ["--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"])
-@pytest.mark.parametrize("attention", ATTENTIONS)
+TENSOR, PIPELINE = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
+
+
+@pytest.mark.parametrize(
+    ("attention", "layout"),
+    [
+        *(("lighthouse", TENSOR), ("dense", PIPELINE)),
+        *(pytest.param(*both, marks=pytest.mark.slow) for both in (("lighthouse", PIPELINE), ("dense", TENSOR))),
+    ],
+)
 def test_the_other_attention_resumes_at_another_layout(
     attention: str, layout: str, tmp_path: Path, saved: dict[str, Path], resumed: dict[str, Run]
 ) -> None:

@@ -11,8 +11,21 @@ import pytest
 
 from megatron_lighthouse.plots import read_scalars
 from tests.mcore import harness
-from tests.mcore.harness import MODEL, ROOT, Run
-from tests.mcore.test_checkpoints import save_interval
+SELECTS = {
+    "two rows at once, outputs kept": (1, "--micro-batch-size 2 --no-lighthouse-discard-output"),
+    "TP2·PP2": (4, "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2"),
+    "CP2, all-gather and all-to-all by layer": (
+        2,
+        f"--context-parallel-size 2 --cp-comm-type p2p all_gather a2a p2p {WATCHED}",
+    ),
+    "TP2·CP2, two rows at once": (
+        4,
+        "--tensor-model-parallel-size 2 --context-parallel-size 2 --sequence-parallel --micro-batch-size 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", some_slow(SELECTS, {"TP2·PP2"}))
 from tests.mcore.test_parity import START, assert_same
 from tests.tolerances import assert_close
 
@@ -66,7 +79,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, docu
     return run(tmp_path_factory.mktemp("one"), *PACKED, "--load", str(checkpoint), *START, data=documents)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", some_slow(LAYOUTS, {"PP2·VPP2"}))
 def test_losses_equal_those_of_one_process(
     layout: str, tmp_path: Path, checkpoint: Path, documents: list[str], one_process: Run
 ) -> None:
@@ -90,6 +103,16 @@ def one_lighthouse(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, d
     return run(tmp_path_factory.mktemp("selects"), *start, data=documents)
 
 
+<<<<<<< HEAD
+SELECTS = {
+    "two rows at once, outputs kept": (1, "--micro-batch-size 2 --no-lighthouse-discard-output"),
+    "TP2·PP2": (4, "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2"),
+    **{name: LAYOUTS[name] for name in ("CP2, all-gather and all-to-all by layer", "TP2·CP2, two rows at once")},
+}
+
+
+@pytest.mark.parametrize("layout", some_slow(SELECTS, {"TP2·PP2"}))
+=======
 @pytest.mark.parametrize(
     ("ranks", "arguments"),
     [
@@ -100,9 +123,11 @@ def one_lighthouse(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, d
     ],
     ids=["two rows at once, outputs kept", "TP2·PP2", "CP2, all-gather and all-to-all by layer", "TP2·CP2, two rows at once"],
 )
+>>>>>>> main
 def test_lighthouse_equals_itself_on_one_process(
-    ranks: int, arguments: str, tmp_path: Path, checkpoint: Path, documents: list[str], one_lighthouse: Run, one_process: Run
+    layout: str, tmp_path: Path, checkpoint: Path, documents: list[str], one_lighthouse: Run, one_process: Run
 ) -> None:
+    ranks, arguments = SELECTS[layout]
     assert abs(one_lighthouse.losses[1] - one_process.losses[1]) > 1e-4, "nothing was selected"
     start = [*LIGHTHOUSE, "--load", str(checkpoint), *START, *arguments.split()]
     result = run(tmp_path, *start, ranks=ranks, data=documents)

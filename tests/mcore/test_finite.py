@@ -11,7 +11,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, load
 
 from megatron_lighthouse.mcore.loop.finite import NOT_FINITE
-from tests.mcore.harness import MODEL, TEXT, Processes, run
+from tests.mcore.harness import MODEL, TEXT, Processes, run, some_slow
 from tests.tolerances import assert_close
 
 Poisoned = Callable[..., str]
@@ -74,7 +74,10 @@ def test_a_first_iteration_is_checked(case: str, tmp_path: Path, poisoned: Poiso
     assert saved(tmp_path) is None
 
 
-@pytest.mark.parametrize("options", ["--context-parallel-size 2", "--use-distributed-optimizer --rerun-mode disabled"])
+CONTEXT, DATA = "--context-parallel-size 2", "--use-distributed-optimizer --rerun-mode disabled"
+
+
+@pytest.mark.parametrize("options", some_slow([CONTEXT, DATA], {DATA}))
 def test_of_one_rank_ends_all_and_keeps_what_was_trained(options: str, tmp_path: Path, poisoned: Poisoned) -> None:
     log = poisoned("loss nan 3 1", *options.split(), ranks=2)
     assert f"the weights before it are saved as iteration 2 in {tmp_path / 'checkpoint'}, the last good checkpoint" in log

@@ -14,6 +14,7 @@ import torch
 
 import megatron_lighthouse
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
+from tests import left
 
 ROOT = Path(megatron_lighthouse.__file__).parent
 PATCHED = (
@@ -58,6 +59,22 @@ def test_installing_again_changes_nothing(megatron: None, monkeypatch: pytest.Mo
     once = installed()
     assert all(now is not was and getattr(now, hooks.MARK) for now, was in zip(once, before, strict=True))
     assert all(now is was for now, was in zip(installed(), once, strict=True))
+
+
+def test_hooks_are_found_and_undone(megatron: None) -> None:
+    """As they are after each test: those after it find Megatron as it is."""
+    from megatron.training import training as loop
+
+    from megatron_lighthouse.mcore.loop import hooks
+
+    owners = [(loop, "training_log"), (loop, "train_step"), *model_parts()]
+    before = [getattr(owner, name) for owner, name in owners]
+    assert not [*left.hooks()]
+    hooks.follow_training()
+    hooks.follow_switch(LighthouseSettings())  # a second time around `train_step`
+    assert {(owner, name) for owner, name, _ in left.hooks()} >= {*owners}
+    left.unhook()
+    assert [getattr(owner, name) for owner, name in owners] == before
 
 
 def model_parts() -> list[tuple[Any, str]]:

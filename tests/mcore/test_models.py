@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mcore.harness import MODEL, Run, run
+from tests.mcore.harness import MODEL, Run, run, some_slow
 from tests.mcore.test_parity import START, assert_same
 
 MODELS = {
@@ -51,7 +51,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
     return of
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", some_slow(LAYOUTS, {"DP2"}))
 @pytest.mark.parametrize("name", MODELS)
 def test_losses_equal_those_of_one_process(name: str, layout: str, tmp_path: Path, start: Start) -> None:
     arguments, one_process = start(name)

@@ -15,7 +15,7 @@ from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
 from megatron_lighthouse.mcore.command_line.stored import is_zero
 from megatron_lighthouse.parallax.config import ParallaxConfig
 from megatron_lighthouse.plots import read_scalars
-from tests.mcore.harness import Run, refused, run
+from tests.mcore.harness import Run, refused, run, some_slow
 from tests.mcore.test_checkpoints import keys, save_interval
 from tests.mcore.test_checks import problems
 from tests.mcore.test_rotary import checkpoint
@@ -60,11 +60,11 @@ LAYOUTS = {
     "data": ("", 2),
     "recompute": ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", 1),
 }
-BOTH = ("tensor", "context")
-"""Tried together in `make test`, and each alone in `make test-all`."""
+SLOW = ("tensor", "context", "pipeline", "data")
+"""The first two are tried together in `make test`."""
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in BOTH)) for name in LAYOUTS])
+@pytest.mark.parametrize("name", some_slow(LAYOUTS, SLOW))
 def test_a_layout_changes_nothing(name: str, tmp_path: Path, whole: Run) -> None:
     options, ranks = LAYOUTS[name]
     found = train(tmp_path, *options.split(), *from_saved(whole), ranks=ranks)

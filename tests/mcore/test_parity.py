@@ -10,7 +10,7 @@ from typing import Any
 import numpy
 import pytest
 
-from tests.mcore.harness import Run, run
+from tests.mcore.harness import Run, run, some_slow
 from tests.tolerances import assert_close
 
 SAVE = "--exit-interval 2 --save checkpoint --save-interval 2".split()
@@ -42,6 +42,8 @@ MASKED = {
     "DP2·CP2, averaged by the collective": (4, "--context-parallel-size 2 --ddp-average-in-collective"),
 }
 """Layouts that are tried where ranks count different numbers of tokens, or none; for `make test` there alone."""
+SLOW = {*MASKED, "PP2", "CP2, recompute", "recompute core_attn"}
+"""Each is part of another."""
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> R
     return run(tmp_path_factory.mktemp("one"), "--attention", "lighthouse", "--load", str(checkpoint), *START)
 
 
-@pytest.mark.parametrize("layout", [pytest.param(name, marks=[pytest.mark.slow] * (name in MASKED)) for name in LAYOUTS])
+@pytest.mark.parametrize("layout", some_slow(LAYOUTS, SLOW))
 def test_losses_equal_those_of_one_process(layout: str, tmp_path: Path, checkpoint: Path, one_process: Run) -> None:
     ranks, arguments = LAYOUTS[layout]
     start = ["--attention", "lighthouse", "--load", str(checkpoint), *START]
@@ -107,7 +109,7 @@ def no_dense_layer(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, n
     return run(tmp_path_factory.mktemp("edges"), *WITH_EDGES, "--load", str(checkpoint), *START, data=no_token_twice)
 
 
-@pytest.mark.parametrize("layout", EDGES)
+@pytest.mark.parametrize("layout", some_slow(EDGES, {"TP2·CP2"}))
 def test_losses_equal_those_of_one_process_without_a_dense_layer(
     layout: str, tmp_path: Path, checkpoint: Path, no_token_twice: list[str], no_dense_layer: Run
 ) -> None:
@@ -157,7 +159,7 @@ def one_process_masked(
     return with_options
 
 
-@pytest.mark.parametrize("layout", MASKED)
+@pytest.mark.parametrize("layout", some_slow(MASKED, {"CP2", "DP2·CP2", "CP2, dense"}))
 def test_losses_equal_those_of_one_process_where_tokens_do_not_count(
     layout: str, tmp_path: Path, checkpoint: Path, unevenly_masked: list[str], one_process_masked: Callable[[str], Run]
 ) -> None:
@@ -192,9 +194,9 @@ def test_layers_of_experts(tmp_path: Path) -> None:
         assert_close(list(losses.values()), list(one.values()), "parallel loss")
 
 
-def test_kernels_and_reference_train_alike(tmp_path: Path, checkpoint: Path) -> None:
-    """In fp32, step by step; on a CPU under Triton's interpreter (see tests/conftest.py), so two steps of one sequence."""
-    start = ["--attention", "lighthouse", "--load", str(checkpoint), *START, "--exit-interval", "2", "--global-batch-size", "1"]
+def test_kernels_and_reference_train_alike(tmp_path: Path) -> None:
+    """In fp32; on a CPU under Triton's interpreter (see tests/conftest.py), so two steps of one sequence and one such layer."""
+    start = ["--attention", "lighthouse", "--num-layers", "3", "--exit-interval", "2", "--global-batch-size", "1"]
     reference, kernels = (run(tmp_path / steps, *start, "--lighthouse-steps", steps) for steps in ("reference", "kernels"))
     assert list(kernels.losses) == [1, 2]
     assert_same(kernels, reference)

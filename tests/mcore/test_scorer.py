@@ -13,7 +13,7 @@ import pytest
 from megatron_lighthouse import notice
 from megatron_lighthouse.mcore.command_line import pyramid
 from megatron_lighthouse.mcore.command_line.settings import ENVIRONMENT, settings_from
-from tests.mcore.harness import Run, run
+from tests.mcore.harness import Run, run, some_slow
 from tests.mcore.test_parity import LAYOUTS, START, assert_same
 from tests.mcore.test_pyramid import arguments
 from tests.mcore.test_rotary import checkpoint
@@ -117,7 +117,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory, start: Path) -> Run:
     return run(tmp_path_factory.mktemp("one"), *QWEN3, "--load", str(start), *START)
 
 
-@pytest.mark.parametrize("layout", ["TP2+SP", "CP2"])
+@pytest.mark.parametrize("layout", some_slow(["TP2+SP", "CP2"], {"TP2+SP"}))
 def test_normed_queries_and_keys_train_as_in_one_process(layout: str, tmp_path: Path, start: Path, one_process: Run) -> None:
     """Grouped queries; two tiles in four chunks, so that ranks exchange what they score by."""
     ranks, words = LAYOUTS[layout]

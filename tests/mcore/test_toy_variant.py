@@ -12,7 +12,7 @@ import pytest
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
 from megatron_lighthouse.variant import Stream
 from megatron_lighthouse.variants import VARIANTS, register
-from tests.mcore.harness import MODEL, TEXT, Processes, Run, refused, run
+from tests.mcore.harness import MODEL, TEXT, Processes, Run, refused, run, some_slow
 from tests.mcore.test_checkpoints import keys, save_interval
 from tests.mcore.test_checks import problems
 from tests.mcore.test_spec import local_spec, transformer_config
@@ -57,7 +57,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", some_slow(LAYOUTS, {"heads", "recompute of the core"}))
 def test_a_layout_changes_nothing(name: str, tmp_path: Path, whole: Run) -> None:
     """From the checkpoint: other layouts would draw other weights."""
     options, ranks = LAYOUTS[name]

@@ -14,9 +14,13 @@ def reads(source: str, of: str = "args") -> set[str]:
     return {*_reads(_nodes(source), of)} if of in source else set()
 
 
+KINDS = (ast.Attribute, ast.Call, ast.Constant, ast.keyword)
+"""Nodes that matter: a fifth of all."""
+
+
 @lru_cache(1)
 def _nodes(source: str) -> list[ast.AST]:
-    return [*ast.walk(ast.parse(source))]
+    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, KINDS)]
 
 
 def _reads(nodes: list[ast.AST], variable: str) -> Iterator[str]:

@@ -53,7 +53,7 @@ def case(name: str, tokens: int, heads: int, groups: int) -> tuple[list[Tensor],
     return inputs(tokens, 1 if documents else 2, heads, groups, (5, 3), **given), how
 
 
-@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("size", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("comm_type", ["p2p", "all_gather", "a2a"])
 def test_ranks_equal_one(comm_type: str, size: int) -> None:
     """With grouped heads, V that is not K, and chunks of six tokens in pieces of four."""

@@ -82,7 +82,7 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
     from megatron_lighthouse.launch.fits import counted, names_vocabulary, needs, too_much, without_logits
     from megatron_lighthouse.launch.layout import enough, layout, one_sequence
     from megatron_lighthouse.launch.sizes import sizes
-    from megatron_lighthouse.mcore.command_line import flags, pyramid, scorer
+    from megatron_lighthouse.mcore.command_line import flags, numbers, pyramid, scorer
     from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
     from megatron_lighthouse.plan.device import DEVICES
 
@@ -91,6 +91,8 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
     except flags.WordsError as error:
         return [str(error)], ""
     args = settled(args)
+    if found := [*numbers.problems(args)]:  # with which no other rule can reckon
+        return [*unknown, *found], ""
     unknown += pyramid.budget_problems(args)
     sees, kinds = options.sees, KINDS[options.arch]
     load, base = (here(sees, path) if path else None for path in (args.load, args.pretrained_checkpoint))

@@ -15,6 +15,7 @@ from megatron_lighthouse.mcore.data.text import PADDED_VOCABULARY
 from megatron_lighthouse.plan.device import Device
 from megatron_lighthouse.plan.model import GPT
 from megatron_lighthouse.plan.run import Run
+from megatron_lighthouse.usage import as_sentence
 from megatron_lighthouse.variants import VARIANTS, base_in, counted, named_in
 
 LLAMA3_VOCAB = 128256
@@ -173,7 +174,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     try:
         return parser.parse_known_args(words)[0]
     except argparse.ArgumentError as error:  # argparse would end the program with the usage of a parser that no user knows
-        raise ValueError(f"{error.argument_name}: {error.message}.") from error
+        raise ValueError(as_sentence(f"{error.argument_name}: {error.message}")) from error
 
 
 def _model(args: argparse.Namespace) -> GPT:

@@ -124,7 +124,7 @@ def asked(folder: Path, *words: str) -> tuple[list[int], str]:
 LATE = {
     "recompute": ("--recompute-granularity selective", "recompute method is not yet supported for selective"),
     "experts": ("--expert-model-parallel-size 2", "num_experts must be non None to use expert model parallelism"),
-    "without words": ("--num-dataset-builder-threads 0", "assert args.num_dataset_builder_threads > 0"),
+    "without words": ("--decoder-seq-length 262144", "assert args.max_position_embeddings >= args.decoder_seq_length"),
     "of the model": ("--moe-router-topk 1 --num-experts 8 --moe-ffn-hidden-size 64", "use --moe-router-pre-softmax when topk"),
 }
 """What Megatron refuses by rules of its own."""
@@ -165,7 +165,7 @@ def test_the_check_says_what_the_run_says(more: Sequence[str], tmp_path: Path, c
 def test_a_usage_error_is_one_line(tmp_path: Path) -> None:
     for name, more, says in (
         ("flag", "--num-layer", "--num-layer is not a known flag: did you mean --num-layers? See --help."),
-        ("value", "--lr=x", "--lr: invalid float value: 'x'. See --help."),
+        ("value", "--lr=x", "--lr x must be a number: give one. See --help."),
     ):
         run = Processes(tmp_path / name, 1, [*MODEL, *TEXT, more])
         assert run.wait() == [2]

@@ -11,6 +11,9 @@ import pytest
 
 from megatron_lighthouse.launch import check
 from megatron_lighthouse.mcore.command_line import run_options
+from megatron_lighthouse.softmax import names
+from megatron_lighthouse.softmax.backends import BACKENDS
+from megatron_lighthouse.softmax.blocks import BLOCKS
 from tests.mcore.harness import MODEL, TEXT, Processes
 
 LLAMA = """
@@ -66,6 +69,18 @@ WRONG = {
     "a negative start": ("--lr-warmup-init -1", "use --lr-warmup-init 0, or"),
     "no iteration": ("--train-iters 0", "--train-iters 0 trains nothing: give"),
     "a batch": ("--global-batch-size 12", "use --global-batch-size 16"),
+    "an attention over shards": ("--lighthouse-inner fa4", "fa4 does not attend over shards: .* or --cp-comm-type a2a"),
+    "its channels": ("--lighthouse-inner fa2 --kv-channels 132", "with head dimension 132: over several ranks use .* sdpa,"),
+    "of other layers": ("--lighthouse-inner te --transformer-impl local", "use it with --transformer-impl transformer_engine"),
+    "wide heads": ("--lighthouse-inner fa4 --cp-comm-type a2a --kv-channels 260", "does not take heads of 260 channels"),
+    "documents over shards": (
+        "--lighthouse-inner cudnn --dataloader-inter-document-masking --transformer-impl local",
+        "cudnn does not attend over shards: over several ranks use --lighthouse-inner auto or fa2 or sdpa",
+    ),
+    "documents": (
+        "--lighthouse-inner cudnn --dataloader-inter-document-masking --transformer-impl local --context-parallel-size 1",
+        "cudnn takes no documents that are masked causally: .* fa2 or sdpa",
+    ),
     "a second data": ("--data-path nowhere", "leave all but one out"),
 }
 
@@ -80,6 +95,26 @@ def test_wrong_words_without_megatron(name: str, tmp_path: Path, capsys: pytest.
     more = more.format(empty=tmp_path / "empty", other=tmp_path / "other")
     assert check.main([*GPUS, "--", *LLAMA, *more.split()]) == 1
     assert re.search(says, error := capsys.readouterr().err), error
+
+
+def test_an_attention_that_the_gpus_do_not_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """As far as an architecture tells."""
+    own, blackwell = ["--nodes", "8", "--gpus-per-node", "8", "--without-megatron"], ["--arch", "blackwell"]
+    a2a = [*LLAMA, "--cp-comm-type", "a2a", "--tensor-model-parallel-size", "1", "--lighthouse-inner"]
+    assert check.main([*own, *blackwell, "--", *a2a, "fa4"]) == 0
+    assert check.main([*own, *blackwell, "--", *a2a, "fa3"]) == 1
+    assert "--lighthouse-inner fa3 does not run on GPUs of compute capability 10" in capsys.readouterr().err
+    assert check.main([*own, "--", *a2a, "fa4"]) == 1
+    assert "--lighthouse-inner fa4 needs a GPU: use --lighthouse-inner auto or sdpa" in capsys.readouterr().err
+    fp32 = [word for word in a2a if word != "--bf16"]
+    assert check.main([*own, *blackwell, "--", *fp32, "cudnn"]) == 1
+    assert "takes bf16 and fp16 alone: add --bf16" in capsys.readouterr().err
+
+
+def test_the_names_are_those_of_the_backends() -> None:
+    """That the check knows, which imports no torch."""
+    assert [*BLOCKS] == [*names.OVER_SHARDS]
+    assert {*BACKENDS} == {*names.INNER} - {"auto", "te"}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from megatron_lighthouse.context_parallel.schemes import SWITCH, comm_type_problem
 from megatron_lighthouse.lighthouse.config import flag
 from megatron_lighthouse.lighthouse.heads import heads_problem
-from megatron_lighthouse.mcore.command_line import documents, rope, stored
+from megatron_lighthouse.mcore.command_line import documents, inner, rope, stored
 from megatron_lighthouse.mcore.command_line.own_parts import engine_problems
 from megatron_lighthouse.mcore.command_line.settings import (
     LighthouseSettings,
@@ -63,6 +63,7 @@ def run_problems(args: Namespace, config: TransformerConfig, settings: Lighthous
     length = None if documents.asked(args) else args.seq_length  # of which each document has its own
     yield from model_problems(config, settings, length)
     yield from argument_problems(args, settings)
+    yield from inner.problems(config, settings, documents.asked(args))
     yield from _documents(args, config, settings)
     yield from _stage2(args, settings)
     yield from _streams_of_run(args, settings)

@@ -62,7 +62,23 @@ parse_options() {
     check_profiler
     read_recipe "$RECIPE"
     RUN=$(realpath -ms "$RUN") # whoever runs or queues something makes the folder
+    check_run
     CLUSTER=$(realpath "$CLUSTER") RECIPE=$(realpath "$RECIPE")
+}
+
+# RUN is a folder that may be written, or can be made
+check_run() {
+    local at=$RUN why
+    while [[ ! -e $at && ! -L $at ]]; do at=$(dirname "$at"); done
+    if [[ ! -d $at ]]; then
+        why="is no folder"
+    elif [[ ! -w $at || ! -x $at ]]; then
+        why="may not be written by $(id -un)"
+    else
+        return 0
+    fi
+    die "--run $RUN $([[ $at == "$RUN" ]] || echo "cannot be made: $at ")$why: name a folder that you may write, on a file system that" \
+        "all nodes share."
 }
 
 # line $2 of file $1, which the caller has in its variable line, as text from any editor: without a byte order mark or a DOS line end

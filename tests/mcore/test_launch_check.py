@@ -14,6 +14,8 @@ from megatron_lighthouse.mcore.command_line import run_options
 from megatron_lighthouse.softmax import names
 from megatron_lighthouse.softmax.backends import BACKENDS
 from megatron_lighthouse.softmax.blocks import BLOCKS
+from tests.launch.scripts import LAUNCH
+from tests.launch.scripts import words as launch_words
 from tests.mcore.harness import MODEL, TEXT, Processes
 
 LLAMA = """
@@ -156,6 +158,9 @@ def asked(folder: Path, *words: str) -> tuple[list[int], str]:
     return processes.wait(), processes.log.read_text()
 
 
+RECIPES = sorted({path.stem for path in (LAUNCH / "recipes").glob("*.args")} - {"cpu-test", "llama3-8b-1m"})
+"""Those that 64 GPUs take."""
+
 LATE = {
     "recompute": ("--recompute-granularity selective", "recompute method is not yet supported for selective"),
     "experts": ("--expert-model-parallel-size 2", "num_experts must be non None to use expert model parallelism"),
@@ -166,8 +171,11 @@ LATE = {
 
 
 def test_megatron_reads_the_words(tmp_path: Path) -> None:
-    """A realistic line is taken; wrong ones are refused, all in one go, as Megatron or the run puts it."""
-    statuses, log = asked(tmp_path / "right", *GPUS, "--", *LLAMA)
+    """A realistic line and every recipe is taken; wrong ones are refused, all in one go, as Megatron or the run puts it."""
+    lines = {"llama": LLAMA[: LLAMA.index("--mock-data")]} | {name: launch_words(name)[:-4] for name in RECIPES}
+    points = [word for name, words in lines.items() for word in ("--point", f"{name} {' '.join(words)}")]
+    statuses, log = asked(tmp_path / "right", *GPUS, *points, "--", *LLAMA[LLAMA.index("--mock-data") :])
+    assert [name for name in lines if f"{name}: 64 ranks" not in log] == []
     assert (statuses, "Megatron-core 0.19.2 reads it, and nothing is refused" in log) == ([0], True), log
     points = [word for name, (more, _) in LATE.items() for word in ("--point", f"{name.replace(' ', '-')} {more}")]
     statuses, log = asked(tmp_path / "wrong", *GPUS, *points, "--", *LLAMA)
@@ -217,6 +225,7 @@ def test_packages_that_the_run_needs(monkeypatch: pytest.MonkeyPatch, capsys: py
     error = capsys.readouterr().err
     assert "needs the package transformers, which is not installed: install it (pip install transformers)" in error
     assert "needs the package transformer_engine" in error
+    assert error.count("name it by IMAGE in the cluster file; another Python by PYTHON. With CHECK_PYTHON the job's") == 1
     for kind, package in (("TikTokenizer", "tiktoken"), ("GPTSentencePieceTokenizer", "sentencepiece")):
         assert check.main([*GPUS, "--runs-here", "--", *LLAMA, "--tokenizer-type", kind, "--tokenizer-model", __file__]) == 1
         assert f"needs the package {package}" in capsys.readouterr().err

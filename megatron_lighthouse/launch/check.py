@@ -105,6 +105,7 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
     problems = [*unknown, *(enough(args, world) if options.exact else ())]
     world = one_sequence(args) if options.exact else world
     nodes, gpus_per_node = (1, world) if options.exact else (options.nodes, options.gpus_per_node)
+    args.world_size = None if options.exact else world  # a study takes as many as a point needs
     problems += [*layout(args, nodes, gpus_per_node), *sizes(args, options.runs_here)]
     problems += [*data(args, sees), *checkpoint(args, sees), *unseen(args, sees)]
     problems += restart.problems(args, load, base)

@@ -34,8 +34,8 @@ def settings_problems(settings: LighthouseSettings, seq_length: int, ranks: int,
 
 def _followed(own: LighthouseConfig, edge: LighthouseConfig | None, seq_length: int, allowed: Allowed) -> Allowed:
     """What is allowed of other lengths where the config may follow the length: with what it would be there, too."""
-    as_given = ({}, {"levels": own.levels}, {"tile_budget": own.tile_budget})
-    as_given += ({"levels": own.levels, "tile_budget": own.tile_budget},)
+    levels, tiles = {"levels": own.levels}, {"tile_budget": own.tile_budget}
+    as_given: tuple[dict[str, int], ...] = ({}, levels, tiles, levels | tiles)
     mine = {name: getattr(own, name) for name in NAMES}
     follows = [given for given in as_given if by_length(max(1, seq_length), own.pooling, **given) == mine]
 

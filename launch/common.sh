@@ -23,6 +23,9 @@ usage() { sed -n '/^# Usage/,/^$/s/^# \{0,1\}//p' "$1"; }
 
 words() { printf '%s\n' "$@" | xargs; }
 
+# of files, without folders and endings
+names() { words "${@##*/}" | sed -E 's/\.(env|args)( |$)/\2/g'; }
+
 # options that all scripts share; what follows -- goes to Megatron. A script's own are in OWN: "--flag=VARIABLE …"
 parse_options() {
     local script=$1 pair
@@ -92,7 +95,7 @@ clean_line() {
 
 read_cluster() {
     local file=$1 line key value number=0
-    [[ -r $file ]] || die "--cluster $file cannot be read: give a file, or one of $(words "$LAUNCH"/clusters/*.env)."
+    [[ -r $file ]] || die "--cluster $file cannot be read: give a file, or one of $(names "$LAUNCH"/clusters/*.env)."
     local python=${PYTHON:-} check_python=${CHECK_PYTHON:-} # the environment wins
     for key in $CLUSTER_KEYS; do declare -g "$key="; done
     read_environment
@@ -173,7 +176,7 @@ check_time() {
 # a recipe: Megatron's arguments, words apart by blanks, # begins a comment
 read_recipe() {
     local file=$1 line found=() number=0
-    [[ -r $file ]] || die "--recipe $file cannot be read: give a file, or one of $(words "$LAUNCH"/recipes/*.args)."
+    [[ -r $file ]] || die "--recipe $file cannot be read: give a file, or one of $(names "$LAUNCH"/recipes/*.args)."
     RECIPE_ARGUMENTS=()
     # shellcheck disable=SC2094 # clean_line names the file, and writes none
     while IFS= read -r line || [[ -n $line ]]; do

@@ -78,10 +78,10 @@ def run_of_words(words: Sequence[str], device: Device, gpus: int | None = None) 
         ValueError: a model or a setting that the plan does not count.
     """
     names = {word.partition("=")[0] for word in words}
-    if lacking := [flag for flag in (*SIZES, *NEEDED) if flag not in names]:
-        raise ValueError(f"the plan counts Llamas in bf16, and {' '.join(lacking)} is missing: add it.")
     if odd := [flag for flag in NOT_COUNTED if flag in names]:
         raise ValueError(f"{' '.join(odd)} is not counted by the plan: leave it out, to plan the run without it.")
+    if lacking := [flag for flag in (*SIZES, *NEEDED) if flag not in names]:
+        raise ValueError(f"the plan counts Llamas in bf16, and {' '.join(lacking)} is missing: add it.")
     args = _parse(words)
     tp, cp, pp = args.tensor_model_parallel_size, args.context_parallel_size, args.pipeline_model_parallel_size
     schemes = set(args.cp_comm_type) or {"p2p"}

@@ -175,7 +175,7 @@ def test_megatron_reads_the_words(tmp_path: Path) -> None:
     lines = {"llama": LLAMA[: LLAMA.index("--mock-data")]} | {name: launch_words(name)[:-4] for name in RECIPES}
     points = [word for name, words in lines.items() for word in ("--point", f"{name} {' '.join(words)}")]
     statuses, log = asked(tmp_path / "right", *GPUS, *points, "--", *LLAMA[LLAMA.index("--mock-data") :])
-    assert [name for name in lines if f"{name}: 64 ranks" not in log] == []
+    assert [name for name in lines if f"{name}: 64 ranks" not in log] == [], log
     assert (statuses, "Megatron-core 0.19.2 reads it, and nothing is refused" in log) == ([0], True), log
     points = [word for name, (more, _) in LATE.items() for word in ("--point", f"{name.replace(' ', '-')} {more}")]
     statuses, log = asked(tmp_path / "wrong", *GPUS, *points, "--", *LLAMA)

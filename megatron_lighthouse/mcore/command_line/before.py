@@ -85,7 +85,8 @@ def _model(args: argparse.Namespace) -> Iterator[str]:
         )
     length, positions = args.seq_length or args.encoder_seq_length, args.max_position_embeddings
     if length and positions and positions < length:
-        yield f"--max-position-embeddings {positions} must be at least --seq-length {length}: use {length}."
+        flag = "--max-position-embeddings"
+        yield f"{flag} {positions} must be at least --seq-length {length}: use {flag} {length}."
     if args.context_parallel_size > 1 and (unknown := [kind for kind in args.cp_comm_type if kind not in SCHEMES]):
         yield f"--cp-comm-type {' '.join(unknown)} is not known: use {', '.join(SCHEMES[:-1])} or {SCHEMES[-1]}."
     sizes = args.hierarchical_context_parallel_sizes

@@ -230,9 +230,10 @@ class LighthouseConfig:
     def scorer_problem(self, seq_length: int, context_parallel: int = 1, allowed: Allowed = anything) -> str | None:
         """Why the scorer cannot rank so many tokens on so many ranks, with lengths that all rules take."""
         scorer = SCORERS[self.scorer]
+        if scorer.takes(seq_length, context_parallel):
+            return None
         unit = scorer.multiple(context_parallel)
-        found = lengths(self.sizes(seq_length, context_parallel), allowed, unit) if seq_length > 0 else []
-        return scorer.problem(seq_length, context_parallel, found)
+        return scorer.problem(seq_length, context_parallel, lengths(self.sizes(seq_length, context_parallel), allowed, unit))
 
     def replace(self, **changes: object) -> LighthouseConfig:
         """A copy with `changes`, checked again."""

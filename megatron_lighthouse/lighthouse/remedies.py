@@ -12,6 +12,9 @@ from megatron_lighthouse.lighthouse.by_length import by_length
 TRIED = 1000
 """Values that are tried each way from one that does not work: trying all takes hours where a length is far too great."""
 
+STEPS = 16
+"""Lengths that are tried each way: each asks what the budget of that length would be."""
+
 
 class Sizes(NamedTuple):
     """Of a pyramid, as the config's fields, and N and C where they are known."""
@@ -103,7 +106,8 @@ def others(sizes: Sizes, allowed: Allowed = anything) -> str:
     budgets = _nearest(sizes.budget, sizes.tile_budget, windows, lambda k: works(budget=k))
     offers = [_either("config.budget", budgets) or _pair(sizes, allowed), _either("query's N", lengths(sizes, allowed))]
     if sizes.ranks > 1:
-        ranks = _nearest(sizes.ranks, 1, windows // 2, lambda n: works(ranks=n))
+        most = min(windows // 2, max(64, 2 * sizes.ranks))
+        ranks = _nearest(sizes.ranks, 1, most, lambda n: works(ranks=n))
         offers.append(_either("cp_group.size()", ranks))
     return ", or ".join(filter(None, offers)) or "other sizes"
 
@@ -118,7 +122,7 @@ def lengths(sizes: Sizes, allowed: Allowed = anything, unit: int = 1) -> list[in
         tried = sizes._replace(seq_length=n)
         return n > 0 and tried.fit and allowed(tried)
 
-    down, up = range(below, max(0, below - 64 * unit), -unit), range(below + unit, below + 64 * unit, unit)
+    down, up = range(below, max(0, below - STEPS * unit), -unit), range(below + unit, below + STEPS * unit, unit)
     found = [n for way in (down, up) if (n := next(filter(works, way), None)) is not None]
     return found or [n for n in (least,) if works(n)]
 

@@ -57,7 +57,7 @@ def runs(draw: st.DrawFn) -> dict[str, object]:
 TRIED: list[str] = []
 
 
-@settings(derandomize=True, max_examples=250, deadline=None, database=None)
+@settings(derandomize=True, max_examples=100, deadline=None, database=None)
 @given(runs())
 def test_what_is_offered_is_taken(run: dict[str, object]) -> None:
     found = problems(run)

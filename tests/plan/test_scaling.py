@@ -68,7 +68,7 @@ def test_a_run_that_cannot_be_keeps_what_was_measured(tmp_path: Path, capsys: py
     write(tmp_path / "odd", 8, 500.0, 10.0, attention="lighthouse", context_parallel=1, seq_length=1000, recipe="mine")
     assert main(["scaling", str(tmp_path / "odd"), "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
-    assert "--recipe 'mine' is not known" in said
+    assert "--recipe 'mine' is none that the plan counts" in said
     assert "2000.0" in said
 
 

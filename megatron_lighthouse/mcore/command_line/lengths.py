@@ -40,11 +40,11 @@ def _followed(own: LighthouseConfig, edge: LighthouseConfig | None, seq_length: 
     follows = [given for given in as_given if by_length(max(1, seq_length), own.pooling, **given) == mine]
 
     def still(tried: Sizes) -> bool:
-        if tried.seq_length == seq_length:
+        if tried.seq_length == seq_length or not allowed(tried):
             return allowed(tried)
         there = [tried._replace(**by_length(tried.seq_length, own.pooling, **given)) for given in follows]
         there += [sizes._replace(budget=edge.budget) for sizes in there] if edge else []
-        return all(sizes.fit for sizes in there) and allowed(tried)
+        return all(sizes.fit for sizes in there)
 
     return still
 

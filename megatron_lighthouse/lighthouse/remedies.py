@@ -12,6 +12,8 @@ from megatron_lighthouse.lighthouse.by_length import by_length
 TRIED = 1000
 """Values that are tried each way from one that does not work: trying all takes hours where a length is far too great."""
 
+MOST = 5
+"""Levels that are offered: what the paper takes."""
 STEPS = 16
 """Lengths that are tried each way: each asks what the budget of that length would be."""
 
@@ -109,7 +111,7 @@ def others(sizes: Sizes, allowed: Allowed = anything) -> str:
         most = min(windows // 2, max(64, 2 * sizes.ranks))
         ranks = _nearest(sizes.ranks, 1, most, lambda n: works(ranks=n))
         offers.append(_either("cp_group.size()", ranks))
-    return ", or ".join(filter(None, offers)) or "other sizes"
+    return ", or ".join(filter(None, offers)) or _fewer_levels(sizes, allowed) or "other sizes"
 
 
 def lengths(sizes: Sizes, allowed: Allowed = anything, unit: int = 1) -> list[int]:
@@ -137,6 +139,14 @@ def _pair(sizes: Sizes, allowed: Allowed) -> str:
         tried = sizes._replace(budget=k, tile_budget=m)
         if (k, m) != (sizes.budget, sizes.tile_budget) and tried.fit and allowed(tried):
             return f"config.budget {k} config.tile_budget {m}"
+    return ""
+
+
+def _fewer_levels(sizes: Sizes, allowed: Allowed) -> str:
+    """As many levels as work, with their budgets, where no budget does with these."""
+    for levels in range(min(sizes.levels - 1, MOST), 1, -1) if sizes.seq_length > 0 else ():
+        if pair := _pair(sizes._replace(levels=levels), allowed):
+            return f"config.levels {levels} {pair}"
     return ""
 
 

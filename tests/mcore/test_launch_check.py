@@ -83,6 +83,11 @@ WRONG = {
         "--lighthouse-inner cudnn --dataloader-inter-document-masking --transformer-impl local --context-parallel-size 1",
         "cudnn takes no documents that are masked causally: .* fa2 or sdpa",
     ),
+    "schemes": ("--cp-comm-type p2p all_gather", "names 2, and --num-layers is 32: give one for all, such as p2p"),
+    "schemes of windows": ("--window-size 9,0 --window-attn-skip-freq 2 --cp-comm-type a2a p2p", "names 2, and --num-layers"),
+    "heads": ("--num-attention-heads 36", "must be a multiple of --num-query-groups 8: use --num-attention-heads 40"),
+    "choices": ("--num-experts 8 --moe-router-topk 16", "must be at most --num-experts 8: use 2"),
+    "levels": ("--lighthouse-levels 9", "use --lighthouse-levels 5 --lighthouse-budget 512 --lighthouse-tile-budget 128"),
     "a second data": ("--data-path nowhere", "leave all but one out"),
 }
 

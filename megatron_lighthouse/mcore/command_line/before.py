@@ -6,6 +6,7 @@ Its own rules are bare assertions in `validate_args` and `OptimizerParamSchedule
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator, Sequence
 
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
@@ -87,6 +88,20 @@ def _model(args: argparse.Namespace) -> Iterator[str]:
     if length and positions and positions < length:
         flag = "--max-position-embeddings"
         yield f"{flag} {positions} must be at least --seq-length {length}: use {flag} {length}."
+    layers, kinds = args.num_layers or args.encoder_num_layers, args.cp_comm_type
+    if len(kinds) > 1 and layers and len(kinds) != layers:
+        yield (
+            f"--cp-comm-type {' '.join(kinds)} names {len(kinds)}, and --num-layers is {layers}: give one for all, such as "
+            "p2p, or one a layer."
+        )
+    groups = args.num_query_groups if args.group_query_attention else None
+    if heads and groups and heads % groups:
+        yield (
+            f"--num-attention-heads {heads} must be a multiple of --num-query-groups {groups}: use --num-attention-heads "
+            f"{-(-heads // groups) * groups}, or --num-query-groups {math.gcd(heads, groups)}."
+        )
+    if (experts := args.num_experts) and args.moe_router_topk > experts:
+        yield f"--moe-router-topk {args.moe_router_topk} must be at most --num-experts {experts}: use {min(2, experts)}, or so."
     if args.context_parallel_size > 1 and (unknown := [kind for kind in args.cp_comm_type if kind not in SCHEMES]):
         yield f"--cp-comm-type {' '.join(unknown)} is not known: use {', '.join(SCHEMES[:-1])} or {SCHEMES[-1]}."
     sizes = args.hierarchical_context_parallel_sizes

@@ -33,8 +33,10 @@ class Choice:
     """Of the whole sequence."""
     pin_first: bool
     steps: Steps
-    causal: bool = True
+    scores_are_causal: bool = True
     """Whether no score depends on later tokens: `Scorer.causal`."""
+    causal: bool = False
+    """Whether the selection does not either, as `Steps.select` takes it."""
 
 
 _watched: dict[int, Choice | None] = {}
@@ -64,11 +66,17 @@ def watched() -> dict[int, Choice]:
 
 
 def record(
-    selection: Selection, scores: Tensor, geometry: Geometry, pin_first: bool, steps: Steps, causal: bool = True
+    selection: Selection,
+    scores: Tensor,
+    geometry: Geometry,
+    pin_first: bool,
+    causal: bool,
+    steps: Steps,
+    scores_are_causal: bool = True,
 ) -> None:
     """Called by the attention with every selection that it makes, and what it made it from: see `Choice`."""
     if (number := running.current()) in _watched:
-        _watched[number] = Choice(selection, scores, geometry, pin_first, steps, causal)
+        _watched[number] = Choice(selection, scores, geometry, pin_first, steps, scores_are_causal, causal)
 
 
 def refuse_documents() -> None:
@@ -159,7 +167,7 @@ def later_tokens(choice: Choice) -> list[float]:
 
     The layer alone is asked: its queries, keys and values are as they were, although layers below it select too.
     """
-    if not choice.causal:
+    if not choice.scores_are_causal:
         return [math.nan] * len(CUTS)
     geometry, before = choice.geometry, choice.selection.rows
     windows = geometry.tile
@@ -171,7 +179,7 @@ def later_tokens(choice: Choice) -> list[float]:
             for level in range(geometry.levels)
         ]
         scores = choice.scores.masked_fill(~torch.cat(masks[1:]), 0)
-        after = choice.steps.select(scores, geometry, choice.pin_first).rows
+        after = choice.steps.select(scores, geometry, choice.pin_first, choice.causal).rows
         only_one = either = 0
         for a, b, mask in zip(before[:-1], after[:-1], masks[:-1], strict=True):
             a, b = (a >= 0) & mask, (b >= 0) & mask

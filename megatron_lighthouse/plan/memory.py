@@ -39,13 +39,14 @@ def lighthouse_activations(run: Run, geometry: Geometry | None = None) -> float:
     """Kept by a Lighthouse layer: the gathered rows and their output in place of Q, K, V and the output; the map of entries.
 
     Of `geometry`, or the run's. The layer's own output too, unless it is freed and scattered again. The map has a 32-bit number
-    for each entry of all levels and each key/value head.
+    for each entry of all levels and each key/value head; a causal selection keeps a second one, of the rows that it scatters.
     """
     model, geometry = run.model, geometry or run.geometry
     columns = model.heads * model.head_dim
     kept = columns * run.base.work.kept
     rows = geometry.gathered_length / run.context_parallel * (BF16 * (model.qkv + columns + kept) + FP32 * model.heads)
-    entries = geometry.pyramid_length / run.context_parallel * model.groups * FP32
+    maps = 1 + getattr(run.config, "causal_selection", False)
+    entries = maps * geometry.pyramid_length / run.context_parallel * model.groups * FP32
     other = run.tokens * BF16 * (4 * model.hidden + _mlp(run) + (0 if run.discard_output else columns))
     return (rows + entries + other) / run.tensor_parallel
 

@@ -280,6 +280,7 @@ def _facts(trained: Trained, tokens: Array) -> dict[str, Any]:
         "attention": args.attention,
         "lighthouse_layers": args.lighthouse_layers,
         "lighthouse_rope": args.lighthouse_rope,
+        "lighthouse_causal_selection": args.lighthouse_causal_selection,
         "held_out": {"tokens": len(tokens), "sha256": hashlib.sha256(tokens.tobytes()).hexdigest()},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),

@@ -10,6 +10,7 @@ import pytest
 
 from tests.mcore import harness
 from tests.mcore.harness import MODEL, ROOT, Run
+from tests.mcore.test_checkpoints import save_interval
 from tests.mcore.test_parity import START, assert_same
 
 AT = MODEL.index("--lighthouse-budget")
@@ -100,3 +101,19 @@ def test_lighthouse_equals_itself_on_one_process(
     assert abs(one_lighthouse.losses[1] - one_process.losses[1]) > 1e-4, "nothing was selected"
     start = [*LIGHTHOUSE, "--load", str(checkpoint), *START, *arguments.split()]
     assert_same(run(tmp_path, *start, ranks=ranks, data=documents), one_lighthouse)
+
+
+def test_wall_over_ranks_equals_itself_on_one_process(tmp_path: Path, documents: list[str]) -> None:
+    """With gates that matter at these lengths, and two rows at once."""
+    options = "--position-embedding-type none --wall-gate-bias 3 --micro-batch-size 2 --train-iters 4".split()
+    wall, saved = ["--attention", "wall", *PACKED[2:], *options], tmp_path / "checkpoint"
+    one = run(tmp_path / "one", *wall, *save_interval(saved, 1), data=documents)
+    two = run(
+        tmp_path / "two",
+        *(*wall, "--context-parallel-size", "2", "--load", str(saved), "--ckpt-step", "1"),
+        ranks=2,
+        data=documents,
+    )
+    assert list(two.losses) == [2, 3, 4]
+    later = ({i: x[i] for i in two.losses} for x in (one.losses, one.gradient_norms))
+    assert_same(two, Run(*later, one.log, one.folder))

@@ -256,6 +256,7 @@ def test_what_was_not_asked_for_is_none(tmp_path: Path) -> None:
     from megatron_lighthouse.recipe.trained import Trained
 
     trained = {"load": "ckpt", "attention": "dense", "lighthouse_layers": 0, "lighthouse_rope": "last"}
+    trained["lighthouse_causal_selection"] = False
     asked = Namespace(out=tmp_path, loss_sequences=0, hindsight_samples=0, **trained)
     measure(Trained(asked, 3, tiny(fused=True)), TOKENS, None)
     summary = json.loads((tmp_path / "evaluation.json").read_text())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lighthouse.plan import report
+from megatron_lighthouse.plan import memory, report
 from megatron_lighthouse.plan.__main__ import main, parser, run_from
 from megatron_lighthouse.plan.device import DEVICES
 from megatron_lighthouse.plan.run import RECOMPUTE, Run, recipes, run_of
@@ -48,6 +48,13 @@ def test_what_megatron_takes_where_nothing_is_given() -> None:
 )
 def test_recompute(more: str, expected: str) -> None:
     assert of("530m-98k", more).recompute == expected
+
+
+def test_a_causal_selection_gathers_as_many_rows_and_keeps_a_second_map() -> None:
+    plain, causal = of("530m-98k"), of("530m-98k", "--lighthouse-causal-selection")
+    assert causal.geometry.gathered_length == plain.geometry.gathered_length == 18432
+    more = memory.lighthouse_activations(causal) - memory.lighthouse_activations(plain)
+    assert more == 4 * (98304 + 98304 // 4 + 98304 // 16) * plain.model.groups
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from megatron_lighthouse.lighthouse.config import LighthouseConfig
 
 
 class Tile(NamedTuple):
@@ -17,6 +20,19 @@ class Tile(NamedTuple):
     windows: int
     budget: int
     """Entries refined per level: the m of this tile."""
+
+
+def rule_problem(config: LighthouseConfig) -> str | None:
+    """Why the rule that a config asks for cannot be kept; None where it can."""
+    window = config.pooling ** (config.levels - 1)
+    least = config.tile_budget * window
+    if config.document_tile and (config.document_tile < least or config.document_tile % window):
+        above = max(least, -(-config.document_tile // window) * window)
+        return (
+            f"config.document_tile {config.document_tile} must be a multiple of {window}, the tokens of a coarsest window, and "
+            f"at least {least}, one window for each entry of config.tile_budget {config.tile_budget}: use {above}."
+        )
+    return f"config.whole_below {config.whole_below} must not be negative: use 0." if config.whole_below < 0 else None
 
 
 @dataclass(frozen=True)

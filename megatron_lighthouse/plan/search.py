@@ -114,7 +114,7 @@ def _held(run: Run, length: int, fraction: float) -> Run | None:
     by_length = LighthouseConfig.for_length(length, pooling=run.config.pooling)
     own = {name: getattr(by_length, name) for name in ("levels", "budget", "tile_budget")}
     run = run.change(seq_length=length, config=run.config.replace(**own), recompute="full", cp_comm_type=SCHEMES[0])
-    for layout in _layouts(run.change(global_batch=1)):
+    for layout in layouts(run.change(global_batch=1)):
         one = layout.tensor_parallel * layout.context_parallel * layout.pipeline_parallel
         if (layout.recompute, layout.cp_comm_type, one) != (run.recompute, run.cp_comm_type, run.gpus):
             continue

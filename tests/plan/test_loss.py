@@ -98,3 +98,10 @@ def test_pipeline_stages_hold_what_is_theirs() -> None:
     run = run.change(recompute="full")
     small = run.change(model=replace(run.model, vocab=384))
     assert (memory.stage_name(run), memory.stage_name(small)) == ("last", "first")
+
+
+def test_recompute_costs_time_and_saves_memory() -> None:
+    runs = [run_of("530m-98k", recompute=r) for r in ("none", "mlp", "full")]
+    times = [sum(step_parts(run, coefficients()).values()) for run in runs]
+    assert times == sorted(times)
+    assert memory.total(runs[0]) > memory.total(runs[1]) > memory.total(runs[2])

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_lighthouse.needed import ask_for_megatron
 from megatron_lighthouse.usage import Parser
 
 
@@ -49,7 +48,6 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    ask_for_megatron("python -m megatron_lighthouse.convert")
     signal.signal(signal.SIGTERM, _stop)
     try:
         return run(options)

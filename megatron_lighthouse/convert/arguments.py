@@ -27,12 +27,15 @@ def model_words(family: Family, config: Config, *, tied: bool, mtp: int = 0) -> 
     """
     heads, groups = config["num_attention_heads"], config.get("num_key_value_heads")
     sizes, routed = family.sizes(config), family.has_experts(config)
+    may_lack = family.plain_rope or not family.positions
+    length = config.get("max_position_embeddings") if may_lack else config["max_position_embeddings"]
     grouped = ["--group-query-attention", "--num-query-groups", str(groups)] if groups not in (None, heads) else []
     per_head = [] if family.latent else [*grouped, "--kv-channels", str(sizes["head"])]
     return [
         *("--num-layers", str(config["num_hidden_layers"]), "--hidden-size", str(config["hidden_size"])),
         *("--ffn-hidden-size", str(config["intermediate_size"]), "--num-attention-heads", str(heads), *per_head),
-        *("--max-position-embeddings", str(config["max_position_embeddings"]), *rope.arguments(config, family.latent)),
+        *(["--max-position-embeddings", str(length)] if length else []),
+        *(rope.arguments(config, family.latent) if family.positions else ["--position-embedding-type", "none"]),
         *("--normalization", "RMSNorm", "--norm-epsilon", str(float(config["rms_norm_eps"]))),
         *family.arguments(config),
         *([] if one_kind(family, routed) else ["--moe-layer-freq", f"[{','.join(str(int(here)) for here in routed)}]"]),
@@ -61,10 +64,14 @@ def _read(word: str) -> Any:
 
 
 def updated(config: Config, family: Family, args: Namespace, *, vocab: int, dtype: str, tied: bool) -> dict[str, Any]:
-    """config.json of a model that was trained on with `args`: as before, but for its length, RoPE, vocabulary and dtype."""
+    """config.json of a model that was trained on with `args`: as before, but for its length, RoPE, vocabulary and dtype.
+
+    Raises:
+        ValueError: RoPE that its config.json cannot say.
+    """
     new = dict(config)
     length = getattr(args, "max_position_embeddings", None)
-    if length and length != config["max_position_embeddings"]:
+    if length and family.positions and length != config.get("max_position_embeddings"):
         new["max_position_embeddings"] = length
     if vocab != config["vocab_size"]:
         new["vocab_size"] = vocab
@@ -74,15 +81,23 @@ def updated(config: Config, family: Family, args: Namespace, *, vocab: int, dtyp
     if dtype != config.get(name):
         new[name] = dtype
     new.pop("quantization_config", None)  # what is written is not quantised
+    if not family.positions:
+        return new
     now = rope.from_arguments(args, family.latent)
     if _differs(now, config, family):
+        if now["rope_type"] != "default" and family.plain_rope:
+            raise ValueError(
+                f"RoPE of type {now['rope_type']} has no name in a config.json of {family.architecture}: only default."
+            )
         for old in ("rope_theta", "rope_scaling", "rope_parameters"):
             new.pop(old, None)
         if "rope_parameters" in config or "rope_theta" not in config:
             new["rope_parameters"] = now
         else:  # as transformers before 5 reads it
             theta = now.pop("rope_theta")
-            new |= {"rope_theta": theta, "rope_scaling": None if now["rope_type"] == "default" else now}
+            new["rope_theta"] = theta
+            if not family.plain_rope:
+                new["rope_scaling"] = None if now["rope_type"] == "default" else now
     return new
 
 

@@ -51,6 +51,16 @@ class Family:
     """Fields of config.json, and the values that can be carried over. A field that is not there is as the first of them."""
     latent: bool = False
     """Multi-latent attention, whose RoPE Megatron takes by other names."""
+    further: Callable[[Config], Sequence[Weight]] = lambda config: ()
+    """Of each layer beside `attention`, where config.json asks for it."""
+    embedding: str = "model.embed_tokens.weight"
+    """Its name."""
+    common: Callable[[Config], Config] = lambda config: config
+    """config.json with the fields that all families have, under their names."""
+    positions: bool = True
+    """Whether it has RoPE, and so a length."""
+    plain_rope: bool = False
+    """Whether its config.json says no more of RoPE than its base, and may say no length."""
     mtp: Sequence[Weight] = ()
     """Of each layer that predicts further tokens, beside what the layer itself holds."""
 

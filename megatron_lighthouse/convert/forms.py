@@ -19,8 +19,8 @@ type Sizes = Mapping[str, int]
 class Form(Protocol):
     """One way to put a tensor together."""
 
-    def join(self, tensors: Sequence[Tensor], sizes: Sizes) -> Tensor:
-        """Hugging Face's tensors -> Megatron's."""
+    def join(self, tensors: Sequence[Tensor], sizes: Sizes, out: Tensor | None = None) -> Tensor:
+        """Hugging Face's tensors -> Megatron's, in the memory of `out` where it is given and rows must move."""
 
     def split(self, tensor: Tensor, rows: Sequence[int], sizes: Sizes) -> list[Tensor]:
         """Megatron's tensor -> Hugging Face's, which have so many `rows` each (their first axis)."""
@@ -29,7 +29,7 @@ class Form(Protocol):
 class One:
     """The same tensor."""
 
-    def join(self, tensors: Sequence[Tensor], sizes: Sizes) -> Tensor:
+    def join(self, tensors: Sequence[Tensor], sizes: Sizes, out: Tensor | None = None) -> Tensor:
         return tensors[0]
 
     def split(self, tensor: Tensor, rows: Sequence[int], sizes: Sizes) -> list[Tensor]:
@@ -39,8 +39,8 @@ class One:
 class Stacked:
     """The rows of one after those of the other: gate, then up."""
 
-    def join(self, tensors: Sequence[Tensor], sizes: Sizes) -> Tensor:
-        return torch.cat([*tensors])
+    def join(self, tensors: Sequence[Tensor], sizes: Sizes, out: Tensor | None = None) -> Tensor:
+        return torch.cat([*tensors], out=out)
 
     def split(self, tensor: Tensor, rows: Sequence[int], sizes: Sizes) -> list[Tensor]:
         return [*tensor.split([*rows])]
@@ -49,9 +49,10 @@ class Stacked:
 class Grouped:
     """q, k, v [rows, …] -> for each key/value head: the rows of its queries, of its key, of its value."""
 
-    def join(self, tensors: Sequence[Tensor], sizes: Sizes) -> Tensor:
+    def join(self, tensors: Sequence[Tensor], sizes: Sizes, out: Tensor | None = None) -> Tensor:
         by_group = [t.reshape(sizes["groups"], -1, *t.shape[1:]) for t in tensors]
-        return torch.cat(by_group, dim=1).flatten(0, 1)
+        grouped = None if out is None else out.unflatten(0, (sizes["groups"], -1))
+        return torch.cat(by_group, dim=1, out=grouped).flatten(0, 1)
 
     def split(self, tensor: Tensor, rows: Sequence[int], sizes: Sizes) -> list[Tensor]:
         groups = sizes["groups"]
@@ -62,8 +63,9 @@ class Grouped:
 class Turned:
     """[in, out] -> [out, in]."""
 
-    def join(self, tensors: Sequence[Tensor], sizes: Sizes) -> Tensor:
-        return tensors[0].T.contiguous()
+    def join(self, tensors: Sequence[Tensor], sizes: Sizes, out: Tensor | None = None) -> Tensor:
+        turned = tensors[0].T
+        return turned.contiguous() if out is None else out.copy_(turned)
 
     def split(self, tensor: Tensor, rows: Sequence[int], sizes: Sizes) -> list[Tensor]:
         return [tensor.T.contiguous()]
@@ -72,9 +74,9 @@ class Turned:
 class Dealt:
     """Rows of gate and up in turn (bias [2f], or turned: [in, 2f]) -> the rows of gate, then those of up."""
 
-    def join(self, tensors: Sequence[Tensor], sizes: Sizes) -> Tensor:
+    def join(self, tensors: Sequence[Tensor], sizes: Sizes, out: Tensor | None = None) -> Tensor:
         rows = tensors[0].T if tensors[0].ndim == 2 else tensors[0]
-        return torch.cat([rows[0::2], rows[1::2]])
+        return torch.cat([rows[0::2], rows[1::2]], out=out)
 
     def split(self, tensor: Tensor, rows: Sequence[int], sizes: Sizes) -> list[Tensor]:
         in_turn = torch.stack([*tensor.chunk(2)], dim=1).flatten(0, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse.convert.families import family_of
-from megatron_lighthouse.convert.mapping import EMBEDDING, HEAD, Placed, all_placed, repeated
+from megatron_lighthouse.convert.mapping import HEAD, Placed, all_placed, repeated
+from megatron_lighthouse.convert.memory import Reused
 from megatron_lighthouse.convert.quantized import Dequantized
 from megatron_lighthouse.convert.safetensors_files import Safetensors, Stored, Tensors
 
@@ -48,7 +49,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no JSON object ({error}): copy it again.") from error
 
 
-def _check_counts(config: dict[str, Any]) -> None:
+def _check_counts(config: Mapping[str, Any]) -> None:
     for name in COUNTS:
         value = config.get(name, 1)
         if (type(value) is not int or value < 1) and not (value is None and name in MAY_BE_NONE):
@@ -73,7 +74,9 @@ class HuggingFace:
         self.folder = folder
         self.config = read_config(folder)
         self.family = family_of(self.config)
-        _check_counts(self.config)
+        self.fields = self.family.common(self.config)
+        """config.json by the names that all families have."""
+        _check_counts(self.fields)
         self.source = Dequantized(Safetensors(folder), self.config)
         there = self.source.stored
         further = self.config.get("num_nextn_predict_layers") or 0
@@ -87,8 +90,9 @@ class HuggingFace:
         if in_files and not mtp:
             layers = range(self.config["num_hidden_layers"], self.config["num_hidden_layers"] + further)
             self.left_out += _matching(there, [f"model.layers.{n}.*" for n in layers])
+        self._memory = Reused()
         self.tied = self._is_tied()
-        self.placed = all_placed(self.family, self.config, tied=self.tied, mtp=self.mtp)
+        self.placed = all_placed(self.family, self.fields, tied=self.tied, mtp=self.mtp)
         self._check()
 
     def _is_tied(self) -> bool:
@@ -96,11 +100,12 @@ class HuggingFace:
         there = self.source.stored
         if not self.config.get("tie_word_embeddings", False):
             return False
-        return HEAD not in there or (EMBEDDING in there and same_bits(self.source.read(EMBEDDING), self.source.read(HEAD)))
+        embedding = self.family.embedding
+        return HEAD not in there or (embedding in there and same_bits(self.source.read(embedding), self.source.read(HEAD)))
 
     def _check(self) -> None:
         wanted = dict(_wanted(self.placed))
-        repeats = repeated(self.config, self.mtp)
+        repeats = repeated(self.family, self.config, self.mtp)
         there = {name: stored for name, stored in self.source.stored.items() if name not in self.left_out}
         if missing := [name for name in wanted if name not in there]:
             raise ValueError(f"{self.folder} lacks {listed(missing)}, which {self.family.architecture} has.")
@@ -123,9 +128,10 @@ class HuggingFace:
                 raise ValueError(f"{listed([*placed.parts])} are of several dtypes, and Megatron holds them as one tensor.")
 
     def read(self, placed: Placed) -> Tensor:
-        """Megatron's tensor."""
+        """Megatron's tensor; it is valid until the next is read."""
         index = placed.expert[0] if placed.by_first_axis and placed.expert else None
-        return placed.form.join([self.source.read(name, index) for name in placed.parts], placed.sizes)
+        parts = [self.source.read(name, index) for name in placed.parts]
+        return placed.form.join(parts, placed.sizes, self._memory.tensor(placed.shape, parts[0].dtype))
 
     def dtype(self, placed: Placed) -> torch.dtype:
         return self.source.stored[next(iter(placed.parts))].dtype

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_lighthouse.convert.family import Config, Family, Weight
 from megatron_lighthouse.convert.forms import ONE, Form
 
-EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+FINAL_NORM, HEAD = "model.norm.weight", "lm_head.weight"
 MEGATRON_EMBEDDING, MEGATRON_HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 VOCABULARY = (MEGATRON_EMBEDDING, MEGATRON_HEAD)
 """The tensors that Megatron pads by rows."""
@@ -75,15 +75,15 @@ def all_placed(family: Family, config: Config, *, tied: bool, mtp: int = 0) -> l
     sizes = family.sizes(config)
     vocab = {"vocab": sizes["vocab"], "hidden": sizes["hidden"]}
     layers, routed = config["num_hidden_layers"], family.has_experts(config)
-    homogeneous = one_kind(family, routed)
-    found = [_of_model(Weight(MEGATRON_EMBEDDING, {EMBEDDING: ("vocab", "hidden")}), vocab)]
+    homogeneous, attention = one_kind(family, routed), [*family.attention, *family.further(config)]
+    found = [_of_model(Weight(MEGATRON_EMBEDDING, {family.embedding: ("vocab", "hidden")}), vocab)]
     for n, here in enumerate(routed):
-        found += _layer(family, sizes, f"model.layers.{n}.", "decoder.layers.", "", (n, layers), here, homogeneous)
+        found += _layer(family, attention, sizes, f"model.layers.{n}.", "decoder.layers.", "", (n, layers), here, homogeneous)
     found.append(_of_model(Weight("decoder.final_layernorm.weight", {FINAL_NORM: ("hidden",)}), vocab))
     for n in range(mtp):
         prefix, number = f"model.layers.{layers + n}.", (n, mtp)
         found += [_placed(weight, sizes, prefix, "mtp.layers.", "", number, False) for weight in family.mtp]
-        found += _layer(family, sizes, prefix, "mtp.layers.", "transformer_layer.", number, True, False)
+        found += _layer(family, attention, sizes, prefix, "mtp.layers.", "transformer_layer.", number, True, False)
     if not tied:
         found.append(_of_model(Weight(MEGATRON_HEAD, {HEAD: ("vocab", "hidden")}), vocab))
     return found
@@ -94,10 +94,10 @@ def one_kind(family: Family, routed: Sequence[bool]) -> bool:
     return all(routed) or not family.routed
 
 
-def repeated(config: Config, mtp: int) -> dict[str, str]:
+def repeated(family: Family, config: Config, mtp: int) -> dict[str, str]:
     """Tensors that DeepSeek's files hold again for each layer that predicts further tokens, and what they repeat."""
     layers = range(config["num_hidden_layers"], config["num_hidden_layers"] + mtp)
-    again = {"embed_tokens.weight": EMBEDDING, "shared_head.head.weight": HEAD}
+    again = {"embed_tokens.weight": family.embedding, "shared_head.head.weight": HEAD}
     return {f"model.layers.{n}.{name}": of for n in layers for name, of in again.items()}
 
 
@@ -108,6 +108,7 @@ def _of_model(weight: Weight, sizes: Mapping[str, int]) -> Placed:
 
 def _layer(
     family: Family,
+    attention: Sequence[Weight],
     sizes: Mapping[str, int],
     prefix: str,
     stack: str,
@@ -116,7 +117,7 @@ def _layer(
     routed: bool,
     stacked: bool,
 ) -> list[Placed]:
-    weights: Sequence[Weight] = [*family.attention, *(family.routed if routed else family.dense)]
+    weights: Sequence[Weight] = [*attention, *(family.routed if routed else family.dense)]
     found = [_placed(weight, sizes, prefix, stack, within, layer, stacked) for weight in weights]
     for expert in range(sizes["experts"]) if routed else ():
         place: dict[str, Any] = {"expert": (expert, sizes["experts"])}

@@ -12,22 +12,32 @@ from packaging.version import Version
 from torch import Tensor
 
 from megatron_lighthouse.bars import bar
-from megatron_lighthouse.convert import files, safetensors_files
+from megatron_lighthouse.convert import files, hybrid, safetensors_files
 from megatron_lighthouse.convert.arguments import changed_fields, model_words, namespace, updated
-from megatron_lighthouse.convert.families import family_of
+from megatron_lighthouse.convert.families import family_of, fla
+from megatron_lighthouse.convert.family import Config
 from megatron_lighthouse.convert.hugging_face import CONFIG, listed, read_config, whole_shape
-from megatron_lighthouse.convert.mapping import EMBEDDING, HEAD, MEGATRON_HEAD, VOCABULARY, Placed, all_placed, repeated
+from megatron_lighthouse.convert.mapping import HEAD, MEGATRON_HEAD, VOCABULARY, Placed, all_placed, repeated
+from megatron_lighthouse.convert.memory import Reused
 from megatron_lighthouse.convert.safetensors_files import Stored, Tensors
 from megatron_lighthouse.convert.to_megatron import RECORD
-from megatron_lighthouse.convert.torch_dist import TorchDist, latest, stored_arguments
+from megatron_lighthouse.convert.torch_dist import latest, stored_arguments
+from megatron_lighthouse.convert.torch_dist_reader import TorchDist
 
 MAY_DIFFER = """
+    attention wall_gate_bias
     position_embedding_type rotary_base rotary_scaling_factor rotary_seq_len_interpolation_factor use_rope_scaling
     rope_scaling_factor yarn_original_max_position_embeddings yarn_beta_fast yarn_beta_slow mscale mscale_all_dim rope_type
     yarn_correction_range_round_to_int max_position_embeddings padded_vocab_size attention_dropout hidden_dropout
-    mtp_num_layers untie_embeddings_and_output_weights moe_router_dtype
+    group_query_attention mtp_num_layers untie_embeddings_and_output_weights moe_router_dtype
 """.split()
 """Arguments that a run may change, or that do not change the model."""
+UNSAID = {
+    **{"softmax_type": "vanilla", "window_size": None, "attention_output_gate": False, "qk_layernorm": False},
+    **{"qk_l2_norm": False, "layernorm_zero_centered_gamma": False, "no_rope_freq": None, "rotary_percent": 1.0},
+    **{"rotary_interleaved": False, "squared_relu": False, "quick_geglu": False, "activation_func_clamp_value": None},
+}
+"""Arguments that change the model, and what they are where a family does not say them."""
 SHARD_BYTES = 5_000_000_000
 """As transformers' own default was for years."""
 
@@ -47,17 +57,23 @@ class Megatron:
     def __init__(self, folder: Path, step: int | None = None, like: Path | None = None, mtp: bool = True) -> None:
         _check_torch(folder)
         checkpoint = latest(folder, step)
-        self._stored = TorchDist(checkpoint)
         self.args = stored_arguments(checkpoint) or Namespace()
+        if layers := hybrid.pairs(self.args):
+            self.args = Namespace(**{**vars(self.args), "num_layers": layers})
+        self._stored = TorchDist(checkpoint, hybrid.gpt_name if layers else str)
         self.like = _like(folder, self.args, like)
         self.before = read_config(self.like)
-        self.family = family_of(self.before)
         there = set(self._stored.weights())
+        begun: Config = self.before
+        if (streams := fla.streams_of(there)) and "num_heads" not in begun:
+            begun = fla.with_streams(begun, streams, self.args)
+        self.family = family_of(begun)
+        self._fields = self.family.common(begun)
         self.tied = MEGATRON_HEAD not in there
         has_mtp = any(key.startswith("mtp.") for key in there)
         self.mtp = (self.before.get("num_nextn_predict_layers") or 1) if has_mtp and mtp and self.family.mtp else 0
         self._check_arguments()
-        self._placed = all_placed(self.family, self.before, tied=self.tied, mtp=self.mtp)
+        self._placed = all_placed(self.family, self._fields, tied=self.tied, mtp=self.mtp)
         self._keys = {id(placed): self._find(placed, there) for placed in self._placed}
         used = {name for placed in self._placed for name, _ in placed.candidates()}
         surplus = sorted(key for key in there - used if mtp or not key.startswith("mtp."))
@@ -65,20 +81,22 @@ class Megatron:
             raise ValueError(f"{checkpoint} holds {listed(surplus)}, which {self.family.architecture} has not.")
         self.vocab = min(self.before["vocab_size"], self._stored.tensors[VOCABULARY[0]].size[0])
         self._last: tuple[int, list[Tensor]] = (-1, [])
+        self._memory = Reused()
         dtype = str(self._stored.tensors[VOCABULARY[0]].properties.dtype).removeprefix("torch.")
         args = self.args if hasattr(self.args, "rotary_base") else namespace(self._words())
-        self.config = updated(self.before, self.family, args, vocab=self.vocab, dtype=dtype, tied=self.tied)
+        self.config = updated(begun, self.family, args, vocab=self.vocab, dtype=dtype, tied=self.tied)
 
     def _words(self) -> list[str]:
-        return model_words(self.family, self.before, tied=self.tied, mtp=self.mtp)
+        return model_words(self.family, self._fields, tied=self.tied, mtp=self.mtp)
 
     def _check_arguments(self) -> None:
         """Whether the run computed what config.json says: its weights do not tell."""
-        said = vars(namespace(self._words()))
+        said = {**UNSAID, **vars(namespace(self._words()))}
+        paired = ("moe_layer_freq",) if hybrid.pairs(self.args) else ()  # its pattern says it
         for name, value in said.items():
-            if name in MAY_DIFFER or not hasattr(self.args, name) or name == "group_query_attention":
+            if name in MAY_DIFFER or name in paired or not hasattr(self.args, name):
                 continue
-            if (had := getattr(self.args, name)) != value:
+            if (had := getattr(self.args, name)) != value and not (name in UNSAID and had is None):
                 raise ValueError(
                     f"{self.like / CONFIG} asks for {name} {value}, and the run that wrote {self._stored.folder} had {had}: "
                     "the export would be another model."
@@ -105,9 +123,9 @@ class Megatron:
                 experts.setdefault(name, []).append(placed)
         made = [self._tensor(name, owners) for name, owners in experts.items()]
         by_name = {tensor.name: tensor for tensor in made}
-        again = {name: of for name, of in repeated(self.before, self.mtp).items() if of in by_name}
+        again = {name: of for name, of in repeated(self.family, self.before, self.mtp).items() if of in by_name}
         if self.tied and self._head_was_there():
-            again[HEAD] = EMBEDDING
+            again[HEAD] = self.family.embedding
         return made + [Tensors(name, by_name[of].stored, by_name[of].read) for name, of in again.items()]
 
     def _head_was_there(self) -> bool:
@@ -119,13 +137,17 @@ class Megatron:
         key, _ = self._keys[id(first)]
         shape = whole_shape(first, first.parts[name])
         shape = (self.vocab, *shape[1:]) if key in VOCABULARY else shape
-        which = [*first.parts].index(name)
+        which, dtype = [*first.parts].index(name), self._stored.tensors[key].properties.dtype
 
         def read() -> Tensor:
-            parts = [self._split(owner)[which] for owner in owners]
-            return torch.stack(parts) if first.by_first_axis else parts[0]
+            if not first.by_first_axis:
+                return self._split(first)[which]
+            experts = self._memory.tensor((len(owners), *first.parts[name]), dtype)
+            for expert, owner in zip(experts, owners, strict=True):
+                expert.copy_(self._split(owner)[which])
+            return experts
 
-        return Tensors(name, Stored(shape, self._stored.tensors[key].properties.dtype), read)
+        return Tensors(name, Stored(shape, dtype), read)
 
     def _split(self, placed: Placed) -> list[Tensor]:
         """The last one read stays, for several tensors of Hugging Face come from one."""

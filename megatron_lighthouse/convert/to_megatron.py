@@ -30,7 +30,7 @@ def convert(source: Path, target: Path, *, force: bool, leave_out: list[str], mt
         ValueError: whatever stands against it, before anything is written.
     """
     model = HuggingFace(source, leave_out, mtp)
-    words = model_words(model.family, model.config, tied=model.tied, mtp=model.mtp)
+    words = model_words(model.family, model.fields, tied=model.tied, mtp=model.mtp)
     files.check_apart(source, target)
     if any(letter.isspace() for letter in str(target.resolve())):
         raise ValueError(f"{target.resolve()} has blanks, which {ARGUMENTS} cannot quote: name another folder.")

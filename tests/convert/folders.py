@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_lighthouse.convert.__main__ import main
+from megatron_lighthouse.convert.torch_dist import Part, object_key, stored_arguments
+from megatron_lighthouse.convert.torch_dist import write as write_parts
+from megatron_lighthouse.convert.torch_dist_reader import TorchDist
 
 LLAMA: dict[str, Any] = {
     **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "tie_word_embeddings": False},
@@ -51,6 +55,20 @@ def write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any] = LLA
         save_file({name: t for name, t in tensors.items() if where[name] == file}, folder / file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     return folder
+
+
+def rewrite(folder: Path, change: Callable[[str, Tensor], dict[str, Tensor]], **arguments: Any) -> None:
+    """Write a converted checkpoint again, as another run would: what `change` makes of each tensor, and other arguments."""
+    stored, args = TorchDist(folder / "release"), stored_arguments(folder / "release")
+    assert args is not None
+    whole: dict[str, Tensor] = {}
+    for key, found in stored.tensors.items():
+        whole |= change(key, stored.read(key, [0] * len(found.size), found.size).clone())
+    parts = [Part(key, (*t.shape,), (0,) * t.ndim, (*t.shape,), t.dtype, t.clone) for key, t in whole.items()]
+    for file in (folder / "release").iterdir():
+        file.unlink()
+    vars(args).update(arguments)
+    write_parts(folder / "release", parts, {object_key("common_state", []): {"args": args}}, lambda count: None)
 
 
 def convert(*arguments: str | Path) -> None:

@@ -13,8 +13,9 @@ import torch
 from megatron_lighthouse.convert import safetensors_files, to_megatron, torch_dist
 from megatron_lighthouse.convert.__main__ import main
 from megatron_lighthouse.convert.safetensors_files import Stored, Tensors
-from megatron_lighthouse.convert.torch_dist import Part, TorchDist
-from tests.convert.folders import LLAMA, convert, tensors_of, weights, write
+from megatron_lighthouse.convert.torch_dist import Part
+from megatron_lighthouse.convert.torch_dist_reader import TorchDist
+from tests.convert.folders import LLAMA, convert, refusal, rewrite, tensors_of, weights, write
 
 
 def test_an_interruption_leaves_the_target_as_it_was(tmp_path: Path, monkeypatch: Any) -> None:
@@ -157,3 +158,26 @@ def test_no_more_than_a_few_tensors_are_in_memory(back: bool, tmp_path: Path, mo
         torch_dist.write(tmp_path, parts, {}, lambda count: None)
     assert len(made) == 20
     assert most <= 3
+
+
+@pytest.mark.parametrize(("pattern", "named"), [("*-|*-", None), ("M-*-", "M-*-"), ("**--", "**--")])
+def test_a_hybrid_model_of_a_gpt_s_layers(pattern: str, named: str | None, tmp_path: Path, capsys: Any) -> None:
+    """Its layers are named one by one, an attention or an MLP each, and so is its last norm."""
+    source = write(tmp_path / "hf", weights())
+    folder = tmp_path / "megatron"
+    convert("hf-to-megatron", source, folder)
+
+    def named_by_symbols(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        if "decoder.layers." not in key:
+            return {key.replace("final_layernorm", "final_norm"): tensor}
+        if "pre_mlp_layernorm" in key:  # written for models with experts; no run writes it
+            return {}
+        first = int("self_attention" not in key)
+        return {key.replace("layers.", f"layers.{2 * n + first}."): layer for n, layer in enumerate(tensor)}
+
+    rewrite(folder, named_by_symbols, hybrid_layer_pattern=pattern, num_layers=4)
+    if named:
+        assert f"--hybrid-layer-pattern {named}" in refusal(capsys, "megatron-to-hf", folder, tmp_path / "back")
+    else:
+        convert("megatron-to-hf", folder, tmp_path / "back")
+        convert("verify", source, tmp_path / "back")

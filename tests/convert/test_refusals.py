@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.convert.folders import LLAMA, convert, refusal, weights, write
+from tests.convert.folders import LLAMA, convert, refusal, rewrite, weights, write
 
 NORM = "model.layers.1.input_layernorm.weight"
 
@@ -264,3 +264,21 @@ def test_checkpoints_that_cannot_be_exported(spoil: Any, megatron: Path, tmp_pat
 
 def test_an_iteration_that_is_not_there(megatron: Path, tmp_path: Path, capsys: Any) -> None:
     assert "there is release" in refusal(capsys, "megatron-to-hf", megatron, tmp_path / "back", "--ckpt-step", "7")
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("qk_l2_norm", True),
+        ("rotary_percent", 0.5),
+        ("window_size", (128, 0)),
+        ("softmax_type", "off-by-one"),
+        ("swiglu", False),
+    ],
+)
+def test_a_run_that_computed_another_model(argument: str, value: Any, megatron: Path, tmp_path: Path, capsys: Any) -> None:
+    """Its weights do not tell."""
+    rewrite(megatron, lambda key, tensor: {key: tensor}, **{argument: value})
+    line = refusal(capsys, "megatron-to-hf", megatron, tmp_path / "back")
+    assert f"asks for {argument} " in line
+    assert f" had {value}: the export would be another model" in line

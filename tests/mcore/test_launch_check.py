@@ -82,6 +82,14 @@ def test_wrong_words_without_megatron(name: str, tmp_path: Path, capsys: pytest.
     assert re.search(says, error := capsys.readouterr().err), error
 
 
+def test_an_interval_of_evaluations_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """Megatron would divide by none once the model is built."""
+    at = LLAMA.index("--eval-interval")
+    without = [*LLAMA[:at], *LLAMA[at + 2 :]]
+    assert check.main([*GPUS, "--without-megatron", "--", *without]) == 1
+    assert "--eval-interval is missing: give a number of iterations" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "rule"),
     [

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from megatron_lighthouse.convert.families import deepseek_v3, gpt_oss, llama, qwen3, qwen3_moe
+from megatron_lighthouse.convert.families import deepseek_v3, gpt_oss, llama, parallax, qwen3, qwen3_moe, wall
 from megatron_lighthouse.convert.family import Config, Family
 
-FAMILIES = {module.FAMILY.architecture: module.FAMILY for module in (llama, qwen3, qwen3_moe, gpt_oss, deepseek_v3)}
+MODULES = (llama, qwen3, qwen3_moe, gpt_oss, deepseek_v3, parallax, wall)
+FAMILIES = {module.FAMILY.architecture: module.FAMILY for module in MODULES}
 
 
 def family_of(config: Config) -> Family:

@@ -95,6 +95,8 @@ def _batch(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _intervals(args: argparse.Namespace) -> Iterator[str]:
+    if args.eval_interval is None and not (args.skip_train or args.full_validation):  # Megatron divides by it
+        yield "--eval-interval is missing: give a number of iterations, such as 1000. To evaluate never, add --eval-iters 0."
     for name in INTERVALS:
         if (every := getattr(args, name)) is not None and every < 1:
             never = " To evaluate never, use --eval-iters 0." if name == "eval_interval" else ""

@@ -77,7 +77,11 @@ def before(args: argparse.Namespace, load: Path | None, pretrained: Path | None 
 
 def common_state(folder: Path, iteration: int) -> Mapping[str, Any] | None:
     """What all ranks have in common in a `torch_dist` checkpoint; None where it cannot be read, which the load will say."""
-    checkpoint = folder_of(folder, iteration)
+    return common_state_of(folder_of(folder, iteration))
+
+
+def common_state_of(checkpoint: Path) -> Mapping[str, Any] | None:
+    """The same of the folder of one checkpoint."""
     if not checkpoint.is_dir():
         return None
     try:

@@ -11,21 +11,8 @@ import pytest
 
 from megatron_lighthouse.plots import read_scalars
 from tests.mcore import harness
-SELECTS = {
-    "two rows at once, outputs kept": (1, "--micro-batch-size 2 --no-lighthouse-discard-output"),
-    "TP2·PP2": (4, "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2"),
-    "CP2, all-gather and all-to-all by layer": (
-        2,
-        f"--context-parallel-size 2 --cp-comm-type p2p all_gather a2a p2p {WATCHED}",
-    ),
-    "TP2·CP2, two rows at once": (
-        4,
-        "--tensor-model-parallel-size 2 --context-parallel-size 2 --sequence-parallel --micro-batch-size 2",
-    ),
-}
-
-
-@pytest.mark.parametrize("layout", some_slow(SELECTS, {"TP2·PP2"}))
+from tests.mcore.harness import MODEL, ROOT, Run, some_slow
+from tests.mcore.test_checkpoints import save_interval
 from tests.mcore.test_parity import START, assert_same
 from tests.tolerances import assert_close
 
@@ -103,27 +90,21 @@ def one_lighthouse(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, d
     return run(tmp_path_factory.mktemp("selects"), *start, data=documents)
 
 
-<<<<<<< HEAD
 SELECTS = {
     "two rows at once, outputs kept": (1, "--micro-batch-size 2 --no-lighthouse-discard-output"),
     "TP2·PP2": (4, "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2"),
-    **{name: LAYOUTS[name] for name in ("CP2, all-gather and all-to-all by layer", "TP2·CP2, two rows at once")},
+    "CP2, all-gather and all-to-all by layer": (
+        2,
+        f"--context-parallel-size 2 --cp-comm-type p2p all_gather a2a p2p {WATCHED}",
+    ),
+    "TP2·CP2, two rows at once": (
+        4,
+        "--tensor-model-parallel-size 2 --context-parallel-size 2 --sequence-parallel --micro-batch-size 2",
+    ),
 }
 
 
 @pytest.mark.parametrize("layout", some_slow(SELECTS, {"TP2·PP2"}))
-=======
-@pytest.mark.parametrize(
-    ("ranks", "arguments"),
-    [
-        (1, "--micro-batch-size 2 --no-lighthouse-discard-output"),
-        (4, "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2"),
-        (2, f"--context-parallel-size 2 --cp-comm-type p2p all_gather a2a p2p {WATCHED}"),
-        (4, "--tensor-model-parallel-size 2 --context-parallel-size 2 --sequence-parallel --micro-batch-size 2"),
-    ],
-    ids=["two rows at once, outputs kept", "TP2·PP2", "CP2, all-gather and all-to-all by layer", "TP2·CP2, two rows at once"],
-)
->>>>>>> main
 def test_lighthouse_equals_itself_on_one_process(
     layout: str, tmp_path: Path, checkpoint: Path, documents: list[str], one_lighthouse: Run, one_process: Run
 ) -> None:

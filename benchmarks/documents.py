@@ -4,7 +4,7 @@ Rows of 98,304 tokens, 8 heads of 128, bf16: as one document; with lengths as a 
 line, in place of those drawn here: mean 8K, some of 64K); with means of 4K, 16K and 64K; and 512 documents of 192 tokens. Of
 each the time forward and with backward, and that of dense attention over the same documents in the same run, by each backend
 that takes them. Before that the layer over documents is held to each of them alone. Leaves documents.csv and documents.json,
-which say of each bar whether it is met. Not run yet: no figure of it is published.
+which say of each bar whether it is met.
 
 `--device cpu --tokens 2048` goes the whole way on a CPU, and times nothing.
 """

@@ -2,8 +2,7 @@
 
 DeepSeek's shape (keys of 192 channels, values of 128) with 16 heads and with 128, which share selections and not; gpt-oss's
 with sinks, as one key row too where FlashAttention 4 or 3 is there; Qwen3's. Forward and backward, at 98K tokens, bf16; scoring
-and selecting by themselves. Leaves models.csv. `--dry-run` calls each once on a CPU, tiny, and times nothing. Not run on a GPU
-yet: no figure of it is published.
+and selecting by themselves. Leaves models.csv. `--dry-run` calls each once on a CPU, tiny, and times nothing.
 """
 
 from __future__ import annotations

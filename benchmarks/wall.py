@@ -4,7 +4,7 @@ Ours, flash-linear-attention's where it is installed, and cuDNN's dense attentio
 backward, bf16, at the gates of a bias of 8, and the first call of ours. Before that the errors of ours against float64 over a
 short sequence, cut into pieces, at initial gates and at -2 (the bars: gradients of gates within 3 % and 6 %), and whether
 repeats give the same bits. Beside times stands their floor: products at the GPU's peak, and what the kernels must move. Leaves
-wall.csv and wall.json. Not run yet: no figure of it is published.
+wall.csv and wall.json.
 
 At 98,304 tokens Lighthouse around Wall too, k = 1536, and around softmax.
 

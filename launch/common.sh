@@ -23,6 +23,9 @@ usage() { sed -n '/^# Usage/,/^$/s/^# \{0,1\}//p' "$1"; }
 
 words() { printf '%s\n' "$@" | xargs; }
 
+# of files, without folders and endings
+names() { words "${@##*/}" | sed -E 's/\.(env|args)( |$)/\2/g'; }
+
 # options that all scripts share; what follows -- goes to Megatron. A script's own are in OWN: "--flag=VARIABLE …"
 parse_options() {
     local script=$1 pair
@@ -62,7 +65,23 @@ parse_options() {
     check_profiler
     read_recipe "$RECIPE"
     RUN=$(realpath -ms "$RUN") # whoever runs or queues something makes the folder
+    check_run
     CLUSTER=$(realpath "$CLUSTER") RECIPE=$(realpath "$RECIPE")
+}
+
+# RUN is a folder that may be written, or can be made
+check_run() {
+    local at=$RUN why
+    while [[ ! -e $at && ! -L $at ]]; do at=$(dirname "$at"); done
+    if [[ ! -d $at ]]; then
+        why="is no folder"
+    elif [[ ! -w $at || ! -x $at ]]; then
+        why="may not be written by $(id -un)"
+    else
+        return 0
+    fi
+    die "--run $RUN $([[ $at == "$RUN" ]] || echo "cannot be made: $at ")$why: name a folder that you may write, on a file system that" \
+        "all nodes share."
 }
 
 # line $2 of file $1, which the caller has in its variable line, as text from any editor: without a byte order mark or a DOS line end
@@ -76,7 +95,7 @@ clean_line() {
 
 read_cluster() {
     local file=$1 line key value number=0
-    [[ -r $file ]] || die "--cluster $file cannot be read: give a file, or one of $(words "$LAUNCH"/clusters/*.env)."
+    [[ -r $file ]] || die "--cluster $file cannot be read: give a file, or one of $(names "$LAUNCH"/clusters/*.env)."
     local python=${PYTHON:-} check_python=${CHECK_PYTHON:-} # the environment wins
     for key in $CLUSTER_KEYS; do declare -g "$key="; done
     read_environment
@@ -157,7 +176,7 @@ check_time() {
 # a recipe: Megatron's arguments, words apart by blanks, # begins a comment
 read_recipe() {
     local file=$1 line found=() number=0
-    [[ -r $file ]] || die "--recipe $file cannot be read: give a file, or one of $(words "$LAUNCH"/recipes/*.args)."
+    [[ -r $file ]] || die "--recipe $file cannot be read: give a file, or one of $(names "$LAUNCH"/recipes/*.args)."
     RECIPE_ARGUMENTS=()
     # shellcheck disable=SC2094 # clean_line names the file, and writes none
     while IFS= read -r line || [[ -n $line ]]; do

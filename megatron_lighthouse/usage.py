@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import re
 import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
+NUMBER = re.compile(r"(?P<flag>\S+): invalid (?P<kind>int|float) value: '(?P<word>.*)'")
+"""How argparse says that a word is no number."""
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "B": 10**9}
+"""Of lengths and sizes as people write them; B of tokens."""
+GROUPED = re.compile(r"-?\d{1,3}(,\d{3})+")
 WRONG = 2
 """The exit status of a command line that is refused."""
 
@@ -42,12 +49,38 @@ def _flags(parser: argparse.ArgumentParser) -> list[str]:
 
 def with_nearest(message: str, known: Iterable[str]) -> str:
     """An error of argparse as a sentence; of flags that are not known, with those that may have been meant."""
-    message = message.removeprefix("argument ")
     if not message.startswith("unrecognized arguments: "):
-        return message.rstrip(".") + "."
+        return as_sentence(message)
     words, known = message.partition(": ")[2].split(), [*known]
     flags = [word for word in words if word.startswith("--")]
     return " ".join(unknown_flag(word, known) for word in flags) or f"{' '.join(words)} follows no flag that takes it."
+
+
+def as_sentence(message: str) -> str:
+    """What argparse has against a value; of a number that it does not read, how it is written."""
+    message = message.removeprefix("argument ").rstrip(".")
+    found = NUMBER.fullmatch(message)
+    if found is None:
+        return f"{message}."
+    kind, word = found["kind"], found["word"]
+    number = _meant(word)
+    example = "" if number is None else f" {number:.0f}" if kind == "int" else f" {number:g}"
+    if kind == "int" and number is not None and number != int(number):
+        example = ""
+    rule = "a whole number" if kind == "int" else "a number"
+    plainly = ", in digits alone" if kind == "int" else ""
+    return f"{found['flag']} {word} must be {rule}{plainly}: {f'write{example}' if example else 'give one'}."
+
+
+def _meant(word: str) -> float | None:
+    """The number that a word may stand for, as 5e5, 500_000, 131,072 or 128K; None where nothing can be told."""
+    digits, unit = (word[:-1], UNITS[word[-1].upper()]) if word[-1:].upper() in UNITS else (word, 1)
+    digits = digits.replace(",", "") if GROUPED.fullmatch(digits) else digits.replace(",", ".")
+    try:
+        number = float(digits) * unit
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def unknown_flag(word: str, known: Iterable[str]) -> str:

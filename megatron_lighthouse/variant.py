@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
+from megatron_lighthouse.lighthouse.remedies import Allowed, anything
 from megatron_lighthouse.lighthouse.rows import TakesRows
 from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
 from megatron_lighthouse.sequence.layout import Layout
@@ -121,11 +122,11 @@ def beyond_softmax(model: Any) -> Iterator[str]:
             yield f"--{name.replace('_', '-')} {value}".removesuffix(" True")
 
 
-def shared_out_problem(flag: str, heads: int, ranks: int) -> str | None:
-    """Why so many heads cannot be shared out among tensor-parallel ranks; None where they can."""
+def shared_out_problem(flag: str, heads: int, ranks: int, common: int | None = None) -> str | None:
+    """Why so many heads cannot be shared out among tensor-parallel ranks, of which those are offered that divide `common`."""
     if heads % ranks == 0:
         return None
-    fits = [size for size in range(1, heads + 1) if heads % size == 0]
+    fits = [size for size in range(1, heads + 1) if (common or heads) % size == 0]
     near = sorted(sorted(fits, key=lambda size: abs(size - ranks))[:2])
     return (
         f"{flag} {heads} must be a multiple of --tensor-model-parallel-size {ranks}: use --tensor-model-parallel-size "
@@ -173,8 +174,8 @@ class Variant(TakesRows):
         if dropout:
             yield f"--attention-dropout {dropout} is not done by --attention {self.name}: use --attention-dropout 0."
 
-    def length_problems(self, config: Any, seq_length: int, ranks: int) -> Iterator[str]:
-        """Why so many tokens do not fit, on so many context-parallel ranks."""
+    def length_problems(self, config: Any, seq_length: int, ranks: int, allowed: Allowed = anything) -> Iterator[str]:
+        """Why so many tokens do not fit, on so many context-parallel ranks; of sizes of its own, those that are allowed."""
         if ranks > 1 and seq_length % (2 * ranks):
             yield (
                 f"--seq-length {seq_length} must be a multiple of {2 * ranks}, two chunks for each of "

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lighthouse import LighthouseConfig
-from megatron_lighthouse.lighthouse import config as module
+from megatron_lighthouse.lighthouse import remedies as module
 from megatron_lighthouse.lighthouse.config import flag
 from megatron_lighthouse.options import in_flags
 

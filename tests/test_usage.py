@@ -100,7 +100,7 @@ def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: p
     parser.add_argument("--steps", type=int, choices=(1, 2))
     for words, says in (
         (["--step", "1"], "program: --step is not a known flag: did you mean --steps? See --help.\n"),
-        (["--steps", "x"], "program: --steps: invalid int value: 'x'. See --help.\n"),
+        (["--steps", "x"], "program: --steps x must be a whole number, in digits alone: give one. See --help.\n"),
         (["word"], "program: word follows no flag that takes it. See --help.\n"),
     ):
         with pytest.raises(SystemExit) as ended:

@@ -18,6 +18,8 @@ from megatron_lighthouse.usage import Parser
 
 # torch takes seconds, which --help and a wrong option need not wait for: what imports it is imported late
 
+CAPABILITY = {"blackwell": 10, "hopper": 9, "cpu": 0}
+"""Of the GPUs of an architecture, the major compute capability."""
 KINDS = {"hopper": ("h100", "h200"), "blackwell": ("b200", "gb200"), "cpu": ()}
 """Devices of an architecture, as the plan names them. The first has the least memory, and is taken where none is named."""
 
@@ -82,7 +84,7 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
     from megatron_lighthouse.launch.fits import counted, names_vocabulary, needs, too_much, without_logits
     from megatron_lighthouse.launch.layout import enough, layout, one_sequence
     from megatron_lighthouse.launch.sizes import sizes
-    from megatron_lighthouse.mcore.command_line import causal, flags, pyramid, scorer
+    from megatron_lighthouse.mcore.command_line import causal, flags, inner, numbers, pyramid, scorer
     from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
     from megatron_lighthouse.plan.device import DEVICES
 
@@ -91,6 +93,8 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
     except flags.WordsError as error:
         return [str(error)], ""
     args = settled(args)
+    if found := [*numbers.problems(args)]:  # with which no other rule can reckon
+        return [*unknown, *found], ""
     unknown += pyramid.budget_problems(args)
     sees, kinds = options.sees, KINDS[options.arch]
     load, base = (here(sees, path) if path else None for path in (args.load, args.pretrained_checkpoint))
@@ -102,9 +106,11 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
     problems = [*unknown, *(enough(args, world) if options.exact else ())]
     world = one_sequence(args) if options.exact else world
     nodes, gpus_per_node = (1, world) if options.exact else (options.nodes, options.gpus_per_node)
+    args.world_size = None if options.exact else world  # a study takes as many as a point needs
     problems += [*layout(args, nodes, gpus_per_node), *sizes(args, options.runs_here)]
     problems += [*data(args, sees), *checkpoint(args, sees), *unseen(args, sees)]
     problems += restart.problems(args, load, base)
+    problems += inner.device_problems(args, CAPABILITY[options.arch])
     if problems:
         return [*dict.fromkeys(problems)], ""
     if not device:
@@ -132,7 +138,7 @@ def asked_of_megatron(options: argparse.Namespace, points: dict[str, list[str]])
     begun, wrong = time.monotonic(), []
     for name, words in points.items():
         world = one_sequence(parse(words)) if options.exact else options.nodes * options.gpus_per_node
-        found = megatron.problems(words, world, options.arch, options.sees, options.runs_here)
+        found = megatron.problems(words, world, CAPABILITY[options.arch], options.sees, options.runs_here)
         wrong += [f"{name}: {problem}" if name else problem for problem in found]
     return wrong, f"Megatron-core {flags.installed()} reads it, and nothing is refused ({time.monotonic() - begun:.0f} s)."
 

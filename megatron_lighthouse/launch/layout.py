@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 
 from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern
@@ -35,32 +36,40 @@ def layout(args: argparse.Namespace, nodes: int, gpus_per_node: int) -> Iterator
     one = one_sequence(args)
     flags = (("tensor-model", tensor), ("context", context), ("pipeline-model", pipeline))
     product = " x ".join(f"--{name}-parallel-size {size}" for name, size in flags)
+    batch, micro = args.global_batch_size, args.micro_batch_size or 1
     if world % one:
-        fits = [n for n in range(1, 4 * one + 1) if n * gpus_per_node % one == 0]
+        counts = (n for n in range(1, 4 * one + 1) if n * gpus_per_node % one == 0)
+        fits = [n for n in counts if not batch or batch % (micro * (n * gpus_per_node // one)) == 0]
         fit = " or ".join(map(str, sorted(sorted(fits, key=lambda n: abs(n - nodes))[:2])))
         yield (
             f"{product} = {one} must divide the GPUs of the job, {nodes} node{'s' * (nodes != 1)} x {gpus_per_node} = {world}: "
-            f"use --nodes {fit}, or smaller sizes."
+            f"use {f'--nodes {fit}, or ' if fit else ''}smaller sizes."
         )
-    elif args.global_batch_size and args.global_batch_size % (args.micro_batch_size * (world // one)):
-        unit = args.micro_batch_size * (world // one)
+    elif batch and batch % (unit := micro * (world // one)):
         yield (
-            f"--global-batch-size {args.global_batch_size} must be a multiple of {unit} (--micro-batch-size "
-            f"{args.micro_batch_size} x {world // one} data-parallel ranks): use "
-            f"--global-batch-size {-(-args.global_batch_size // unit) * unit}."
+            f"--global-batch-size {batch} must be a multiple of {unit} (--micro-batch-size {micro} x {world // one} "
+            f"data-parallel ranks): use --global-batch-size {-(-batch // unit) * unit}."
         )
     yield from stages(args)
     heads, groups = args.num_attention_heads, args.num_query_groups or args.num_attention_heads
     copied = VARIANTS[args.attention].native and groups and tensor % groups == 0  # Megatron gives several ranks the same group
     unknown = copied or args.use_checkpoint_args  # then it is the checkpoint's, whatever is said here
     for name, size in (("num-attention-heads", heads), ("num-query-groups", args.num_query_groups)):
-        if size and not (name == "num-query-groups" and unknown) and (problem := shared_out_problem(f"--{name}", size, tensor)):
-            yield problem
+        if size and not (name == "num-query-groups" and unknown):
+            # of tensor-parallel sizes that the heads take, those that the key/value heads take too
+            common = size if unknown else math.gcd(size, groups)
+            if size % tensor and (problem := shared_out_problem(f"--{name}", size, tensor, common)):
+                yield problem
     groups = max(1, (groups or context * tensor) // tensor)
     if "a2a" in args.cp_comm_type and groups % context:
+        engine = args.transformer_impl == "transformer_engine" and (args.window_size or args.softmax_type != "vanilla")
+        offers = [] if engine else ["--cp-comm-type p2p"]  # which has no windows and no sinks there
+        common = math.gcd(groups, context)
+        if not batch or batch % (micro * max(1, world // (one // context * common))) == 0:
+            offers.append(f"--context-parallel-size {common}")
         yield (
             f"--cp-comm-type a2a shares out a tensor-parallel rank's {groups} key/value heads, and --context-parallel-size "
-            f"{context} does not divide them: use --cp-comm-type p2p, or a divisor of {groups}."
+            f"{context} does not divide them: use {', or '.join(offers) or f'a divisor of {groups}'}."
         )
 
 

@@ -22,8 +22,6 @@ from megatron_lighthouse.mcore.data import tokenizers
 from megatron_lighthouse.mcore.data.blends import TOKENIZERS
 from megatron_lighthouse.mcore.refusal import bare_assertion
 
-CAPABILITY = {"blackwell": 10, "hopper": 9, "cpu": 0}
-"""Of the GPUs of an architecture, which some of Megatron's rules ask for."""
 NEWEST = "99"
 """Of Transformer Engine, where it is the job's and not here: its release is asked for by Megatron's rules."""
 OF_ENGINE = {
@@ -43,15 +41,16 @@ def can_be_asked() -> bool:
     return flags.installed() is not None and find_spec("megatron") is not None and find_spec("megatron.training") is not None
 
 
-def problems(words: Sequence[str], world: int, arch: str, sees: Sees, runs_here: bool) -> list[str]:
+def problems(words: Sequence[str], world: int, major: int, sees: Sees, runs_here: bool) -> list[str]:
     """What Megatron, or a run, refuses of a command line; each in a sentence or more.
 
     Args:
         world: GPUs of the job.
+        major: their compute capability, which some of Megatron's rules ask for; 0: there are none.
         runs_here: whether the job's Python is this one, so that what it lacks is refused.
     """
     said = StringIO()
-    with _of_the_job(words, world, arch, runs_here), redirect_stdout(said), redirect_stderr(said):
+    with _of_the_job(words, world, major, runs_here), redirect_stdout(said), redirect_stderr(said):
         try:
             _refuse(words, sees, runs_here)
         except SystemExit:  # its parser's, and for one option that is no longer
@@ -103,9 +102,8 @@ def _sentences(error: Exception) -> list[str]:
 
 
 @contextmanager
-def _of_the_job(words: Sequence[str], world: int, arch: str, runs_here: bool) -> Iterator[None]:
+def _of_the_job(words: Sequence[str], world: int, major: int, runs_here: bool) -> Iterator[None]:
     """As the first rank of the job sees it; without what libraries have to say of this machine."""
-    major = CAPABILITY[arch]
     environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world)}
     if major < 10:
         environment["CUDA_DEVICE_MAX_CONNECTIONS"] = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -114,7 +112,7 @@ def _of_the_job(words: Sequence[str], world: int, arch: str, runs_here: bool) ->
         stack.enter_context(mock.patch.dict(os.environ, environment))
         stack.enter_context(mock.patch.object(sys, "argv", ["pretrain_gpt", *words]))
         for name, answer in (
-            ("get_device_properties", SimpleNamespace(name=arch, major=major, minor=0, total_memory=0)),
+            ("get_device_properties", SimpleNamespace(name="", major=major, minor=0, total_memory=0)),
             ("get_device_capability", (major, 0)),
         ):
             stack.enter_context(mock.patch(f"torch.cuda.{name}", lambda *_, answer=answer: answer))

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 
 from megatron_lighthouse.mcore.command_line import before, run_options
 from megatron_lighthouse.mcore.command_line.arguments import attention_problems, config_of
 
+ELSEWHERE = (
+    f"({sys.executable} is taken for the job's Python. Where a container has these packages, name it by IMAGE in the cluster "
+    "file; another Python by PYTHON. With CHECK_PYTHON the job's pre-flight looks for them.)"
+)
+"""What else than to install a package, where a job is checked."""
 SPEC = ["megatron_lighthouse.mcore.spec", "lighthouse"]
 
 
@@ -28,7 +34,8 @@ def sizes(args: argparse.Namespace, runs_here: bool = False) -> Iterator[str]:
         yield f"--train-iters {given}: give the iterations at which the job is done, such as --train-iters 20000."
     yield from before.problems(args)
     yield from run_options.problems(args)
-    if runs_here:
-        yield from run_options.missing_packages(args)
+    if runs_here and (found := [*run_options.missing_packages(args)]):
+        yield from found
+        yield ELSEWHERE
     if args.num_layers and args.num_attention_heads and args.seq_length and not args.use_checkpoint_args:
         yield from attention_problems(args, config_of(args), args.spec == SPEC, args.spec is not None)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from itertools import islice
 from typing import Any
 
 from megatron_lighthouse.lighthouse.around import AROUND
@@ -13,6 +10,7 @@ from megatron_lighthouse.lighthouse.by_length import NAMES, by_length
 from megatron_lighthouse.lighthouse.causal_rules import causal_problem
 from megatron_lighthouse.lighthouse.geometry import Geometry
 from megatron_lighthouse.lighthouse.packed.rule import Rule, rule_problem
+from megatron_lighthouse.lighthouse.remedies import Allowed, Sizes, anything, budget_problem, lengths, others
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.options import flag_of, option
 from megatron_lighthouse.softmax.names import INNER
@@ -21,8 +19,6 @@ STEPS = ("auto", "kernels", "reference")
 """What `steps` can name."""
 AUTO = "auto"
 """The scorer that a model asks for, on the command line."""
-TRIED = 1000
-"""Values that are tried each way from one that does not work: trying all takes hours where a length is far too great."""
 
 
 def flag(name: str) -> str:
@@ -153,18 +149,8 @@ class LighthouseConfig:
             )
         if self.pooling < 2:
             raise ValueError(f"{named('pooling')} {self.pooling} must be at least 2; the paper uses 2, 4 and 8.")
-        if self.tile_budget < 2 or self.tile_budget % 2:
-            raise ValueError(
-                f"{named('tile_budget')} {self.tile_budget} must be even and positive, for half of it goes to the queries' "
-                f"choice and half to the keys': use {self._other_tile_budgets()}."
-            )
-        if self.budget < 1 or self.budget % self.tile_budget:
-            below, above = self._neighbours(self.budget, self.tile_budget)
-            choices = f"{below} or {above}" if below > 0 else f"{self.tile_budget}, or a smaller tile budget"
-            raise ValueError(
-                f"{named('budget')} {self.budget} must be a positive multiple of {named('tile_budget')} {self.tile_budget}: "
-                f"use {choices}."
-            )
+        if problem := budget_problem(self.sizes()):
+            raise ValueError(problem)
         for name, known in (("scorer", SCORERS), ("inner", INNER), ("steps", STEPS), ("around", AROUND)):
             value = getattr(self, name)
             if value not in known:
@@ -183,10 +169,6 @@ class LighthouseConfig:
         windows = self.document_tile // self.pooling ** (self.levels - 1) or 4 * self.tile_budget
         return Rule(self.levels, self.pooling, self.tile_budget, windows, self.whole_below)
 
-    @staticmethod
-    def _neighbours(value: int, unit: int) -> tuple[int, int]:
-        return value // unit * unit, (value // unit + 1) * unit
-
     @classmethod
     def for_length(cls, seq_length: int, **given: Any) -> LighthouseConfig:
         """The config that `seq_length` tokens ask for (`by_length`), with the fields that are given.
@@ -199,97 +181,56 @@ class LighthouseConfig:
         found = by_length(seq_length, pooling, **{name: given[name] for name in NAMES if name in given})
         return cls(**{**given, **found})
 
-    def geometry(self, seq_length: int, context_parallel: int = 1) -> Geometry:
+    def sizes(self, seq_length: int = 0, ranks: int = 1) -> Sizes:
+        """Those that decide whether it fits N tokens on C ranks."""
+        return Sizes(self.levels, self.pooling, self.budget, self.tile_budget, seq_length, ranks)
+
+    def geometry(self, seq_length: int, context_parallel: int = 1, allowed: Allowed = anything) -> Geometry:
         """The integers of this config at a sequence length of `seq_length` tokens (N), on `context_parallel` ranks (C).
+
+        Args:
+            allowed: what else refuses sizes: none that it does is offered.
 
         Raises ValueError where N does not divide into tiles of whole windows, where a tile has fewer coarsest windows than its
         budget, or where tokens or rows do not divide into 2C equal chunks.
         """
-        window, tiles, chunks = self.pooling ** (self.levels - 1), self.budget // self.tile_budget, _chunks(context_parallel)
-        geometry = Geometry(seq_length, self.levels, self.pooling, self.budget, self.tile_budget)
-        if (refined := self._refined(self.budget)) % chunks:
+        sizes, scorer = self.sizes(seq_length, context_parallel), SCORERS[self.scorer]
+        window, tiles, chunks = sizes.window, self.budget // self.tile_budget, sizes.chunks
+
+        def use() -> str:
+            return others(sizes, lambda tried: scorer.takes(tried.seq_length, tried.ranks) and allowed(tried))
+
+        if sizes.refined % chunks:
             raise ValueError(
                 f"cp_group.size() {context_parallel} deals the gathered rows into {chunks} equal chunks, and "
                 f"{named('levels')} {self.levels} with {named('pooling')} {self.pooling} and {named('budget')} {self.budget} "
-                f"refines into {refined} rows, no multiple of it: use {self._others(seq_length, context_parallel)}."
+                f"refines into {sizes.refined} rows, no multiple of it: use {use()}."
             )
         if seq_length < 1 or seq_length % (tiles * window):
             raise ValueError(
                 f"query's N {seq_length} must be a multiple of {tiles * window} (budget {self.budget} / tile budget "
-                f"{self.tile_budget} = {tiles} tiles of whole windows of {window} tokens): "
-                f"use {self._others(seq_length, context_parallel)}."
+                f"{self.tile_budget} = {tiles} tiles of whole windows of {window} tokens): use {use()}."
             )
         if seq_length % (chunks * window):
             raise ValueError(
                 f"cp_group.size() {context_parallel} cuts the sequence into {chunks} chunks of whole windows of "
-                f"{window} tokens, so query's N {seq_length} must be a multiple of {chunks * window}: use "
-                f"{self._others(seq_length, context_parallel)}."
+                f"{window} tokens, so query's N {seq_length} must be a multiple of {chunks * window}: use {use()}."
             )
         if seq_length < window * self.budget:
             raise ValueError(
                 f"{named('budget')} {self.budget} refines more windows than the {seq_length // window} windows of {window} "
-                f"tokens that query's N {seq_length} has: use {self._others(seq_length, context_parallel)}."
+                f"tokens that query's N {seq_length} has: use {use()}."
             )
-        return geometry
+        return Geometry(seq_length, self.levels, self.pooling, self.budget, self.tile_budget)
 
-    def _refined(self, budget: int) -> int:
-        """Gathered rows but for the coarsest: (L-1)*p*k."""
-        return (self.levels - 1) * self.pooling * budget
-
-    def _unit(self, ranks: int, tiles: int) -> int:
-        """What a sequence length must be a multiple of: whole windows in each tile and in each chunk."""
-        return math.lcm(tiles, _chunks(ranks)) * self.pooling ** (self.levels - 1)
-
-    def _fits(self, seq_length: int, ranks: int, budget: int = 0, tile_budget: int = 0) -> bool:
-        """Whether a length is right, with other budgets where they are given. In integers alone: it is asked of thousands."""
-        budget, tile_budget = budget or self.budget, tile_budget or self.tile_budget
-        least, unit = self.pooling ** (self.levels - 1) * budget, self._unit(ranks, budget // tile_budget)
-        return seq_length >= least and seq_length % unit == 0 and self._refined(budget) % _chunks(ranks) == 0
-
-    def _others(self, seq_length: int, ranks: int) -> str:
-        """The nearest settings that would work, budgets first: of each kind up to two, every one tried against all rules."""
-        unit, window = self._unit(ranks, self.budget // self.tile_budget), self.pooling ** (self.levels - 1)
-        below, above = self._neighbours(seq_length, unit)
-        least = self._neighbours(window * self.budget - 1, unit)[1]
-        lengths = [n for n in (below, above) if self._fits(n, ranks)] or [n for n in (least,) if self._fits(n, ranks)]
-        windows = max(0, seq_length) // window
-        budgets = _nearest(self.budget, self.tile_budget, windows, lambda k: self._fits(seq_length, ranks, k))
-        offers = [_either(named("budget"), budgets) or self._pair(seq_length, ranks), _either("query's N", lengths)]
-        if ranks > 1:
-            sizes = _nearest(ranks, 1, windows // 2, lambda n: self._fits(seq_length, n))
-            offers.append(_either("cp_group.size()", sizes))
-        return ", or ".join(filter(None, offers)) or "other sizes"
-
-    def _pair(self, seq_length: int, ranks: int) -> str:
-        """A budget and a tile budget that work, where no budget does with this tile budget."""
-        found = by_length(max(1, seq_length), self.pooling, self.levels)
-        pairs = [(found["budget"], found["tile_budget"]), *((m, m) for m in (64, 32, 16, 8, 4, 2) if m < self.tile_budget)]
-        for k, m in pairs:
-            if self._fits(seq_length, ranks, k, m):
-                return f"{named('budget')} {k} {named('tile_budget')} {m}"
-        return ""
-
-    def _other_tile_budgets(self) -> str:
-        """The even divisors of the budget that lie nearest; where there is none, a pair that works."""
-        best = _either(named("tile_budget"), _nearest(self.tile_budget, 2, self.budget, lambda m: self.budget % m == 0))
-        return best or f"{named('budget')} 1536 {named('tile_budget')} 128"
+    def scorer_problem(self, seq_length: int, context_parallel: int = 1, allowed: Allowed = anything) -> str | None:
+        """Why the scorer cannot rank so many tokens on so many ranks, with lengths that all rules take."""
+        scorer = SCORERS[self.scorer]
+        if scorer.takes(seq_length, context_parallel):
+            return None
+        unit = scorer.multiple(context_parallel)
+        return scorer.problem(seq_length, context_parallel, lengths(self.sizes(seq_length, context_parallel), allowed, unit))
 
     def replace(self, **changes: object) -> LighthouseConfig:
         """A copy with `changes`, checked again."""
         return replace(self, **changes)  # type: ignore[arg-type]
-
-
-def _chunks(ranks: int) -> int:
-    """Chunks of the sequence that `ranks` context-parallel ranks hold: two each, or all of it as one."""
-    return 2 * ranks if ranks > 1 else 1
-
-
-def _nearest(to: int, unit: int, most: int, fits: Callable[[int], bool]) -> list[int]:
-    """The two multiples of `unit`, at most `most`, that fit and lie nearest to `to`, which does not; of TRIED each way."""
-    middle = min(to, most) // unit * unit
-    near = range(max(unit, middle - TRIED * unit), min(most, middle + TRIED * unit) + 1, unit)
-    return sorted(islice(filter(fits, sorted(near, key=lambda n: abs(n - to))), 2))
-
-
-def _either(name: str, values: list[int]) -> str:
-    return f"{name} " + " or ".join(str(v) for v in values) if values else ""

@@ -12,6 +12,7 @@ from megatron_lighthouse.lighthouse.causal_rules import causal_documents_problem
 from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
 from megatron_lighthouse.lighthouse.heads import documents_problem
+from megatron_lighthouse.lighthouse.remedies import Allowed, anything
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.lighthouse.sharded.sent import layer_bytes, summary
 from megatron_lighthouse.options import in_flags
@@ -112,14 +113,17 @@ class Lighthouse(Variant):
         if dropout:
             yield f"--attention-dropout {dropout} would drop whole windows: use --attention-dropout 0 (--hidden-dropout works)."
 
-    def length_problems(self, config: LighthouseConfig, seq_length: int, ranks: int) -> Iterator[str]:
+    def length_problems(
+        self, config: LighthouseConfig, seq_length: int, ranks: int, allowed: Allowed = anything
+    ) -> Iterator[str]:
         """Why so many tokens on so many context-parallel ranks do not fit the pyramid or the scorer."""
         try:
-            config.geometry(seq_length, ranks)
+            config.geometry(seq_length, ranks, allowed)
         except ValueError as error:
             yield in_flags(str(error))
-        if message := SCORERS[config.scorer].problem(seq_length, ranks):
-            yield in_flags(message)
+        else:
+            if message := config.scorer_problem(seq_length, ranks, allowed):
+                yield in_flags(message)
 
     def document_problems(self, config: LighthouseConfig, ranks: int) -> Iterator[str]:
         """Why documents cannot be ranked."""

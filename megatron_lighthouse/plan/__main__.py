@@ -96,6 +96,11 @@ def run_from(options: argparse.Namespace) -> Run:
     names = (*RUN_FLAGS, "attention", "recompute", "cp_comm_type", "loss_fusion")
     changes = {name: given[name] for name in names if name in given}
     lighthouse = {name: given[name] for name in (*CONFIG_FLAGS, "scorer") if name in given}
+    for flags in (FLAGS, RUN_FLAGS, CONFIG_FLAGS):
+        for name, one in flags.items():
+            least = 0 if name in ("dense_first", "dense_last") else 1
+            if (value := given.get(name)) is not None and value < least:
+                raise ValueError(f"{one} {value} must be at least {least}: use {least} or more.")
     device = device_of(options.device)
     check_names(options.attention, options.recompute, options.cp_comm_type)  # before they are read as words of a file
     recipe = options.recipe or RECIPE

@@ -6,7 +6,7 @@ from megatron_lighthouse.plan import memory, time
 from megatron_lighthouse.plan.coefficients import Coefficients
 from megatron_lighthouse.plan.report import TIGHT, extrapolated, kind, layout, table
 from megatron_lighthouse.plan.run import Run
-from megatron_lighthouse.plan.search import Ranking
+from megatron_lighthouse.plan.search import Ranking, reach
 from megatron_lighthouse.plan.stages import Stages
 from megatron_lighthouse.plan.words import layout_words
 
@@ -20,29 +20,35 @@ def answer(name: str, stages: Stages, ranking: Ranking, tokens: float, speed: Co
     size = f"{tokens / 1e9:,.3g}B tokens of {name} ({run.parameters / 1e6:,.0f}M parameters)"
     mark = extrapolated(run).replace("[", "[predicted, ") or " [predicted]"
     stage1, whole = gains(stages, speed)
+    selects, assumed = run.variant.selects, run.base.work.assumed
     lines = [
-        f"{size} at {run.seq_length:,} on {run.gpus} x {run.device.name}:",
-        f"{duration(seconds)}, {seconds * run.gpus / 3600:,.0f} GPU-hours{mark}",
-        "",
-        _table(stages, tokens, speed),
-        "",
-        f"attention: {kind(run)}, scorer {run.config.scorer}" if run.variant.selects else f"attention: {kind(run)}",
+        f"attention: {kind(run)}, scorer {run.config.scorer}" if selects else f"attention: {kind(run)}",
         f"documents: {run.documents.row(run.seq_length).words()}" if run.documents else "",
-        f"gain: stage 1 {stage1:.1f} x {run.base.name}, the whole run {whole:.1f} x" if run.variant.selects else "",
-        f"{run.base.name} [predicted: {run.base.work.assumed}]" if run.base.work.assumed else "",
+        f"gain: stage 1 {stage1:.1f} x {run.base.name}, the whole run {whole:.1f} x" if selects else "",
+        f"{run.base.name} [predicted: {assumed}]" if assumed else "",
         f"layout: {layout(run)}, {run.global_batch} sequences a step",
         f"flags: {layout_words(run)}",
         *(f"stage {number}: {text}" for number, text in enumerate(map(_verdict, stages.runs), 1) if text),
         *_better(stages, ranking, tokens, speed),
+        _longest(run, stages.fraction),
         MORE,
     ]
-    return "\n".join(line for line, before in zip(lines, ["", *lines], strict=False) if line or before)
+    first = f"{duration(seconds)}, {seconds * run.gpus / 3600:,.0f} GPU-hours{mark}"
+    head = f"{size} at {run.seq_length:,} on {run.gpus} x {run.device.name}:\n{first}\n\n{_table(stages, tokens, speed)}\n"
+    return "\n".join([head, *filter(None, lines)])
 
 
 def gains(stages: Stages, speed: Coefficients) -> tuple[float, float]:
     """Times as fast as dense in the same layout: stage 1, and the whole run."""
     dense = time.tokens_per_gpu(stages.dense, speed)
     return time.tokens_per_gpu(stages.run, speed) / dense, stages.tokens_per_gpu(speed) / dense
+
+
+def _longest(run: Run, fraction: float) -> str:
+    """What these GPUs could train, in whatever layout: of packed documents that is another question."""
+    if run.documents or (found := reach(run, fraction)) is None:
+        return ""
+    return f"longest context of these GPUs: {found.seq_length:,} tokens [predicted], by {layout(found)}"
 
 
 def duration(seconds: float) -> str:

@@ -273,7 +273,9 @@ def run_of(name: str, **changes: Any) -> Run:
     """
     known = recipes()
     if name not in known:
-        raise ValueError(f"--recipe {name!r} is not known: use {' or '.join(known)}.")
+        raise ValueError(
+            f"--recipe {name!r} is none that the plan counts, of Llamas: use {' or '.join(known)}, or a file of arguments."
+        )
     table = {**known[name], **changes}
     lighthouse = {**known[name].get("lighthouse", {}), **table.pop("lighthouse", {})}
     del table["description"]

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from megatron_lighthouse.plan.alike import Row, series
 from megatron_lighthouse.ticks import along_log2
 
 COLOURS = {"lighthouse": "#d1495b", "dense": "#2b3a67"}
+OTHER, DARK, LIGHT = "#666666", 0.45, 0.65
+"""Of any other attention; how far its lines go towards black, and towards white, where it has several."""
 QUANTITIES = {
     "throughput": ("tokens_s_gpu", "predicted_tokens_s_gpu", "tokens/s/GPU"),
     "efficiency": ("efficiency", None, "tokens/s/GPU over that of the fewest ranks"),
@@ -35,6 +38,18 @@ def draw(rows: Sequence[Row], out: Path) -> list[str]:
     return written
 
 
+def shades(attentions: Sequence[str]) -> list[tuple[float, float, float]]:
+    """A colour for each line: that of its attention, from dark to light where this has several lines."""
+    found = []
+    for number, attention in enumerate(attentions):
+        own, of = attentions[:number].count(attention), attentions.count(attention)
+        step = 0.0 if of == 1 else own / (of - 1) * (DARK + LIGHT) - DARK
+        base, end = to_rgb(COLOURS.get(attention, OTHER)), float(step > 0)
+        red, green, blue = (channel + (end - channel) * abs(step) for channel in base)
+        found.append((red, green, blue))
+    return found
+
+
 def picture(rows: Sequence[Row], measured: str, predicted: str | None, label: str) -> Figure | None:
     """A quantity along ranks and along length, the runs of each line all of one kind; None where no run has it.
 
@@ -49,8 +64,9 @@ def picture(rows: Sequence[Row], measured: str, predicted: str | None, label: st
     high = LINE * (1 + max(len(lines) for _, lines in panels) // columns)
     figure = Figure(figsize=(11, 4.8 + high), layout="constrained")
     for axes, (across, lines) in zip(figure.subplots(1, 2), panels, strict=True):
+        colours = shades([str(runs[0]["attention"]) for _, runs in lines])
         for number, (name, runs) in enumerate(lines):
-            style = {"color": COLOURS.get(str(runs[0]["attention"]), "#666666"), "marker": MARKERS[number % len(MARKERS)]}
+            style = {"color": colours[number], "marker": MARKERS[number % len(MARKERS)]}
             known = [(r[across], r[measured]) for r in runs if r.get(measured)]
             if known:
                 axes.plot(*zip(*_medians(known), strict=True), **style, label=name)

@@ -89,6 +89,41 @@ def longest(run: Run, most: int = 2**27) -> int | None:
     return low * unit if low and _works(run.change(seq_length=low * unit)) else None
 
 
+EIGHTHS = 8
+"""Lengths between two powers of two that are tried."""
+
+
+def reach(run: Run, fraction: float = FRACTION, most: int = 2**27) -> Run | None:
+    """The longest context of which both stages fit these GPUs, whatever the layout, by recomputing all layers; None: none.
+
+    Levels and budgets are those of each length. Lengths go by eighths from one power of two to the next.
+    """
+    lengths = [2**n * (EIGHTHS + part) // EIGHTHS for n in range(12, most.bit_length() - 1) for part in range(EIGHTHS)]
+    low, high, found = 0, len(lengths), None
+    while low < high:  # memory grows with length
+        middle = (low + high) // 2
+        if holds := _held(run, lengths[middle], fraction):
+            low, found = middle + 1, holds
+        else:
+            high = middle
+    return found
+
+
+def _held(run: Run, length: int, fraction: float) -> Run | None:
+    """One of the layouts that spread a sequence over all GPUs, where it fits."""
+    by_length = LighthouseConfig.for_length(length, pooling=run.config.pooling)
+    own = {name: getattr(by_length, name) for name in ("levels", "budget", "tile_budget")}
+    run = run.change(seq_length=length, config=run.config.replace(**own), recompute="full", cp_comm_type=SCHEMES[0])
+    for layout in _layouts(run.change(global_batch=1)):
+        one = layout.tensor_parallel * layout.context_parallel * layout.pipeline_parallel
+        if (layout.recompute, layout.cp_comm_type, one) != (run.recompute, run.cp_comm_type, run.gpus):
+            continue
+        stages = Stages(layout, fraction)
+        if all(map(_works, stages.runs)):
+            return layout
+    return None
+
+
 def _works(run: Run) -> bool:
     """Whether the run is accepted and fits."""
     try:

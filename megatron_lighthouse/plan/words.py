@@ -15,6 +15,7 @@ from megatron_lighthouse.mcore.data.text import PADDED_VOCABULARY
 from megatron_lighthouse.plan.device import Device
 from megatron_lighthouse.plan.model import GPT, UNTIED
 from megatron_lighthouse.plan.run import Run
+from megatron_lighthouse.usage import as_sentence
 from megatron_lighthouse.variants import VARIANTS, base_in, counted, named_in
 
 LLAMA3_VOCAB = 128256
@@ -77,10 +78,10 @@ def run_of_words(words: Sequence[str], device: Device, gpus: int | None = None) 
         ValueError: a model or a setting that the plan does not count.
     """
     names = {word.partition("=")[0] for word in words}
-    if lacking := [flag for flag in (*SIZES, *NEEDED) if flag not in names]:
-        raise ValueError(f"the plan counts Llamas in bf16, and {' '.join(lacking)} is missing: add it.")
     if odd := [flag for flag in NOT_COUNTED if flag in names]:
         raise ValueError(f"{' '.join(odd)} is not counted by the plan: leave it out, to plan the run without it.")
+    if lacking := [flag for flag in (*SIZES, *NEEDED) if flag not in names]:
+        raise ValueError(f"the plan counts Llamas in bf16, and {' '.join(lacking)} is missing: add it.")
     args = _parse(words)
     tp, cp, pp = args.tensor_model_parallel_size, args.context_parallel_size, args.pipeline_model_parallel_size
     schemes = set(args.cp_comm_type) or {"p2p"}
@@ -173,7 +174,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     try:
         return parser.parse_known_args(words)[0]
     except argparse.ArgumentError as error:  # argparse would end the program with the usage of a parser that no user knows
-        raise ValueError(f"{error.argument_name}: {error.message}.") from error
+        raise ValueError(as_sentence(f"{error.argument_name}: {error.message}")) from error
 
 
 def _model(args: argparse.Namespace) -> GPT:

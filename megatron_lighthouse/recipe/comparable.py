@@ -22,6 +22,11 @@ def told(folder: Path, names: Sequence[str]) -> dict[str, str]:
     return {name: log.Tensors(tag)[-1].tensor_proto.string_val[0].decode() for name, tag in tags.items()}
 
 
+def unit(folder: Path) -> str:
+    """What a loss of the run is of: a byte with --text-data, else a token."""
+    return "token" if told(folder, ["text_data"]).get("text_data", "None") == "None" else "byte"
+
+
 def check_comparable(ours: Sequence[Path], dense: Sequence[Path]) -> None:
     """Refuse a dense run of other data or another model: what is less its loss in the same iteration says nothing.
 

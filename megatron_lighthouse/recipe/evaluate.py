@@ -118,7 +118,7 @@ def _misfit(args: argparse.Namespace, length: int) -> str | None:
         more = f" and a multiple of --tensor-model-parallel-size {multiple}" if multiple > 1 else ""
         return f"must be at most --seq-length {args.seq_length}{more}."
     if not VARIANTS[args.attention].native and not asked(args):  # a document may have any length
-        from megatron_lighthouse.mcore.command_line.checks import settings_problems
+        from megatron_lighthouse.mcore.command_line.lengths import settings_problems
         from megatron_lighthouse.mcore.command_line.settings import settings_from
 
         for problem in settings_problems(settings_from(args), length, 1):

@@ -27,9 +27,9 @@ from typing import Any
 import numpy
 
 from megatron_lighthouse.needed import ask_for_megatron
-from megatron_lighthouse.recipe.comparable import check_comparable, told
+from megatron_lighthouse.recipe.comparable import check_comparable, told, unit
 from megatron_lighthouse.recipe.of_run import log_folder
-from megatron_lighthouse.recipe.whole_log import Losses, check_around, check_finite, check_since, said_of
+from megatron_lighthouse.recipe.whole_log import Losses, check_around, check_finite, check_since, said_of, width_of
 from megatron_lighthouse.usage import Parser
 
 STAGES = ("lighthouse", "dense")
@@ -219,7 +219,7 @@ def table(row: dict[str, Any]) -> str:
     return "\n".join(f"{name:<24} {value}" for name, value in lines)
 
 
-def draw(run: Run, measured: Recovery, dense: Losses | None, width: int, path: Path, title: str) -> None:
+def draw(run: Run, measured: Recovery, dense: Losses | None, width: int, path: Path, title: str, of: str) -> None:
     """Draw the losses, faint, and smoothed by stage; the switch, the level, and where the run is back at it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -243,7 +243,7 @@ def draw(run: Run, measured: Recovery, dense: Losses | None, width: int, path: P
     if measured.recovered is not None and measured.spike > 0:
         label = f"back after {measured.recovered - run.switch:,} iterations"
         axes.plot([measured.recovered], [measured.level], "o", color="#f2a93b", label=label)
-    axes.set(xlabel="iteration", ylabel="training loss (nats per token)", title=title)
+    axes.set(xlabel="iteration", ylabel=f"training loss (nats per {of})", title=title)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     FigureCanvasAgg(figure).print_png(str(path))
@@ -266,14 +266,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.smooth < 1:
             raise ValueError(f"--smooth {options.smooth} must be at least 1: use 10, or more where single losses scatter.")
         run = read_run(options.run, options.switch)
+        width, why = width_of(run.losses, run.switch, options.smooth)
         with said_of(options.run):
-            measured = measure(run.losses, run.switch, run.dense_from, options.smooth)
+            measured = measure(run.losses, run.switch, run.dense_from, width)
         dense = read_losses(logs(options.dense))[0] if options.dense else None
         check_comparable(logs(options.run), logs(options.dense) if options.dense else [])
         with said_of(options.dense):
             check_finite(dense or {})
             check_since(dense or {}, run.switch)
-        row = report(run, measured, dense, options.smooth)
+        row = report(run, measured, dense, width)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -281,9 +282,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with (out / "recovery.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["run", "smooth", *row])
         writer.writeheader()
-        writer.writerow({"run": options.run.name, "smooth": options.smooth, **row})
-    draw(run, measured, dense, options.smooth, out / "recovery.png", title=str(options.run))
-    print(f"{options.run}, means of {options.smooth} losses\n{table(row)}\n{out / 'recovery.csv'}, {out / 'recovery.png'}")
+        writer.writerow({"run": options.run.name, "smooth": width, **row})
+    draw(run, measured, dense, width, out / "recovery.png", str(options.run), unit(logs(options.run)[-1]))
+    print(f"{options.run}, means of {width} losses{why}\n{table(row)}\n{out / 'recovery.csv'}, {out / 'recovery.png'}")
     return 0
 
 

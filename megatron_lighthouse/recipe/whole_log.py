@@ -15,6 +15,15 @@ NAMED = 3
 """Iterations and holes that an error names."""
 
 
+def width_of(losses: Losses, switch: int, asked: int) -> tuple[int, str]:
+    """Losses in a mean: those asked for, or as many as the shorter stage has; and what to say of it."""
+    stages = [sum((i > switch) == later for i in losses) for later in (False, True)]
+    fewest = min(stages)
+    if asked <= fewest or not fewest:
+        return asked, ""
+    return fewest, f" (of --smooth {asked}: stage {1 + stages.index(fewest)} has no more)"
+
+
 def check_finite(losses: Losses) -> None:
     """Raises ValueError where a loss is NaN or infinite: no mean with it says anything."""
     if wrong := [i for i, loss in losses.items() if not math.isfinite(loss)]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_lighthouse.notice import say_once
+from megatron_lighthouse.softmax.names import FLASH_DIMS, NARROWER, shards_problem, te_problem
 from megatron_lighthouse.softmax.rows import DOCUMENTS, SHARDS, SINKS, Rows
 from megatron_lighthouse.versions import LEAST, too_old
 
@@ -92,13 +93,9 @@ def choose_for_blocks(
     Raises:
         ValueError: as `inner_attention`, or a backend that is forced and is not among those.
     """
-    fits = [other for other in known if other != "fa2" or dim % 8 == 0]  # which torch pads only for whole sequences
-    if name in BACKENDS and name not in fits:
-        of = f" with head dimension {dim}" if name in known else ""
-        raise ValueError(
-            f"config.inner {name} does not attend over shards{of}: over several ranks use config.inner "
-            f"{' or '.join(['auto', *fits])}, or cp_comm_type a2a, which attends to whole sequences."
-        )
+    if problem := shards_problem(name, known, dim):
+        raise ValueError(problem)
+    fits = [other for other in known if shards_problem(other, known, dim) is None]
     return _choose(name, Rows(device, dtype, heads, groups, dim, value_dim or dim), deterministic(), tuple(fits), over)
 
 
@@ -114,11 +111,8 @@ def choose_for_documents(name: str, device: torch.device, dtype: torch.dtype, he
 @cache
 def _choose(name: str, rows: Rows, deterministic: bool, known: tuple[str, ...] = (), over: str = "") -> str:
     backends = FAMILIES[over]
-    if name == "te":
-        raise ValueError(
-            "config.inner te is the attention of Transformer Engine's layer spec: use it with Transformer Engine's layers, or "
-            "config.inner auto."
-        )
+    if problem := te_problem(name):
+        raise ValueError(problem)
     candidates = [other for other in _fastest_first(rows) if not known or other in known]
     problems = {other: _problem(backends[other], rows, deterministic) for other in candidates}
     fits = [other for other, problem in problems.items() if problem is None]
@@ -151,17 +145,10 @@ def _fastest_first(rows: Rows) -> list[str]:
     return ["fa2", "cudnn", "fa3", "fa4", "sdpa"]
 
 
-UP_TO_256, BLACKWELL = range(8, 257, 8), (*range(8, 129, 8), 256)
-"""Head dimensions of FlashAttention on Hopper, and of FlashAttention 4 on Blackwell."""
-NARROWER = (192, 128)
-"""Of keys and values: what FlashAttention 3 and 4 take where they are not the same, DeepSeek's."""
-
-
 def flash_problem(
     package: str, module: str, dims: dict[int, Sequence[int]], function: str = "flash_attn_func"
 ) -> Callable[[Rows], str | None]:
-    """Why FlashAttention's `function` cannot take rows. `dims`: the head dimensions that it takes, by major compute capability.
-    Those of FlashAttention 4 are what its interface asserts."""
+    """Why FlashAttention's `function` cannot take rows. `dims`: as in FLASH_DIMS."""
 
     def problem(rows: Rows) -> str | None:
         takes = dims.get(rows.capability // 10)
@@ -254,12 +241,12 @@ def _torch(backend: SDPBackend | None) -> Callable[[Tensor, Tensor, Tensor, floa
 BACKENDS: dict[str, Backend] = {
     "fa4": Backend(
         "FlashAttention 4",
-        flash_problem("flash-attn-4", "flash_attn.cute", {9: UP_TO_256, 10: BLACKWELL, 11: BLACKWELL}),
+        flash_problem("flash-attn-4", "flash_attn.cute", FLASH_DIMS["fa4"]),
         _flash("flash_attn.cute"),
     ),
     "fa3": Backend(
         "FlashAttention 3",
-        flash_problem("hopper/ of the flash-attention repository", "flash_attn_interface", {9: UP_TO_256}),
+        flash_problem("hopper/ of the flash-attention repository", "flash_attn_interface", FLASH_DIMS["fa3"]),
         _flash("flash_attn_interface"),
         lambda rows: rows.dim <= 192,
     ),

@@ -17,15 +17,14 @@ from torch import Tensor
 from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.softmax.backends import (
     BACKENDS,
-    BLACKWELL,
     FAMILIES,
-    UP_TO_256,
     Backend,
     choose_for_documents,
     deterministic,
     flash_function,
     flash_problem,
 )
+from megatron_lighthouse.softmax.names import FLASH_DIMS
 from megatron_lighthouse.softmax.rows import DOCUMENTS, Rows
 
 AttendDocuments = Callable[[Tensor, Tensor, Tensor, Documents], Tensor]
@@ -94,15 +93,13 @@ def _one_by_one(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float 
 FAMILIES[DOCUMENTS] = {
     "fa4": Backend(
         "FlashAttention 4",
-        flash_problem(
-            "flash-attn-4", "flash_attn.cute", {9: UP_TO_256, 10: BLACKWELL, 11: BLACKWELL}, "flash_attn_varlen_func"
-        ),
+        flash_problem("flash-attn-4", "flash_attn.cute", FLASH_DIMS["fa4"], "flash_attn_varlen_func"),
         _flash("flash_attn.cute"),
     ),
     "fa3": Backend(
         "FlashAttention 3",
         flash_problem(
-            "hopper/ of the flash-attention repository", "flash_attn_interface", {9: UP_TO_256}, "flash_attn_varlen_func"
+            "hopper/ of the flash-attention repository", "flash_attn_interface", FLASH_DIMS["fa3"], "flash_attn_varlen_func"
         ),
         _flash("flash_attn_interface"),
         BACKENDS["fa3"].repeats,

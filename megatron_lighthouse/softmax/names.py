@@ -1,4 +1,76 @@
-"""What the inner attention can be called. A file of its own, for `backends` imports torch, which a command line need not."""
+"""What the inner attention can be called, and where each runs. A file of its own, for `backends` imports torch, which a command
+line need not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 INNER = ("auto", "te", "fa4", "fa3", "cudnn", "fa2", "sdpa")
 """Those of `backends.BACKENDS`, and before them 'auto' and 'te' (Transformer Engine's, in its own layer spec)."""
+OVER_SHARDS = ("cudnn", "fa2", "sdpa")
+"""Those that return their log-sum-exp, by which shards are merged: `blocks.BLOCKS`."""
+OVER_SHARDED_DOCUMENTS = ("fa2", "sdpa")
+UP_TO_256, BLACKWELL = range(8, 257, 8), (*range(8, 129, 8), 256)
+"""Head dimensions of FlashAttention on Hopper, and of FlashAttention 4 on Blackwell."""
+NARROWER = (192, 128)
+"""Of keys and values: what FlashAttention 3 and 4 take where they are not the same, DeepSeek's."""
+FLASH_DIMS: dict[str, dict[int, Sequence[int]]] = {
+    "fa4": {9: UP_TO_256, 10: BLACKWELL, 11: BLACKWELL},
+    "fa3": {9: UP_TO_256},
+}
+"""The head dimensions that they take, by major compute capability: what FlashAttention 4's interface asserts."""
+
+
+def shards_problem(name: str, known: Sequence[str], dim: int) -> str | None:
+    """Why a backend that is forced does not attend over shards; None where it does, or is 'auto'."""
+    fits = [other for other in known if other != "fa2" or dim % 8 == 0]  # which torch pads only for whole sequences
+    if name in (*fits, "auto", "te"):
+        return None
+    of = f" with head dimension {dim}" if name in known else ""
+    return (
+        f"config.inner {name} does not attend over shards{of}: over several ranks use config.inner "
+        f"{' or '.join(['auto', *fits])}, or cp_comm_type a2a, which attends to whole sequences."
+    )
+
+
+def te_problem(name: str) -> str | None:
+    """Why a backend cannot be in layers that are not Transformer Engine's."""
+    if name != "te":
+        return None
+    return (
+        "config.inner te is the attention of Transformer Engine's layer spec: use it with Transformer Engine's layers, or "
+        "config.inner auto."
+    )
+
+
+def documents_problem(name: str) -> str | None:
+    """Why a backend does not attend over packed documents."""
+    if name != "cudnn":
+        return None
+    return (
+        "config.inner cudnn takes no documents that are masked causally: for packed documents use config.inner auto, fa4, fa3, "
+        "fa2 or sdpa."
+    )
+
+
+def device_problem(name: str, major: int, dims: tuple[int, int], half: bool) -> str | None:
+    """Why a backend cannot run, as far as settings tell; whether it is installed is seen where it runs.
+
+    Args:
+        major: compute capability of the GPUs; 0: none.
+        dims: channels of a key and of a value.
+        half: whether the model is in bf16 or fp16.
+    """
+    if name in ("auto", "te", "sdpa"):
+        return None
+    if not major:
+        return f"config.inner {name} needs a GPU: use config.inner auto or sdpa."
+    if not half:
+        return f"config.inner {name} takes bf16 and fp16 alone: add --bf16, or use config.inner auto."
+    if name not in FLASH_DIMS:
+        return None
+    if (takes := FLASH_DIMS[name].get(major)) is None:
+        return f"config.inner {name} does not run on GPUs of compute capability {major}: use config.inner auto."
+    if dims != NARROWER and (dims[0] != dims[1] or dims[0] not in takes):
+        return f"config.inner {name} does not take heads of {dims[0]} channels and values of {dims[1]}: use config.inner auto."
+    return None

@@ -136,3 +136,20 @@ def test_shellcheck() -> None:
     scripts = sorted(map(str, [*LAUNCH.glob("*.s*"), *others]))
     done = subprocess.run([program, "-x", *scripts], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", ["submit.sh", "two_stage.sh --stage1 1 --total 2", "local.sh"])
+def test_a_folder_that_cannot_be_made_is_refused_at_once(script: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    name, *more = script.split()
+    for run, says in (
+        ("file/run", f"cannot be made: {tmp_path}/file is no folder"),
+        ("file", "is no folder"),
+        ("link", "no fol"),
+    ):
+        words = ["--cluster", "cpu-test", "--recipe", "cpu-test", "--run", str(tmp_path / run), *more, "--", "--mock-data"]
+        done = subprocess.run([str(LAUNCH / name), *words], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"--run {tmp_path / run} ")
+        assert says in done.stderr

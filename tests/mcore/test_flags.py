@@ -44,7 +44,7 @@ def test_what_is_not_listed(words: str, says: str) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("--num-layers four", "--num-layers: invalid int value: 'four'."),
+        ("--num-layers four", "--num-layers four must be a whole number, in digits alone: give one."),
         ("--lr", "--lr: expected one argument."),
         ("--attention sparse", "--attention: invalid choice: 'sparse'"),
         ("--normalization Norm", "--normalization: invalid choice: 'Norm'"),

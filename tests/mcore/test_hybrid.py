@@ -6,9 +6,11 @@ import re
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
+from megatron_lighthouse.mcore.attention.copied import copied
 from megatron_lighthouse.mcore.command_line import hybrid
 from megatron_lighthouse.mcore.command_line.layers import attention_layers
 from tests.mcore import harness
@@ -128,3 +130,21 @@ def test_the_entry_point_asks_for_a_pattern(monkeypatch: pytest.MonkeyPatch, cap
     with pytest.raises(SystemExit, match="2"):
         pretrain_hybrid.main()
     assert "--hybrid-layer-pattern is missing: give one symbol a layer" in capsys.readouterr().err
+
+
+def test_a_copy_of_a_spec_can_be_changed_and_keeps_what_it_names() -> None:
+    """Also where that is a mock of Transformer Engine's, which deepcopy does not take."""
+    from megatron.core.transformer import ModuleSpec, TransformerLayer, TransformerLayerSubmodules
+
+    def closure() -> object:
+        return keys
+
+    keys, mock = {"a.": "b."}, MagicMock(side_effect=closure)
+    mock.method = closure.__closure__
+    layer = ModuleSpec(TransformerLayer, submodules=TransformerLayerSubmodules(mlp=mock, sharded_state_dict_keys_map=keys))
+    own = copied([layer, layer])
+    assert own[0] is own[1] is not layer
+    assert (own[0].module, own[0].submodules.mlp) == (TransformerLayer, mock)
+    own[0].submodules.sharded_state_dict_keys_map["c."] = "d."
+    own[0].submodules.mlp = None
+    assert (layer.submodules.mlp, keys) == (mock, {"a.": "b."})

@@ -11,6 +11,11 @@ import pytest
 
 from megatron_lighthouse.launch import check
 from megatron_lighthouse.mcore.command_line import run_options
+from megatron_lighthouse.softmax import names
+from megatron_lighthouse.softmax.backends import BACKENDS
+from megatron_lighthouse.softmax.blocks import BLOCKS
+from tests.launch.scripts import LAUNCH
+from tests.launch.scripts import words as launch_words
 from tests.mcore.harness import MODEL, TEXT, Processes
 
 LLAMA = """
@@ -66,6 +71,23 @@ WRONG = {
     "a negative start": ("--lr-warmup-init -1", "use --lr-warmup-init 0, or"),
     "no iteration": ("--train-iters 0", "--train-iters 0 trains nothing: give"),
     "a batch": ("--global-batch-size 12", "use --global-batch-size 16"),
+    "an attention over shards": ("--lighthouse-inner fa4", "fa4 does not attend over shards: .* or --cp-comm-type a2a"),
+    "its channels": ("--lighthouse-inner fa2 --kv-channels 132", "with head dimension 132: over several ranks use .* sdpa,"),
+    "of other layers": ("--lighthouse-inner te --transformer-impl local", "use it with --transformer-impl transformer_engine"),
+    "wide heads": ("--lighthouse-inner fa4 --cp-comm-type a2a --kv-channels 260", "does not take heads of 260 channels"),
+    "documents over shards": (
+        "--lighthouse-inner cudnn --dataloader-inter-document-masking --transformer-impl local",
+        "cudnn does not attend over shards: over several ranks use --lighthouse-inner auto or fa2 or sdpa",
+    ),
+    "documents": (
+        "--lighthouse-inner cudnn --dataloader-inter-document-masking --transformer-impl local --context-parallel-size 1",
+        "cudnn takes no documents that are masked causally: .* fa2 or sdpa",
+    ),
+    "schemes": ("--cp-comm-type p2p all_gather", "names 2, and --num-layers is 32: give one for all, such as p2p"),
+    "schemes of windows": ("--window-size 9,0 --window-attn-skip-freq 2 --cp-comm-type a2a p2p", "names 2, and --num-layers"),
+    "heads": ("--num-attention-heads 36", "must be a multiple of --num-query-groups 8: use --num-attention-heads 40"),
+    "choices": ("--num-experts 8 --moe-router-topk 16", "must be at most --num-experts 8: use 2"),
+    "levels": ("--lighthouse-levels 9", "use --lighthouse-levels 5 --lighthouse-budget 512 --lighthouse-tile-budget 128"),
     "a second data": ("--data-path nowhere", "leave all but one out"),
 }
 
@@ -88,6 +110,26 @@ def test_an_interval_of_evaluations_is_asked_for(capsys: pytest.CaptureFixture[s
     without = [*LLAMA[:at], *LLAMA[at + 2 :]]
     assert check.main([*GPUS, "--without-megatron", "--", *without]) == 1
     assert "--eval-interval is missing: give a number of iterations" in capsys.readouterr().err
+
+
+def test_an_attention_that_the_gpus_do_not_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """As far as an architecture tells."""
+    own, blackwell = ["--nodes", "8", "--gpus-per-node", "8", "--without-megatron"], ["--arch", "blackwell"]
+    a2a = [*LLAMA, "--cp-comm-type", "a2a", "--tensor-model-parallel-size", "1", "--lighthouse-inner"]
+    assert check.main([*own, *blackwell, "--", *a2a, "fa4"]) == 0
+    assert check.main([*own, *blackwell, "--", *a2a, "fa3"]) == 1
+    assert "--lighthouse-inner fa3 does not run on GPUs of compute capability 10" in capsys.readouterr().err
+    assert check.main([*own, "--", *a2a, "fa4"]) == 1
+    assert "--lighthouse-inner fa4 needs a GPU: use --lighthouse-inner auto or sdpa" in capsys.readouterr().err
+    fp32 = [word for word in a2a if word != "--bf16"]
+    assert check.main([*own, *blackwell, "--", *fp32, "cudnn"]) == 1
+    assert "takes bf16 and fp16 alone: add --bf16" in capsys.readouterr().err
+
+
+def test_the_names_are_those_of_the_backends() -> None:
+    """That the check knows, which imports no torch."""
+    assert [*BLOCKS] == [*names.OVER_SHARDS]
+    assert {*BACKENDS} == {*names.INNER} - {"auto", "te"}
 
 
 @pytest.mark.parametrize(
@@ -129,18 +171,24 @@ def asked(folder: Path, *words: str) -> tuple[list[int], str]:
     return processes.wait(), processes.log.read_text()
 
 
+RECIPES = sorted({path.stem for path in (LAUNCH / "recipes").glob("*.args")} - {"cpu-test", "llama3-8b-1m"})
+"""Those that 64 GPUs take."""
+
 LATE = {
     "recompute": ("--recompute-granularity selective", "recompute method is not yet supported for selective"),
     "experts": ("--expert-model-parallel-size 2", "num_experts must be non None to use expert model parallelism"),
-    "without words": ("--num-dataset-builder-threads 0", "assert args.num_dataset_builder_threads > 0"),
+    "without words": ("--decoder-seq-length 262144", "assert args.max_position_embeddings >= args.decoder_seq_length"),
     "of the model": ("--moe-router-topk 1 --num-experts 8 --moe-ffn-hidden-size 64", "use --moe-router-pre-softmax when topk"),
 }
 """What Megatron refuses by rules of its own."""
 
 
 def test_megatron_reads_the_words(tmp_path: Path) -> None:
-    """A realistic line is taken; wrong ones are refused, all in one go, as Megatron or the run puts it."""
-    statuses, log = asked(tmp_path / "right", *GPUS, "--", *LLAMA)
+    """A realistic line and every recipe is taken; wrong ones are refused, all in one go, as Megatron or the run puts it."""
+    lines = {"llama": LLAMA[: LLAMA.index("--mock-data")]} | {name: launch_words(name)[:-4] for name in RECIPES}
+    points = [word for name, words in lines.items() for word in ("--point", f"{name} {' '.join(words)}")]
+    statuses, log = asked(tmp_path / "right", *GPUS, *points, "--", *LLAMA[LLAMA.index("--mock-data") :])
+    assert [name for name in lines if f"{name}: 64 ranks" not in log] == [], log
     assert (statuses, "Megatron-core 0.19.2 reads it, and nothing is refused" in log) == ([0], True), log
     points = [word for name, (more, _) in LATE.items() for word in ("--point", f"{name.replace(' ', '-')} {more}")]
     statuses, log = asked(tmp_path / "wrong", *GPUS, *points, "--", *LLAMA)
@@ -173,7 +221,7 @@ def test_the_check_says_what_the_run_says(more: Sequence[str], tmp_path: Path, c
 def test_a_usage_error_is_one_line(tmp_path: Path) -> None:
     for name, more, says in (
         ("flag", "--num-layer", "--num-layer is not a known flag: did you mean --num-layers? See --help."),
-        ("value", "--lr=x", "--lr: invalid float value: 'x'. See --help."),
+        ("value", "--lr=x", "--lr x must be a number: give one. See --help."),
     ):
         run = Processes(tmp_path / name, 1, [*MODEL, *TEXT, more])
         assert run.wait() == [2]
@@ -190,6 +238,7 @@ def test_packages_that_the_run_needs(monkeypatch: pytest.MonkeyPatch, capsys: py
     error = capsys.readouterr().err
     assert "needs the package transformers, which is not installed: install it (pip install transformers)" in error
     assert "needs the package transformer_engine" in error
+    assert error.count("name it by IMAGE in the cluster file; another Python by PYTHON. With CHECK_PYTHON the job's") == 1
     for kind, package in (("TikTokenizer", "tiktoken"), ("GPTSentencePieceTokenizer", "sentencepiece")):
         assert check.main([*GPUS, "--runs-here", "--", *LLAMA, "--tokenizer-type", kind, "--tokenizer-model", __file__]) == 1
         assert f"needs the package {package}" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from megatron_lighthouse.mcore.command_line.settings import add_arguments
 from megatron_lighthouse.mcore.loop import switch
 from megatron_lighthouse.recipe import recovery
 from megatron_lighthouse.recipe.recovery import Recovery, caught_up, gap, main, measure, read_run, smoothed
+from megatron_lighthouse.recipe.whole_log import width_of
 
 
 def curve(*losses: float, start: int = 1, step: int = 1) -> dict[int, float]:
@@ -189,3 +190,32 @@ def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (row["iterations_to_recover"], row["tokens_to_recover"], row["gap"]) == ("4", "512", "0.75")
     assert row["iterations_to_catch_up"] == ""
     assert (tmp_path / "run" / "recovery.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_shorter_than_the_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Means are of what its shorter stage has, and the report says so; a dense run is caught up with in such means."""
+    write(tmp_path / "run", SPIKE, at=3)
+    write(tmp_path / "dense", curve(9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0))
+    assert main(["--run", str(tmp_path / "run"), "--dense", str(tmp_path / "dense")]) == 0
+    said = capsys.readouterr().out
+    assert "means of 3 losses (of --smooth 10: stage 1 has no more)" in said
+    assert "level with dense after   3 iterations" in said
+    with (tmp_path / "run" / "recovery.csv").open() as table:
+        (row,) = csv.DictReader(table)
+    assert (row["smooth"], float(row["level"])) == ("3", pytest.approx(14 / 3))
+    assert width_of(SPIKE, 3, 3) == (3, "")
+    assert width_of(SPIKE, 7, 4) == (2, " (of --smooth 4: stage 2 has no more)")
+
+
+@pytest.mark.parametrize(("text", "unit"), [("['corpus.txt']", "byte"), ("None", "token"), (None, "token")])
+def test_the_picture_says_what_a_loss_is_of(
+    text: str | None, unit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    monkeypatch.setattr(recovery, "draw", lambda *given: drawn.append(given[-1]))
+    write(tmp_path, SPIKE, at=3)
+    if text is not None:
+        with SummaryWriter(str(tmp_path)) as log:
+            log.add_text("text_data", text)
+    assert main(["--run", str(tmp_path)]) == 0
+    assert drawn == [unit]

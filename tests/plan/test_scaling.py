@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
+from matplotlib.colors import to_rgb
 
+from megatron_lighthouse.plan import scaling_plots
 from megatron_lighthouse.plan.__main__ import main
 
 INFO = {"recipe": "530m-98k", "seq_length": 98304, "gpus": 1, "device": "h100", "vocab": 384}
@@ -66,7 +68,7 @@ def test_a_run_that_cannot_be_keeps_what_was_measured(tmp_path: Path, capsys: py
     write(tmp_path / "odd", 8, 500.0, 10.0, attention="lighthouse", context_parallel=1, seq_length=1000, recipe="mine")
     assert main(["scaling", str(tmp_path / "odd"), "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
-    assert "--recipe 'mine' is not known" in said
+    assert "--recipe 'mine' is none that the plan counts" in said
     assert "2000.0" in said
 
 
@@ -174,3 +176,13 @@ def test_logs_that_cannot_be_trusted(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert f"{runs / name}: 5 of 5 step times in the log are no time above 0: left out" in said
     assert rows["odd"]["tokens_s_gpu"] == ""
     assert "gpus 3 is no multiple of the 2" in said
+
+
+def test_lines_of_one_attention_have_colours_of_their_own() -> None:
+    attentions = ["dense", "lighthouse", "lighthouse", "lighthouse", "wall", "wall"]
+    found = scaling_plots.shades(attentions)
+    assert len({*found}) == len(attentions)
+    assert all(0 <= channel <= 1 for colour in found for channel in colour)
+    assert found[0] == to_rgb(scaling_plots.COLOURS["dense"])
+    reds = [colour[0] - colour[2] for colour in found[1:4]]
+    assert min(reds) > 0  # all are Lighthouse's

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -12,10 +13,12 @@ from collections import Counter
 
 import pytest
 
+from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.plan import memory, report, search, time
 from megatron_lighthouse.plan.__main__ import main
 from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import device_of
+from megatron_lighthouse.plan.models import run_of_model
 from megatron_lighthouse.plan.run import RECOMPUTE, Run, run_of
 from megatron_lighthouse.plan.stages import Stages
 from megatron_lighthouse.plan.words import layout_words
@@ -179,3 +182,26 @@ def test_where_all_are_tight_the_fastest_is_recommended() -> None:
     found = search.Ranking([(r, 2.0 - i) for i, r in enumerate(tight)], Counter())
     assert len(tight) > 1
     assert found.recommended == (tight[0], 2.0)
+
+
+def test_the_longest_context_is_answered_whatever_the_layout() -> None:
+    """Both stages fit it, by recomputing; no layout fits the next length that is tried."""
+    run = run_of_model("llama3-8b", seq_length=2**17, gpus=8, global_batch=8)
+    found = search.reach(run)
+    assert found
+    assert all(memory.fits(one.check()) for one in Stages(found).runs)
+    assert (found.recompute, found.gpus) == ("full", 8)
+    following = found.seq_length + 2 ** (found.seq_length.bit_length() - 4)
+    config = LighthouseConfig.for_length(following)
+    longer = run.change(seq_length=following, config=config, global_batch=1)
+    assert not search.rank(longer, coefficients()).layouts
+
+
+def test_the_answer_says_the_longest_context_and_a_refusal_offers_it(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--model llama3-8b --gpus 4 --device h100 --seq-length".split()
+    assert main([*words, "128K"]) == 0
+    (length,) = re.findall(r"^longest context of these GPUs: ([\d,]+) tokens", capsys.readouterr().out, re.MULTILINE)
+    assert main([*words, "8M"]) == 2
+    (offered,) = re.findall(r"or --seq-length (\d+)\.$", capsys.readouterr().err.strip())
+    assert length.replace(",", "") == offered
+    assert main([*words, offered]) == 0

@@ -131,7 +131,7 @@ def test_a_file_is_refused_as_a_name_is(
     ("more", "says"),
     [
         ("--attention foo", "--attention: invalid choice: 'foo' .choose from .*lighthouse"),
-        ("--num-layers x", "--num-layers: invalid int value: 'x'"),
+        ("--num-layers x", "--num-layers x must be a whole number, in digits alone: give one."),
         ("--num-layers", "--num-layers: expected one argument"),
     ],
 )

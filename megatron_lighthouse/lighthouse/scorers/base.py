@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -136,17 +137,28 @@ class Scorer(ABC):
         """
         return None
 
-    def problem(self, seq_length: int, size: int) -> str | None:
-        """Why it cannot rank `seq_length` tokens on `size` context-parallel ranks; None where it can."""
-        chunks = 1 if size == 1 else 2 * size
-        unit = chunks * self.unit
-        if self.unit == 1 or (seq_length > 0 and seq_length % unit == 0):
+    def multiple(self, size: int) -> int:
+        """Of what N must be a multiple on so many context-parallel ranks."""
+        return self.unit if self.unit == 1 or size == 1 else 2 * size * self.unit
+
+    def takes(self, seq_length: int, size: int) -> bool:
+        """Whether it can rank `seq_length` tokens on `size` context-parallel ranks."""
+        return self.unit == 1 or (seq_length > 0 and seq_length % self.multiple(size) == 0)
+
+    def problem(self, seq_length: int, size: int, lengths: Sequence[int] = ()) -> str | None:
+        """Why it cannot rank `seq_length` tokens on `size` context-parallel ranks; None where it can.
+
+        Args:
+            lengths: to offer, where other rules decide too.
+        """
+        if self.takes(seq_length, size):
             return None
-        below = seq_length // unit * unit
-        of = "" if size == 1 else f" of each of the {chunks} chunks of {size} context-parallel ranks"
+        unit = self.multiple(size)
+        of = "" if size == 1 else f" of each of the {2 * size} chunks of {size} context-parallel ranks"
+        use = lengths or [n for n in (seq_length // unit * unit, (seq_length // unit + 1) * unit) if n > 0]
         return (
             f"query's N {seq_length} must be a multiple of {unit} for config.scorer {self.name}, which takes every "
-            f"{self.unit}th token{of}: use query's N {f'{below} or ' if below > 0 else ''}{below + unit}."
+            f"{self.unit}th token{of}: use query's N {' or '.join(map(str, use))}."
         )
 
     def check_length(self, rows: int, exchange: Exchange | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +9,7 @@ from typing import Any
 
 from megatron.core.transformer import ModuleSpec
 
+from megatron_lighthouse.mcore.attention.copied import copied
 from megatron_lighthouse.mcore.attention.core_attention import CoreAttentionBuilder
 from megatron_lighthouse.mcore.attention.fused import FusedAttention
 from megatron_lighthouse.mcore.attention.layer_specs import attentions_of
@@ -43,7 +43,7 @@ def with_fused_attention(model_cfg: Any) -> Any:
 
 
 def _with_fused(spec: Any) -> Any:
-    spec = copy.deepcopy(spec)
+    spec = copied(spec)
     for submodules in attentions_of(spec):
         submodules.core_attention = _fused(submodules.core_attention)
     return spec

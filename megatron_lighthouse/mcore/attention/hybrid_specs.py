@@ -17,6 +17,7 @@ from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer, TransformerLayerSubmodules
 from megatron.core.transformer.transformer_layer import MoETransformerLayer
 
+from megatron_lighthouse.mcore.attention.copied import copied
 from megatron_lighthouse.mcore.attention.norm import take_torch_norms
 
 OF_MLP = ("pre_mlp_layernorm", "mlp", "mlp_bda")
@@ -29,7 +30,7 @@ def hybrid_stack(config: TransformerConfig) -> ModuleSpec:
     Layers that are not made of local modules (Mamba, gated delta nets, multi-token prediction) are Transformer Engine's alone.
     """
     if config.transformer_impl != "local":
-        return copy.deepcopy(hybrid_stack_spec)
+        return copied(hybrid_stack_spec)
     common = {"normalization": config.normalization, "qk_layernorm": config.qk_layernorm}
     dense, latent, experts = (
         _with_norms(get_gpt_layer_local_submodules(**common, **own), config)

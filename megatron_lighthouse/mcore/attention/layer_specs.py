@@ -6,7 +6,6 @@ command line or, where its parser does not know them, from the environment varia
 
 from __future__ import annotations
 
-import copy
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,6 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron_lighthouse.context_parallel.copies import copies_over
 from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.lighthouse.rotary import Rotary
+from megatron_lighthouse.mcore.attention.copied import copied
 from megatron_lighthouse.mcore.attention.core_attention import CoreAttentionBuilder
 from megatron_lighthouse.mcore.attention.fused import of_documents
 from megatron_lighthouse.mcore.attention.norm import take_torch_norms, torch_norm
@@ -67,7 +67,7 @@ def with_lighthouse(spec: LayerSpec, settings: LighthouseSettings, rotary: Rotar
             "give with_lighthouse(spec, settings, rotary_of(model_cfg)) the model's configuration (megatron_lighthouse.mcore."
             f"attention.rotary), or use {rope.FLAG} {rope.MEAN}."
         )
-    spec = copy.deepcopy(spec)
+    spec = copied(spec)
     for layer in _layers_of(spec):
         add_streams(layer.submodules, settings)
     found = 0
@@ -193,7 +193,7 @@ def _dense_over_shards(spec: LayerSpec, config: TransformerConfig) -> LayerSpec:
     differs = learns_shared_sinks(config) or (latent and config.tensor_model_parallel_size > 1)
     if config.context_parallel_size == 1 and not differs and not latent:
         return spec
-    spec = copy.deepcopy(spec)
+    spec = copied(spec)
     for submodules in attentions_of(spec):
         submodules.core_attention = able_local(submodules.core_attention, config)
         if differs and not isinstance(submodules.core_attention, OverTensorRanks):  # layers of a block may share a spec
@@ -203,7 +203,7 @@ def _dense_over_shards(spec: LayerSpec, config: TransformerConfig) -> LayerSpec:
 
 def _with_documents(spec: LayerSpec, config: TransformerConfig) -> LayerSpec:
     """The spec with core attention that takes packed documents: of one rank, for `able_local` puts its own in its place."""
-    spec = copy.deepcopy(spec)
+    spec = copied(spec)
     for submodules in attentions_of(spec):
         if config.context_parallel_size == 1:
             submodules.core_attention = of_documents(submodules.core_attention)
@@ -217,7 +217,7 @@ def _with_sequence_parallel_norm(spec: LayerSpec, config: TransformerConfig, vp_
             return spec
         layers = [spec] * get_num_layers_to_build(config, vp_stage)
         spec = TransformerBlockSubmodules(layer_specs=layers, layer_norm=WrappedTorchNorm)
-    spec = copy.deepcopy(spec)
+    spec = copied(spec)
     if spec.layer_norm is WrappedTorchNorm:
         spec.layer_norm = torch_norm
     for layer in _layers_of(spec):

@@ -6,17 +6,18 @@ Its own rules are bare assertions in `validate_args` and `OptimizerParamSchedule
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator, Sequence
 
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
-from megatron_lighthouse.mcore.command_line import flags
+from megatron_lighthouse.mcore.command_line import flags, numbers
 from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
 from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern
 
 SCHEMES = (*COMM_TYPES, "a2a+p2p")
 """Of --cp-comm-type, for which Megatron takes any word."""
-INTERVALS = ("log_interval", "tensorboard_log_interval", "eval_interval")
-"""By which Megatron divides."""
+ROTATED = ("rope", "yarn", "mrope")
+"""Of --position-embedding-type: what turns pairs of a head's channels."""
 
 
 def given(words: Sequence[str]) -> argparse.Namespace | None:
@@ -45,10 +46,12 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
     Args:
         args: as the words say, not validated.
     """
+    if found := [*numbers.problems(args)]:  # with which no other rule can reckon
+        yield from found
+        return
     if not args.use_checkpoint_args:  # else they may be the checkpoint's
         yield from _model(args)
     yield from _batch(args)
-    yield from _intervals(args)
     yield from _saves(args)
     if not args.skip_train:
         yield from _rates(args)
@@ -75,9 +78,30 @@ def _model(args: argparse.Namespace) -> Iterator[str]:
             f"--hidden-size {hidden} must be a multiple of --num-attention-heads {heads} where --kv-channels is not given: use "
             f"{-(-hidden // heads) * heads}, or give --kv-channels."
         )
+    if (dim := _rotated_channels(args)) is not None and (dim < 2 or dim % 2):
+        yield (
+            f"--kv-channels {args.kv_channels or hidden // heads} (where not given, --hidden-size / --num-attention-heads) "
+            f"with --rotary-percent {args.rotary_percent:g} are {dim} channels, and RoPE turns pairs: use --kv-channels "
+            f"{dim + dim % 2 or 2} and --rotary-percent 1."
+        )
     length, positions = args.seq_length or args.encoder_seq_length, args.max_position_embeddings
     if length and positions and positions < length:
-        yield f"--max-position-embeddings {positions} must be at least --seq-length {length}: use {length}."
+        flag = "--max-position-embeddings"
+        yield f"{flag} {positions} must be at least --seq-length {length}: use {flag} {length}."
+    layers, kinds = args.num_layers or args.encoder_num_layers, args.cp_comm_type
+    if len(kinds) > 1 and layers and len(kinds) != layers:
+        yield (
+            f"--cp-comm-type {' '.join(kinds)} names {len(kinds)}, and --num-layers is {layers}: give one for all, such as "
+            "p2p, or one a layer."
+        )
+    groups = args.num_query_groups if args.group_query_attention else None
+    if heads and groups and heads % groups:
+        yield (
+            f"--num-attention-heads {heads} must be a multiple of --num-query-groups {groups}: use --num-attention-heads "
+            f"{-(-heads // groups) * groups}, or --num-query-groups {math.gcd(heads, groups)}."
+        )
+    if (experts := args.num_experts) and args.moe_router_topk > experts:
+        yield f"--moe-router-topk {args.moe_router_topk} must be at most --num-experts {experts}: use {min(2, experts)}, or so."
     if args.context_parallel_size > 1 and (unknown := [kind for kind in args.cp_comm_type if kind not in SCHEMES]):
         yield f"--cp-comm-type {' '.join(unknown)} is not known: use {', '.join(SCHEMES[:-1])} or {SCHEMES[-1]}."
     sizes = args.hierarchical_context_parallel_sizes
@@ -85,22 +109,19 @@ def _model(args: argparse.Namespace) -> Iterator[str]:
         yield "--cp-comm-type a2a+p2p needs --hierarchical-context-parallel-sizes: add it, or use --cp-comm-type p2p."
 
 
+def _rotated_channels(args: argparse.Namespace) -> int | None:
+    """Of a head; None where none are, or where MLA says how many."""
+    rotates = args.position_embedding_type in ROTATED or args.use_rotary_position_embeddings
+    dim = args.kv_channels or (args.hidden_size and args.num_attention_heads and args.hidden_size // args.num_attention_heads)
+    return int(dim * args.rotary_percent) if rotates and dim and not args.multi_latent_attention else None
+
+
 def _batch(args: argparse.Namespace) -> Iterator[str]:
     if args.micro_batch_size is None:
         yield "--micro-batch-size is missing: use 1, or more sequences at a time."
-    for name in ("micro_batch_size", "global_batch_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            yield f"{_flag(name)} {value} must be at least 1: use 1, or more sequences."
-
-
-def _intervals(args: argparse.Namespace) -> Iterator[str]:
-    if args.eval_interval is None and not (args.skip_train or args.full_validation):  # Megatron divides by it
+    # Megatron divides by it
+    if args.eval_interval is None and not (args.skip_train or args.full_validation):
         yield "--eval-interval is missing: give a number of iterations, such as 1000. To evaluate never, add --eval-iters 0."
-    for name in INTERVALS:
-        if (every := getattr(args, name)) is not None and every < 1:
-            never = " To evaluate never, use --eval-iters 0." if name == "eval_interval" else ""
-            yield f"{_flag(name)} {every} must be at least 1: use 10, or another number of iterations.{never}"
 
 
 def _saves(args: argparse.Namespace) -> Iterator[str]:
@@ -150,6 +171,12 @@ def _rates(args: argparse.Namespace) -> Iterator[str]:
         yield (
             f"--lr-warmup-iters {warms} must be below the {decays} iterations of --lr-decay-iters (where not given, "
             f"--train-iters): use {decays // 50} or so, or --lr-warmup-fraction 0.02."
+        )
+    falls = args.lr_wsd_decay_iters
+    if args.lr_decay_style == "WSD" and decays and falls and falls > decays:
+        yield (
+            f"--lr-wsd-decay-iters {falls} must be at most the {decays} iterations of --lr-decay-iters (where not given, "
+            f"--train-iters): use {max(1, decays // 20)} or so."
         )
     share = args.lr_warmup_fraction
     if share is not None and not 0 <= share < 1:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 from megatron_lighthouse.context_parallel.schemes import SWITCH, comm_type_problem
 from megatron_lighthouse.lighthouse.config import flag
 from megatron_lighthouse.lighthouse.heads import heads_problem
-from megatron_lighthouse.mcore.command_line import documents, rope, stored
+from megatron_lighthouse.lighthouse.remedies import Allowed, anything
+from megatron_lighthouse.mcore.command_line import documents, inner, rope, stored
+from megatron_lighthouse.mcore.command_line.lengths import limits_of, settings_problems
 from megatron_lighthouse.mcore.command_line.own_parts import engine_problems
 from megatron_lighthouse.mcore.command_line.settings import (
     LighthouseSettings,
@@ -61,8 +63,9 @@ def check_run(args: Namespace, config: TransformerConfig, settings: LighthouseSe
 def run_problems(args: Namespace, config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:
     """What `check_run` refuses, each rule in a sentence."""
     length = None if documents.asked(args) else args.seq_length  # of which each document has its own
-    yield from model_problems(config, settings, length)
+    yield from model_problems(config, settings, length, limits_of(args, config))
     yield from argument_problems(args, settings)
+    yield from inner.problems(config, settings, documents.asked(args))
     yield from _documents(args, config, settings)
     yield from _stage2(args, settings)
     yield from _streams_of_run(args, settings)
@@ -75,8 +78,14 @@ def _raise(settings: LighthouseSettings, problems: list[str]) -> None:
         raise ValueError(f"--attention {settings.variant} cannot run as asked:\n  - " + "\n  - ".join(problems))
 
 
-def model_problems(config: TransformerConfig, settings: LighthouseSettings, seq_length: int | None) -> Iterator[str]:
-    """Why Lighthouse cannot train this model: of the plan too, whose `config` has what is read here alone."""
+def model_problems(
+    config: TransformerConfig, settings: LighthouseSettings, seq_length: int | None, allowed: Allowed = anything
+) -> Iterator[str]:
+    """Why Lighthouse cannot train this model: of the plan too, whose `config` has what is read here alone.
+
+    Args:
+        allowed: sizes that nothing else refuses.
+    """
     settings = settings.in_model(config)
     yield from _unsupported(config, settings)
     if settings.attention.switches:
@@ -85,7 +94,7 @@ def model_problems(config: TransformerConfig, settings: LighthouseSettings, seq_
     if seq_length is None:
         return
     size, graphs = config.context_parallel_size, getattr(config, "cuda_graph_impl", "none")
-    if found := [*settings_problems(settings, seq_length, size)]:
+    if found := [*settings_problems(settings, seq_length, size, allowed)]:
         yield from found
     elif graphs != "none":
         yield from settings.attention.graph_problems(settings.config, seq_length, size, graphs)
@@ -93,13 +102,6 @@ def model_problems(config: TransformerConfig, settings: LighthouseSettings, seq_
             yield from settings.base.graph_problems(settings.base_config, seq_length, size, graphs)
         if settings.edge:
             yield from map(of_edge, settings.attention.graph_problems(settings.edge, seq_length, size, graphs))
-
-
-def settings_problems(settings: LighthouseSettings, seq_length: int, ranks: int) -> Iterator[str]:
-    """Why so many tokens on so many context-parallel ranks do not fit the layers, edge layers among them."""
-    yield from settings.attention.length_problems(settings.config, seq_length, ranks)
-    if settings.edge:
-        yield from map(of_edge, settings.attention.length_problems(settings.edge, seq_length, ranks))
 
 
 def argument_problems(args: Namespace, settings: LighthouseSettings) -> Iterator[str]:

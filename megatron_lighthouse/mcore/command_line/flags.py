@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_lighthouse.usage import unknown_flag
+from megatron_lighthouse.usage import as_sentence, unknown_flag
 
 VERSION = "0.19.2"
 """Of the Megatron-core whose flags are listed."""
@@ -53,7 +53,7 @@ class WordsError(ValueError):
 
 class _Strict(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise WordsError(message.removeprefix("argument ").rstrip(".") + ".")
+        raise WordsError(as_sentence(message))
 
 
 def parser(add_arguments: Add) -> argparse.ArgumentParser:

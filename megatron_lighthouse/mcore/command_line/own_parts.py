@@ -57,7 +57,7 @@ def engine_problems(config: Any) -> Iterator[str]:
         config.cp_comm_type,
     )
     numbers = [n for n in range(1, config.num_layers + 1) if is_windowed(config, n)] if window else []
-    of_windows = {kinds[n - 1] for n in numbers} if isinstance(kinds, list) else {kinds or "p2p"}
+    of_windows = {kinds[n - 1] for n in numbers if n <= len(kinds)} if isinstance(kinds, list) else {kinds or "p2p"}
     for kind in sorted(of_windows - {"a2a", "all_gather"}) if numbers else ():
         yield (
             f"--window-size {window} with --cp-comm-type {kind}: Transformer Engine's attention has no windows over ranks by "

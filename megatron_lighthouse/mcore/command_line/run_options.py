@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-from megatron_lighthouse.mcore.command_line import hybrid, tiles
+from megatron_lighthouse.mcore.command_line import hybrid, positions, tiles
 from megatron_lighthouse.mcore.command_line.checks import PACKED, cp_layout_problems, packed_problems
 from megatron_lighthouse.mcore.command_line.own_parts import norm_problem
 from megatron_lighthouse.mcore.command_line.unread import unread_problems
@@ -80,7 +80,8 @@ def problems(args: Namespace) -> Iterator[str]:
             yield f"{option} is not done by megatron_lighthouse.pretrain_gpt: {ELSEWHERE}."
     yield from unread_problems(args)
     yield from tiles.problems(args)
-    yield from _of_the_model(args)
+    yield from hybrid.problems(args)
+    yield from positions.problems(args)
     yield from _full_validation(args)
     yield from cp_layout_problems(args)
     yield from _wrong_in_megatron(args)
@@ -122,15 +123,6 @@ def _wrong_in_megatron(args: Namespace) -> Iterator[str]:
         yield (
             "--heterogeneous-layers-config-encoded-json alone is not heeded by Megatron, which would make all layers alike: "
             "write it to a file, and give --heterogeneous-layers-config-path FILE."
-        )
-
-
-def _of_the_model(args: Namespace) -> Iterator[str]:
-    yield from hybrid.problems(args)
-    if getattr(args, "rope_scaling_factor", 8.0) != 8.0 and not args.use_rope_scaling:
-        yield (
-            f"--rope-scaling-factor {args.rope_scaling_factor} means nothing without --use-rope-scaling: add it, or leave "
-            "--rope-scaling-factor out."
         )
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_lighthouse.lighthouse.config import AUTO, LighthouseConfig, flag
-from megatron_lighthouse.mcore.command_line import pyramid, rope, scorer, stage
+from megatron_lighthouse.lighthouse.remedies import Sizes, budget_problem
+from megatron_lighthouse.mcore.command_line import documents, pyramid, rope, scorer, stage
 from megatron_lighthouse.mcore.command_line.layers import attention_layers
 from megatron_lighthouse.options import add_options, in_flags, read_options
 from megatron_lighthouse.variant import Stream, Variant
@@ -266,6 +267,7 @@ def settings_from(args: argparse.Namespace | None) -> LighthouseSettings:
     args = argparse.Namespace(**{**vars(args), **pyramid.sizes(args, length)})
     if args.lighthouse_scorer == AUTO:
         args.lighthouse_scorer = scorer.of_model(model)
+    _check_budgets(args, length)
     config = read_options(args, LIGHTHOUSE.name, LighthouseConfig)
     names = ("dense_first", "dense_last", "discard_output", "rope", "edge_budget")
     own = {name: getattr(args, "lighthouse_" + name) for name in names}
@@ -274,3 +276,20 @@ def settings_from(args: argparse.Namespace | None) -> LighthouseSettings:
     settings = LighthouseSettings(config, **own, stage2=stage.stage2_from(args), attention_layers=holding, around=around)
     _ = settings.edge  # checked
     return settings
+
+
+def _check_budgets(args: argparse.Namespace, length: int | None) -> None:
+    """Raises ValueError where budgets do not go together: before the config does, for it knows no length to offer some for."""
+    given = {name: getattr(args, f"lighthouse_{name}") for name in ("levels", "pooling", "budget", "tile_budget")}
+    if length is None or None in given.values() or min(given["levels"], given["pooling"]) < 2:
+        return
+    ranks, edge = getattr(args, "context_parallel_size", 1), args.lighthouse_edge_budget
+    sizes = Sizes(**given, seq_length=0 if documents.asked(args) else length, ranks=ranks)
+    if problem := budget_problem(sizes, lambda tried: edge is None or tried._replace(budget=edge).fit):
+        raise ValueError(in_flags(problem))
+    if edge is not None and (
+        problem := budget_problem(
+            sizes._replace(budget=edge), lambda tried: tried._replace(budget=sizes.budget).fit or not sizes.fit
+        )
+    ):
+        raise ValueError(of_edge(problem))

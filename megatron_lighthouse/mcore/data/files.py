@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_lighthouse.mcore.data import blends, indexed, text, tokenizers
+from megatron_lighthouse.mcore.data import blends, indexed, text, tokenizers, vocabulary
 from megatron_lighthouse.mcore.data.blends import DATA, Here, remote
 
 
@@ -46,6 +46,8 @@ def problems(args: argparse.Namespace, here: Here, whole: bool = True) -> Iterat
                 else:
                     header = indexed.read_header(here(prefix + ".idx"))
                     counts[prefix] = header.sequences, header.documents
+                    if whole:
+                        yield from vocabulary.problems(args, name, prefix, here)
         yield from _splits(args, {prefix: counts[prefix][0] for prefix in filled if prefix in counts})
         yield from _sequences(args, counts, here)
         if args.text_data is not None:
@@ -53,6 +55,7 @@ def problems(args: argparse.Namespace, here: Here, whole: bool = True) -> Iterat
     except ValueError as error:
         yield str(error)
     yield from tokenizers.problems(args, here)
+    yield from vocabulary.size_problems(args)
 
 
 def _sources(args: argparse.Namespace) -> Iterator[str]:

@@ -6,14 +6,17 @@ import hashlib
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 """Of an .idx: the magic bytes, version 1, the code of the tokens' dtype, sequences, and documents + 1."""
-ITEM_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
-"""Bytes of a token, by the code of its dtype."""
+DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
+"""Of a token, by the code in an .idx."""
+PLACES, TOKENS = 16, 2**16
+"""Where a .bin is looked at for the tokens in it, and how many there, where it has more."""
 WHOLE = 2**24
 """Bytes of an .idx up to which it is read whole: beyond, its header, its ends and its size must do."""
 
@@ -22,7 +25,8 @@ WHOLE = 2**24
 class Header:
     """What the first bytes of an .idx say."""
 
-    item_bytes: int
+    dtype: numpy.dtype[Any]
+    """Of a token."""
     sequences: int
     documents: int
     """With the end of the last, so one more than there are."""
@@ -63,9 +67,9 @@ def read_header(idx: Path) -> Header:
     magic, version, code, sequences, documents = HEADER.unpack(start)
     if magic != MAGIC:
         raise ValueError(f"begins with {magic!r} where an index begins with {MAGIC!r}")
-    if version != 1 or code not in ITEM_BYTES:
-        raise ValueError(f"says version {version} and dtype {code}: known are version 1 and dtypes 1 to {max(ITEM_BYTES)}")
-    header = Header(ITEM_BYTES[code], sequences, documents)
+    if version != 1 or code not in DTYPES:
+        raise ValueError(f"says version {version} and dtype {code}: known are version 1 and dtypes 1 to {max(DTYPES)}")
+    header = Header(numpy.dtype(DTYPES[code]), sequences, documents)
     if size < header.size:
         raise ValueError(f"has {size:,} bytes, and {sequences:,} sequences in {documents - 1:,} documents take {header.size:,}")
     return header
@@ -89,7 +93,7 @@ def problem(idx: Path, data: Path, whole: bool = True) -> str | None:
         offsets = _numbers(idx, "<i8", header.offsets, header.sequences, whole)
         if min(lengths.min(), offsets.min()) < 0:
             return ".idx has a negative length or offset"
-        end = int((offsets + header.item_bytes * lengths.astype(numpy.int64)).max())
+        end = int((offsets + header.dtype.itemsize * lengths.astype(numpy.int64)).max())
         suffix = ".bin"
         with data.open("rb") as file:
             size = file.seek(0, 2)
@@ -98,6 +102,20 @@ def problem(idx: Path, data: Path, whole: bool = True) -> str | None:
     if not end or not size:
         return ".bin holds no token"
     return f".bin has {size:,} bytes, and its .idx says {end:,}" if size < end else None
+
+
+def ids(idx: Path, data: Path) -> tuple[int, int]:
+    """The least and the greatest token of a dataset that is whole: of all, or of what stands in PLACES of a greater .bin.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    dtype = read_header(idx).dtype
+    tokens = numpy.memmap(data, dtype, "r", shape=(data.stat().st_size // dtype.itemsize,))
+    last = max(0, len(tokens) - TOKENS)
+    starts = range(0, len(tokens), TOKENS) if last <= PLACES * TOKENS else [last * n // (PLACES - 1) for n in range(PLACES)]
+    found = [tokens[start : start + TOKENS] for start in starts]
+    return int(min(part.min() for part in found)), int(max(part.max() for part in found))
 
 
 def _numbers(idx: Path, dtype: str, start: int, count: int, whole: bool) -> numpy.ndarray[tuple[int], numpy.dtype[numpy.int64]]:

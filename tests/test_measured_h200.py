@@ -1,0 +1,87 @@
+"""The tables of docs/measured_h200.md, held to the files that they link."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.test_performance import rows_of, tables
+
+PAGE = (Path(__file__).parents[1] / "docs/measured_h200.md").read_text()
+PUBLISHED = 2**20 / 8 / 137
+"""Tokens a second and GPU of the published dense run: eight H100s, 137 s a step."""
+
+
+def ms(number: float) -> str:
+    return f"{number:.0f} ms" if number >= 99.5 else f"{number:#.3g} ms"
+
+
+def layers(name: str, kinds: tuple[str, ...], with_dim: bool) -> list[list[str]]:
+    """Forward and backward of each kind, by length."""
+    found: dict[str, dict[str, str]] = {}
+    for row in rows_of(name):
+        if row["direction"] == "fwd+bwd" and row["heads"] == row["groups"]:
+            title = f"{int(row['tokens']):,}" + (f", {row['dim']}" if with_dim else "")
+            found.setdefault(title, {})[row["what"]] = ms(float(row["ms"]))
+    return [[title, *(times.get(kind, "") for kind in kinds)] for title, times in found.items()]
+
+
+def documents() -> list[list[str]]:
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for row in rows_of("documents/documents.csv"):
+        if row["direction"] == "fwd+bwd":
+            found.setdefault(row["mix"], {})[row["what"]] = row
+    return [
+        [mix, one["lighthouse"]["documents"], ms(ours), ms(dense), f"{dense / ours:.1f}×"]
+        for mix, one in found.items()
+        for ours, dense in [(float(one["lighthouse"]["ms"]), float(one["dense sdpa"]["ms"]))]
+    ]
+
+
+def models() -> list[list[str]]:
+    found: dict[str, dict[str, float]] = {}
+    for row in rows_of("models/models.csv"):
+        times = found.setdefault(row["case"], {})
+        times[row["what"]] = times.get(row["what"], 0) + float(row["ms"])
+    return [
+        [case, ms(times["lighthouse"]), ms(times["dense"]), f"{times['dense'] / times['lighthouse']:.1f}×"]
+        for case, times in found.items()
+    ]
+
+
+def million() -> list[list[str]]:
+    return [
+        [
+            f"{int(row['length']):,}",
+            f"{float(row['seconds a step']):#.3g}",
+            f"{int(row['tokens a second']):,}",
+            f"{float(row['peak GiB allocated']):.1f} GiB",
+        ]
+        for row in rows_of("million/million.csv")
+        if row["name"].startswith("0.6b-") and row["status"] == "trained"
+    ]
+
+
+KINDS = ("ours", "fla", "dense", "around")
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        pytest.param(0, lambda: layers("parallax/parallax.csv", KINDS, True), id="Parallax"),
+        pytest.param(1, lambda: layers("wall/wall.csv", KINDS, False), id="Wall"),
+        pytest.param(2, documents, id="documents"),
+        pytest.param(3, models, id="models"),
+        pytest.param(4, million, id="a million tokens"),
+    ],
+)
+def test_a_table_is_its_files(number: int, expected: object) -> None:
+    assert callable(expected)
+    assert tables(PAGE)[number] == expected()
+
+
+def test_the_published_run_is_so_many_times_slower() -> None:
+    row = next(row for row in rows_of("million/million.csv") if row["name"] == "0.6b-1048576")
+    words = " ".join(PAGE.split())
+    assert f"{PUBLISHED:.0f} tokens a second and GPU: {int(row['tokens a second']) / PUBLISHED:.0f} times less" in words

@@ -32,6 +32,8 @@ def small_run() -> None:
         selection = kernels.select(kernels.score(q, k, geometry), geometry, True)
         expected = reference.select(reference.score(q, k, geometry), geometry, True)
         assert torch.equal(selection.places, expected.places)
+        causal = kernels.select(kernels.score(q, k, geometry), geometry, True, True)
+        assert torch.equal(causal.scattered, reference.select(reference.score(q, k, geometry), geometry, True, True).scattered)
         rows = kernels.gather(q, k, v, selection)
         out = kernels.scatter(rows[0], selection)
         torch.autograd.backward([out, *rows[1:]], [torch.randn_like(x) for x in (out, *rows[1:])])

@@ -24,7 +24,8 @@ from tempfile import gettempdir
 
 from experiments import archive, pairs, tables
 from experiments.bench import Bench, say
-from experiments.runs import BASE, EXPERIMENTS, REFERENCE
+from experiments.run import REFERENCE
+from experiments.runs import BASE, EXPERIMENTS
 
 
 def _parser() -> argparse.ArgumentParser:

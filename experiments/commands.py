@@ -6,7 +6,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.runs import Run, Size, attention_arguments, lighthouse_arguments, model_arguments
+from experiments.run import Run
+from experiments.runs import Size, attention_arguments, lighthouse_arguments, model_arguments
 from megatron_lighthouse.launch.torchrun import torchrun
 
 SAVES = 2

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy
 
-from experiments.runs import EARLY, REFERENCE
+from experiments.run import REFERENCE
+from experiments.runs import EARLY
 from experiments.tables import FACTS, Results, Row, write_csv, write_json
 from megatron_lighthouse.recipe import recovery
 from megatron_lighthouse.recipe.passkey import FILLERS

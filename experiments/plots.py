@@ -12,7 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.pairs import dense_of, pairs, positions
-from experiments.runs import REFERENCE, SECOND_SEED
+from experiments.run import REFERENCE
+from experiments.runs import SECOND_SEED
 from experiments.summary import table
 from experiments.tables import Results
 from megatron_lighthouse.recipe.evaluation_plots import middle

@@ -8,61 +8,18 @@ from importlib.util import find_spec
 
 import torch
 
+from experiments import second
+from experiments.run import REFERENCE, Run
 from megatron_lighthouse.recipe.presets import COMMON, LOCAL, ON_CPU
 
-REFERENCE, BASE = "dense", "norm-60"
-"""The run that others are held to, and the recipe that is judged."""
+BASE = "norm-60"
+"""The recipe that is judged."""
 SECOND_SEED = "dense-2"
 """The reference with another seed."""
 OTHERS = (REFERENCE, BASE)
 """What a variant is compared with: dense from scratch, and the recipe of which it is a variant."""
 EARLY = 300
 """Iterations of a run that ends early, and over which others are held to it."""
-GRADUAL = 20
-"""The gradual return takes one iteration in so many."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run. What is not said is as in the others of its experiment."""
-
-    title: str
-    share: int = 0
-    """Per cent of the iterations that use Lighthouse; the rest is dense."""
-    scorer: str = "norm"
-    levels: int = 2
-    """L."""
-    pooling: int = 4
-    """p."""
-    budget: int = 32
-    """k is the sequence length over this."""
-    tile_budget: int | None = None
-    """m, where it is not the experiment's."""
-    dense: int = 2
-    """Layers that stay dense at either end."""
-    options: str = ""
-    gradual: bool = False
-    """Whether layers return to dense attention one by one."""
-    seed: int = 1
-    """Of the initial weights and of the order of the data."""
-    ranks: int = 1
-    """GPUs, by context parallelism."""
-    telemetry: bool = False
-    """Whether it logs what selection does, ten times in all. Not for a run whose time counts."""
-    hindsight: bool = False
-    """Whether the checkpoint at the switch is asked how much its selections know of later tokens."""
-    until: int | None = None
-    """The iteration after which it ends, not trained out and not evaluated: a run that is compared step by step."""
-    against: tuple[str, ...] = (REFERENCE,)
-    """The runs that it is compared with."""
-
-    def switch(self, steps: int) -> int:
-        """The last iteration in which all Lighthouse layers select; 0 for a run that is dense throughout."""
-        return steps * self.share // 100
-
-    def dense_from(self, steps: int) -> int:
-        """The first iteration in which all layers are dense; 1 for a run that is dense throughout."""
-        return self.switch(steps) + (max(2, steps // GRADUAL) if self.gradual else 1)
 
 
 @dataclass(frozen=True)
@@ -140,6 +97,7 @@ EXPERIMENTS = {
             ),
         },
     ),
+    "second": Experiment(second.TITLE, GPT_39M, STABLE, 16384, 2700, 2, 128, second.runs((REFERENCE, DENSE), (BASE, NORM))),
     "pilot": Experiment(
         "a smaller model at 8K, ten runs side by side: which settings recover",
         *(GPT_14M, STABLE, 8192, 3000, 4, 64),
@@ -236,7 +194,7 @@ def model_arguments(run: Run, size: Size, of_machine: list[str]) -> list[str]:
     """Model, optimizer and schedule: what a run and the evaluation of its checkpoint are both given."""
     length, experiment = str(size.seq_length), EXPERIMENTS[size.experiment]
     return [
-        *(*COMMON.split(), *of_machine, *experiment.model.split()),
+        *(*COMMON.split(), *of_machine, *experiment.model.split(), *run.model.split()),
         *experiment.schedule.format(decay=size.steps // 5, rise=size.steps // 30).split(),
         *("--seq-length", length, "--max-position-embeddings", length, "--global-batch-size", str(size.batch)),
         *("--micro-batch-size", str(size.batch), "--train-iters", str(size.steps), "--seed", str(run.seed)),

@@ -25,7 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.runs import EXPERIMENTS, Run
+from experiments.run import Run
+from experiments.runs import EXPERIMENTS
 
 type Row = dict[str, Any]
 TABLES = ("curves", "runs", "sequences", "passkey", "passkey_by_question", "hindsight", "telemetry")

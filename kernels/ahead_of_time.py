@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megatron_lighthouse.kernels.launch import launch, padded
-from megatron_lighthouse.kernels.lighthouse import attended
+from megatron_lighthouse.kernels.lighthouse import attended, causal
 from megatron_lighthouse.kernels.lighthouse.edge import edge_kernel
 from megatron_lighthouse.kernels.lighthouse.gather import gather_backward_kernel, gather_forward_kernel
 from megatron_lighthouse.kernels.lighthouse.mass import column_blocks_of, columns_kernel, rows_kernel
@@ -36,6 +36,7 @@ from megatron_lighthouse.kernels.parallax import tiles
 from megatron_lighthouse.kernels.parallax.forward import forward_kernel
 from megatron_lighthouse.kernels.parallax.keys import keys_kernel
 from megatron_lighthouse.kernels.parallax.queries import queries_kernel
+from megatron_lighthouse.kernels.wall import crossing, decays, gathered
 from megatron_lighthouse.kernels.wall import tiles as wall_tiles
 from megatron_lighthouse.kernels.wall.forward import forward_kernel as wall_forward_kernel
 from megatron_lighthouse.kernels.wall.keys import keys_kernel as wall_keys_kernel
@@ -49,10 +50,14 @@ from megatron_lighthouse.lighthouse.packed.rule import Rule
 FP32 = {
     *("p_scores", "p_turns", "p_finer", "p_coarser", "p_squares"),
     *("p_peak", "p_mass"),
-    *("p_lse", "p_part_lse", "p_mean", "p_of_output", "p_of_value"),
+    *("p_lse", "p_part_lse", "p_mean", "p_terms"),
     *("p_gate", "p_scalar", "p_totals", "p_delta", "p_sums", "p_sum_dq", "p_sum_dk", "p_sum_dv", "p_scalar_sums", "p_later"),
+    "p_factor",
+    *("p_row_gates", "p_grad_gates", "p_dg"),
 }
-INT32 = {"p_first", "p_ranks", "p_places", "p_documents", "p_tiles", "p_starts", "p_blocks", "p_bounds", "p_ends"}
+INT32 = {"p_first", "p_ranks", "p_places", "p_documents", "p_tiles", "p_starts", "p_blocks", "p_bounds", "p_ends", "p_begin"}
+TENSOR_MEMORY = 512
+"""Columns that Blackwell has for a program."""
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -99,6 +104,7 @@ def compile_all(capability: int, geometry: Geometry, dtype: str, dim: int) -> It
     constants = {**levels, "TILE_BUDGET": geometry.tile_budget, "PIN_FIRST": True, "BLOCK": block, "ONE": one}
     yield _compile(refine_kernel, capability, dtype, constants, warps_of(block), **limit_of(capability))
     yield _compile(place_kernel, capability, dtype, {**levels, "BLOCK": 256}, 4)
+    yield _compile(causal.earlier_kernel, capability, dtype, {"BLOCK": causal.BLOCK}, causal.WARPS)
     blocks = attended.blocks_of(dim, BYTES[dtype])
     constants = {**shape, "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
     for kernel in (attended.attended_kernel, rows_kernel):
@@ -143,9 +149,11 @@ def compile_parallax(
     capability: int, dtype: str, dim: int, window: int | None = None, causal: bool = True, documents: bool = False
 ) -> Iterator[Report]:
     """Compile the kernels of Parallax likewise; `causal`: over a rank's own rows."""
+    hopper = capability // 10 == 9
     for kernel, name in ((forward_kernel, "forward"), (queries_kernel, "queries"), (keys_kernel, "keys")):
-        blocks = tiles.blocks_of(name, dim, BYTES[dtype])
-        constants = tiles.constants_of(dim, dim**-0.5, window, causal, blocks, documents)
+        blocks = tiles.blocks_of(name, dim, BYTES[dtype], hopper)
+        bulk = None if name == "keys" else hopper and BYTES[dtype] == 2
+        constants = tiles.constants_of(dim, dim**-0.5, window, causal, blocks, documents, bulk)
         yield _compile(kernel, capability, dtype, constants, blocks.warps, num_stages=blocks.stages)
 
 
@@ -153,9 +161,19 @@ def compile_wall(capability: int, dtype: str, key_dim: int, value_dim: int, scal
     """Compile the kernels of Wall likewise; `scalar`: with scalar gates."""
     widest, own = max(key_dim, value_dim), {"K": key_dim, "BLOCK_K": padded(key_dim)}
     for kernel, name in ((prepare_kernel, "prepare"), (totals_kernel, "sums"), (suffix_kernel, "sums")):
-        itemsize = BYTES["fp32" if name == "sums" else dtype]
-        blocks = wall_tiles.blocks_of(name, widest, itemsize)
-        yield _compile(kernel, capability, dtype, {**own, "ROWS": blocks.rows}, blocks.warps)
+        blocks = wall_tiles.blocks_of(name, widest, BYTES[dtype])
+        rows = wall_tiles.rows_of(blocks.rows) if name == "prepare" else {"ROWS": blocks.rows}
+        yield _compile(kernel, capability, dtype, {**own, **rows}, blocks.warps)
+    how: dict[str, bool]
+    for kernel, how in (
+        (decays.totals_kernel, {"PRODUCT": True}),
+        (decays.decay_kernel, {"AFTER": True, "ADD": True}),
+        (decays.backward_kernel, {"AFTER": True}),
+        (crossing.crossing_kernel, {}),
+        (crossing.backward_kernel, {}),
+    ):
+        blocks = wall_tiles.blocks_of("decay", key_dim, BYTES[dtype])
+        yield _compile(kernel, capability, dtype, {**how, **own, "ROWS": blocks.rows}, blocks.warps)
     for kernel, name in (
         (wall_forward_kernel, "forward"),
         (near_kernel, "near"),
@@ -165,6 +183,14 @@ def compile_wall(capability: int, dtype: str, key_dim: int, value_dim: int, scal
         blocks = wall_tiles.blocks_of(name, widest, BYTES[dtype])
         constants = wall_tiles.constants(key_dim, value_dim, key_dim**-0.5, scalar, dtype == "fp32", blocks.rows)
         yield _compile(kernel, capability, dtype, constants, blocks.warps, num_stages=blocks.stages)
+
+
+def compile_wall_rows(capability: int, geometry: Geometry, dtype: str, dim: int) -> Iterator[Report]:
+    """Compile what gathers rows for Wall likewise."""
+    how = gathered.launch_of(dim, geometry.pooling)
+    constants = gathered.constants(dim, geometry.levels, geometry.pooling, how)
+    for kernel in (gathered.gather_kernel, gathered.gather_backward_kernel):
+        yield _compile(kernel, capability, dtype, constants, how.warps)
 
 
 def _compile(kernel: Any, capability: int, dtype: str, constants: Mapping[str, Any], warps: int, **options: Any) -> Report:
@@ -183,6 +209,11 @@ def _compile(kernel: Any, capability: int, dtype: str, constants: Mapping[str, A
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options={"num_warps": warps, **options})
+    columns = getattr(compiled.metadata, "tmem_size", None) or 0
+    if columns > TENSOR_MEMORY:  # Triton has made a kernel that only traps, and says so at launch alone
+        raise ValueError(
+            f"{compiled.metadata.name} needs {columns} columns of tensor memory, more than {TENSOR_MEMORY}: smaller tiles"
+        )
     registers, stack = _used(compiled.asm["cubin"])
     return Report(compiled.metadata.name, registers, compiled.metadata.shared, stack)
 
@@ -217,6 +248,7 @@ def main() -> None:
             *compile_packed(capability, geometry, *layer[1:]),
             *compile_parallax(*layer),
             *compile_wall(*layer, options.dim),
+            *compile_wall_rows(capability, geometry, *layer[1:]),
         ):
             print(f"        {report.kernel:32} {report.registers:9} {report.shared_bytes:13} {report.spilled_bytes:14}")
 

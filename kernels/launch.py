@@ -59,6 +59,11 @@ DIRECT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
 """Whether a compiled kernel is called with the arguments of its source, constants included: so it is from Triton 3.3 on."""
 
 
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory that Triton writes descriptors for the bulk copy engine to."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
 def enqueue(
     kernel: Any,
     grid: tuple[int, int, int],
@@ -81,6 +86,8 @@ def enqueue(
     kinds = [x.dtype for x in tensors], [x.data_ptr() % 16 == 0 for x in tensors]  # Triton's two specialisations of a pointer
     same = numbers[: len(numbers) - varying]
     known = (id(kernel), device, *kinds[0], *kinds[1], same, *constants.values(), *options.values())
+    if constants.get("BULK"):
+        triton.set_allocator(_scratch)  # of this thread: backward has its own
     compiled = _compiled.get(known)
     if compiled is not None:
         compiled[grid](*tensors, *numbers, *constants.values())

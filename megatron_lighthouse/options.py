@@ -12,15 +12,23 @@ from dataclasses import Field, field, fields
 from typing import Any
 
 
-def option(default: Any, text: str, choices: Collection[str] = (), by_length: bool = False, by_model: str | None = None) -> Any:
+def option(
+    default: Any,
+    text: str,
+    choices: Collection[str] = (),
+    by_length: bool = False,
+    by_model: str | None = None,
+    by_checkpoint: bool = False,
+) -> Any:
     """A field of a config with its help; the default is added to that unless the text says it.
 
     Args:
         choices: read when flags are made of the field: what is registered by then counts.
         by_length: the command line has no default of its own (None): what the sequence length asks for is taken.
         by_model: a word that only the command line knows, and its default: what the model asks for is taken.
+        by_checkpoint: the command line has no default of its own (None): what goes on from a checkpoint takes the checkpoint's.
     """
-    known = {"help": text, "choices": choices, "by_length": by_length, "by_model": by_model}
+    known = {"help": text, "choices": choices, "open": by_length or by_checkpoint, "by_model": by_model}
     return field(default=default, metadata=known)
 
 
@@ -42,14 +50,19 @@ def in_flags(message: str, prefix: str = "lighthouse") -> str:
     """An error of the library in the words of the command line: `config.budget` is --lighthouse-budget."""
     for name, flag in SAID.items():
         message = message.replace(name, flag)
-    return re.sub(r"\bconfig\.([a-z]\w*)", lambda found: flag_of(prefix, found[1]), message)
+
+    def said(found: re.Match[str]) -> str:
+        return flag_of(f"no-{prefix}" if found[2] == "False" else prefix, found[1])
+
+    # a bool is what its flag says, unless it is said to be of a wrong type
+    return re.sub(r"\bconfig\.([a-z]\w*)(?: (True|False)\b(?! must))?", said, message)
 
 
 def add_options(group: argparse._ArgumentGroup, prefix: str, config: type) -> None:
     """Add `--<prefix>-…` for each field of the dataclass `config`; a bool has a `--no-<prefix>-…` too."""
     for one in fields(config):
         text, by_model = one.metadata["help"], one.metadata["by_model"]
-        default = None if one.metadata["by_length"] else by_model or one.default
+        default = None if one.metadata["open"] else by_model or one.default
         says = "what the sequence length asks for" if default is None else "%(default)s"
         given: dict[str, Any] = {"help": text if "Default:" in text else f"{text} Default: {says}."}
         if isinstance(one.default, bool):

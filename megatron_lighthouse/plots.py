@@ -24,15 +24,20 @@ STAGE_COLOURS = {"lighthouse": "#d1495b", "dense": "#2b3a67"}
 
 
 def selection_map(selection: Selection, path: Path, title: str) -> None:
-    """Draw, for the first batch element, the finest level in which each head sees each token; and where the rows went."""
+    """Draw, for the first batch element, the finest level in which each head sees each token; and where the rows went.
+
+    Of packed documents all rows, one after the other, with a line where a document ends.
+    """
     import torch
 
     from megatron_lighthouse.lighthouse import telemetry
+    from megatron_lighthouse.lighthouse.in_tiles import by_token
+    from megatron_lighthouse.lighthouse.packed.packing import Packing
 
     geometry = selection.geometry
     finest = torch.full((selection.rows[0].shape[1], geometry.seq_length), geometry.levels - 1)
     for level in range(geometry.levels - 1, -1, -1):
-        seen = (selection.rows[level][0] >= 0).cpu().repeat_interleave(geometry.window(level), -1)
+        seen = by_token(geometry, selection.rows[level][0] >= 0, level).cpu()
         finest[seen] = level
     figure = Figure(figsize=(11, 1.8 + 0.35 * len(finest)), layout="constrained")
     wide, narrow = figure.subplots(1, 2, width_ratios=(4, 1))
@@ -45,6 +50,9 @@ def selection_map(selection: Selection, path: Path, title: str) -> None:
         vmin=-0.5,
         vmax=geometry.levels - 0.5,
     )
+    if isinstance(geometry, Packing):
+        for end in geometry.cu_seqlens[1:-1].tolist():
+            wide.axvline(end - 0.5, color="white", linewidth=min(0.8, 60 / len(geometry.lengths)))  # of 8 inches at most 60/72
     wide.set(xlabel="token", ylabel="key/value head", yticks=range(len(finest)), title=f"{title}: finest level gathered")
     names = [f"level {level}: {_tokens(geometry.window(level))}" for level in range(geometry.levels)]
     figure.legend(

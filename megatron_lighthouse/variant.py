@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
+from megatron_lighthouse.lighthouse.rows import TakesRows
 from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
 from megatron_lighthouse.sequence.layout import Layout
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megatron_lighthouse.context_parallel.exchange import Exchange
-    from megatron_lighthouse.context_parallel.ring import Passage
     from megatron_lighthouse.lighthouse.rotary import Rotary
     from megatron_lighthouse.sequence.documents import Documents
     from megatron_lighthouse.softmax.backends import Attend
@@ -114,19 +114,6 @@ class DocumentLayer(Protocol):
         """As a `Layer`, of one row: N is the tokens of all documents, B = 1."""
 
 
-class RowAttention(Protocol):
-    """What a variant builds for Lighthouse: causal attention over rows in their order.
-
-    Of several context-parallel ranks each gives its rows in zigzag order, and gets their output over the rows of all.
-    """
-
-    def passage(self) -> Passage | None:
-        """The handle of one call, where keys and values may set out to other ranks as they are gathered; None where not."""
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *streams: Tensor, passage: Passage | None = None) -> Tensor:
-        """[S, B, H, D] for queries and streams, [S, B, G, D] for keys and values -> [S, B, H, D]; differentiable once."""
-
-
 def beyond_softmax(model: Any) -> Iterator[str]:
     """Options of a model (a TransformerConfig) by which its attention is more than a causal softmax over all tokens."""
     for name in ("window_size", "qk_clip", "log_max_attention_logit"):
@@ -146,7 +133,7 @@ def shared_out_problem(flag: str, heads: int, ranks: int) -> str | None:
     )
 
 
-class Variant:
+class Variant(TakesRows):
     """An attention. What is not overridden is right for one that sees all tokens and refuses what it does not know."""
 
     name: str
@@ -173,8 +160,6 @@ class Variant:
     """Whether its layers attend to gathered rows, those of `cost`, instead of all tokens."""
     corrects = False
     """Whether its layers subtract from softmax attention, of which its config has a `telemetry_interval`."""
-    around: str | None = None
-    """Its name in `--lighthouse-around`, where Lighthouse can gather rows for it: then it has `build_rows`."""
     counted = False
     """Whether the plan knows its time and memory, by its `work`."""
     work = Work()
@@ -251,49 +236,26 @@ class Variant:
         """The same, of arguments, those of an older checkpoint among them."""
         return self
 
-    def rows_problem(self, inner: str) -> str | None:
-        """Why it cannot attend to gathered rows by the backend `inner` of `--lighthouse-inner`; None where it can."""
-        return None
-
-    def build_rows(
-        self,
-        config: Any,
-        inner: str,
-        query: Tensor,
-        key: Tensor,
-        exchange: Exchange | None,
-        comm_type: str,
-        scale: float | None,
-        sinks: bool = False,
-        value_dim: int | None = None,
-    ) -> RowAttention:
-        """What attends to Lighthouse's rows, where it is `around`. Raises ValueError where it cannot be.
-
-        Args:
-            config: None for its defaults.
-            query: [S, B, H, D]; key: [S, B, G, D]; of these heads, D, dtype and device count.
-            exchange: of the ranks that share the rows.
-            sinks: whether every call brings a sink for each head, [H], behind the streams.
-            value_dim: of the values, where it is not D.
-        """
-        raise NotImplementedError
-
-    def build_document_rows(
-        self, config: Any, inner: str, query: Tensor, key: Tensor, scale: float | None
-    ) -> Callable[..., Tensor]:
-        """As `build_rows`, over the rows of packed documents: an `AttendDocuments`, with streams behind the documents."""
-        raise NotImplementedError
-
     def cost(self, config: Any, seq_length: int, ranks: int) -> Geometry:
         """What is gathered, where it `selects`. Raises ValueError where a length does not fit."""
         raise NotImplementedError
 
-    def sent(self, config: Any, seq_length: int, shape: Shape, layout: Layout, comm_type: str) -> dict[str, tuple[int, int]]:
-        """(forward, backward) bytes that a rank sends in one layer, by purpose."""
+    def sent(
+        self, config: Any, seq_length: int, shape: Shape, layout: Layout, comm_type: str, around: Any = None
+    ) -> dict[str, tuple[int, int]]:
+        """(forward, backward) bytes that a rank sends in one layer, by purpose.
+
+        Args:
+            around: the config of the attention that it gathers rows for; None for its defaults.
+        """
         return {"attend": attend_bytes(comm_type, seq_length, shape, layout)}
 
-    def summary(self, config: Any, seq_length: int, shape: Shape, ranks: int, comm_type: str) -> str:
+    def rows_sent(self, config: Any, rows: int, shape: Shape, layout: Layout, comm_type: str) -> dict[str, tuple[int, int]]:
+        """The same while it attends to so many gathered rows of all ranks; `config` is None for its defaults."""
+        return self.sent(config, rows, shape, layout, comm_type)
+
+    def summary(self, config: Any, seq_length: int, shape: Shape, ranks: int, comm_type: str, around: Any = None) -> str:
         """The same in one line, for the start of a run: what the busiest rank sends in a layer and step."""
-        plans = [self.sent(config, seq_length, shape, Layout(ranks, rank), comm_type) for rank in range(ranks)]
+        plans = [self.sent(config, seq_length, shape, Layout(ranks, rank), comm_type, around) for rank in range(ranks)]
         most = max(sum(forward + backward for forward, backward in plan.values()) for plan in plans)
         return f"{self.name}: context parallel {ranks}: a rank sends {most / 1e6:,.1f} MB in a layer and step by {comm_type}."

@@ -38,9 +38,17 @@ def environment() -> dict[str, object]:
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "python": platform.python_version(),
-        "cudnn": torch.backends.cudnn.version(),
+        "cudnn": _cudnn(),
         **{name: version for name, version in versions.items() if version},
     }
+
+
+def _cudnn() -> int | None:
+    """The release that torch uses; None where another than torch's own was loaded first, which it refuses to name."""
+    try:
+        return torch.backends.cudnn.version()
+    except RuntimeError:
+        return None
 
 
 def _installed(package: str) -> str | None:

@@ -77,9 +77,12 @@ def test_bit_identical_from_run_to_run() -> None:
     assert all(map(torch.equal, first, second))
 
 
-def test_a_compiled_layer_around_it_has_no_graph_break() -> None:
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_compiled_layer_around_it_has_no_graph_break(causal: bool) -> None:
+    config = CONFIG.replace(causal_selection=causal)
+
     def layer(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return lighthouse_attention(2 * query, key, value, CONFIG).sin()
+        return lighthouse_attention(2 * query, key, value, config).sin()
 
     inputs = tensors(PROBLEM, "float32")
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -105,7 +108,8 @@ def test_fake_implementations_are_those_of_the_ops() -> None:
         *((ops.gather, (query, key, value, places, sizes, *how)) for how in (plain, turned)),
         *((ops.gather_backward, (*rows, places, sizes, *how)) for how in (plain, turned)),
         (ops.scatter, (rows[0], None, places, sizes)),
-        (ops.scatter_backward, (out, places, sizes, True)),
+        *((ops.scatter_backward, (out, places, sizes, True, some_silent)) for some_silent in (False, True)),
+        (ops.select_causally, (scores, geometry.sizes)),
     ):
         torch.library.opcheck(op, args, test_utils=checks)
 
@@ -186,7 +190,7 @@ def compiled(capability: int, layers: tuple[str, ...]) -> dict[str, list[Any]]:
 @pytest.mark.parametrize(("capability", "layer", "together"), COMPILED_FOR)
 def test_compiles_for_hopper_and_blackwell_without_spills(capability: int, layer: str, together: tuple[str, ...]) -> None:
     reports = compiled(capability, together)[layer]
-    assert len(reports) == 18
+    assert len(reports) == 19
     for kernel, registers, shared_bytes, spilled_bytes in reports:
         print(f"sm_{capability} {kernel}: {registers} registers, {shared_bytes} bytes shared, {spilled_bytes} spilled")
         assert spilled_bytes == 0, kernel

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthouse_select, running
+from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthouse_select
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.lighthouse import telemetry
 from megatron_lighthouse.lighthouse.attention import packed_rows
 from megatron_lighthouse.lighthouse.packed.packing import Packing
+from megatron_lighthouse.lighthouse.packed.rule import Rule
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.sequence.documents import Documents
 from tests.context_parallel.shards import exchange_of
@@ -224,6 +224,11 @@ def test_what_context_parallel_ranks_cannot_share_is_refused(monkeypatch: pytest
         lighthouse_attention(*inputs, config, cu_seqlens=bounds(40), selection=chosen)
 
 
-def test_a_watched_layer_is_refused() -> None:
-    with telemetry.watching([1]), running.layer(1), pytest.raises(ValueError, match="telemetry measures one sequence"):
-        lighthouse_attention(*tensors(ROW), config_of(ROW), cu_seqlens=bounds(*ROW.lengths))
+def test_the_rule_is_asked_once_for_each_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row has many documents, and few lengths: at most sqrt(2t) of t tokens."""
+    inner, asked = Rule.counts, []
+    monkeypatch.setattr(Rule, "counts", lambda rule, tokens: asked.append(tokens) or inner(rule, tokens))
+    packing = Packing.of(Documents.of(bounds(*(40, 64, 3, 40) * 9), 147 * 9), config_of(ROW).rule)
+    assert packing.rows.tokens == packing.gathered_length == int(packing.bounds[2, -1])
+    assert packing.budget == int(packing.tiles[3].sum())
+    assert sorted(asked) == [3, 40, 64]

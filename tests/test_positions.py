@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy
 import pytest
 
-from megatron_lighthouse.recipe.positions import bucket_edges, bucket_means, documents, mean_and_error, sequence_starts
+from megatron_lighthouse.recipe.positions import (
+    bucket_edges,
+    bucket_means,
+    documents,
+    in_documents,
+    mean_and_error,
+    ratio_and_error,
+    sequence_starts,
+)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +44,25 @@ def test_mean_and_error_over_sequences() -> None:
     mean, error = mean_and_error(numpy.array([[1.0, 4.0]]))
     assert mean.tolist() == [1, 4]
     assert numpy.isnan(error).all()
+
+
+def test_places_are_counted_in_each_document() -> None:
+    end, tokens = 9, numpy.array([1, 2, 3, 9, 9, 4, 5, 9, 6, 7, 8, 1, 2])
+    losses, edges = numpy.arange(13, dtype=numpy.float32), [0, 1, 2, 4, 8, 13]
+    sums, counts = in_documents(losses, tokens, end, edges)
+    assert counts.tolist() == [3, 3, 3, 1, 0]  # not those of ends, whose labels are of another document
+    assert sums.tolist() == [0 + 5 + 8, 1 + 6 + 9, 2 + 10 + 11, 12, 0]
+
+
+def test_mean_and_error_of_sequences_that_count_unequally() -> None:
+    values = numpy.array([1.0, 4.0, 2.0, 8.0, 5.0])
+    groups = [0, 0, 1, 1, 1]
+    sums, counts = numpy.array([[5.0, 0], [15.0, 0]]), numpy.array([[2.0, 0], [3.0, 0]])
+    mean, error = ratio_and_error(sums, counts)
+    expected_mean, expected_error = mean_and_error(values, groups)
+    assert (mean[0], error[0]) == (expected_mean, expected_error)
+    assert numpy.isnan([mean[1], error[1]]).all()
+    assert numpy.isnan(ratio_and_error(sums[:1], counts[:1])[1]).all()
 
 
 def test_sequences_share_their_ends_and_are_spread_evenly() -> None:

@@ -162,9 +162,9 @@ def test_cuts_are_rounded_down_to_whole_windows() -> None:
     """Of six windows 1, 3 and 4 lie before 25, 50 and 75 per cent; a whole tile would show what later tokens do not."""
     geometry, scores, kept = Geometry(12, 2, 2, 2, 2), torch.ones(2, 1, 1, 6), []
 
-    def select(cut: Tensor, geometry: Geometry, pin_first: bool) -> Selection:
+    def select(cut: Tensor, geometry: Geometry, *rule: bool) -> Selection:
         kept.append(cut[0, 0, 0].tolist())
-        return reference.select(cut, geometry, pin_first)
+        return reference.select(cut, geometry, *rule)
 
     steps: Any = SimpleNamespace(select=select)
     telemetry.later_tokens(Choice(reference.select(scores, geometry, False), scores, geometry, False, steps))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_lighthouse.kernels.launch import run
 from megatron_lighthouse.kernels.lighthouse.attended import attended_op, compute_squares
+from megatron_lighthouse.kernels.lighthouse.causal import compute_causal_places, select_causally_op
 from megatron_lighthouse.kernels.lighthouse.gather import NOT_TURNED, Gather
 from megatron_lighthouse.kernels.lighthouse.scatter import Scatter
 from megatron_lighthouse.kernels.lighthouse.score import compute_scores, score_op
@@ -35,8 +36,11 @@ def attended_norms(query: Tensor, key: Tensor, value: Tensor, layout: Layout | N
     return group_norms(squares.unflatten(1, (key.shape[2], -1)))
 
 
-def select(scores: Tensor, geometry: Geometry, pin_first: bool) -> Selection:
+def select(scores: Tensor, geometry: Geometry, pin_first: bool, causal: bool = False) -> Selection:
     """See `Steps.select`."""
+    if causal:
+        places, spills = run(select_causally_op, compute_causal_places, scores, geometry.sizes)
+        return Selection(geometry, places, geometry.gathered_length, spills=spills)
     places = run(select_op, compute_places, scores, geometry.sizes, pin_first)
     return Selection(geometry, places, geometry.gathered_length)
 
@@ -59,4 +63,4 @@ def gather(
 
 def scatter(rows: Tensor, selection: Selection, halo: Tensor | None = None, travel: HaloTravel | None = None) -> Tensor:
     """See `Steps.scatter`."""
-    return Scatter.apply(rows, halo, selection.places, selection.sizes, travel)
+    return Scatter.apply(rows, halo, selection.scattered, selection.sizes, travel, selection.spills is not None)

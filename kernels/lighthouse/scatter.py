@@ -112,12 +112,23 @@ def _scatter(
 
 
 def _scatter_backward(
-    grad: Tensor, places: Tensor, sizes: Sequence[int], has_halo: bool, travel: HaloTravel | None = None
+    grad: Tensor,
+    places: Tensor,
+    sizes: Sequence[int],
+    has_halo: bool,
+    some_silent: bool = False,
+    travel: HaloTravel | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of the rows [S, B, H, D] and of the halo [chunks, L-1, B, H, D], from that of the output [N, B, H, D]."""
+    """The gradients of the rows [S, B, H, D] and of the halo [chunks, L-1, B, H, D], from that of the output [N, B, H, D].
+
+    Args:
+        some_silent: not all rows are in the map; those that are not get zero.
+    """
     with profiled("scatter backward"):
         length, levels, pooling, _, chunks = sizes
         rows, halo = _empty_gradients(grad, places, sizes, has_halo)
+        if some_silent:
+            rows.zero_()
         how = launch("collect", grad.shape[3], grad.element_size())
         # one window more: the first of the shifted positions is cut short, and so is the last
         blocks = range(cdiv(length // chunks // pooling ** (levels - 1) + 1, how.rows))
@@ -136,7 +147,9 @@ def _empty(x: Tensor, *lengths: int) -> Tensor:
     return torch.empty((*lengths, *x.shape[1:]), dtype=x.dtype, device=x.device)
 
 
-def _empty_gradients(grad: Tensor, places: Tensor, sizes: Sequence[int], has_halo: bool) -> tuple[Tensor, Tensor]:
+def _empty_gradients(
+    grad: Tensor, places: Tensor, sizes: Sequence[int], has_halo: bool, some_silent: bool = False
+) -> tuple[Tensor, Tensor]:
     return _empty(grad, sizes[3]), _empty(grad, sizes[4] if has_halo else 0, sizes[1] - 1)
 
 
@@ -144,8 +157,10 @@ def _scatter_whole(rows: Tensor, halo: Tensor | None, places: Tensor, sizes: Seq
     return _scatter(rows, halo, places, sizes)
 
 
-def _scatter_backward_whole(grad: Tensor, places: Tensor, sizes: Sequence[int], has_halo: bool) -> tuple[Tensor, Tensor]:
-    return _scatter_backward(grad, places, sizes, has_halo)
+def _scatter_backward_whole(
+    grad: Tensor, places: Tensor, sizes: Sequence[int], has_halo: bool, some_silent: bool = False
+) -> tuple[Tensor, Tensor]:
+    return _scatter_backward(grad, places, sizes, has_halo, some_silent)
 
 
 scatter_op = torch.library.custom_op("lighthouse::scatter", _scatter_whole, mutates_args=())
@@ -155,21 +170,24 @@ scatter_backward_op.register_fake(_empty_gradients)
 
 
 class Scatter(torch.autograd.Function):
-    """(rows, halo or None, places, sizes, travel) -> output; `sizes` is (N, L, p, S, chunks). See `Steps.scatter`."""
+    """(rows, halo or None, places, sizes, travel, some_silent) -> output; `sizes` is (N, L, p, S, chunks).
+
+    See `Steps.scatter`. `some_silent`: not all rows are in the map.
+    """
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        _, halo, places, ctx.sizes, ctx.travel = args
-        ctx.has_halo = halo is not None
+        _, halo, places, ctx.sizes, ctx.travel, some_silent = args
+        ctx.how = halo is not None, some_silent
         ctx.save_for_backward(places)
-        return _scatter(*args) if ctx.travel else run(scatter_op, _scatter_whole, *args[:-1])
+        return _scatter(*args[:-1]) if ctx.travel else run(scatter_op, _scatter_whole, *args[:-2])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (places,) = ctx.saved_tensors
+        (places,), (has_halo, some_silent) = ctx.saved_tensors, ctx.how
         if ctx.travel:
-            rows, halo = _scatter_backward(grad, places, ctx.sizes, ctx.has_halo, ctx.travel)
+            rows, halo = _scatter_backward(grad, places, ctx.sizes, has_halo, some_silent, ctx.travel)
         else:
-            rows, halo = run(scatter_backward_op, _scatter_backward_whole, grad, places, ctx.sizes, ctx.has_halo)
-        return rows, halo if ctx.has_halo else None, None, None, None
+            rows, halo = run(scatter_backward_op, _scatter_backward_whole, grad, places, ctx.sizes, has_halo, some_silent)
+        return rows, halo if has_halo else None, *[None] * 4

@@ -211,26 +211,30 @@ def compute_places(scores: Tensor, sizes: Sequence[int], pin_first: bool) -> Ten
         ranks = torch.empty(scores.shape[1:], dtype=torch.int32, device=scores.device)
         rows = ranks.shape[0] * ranks.shape[1]
         block, one = block_of(geometry)
-        lengths = (geometry.seq_length, geometry.coarse_length)
         shape = {"P": geometry.pooling, "L": geometry.levels}
         enqueue(
             refine_kernel,
             (geometry.tiles, rows, 1),
             (scores, ranks),
-            (*lengths, geometry.tiles),
+            (geometry.seq_length, geometry.coarse_length, geometry.tiles),
             {**shape, "TILE_BUDGET": geometry.tile_budget, "PIN_FIRST": pin_first, "BLOCK": block, "ONE": one},
             num_warps=warps_of(block),
             **limit_on(scores.device),
         )
-        enqueue(
-            place_kernel,
-            (cdiv(geometry.seq_length, 256), rows, 1),
-            (ranks, places),
-            (*lengths, geometry.pyramid_length, geometry.budget),
-            {**shape, "BLOCK": 256},
-            num_warps=4,
-        )
+        launch_places(ranks, places, geometry)
         return places
+
+
+def launch_places(ranks: Tensor, places: Tensor, geometry: Geometry) -> None:
+    """Fill in `Selection.places`, from the ranks that `refine_kernel` writes."""
+    enqueue(
+        place_kernel,
+        (cdiv(geometry.seq_length, 256), ranks.shape[0] * ranks.shape[1], 1),
+        (ranks, places),
+        (geometry.seq_length, geometry.coarse_length, geometry.pyramid_length, geometry.budget),
+        {"P": geometry.pooling, "L": geometry.levels, "BLOCK": 256},
+        num_warps=4,
+    )
 
 
 @cache

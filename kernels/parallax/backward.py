@@ -1,7 +1,8 @@
 """The backward pass in two kernels: by tiles of queries, which sum dq and dr, and by tiles of keys, which sum dk and dv.
 
-With t = dO·o, b = dO·v̄ and a = dO·v: the gradients of logits are p ((a - t) + (t̄ - u) (a - b)), those of u -p (a - b). The
-first kernel writes t and b for the second, which sums over the query heads of a key/value head in fp32.
+With e = 1 + t̄ - u, b = dO·v̄, c = dO·C and a = dO·v: the gradients of logits are p (c + e (a - b)), those of u -p (a - b), and
+dv is the sum of p e dO. The first kernel writes what the second needs of a query: log-sum-exp, 1 + t̄, b and c. The second sums
+over the query heads of a key/value head in fp32.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 from megatron_lighthouse.kernels.launch import cdiv, enqueue, last_contiguous, strides
 from megatron_lighthouse.kernels.parallax.keys import keys_kernel
 from megatron_lighthouse.kernels.parallax.queries import queries_kernel
-from megatron_lighthouse.kernels.parallax.tiles import blocks_of, constants_of
+from megatron_lighthouse.kernels.parallax.tiles import blocks_of, constants_of, in_bulk, on_hopper
 
 
 def backward(
@@ -36,27 +37,29 @@ def backward(
     of_value, covariance = (last_contiguous(x) for x in averages[:2])
     mean = averages[2]
     dq, dr, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, r, key, value))
-    sums = [lse.new_empty(batch, heads, rows, dtype=torch.float32) for _ in range(2)]
     starts, ends = (lse, lse) if bounds is None else bounds  # which are not read then
     shape = (rows, key.shape[0], heads, heads // key.shape[2])
-    blocks = blocks_of("queries", dim, query.element_size())
+    tiles = {name: blocks_of(name, dim, query.element_size(), on_hopper(query)) for name in ("queries", "keys")}
+    padded_rows = cdiv(rows, tiles["queries"].queries) * tiles["queries"].queries  # of which tiles of queries in both are parts
+    terms = lse.new_empty(batch, heads, 4, padded_rows, dtype=torch.float32)
+    blocks = tiles["queries"]
     tensors = [query, r, key, value, grad, of_value, covariance, mean, lse, dq, dr]
     enqueue(
         queries_kernel,
         (cdiv(rows, blocks.queries) * batch * heads, 1, 1),
-        [*tensors, *sums, starts],
-        (*(strides(x) for x in tensors), *shape),
-        constants_of(dim, scale, window, causal, blocks, bounds is not None),
+        [*tensors, terms, starts],
+        (*(strides(x) for x in tensors), *shape, padded_rows),
+        constants_of(dim, scale, window, causal, blocks, bounds is not None, in_bulk(key, value)),
         num_warps=blocks.warps,
         num_stages=blocks.stages,
     )
-    blocks = blocks_of("keys", dim, query.element_size())
-    tensors = [query, r, key, value, grad, mean, lse, dk, dv]
+    blocks = tiles["keys"]
+    tensors = [query, r, key, value, grad, dk, dv]
     enqueue(
         keys_kernel,
         (cdiv(key.shape[0], blocks.keys) * batch * key.shape[2], 1, 1),
-        [*tensors, *sums, ends],
-        (*(strides(x) for x in tensors), *shape),
+        [*tensors, terms, ends],
+        (*(strides(x) for x in tensors), *shape, padded_rows),
         constants_of(dim, scale, window, causal, blocks, bounds is not None),
         num_warps=blocks.warps,
         num_stages=blocks.stages,

@@ -12,7 +12,19 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_lighthouse.kernels.launch import cdiv, enqueue, last_contiguous, strides
-from megatron_lighthouse.kernels.parallax.tiles import blocks_of, constants_of, first_seen, keys_of, put, seen, tile
+from megatron_lighthouse.kernels.parallax.tiles import (
+    blocks_of,
+    constants_of,
+    first_seen,
+    in_bulk,
+    keys_of,
+    loaded,
+    on_hopper,
+    put,
+    seen,
+    source,
+    tile,
+)
 
 
 @triton.jit
@@ -20,8 +32,8 @@ def _over_keys(
     state,
     q,
     r,
-    p_k,
-    p_v,
+    k_rows,
+    v_rows,
     stride_k,
     stride_v,
     i_m,
@@ -32,6 +44,7 @@ def _over_keys(
     SCALE: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASKED: tl.constexpr,
+    BULK: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -39,11 +52,11 @@ def _over_keys(
     """The state over the keys begin..end - 1 too; MASKED: not all rows see all of them."""
     best, total, mean, values, products = state
     for i_first in range(begin, end, BLOCK_N):
-        i_n = i_first + tl.arange(0, BLOCK_N)
-        k = tile(p_k, stride_k, i_n, keys, D, BLOCK_D)
+        k = loaded(k_rows, stride_k, i_first, keys, BULK, D, BLOCK_D, BLOCK_N)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
         u = tl.dot(r, tl.trans(k), input_precision="ieee")
         if MASKED:
+            i_n = i_first + tl.arange(0, BLOCK_N)
             logits = tl.where(seen(i_m[:, None], i_n[None, :], low[:, None], keys, CAUSAL), logits, float("-inf"))
         higher = tl.maximum(best, tl.max(logits, 1))
         from_ = tl.where(higher == float("-inf"), 0.0, higher)  # of a row that has seen no key yet
@@ -55,7 +68,7 @@ def _over_keys(
         mean += moved
         values *= shrink[:, None]
         products = products * shrink[:, None] - moved[:, None] * values
-        v = tile(p_v, stride_v, i_n, keys, D, BLOCK_D)
+        v = loaded(v_rows, stride_v, i_first, keys, BULK, D, BLOCK_D, BLOCK_N)
         values = tl.dot(weights.to(v.dtype), v, values, input_precision="ieee")
         weights *= u - mean[:, None]
         products = tl.dot(weights.to(v.dtype), v, products, input_precision="ieee")
@@ -90,6 +103,7 @@ def forward_kernel(
     WINDOW: tl.constexpr,
     DOCUMENTS: tl.constexpr,
     CAUSAL: tl.constexpr,
+    BULK: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -103,8 +117,9 @@ def forward_kernel(
     i_g = i_h // R
     p_q += i_b * strides_q[1] + i_h * strides_q[2]
     p_r += i_b * strides_r[1] + i_h * strides_r[2]
-    p_k += i_b * strides_k[1] + i_g * strides_k[2]
-    p_v += i_b * strides_v[1] + i_g * strides_v[2]
+    s_k, s_v = strides_k[0], strides_v[0]
+    k_rows = source(p_k + i_b * strides_k[1] + i_g * strides_k[2], s_k, keys, BULK, D, BLOCK_D, BLOCK_N)
+    v_rows = source(p_v + i_b * strides_v[1] + i_g * strides_v[2], s_v, keys, BULK, D, BLOCK_D, BLOCK_N)
     i_m = i_first + tl.arange(0, BLOCK_M)
     q = tile(p_q, strides_q[0], i_m, rows, D, BLOCK_D)
     r = tile(p_r, strides_r[0], i_m, rows, D, BLOCK_D)
@@ -116,15 +131,16 @@ def forward_kernel(
     low = first_seen(p_starts, tl.minimum(i_m, rows - 1), WINDOW, DOCUMENTS)
     low_first, low_last = (first_seen(p_starts, i_first, WINDOW, DOCUMENTS), first_seen(p_starts, i_last, WINDOW, DOCUMENTS))
     begin, whole, masked, end = keys_of(i_first, low_first, low_last, keys, BLOCK_M, BLOCK_N, CAUSAL)
-    s_k, s_v = strides_k[0], strides_v[0]
     if WINDOW or DOCUMENTS:
         state = _over_keys(
-            state, q, r, p_k, p_v, s_k, s_v, i_m, low, begin, whole, keys, SCALE, CAUSAL, True, D, BLOCK_D, BLOCK_N
+            state, q, r, k_rows, v_rows, s_k, s_v, i_m, low, begin, whole, keys, SCALE, CAUSAL, True, BULK, D, BLOCK_D, BLOCK_N
         )
     state = _over_keys(
-        state, q, r, p_k, p_v, s_k, s_v, i_m, low, whole, masked, keys, SCALE, CAUSAL, False, D, BLOCK_D, BLOCK_N
+        state, q, r, k_rows, v_rows, s_k, s_v, i_m, low, whole, masked, keys, SCALE, CAUSAL, False, BULK, D, BLOCK_D, BLOCK_N
     )
-    state = _over_keys(state, q, r, p_k, p_v, s_k, s_v, i_m, low, masked, end, keys, SCALE, CAUSAL, True, D, BLOCK_D, BLOCK_N)
+    state = _over_keys(
+        state, q, r, k_rows, v_rows, s_k, s_v, i_m, low, masked, end, keys, SCALE, CAUSAL, True, BULK, D, BLOCK_D, BLOCK_N
+    )
     best, total, mean, values, products = state
     total = tl.where(total == 0.0, 1.0, total)  # rows past the end may see nothing
 
@@ -159,7 +175,7 @@ def forward(
     """
     rows, batch, heads, dim = query.shape
     query, r, key, value = (last_contiguous(x) for x in (query, r, key, value))
-    blocks = blocks_of("forward", dim, query.element_size())
+    blocks = blocks_of("forward", dim, query.element_size(), on_hopper(query))
     of_value, covariance = (query.new_empty(query.shape) for _ in range(2))
     mean = query.new_empty(rows, batch, heads, 1, dtype=torch.float32)
     lse = query.new_empty(batch, heads, rows, dtype=torch.float32)
@@ -169,7 +185,7 @@ def forward(
         (cdiv(rows, blocks.queries) * batch * heads, 1, 1),
         [*tensors, lse if starts is None else starts],
         (*(strides(x) for x in tensors), rows, key.shape[0], heads, heads // key.shape[2]),
-        constants_of(dim, scale, window, causal, blocks, starts is not None),
+        constants_of(dim, scale, window, causal, blocks, starts is not None, in_bulk(key, value)),
         num_warps=blocks.warps,
         num_stages=blocks.stages,
     )

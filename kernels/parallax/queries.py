@@ -1,11 +1,11 @@
-"""Backward by tiles of queries, which sums dq and dr, and writes dO·o and dO·v̄ for the tiles of keys. Formulas: `backward`."""
+"""Backward by tiles of queries, which sums dq and dr, and writes what tiles of keys need of a query. Formulas: `backward`."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from megatron_lighthouse.kernels.parallax.tiles import first_seen, keys_of, put, seen, tile
+from megatron_lighthouse.kernels.parallax.tiles import first_seen, keys_of, loaded, put, seen, source, tile
 
 
 @triton.jit
@@ -14,12 +14,12 @@ def _queries_over_keys(
     q,
     r,
     g,
-    mean,
+    above,
     lse,
-    of_output,
+    of_covariance,
     of_value,
-    p_k,
-    p_v,
+    k_rows,
+    v_rows,
     stride_k,
     stride_v,
     i_m,
@@ -30,25 +30,26 @@ def _queries_over_keys(
     SCALE: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASKED: tl.constexpr,
+    BULK: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dq / scale and dr over the keys begin..end - 1 too."""
+    """dq / scale and -dr over the keys begin..end - 1 too."""
     dq, dr = state
     for i_first in range(begin, end, BLOCK_N):
-        i_n = i_first + tl.arange(0, BLOCK_N)
-        k = tile(p_k, stride_k, i_n, keys, D, BLOCK_D)
+        v = loaded(v_rows, stride_v, i_first, keys, BULK, D, BLOCK_D, BLOCK_N)
+        past = tl.dot(g, tl.trans(v), input_precision="ieee") - of_value[:, None]
+        k = loaded(k_rows, stride_k, i_first, keys, BULK, D, BLOCK_D, BLOCK_N)
         weights = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE - lse[:, None])
         if MASKED:
+            i_n = i_first + tl.arange(0, BLOCK_N)
             weights = tl.where(seen(i_m[:, None], i_n[None, :], low[:, None], keys, CAUSAL), weights, 0.0)
-        below = mean[:, None] - tl.dot(r, tl.trans(k), input_precision="ieee")
-        v = tile(p_v, stride_v, i_n, keys, D, BLOCK_D)
-        along = tl.dot(g, tl.trans(v), input_precision="ieee")
-        past = along - of_value[:, None]
-        of_logits = weights * (along - of_output[:, None] + below * past)
+        past *= weights
+        below = above[:, None] - tl.dot(r, tl.trans(k), input_precision="ieee")
+        of_logits = weights * of_covariance[:, None] + below * past
         dq = tl.dot(of_logits.to(k.dtype), k, dq, input_precision="ieee")
-        dr = tl.dot((weights * past).to(k.dtype), k, dr, input_precision="ieee")
+        dr = tl.dot(past.to(k.dtype), k, dr, input_precision="ieee")
     return dq, dr
 
 
@@ -65,8 +66,7 @@ def queries_kernel(
     p_lse,
     p_dq,
     p_dr,
-    p_of_output,
-    p_of_value,
+    p_terms,
     p_starts,
     strides_q,
     strides_r,
@@ -83,16 +83,18 @@ def queries_kernel(
     keys,
     H,
     R,
+    stride_terms,
     SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
     DOCUMENTS: tl.constexpr,
     CAUSAL: tl.constexpr,
+    BULK: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Program b * H + h of each tile of queries, as forward. Writes t and b too, [B, H, n] each."""
+    """Program b * H + h of each tile of queries, as forward. Writes terms of a whole tile: rows past the end weigh nothing."""
     tiles = (rows + BLOCK_M - 1) // BLOCK_M
     heads = tl.num_programs(0) // tiles
     i_first, i_head = (tiles - 1 - tl.program_id(0) // heads) * BLOCK_M, (tl.program_id(0) % heads).to(tl.int64)
@@ -107,36 +109,39 @@ def queries_kernel(
     p_covariance += i_b * strides_covariance[1] + i_h * strides_covariance[2]
     covariance = tile(p_covariance, strides_covariance[0], i_m, rows, D, BLOCK_D)
     of_value = tl.sum(g.to(tl.float32) * value.to(tl.float32), 1)
-    of_output = of_value - tl.sum(g.to(tl.float32) * covariance.to(tl.float32), 1)
-    tl.store(p_of_value + i_head * rows + i_m64, of_value, mask=m_row)
-    tl.store(p_of_output + i_head * rows + i_m64, of_output, mask=m_row)
+    of_covariance = tl.sum(g.to(tl.float32) * covariance.to(tl.float32), 1)
     p_mean += i_b * strides_mean[1] + i_h * strides_mean[2] + i_m64 * strides_mean[0]
     p_lse += i_b * strides_lse[0] + i_h * strides_lse[1] + i_m64 * strides_lse[2]
     mean = tl.load(p_mean, mask=m_row, other=0.0)
-    lse = tl.load(p_lse, mask=m_row, other=0.0) * 1.4426950408889634
+    lse = tl.load(p_lse, mask=m_row, other=1e30) * 1.4426950408889634
+    above, scale = mean + 1, SCALE * 0.6931471805599453
+    p_terms += i_head * 4 * stride_terms + i_m
+    tl.store(p_terms, lse)
+    tl.store(p_terms + stride_terms, above)
+    tl.store(p_terms + 2 * stride_terms, of_value)
+    tl.store(p_terms + 3 * stride_terms, of_covariance * scale)
 
-    p_k += i_b * strides_k[1] + i_g * strides_k[2]
-    p_v += i_b * strides_v[1] + i_g * strides_v[2]
+    s_k, s_v = strides_k[0], strides_v[0]
+    k_rows = source(p_k + i_b * strides_k[1] + i_g * strides_k[2], s_k, keys, BULK, D, BLOCK_D, BLOCK_N)
+    v_rows = source(p_v + i_b * strides_v[1] + i_g * strides_v[2], s_v, keys, BULK, D, BLOCK_D, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     state = (acc, acc)
-    s_k, s_v = strides_k[0], strides_v[0]
     i_last = tl.minimum(i_first + BLOCK_M, rows) - 1
     low = first_seen(p_starts, tl.minimum(i_m, rows - 1), WINDOW, DOCUMENTS)
     low_first, low_last = (first_seen(p_starts, i_first, WINDOW, DOCUMENTS), first_seen(p_starts, i_last, WINDOW, DOCUMENTS))
     begin, whole, masked, end = keys_of(i_first, low_first, low_last, keys, BLOCK_M, BLOCK_N, CAUSAL)
     if WINDOW or DOCUMENTS:
         state = _queries_over_keys(
-            state, q, r, g, mean, lse, of_output, of_value, p_k, p_v, s_k, s_v, i_m, low, begin, whole, keys,
-            SCALE, CAUSAL, True, D, BLOCK_D, BLOCK_N,
+            state, q, r, g, above, lse, of_covariance, of_value, k_rows, v_rows, s_k, s_v, i_m, low, begin, whole, keys,
+            SCALE, CAUSAL, True, BULK, D, BLOCK_D, BLOCK_N,
         )  # fmt: skip
     state = _queries_over_keys(
-        state, q, r, g, mean, lse, of_output, of_value, p_k, p_v, s_k, s_v, i_m, low, whole, masked, keys,
-        SCALE, CAUSAL, False, D, BLOCK_D, BLOCK_N,
+        state, q, r, g, above, lse, of_covariance, of_value, k_rows, v_rows, s_k, s_v, i_m, low, whole, masked, keys,
+        SCALE, CAUSAL, False, BULK, D, BLOCK_D, BLOCK_N,
     )  # fmt: skip
     dq, dr = _queries_over_keys(
-        state, q, r, g, mean, lse, of_output, of_value, p_k, p_v, s_k, s_v, i_m, low, masked, end, keys,
-        SCALE, CAUSAL, True, D, BLOCK_D, BLOCK_N,
+        state, q, r, g, above, lse, of_covariance, of_value, k_rows, v_rows, s_k, s_v, i_m, low, masked, end, keys,
+        SCALE, CAUSAL, True, BULK, D, BLOCK_D, BLOCK_N,
     )  # fmt: skip
-    scale: tl.constexpr = SCALE * 0.6931471805599453
     put(p_dq + i_b * strides_dq[1] + i_h * strides_dq[2], strides_dq[0], i_m, rows, dq * scale, D, BLOCK_D)
     put(p_dr + i_b * strides_dr[1] + i_h * strides_dr[2], strides_dr[0], i_m, rows, -dr, D, BLOCK_D)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from megatron_lighthouse.kernels.launch import padded
 
@@ -19,11 +21,20 @@ class Blocks(NamedTuple):
     stages: int
 
 
-def blocks_of(kernel: str, dim: int, itemsize: int) -> Blocks:
-    """By D and the dtype alone, for the kernel 'forward', 'queries' or 'keys'. fp32 is multiplied without tensor cores."""
+def blocks_of(kernel: str, dim: int, itemsize: int, hopper: bool) -> Blocks:
+    """By D, the dtype and whether the GPU is a Hopper alone, for the kernel 'forward', 'queries' or 'keys'.
+
+    Queries of a tile of 'queries' are a multiple of those of 'keys'. fp32 is multiplied without tensor cores.
+    """
     wide = padded(dim)
     if itemsize == 4:
         return Blocks(16, 16, 4, 1)
+    if hopper and wide <= 128:  # timed on an H200
+        if kernel == "forward":
+            return Blocks(64, 64, 4, 2 if wide == 128 else 3)
+        if kernel == "queries":
+            return Blocks(128, 64, 8, 3) if wide == 128 else Blocks(64, 64, 4, 3)
+        return Blocks(64, 128, 8, 2) if wide == 128 else Blocks(64, 64, 4, 2)
     if kernel == "forward":
         return Blocks(128, 64, 8, 2) if wide <= 128 else Blocks(64, 32, 8, 2)
     if kernel == "queries":
@@ -31,14 +42,30 @@ def blocks_of(kernel: str, dim: int, itemsize: int) -> Blocks:
     return Blocks(32, 64, 8, 2) if wide <= 128 else Blocks(32, 32, 8, 1)
 
 
+def on_hopper(x: Tensor) -> bool:
+    """Whether it lies on a GPU of compute capability 9."""
+    return x.device.type == "cuda" and torch.cuda.get_device_capability(x.device)[0] == 9
+
+
+def in_bulk(*tensors: Tensor) -> bool:
+    """Whether Hopper's bulk copy engine loads tiles of rows of all of these."""
+    return on_hopper(tensors[0]) and hasattr(tl, "make_tensor_descriptor") and all(map(apart, tensors))
+
+
+def apart(x: Tensor) -> bool:
+    """Whether its rows, of 2-byte elements, lie multiples of 16 bytes apart, as that engine needs."""
+    return x.element_size() == 2 and x.data_ptr() % 16 == 0 and all(n > 0 and n % 8 == 0 for n in x.stride()[:3])
+
+
 LOG2_E = 1.4426950408889634
 
 
 def constants_of(
-    dim: int, scale: float, window: int | None, causal: bool, blocks: Blocks, documents: bool = False
+    dim: int, scale: float, window: int | None, causal: bool, blocks: Blocks, documents: bool = False, bulk: bool | None = None
 ) -> dict[str, int | float]:
-    """The constants of a kernel, in its order. SCALE is of exponents of 2; WINDOW 0: none."""
+    """The constants of a kernel, in its order. SCALE is of exponents of 2; WINDOW 0: none; BULK where it has a choice."""
     own: dict[str, int | float] = {"SCALE": scale * LOG2_E, "WINDOW": window or 0, "DOCUMENTS": documents, "CAUSAL": causal}
+    own |= {} if bulk is None else {"BULK": bulk}
     return {**own, "D": dim, "BLOCK_D": padded(dim), "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
 
 
@@ -52,6 +79,24 @@ def tile(p_x, stride, i_row, rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
     else:
         x = tl.load(p_x, mask=(i_row < rows)[:, None], other=0.0)
     return x
+
+
+@triton.jit
+def source(p_x, stride, rows, BULK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
+    """What `loaded` takes tiles of BLOCK rows from: a descriptor for the bulk copy engine, or the pointer."""
+    if BULK:
+        return tl.make_tensor_descriptor(p_x, [rows, D], [stride.to(tl.int64), 1], [BLOCK, BLOCK_D])
+    else:
+        return p_x
+
+
+@triton.jit
+def loaded(x, stride, i_first, rows, BULK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
+    """[BLOCK, BLOCK_D] from row i_first on; what lies outside is 0."""
+    if BULK:
+        return x.load([i_first, 0])
+    else:
+        return tile(x, stride, i_first + tl.arange(0, BLOCK), rows, D, BLOCK_D)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The diagonal of Wall as Triton kernels: what `megatron_lighthouse.wall.diagonal` describes.
+"""Wall as Triton kernels: what `megatron_lighthouse.wall.diagonal` and `megatron_lighthouse.wall.decay` describe.
 
 Gates are summed outward from an anchor, tile by tile: no sum runs over the sequence, and none is subtracted from another. No
 atomics; every sum has one order, so results are bit-identical from run to run. Tiles are a table by head dimension and dtype.
@@ -7,7 +7,19 @@ atomics; every sum has one order, so results are bit-identical from run to run. 
 from __future__ import annotations
 
 from megatron_lighthouse.kernels.wall.backward import backward
+from megatron_lighthouse.kernels.wall.crossing import cross, cross_backward
+from megatron_lighthouse.kernels.wall.decays import add_decayed, decay, decay_backward, sums
 from megatron_lighthouse.kernels.wall.forward import forward
 from megatron_lighthouse.kernels.wall.suffix import suffix_sums
 
-__all__ = ["backward", "forward", "suffix_sums"]
+__all__ = [
+    "add_decayed",
+    "backward",
+    "cross",
+    "cross_backward",
+    "decay",
+    "decay_backward",
+    "forward",
+    "suffix_sums",
+    "sums",
+]

@@ -32,7 +32,7 @@ def backward(
     first, ratio = first.contiguous(), heads // key.shape[2]
     widest = max(dim, value.shape[3])
     prepared = prepare(query, key, gate, blocks_of("prepare", widest, query.element_size()))
-    sum_dq, sum_dk, sum_dv, sums = (_like(x, torch.float32) for x in (query, key, value, query))
+    sum_dq, sum_dk, sum_dv, sums = (_like(x, torch.float32) for x in (query, query, grad, query))
     dq, dk, dv = (_like(x, x.dtype) for x in (query, key, value))
     delta, scalar_sums = (torch.empty(batch, heads, rows, dtype=torch.float32, device=query.device) for _ in range(2))
     scalar = gate if scalar_gate is None else scalar_gate
@@ -50,7 +50,7 @@ def backward(
         )
 
     tensors = [query, key, value, gate, scalar, grad, out, lse, sum_dq, sum_dk, sum_dv, sums, delta, scalar_sums]
-    launch("near", near_kernel, tensors, [first], key.shape[2])
+    launch("near", near_kernel, tensors, [first], heads)
     shared = [value, gate, scalar, *prepared, grad, lse, delta]
     launch("queries", queries_kernel, [*shared, sum_dq, dq, sums, scalar_sums], [first], heads)
     tile = blocks_of("keys", widest, query.element_size()).rows

@@ -10,7 +10,14 @@ from torch import Tensor
 from megatron_lighthouse.kernels.launch import cdiv, enqueue, last_contiguous, strides
 from megatron_lighthouse.kernels.parallax.tiles import put, tile
 from megatron_lighthouse.kernels.wall.prepare import prepare
-from megatron_lighthouse.kernels.wall.tiles import between, blocks_of, constants_of, gates, near_logits, scalars, scalars_after
+from megatron_lighthouse.kernels.wall.tiles import (
+    between,
+    blocks_of,
+    constants_of,
+    near_logits,
+    scalars,
+    scalars_after,
+)
 
 
 @triton.jit(repr=lambda _: "wall_forward", do_not_specialize=["rows"])
@@ -47,6 +54,7 @@ def forward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     ROWS: tl.constexpr,
+    POWER: tl.constexpr,
 ):
     """Program b * H + h of each tile of queries. SCALE is in powers of 2."""
     tiles = (rows + ROWS - 1) // ROWS
@@ -59,13 +67,12 @@ def forward_kernel(
     m_row, i_m64 = i_m < rows, i_m.to(tl.int64)
     p_gate += i_b * strides_gate[1] + i_h * strides_gate[2]
     p_v += i_b * strides_v[1] + i_g * strides_v[2]
-    g = gates(p_gate, strides_gate[0], i_m, rows, K, BLOCK_K)
-    g_next = gates(p_gate, strides_gate[0], i_m + 1, rows, K, BLOCK_K)
-    q = tile(p_q + i_b * strides_q[1] + i_h * strides_q[2], strides_q[0], i_m, rows, K, BLOCK_K)
-    k = tile(p_k + i_b * strides_k[1] + i_g * strides_k[2], strides_k[0], i_m, rows, K, BLOCK_K)
     first = tl.load(p_first + i_m, mask=m_row, other=0)
 
-    logits = near_logits(q, k, g, g_next, WIDE, ROWS, BLOCK_K) * SCALE
+    logits = near_logits(
+        p_q + i_b * strides_q[1] + i_h * strides_q[2], p_k + i_b * strides_k[1] + i_g * strides_k[2], p_gate,
+        strides_q[0], strides_k[0], strides_gate[0], i_m, rows, WIDE, K, BLOCK_K, POWER, ROWS,
+    ) * SCALE  # fmt: skip
     if SCALAR:
         p_scalar += i_b * strides_scalar[1] + i_h * strides_scalar[2]
         scalar = scalars(p_scalar, strides_scalar[0], i_m, rows)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from megatron_lighthouse.kernels.parallax.tiles import put, tile
-from megatron_lighthouse.kernels.wall.tiles import gates, outward, scalars, scalars_after
+from megatron_lighthouse.kernels.wall.tiles import gates, parts, scalars, scalars_after, to_last
 
 
 @triton.jit(repr=lambda _: "wall_keys_backward", do_not_specialize=["rows"])
@@ -54,8 +54,12 @@ def keys_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     ROWS: tl.constexpr,
+    POWER: tl.constexpr,
 ):
-    """Program b * G + g of each tile. p_ends: of each tile, how many rows there are up to the last that sees its keys."""
+    """Program b * G + g of each tile.
+
+    p_sum_dk and p_sum_dv: of each query head. p_ends: of each tile, how many rows there are up to the last that sees its keys.
+    """
     scale: tl.constexpr = SCALE * 0.6931471805599453
     tiles = (rows + ROWS - 1) // ROWS
     groups = tl.num_programs(0) // tiles
@@ -65,10 +69,7 @@ def keys_kernel(
     i_n = i_tile * ROWS + i
     n_row, i_n64 = i_n < rows, i_n.to(tl.int64)
     v = tile(p_v + i_b * strides_v[1] + i_g * strides_v[2], strides_v[0], i_n, rows, V, BLOCK_V)
-    p_sum_dk += i_b * strides_sum_dk[1] + i_g * strides_sum_dk[2]
-    p_sum_dv += i_b * strides_sum_dv[1] + i_g * strides_sum_dv[2]
-    dk = tile(p_sum_dk, strides_sum_dk[0], i_n, rows, K, BLOCK_K)
-    dv = tile(p_sum_dv, strides_sum_dv[0], i_n, rows, V, BLOCK_V)
+    dk, dv = tl.zeros([ROWS, BLOCK_K], tl.float32), tl.zeros([ROWS, BLOCK_V], tl.float32)
     end = tl.load(p_ends + i_tile)
     for i_of_group in range(R):
         i_h = i_g * R + i_of_group
@@ -110,9 +111,11 @@ def keys_kernel(
             p_totals_h += strides_totals[0]
         of_k *= scale
         p_gate_h = p_gate + i_b * strides_gate[1] + i_h * strides_gate[2]
-        g_next = gates(p_gate_h, strides_gate[0], i_n + 1, rows, K, BLOCK_K)
-        _, after = outward(g_next, g_next, ROWS, ROWS, BLOCK_K)
-        dk += of_k * tl.exp(after)
+        g = parts(gates(p_gate_h, strides_gate[0], i_n, rows, K, BLOCK_K), p_near.dtype.element_ty)
+        p_sum_dv_h = p_sum_dv + i_b * strides_sum_dv[1] + i_h * strides_sum_dv[2]
+        dv += tile(p_sum_dv_h, strides_sum_dv[0], i_n, rows, V, BLOCK_V)
+        p_sum_dk_h = p_sum_dk + i_b * strides_sum_dk[1] + i_h * strides_sum_dk[2]
+        dk += of_k * tl.exp(to_last(g, POWER, ROWS)) + tile(p_sum_dk_h, strides_sum_dk[0], i_n, rows, K, BLOCK_K)
         p_sums_h = p_sums + i_b * strides_sums[1] + i_h * strides_sums[2]
         sums = tile(p_sums_h, strides_sums[0], i_n, rows, K, BLOCK_K) - of_k * k.to(tl.float32)
         put(p_sums_h, strides_sums[0], i_n, rows, sums, K, BLOCK_K)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_lighthouse.kernels.launch import cdiv, enqueue, padded, strides
 from megatron_lighthouse.kernels.parallax.tiles import put, tile
-from megatron_lighthouse.kernels.wall.tiles import Blocks, gates, outward
+from megatron_lighthouse.kernels.wall.tiles import Blocks, from_first, gates, parts, rows_of, to_last
 
 
 @triton.jit(repr=lambda _: "wall_prepare", do_not_specialize=["rows"])
@@ -38,6 +38,7 @@ def prepare_kernel(
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr,
+    POWER: tl.constexpr,
 ):
     """Program b * H + h of each tile."""
     tiles = (rows + ROWS - 1) // ROWS
@@ -47,13 +48,13 @@ def prepare_kernel(
     i_m = tl.program_id(0) // heads * ROWS + tl.arange(0, ROWS)
     p_gate += i_b * strides_gate[1] + i_h * strides_gate[2]
     g = gates(p_gate, strides_gate[0], i_m, rows, K, BLOCK_K)
-    before, after = outward(g, gates(p_gate, strides_gate[0], i_m + 1, rows, K, BLOCK_K), ROWS, ROWS, BLOCK_K)
+    cut = parts(g, p_q.dtype.element_ty)
     q = tile(p_q + i_b * strides_q[1] + i_h * strides_q[2], strides_q[0], i_m, rows, K, BLOCK_K)
     k = tile(p_k + i_b * strides_k[1] + i_h // R * strides_k[2], strides_k[0], i_m, rows, K, BLOCK_K)
     p_near += i_b * strides_near[1] + i_h * strides_near[2]
     p_far += i_b * strides_far[1] + i_h * strides_far[2]
-    put(p_near, strides_near[0], i_m, rows, q * tl.exp(before), K, BLOCK_K)
-    put(p_far, strides_far[0], i_m, rows, k * tl.exp(after), K, BLOCK_K)
+    put(p_near, strides_near[0], i_m, rows, q * tl.exp(from_first(cut, POWER, ROWS)), K, BLOCK_K)
+    put(p_far, strides_far[0], i_m, rows, k * tl.exp(to_last(cut, POWER, ROWS)), K, BLOCK_K)
     i_k = tl.arange(0, BLOCK_K)
     p_totals += i_tile * strides_totals[0] + i_b * strides_totals[1] + i_h * strides_totals[2]
     tl.store(p_totals + i_k, tl.sum(g, 0), mask=i_k < K)
@@ -79,7 +80,7 @@ def prepare(query: Tensor, key: Tensor, gate: Tensor, blocks: Blocks) -> Prepare
         (tiles * batch * heads, 1, 1),
         tensors,
         (*(strides(x) for x in tensors), rows, heads, heads // key.shape[2]),
-        {"K": dim, "BLOCK_K": padded(dim), "ROWS": blocks.rows},
+        {"K": dim, "BLOCK_K": padded(dim), **rows_of(blocks.rows)},
         num_warps=blocks.warps,
     )
     return Prepared(near, far, totals)

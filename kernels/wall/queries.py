@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from megatron_lighthouse.kernels.parallax.tiles import put, tile
-from megatron_lighthouse.kernels.wall.tiles import gates, outward, scalars, scalars_after
+from megatron_lighthouse.kernels.wall.tiles import from_first, gates, parts, scalars, scalars_after
 
 
 @triton.jit(repr=lambda _: "wall_queries_backward", do_not_specialize=["rows"])
@@ -49,6 +49,7 @@ def queries_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     ROWS: tl.constexpr,
+    POWER: tl.constexpr,
 ):
     """Program b * H + h of each tile, as forward. Adds to what `near` left in the fp32 sums."""
     scale: tl.constexpr = SCALE * 0.6931471805599453
@@ -98,7 +99,7 @@ def queries_kernel(
 
     p_gate += i_b * strides_gate[1] + i_h * strides_gate[2]
     g = gates(p_gate, strides_gate[0], i_m, rows, K, BLOCK_K)
-    before, _ = outward(g, g, ROWS, ROWS, BLOCK_K)
+    before = from_first(parts(g, p_near.dtype.element_ty), POWER, ROWS)
     p_sum_dq += i_b * strides_sum_dq[1] + i_h * strides_sum_dq[2]
     p_sums += i_b * strides_sums[1] + i_h * strides_sums[2]
     dq = dq * scale * tl.exp(before) + tile(p_sum_dq, strides_sum_dq[0], i_m, rows, K, BLOCK_K)

@@ -22,13 +22,17 @@ class Blocks(NamedTuple):
 
 
 def blocks_of(kernel: str, dim: int, itemsize: int) -> Blocks:
-    """By the larger of K and V and the dtype alone, for 'prepare', 'forward', 'near', 'queries', 'keys' or 'sums'."""
+    """By the larger of K and V and the dtype alone, for 'prepare', 'forward', 'near', 'queries', 'keys', 'sums' or 'decay'."""
+    wide = padded(dim)
+    if kernel == "sums":
+        return Blocks(32, 4, 1)
+    if kernel == "decay":
+        return Blocks(64 if wide <= 128 else 32, 4, 1)
     if itemsize == 4:  # multiplied without tensor cores
         return Blocks(32, 4, 1)
-    wide = padded(dim)
     if kernel == "near":
-        return Blocks(64 if wide <= 128 else 32, 16, 1)
-    return Blocks(64 if wide <= 128 else 32, 4 if kernel == "sums" else 8, 2 if wide <= 128 else 1)
+        return Blocks(64 if wide <= 128 else 32, 4, 1)
+    return Blocks(64 if wide <= 128 else 32, 8 if kernel == "queries" else 4, 2 if wide <= 128 else 1)
 
 
 def constants_of(query: Tensor, value: Tensor, scale: float, scalar: bool, rows: int) -> dict[str, int | float]:
@@ -40,7 +44,12 @@ def constants_of(query: Tensor, value: Tensor, scale: float, scalar: bool, rows:
 def constants(key_dim: int, value_dim: int, scale: float, scalar: bool, wide: bool, rows: int) -> dict[str, int | float]:
     """Likewise; `wide`: inputs in fp32."""
     own: dict[str, int | float] = {"SCALE": scale * LOG2_E, "SCALAR": scalar, "WIDE": wide, "K": key_dim, "V": value_dim}
-    return {**own, "BLOCK_K": padded(key_dim), "BLOCK_V": padded(value_dim), "ROWS": rows}
+    return {**own, "BLOCK_K": padded(key_dim), "BLOCK_V": padded(value_dim), **rows_of(rows)}
+
+
+def rows_of(rows: int) -> dict[str, int]:
+    """Of a tile, and 2 to which power that is."""
+    return {"ROWS": rows, "POWER": rows.bit_length() - 1}
 
 
 @triton.jit
@@ -65,32 +74,56 @@ def scalars_after(p_scalar, stride, i_row, rows, ROWS: tl.constexpr):
 
 
 @triton.jit
-def outward(g, g_next, LENGTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Sums of gates within each LENGTH rows: from the first row up to each row, and over those after it. None is a difference.
-
-    `g_next` holds the gates of the rows after those of `g`.
-    """
-    last = (tl.arange(0, ROWS) % LENGTH == LENGTH - 1)[:, None]
-    g_next = tl.where(last, 0.0, g_next)
-    before = tl.cumsum(tl.reshape(g, [ROWS // LENGTH, LENGTH, BLOCK_K]), 1)
-    after = tl.cumsum(tl.reshape(g_next, [ROWS // LENGTH, LENGTH, BLOCK_K]), 1, reverse=True)
-    return tl.reshape(before, [ROWS, BLOCK_K]), tl.reshape(after, [ROWS, BLOCK_K])
+def parts(g, dtype: tl.constexpr):
+    """What `added` takes of g: for inputs in bf16 three tiles in bf16 whose sum is g in all its 24 bits, else g itself."""
+    if dtype == tl.bfloat16:
+        high = g.to(tl.bfloat16)
+        rest = g - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    else:
+        high, middle, low = g, g, g
+    return high, middle, low
 
 
 @triton.jit
-def anchored(g, g_next, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Decays of queries and keys to the middle of each 2 HALF rows, 0 for queries before it and for keys after it."""
-    later = (tl.arange(0, ROWS) // HALF % 2 == 1)[:, None]
-    before, after = outward(g, g_next, HALF, ROWS, BLOCK_K)
+def added(chosen, g):
+    """[ROWS, BLOCK_K] sums of the chosen rows [ROWS, ROWS] of `parts`, by the tensor cores: a scan would take far longer."""
+    if g[0].dtype == tl.bfloat16:
+        ones = chosen.to(tl.bfloat16)
+        found = tl.dot(ones, g[0], tl.dot(ones, g[1], tl.dot(ones, g[2])))
+    else:
+        found = tl.dot(chosen.to(tl.float32), g[0], input_precision="tf32x3")
+    return found
+
+
+@triton.jit
+def from_first(g, power, ROWS: tl.constexpr):
+    """Sums of gates within each 2^power rows, from the first row up to each row."""
+    i = tl.arange(0, ROWS)
+    return added(together(power, ROWS) & (i[:, None] >= i[None, :]), g)
+
+
+@triton.jit
+def to_last(g, power, ROWS: tl.constexpr):
+    """Likewise over the rows after each row: nothing is a difference."""
+    i = tl.arange(0, ROWS)
+    return added(together(power, ROWS) & (i[:, None] < i[None, :]), g)
+
+
+@triton.jit
+def anchored(g, power, ROWS: tl.constexpr):
+    """Decays of queries and keys to the middle of each 2^power rows, 0 for queries before it and for keys after it."""
+    later = (tl.arange(0, ROWS) >> (power - 1) & 1 == 1)[:, None]
+    before, after = from_first(g, power - 1, ROWS), to_last(g, power - 1, ROWS)
     return tl.where(later, tl.exp(before), 0.0), tl.where(later, 0.0, tl.exp(after))
 
 
 @triton.jit
-def anchored_corner(g, g_next, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+def anchored_corner(g, ROWS: tl.constexpr):
     """Those of all queries and keys to the middle of each 8 rows: exponents lie within ±80."""
-    later = (tl.arange(0, ROWS) // 4 % 2 == 1)[:, None]
-    before, after = outward(g, g_next, 4, ROWS, BLOCK_K)
-    exponent = tl.where(later, before, -after)
+    later = (tl.arange(0, ROWS) & 4 == 4)[:, None]
+    exponent = tl.where(later, from_first(g, 2, ROWS), -to_last(g, 2, ROWS))
     return tl.exp(exponent), tl.exp(-exponent)
 
 
@@ -104,29 +137,69 @@ def held(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def together(LENGTH: tl.constexpr, ROWS: tl.constexpr):
-    """[ROWS, ROWS]: which pairs lie in the same LENGTH rows."""
-    block = tl.arange(0, ROWS) // LENGTH
+def together(power, ROWS: tl.constexpr):
+    """[ROWS, ROWS]: which pairs lie in the same 2^power rows."""
+    block = tl.arange(0, ROWS) >> power
     return block[:, None] == block[None, :]
 
 
 @triton.jit
-def near_logits(q, k, g, g_next, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+def channels(p_x, stride, i_row, rows, i_k, K: tl.constexpr):
+    """[ROWS, CHANNELS] of the channels i_k of rows."""
+    p_x += i_row.to(tl.int64)[:, None] * stride + i_k[None, :]
+    return tl.load(p_x, mask=(i_row < rows)[:, None] & (i_k < K)[None, :], other=0.0)
+
+
+@triton.jit
+def put_channels(p_x, stride, i_row, rows, x, i_k, K: tl.constexpr):
+    """The way back."""
+    p_x += i_row.to(tl.int64)[:, None] * stride + i_k[None, :]
+    tl.store(p_x, x.to(p_x.dtype.element_ty), mask=(i_row < rows)[:, None] & (i_k < K)[None, :])
+
+
+@triton.jit
+def gates_of(p_gate, stride, i_row, rows, i_k, K: tl.constexpr, dtype: tl.constexpr):
+    """`parts` of such gates, none below -20."""
+    g = channels(p_gate, stride, i_row, rows, i_k, K).to(tl.float32)
+    return parts(tl.where(g < -20.0, -20.0, g), dtype)
+
+
+@triton.jit
+def near_logits(
+    p_q,
+    p_k,
+    p_gate,
+    stride_q,
+    stride_k,
+    stride_gate,
+    i_m,
+    rows,
+    WIDE: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    POWER: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """[ROWS, ROWS] of the pairs of a tile, without scale and γ; those of a query with later keys are not meant.
 
     Of the tile's halves, quarters … down to 8 rows the later queries with the earlier keys, anchored between them; and the
-    pairs within 8 rows, anchored in their middle.
+    pairs within 8 rows, anchored in their middle. Some channels at a time, so that all of theirs is in registers.
     """
     precision: tl.constexpr = "ieee" if WIDE else "tf32x3"
-    w_q, w_k = anchored_corner(g, g_next, ROWS, BLOCK_K)
-    logits = tl.dot(held(q * w_q, q.dtype), tl.trans(held(k * w_k, q.dtype)), input_precision=precision)
-    logits = tl.where(together(8, ROWS), logits, 0.0)
-    for level in tl.static_range(4):
-        if ROWS >> (level + 1) >= 8:
-            w_q, w_k = anchored(g, g_next, ROWS >> (level + 1), ROWS, BLOCK_K)
+    CHANNELS: tl.constexpr = BLOCK_K if BLOCK_K < 32 else 32
+    total = tl.zeros([ROWS, ROWS], tl.float32)
+    for first in range(0, BLOCK_K, CHANNELS):
+        i_k = first + tl.arange(0, CHANNELS)
+        q, k = channels(p_q, stride_q, i_m, rows, i_k, K), channels(p_k, stride_k, i_m, rows, i_k, K)
+        g = gates_of(p_gate, stride_gate, i_m, rows, i_k, K, q.dtype)
+        w_q, w_k = anchored_corner(g, ROWS)
+        logits = tl.dot(held(q * w_q, q.dtype), tl.trans(held(k * w_k, q.dtype)), input_precision=precision)
+        total += tl.where(together(3, ROWS), logits, 0.0)
+        for power in range(4, POWER + 1):
+            w_q, w_k = anchored(g, power, ROWS)
             product = tl.dot((q * w_q).to(q.dtype), tl.trans((k * w_k).to(k.dtype)), input_precision="ieee")
-            logits += tl.where(together(ROWS >> level, ROWS), product, 0.0)
-    return logits
+            total += tl.where(together(power, ROWS), product, 0.0)
+    return total
 
 
 @triton.jit

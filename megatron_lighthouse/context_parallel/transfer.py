@@ -34,10 +34,9 @@ class End:
     def slots(self) -> Tensor:
         """[copies, length] int64: where among what travels each copy of each row is; n where it does not."""
         travels = len(self.rows)
-        slots = self.rows.new_full((self.copies, self.length), travels)
-        copy = torch.zeros_like(self.rows) if self.copy is None else self.copy
-        slots[copy, self.rows] = torch.arange(travels, device=slots.device)
-        return slots
+        slots = self.rows.new_full((self.copies * self.length,), travels)
+        place = self.rows if self.copy is None else self.copy * self.length + self.rows
+        return slots.scatter_(0, place, torch.arange(travels, device=slots.device)).view(self.copies, -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +51,7 @@ class Queue:
     @staticmethod
     def of(partner: Tensor, key: Tensor, span: int, size: int) -> Queue:
         """Of things that travel to or from rank `partner` of `size`, or not at all where that is `size`; keys below `span`."""
-        together = (partner * span + key).flatten()
+        together = (partner.long() * span + key).flatten()
         ordered, order = together.sort()
         bounds = torch.searchsorted(ordered, torch.arange(size + 1, device=order.device) * span)
         return Queue(order, bounds.diff())

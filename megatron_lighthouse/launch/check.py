@@ -82,7 +82,7 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
     from megatron_lighthouse.launch.fits import counted, names_vocabulary, needs, too_much, without_logits
     from megatron_lighthouse.launch.layout import enough, layout, one_sequence
     from megatron_lighthouse.launch.sizes import sizes
-    from megatron_lighthouse.mcore.command_line import flags, pyramid, scorer
+    from megatron_lighthouse.mcore.command_line import causal, flags, pyramid, scorer
     from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
     from megatron_lighthouse.plan.device import DEVICES
 
@@ -96,6 +96,7 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
     load, base = (here(sees, path) if path else None for path in (args.load, args.pretrained_checkpoint))
     vars(args).update(pyramid.choice(args, load, base)[0])
     args.lighthouse_scorer, _ = scorer.choice(args, load, base)
+    args.lighthouse_causal_selection, _ = causal.choice(args, load, base)
     device = DEVICES[options.device if options.device in kinds else kinds[0]] if kinds else None
     world = options.nodes * options.gpus_per_node
     problems = [*unknown, *(enough(args, world) if options.exact else ())]

@@ -10,8 +10,10 @@ from megatron_lighthouse.mcore.data.text import PADDED_VOCABULARY
 from megatron_lighthouse.plan import memory
 from megatron_lighthouse.plan.device import Device
 from megatron_lighthouse.plan.run import Run
-from megatron_lighthouse.plan.words import RECOMPUTE_WORDS, run_of_words
+from megatron_lighthouse.plan.search import ways
+from megatron_lighthouse.plan.words import recompute_words, run_of_words
 
+AGAIN = ("recompute", "mlp_tile_tokens")
 REFUSED = 1.25
 """Memory over what a run may allocate above which it is refused: the count may be wrong by 10%, and no logits were measured."""
 
@@ -68,7 +70,7 @@ def enough_memory(run: Run) -> Iterator[str]:
     for tries in (
         [("no --cross-entropy-loss-fusion", {"loss_fusion": False})] if run.loss_fusion else [],
         [("no --loss-tile-tokens", {"loss_tile_tokens": None})] if run.loss_tile_tokens is not None else [],
-        [(RECOMPUTE_WORDS[name], {"recompute": name}) for name in ("mlp", "full")],
+        [(recompute_words(way), {name: getattr(way, name) for name in AGAIN}) for way in ways(run) if way.recompute != "none"],
         [(f"--context-parallel-size {cp * n}", {"context_parallel": cp * n}) for n in (2, 4, 8, 16, 32)],
         [(f"--tensor-model-parallel-size {tp * n} --sequence-parallel", {"tensor_parallel": tp * n}) for n in (2, 4, 8)],
     ):

@@ -55,7 +55,8 @@ def lighthouse_attention(
     Args:
         query: [N, B, H, D], after RoPE; float64, float32, bfloat16 or float16, any strides. Megatron's "sbhd".
         key, value: [N, B, G, D], G dividing H; same dtype and device as the query. Values may have another D (MLA).
-        streams: what else the attention `config.around` reads, rotated as the queries, each [N, B, H, D].
+        streams: what else the attention `config.around` reads, each [N, B, H, D] and rotated as the queries, unless its page
+            in the docs says otherwise.
         around: options of that attention, an object of its variant's `config`; its defaults if None. Not with `attend`.
         softmax_scale: of the inner attention; 1/sqrt(D) by default. Not with `attend`.
         rotary: what queries and keys are rotated by. With it a pooled row stands at the last token of its window, as the
@@ -134,7 +135,7 @@ def attended_rows(
 ) -> Attended:
     """All steps of `lighthouse_attention` but the last, which must follow: the halo is under way until then."""
     refuse_transforms(query, key, value, *streams)
-    check_own(query, key, value, config, streams, softmax_scale, around, attend)
+    check_own(query, key, value, config, streams, softmax_scale, around, attend, exchange)
     how = (exchange, cp_comm_type, softmax_scale, attend is not None, rotary, sinks is not None, value.shape[-1], around)
     layer = layer_for(config, query, key, value, *how)
     if selection is not None:
@@ -160,7 +161,7 @@ def packed_rows(
 ) -> PackedAttended | ShardedAttended:
     """As `attended_rows`, of a row of documents."""
     refuse_transforms(query, key, value, *streams)
-    check_own(query, key, value, config, streams, softmax_scale, around, attend)
+    check_own(query, key, value, config, streams, softmax_scale, around, attend, exchange)
     how = (softmax_scale, attend is not None, rotary, around, exchange, cp_comm_type)
     layer, documents = _packed(config, query, key, value, cu_seqlens, exchange, *how)
     if selection is not None:

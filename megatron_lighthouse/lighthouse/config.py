@@ -10,8 +10,9 @@ from typing import Any
 
 from megatron_lighthouse.lighthouse.around import AROUND
 from megatron_lighthouse.lighthouse.by_length import NAMES, by_length
+from megatron_lighthouse.lighthouse.causal_rules import causal_problem
 from megatron_lighthouse.lighthouse.geometry import Geometry
-from megatron_lighthouse.lighthouse.packed.rule import Rule
+from megatron_lighthouse.lighthouse.packed.rule import Rule, rule_problem
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.options import flag_of, option
 from megatron_lighthouse.softmax.names import INNER
@@ -116,6 +117,14 @@ class LighthouseConfig:
     """Always refine the first window, so that every position has an output (the authors' code leaves
     the first p^(L-1)-1 positions zero wherever it does not happen to select that window)."""
 
+    causal_selection: bool = option(
+        False,
+        "Let no later token decide what is refined: by queries a window is refined before it begins, by keys it is refined for "
+        "the tokens after it. Default: off; what goes on from a checkpoint takes the checkpoint's.",
+        by_checkpoint=True,
+    )
+    """Let no later token decide what is refined, so that no output depends on one: see `lighthouse.causal` (ours)."""
+
     document_tile: int = option(
         0,
         "Tokens of a tile where documents are packed, each with the tile budget; a document's last tile is shorter. Default: "
@@ -165,21 +174,8 @@ class LighthouseConfig:
             raise ValueError(problem)
         if self.heads_per_selection < 0:
             raise ValueError(f"{named('heads_per_selection')} {self.heads_per_selection} must not be negative: use 1.")
-        self._check_documents()
-
-    def _check_documents(self) -> None:
-        """Raises ValueError where the rule for packed documents cannot be kept."""
-        window = self.pooling ** (self.levels - 1)
-        least = self.tile_budget * window
-        if self.document_tile and (self.document_tile < least or self.document_tile % window):
-            above = max(least, -(-self.document_tile // window) * window)
-            raise ValueError(
-                f"{named('document_tile')} {self.document_tile} must be a multiple of {window}, the tokens of a coarsest "
-                f"window, and at least {least}, one window for each entry of {named('tile_budget')} {self.tile_budget}: use "
-                f"{above}."
-            )
-        if self.whole_below < 0:
-            raise ValueError(f"{named('whole_below')} {self.whole_below} must not be negative: use 0.")
+        if problem := rule_problem(self) or causal_problem(self):
+            raise ValueError(problem)
 
     @property
     def rule(self) -> Rule:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.lighthouse.around import streams_problem
+from megatron_lighthouse.lighthouse.around import AROUND
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.geometry import Pyramid
 from megatron_lighthouse.lighthouse.selection import Selection
@@ -23,6 +23,7 @@ def check_own(
     softmax_scale: float | None,
     around: object,
     attend: object,
+    exchange: Exchange | None,
 ) -> None:
     """Raises ValueError for what is of the default inner attention beside another, and for streams that it does not read."""
     if attend is not None and (softmax_scale is not None or around is not None):
@@ -30,7 +31,7 @@ def check_own(
         name = "around" if softmax_scale is None else "softmax_scale"
         own = "options" if softmax_scale is None else "scale"
         raise ValueError(f"{name} belongs to the default inner attention: give `attend` its own {own} instead.")
-    if problem := streams_problem(config.around, query, streams):
+    if problem := AROUND[config.around].streams_problem(around, query, key, streams, exchange):
         check(query, key, value)
         raise ValueError(problem)
 

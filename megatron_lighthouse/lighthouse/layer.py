@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ from torch import Tensor
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.ring import Passage
 from megatron_lighthouse.lighthouse import telemetry
-from megatron_lighthouse.lighthouse.around import AROUND, apart, stacked
+from megatron_lighthouse.lighthouse.around import AROUND
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.geometry import Geometry, Tiled
 from megatron_lighthouse.lighthouse.heads import heads_problem, summed
 from megatron_lighthouse.lighthouse.implementations import steps_for
 from megatron_lighthouse.lighthouse.rotary import Rotary
+from megatron_lighthouse.lighthouse.rows import RowAttention
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.lighthouse.scorers.base import Scorer
 from megatron_lighthouse.lighthouse.selection import Selection
@@ -26,7 +28,6 @@ from megatron_lighthouse.lighthouse.sharded.halo import with_halo
 from megatron_lighthouse.lighthouse.sharded.select import own_tiles, select_shard
 from megatron_lighthouse.lighthouse.steps import HaloTravel, Steps
 from megatron_lighthouse.ranges import profiled
-from megatron_lighthouse.variant import RowAttention
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,24 @@ class Layer:
     own_tiles: Geometry | None
     """Where context-parallel ranks select alone: of this rank's tiles. Else rows are dealt."""
     pin_first: bool
+    causal: bool
+    """Whether the selection rests on no later token."""
     steps: Steps
     scorer: Scorer
     exchange: Exchange | None
+    gather: Callable[..., tuple[Tensor, ...]]
+    """What rows are, of what is around: see `Variant.gather`."""
     attend: RowAttention | None
     """The inner attention; None where every call brings its own."""
     heads_per_selection: int
     """Key/value heads that share a selection."""
     rotary: Rotary | None
     """By which rows are turned on to their window's last token while they are pooled."""
+
+    @property
+    def rule(self) -> tuple[bool, bool]:
+        """(pin_first, causal), as `Steps.select` takes them."""
+        return self.pin_first, self.causal
 
     def __call__(
         self,
@@ -104,11 +114,9 @@ class Layer:
         groups = selection.places.shape[1]
         passage = None if self.attend is None or attend else self.attend.passage()
         # what is gathered for a ring can set out at once, unless it is dealt first
-        near, setting_out = stacked(query, streams, groups), None if deal else passage
-        rows_near, rows_k, rows_v = self.steps.gather(near, key, value, selection, setting_out, self.rotary)
-        if deal:
-            rows_near, rows_k, rows_v = deal.out(groups, rows_near, rows_k, rows_v)
-        rows_q, *others = apart(rows_near, len(streams), groups)
+        take = partial(self.steps.gather, selection=selection, travel=None if deal else passage, rotary=self.rotary)
+        rows = self.gather(take, selection, query, key, value, *streams)
+        rows_q, rows_k, rows_v, *others = deal.out(groups, *rows) if deal else rows
         others += [] if sinks is None else [sinks]
         with profiled("attend"):
             if attend:
@@ -116,11 +124,11 @@ class Layer:
             else:
                 assert self.attend is not None
                 attended = self.attend(rows_q, rows_k, rows_v, *others, passage=passage)
-        rows = deal.back(attended, groups) if deal else attended
+        back = deal.back(attended, groups) if deal else attended
         if self.exchange is None:
-            return Attended(rows, attended, selection, self.steps)
-        rows, halo, travel = with_halo(rows, selection, self.exchange)
-        return Attended(rows, attended, selection, self.steps, halo, travel, passage)
+            return Attended(back, attended, selection, self.steps)
+        back, halo, travel = with_halo(back, selection, self.exchange)
+        return Attended(back, attended, selection, self.steps, halo, travel, passage)
 
     def select(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Selection, Deal | None]:
         """The entries of this rank; and, where the ranks hold different numbers of rows, how these are dealt."""
@@ -128,10 +136,10 @@ class Layer:
             scores, deal = self.scorer(query, key, value, self.own, self.steps, self.exchange, self.rotary), None
             scores = summed(scores, self.heads_per_selection)
             if self.exchange is None:
-                selection = self.steps.select(scores, self.geometry, self.pin_first)
+                selection = self.steps.select(scores, self.geometry, *self.rule)
             else:
-                selection, deal = select_shard(scores, self.geometry, self.own_tiles, self.pin_first, self.steps, self.exchange)
-            telemetry.record(selection, scores, self.geometry, self.pin_first, self.steps, self.scorer.causal)
+                selection, deal = select_shard(scores, self.geometry, self.own_tiles, *self.rule, self.steps, self.exchange)
+            telemetry.record(selection, scores, self.geometry, *self.rule, self.steps, self.scorer.causal)
         return selection, deal
 
 
@@ -162,7 +170,8 @@ def build(
     Raises:
         ValueError: as `lighthouse_attention`.
     """
-    if rotary is not None and (problem := rotary.problem(query.shape[3])):
+    base = AROUND[config.around]
+    if rotary is not None and (problem := rotary.problem(query.shape[3]) or base.rotary_problem()):
         raise ValueError(problem)
     if problem := heads_problem(config, key.shape[2], query.shape[3], value_dim):
         raise ValueError(problem)
@@ -171,8 +180,10 @@ def build(
     attend: RowAttention | None = None
     if not own_attend:
         how = (exchange, comm_type, softmax_scale, sinks, value_dim)
-        attend = AROUND[config.around].build_rows(around, config.inner, query, key, *how)
+        rows_q, rows_k = (x[:1].expand(geometry.gathered_length // size, -1, -1, -1) for x in (query, key))
+        attend = base.build_rows(around, config.inner, rows_q, rows_k, *how)
     steps = steps_for(config.steps, query, config.pooling)
     own, tiles = Tiled(query.shape[0], config.levels, config.pooling, geometry.tile), own_tiles(geometry, size)
     scorer, shared = SCORERS[config.scorer], config.heads_per_selection or 1
-    return Layer(geometry, own, tiles, config.pin_first, steps, scorer, exchange, attend, shared, rotary)
+    rule = (config.pin_first, config.causal_selection)
+    return Layer(geometry, own, tiles, *rule, steps, scorer, exchange, base.gather, attend, shared, rotary)

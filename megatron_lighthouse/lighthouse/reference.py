@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from megatron_lighthouse.lighthouse.causal import earlier_as_high, select_causally
 from megatron_lighthouse.lighthouse.geometry import Geometry, Pyramid
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.selection import Selection
@@ -128,8 +129,10 @@ def next_power_of_two(n: int) -> int:
 
 @torch.no_grad()
 @profiled("select")
-def select(scores: Tensor, geometry: Geometry, pin_first: bool) -> Selection:
+def select(scores: Tensor, geometry: Geometry, pin_first: bool, causal: bool = False) -> Selection:
     """See `Steps.select`."""
+    if causal:
+        return select_causally(scores, geometry, places_of, earlier_as_high)
     half, top = geometry.tile_budget // 2, geometry.levels - 1
     by_level = scores.split([geometry.entries(level) for level in range(1, geometry.levels)], -1)
     batch, groups, device = *scores.shape[1:3], scores.device
@@ -253,10 +256,11 @@ class _Scatter(torch.autograd.Function):
     def forward(ctx: FunctionCtx, rows: Tensor, halo: Tensor | None, selection: Selection) -> Tensor:
         ctx.selection, ctx.has_halo = selection, halo is not None  # type: ignore[attr-defined]
         geometry, chunks = selection.geometry, selection.chunks
-        out = read_or_zero(rows, selection.rows[0]).unflatten(0, (chunks, -1))
+        spilling = selection.by_level(selection.scattered)
+        out = read_or_zero(rows, spilling[0]).unflatten(0, (chunks, -1))
         for level in range(1, geometry.levels):
             window, start = geometry.window(level), geometry.spill(level).start
-            entries = read_or_zero(rows, selection.rows[level]).unflatten(0, (chunks, -1))
+            entries = read_or_zero(rows, spilling[level]).unflatten(0, (chunks, -1))
             out[:, start:] += entries.repeat_interleave(window, 1)[:, : out.shape[1] - start]
             if halo is not None:
                 out[:, :start] += halo[:, level - 1, None].to(out.dtype)
@@ -274,7 +278,10 @@ class _Scatter(torch.autograd.Function):
             shifted = torch.cat([wide[:, start:], wide.new_zeros(wide.shape[0], start, *wide.shape[2:])], 1)
             sums.append(shifted.flatten(0, 1).unflatten(0, (-1, geometry.window(level))).sum(1))
             halo.append(wide[:, :start].sum(1))
-        rows = read(torch.cat(sums), selection.indices).to(grad.dtype)
+        of_entries = torch.cat(sums)
+        if selection.spills is not None:
+            of_entries[(selection.spills < 0).movedim(-1, 0)] = 0
+        rows = read(of_entries, selection.indices).to(grad.dtype)
         return rows, torch.stack(halo, 1).to(grad.dtype) if ctx.has_halo else None, None  # type: ignore[attr-defined]
 
 

@@ -29,6 +29,14 @@ class Selection:
     chunks: int = 1
     """Contiguous runs of the sequence, equally long, that the tokens are made of: what spills past the end of one goes to
     the chunk that follows it in the whole sequence, not to the next one here."""
+    spills: Tensor | None = None
+    """As `places`, of the entries whose rows are scattered: -1 for those whose rows are keys and values alone too. None: all
+    are scattered."""
+
+    @property
+    def scattered(self) -> Tensor:
+        """The places of the rows that are scattered."""
+        return self.places if self.spills is None else self.spills
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
@@ -38,7 +46,11 @@ class Selection:
     @property
     def rows(self) -> tuple[Tensor, ...]:
         """Views of `places`, one a level: [B, G, N/p^l]."""
-        return self.places.split([self.geometry.entries(level) for level in range(self.geometry.levels)], -1)
+        return self.by_level(self.places)
+
+    def by_level(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Views of something of each entry, [..., pyramid length], one a level."""
+        return x.split([self.geometry.entries(level) for level in range(self.geometry.levels)], -1)
 
     @property
     def last_places(self) -> Tensor:

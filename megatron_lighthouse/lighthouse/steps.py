@@ -61,12 +61,13 @@ class Steps(Protocol):
             For each token the norm of its group's H/G rows of the output, taken as one vector (ours; H = G is the paper).
         """
 
-    def select(self, scores: Tensor, geometry: Geometry, pin_first: bool) -> Selection:
+    def select(self, scores: Tensor, geometry: Geometry, pin_first: bool, causal: bool = False) -> Selection:
         """Choose entries tile by tile, coarse to fine, and number them in causal order.
 
         At every level above 0 the m/2 candidates of highest s^Q, then the m/2 of highest s^K among the rest, are
         refined: their p children are the next level's candidates. All candidates are gathered. Ties go to the lower
-        index. `pin_first` (ours) lets the first window win at each level.
+        index. `pin_first` (ours) lets the first window win at each level. `causal` (ours) chooses without later
+        tokens, and lets the first window of each tile win: see `lighthouse.causal`.
         """
 
     def gather(
@@ -92,8 +93,9 @@ class Steps(Protocol):
     ) -> Tensor:
         """Add each row to the positions of its spill range: [S, B, H, D] -> [N, B, H, D].
 
-        Position j sums, over the levels, the row of entry (j - p^l + 1) // p^l where that was gathered. What an entry spills
-        past the end of its chunk is dropped. `halo` is [chunks, L-1, B, H, D]: the rows of the entries of levels 1..L-1 that
-        end where a chunk begins, zero where not gathered; with `travel` it may still be under way. Differentiable in `rows`
+        Position j sums, over the levels, the row of entry (j - p^l + 1) // p^l where that was gathered and is not silent
+        (`Selection.spills`). What an entry spills past the end of its chunk is dropped. `halo` is [chunks, L-1, B, H, D]: the
+        rows of the entries of levels 1..L-1 that end where a chunk begins, zero where not gathered; with `travel` it may still
+        be under way. Differentiable in `rows`
         and `halo`: dÕ_m = sum of dO over the range of entry m. Keeps only the map for backward.
         """

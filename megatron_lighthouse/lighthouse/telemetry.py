@@ -13,6 +13,9 @@ from torch import Tensor
 from megatron_lighthouse import running
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse.geometry import Geometry
+from megatron_lighthouse.lighthouse.in_tiles import by_token, first_tokens, in_windows, places_in_tiles
+from megatron_lighthouse.lighthouse.packed.packing import Packing
+from megatron_lighthouse.lighthouse.packed.steps import PackedSteps
 from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.lighthouse.steps import Steps
 
@@ -24,17 +27,20 @@ CUTS = (25, 50, 75)
 
 @dataclass(frozen=True)
 class Choice:
-    """A selection, and what it was made from. Of the heads of this rank; under context parallelism, of its tokens."""
+    """A selection, and what it was made from. Of the heads of this rank; under context parallelism, of its tokens, or of the
+    whole row of packed documents."""
 
     selection: Selection
     scores: Tensor
     """[2, B, G, coarse length], as a `Scorer` gives them."""
-    geometry: Geometry
-    """Of the whole sequence."""
+    geometry: Geometry | Packing
+    """Of the whole sequence, or of the row of documents."""
     pin_first: bool
-    steps: Steps
-    causal: bool = True
+    steps: Steps | PackedSteps
+    scores_are_causal: bool = True
     """Whether no score depends on later tokens: `Scorer.causal`."""
+    causal: bool = False
+    """Whether the selection does not either, as `Steps.select` takes it."""
 
 
 _watched: dict[int, Choice | None] = {}
@@ -64,17 +70,17 @@ def watched() -> dict[int, Choice]:
 
 
 def record(
-    selection: Selection, scores: Tensor, geometry: Geometry, pin_first: bool, steps: Steps, causal: bool = True
+    selection: Selection,
+    scores: Tensor,
+    geometry: Geometry | Packing,
+    pin_first: bool,
+    causal: bool,
+    steps: Steps | PackedSteps,
+    scores_are_causal: bool = True,
 ) -> None:
     """Called by the attention with every selection that it makes, and what it made it from: see `Choice`."""
     if (number := running.current()) in _watched:
-        _watched[number] = Choice(selection, scores, geometry, pin_first, steps, causal)
-
-
-def refuse_documents() -> None:
-    """Raises ValueError where the layer that runs is watched: what is measured goes by the tiles of one sequence."""
-    if running.current() in _watched:
-        raise ValueError("telemetry measures one sequence, not packed documents: watch no layer that runs over documents.")
+        _watched[number] = Choice(selection, scores, geometry, pin_first, steps, scores_are_causal, causal)
 
 
 def whole(choice: Choice, sequence: Exchange | None, heads: Exchange | None = None) -> Choice:
@@ -89,7 +95,7 @@ def whole(choice: Choice, sequence: Exchange | None, heads: Exchange | None = No
     places, scores, geometry = choice.selection.places, choice.scores, choice.geometry
     if heads is not None:
         places, scores = (torch.cat([*heads.all_gather(x, "telemetry")], -2) for x in (places, scores))
-    if sequence is not None:
+    if sequence is not None and not isinstance(geometry, Packing):
         counts = [choice.selection.geometry.entries(level) for level in range(geometry.levels)]
         places = _in_order((places >= 0).to(torch.int8), counts, sequence).int() - 1
         scores = _in_order(scores, counts[1:], sequence)
@@ -110,9 +116,10 @@ def entries_by_level(selection: Selection) -> list[float]:
 def coverage(selection: Selection) -> list[float]:
     """Share of the tokens that lie in a gathered entry of each level, finest first; the coarsest is always 1.
 
-    An entry is gathered only where that of the next level around it is: so it is the share in levels 0..l, too.
+    An entry is gathered only where that of the next level around it is: so it is the share in levels 0..l, too. Of packed
+    documents, those tokens that are in no window lie in entries of level 0 alone.
     """
-    return [(rows >= 0).double().mean().item() for rows in selection.rows]
+    return [_share(selection, level, rows >= 0) for level, rows in enumerate(selection.rows)]
 
 
 def coverage_of_any_head(selection: Selection) -> list[float]:
@@ -120,29 +127,43 @@ def coverage_of_any_head(selection: Selection) -> list[float]:
 
     Equal to `coverage` where all heads choose alike, and up to G times as much where each chooses for itself.
     """
-    return [(rows >= 0).any(1).double().mean().item() for rows in selection.rows]
+    return [_share(selection, level, (rows >= 0).any(1)) for level, rows in enumerate(selection.rows)]
+
+
+def _share(selection: Selection, level: int, gathered: Tensor) -> float:
+    """Of all tokens, those in gathered [..., entries of `level`]."""
+    geometry = selection.geometry
+    inside = geometry.entries(level) * geometry.window(level) / geometry.seq_length  # 1 but for packed documents
+    return gathered.double().mean().item() * inside if inside else 0.0
 
 
 def distances(choice: Choice) -> list[float]:
     """How far from the last token of their tile the tokens of gathered level-0 entries lie, in tiles: `QUANTILES`. Ours.
 
     All tiles gather equally many, so how far back they lie in the sequence is settled, and where in its tile is not: 0.1, 0.5
-    and 0.9 where they are spread evenly, more where the beginning of tiles is preferred.
+    and 0.9 where they are spread evenly, more where the beginning of tiles is preferred. A document's last tile may be shorter.
     """
-    finest = choice.selection.rows[0] >= 0
-    # how many lie at each distance or nearer; integers, so that no quantile is off by rounding
-    nearer = finest.unflatten(-1, (choice.geometry.tiles, -1)).sum((0, 1, 2)).cpu().flip(0).cumsum(0)
-    return [int((100 * nearer < percent * nearer[-1]).sum()) / len(nearer) for percent in QUANTILES]
+    geometry = choice.geometry
+    finest = in_windows(geometry, choice.selection.rows[0] >= 0).sum((0, 1)).cpu()
+    number, size = (x.cpu() for x in places_in_tiles(geometry, finest.device))
+    width = len(finest) // len(number)
+    place = (number.unsqueeze(1) * width + torch.arange(width)).flatten()
+    tile = size.repeat_interleave(width) * width
+    distance = (tile - 1 - place).double() / tile
+    distance, order = distance.sort()
+    nearer = finest[order].cumsum(0)  # integers, so that no quantile is off by rounding
+    return [distance[int((100 * nearer < percent * nearer[-1]).sum())].item() for percent in QUANTILES]
 
 
 def gap(selection: Selection) -> float:
     """Tokens from a position back to the nearest token of a gathered level-0 entry, itself counting, on average. Ours.
 
-    Where there is none, to before the first token.
+    Where there is none, to before the first token of the sequence or document.
     """
     finest = selection.rows[0] >= 0
     position = torch.arange(finest.shape[-1], device=finest.device)
-    nearest = position.where(finest, -1).cummax(-1).values
+    before = first_tokens(selection.geometry, finest.device) - 1
+    nearest = torch.maximum(position.where(finest, -1).cummax(-1).values, before)
     return (position - nearest).double().mean().item()
 
 
@@ -159,24 +180,23 @@ def later_tokens(choice: Choice) -> list[float]:
 
     The layer alone is asked: its queries, keys and values are as they were, although layers below it select too.
     """
-    if not choice.causal:
+    if not choice.scores_are_causal:
         return [math.nan] * len(CUTS)
     geometry, before = choice.geometry, choice.selection.rows
-    windows = geometry.tile
+    number, size = places_in_tiles(geometry, choice.scores.device)
+    rule = (choice.pin_first,) if isinstance(geometry, Packing) else (choice.pin_first, choice.causal)
     shares = []
     for percent in CUTS:
-        kept = torch.arange(windows, device=choice.scores.device) < min(max(1, windows * percent // 100), windows - 1)
-        masks = [
-            kept.repeat_interleave(geometry.window(geometry.levels - 1 - level)).repeat(geometry.tiles)
-            for level in range(geometry.levels)
-        ]
-        scores = choice.scores.masked_fill(~torch.cat(masks[1:]), 0)
-        after = choice.steps.select(scores, geometry, choice.pin_first).rows
+        kept = number < torch.minimum((size * percent // 100).clamp(min=1), size - 1)
+        coarse = [kept.repeat_interleave(geometry.pooling ** (geometry.levels - 1 - n)) for n in range(1, geometry.levels)]
+        masks = [by_token(geometry, coarse[0], 1), *coarse]
+        scores = choice.scores.masked_fill(~torch.cat(coarse), 0)
+        after = choice.steps.select(scores, geometry, *rule).rows  # type: ignore[arg-type]
         only_one = either = 0
         for a, b, mask in zip(before[:-1], after[:-1], masks[:-1], strict=True):
             a, b = (a >= 0) & mask, (b >= 0) & mask
             only_one, either = only_one + int((a ^ b).sum()), either + int((a | b).sum())
-        shares.append(only_one / either)
+        shares.append(only_one / either if either else math.nan)  # tiles of one window have nothing before a cut
     return shares
 
 

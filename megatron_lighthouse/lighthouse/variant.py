@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_lighthouse import running
 from megatron_lighthouse.lighthouse.around import AROUND
+from megatron_lighthouse.lighthouse.causal_rules import causal_documents_problem
 from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
 from megatron_lighthouse.lighthouse.heads import documents_problem
@@ -35,6 +36,8 @@ class Placed:
 
     layer: Layer
     place: Place
+    base: Variant
+    """What it is around."""
 
     def __call__(
         self,
@@ -48,6 +51,7 @@ class Placed:
         import torch
 
         with running.layer(self.place.number):
+            streams = self.base.of_projections(self.place.around, streams)
             attended = self.layer.attended(query, key, value, *streams, attend=attend, sinks=sinks)
             output = attended.scatter()
         if not self.place.discard_output or not output.requires_grad or torch.compiler.is_compiling():
@@ -62,6 +66,7 @@ class PlacedDocuments:
 
     layer: PackedLayer | ShardedPackedLayer
     place: Place
+    base: Variant
 
     def __call__(
         self,
@@ -73,6 +78,7 @@ class PlacedDocuments:
         attend: AttendDocuments | None = None,
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
         with running.layer(self.place.number):
+            streams = self.base.of_projections(self.place.around, streams)
             rows: Callable[..., Any] = self.layer.attended  # of several ranks, without streams
             attended = rows(query, key, value, *streams, documents=documents, attend=attend)
             output = attended.scatter()
@@ -117,7 +123,8 @@ class Lighthouse(Variant):
 
     def document_problems(self, config: LighthouseConfig, ranks: int) -> Iterator[str]:
         """Why documents cannot be ranked."""
-        for problem in (SCORERS[config.scorer].packed_problem(config.rule.window), documents_problem(config)):
+        problems = (documents_problem(config), causal_documents_problem(config))
+        for problem in (SCORERS[config.scorer].packed_problem(config.rule.window), *problems):
             if problem:
                 yield in_flags(problem)
         if ranks > 1 and config.around != "softmax":
@@ -188,7 +195,7 @@ class Lighthouse(Variant):
         own = (place.base_attends, place.rotary, place.sinks, place.value_dim, place.around)
         how = (place.exchange, place.comm_type, place.scale, *own)
         try:
-            return Placed(build(config, query, key, *how), place)
+            return Placed(build(config, query, key, *how), place, self.base(config))
         except ValueError as error:
             raise ValueError(in_flags(str(error))) from None
 
@@ -197,7 +204,7 @@ class Lighthouse(Variant):
 
         how = (place.scale, place.base_attends, place.rotary, place.around, place.exchange, place.comm_type)
         try:
-            return PlacedDocuments(build_packed(config, query, key, *how), place)
+            return PlacedDocuments(build_packed(config, query, key, *how), place, self.base(config))
         except ValueError as error:
             raise ValueError(in_flags(str(error))) from None
 
@@ -208,13 +215,15 @@ class Lighthouse(Variant):
             raise ValueError(in_flags(str(error))) from None
 
     def sent(
-        self, config: LighthouseConfig, seq_length: int, shape: Shape, layout: Layout, comm_type: str
+        self, config: LighthouseConfig, seq_length: int, shape: Shape, layout: Layout, comm_type: str, around: Any = None
     ) -> dict[str, tuple[int, int]]:
         geometry = config.geometry(seq_length, layout.size)
-        return layer_bytes(comm_type, geometry, shape, layout, config.scorer, self.base(config))
+        return layer_bytes(comm_type, geometry, shape, layout, config.scorer, self.base(config), around)
 
-    def summary(self, config: LighthouseConfig, seq_length: int, shape: Shape, ranks: int, comm_type: str) -> str:
-        return summary(config.geometry(seq_length, ranks), shape, ranks, comm_type, config.scorer, self.base(config))
+    def summary(
+        self, config: LighthouseConfig, seq_length: int, shape: Shape, ranks: int, comm_type: str, around: Any = None
+    ) -> str:
+        return summary(config.geometry(seq_length, ranks), shape, ranks, comm_type, config.scorer, self.base(config), around)
 
 
 LIGHTHOUSE = Lighthouse()

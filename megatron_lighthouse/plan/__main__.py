@@ -22,12 +22,12 @@ from megatron_lighthouse.lighthouse.config import AUTO, flag
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.mcore.command_line import scorer
 from megatron_lighthouse.options import in_flags
-from megatron_lighthouse.plan import gains, numbers, report, scaling, search
+from megatron_lighthouse.plan import gains, longest, numbers, report, scaling, search
 from megatron_lighthouse.plan.answer import answer
 from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import DEVICES, device_of
 from megatron_lighthouse.plan.documents import FLAG, Mix
-from megatron_lighthouse.plan.model import FLAGS
+from megatron_lighthouse.plan.model import FLAGS, UNTIED
 from megatron_lighthouse.plan.models import models, placed, run_of_model
 from megatron_lighthouse.plan.run import RECOMPUTE, Run, check_names, recipes, run_of
 from megatron_lighthouse.plan.stages import FRACTION, Stages
@@ -77,10 +77,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(flag("scorer"), dest="scorer", help=f"{', '.join((AUTO, *SCORERS))}")
     made.add_argument("--qk-layernorm", action="store_true", help="the model norms queries and keys")
     made.add_argument("--cross-entropy-loss-fusion", dest="loss_fusion", action="store_true", help="as Megatron's")
+    made.add_argument(UNTIED, dest="untied", action="store_true", help="as Megatron's; default: as the model or recipe has it")
     for flags in (FLAGS, RUN_FLAGS, CONFIG_FLAGS):
         for name, one in flags.items():
             kind = numbers.length if name == "seq_length" else int
             made.add_argument(one, dest=name, type=kind, metavar="N", help="instead of the recipe's")
+    made.add_argument("--longest", action="store_true", help="the longest context that these GPUs train, and stop")
     made.add_argument("--list", action="store_true", help="show models and recipes, and stop")
     made.add_argument("--errors", action="store_true", help="show the model beside every measured point and stop")
     return made
@@ -115,7 +117,8 @@ def run_from(options: argparse.Namespace) -> Run:
         run = run.change(options={**run.options, "qk_layernorm": True})
         if run.variant.selects and "scorer" not in given and SCORERS[run.config.scorer].by_length:
             run = run.change(config=run.config.replace(scorer=scorer.of_model(options)))
-    return run.change(model=replace(run.model, **{name: given[name] for name in FLAGS if name in given}))
+    sizes = {name: given[name] for name in FLAGS if name in given} | ({"tied": False} if options.untied else {})
+    return run.change(model=replace(run.model, **sizes))
 
 
 def plan(options: argparse.Namespace) -> str:
@@ -123,6 +126,12 @@ def plan(options: argparse.Namespace) -> str:
     if not 0 < options.tokens < math.inf:
         raise ValueError(f"--tokens {options.tokens:g} must be above 0, and finite: use 20B or 10e9.")
     run, speed, fraction = run_from(options), coefficients(), options.stage1_fraction
+    name = options.model or (options.recipe or RECIPE).removesuffix(".args").rpartition("/")[2]
+    if options.longest:
+        given = {field: value for field in LAYOUT if (value := getattr(options, field)) is not None}
+        found = (one for one in longest.layouts(run) if all(getattr(one, field) == value for field, value in given.items()))
+        own = any(getattr(options, field) is not None for field in ("levels", "budget", "tile_budget"))
+        return longest.answer(name, run, found, own, speed)
     if options.model and all(getattr(options, name) is None for name in LAYOUT):
         ranking = placed(run, speed, fraction)
         run = ranking.recommended[0]
@@ -130,7 +139,7 @@ def plan(options: argparse.Namespace) -> str:
         run.check()
         ranking = search.rank(run, speed, fraction)
     stages = Stages(run, fraction).check()
-    said = answer(options.model or Path(options.recipe or RECIPE).stem, stages, ranking, options.tokens, speed)
+    said = answer(name, stages, ranking, options.tokens, speed)
     return f"{said}\n\n{report.whole(stages, ranking, speed)}" if options.details else said
 
 

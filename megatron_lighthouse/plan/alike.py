@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from typing import Any
 
 from megatron_lighthouse.lighthouse.by_length import NAMES, by_length
 from megatron_lighthouse.mcore.command_line import kept
-from megatron_lighthouse.plan.model import GPT
+from megatron_lighthouse.plan.model import FLAGS
 from megatron_lighthouse.plan.run import recipes
 from megatron_lighthouse.variants import VARIANTS
 
 type Row = dict[str, Any]
-MODEL = tuple(field.name for field in fields(GPT))
+MODEL = tuple(FLAGS)
 OF_WORDS = {
     **{"scorer": "--lighthouse-scorer", "inner": "--lighthouse-inner", "steps": "--lighthouse-steps"},
     "transformer_impl": "--transformer-impl",

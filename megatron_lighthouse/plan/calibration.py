@@ -212,8 +212,8 @@ def measured_run(point: Point) -> Run:
         recompute="full" if "recompute full" in what else "none",
         discard_output="outputs kept" not in what,
     )
-    ends = {"dense_first": 0, "dense_last": 0} if "all layers" in what else {}
-    return run.change(model=replace(run.model, vocab=MEASURED_VOCAB, **ends))
+    model = replace(run.model, dense_first=0, dense_last=0) if "all layers" in what else run.model
+    return run.change(model=replace(model, vocab=MEASURED_VOCAB))
 
 
 def fit(features: list[list[float]], values: list[float], known: list[float] | None = None) -> Fit:

@@ -28,10 +28,10 @@ def dense_activations(run: Run) -> float:
     """Kept by a layer for a micro batch.
 
     Both norms' inputs and outputs (4h), Q, K, V after RoPE, the output and fp32 log-sum-exp of attention, gate and up (2 FFN)
-    and what goes down (FFN); and what another attention than softmax keeps besides (`Work.kept`).
+    and what goes down (FFN); what norms of queries and keys keep, and what another attention than softmax does (`Work.kept`).
     """
     model, columns = run.model, run.model.heads * run.model.head_dim * (1 + run.base.work.kept)
-    elements = 4 * model.hidden + model.qkv + columns + _mlp(run)
+    elements = 4 * model.hidden + model.qkv + columns + _mlp(run) + _normed(run)
     return run.tokens / run.tensor_parallel * (BF16 * elements + FP32 * model.heads)
 
 
@@ -39,15 +39,22 @@ def lighthouse_activations(run: Run, geometry: Geometry | None = None) -> float:
     """Kept by a Lighthouse layer: the gathered rows and their output in place of Q, K, V and the output; the map of entries.
 
     Of `geometry`, or the run's. The layer's own output too, unless it is freed and scattered again. The map has a 32-bit number
-    for each entry of all levels and each key/value head.
+    for each entry of all levels and each key/value head; a causal selection keeps a second one, of the rows that it scatters.
     """
     model, geometry = run.model, geometry or run.geometry
     columns = model.heads * model.head_dim
     kept = columns * run.base.work.kept
     rows = geometry.gathered_length / run.context_parallel * (BF16 * (model.qkv + columns + kept) + FP32 * model.heads)
-    entries = geometry.pyramid_length / run.context_parallel * model.groups * FP32
-    other = run.tokens * BF16 * (4 * model.hidden + _mlp(run) + (0 if run.discard_output else columns))
+    maps = 1 + getattr(run.config, "causal_selection", False)
+    entries = maps * geometry.pyramid_length / run.context_parallel * model.groups * FP32
+    other = run.tokens * BF16 * (4 * model.hidden + _mlp(run) + _normed(run) + (0 if run.discard_output else columns))
     return (rows + entries + other) / run.tensor_parallel
+
+
+def _normed(run: Run) -> int:
+    """Elements a token that norms of queries and keys keep: what they were given."""
+    model = run.model
+    return (model.heads + model.groups) * model.head_dim if run.options.get("qk_layernorm") else 0
 
 
 def _mlp(run: Run) -> int:
@@ -68,10 +75,11 @@ def parts(run: Run, stage: int | None = None) -> dict[str, float]:
     of_ours = lighthouse_activations(run, run.geometry) if ours else 0.0
     layer = max(of_ends if ends else 0.0, of_ours)
     kept = ends * of_ends + ours * of_ours
-    # gradients of a layer's output and of the MLP's, and what --recompute-modules mlp, or a tile, makes again
+    # gradients of a layer's output, of what goes down, and of gate and up, by when what went down is gone; and what
+    # --recompute-modules mlp, or a tile, makes again
     again, at_once = not _mlp(run), min(run.tokens, run.mlp_tile_tokens or run.tokens) / tp
-    backward = mlp = BF16 * (share * model.hidden + at_once * (6 if again else 3) * model.ffn)
-    if run.recompute == "full":
+    backward = mlp = BF16 * (share * model.hidden + at_once * (5 if again else 2) * model.ffn)
+    if run.recompute == "full":  # its output is held instead of the first norm's input, which is what is kept
         kept, backward = (ends + ours) * share * BF16 * model.hidden, mlp + layer
     gone = share * BF16 * (2 * model.hidden + _mlp(run))  # the MLP's, and its norm's input and output
     beyond = max(0.0, _attention_backward(run) - gone - mlp)
@@ -85,6 +93,7 @@ def parts(run: Run, stage: int | None = None) -> dict[str, float]:
         "backward of its attention, beyond that": beyond,
         "logits and loss": max(0.0, logits - backward - beyond),  # not both at once
         "gathered for tensor parallelism": run.tokens * model.hidden * BF16 if tp > 1 else 0.0,
+        "angles of RoPE (fp32)": run.tokens * model.head_dim * FP32,
     }
 
 
@@ -109,25 +118,26 @@ def stage_name(run: Run) -> str:
 def _attention_backward(run: Run) -> float:
     """What the backward of a layer's attention holds beyond what its forward kept.
 
-    Gradients of the residual sum, the output, Q, K and V, and cuDNN's of Q in fp32 (a workspace: the measured peaks say so, no
-    trace does). Over several ranks also the sum over ranks of the gradients of Q, and what is exchanged in the widest attention
-    of the run: for p2p two sets of keys, values and their gradients (bf16 in Transformer Engine's ring, of dense layers; fp32
-    in ours), for all_gather all keys and values and their fp32 gradients, for a2a as much as the rank's own rows.
+    Gradients of the residual sum, the output, Q, K and V. Of the rows of the run's widest attention, which where all layers are
+    Lighthouse are the gathered ones: cuDNN's gradient of Q in fp32 (a workspace: the measured peaks say so, no trace does);
+    over several ranks also the sum over ranks of the gradients of Q, and what is exchanged: for p2p two sets of keys, values
+    and their gradients (bf16 in Transformer Engine's ring, of dense layers; fp32 in ours), for all_gather all keys and values
+    and their fp32 gradients, for a2a as much as the rank's own rows.
     """
     model, tp, cp = run.model, run.tensor_parallel, run.context_parallel
     columns, keys = model.heads * model.head_dim // tp, 2 * run.layer.groups * model.head_dim
-    gradients = BF16 * (model.hidden / tp + 2 * columns + run.stream_columns // tp + keys) + FP32 * columns
-    if cp == 1:
-        return run.tokens * gradients
+    of_tokens = run.tokens * BF16 * (model.hidden / tp + 2 * columns + run.stream_columns // tp + keys)
     only = run.lighthouse_layers == model.layers
     gathered = max(geometry.gathered_length for geometry in (run.geometry, run.edge) if geometry) if only else run.seq_length
     rows = gathered / cp
+    if cp == 1:
+        return of_tokens + rows * FP32 * columns
     exchanged = {
         "p2p": 2 * (BF16 + (FP32 if only else BF16)),
         "all_gather": cp * (BF16 + FP32),
         "a2a": 2 * BF16 * (1 + run.layer.heads / run.layer.groups),
     }
-    return run.tokens * (gradients + BF16 * columns) + rows * keys * exchanged[run.cp_comm_type]
+    return of_tokens + rows * ((FP32 + BF16) * columns + keys * exchanged[run.cp_comm_type])
 
 
 def total(run: Run) -> float:

@@ -1,8 +1,8 @@
-"""The shape of a GPT as Megatron builds it: RoPE, RMSNorm, SwiGLU, no biases, untied embeddings."""
+"""The shape of a GPT as Megatron builds it: RoPE, RMSNorm, SwiGLU, no biases."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class GPT:
     """Layers at the bottom that stay dense in a Lighthouse run."""
     dense_last: int = 2
     """Layers at the top that stay dense."""
+    tied: bool = False
+    """Whether embedding and output share their weights: no --untie-embeddings-and-output-weights."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            least = 0 if field.name.startswith("dense") else 1
-            if getattr(self, field.name) < least:
-                raise ValueError(
-                    f"{FLAGS[field.name]} {getattr(self, field.name)} must be at least {least}: use {least} or more."
-                )
+        for name, flag in FLAGS.items():
+            least = 0 if name.startswith("dense") else 1
+            if getattr(self, name) < least:
+                raise ValueError(f"{flag} {getattr(self, name)} must be at least {least}: use {least} or more.")
         if self.head_dim % 8 or self.head_dim > 256:
             fit = min(256, -(-self.head_dim // 8) * 8)
             raise ValueError(
@@ -56,10 +56,12 @@ class GPT:
 
     @property
     def parameters(self) -> int:
-        """All parameters: layers with two norms each, the last norm, embedding and output weights."""
-        return self.layers * (self.layer_matrices + 2 * self.hidden) + self.hidden + 2 * self.vocab * self.hidden
+        """All parameters: layers with two norms each, the last norm, embedding and output weights, or one for both."""
+        layers = self.layers * (self.layer_matrices + 2 * self.hidden)
+        return layers + self.hidden + (1 if self.tied else 2) * self.vocab * self.hidden
 
 
+UNTIED = "--untie-embeddings-and-output-weights"
 FLAGS = {
     "layers": "--num-layers",
     "hidden": "--hidden-size",

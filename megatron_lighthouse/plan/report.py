@@ -46,7 +46,12 @@ def extrapolated(run: Run) -> str:
 def layout(run: Run) -> str:
     scheme = f" {run.cp_comm_type}" if run.context_parallel > 1 else ""
     sizes = f"TP {run.tensor_parallel} CP {run.context_parallel}{scheme} PP {run.pipeline_parallel} DP {run.data_parallel}"
-    return f"{sizes}, recompute {run.recompute}"
+    return f"{sizes}, {again(run)}"
+
+
+def again(run: Run) -> str:
+    """What it computes again in backward."""
+    return f"recompute {run.recompute}" + (f", MLPs in tiles of {run.mlp_tile_tokens:,}" if run.mlp_tile_tokens else "")
 
 
 def kind(run: Run) -> str:

@@ -45,7 +45,7 @@ from megatron_lighthouse.plan import alike, memory, time
 from megatron_lighthouse.plan.alike import MODEL, Row
 from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import device_of
-from megatron_lighthouse.plan.model import GPT
+from megatron_lighthouse.plan.model import GPT, UNTIED
 from megatron_lighthouse.plan.report import table
 from megatron_lighthouse.plan.run import Run, recipes, run_of
 
@@ -206,7 +206,7 @@ def _speeds(row: Row, info: Row, times: list[float]) -> None:
         run = run_of(info["recipe"], **changes)
         run = run.change(model=replace(run.model, **sizes))
     else:
-        run = Run(GPT(**sizes), **changes)
+        run = Run(GPT(**sizes, tied=UNTIED not in str(info.get("arguments", UNTIED)).split()), **changes)
     config = LighthouseConfig.for_length(run.seq_length, **{name: info[name] for name in (*CONFIG, "around") if name in info})
     config = config.replace(scorer=row["kind"]["scorer"] or config.scorer)
     run = run.change(config=config, device=device_of(info["device"])).check()

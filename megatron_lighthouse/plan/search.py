@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
+from megatron_lighthouse.mcore.command_line.tiles import mlp_tile_tokens
 from megatron_lighthouse.plan import memory, time
 from megatron_lighthouse.plan.coefficients import Coefficients
 from megatron_lighthouse.plan.run import RECOMPUTE, Run
@@ -35,7 +36,7 @@ class Ranking:
 def rank(run: Run, speed: Coefficients, fraction: float = FRACTION) -> Ranking:
     """All layouts of the run's GPUs, length and batch, by how soon both stages are done."""
     found, refused = [], Counter[str]()
-    for layout in _layouts(run):
+    for layout in layouts(run):
         stages = Stages(layout, fraction)
         try:
             stages.check()
@@ -50,17 +51,24 @@ def rank(run: Run, speed: Coefficients, fraction: float = FRACTION) -> Ranking:
     return Ranking(sorted(found, key=lambda x: (-round(x[1], 3), memory.total(x[0]))), refused, fraction)
 
 
-def _layouts(run: Run) -> Iterator[Run]:
+def layouts(run: Run) -> Iterator[Run]:
     model = run.model
     for tp in _divisors(math.gcd(model.groups, run.gpus)):
         if not run.device.holds(run.change(tensor_parallel=tp).spans["tensor parallel"]):
             continue  # tensor parallelism stays within an NVLink domain
         for pp in _divisors(math.gcd(model.layers, run.gpus // tp)):
             for cp in _divisors(run.gpus // (tp * pp)):
-                for recompute in RECOMPUTE:
-                    for scheme in SCHEMES[: 1 if cp == 1 else None]:
-                        sizes = {"tensor_parallel": tp, "pipeline_parallel": pp, "context_parallel": cp}
-                        yield run.change(**sizes, recompute=recompute, cp_comm_type=scheme)
+                for scheme in SCHEMES[: 1 if cp == 1 else None]:
+                    sizes = {"tensor_parallel": tp, "pipeline_parallel": pp, "context_parallel": cp}
+                    yield from ways(run.change(**sizes, cp_comm_type=scheme))
+
+
+def ways(run: Run) -> Iterator[Run]:
+    """What it may compute again in backward, that which needs most memory first; the last with the MLPs in tiles."""
+    tile = mlp_tile_tokens(run.model.ffn // run.tensor_parallel)
+    yield from (run.change(recompute=recompute) for recompute in RECOMPUTE)
+    if not run.mlp_tile_tokens and run.tokens > tile:
+        yield run.change(recompute=RECOMPUTE[-1], mlp_tile_tokens=tile)
 
 
 def _divisors(value: int) -> list[int]:

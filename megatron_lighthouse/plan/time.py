@@ -251,11 +251,15 @@ def rank_parameters(run: Run) -> float:
 
 
 def stage_parameters(run: Run, stage: int) -> float:
-    """Parameters on a rank of a pipeline stage, from 0: its layers; the first's embedding; the last's norm and output."""
+    """Parameters on a rank of a pipeline stage, from 0: its layers; the first's embedding; the last's norm and output.
+
+    Where these are tied, a stage that is both has them once, and of several stages the first and the last have one each.
+    """
     model, tp, pp = run.model, run.tensor_parallel, run.pipeline_parallel
     layers = model.layers / pp * (run.layer_matrices / tp + 2 * model.hidden)
     first, last = stage == 0, stage == pp - 1
-    return layers + last * model.hidden + (first + last) * run.vocab_rank * model.hidden
+    vocabularies = max(first, last) if model.tied else first + last
+    return layers + last * model.hidden + vocabularies * run.vocab_rank * model.hidden
 
 
 def tokens_per_gpu(run: Run, speed: Coefficients) -> float:

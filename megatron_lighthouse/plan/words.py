@@ -13,14 +13,14 @@ from megatron_lighthouse.mcore.command_line.checks import argument_problems
 from megatron_lighthouse.mcore.command_line.settings import add_arguments, settings_from
 from megatron_lighthouse.mcore.data.text import PADDED_VOCABULARY
 from megatron_lighthouse.plan.device import Device
-from megatron_lighthouse.plan.model import GPT
+from megatron_lighthouse.plan.model import GPT, UNTIED
 from megatron_lighthouse.plan.run import Run
 from megatron_lighthouse.variants import VARIANTS, base_in, counted, named_in
 
 LLAMA3_VOCAB = 128256
 """Rows of the vocabulary where the words name none: that of the recipes."""
 SIZES = ("--num-layers", "--hidden-size", "--num-attention-heads", "--seq-length")
-NEEDED = ("--swiglu", "--untie-embeddings-and-output-weights", "--bf16", "--use-distributed-optimizer")
+NEEDED = ("--swiglu", "--bf16", "--use-distributed-optimizer")
 NOT_COUNTED = (
     *("--num-experts", "--multi-latent-attention", "--window-size", "--experimental-attention-variant", "--mtp-num-layers"),
     "--yaml-cfg",
@@ -158,7 +158,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--micro-batch-size", type=int, default=1)
     for flag in ("--recompute-granularity", "--recompute-method", "--transformer-impl"):
         parser.add_argument(flag)
-    for flag in ("--group-query-attention", "--sequence-parallel", "--recompute-activations"):
+    for flag in ("--group-query-attention", "--sequence-parallel", "--recompute-activations", UNTIED):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--attention-dropout", type=float, default=0.1)  # Megatron's
     for name in (*OPTIONS, *REFUSED, "cross_entropy_loss_fusion"):
@@ -194,6 +194,7 @@ def _model(args: argparse.Namespace) -> GPT:
         vocab=PADDED_VOCABULARY if args.text_data else args.padded_vocab_size or args.vocab_size or LLAMA3_VOCAB,
         dense_first=args.lighthouse_dense_first,
         dense_last=args.lighthouse_dense_last,
+        tied=not args.untie_embeddings_and_output_weights,
     )
 
 
@@ -213,4 +214,10 @@ def layout_words(run: Run) -> str:
     found += f" --pipeline-model-parallel-size {run.pipeline_parallel}"
     found += f" --cp-comm-type {run.cp_comm_type}" if run.context_parallel > 1 else ""
     found += " --sequence-parallel" if run.tensor_parallel > 1 else ""
-    return f"{found} {RECOMPUTE_WORDS[run.recompute]}".rstrip()
+    return f"{found} {recompute_words(run)}".rstrip()
+
+
+def recompute_words(run: Run) -> str:
+    """The flags of what a run computes again in backward."""
+    found = RECOMPUTE_WORDS[run.recompute]
+    return f"{found} {tiles.MLP} {run.mlp_tile_tokens}".lstrip() if run.mlp_tile_tokens else found

@@ -29,6 +29,8 @@ OF_ANY_LAYER = "lighthouse_merge"
 NODES = {
     "_ScatterBackward": "scatter",
     "_GatherBackward": "gather",
+    "_RowsBackward": "gather",
+    "_SumsBackward": "gather",
     "_TravelBackward": "gather",
     "_HaloBackward": BETWEEN,
     "_PassBackward": BETWEEN,

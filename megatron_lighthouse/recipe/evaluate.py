@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 import megatron_lighthouse
+from megatron_lighthouse.mcore.command_line.documents import FLAG, asked
 from megatron_lighthouse.mcore.data import text
 from megatron_lighthouse.needed import ask_for_megatron
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.quiet import quiet_imports
-from megatron_lighthouse.recipe import evaluation_files, hindsight, passkey, positions
+from megatron_lighthouse.recipe import evaluation_files, held_out_loss, hindsight, passkey, positions
 from megatron_lighthouse.recipe.readers import Reader
 from megatron_lighthouse.usage import Parser
 from megatron_lighthouse.variants import VARIANTS
@@ -116,7 +117,7 @@ def _misfit(args: argparse.Namespace, length: int) -> str | None:
     if length > args.seq_length or length % multiple:
         more = f" and a multiple of --tensor-model-parallel-size {multiple}" if multiple > 1 else ""
         return f"must be at most --seq-length {args.seq_length}{more}."
-    if not VARIANTS[args.attention].native:
+    if not VARIANTS[args.attention].native and not asked(args):  # a document may have any length
         from megatron_lighthouse.mcore.command_line.checks import settings_problems
         from megatron_lighthouse.mcore.command_line.settings import settings_from
 
@@ -132,46 +133,17 @@ def check_hindsight(args: argparse.Namespace, tokens: int, iteration: int) -> No
         ValueError: the argument, and what would work.
     """
     hindsight.check(tokens, args.seq_length, args.hindsight_samples, args.hindsight_seed)
+    if asked(args):
+        raise ValueError(
+            f"--hindsight-samples {args.hindsight_samples} puts other text after a position, which with {FLAG} would end its "
+            "document elsewhere, and the budget goes by that length: use --hindsight-samples 0."
+        )
     if args.switched_at is not None:
         raise ValueError(
             f"--hindsight-samples {args.hindsight_samples} asks what Lighthouse layers owe to later tokens, and in iteration "
             f"{iteration} of --load {args.load} all are dense (--lighthouse-stage2-at {args.switched_at}): give --ckpt-step an "
             f"iteration up to {args.switched_at}, of which there is a checkpoint, or --hindsight-samples 0."
         )
-
-
-def loss_by_position(trained: Trained, tokens: Array) -> dict[str, Any]:
-    """Mean loss by bucket and over all, and each sequence's, over evenly spread sequences. Every rank calls it.
-
-    A sequence is named by where it starts in the text, and by the document in which its middle stands.
-    """
-    from megatron_lighthouse.recipe.trained import over_ranks
-
-    args = trained.args
-    edges = positions.bucket_edges(args.seq_length, args.loss_grid, args.loss_buckets)
-    starts = positions.sequence_starts(len(tokens), args.seq_length, args.loss_sequences)
-
-    def compute(index: int) -> Array:
-        sequence = tokens[starts[index] : starts[index] + args.seq_length + 1]
-        return positions.bucket_means(trained.token_losses(sequence), edges)
-
-    by_sequence = over_ranks(len(starts), len(edges) - 1, compute, "loss by position")
-    means, errors = positions.mean_and_error(by_sequence)
-    mean, error = positions.mean_and_error(by_sequence @ numpy.diff(edges) / args.seq_length)
-    documents = positions.documents(starts, args.seq_length, numpy.flatnonzero(tokens == trained.reader.end))
-    columns = zip(edges[:-1], edges[1:], means.tolist(), errors.tolist(), strict=True)
-    return {
-        "unit": trained.reader.unit,
-        "sequences": len(starts),
-        "length": args.seq_length,
-        "mean": float(mean),
-        "standard_error": float(error),
-        "buckets": [dict(zip(("start", "stop", "loss", "standard_error"), row, strict=True)) for row in columns],
-        "by_sequence": [
-            {"starts_at": start, "document": document, **dict(zip(edges[:-1], row, strict=True))}
-            for start, document, row in zip(starts, documents, by_sequence.tolist(), strict=True)
-        ],
-    }
 
 
 def passkey_probe(trained: Trained, tokens: Array, grid: passkey.Grid) -> dict[str, Any]:
@@ -258,7 +230,7 @@ def measure(trained: Trained, tokens: Array, grid: passkey.Grid | None) -> None:
     args, first = trained.args, torch.distributed.get_rank() == 0
     title = f"{args.load}, iteration {trained.iteration}, {args.attention} attention"
     # None where it was not asked for
-    found = loss_by_position(trained, tokens) if args.loss_sequences else None
+    found = held_out_loss.by_position(trained, tokens) if args.loss_sequences else None
     loss = evaluation_files.loss(args.out, found, title) if found and first else None
     found = passkey_probe(trained, tokens, grid) if grid else None
     probe = evaluation_files.passkey(args.out, found, title) if found and first else None
@@ -280,6 +252,7 @@ def _facts(trained: Trained, tokens: Array) -> dict[str, Any]:
         "attention": args.attention,
         "lighthouse_layers": args.lighthouse_layers,
         "lighthouse_rope": args.lighthouse_rope,
+        "lighthouse_causal_selection": args.lighthouse_causal_selection,
         "held_out": {"tokens": len(tokens), "sha256": hashlib.sha256(tokens.tobytes()).hexdigest()},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),

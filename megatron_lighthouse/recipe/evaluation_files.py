@@ -51,7 +51,7 @@ def loss(out: Path, found: Result, title: str) -> Result:
     _write_csv(out / "loss.csv", found["buckets"])
     _write_csv(out / "loss_by_sequence.csv", found["by_sequence"])
     with _whole(out / "loss.png") as partial:
-        evaluation_plots.loss_by_position(found["buckets"], partial, title, found["unit"])
+        evaluation_plots.loss_by_position(found["buckets"], partial, title, found["unit"], found["position_in"])
     mean = f"{found['mean']:.4f} ± {found['standard_error']:.4f} nats per {found['unit']}"
     print(f"held-out loss {mean}, {found['sequences']} sequences")
     return _without(found, "by_sequence")

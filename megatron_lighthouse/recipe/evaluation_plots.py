@@ -22,14 +22,16 @@ def middle(row: dict[str, Any]) -> float:
     return (row["start"] + row["stop"] - 1) / 2
 
 
-def loss_by_position(rows: Sequence[dict[str, Any]], path: Path, title: str, unit: str = "byte") -> None:
+def loss_by_position(
+    rows: Sequence[dict[str, Any]], path: Path, title: str, unit: str = "byte", within: str = "sequence"
+) -> None:
     """Draw the mean loss of each bucket, and one standard error to either side, over the bucket's middle."""
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     losses, errors = ([row[name] for row in rows] for name in ("loss", "standard_error"))
     axes.errorbar([middle(row) for row in rows], losses, errors, fmt="o-", capsize=3)
     from_zero(axes, [0, *(1 << power for power in range(rows[-1]["stop"].bit_length()))])
-    axes.set(xlabel="position in the sequence", ylabel=f"held-out loss (nats per {unit})", title=title)
+    axes.set(xlabel=f"position in the {within}", ylabel=f"held-out loss (nats per {unit})", title=title)
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 

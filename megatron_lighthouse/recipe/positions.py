@@ -33,6 +33,35 @@ def bucket_means(losses: Array, edges: Sequence[int]) -> Array:
     return sums / numpy.diff(edges)
 
 
+def in_documents(losses: Array, tokens: Array, end: int, edges: Sequence[int]) -> Array:
+    """[s] losses of one row of documents -> [2, buckets]: their sum in each bucket of places in a document, and how many.
+
+    The loss of a document's last token, whose label is of another document, counts nowhere.
+
+    Args:
+        tokens: [s], that the model read; a document ends with the token `end`.
+    """
+    ends = tokens == end
+    begins = numpy.concatenate([[True], ends[:-1]])
+    numbers = numpy.arange(len(tokens))
+    places = numbers - numpy.maximum.accumulate(numpy.where(begins, numbers, 0))
+    bucket, size = numpy.searchsorted(edges, places, side="right") - 1, len(edges) - 1
+    counted = (losses.astype(numpy.float64), numpy.ones(len(losses)))
+    return numpy.stack([numpy.bincount(bucket[~ends], x[~ends], size) for x in counted])
+
+
+def ratio_and_error(sums: Array, counts: Array) -> tuple[Array, Array]:
+    """[m, …] sums of values and how many, of m sequences -> the mean of all values and its standard error, both […].
+
+    As `mean_and_error` of the values with the sequences as groups. NaN where there is no value.
+    """
+    with numpy.errstate(invalid="ignore"):
+        mean, m = sums.sum(axis=0) / counts.sum(axis=0), len(sums)
+        deviations = ((sums - mean * counts) ** 2).sum(axis=0)
+        error = numpy.sqrt(m / (m - 1) * deviations) / counts.sum(axis=0) if m > 1 else numpy.full(mean.shape, numpy.nan)
+    return mean, error
+
+
 def mean_and_error(values: Array, groups: Sequence[int] | None = None) -> tuple[Array, Array]:
     """[n, …] values -> their mean and its standard error, both […].
 

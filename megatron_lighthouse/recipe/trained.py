@@ -14,6 +14,7 @@ import torch
 from megatron.core import dist_checkpointing, mpu
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import training
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_args, validate_args
@@ -28,7 +29,9 @@ from megatron.training.global_vars import get_tokenizer, set_global_variables
 from torch import Tensor
 
 from megatron_lighthouse.bars import bar
+from megatron_lighthouse.mcore.attention.document_rotary import rotate_by
 from megatron_lighthouse.mcore.attention.fused_spec import with_fused_attention
+from megatron_lighthouse.mcore.attention.packed import packed
 from megatron_lighthouse.mcore.command_line import pyramid, settings
 from megatron_lighthouse.mcore.command_line.arguments import (
     ArgumentsProvider,
@@ -36,10 +39,13 @@ from megatron_lighthouse.mcore.command_line.arguments import (
     use_attention,
     with_lighthouse_arguments,
 )
+from megatron_lighthouse.mcore.command_line.documents import FLAG, asked
 from megatron_lighthouse.mcore.command_line.from_checkpoint import explained
 from megatron_lighthouse.mcore.command_line.run_options import check_run_options
 from megatron_lighthouse.mcore.data import text
+from megatron_lighthouse.mcore.data.documents import documents_until
 from megatron_lighthouse.mcore.loop import hooks, pretrain
+from megatron_lighthouse.mcore.loop.further_tokens import ends_of
 from megatron_lighthouse.recipe.of_run import of_one_sequence
 from megatron_lighthouse.recipe.readers import BYTES, Reader, reader_of
 from megatron_lighthouse.recipe.same_model import check_same_model
@@ -74,13 +80,29 @@ class Trained:
     def next_token(self, tokens: Array) -> Array:
         """[s] tokens -> [vocabulary] logits of the token after the last, fp32."""
         given = torch.from_numpy(tokens.astype(numpy.int64)).cuda().unsqueeze(0)
-        return self._forward(given, runtime_gather_output=True)[0, -1].float().cpu().numpy()
+        hook = get_attr_wrapped_model(self.model, "output_layer").register_forward_pre_hook(_last_row)
+        try:
+            return self._forward(given, runtime_gather_output=True)[0, -1].float().cpu().numpy()
+        finally:
+            hook.remove()
 
     @torch.no_grad()
     def _forward(self, tokens: Tensor, **how: Any) -> Tensor:
-        """One sequence, causal, as a training run without attention masks."""
+        """One sequence, causal, as a training run without attention masks; of documents, where the run packs them."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
+        if asked(self.args):
+            assert self.reader.end is not None
+            documents = documents_until(tokens[0], self.reader.end)
+            positions = documents.positions.unsqueeze(0)
+            rotate_by(get_attr_wrapped_model(self.model, "decoder", return_model_obj=True), positions)
+            how["packed_seq_params"] = packed(documents, tokens.shape[1], ends_of(documents, tokens, self.reader.end))
         return self.model(tokens.contiguous(), positions, None, **how)
+
+
+def _last_row(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of an output layer's input [s/ranks, b, h] the last row of each sequence-parallel rank: logits of all would not fit."""
+    hidden, *others = args
+    return hidden[-1:], *others
 
 
 def parse(add_arguments: ArgumentsProvider) -> argparse.Namespace:
@@ -92,6 +114,7 @@ def parse(add_arguments: ArgumentsProvider) -> argparse.Namespace:
     hooks.adapt_machine()
     hooks.load_weights()
     hooks.tile()
+    hooks.keep_documents_apart()
     sys.argv[1:] = of_one_sequence(sys.argv[1:])
     args = parse_args(with_lighthouse_arguments(_with(add_arguments)))
     if args.use_checkpoint_args:
@@ -178,9 +201,15 @@ def reader(args: argparse.Namespace) -> Reader:
     """How text becomes tokens of the model. After `parse`, by which Megatron has built the tokenizer.
 
     Raises:
-        ValueError: a tokenizer that reads no text.
+        ValueError: a tokenizer that reads no text, or does not end documents where these are to be told apart.
     """
-    return BYTES if text.reads_bytes(args) else reader_of(get_tokenizer(), args.tokenizer_type)
+    found = BYTES if text.reads_bytes(args) else reader_of(get_tokenizer(), args.tokenizer_type)
+    if asked(args) and found.end is None:
+        raise ValueError(
+            f"{FLAG} tells documents apart by the token at their end, and --tokenizer-type {args.tokenizer_type} has none: "
+            "leave it out."
+        )
+    return found
 
 
 def iteration_of(args: argparse.Namespace) -> int:

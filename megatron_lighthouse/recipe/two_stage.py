@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     assert base is not None
     stages = {variant.name: (0, steps), base.name: (steps, total)} if variant.switches else {variant.name: (0, total)}
     arguments = {
-        attention: _arguments(preset, run, attention, stop, total, text, extra) for attention, (_, stop) in stages.items()
+        attention: _arguments(preset, run, attention, base.position, stop, total, text, extra)
+        for attention, (_, stop) in stages.items()
     }
     try:
         check_begun(run, arguments, (stages[variant.name][1], total - stages[variant.name][1]))
@@ -154,16 +155,23 @@ def _command(preset: Preset, arguments: Sequence[str]) -> list[str]:
 
 
 def _arguments(
-    preset: Preset, run: Path, attention: str, stop: int, total: int, text: Sequence[str], extra: Sequence[str]
+    preset: Preset,
+    run: Path,
+    attention: str,
+    position: str | None,
+    stop: int,
+    total: int,
+    text: Sequence[str],
+    extra: Sequence[str],
 ) -> list[str]:
-    """Megatron's, paths as `kept` writes them."""
+    """Megatron's, paths as `kept` writes them; of the position embedding that is not the preset's."""
     run = run.absolute()
     checkpoints = str(run / "checkpoints")
     every = max(1, stop // 2)
     return [
         *("--attention", attention),
         *preset.arguments,
-        *_position(attention),
+        *(("--position-embedding-type", position) if position else ()),
         # both stages name the whole length, so that the order of the data and the learning rate are those of one run
         *("--train-iters", str(total), "--exit-interval", str(stop), "--eval-interval", str(stop)),
         *("--save", checkpoints, "--load", checkpoints, "--save-interval", str(every)),
@@ -172,14 +180,6 @@ def _arguments(
         *extra,
         *("--text-data", *(os.path.realpath(path) for path in text)),
     ]
-
-
-def _position(attention: str) -> tuple[str, ...]:
-    """The position embedding that an attention asks for, where it is not the preset's."""
-    from megatron_lighthouse.variants import VARIANTS
-
-    position = VARIANTS[attention].position
-    return () if position is None else ("--position-embedding-type", position)
 
 
 def _follow(command: Sequence[str], log: Path, environment: dict[str, str]) -> int:

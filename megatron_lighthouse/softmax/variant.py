@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_lighthouse.variant import RowAttention, Variant
+from megatron_lighthouse.lighthouse.rows import RowAttention
+from megatron_lighthouse.variant import Variant
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from operator import itemgetter
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.parts import Mask, Part, Tensors
-from megatron_lighthouse.wall.decay import prefix, prefix_backward, spread
+from megatron_lighthouse.wall.decay import Decays, prefix, prefix_backward, spread, summed, sums
 from megatron_lighthouse.wall.diagonal import Diagonal
 from megatron_lighthouse.wall.earlier import Earlier, Rows
-from megatron_lighthouse.wall.pieces import Cut, Piece, Sight
-from megatron_lighthouse.wall.travel import Call
+from megatron_lighthouse.wall.pieces import Cut, Piece, Run, Sight, runs
+from megatron_lighthouse.wall.travel import Call, by_runs
 
 
 class Near(NamedTuple):
@@ -42,9 +42,10 @@ class Near(NamedTuple):
     def flat_scalar(self) -> Tensor | None:
         return None if self.scalar is None else self.scalar.squeeze(-1)
 
-    def spread_gate(self) -> Tensor:
-        """A gate for each query head."""
-        return spread(self.gate, self.query.shape[2])
+    def alike(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """For the diagonal: a gate for each query head, and as many values as keys, which in Lighthouse are as gates."""
+        value, gate = spread(self.value, self.key.shape[2]), spread(self.gate, self.query.shape[2])
+        return self.query, self.key, value, gate, self.flat_scalar()
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Near:
         query, key, value, gate = (change(x) for x in self[:4])
@@ -58,13 +59,11 @@ class Meeting(NamedTuple):
     anchor: int
     """The piece that the near rows begin."""
     near: slice
-    far: list[tuple[int, slice]]
-    """The pieces that the far rows are of."""
+    runs: list[Run]
+    """The far rows, of a tensor."""
     rows: Rows
-    of_query: Tensor
-    """[n, B, heads, K], what the queries were multiplied by."""
-    of_key: list[Tensor]
-    """[B, heads, K] of each piece, what its keys were."""
+    factors: list[Tensor]
+    """Of each run [pieces, B, heads, K], by which its keys were multiplied."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,7 @@ class Attention:
     """Of one call."""
 
     diagonal: Diagonal
+    decays: Decays
     earlier: Earlier
     scale: float
     cut: Cut
@@ -106,10 +106,17 @@ class Attention:
         wide = part.lse.dtype
         grads = grads._replace(query=grads.query.to(wide))
         d_far = tuple(torch.zeros_like(x, dtype=wide) for x in far)
+        of_decayed = torch.zeros_like(given.query)
         for meeting in self._meetings(given, far, mask):
-            self._seen_backward(grad, part, meeting, grads, d_far)
+            self._seen_backward(grad, part, meeting, of_decayed, grads, d_far)
+        if far:
+            self._decayed_backward(given, of_decayed, grads, mask)
         d_near = grads._replace(query=grads.query.to(grad.dtype)).tensors
         return d_near, tuple(x.to(like.dtype) for x, like in zip(d_far, far, strict=True))
+
+    def _groups(self, mask: Mask) -> list[Piece]:
+        """Near rows with an anchor before each."""
+        return self.cut.pieces(mask.near) if mask.causal else self.cut.whole(mask.near)
 
     def _near(self, near: Tensors) -> Near:
         query, key, value, gate, *more = near
@@ -117,8 +124,7 @@ class Attention:
 
     def _own(self, given: Near) -> Part:
         """The diagonal, and the sink as a key whose value is 0."""
-        rows = (given.query, given.key, given.value, given.spread_gate(), given.flat_scalar())
-        out, lse = self.diagonal.forward(*rows, self.scale, self.first)
+        out, lse = self.diagonal.forward(*given.alike(), self.scale, self.first)
         if given.sink is None:
             return Part((out,), lse)
         total = torch.logaddexp(lse, _of_rows(given.sink))
@@ -126,10 +132,10 @@ class Attention:
         return Part(((out * share).to(out.dtype),), total)
 
     def _own_backward(self, grad: Tensor, given: Near, part: Part) -> Near:
-        rows = (given.query, given.key, given.value, given.spread_gate(), given.flat_scalar())
         (out,) = part.averages
-        dq, dk, dv, d_gate, d_scalar = self.diagonal.backward(grad, *rows, out, part.lse, self.scale, self.first)
-        d_gate = _summed(d_gate, given.gate.shape[2])
+        found = self.diagonal.backward(grad, *given.alike(), out, part.lse, self.scale, self.first)
+        dq, dk, dv, d_gate, d_scalar = found
+        d_gate, dv = summed(d_gate, given.gate.shape[2]), summed(dv, given.value.shape[2])
         d_sink = None
         if given.sink is not None:
             delta = (grad.to(d_gate.dtype) * out).sum(-1, keepdim=True)
@@ -139,15 +145,16 @@ class Attention:
     def _meetings(self, given: Near, far: Tensors, mask: Mask) -> Iterator[Meeting]:
         """One for each run of near rows that has an anchor of its own, and sees far rows before it."""
         theirs = self.cut.pieces(mask.far) if far else []
-        for group in self.cut.pieces(mask.near) if mask.causal else self.cut.whole(mask.near):
+        groups = self._groups(mask)
+        query = by_runs(groups, partial(self.decays.decay, after=False), given.query, given.gate) if far else given.query
+        for group in groups:
             first, end = self.sight.before(group)
             seen = [piece for piece in theirs if piece.number < group.number and piece.end > first]
             if not seen or end <= group.begin:
                 continue
             near = slice(group.rows.start, group.rows.start + end - group.begin)
-            rows = [(p.number, slice(p.rows.start + max(first - p.begin, 0), p.rows.stop)) for p in seen]
             hidden = self._hidden(group, end, first, seen, given)
-            yield self._decayed(group, near, rows, given.each(itemgetter(near)), far, hidden)
+            yield self._meeting(group, near, runs([piece.since(first) for piece in seen]), given, query[near], far, hidden)
 
     def _hidden(self, group: Piece, end: int, first: int, seen: list[Piece], given: Near) -> Tensor | None:
         if self.sight.window is None:
@@ -157,42 +164,55 @@ class Attention:
         visible = self.sight.first(torch.arange(group.begin, end, device=device))
         return torch.cat(tokens) < visible.unsqueeze(1)
 
-    def _decayed(
-        self, group: Piece, near: slice, seen: list[tuple[int, slice]], given: Near, far: Tensors, hidden: Tensor | None
+    def _meeting(
+        self, group: Piece, near: slice, seen: list[Run], given: Near, query: Tensor, far: Tensors, hidden: Tensor | None
     ) -> Meeting:
         assert self.call is not None
         between, *scalars = self.call.between(group.number)
         key, value, *of_scalar = far
-        of_query, of_key = prefix(given.gate).exp(), [between[number].exp() for number, _ in seen]
-        query = (given.query * spread(of_query, given.query.shape[2])).to(key.dtype)
-        keys = torch.cat([(key[rows] * factor).to(key.dtype) for (_, rows), factor in zip(seen, of_key, strict=True)])
-        made = Rows(query, keys, torch.cat([value[rows] for _, rows in seen]), hidden=hidden)
+        factors = [between[run.number : run.number + run.count].exp().to(given.gate.dtype) for run in seen]
+        keys = key.new_empty(seen[-1].taken.stop, *key.shape[1:])
+        for run, factor in zip(seen, factors, strict=True):
+            self.decays.cross(keys[run.taken], key[run.rows], factor, run.step)
+        made = Rows(query, keys, _joined([value[run.rows] for run in seen]), hidden=hidden)
         if given.scalar is not None:
-            to_anchor = torch.cat([of_scalar[0][rows] + scalars[0][number] for number, rows in seen])
-            made = replace(made, bias=(prefix(given.scalar), to_anchor))
-        return Meeting(group.number, near, seen, made, of_query, of_key)
+            totals = scalars[0].to(given.gate.dtype)
+            to_anchor = [
+                part + totals[run.number + i] for run in seen for i, part in enumerate(of_scalar[0][run.rows].split(run.step))
+            ]
+            made = replace(made, bias=(prefix(given.scalar[near]), torch.cat(to_anchor)))
+        return Meeting(group.number, near, seen, made, factors)
 
-    def _seen_backward(self, grad: Tensor, part: Part, meeting: Meeting, grads: Near, d_far: Tensors) -> None:
+    def _seen_backward(
+        self, grad: Tensor, part: Part, meeting: Meeting, of_decayed: Tensor, grads: Near, d_far: Tensors
+    ) -> None:
         """Add to the gradients of near and far rows, and note those of what lies between."""
         assert self.call is not None
         near, rows = meeting.near, meeting.rows
         dq, dk, dv, of_bias = self.earlier.backward(grad[near], rows, part[near])
-        grads.query[near] += dq * spread(meeting.of_query, dq.shape[2])
-        wide = part.lse.dtype
-        grads.gate[near] += prefix_backward(_summed(rows.query.to(wide) * dq, grads.gate.shape[2]))
-        of_gate, of_scalar = rows.key.to(wide) * dk, []
+        of_decayed[near] = dq
+        of_far = [dv] if of_bias is None else [dv, of_bias[1]]
         if grads.scalar is not None and of_bias is not None:
             grads.scalar[near] += prefix_backward(of_bias[0])
-            of_scalar.append(of_bias[1])
-        lengths = [some.stop - some.start for _, some in meeting.far]
-        split = (x.split(lengths) for x in (dk, dv, *of_scalar))
-        for (_, some), factor, of_rows in zip(meeting.far, meeting.of_key, zip(*split, strict=True), strict=True):
-            d_key, *others = of_rows
-            d_far[0][some] += d_key * factor
-            for total, x in zip(d_far[1:], others, strict=True):
-                total[some] += x
-        crossed = [torch.stack([x.sum(0, dtype=torch.float64) for x in y.split(lengths)]) for y in (of_gate, *of_scalar)]
-        self.call.crossed[meeting.anchor, *(number for number, _ in meeting.far)] = crossed
+        for run, factor in zip(meeting.runs, meeting.factors, strict=True):
+            given = d_far[0][run.rows], rows.key[run.taken], dk[run.taken], factor
+            crossed = [self.decays.cross_backward(*given, run.step)]
+            for total, x in zip(d_far[1:], of_far, strict=True):
+                total[run.rows] += x[run.taken]
+            crossed += [sums(x[run.taken], run.step) for x in of_far[1:]]
+            self.call.crossed.append((meeting.anchor, run.number, crossed))
+
+    def _decayed_backward(self, given: Near, of_decayed: Tensor, grads: Near, mask: Mask) -> None:
+        """Add to the gradients of queries and gates, by way of the decayed queries."""
+        for run in runs(self._groups(mask)):
+            query, gate, grad = (x[run.rows] for x in (given.query, given.gate, of_decayed))
+            self.decays.add_decayed(grads.query[run.rows], grad, gate, after=False, step=run.step)
+            decayed = self.decays.decay(query, gate, after=False, step=run.step)
+            grads.gate[run.rows] += self.decays.decay_backward(decayed, grad, gate.shape[2], after=False, step=run.step)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _nothing(given: Near) -> Part:
@@ -205,8 +225,3 @@ def _nothing(given: Near) -> Part:
 def _of_rows(x: Tensor) -> Tensor:
     """[n, B, H, 1] -> [B, H, n], as a log-sum-exp."""
     return x.squeeze(-1).permute(1, 2, 0)
-
-
-def _summed(x: Tensor, heads: int) -> Tensor:
-    """Over the query heads that share one of `heads`."""
-    return x.unflatten(2, (heads, -1)).sum(3)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_lighthouse.context_parallel.parts import Block, Mask, Part
 from megatron_lighthouse.softmax.blocks import heads_first, tokens_first
-from megatron_lighthouse.wall.decay import spread
+from megatron_lighthouse.wall.decay import spread, summed
 from megatron_lighthouse.wall.pairs import attend, change_of, logits_of
 
 UNMASKED = Mask((1,), (0,))
@@ -48,8 +48,7 @@ class Stock:
 
     def backward(self, grad: Tensor, rows: Rows, part: Part) -> Grads:
         (dq,), (dk, dv) = self.block.backward(grad, (rows.query,), self._far(rows), part, UNMASKED)
-        groups = rows.value.shape[2]
-        return dq, dk, dv.unflatten(2, (groups, -1)).sum(3, dtype=part.lse.dtype).to(dv.dtype), None
+        return dq, dk, summed(dv, rows.value.shape[2]), None
 
     def _far(self, rows: Rows) -> tuple[Tensor, Tensor]:
         return rows.key, spread(rows.value, rows.key.shape[2])

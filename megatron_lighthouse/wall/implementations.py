@@ -11,13 +11,17 @@ from torch import Tensor
 from megatron_lighthouse.lighthouse.implementations import missing
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.softmax.blocks import block_for
-from megatron_lighthouse.wall import reference
+from megatron_lighthouse.wall import decay, reference
+from megatron_lighthouse.wall.decay import Decays
 from megatron_lighthouse.wall.diagonal import Diagonal
 from megatron_lighthouse.wall.earlier import Earlier, Plain, Stock
 
+SEEN = (torch.bfloat16, 128)
+"""On an H200 the kernels of today were right with these. At 64 or 80 channels one ended in an illegal memory access."""
 
-def diagonal_for(name: str, device: torch.device, dtype: torch.dtype, dim: int) -> Diagonal:
-    """What `name` of --wall-kernels stands for.
+
+def makers_for(name: str, device: torch.device, dtype: torch.dtype, dim: int) -> tuple[Diagonal, Decays]:
+    """What `name` of --wall-kernels stands for: what makes the diagonal, and what decays rows to anchors.
 
     Args:
         dim: the larger of the head dimensions K and V.
@@ -25,15 +29,22 @@ def diagonal_for(name: str, device: torch.device, dtype: torch.dtype, dim: int) 
     Raises:
         ValueError: 'triton' where the kernels cannot run.
     """
+    plain = cast(Diagonal, reference), cast(Decays, decay)
     if name == "reference" or (name == "auto" and device.type != "cuda"):
-        return cast(Diagonal, reference)
+        return plain
     problem = missing(device.type, dtype, dim)
+    if problem is None and name == "auto" and (dtype, dim) != SEEN:
+        problem = (
+            f"they have run rightly on a GPU at {SEEN[1]} channels in bfloat16, not yet at {dim} in "
+            f"{str(dtype).removeprefix('torch.')}; --wall-kernels triton takes them all the same"
+        )
     if problem is None:
-        return cast(Diagonal, importlib.import_module("megatron_lighthouse.kernels.wall"))
+        kernels = importlib.import_module("megatron_lighthouse.kernels.wall")
+        return cast(Diagonal, kernels), cast(Decays, kernels)
     if name == "triton":
         raise ValueError(f"--wall-kernels triton cannot run: {problem}. Use auto or reference.")
     say_once(f"wall: the diagonal runs in plain PyTorch, many times slower than the kernels: {problem}.")
-    return cast(Diagonal, reference)
+    return plain
 
 
 def earlier_for(query: Tensor, value: Tensor, gate_heads: int, scale: float, biased: bool, masked: bool) -> Earlier:

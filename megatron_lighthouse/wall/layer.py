@@ -18,7 +18,7 @@ from megatron_lighthouse.context_parallel.schemes import comm_type_problem, sche
 from megatron_lighthouse.lighthouse.transforms import refuse_transforms
 from megatron_lighthouse.ranges import profiled
 from megatron_lighthouse.wall.blocks import Attention, Near
-from megatron_lighthouse.wall.implementations import diagonal_for, earlier_for
+from megatron_lighthouse.wall.implementations import earlier_for, makers_for
 from megatron_lighthouse.wall.pieces import Cut, Sight, first_rows
 from megatron_lighthouse.wall.travel import Call, Decayed
 
@@ -48,21 +48,27 @@ class Attend:
         self, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, scalar_gate: Tensor | None, sink: Tensor | None
     ) -> Tensor:
         """See `wall_attention`; the scalar gate is [n, B, H, 1]. Gates are what `gates` and `scalar_gates` make of these."""
+        return self.over_rows(query, key, value, gate, scalar_gate, sink)
+
+    def over_rows(
+        self, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, scalar_gate: Tensor | None, sink: Tensor | None
+    ) -> Tensor:
+        """The same, as a step of another attention, which has a name of its own in profiles; keys may have the gates' heads."""
         given = [x for x in (query, key, value, gate, scalar_gate, sink) if x is not None]
         refuse_transforms(*given, of="wall_attention")
         if self.exchange is None or self.comm_type != "a2a":
-            return self._over_rows(query, key, value, gate, scalar_gate, sink)
+            return self._of_heads(query, key, value, gate, scalar_gate, sink)
         size, rank = self.exchange.size, self.exchange.rank
         own_sink = None if sink is None else sink.unflatten(0, (size, -1))[rank]
 
         def whole(near: Tensors, far: Tensors) -> Tensor:
             (query, gate, *scalar), (key, value) = near, far
-            return self._over_rows(query, key, value, gate, scalar[0] if scalar else None, own_sink)
+            return self._of_heads(query, key, value, gate, scalar[0] if scalar else None, own_sink)
 
         near = (query, gate) if scalar_gate is None else (query, gate, scalar_gate)
         return ByHeads(whole, self.exchange)(near, (key, value))
 
-    def _over_rows(
+    def _of_heads(
         self, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, scalar: Tensor | None, sink: Tensor | None
     ) -> Tensor:
         """Of the heads that are here: over the rows that are, or those of all ranks."""
@@ -79,7 +85,7 @@ class Attend:
         chunks = WHOLE.near if exchange is None else exchange.layout.chunks
         if exchange is not None or attention.cut.per_chunk > 1:
             gates = (gate,) if scalar is None else (gate, scalar)
-            decayed, *scalars = Decayed.apply(call, attention.cut.pieces(chunks), exchange, key, *gates)
+            decayed, *scalars = Decayed.apply(call, attention.decays, attention.cut.pieces(chunks), exchange, key, *gates)
             far = (decayed, value, *scalars)
         if exchange is None:
             return Alone(attention)(near, far)
@@ -120,7 +126,7 @@ def build(
     chunks = exchange.layout.chunks if exchange is not None and over_parts else WHOLE.near
     if exchange is not None and not over_parts:
         query, gate_heads = query[:, :, : query.shape[2] // size], gate_heads // size
-    diagonal = diagonal_for(kernels, query.device, query.dtype, max(query.shape[-1], value.shape[-1]))
+    diagonal, decays = makers_for(kernels, query.device, query.dtype, max(query.shape[-1], value.shape[-1]))
     earlier = earlier_for(query, value, gate_heads, scale, biased, sight.window is not None)
     first = first_rows(cut, sight, chunks, query.device)
-    return Attend(Attention(diagonal, earlier, scale, cut, sight, first), exchange, comm_type, gates, scalar_gates)
+    return Attend(Attention(diagonal, decays, earlier, scale, cut, sight, first), exchange, comm_type, gates, scalar_gates)

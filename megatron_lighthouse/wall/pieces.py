@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,11 @@ class Piece:
     def end(self) -> int:
         """The token after its last."""
         return self.begin + self.rows.stop - self.rows.start
+
+    def since(self, token: int) -> Piece:
+        """What of it does not come before this token."""
+        skipped = max(token - self.begin, 0)
+        return Piece(self.number, self.begin + skipped, slice(self.rows.start + skipped, self.rows.stop))
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,45 @@ class Sight:
         if self.window is not None:
             first, end = max(first, piece.begin - self.window + 1), min(end, piece.begin + self.window - 1)
         return min(first, piece.begin), end
+
+
+class Run(NamedTuple):
+    """Pieces that follow each other in the sequence and in a tensor, all but the last as long."""
+
+    number: int
+    """Of the first."""
+    count: int
+    rows: slice
+    """Of the tensor."""
+    taken: slice
+    """Of the rows of all runs, one after the other."""
+    step: int
+    """Rows of a piece."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of each piece."""
+        return [self.step] * (self.count - 1) + [self.rows.stop - self.rows.start - (self.count - 1) * self.step]
+
+    def joins(self, piece: Piece) -> bool:
+        """Whether the piece can be its next."""
+        follows = (self.number + self.count, self.rows.stop) == (piece.number, piece.rows.start)
+        return follows and self.lengths[-1] == self.step >= piece.rows.stop - piece.rows.start
+
+
+def runs(pieces: Sequence[Piece]) -> list[Run]:
+    """The rows of pieces, joined where they can be."""
+    found: list[Run] = []
+    taken = 0
+    for piece in pieces:
+        length = piece.rows.stop - piece.rows.start
+        run = Run(piece.number, 0, slice(piece.rows.start, 0), slice(taken, 0), length)
+        if found and found[-1].joins(piece):
+            run = found.pop()
+        taken += length
+        rows, own = slice(run.rows.start, piece.rows.stop), slice(run.taken.start, taken)
+        found.append(run._replace(count=run.count + 1, rows=rows, taken=own))
+    return found
 
 
 def first_rows(cut: Cut, sight: Sight, chunks: Sequence[int], device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ from megatron_lighthouse.wall.travel import PURPOSE
 
 
 def sent(
-    comm_type: str, tokens: int, shape: Shape, layout: Layout, tied: bool, scalar: bool, wide: int = 4
+    comm_type: str, tokens: int, shape: Shape, layout: Layout, tied: bool, scalar: bool, wide: int = 4, gathered: bool = False
 ) -> dict[str, tuple[int, int]]:
     """(forward, backward) bytes that a rank sends, by purpose, for inputs of this shape (V = K).
 
@@ -21,11 +21,14 @@ def sent(
         tied: whether the query heads of a key/value head share gates.
         scalar: whether there are scalar gates.
         wide: bytes of an element in the dtype of sums.
+        gathered: whether they are Lighthouse's rows: then keys have the heads of gates, and gates the dtype of sums.
     """
     gates = shape.groups if tied else shape.heads
     if comm_type == "a2a":
-        columns = gates * shape.dim + (shape.heads if scalar else 0)
-        rows = tokens // layout.size * shape.batch * columns * shape.itemsize * (layout.size - 1) // layout.size
+        columns = (gates * shape.dim + (shape.heads if scalar else 0)) * (wide if gathered else shape.itemsize)
+        if gathered:
+            columns += (gates - shape.groups) * shape.dim * shape.itemsize
+        rows = tokens // layout.size * shape.batch * columns * (layout.size - 1) // layout.size
         forward, backward = attend_bytes(comm_type, tokens, shape, layout)
         return {"attend": (forward + rows, backward + rows)}
     # of as many heads of decayed keys as of gates, and as many of values as ever: counted as pairs, twice

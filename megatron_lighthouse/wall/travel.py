@@ -7,7 +7,9 @@ A query of piece e sees a key of piece d < e as q exp(its own prefix) · k̃ exp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.wall.decay import spread, suffix, suffix_backward
-from megatron_lighthouse.wall.pieces import Piece
+from megatron_lighthouse.wall.decay import Decays, suffix, suffix_backward, summed, sums
+from megatron_lighthouse.wall.pieces import Piece, runs
 
 PURPOSE = "totals"
 """Of what is sent, in counts."""
@@ -27,59 +29,65 @@ class Call:
     """What one call of a layer knows besides its rows."""
 
     totals: list[Tensor] = field(default_factory=list)
-    """[pieces, B, ·] of the whole sequence: the sums of the gates, and of the scalar gates where there are."""
-    crossed: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)
-    """By the piece of the queries and those of the keys: the gradient of what lies between, for each of the latter."""
+    """[pieces, B, ·] of the whole sequence, float64: the sums of the gates, and of the scalar gates where there are."""
+    crossed: list[tuple[int, int, list[Tensor]]] = field(default_factory=list)
+    """The piece of the queries, the first of some pieces of keys, and for each of these the gradients of what lies between."""
 
     def between(self, anchor: int) -> list[Tensor]:
-        """Of each piece before `anchor`: the sum of the gates of those after it and before `anchor`."""
+        """Of each piece before `anchor`: the sum of the gates of those after it and before `anchor`, float64."""
         return [suffix(total[:anchor]) for total in self.totals]
 
     def total_grads(self) -> list[Tensor]:
         """Of `totals`, by way of what this rank's queries saw, in float64."""
-        found = [torch.zeros_like(total, dtype=torch.float64) for total in self.totals]
-        for (anchor, *pieces), grads in self.crossed.items():
+        found = [torch.zeros_like(total) for total in self.totals]
+        for anchor, first, grads in self.crossed:
             for total, grad in zip(found, grads, strict=True):
-                of_pieces = torch.zeros_like(total[:anchor])
-                of_pieces[pieces] = grad
-                total[:anchor] += suffix_backward(of_pieces)
+                summed, end = grad.cumsum(0), first + len(grad)
+                total[first + 1 : end] += summed[:-1]
+                if end < anchor:
+                    total[end:anchor] += summed[-1]
         self.crossed.clear()
         return found
 
 
+def by_runs(pieces: list[Piece], function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """What `function` makes of these rows of pieces of so many rows, one after the other."""
+    found = [function(*(x[run.rows] for x in tensors), step=run.step) for run in runs(pieces)]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
 class Decayed(torch.autograd.Function):
-    """(call, pieces of these rows, exchange, key [n, B, G, K], *gates [n, B, heads, ·]) -> decayed keys, and scalar gates."""
+    """(call, decays, pieces of these rows, exchange, key [n, B, G, K], *gates [n, B, heads, ·]) -> keys, scalar gates."""
 
     @staticmethod
     def forward(
-        ctx: Any, call: Call, pieces: list[Piece], exchange: Exchange | None, key: Tensor, *gates: Tensor
+        ctx: Any, call: Call, decays: Decays, pieces: list[Piece], exchange: Exchange | None, key: Tensor, *gates: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.call, ctx.pieces, ctx.exchange = call, pieces, exchange
+        ctx.call, ctx.decays, ctx.pieces, ctx.exchange = call, decays, pieces, exchange
         ctx.save_for_backward(key, *gates)
-        own = [torch.stack([x[piece.rows].sum(0, dtype=torch.float64) for piece in pieces]).to(x.dtype) for x in gates]
-        call.totals = own if exchange is None else [exchange.in_order(exchange.all_gather(x, PURPOSE)) for x in own]
-        gate, *scalar = (_sums(x, pieces) for x in gates)
-        return (spread(key, gate.shape[2]) * gate.exp()).to(key.dtype), *scalar
+        own = [by_runs(pieces, decays.sums, gates[0]), *(by_runs(pieces, sums, x) for x in gates[1:])]
+        if exchange is not None:
+            own = [exchange.in_order(exchange.all_gather(x.to(gates[0].dtype), PURPOSE)) for x in own]
+        call.totals = [x.double() for x in own]
+        scalar = (torch.cat([suffix(x[piece.rows]) for piece in pieces]) for x in gates[1:])
+        return by_runs(pieces, partial(decays.decay, after=True), key, gates[0]), *scalar
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *of_scalar: Tensor) -> tuple[Tensor | None, ...]:
-        pieces, exchange = ctx.pieces, ctx.exchange
+        decays, pieces, exchange = ctx.decays, ctx.pieces, ctx.exchange
         key, *gates = ctx.saved_tensors
-        grad = grad * _sums(gates[0], pieces).exp()  # of the keys themselves
+        wide = gates[0].dtype
+        wide = gates[0].dtype
+        of_keys = by_runs(pieces, partial(decays.decay, after=True, dtype=wide), grad, gates[0])
         totals = ctx.call.total_grads()
         if exchange is not None:
             sums = (exchange.out_of_order(x.to(gates[0].dtype)) for x in totals)
             shares = (exchange.all_to_all(x.flatten(0, 1), PURPOSE) for x in sums)
             totals = [x.unflatten(0, (exchange.size, -1)).sum(0, dtype=torch.float64) for x in shares]
-        d_gates = []
-        for x, through, total in zip(gates, (spread(key, gates[0].shape[2]) * grad, *of_scalar), totals, strict=True):
-            of_rows = [suffix_backward(through[p.rows].double()) + own for p, own in zip(pieces, total, strict=True)]
-            d_gates.append(torch.cat(of_rows).to(x.dtype))
-        d_key = grad.unflatten(2, (key.shape[2], -1)).sum(3).to(key.dtype)
-        return None, None, None, d_key, *d_gates
-
-
-def _sums(gate: Tensor, pieces: list[Piece]) -> Tensor:
-    """From each row's next gate to the end of its piece."""
-    return torch.cat([suffix(gate[piece.rows]) for piece in pieces])
+        found = [by_runs(pieces, partial(decays.decay_backward, heads=gates[0].shape[2], after=True), key, of_keys)]
+        found += [torch.cat([suffix_backward(x[piece.rows]) for piece in pieces]) for x in of_scalar]
+        for x, total in zip(found, totals, strict=True):
+            for piece, own in zip(pieces, total.to(wide), strict=True):
+                x[piece.rows] += own
+        return None, None, None, None, summed(of_keys, key.shape[2]).to(key.dtype), *found

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_lighthouse import running
 from megatron_lighthouse.lighthouse.geometry import Shape
+from megatron_lighthouse.lighthouse.rows import number_problem
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.variant import Place, Stream, Variant, beyond_softmax, shared_out_problem
 from megatron_lighthouse.wall.config import WallConfig
@@ -16,11 +17,14 @@ from megatron_lighthouse.wall.config import WallConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from megatron_lighthouse.context_parallel.exchange import Exchange
+    from megatron_lighthouse.context_parallel.ring import Passage
+    from megatron_lighthouse.lighthouse.selection import Selection
     from megatron_lighthouse.sequence.documents import Documents
     from megatron_lighthouse.softmax import backends
-    from megatron_lighthouse.softmax.documents import AttendDocuments
     from megatron_lighthouse.softmax.inputs import Inputs
     from megatron_lighthouse.wall.layer import Attend
+    from megatron_lighthouse.wall.over_documents import OverDocuments
     from megatron_lighthouse.wall.pieces import Sight
 
 
@@ -46,29 +50,20 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class OverDocuments:
-    """The same over the documents of a row, which each call brings."""
+class Rows:
+    """Over the rows that Lighthouse gathers. Keys have decayed to the end of their piece before they travel."""
 
-    config: WallConfig
-    place: Place
+    attend: Attend
+    scalar: bool
+    """Whether there are scalar gates; what follows them is the sink."""
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *streams: Tensor,
-        documents: Documents,
-        attend: AttendDocuments | None = None,
-        sinks: Tensor | None = None,
-    ) -> tuple[Tensor, Callable[[], Tensor] | None]:
-        from megatron_lighthouse.wall.pieces import Sight
+    def passage(self) -> None:
+        return None
 
-        bounds = [0]
-        for length in documents.lengths:
-            bounds.append(bounds[-1] + length)
-        made = _made(self.config, query, key, self.place, Sight(tuple(bounds)))
-        return Layer(made, self.place.number)(query, key, value, *streams, sinks=sinks)
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *streams: Tensor, passage: Passage | None = None) -> Tensor:
+        gate, *more = streams
+        scalar = more.pop(0) if self.scalar else None
+        return self.attend.over_rows(query, key, value, gate, scalar, more[0] if more else None)
 
 
 class Wall(Variant):
@@ -83,6 +78,7 @@ class Wall(Variant):
     )
     dense_weights = False
     position = "none"
+    around = "wall"
 
     def streams_of(self, config: WallConfig) -> tuple[Stream, ...]:
         gate = Stream("g", rotated=False, bias=config.gate_bias, per_group=config.tied_gates)
@@ -103,11 +99,7 @@ class Wall(Variant):
             yield f"--position-embedding-type {kind} does not go with --attention {self.name}, for {why}: use none."
 
     def document_problems(self, config: WallConfig, ranks: int) -> Iterator[str]:
-        if ranks > 1:
-            yield (
-                f"--dataloader-inter-document-masking with --context-parallel-size {ranks} is done by dense attention alone: "
-                "use --context-parallel-size 1, or --attention dense."
-            )
+        yield from ()
 
     def remarks(self, config: WallConfig, args: Any) -> Iterator[str]:
         each = math.log1p(math.exp(-config.gate_bias))
@@ -120,19 +112,118 @@ class Wall(Variant):
         return Layer(_made(config, query, key, place), place.number)
 
     def build_documents(self, config: WallConfig, query: Tensor, key: Tensor, place: Place) -> OverDocuments:
-        return OverDocuments(config, place)
+        from megatron_lighthouse.wall.over_documents import OverDocuments
+
+        def attend(sight: Sight, query: Tensor, key: Tensor, *rows: Tensor, sinks: Tensor | None) -> Any:
+            return Layer(_made(config, query, key, place, sight), place.number)(query, key, *rows, sinks=sinks)
+
+        return OverDocuments(attend, place.exchange)
 
     def check_installed(self, config: WallConfig, inputs: Inputs, place: Place) -> None:
-        from megatron_lighthouse.wall.implementations import diagonal_for
+        from megatron_lighthouse.wall.implementations import makers_for
 
-        diagonal_for(config.kernels, inputs.device, inputs.dtype, inputs.dim)
+        makers_for(config.kernels, inputs.device, inputs.dtype, inputs.dim)
 
     def sent(
-        self, config: WallConfig, seq_length: int, shape: Shape, layout: Layout, comm_type: str
+        self, config: WallConfig, seq_length: int, shape: Shape, layout: Layout, comm_type: str, around: Any = None
     ) -> dict[str, tuple[int, int]]:
         from megatron_lighthouse.wall.sent import sent
 
         return sent(comm_type, seq_length, shape, layout, config.tied_gates, config.scalar_gate)
+
+    def rows_problem(self, inner: str) -> str | None:
+        if inner == "auto":
+            return None
+        return (
+            f"config.inner {inner} is of softmax attention, and config.around {self.around} has kernels of its own: use "
+            "config.inner auto, and --wall-kernels to choose them."
+        )
+
+    def rotary_problem(self) -> str:
+        return f"rotary: config.around {self.around} attends without positions: leave `rotary` out, and do not rotate."
+
+    def streams_problem(
+        self, config: WallConfig | None, query: Tensor, key: Tensor, streams: Sequence[Tensor], exchange: Exchange | None
+    ) -> str | None:
+        """Signs are looked at by one rank on a CPU: see `wall_attention`."""
+        config = config or WallConfig()
+        wanted = self.streams_of(config)
+        if message := number_problem(self.around, wanted, streams):
+            return f"{message} Scalar gates are read with around=WallConfig(scalar_gate=True)."
+        shapes = (query.shape[:2] + (key if config.tied_gates else query).shape[2:3] + query.shape[3:], (*query.shape[:3], 1))
+        for stream, x, shape in zip(wanted, streams, shapes, strict=False):
+            if x.shape != shape or not x.dtype.is_floating_point or x.device != query.device:
+                return (
+                    f"streams: {stream.name} of config.around {self.around} must be {tuple(shape)}, floating, on "
+                    f"{query.device}, got {tuple(x.shape)} {x.dtype} on {x.device}: with gates of a group, "
+                    "around=WallConfig(tied_gates=True)."
+                )
+            if exchange is None and x.device.type == "cpu" and not bool((x <= 0).all()):
+                return f"streams: {stream.name} of config.around {self.around} must be natural logarithms <= 0: use logsigmoid."
+        return None
+
+    def of_projections(self, config: WallConfig, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        from megatron_lighthouse.wall.gates import LogSigmoid
+
+        gate, *scalar = streams
+        return LogSigmoid(config.gate_max)(gate), *map(LogSigmoid(), scalar)
+
+    def gather(
+        self,
+        take: Callable[..., tuple[Tensor, ...]],
+        selection: Selection,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *streams: Tensor,
+    ) -> tuple[Tensor, ...]:
+        from megatron_lighthouse.wall.gathered import gather
+
+        return gather(take, selection, query, key, value, *streams)
+
+    def row_bytes(self, config: WallConfig | None, shape: Shape) -> int:
+        config, wide = config or WallConfig(), max(4, shape.itemsize)
+        gates = shape.groups if config.tied_gates else shape.heads
+        given = (shape.heads + gates) * shape.dim + shape.groups * shape.values
+        of_gates = gates * shape.dim + (shape.heads if config.scalar_gate else 0)
+        return shape.batch * (given * shape.itemsize + of_gates * wide)
+
+    def rows_sent(
+        self, config: WallConfig | None, rows: int, shape: Shape, layout: Layout, comm_type: str
+    ) -> dict[str, tuple[int, int]]:
+        from megatron_lighthouse.wall.sent import sent
+
+        config, wide = config or WallConfig(), max(4, shape.itemsize)
+        return sent(comm_type, rows, shape, layout, config.tied_gates, config.scalar_gate, wide, gathered=True)
+
+    def build_rows(
+        self,
+        config: WallConfig | None,
+        inner: str,
+        query: Tensor,
+        key: Tensor,
+        exchange: Exchange | None,
+        comm_type: str,
+        scale: float | None,
+        sinks: bool = False,
+        value_dim: int | None = None,
+    ) -> Rows:
+        config = config or WallConfig()
+        value = key[..., :1].expand(*key.shape[:3], value_dim or key.shape[3])
+        return Rows(_over_rows(config, query, key, value, exchange, comm_type, scale), config.scalar_gate)
+
+    def build_document_rows(
+        self, config: WallConfig | None, inner: str, query: Tensor, key: Tensor, scale: float | None
+    ) -> Callable[..., Tensor]:
+        from megatron_lighthouse.wall.over_documents import sight_of
+
+        given = config or WallConfig()
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, documents: Documents, *streams: Tensor) -> Tensor:
+            made = _over_rows(given, query, value, value, None, "p2p", scale, sight_of(documents))
+            return Rows(made, given.scalar_gate)(query, key, value, *streams)
+
+        return attend
 
 
 def _made(config: WallConfig, query: Tensor, key: Tensor, place: Place, sight: Sight | None = None) -> Attend:
@@ -142,6 +233,23 @@ def _made(config: WallConfig, query: Tensor, key: Tensor, place: Place, sight: S
     heads = key.shape[2] if config.tied_gates else query.shape[2]
     how = (place.exchange, place.comm_type, place.scale, sight, config.kernels, config.scalar_gate)
     return build(query, key, key, heads, *how, LogSigmoid(config.gate_max), LogSigmoid())
+
+
+def _over_rows(
+    config: WallConfig,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    exchange: Exchange | None,
+    comm_type: str,
+    scale: float | None,
+    sight: Sight | None = None,
+) -> Attend:
+    """Over gathered rows, of gates; key and value are of as many heads as the model has."""
+    from megatron_lighthouse.wall.layer import build
+
+    heads = key.shape[2] if config.tied_gates else query.shape[2]
+    return build(query, key, value, heads, exchange, comm_type, scale, sight, config.kernels, config.scalar_gate)
 
 
 WALL = Wall()

@@ -32,7 +32,7 @@ def shared(draw: st.DrawFn) -> tuple[Packing, list[Shares]]:
 @given(shared())
 def test_each_token_and_window_has_one_rank(drawn: tuple[Packing, list[Shares]]) -> None:
     packing, ranks = drawn
-    pooled = torch.cat([x.cut.token_at[x.owns_token] for x in ranks])
+    pooled = torch.cat([x.cut.token_at[x.cut.owns_token] for x in ranks])
     assert torch.equal(pooled.sort().values, torch.arange(packing.seq_length))
     entries = torch.cat([x.entry_at[x.owns] for x in ranks])
     assert torch.equal(entries.sort().values, torch.arange(packing.pyramid_length))

@@ -82,7 +82,7 @@ def test_what_takes_more_gpus_says_how_many(capsys: pytest.CaptureFixture[str]) 
         ("", (*H100, "--device", "h200"), r"of 13[34]\.\d GiB by the plan \(H200"),
         ("", ("--arch", "blackwell", "--device", "h100"), "HGX B200"),  # the GPU of a login node
         ("", ("--arch", "blackwell", "--device", ""), "HGX B200"),
-        ("--vocab-size 384", H100, "57.5 of"),
+        ("--vocab-size 384", H100, "57.3 of"),
     ],
 )
 def test_what_is_said(more: str, options: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,9 @@ from tests.launch.scripts import LAUNCH, ROOT, refused, submit, words
 from tests.launch.slurm import Slurm
 
 RECIPES = sorted(path.stem for path in (LAUNCH / "recipes").glob("*.args"))
-ONE_NODE = ("530m-98k", "530m-256k-cp8", "llama3-8b-128k", "qwen3-8b-256k")
-FITS = {"530m-1m": 32, "llama3-8b-512k": 64, "llama3-8b-1m": 128, "cpu-test": 2, **dict.fromkeys(ONE_NODE, 8)}
+ONE_NODE = ("530m-98k", "530m-256k-cp8", "llama3-8b-128k", "qwen3-8b-256k", "qwen3-8b-1m-8gpu")
+FITS = {"530m-1m": 32, "llama3-8b-512k": 64, "llama3-8b-1m": 128, "cpu-test": 2, "qwen3-0.6b-1m-1gpu": 1}
+FITS |= dict.fromkeys(ONE_NODE, 8)
 """GPUs that a recipe is for."""
 
 

@@ -261,6 +261,16 @@ def test_a_spec_that_makes_lighthouse_needs_no_mask() -> None:
     assert not given.create_attention_mask_in_dataloader
 
 
+@pytest.mark.parametrize("reset", [False, True])
+def test_dense_layers_are_given_a_mask_only_where_it_says_something(reset: bool) -> None:
+    from megatron_lighthouse.mcore.command_line.arguments import use_attention
+
+    dense = {"seq_length": 256, "create_attention_mask_in_dataloader": True, "reset_attention_mask": reset}
+    given = arguments("--attention", "dense", **dense)
+    use_attention(given, Namespace(transformer=transformer_config(), transformer_layer_spec=None))
+    assert given.create_attention_mask_in_dataloader is reset
+
+
 def test_dense_attention_that_copies_cannot_be_captured_either(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_lighthouse.mcore.command_line.arguments import use_attention
 

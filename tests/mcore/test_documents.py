@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
 
+from megatron_lighthouse.plots import read_scalars
 from tests.mcore import harness
 from tests.mcore.harness import MODEL, ROOT, Run
+from tests.mcore.test_checkpoints import save_interval
 from tests.mcore.test_parity import START, assert_same
+from tests.tolerances import assert_close
 
 AT = MODEL.index("--lighthouse-budget")
 run = partial(harness.run, model=MODEL[:AT] + MODEL[AT + 2 :])
@@ -77,11 +81,13 @@ def test_losses_equal_those_of_one_process(
 
 LIGHTHOUSE = ["--attention", "lighthouse", *PACKED[2:], "--lighthouse-tile-budget", "2"]
 """Windows of 16 tokens, tiles of 128: longer documents select, those of few tokens go in whole."""
+WATCHED = "--lighthouse-telemetry-interval 1 --lighthouse-selection-map map.png"
 
 
 @pytest.fixture(scope="module")
 def one_lighthouse(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, documents: list[str]) -> Run:
-    return run(tmp_path_factory.mktemp("selects"), *LIGHTHOUSE, "--load", str(checkpoint), *START, data=documents)
+    start = [*LIGHTHOUSE, *WATCHED.split(), "--load", str(checkpoint), *START]
+    return run(tmp_path_factory.mktemp("selects"), *start, data=documents)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +95,7 @@ def one_lighthouse(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, d
     [
         (1, "--micro-batch-size 2 --no-lighthouse-discard-output"),
         (4, "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2"),
-        (2, "--context-parallel-size 2 --cp-comm-type p2p all_gather a2a p2p"),
+        (2, f"--context-parallel-size 2 --cp-comm-type p2p all_gather a2a p2p {WATCHED}"),
         (4, "--tensor-model-parallel-size 2 --context-parallel-size 2 --sequence-parallel --micro-batch-size 2"),
     ],
     ids=["two rows at once, outputs kept", "TP2·PP2", "CP2, all-gather and all-to-all by layer", "TP2·CP2, two rows at once"],
@@ -99,4 +105,49 @@ def test_lighthouse_equals_itself_on_one_process(
 ) -> None:
     assert abs(one_lighthouse.losses[1] - one_process.losses[1]) > 1e-4, "nothing was selected"
     start = [*LIGHTHOUSE, "--load", str(checkpoint), *START, *arguments.split()]
-    assert_same(run(tmp_path, *start, ranks=ranks, data=documents), one_lighthouse)
+    result = run(tmp_path, *start, ranks=ranks, data=documents)
+    assert_same(result, one_lighthouse)
+    if WATCHED in arguments:
+        logged, expected = (selection_of(x) for x in (result, one_lighthouse))
+        assert {step for steps, _ in expected.values() for step in steps} == {1, 2, 3}
+        for name, (steps, values) in expected.items():
+            assert (logged[name][0] == steps).all()
+            assert_close(logged[name][1], values, "float32")
+        assert all((x.folder / "map.png").read_bytes().startswith(b"\x89PNG") for x in (result, one_lighthouse))
+
+
+def test_wall_over_ranks_equals_itself_on_one_process(tmp_path: Path, documents: list[str]) -> None:
+    """With gates that matter at these lengths, and two rows at once."""
+    options = "--position-embedding-type none --wall-gate-bias 3 --micro-batch-size 2 --train-iters 4".split()
+    wall, saved = ["--attention", "wall", *PACKED[2:], *options], tmp_path / "checkpoint"
+    one = run(tmp_path / "one", *wall, *save_interval(saved, 1), data=documents)
+    two = run(
+        tmp_path / "two",
+        *(*wall, "--context-parallel-size", "2", "--load", str(saved), "--ckpt-step", "1"),
+        ranks=2,
+        data=documents,
+    )
+    assert list(two.losses) == [2, 3, 4]
+    later = ({i: x[i] for i in two.losses} for x in (one.losses, one.gradient_norms))
+    assert_same(two, Run(*later, one.log, one.folder))
+
+
+def selection_of(result: Run) -> dict[str, Any]:
+    """What was logged of the first Lighthouse layer, by name."""
+    logged = read_scalars(result.folder / "tensorboard")
+    return {name: found for name, found in logged.items() if name.startswith("lighthouse/") and "layer-2" in name}
+
+
+FURTHER = "--mtp-num-layers 1 --train-iters 2 --eval-interval 2 --eval-iters 1".split()
+
+
+def test_further_tokens_are_predicted_alike_on_two_ranks(tmp_path: Path, documents: list[str]) -> None:
+    one, two = (run(tmp_path / f"{ranks}", *PACKED, *FURTHER, ranks=ranks, data=documents) for ranks in (1, 2))
+    assert "validation loss at iteration 2" in one.log
+    assert len(further(one.log)) == 2
+    assert_close([*one.losses.values(), *further(one.log)], [*two.losses.values(), *further(two.log)], "parallel loss")
+
+
+def further(log: str) -> list[float]:
+    """The losses of a further token that were logged."""
+    return [float(line.split("mtp_1 loss: ")[1].split("|")[0]) for line in log.splitlines() if "mtp_1 loss: " in line]

@@ -18,6 +18,7 @@ import pytest
 
 from megatron_lighthouse.launch.torchrun import own_environment, torchrun
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
+from megatron_lighthouse.mcore.command_line.documents import FLAG
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
 from megatron_lighthouse.plots import read_scalars
 from megatron_lighthouse.recipe import hindsight
@@ -89,10 +90,10 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
     return Evaluated(float(validation), folder / "out", result.stdout, checkpoint, text)
 
 
-def tiny(fused: bool, budget: int | None = None) -> Any:
+def tiny(fused: bool, budget: int | None = None, short: bool = False) -> Any:
     """A model of random weights, the same for all: with Megatron's own attention, or with what an evaluation takes for it.
 
-    With `budget`, of the 16 windows of 4 tokens in 64, all layers use Lighthouse in two tiles.
+    With `budget`, of the 16 windows of 4 tokens in 64, all layers use Lighthouse in two tiles; `short`: of short documents too.
     """
     import torch
     from megatron.core.models.gpt import GPTModel
@@ -116,6 +117,8 @@ def tiny(fused: bool, budget: int | None = None) -> Any:
     spec = with_fused_attention(given).transformer_layer_spec(given) if fused else get_gpt_layer_local_spec()
     if budget:
         lighthouse = LighthouseConfig(levels=2, pooling=4, budget=budget, tile_budget=budget // 2)
+        if short:
+            lighthouse = lighthouse.replace(whole_below=8, document_tile=32)
         spec = with_lighthouse(spec, LighthouseSettings(lighthouse, dense_first=0, dense_last=0, rope="mean"))
     model = GPTModel(config, spec, vocab_size=384, max_sequence_length=SEQUENCE, position_embedding_type="rope")
     return model.cuda().eval()
@@ -134,7 +137,11 @@ def test_losses_and_the_next_token_are_those_of_megatrons_logits() -> None:
     with torch.no_grad():
         given = torch.from_numpy(tokens.astype(numpy.int64)).cuda()[None]
         logits = tiny(fused=False)(given, torch.arange(65).cuda()[None], None)[0].double().cpu()
+    rows: list[int] = []
+    seen = trained.model.output_layer.register_forward_hook(lambda _, __, out: rows.append(len(out[0])))
     assert_close(trained.next_token(tokens), logits[-1], "float32")
+    seen.remove()
+    assert rows == [1], "logits of all tokens would not fit at long context"
     expected = -logits.log_softmax(-1)[torch.arange(64), torch.from_numpy(tokens[1:].astype(numpy.int64))]
     assert_close(trained.token_losses(tokens), expected, "float32")
     assert expected.std() > 0.1, "each position must have a loss of its own"
@@ -256,6 +263,7 @@ def test_what_was_not_asked_for_is_none(tmp_path: Path) -> None:
     from megatron_lighthouse.recipe.trained import Trained
 
     trained = {"load": "ckpt", "attention": "dense", "lighthouse_layers": 0, "lighthouse_rope": "last"}
+    trained["lighthouse_causal_selection"] = False
     asked = Namespace(out=tmp_path, loss_sequences=0, hindsight_samples=0, **trained)
     measure(Trained(asked, 3, tiny(fused=True)), TOKENS, None)
     summary = json.loads((tmp_path / "evaluation.json").read_text())
@@ -268,3 +276,18 @@ def test_what_was_trained_on_is_refused(evaluated: Evaluated, tmp_path: Path) ->
     result = evaluate(1, *options, "--held-out", str(evaluated.text))
     assert result.returncode != 0
     assert "was read in training (--text-data of the checkpoint)" in result.stderr
+
+
+def test_a_run_over_documents_is_evaluated_by_document(evaluated: Evaluated, tmp_path: Path) -> None:
+    at = MODEL.index("--lighthouse-budget")
+    given = ["--attention", "lighthouse", FLAG, "--load", str(evaluated.checkpoint), "--out", str(tmp_path / "out")]
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} " * 90)
+    probe = ["--passkey-samples", "1", "--passkey-lengths", "131", "--passkey-depths", "0", "--passkey-fillers", "classic"]
+    texts = ["--held-out", *(str(tmp_path / f"{name}.txt") for name in ("one", "two"))]
+    result = evaluate(1, *given, *texts, *probe, model=[*MODEL[:at], *MODEL[at + 2 :]])
+    assert result.returncode == 0, result.stdout[-3000:]
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert (found["loss"]["position_in"], found["loss"]["sequences"]) == ("document", 2)
+    assert 1 < found["loss"]["mean"] < 10
+    assert found["passkey"]["fillers"]["classic"]["samples"] == 1

@@ -35,13 +35,16 @@ def test_a_subject_wraps_once_and_the_last_is_outermost() -> None:
 
 
 def test_installing_again_changes_nothing(megatron: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.transformer import multi_token_prediction
     from megatron.training import checkpointing, initialize
     from megatron.training import training as loop
+    from megatron.training.models import gpt
 
     from megatron_lighthouse.mcore.loop import hooks
 
     owners = [(loop, name) for name in (*PATCHED, *(() if torch.cuda.is_available() else ("initialize_megatron",)))]
     owners += [(initialize, "_compile_dependencies"), (checkpointing, "_async_delete_checkpoint_impl"), *model_parts()]
+    owners += [(multi_token_prediction, "roll_tensor"), (gpt, "mtp_block_spec")]
 
     def installed() -> list[Any]:
         hooks.adapt_machine()

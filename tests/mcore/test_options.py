@@ -21,6 +21,7 @@ FLAGS = {
     "inner": ("auto", "sdpa", "sdpa", "The attention over the gathered rows"),
     "steps": ("auto", "reference", "reference", "'auto' takes the kernels on a GPU. Default: auto."),
     "pin_first": (True, None, False, "Default: on; the authors' code"),
+    "causal_selection": (None, None, False, "Default: off; what goes on from a checkpoint takes the checkpoint's."),
 }
 """Field -> its default (None: by the length), a word after its flag (None: after --no-…), what that means, and of its help."""
 

@@ -156,8 +156,9 @@ def test_each_token_is_rotated_by_its_place_in_its_document(kind: str) -> None:
             "--context-parallel-size 2: upstream's pretrain_gpt.py cuts packed rows",
         ),
         ({"pipeline_model_parallel_size": 3, "pipeline_dtype": torch.float32}, "--pipeline-model-parallel-size 3"),
+        ({"mtp_num_layers": 1}, "--mtp-num-layers 1: in upstream's pretrain_gpt.py a document's last token but one"),
     ],
-    ids=["one rank", "context parallel", "three stages"],
+    ids=["one rank", "context parallel", "three stages", "further tokens"],
 )
 def test_what_upstreams_loop_does_not_do_is_refused_when_the_model_is_built(
     changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
@@ -167,7 +168,7 @@ def test_what_upstreams_loop_does_not_do_is_refused_when_the_model_is_built(
     from megatron_lighthouse.mcore.attention import layer_specs
 
     given = Namespace(seq_length=N, dataloader_inter_document_masking=True)
-    monkeypatch.setattr(layer_specs, "_global_args", lambda: given)
+    monkeypatch.setattr(layer_specs, "global_args", lambda: given)
     monkeypatch.setattr(layer_specs, "settled", lambda args, config: SETTINGS)
     monkeypatch.setattr(layer_specs, "layer_spec", lambda *args, **kwargs: "built")
     monkeypatch.setattr(arguments.arguments, "use_attention", lambda args, model_cfg: "built")
@@ -202,7 +203,6 @@ def test_rows_that_upstream_cuts_as_one_sequence_are_refused() -> None:
         ({"position_embedding_type": "mrope"}, {}, "use rope or yarn"),
         ({}, {"multi_latent_attention": True}, "use --group-query-attention"),
         ({}, {"experimental_attention_variant": "dsa"}, "leave one of them out"),
-        ({}, {"mtp_num_layers": 1}, "--mtp-num-layers 1"),
         ({}, {"cuda_graph_impl": "local"}, "--cuda-graph-impl local"),
         ({}, {"attention_dropout": 0.1}, "use --attention-dropout 0"),
         ({}, {"window_size": (128, 0)}, r"--window-size \(128, 0\) is not done by --transformer-impl local"),
@@ -233,16 +233,13 @@ def test_unequal_work_is_said_once_at_the_start() -> None:
     assert "So do the bytes that context-parallel ranks send." in said
 
 
-def test_lighthouse_over_ranks_is_let_by_and_watching_it_is_refused() -> None:
+def test_lighthouse_over_ranks_is_let_by_watched_or_not() -> None:
     from megatron_lighthouse.mcore.command_line.checks import check_run
 
     given = Namespace(seq_length=N, dataloader_inter_document_masking=True, transformer_impl="local")
     config = transformer_config()
     config.transformer_impl = "local"
-    for config.context_parallel_size in (1, 2):
-        check_run(given, config, SETTINGS)
-    given.lighthouse_telemetry_interval = 10
-    with pytest.raises(ValueError, match="--lighthouse-telemetry-interval 10 measures one sequence"):
+    for config.context_parallel_size, given.lighthouse_telemetry_interval in ((1, 0), (2, 0), (2, 10)):
         check_run(given, config, SETTINGS)
 
 

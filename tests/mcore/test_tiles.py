@@ -126,6 +126,34 @@ def test_an_mlp_in_tiles_keeps_no_more_than_its_input(bias: bool, monkeypatch: p
         assert_close(tiled, whole, "float64")
 
 
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_models_loss_in_tiles_has_the_gradients_of_the_whole(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tied weights have two: of the embedding, and of the tiles."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_lighthouse.mcore.loop import tiled_loss
+
+    config = TransformerConfig(
+        num_layers=1, hidden_size=16, num_attention_heads=2, use_cpu_initialization=True, init_method_std=0.5,
+        gradient_accumulation_fusion=False, attention_dropout=0.0, hidden_dropout=0.0, bias_dropout_fusion=False,
+        masked_softmax_fusion=False, transformer_impl="local",
+    )  # fmt: skip
+    spec = get_gpt_layer_local_spec()
+    model = GPTModel(config, spec, vocab_size=64, max_sequence_length=40, share_embeddings_and_output_weights=tied)
+    tokens, labels = torch.randint(64, (2, 1, 40))
+    found = []
+    for tile in (0, 7):
+        monkeypatch.setattr(tiled_loss, "global_args", lambda tile=tile: SimpleNamespace(loss_tile_tokens=tile))
+        loss = tiled_loss.forward(GPTModel.forward, model, tokens, torch.arange(40)[None], None, labels=labels)
+        found.append((loss, *torch.autograd.grad(loss.mean(), [*model.parameters()])))
+    assert ("output_layer.weight" in dict(model.named_parameters())) is not tied
+    for whole, tiled in zip(*found, strict=True):
+        assert_close(tiled, whole, "float32")
+
+
 MTP = "--mtp-num-layers 1 --eval-interval 2 --eval-iters 1".split()
 
 
@@ -150,8 +178,9 @@ def start(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Callabl
         (MTP, 1, ""),
         (MTP, 2, "--tensor-model-parallel-size 2"),
         ([], 2, "--tensor-model-parallel-size 2 --sequence-parallel --micro-batch-size 2"),
+        ([], 2, "--context-parallel-size 2"),
     ],
-    ids=["multi-token prediction", "multi-token prediction, TP2", "TP2+SP, two rows at once"],
+    ids=["multi-token prediction", "multi-token prediction, TP2", "TP2+SP, two rows at once", "CP2"],
 )
 def test_training_in_tiles_is_training(model: list[str], ranks: int, layout: str, start: Callable[..., Run]) -> None:
     result = start(*model, *TILES, *layout.split(), ranks=ranks)

@@ -156,7 +156,7 @@ def test_backends_of_softmax_are_refused() -> None:
         ValueError, match=r"config\.inner fa3 is of softmax attention, and config\.around parallax has kernels of"
     ):
         ALONE.replace(inner="fa3")
-    with pytest.raises(ValueError, match=r"config\.around 'wide' is not known: use 'softmax' or 'parallax'"):
+    with pytest.raises(ValueError, match=r"config\.around 'wide' is not known: use 'softmax' or 'parallax' or 'wall'"):
         ALONE.replace(around="wide")
 
 

@@ -30,7 +30,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("forward", "backward"):
             module = sys.modules[f"megatron_lighthouse.kernels.parallax.{name}"]
             monkeypatch.setattr(
-                module, "blocks_of", lambda kernel, dim, itemsize: Blocks(32 if kernel == "forward" else 16, 16, 4, 1)
+                module, "blocks_of", lambda kernel, dim, itemsize, hopper: Blocks(32 if kernel == "forward" else 16, 16, 4, 1)
             )
 
 
@@ -97,6 +97,26 @@ def test_strides_and_repeats_give_the_same_bits() -> None:
         assert all(map(torch.equal, with_grads(parallax_attention, others), first))
 
 
+def test_bulk_copies_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of Hopper, which the interpreter carries out too, of a dimension that is no power of two."""
+    tensors = on_device(inputs(33, 1, 1, 1, 24), torch.float16)
+    found = [with_grads(parallax_attention, tensors, window=21)]
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(sys.modules[f"megatron_lighthouse.kernels.parallax.{name}"], "in_bulk", lambda *x: DEVICE == "cpu")
+    found.append(with_grads(parallax_attention, tensors, window=21))
+    assert all(map(torch.equal, *found))
+
+
+def test_bulk_copies_need_rows_16_bytes_apart() -> None:
+    rows = torch.zeros(6, 2, 2, 20, dtype=torch.float16)
+    assert tiles.apart(rows[..., :16].contiguous())
+    assert not tiles.apart(rows), "40 bytes"
+    assert tiles.apart(rows.new_zeros(6, 2, 2, 24)[..., :20])
+    assert not tiles.apart(rows.new_zeros(6, 2, 2, 24)[..., 4:20]), "begins between"
+    assert not tiles.apart(rows.new_zeros(1, 2, 2, 16).expand(6, -1, -1, -1)), "one row for all"
+    assert not tiles.apart(rows.new_zeros(6, 2, 2, 16).float()), "fp32"
+
+
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["tokens", "batch", "heads"])
 def test_tensors_that_32_bits_do_not_span(dim: int) -> None:
     if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < NEEDED:
@@ -138,9 +158,13 @@ def test_where_they_cannot_run_it_is_said() -> None:
         implementation_for("triton", torch.device("cuda"), torch.bfloat16, 320)
 
 
-@pytest.mark.parametrize("kernel", ["forward", "queries", "keys"])
-def test_blocks_go_by_dimension_and_dtype_alone(kernel: str) -> None:
+@pytest.mark.parametrize("hopper", [False, True])
+def test_tiles_of_the_backward_kernels_fit_each_other(hopper: bool) -> None:
+    """What one writes of queries, in whole tiles, the other reads in whole tiles."""
     for dim in range(32, 257, 8):
         for itemsize in (2, 4):
-            blocks = tiles.blocks_of(kernel, dim, itemsize)
-            assert blocks.queries >= 16 <= blocks.keys
+            forward_tiles, queries, keys = (
+                tiles.blocks_of(kernel, dim, itemsize, hopper) for kernel in ("forward", "queries", "keys")
+            )
+            assert queries.queries % keys.queries == 0
+            assert min(*forward_tiles[:2], *queries[:2], *keys[:2]) >= 16

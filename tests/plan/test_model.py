@@ -10,6 +10,7 @@ from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
 from megatron_lighthouse.plan import accuracy, copy_measured, memory, report, time
 from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import DEVICES, device_of
+from megatron_lighthouse.plan.models import run_of_model
 from megatron_lighthouse.plan.run import recipes, run_of
 
 POINTS = accuracy.compared(coefficients())
@@ -38,6 +39,18 @@ def test_parameters(recipe: str, expected: int) -> None:
     run = run_of(recipe, gpus=1, tensor_parallel=1, context_parallel=1, pipeline_parallel=1, global_batch=1)
     assert run.model.parameters == expected
     assert time.rank_parameters(run) == expected
+
+
+def test_tied_embeddings_are_one_where_a_rank_has_both() -> None:
+    run = run_of_model("qwen3-0.6b", 2**17)
+    matrices = 28 * 1024 * ((16 + 2 * 8) * 128 + 16 * 128 + 3 * 3072)
+    tied = 151936 * 1024 + matrices + (2 * 28 + 1) * 1024  # as Qwen's, but for its norms of queries and keys
+    assert run.parameters == time.rank_parameters(run) == tied
+    untied = run.change(model=replace(run.model, tied=False))
+    assert untied.parameters == time.rank_parameters(untied) == tied + 151936 * 1024
+    two = run.change(gpus=2, pipeline_parallel=2)
+    assert sum(time.stage_parameters(two, stage) for stage in (0, 1)) == tied + 151936 * 1024  # the last has a copy
+    assert time.stage_parameters(run.change(gpus=7, pipeline_parallel=7), 3) == matrices / 7 + 2 * 4 * 1024
 
 
 @pytest.mark.parametrize("group", accuracy.BOUNDS)
@@ -86,7 +99,7 @@ def test_ring_in_backward() -> None:
     name = "backward of its attention, beyond that"
     run = run_of("530m-98k", gpus=2, context_parallel=2, attention="dense")
     ring = 98304 // 2 * 2 * (1024 * (1 + 1 + 2 + 2 + 2 + 8 - 2) - 3 * 1536)
-    mlp = 98304 // 2 * 2 * (1024 + 3 * 1536)
+    mlp = 98304 // 2 * 2 * (1024 + 2 * 1536)
     assert memory.parts(run)[name] == ring - mlp > 0
     assert memory.parts(run.change(context_parallel=1))[name] == 0
 

@@ -66,5 +66,5 @@ def test_it_is_said_to_be_predicted() -> None:
     speed = coefficients()
     assert "Lighthouse around Parallax in" in report.kind(AROUND)
     for run in (PLAIN, AROUND):
-        assert "parallax [predicted: as flash-linear-attention's kernels" in report.time_table(run, speed)
+        assert "parallax [predicted: as its kernels to cuDNN's" in report.time_table(run, speed)
     assert "predicted" not in report.time_table(LIGHTHOUSE, speed)

@@ -33,4 +33,8 @@ def test_a_recipe_is_the_same_in_both_places(name: str) -> None:
     assert int(flags.get("--num-query-groups", model["heads"])) == model["groups"]
     for flag, key in (("tensor-model", "tensor"), ("context", "context"), ("pipeline-model", "pipeline")):
         assert int(flags.get(f"--{flag}-parallel-size", 1)) == recipe[f"{key}_parallel"]
-    assert flags.get("--recompute-modules", "none") == recipe["recompute"]
+    full = flags.get("--recompute-granularity") == "full"
+    assert flags.get("--recompute-modules", "full" if full else "none") == recipe["recompute"]
+    assert int(flags.get("--mlp-tile-tokens", 0)) == recipe.get("mlp_tile_tokens", 0)
+    assert ("--untie-embeddings-and-output-weights" in flags) is not model.get("tied", False)
+    assert {flags.get(f"--lighthouse-dense-{end}", "2") for end in ("first", "last")} == {str(model.get("dense_first", 2))}

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lighthouse.plan import report
+from megatron_lighthouse.plan import memory, report
 from megatron_lighthouse.plan.__main__ import main, parser, run_from
 from megatron_lighthouse.plan.device import DEVICES
+from megatron_lighthouse.plan.model import UNTIED
 from megatron_lighthouse.plan.run import RECOMPUTE, Run, recipes, run_of
 from megatron_lighthouse.plan.words import layout_words, recipe_words, run_of_words
 
@@ -36,6 +37,8 @@ def test_what_megatron_takes_where_nothing_is_given() -> None:
     assert of("530m-98k", "--vocab-size 32000 --text-data a b --bf16").model.vocab == 384
     assert (of("530m-1m").gpus, of("530m-1m").global_batch, of("530m-1m", gpus=32).global_batch) == (8, 1, 4)
     assert not of("530m-98k", "--no-lighthouse-discard-output").discard_output
+    tied = [word for word in recipe_words(FILES / "530m-98k.args") if word != UNTIED]
+    assert (of("530m-98k").model.tied, run_of_words(tied, B200).model.tied) == (False, True)
 
 
 @pytest.mark.parametrize(
@@ -50,10 +53,17 @@ def test_recompute(more: str, expected: str) -> None:
     assert of("530m-98k", more).recompute == expected
 
 
-@pytest.mark.parametrize("recompute", RECOMPUTE)
-def test_the_words_of_a_layout_give_it_back(recompute: str) -> None:
+def test_a_causal_selection_gathers_as_many_rows_and_keeps_a_second_map() -> None:
+    plain, causal = of("530m-98k"), of("530m-98k", "--lighthouse-causal-selection")
+    assert causal.geometry.gathered_length == plain.geometry.gathered_length == 18432
+    more = memory.lighthouse_activations(causal) - memory.lighthouse_activations(plain)
+    assert more == 4 * (98304 + 98304 // 4 + 98304 // 16) * plain.model.groups
+
+
+@pytest.mark.parametrize(("recompute", "tile"), [*((name, 0) for name in RECOMPUTE), ("full", 8192)])
+def test_the_words_of_a_layout_give_it_back(recompute: str, tile: int) -> None:
     sizes = {"tensor_parallel": 2, "context_parallel": 4, "pipeline_parallel": 2}
-    run = run_of("530m-98k", gpus=16, global_batch=8, cp_comm_type="a2a", recompute=recompute, **sizes)
+    run = run_of("530m-98k", gpus=16, global_batch=8, cp_comm_type="a2a", recompute=recompute, mlp_tile_tokens=tile, **sizes)
     assert of("530m-98k", f"{layout_words(run)} --global-batch-size 8", gpus=16) == run
 
 

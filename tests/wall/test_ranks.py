@@ -10,9 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel import exchange as exchange_module
+from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
+from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.sequence.layout import Layout
+from megatron_lighthouse.variant import Place
 from megatron_lighthouse.wall.attention import wall_attention
 from megatron_lighthouse.wall.config import WallConfig
 from megatron_lighthouse.wall.layer import Step
@@ -97,3 +100,30 @@ def test_shared_gates_cost_no_more_than_dense_attention() -> None:
     whole = WALL.sent(WallConfig(), 8192, layer, rank, "p2p")
     assert [2 * n for n in whole["attend"]] == [5 * n for n in dense]
     assert sum(whole["totals"]) < 0.02 * sum(whole["attend"])
+
+
+def documents_on_rank(group: dist.ProcessGroup | None, tensors: list[Tensor], comm_type: str) -> list[Tensor]:
+    """Output and gradients of a layer under Megatron, of logits of gates: of this rank's rows, and each row's token."""
+    place, tokens = Place(exchange=Exchange.over(group), comm_type=comm_type, sinks=True), Step.TOKENS
+    Step.TOKENS = 5
+    documents = Documents.of(torch.tensor([0, 1, 20, 23, len(tensors[0])], dtype=torch.int32), len(tensors[0]))
+    own = documents.rows_of_rank(place.exchange.layout if place.exchange else Layout(1, 0))
+    *leaves, sink, grad = (x.clone().requires_grad_() if x.dim() == 1 else x[own].requires_grad_() for x in tensors)
+    config = WallConfig(scalar_gate=True, tied_gates=True)
+    out, _ = WALL.build_documents(config, leaves[0], leaves[1], place)(*leaves, documents=documents, sinks=sink)
+    Step.TOKENS = tokens
+    return [out.detach(), *torch.autograd.grad(out, [*leaves, sink], grad.detach()), own]
+
+
+@pytest.mark.parametrize("comm_type", ["p2p", "all_gather", "a2a"])
+def test_documents_in_zigzag_equal_those_of_one_rank(comm_type: str) -> None:
+    """Of lengths that no number of chunks divides."""
+    tensors = inputs(48, 1, 8, 4, (4, 4), gate=2.0, tied=True, scalar=1.0, sink=True)
+    tensors[4] = tensors[4].unsqueeze(-1)
+    expected = documents_on_rank(None, tensors, comm_type)[:-1]
+    for size in (2, 4):
+        ranks = run_ranks(size, documents_on_rank, tensors, comm_type)
+        place = torch.cat([own for *_, own in ranks])
+        for one, shards in zip(expected, zip(*(found[:-1] for found in ranks), strict=True), strict=True):
+            together = sum(shards) if one.dim() == 1 else torch.empty_like(one).index_copy(0, place, torch.cat(shards))
+            assert_close(together, one, "ranks float64")

@@ -9,10 +9,10 @@ import torch
 
 from megatron_lighthouse.kernels import wall as kernels
 from megatron_lighthouse.profiling.names import kernel_mark
-from megatron_lighthouse.wall import attention, layer, reference
+from megatron_lighthouse.wall import attention, decay, layer, reference
 from megatron_lighthouse.wall.attention import wall_attention
 from megatron_lighthouse.wall.earlier import Plain
-from megatron_lighthouse.wall.implementations import diagonal_for, earlier_for
+from megatron_lighthouse.wall.implementations import earlier_for, makers_for
 from megatron_lighthouse.wall.layer import Step
 from tests.steps import DEVICE
 from tests.wall.oracle import formula, inputs, with_grads
@@ -41,10 +41,12 @@ def test_profiles_know_the_kernels(kernel: str, direction: str | None) -> None:
 
 def test_what_is_taken_where(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert diagonal_for("auto", gpu, torch.bfloat16, 128) is kernels
-    assert diagonal_for("auto", cpu, torch.bfloat16, 128) is reference
-    assert diagonal_for("reference", gpu, torch.bfloat16, 128) is reference
+    assert makers_for("auto", gpu, torch.bfloat16, 128) == (kernels, kernels)
+    assert makers_for("auto", gpu, torch.bfloat16, 64) == (reference, decay)
+    assert makers_for("triton", gpu, torch.bfloat16, 64) == (kernels, kernels)
+    assert makers_for("auto", cpu, torch.bfloat16, 128) == (reference, decay)
+    assert makers_for("reference", gpu, torch.bfloat16, 128) == (reference, decay)
     with pytest.raises(ValueError, match="--wall-kernels triton cannot run: they take head dimensions up to 256, not 320"):
-        diagonal_for("triton", gpu, torch.bfloat16, 320)
+        makers_for("triton", gpu, torch.bfloat16, 320)
     query = torch.zeros(4, 1, 2, 8)
     assert isinstance(earlier_for(query, query, 2, 1.0, biased=False, masked=False), Plain)

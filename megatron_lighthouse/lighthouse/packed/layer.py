@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse import telemetry
-from megatron_lighthouse.lighthouse.around import AROUND, apart, stacked
+from megatron_lighthouse.lighthouse.around import AROUND
+from megatron_lighthouse.lighthouse.causal_rules import causal_documents_problem
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.heads import documents_problem
 from megatron_lighthouse.lighthouse.implementations import packed_steps_for
@@ -57,6 +59,8 @@ class PackedLayer:
     pin_first: bool
     steps: PackedSteps
     scorer: Scorer
+    gather: Callable[..., tuple[Tensor, ...]]
+    """What rows are, of what is around: see `Variant.gather`."""
     attend: Callable[..., Tensor] | None
     """The inner attention, of rows, documents and the rows of streams; None where every call brings its own."""
     rotary: Rotary | None
@@ -85,28 +89,30 @@ class PackedLayer:
         selection: Selection | None = None,
     ) -> PackedAttended:
         """All steps but the last."""
-        attend, packing, groups = attend or self.attend, Packing.of(documents, self.rule), key.shape[2]
+        attend, packing = attend or self.attend, Packing.of(documents, self.rule)
         assert attend is not None
         if selection is None:
             selection = self.select(query, key, value, documents)
-        rows = list(streams)
+        rows: tuple[Tensor, ...] = (query, key, value, *streams)
         if not packing.is_whole:  # else rows are tokens
-            near, key, value = self.steps.gather(stacked(query, streams, groups), key, value, selection, self.rotary)
-            query, *rows = apart(near, len(streams), groups)
+            take = partial(self.steps.gather, selection=selection, rotary=self.rotary)
+            rows = self.gather(take, selection, *rows)
+        query, key, value, *others = rows
         with profiled("attend"):
-            attended = attend(query, key, value, packing.rows, *rows)
+            attended = attend(query, key, value, packing.rows, *others)
         return PackedAttended(attended, selection, self.steps)
 
     def select(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Selection:
         """The entries of all documents."""
         packing = Packing.of(documents, self.rule)
-        telemetry.refuse_documents()
         if packing.is_whole:
             places = torch.arange(packing.seq_length, dtype=torch.int32, device=query.device)
             return Selection(packing, places.expand(1, key.shape[2], -1), packing.seq_length)
         with torch.no_grad():
             scores = self.scorer.packed(query, key, value, packing, self.steps, self.rotary)
-            return self.steps.select(scores, packing, self.pin_first)
+            selection = self.steps.select(scores, packing, self.pin_first)
+            telemetry.record(selection, scores, packing, self.pin_first, False, self.steps, self.scorer.causal)
+            return selection
 
 
 def build_packed(
@@ -133,15 +139,16 @@ def build_packed(
         ValueError: as `lighthouse_attention`.
     """
     scorer, rule = SCORERS[config.scorer], config.rule
-    if rotary is not None and (problem := rotary.problem(query.shape[3])):
+    base = AROUND[config.around]
+    if rotary is not None and (problem := rotary.problem(query.shape[3]) or base.rotary_problem()):
         raise ValueError(problem)
-    if problem := scorer.packed_problem(rule.window) or documents_problem(config):
+    if problem := scorer.packed_problem(rule.window) or documents_problem(config) or causal_documents_problem(config):
         raise ValueError(problem)
-    steps, attend, base = packed_steps_for(config.steps, query, config.pooling), None, AROUND[config.around]
+    steps, attend = packed_steps_for(config.steps, query, config.pooling), None
     if exchange is None:
         if not own_attend:
             attend = base.build_document_rows(around, config.inner, query, key, softmax_scale)
-        return PackedLayer(rule, config.pin_first, steps, scorer, attend, rotary)
+        return PackedLayer(rule, config.pin_first, steps, scorer, base.gather, attend, rotary)
     if not base.native:
         raise ValueError(
             f"cu_seqlens over context-parallel ranks is not done with config.around {config.around}: use config.around "

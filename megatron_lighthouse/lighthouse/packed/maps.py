@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse.lighthouse.packed.packing import Packing, numbered
+from megatron_lighthouse.sequence.documents import runs
 
 
 class Maps:
@@ -48,13 +49,26 @@ class Maps:
     @cached_property
     def position(self) -> Tensor:
         """[t]: the place of each token in its document, from 0."""
-        return torch.arange(self.packing.seq_length, device=self.tokens.device) - self.tokens[self.document]
+        return runs(torch.zeros_like(self.tokens[1:]), self.tokens, self.packing.seq_length)
 
     @cached_property
     def inside(self) -> Tensor:
         """[W*F]: the tokens that form windows, in order."""
+        return self._in_windows(0, 1)
+
+    def last(self, width: int) -> Tensor:
+        """[W*F / width]: the last token of each window of so many tokens."""
+        return self._in_windows(width - 1, width)
+
+    def _in_windows(self, first: int, step: int) -> Tensor:
+        """[W * F / step]: of each coarsest window this token, and every so many after it."""
         starts = self.packing.window_starts.long()
-        return (starts.unsqueeze(1) + torch.arange(self.packing.rule.window, device=starts.device)).flatten()
+        return (starts.unsqueeze(1) + torch.arange(first, self.packing.rule.window, step, device=starts.device)).flatten()
+
+    @cached_property
+    def window_document(self) -> Tensor:
+        """[W]: the document of each coarsest window."""
+        return numbered(self.windows, sum(self.packing.windows))
 
     @cached_property
     def loose_row(self) -> Tensor:
@@ -67,7 +81,7 @@ class Maps:
     @cached_property
     def rows_shift(self) -> Tensor:
         """[W]: the rows of loose tokens before each coarsest window."""
-        document = numbered(self.windows, sum(self.packing.windows))
+        document = self.window_document
         return self.tokens[document] - self.packing.rule.window * self.windows[document]
 
     def received(self, level: int) -> Tensor:
@@ -85,7 +99,7 @@ class Maps:
         """[entries of the level, p^l]: the positions that get the row of each entry of `level` (from 1); t where the document
         has ended. What `received` says, the other way."""
         width = self.packing.window(level)
-        last = self.inside.view(-1, width)[:, -1]
+        last = self.last(width)
         position = last.unsqueeze(1) + torch.arange(width, device=last.device)
         end = self.tokens[self.document[last] + 1].unsqueeze(1)
         return position.where(position < end, self.packing.seq_length)

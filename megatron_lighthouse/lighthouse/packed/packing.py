@@ -8,17 +8,17 @@ the next. Rows stand document by document, each one's in causal order, its tail 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate
+from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
 from megatron_lighthouse.lighthouse.geometry import Pyramid
-from megatron_lighthouse.lighthouse.packed.rule import Rule, Tile
-from megatron_lighthouse.sequence.documents import Documents
+from megatron_lighthouse.lighthouse.packed.rule import Rule
+from megatron_lighthouse.sequence.documents import Documents, repeated, runs
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,25 @@ class Packing(Pyramid):
         return Pyramid(sum(self.windows) * self.rule.window, self.levels, self.pooling)
 
     @cached_property
-    def tiles_of(self) -> tuple[tuple[Tile, ...], ...]:
-        """The tiles of each document; none where it is whole."""
-        return tuple(map(self.rule.tiles, self.lengths))
+    def here(self) -> Packing:
+        """The same on the CPU."""
+        if self.cu_seqlens.device.type == "cpu":
+            return self
+        here = replace(self, cu_seqlens=bounds_of(integers(self.lengths)))
+        vars(here)["counts"] = self.counts
+        return here
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """[5, n] int64, on the CPU: `Rule.counts` of each document. A row of t tokens has at most sqrt(2t) lengths."""
+        distinct, which = integers(self.lengths).unique(return_inverse=True)
+        found = map(self.rule.counts, distinct.tolist())
+        return integers([(*counts, *last) for *counts, last in found]).t()[:, which]
 
     @cached_property
     def windows(self) -> tuple[int, ...]:
         """Coarsest windows of each document; 0 where it is whole."""
-        return tuple(sum(tile.windows for tile in tiles) for tiles in self.tiles_of)
+        return tuple(self.counts[0].tolist())
 
     def compact_documents(self, unit: int) -> Documents:
         """What the documents have of the compact sequence, a row for every `unit` tokens of it; whole ones have none."""
@@ -75,23 +86,22 @@ class Packing(Pyramid):
     @cached_property
     def rows(self) -> Documents:
         """The gathered rows of each document, as documents."""
-        return Documents(self.bounds[2], tuple(map(self.rule.rows, self.lengths)))
+        return Documents(self.bounds[2], tuple(self.counts[1].tolist()))
 
     @cached_property
     def gathered_length(self) -> int:
         """S, rows of all documents together."""
-        return sum(map(self.rule.rows, self.lengths))
+        return int(self.counts[1].sum())
 
     @cached_property
     def bounds(self) -> Tensor:
         """[3, n + 1] int32: the tokens, the coarsest windows and the rows before each document, and after the last."""
-        counts = (self.lengths, self.windows, map(self.rule.rows, self.lengths))
-        return self._table([accumulate(count, initial=0) for count in counts])
+        return self._there(bounds_of(torch.stack([integers(self.lengths), *self.counts[:2]])))
 
     @cached_property
     def units(self) -> int:
         """Of all documents: each has one for every F tokens, and one for the rest, which may be empty."""
-        return sum(length // self.rule.window + 1 for length in self.lengths)
+        return int((integers(self.lengths) // self.rule.window + 1).sum())
 
     @cached_property
     def unit_table(self) -> Tensor:
@@ -105,29 +115,46 @@ class Packing(Pyramid):
     @cached_property
     def window_starts(self) -> Tensor:
         """[W] int32: the first token of each coarsest window."""
-        document = numbered(self.bounds[1], sum(self.windows))
-        number = torch.arange(len(document), device=document.device) - self.bounds[1][document]
-        return (self.bounds[0][document] + number * self.rule.window).int()
+        tokens, windows, _ = self.bounds.long()
+        number = runs(torch.zeros_like(windows[1:]), windows, sum(self.windows))
+        return (tokens[numbered(windows, len(number))] + number * self.rule.window).int()
 
     @cached_property
     def tiles(self) -> Tensor:
         """[5, tiles] int32: windows and refined entries a level before each tile; its windows; its budget; whether it is the
         first of its document."""
-        every = [(tile, i == 0) for tiles in self.tiles_of for i, tile in enumerate(tiles)]
-        windows, budgets = [tile.windows for tile, _ in every], [tile.budget for tile, _ in every]
-        before = [list(accumulate(x, initial=0))[:-1] for x in (windows, budgets)]
-        return self._table([*before, windows, budgets, [first for _, first in every]])
+        return self._there(self._tiles)
 
     @cached_property
     def budget(self) -> int:
         """Entries refined per level, of all documents together."""
-        return sum(tile.budget for tiles in self.tiles_of for tile in tiles)
+        return int(self._tiles[3].sum())
 
-    def _table(self, rows: Iterable[Iterable[int]]) -> Tensor:
-        return torch.tensor([list(row) for row in rows], dtype=torch.int32).to(self.cu_seqlens.device, non_blocking=True)
+    @cached_property
+    def _tiles(self) -> Tensor:
+        """`tiles`, on the CPU."""
+        _, _, tiles, *last = self.counts
+        before = tiles.cumsum(0) - tiles
+        document = torch.arange(len(tiles)).repeat_interleave(tiles)
+        number = torch.arange(len(document)) - before[document]
+        is_last, full = number == tiles[document] - 1, (self.rule.tile_windows, self.rule.tile_budget)
+        sizes = torch.stack([of[document].where(is_last, usual) for of, usual in zip(last, full, strict=True)])
+        return torch.cat([sizes.cumsum(1) - sizes, sizes, (number == 0).unsqueeze(0)]).int()
+
+    def _there(self, table: Tensor) -> Tensor:
+        return table.to(self.cu_seqlens.device, non_blocking=True)
+
+
+def integers(values: Any) -> Tensor:
+    """As int64, on the CPU; numpy reads many of them in a tenth of torch's time."""
+    return torch.from_numpy(numpy.array(values, dtype=numpy.int64))
+
+
+def bounds_of(counts: Tensor) -> Tensor:
+    """[..., n] -> [..., n + 1] int32: how many there are before each, and in all."""
+    return torch.nn.functional.pad(counts.cumsum(-1), (1, 0)).int()
 
 
 def numbered(bounds: Tensor, length: int) -> Tensor:
     """[length] int64: i for each of the places from bounds i to i + 1. Asks the device nothing."""
-    numbers = torch.arange(len(bounds) - 1, device=bounds.device)
-    return numbers.repeat_interleave(bounds.diff(), output_size=length)
+    return repeated(torch.arange(len(bounds) - 1, device=bounds.device), bounds.diff(), length)

@@ -7,86 +7,124 @@ document, or with the chunk where the document goes in whole.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from megatron_lighthouse.lighthouse.packed.maps import Maps
-from megatron_lighthouse.lighthouse.packed.packing import Packing, numbered
+from megatron_lighthouse.lighthouse.packed.packing import Packing, bounds_of
+from megatron_lighthouse.sequence.documents import repeated, runs
 from megatron_lighthouse.sequence.layout import Layout
 
 
 @dataclass(frozen=True)
 class Pieces(Packing):
-    """A packing of pieces. They have no tiles, and no rows of their own: `tiles` and what is made of these is not read."""
+    """A packing of pieces. They have no tiles, and no rows of their own: what is made of these is not read."""
 
     given: tuple[int, ...]
     """Coarsest windows of each piece."""
 
     @cached_property
-    def windows(self) -> tuple[int, ...]:
-        return self.given
+    def counts(self) -> Tensor:
+        windows = torch.tensor([self.given])
+        return torch.cat([windows, windows.new_zeros(4, len(self.given))])
 
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """The pieces of a rank, and what their tokens and windows are; on the CPU but for `pieces`."""
+    """The pieces of a rank, and what their tokens and windows are; on the CPU."""
 
     pieces: Pieces
-    token_at: Tensor
-    """[tokens of the pieces] int64: in the row."""
-    token_chunk: Tensor
-    """[tokens of the pieces]: the chunk that their piece is for."""
-    in_chunk: Tensor
-    """[tokens of the pieces]: whether they are of that chunk; others belong to windows that reach into it, or spill."""
-    loose: Tensor
-    """[tokens of the pieces]: whether they are in no window."""
-    inside: Tensor
-    """[windows of the pieces * F]: the tokens of the windows."""
-    window_at: Tensor
-    """[windows of the pieces]: in the row."""
-    window_chunk: Tensor
-    """[windows of the pieces]: the chunk that their piece is for."""
+    maps: Maps
+    """Of the row."""
+    document: Tensor
+    """[pieces] int64: that each is of."""
+    chunk: Tensor
+    """[pieces] int16: that each is for."""
+    begin: Tensor
+    """[pieces] int64: the first token of the chunk, counted in the document."""
+    edges: Tensor
+    """[6, pieces] int64, likewise: where a piece starts; the first and the end of the windows that its rank owns by way of it,
+    which end in the chunk; the first of the chunk's tokens in no window; where chunk and piece end."""
 
     @staticmethod
-    def of(here: Packing, sizes: Tensor, layout: Layout, device: torch.device) -> Cut:
+    def of(here: Packing, sizes: Tensor, layout: Layout) -> Cut:
         """Those of the chunks of a rank that have tokens: first the early ones of all documents, then the late ones.
 
         Args:
             here: the packing, on the CPU.
             sizes: [2C, n], tokens of each chunk of each document.
-            device: of the pieces.
         """
         maps, width, own = Maps.of(here), here.rule.window, layout.chunks
         windows, begins = maps.windows.diff(), sizes.cumsum(0) - sizes
         first, size = (torch.cat([x[chunk] for chunk in own]) for x in (begins, sizes))
-        end, inside = first + size, (windows * width).repeat(2)
-        # from the window that spills into the first token to the one that holds the last; counted in the document
+        there = size.nonzero().squeeze(1)
+        first, size = first[there], size[there]
+        document, chunk = there % len(windows), torch.tensor(own, dtype=torch.int16)[there // len(windows)]
+        end, inside = first + size, windows[document] * width
+        # from the window that spills into the first token to the one that holds the last
         start = (((first + 1) // width - 1).clamp(min=0) * width).where(inside > 0, first)
         stop = end.where(end > inside, torch.minimum(inside, -(-end // width) * width))
         held = ((torch.minimum(stop, inside) - start) // width).where(inside > 0, 0)
-        first, end, start, stop, held = (x[size > 0] for x in (first, end, start, stop, held))
-        document = torch.arange(len(windows)).repeat(2)[size > 0]
-        chunk = torch.tensor(own).repeat_interleave(len(windows))[size > 0]
-
-        lengths: tuple[int, ...] = tuple((stop - start).tolist())
-        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        owned = (torch.minimum(x // width * width, inside).where(inside > 0, first) for x in (first, end))
+        edges = torch.stack([start, *owned, torch.maximum(first, torch.minimum(inside, end)), end, stop])
+        lengths, windows_held = (tuple(x.tolist()) for x in (stop - start, held))
         made = (sum(lengths), here.levels, here.pooling, here.rule, lengths)
-        pieces = Pieces(*made, bounds, tuple(held.tolist()))
-        piece = numbered(bounds, pieces.seq_length)
-        position = torch.arange(pieces.seq_length) - bounds[piece] + start[piece]
-        before = pieces.bounds[1].long()
-        of = numbered(before, sum(pieces.given))
-        return Cut(
-            Pieces(*made, bounds.to(device, non_blocking=True), pieces.given),
-            maps.tokens[document][piece] + position,
-            chunk[piece],
-            (position >= first[piece]) & (position < end[piece]),
-            position >= (windows * width)[document][piece],
-            Maps.of(pieces).inside,
-            (maps.windows[document] + start // width - before[:-1])[of] + torch.arange(len(of)),
-            chunk[of],
-        )
+        return Cut(Pieces(*made, bounds_of(stop - start), windows_held), maps, document, chunk, first, edges)
+
+    def pieces_on(self, device: torch.device) -> Pieces:
+        """The pieces, for steps on that device."""
+        pieces = self.pieces
+        return pieces if device.type == "cpu" else replace(pieces, cu_seqlens=pieces.cu_seqlens.to(device, non_blocking=True))
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """[pieces + 1] int64: tokens before each piece."""
+        return self.pieces.cu_seqlens.long()
+
+    @cached_property
+    def token_at(self) -> Tensor:
+        """[tokens of the pieces] int64: in the row."""
+        return runs(self.maps.tokens[self.document] + self.edges[0], self.bounds, self.pieces.seq_length)
+
+    @cached_property
+    def token_chunk(self) -> Tensor:
+        """[tokens of the pieces] int16: the chunk that their piece is for."""
+        return repeated(self.chunk, self.bounds.diff(), self.pieces.seq_length)
+
+    @cached_property
+    def own_at(self) -> Tensor:
+        """[t / C] int64: the tokens of these chunks; others belong to windows that reach into one, or spill."""
+        sizes = bounds_of(self.edges[4] - self.begin).long()
+        return runs(self.bounds[:-1] + self.begin - self.edges[0], sizes, int(sizes[-1]))
+
+    @cached_property
+    def owns_token(self) -> Tensor:
+        """[tokens of the pieces]: whether this rank pools or keeps them, by way of this piece."""
+        owns = torch.tensor([False, True, False, True, False]).repeat(len(self.chunk))
+        return repeated(owns, self.edges.diff(dim=0).t().flatten(), self.pieces.seq_length)
+
+    @cached_property
+    def windows(self) -> Tensor:
+        """[3, pieces] int64: of each, the windows before those that this rank owns by way of it; these; and those after."""
+        start, first, end, *_ = self.edges // self.pieces.rule.window
+        return torch.stack([first - start, end - first, self.pieces.counts[0] + start - end])
+
+    @cached_property
+    def owns_window(self) -> Tensor:
+        """[windows of the pieces]: whether this rank owns them likewise."""
+        owns = torch.tensor([False, True, False]).repeat(len(self.chunk))
+        return repeated(owns, self.windows.t().flatten(), sum(self.pieces.given))
+
+    @cached_property
+    def window_at(self) -> Tensor:
+        """[windows of the pieces] int64: in the row."""
+        first = self.maps.windows[self.document] + self.edges[0] // self.pieces.rule.window
+        return runs(first, self.pieces.bounds[1].long(), len(self.owns_window))
+
+    @cached_property
+    def window_chunk(self) -> Tensor:
+        """[windows of the pieces] int16: the chunk that their piece is for."""
+        return repeated(self.chunk, self.pieces.counts[0], sum(self.pieces.given))

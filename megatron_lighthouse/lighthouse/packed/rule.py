@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from megatron_lighthouse.lighthouse.config import LighthouseConfig
 
 
 class Tile(NamedTuple):
@@ -17,6 +20,31 @@ class Tile(NamedTuple):
     windows: int
     budget: int
     """Entries refined per level: the m of this tile."""
+
+
+def rule_problem(config: LighthouseConfig) -> str | None:
+    """Why the rule that a config asks for cannot be kept; None where it can."""
+    window = config.pooling ** (config.levels - 1)
+    least = config.tile_budget * window
+    if config.document_tile and (config.document_tile < least or config.document_tile % window):
+        above = max(least, -(-config.document_tile // window) * window)
+        return (
+            f"config.document_tile {config.document_tile} must be a multiple of {window}, the tokens of a coarsest window, and "
+            f"at least {least}, one window for each entry of config.tile_budget {config.tile_budget}: use {above}."
+        )
+    return f"config.whole_below {config.whole_below} must not be negative: use 0." if config.whole_below < 0 else None
+
+
+class Counts(NamedTuple):
+    """What a document becomes."""
+
+    windows: int
+    """Coarsest windows in tiles; 0 where it goes in whole, as is all that follows but `rows`."""
+    rows: int
+    """S_d."""
+    tiles: int
+    last: Tile
+    """The last of these. All others are full."""
 
 
 @dataclass(frozen=True)
@@ -41,20 +69,24 @@ class Rule:
 
         All have `tile_windows` windows but the last, whose budget is its share of m: even, at least 2 and at most its windows.
         """
-        if tokens < self.whole_below:
-            return ()
-        full, rest = divmod(tokens // self.window, self.tile_windows)
-        tiles = [Tile(self.tile_windows, self.tile_budget)] * full
-        if rest:
-            share = self.tile_budget * rest // (2 * self.tile_windows) * 2
-            tiles.append(Tile(rest, min(max(2, share), rest)))
-        return tuple(tiles) if self._rows(tiles) + tokens % self.window < tokens else ()
+        found = self.counts(tokens)
+        return (*[Tile(self.tile_windows, self.tile_budget)] * (found.tiles - 1), found.last) if found.tiles else ()
 
     def rows(self, tokens: int) -> int:
         """S_d, the rows of a document of so many tokens: at most its tokens."""
-        tiles = self.tiles(tokens)
-        return self._rows(tiles) + tokens % self.window if tiles else tokens
+        return self.counts(tokens).rows
 
-    def _rows(self, tiles: tuple[Tile, ...] | list[Tile]) -> int:
-        """All coarsest windows, and p children of each refined one."""
-        return sum(tile.windows + (self.levels - 1) * self.pooling * tile.budget for tile in tiles)
+    def counts(self, tokens: int) -> Counts:
+        """What a document of so many tokens becomes."""
+        windows, tail = divmod(tokens, self.window)
+        full, rest = divmod(windows, self.tile_windows)
+        last, budget = Tile(self.tile_windows, self.tile_budget), full * self.tile_budget
+        if rest:
+            share = self.tile_budget * rest // (2 * self.tile_windows) * 2
+            last = Tile(rest, min(max(2, share), rest))
+            budget += last.budget
+        # all coarsest windows, p children of each refined one, and the tail
+        rows = windows + (self.levels - 1) * self.pooling * budget + tail
+        if tokens < self.whole_below or rows >= tokens:
+            return Counts(0, tokens, 0, Tile(0, 0))
+        return Counts(windows, rows, full + (rest > 0), last)

@@ -77,7 +77,6 @@ class ShardedPackedLayer:
         """All steps but the last."""
         attend, packing = attend or self.attend, Packing.of(documents, self.rule)
         assert attend is not None
-        telemetry.refuse_documents()
         if packing.is_whole:
             with profiled("attend"):
                 return ShardedAttended(attend(query, key, value, documents), None, None, self.steps)
@@ -110,4 +109,6 @@ class ShardedPackedLayer:
         """The entries of all documents, the same on all ranks."""
         with torch.no_grad():
             scores = self.scorer.shared(query, key, value, shares, self.steps, self.exchange, self.rotary)
-            return self.steps.select(scores, shares.packing, self.pin_first)
+            selection = self.steps.select(scores, shares.packing, self.pin_first)
+            telemetry.record(selection, scores, shares.packing, self.pin_first, False, self.steps, self.scorer.causal)
+            return selection

@@ -11,18 +11,18 @@ token of a piece's chunk are not scattered.
 from __future__ import annotations
 
 from functools import cached_property
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.context_parallel.transfer import End, Queue
+from megatron_lighthouse.context_parallel.transfer import End
+from megatron_lighthouse.lighthouse.packed.align import arriving, leaving
 from megatron_lighthouse.lighthouse.packed.maps import Maps
-from megatron_lighthouse.lighthouse.packed.packing import Packing
+from megatron_lighthouse.lighthouse.packed.packing import Packing, bounds_of, integers, numbered
 from megatron_lighthouse.lighthouse.packed.pieces import Cut
 from megatron_lighthouse.lighthouse.packed.steps import Runs
-from megatron_lighthouse.sequence.documents import Documents
+from megatron_lighthouse.sequence.documents import Documents, repeated, runs
 from megatron_lighthouse.sequence.layout import Layout
 
 
@@ -31,21 +31,17 @@ class Shares:
 
     def __init__(self, packing: Packing, layout: Layout) -> None:
         self.packing, self.layout = packing, layout
-        self.here = here = Packing.of(_on_cpu(packing.lengths), packing.rule)
-        self.window, chunks, maps = packing.rule.window, 2 * layout.size, Maps.of(here)
-        documents = _on_cpu(here.lengths)
-        self.chunk = torch.empty(here.seq_length, dtype=torch.int64)
-        """[t]: in which each token is."""
-        self.chunk[documents.order(layout.size)] = torch.arange(chunks).repeat_interleave(here.seq_length // chunks)
-        self.sizes = torch.stack([documents.cu_seqlens_of(chunk, layout.size).long().diff() for chunk in range(chunks)])
+        self.here = here = packing.here
+        self.window, documents = packing.rule.window, Documents(here.cu_seqlens, here.lengths)
+        self.sizes = documents.chunk_sizes(layout.size)
         """[2C, n]: tokens of each chunk of each document."""
-        self.owner = self.chunk[maps.inside.view(-1, self.window)[:, -1]]
-        """[W]: the chunk whose rank owns each coarsest window."""
+        self.chunk = _chunks(self.sizes)
+        """[t] int16: in which each token is."""
+        self.owner = self.chunk.index_select(0, Maps.of(here).last(self.window))
+        """[W] int16: the chunk whose rank owns each coarsest window."""
         self.own_tokens = documents.rows_of_rank(layout)
-        self.cut = Cut.of(here, self.sizes, layout, packing.cu_seqlens.device)
-        self.pieces = self.cut.pieces
-        self.owns_window = self.owner[self.cut.window_at] == self.cut.window_chunk
-        """[windows of the pieces]: whether this rank owns them, by way of this piece."""
+        self.cut = Cut.of(here, self.sizes, layout)
+        self.pieces = self.cut.pieces_on(packing.cu_seqlens.device)
 
     @staticmethod
     def of(packing: Packing, layout: Layout) -> Shares:
@@ -71,36 +67,20 @@ class Shares:
     @cached_property
     def token_owner(self) -> Tensor:
         """[t]: the rank that pools each token, or keeps it where it is in no window."""
-        chunk = self.chunk.clone()
-        chunk[Maps.of(self.here).inside] = self.owner.repeat_interleave(self.window)
-        return self._rank(chunk)
-
-    @cached_property
-    def owns_token(self) -> Tensor:
-        """[tokens of the pieces]: whether this rank pools or keeps them, by way of this piece."""
-        inside = self.cut.inside.view(-1, self.window)
-        owns = self.cut.in_chunk & self.cut.loose
-        owns[inside] = self.owns_window.unsqueeze(1)
-        return owns
+        owner = self._rank(self.owner).repeat_interleave(self.window)
+        return self._rank(self.chunk).scatter_(0, Maps.of(self.here).inside, owner)
 
     @cached_property
     def align(self) -> tuple[End, End]:
         """Tokens as this rank holds them, and tokens of its pieces: those that it owns travel there."""
-        size, tokens = self.layout.size, self.packing.seq_length
-        owned = self.token_owner[self.own_tokens]
-        here = Queue.of(owned, self.own_tokens, tokens, size)
-        held = self._rank(self.chunk[self.cut.token_at]).where(self.owns_token, size)
-        there = Queue.of(held, self.cut.token_at, tokens, size)
-        ends = []
-        for queue, length in ((here, len(owned)), (there, len(held))):
-            end = queue.end(queue.counts.tolist(), torch.arange(length), length)
-            ends.append(End(self._on_device(end.rows), end.counts, length))
-        return ends[0], ends[1]
+        ends = leaving(self.cut, self.owner, self.layout), arriving(self.cut, self.sizes, self.layout)
+        here, there = (End(self._on_device(rows), counts, length) for rows, counts, length in ends)
+        return here, there
 
     @cached_property
     def own_at(self) -> Tensor:
         """[t / C]: this rank's tokens, as it holds them, among those of its pieces."""
-        return self._on_device(self.cut.in_chunk.nonzero().squeeze(1))
+        return self._on_device(self.cut.own_at)
 
     @cached_property
     def entry_at(self) -> Tensor:
@@ -115,7 +95,7 @@ class Shares:
     @cached_property
     def owns(self) -> Tensor:
         """[entries of the pieces]: whether this rank gathers them, by way of this piece."""
-        return self._on_device(self._by_entry(self.owns_token, self.owns_window))
+        return self._on_device(self._by_entry(self.cut.owns_token, self.cut.owns_window))
 
     @cached_property
     def owners(self) -> Tensor:
@@ -128,58 +108,70 @@ class Shares:
         return self._on_device(self._by_entry(self.cut.token_chunk, self.cut.window_chunk))
 
     @cached_property
+    def spilled(self) -> tuple[Tensor, Tensor]:
+        """[entries of the row] int16, on the CPU: the first and the last chunk that each spills into."""
+        maps, packing = Maps.of(self.here), self.here
+        first, last, final = [self.chunk], [self.chunk], (maps.tokens[1:] - 1)[maps.window_document]
+        for level in range(1, packing.levels):
+            width = packing.window(level)
+            begin = maps.last(width)
+            end = torch.minimum(begin + (width - 1), final.repeat_interleave(self.window // width))
+            first.append(self.chunk.index_select(0, begin))
+            last.append(self.chunk.index_select(0, end))
+        return torch.cat(first), torch.cat(last)
+
+    @cached_property
     def wanted(self) -> Tensor:
         """[copies, entries of the row] int16: the chunks, one after the other, that each spills into; -1 where there are no
         more, or where the document has no token in the chunk."""
-        maps, packing = Maps.of(self.here), self.here
-        first, last, document = [self.chunk], [self.chunk], [maps.document]
-        for level in range(1, packing.levels):
-            width = packing.window(level)
-            begin = maps.inside.view(-1, width)[:, -1]
-            of = maps.document[begin]
-            end = torch.minimum(begin + width - 1, maps.tokens[of + 1] - 1)
-            first.append(self.chunk[begin])
-            last.append(self.chunk[end])
-            document.append(of)
-        start, stop, of = (torch.cat(x) for x in (first, last, document))
-        copies = []
-        for copy in range(int((stop - start).max()) + 1):
-            chunk = start + copy
-            there = (chunk <= stop) & (self.sizes[chunk.clamp(max=len(self.sizes) - 1), of] > 0)
-            copies.append(chunk.where(there, -1).to(torch.int16))
-        return self._on_device(torch.stack(copies))
+        first, last = self.spilled
+        document = self._by_entry(torch.empty(0, dtype=torch.int64), Maps.of(self.here).window_document)
+        spread = (last - first)[self.here.seq_length :].long()
+        # one for each further chunk of each entry
+        bounds = bounds_of(spread).long()
+        further = int(bounds[-1])
+        copy, some = runs(torch.ones_like(spread), bounds, further), numbered(bounds, further)
+        at = some + self.here.seq_length
+        chunk = first.index_select(0, at) + copy
+        there = self.sizes[chunk, document.index_select(0, some)] > 0
+        wanted = torch.full((1 + int(copy.max()) if further else 1, len(first)), -1, dtype=torch.int16)
+        wanted[0] = first
+        wanted.view(-1).scatter_(0, copy * len(first) + at, chunk.where(there, -1).to(torch.int16))
+        return self._on_device(wanted)
 
     @cached_property
     def wants(self) -> Tensor:
         """[entries of the pieces]: whether they spill into the piece's chunk."""
-        return (self.wanted[:, self.entry_at] == self.chunks_at).any(0)
+        first, last = (self._on_device(x).index_select(0, self.entry_at) for x in self.spilled)
+        return (first <= self.chunks_at) & (self.chunks_at <= last)
 
     @cached_property
     def rows(self) -> Documents:
         """The gathered rows of all documents, filled up to a number that 2C divides: as ranks attend to them."""
         lengths = self.packing.rows.lengths
         filler = -sum(lengths) % (2 * self.layout.size)
-        documents = _on_cpu((*lengths, filler) if filler else lengths)
-        return Documents(self._on_device(documents.cu_seqlens), documents.lengths)
+        lengths = (*lengths, filler) if filler else lengths
+        return Documents(self._on_device(bounds_of(integers(lengths))), lengths)
+
+    @cached_property
+    def _rows_here(self) -> Documents:
+        """Those, on the CPU."""
+        return Documents(bounds_of(integers(self.rows.lengths)), self.rows.lengths)
 
     @cached_property
     def row_rank(self) -> Tensor:
         """[S filled up]: the rank that attends to each row."""
-        ranks, rows = 2 * self.layout.size, self.rows
-        rank = torch.empty(rows.tokens, dtype=torch.int64)
-        order = torch.arange(ranks).repeat_interleave(rows.tokens // ranks)
-        rank[_on_cpu(rows.lengths).order(self.layout.size)] = self._rank(order)
-        return self._on_device(rank)
+        return self._on_device(self._rank(_chunks(self._rows_here.chunk_sizes(self.layout.size))))
 
     @cached_property
     def own_rows(self) -> Tensor:
         """[S filled up / C]: the rows that this rank attends to."""
-        return self._on_device(_on_cpu(self.rows.lengths).rows_of_rank(self.layout))
+        return self._on_device(self._rows_here.rows_of_rank(self.layout))
 
     @cached_property
     def own_windows(self) -> Tensor:
         """[own]: the windows that this rank owns, among those of its pieces."""
-        return self._on_device(self.owns_window.nonzero().squeeze(1))
+        return self._on_device(self.cut.owns_window.nonzero().squeeze(1))
 
     @cached_property
     def own_inside(self) -> Tensor:
@@ -194,7 +186,7 @@ class Shares:
     @cached_property
     def window_places(self) -> Tensor:
         """[W]: where each window is among those of all ranks, `most_windows` of each."""
-        rank = self._rank(self.owner)
+        rank = self._rank(self.owner).long()
         order = ((rank * 2 * self.layout.size + self.owner) * len(rank) + torch.arange(len(rank))).argsort()
         counts = rank.bincount(minlength=self.layout.size)
         place = torch.empty_like(order)
@@ -204,7 +196,7 @@ class Shares:
     @cached_property
     def own_window_at(self) -> Tensor:
         """[own]: the windows that this rank owns, in the row."""
-        return self._on_device(self.cut.window_at[self.owns_window])
+        return self._on_device(self.cut.window_at[self.cut.owns_window])
 
     def own_in_row(self, unit: int) -> Tensor:
         """[own * F / unit]: their rows, where all windows have one for every `unit` tokens."""
@@ -214,7 +206,7 @@ class Shares:
     @cached_property
     def own_runs(self) -> Runs:
         """The windows that this rank owns, as runs of each document's."""
-        owned, before = self.cut.window_at[self.owns_window], Maps.of(self.here).windows
+        owned, before = self.cut.window_at[self.cut.owns_window], Maps.of(self.here).windows
         document = torch.searchsorted(before[1:].contiguous(), owned, right=True)
         begins = torch.ones_like(owned, dtype=torch.bool)
         begins[1:] = (owned.diff() != 1) | (document.diff() != 0)
@@ -253,5 +245,8 @@ class Shares:
         return torch.cat([x.flatten(3) for x in whole.split(each, -1)], -1)
 
 
-def _on_cpu(lengths: tuple[int, ...]) -> Documents:
-    return Documents(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), lengths)
+def _chunks(sizes: Tensor) -> Tensor:
+    """[length] int16: the chunk in which each place of a row is, of the [2C, n] sizes of each document's."""
+    chunks, documents = sizes.shape
+    numbers = torch.arange(chunks, dtype=torch.int16).repeat(documents)
+    return repeated(numbers, sizes.t().flatten(), int(sizes.sum()))

@@ -2,7 +2,7 @@
 
 Row x of the S rows of a batch element and selection (a key/value head's, or that of several) lies on the rank that holds its
 entry's chunk, and is attended to on the rank that holds chunk x // (S / 2C) of the rows. All rows that pass between two ranks
-go in one message.
+go in one message, of each dtype.
 """
 
 from __future__ import annotations
@@ -67,12 +67,17 @@ class Deal:
         """Rows as gathered, [held, B, ·, ·], to rows as attended to, [S/C, B, ·, ·]; differentiable.
 
         Args:
-            groups: G, selections. Those of the heads of one travel together.
+            groups: G, selections. Those of the heads of one travel together, and tensors of one dtype.
         """
-        grouped = [x.unflatten(2, (groups, -1)).flatten(3) for x in tensors]
-        dealt = self._pass(torch.cat(grouped, 3), self.sends, self.to, self.receives, self.by, self.dealt)
-        parts = dealt.split([x.shape[3] for x in grouped], 3)
-        return [x.unflatten(3, (-1, like.shape[3])).flatten(2, 3) for x, like in zip(parts, tensors, strict=True)]
+        found: dict[int, Tensor] = {}
+        for dtype in dict.fromkeys(x.dtype for x in tensors):
+            some = {i: x for i, x in enumerate(tensors) if x.dtype == dtype}
+            grouped = [x.unflatten(2, (groups, -1)).flatten(3) for x in some.values()]
+            dealt = self._pass(torch.cat(grouped, 3), self.sends, self.to, self.receives, self.by, self.dealt)
+            parts = dealt.split([x.shape[3] for x in grouped], 3)
+            for (i, like), x in zip(some.items(), parts, strict=True):
+                found[i] = x.unflatten(3, (-1, like.shape[3])).flatten(2, 3)
+        return [found[i] for i in range(len(tensors))]
 
     def back(self, rows: Tensor, groups: int) -> Tensor:
         """Rows as attended to, [S/C, B, H, D], to rows as gathered, [held, B, H, D]; differentiable."""

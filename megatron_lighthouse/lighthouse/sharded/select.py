@@ -7,6 +7,8 @@ all-gather, and each decides everything; so their decisions are equal, and equal
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,13 @@ def own_tiles(geometry: Geometry, size: int) -> Geometry | None:
 
 
 def select_shard(
-    scores: Tensor, geometry: Geometry, own: Geometry | None, pin_first: bool, steps: Steps, exchange: Exchange
+    scores: Tensor,
+    geometry: Geometry,
+    own: Geometry | None,
+    pin_first: bool,
+    causal: bool,
+    steps: Steps,
+    exchange: Exchange,
 ) -> tuple[Selection, Deal | None]:
     """This rank's part of the selection that one rank would make.
 
@@ -46,16 +54,18 @@ def select_shard(
     """
     size, (length, levels, pooling) = exchange.size, geometry.pyramid
     if own is not None:
-        chosen = steps.select(scores, own, pin_first and exchange.rank == 0)
-        return Selection(own, chosen.places, chosen.length, chunks=2), None
+        return replace(steps.select(scores, own, pin_first and exchange.rank == 0, causal), chunks=2), None
     counts = [geometry.entries(level) // size for level in range(1, levels)]
     # [C, n, 2, B, G] a level, windows first, as `in_order` takes them
     shares = exchange.all_gather(scores.movedim(-1, 0), "select").split(counts, 1)
     whole = torch.cat([exchange.in_order(x) for x in shares]).movedim(0, -1).contiguous()
-    selection = steps.select(whole, geometry, pin_first)
+    selection = steps.select(whole, geometry, pin_first, causal)
     places, starts = _own_places(selection, exchange.layout)
-    deal = Deal.of(starts, geometry.gathered_length, exchange)
-    return Selection(Pyramid(length // size, levels, pooling), places, deal.held, chunks=2), deal
+    deal, spills = Deal.of(starts, geometry.gathered_length, exchange), None
+    if selection.spills is not None:
+        own_spills = [torch.cat(_own_chunks(x, exchange.layout), -1) for x in selection.by_level(selection.spills)]
+        spills = places.where(torch.cat(own_spills, -1) >= 0, -1)
+    return Selection(Pyramid(length // size, levels, pooling), places, deal.held, chunks=2, spills=spills), deal
 
 
 def _own_places(selection: Selection, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -64,12 +74,18 @@ def _own_places(selection: Selection, layout: Layout) -> tuple[Tensor, Tensor]:
     An entry's place in the whole sequence grows with its last token, so the rows of a chunk are a run of all rows.
     """
     early, late = layout.chunks
-    by_chunk = [x.unflatten(-1, (2 * layout.size, -1)) for x in selection.rows]
-    counts = torch.stack([(x >= 0).sum(-1) for x in by_chunk]).sum(0)
+    counts = torch.stack([(x.unflatten(-1, (2 * layout.size, -1)) >= 0).sum(-1) for x in selection.rows]).sum(0)
     starts = torch.nn.functional.pad(counts.cumsum(-1), (1, 0))
     first, second = starts[..., early, None], (starts[..., late] - counts[..., early]).unsqueeze(-1)
     own = []
-    for x in by_chunk:
-        parts = torch.cat([x[..., early, :] - first, x[..., late, :] - second], -1)
-        own.append(parts.where(torch.cat([x[..., early, :], x[..., late, :]], -1) >= 0, -1))
+    for x in selection.rows:
+        a, b = _own_chunks(x, layout)
+        own.append(torch.cat([a - first, b - second], -1).where(torch.cat([a, b], -1) >= 0, -1))
     return torch.cat(own, -1).int(), starts
+
+
+def _own_chunks(level: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Of something of each entry of a level, that of this rank's two chunks."""
+    early, late = layout.chunks
+    by_chunk = level.unflatten(-1, (2 * layout.size, -1))
+    return by_chunk[..., early, :], by_chunk[..., late, :]

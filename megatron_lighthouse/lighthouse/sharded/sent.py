@@ -5,7 +5,7 @@ Counts what leaves a rank, in the dtype in which it leaves. `exchange.sent` coun
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
@@ -37,39 +37,57 @@ def attend_bytes(comm_type: str, rows: int, shape: Shape, layout: Layout) -> tup
 
 
 def layer_bytes(
-    comm_type: str, geometry: Geometry, shape: Shape, layout: Layout, scorer: str = "norm", base: Variant | None = None
+    comm_type: str,
+    geometry: Geometry,
+    shape: Shape,
+    layout: Layout,
+    scorer: str = "norm",
+    base: Variant | None = None,
+    around: Any = None,
 ) -> dict[str, tuple[int, int]]:
     """(forward, backward) bytes that a rank sends in one Lighthouse layer, by purpose; `base` attends to the rows, or softmax.
 
+    `around` is the config of that, None for its defaults.
     'deal', of rows that are dealt because tiles span chunks, is the most it can be: how many are dealt depends on the data.
     """
     size = layout.size
     halo = ((layout.rank < size - 1) + (layout.rank > 0)) * (geometry.levels - 1) * shape.batch * shape.heads * shape.values
-    attend = {"attend": attend_bytes(comm_type, geometry.gathered_length, shape, layout)}
+    base = base or _softmax()
     plan = {
-        **(attend if base is None else base.sent(None, geometry.gathered_length, shape, layout, comm_type)),
+        **base.rows_sent(around, geometry.gathered_length, shape, layout, comm_type),
         "halo": (halo * shape.itemsize, halo * shape.itemsize),
     }
-    near = shape.heads * (1 + len(base.streams if base else ()))
     if forward := SCORERS[scorer].sent(geometry, shape, size):
         plan["scorer"] = (forward, 0)
     if geometry.tiles % (2 * size):
         selections = shape.batch * shape.groups // shape.heads_per_selection
         scores = 2 * selections * (geometry.coarse_length // size) * max(4, shape.itemsize)
         plan["select"] = (scores * (size - 1), 0)
-        rows = geometry.gathered_length * shape.batch * shape.itemsize
-        given, output = near * shape.dim + shape.groups * (shape.dim + shape.values), shape.heads * shape.values
+        rows, given = geometry.gathered_length, base.row_bytes(around, shape)
+        output = shape.batch * shape.itemsize * shape.heads * shape.values
         plan["deal"] = (rows * given + rows // size * output, rows // size * given + rows * output)
     return plan
 
 
+def _softmax() -> Variant:
+    from megatron_lighthouse.variants import DENSE  # which asks this file
+
+    return DENSE
+
+
 def summary(
-    geometry: Geometry, shape: Shape, size: int, comm_type: str, scorer: str = "norm", base: Variant | None = None
+    geometry: Geometry,
+    shape: Shape,
+    size: int,
+    comm_type: str,
+    scorer: str = "norm",
+    base: Variant | None = None,
+    around: Any = None,
 ) -> str:
     """One line for the start of a run: what the busiest rank sends in a layer and step, by each scheme."""
 
     def megabytes(scheme: str) -> str:
-        ranks = [layer_bytes(scheme, geometry, shape, Layout(size, rank), scorer, base) for rank in range(size)]
+        ranks = [layer_bytes(scheme, geometry, shape, Layout(size, rank), scorer, base, around) for rank in range(size)]
         return f"{max(sum(f + b for f, b in plan.values()) for plan in ranks) / 1e6:,.1f}"
 
     others = [name for name in COMM_TYPES if name != comm_type]

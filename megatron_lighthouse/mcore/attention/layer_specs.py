@@ -182,7 +182,7 @@ def _say_what_is_sent(config: TransformerConfig, settings: LighthouseSettings) -
     edges = {"edge layers: ": settings.edge} if settings.edge else {}
     for kind, own in {} if asked(args) else {"": settings.config, **edges}.items():  # of documents it goes by their lengths
         for comm_type in comm_types:
-            say_once(kind + settings.attention.summary(own, args.seq_length, layer, size, comm_type))
+            say_once(kind + settings.attention.summary(own, args.seq_length, layer, size, comm_type, settings.around))
     if "p2p" in comm_types and torch.cuda.is_available():  # which of two ways it takes is said at the start, not later
         copies_over(parallel_state.get_context_parallel_group(), torch.device("cuda", torch.cuda.current_device()))
 

@@ -128,6 +128,11 @@ def config_of(args: argparse.Namespace) -> Any:
     return config
 
 
+def megatron_masks(args: argparse.Namespace, config: Any) -> bool:
+    """Whether Megatron's dense attention, in its own layer specs, is causal without a mask that it is given."""
+    return not getattr(args, "reset_attention_mask", False) and not getattr(config, "experimental_attention_variant", None)
+
+
 def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
     """Give `model_cfg` (a GPTModelConfig or HybridModelConfig) the attention that `--attention` names, checked against both.
 
@@ -172,7 +177,7 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
     if packs and config.apply_rope_fusion and max(args.micro_batch_size, args.eval_micro_batch_size) > 1:
         say_once(f"{documents.FLAG}: the rows of a micro-batch have angles of their own, so RoPE is not fused.")
         config.apply_rope_fusion = False
-    if chosen is not None or has_own_attention(config):
+    if chosen is not None or has_own_attention(config) or megatron_masks(args, config):
         # the attention is causal and reads no mask; one of seq x seq bytes would not fit at long context
         args.create_attention_mask_in_dataloader = False
     if is_hybrid and spec is None:

@@ -143,7 +143,6 @@ def _documents(args: Namespace, config: TransformerConfig, settings: LighthouseS
                 f"{documents.FLAG} with --softmax-type {config.softmax_type} is done by Transformer Engine's attention alone: "
                 f"leave {flag('inner')} out."
             )
-        yield from documents.watched_problems(args)
 
 
 def cp_layout_problems(given: object) -> Iterator[str]:

@@ -52,11 +52,6 @@ def document_problems(args: Namespace, config: Any) -> Iterator[str]:
         yield f"{FLAG} with --multi-latent-attention is not done: use --group-query-attention, or leave one of them out."
     if getattr(config, "experimental_attention_variant", None):
         yield f"{FLAG} with --experimental-attention-variant is not done: leave one of them out."
-    if getattr(config, "mtp_num_layers", None):
-        yield (
-            f"{FLAG} with --mtp-num-layers {config.mtp_num_layers} is not done: a token past a document's end is another's: "
-            "leave one of them out."
-        )
     if (graphs := getattr(config, "cuda_graph_impl", "none")) != "none":
         yield f"{FLAG} with --cuda-graph-impl {graphs} is not done, for each batch has other documents: leave one of them out."
     yield from _local(config) if config.transformer_impl == "local" else _of_te(config)
@@ -72,18 +67,16 @@ def upstream_problems(args: Namespace, config: Any) -> Iterator[str]:
             f"{FLAG} with --context-parallel-size {ranks}: upstream's pretrain_gpt.py cuts packed rows as one sequence, and "
             f"rotates them as documents: {use}, or --context-parallel-size 1."
         )
+    if further := getattr(config, "mtp_num_layers", None):
+        yield (
+            f"{FLAG} with --mtp-num-layers {further}: in upstream's pretrain_gpt.py a document's last token but one predicts "
+            f"the next document's first: {use}, or leave one of them out."
+        )
     if (stages := config.pipeline_model_parallel_size) > 2:
         yield (
             f"{FLAG} with --pipeline-model-parallel-size {stages}: upstream's pretrain_gpt.py tells the first and last stage "
             f"alone where documents end: {use}, or --pipeline-model-parallel-size 2."
         )
-
-
-def watched_problems(args: Namespace) -> Iterator[str]:
-    """What measures a selection goes by the tiles of one sequence."""
-    for name in ("lighthouse_telemetry_interval", "lighthouse_selection_map"):
-        if value := getattr(args, name, None):
-            yield f"--{name.replace('_', '-')} {value} measures one sequence, not packed documents: leave it out, or {FLAG}."
 
 
 def _of_te(config: Any) -> Iterator[str]:

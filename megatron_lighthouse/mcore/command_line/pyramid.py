@@ -1,6 +1,6 @@
 """Levels and budgets where the command line leaves them open: those of the checkpoint that goes on, else the length's.
 
-The scorer is settled with them (`scorer`). Imports no Megatron.
+The scorer is settled with them (`scorer`), and whether selections are causal (`causal`). Imports no Megatron.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_lighthouse.lighthouse.by_length import NAMES, TILE, by_length
 from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
-from megatron_lighthouse.mcore.command_line import documents, scorer, stored
+from megatron_lighthouse.mcore.command_line import causal, documents, scorer, stored
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.variants import VARIANTS
 
@@ -38,9 +38,10 @@ def settle(args: argparse.Namespace) -> None:
         raise ValueError("\n".join(problems))
     found, said = choice(args, *stored.folders(args))
     args.lighthouse_scorer, ranks = scorer.choice(args, *stored.folders(args))
+    args.lighthouse_causal_selection, looks = causal.choice(args, *stored.folders(args))
     vars(args).update(found)
-    if (said or ranks) and _may_select(args):
-        say_once(f"lighthouse: {'; '.join(filter(None, (said, ranks)))}")
+    if (said or ranks or looks) and _may_select(args):
+        say_once(f"lighthouse: {'; '.join(filter(None, (said, ranks, looks)))}")
 
 
 def budget_problems(args: argparse.Namespace) -> Iterator[str]:

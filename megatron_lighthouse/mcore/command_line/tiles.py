@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 
 LOSS, MLP = "--loss-tile-tokens", "--mlp-tile-tokens"
 BYTES = 2**30
 """Of fp32 logits that a rank holds at once, unless it is told otherwise (ours)."""
+
+MLP_BYTES = 3 * 2**30
+"""Of what an MLP holds of a tile in backward, where tiles are recommended (ours): larger ones are no faster."""
 
 WITHOUT_MLP_TILES = {
     "fp8": "its scales would be recorded again with each tile",
@@ -47,6 +51,15 @@ def tile_tokens(given: int | None, vocabulary: int) -> int:
         vocabulary: rows of the output weight that the rank has.
     """
     return max(1, BYTES // (4 * vocabulary)) if given is None else given
+
+
+def mlp_tile_tokens(ffn: int) -> int:
+    """Tokens of a tile to recommend: a power of two, of whose six FFN rows in bf16 a rank holds at most MLP_BYTES.
+
+    Args:
+        ffn: columns of the gate, and of the up projection, that the rank has.
+    """
+    return int(2 ** math.floor(math.log2(max(1, MLP_BYTES // (12 * ffn)))))
 
 
 def problems(args: argparse.Namespace) -> Iterator[str]:

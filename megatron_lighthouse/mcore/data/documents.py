@@ -23,6 +23,13 @@ def documents_in(cu_seqlens: Tensor) -> Documents:
     return Documents(bounds.to(cu_seqlens.device), lengths)
 
 
+def documents_until(tokens: Tensor, end: int) -> Documents:
+    """Those of one row of tokens, [t], each of which ends with the token `end`, but the last where the row cuts it."""
+    ends = (tokens[:-1] == end).nonzero().squeeze(1) + 1
+    bounds = torch.cat([ends.new_zeros(1), ends, ends.new_tensor([len(tokens)])]).int()
+    return Documents.of(bounds, len(tokens))
+
+
 def tokens_of_rank(documents: Documents, rows: int, layout: Layout) -> Tensor:
     """[b, s/cp], int64: the tokens that a rank holds of b rows, numbered through all of them."""
     chunks = 2 if layout.size > 1 else 1

@@ -15,7 +15,7 @@ from megatron.core.utils import (
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
 )
-from megatron.training import get_args, get_timers
+from megatron.training import get_args, get_timers, get_tokenizer
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_lighthouse.mcore.attention.document_rotary import rotate_by
 from megatron_lighthouse.mcore.attention.packed import packed
 from megatron_lighthouse.mcore.data.documents import documents_in, tokens_of_rank
+from megatron_lighthouse.mcore.loop.further_tokens import ends_of
 from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.sequence.layout import Layout
 
@@ -50,7 +51,8 @@ def forward_step(data: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> t
         if model.training and not vp_stage:  # by which Megatron counts what attention computes, once a micro-batch
             update_seqlen_stats_from_cu_seqlens(documents.cu_seqlens)
         rotate_by(get_attr_wrapped_model(model, "decoder", return_model_obj=True), documents.positions[rows])
-        more["packed_seq_params"] = packed(documents, args.seq_length)
+        ends = ends_of(documents, tokens, get_tokenizer().eod) if args.mtp_num_layers and tokens is not None else None
+        more["packed_seq_params"] = packed(documents, args.seq_length, ends)
     with stragglers:
         output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask, **more)
     return output, partial(loss_function, loss_mask, batch.get(WEIGHTS))

@@ -16,11 +16,13 @@ from megatron.core.models.hybrid import hybrid_block, hybrid_model
 from megatron.core.transformer import mlp, multi_token_prediction
 from megatron.training import checkpointing, initialize
 from megatron.training import training as loop
+from megatron.training.models import gpt as gpt_builder
 
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
 from megatron_lighthouse.mcore.loop import (
     correction_log,
     finite,
+    further_tokens,
     machine,
     progress,
     rates,
@@ -63,6 +65,7 @@ def follow_training() -> None:
     """For every run of the entry point, on every rank, before training."""
     load_weights()
     tile()
+    keep_documents_apart()
     wrap(loop, "training_log", "progress", progress.Progress().training_log)
     wrap(loop, "load_checkpoint", "rates", rates.load_checkpoint)
     wrap(loop, "dummy_train_step", "skip", skip.skip_step)
@@ -76,6 +79,12 @@ def tile() -> None:
     for model in (gpt_model.GPTModel, hybrid_model.HybridModel):
         wrap(model, "forward", "tiled loss", tiled_loss.forward)
     wrap(multi_token_prediction, "_compute_mtp_acceptance_counts", "tiled loss", tiled_loss.mtp_counts)
+
+
+def keep_documents_apart() -> None:
+    """For models that predict further tokens of packed documents."""
+    wrap(multi_token_prediction, "roll_tensor", "documents", further_tokens.roll)
+    wrap(gpt_builder, "mtp_block_spec", "documents", further_tokens.block_spec)
 
 
 def stack_locally() -> None:

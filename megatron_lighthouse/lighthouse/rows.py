@@ -1,0 +1,144 @@
+"""Rows for another attention than softmax: what it says of itself, so that Lighthouse can be around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_lighthouse.context_parallel.exchange import Exchange
+    from megatron_lighthouse.context_parallel.ring import Passage
+    from megatron_lighthouse.lighthouse.geometry import Shape
+    from megatron_lighthouse.lighthouse.selection import Selection
+    from megatron_lighthouse.variant import Stream
+
+
+class RowAttention(Protocol):
+    """What a variant builds for Lighthouse: causal attention over rows in their order.
+
+    Of several context-parallel ranks each gives its rows in zigzag order, and gets their output over the rows of all.
+    """
+
+    def passage(self) -> Passage | None:
+        """The handle of one call, where keys and values may set out to other ranks as they are gathered; None where not."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *streams: Tensor, passage: Passage | None = None) -> Tensor:
+        """Rows as `Variant.gather` gives them, of this rank -> [S, B, H, D]; differentiable once."""
+
+
+class TakesRows:
+    """The part of a `Variant` that Lighthouse asks, where it can gather rows for it."""
+
+    name: str
+    streams: tuple[Stream, ...]
+    around: str | None = None
+    """Its name in `--lighthouse-around`, where Lighthouse can gather rows for it: then it has `build_rows`."""
+
+    def rows_problem(self, inner: str) -> str | None:
+        """Why it cannot attend to gathered rows by the backend `inner` of `--lighthouse-inner`; None where it can."""
+        return None
+
+    def streams_problem(
+        self, config: Any, query: Tensor, key: Tensor, streams: Sequence[Tensor], exchange: Exchange | None
+    ) -> str | None:
+        """Why these are not its streams in `lighthouse_attention`, where it is `around`; None where they are.
+
+        Args:
+            config: None for its defaults.
+        """
+        if message := number_problem(str(self.around), self.streams, streams):
+            return message
+        for stream, x in zip(self.streams, streams, strict=True):
+            if x.shape != query.shape or (x.dtype, x.device) != (query.dtype, query.device):
+                return (
+                    f"streams: {stream.name} of config.around {self.around} must be like the query, {tuple(query.shape)} "
+                    f"{query.dtype} on {query.device}, got {tuple(x.shape)} {x.dtype} on {x.device}."
+                )
+        return None
+
+    def rotary_problem(self) -> str | None:
+        """Why pooled rows cannot be turned on to their window's last token; None where they can."""
+        return None
+
+    def of_projections(self, config: Any, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Its streams in `lighthouse_attention`, of what its projections gave."""
+        return streams
+
+    def gather(
+        self,
+        take: Callable[..., tuple[Tensor, ...]],
+        selection: Selection,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *streams: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Lighthouse's rows of queries, keys, values and streams, where it is `around`: streams are averaged as the queries.
+
+        Args:
+            take: `Steps.gather` of this selection.
+        """
+        groups = selection.places.shape[1]
+        near, rows_k, rows_v = take(stacked(query, streams, groups), key, value)
+        rows_q, *others = apart(near, len(streams), groups)
+        return rows_q, rows_k, rows_v, *others
+
+    def row_bytes(self, config: Any, shape: Shape) -> int:
+        """Of one row of queries, keys, values and streams, as `gather` gives them."""
+        queries = shape.heads * (1 + len(self.streams)) * shape.dim
+        return shape.batch * shape.itemsize * (queries + shape.groups * (shape.dim + shape.values))
+
+    def build_rows(
+        self,
+        config: Any,
+        inner: str,
+        query: Tensor,
+        key: Tensor,
+        exchange: Exchange | None,
+        comm_type: str,
+        scale: float | None,
+        sinks: bool = False,
+        value_dim: int | None = None,
+    ) -> RowAttention:
+        """What attends to Lighthouse's rows, where it is `around`. Raises ValueError where it cannot be.
+
+        Args:
+            config: None for its defaults.
+            query: [S, B, H, D]; key: [S, B, G, D], this rank's; of these shapes, dtype and device count.
+            exchange: of the ranks that share the rows.
+            sinks: whether every call brings a sink for each head, [H], behind the streams.
+            value_dim: of the values, where it is not D.
+        """
+        raise NotImplementedError
+
+    def build_document_rows(
+        self, config: Any, inner: str, query: Tensor, key: Tensor, scale: float | None
+    ) -> Callable[..., Tensor]:
+        """As `build_rows`, over the rows of packed documents: an `AttendDocuments`, with streams behind the documents."""
+        raise NotImplementedError
+
+
+def stacked(query: Tensor, streams: Sequence[Tensor], groups: int) -> Tensor:
+    """Queries and streams, [N, B, H, D] each, as queries of more heads [N, B, (1 + streams) * H, D]: group by group."""
+    import torch
+
+    if not streams:
+        return query
+    return torch.cat([x.unflatten(2, (groups, -1)) for x in (query, *streams)], 3).flatten(2, 3)
+
+
+def apart(rows: Tensor, streams: int, groups: int) -> tuple[Tensor, ...]:
+    """The way back from `stacked`."""
+    if not streams:
+        return (rows,)
+    return tuple(x.flatten(2, 3) for x in rows.unflatten(2, (groups, 1 + streams, -1)).unbind(3))
+
+
+def number_problem(name: str, wanted: Sequence[Stream], streams: Sequence[Tensor]) -> str | None:
+    """Why there are too many or too few streams for the attention `name`; None where there are as many as it reads."""
+    if len(streams) == len(wanted):
+        return None
+    reads = f"reads {len(wanted)} ({', '.join(stream.name for stream in wanted)})" if wanted else "reads none"
+    return f"streams: config.around {name} {reads} besides query, key and value, got {len(streams)}: pass as many."

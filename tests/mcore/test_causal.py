@@ -1,0 +1,89 @@
+"""`--lighthouse-causal-selection`: carried by checkpoints, refused where it is not done, and causal in a whole model."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_lighthouse import LighthouseConfig, notice
+from megatron_lighthouse.lighthouse.variant import LIGHTHOUSE
+from megatron_lighthouse.mcore.command_line import causal, pyramid
+from megatron_lighthouse.mcore.command_line.settings import settings_from
+from tests.mcore.test_pyramid import arguments
+from tests.mcore.test_rotary import SETTINGS, N, built, checkpoint, config_of
+
+GIVEN, NOT = causal.FLAG, causal.FLAG.replace("--", "--no-", 1)
+
+
+@pytest.mark.parametrize(
+    ("saved", "words", "taken"),
+    [
+        (None, "", False),
+        (None, GIVEN, True),
+        ({}, "", False),  # older than the argument
+        ({"lighthouse_causal_selection": False}, "", False),
+        ({"lighthouse_causal_selection": True}, "", True),
+        ({"lighthouse_causal_selection": True, "attention": "dense"}, "", True),  # of a second stage
+        ({"lighthouse_causal_selection": True}, NOT, False),
+        ({"lighthouse_causal_selection": False}, GIVEN, True),
+        ({"lighthouse_causal_selection": True}, "--finetune", False),
+    ],
+)
+def test_a_checkpoint_goes_on_with_its_own(
+    saved: dict[str, Any] | None, words: str, taken: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = arguments(words)
+    args.load = None if saved is None else checkpoint(tmp_path, **{"attention": "lighthouse", **saved})
+    assert settings_from(args).config.causal_selection == (words == GIVEN)  # also where nothing was settled
+    notice._say.cache_clear()
+    with caplog.at_level(logging.WARNING, "megatron_lighthouse"):
+        pyramid.settle(args)
+        pyramid.settle(args)
+    assert args.lighthouse_causal_selection is taken  # which the next checkpoint holds
+    assert settings_from(args).config.causal_selection is taken
+    assert "\n".join(caplog.messages).count(f"{GIVEN} taken as the checkpoint in") == (taken and not words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--lighthouse-scorer mass", f"{GIVEN} .* use --lighthouse-scorer norm or .*, or {NOT}"),
+        ("--no-lighthouse-pin-first", f"{GIVEN} .* --no-lighthouse-pin-first .*: use --lighthouse-pin-first, or {NOT}"),
+    ],
+)
+def test_refused(words: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings_from(arguments(f"{GIVEN} {words}"))
+
+
+def test_documents_are_refused() -> None:
+    assert [*LIGHTHOUSE.document_problems(LighthouseConfig(causal_selection=True), 1)] == [
+        f"{GIVEN} is not done for packed documents: use {NOT}."
+    ]
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_no_logit_rests_on_a_later_token(is_causal: bool, megatron: None) -> None:
+    """Of two layers, each of which selects by what the layer before made of the tokens."""
+    from megatron_lighthouse.mcore.attention.layer_specs import layer_spec
+
+    torch.manual_seed(5)
+    model_cfg = config_of({}, {})
+    settings = replace(SETTINGS, config=SETTINGS.config.replace(causal_selection=is_causal))
+    model_cfg.transformer_layer_spec = partial(layer_spec, settings=settings)
+    model, changed = built(model_cfg).eval(), 0
+    tokens, positions = torch.randint(64, (2, N)), torch.arange(N).expand(2, N)
+    with torch.no_grad():
+        before = model(tokens, positions, None)
+        for start in (9, 22, 35, 48, 61):
+            others = torch.cat([tokens[:, :start], (tokens[:, start:] + 1) % 64], 1)
+            after = model(others, positions, None)
+            changed += not torch.equal(before[:, :start], after[:, :start])
+            assert not torch.equal(before[:, start:], after[:, start:])
+    assert (changed == 0) == is_causal

@@ -1,0 +1,78 @@
+"""The longest context of a model on given GPUs: what is recommended fits with room, and what is longer does not."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from megatron_lighthouse.launch.fits import enough_memory
+from megatron_lighthouse.mcore.command_line.tiles import mlp_tile_tokens
+from megatron_lighthouse.plan import longest, memory, search
+from megatron_lighthouse.plan.__main__ import main
+from megatron_lighthouse.plan.device import DEVICES
+from megatron_lighthouse.plan.models import run_of_model
+from megatron_lighthouse.plan.run import Run, run_of
+
+
+@pytest.fixture
+def qwen() -> Run:
+    return run_of_model("qwen3-0.6b", 2**17, device=DEVICES["h200"])
+
+
+def test_each_way_reaches_further_than_the_one_before(qwen: Run) -> None:
+    found = []
+    for way in longest.layouts(qwen):
+        one = longest.longest(way, False, memory.fits)
+        assert one is not None
+        assert memory.fits(one.check())
+        assert not memory.fits(longest.at(one, one.seq_length + 2**16, False))
+        found.append(one.seq_length)
+    assert len(found) == 4
+    assert found == sorted(set(found))
+    assert found[-1] > 2**20
+
+
+def test_a_budget_that_is_given_stays(qwen: Run) -> None:
+    full = qwen.change(recompute="full")
+    own = longest.longest(full, True, memory.fits)
+    assert own is not None
+    assert own.config == full.config
+    assert own.seq_length > 2**17
+    much = longest.longest(full.change(config=full.config.replace(budget=2**15)), True, memory.fits)
+    assert much is not None  # though lengths below 524,288 are too short for it
+    assert 2**19 <= much.seq_length <= own.seq_length
+
+
+def test_the_answer_says_what_to_give(capsys: pytest.CaptureFixture[str]) -> None:
+    command = "--model qwen3-0.6b --gpus 1 --device h200 --lighthouse-dense-first 0 --lighthouse-dense-last 0 --longest"
+    assert main(command.split()) == 0
+    said = capsys.readouterr().out
+    tokens = int(re.search(r"--seq-length (\d+)", said)[1])  # type: ignore[index]
+    assert f"{tokens:,} tokens [predicted" in said
+    assert "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 --mlp-tile-tokens 65536" in said
+    assert tokens > 2**20
+    assert main([*command.split(), "--recompute", "mlp"]) == 0
+    assert int(re.search(r"--seq-length (\d+)", capsys.readouterr().out)[1]) < 2**19  # type: ignore[index]
+    assert main("--model llama3-8b --gpus 1 --device h100 --longest".split()) == 2
+    assert "--gpus 1: no length of this model fits: use more GPUs" in capsys.readouterr().err
+
+
+def test_ranks_share_one_sequence(qwen: Run) -> None:
+    found = list(longest.layouts(qwen.change(gpus=4)))
+    assert found
+    assert {run.data_parallel for run in found} == {1}
+
+
+@pytest.mark.parametrize(("ffn", "tokens"), [(3072, 2**16), (12288, 2**14), (1536, 2**17), (2**40, 1)])
+def test_a_tile_holds_three_gibibytes(ffn: int, tokens: int) -> None:
+    assert mlp_tile_tokens(ffn) == tokens
+
+
+def test_tiles_are_ranked_and_offered() -> None:
+    """Where nothing else fits one GPU."""
+    run = run_of("530m-98k", gpus=1, global_batch=1, seq_length=98304 * 15, device=DEVICES["h200"], recompute="full")
+    assert not memory.fits(run)
+    best = next(way for way in search.ways(run) if memory.fits(way))
+    assert best.mlp_tile_tokens == 2**17
+    assert next(enough_memory(run)).endswith("--recompute-num-layers 1 --mlp-tile-tokens 131072")

@@ -283,10 +283,7 @@ def test_edge_layers_are_layers_with_their_own_budget() -> None:
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        (
-            100,
-            "--lighthouse-edge-budget 100 must be a positive multiple of .* 128: use --lighthouse-edge-budget 128 or 256",
-        ),
+        (100, "-budget 100 must be a positive multiple of .* 128: use --lighthouse-edge-budget 128 or 256"),
         (8192, "--lighthouse-edge-budget 8192 refines more windows than the 6144 .* --lighthouse-edge-budget"),
     ],
 )

@@ -26,7 +26,7 @@ def test_powers_of_two_need_nothing_else(seq_length: int, capsys: pytest.Capture
     for ranks in (1, 2, 4, 8):
         words = f"--num-layers 30 --num-attention-heads 8 --seq-length {seq_length} --context-parallel-size {ranks} --mock-data"
         words += f" --hidden-size 1024 --max-position-embeddings {seq_length} --micro-batch-size 1 --lr 1e-3 --train-iters 4"
-        words += " --attention lighthouse --attention-dropout 0 --transformer-impl local"
+        words += " --eval-interval 1000 --attention lighthouse --attention-dropout 0 --transformer-impl local"
         assert check.main(["--nodes", "1", "--gpus-per-node", "8", "--", *words.split(), *TOKENIZER]) == 0
     share = 64 if seq_length <= 2**17 else 128 if seq_length <= 2**19 else 256
     config = given(seq_length)

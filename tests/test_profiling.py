@@ -140,8 +140,8 @@ def test_every_name_in_the_code_is_known() -> None:
         mark = kernel_mark(name)
         assert mark is not None, name
         assert mark.row in (*STEPS, BETWEEN), name
-        own = "forward" if name.endswith("forward") else None
-        assert mark.direction == ("backward" if name.endswith(IN_BACKWARD) else own), name
+        own = "forward" if "_forward" in name else None
+        assert mark.direction == ("backward" if name.endswith(IN_BACKWARD) or "_backward" in name else own), name
     ranges = {name for text in source.values() for name in re.findall(r'\bprofiled\("([\w ]+)"\)', text)}
     assert len(ranges) >= 9
     for name in ranges:
@@ -149,7 +149,7 @@ def test_every_name_in_the_code_is_known() -> None:
         assert mark is not None
         assert mark.row in STEPS, name
         assert mark.direction == ("backward" if name.endswith("backward") else "forward")
-    steps = ("reference.py", "sharded", "context_parallel", "kernels", "travel.py")
+    steps = ("reference.py", "gathered_reference.py", "sharded", "context_parallel", "kernels", "travel.py")
     nodes = {
         f"{name}Backward"
         for path, text in source.items()

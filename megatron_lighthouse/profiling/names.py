@@ -18,7 +18,7 @@ DIRECTIONS = ("forward", "recompute", "backward")
 
 RANGES = {"attended_norms": "score", "gla": "score", "mass": "score"}
 """Ranges `lighthouse/…` that are part of a step of another name."""
-KERNELS = {"attended": "score", "mass": "score", "edge": BETWEEN}
+KERNELS = {"attended": "score", "mass": "score", "earlier": "select", "edge": BETWEEN}
 """Kernels `lighthouse_…` likewise."""
 ATTEND = ("parallax_", "wall_")
 """How the kernels of Parallax and Wall begin, which are attentions whole."""

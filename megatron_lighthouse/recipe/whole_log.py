@@ -16,10 +16,14 @@ NAMED = 3
 
 
 def width_of(losses: Losses, switch: int, asked: int) -> tuple[int, str]:
-    """Losses in a mean: those asked for, or as many as the shorter stage has; and what to say of it."""
+    """Losses in a mean: those asked for, or as many as the shorter stage has; and what to say of it.
+
+    A log that lacks its beginning is no short stage.
+    """
     stages = [sum((i > switch) == later for i in losses) for later in (False, True)]
-    fewest = min(stages)
-    if asked <= fewest or not fewest:
+    fewest, every = min(stages), _interval([*losses])
+    lacks = every is not None and min(losses) > every
+    if asked <= fewest or not fewest or (lacks and fewest == stages[0]):
         return asked, ""
     return fewest, f" (of --smooth {asked}: stage {1 + stages.index(fewest)} has no more)"
 

@@ -65,8 +65,8 @@ def test_mock_data_and_a_picture_of_each_layer(tmp_path: Path) -> None:
 
 def test_what_megatron_asserts_is_a_refusal_too(tmp_path: Path) -> None:
     """With the status of Lighthouse's own, for which pretrain.sbatch does not queue a job again."""
-    log = refused(tmp_path, "--num-dataset-builder-threads", "0")
-    assert "Megatron refuses the arguments: assert args.num_dataset_builder_threads > 0 (" in log
+    log = refused(tmp_path, "--decoder-seq-length", "262144")
+    assert "Megatron refuses the arguments: assert args.max_position_embeddings >= args.decoder_seq_length (" in log
     assert "initialized tensor model parallel" not in log
 
 

@@ -151,9 +151,9 @@ def test_a_stage_without_a_logged_loss(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_a_failed_run_shows_why(tmp_path: Path) -> None:
-    result = recipe(tmp_path, "--data", str(ROOT / "LICENSE"), "--num-dataset-builder-threads", "0")  # which Megatron refuses
+    result = recipe(tmp_path, "--data", str(ROOT / "LICENSE"), "--decoder-seq-length", "262144")  # which Megatron refuses
     assert result.returncode != 0
-    assert "Megatron refuses the arguments: assert args.num_dataset_builder_threads > 0" in result.stderr
+    assert "Megatron refuses the arguments: assert args.max_position_embeddings >= args.decoder_seq_length" in result.stderr
     assert "lighthouse.log" in result.stderr
 
 

@@ -34,8 +34,9 @@ def settle(args: argparse.Namespace) -> None:
     Raises:
         ValueError: a budget of one sequence, where rows hold packed documents.
     """
-    if problems := [*budget_problems(args)]:
+    if not getattr(args, "sizes_settled", False) and (problems := [*budget_problems(args)]):
         raise ValueError("\n".join(problems))
+    args.sizes_settled = True  # an evaluation asks again, and no size is open then
     found, said = choice(args, *stored.folders(args))
     args.lighthouse_scorer, ranks = scorer.choice(args, *stored.folders(args))
     args.lighthouse_causal_selection, looks = causal.choice(args, *stored.folders(args))

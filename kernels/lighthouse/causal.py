@@ -22,12 +22,12 @@ WARPS = 4
 
 @triton.jit(repr=lambda _: "lighthouse_earlier_as_high")
 def earlier_kernel(p_scores, p_ranks, length, BLOCK: tl.constexpr):
-    """Of scores [rows, length], how many before each in its row are at least as high; program (block of scores, row)."""
-    offset = tl.program_id(1).to(tl.int64) * length
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """Of scores [rows, length], how many before each in its row are at least as high; program (row, block of scores)."""
+    offset = tl.program_id(0).to(tl.int64) * length
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     score = tl.load(p_scores + offset + i, mask=i < length, other=0.0)
     count = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, (tl.program_id(0) + 1) * BLOCK, BLOCK):
+    for start in range(0, (tl.program_id(1) + 1) * BLOCK, BLOCK):
         j = start + tl.arange(0, BLOCK)
         other = tl.load(p_scores + offset + j, mask=j < length, other=-1.0)
         as_high = (other[None, :] >= score[:, None]) & (j[None, :] < i[:, None])
@@ -42,7 +42,7 @@ def earlier_as_high(scores: Tensor) -> Tensor:
     length = scores.shape[-1]
     enqueue(
         earlier_kernel,
-        (cdiv(length, BLOCK), scores.numel() // length, 1),
+        (scores.numel() // length, cdiv(length, BLOCK), 1),
         (scores, ranks),
         (length,),
         {"BLOCK": BLOCK},

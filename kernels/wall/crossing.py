@@ -84,6 +84,7 @@ def cross_backward(out: Tensor, crossed: Tensor, grad: Tensor, factors: Tensor, 
 
 
 def _launch(kernel: object, tensors: list[Tensor], step: int) -> None:
+    assert all(x.stride(-1) == 1 for x in tensors), "some are written in place"
     rows, batch, heads, dim = tensors[0].shape
     blocks = blocks_of("decay", dim, 4)
     enqueue(

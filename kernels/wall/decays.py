@@ -222,6 +222,7 @@ def sums(gate: Tensor, step: int) -> Tensor:
 
 
 def _decay(out: Tensor, x: Tensor, gate: Tensor, after: bool, step: int, add: bool) -> None:
+    assert out.stride(-1) == 1, "it is written in place"
     x, gate = last_contiguous(x), last_contiguous(gate)
     heads, most = gate.shape[2], max(x.shape[2], gate.shape[2])
     ratios = (most // heads, most // x.shape[2])

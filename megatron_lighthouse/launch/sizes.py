@@ -33,7 +33,7 @@ def sizes(args: argparse.Namespace, runs_here: bool = False) -> Iterator[str]:
         given = "is missing" if args.train_iters is None else f"{args.train_iters} trains nothing"
         yield f"--train-iters {given}: give the iterations at which the job is done, such as --train-iters 20000."
     yield from before.problems(args)
-    yield from run_options.problems(args)
+    yield from run_options.problems(args, not args.use_checkpoint_args)
     if runs_here and (found := [*run_options.missing_packages(args)]):
         yield from found
         yield ELSEWHERE

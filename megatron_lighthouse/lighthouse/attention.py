@@ -81,7 +81,7 @@ def lighthouse_attention(
         [N, B, H, D of values] in the query's dtype (under torch.autocast in the inner attention's); under context parallelism,
         this rank's shard of it: the same values at any number of ranks, up to the order of sums in the inner attention.
         Position j depends on tokens 0..j, once the selection is fixed; which windows are refined also depends on the later
-        tokens of their tile.
+        tokens of their tile, unless config.causal_selection.
 
     Raises:
         ValueError: shapes or dtypes that do not fit each other, an N that does not fit the config or the ranks, or an inner

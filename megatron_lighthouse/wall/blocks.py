@@ -102,10 +102,10 @@ class Attention:
 
     def backward(self, grad: Tensor, near: Tensors, far: Tensors, part: Part, mask: Mask) -> tuple[Tensors, Tensors]:
         given = self._near(near)
-        grads = self._own_backward(grad, given, part) if mask.causal else given.each(torch.zeros_like)
+        grads = self._own_backward(grad, given, part) if mask.causal else given.each(_zeros)
         wide = part.lse.dtype
         grads = grads._replace(query=grads.query.to(wide))
-        d_far = tuple(torch.zeros_like(x, dtype=wide) for x in far)
+        d_far = tuple(_zeros(x, wide) for x in far)
         of_decayed = torch.zeros_like(given.query)
         for meeting in self._meetings(given, far, mask):
             self._seen_backward(grad, part, meeting, of_decayed, grads, d_far)
@@ -209,6 +209,11 @@ class Attention:
             self.decays.add_decayed(grads.query[run.rows], grad, gate, after=False, step=run.step)
             decayed = self.decays.decay(query, gate, after=False, step=run.step)
             grads.gate[run.rows] += self.decays.decay_backward(decayed, grad, gate.shape[2], after=False, step=run.step)
+
+
+def _zeros(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Contiguous, as what the kernels add to must be."""
+    return torch.zeros(x.shape, dtype=dtype or x.dtype, device=x.device)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -17,14 +17,14 @@ from megatron_lighthouse.wall.diagonal import Diagonal
 from megatron_lighthouse.wall.earlier import Earlier, Plain, Stock
 
 SEEN = (torch.bfloat16, 128)
-"""On an H200 the kernels of today were right with these. At 64 or 80 channels one ended in an illegal memory access."""
+"""On an H200 the kernels of today were right with these. A run at 64 or 80 channels ended in an illegal memory access."""
 
 
-def makers_for(name: str, device: torch.device, dtype: torch.dtype, dim: int) -> tuple[Diagonal, Decays]:
+def makers_for(name: str, device: torch.device, dtype: torch.dtype, dims: tuple[int, int]) -> tuple[Diagonal, Decays]:
     """What `name` of --wall-kernels stands for: what makes the diagonal, and what decays rows to anchors.
 
     Args:
-        dim: the larger of the head dimensions K and V.
+        dims: the head dimensions K and V.
 
     Raises:
         ValueError: 'triton' where the kernels cannot run.
@@ -32,10 +32,10 @@ def makers_for(name: str, device: torch.device, dtype: torch.dtype, dim: int) ->
     plain = cast(Diagonal, reference), cast(Decays, decay)
     if name == "reference" or (name == "auto" and device.type != "cuda"):
         return plain
-    problem = missing(device.type, dtype, dim)
-    if problem is None and name == "auto" and (dtype, dim) != SEEN:
+    problem = missing(device.type, dtype, max(dims))
+    if problem is None and name == "auto" and (dtype, *dims) != (*SEEN, SEEN[1]):
         problem = (
-            f"they have run rightly on a GPU at {SEEN[1]} channels in bfloat16, not yet at {dim} in "
+            f"they have run rightly on a GPU at {SEEN[1]} channels in bfloat16, not yet at {max(dims)} and {min(dims)} in "
             f"{str(dtype).removeprefix('torch.')}; --wall-kernels triton takes them all the same"
         )
     if problem is None:

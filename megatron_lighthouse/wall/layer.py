@@ -126,7 +126,7 @@ def build(
     chunks = exchange.layout.chunks if exchange is not None and over_parts else WHOLE.near
     if exchange is not None and not over_parts:
         query, gate_heads = query[:, :, : query.shape[2] // size], gate_heads // size
-    diagonal, decays = makers_for(kernels, query.device, query.dtype, max(query.shape[-1], value.shape[-1]))
+    diagonal, decays = makers_for(kernels, query.device, query.dtype, (query.shape[-1], value.shape[-1]))
     earlier = earlier_for(query, value, gate_heads, scale, biased, sight.window is not None)
     first = first_rows(cut, sight, chunks, query.device)
     return Attend(Attention(diagonal, decays, earlier, scale, cut, sight, first), exchange, comm_type, gates, scalar_gates)

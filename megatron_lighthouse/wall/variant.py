@@ -122,7 +122,7 @@ class Wall(Variant):
     def check_installed(self, config: WallConfig, inputs: Inputs, place: Place) -> None:
         from megatron_lighthouse.wall.implementations import makers_for
 
-        makers_for(config.kernels, inputs.device, inputs.dtype, inputs.dim)
+        makers_for(config.kernels, inputs.device, inputs.dtype, (inputs.dim, inputs.dim))
 
     def sent(
         self, config: WallConfig, seq_length: int, shape: Shape, layout: Layout, comm_type: str, around: Any = None

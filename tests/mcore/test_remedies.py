@@ -75,6 +75,8 @@ def test_what_is_offered_is_taken(run: dict[str, object]) -> None:
 
 def test_many_were_tried() -> None:
     """By the test above, of each kind: else it holds nothing."""
+    if not TRIED:
+        test_what_is_offered_is_taken()
     for begins in ("--seq-length", "--lighthouse-budget", "--lighthouse-edge-budget", "--lighthouse-tile-budget"):
         assert any(said.startswith(begins) for said in TRIED), begins
     assert any("use --nodes" in said for said in TRIED)

@@ -41,12 +41,14 @@ def test_profiles_know_the_kernels(kernel: str, direction: str | None) -> None:
 
 def test_what_is_taken_where(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert makers_for("auto", gpu, torch.bfloat16, 128) == (kernels, kernels)
-    assert makers_for("auto", gpu, torch.bfloat16, 64) == (reference, decay)
-    assert makers_for("triton", gpu, torch.bfloat16, 64) == (kernels, kernels)
-    assert makers_for("auto", cpu, torch.bfloat16, 128) == (reference, decay)
-    assert makers_for("reference", gpu, torch.bfloat16, 128) == (reference, decay)
+    assert makers_for("auto", gpu, torch.bfloat16, (128, 128)) == (kernels, kernels)
+    assert makers_for("auto", gpu, torch.bfloat16, (64, 64)) == (reference, decay)
+    assert makers_for("auto", gpu, torch.bfloat16, (64, 128)) == makers_for("auto", gpu, torch.float16, (128, 128))
+    assert makers_for("auto", gpu, torch.bfloat16, (128, 64)) == (reference, decay)
+    assert makers_for("triton", gpu, torch.bfloat16, (64, 64)) == (kernels, kernels)
+    assert makers_for("auto", cpu, torch.bfloat16, (128, 128)) == (reference, decay)
+    assert makers_for("reference", gpu, torch.bfloat16, (128, 128)) == (reference, decay)
     with pytest.raises(ValueError, match="--wall-kernels triton cannot run: they take head dimensions up to 256, not 320"):
-        makers_for("triton", gpu, torch.bfloat16, 320)
+        makers_for("triton", gpu, torch.bfloat16, (320, 320))
     query = torch.zeros(4, 1, 2, 8)
     assert isinstance(earlier_for(query, query, 2, 1.0, biased=False, masked=False), Plain)

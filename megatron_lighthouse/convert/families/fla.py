@@ -67,7 +67,7 @@ def common(config: Config) -> Config:
 
 def sizes(config: Config) -> dict[str, int]:
     """Heads have hidden_size / num_heads channels."""
-    return head_sizes({**config, "head_dim": None})
+    return head_sizes(type(config)({**config, "head_dim": None}))  # type: ignore[call-arg]
 
 
 def streams_of(there: Collection[str]) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ FIXED = {"hidden_act": ("silu",), "attention_bias": (True,), "swiglu_limit": (7.
 
 def sizes(config: Config) -> dict[str, int]:
     return {
-        **head_sizes({"head_dim": 64, **config}),
+        **head_sizes(type(config)({"head_dim": 64, **config})),  # type: ignore[call-arg]
         "experts": config["num_local_experts"],
         "both": 2 * config["intermediate_size"],
     }

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def copied[T](spec: T) -> T:
-    """A spec, and those in it: dataclasses, lists and dicts. One that stands in several places does so in the copy.
+    """A spec, and those in it: dataclasses, lists and dicts. A dataclass in several places is one in the copy.
 
     What they name stays what it is: where Transformer Engine is missing, its classes are mocks, which deepcopy chokes on.
     """

@@ -78,7 +78,7 @@ def _model(args: argparse.Namespace) -> Iterator[str]:
             f"--hidden-size {hidden} must be a multiple of --num-attention-heads {heads} where --kv-channels is not given: use "
             f"{-(-hidden // heads) * heads}, or give --kv-channels."
         )
-    if (dim := _rotated_channels(args)) is not None and (dim < 2 or dim % 2):
+    if (dim := _rotated_channels(args)) is not None and (dim < 2 or (dim % 2 and args.rotary_percent == 1)):
         yield (
             f"--kv-channels {args.kv_channels or hidden // heads} (where not given, --hidden-size / --num-attention-heads) "
             f"with --rotary-percent {args.rotary_percent:g} are {dim} channels, and RoPE turns pairs: use --kv-channels "

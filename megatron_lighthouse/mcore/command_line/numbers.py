@@ -33,7 +33,7 @@ ONE = """
     log_interval tensorboard_log_interval eval_interval log_memory_interval check_weight_hash_across_dp_replicas_interval
     save_params_interval save_activations_interval save_tokens_per_expert_interval save_wgrads_interval save_dgrads_interval
     adlr_autoresume_interval tensorboard_queue_size
-    lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples
+    lr_decay_iters lr_decay_samples gpu_sniff_test_interval
     recompute_num_layers fp8_interval fp8_amax_history_len loss_scale_window hysteresis muon_num_ns_steps
     ddp_num_buckets ddp_bucket_size distributed_timeout_minutes distributed_timeout_seconds_after_init
     num_dataset_builder_threads dist_ckpt_workers seed
@@ -45,9 +45,9 @@ NONE = """
     layernorm_epsilon init_method_std embedding_init_method_std mtp_loss_scaling_factor moe_aux_loss_coeff moe_z_loss_coeff
     moe_input_jitter_eps moe_router_bias_update_rate mscale mscale_all_dim
     weight_decay start_weight_decay end_weight_decay clip_grad adam_eps
-    train_iters train_samples exit_interval exit_duration_in_mins train_sync_interval gpu_sniff_test_interval manual_gc_interval
+    train_iters train_samples exit_interval exit_duration_in_mins train_sync_interval manual_gc_interval
     iterations_to_skip eval_iters start_eval_at_iter num_workers mid_level_dataset_surplus
-    lr_warmup_iters lr_warmup_samples decoupled_lr decoupled_min_lr
+    lr_warmup_iters lr_warmup_samples lr_wsd_decay_iters lr_wsd_decay_samples decoupled_lr decoupled_min_lr
     profile_step_start profile_step_end profile_ranks non_persistent_save_interval ckpt_step flight_recorder_trace_buffer_size
     moe_routing_trace_max_training_iters tiktoken_num_special_tokens loss_scale
 """.split()

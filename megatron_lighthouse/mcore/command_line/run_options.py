@@ -72,8 +72,12 @@ def _missing_fusions(args: Namespace) -> Iterator[str]:
         yield "persistent layer norm (Megatron's default) needs Apex, which is not installed: add --no-persist-layer-norm."
 
 
-def problems(args: Namespace) -> Iterator[str]:
-    """Options that this entry point would not honour, whatever machine it runs on."""
+def problems(args: Namespace, model_is_known: bool = True) -> Iterator[str]:
+    """Options that this entry point would not honour, whatever machine it runs on.
+
+    Args:
+        model_is_known: else a checkpoint that is not read yet says what its positions are.
+    """
     yield from packed_problems(args)
     for name, option in NOT_HERE.items():
         if getattr(args, name, False) and name not in PACKED:
@@ -81,7 +85,8 @@ def problems(args: Namespace) -> Iterator[str]:
     yield from unread_problems(args)
     yield from tiles.problems(args)
     yield from hybrid.problems(args)
-    yield from positions.problems(args)
+    if model_is_known:
+        yield from positions.problems(args)
     yield from _full_validation(args)
     yield from cp_layout_problems(args)
     yield from _wrong_in_megatron(args)

@@ -75,4 +75,5 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
         )
     for name, because in WITHOUT_MLP_TILES.items():
         if mlp and (value := getattr(args, name, None)) and value != "none":
-            yield f"{MLP} {mlp} with --{name.replace('_', '-')}: {because}: leave one of them out."
+            other = f"--{name.replace('_', '-')}" + ("-format" if name in ("fp8", "fp4") else "")
+            yield f"{MLP} {mlp} with {other} {value}: {because}: leave one of them out."

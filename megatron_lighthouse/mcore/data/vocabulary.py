@@ -26,12 +26,13 @@ def size_problems(args: argparse.Namespace) -> Iterator[str]:
         return
     vocab, padded, end = args.vocab_size, args.padded_vocab_size, args.null_tokenizer_eod_id
     if padded and vocab and padded < vocab:
-        yield f"--padded-vocab-size {padded} must be at least --vocab-size {vocab}: leave it out, or use {vocab} or more."
+        least = _whole(vocab, args)
+        yield f"--padded-vocab-size {padded} must be at least --vocab-size {vocab}: leave it out, or use {least} or more."
     if padded and padded % args.tensor_model_parallel_size:
         size = args.tensor_model_parallel_size
         yield (
             f"--padded-vocab-size {padded} must be a multiple of --tensor-model-parallel-size {size}: use "
-            f"{-(-padded // size) * size}, or leave it out."
+            f"{_whole(padded, args)}, or leave it out."
         )
     if args.tokenizer_type in NULL and vocab and end is not None and not 0 <= end < vocab:
         yield f"--null-tokenizer-eod-id {end} must be below --vocab-size {vocab}, and not negative: use {vocab - 1}."
@@ -46,7 +47,14 @@ def problems(args: argparse.Namespace, name: str, prefix: str, here: Here) -> It
     if least < min(0, args.null_tokenizer_pad_id):
         yield f"{name} {prefix} has a token {least}, and none is below 0: write the dataset again, as uint16 or int32."
     elif greatest >= tokens:
+        enough = greatest + 1 if flag == "--vocab-size" else _whole(greatest + 1, args)
         yield (
-            f"{name} {prefix} has a token {greatest:,}, beyond {flag} {tokens}: use {greatest + 1} or more, the size of the "
+            f"{name} {prefix} has a token {greatest:,}, beyond {flag} {tokens}: use {enough} or more, the size of the "
             "tokenizer that wrote it."
         )
+
+
+def _whole(tokens: int, args: argparse.Namespace) -> int:
+    """As many tokens, and more where tensor-parallel ranks cannot share them out."""
+    size: int = args.tensor_model_parallel_size
+    return -(-tokens // size) * size

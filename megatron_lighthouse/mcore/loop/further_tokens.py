@@ -6,13 +6,13 @@ token but one predict the next document's first.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_lighthouse.mcore.attention.copied import copied
 from megatron_lighthouse.mcore.attention.fused import of_documents
 from megatron_lighthouse.mcore.attention.layer_specs import attentions_of
 from megatron_lighthouse.mcore.attention.packed import PackedDocuments
@@ -26,7 +26,7 @@ def block_spec(inner: Callable[..., Any], *args: Any, **named: Any) -> Any:
     spec, given = inner(*args, **named), global_args()
     if spec is None or given is None or not asked(given):
         return spec
-    spec = copy.deepcopy(spec)
+    spec = copied(spec)
     for layer in spec.layer_specs:
         for submodules in attentions_of(layer.submodules.mtp_model_layer):
             submodules.core_attention = of_documents(submodules.core_attention)

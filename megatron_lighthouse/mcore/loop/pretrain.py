@@ -41,8 +41,8 @@ def run(program_start: float | None = None) -> None:
     try:
         sys.argv[1:] = kept.resumed(sys.argv[1:])
         if (given := before.given(sys.argv[1:])) and given.yaml_cfg is None:
-            check_data(given, whole=os.environ.get("RANK", "0") == "0")  # others must not read great indices again
             before.check(given)
+            check_data(given, whole=os.environ.get("RANK", "0") == "0")  # others must not read great indices again
         args = parse_and_validate_args(extra_args_provider=with_all_arguments)
         model_cfg = checked_model(args)
         pictures = pictures_of(args)

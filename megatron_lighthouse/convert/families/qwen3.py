@@ -14,7 +14,8 @@ FIXED = {"hidden_act": ("silu",), "attention_bias": (False,), "use_sliding_windo
 
 
 def sizes(config: Config) -> dict[str, int]:
-    return head_sizes(type(config)({"head_dim": 128, **config}))  # the class's own default, not hidden_size / heads  # type: ignore[call-arg]
+    # the class's own default, not hidden_size / heads
+    return head_sizes(type(config)({"head_dim": 128, **config}))  # type: ignore[call-arg]
 
 
 def arguments(config: Config) -> list[str]:

@@ -18,7 +18,7 @@ capability, dtype, key_dim, value_dim, scalar = json.loads(sys.argv[1])
 print(json.dumps([tuple(x) for x in compile_wall(capability, dtype, key_dim, value_dim, scalar)]))
 """
 SPILLED = 2816
-"""Bytes. Tiles are those that were fastest on Hopper; for Blackwell, where none was timed, keys with scalar gates spill 2,720."""
+"""Bytes. Tiles are those that were fastest on Hopper; on Blackwell (not timed) keys with scalar gates spill 2,720."""
 SHARED = 227 * 1024
 """Bytes that Hopper and Blackwell have for a block."""
 

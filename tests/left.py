@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Iterator
 from types import FunctionType, ModuleType
 from typing import Any
@@ -43,7 +42,6 @@ def state() -> dict[str, Any]:
         "command line": [*sys.argv],
         "signals": signals(),
         "logging": (logging.root.level, logging.root.manager.disable),
-        "warnings": len(warnings.filters),
         "torch's defaults": (torch.get_default_dtype(), torch.get_default_device()),
         "determinism": (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
         "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),

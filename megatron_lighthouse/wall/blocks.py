@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.parts import Mask, Part, Tensors
-from megatron_lighthouse.wall.decay import Decays, prefix, prefix_backward, spread, summed, sums
+from megatron_lighthouse.wall.decay import Decays, joined, prefix, prefix_backward, spread, summed, sums
 from megatron_lighthouse.wall.diagonal import Diagonal
 from megatron_lighthouse.wall.earlier import Earlier, Rows
 from megatron_lighthouse.wall.pieces import Cut, Piece, Run, Sight, runs
@@ -88,7 +88,7 @@ class Attention:
         part = self._own(given) if mask.causal else _nothing(given)
         dtypes = part.dtypes
         part = part.to(part.lse.dtype)
-        for meeting in self._meetings(given, far, mask):
+        for meeting in self._meetings(given, self._decayed(given, far, mask), far, mask):
             own, found = part[meeting.near], self.earlier.forward(meeting.rows)
             if mask.causal:
                 own.merge(found)
@@ -106,11 +106,11 @@ class Attention:
         wide = part.lse.dtype
         grads = grads._replace(query=grads.query.to(wide))
         d_far = tuple(_zeros(x, wide) for x in far)
-        of_decayed = torch.zeros_like(given.query)
-        for meeting in self._meetings(given, far, mask):
+        decayed, of_decayed = self._decayed(given, far, mask), torch.zeros_like(given.query)
+        for meeting in self._meetings(given, decayed, far, mask):
             self._seen_backward(grad, part, meeting, of_decayed, grads, d_far)
         if far:
-            self._decayed_backward(given, of_decayed, grads, mask)
+            self._decayed_backward(given, decayed, of_decayed, grads, mask)
         d_near = grads._replace(query=grads.query.to(grad.dtype)).tensors
         return d_near, tuple(x.to(like.dtype) for x, like in zip(d_far, far, strict=True))
 
@@ -142,12 +142,19 @@ class Attention:
             d_sink = -(_of_rows(given.sink) - part.lse).exp().permute(2, 0, 1).unsqueeze(-1) * delta
         return Near(dq, dk, dv, d_gate, None if d_scalar is None else d_scalar.unsqueeze(-1), d_sink)
 
-    def _meetings(self, given: Near, far: Tensors, mask: Mask) -> Iterator[Meeting]:
-        """One for each run of near rows that has an anchor of its own, and sees far rows before it."""
+    def _decayed(self, given: Near, far: Tensors, mask: Mask) -> Tensor:
+        """Queries from the anchor before them; as they are where they meet nobody there."""
+        decay = partial(self.decays.decay, after=False)
+        return by_runs(self._groups(mask), decay, given.query, given.gate) if far else given.query
+
+    def _meetings(self, given: Near, query: Tensor, far: Tensors, mask: Mask) -> Iterator[Meeting]:
+        """One for each run of near rows that has an anchor of its own, and sees far rows before it.
+
+        Args:
+            query: what `_decayed` gives.
+        """
         theirs = self.cut.pieces(mask.far) if far else []
-        groups = self._groups(mask)
-        query = by_runs(groups, partial(self.decays.decay, after=False), given.query, given.gate) if far else given.query
-        for group in groups:
+        for group in self._groups(mask):
             first, end = self.sight.before(group)
             seen = [piece for piece in theirs if piece.number < group.number and piece.end > first]
             if not seen or end <= group.begin:
@@ -174,7 +181,7 @@ class Attention:
         keys = key.new_empty(seen[-1].taken.stop, *key.shape[1:])
         for run, factor in zip(seen, factors, strict=True):
             self.decays.cross(keys[run.taken], key[run.rows], factor, run.step)
-        made = Rows(query, keys, _joined([value[run.rows] for run in seen]), hidden=hidden)
+        made = Rows(query, keys, joined([value[run.rows] for run in seen]), hidden=hidden)
         if given.scalar is not None:
             totals = scalars[0].to(given.gate.dtype)
             to_anchor = [
@@ -202,22 +209,17 @@ class Attention:
             crossed += [sums(x[run.taken], run.step) for x in of_far[1:]]
             self.call.crossed.append((meeting.anchor, run.number, crossed))
 
-    def _decayed_backward(self, given: Near, of_decayed: Tensor, grads: Near, mask: Mask) -> None:
+    def _decayed_backward(self, given: Near, decayed: Tensor, of_decayed: Tensor, grads: Near, mask: Mask) -> None:
         """Add to the gradients of queries and gates, by way of the decayed queries."""
         for run in runs(self._groups(mask)):
-            query, gate, grad = (x[run.rows] for x in (given.query, given.gate, of_decayed))
+            query, gate, grad = (x[run.rows] for x in (decayed, given.gate, of_decayed))
             self.decays.add_decayed(grads.query[run.rows], grad, gate, after=False, step=run.step)
-            decayed = self.decays.decay(query, gate, after=False, step=run.step)
-            grads.gate[run.rows] += self.decays.decay_backward(decayed, grad, gate.shape[2], after=False, step=run.step)
+            grads.gate[run.rows] += self.decays.decay_backward(query, grad, gate.shape[2], after=False, step=run.step)
 
 
 def _zeros(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Contiguous, as what the kernels add to must be."""
     return torch.zeros(x.shape, dtype=dtype or x.dtype, device=x.device)
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _nothing(given: Near) -> Part:

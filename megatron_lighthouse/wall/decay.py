@@ -52,6 +52,11 @@ def spread(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
 
 
+def joined(parts: list[Tensor]) -> Tensor:
+    """Rows one after the other; one part as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def summed(x: Tensor, heads: int) -> Tensor:
     """The way back: [n, B, ·, ·] -> [n, B, heads, ·], summed over those that share one of `heads`, in the dtype of sums."""
     if x.shape[2] == heads:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.wall.decay import Decays, suffix, suffix_backward, summed, sums
+from megatron_lighthouse.wall.decay import Decays, joined, suffix, suffix_backward, summed, sums
 from megatron_lighthouse.wall.pieces import Piece, runs
 
 PURPOSE = "totals"
@@ -42,18 +42,17 @@ class Call:
         found = [torch.zeros_like(total) for total in self.totals]
         for anchor, first, grads in self.crossed:
             for total, grad in zip(found, grads, strict=True):
-                summed, end = grad.cumsum(0), first + len(grad)
-                total[first + 1 : end] += summed[:-1]
+                before, end = grad.cumsum(0), first + len(grad)
+                total[first + 1 : end] += before[:-1]
                 if end < anchor:
-                    total[end:anchor] += summed[-1]
+                    total[end:anchor] += before[-1]
         self.crossed.clear()
         return found
 
 
 def by_runs(pieces: list[Piece], function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """What `function` makes of these rows of pieces of so many rows, one after the other."""
-    found = [function(*(x[run.rows] for x in tensors), step=run.step) for run in runs(pieces)]
-    return found[0] if len(found) == 1 else torch.cat(found)
+    return joined([function(*(x[run.rows] for x in tensors), step=run.step) for run in runs(pieces)])
 
 
 class Decayed(torch.autograd.Function):
@@ -77,7 +76,6 @@ class Decayed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *of_scalar: Tensor) -> tuple[Tensor | None, ...]:
         decays, pieces, exchange = ctx.decays, ctx.pieces, ctx.exchange
         key, *gates = ctx.saved_tensors
-        wide = gates[0].dtype
         wide = gates[0].dtype
         of_keys = by_runs(pieces, partial(decays.decay, after=True, dtype=wide), grad, gates[0])
         totals = ctx.call.total_grads()

@@ -4,13 +4,13 @@ What counts is that a thread moves 16 bytes at a time and has several loads unde
 matters (tried on an H100 from 1 to 32 KB and 1 to 8 warps). So one line a step, for rows of any size.
 
 A layer's launches are alike from iteration to iteration. Triton would find out each time which compiled kernel they need, at
-more cost to the host than the launch itself: `enqueue` keeps it, by all that the choice hangs on.
+more cost to the host than the launch itself: `enqueue` keeps it, by all that the choice hangs on, and by no more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -54,9 +54,10 @@ def cdiv(a: int, b: int) -> int:
 
 
 _compiled: dict[tuple[Any, ...], Any] = {}
-"""Compiled kernels: by kernel, device, the dtypes and the alignment of tensors, and the values of all other arguments."""
-DIRECT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
-"""Whether a compiled kernel is called with the arguments of its source, constants included: so it is from Triton 3.3 on."""
+"""Compiled kernels: by kernel, device, the dtypes and the alignment of tensors, the kinds of numbers, and the values of all
+other arguments."""
+DIRECT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4)
+"""Whether a compiled kernel is run as `enqueue` does it: so it is from Triton 3.4 on."""
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -70,33 +71,47 @@ def enqueue(
     tensors: Sequence[Tensor],
     numbers: tuple[int | tuple[int, ...], ...],
     constants: Mapping[str, float],
-    varying: int = 0,
     **options: int | bool,
 ) -> None:
     """Launch a kernel whose parameters are tensors, then numbers, then constants, in this order.
 
     Args:
-        varying: how many of the last numbers change from call to call: the kernel must not be specialised for them.
         options: of the compiler, such as num_warps.
     """
-    device = tensors[0].device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():  # the one on which Triton launches
+    device = tensors[0].get_device()  # -1 under the interpreter
+    if device >= 0 and device != torch._C._cuda_getDevice():  # the one on which Triton launches
         with torch.cuda.device(device):
-            return enqueue(kernel, grid, tensors, numbers, constants, varying, **options)
-    kinds = [x.dtype for x in tensors], [x.data_ptr() % 16 == 0 for x in tensors]  # Triton's two specialisations of a pointer
-    same = numbers[: len(numbers) - varying]
-    known = (id(kernel), device, *kinds[0], *kinds[1], same, *constants.values(), *options.values())
+            return enqueue(kernel, grid, tensors, numbers, constants, **options)
+    pointers = [x.data_ptr() for x in tensors]
+    aligned = [not pointer & 15 for pointer in pointers]  # Triton's two specialisations of a pointer
+    kinds = *[x.dtype for x in tensors], *aligned, _kinds(numbers)
+    known = (id(kernel), device, *kinds, *constants.values(), *options.values())
     if constants.get("BULK"):
         triton.set_allocator(_scratch)  # of this thread: backward has its own
     compiled = _compiled.get(known)
-    if compiled is not None:
-        compiled[grid](*tensors, *numbers, *constants.values())
+    if compiled is not None and not _told():
+        stream = triton.runtime.driver.active.get_current_stream(device)
+        how = stream, compiled.function, compiled.packed_metadata, None, None, None  # what hooks are told, and hooks: none
+        compiled.run(*grid, *how, *pointers, *numbers, *constants.values())
         return None
     compiled = kernel[grid](*tensors, *numbers, **constants, **options)
     if DIRECT and compiled is not None:  # the interpreter compiles nothing
         assert kernel.arg_names[len(tensors) + len(numbers) :] == list(constants), "the order of `enqueue`"
         _compiled[known] = compiled
     return None
+
+
+@lru_cache(4096)
+def _kinds(numbers: tuple[int | tuple[int, ...], ...]) -> tuple[object, ...]:
+    """What Triton's choice hangs on, of numbers: which are 1, multiples of 16, or longer than 32 bits."""
+    flat = [n for x in numbers for n in (x if isinstance(x, tuple) else (x,))]
+    return tuple(1 if n == 1 else (n % 16 == 0, n.bit_length() > 31) for n in flat)
+
+
+def _told() -> bool:
+    """Whether something, such as Triton's profiler, asks to be told of launches."""
+    enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def launch_windows(
@@ -123,20 +138,22 @@ def launch_windows(
         dim: D of those heads; that of the first tensor by default.
         tables: other tensors that the kernel reads, contiguous.
     """
-    (_, batch, _, first_dim), groups = tensors[0].shape, places.shape[1]
-    dim = dim or first_dim
-    tensors = [last_contiguous(x) for x in tensors]
+    (_, batch, _, first_dim), (_, groups, entries) = tensors[0].shape, places.shape
+    grid, counts, shape = _of_windows(batch, groups, entries, tuple(sizes), heads, blocks, how.rows, dim or first_dim)
+    tensors, steps = laid_out(tensors)
+    numbers = (*steps, *counts)
+    enqueue(kernel, grid, [*tensors, places, *tables], numbers, {**shape, **constants}, num_warps=how.warps)
+
+
+@lru_cache(1024)
+def _of_windows(
+    batch: int, groups: int, entries: int, sizes: tuple[int, ...], heads: tuple[int, ...], blocks: range, rows: int, dim: int
+) -> tuple[tuple[int, int, int], tuple[int, ...], dict[str, int]]:
+    """What shapes alone settle of such a launch: the grid, the numbers behind the strides, and the constants."""
     length, levels, pooling, _, chunks = sizes
-    counts = (length // chunks, chunks, blocks.start, len(blocks), places.shape[2])
-    shape = {"D": dim, "BLOCK_D": padded(dim), "P": pooling, "L": levels, "BLOCK": how.rows}
-    enqueue(
-        kernel,
-        (len(blocks) * chunks, batch * heads[1], 1),
-        [*tensors, places, *tables],
-        (*(strides(x) for x in tensors), *counts, *heads, groups),
-        {**shape, **constants},
-        num_warps=how.warps,
-    )
+    counts = (length // chunks, chunks, blocks.start, len(blocks), entries, *heads, groups)
+    shape = {"D": dim, "BLOCK_D": padded(dim), "P": pooling, "L": levels, "BLOCK": rows}
+    return (len(blocks) * chunks, batch * heads[1], 1), counts, shape
 
 
 def run[T](op: CustomOpDef, function: Callable[..., T], *args: object) -> T:
@@ -153,3 +170,16 @@ def strides(x: Tensor) -> tuple[int, int, int]:
     """Those of the first three dimensions, as kernels take them."""
     first, second, third = x.stride()[:3]
     return first, second, third
+
+
+def laid_out(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[int, ...]]]:
+    """`last_contiguous` and `strides` of tensors [·, ·, ·, D]."""
+    found, steps = [], []
+    for x in tensors:
+        *step, last = x.stride()
+        if last != 1:
+            x = x.contiguous()
+            *step, _ = x.stride()
+        found.append(x)
+        steps.append(tuple(step))
+    return found, steps

@@ -20,15 +20,18 @@ from types import SimpleNamespace
 import torch, triton
 from triton.backends.compiler import GPUTarget
 
-notes = []
+notes, addresses, told = [], [], []
 
 class Launcher:
     def __init__(self, source, metadata):
-        self.name = metadata.name
+        self.name, kinds = metadata.name, source.signature.values()
+        self.pointers = [isinstance(kind, str) and kind.startswith("*") for kind in kinds]
 
     def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *args):
-        kept = [a.data_ptr() % 16 if isinstance(a, torch.Tensor) else list(a) if isinstance(a, tuple) else a for a in args]
-        notes.append([self.name, function, [x, y, z], kept])
+        addresses.append([a.data_ptr() if isinstance(a, torch.Tensor) else a for a, p in zip(args, self.pointers) if p])
+        others = [list(a) if isinstance(a, tuple) else a for a, p in zip(args, self.pointers) if not p]
+        notes.append([self.name, function, [x, y, z], [a % 16 for a in addresses[-1]], others])
+        told.append(bool(getattr(enter, "calls", enter)))
 
 functions = iter(range(1, 10**6))
 driver = SimpleNamespace(
@@ -73,6 +76,35 @@ launch._compiled.update(kept)
 launch.DIRECT = True
 found = {"by Triton": by_triton, "direct": direct, "by Triton again": again, "kept": len(kept)}
 found["unaligned"], found["longer"] = one(offset=4), one(length=256)
+
+def merged(lengths):
+    notes.clear()
+    for length in lengths:
+        x, lse = torch.zeros(length, 2, 2, 16, dtype=torch.bfloat16), torch.zeros(2, 2, length)
+        merge(x, lse, x, lse)
+    return [function for _, function, *_ in notes]
+
+lengths = [1, *range(48, 100)]
+launch._compiled.clear()
+found["of lengths"], found["kept of lengths"] = merged(lengths), len(launch._compiled)
+found["of lengths directly"] = merged(lengths)
+launch.DIRECT = False
+launch._compiled.clear()
+found["of lengths by Triton"] = merged(lengths)
+launch.DIRECT = True
+
+x, lse = torch.zeros(4, 64, 2, 2, 16), torch.zeros(4, 2, 2, 64)
+addresses.clear()
+for _ in range(2):
+    merge(x[0], lse[1], x[2], lse[3])
+found["addresses"] = addresses[:]
+told.clear()
+merge(x[0], lse[1], x[2], lse[3])
+triton.knobs.runtime.launch_enter_hook.add(print)
+merge(x[0], lse[1], x[2], lse[3])
+triton.knobs.runtime.launch_enter_hook.remove(print)
+merge(x[0], lse[1], x[2], lse[3])
+found["told"] = told
 print(json.dumps(found))
 """
 
@@ -99,3 +131,20 @@ def test_other_inputs_take_the_kernels_that_triton_chooses_for_them(change: str,
     assert sum(function != other for (_, function, *_), (_, other, *_) in pairs) >= differ
     assert [name for name, *_ in found[change]] == [name for name, *_ in found["direct"]]
     assert found[change] != found["direct"]
+
+
+def test_kernels_are_kept_by_the_kinds_of_numbers_that_triton_tells_apart() -> None:
+    """Of 53 lengths: 1, multiples of 16, of 8, and others; each gets what Triton takes for it."""
+    found = launched()
+    assert found["of lengths"] == found["of lengths directly"] == found["of lengths by Triton"]
+    assert len(set(found["of lengths"])) == found["kept of lengths"] == 4
+
+
+def test_addresses_are_those_of_the_tensors() -> None:
+    by_triton, direct = launched()["addresses"]
+    assert by_triton == direct
+    assert len(set(direct)) == 4
+
+
+def test_who_asks_to_be_told_of_launches_is_told() -> None:
+    assert launched()["told"] == [False, True, False]

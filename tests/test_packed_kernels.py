@@ -9,14 +9,13 @@ import sys
 from functools import cache
 from itertools import pairwise
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthouse_select, notice
-from megatron_lighthouse.kernels.launch import enqueue
 from megatron_lighthouse.kernels.lighthouse import packed as packed_kernels
 from megatron_lighthouse.lighthouse.packed import reference as packed_reference
 from megatron_lighthouse.lighthouse.packed.packing import Packing
@@ -98,28 +97,6 @@ def test_a_rank_s_pieces_equal_the_reference() -> None:
         assert_close(a, b, "float32")
     every = packed_reference.attended_norms(*whole, documents)
     assert torch.equal(norms[..., 5:17], every[..., 5:17])
-
-
-def test_numbers_that_vary_do_not_add_to_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_lighthouse.kernels import launch
-
-    class Kernel:
-        arg_names: ClassVar = ["x", "same", "count", "BLOCK"]
-        compiled = 0
-
-        def __getitem__(self, grid: tuple[int, int, int]) -> Any:
-            def call(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-                self.compiled += 1
-                return {grid: lambda *args: None}
-
-            return call
-
-    monkeypatch.setattr(launch, "_compiled", {})
-    monkeypatch.setattr(launch, "DIRECT", True)
-    kernel = Kernel()
-    for count in range(5):
-        enqueue(kernel, (1, 1, 1), [torch.zeros(1)], (7, count), {"BLOCK": 1}, varying=1)
-    assert kernel.compiled == len(launch._compiled) == 1
 
 
 COMPILED = """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -145,7 +145,7 @@ def _gather(
 ) -> tuple[Tensor, Tensor, Tensor]:
     with profiled("gather"):
         rows = _empty(query, key, value, sizes[3])
-        of_queries, of_keys = _launches(query, key, value)
+        of_queries, of_keys = _launches(query.shape[2], *key.shape[2:], value.shape[3])
         given = (gather_forward_kernel, "collect", (query, key, value, *rows), places, sizes, turns, pairing)
         if travel is None:
             _launch(*given, _joined(of_queries, of_keys))
@@ -169,7 +169,7 @@ def _gather_backward(
     """The gradients of the tokens [N, B, ·, D], from those of the rows [S, B, ·, D]."""
     with profiled("gather backward"):
         tokens = _empty(query, key, value, sizes[0])
-        of_queries, of_keys = _launches(query, key, value)
+        of_queries, of_keys = _launches(query.shape[2], *key.shape[2:], value.shape[3])
         how, tensors = (places, sizes, turns, pairing), (query, key, value, *tokens)
         if travel is None:
             _launch(gather_backward_kernel, "spread", tensors, *how, _joined(of_queries, of_keys))
@@ -188,13 +188,13 @@ class Heads(NamedTuple):
     turned: bool
 
 
-def _launches(query: Tensor, key: Tensor, value: Tensor) -> tuple[Heads, list[Heads]]:
+@cache
+def _launches(heads: int, others: int, dim: int, value_dim: int) -> tuple[Heads, list[Heads]]:
     """Of the queries; and of keys and values, apart where their channels differ."""
-    heads, others, dim = query.shape[2], key.shape[2], key.shape[3]
     of_queries = Heads((heads, heads, 0, others), dim, True)
-    if value.shape[3] == dim:
+    if value_dim == dim:
         return of_queries, [Heads((heads, 2 * others, heads, others), dim, True)]
-    of_values = Heads((heads, others, heads + others, others), value.shape[3], False)
+    of_values = Heads((heads, others, heads + others, others), value_dim, False)
     return of_queries, [Heads((heads, others, heads, others), dim, True), of_values]
 
 
@@ -202,7 +202,7 @@ def _joined(of_queries: Heads, of_keys: list[Heads]) -> list[Heads]:
     """The queries and the first of the others in one launch, and the rest."""
     first, *rest = of_keys
     heads, count, _, others = of_queries.of
-    return [of_queries._replace(of=(heads, count + first.of[1], 0, others)), *rest]
+    return [Heads((heads, count + first.of[1], 0, others), of_queries.dim, of_queries.turned), *rest]
 
 
 def _launch(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_lighthouse.kernels.launch import cdiv, enqueue, last_contiguous, launch, padded, power_of_2, strides
+from megatron_lighthouse.kernels.launch import cdiv, enqueue, laid_out, launch, padded, power_of_2
 from megatron_lighthouse.lighthouse.geometry import Pyramid
 from megatron_lighthouse.ranges import profiled
 
@@ -102,26 +102,29 @@ def coarsen_kernel(p_finer, p_coarser, stride, length, P: tl.constexpr, BLOCK: t
 def compute_scores(query: Tensor, key: Tensor, sizes: Sequence[int]) -> Tensor:
     """See `Steps.score`; `sizes` is (N, L, p)."""
     with profiled("score"):
-        geometry = Pyramid(*sizes)
-        query, key = last_contiguous(query), last_contiguous(key)
-        scores = _empty(key, geometry)
         (_, batch, heads, dim), groups = query.shape, key.shape[2]
-        how = launch("score", dim, query.element_size())
-        block, digit, fused = blocks_of(geometry, how.rows)
-        slots = geometry.entries(geometry.levels - 1) * digit ** (geometry.levels - 1)
-        shape = {"D": dim, "BLOCK_D": padded(dim), "P": geometry.pooling, "P2": digit, "L": geometry.levels}
-        enqueue(
-            score_kernel,
-            (cdiv(slots, block), batch * groups, 2),
-            (query, key, scores),
-            (strides(query), strides(key), geometry.seq_length, geometry.coarse_length, groups, heads // groups),
-            {**shape, "FUSED": fused, "BLOCK": block},
-            num_warps=how.warps,
-            enable_fp_fusion=False,  # a fused multiply-add would round fp32 squares otherwise than the reference
-        )
-        if fused < geometry.levels - 1:
-            coarsen(scores, geometry, fused)
+        geometry, grid, constants, warps, counts = _settled(tuple(sizes), batch, heads, groups, dim, query.element_size())
+        (query, key), steps = laid_out((query, key))
+        scores = _empty(key, geometry)
+        # a fused multiply-add would round fp32 squares otherwise than the reference
+        how = {"num_warps": warps, "enable_fp_fusion": False}
+        enqueue(score_kernel, grid, (query, key, scores), (*steps, *counts), constants, **how)
+        if constants["FUSED"] < geometry.levels - 1:
+            coarsen(scores, geometry, constants["FUSED"])
         return scores
+
+
+@lru_cache(1024)
+def _settled(
+    sizes: tuple[int, int, int], batch: int, heads: int, groups: int, dim: int, itemsize: int
+) -> tuple[Pyramid, tuple[int, int, int], dict[str, int], int, tuple[int, ...]]:
+    """What shapes alone settle of the launch: the pyramid, the grid, constants, warps, and the numbers behind the strides."""
+    geometry, how = Pyramid(*sizes), launch("score", dim, itemsize)
+    block, digit, fused = blocks_of(geometry, how.rows)
+    slots = geometry.entries(geometry.levels - 1) * digit ** (geometry.levels - 1)
+    shape = {"D": dim, "BLOCK_D": padded(dim), "P": geometry.pooling, "P2": digit, "L": geometry.levels}
+    counts = geometry.seq_length, geometry.coarse_length, groups, heads // groups
+    return geometry, (cdiv(slots, block), batch * groups, 2), {**shape, "FUSED": fused, "BLOCK": block}, how.warps, counts
 
 
 def coarsen(scores: Tensor, geometry: Pyramid, fused: int) -> None:

@@ -7,7 +7,7 @@ non-negative floats as integers; ties and rows are prefix sums.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 import triton
@@ -206,35 +206,40 @@ def place_kernel(
 def compute_places(scores: Tensor, sizes: Sequence[int], pin_first: bool) -> Tensor:
     """`Selection.places` from scores [2, B, G, coarse length], contiguous; `sizes` is (N, L, p, k, m)."""
     with profiled("select"):
-        geometry = Geometry(*sizes)
+        _, batch, groups, _ = scores.shape
+        geometry, grid, counts, constants, warps = _settled(tuple(sizes), batch * groups, pin_first)
         places = _empty(scores, geometry)
-        ranks = torch.empty(scores.shape[1:], dtype=torch.int32, device=scores.device)
-        rows = ranks.shape[0] * ranks.shape[1]
-        block, one = block_of(geometry)
-        shape = {"P": geometry.pooling, "L": geometry.levels}
-        enqueue(
-            refine_kernel,
-            (geometry.tiles, rows, 1),
-            (scores, ranks),
-            (geometry.seq_length, geometry.coarse_length, geometry.tiles),
-            {**shape, "TILE_BUDGET": geometry.tile_budget, "PIN_FIRST": pin_first, "BLOCK": block, "ONE": one},
-            num_warps=warps_of(block),
-            **limit_on(scores.device),
-        )
+        ranks = torch.empty((batch, groups, geometry.coarse_length), dtype=torch.int32, device=scores.device)
+        enqueue(refine_kernel, grid, (scores, ranks), counts, constants, num_warps=warps, **limit_on(scores.device))
         launch_places(ranks, places, geometry)
         return places
 
 
+@lru_cache(1024)
+def _settled(
+    sizes: tuple[int, ...], rows: int, pin_first: bool
+) -> tuple[Geometry, tuple[int, int, int], tuple[int, ...], dict[str, int], int]:
+    """What sizes alone settle of `refine_kernel`: the geometry, the grid, numbers, constants and warps."""
+    geometry = Geometry(*sizes)
+    block, one = block_of(geometry)
+    shape = {"P": geometry.pooling, "L": geometry.levels, "TILE_BUDGET": geometry.tile_budget}
+    counts = geometry.seq_length, geometry.coarse_length, geometry.tiles
+    constants = {**shape, "PIN_FIRST": pin_first, "BLOCK": block, "ONE": one}
+    return geometry, (geometry.tiles, rows, 1), counts, constants, warps_of(block)
+
+
 def launch_places(ranks: Tensor, places: Tensor, geometry: Geometry) -> None:
     """Fill in `Selection.places`, from the ranks that `refine_kernel` writes."""
-    enqueue(
-        place_kernel,
-        (cdiv(geometry.seq_length, 256), ranks.shape[0] * ranks.shape[1], 1),
-        (ranks, places),
-        (geometry.seq_length, geometry.coarse_length, geometry.pyramid_length, geometry.budget),
-        {"P": geometry.pooling, "L": geometry.levels, "BLOCK": 256},
-        num_warps=4,
-    )
+    batch, groups, _ = ranks.shape
+    grid, counts, constants = _settled_places(geometry, batch * groups)
+    enqueue(place_kernel, grid, (ranks, places), counts, constants, num_warps=4)
+
+
+@lru_cache(1024)
+def _settled_places(geometry: Geometry, rows: int) -> tuple[tuple[int, int, int], tuple[int, ...], dict[str, int]]:
+    """Likewise of `place_kernel`."""
+    counts = geometry.seq_length, geometry.coarse_length, geometry.pyramid_length, geometry.budget
+    return (cdiv(geometry.seq_length, 256), rows, 1), counts, {"P": geometry.pooling, "L": geometry.levels, "BLOCK": 256}
 
 
 @cache
@@ -262,7 +267,8 @@ def limit_on(device: torch.device) -> dict[str, int]:
 
 
 def _empty(scores: Tensor, geometry: Geometry) -> Tensor:
-    return torch.empty((*scores.shape[1:3], geometry.pyramid_length), dtype=torch.int32, device=scores.device)
+    _, batch, groups, _ = scores.shape
+    return torch.empty((batch, groups, geometry.pyramid_length), dtype=torch.int32, device=scores.device)
 
 
 select_op = torch.library.custom_op("lighthouse::select", compute_places, mutates_args=())

@@ -93,6 +93,5 @@ def _launch(kernel: object, tensors: list[Tensor], step: int) -> None:
         tensors,
         (*(strides(x) for x in tensors), heads, rows, step),
         {"K": dim, "BLOCK_K": padded(dim), "ROWS": blocks.rows},
-        varying=2,
         num_warps=blocks.warps,
     )

@@ -249,6 +249,5 @@ def _launch(
         tensors,
         (*(strides(x) for x in tensors), heads, *ratios, rows, step),
         {**own, "K": dim, "BLOCK_K": padded(dim), "ROWS": blocks.rows},
-        varying=2,
         num_warps=blocks.warps,
     )

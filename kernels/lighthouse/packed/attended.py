@@ -75,7 +75,6 @@ def compute_packed_squares(query: Tensor, key: Tensor, value: Tensor, documents:
             (query, key, value, squares, blocks, documents.cu_seqlens),
             (strides(query), strides(key), strides(value), heads, heads // groups, rows),
             {"D": dim, "BLOCK_D": padded(dim), "BLOCK_M": how.queries, "BLOCK_N": how.keys},
-            varying=1,
             num_warps=how.warps,
             num_stages=stages_on(capability_of(query.device), how),
         )

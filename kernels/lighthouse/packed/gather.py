@@ -191,7 +191,6 @@ def launch_packed(
         [*tensors, places, packing.unit_table, *others],
         (*map(strides, tensors), query_heads, groups, *counts),
         {**shape, **constants},
-        varying=len(counts),
         num_warps=how.warps,
     )
 

@@ -69,7 +69,6 @@ def compute_packed_scores(query: Tensor, key: Tensor, packing: Packing) -> Tenso
             (query, key, scores, packing.window_starts),
             (strides(query), strides(key), groups, heads // groups, compact.seq_length, packing.coarse_length),
             {**shape, "FUSED": fused, "BLOCK": block},
-            varying=2,
             num_warps=how.warps,
             enable_fp_fusion=False,  # as for one sequence
         )

@@ -131,7 +131,6 @@ def compute_packed_places(scores: Tensor, packing: Packing, pin_first: bool) -> 
             (scores, ranks, tiles),
             (tiles.shape[1], compact.seq_length, packing.coarse_length),
             {**shape, "PIN_FIRST": pin_first, "BLOCK": block, "ONE": one},
-            varying=3,
             num_warps=warps_of(block),
             **limit_on(scores.device),
         )
@@ -142,7 +141,6 @@ def compute_packed_places(scores: Tensor, packing: Packing, pin_first: bool) -> 
             (ranks, places, packing.unit_table),
             (*counts, packing.budget),
             {**shape, "BLOCK": 256},
-            varying=len(COUNTS),
             num_warps=4,
         )
         return places

@@ -1,7 +1,7 @@
 """`python benchmarks/peak.py SNAPSHOT`: what a GPU held when it held most, by call site.
 
-Of a snapshot that Megatron writes with `--record-memory-history --memory-snapshot-path SNAPSHOT` (torch's caching allocator: sizes
-as allocated). Prints what of at least `--least` MiB was there, most first: MiB, how many, and the innermost `--frames` calls
+Of a snapshot that Megatron writes with `--record-memory-history --memory-snapshot-path SNAPSHOT` (sizes as torch allocates
+them). Prints what of at least `--least` MiB was there, most first: MiB, how many, and the innermost `--frames` calls
 outside torch. What is older than the record has its size alone.
 """
 
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--least", type=float, default=32, metavar="MIB")
     options = parser.parse_args()
     with options.snapshot.open("rb") as file:
-        peak, blocks = at_peak(pickle.load(file))  # noqa: S301 our own run's
+        peak, blocks = at_peak(pickle.load(file))
     print(f"{peak / MIB:,.0f} MiB at the peak")
     sites: defaultdict[tuple[str, int], int] = defaultdict(int)
     for block in blocks:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -18,21 +19,24 @@ from tests.mcore.harness import Run, run
 from tests.mcore.test_parity import START, assert_same
 from tests.tolerances import assert_close
 
+if TYPE_CHECKING:
+    from megatron_lighthouse.mcore.loop.tiled_loss import Logits
+
 TILES = "--loss-tile-tokens 48 --mlp-tile-tokens 40".split()
 """No divisors of the 256 tokens."""
 
 
-class Output(torch.nn.Module):
+class Layer(torch.nn.Module):
     """An output layer that remembers how many tokens it was given at once."""
-
-    gradient_accumulation_fusion = False
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.randn(40, 16, dtype=dtype))
+        self.gradient_accumulation_fusion = True
         self.seen: list[int] = []
 
     def forward(self, hidden: Tensor, weight: Tensor | None = None) -> tuple[Tensor, None]:
+        assert not self.gradient_accumulation_fusion, "its gradient would be added to main_grad, unscaled"
         self.seen.append(hidden.shape[0] * hidden.shape[1])
         return linear(hidden, self.weight if weight is None else weight), None
 
@@ -41,38 +45,95 @@ def losses(labels: Tensor, logits: Tensor) -> Tensor:
     return cross_entropy(logits.double().permute(1, 2, 0), labels, reduction="none")
 
 
-@pytest.mark.parametrize(("rows", "batch", "tokens"), [(50, 1, 7), (33, 3, 20), (8, 2, 1), (5, 1, 100)])
-def test_tiles_give_the_loss_and_gradients_of_the_whole(rows: int, batch: int, tokens: int) -> None:
-    from megatron_lighthouse.mcore.loop.tiled_loss import Logits
+def logits_of(hidden: Tensor, layer: Layer, tokens: int) -> Logits:
+    from megatron_lighthouse.mcore.loop.tiled_loss import Logits, Output
 
+    return Logits(hidden, layer.weight, Output(layer, lambda x: 0.5 * x, tokens))
+
+
+MASK = "masked, whatever was expected"
+KINDS = {
+    "as expected": (1.0, 1),
+    "scaled": (1 / 3, 1),
+    "of no weight": (0.0, 1),
+    MASK: (None, 2),
+}
+"""By what the weights that come differ from those that were expected; and how many passes over the tiles that takes."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rows", "batch", "tokens"), [(50, 1, 7), (33, 3, 20), (8, 2, 1), (5, 1, 100)])
+def test_tiles_give_the_loss_and_gradients_of_the_whole(rows: int, batch: int, tokens: int, kind: str) -> None:
     torch.manual_seed(0)
-    layer, scale = Output(torch.float64), 0.5
+    layer = Layer(torch.float64)
     hidden = torch.randn(rows, batch, 16, dtype=torch.float64, requires_grad=True)
-    labels, weights = torch.randint(40, (batch, rows)), torch.rand(batch, rows, dtype=torch.float64)
-    whole = losses(labels, scale * layer(hidden)[0])
-    expected = torch.autograd.grad((whole * weights).sum(), [hidden, layer.weight])
-    layer.seen.clear()
-    tiled = Logits(hidden, layer, None, lambda x: scale * x, tokens).loss(labels, losses)
-    assert_close(tiled, whole, "float64")
-    found = torch.autograd.grad((tiled * weights).sum(), [hidden, layer.weight])
-    assert max(layer.seen) <= max(tokens, batch)
-    for one, other in zip(found, expected, strict=True):
-        assert_close(one, other, "float64")
+    labels, weights = torch.randint(40, (batch, rows)), torch.rand(batch, rows)
+    factor, passes = KINDS[kind]
+    summed_by = torch.rand(batch, rows) if factor is None else weights * factor
+    whole = losses(labels, 0.5 * linear(hidden, layer.weight))
+    expected = torch.autograd.grad((whole * summed_by).sum(), [hidden, layer.weight])
+    for first in (True, False):
+        layer.seen.clear()
+        tiled = logits_of(hidden, layer, tokens).loss(labels, losses, weights)
+        assert_close(tiled, whole, "float64")
+        for again in (True, False):  # backward twice over the same graph
+            found = torch.autograd.grad((tiled * summed_by).sum(), [hidden, layer.weight], retain_graph=again)
+            if again:
+                assert sum(layer.seen) == passes * rows * batch
+                assert not first or max(layer.seen) <= max(tokens, batch)
+            for one, other in zip(found, expected, strict=True):
+                assert_close(one, other, "float32")  # weights and a factor of fp32
+    assert layer.gradient_accumulation_fusion
+
+
+def test_without_gradients_there_is_one_pass() -> None:
+    layer, hidden, labels = Layer(torch.float64), torch.randn(30, 1, 16, dtype=torch.float64), torch.randint(40, (1, 30))
+    with torch.no_grad():
+        found = logits_of(hidden, layer, 7).loss(labels, losses, torch.ones(1, 30))
+    assert_close(found, losses(labels, 0.5 * linear(hidden, layer.weight)), "float64")
+    assert sum(layer.seen) == 30
+    layer.requires_grad_(False)
+    hidden.requires_grad_()
+    loss = logits_of(hidden, layer, 7).loss(labels, losses, torch.ones(1, 30))
+    loss.sum().backward()
+    assert layer.weight.grad is None
+    assert hidden.grad is not None
 
 
 def test_gradients_of_the_weight_are_rounded_once() -> None:
     """Sums of bf16 tiles in bf16 would lie further off than one rounding of the sum of what each tile gave."""
-    from megatron_lighthouse.mcore.loop.tiled_loss import Logits
-
     torch.manual_seed(0)
-    layer = Output(torch.bfloat16)
+    layer = Layer(torch.bfloat16)
     hidden, labels = torch.randn(512, 1, 16, dtype=torch.bfloat16), torch.randint(40, (1, 512))
-    Logits(hidden, layer, None, lambda x: x, 8).loss(labels, losses).sum().backward()
+    logits_of(hidden, layer, 8).loss(labels, losses, torch.ones(1, 512)).sum().backward()
     parts = torch.zeros(40, 16)
     for rows, wanted in zip(hidden.split(8), labels.split(8, dim=1), strict=True):
-        loss = losses(wanted, linear(rows, layer.weight)).sum()
+        loss = losses(wanted, 0.5 * linear(rows, layer.weight)).sum()
         parts += torch.autograd.grad(loss, layer.weight)[0].float()
-    assert torch.equal(layer.weight.grad, parts.bfloat16())  # the last tile comes first: sums of 64 in fp32, another order
+    assert torch.equal(layer.weight.grad, parts.bfloat16())
+
+
+def test_fp16_waits_for_the_scale_of_the_loss() -> None:
+    """Gradients of a mean over many tokens are below what fp16 holds, until they are scaled."""
+    torch.manual_seed(0)
+    layer, hidden = Layer(torch.float16), torch.randn(64, 1, 16, dtype=torch.float16)
+    labels, weights = torch.randint(40, (1, 64)), torch.full((1, 64), 1e-9)
+    (logits_of(hidden, layer, 8).loss(labels, losses, weights) * weights * 2**30).sum().backward()
+    (expected,) = torch.autograd.grad(losses(labels, 0.5 * linear(hidden, layer.weight)).sum() * 1e-9 * 2**30, layer.weight)
+    assert_close(layer.weight.grad, expected, "float16")
+
+
+def test_a_mask_that_came_too_late_is_of_another_shape() -> None:
+    from megatron_lighthouse.mcore.loop import loss_weights
+
+    labels, mask = torch.zeros(2, 5, dtype=torch.long), torch.rand(2, 5)
+    with loss_weights.weighted(torch.rand(2, 7)):
+        assert torch.equal(loss_weights.expected(labels, mask), mask)
+    with loss_weights.weighted(2 * mask):
+        loss_weights.rolled(lambda x: (x + 1, None), mask)
+        assert torch.equal(loss_weights.expected(labels, mask), mask + 1)
+        assert torch.equal(loss_weights.expected(labels, mask), 2 * mask)
+    assert torch.equal(loss_weights.expected(labels, None), torch.ones(2, 5))
 
 
 def test_sequence_parallel_ranks_each_have_a_part_of_every_tile() -> None:

@@ -24,6 +24,7 @@ from megatron_lighthouse.mcore.attention.document_rotary import rotate_by
 from megatron_lighthouse.mcore.attention.packed import packed
 from megatron_lighthouse.mcore.data.documents import documents_in, tokens_of_rank
 from megatron_lighthouse.mcore.loop.further_tokens import ends_of
+from megatron_lighthouse.mcore.loop.loss_weights import weighted
 from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.sequence.layout import Layout
 
@@ -53,7 +54,7 @@ def forward_step(data: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> t
         rotate_by(get_attr_wrapped_model(model, "decoder", return_model_obj=True), documents.positions[rows])
         ends = ends_of(documents, tokens, get_tokenizer().eod) if args.mtp_num_layers and tokens is not None else None
         more["packed_seq_params"] = packed(documents, args.seq_length, ends)
-    with stragglers:
+    with stragglers, weighted(loss_mask if args.calculate_per_token_loss else batch.get(WEIGHTS)):
         output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask, **more)
     return output, partial(loss_function, loss_mask, batch.get(WEIGHTS))
 

@@ -23,6 +23,7 @@ from megatron_lighthouse.mcore.loop import (
     correction_log,
     finite,
     further_tokens,
+    loss_weights,
     machine,
     progress,
     rates,
@@ -78,6 +79,7 @@ def tile() -> None:
     wrap(mlp.MLP, "forward", "tiled mlp", tiled_mlp.forward)
     for model in (gpt_model.GPTModel, hybrid_model.HybridModel):
         wrap(model, "forward", "tiled loss", tiled_loss.forward)
+    wrap(multi_token_prediction, "roll_tensor", "tiled loss", loss_weights.rolled)
     wrap(multi_token_prediction, "_compute_mtp_acceptance_counts", "tiled loss", tiled_loss.mtp_counts)
 
 

@@ -1,27 +1,34 @@
-"""The loss, a tile of the sequence at a time: logits of a tile alone are there, and are made again in backward.
+"""The loss, a tile of the sequence at a time: logits of a tile alone are there.
 
 Megatron's own output layer and cross entropy make them, so each token's loss is that of the whole, but for what a product of
-other sizes rounds. Backward takes one product more. Gradients of the output weight are summed over tiles in fp32, and rounded
-once.
+other sizes rounds. Their gradients are taken in forward, while the tile is there, of losses weighted as is expected
+(`loss_weights`); backward multiplies by what it is given. Where that is no multiple of those weights, it takes all again.
+Gradients of the output weight are summed over tiles in fp32, and rounded once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.mcore.command_line.tiles import LOSS, tile_tokens
 from megatron_lighthouse.mcore.global_args import global_args
-from megatron_lighthouse.mcore.loop.summed import Summed, apart
+from megatron_lighthouse.mcore.loop import loss_weights
 from megatron_lighthouse.notice import say_once
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Megatron's compute_language_model_loss: labels [b, n] and logits [n, b, V/tp] -> [b, n], fp32, in nats."""
 Scale = Callable[[Tensor], Tensor]
+
+surprised: WeakSet[Any] = WeakSet()
+"""Output layers of whose losses a gradient was not as expected: from then on theirs are left to backward."""
 
 
 def tiles(hidden: Tensor, of_tokens: tuple[Tensor, ...], tokens: int) -> Iterator[tuple[Tensor, ...]]:
@@ -48,45 +55,122 @@ def joined(parts: list[Tensor], ranks: int) -> Tensor:
     return torch.cat([x.unflatten(1, (ranks, -1)) for x in parts], dim=2).flatten(1)
 
 
+class Taken(NamedTuple):
+    """What a pass over the tiles gives."""
+
+    losses: Tensor
+    """[b, s]"""
+    of_hidden: Tensor | None
+    """[s/ranks, b, h]"""
+    of_weight: Tensor | None
+    """[V/tp, h], in fp32 or what is more."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """The model's last layer, a tile at a time."""
+
+    layer: Any
+    scale: Scale
+    """Of all logits, as maximal update parametrization has it."""
+    tokens: int
+    """The most in a tile."""
+
+    def of(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """Logits of a tile."""
+        logits, _ = self.layer(hidden, weight=weight)
+        return self.scale(logits)
+
+    def take(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, compute: Loss, weights: Tensor | None, of: tuple[bool, bool]
+    ) -> Taken:
+        """Losses, and gradients of their sum by `weights` [b, s]: of `hidden`, of `weight`, as `of` asks."""
+        of_hidden = torch.empty_like(hidden, requires_grad=False) if of[0] else None
+        of_weight: Tensor | None = None
+        losses, row = [], 0
+        for part, wanted, by in tiles(hidden, (labels, labels if weights is None else weights), self.tokens):
+            given = [x.detach().requires_grad_(needed) for x, needed in zip((part, weight), of, strict=True)]
+            with torch.set_grad_enabled(any(of)), _unfused(self.layer):
+                loss = compute(wanted, self.of(*given))
+                needed = [x for x in given if x.requires_grad]
+                grads = [*torch.autograd.grad(loss, needed, by.to(loss.dtype))] if needed else []
+            losses.append(loss.detach())
+            if of_hidden is not None:
+                of_hidden[row : row + len(part)] = grads.pop(0)
+            if grads:
+                of_weight = _plus(of_weight, grads.pop())
+            row += len(part)
+        return Taken(joined(losses, labels.shape[1] // len(hidden)), of_hidden, of_weight)
+
+
+def _plus(total: Tensor | None, grad: Tensor) -> Tensor:
+    return grad.to(torch.promote_types(grad.dtype, torch.float32)) if total is None else total.add_(grad)
+
+
+@contextmanager
+def _unfused(layer: Any) -> Iterator[None]:
+    """While it lasts, the layer hands its weight's gradient back, and does not add it to Megatron's `main_grad`."""
+    before, layer.gradient_accumulation_fusion = layer.gradient_accumulation_fusion, False
+    try:
+        yield
+    finally:
+        layer.gradient_accumulation_fusion = before
+
+
+class _TiledLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        hidden, weight, labels, weights, output, compute = given
+        ctx.save_for_backward(hidden, weight, labels, weights)
+        ctx.output, ctx.compute, ctx.taken = output, compute, None
+        if _late(hidden, output.layer):
+            losses: Tensor = output.take(hidden, weight, labels, compute, None, (False, False)).losses
+            return losses
+        ctx.taken = output.take(hidden, weight, labels, compute, weights, ctx.needs_input_grad[:2])
+        return ctx.taken.losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels, weights = ctx.saved_tensors
+        taken, ctx.taken = ctx.taken, None  # scaled in place, it serves once
+        factor = None if taken is None else loss_weights.multiple(grads[0], weights)
+        if taken is not None and factor is None:
+            surprised.add(ctx.output.layer)
+            say_once("lighthouse: losses are not weighted by the loss mask: from now on tiles of logits are computed twice.")
+        if factor is None:
+            taken, factor = ctx.output.take(hidden, weight, labels, ctx.compute, grads[0], ctx.needs_input_grad[:2]), 1.0
+        of = [x if x is None or factor == 1 else x.mul_(factor) for x in (taken.of_hidden, taken.of_weight)]
+        return of[0], None if of[1] is None else of[1].to(weight.dtype), None, None, None, None
+
+
+def _late(hidden: Tensor, layer: Any) -> bool:
+    """Whether gradients are left to backward: fp16 needs its scale of the loss, and in a captured graph nothing is compared."""
+    captured = hidden.is_cuda and torch.cuda.is_current_stream_capturing()
+    return captured or hidden.dtype == torch.float16 or layer in surprised
+
+
 @dataclass(frozen=True)
 class Logits:
     """Stands for logits [s, b, V/tp] that are not made: what makes those of a tile."""
 
     hidden: Tensor
     """[s/ranks, b, h]"""
-    layer: Any
-    weight: Tensor | None
-    scale: Scale
-    """Of all logits, as maximal update parametrization has it."""
-    tokens: int
+    weight: Tensor
+    output: Output
 
-    @property
-    def given(self) -> Tensor:
-        """The weight: a tied one, or the layer's own."""
-        return self.layer.weight if self.weight is None else self.weight
-
-    def of(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """Those of a tile."""
-        logits, _ = self.layer(hidden, weight=weight)
-        return self.scale(logits)
-
-    def loss(self, labels: Tensor, compute: Loss) -> Tensor:
-        """[b, s] labels -> [b, s] losses."""
-
-        def of_tile(hidden: Tensor, weight: Tensor, wanted: Tensor) -> Tensor:
-            return compute(wanted, self.of(hidden, weight))
-
-        cut = [*tiles(self.hidden, (labels,), self.tokens)]
-        weight = Summed(self.given, len(cut), self.layer.gradient_accumulation_fusion)
-        parts = [apart(of_tile, hidden, weight.use(), wanted) for hidden, wanted in cut]
-        return joined(parts, labels.shape[1] // len(self.hidden))
+    def loss(self, labels: Tensor, compute: Loss, weights: Tensor) -> Tensor:
+        """[b, s] labels -> [b, s] losses, which are expected to be summed by a multiple of `weights` [b, s]."""
+        if torch.is_grad_enabled() and (self.hidden.requires_grad or self.weight.requires_grad):
+            loss: Tensor = _TiledLoss.apply(self.hidden, self.weight, labels, weights, self.output, compute)
+            return loss
+        return self.output.take(self.hidden, self.weight, labels, compute, None, (False, False)).losses
 
     def counts(self, labels: Tensor, mask: Tensor, count: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """How many of a multi-token-prediction layer's guesses are right, and of how many."""
         with torch.no_grad():
-            found = [
-                count(self.of(part, self.given), *others) for part, *others in tiles(self.hidden, (labels, mask), self.tokens)
-            ]
+            cut = tiles(self.hidden, (labels, mask), self.output.tokens)
+            found = [count(self.output.of(part, self.weight), *others) for part, *others in cut]
         right, total = (torch.stack(numbers).sum() for numbers in zip(*found, strict=True))
         return right, total
 
@@ -94,14 +178,15 @@ class Logits:
 class Unmade:
     """Stands for an output layer: its logits are made when their loss is asked for."""
 
-    def __init__(self, layer: Any, scale: Scale, tokens: int) -> None:
-        self.layer, self.scale, self.tokens = layer, scale, tokens
+    def __init__(self, output: Output) -> None:
+        self.output = output
 
     def __call__(self, hidden: Tensor, weight: Tensor | None = None, **_: Any) -> tuple[Logits, None]:
-        return Logits(hidden, self.layer, weight, self.scale, self.tokens), None
+        """The weight is a tied one, or the layer's own."""
+        return Logits(hidden, self.output.layer.weight if weight is None else weight, self.output), None
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.layer, name)
+        return getattr(self.output.layer, name)
 
 
 def at_once(layer: Any, labels: Tensor, deferred: bool) -> int:
@@ -127,13 +212,15 @@ def forward(inner: Callable[..., Tensor], model: Any, *given: Any, labels: Tenso
         tokens = at_once(layer, labels, model.config.defer_embedding_wgrad_compute)
     if not tokens:
         return inner(model, *given, labels=labels, **named)
-    compute, scale = model.compute_language_model_loss, model._scale_logits
+    compute, output = model.compute_language_model_loss, Output(layer, model._scale_logits, tokens)
 
     def loss(labels: Tensor, logits: Any) -> Tensor:
-        return logits.loss(labels, compute) if isinstance(logits, Logits) else compute(labels, logits)
+        if not isinstance(logits, Logits):
+            return compute(labels, logits)
+        return logits.loss(labels, compute, loss_weights.expected(labels, named.get("loss_mask")))
 
     # the model's own attributes are hidden while it runs: what stands for its output layer has no weights of its own
-    stands = {"output_layer": Unmade(layer, scale, tokens), "compute_language_model_loss": loss, "_scale_logits": lambda x: x}
+    stands = {"output_layer": Unmade(output), "compute_language_model_loss": loss, "_scale_logits": lambda x: x}
     vars(model).update(stands)
     try:
         return inner(model, *given, labels=labels, **named)
@@ -146,4 +233,4 @@ def mtp_counts(inner: Callable[..., Any], logits: Any, labels: Tensor, mask: Ten
     """In place of `_compute_mtp_acceptance_counts`."""
     if not isinstance(logits, Logits):
         return inner(logits, labels, mask, layer, *more)
-    return logits.counts(labels, mask, lambda part, *of_tokens: inner(part, *of_tokens, logits.layer, *more))
+    return logits.counts(labels, mask, lambda part, *of_tokens: inner(part, *of_tokens, logits.output.layer, *more))

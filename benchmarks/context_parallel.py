@@ -49,11 +49,11 @@ def main() -> None:
         )
     options.out.mkdir(parents=True, exist_ok=True)
     store = tempfile.mkdtemp()
-    _one_cudnn()
+    one_cudnn()
     spawn(_rank, args=(options, store), nprocs=options.ranks)
 
 
-def _one_cudnn() -> None:
+def one_cudnn() -> None:
     """Let Transformer Engine load the cuDNN that torch brings, not the system's: two do not work in one process."""
     found = importlib.util.find_spec("nvidia.cudnn")
     if found is not None and found.submodule_search_locations:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,10 +56,10 @@ def world() -> dist.ProcessGroup:
     return dist.group.WORLD
 
 
-def both(layer: Attend, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Output and the gradients of q, k, v."""
-    *qkv, grad = tensors
-    leaves = [x.detach().requires_grad_() for x in qkv]
+def both(layer: Callable[..., Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Output and the gradients of the inputs, behind which `tensors` have the output's."""
+    *inputs, grad = tensors
+    leaves = [x.detach().requires_grad_() for x in inputs]
     out = layer(*leaves)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 

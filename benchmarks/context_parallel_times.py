@@ -48,7 +48,7 @@ def time_case(name: str, group: dist.ProcessGroup, quick: bool, out: Path) -> li
     rows: list[dict[str, Any]] = []
 
     def add(what: str, ranks: int, layer: Attend, given: list[Tensor], **more: Any) -> dict[str, Any]:
-        row = {"case": name, "N": length, "what": what, "ranks": ranks, **_times(layer, given), **more}
+        row = {"case": name, "N": length, "what": what, "ranks": ranks, **times_of(layer, given), **more}
         rows.append(row)
         if dist.get_rank() == 0:
             print(row, flush=True)
@@ -65,7 +65,7 @@ def time_case(name: str, group: dist.ProcessGroup, quick: bool, out: Path) -> li
     for comm_type in COMM_TYPES[:1] if quick else COMM_TYPES:
         layer = lighthouse(config, cp_group=group, cp_comm_type=comm_type)
         with silent(exchange):
-            alone = _times(layer, shards)
+            alone = times_of(layer, shards)
         row = add(f"lighthouse {comm_type}", exchange.size, layer, shards)
         if is_local(config.geometry(length, exchange.size), exchange.size):  # else the host waits for the GPU
             row["host_ms"] = _host_ms(partial(both, layer, shards))
@@ -87,12 +87,13 @@ def time_case(name: str, group: dist.ProcessGroup, quick: bool, out: Path) -> li
     return rows
 
 
-def _times(layer: Attend, tensors: list[Tensor]) -> dict[str, Any]:
+def times_of(layer: Callable[..., Tensor], tensors: list[Tensor]) -> dict[str, Any]:
+    """Milliseconds of the slowest rank, and GiB above what was allocated; `tensors` are inputs, and the output's gradient."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     both(layer, tensors)
     peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-    forward = _median(lambda: layer(*tensors[:3]))
+    forward = _median(lambda: layer(*tensors[:-1]))
     return {"fwd_ms": forward, "fwd+bwd_ms": _median(lambda: both(layer, tensors)), "peak_gib": round(peak, 3)}
 
 

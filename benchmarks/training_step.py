@@ -68,28 +68,45 @@ def main() -> None:
 def measure(name: str, arguments: list[str], options: argparse.Namespace, more: list[str]) -> dict[str, object]:
     """Median step time after three warm-up steps, and peak memory, as Megatron logs them; None for a run that failed."""
     log = options.out / (re.sub(r"\W+", "-", name) + ".log")
-    length = str(options.seq_length)
     if name == EDGES:
         arguments = [*arguments, "--lighthouse-edge-budget", str(2 * options.budget)]
-    sizes = ["--seq-length", length, "--max-position-embeddings", length, "--num-layers", str(options.layers)]
-    command = [
-        *torchrun(options.ranks),
-        *("-m", "megatron_lighthouse.pretrain_gpt", *MODEL, *sizes, *arguments),
-        *("--context-parallel-size", str(options.ranks), "--high-priority-stream-groups", "cp"),
-        *("--lighthouse-budget", str(options.budget), "--train-iters", str(options.steps), *more),
-        *("--data-cache-path", str(options.out / "data"), "--text-data", *default_text()),
-    ]
     with log.open("w") as file:
-        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=one_rank()).returncode
+        status = subprocess.run(
+            command(arguments, options, more), stdout=file, stderr=subprocess.STDOUT, env=one_rank()
+        ).returncode
     text = log.read_text(errors="replace")
     if status:
         print(text[-3000:], flush=True)
-    times = [float(x) / 1000 for x in re.findall(r"elapsed time per iteration \(ms\): ([\d.]+)", text)]
-    losses = [float(x) for x in re.findall(r"lm loss: ([\d.E+-]+)", text)]
-    peaks = [float(x) for x in re.findall(r"max allocated: ([\d.]+)", text)]
+    return said(text, options.seq_length)
+
+
+def command(arguments: list[str], options: argparse.Namespace, more: list[str]) -> list[str]:
+    """What trains it, on `options.ranks` GPUs; where a flag stands twice, the last counts."""
+    length = str(options.seq_length)
+    sizes = ["--seq-length", length, "--max-position-embeddings", length, "--num-layers", str(options.layers)]
+    budget = ["--lighthouse-budget", str(options.budget)] if options.budget else []
+    return [
+        *torchrun(options.ranks),
+        *("-m", "megatron_lighthouse.pretrain_gpt", *MODEL, *sizes, *arguments),
+        *("--context-parallel-size", str(options.ranks), "--high-priority-stream-groups", "cp"),
+        *(*budget, "--train-iters", str(options.steps), *more),
+        *("--data-cache-path", str(options.out / "data"), "--text-data", *default_text()),
+    ]
+
+
+def step_times(log: str) -> list[float]:
+    """Seconds of the iterations that it has."""
+    return [float(x) / 1000 for x in re.findall(r"elapsed time per iteration \(ms\): ([\d.]+)", log)]
+
+
+def said(log: str, tokens: int) -> dict[str, object]:
+    """What a log says of a run with so many tokens a step."""
+    times = step_times(log)
+    losses = [float(x) for x in re.findall(r"lm loss: ([\d.E+-]+)", log)]
+    peaks = [float(x) for x in re.findall(r"max allocated: ([\d.]+)", log)]
     return {
         "seconds a step": round(statistics.median(times[3:]), 4) if len(times) > 3 else None,
-        "tokens a second": round(options.seq_length / statistics.median(times[3:])) if len(times) > 3 else None,
+        "tokens a second": round(tokens / statistics.median(times[3:])) if len(times) > 3 else None,
         # Megatron logs MiB once, after the second step; the optimizer's state is there by then
         "peak GB": round(max(peaks) * 2**20 / 1e9, 2) if peaks else None,
         "peak GiB": round(max(peaks) / 1024, 2) if peaks else None,

@@ -1,0 +1,219 @@
+"""`python benchmarks/two_gpus.py --out FOLDER`: training steps of the 530M model's layers on two GPUs, and on one of them.
+
+32,768 tokens (k = 512) and 98,304 (k = 1536) by context parallelism over both and on one, dense and 26 of 30 layers Lighthouse,
+under Megatron's CUDA graphs too. Packed documents by tensor parallelism. Each is a run of `training_step.py`, two of one GPU at
+a time; a run starts while the one before it ends, for a process imports for longer. Leaves two_gpus.csv and two_gpus.json, as
+far as it came, after every run: seconds, memory, efficiency (one GPU's time over twice that of two, graphs or not, whichever is
+faster on one), and what the plan predicts. `--within` ends all of it; `--list` names the runs, `--runs` takes some of them.
+
+`--tiny` tries it on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from million import TINY
+from scaling_points import Point
+from training_step import RUNS, command, said, step_times
+
+from megatron_lighthouse.context_parallel.schemes import SWITCH
+from megatron_lighthouse.launch.torchrun import one_rank
+from megatron_lighthouse.lighthouse.config import LighthouseConfig
+from megatron_lighthouse.plan.calibration import coefficients
+from megatron_lighthouse.plan.device import DEVICES
+from megatron_lighthouse.plan.time import tokens_per_gpu
+from megatron_lighthouse.versions import environment
+
+ARGUMENTS = {"dense": RUNS["dense"], "lighthouse": RUNS["lighthouse, first and last two layers dense"]}
+DOCUMENTS = ("--dataloader-inter-document-masking",)
+TENSOR = ("--context-parallel-size", "1", "--tensor-model-parallel-size", "2", "--sequence-parallel")
+EARLY = 8.0
+"""Seconds before its last step at which the next run starts."""
+LIMIT = 90
+"""Seconds of a run."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run."""
+
+    attention: str
+    tokens: int
+    gpus: int
+    how: str = ""
+    more: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    steps: int = 10
+
+    @property
+    def name(self) -> str:
+        return " ".join(filter(None, (self.attention, str(self.tokens), f"{self.gpus}gpu", self.how)))
+
+    @property
+    def plain(self) -> bool:
+        """Whether the plan knows it: eager, by context parallelism."""
+        return not self.how
+
+    @property
+    def predicted(self) -> float:
+        """Seconds a step on H200s, by the plan."""
+        point = Point(
+            self.attention, self.tokens, self.gpus, config=LighthouseConfig(3, 4, self.tokens // 64), recompute="none"
+        )
+        run = point.run.change(device=DEVICES["h200"])
+        return self.tokens / tokens_per_gpu(run, coefficients()) / self.gpus
+
+
+def graphs(attention: str, tokens: int, gpus: int, how: str = "graphs", **environment: str) -> Run:
+    given = {"NCCL_GRAPH_REGISTER": "0", **environment}  # Megatron asks for it beside expandable segments
+    return Run(attention, tokens, gpus, how, ("--cuda-graph-impl", "local"), given)
+
+
+ALONE = [
+    [
+        Run("lighthouse", 32768, 1),
+        graphs("lighthouse", 32768, 1),
+        graphs("lighthouse", 98304, 1),
+        Run("lighthouse", 98304, 1, "documents", DOCUMENTS),
+    ],
+    [Run("dense", 32768, 1), Run("lighthouse", 98304, 1), Run("dense", 98304, 1, steps=6)],
+]
+"""On the first GPU, and on the second."""
+TOGETHER = [
+    Run("lighthouse", 32768, 2),
+    Run("lighthouse", 98304, 2),
+    Run("lighthouse", 98304, 2, "TP documents", (*TENSOR, *DOCUMENTS)),
+    Run("dense", 32768, 2),
+    Run("dense", 98304, 2, steps=8),
+    Run("lighthouse", 98304, 2, "TP", TENSOR),
+    graphs("lighthouse", 32768, 2, "graphs, by NCCL", **{SWITCH: "0"}),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "two_gpus")
+    parser.add_argument("--runs", nargs="+", default=["*"], metavar="NAME", help="which of them; * stands for any letters")
+    parser.add_argument("--within", type=float, default=400, metavar="SECONDS")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    options.end = time.monotonic() + options.within
+    lanes = [[run for run in lane if any(fnmatch(run.name, x) for x in options.runs)] for lane in (*ALONE, TOGETHER)]
+    if options.list or not any(lanes):
+        raise SystemExit("\n".join(run.name for lane in lanes for run in lane) or f"--runs {options.runs}: see --list")
+    options.out = options.out.resolve()
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    if options.tiny:
+        in_turn([run for lane in lanes for run in lane], None, options, rows)
+        return
+    with ThreadPoolExecutor(2) as pool:
+        for one in [pool.submit(in_turn, lane, str(gpu), options, rows) for gpu, lane in enumerate(lanes[:2])]:
+            one.result()
+    in_turn(lanes[2], None, options, rows)
+
+
+def in_turn(runs: Sequence[Run], gpu: str | None, options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Train them one after another on a GPU, or on all, and add what they say to the table."""
+    before = None
+    for run in runs:
+        going = Going(run, gpu, options)
+        if before:
+            before.end(rows)
+        going.nearly()
+        before = going
+    if before:
+        before.end(rows)
+
+
+class Going:
+    """A run that goes on."""
+
+    def __init__(self, run: Run, gpu: str | None, options: argparse.Namespace) -> None:
+        self.run, self.out = run, options.out
+        self.log = options.out / f"{run.name.replace(' ', '-')}.log"
+        self.until = min(options.end, time.monotonic() + LIMIT)
+        sizes = {"out": options.out / f"gpu-{gpu}", "seq_length": run.tokens, "layers": 30, "ranks": run.gpus}
+        # each document has a budget by its length
+        sizes |= {"budget": 0 if "documents" in run.how else run.tokens // 64, "steps": run.steps}
+        more = list(run.more)
+        if options.tiny:
+            sizes |= {"seq_length": run.tokens // 128, "layers": 6, "budget": sizes["budget"] and 8}
+            more = [word for word in run.more if word not in ("--cuda-graph-impl", "local")] + TINY.split()
+            more += ["--transformer-impl", "local", "--no-persist-layer-norm", "--no-masked-softmax-fusion"]
+        words = command(ARGUMENTS[run.attention], argparse.Namespace(**sizes), more)
+        if options.tiny:
+            words = [word for word in words if word != "--bf16"]
+        seen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+        with self.log.open("w") as file:
+            self.process = subprocess.Popen(
+                words,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**one_rank(), **seen, **run.environment},
+                start_new_session=True,
+            )
+
+    def nearly(self) -> None:
+        """Wait until its last steps, or its end."""
+        while self.process.poll() is None and time.monotonic() < self.until:
+            times = step_times(self.log.read_text(errors="replace"))
+            if len(times) > 3 and (self.run.steps - len(times)) * times[-1] < EARLY:
+                return
+            time.sleep(0.3)
+
+    def end(self, rows: list[dict[str, Any]]) -> None:
+        """Wait for its end, and add a row."""
+        try:
+            status = self.process.wait(max(1, self.until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            status = self.process.wait()
+        text = self.log.read_text(errors="replace")
+        if status:
+            print(f"{self.run.name}: status {status}\n{text[-2500:]}", flush=True)
+        run = self.run
+        row = {"run": run.name, "attention": run.attention, "tokens": run.tokens, "GPUs": run.gpus, "how": run.how or "eager"}
+        row |= {"status": status, **said(text, run.tokens), "predicted": round(run.predicted, 3) if run.plain else None}
+        rows.append(row)
+        print(row, flush=True)
+        keep(rows, self.out)
+
+
+def keep(rows: list[dict[str, Any]], out: Path) -> None:
+    """The table so far, and how efficient two GPUs are."""
+    for row in rows:
+        same = [
+            one["seconds a step"]
+            for one in rows
+            if one["GPUs"] == 1
+            and (one["attention"], one["tokens"]) == (row["attention"], row["tokens"])
+            and ("documents" in one["how"]) == ("documents" in row["how"])
+            and one["seconds a step"]
+        ]
+        known = row["GPUs"] == 2 and row["seconds a step"] and same
+        row["of one GPU's time"] = round(row["seconds a step"] / min(same), 4) if known else None
+        row["efficiency"] = round(min(same) / row["seconds a step"] / 2, 4) if known else None
+    with (out / "two_gpus.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    (out / "two_gpus.json").write_text(json.dumps({**environment(), "runs": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,8 @@
 """The backward pass in two kernels: by tiles of queries, which sum dq and dr, and by tiles of keys, which sum dk and dv.
 
-With e = 1 + t̄ - u, b = dO·v̄, c = dO·C = b - dO·o and a = dO·v: the gradients of logits are p (c + e (a - b)), those of u -p (a - b), and
-dv is the sum of p e dO. The first kernel writes what the second needs of a query: log-sum-exp, 1 + t̄, b and c. The second sums
-over the query heads of a key/value head in fp32.
+With e = 1 + t̄ - u, b = dO·v̄, c = dO·C = b - dO·o and a = dO·v: the gradients of logits are p (c + e (a - b)), those of u
+-p (a - b), and dv is the sum of p e dO. The first kernel writes what the second needs of a query: log-sum-exp, 1 + t̄, b and c.
+The second sums over the query heads of a key/value head in fp32.
 """
 
 from __future__ import annotations

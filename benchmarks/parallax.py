@@ -153,7 +153,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "parallax")
     parser.add_argument("--lengths", type=int, nargs="+", help="instead of the cases' own: of 8 heads of 128")
+    parser.add_argument(
+        "--case",
+        type=int,
+        nargs=4,
+        action="append",
+        metavar=("TOKENS", "HEADS", "GROUPS", "DIM"),
+        help="instead; several times",
+    )
     parser.add_argument("--only-times", action="store_true", help="no checks")
+    parser.add_argument("--only-checks", action="store_true", help="no times")
     parser.add_argument(
         "--blocks",
         nargs=5,
@@ -177,7 +186,8 @@ def main() -> None:
     same = None if options.only_times else repeats(Case(2048, 4, 2, 128))
     print(f"100 repeats are bit-identical: {same}", flush=True)
     rows: list[dict[str, Any]] = []
-    for case in [Case(length, 8, 8, 128) for length in options.lengths] if options.lengths else CASES:
+    cases = [Case(*one) for one in options.case or []] + [Case(length, 8, 8, 128) for length in options.lengths or []]
+    for case in [] if options.only_checks else cases or CASES:
         rows += time_case(case)
         with (options.out / "parallax.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")

@@ -23,7 +23,7 @@ from pathlib import Path
 from tempfile import gettempdir
 
 from experiments import archive, pairs, tables
-from experiments.bench import Bench, say
+from experiments.bench import CUT_OFF, Bench, say
 from experiments.run import REFERENCE
 from experiments.runs import BASE, EXPERIMENTS
 
@@ -42,20 +42,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--experiment", choices=list(EXPERIMENTS), default="recipe", help="see below (default: %(default)s)")
-    add("--runs", nargs="+", default=[REFERENCE, BASE], metavar="RUN", help="of the experiment (default: dense and the recipe)")
+    add("--runs", nargs="+", metavar="RUN", help="of the experiment (default: dense and the recipe; of a study all)")
     add("--out", type=Path, metavar="FOLDER", help="for the tables (default: experiments/results/EXPERIMENT)")
     add(
         "--work", type=Path, metavar="FOLDER", help="for checkpoints and logs (default: a temporary folder of the experiment's)"
     )
-    add("--at-once", type=int, default=1, help="runs side by side on what this command sees; their times say nothing")
+    add("--at-once", type=int, default=1, help="runs side by side, on all GPUs that are seen; their times say nothing")
+    add("--within", type=int, metavar="SECONDS", help="save and end by then; the same command goes on")
     add("--steps", type=int, help="iterations of every run (default: the experiment's)")
     add("--seq-length", type=int, help="tokens of a sequence (default: the experiment's)")
     add("--batch", type=int, help="sequences an iteration (default: the experiment's)")
     add("--corpus", type=Path, metavar="FOLDER", help="one of recipe.corpus (default: made in --work)")
     add("--packages", nargs="+", metavar="NAME", help="of that corpus (default: recipe.corpus's)")
     add("--smooth", type=int, metavar="W", help="losses in a mean (default: a fortieth of --steps)")
-    add("--loss-sequences", type=int, default=200, help="of the evaluation (default: %(default)s)")
-    add("--passkey-samples", type=int, default=20, help="of the evaluation, a cell: a multiple of ten (default: %(default)s)")
+    add("--loss-sequences", type=int, help="of the evaluation (default: 200; of 'wall' 100)")
+    add("--passkey-samples", type=int, help="of the evaluation, a cell: a multiple of ten (default: 20; of a study 0)")
     add("--hindsight-samples", type=int, default=500, help="of the checkpoint at the switch (default: %(default)s)")
     add("--remake", type=Path, metavar="RESULTS", help="write all tables again, in --out")
     add("--merge", nargs="+", type=Path, metavar="RESULTS", help="put results together in --out")
@@ -74,14 +75,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         options.out = options.out or Path(__file__).parent / "results" / options.experiment
         options.work = options.work or Path(gettempdir()) / f"quality-{options.experiment}"
+        options.runs = options.runs or _runs_of(options.experiment)
         bench = Bench(options, more)
         bench.prepare()
-        failed = bench.all(options.runs)
+        statuses = bench.all(options.runs)
         bench.publish(must=True)
     except ValueError as error:
         parser.error(str(error))
+    cut_off = [name for name, status in statuses.items() if status == CUT_OFF]
+    failed = [name for name, status in statuses.items() if status and name not in cut_off]
+    if cut_off:
+        say(f"not finished after {options.within} s: {', '.join(cut_off)}; the same command goes on")
     say(f"failed: {', '.join(failed)}" if failed else f"results: {options.out}")
-    return 1 if failed else 0
+    return 1 if failed else CUT_OFF if cut_off else 0
+
+
+def _runs_of(experiment: str) -> list[str]:
+    one = EXPERIMENTS[experiment]
+    return [*one.runs] if one.study else [REFERENCE, BASE]
 
 
 def _tables(options: argparse.Namespace) -> None:

@@ -22,7 +22,8 @@ from threading import Lock
 
 from experiments import archive, pairs, tables, work
 from experiments.commands import Commands
-from experiments.runs import EXPERIMENTS, Size, and_also, check, hardware, implementation
+from experiments.machine import and_also, hardware, implementation, seeing, shared_out
+from experiments.runs import EXPERIMENTS, Size, check
 from megatron_lighthouse.launch.torchrun import one_rank
 from megatron_lighthouse.recipe import corpus, hindsight, passkey
 from megatron_lighthouse.recipe.printed_log import curve
@@ -30,6 +31,10 @@ from megatron_lighthouse.versions import environment
 
 EVERY = 15
 """Seconds between two looks at a run that is under way."""
+ENDING, SAVING = 40, 30
+"""Seconds before the end of --within at which processes are told to save and end, and that they have for it."""
+CUT_OFF = 75
+"""The status of what goes on with the same command: EX_TEMPFAIL."""
 START = time.monotonic()
 
 
@@ -43,20 +48,24 @@ class Bench:
     def __init__(self, options: argparse.Namespace, more: Sequence[str]) -> None:
         self.work, self.out, self.corpus, self.packages = options.work, options.out, options.corpus, options.packages
         experiment = EXPERIMENTS[options.experiment]
-        steps, length, batch = (
+        steps, length, batch, sequences, samples = (
             getattr(experiment, name) if getattr(options, name) is None else getattr(options, name)
-            for name in ("steps", "seq_length", "batch")
+            for name in ("steps", "seq_length", "batch", "loss_sequences", "passkey_samples")
         )
         self.runs, self.size, self.at_once = experiment.runs, Size(options.experiment, length, steps, batch), options.at_once
         self.smooth = options.smooth or max(2, self.size.steps // 40)
-        probes = ["--loss-sequences", str(options.loss_sequences), "--passkey-samples", str(options.passkey_samples)]
+        self.until = math.inf if options.within is None else START + options.within - ENDING
+        probes = ["--loss-sequences", str(sequences), "--passkey-samples", str(samples)]
         foresight = ["--hindsight-samples", str(options.hindsight_samples)]
         self.commands = Commands(self.size, implementation(), list(more), probes, foresight)
-        self.unbalanced = passkey.Grid([], [], options.passkey_samples).unbalanced()
+        self.unbalanced = passkey.Grid([], [], samples).unbalanced()
         self.environment = environment()
         self.processes: list[subprocess.Popen[bytes]] = []
         self.publishing, self.published, self.renewed, self.said = Lock(), -math.inf, False, ""
         check(options.runs, self.size, options.at_once)
+        if options.within is not None and options.within <= ENDING:
+            raise ValueError(f"--within {options.within} leaves no time: give more than the {ENDING} s that saving may take.")
+        self.gpus = shared_out({name: self.runs[name].ranks for name in options.runs}, self.at_once)
         self.foreseen = options.hindsight_samples if any(self.runs[name].hindsight for name in options.runs) else 0
         self.work.mkdir(parents=True, exist_ok=True)
 
@@ -88,8 +97,8 @@ class Bench:
             say(self.unbalanced)
         say(f"corpus {self.corpus}: {have / 1e6:.1f} MB to train on, a run reads {need / 1e6:.1f} ({need / have:.2f} epochs)")
 
-    def all(self, names: list[str]) -> list[str]:
-        """Train and evaluate these runs, as far as that is not done; answers those that failed.
+    def all(self, names: list[str]) -> dict[str, int]:
+        """Train and evaluate these runs, as far as that is not done; answers each one's status, `CUT_OFF` of --within.
 
         A run is evaluated while the next one starts: its process needs the GPU only half a minute later.
         """
@@ -104,15 +113,14 @@ class Bench:
                 stack.enter_context(_locked(self.work / name / "lock", refusal))
                 self._remember(name)
             trained = {training.submit(self._guarded, self._train, name): name for name in names}
-            failed: list[str] = []
+            statuses: dict[str, int] = {}
             evaluated: dict[str, Future[int]] = {}
             for future in as_completed(trained):
                 name = trained[future]
-                if future.result():
-                    failed.append(name)
-                elif not self.runs[name].until:
+                statuses[name] = future.result()
+                if not statuses[name] and not self.runs[name].until:
                     evaluated[name] = evaluating.submit(self._guarded, self._evaluate, name)
-            return failed + [name for name, evaluation in evaluated.items() if evaluation.result()]
+            return statuses | {name: evaluation.result() for name, evaluation in evaluated.items()}
 
     def _guarded(self, step: Callable[[str], int], name: str) -> int:
         """The status of `step`, 1 where it raises: the runs beside it go on."""
@@ -132,7 +140,8 @@ class Bench:
         if self._iterations_done(folder) >= self.size.last(run):
             return 0
         say(f"{name}: training, {run.title}, from iteration {self._iterations_done(folder)}")
-        return self._follow(name, self.commands.training(run, folder, self.corpus), folder / "train.log")
+        status = self._follow(name, self.commands.training(run, folder, self.corpus), folder / "train.log")
+        return status or (CUT_OFF if self._iterations_done(folder) < self.size.last(run) else 0)
 
     def _evaluate(self, name: str) -> int:
         folder, run = self.work / name, self.runs[name]
@@ -150,7 +159,7 @@ class Bench:
                 shutil.rmtree(checkpoint)  # half a gigabyte each
         self.publish()
         found = work.from_work(self.work).of("runs", name)[0]
-        shown = ("seconds", "training_loss", "held_out_loss", "noise_accuracy", "noise_log_probability")
+        shown = ("seconds", "steady_seconds", "training_loss", "held_out_loss", "noise_accuracy", "noise_log_probability")
         say(
             f"{name}: done; "
             + ", ".join(f"{key.replace('_', ' ')} {found[key]:.4g}" for key in shown if found.get(key) is not None)
@@ -200,13 +209,13 @@ class Bench:
             raise ValueError(f"--work {self.work} holds {name} with {old}, not {new}: name another folder, or the same values.")
         facts = {"run": name, "experiment": size.experiment, "title": run.title, "seed": run.seed, "ranks": run.ranks}
         facts |= {"at_once": max(self.at_once, known.get("at_once", 1)), "smooth": self.smooth}
-        facts |= {"seq_length": size.seq_length, "tokens": size.tokens, "steps": size.steps}
+        facts |= {"seq_length": size.seq_length, "evaluated": size.evaluated, "tokens": size.tokens, "steps": size.steps}
         facts |= {"switch": run.switch(size.steps), "dense_from": run.dense_from(size.steps)}
         commands = self.commands.of(run, path.parent, self.corpus)
         facts |= {"command": shlex.join(sys.argv)}
         facts |= {what: shlex.join(["python", *command[1:]]) for what, command in commands.items()}
         facts |= {"versions": self.environment, "arguments": arguments}
-        device, gpu = hardware(run.ranks)
+        device, gpu = hardware(self.gpus[name])
         if self._iterations_done(path.parent) >= size.last(run):  # nothing is trained here
             facts |= {key: known[key] for key in ("versions", "device", "gpu", "at_once") if key in known}
         else:
@@ -214,10 +223,15 @@ class Bench:
         tables.write_json(path, facts)
 
     def _follow(self, name: str, command: list[str], log: Path) -> int:
-        """Run `command`, its output in `log`, and publish now and then. The log's end is shown where it fails."""
+        """Run `command`, its output in `log`, and publish now and then. The log's end is shown where it fails.
+
+        At the end of --within it is told to save and end, and its status is `CUT_OFF`, as of what would begin then.
+        """
+        if time.monotonic() > self.until:
+            return CUT_OFF
         settings = {"OMP_NUM_THREADS": "4", "PYTHONUNBUFFERED": "1", "LIGHTHOUSE_PROGRESS_SECONDS": "60"}
         # a port that is free now may not be when the process asks for it: 0 lets it choose (torchrun sets another)
-        environment = {**settings, **one_rank(), "MASTER_PORT": "0"}
+        environment = {**settings, **one_rank(), "MASTER_PORT": "0", **seeing(self.gpus[name])}
         with log.open("a") as file:
             file.write(work.STARTED)
             file.flush()
@@ -225,15 +239,22 @@ class Bench:
         self.processes.append(process)
         shown = 0
         try:
-            while process.poll() is None:
+            while process.poll() is None and (left := self.until - time.monotonic()) > 0:
                 try:
-                    process.wait(EVERY)
+                    process.wait(min(EVERY, left))
                 except subprocess.TimeoutExpired:
                     shown = self._show(name, log, shown)
         finally:
+            late = process.poll() is None
             process.terminate()
-            status = process.wait()
+            try:
+                status = process.wait(SAVING)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                status = process.wait()
         self.publish()
+        if late:
+            return CUT_OFF
         if status:
             say(f"{name}: ended with status {status}; {log} ends with\n{log.read_text(errors='replace')[-3000:]}")
         return status

@@ -53,12 +53,17 @@ class Commands:
             *(*attention_arguments(run, self.size), *self.more),
             *("--save", checkpoints, "--load", checkpoints, "--save-interval", str(max(1, self.size.steps // SAVES))),
             *("--tensorboard-dir", str(folder / "tensorboard"), "--data-cache-path", str(data)),
-            *("--text-data", str(corpus / "train")),
+            *("--text-data", str(corpus / "train"), "--exit-signal-handler"),
         ]
 
     def evaluation(self, run: Run, folder: Path, corpus: Path) -> list[str]:
-        """Of the last checkpoint, with dense attention."""
-        return self._measured(run, folder, corpus, "evaluation", ["--attention", "dense", *self.probes])
+        """Of the last checkpoint, with dense attention or that of a run without Lighthouse."""
+        length = str(self.size.evaluated)
+        how = (
+            ["--seq-length", length, "--max-position-embeddings", length] if self.size.evaluated > self.size.seq_length else []
+        )
+        attention = "dense" if run.share else run.attention
+        return self._measured(run, folder, corpus, "evaluation", [*how, "--attention", attention, *self.probes])
 
     def hindsight(self, run: Run, folder: Path, corpus: Path) -> list[str]:
         """Of the checkpoint at the switch, with Lighthouse attention."""

@@ -30,7 +30,8 @@ def buckets_of(results: Results, run: str) -> tuple[list[int], list[int], Array]
     """Where the run's held-out sequences start, the edges of the buckets, and [sequences, buckets] losses."""
     rows = results.of("sequences", run)
     starts = [int(name) for name in rows[0] if name.isdigit()] if rows else []
-    length = results.facts["runs"][run]["seq_length"]
+    facts = results.facts["runs"][run]
+    length = facts.get("evaluated", facts["seq_length"])
     losses = numpy.array([[row[str(start)] for start in starts] for row in rows], dtype=float)
     return [row["starts_at"] for row in rows], [*starts, length], losses
 

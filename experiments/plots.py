@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from experiments.pairs import dense_of, pairs, positions
 from experiments.run import REFERENCE
-from experiments.runs import SECOND_SEED
+from experiments.runs import EXPERIMENTS, SECOND_SEED
+from experiments.study_table import study_table, trained_shorter
 from experiments.summary import table
 from experiments.tables import Results
 from megatron_lighthouse.recipe.evaluation_plots import middle
@@ -47,7 +48,7 @@ def draw(results: Results, out: Path) -> None:
         _hindsight(results, out / "hindsight.png")
     if results.tables["telemetry"]:
         _telemetry(results, out / "telemetry.png")
-    text = table(results)
+    text = (study_table if EXPERIMENTS[results.facts["experiment"]].study else table)(results)
     (out / "table.md").write_text(text)
     print(text)
 
@@ -106,7 +107,10 @@ def _loss(results: Results, path: Path) -> None:
 
 
 def _positions(results: Results, path: Path) -> None:
-    """Held-out loss by position, and what each run has above dense, with the standard error of the pairs."""
+    """Held-out loss by position, and what each run has above dense, with the standard error of the pairs.
+
+    A line stands at the length that was trained, where the evaluation's is longer.
+    """
     figure = Figure(figsize=(13, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     colour = colours(results)
@@ -124,6 +128,8 @@ def _positions(results: Results, path: Path) -> None:
     for axes, title in ((left, "held-out loss (nats per byte)"), (right, "above dense from scratch, in pairs")):
         from_zero(axes, [0, *(1 << power for power in range(max(row["stop"] for row in rows).bit_length()))])
         axes.set(xlabel="position in the sequence", title=title)
+        for length in {facts["seq_length"] for facts in results.facts["runs"].values() if trained_shorter(facts)}:
+            axes.axvline(length, color="grey", linestyle=":", linewidth=1)
     _tidy(figure, (left, right))
     _save(figure, path)
 

@@ -17,6 +17,8 @@ class Run:
     title: str
     share: int = 0
     """Per cent of the iterations that use Lighthouse; the rest is dense."""
+    attention: str = "dense"
+    """That of a run without Lighthouse, and of its evaluation."""
     scorer: str = "norm"
     levels: int = 2
     """L."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 
 import torch
 
-from experiments import second
+from experiments import second, studies
 from experiments.run import REFERENCE, Run
-from megatron_lighthouse.recipe.presets import COMMON, LOCAL, ON_CPU
+from megatron_lighthouse.recipe.presets import COMMON
 
 BASE = "norm-60"
 """The recipe that is judged."""
@@ -38,6 +36,13 @@ class Experiment:
     tile_budget: int
     """m."""
     runs: dict[str, Run] = field(repr=False)
+    study: bool = False
+    """Whether it is of attentions that are there throughout, whose runs no Lighthouse and no switch tell apart."""
+    times: int = 1
+    """The evaluation's sequences are so many times as long."""
+    loss_sequences: int = 200
+    passkey_samples: int = 20
+    """Of the evaluation, if the command line does not say."""
 
 
 GPT_39M = "--num-layers 12 --hidden-size 512 --ffn-hidden-size 1408 --num-attention-heads 8 --rotary-base 500000"
@@ -98,6 +103,20 @@ EXPERIMENTS = {
         },
     ),
     "second": Experiment(second.TITLE, GPT_39M, STABLE, 16384, 2700, 2, 128, second.runs((REFERENCE, DENSE), (BASE, NORM))),
+    "parallax": Experiment(
+        studies.PARALLAX_TITLE, studies.GPT_39M, STABLE, 16384, 2400, 1, 128, studies.PARALLAX, study=True, passkey_samples=0
+    ),
+    "wall": Experiment(
+        studies.WALL_TITLE,
+        studies.GPT_39M,
+        STABLE,
+        *(2048, 2400, 8, 16),
+        studies.WALL,
+        study=True,
+        times=16,
+        loss_sequences=100,
+        passkey_samples=0,
+    ),
     "pilot": Experiment(
         "a smaller model at 8K, ten runs side by side: which settings recover",
         *(GPT_14M, STABLE, 8192, 3000, 4, 64),
@@ -155,6 +174,11 @@ class Size:
     """Sequences an iteration."""
 
     @property
+    def evaluated(self) -> int:
+        """Tokens of a sequence of the evaluation."""
+        return self.seq_length * EXPERIMENTS[self.experiment].times
+
+    @property
     def tokens(self) -> int:
         """Of an iteration."""
         return self.seq_length * self.batch
@@ -162,32 +186,6 @@ class Size:
     def last(self, run: Run) -> int:
         """The iteration in which a run ends."""
         return min(run.until or self.steps, self.steps)
-
-
-def implementation() -> list[str]:
-    """Megatron's arguments for this machine: Transformer Engine where it is installed, else its local layers."""
-    if not torch.cuda.is_available():
-        return f"{ON_CPU} --no-bias-swiglu-fusion".split()
-    arguments = ["--distributed-backend", "nccl", "--bf16"]
-    if find_spec("transformer_engine"):
-        arguments += ["--transformer-impl", "transformer_engine", "--attention-backend", "fused"]
-    else:
-        arguments += [*LOCAL.split(), "--lighthouse-inner", "cudnn"]
-    if not find_spec("fused_weight_gradient_mlp_cuda"):  # an extension of NVIDIA Apex
-        arguments.append("--no-gradient-accumulation-fusion")
-    return arguments
-
-
-def hardware(ranks: int) -> tuple[str, str]:
-    """The name of the device that a run of so many ranks has here, and the UUIDs of its GPUs; of a CPU no UUID."""
-    if not torch.cuda.is_available():
-        return platform.machine(), ""
-    return torch.cuda.get_device_name(), " ".join(str(torch.cuda.get_device_properties(i).uuid) for i in range(ranks))
-
-
-def and_also(known: str | None, new: str) -> str:
-    """`new` after what is known, once."""
-    return new if not known or known == new else known if new in known.split(", ") else f"{known}, {new}"
 
 
 def model_arguments(run: Run, size: Size, of_machine: list[str]) -> list[str]:
@@ -217,7 +215,7 @@ def lighthouse_arguments(run: Run, size: Size) -> list[str]:
 def attention_arguments(run: Run, size: Size) -> list[str]:
     """Which attention, from which iteration to which, over how many GPUs."""
     if not run.share:
-        return ["--attention", "dense"]
+        return ["--attention", run.attention]
     at = run.switch(size.steps)
     arguments = [*lighthouse_arguments(run, size), "--lighthouse-stage2-at", str(at)]
     if run.gradual:

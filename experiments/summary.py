@@ -41,17 +41,17 @@ def table(results: Results) -> str:
             + (f", on {devices[row['run']]}" if len(set(devices.values())) > 1 else "")
             + ("" if row["iterations"] == row["steps"] else f" ({row['iterations']} iterations)"),
             (f"{row['steady_seconds']:,.0f}" + (f" × {row['ranks']}" if row["ranks"] > 1 else "")) if alone else "",
-            _number(pair.get("steady_ratio"), ".3f") + ("*" if other_gpu and pair["steady_ratio"] else ""),
-            *(_number(row[f"tokens_per_second_{stage}"] if alone else None, ",.0f") for stage in ("lighthouse", "dense")),
-            _number(pair.get("gap"), "+.4f"),
-            _number(row["held_out_loss"], ".4f"),
-            _difference(pair.get("difference"), pair.get("standard_error"), ".4f"),
-            _number(row["noise_accuracy"], ".1%"),
-            _difference(pair.get("noise_accuracy_difference"), pair.get("noise_accuracy_error"), ".1%"),
-            _number(row["noise_log_probability"], ".3f"),
-            _number(row["spike"], "+.3f"),
-            _number(row["iterations_to_recover"], ",.0f"),
-            _number(pair.get("iterations_to_catch_up"), ",.0f"),
+            number(pair.get("steady_ratio"), ".3f") + ("*" if other_gpu and pair["steady_ratio"] else ""),
+            *(number(row[f"tokens_per_second_{stage}"] if alone else None, ",.0f") for stage in ("lighthouse", "dense")),
+            number(pair.get("gap"), "+.4f"),
+            number(row["held_out_loss"], ".4f"),
+            difference(pair.get("difference"), pair.get("standard_error"), ".4f"),
+            number(row["noise_accuracy"], ".1%"),
+            difference(pair.get("noise_accuracy_difference"), pair.get("noise_accuracy_error"), ".1%"),
+            number(row["noise_log_probability"], ".3f"),
+            number(row["spike"], "+.3f"),
+            number(row["iterations_to_recover"], ",.0f"),
+            number(pair.get("iterations_to_catch_up"), ",.0f"),
         ]
         lines.append("| " + " | ".join(cells) + " |")
         if other_gpu and not notes:
@@ -59,7 +59,7 @@ def table(results: Results) -> str:
     notes += _verdict(above)
     for row in results.tables["hindsight"]:
         if row["distance"] == 0:
-            known = _difference(row["difference"], row["standard_error"], ".3f")
+            known = difference(row["difference"], row["standard_error"], ".3f")
             notes.append(
                 f"`{row['run']}` at the switch, with Lighthouse: {known} nats without what selections tell of later text."
             )
@@ -81,9 +81,9 @@ def _verdict(above: dict[str, Row]) -> list[str]:
     return notes
 
 
-def _difference(value: float | None, error: float | None, form: str) -> str:
-    return _number(value, f"+{form}") + ("" if error is None else f" ± {error:{form}}")
+def difference(value: float | None, error: float | None, form: str) -> str:
+    return number(value, f"+{form}") + ("" if error is None else f" ± {error:{form}}")
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)

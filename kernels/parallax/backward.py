@@ -1,8 +1,8 @@
 """The backward pass in two kernels: by tiles of queries, which sum dq and dr, and by tiles of keys, which sum dk and dv.
 
-With e = 1 + t̄ - u, b = dO·v̄, c = dO·C and a = dO·v: the gradients of logits are p (c + e (a - b)), those of u -p (a - b), and
-dv is the sum of p e dO. The first kernel writes what the second needs of a query: log-sum-exp, 1 + t̄, b and c. The second sums
-over the query heads of a key/value head in fp32.
+With e = 1 + t̄ - u, b = dO·v̄, c = dO·C = b - dO·o and a = dO·v: the gradients of logits are p (c + e (a - b)), those of u
+-p (a - b), and dv is the sum of p e dO. The first kernel writes what the second needs of a query: log-sum-exp, 1 + t̄, b and c.
+The second sums over the query heads of a key/value head in fp32.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def backward(
     """
     rows, batch, heads, dim = near[0].shape
     query, r, key, value, grad = (last_contiguous(x) for x in (*near, *far, grad))
-    of_value, covariance = (last_contiguous(x) for x in averages[:2])
+    of_value, output = (last_contiguous(x) for x in averages[:2])
     mean = averages[2]
     dq, dr, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, r, key, value))
     starts, ends = (lse, lse) if bounds is None else bounds  # which are not read then
@@ -43,7 +43,7 @@ def backward(
     padded_rows = cdiv(rows, tiles["queries"].queries) * tiles["queries"].queries  # of which tiles of queries in both are parts
     terms = lse.new_empty(batch, heads, 4, padded_rows, dtype=torch.float32)
     blocks = tiles["queries"]
-    tensors = [query, r, key, value, grad, of_value, covariance, mean, lse, dq, dr]
+    tensors = [query, r, key, value, grad, of_value, output, mean, lse, dq, dr]
     enqueue(
         queries_kernel,
         (cdiv(rows, blocks.queries) * batch * heads, 1, 1),

@@ -1,7 +1,8 @@
-"""The forward pass: v̄, C, t̄ and the log-sum-exp of a tile of queries, over tiles of keys by online softmax.
+"""The forward pass: v̄, o = v̄ - C, t̄ and the log-sum-exp of a tile of queries, over tiles of keys by online softmax.
 
 Of the keys so far a row holds their greatest logit, the sum of weights p, the mean of u, the sum of p v and that of
-p (u - mean) v. A tile of keys moves the mean by d, and so the last by -d times that of p v.
+p (u - mean) v. A tile of keys moves the mean by d, and so the last by -d times that of p v. The output is formed here, in fp32:
+C rounded to 16 bits first, and v̄, would be as much error again as the output's own rounding.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def forward_kernel(
     p_k,
     p_v,
     p_value,
-    p_covariance,
+    p_output,
     p_mean,
     p_lse,
     p_starts,
@@ -92,7 +93,7 @@ def forward_kernel(
     strides_k,
     strides_v,
     strides_value,
-    strides_covariance,
+    strides_output,
     strides_mean,
     strides_lse,
     rows,
@@ -146,9 +147,9 @@ def forward_kernel(
 
     m_row, i_m64 = i_m < rows, i_m.to(tl.int64)
     p_value += i_b * strides_value[1] + i_h * strides_value[2]
-    p_covariance += i_b * strides_covariance[1] + i_h * strides_covariance[2]
+    p_output += i_b * strides_output[1] + i_h * strides_output[2]
     put(p_value, strides_value[0], i_m, rows, values / total[:, None], D, BLOCK_D)
-    put(p_covariance, strides_covariance[0], i_m, rows, products / total[:, None], D, BLOCK_D)
+    put(p_output, strides_output[0], i_m, rows, (values - products) / total[:, None], D, BLOCK_D)
     p_mean += i_b * strides_mean[1] + i_h * strides_mean[2]
     p_lse += i_b * strides_lse[0] + i_h * strides_lse[1]
     tl.store(p_mean + i_m64 * strides_mean[0], mean, mask=m_row)
@@ -165,7 +166,7 @@ def forward(
     causal: bool,
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """v̄ and C [n, B, H, D] in the inputs' dtype, t̄ [n, B, H, 1] and the log-sum-exp [B, H, n] in fp32.
+    """v̄ and o [n, B, H, D] in the inputs' dtype, t̄ [n, B, H, 1] and the log-sum-exp [B, H, n] in fp32.
 
     Args:
         query, r: [n, B, H, D]; key, value: [m, B, G, D], centred. bf16, fp16 or fp32.
@@ -176,10 +177,10 @@ def forward(
     rows, batch, heads, dim = query.shape
     query, r, key, value = (last_contiguous(x) for x in (query, r, key, value))
     blocks = blocks_of("forward", dim, query.element_size(), on_hopper(query))
-    of_value, covariance = (query.new_empty(query.shape) for _ in range(2))
+    of_value, output = (query.new_empty(query.shape) for _ in range(2))
     mean = query.new_empty(rows, batch, heads, 1, dtype=torch.float32)
     lse = query.new_empty(batch, heads, rows, dtype=torch.float32)
-    tensors = [query, r, key, value, of_value, covariance, mean, lse]
+    tensors = [query, r, key, value, of_value, output, mean, lse]
     enqueue(
         forward_kernel,
         (cdiv(rows, blocks.queries) * batch * heads, 1, 1),
@@ -189,4 +190,4 @@ def forward(
         num_warps=blocks.warps,
         num_stages=blocks.stages,
     )
-    return of_value, covariance, mean, lse
+    return of_value, output, mean, lse

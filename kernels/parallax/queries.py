@@ -61,7 +61,7 @@ def queries_kernel(
     p_v,
     p_grad,
     p_value,
-    p_covariance,
+    p_output,
     p_mean,
     p_lse,
     p_dq,
@@ -74,7 +74,7 @@ def queries_kernel(
     strides_v,
     strides_grad,
     strides_value,
-    strides_covariance,
+    strides_output,
     strides_mean,
     strides_lse,
     strides_dq,
@@ -106,10 +106,9 @@ def queries_kernel(
     r = tile(p_r + i_b * strides_r[1] + i_h * strides_r[2], strides_r[0], i_m, rows, D, BLOCK_D)
     g = tile(p_grad + i_b * strides_grad[1] + i_h * strides_grad[2], strides_grad[0], i_m, rows, D, BLOCK_D)
     value = tile(p_value + i_b * strides_value[1] + i_h * strides_value[2], strides_value[0], i_m, rows, D, BLOCK_D)
-    p_covariance += i_b * strides_covariance[1] + i_h * strides_covariance[2]
-    covariance = tile(p_covariance, strides_covariance[0], i_m, rows, D, BLOCK_D)
+    output = tile(p_output + i_b * strides_output[1] + i_h * strides_output[2], strides_output[0], i_m, rows, D, BLOCK_D)
     of_value = tl.sum(g.to(tl.float32) * value.to(tl.float32), 1)
-    of_covariance = tl.sum(g.to(tl.float32) * covariance.to(tl.float32), 1)
+    of_covariance = of_value - tl.sum(g.to(tl.float32) * output.to(tl.float32), 1)
     p_mean += i_b * strides_mean[1] + i_h * strides_mean[2] + i_m64 * strides_mean[0]
     p_lse += i_b * strides_lse[0] + i_h * strides_lse[1] + i_m64 * strides_lse[2]
     mean = tl.load(p_mean, mask=m_row, other=0.0)

@@ -2,13 +2,13 @@
 
     p = softmax_j(scale q·k_j),  u_j = r·k_j,  v̄ = Σ p v,  t̄ = Σ p u,  C = Σ p (u - t̄) v,  o = v̄ - C
 
-(arXiv 2605.29157, in its covariance form). A part keeps v̄, C and t̄: v̄ (1 + t̄) - Σ p u v would
-be a difference of what grows with t̄.
+(arXiv 2605.29157, in its covariance form). A part keeps v̄, o and t̄: v̄ (1 + t̄) - Σ p u v would be a difference of what
+grows with t̄, and o made of v̄ and C in 16 bits would be rounded three times.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -21,16 +21,14 @@ from megatron_lighthouse.softmax.blocks import heads_first, tokens_first
 
 @dataclass
 class Moments(Part):
-    """Averages v̄, C [n, B, H, D] and t̄ [n, B, H, 1]."""
+    """Averages v̄, o [n, B, H, D] and t̄ [n, B, H, 1]."""
 
     def merge(self, other: Part) -> None:
-        """Covariance of two sets of weights α and β: α C + β C' + α β (t̄ - t̄') (v̄ - v̄')."""
-        total = torch.logaddexp(self.lse, other.lse)
-        both = (self.lse + other.lse - 2 * total).exp().permute(2, 0, 1).unsqueeze(-1)
-        (value, covariance, mean), (other_value, _, other_mean) = self.averages, other.averages
-        between = both * (mean - other_mean) * (value - other_value)
-        super().merge(other)
-        covariance += between
+        """Of two sets of weights α and β: α o + β o' - α β (t̄ - t̄') (v̄ - v̄'), and so β (o' - α …), which is rounded once."""
+        share = (self.lse - torch.logaddexp(self.lse, other.lse)).exp().permute(2, 0, 1).unsqueeze(-1)
+        (value, _, mean), (other_value, other_output, other_mean) = self.averages, other.averages
+        between = share * (mean - other_mean) * (value - other_value)
+        super().merge(replace(other, averages=(other_value, other_output - between, other_mean)))
 
 
 @dataclass(frozen=True)
@@ -52,9 +50,9 @@ class Attention:
         return starts, ends
 
     def output(self, part: Part) -> Tensor:
-        value, covariance, _ = part.averages
-        telemetry.record(value, covariance)
-        return value - covariance
+        value, output, _ = part.averages
+        telemetry.record(value, output)
+        return output
 
 
 class Kernels(Attention):
@@ -71,9 +69,9 @@ class Kernels(Attention):
     def backward(self, grad: Tensor, near: Tensors, far: Tensors, part: Part, mask: Mask) -> tuple[Tensors, Tensors]:
         from megatron_lighthouse.kernels.parallax import backward
 
-        (q, r), (k, v), (value, covariance, mean) = near, far, part.averages
+        (q, r), (k, v), (value, output, mean) = near, far, part.averages
         how = (self.scale, self.window, mask.causal, self.bounds(grad.shape[0]))
-        dq, dr, dk, dv = backward(grad, (q, r), (k, v), (value, covariance, mean), part.lse, *how)
+        dq, dr, dk, dv = backward(grad, (q, r), (k, v), (value, output, mean), part.lse, *how)
         return (dq, dr), (dk, dv)
 
 
@@ -92,17 +90,18 @@ class Plain(Attention):
             weights = (logits - lse.masked_fill(lse.isinf(), 0).unsqueeze(-1)).exp()
             u = r[:, :, rows] @ k.transpose(2, 3)
             mean = (weights * u).sum(-1, keepdim=True)
-            for all_rows, x in zip(found, (weights @ v, (weights * (u - mean)) @ v, mean, lse), strict=True):
+            value = weights @ v
+            for all_rows, x in zip(found, (value, value - (weights * (u - mean)) @ v, mean, lse), strict=True):
                 all_rows.append(x)
-        value, covariance, mean, lse = (torch.cat(x, 2) for x in found)
+        value, output, mean, lse = (torch.cat(x, 2) for x in found)
         dtype = near[0].dtype
-        return Moments((tokens_first(value).to(dtype), tokens_first(covariance).to(dtype), tokens_first(mean)), lse)
+        return Moments((tokens_first(value).to(dtype), tokens_first(output).to(dtype), tokens_first(mean)), lse)
 
     def backward(self, grad: Tensor, near: Tensors, far: Tensors, part: Part, mask: Mask) -> tuple[Tensors, Tensors]:
         """With t = dO·o, b = dO·v̄ and a = dO·v: the gradients of logits p ((a - t) + (t̄ - u) (a - b)), and of u -p (a - b)."""
         q, r, k, v = self._spread(*near, *far)
-        g, value, covariance, mean = (x.to(q.dtype) for x in heads_first(grad, *part.averages))
-        of_output, of_value = ((g * x).sum(-1, keepdim=True) for x in (value - covariance, value))
+        g, value, output, mean = (x.to(q.dtype) for x in heads_first(grad, *part.averages))
+        of_output, of_value = ((g * x).sum(-1, keepdim=True) for x in (output, value))
         dq, dr, dk, dv = [], [], torch.zeros_like(k), torch.zeros_like(v)
         for rows in self._parts(q, k):
             g_rows, r_rows = g[:, :, rows], r[:, :, rows]

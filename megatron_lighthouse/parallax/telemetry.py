@@ -28,8 +28,8 @@ def watched() -> dict[int, Tensor]:
     return {number: sums for number, sums in _watched.items() if sums is not None}
 
 
-def record(value: Tensor, covariance: Tensor) -> None:
-    """Called with v̄ and C of all that a rank attends to."""
+def record(value: Tensor, output: Tensor) -> None:
+    """Called with v̄ and o of all that a rank attends to: C is what lies between. Alike in 16 bits, they have no C."""
     if (number := running.current()) in _watched:
-        sums = [torch.linalg.vector_norm(x.detach(), dtype=torch.float64).square() for x in (covariance, value)]
+        sums = [torch.linalg.vector_norm(x.detach(), dtype=torch.float64).square() for x in (value - output, value)]
         _watched[number] = torch.stack(sums)

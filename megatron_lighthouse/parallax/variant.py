@@ -100,8 +100,8 @@ class Parallax(Variant):
     corrects = True
     around = "parallax"
     counted = True
-    # r, Σ p v and the covariance are kept
-    work = Work(2.1, 2.3, 3, "as its kernels to cuDNN's on an H200")
+    # r and Σ p v are kept, beside the output
+    work = Work(2.1, 2.3, 2, "as its kernels to cuDNN's on an H200")
 
     def problems(self, config: ParallaxConfig, model: Any) -> Iterator[str]:
         yield from super().problems(config, model)

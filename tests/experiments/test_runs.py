@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 from experiments.__main__ import main
-from experiments.runs import BASE, EXPERIMENTS, Size, attention_arguments
+from experiments.machine import seeing, shared_out
+from experiments.runs import BASE, EXPERIMENTS, Size, attention_arguments, model_arguments
 from megatron_lighthouse.mcore.command_line import settings
 
 
@@ -71,6 +74,7 @@ def test_a_run_of_another_experiment_is_refused(capsys: pytest.CaptureFixture[st
     ("options", "says"),
     [
         ("--at-once 0", "--at-once 0 must be at least 1."),
+        ("--within 40", "--within 40 leaves no time: give more than the 40 s that saving may take."),
         ("--hindsight-samples -1", "--hindsight-samples -1 must be at least 1, or 0 for no hindsight."),
         ("--seq-length 1024", "--held-out has 513 tokens: --hindsight-samples needs at least 2048"),
     ],
@@ -88,3 +92,31 @@ def test_refused_before_a_run_is_trained(
         main(["--experiment", "tiny", "--runs", BASE, *paths, *options.split()])
     assert says in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["parallax", "wall"])
+def test_studies_have_equal_parameters(name: str) -> None:
+    """Of a layer, by the arguments: q, k, v and output, the MLP, and linear_r or linear_g where there is one."""
+    found = {}
+    for run, one in EXPERIMENTS[name].runs.items():
+        arguments = model_arguments(one, size_of(name), [])
+        last = {flag: int(value) for flag, value in pairwise(arguments) if flag in ("--hidden-size", "--ffn-hidden-size")}
+        hidden = last["--hidden-size"]
+        found[run] = (4 + (one.attention != "dense")) * hidden**2 + 3 * hidden * last["--ffn-hidden-size"]
+    assert len({*found.values()}) == 2
+    assert max(found.values()) < 1.002 * min(found.values())
+
+
+def test_runs_side_by_side_share_out_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one GPU in turn, among those that can be seen; runs one after the other have the same."""
+    runs = {"a": 1, "b": 1, "both": 2, "c": 1}
+    assert shared_out(runs, 4, gpus=2) == {"a": [0], "b": [1], "both": [0, 1], "c": [0]}
+    assert shared_out(runs, 1, gpus=2) == {"a": [0], "b": [0], "both": [0, 1], "c": [0]}
+    assert shared_out({"a": 1, "b": 1}, 2, gpus=0) == {"a": [0], "b": [0]}
+    assert seeing([0]) == ({} if not torch.cuda.is_available() else {"CUDA_VISIBLE_DEVICES": "0"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-1234")
+    assert seeing([1]) == {"CUDA_VISIBLE_DEVICES": "GPU-1234"}
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert seeing([0, 1]) == {"CUDA_VISIBLE_DEVICES": "0,1"}

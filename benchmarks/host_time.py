@@ -1,8 +1,9 @@
 """`python benchmarks/host_time.py --out FOLDER`: what one layer's attention costs the host, forward and backward, eagerly.
 
 The core attention of Megatron's layer as this checkout builds it (and as the one at `--before PATH` does, in a process of its
-own), Transformer Engine's DotProductAttention where it is installed, and torch's scaled_dot_product_attention: medians of the
-time from the call to its return, with a queue of launches that never fills up and nothing waited for in between. bf16,
+own), Transformer Engine's DotProductAttention where it is installed, and torch's scaled_dot_product_attention: the time from
+the call to its return, with a queue of launches that never fills up and nothing waited for in between. They take turns, a few
+calls each, so that what else the host does meets all alike; medians, and the least, which other work hardly touches. bf16,
 H = G = 8, D = 128. `--profile` prints, too, which functions of ours the time goes to. Leaves host_time.csv and host_time.json.
 """
 
@@ -30,8 +31,8 @@ from torch import Tensor
 
 HEADS, DIM = 8, 128
 LENGTHS = (4096, 8192, 16384, 32768)
-BATCHES, CALLS = 15, 12
-"""Calls between two waits: some 15 launches each, of the 1,024 that CUDA's queue holds."""
+ROUNDS, CALLS = 60, 12
+"""Turns of each; and calls between two waits: some 15 launches each, of the 1,024 that CUDA's queue holds."""
 
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -42,25 +43,35 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="another checkout, timed in the same run")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--profile", action="store_true", help="print where the time goes at the second length")
-    parser.add_argument("--ours-alone", action="store_true", help="print the times of the checkout that is imported, as JSON")
+    parser.add_argument(
+        "--ours-alone", action="store_true", help="print times of the checkout that is imported, as JSON, for each length read"
+    )
     options = parser.parse_args()
     store = f"file://{tempfile.mkdtemp()}/store"
     dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
     importlib.import_module("megatron.core.parallel_state").initialize_model_parallel()
-    ours = {length: host_us(core_attention(length), length) for length in options.lengths}
+    ours = {length: once(core_attention(length), length) for length in options.lengths}
     if options.ours_alone:
-        print(json.dumps(ours))
+        for line in sys.stdin:
+            print(json.dumps(host_us(ours[int(line)])), flush=True)
         return
-    rows = [{"what": "lighthouse", "N": length, "us": us} for length, us in ours.items()]
+    timers: dict[str, Callable[[int], list[float]]] = {"lighthouse": lambda length: host_us(ours[length])}
     if options.before:
-        rows += [
-            {"what": "lighthouse before", "N": int(n), "us": us} for n, us in before(options.before, options.lengths).items()
-        ]
+        timers["lighthouse before"] = before(options.before, options.lengths)
     for what, layer in (("Transformer Engine", transformer_engine()), ("torch", torch_attention)):
         if layer is not None:
-            rows += [{"what": what, "N": length, "us": host_us(layer, length)} for length in options.lengths]
+            calls = {length: once(layer, length) for length in options.lengths}
+            timers[what] = lambda length, calls=calls: host_us(calls[length])  # type: ignore[misc]
+    rows = []
+    for length in options.lengths:
+        times: dict[str, list[float]] = {what: [] for what in timers}
+        for turn in range(ROUNDS + 2):
+            for what, timer in timers.items():
+                found = timer(length)
+                times[what] += found if turn > 1 else []  # the first turns compile
+        rows += [{"what": what, "N": length, "us": _median(us), "least_us": round(min(us), 1)} for what, us in times.items()]
     for row in rows:
-        print(f"{row['what']:20} {row['N']:7,} tokens {row['us']:8.0f} us")
+        print(f"{row['what']:20} {row['N']:7,} tokens {row['us']:8.0f} us, at least {row['least_us']:8.0f}")
     options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / "host_time.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -101,13 +112,25 @@ def _either(*names: str) -> Any:
     return importlib.import_module(f"megatron_lighthouse.mcore.{names[-1]}")
 
 
-def before(checkout: Path, lengths: list[int]) -> dict[str, float]:
-    """The times of another checkout, by this very script."""
+def before(checkout: Path, lengths: list[int]) -> Callable[[int], list[float]]:
+    """The times of another checkout, by this very script in a process of its own, which waits meanwhile."""
     paths = [str(checkout.resolve()), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     command = [sys.executable, __file__, "--ours-alone", "--lengths", *map(str, lengths)]
-    run = subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, stdout=subprocess.PIPE, check=True)
-    found: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
-    return found
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    child = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    asked, answers = child.stdin, child.stdout
+    assert asked is not None
+    assert answers is not None
+
+    def times(length: int) -> list[float]:
+        print(length, file=asked, flush=True)
+        for line in answers:
+            if line.startswith("["):  # what it says at its start comes before
+                found: list[float] = json.loads(line)
+                return found
+        raise RuntimeError(f"the process for {checkout} ended, see above")
+
+    return times
 
 
 def transformer_engine() -> Layer | None:
@@ -131,20 +154,20 @@ def once(layer: Layer, length: int) -> Callable[[], object]:
     return lambda: torch.autograd.grad(layer(*inputs), inputs, grad)
 
 
-def host_us(layer: Layer, length: int) -> float:
-    """Median microseconds of the host for a call and its backward."""
-    call = once(layer, length)
-    for _ in range(5):
-        call()
-    times = []
-    for _ in range(BATCHES):
-        torch.cuda.synchronize()
-        for _ in range(CALLS):
-            begin = time.perf_counter()
-            call()
-            times.append(1e6 * (time.perf_counter() - begin))
+def host_us(call: Callable[[], object]) -> list[float]:
+    """Microseconds of the host for each of some calls and their backwards."""
     torch.cuda.synchronize()
-    return round(statistics.median(times), 1)
+    times = []
+    for _ in range(CALLS):
+        begin = time.perf_counter()
+        call()
+        times.append(1e6 * (time.perf_counter() - begin))
+    torch.cuda.synchronize()
+    return times
+
+
+def _median(us: list[float]) -> float:
+    return round(statistics.median(us), 1)
 
 
 def profile(layer: Layer, length: int) -> None:
@@ -153,13 +176,13 @@ def profile(layer: Layer, length: int) -> None:
     with torch.autograd.set_multithreading_enabled(False):
         for _ in range(5):
             call()
-        for _ in range(BATCHES):
+        for _ in range(ROUNDS):
             torch.cuda.synchronize()
             found.enable()
             for _ in range(CALLS):
                 call()
             found.disable()
-    print(f"{BATCHES * CALLS} calls of {length:,} tokens, by the time in a function itself:")
+    print(f"{ROUNDS * CALLS} calls of {length:,} tokens, by the time in a function itself:")
     pstats.Stats(found).sort_stats("tottime").print_stats(40)
 
 

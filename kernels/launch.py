@@ -84,8 +84,7 @@ def enqueue(
             return enqueue(kernel, grid, tensors, numbers, constants, **options)
     pointers = [x.data_ptr() for x in tensors]
     aligned = [not pointer & 15 for pointer in pointers]  # Triton's two specialisations of a pointer
-    kinds = *[x.dtype for x in tensors], *aligned, _kinds(numbers)
-    known = (id(kernel), device, *kinds, *constants.values(), *options.values())
+    known = (id(kernel), device, *[x.dtype for x in tensors], *aligned, _kinds(numbers), *constants.values(), *options.values())
     if constants.get("BULK"):
         triton.set_allocator(_scratch)  # of this thread: backward has its own
     compiled = _compiled.get(known)
@@ -141,8 +140,7 @@ def launch_windows(
     (_, batch, _, first_dim), (_, groups, entries) = tensors[0].shape, places.shape
     grid, counts, shape = _of_windows(batch, groups, entries, tuple(sizes), heads, blocks, how.rows, dim or first_dim)
     tensors, steps = laid_out(tensors)
-    numbers = (*steps, *counts)
-    enqueue(kernel, grid, [*tensors, places, *tables], numbers, {**shape, **constants}, num_warps=how.warps)
+    enqueue(kernel, grid, [*tensors, places, *tables], (*steps, *counts), {**shape, **constants}, num_warps=how.warps)
 
 
 @lru_cache(1024)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from megatron_lighthouse import running
@@ -58,7 +59,7 @@ class Placed:
         if not self.place.discard_output or not output.requires_grad or torch.compiler.is_compiling():
             return output, None
         rows, halo = attended.rows.detach(), None if attended.halo is None else attended.halo.detach()
-        return output, replace(attended, rows=rows, dealt=rows, halo=halo, travel=None, passage=None).scatter
+        return output, partial(attended.steps.scatter, rows, attended.selection, halo)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from megatron_lighthouse.plan import memory, time
+from megatron_lighthouse.plan import lengths, memory, time
 from megatron_lighthouse.plan.coefficients import Coefficients
 from megatron_lighthouse.plan.report import TIGHT, extrapolated, kind, layout, table
 from megatron_lighthouse.plan.run import Run
-from megatron_lighthouse.plan.search import Ranking, reach
+from megatron_lighthouse.plan.search import Ranking
 from megatron_lighthouse.plan.stages import Stages
 from megatron_lighthouse.plan.words import layout_words
 
@@ -46,7 +46,7 @@ def gains(stages: Stages, speed: Coefficients) -> tuple[float, float]:
 
 def _longest(run: Run, fraction: float) -> str:
     """What these GPUs could train, in whatever layout: of packed documents that is another question."""
-    if run.documents or (found := reach(run, fraction)) is None:
+    if run.documents or (found := lengths.of_gpus(run, fraction)) is None:
         return ""
     return f"longest context of these GPUs: {found.seq_length:,} tokens [predicted], by {layout(found)}"
 

@@ -7,10 +7,11 @@ from importlib.resources import files
 from typing import Any
 
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
+from megatron_lighthouse.plan import lengths
 from megatron_lighthouse.plan.coefficients import Coefficients
 from megatron_lighthouse.plan.model import GPT
 from megatron_lighthouse.plan.run import Run
-from megatron_lighthouse.plan.search import Ranking, rank, reach
+from megatron_lighthouse.plan.search import Ranking, rank
 
 STEP_TOKENS = 2**22
 """Tokens of a step where no batch is given: Llama 3's first stage took as many (arXiv 2407.21783, section 3.4.1)."""
@@ -63,7 +64,7 @@ def placed(run: Run, speed: Coefficients, fraction: float) -> Ranking:
     more = (run.gpus * times for times in MORE)
     enough = next((gpus for gpus in more if rank(run.change(gpus=gpus), speed, fraction).layouts), None)
     use = f"--gpus {enough}" if enough else "another batch or number of GPUs"
-    longest = reach(run, fraction)
+    longest = lengths.of_gpus(run, fraction)
     shorter = f"--seq-length {longest.seq_length}" if longest else "a shorter --seq-length"
     raise ValueError(
         f"--gpus {run.gpus}: no layout fits both stages of {run.seq_length:,} tokens and {run.global_batch} sequences a step "

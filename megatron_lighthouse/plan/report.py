@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import mean
 
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
-from megatron_lighthouse.plan import accuracy, memory, search, time
+from megatron_lighthouse.plan import accuracy, lengths, memory, search, time
 from megatron_lighthouse.plan.coefficients import Coefficients
 from megatron_lighthouse.plan.device import HELD_BACK
 from megatron_lighthouse.plan.run import Run
@@ -164,7 +164,7 @@ def link_table(run: Run) -> str:
 
 
 def limits(run: Run, speed: Coefficients) -> str:
-    longest = search.longest(run)
+    longest = lengths.of_layout(run)
     lines = [
         f"longest context of this layout and budget: {f'{longest:,} tokens' if longest else 'none fits'}{extrapolated(run)}"
     ]

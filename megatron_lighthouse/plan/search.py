@@ -1,4 +1,4 @@
-"""Layouts in the order of their predicted speed; the longest context; where Lighthouse overtakes dense attention."""
+"""Layouts in the order of their predicted speed; where Lighthouse overtakes dense attention."""
 
 from __future__ import annotations
 
@@ -73,63 +73,6 @@ def ways(run: Run) -> Iterator[Run]:
 
 def _divisors(value: int) -> list[int]:
     return [n for n in range(1, value + 1) if value % n == 0]
-
-
-def longest(run: Run, most: int = 2**27) -> int | None:
-    """The greatest sequence length of this layout that is accepted and fits, with the run's budget; None where none is."""
-    window, budgets = run.config.pooling ** (run.config.levels - 1), [run.config.budget]
-    budgets += [run.edge_budget] if run.edge_budget else []
-    tiles = math.lcm(*(budget // run.config.tile_budget for budget in budgets))
-    unit = math.lcm(window * tiles, 2 * run.context_parallel * window * run.tensor_parallel, 1024)
-    low, high = 0, most // unit
-    while low < high:  # memory grows with length
-        middle = (low + high + 1) // 2
-        short = run.variant.selects and middle * unit < window * max(budgets)  # too short for the budget
-        low, high = (middle, high) if short or _works(run.change(seq_length=middle * unit)) else (low, middle - 1)
-    return low * unit if low and _works(run.change(seq_length=low * unit)) else None
-
-
-EIGHTHS = 8
-"""Lengths between two powers of two that are tried."""
-
-
-def reach(run: Run, fraction: float = FRACTION, most: int = 2**27) -> Run | None:
-    """The longest context of which both stages fit these GPUs, whatever the layout, by recomputing all layers; None: none.
-
-    Levels and budgets are those of each length. Lengths go by eighths from one power of two to the next.
-    """
-    lengths = [2**n * (EIGHTHS + part) // EIGHTHS for n in range(12, most.bit_length() - 1) for part in range(EIGHTHS)]
-    low, high, found = 0, len(lengths), None
-    while low < high:  # memory grows with length
-        middle = (low + high) // 2
-        if holds := _held(run, lengths[middle], fraction):
-            low, found = middle + 1, holds
-        else:
-            high = middle
-    return found
-
-
-def _held(run: Run, length: int, fraction: float) -> Run | None:
-    """One of the layouts that spread a sequence over all GPUs, where it fits."""
-    by_length = LighthouseConfig.for_length(length, pooling=run.config.pooling)
-    own = {name: getattr(by_length, name) for name in ("levels", "budget", "tile_budget")}
-    run = run.change(seq_length=length, config=run.config.replace(**own), recompute="full", cp_comm_type=SCHEMES[0])
-    for layout in layouts(run.change(global_batch=1)):
-        one = layout.tensor_parallel * layout.context_parallel * layout.pipeline_parallel
-        if (layout.recompute, layout.cp_comm_type, one) != (run.recompute, run.cp_comm_type, run.gpus):
-            continue
-        stages = Stages(layout, fraction)
-        if all(map(_works, stages.runs)):
-            return layout
-    return None
-
-
-def _works(run: Run) -> bool:
-    """Whether the run is accepted and fits."""
-    try:
-        return memory.fits(run.check())
-    except ValueError:
-        return False
 
 
 def crossover(run: Run, speed: Coefficients) -> list[tuple[int, int, float]]:

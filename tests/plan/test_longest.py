@@ -8,7 +8,7 @@ import pytest
 
 from megatron_lighthouse.launch.fits import enough_memory
 from megatron_lighthouse.mcore.command_line.tiles import mlp_tile_tokens
-from megatron_lighthouse.plan import longest, memory, search
+from megatron_lighthouse.plan import lengths, longest, memory, search
 from megatron_lighthouse.plan.__main__ import main
 from megatron_lighthouse.plan.device import DEVICES
 from megatron_lighthouse.plan.models import run_of_model
@@ -23,10 +23,10 @@ def qwen() -> Run:
 def test_each_way_reaches_further_than_the_one_before(qwen: Run) -> None:
     found = []
     for way in longest.layouts(qwen):
-        one = longest.longest(way, False, memory.fits)
+        one = lengths.of_run(way, False, memory.fits)
         assert one is not None
         assert memory.fits(one.check())
-        assert not memory.fits(longest.at(one, one.seq_length + 2**16, False))
+        assert not memory.fits(lengths.at(one, one.seq_length + 2**16, False))
         found.append(one.seq_length)
     assert len(found) == 4
     assert found == sorted(set(found))
@@ -35,11 +35,11 @@ def test_each_way_reaches_further_than_the_one_before(qwen: Run) -> None:
 
 def test_a_budget_that_is_given_stays(qwen: Run) -> None:
     full = qwen.change(recompute="full")
-    own = longest.longest(full, True, memory.fits)
+    own = lengths.of_run(full, True, memory.fits)
     assert own is not None
     assert own.config == full.config
     assert own.seq_length > 2**17
-    much = longest.longest(full.change(config=full.config.replace(budget=2**15)), True, memory.fits)
+    much = lengths.of_run(full.change(config=full.config.replace(budget=2**15)), True, memory.fits)
     assert much is not None  # though lengths below 524,288 are too short for it
     assert 2**19 <= much.seq_length <= own.seq_length
 

@@ -14,7 +14,7 @@ from collections import Counter
 import pytest
 
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
-from megatron_lighthouse.plan import memory, report, search, time
+from megatron_lighthouse.plan import lengths, memory, report, search, time
 from megatron_lighthouse.plan.__main__ import main
 from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import device_of
@@ -58,7 +58,7 @@ def test_context_parallelism_that_does_not_fit_is_left_out() -> None:
 
 def test_longest_fits_and_the_next_does_not() -> None:
     run = run_of("530m-256k-cp8")
-    longest = search.longest(run)
+    longest = lengths.of_layout(run)
     assert longest
     assert longest >= run.seq_length
     assert memory.fits(run.change(seq_length=longest).check())
@@ -67,7 +67,7 @@ def test_longest_fits_and_the_next_does_not() -> None:
 
 def test_longest_of_none() -> None:
     run = run_of("llama3-8b-512k", gpus=1, tensor_parallel=1, context_parallel=1, pipeline_parallel=1, global_batch=1)
-    assert search.longest(run) is None
+    assert lengths.of_layout(run) is None
 
 
 def test_crossover_grows() -> None:
@@ -187,7 +187,7 @@ def test_where_all_are_tight_the_fastest_is_recommended() -> None:
 def test_the_longest_context_is_answered_whatever_the_layout() -> None:
     """Both stages fit it, by recomputing; no layout fits the next length that is tried."""
     run = run_of_model("llama3-8b", seq_length=2**17, gpus=8, global_batch=8)
-    found = search.reach(run)
+    found = lengths.of_gpus(run)
     assert found
     assert all(memory.fits(one.check()) for one in Stages(found).runs)
     assert (found.recompute, found.gpus) == ("full", 8)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_lighthouse.lighthouse.config import flag
 from megatron_lighthouse.mcore.command_line import stored
 from megatron_lighthouse.notice import say_once
+from megatron_lighthouse.variants import VARIANTS
 
 if TYPE_CHECKING:
     from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
@@ -93,5 +94,5 @@ def choice(args: argparse.Namespace, asked: str, load: Path | None, pretrained: 
         return asked, None
     if not begins:
         return was, f"{FLAG} {was} is taken: {how}. For {FLAG} {asked} begin anew, with --finetune or --pretrained-checkpoint"
-    other = getattr(before, "attention", None) == "lighthouse"
+    other = getattr(VARIANTS.get(getattr(before, "attention", "")), "selects", False)
     return asked, f"{FLAG} {asked} is taken for a new run, and not {was}: {how}" if other else None

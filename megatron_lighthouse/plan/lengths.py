@@ -1,0 +1,119 @@
+"""The greatest lengths that fit: of a layout with its budget, of a layout with each length's own, and of GPUs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+from megatron_lighthouse.lighthouse.config import LighthouseConfig
+from megatron_lighthouse.plan import memory, search
+from megatron_lighthouse.plan.run import Run
+from megatron_lighthouse.plan.stages import FRACTION, Stages
+
+MOST = 2**24
+UNITS = ((2**17, 2**13), (2**19, 2**14), (MOST, 2**16))
+"""Up to so many tokens, lengths are multiples of this: each has the budget of its length in tiles of 32 to 128."""
+
+
+def of_layout(run: Run, most: int = 2**27) -> int | None:
+    """The greatest sequence length of this layout that is accepted and fits, with the run's budget; None where none is."""
+    window, budgets = run.config.pooling ** (run.config.levels - 1), [run.config.budget]
+    budgets += [run.edge_budget] if run.edge_budget else []
+    tiles = math.lcm(*(budget // run.config.tile_budget for budget in budgets))
+    unit = math.lcm(window * tiles, 2 * run.context_parallel * window * run.tensor_parallel, 1024)
+    low, high = 0, most // unit
+    while low < high:  # memory grows with length
+        middle = (low + high + 1) // 2
+        short = run.variant.selects and middle * unit < window * max(budgets)  # too short for the budget
+        low, high = (middle, high) if short or _works(run.change(seq_length=middle * unit)) else (low, middle - 1)
+    return low * unit if low and _works(run.change(seq_length=low * unit)) else None
+
+
+EIGHTHS = 8
+"""Lengths between two powers of two that are tried."""
+
+
+def of_gpus(run: Run, fraction: float = FRACTION, most: int = 2**27) -> Run | None:
+    """The longest context of which both stages fit these GPUs, whatever the layout, by recomputing all layers; None: none.
+
+    Levels and budgets are those of each length. Lengths go by eighths from one power of two to the next.
+    """
+    lengths = [2**n * (EIGHTHS + part) // EIGHTHS for n in range(12, most.bit_length() - 1) for part in range(EIGHTHS)]
+    low, high, found = 0, len(lengths), None
+    while low < high:  # memory grows with length
+        middle = (low + high) // 2
+        if holds := _held(run, lengths[middle], fraction):
+            low, found = middle + 1, holds
+        else:
+            high = middle
+    return found
+
+
+def _held(run: Run, length: int, fraction: float) -> Run | None:
+    """One of the layouts that spread a sequence over all GPUs, where it fits."""
+    by_length = LighthouseConfig.for_length(length, pooling=run.config.pooling)
+    own = {name: getattr(by_length, name) for name in ("levels", "budget", "tile_budget")}
+    run = run.change(seq_length=length, config=run.config.replace(**own), recompute="full", cp_comm_type=search.SCHEMES[0])
+    for layout in search.layouts(run.change(global_batch=1)):
+        one = layout.tensor_parallel * layout.context_parallel * layout.pipeline_parallel
+        if (layout.recompute, layout.cp_comm_type, one) != (run.recompute, run.cp_comm_type, run.gpus):
+            continue
+        stages = Stages(layout, fraction)
+        if all(map(_works, stages.runs)):
+            return layout
+    return None
+
+
+def _works(run: Run) -> bool:
+    """Whether the run is accepted and fits."""
+    try:
+        return memory.fits(run.check())
+    except ValueError:
+        return False
+
+
+def of_run(run: Run, own: bool, fits: Callable[[Run], bool]) -> Run | None:
+    """The run at the greatest length that is accepted and fits; None where none does. Memory grows with length."""
+    unit = run.context_parallel * run.tensor_parallel
+    lengths = [length for length in _lengths() if length % unit == 0]
+    low, high, found = 0, len(lengths) - 1, None
+    while low <= high:
+        middle = (low + high) // 2
+        tried = at(run, lengths[middle], own)
+        try:
+            fit = fits(tried.check())
+        except ValueError:  # a budget that this length is too short for, or that it does not divide by
+            fit = tried.variant.selects and own and lengths[middle] < _least(run)
+        if fit:
+            low, found = middle + 1, tried
+        else:
+            high = middle - 1
+    return found if found and _accepted(found) else None
+
+
+def at(run: Run, length: int, own: bool) -> Run:
+    """The run at another length, with the levels and the budget that it asks for unless it has its own."""
+    if own:
+        return run.change(seq_length=length)
+    keep = ("pooling", "scorer", "around")
+    config = LighthouseConfig.for_length(length, **{name: getattr(run.config, name) for name in keep})
+    return run.change(seq_length=length, config=config)
+
+
+def _least(run: Run) -> int:
+    return run.config.pooling ** (run.config.levels - 1) * run.config.budget
+
+
+def _accepted(run: Run) -> bool:
+    try:
+        run.check()
+    except ValueError:
+        return False
+    return True
+
+
+def _lengths() -> Iterator[int]:
+    start = 0
+    for most, unit in UNITS:
+        yield from range(start + unit, most + 1, unit)
+        start = most

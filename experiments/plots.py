@@ -13,9 +13,8 @@ from matplotlib.figure import Figure
 
 from experiments.pairs import dense_of, pairs, positions
 from experiments.run import REFERENCE
-from experiments.runs import EXPERIMENTS, SECOND_SEED
-from experiments.study_table import study_table, trained_shorter
-from experiments.summary import table
+from experiments.runs import SECOND_SEED
+from experiments.study_table import table_of, trained_shorter
 from experiments.tables import Results
 from megatron_lighthouse.recipe.evaluation_plots import middle
 from megatron_lighthouse.recipe.passkey import CHANCE
@@ -48,7 +47,7 @@ def draw(results: Results, out: Path) -> None:
         _hindsight(results, out / "hindsight.png")
     if results.tables["telemetry"]:
         _telemetry(results, out / "telemetry.png")
-    text = (study_table if EXPERIMENTS[results.facts["experiment"]].study else table)(results)
+    text = table_of(results)
     (out / "table.md").write_text(text)
     print(text)
 

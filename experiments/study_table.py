@@ -7,8 +7,14 @@ from itertools import pairwise
 import numpy
 
 from experiments.pairs import buckets_of, dense_of, documents_of, mean_and_error_of, paired, pairs
-from experiments.summary import difference, number
+from experiments.runs import EXPERIMENTS
+from experiments.summary import difference, number, table
 from experiments.tables import Results, Row
+
+
+def table_of(results: Results) -> str:
+    """table.md of any experiment."""
+    return (study_table if EXPERIMENTS[results.facts["experiment"]].study else table)(results)
 
 
 def study_table(results: Results) -> str:

@@ -27,7 +27,7 @@ class Moments(Part):
         """Of two sets of weights α and β: α o + β o' - α β (t̄ - t̄') (v̄ - v̄'), and so β (o' - α …), which is rounded once."""
         share = (self.lse - torch.logaddexp(self.lse, other.lse)).exp().permute(2, 0, 1).unsqueeze(-1)
         (value, _, mean), (other_value, other_output, other_mean) = self.averages, other.averages
-        between = share * (mean - other_mean) * (value - other_value)
+        between = share * (mean - other_mean) * (value.to(mean.dtype) - other_value)
         super().merge(replace(other, averages=(other_value, other_output - between, other_mean)))
 
 

@@ -14,7 +14,7 @@ from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.parts import Mask
 from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.parallax.attention import parallax_attention
-from megatron_lighthouse.parallax.blocks import Plain
+from megatron_lighthouse.parallax.blocks import Moments, Plain
 from megatron_lighthouse.parallax.centre import centred
 from megatron_lighthouse.parallax.config import ParallaxConfig
 from megatron_lighthouse.parallax.variant import PARALLAX
@@ -68,6 +68,23 @@ def test_parts_merge_whatever_the_mean_of_u() -> None:
     part.merge(block.forward((query, r), (key[5:], value[5:]), mask))
     found, expected = (block.output(x) - x.averages[0] for x in (part, whole))
     assert (found - expected).norm() / expected.norm() < 1e-10
+
+
+def test_a_merged_output_is_rounded_once() -> None:
+    """fp16 parts, as two ranks merge them: what float64 makes of the same parts, rounded, but for ties."""
+    generator = torch.Generator().manual_seed(3)
+
+    def part() -> list[Tensor]:
+        averages = [torch.randn(40, 2, 3, n, generator=generator) for n in (16, 16, 1)]
+        return [averages[0].half(), averages[1].half(), 3 * averages[2], torch.randn(2, 3, 40, generator=generator)]
+
+    (*own, lse), (*others, other_lse) = part(), part()
+    exact = Moments(tuple(x.double() for x in own), lse.double())
+    exact.merge(Moments(tuple(x.double() for x in others), other_lse.double()))
+    merged = Moments(tuple(own), lse)
+    merged.merge(Moments(tuple(others), other_lse))
+    for found, expected in zip(merged.averages[:2], exact.averages[:2], strict=True):
+        assert (found != expected.half()).double().mean() < 0.005
 
 
 TOKENS, BATCH, HEADS, GROUPS, DIM = 64, 2, 8, 4, 8

@@ -145,6 +145,7 @@ exec {real} "$@"
 """
 
 
+@pytest.mark.slow
 def test_a_bad_node_is_named_and_requeues_have_a_limit(cluster: Slurm, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "nvidia-smi").write_text(BAD_NVIDIA_SMI)

@@ -137,8 +137,6 @@ gpus=8
 [ "$(hostname)" != node4 ] || gpus=7
 for gpu in $(seq $gpus); do echo "580.1, $([ "$(hostname)$gpu" = node35 ] && echo 3 || echo 0)"; done
 """
-
-
 BAD_SCONTROL = """#!/bin/sh
 [ "$1" = requeue ] && [ ! -e {note} ] && touch {note} && echo no controller && exit 1
 exec {real} "$@"

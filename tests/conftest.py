@@ -66,10 +66,11 @@ def _nothing_is_left() -> Iterator[None]:
 
 LONGEST = """
     launch/test_cluster.py mcore/test_parity.py mcore/test_two_stage.py context_parallel/test_attention.py
-    experiments/test_bench.py tests/test_kernels.py mcore/test_documents.py launch/test_stopped.py mcore/test_convert.py
-    tests/test_select.py mcore/test_wall.py mcore/test_finite.py mcore/test_models.py tests/test_rotary.py
-    tests/test_attention.py mcore/test_tiles.py mcore/test_stage.py launch/test_scaling_study.py tests/test_scorers.py
-    mcore/test_parallax.py mcore/test_checkpoints.py mcore/test_toy_variant.py mcore/test_around.py mcore/test_hybrid.py
+    launch/test_requeue.py tests/test_kernels.py mcore/test_documents.py launch/test_stopped.py mcore/test_convert.py
+    experiments/test_bench.py mcore/test_models.py tests/test_rotary.py tests/test_select.py launch/test_scaling_study.py
+    mcore/test_wall.py mcore/test_parallax.py mcore/test_stage.py mcore/test_finite.py mcore/test_around_wall.py
+    wall/test_decay.py tests/test_scorers.py mcore/test_hybrid.py mcore/test_toy_variant.py tests/test_attention.py
+    wall/test_around.py mcore/test_tiles.py mcore/test_checkpoints.py mcore/test_cpu.py mcore/test_around.py
 """.split()
 """Files that take a quarter of a minute and more, the longest first: a worker takes a whole file at a time."""
 

@@ -72,6 +72,7 @@ RANKS: list[Ranks] = []
 
 def stand_ready() -> None:
     """Before this process has differentiated anything: a fork of one that has cannot."""
+    import torch._dynamo
     import torch.fx.experimental.symbolic_shapes  # noqa: F401  the first gradient of each rank would
 
     RANKS[:] = [Ranks("fork")]

@@ -54,10 +54,12 @@ def test_equals_the_oracle(problem: Problem, layout: str, scale: float | None) -
 
 
 @pytest.mark.parametrize("rotary", [None, Rotary(torch.tensor([0.8]), interleaved=True)], ids=["mean", "last"])
-@pytest.mark.parametrize("ratio", [1, 3], ids="R={}".format)
-@pytest.mark.parametrize(("levels", "pooling", "length"), [(2, 3, 18), (3, 2, 24)], ids=str)
+@pytest.mark.parametrize(
+    ("levels", "pooling", "length", "ratio"),
+    [(2, 3, 18, 3), (3, 2, 24, 1), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((2, 3, 18, 1), (3, 2, 24, 3)))],
+)
 def test_gradients_are_those_of_finite_differences(
-    rotary: Rotary | None, ratio: int, levels: int, pooling: int, length: int
+    rotary: Rotary | None, levels: int, pooling: int, length: int, ratio: int
 ) -> None:
     problem = Problem(length, levels, pooling, 4, 2, groups=2 if ratio == 1 else 1, queries_per_group=ratio, dim=2)
     inputs = [x.requires_grad_() for x in tensors(problem)]

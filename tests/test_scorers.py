@@ -103,7 +103,7 @@ def of_ranks(scorer: str, size: int, case: Problem, steps: Steps, inputs: list[T
 
 
 @both
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_scores_have_the_same_bits_on_any_number_of_ranks(
     scorer: str, size: int, steps: Steps, monkeypatch: pytest.MonkeyPatch

@@ -210,6 +210,7 @@ def test_norms_beyond_the_dtype_are_ranked(dtype: torch.dtype) -> None:
     np.testing.assert_array_equal(indices.numpy(), attention(*wide, problem)[0])
 
 
+@pytest.mark.slow
 def test_a_tile_of_two_million_windows() -> None:
     """Counts that need more bits than the kernel gives each of the three that it makes at a time."""
     module = importlib.import_module("megatron_lighthouse.kernels.lighthouse.select")

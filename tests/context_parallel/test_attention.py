@@ -202,8 +202,14 @@ def test_any_layout_equals_one_rank(size: int, data: st.DataObject) -> None:
     equals_one_rank(size, problem, comm_type, strides=strides)
 
 
-@pytest.mark.parametrize("name", ["a tile in each chunk", "one tile"])
-@by_comm_type
+@pytest.mark.parametrize(
+    ("name", "comm_type"),
+    [
+        *(("a tile in each chunk", comm_type) for comm_type in COMM_TYPES),
+        ("one tile", "p2p"),
+        *(pytest.param("one tile", comm_type, marks=pytest.mark.slow) for comm_type in COMM_TYPES if comm_type != "p2p"),
+    ],
+)
 @pytest.mark.parametrize(
     "how", ["once", "backward twice", "recomputed", "recomputed, the old way", "without a gradient of the keys"]
 )

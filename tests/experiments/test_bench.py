@@ -157,6 +157,7 @@ def test_again_starts_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch, cap
     assert "holds dense with --eval-interval 11 --train-iters 10, not --eval-interval 21" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_side_by_side_and_one_that_ends_early(bench: Bench, tmp_path: Path) -> None:
     paths = ["--corpus", str(bench.work.parent / "corpus"), "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
     options = [*bench.options, "--passkey-samples", "0", *paths, "--at-once", "2"]

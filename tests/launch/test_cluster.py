@@ -137,14 +137,13 @@ gpus=8
 [ "$(hostname)" != node4 ] || gpus=7
 for gpu in $(seq $gpus); do echo "580.1, $([ "$(hostname)$gpu" = node35 ] && echo 3 || echo 0)"; done
 """
-
-
 BAD_SCONTROL = """#!/bin/sh
 [ "$1" = requeue ] && [ ! -e {note} ] && touch {note} && echo no controller && exit 1
 exec {real} "$@"
 """
 
 
+@pytest.mark.slow
 def test_a_bad_node_is_named_and_requeues_have_a_limit(cluster: Slurm, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "nvidia-smi").write_text(BAD_NVIDIA_SMI)

@@ -91,9 +91,12 @@ def _serve() -> None:
     import megatron.core.datasets.helpers
     import megatron.core.models.mimo.optimizer
     import megatron.core.tokenizers.text.models  # noqa: F401  with it transformers
+    import torch.distributed.elastic.rendezvous.c10d_rendezvous_backend
+    import torch.distributed.launcher.api
     import torch.utils.serialization.config  # noqa: F401
     from megatron.training import argument_utils
     from megatron.training.arguments import add_megatron_arguments
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 
     import megatron_lighthouse.launch.megatron
     import megatron_lighthouse.launch.restart
@@ -115,6 +118,8 @@ def _serve() -> None:
     inspect.getsource = cache(inspect.getsource)
     mock.patch.object(argument_utils, "ast", SimpleNamespace(**{**vars(ast), "parse": cache(ast.parse)})).start()
     add_megatron_arguments(ArgumentParser())
+    # torchrun names what it logs by a look at its stack, for which each time it goes through all that is imported
+    mock.patch.object(dynamic_rendezvous, "get_method_name", return_value="of torchrun").start()
     gc.freeze()  # what is imported is no garbage: a fork that looked would copy it
     listener, tests = socket.socket(fileno=int(sys.argv[1])), os.pidfd_open(int(sys.argv[2]))
     running: dict[int, tuple[int, socket.socket]] = {}  # by the file descriptor of each: its number, and who waits for it
@@ -170,7 +175,7 @@ def _run(argv: list[str], environment: dict[str, str], folder: str, output: int,
     sys.argv = argv
     status = 1
     try:
-        if "--save" in argv:
+        if "--save" in argv or ("--run" in argv and "pretrain" in argv[0]):
             from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 
             get_write_results_queue("fork")  # by default a new interpreter, which imports torch again

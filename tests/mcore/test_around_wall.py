@@ -16,7 +16,7 @@ from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
 from megatron_lighthouse.recipe import two_stage
 from megatron_lighthouse.variants import LIGHTHOUSE, WALL
 from megatron_lighthouse.wall.config import WallConfig
-from tests.mcore.harness import ROOT, Run, run
+from tests.mcore.harness import ROOT, Run, run, some_slow
 from tests.mcore.test_checkpoints import keys, save_interval
 from tests.mcore.test_checks import problems
 from tests.mcore.test_packed import documents_of_rows, with_gradients
@@ -46,7 +46,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, wall: Run) -> Run:
     return train(folder, *AROUND, *from_saved(wall), *save_interval(folder / "checkpoint", 2))
 
 
-@pytest.mark.parametrize("name", ["tensor", "pipeline", "context", "data"])
+@pytest.mark.parametrize("name", some_slow(["tensor", "pipeline", "context", "data"], {"pipeline", "data"}))
 def test_a_layout_changes_nothing(name: str, tmp_path: Path, wall: Run, whole: Run) -> None:
     """Two tiles over four chunks: context-parallel ranks deal rows."""
     options, ranks = LAYOUTS[name]

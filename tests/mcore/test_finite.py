@@ -66,7 +66,7 @@ FIRST = {
 }
 
 
-@pytest.mark.parametrize("case", FIRST)
+@pytest.mark.parametrize("case", some_slow(FIRST, {"infinite loss", "infinite gradient"}))
 def test_a_first_iteration_is_checked(case: str, tmp_path: Path, poisoned: Poisoned) -> None:
     poison, options = FIRST[case]
     log = poisoned(poison, *options.split())

@@ -47,7 +47,7 @@ def gpt(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Run:
     return harness.run(tmp_path_factory.mktemp("gpt"), *LIGHTHOUSE, *GATED, "--load", str(checkpoint), *START)
 
 
-@pytest.mark.parametrize("layout", some_slow(LAYOUTS, {"DP2, recompute"}))
+@pytest.mark.parametrize("layout", some_slow(LAYOUTS, {"CP2", "DP2, recompute"}))
 def test_the_layers_of_a_gpt_by_their_symbols_are_that_gpt(layout: str, tmp_path: Path, checkpoint: Path, gpt: Run) -> None:
     """From the GPT's checkpoint, against the GPT on one process. The middle two of its four attention layers are Lighthouse."""
     ranks, pattern, words = LAYOUTS[layout]

@@ -60,7 +60,7 @@ LAYOUTS = {
     "data": ("", 2),
     "recompute": ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", 1),
 }
-SLOW = ("tensor", "context", "pipeline", "data")
+SLOW = ("tensor", "context", "pipeline", "data", "recompute")
 """The first two are tried together in `make test`."""
 
 

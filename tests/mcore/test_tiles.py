@@ -236,10 +236,10 @@ def start(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Callabl
 @pytest.mark.parametrize(
     ("model", "ranks", "layout"),
     [
-        (MTP, 1, ""),
+        pytest.param(MTP, 1, "", marks=pytest.mark.slow),
         (MTP, 2, "--tensor-model-parallel-size 2"),
         ([], 2, "--tensor-model-parallel-size 2 --sequence-parallel --micro-batch-size 2"),
-        ([], 2, "--context-parallel-size 2"),
+        pytest.param([], 2, "--context-parallel-size 2", marks=pytest.mark.slow),
     ],
     ids=["multi-token prediction", "multi-token prediction, TP2", "TP2+SP, two rows at once", "CP2"],
 )

@@ -121,6 +121,7 @@ def what_was_printed_runs(printed: str, folder: Path) -> None:
     assert last_checkpoint(folder / "short" / "checkpoints") == 4
 
 
+@pytest.mark.slow
 def test_an_attention_that_never_becomes_dense_has_one_stage(tmp_path: Path) -> None:
     short = ["--name", "one", "--steps", "1", "--dense-steps", "1", "--data", str(ROOT / "LICENSE"), "--attention", "parallax"]
     done = recipe(tmp_path, *short, "--seq-length", "1024", "--eval-iters", "1", "--parallax-telemetry-interval", "2")

@@ -64,7 +64,7 @@ LAYOUTS = {
     "data": ("", 2),
     "recompute": ("--recompute-granularity selective --recompute-modules core_attn", 1),
 }
-SLOW = ("pipeline", "tensor and context", "data")
+SLOW = ("pipeline", "heads", "tensor and context", "data")
 """What is asked of these is not Wall's own, or is asked of it apart."""
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention
 from megatron_lighthouse.context_parallel import exchange
+from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
 from megatron_lighthouse.lighthouse.attention import attended_rows
 from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.lighthouse.reference import gather as take
@@ -198,7 +199,12 @@ def over_ranks(group: dist.ProcessGroup, cases: list[tuple[list[Tensor], dict[st
 
 
 @pytest.mark.parametrize(
-    ("size", "comm_type"), [(2, "p2p"), (2, "all_gather"), (2, "a2a"), (4, "p2p"), (4, "a2a"), (8, "p2p"), (8, "all_gather")]
+    ("size", "comm_type"),
+    [
+        *((2, comm_type) for comm_type in COMM_TYPES),
+        *((4, comm_type) for comm_type in ("p2p", "a2a")),
+        *(pytest.param(8, comm_type, marks=pytest.mark.slow) for comm_type in ("p2p", "all_gather")),
+    ],
 )
 def test_ranks_equal_one(comm_type: str, size: int) -> None:
     """Where ranks select alone and where they deal; eight of them deal in both."""

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from copy import copy
 
 from megatron_lighthouse.mcore.command_line import pyramid
-from megatron_lighthouse.mcore.command_line.arguments import attention_problems, config_of
 from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.variants import VARIANTS
@@ -38,6 +37,8 @@ UNTRIED = (
 )
 """Options with which graphs have not been tried: `--graphs auto` leaves them off."""
 OFFLOADS = ("cpu_offloading", "cpu_offloading_num_layers", "fine_grained_activation_offloading")
+OLDER = {"enable_cuda_graph": "local", "external_cuda_graph": "transformer_engine"}
+"""What --cuda-graph-impl was called."""
 CHECK = "--no-check-for-nan-in-loss-and-grad"
 
 
@@ -54,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def kind_of(args: argparse.Namespace) -> str:
     """Megatron's --cuda-graph-impl, by its older names too."""
-    return str(getattr(config_of(args), "cuda_graph_impl", "none"))
+    older = (kind for name, kind in OLDER.items() if getattr(args, name, False))
+    return str(next(older, getattr(args, "cuda_graph_impl", "none")))
 
 
 def problems(args: argparse.Namespace) -> Iterator[str]:
@@ -159,6 +161,7 @@ def _forbidden(args: argparse.Namespace) -> str | None:
 
 def _rules(args: argparse.Namespace) -> Iterator[str]:
     from megatron_lighthouse.mcore.command_line import tiles
+    from megatron_lighthouse.mcore.command_line.arguments import attention_problems, config_of
 
     yield from problems(args)
     yield from tiles.problems(args)

@@ -65,7 +65,7 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
     if kind == "none":
         return
     asked = f"--cuda-graph-impl {kind}"
-    if args.graphs == OFF:
+    if getattr(args, "graphs", None) == OFF:
         yield f"{FLAG} {OFF} with {asked}: leave one of them out."
     if kind != "full_iteration" and args.recompute_granularity == "full":
         yield (
@@ -108,18 +108,23 @@ def taken(args: argparse.Namespace, gpu: bool) -> list[str]:
     if kind != "none" and not gpu:
         raise ValueError(f"--cuda-graph-impl {kind} needs a GPU, and there is none here: leave it out.")
     if kind != "none":
-        return [CHECK] if kind == "full_iteration" and args.check_for_nan_in_loss_and_grad else []
+        return _unchecked(args, kind)
     if not gpu or args.skip_train:
         return []
     asked, because = args.graphs or BY_DEFAULT, left_off(args)
     if because is None and asked == AUTO:
         say_once(f"{FLAG} {AUTO}: --cuda-graph-impl {KIND} is taken.")
-        return ["--cuda-graph-impl", KIND]
+        return ["--cuda-graph-impl", KIND, *_unchecked(args, KIND)]
     if because is None:
         say_once(f"CUDA graphs are off: {SAVE}. {FLAG} {AUTO} turns them on.")
     elif asked == AUTO:
         say_once(f"{FLAG} {AUTO}: CUDA graphs are left off: {because}")
     return []
+
+
+def _unchecked(args: argparse.Namespace, kind: str) -> list[str]:
+    """What turns Megatron's own check off, where it must be: `loop.finite` has another, outside the graph."""
+    return [CHECK] if kind == "full_iteration" and args.check_for_nan_in_loss_and_grad else []
 
 
 def left_off(args: argparse.Namespace) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from typing import Any
 
@@ -32,11 +33,14 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return lines
 
 
-def test_auto_takes_them_where_they_save_time(said: list[str]) -> None:
+def test_auto_takes_them_where_they_save_time(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NCCL_GRAPH_REGISTER", raising=False)
+    assert graphs.taken(parsed("--graphs off"), gpu=True) == []
+    assert "--graphs auto turns them on" in said.pop()
+    assert "NCCL_GRAPH_REGISTER" not in os.environ
     assert graphs.taken(parsed("--graphs auto"), gpu=True) == ["--cuda-graph-impl", graphs.KIND]
     assert "is taken" in said[0]
-    assert graphs.taken(parsed("--graphs off"), gpu=True) == []
-    assert "--graphs auto turns them on" in said[1]
+    assert os.environ["NCCL_GRAPH_REGISTER"] == "0"
     assert graphs.taken(parsed("--graphs auto"), gpu=False) == []
     assert graphs.taken(parsed("--graphs auto --cuda-graph-impl transformer_engine"), gpu=True) == []
     assert graphs.taken(parsed("--cuda-graph-impl full_iteration"), gpu=True) == [graphs.CHECK]

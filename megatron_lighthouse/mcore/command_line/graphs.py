@@ -7,6 +7,7 @@ What is captured is repeated as it was: nothing within may wait for the host, or
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from copy import copy
 
@@ -108,13 +109,13 @@ def taken(args: argparse.Namespace, gpu: bool) -> list[str]:
     if kind != "none" and not gpu:
         raise ValueError(f"--cuda-graph-impl {kind} needs a GPU, and there is none here: leave it out.")
     if kind != "none":
-        return _unchecked(args, kind)
+        return _prepared(args, kind)
     if not gpu or args.skip_train:
         return []
     asked, because = args.graphs or BY_DEFAULT, left_off(args)
     if because is None and asked == AUTO:
         say_once(f"{FLAG} {AUTO}: --cuda-graph-impl {KIND} is taken.")
-        return ["--cuda-graph-impl", KIND, *_unchecked(args, KIND)]
+        return ["--cuda-graph-impl", KIND, *_prepared(args, KIND)]
     if because is None:
         say_once(f"CUDA graphs are off: {SAVE}. {FLAG} {AUTO} turns them on.")
     elif asked == AUTO:
@@ -122,8 +123,10 @@ def taken(args: argparse.Namespace, gpu: bool) -> list[str]:
     return []
 
 
-def _unchecked(args: argparse.Namespace, kind: str) -> list[str]:
-    """What turns Megatron's own check off, where it must be: `loop.finite` has another, outside the graph."""
+def _prepared(args: argparse.Namespace, kind: str) -> list[str]:
+    """Prepares NCCL for graphs. Answers what turns Megatron's check off, where it must be: `loop.finite` has another."""
+    # Megatron 0.19 asks its users for it, against illegal memory accesses beside expandable segments
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     return [CHECK] if kind == "full_iteration" and args.check_for_nan_in_loss_and_grad else []
 
 

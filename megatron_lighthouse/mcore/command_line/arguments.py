@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from megatron_lighthouse.mcore.command_line import correction, documents, hybrid, pyramid, rope, settings
+from megatron_lighthouse.mcore.command_line import correction, documents, graphs, hybrid, pyramid, rope, settings
 from megatron_lighthouse.mcore.command_line.checks import copies_in_a_graph, run_problems
 from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern
 from megatron_lighthouse.mcore.command_line.own_parts import (
@@ -123,8 +123,7 @@ def config_of(args: argparse.Namespace) -> Any:
     config.num_query_groups = args.num_query_groups if args.group_query_attention else None
     config.num_moe_experts = args.num_experts
     config.cp_comm_type = args.cp_comm_type[0] if len(args.cp_comm_type) == 1 else args.cp_comm_type
-    old = {"enable_cuda_graph": "local", "external_cuda_graph": "transformer_engine"}
-    config.cuda_graph_impl = next((kind for name, kind in old.items() if getattr(args, name)), args.cuda_graph_impl)
+    config.cuda_graph_impl = graphs.kind_of(args)
     return config
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from megatron_lighthouse.mcore.command_line import kept, tiles
+from megatron_lighthouse.mcore.command_line import graphs, kept, tiles
 from megatron_lighthouse.mcore.command_line.arguments import (
     ArgumentsProvider,
     model_config,
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         f"name, one picture for each of {selection_log.LAYERS}.",
     )
     tiles.add_arguments(parser)
+    graphs.add_arguments(parser)
     kept.add_arguments(parser)
     repair_help(parser)
     if type(parser) is argparse.ArgumentParser:  # Megatron's, whose usage is four thousand lines

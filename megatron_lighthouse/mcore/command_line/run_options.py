@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-from megatron_lighthouse.mcore.command_line import hybrid, positions, tiles
+from megatron_lighthouse.mcore.command_line import graphs, hybrid, positions, tiles
 from megatron_lighthouse.mcore.command_line.checks import PACKED, cp_layout_problems, packed_problems
 from megatron_lighthouse.mcore.command_line.own_parts import norm_problem
 from megatron_lighthouse.mcore.command_line.unread import unread_problems
@@ -84,6 +84,7 @@ def problems(args: Namespace, model_is_known: bool = True) -> Iterator[str]:
             yield f"{option} is not done by megatron_lighthouse.pretrain_gpt: {ELSEWHERE}."
     yield from unread_problems(args)
     yield from tiles.problems(args)
+    yield from graphs.problems(args)
     yield from hybrid.problems(args)
     if model_is_known:
         yield from positions.problems(args)

@@ -25,6 +25,8 @@ NOT_FINITE = 16
 WATCHED = "lighthouse_watched"
 """Of Megatron's machine of reruns: that it is as `_from_the_first` makes it."""
 
+LOSS = "the loss of this rank is not finite"
+
 type Step = Callable[..., Any]
 
 
@@ -38,6 +40,26 @@ def train_step(step: Step, forward: Any, data: Any, model: Any, *rest: Any, iter
         machine.state = RerunState.NOT_RUNNING_YET  # so that a checkpoint holds no iteration to repeat
         saves = _end(get_args(), iteration, weights_are_finite(model))
     return (losses, skipped, saves, ends, status, *others)
+
+
+def whole_iteration(call: Step, graph: Any, *rest: Any, **named: Any) -> Any:
+    """Around Megatron's graph of an iteration, within which nothing is checked: its losses are, after each replay."""
+    results = call(graph, *rest, **named)
+    if not named["forward_only"]:
+        for losses in results:
+            get_rerun_state_machine().validate_result(
+                result=losses["lm loss"][0],
+                rejection_func=lambda value: ~torch.isfinite(value),
+                message=LOSS,
+                tolerance=0.0,
+                fatal=True,
+            )
+    return results
+
+
+def checks(args: Namespace) -> bool:
+    """Whether losses are: Megatron wants its own check off where it captures whole iterations."""
+    return bool(args.check_for_nan_in_loss_and_grad) or args.cuda_graph_impl == "full_iteration"
 
 
 def save_checkpoint(save: Step, iteration: int, model: Any, *rest: Any, **named: Any) -> Any:
@@ -88,7 +110,7 @@ def _end_together(machine: Any) -> None:
             print(f"lighthouse: rank {torch.distributed.get_rank()}: {message}: {result}", flush=True)
 
     def should_checkpoint_and_exit() -> tuple[bool, bool, int]:
-        ends = get_args().check_for_nan_in_loss_and_grad and _any_rank(found)
+        ends = checks(get_args()) and _any_rank(found)
         return ends, ends, NOT_FINITE if ends else 0
 
     machine.validate_result, machine.should_checkpoint_and_exit = validate_result, should_checkpoint_and_exit

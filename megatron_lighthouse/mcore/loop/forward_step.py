@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_lighthouse.mcore.attention.document_rotary import rotate_by
 from megatron_lighthouse.mcore.attention.packed import packed
 from megatron_lighthouse.mcore.data.documents import documents_in, tokens_of_rank
+from megatron_lighthouse.mcore.loop import finite
 from megatron_lighthouse.mcore.loop.further_tokens import ends_of
 from megatron_lighthouse.mcore.loop.loss_weights import weighted
 from megatron_lighthouse.sequence.documents import Documents
@@ -84,7 +85,7 @@ def loss_function(loss_mask: Tensor | None, weights: Tensor | None, output: Tens
         get_rerun_state_machine().validate_result(
             result=loss,
             rejection_func=lambda value: ~torch.isfinite(value),
-            message="the loss of this rank is not finite",
+            message=finite.LOSS,
             tolerance=0.0,
             fatal=True,
         )

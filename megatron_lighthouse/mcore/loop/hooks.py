@@ -72,6 +72,7 @@ def follow_training() -> None:
     wrap(loop, "dummy_train_step", "skip", skip.skip_step)
     wrap(loop, "train_step", "finite", finite.train_step)
     wrap(loop, "save_checkpoint", "finite", finite.save_checkpoint)
+    wrap(loop.FullCudaGraphWrapper, "__call__", "finite", finite.whole_iteration)
 
 
 def tile() -> None:

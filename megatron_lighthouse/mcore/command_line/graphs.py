@@ -1,0 +1,176 @@
+"""CUDA graphs: where a run takes them by itself, and what Megatron's kinds do not go with. Imports no Megatron.
+
+Megatron's `local` captures each layer, forward and backward; `full_iteration` all of an iteration but the optimizer's step.
+What is captured is repeated as it was: nothing within may wait for the host, or change from one iteration to the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from copy import copy
+
+from megatron_lighthouse.mcore.command_line import pyramid
+from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern
+from megatron_lighthouse.notice import say_once
+from megatron_lighthouse.variants import VARIANTS
+
+FLAG = "--graphs"
+AUTO, OFF = "auto", "off"
+BY_DEFAULT = OFF
+"""Of `--graphs`."""
+KIND = "local"
+"""Of Megatron's --cuda-graph-impl: what `--graphs auto` takes."""
+MOST_TOKENS = 65536
+"""Of a rank, at which graphs still save time: the host is the slower one at 32,768, and at 98,304 it is not (one H200)."""
+SAVE = "at 32,768 tokens they took a third off an iteration on an H200"
+SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size")
+UNTRIED = (
+    "num_experts",
+    "fp8",
+    "fp4",
+    "mtp_num_layers",
+    "multi_latent_attention",
+    "recompute_granularity",
+    "use_megatron_fsdp",
+    "use_torch_fsdp2",
+)
+"""Options with which graphs have not been tried: `--graphs auto` leaves them off."""
+OFFLOADS = ("cpu_offloading", "cpu_offloading_num_layers", "fine_grained_activation_offloading")
+OLDER = {"enable_cuda_graph": "local", "external_cuda_graph": "transformer_engine"}
+"""What --cuda-graph-impl was called."""
+CHECK = "--no-check-for-nan-in-loss-and-grad"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add `--graphs`."""
+    parser.add_argument_group("graphs").add_argument(
+        FLAG,
+        choices=[AUTO, OFF],
+        help=f"'{AUTO}' adds --cuda-graph-impl {KIND} where graphs save time and nothing forbids them, and says why where they "
+        f"are left off. Default: {BY_DEFAULT}. --cuda-graph-impl goes before it.",
+    )
+    return parser
+
+
+def kind_of(args: argparse.Namespace) -> str:
+    """Megatron's --cuda-graph-impl, by its older names too."""
+    older = (kind for name, kind in OLDER.items() if getattr(args, name, False))
+    return str(next(older, getattr(args, "cuda_graph_impl", "none")))
+
+
+def problems(args: argparse.Namespace) -> Iterator[str]:
+    """What graphs do not go with, whatever the attention."""
+    kind = kind_of(args)
+    if kind == "none":
+        return
+    asked = f"--cuda-graph-impl {kind}"
+    if getattr(args, "graphs", None) == OFF:
+        yield f"{FLAG} {OFF} with {asked}: leave one of them out."
+    if kind != "full_iteration" and args.recompute_granularity == "full":
+        yield (
+            f"--recompute-granularity full with {asked}: a graph of one layer cannot hold it: use --cuda-graph-impl "
+            "full_iteration, --recompute-granularity selective, or leave one of them out."
+        )
+    for name in OFFLOADS if kind == "local" else OFFLOADS[:2]:
+        if kind != "full_iteration" and getattr(args, name, None):
+            use = "--cuda-graph-impl full_iteration" if name in OFFLOADS[:2] else "--cuda-graph-impl transformer_engine"
+            yield (
+                f"--{name.replace('_', '-')} with {asked}: a graph never gives back memory, and offloading does: "
+                f"use {use}, or leave one of them out."
+            )
+    rows = args.micro_batch_size
+    evaluated = getattr(args, "eval_micro_batch_size", None) or rows
+    if kind == "local" and args.eval_iters and evaluated != rows:
+        yield (
+            f"--eval-micro-batch-size {evaluated} with {asked}, whose graphs are of --micro-batch-size {rows}: use "
+            f"--eval-micro-batch-size {rows}, or --eval-iters 0."
+        )
+    schedule = getattr(args, "step_batch_size_schedule", None)
+    if kind != "local" and schedule:
+        yield (
+            f"--step-batch-size-schedule {schedule} with {asked}, which captures as many micro-batches as the first iterations "
+            "have: use --cuda-graph-impl local, or leave one of them out."
+        )
+
+
+def taken(args: argparse.Namespace, gpu: bool) -> list[str]:
+    """What the run adds to its command line; says why graphs are left off, or what they would save.
+
+    Args:
+        args: as the words say, not validated.
+        gpu: whether there is one.
+
+    Raises:
+        ValueError: graphs that are asked for where there is none.
+    """
+    kind = kind_of(args)
+    if kind != "none" and not gpu:
+        raise ValueError(f"--cuda-graph-impl {kind} needs a GPU, and there is none here: leave it out.")
+    if kind != "none":
+        return _prepared(args, kind)
+    if not gpu or args.skip_train:
+        return []
+    asked, because = args.graphs or BY_DEFAULT, left_off(args)
+    if because is None and asked == AUTO:
+        say_once(f"{FLAG} {AUTO}: --cuda-graph-impl {KIND} is taken.")
+        return ["--cuda-graph-impl", KIND, *_prepared(args, KIND)]
+    if because is None:
+        say_once(f"CUDA graphs are off: {SAVE}. {FLAG} {AUTO} turns them on.")
+    elif asked == AUTO:
+        say_once(f"{FLAG} {AUTO}: CUDA graphs are left off: {because}")
+    return []
+
+
+def _prepared(args: argparse.Namespace, kind: str) -> list[str]:
+    """Prepares NCCL for graphs. Answers what turns Megatron's check off, where it must be: `loop.finite` has another."""
+    # Megatron 0.19 asks its users for it, against illegal memory accesses beside expandable segments
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+    return [CHECK] if kind == "full_iteration" and args.check_for_nan_in_loss_and_grad else []
+
+
+def left_off(args: argparse.Namespace) -> str | None:
+    """Why `--graphs auto` leaves them off; None where it takes them."""
+    if args.use_checkpoint_args or args.spec is not None:
+        return f"what --{'use-checkpoint-args' if args.use_checkpoint_args else 'spec'} brings is not known before."
+    variant, ranks = VARIANTS[args.attention], args.context_parallel_size
+    if not variant.selects or getattr(args, "lighthouse_around", "softmax") != "softmax":
+        tried = "Lighthouse around softmax attention" if variant.selects else "--attention lighthouse"
+        return f"they are tried with {tried} alone."
+    tokens = (args.seq_length or args.encoder_seq_length or 0) * (args.micro_batch_size or 1) // ranks
+    if not tokens or tokens > MOST_TOKENS:
+        return (
+            f"at {tokens:,} tokens a rank the host keeps up, and they would take memory for nothing (beyond {MOST_TOKENS:,})."
+        )
+    named = {name: value for name in SIZES if (value := getattr(args, name, 1) or 1) > 1}
+    named |= {name: value for name in UNTRIED if (value := getattr(args, name, None))}
+    if hybrid_pattern(args):
+        named["hybrid_layer_pattern"] = args.hybrid_layer_pattern
+    for name, value in named.items():
+        return f"they are not tried with --{name.replace('_', '-')} {value}."
+    return _forbidden(args)
+
+
+def _forbidden(args: argparse.Namespace) -> str | None:
+    """The first rule that refuses `KIND` and not the run without it."""
+    without = copy(args)
+    without.rank = 0
+    without.num_layers = args.num_layers or args.encoder_num_layers
+    without.seq_length = args.seq_length or args.encoder_seq_length
+    if not (without.num_layers and without.num_attention_heads):
+        return "the model is not known."
+    vars(without).update(pyramid.sizes(without, without.seq_length))
+    graphed = copy(without)
+    graphed.cuda_graph_impl, graphed.graphs = KIND, AUTO
+    known = {*_rules(without)}
+    return next((rule for rule in _rules(graphed) if rule not in known), None)
+
+
+def _rules(args: argparse.Namespace) -> Iterator[str]:
+    from megatron_lighthouse.mcore.command_line import tiles
+    from megatron_lighthouse.mcore.command_line.arguments import attention_problems, config_of
+
+    yield from problems(args)
+    yield from tiles.problems(args)
+    yield from attention_problems(args, config_of(args), by_spec=False, has_spec=False)

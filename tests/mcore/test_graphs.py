@@ -1,0 +1,134 @@
+"""CUDA graphs: where a run takes them, what is refused, and the losses of whole iterations."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.rerun_state_machine import RerunMode, RerunStateMachine
+
+from megatron_lighthouse.mcore.command_line import before, flags, graphs
+from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
+from megatron_lighthouse.mcore.loop import finite
+from megatron_lighthouse.recipe.presets import preset_for
+
+RUN = """
+    --num-layers 30 --hidden-size 1024 --num-attention-heads 8 --seq-length 32768 --max-position-embeddings 32768
+    --micro-batch-size 1 --global-batch-size 1 --train-iters 9 --lr 1e-4 --eval-iters 0 --attention-dropout 0 --hidden-dropout 0
+    --position-embedding-type rope --attention lighthouse --transformer-impl transformer_engine
+"""
+
+
+def parsed(words: str) -> Namespace:
+    return flags.parse((RUN + words).split(), with_all_arguments, strict=False)[0]
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    lines: list[str] = []
+    monkeypatch.setattr(graphs, "say_once", lines.append)
+    return lines
+
+
+def test_auto_takes_them_where_they_save_time(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NCCL_GRAPH_REGISTER", raising=False)
+    assert graphs.taken(parsed("--graphs off"), gpu=True) == []
+    assert "--graphs auto turns them on" in said.pop()
+    assert "NCCL_GRAPH_REGISTER" not in os.environ
+    assert graphs.taken(parsed("--graphs auto"), gpu=True) == ["--cuda-graph-impl", graphs.KIND]
+    assert "is taken" in said[0]
+    assert os.environ["NCCL_GRAPH_REGISTER"] == "0"
+    assert graphs.taken(parsed("--graphs auto"), gpu=False) == []
+    assert graphs.taken(parsed("--graphs auto --cuda-graph-impl transformer_engine"), gpu=True) == []
+    assert graphs.taken(parsed("--cuda-graph-impl full_iteration"), gpu=True) == [graphs.CHECK]
+    with pytest.raises(ValueError, match="--cuda-graph-impl local needs a GPU"):
+        graphs.taken(parsed("--cuda-graph-impl local"), gpu=False)
+
+
+def test_make_train_on_one_gpu_takes_them(said: list[str]) -> None:
+    words = [*preset_for(1).arguments, "--attention", "lighthouse", "--train-iters", "9", "--eval-interval", "9"]
+    given = flags.parse(words, with_all_arguments, strict=False)[0]
+    given.recompute_granularity = None  # what it is with Transformer Engine
+    assert graphs.left_off(given) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "because"),
+    [
+        ("--seq-length 98304 --max-position-embeddings 98304", "98,304 tokens a rank"),
+        ("--attention dense", "--attention lighthouse alone"),
+        ("--lighthouse-around parallax", "around softmax"),
+        ("--context-parallel-size 2", "--context-parallel-size 2"),
+        ("--tensor-model-parallel-size 2", "--tensor-model-parallel-size 2"),
+        ("--recompute-granularity full", "--recompute-granularity full"),
+        ("--use-checkpoint-args", "--use-checkpoint-args"),
+        ("--dataloader-inter-document-masking", "each batch has other documents"),
+        ("--lighthouse-telemetry-interval 5 --tensorboard-dir t", "cannot look into the graphs"),
+        ("--lighthouse-stage2-at 5", "would change nothing"),
+        ("--mlp-tile-tokens 512", "not tried in a graph"),
+        ("--eval-iters 2 --eval-micro-batch-size 2", "--eval-micro-batch-size 2"),
+        ("--cpu-offloading-num-layers 2", "never gives back memory"),
+        ("--fine-grained-activation-offloading --offload-modules core_attn", "never gives back memory"),
+    ],
+)
+def test_why_they_are_left_off(words: str, because: str, said: list[str]) -> None:
+    assert graphs.taken(parsed(f"{words} --graphs auto"), gpu=True) == []
+    assert said[-1].startswith("--graphs auto: CUDA graphs are left off: ")
+    assert because in said[-1]
+    said.clear()
+    assert graphs.taken(parsed(f"{words} --graphs off"), gpu=True) == []
+    assert not said  # nobody asked, and nothing would be saved
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--graphs off --cuda-graph-impl local", "--graphs off with --cuda-graph-impl local"),
+        ("--graphs off --enable-cuda-graph", "--graphs off with --cuda-graph-impl local"),
+        ("--cuda-graph-impl local --recompute-granularity full", "--recompute-granularity full with --cuda-graph-impl local"),
+        ("--cuda-graph-impl local --cpu-offloading-num-layers 2", "--cpu-offloading-num-layers with --cuda-graph-impl local"),
+        ("--cuda-graph-impl local --fine-grained-activation-offloading", "use --cuda-graph-impl transformer_engine"),
+        ("--cuda-graph-impl local --eval-iters 2 --eval-micro-batch-size 2", "use --eval-micro-batch-size 1"),
+        ("--cuda-graph-impl full_iteration --step-batch-size-schedule 0:8", "--step-batch-size-schedule"),
+    ],
+)
+def test_what_cannot_be_is_refused(words: str, message: str) -> None:
+    (problem,) = graphs.problems(parsed(words))
+    assert message in problem
+
+
+def test_what_can_be_is_not() -> None:
+    for words in ("", "--graphs auto", "--cuda-graph-impl local --recompute-granularity selective"):
+        assert not [*graphs.problems(parsed(words))]
+    assert not [*graphs.problems(parsed("--cuda-graph-impl full_iteration --recompute-granularity full"))]
+    assert not [*before.problems(parsed("--graphs auto --eval-interval 9"))]
+
+
+@pytest.mark.parametrize("loss", [1.0, float("nan")])
+def test_losses_of_a_captured_iteration_are_checked(loss: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Megatron's machine, as it does without graphs: an iteration that is not finite does not step."""
+    found: list[bool] = []
+
+    def validate(result: torch.Tensor, rejection_func: Any, **named: Any) -> None:
+        found.append(bool(rejection_func(result)))
+
+    machine = RerunStateMachine(mode=RerunMode.DISABLED)
+    monkeypatch.setattr(machine, "validate_result", validate)
+    monkeypatch.setattr(finite, "get_rerun_state_machine", lambda: machine)
+
+    def replay(graph: object, **named: Any) -> list[dict[str, torch.Tensor]]:
+        return [{"lm loss": torch.tensor([2.0, 1.0])}, {"lm loss": torch.tensor([loss, 1.0])}]
+
+    assert len(finite.whole_iteration(replay, None, forward_only=False)) == 2
+    assert found == [False, loss != loss]
+    finite.whole_iteration(replay, None, forward_only=True)
+    assert len(found) == 2
+
+
+def test_the_check_stays_where_megatron_wants_its_own_off() -> None:
+    off = {"check_for_nan_in_loss_and_grad": False}
+    assert finite.checks(Namespace(cuda_graph_impl="full_iteration", **off))
+    assert not finite.checks(Namespace(cuda_graph_impl="none", **off))

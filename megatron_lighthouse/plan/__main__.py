@@ -144,7 +144,16 @@ def plan(options: argparse.Namespace) -> str:
     name = options.model or (options.recipe or RECIPE).removesuffix(".args").rpartition("/")[2]
     if options.longest:
         given = {field: value for field in LAYOUT if (value := getattr(options, field)) is not None}
-        found = (one for one in longest.layouts(run) if all(getattr(one, field) == value for field, value in given.items()))
+        scheme = given.pop("cp_comm_type", None)  # of any layout, and of none that is tried alone
+        tried = (
+            one if scheme is None else one.change(cp_comm_type=scheme)
+            for one in longest.layouts(run)
+            if scheme is None or one.cp_comm_type == search.SCHEMES[0]
+        )
+        found = [one for one in tried if all(getattr(one, field) == value for field, value in given.items())]
+        if not found:
+            asked = " ".join(f"{RUN_FLAGS.get(field, '--' + field)} {value}" for field, value in given.items())
+            raise ValueError(f"--gpus {run.gpus}: no layout that shares one sequence among them has {asked}: leave that out.")
         own = any(getattr(options, field) is not None for field in ("levels", "budget", "tile_budget"))
         return longest.answer(name, run, found, own, speed)
     if options.model and all(getattr(options, name) is None for name in LAYOUT):

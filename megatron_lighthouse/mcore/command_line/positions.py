@@ -47,7 +47,8 @@ def problems(args: Namespace) -> Iterator[str]:
         use = use if latent else ", or use --position-embedding-type rope"
         yield f"{_words(args, name)} is not read with {by}: leave it out{use}."
     for name in _given(args, *YARN) if turns else ():
-        yield f"{_words(args, name)} is YaRN's, and --rope-type rope does not turn by it: leave it out, or use --rope-type yarn."
+        use = "leave it out, or use --rope-type yarn"
+        yield f"{_words(args, name)} is YaRN's, and --rope-type rope does not turn by it: {use}."
     if not latent and getattr(args, "rope_type", None) == "yarn":
         yield "--rope-type yarn is MLA's: use --position-embedding-type yarn, or leave it out."
     sections = getattr(args, "mrope_section", None)

@@ -84,7 +84,7 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
     from megatron_lighthouse.launch.fits import counted, names_vocabulary, needs, too_much, without_logits
     from megatron_lighthouse.launch.layout import enough, layout, one_sequence
     from megatron_lighthouse.launch.sizes import sizes
-    from megatron_lighthouse.mcore.command_line import causal, flags, inner, numbers, pyramid, scorer
+    from megatron_lighthouse.mcore.command_line import causal, flags, hybrid, inner, numbers, pyramid, scorer
     from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
     from megatron_lighthouse.plan.device import DEVICES
 
@@ -92,6 +92,7 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
         args, unknown = flags.parse(words, with_all_arguments, strict=flags.installed() in (None, flags.VERSION))
     except flags.WordsError as error:
         return [str(error)], ""
+    unknown += [] if args.use_checkpoint_args else [*hybrid.word_problems(args)]  # of what is settled next
     args = settled(args)
     if found := [*numbers.problems(args)]:  # with which no other rule can reckon
         return [*unknown, *found], ""

@@ -45,8 +45,12 @@ RUN_FLAGS = {
     "edge_budget": "--lighthouse-edge-budget",
 }
 LAYOUT = ("tensor_parallel", "context_parallel", "pipeline_parallel", "cp_comm_type", "recompute")
+NOT_OF_LONGEST = {name: f"--{name.replace('_', '-')}" for name in ("tokens", "stage1_fraction", "seq_length", "details")}
+NOT_OF_LONGEST |= {"global_batch": "--global-batch-size", "document_lengths": FLAG}
+"""What means nothing beside --longest."""
 CONFIG_FLAGS = {name: flag(name) for name in ("levels", "pooling", "budget", "tile_budget")}
 RECIPE = "530m-98k"
+TOKENS = 10e9
 LENGTH = 2**17
 """Tokens of a sequence of a model where nothing is said."""
 
@@ -58,14 +62,13 @@ def parser() -> argparse.ArgumentParser:
     made.usage = "%(prog)s [--model NAME | --recipe NAME] [--tokens N] [--seq-length N] [--gpus N] [--device NAME] … (--help)"
     made.add_argument("--model", help=f"a model by name: {', '.join(models())}; its layout is found where none is given")
     made.add_argument("--recipe", help=f"or a recipe: a name, or a file of launch/recipes; default: {RECIPE}")
-    made.add_argument("--tokens", type=numbers.tokens, default=10e9, metavar="N", help="to train on, as 20B; default: 10B")
+    made.add_argument("--tokens", type=numbers.tokens, metavar="N", help="to train on, as 20B; default: 10B")
     made.add_argument("--device", default="b200", help=f"{', '.join(DEVICES)}; default: %(default)s")
     made.add_argument(
         "--stage1-fraction",
         type=float,
-        default=FRACTION,
         metavar="X",
-        help="share of the tokens in stage 1 (Lighthouse), before the dense stage 2; default: %(default)s",
+        help=f"share of the tokens in stage 1 (Lighthouse), before the dense stage 2; default: {FRACTION}",
     )
     made.add_argument(
         FLAG, type=Path, metavar="FILE", help="rows are packed: a document's tokens a line, or these and how many have so many"
@@ -128,13 +131,29 @@ def run_from(options: argparse.Namespace) -> Run:
 
 def plan(options: argparse.Namespace) -> str:
     """The answer, and the details where they are asked for. Raises ValueError where there is none."""
-    if not 0 < options.tokens < math.inf:
-        raise ValueError(f"--tokens {options.tokens:g} must be above 0, and finite: use 20B or 10e9.")
-    run, speed, fraction = run_from(options), coefficients(), options.stage1_fraction
+    tokens = TOKENS if options.tokens is None else options.tokens
+    if not 0 < tokens < math.inf:
+        raise ValueError(f"--tokens {tokens:g} must be above 0, and finite: use 20B or 10e9.")
+    if options.longest and (beside := [one for name, one in NOT_OF_LONGEST.items() if getattr(options, name)]):
+        raise ValueError(
+            f"--longest tells how far one sequence a step reaches in one stage, whatever {' '.join(beside)} would say: leave "
+            f"{' '.join(beside)} out, or --longest."
+        )
+    run, speed = run_from(options), coefficients()
+    fraction = FRACTION if options.stage1_fraction is None else options.stage1_fraction
     name = options.model or (options.recipe or RECIPE).removesuffix(".args").rpartition("/")[2]
     if options.longest:
         given = {field: value for field in LAYOUT if (value := getattr(options, field)) is not None}
-        found = (one for one in longest.layouts(run) if all(getattr(one, field) == value for field, value in given.items()))
+        scheme = given.pop("cp_comm_type", None)  # of any layout, and of none that is tried alone
+        tried = (
+            one if scheme is None else one.change(cp_comm_type=scheme)
+            for one in longest.layouts(run)
+            if scheme is None or one.cp_comm_type == search.SCHEMES[0]
+        )
+        found = [one for one in tried if all(getattr(one, field) == value for field, value in given.items())]
+        if not found:
+            asked = " ".join(f"{RUN_FLAGS.get(field, '--' + field)} {value}" for field, value in given.items())
+            raise ValueError(f"--gpus {run.gpus}: no layout that shares one sequence among them has {asked}: leave that out.")
         own = any(getattr(options, field) is not None for field in ("levels", "budget", "tile_budget"))
         return longest.answer(name, run, found, own, speed)
     if options.model and all(getattr(options, name) is None for name in LAYOUT):
@@ -144,7 +163,7 @@ def plan(options: argparse.Namespace) -> str:
         run.check()
         ranking = search.rank(run, speed, fraction)
     stages = Stages(run, fraction).check()
-    said = answer(name, stages, ranking, options.tokens, speed)
+    said = answer(name, stages, ranking, tokens, speed)
     return f"{said}\n\n{report.whole(stages, ranking, speed)}" if options.details else said
 
 

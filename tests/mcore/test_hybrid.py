@@ -110,6 +110,38 @@ def test_what_does_not_go_with_a_pattern(given: dict[str, object], message: str)
     assert re.search(message, problem)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"num_layers": 40},
+            r"--num-layers 40 disagrees with --hybrid-layer-pattern \*-\*-, of 4 layers: leave --num-layers out",
+        ),
+        ({"hybrid_override_pattern": "*-"}, "--hybrid-override-pattern, its old name, exclude each other"),
+        ({"hybrid_layer_pattern": None, "hybrid_override_pattern": "*-", "num_layers": 4}, "of 2 layers"),
+        ({"hybrid_layer_pattern": "*-Q-"}, "Q is no symbol of a layer"),
+        ({"hybrid_layer_pattern": "*-+-"}, r"has both \* and \+"),
+        ({"hybrid_layer_pattern": "*-|*-"}, "has 2 parts, .* use --pipeline-model-parallel-size 2, or leave"),
+        ({"pipeline_model_parallel_size": 3}, "has 4 layers, which --pipeline-model-parallel-size 3 must divide"),
+        ({"pipeline_model_parallel_layout": "Et*2|t*2L"}, "--pipeline-model-parallel-layout does not go with"),
+    ],
+)
+def test_words_that_disagree_with_a_pattern(given: dict[str, object], message: str) -> None:
+    base: dict[str, object] = {"hybrid_override_pattern": None, "num_layers": None, "pipeline_model_parallel_size": 1}
+    base |= dict.fromkeys((*hybrid.OF_PATTERN, "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"))
+    assert not [*hybrid.word_problems(arguments(**base))]
+    right: dict[str, object] = {"hybrid_layer_pattern": "*-|*-", "pipeline_model_parallel_size": 2, "num_layers": 4}
+    assert not [*hybrid.word_problems(arguments(**{**base, **right}))]
+    (problem,) = hybrid.word_problems(arguments(**{**base, **given}))
+    assert re.search(message, problem)
+
+
+def test_the_symbols_are_megatrons() -> None:
+    from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+
+    assert {*hybrid.LAYERS} == Symbols.VALID_LAYERS
+
+
 def test_a_pattern_without_attention_takes_none(tmp_path: Path) -> None:
     problem = hybrid.attention_problem(arguments(hybrid_layer_pattern="M-M-"), "lighthouse")
     assert "none of its layers attends: use * or +" in str(problem)

@@ -146,3 +146,17 @@ def test_the_schedule_is_megatrons(checkpoint: Path) -> None:
     saved = {name: value for name, value in state["opt_param_scheduler"].items() if name != "num_steps"}
     assert resume.schedule(words()) == saved
     assert set(saved) == set(resume.FLAGS)
+
+
+def test_ranks_files_go_on_as_they_were_trained(tmp_path: Path) -> None:
+    """Megatron's `torch` format, by runs: the checkpoint's rope is taken, and another attention is refused with the remedy."""
+    folder = tmp_path / "checkpoint"
+    save = ["--save", str(folder), "--save-interval", "1", "--train-iters", "2", "--ckpt-format", "torch"]
+    begun = run(tmp_path / "a", "--attention", "lighthouse", "--lighthouse-rope", "mean", *save)
+    (folder / stored.TRACKER).write_text("1")
+    gone_on = run(tmp_path / "b", "--attention", "lighthouse", *save, "--load", str(folder))
+    assert "--lighthouse-rope mean is taken" in gone_on.log
+    assert gone_on.losses == {2: begun.losses[2]}
+    other = " ".join(resume.problems(words("--attention", "parallax", "--load", str(folder)), folder))
+    assert "of the format torch" in other
+    assert "--ckpt-convert-format torch_dist" in other

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from megatron_lighthouse import LighthouseConfig
 from megatron_lighthouse.lighthouse.rotary import Rotary
-from megatron_lighthouse.mcore.command_line import rope
+from megatron_lighthouse.mcore.command_line import rope, stored
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
 from tests.mcore.test_spec import local_spec, transformer_config
 from tests.tolerances import assert_close
@@ -217,6 +218,69 @@ def test_a_checkpoint_goes_on_as_it_was_trained(
     if says:
         assert re.search(says, str(said))
     assert rope.settled(args, replace(SETTINGS, rope=asked)).rope == args.lighthouse_rope == taken
+
+
+def dcp(folder: Path, **arguments: Any) -> str:
+    """As Megatron writes `torch_dcp` and `fsdp_dtensor`: each entry beside the tensors."""
+    from torch.distributed.checkpoint import save
+
+    state = {
+        "model": {"weight": torch.zeros(2)},
+        "iteration": 7,
+        "opt_param_scheduler": {"max_lr": 0.5, "lr_decay_style": "linear"},
+    }
+    state |= {"args": Namespace(**arguments)} if arguments else {}
+    folder.mkdir()
+    (folder / "latest_checkpointed_iteration.txt").write_text("7")
+    save(state, checkpoint_id=folder / "iter_0000007", no_dist=True)
+    return str(folder)
+
+
+def of_ranks(folder: Path, name: str = "mp_rank_00_000", **arguments: Any) -> str:
+    """As it writes `torch`: a file a rank."""
+    (folder / "iter_0000007" / name).mkdir(parents=True)
+    (folder / "latest_checkpointed_iteration.txt").write_text("7")
+    state = {"model": {"weight": torch.zeros(2)}, "opt_param_scheduler": {"max_lr": 0.5, "lr_decay_style": "linear"}}
+    state |= {"args": Namespace(**arguments)} if arguments else {}
+    torch.save(state, folder / "iter_0000007" / name / "model_optim_rng.pt")
+    return str(folder)
+
+
+@pytest.mark.parametrize("arguments", [{"lighthouse_rope": "mean"}, OLD, {}], ids=["says it", "older", "has none"])
+@pytest.mark.parametrize("write", [dcp, of_ranks, partial(of_ranks, name="mp_rank_00")])
+def test_checkpoints_of_other_formats_go_on_as_they_were_trained(
+    write: Callable[..., str], arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    load = write(tmp_path / "run", **arguments)
+    args = Namespace(load=load, finetune=False, ckpt_step=None, pretrained_checkpoint=None)
+    assert rope.choice(args, "last", Path(load))[0] == "mean"
+    assert (rope.choice(args, "mean", Path(load))) == ("mean", None)
+    found = stored.before(args, Path(load))
+    assert found
+    assert found.state["opt_param_scheduler"] == {"max_lr": 0.5, "lr_decay_style": "linear"}
+
+
+def test_a_checkpoint_between_two_is_the_one_that_goes_on(tmp_path: Path) -> None:
+    load = checkpoint(tmp_path / "run", lighthouse_rope="last")
+    of_ranks(tmp_path / "run" / "non_persistent", lighthouse_rope="mean")
+    args = Namespace(
+        load=load, finetune=False, ckpt_step=None, non_persistent_ckpt_type=None, non_persistent_global_ckpt_dir=None
+    )
+    assert rope.choice(args, "last", Path(load))[0] == "last"
+    args.non_persistent_ckpt_type = "global"
+    assert rope.choice(args, "last", Path(load))[0] == "mean"
+
+
+def test_what_is_seen_first_when_it_is_loaded_is_refused_or_handed_on() -> None:
+    """As in an object store, which is not looked at before."""
+    args = Namespace(attention="lighthouse", lighthouse_rope="last", finetune=False)
+    assert rope.loaded_problem(args, Namespace(lighthouse_rope="last"), "msc://run") is None
+    assert "add --lighthouse-rope mean" in str(rope.loaded_problem(args, Namespace(), "msc://run"))
+    dense = Namespace(**{**vars(args), "attention": "dense"})
+    assert rope.loaded_problem(dense, Namespace(lighthouse_rope="mean"), "msc://run") is None
+    assert dense.lighthouse_rope == "mean"
+    args.finetune = True
+    assert rope.loaded_problem(args, Namespace(), "msc://run") is None
 
 
 def test_weights_of_another_run_begin_a_new_one(tmp_path: Path) -> None:

@@ -125,6 +125,9 @@ def test_what_we_read_is_there() -> None:
     assert named <= known | positive | {"--no-" + flag[2:] for flag in known}
 
 
+YARN, MLA = {"position_embedding_type": "yarn"}, {"multi_latent_attention": True}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -140,6 +143,16 @@ def test_what_we_read_is_there() -> None:
         ({"yaml_cfg": "file"}, "--yaml-cfg is not done"),
         ({"hybrid_layer_pattern": "M*"}, r"--hybrid-layer-pattern M\* with --transformer-impl local: of M"),
         ({"rope_scaling_factor": 32.0, "use_rope_scaling": False}, "--rope-scaling-factor 32.0 means nothing without"),
+        ({**YARN, "rotary_percent": 0.5}, "--rotary-percent 0.5 is not read with --position-embedding-type yarn: leave it out"),
+        ({**YARN, "rotary_interleaved": True}, "--rotary-interleaved is not read with --position-embedding-type yarn"),
+        ({**YARN, "rotary_seq_len_interpolation_factor": 4.0}, "--rotary-seq-len-interpolation-factor 4.0 is not read with"),
+        ({**MLA, "rotary_percent": 0.5}, "--rotary-percent 0.5 is not read with --multi-latent-.* use --rope-type rope"),
+        ({**MLA, "rotary_interleaved": True}, "--rotary-interleaved is not read with --multi-latent-attention: leave it out"),
+        ({**MLA, "rotary_seq_len_interpolation_factor": 4.0}, "-interpolation-factor 4.0 is not read with --multi-latent"),
+        ({**MLA, "rope_type": "rope", "rotary_scaling_factor": 40.0}, "--rotary-scaling-factor 40.0 .* use --rope-type yarn"),
+        ({"rope_type": "yarn"}, "--rope-type yarn is MLA's: use --position-embedding-type yarn"),
+        ({"mrope_section": [1, 2, 3]}, "--mrope-section 1 2 3 means nothing without --position-embedding-type mrope"),
+        ({"position_embedding_type": "mrope"}, "--position-embedding-type mrope needs --mrope-section"),
         ({"full_validation": True}, "--full-validation fails .* add --multiple-validation-sets"),
         ({"multiple_validation_sets": True}, "--multiple-validation-sets .* without --full-validation: add it"),
         (
@@ -167,6 +180,9 @@ def test_an_option_that_would_be_ignored_is_refused_by_name(changes: dict[str, A
     whole = {"full_validation": True, "multiple_validation_sets": True}
     check_run_options(plain_run(**others, **whole))
     check_run_options(plain_run(**{**others, "data_path": ["a"], "split": "90,10,0"}, **whole))
+    check_run_options(plain_run(**others, **YARN, rotary_scaling_factor=4.0))
+    check_run_options(plain_run(**others, **MLA, rope_type="rope", rotary_percent=0.5))
+    check_run_options(plain_run(**others, **MLA, rotary_scaling_factor=40.0, mscale_all_dim=1.0))
     with pytest.raises(ValueError, match=message):
         check_run_options(plain_run(**{**others, **changes}))
 

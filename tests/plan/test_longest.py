@@ -58,6 +58,26 @@ def test_the_answer_says_what_to_give(capsys: pytest.CaptureFixture[str]) -> Non
     assert "--gpus 1: no length of this model fits: use more GPUs" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "beside",
+    [
+        *("--tokens 20B", "--seq-length 32K", "--stage1-fraction 0.7", "--global-batch-size 8", "--details"),
+        "--document-lengths lengths.txt",
+    ],
+)
+def test_what_means_nothing_beside_it_is_refused(beside: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", "qwen3-0.6b", "--gpus", "1", "--longest", *beside.split()]) == 2
+    assert f"leave {beside.split()[0]} out, or --longest" in capsys.readouterr().err
+
+
+def test_a_layout_that_is_given_is_kept_or_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    command = "--model llama3-8b --gpus 8 --device h200 --longest --recompute full --context-parallel-size".split()
+    assert main([*command, "8", "--cp-comm-type", "all_gather"]) == 0
+    assert "--cp-comm-type all_gather" in capsys.readouterr().out
+    assert main([*command, "3"]) == 2
+    assert "no layout that shares one sequence among them has" in capsys.readouterr().err
+
+
 def test_ranks_share_one_sequence(qwen: Run) -> None:
     found = list(longest.layouts(qwen.change(gpus=4)))
     assert found

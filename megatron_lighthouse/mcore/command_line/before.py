@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
-from megatron_lighthouse.mcore.command_line import flags, numbers
+from megatron_lighthouse.mcore.command_line import flags, hybrid, numbers
 from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
 from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern
 
@@ -50,6 +50,7 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
         yield from found
         return
     if not args.use_checkpoint_args:  # else they may be the checkpoint's
+        yield from hybrid.word_problems(args)
         yield from _model(args)
     yield from _batch(args)
     yield from _saves(args)
@@ -132,6 +133,8 @@ def _saves(args: argparse.Namespace) -> Iterator[str]:
     elif args.save is not None and keep is not None and (keep < 1 or keep % every):
         use = max(1, keep // every) * every
         yield f"--save-retain-interval {keep} must be a multiple of --save-interval {every}: use {use}."
+    if args.save is not None and args.async_save and args.ckpt_format == "torch":
+        yield "--async-save is not done with --ckpt-format torch: leave it out, or use --ckpt-format torch_dist."
     if args.log_memory_interval is not None and args.log_interval > 0 and args.log_memory_interval % args.log_interval:
         yield (
             f"--log-memory-interval {args.log_memory_interval} must be a multiple of --log-interval {args.log_interval}: use "

@@ -15,6 +15,51 @@ LOCAL = "*+-E|"
 PACKAGES = {"M": ("mamba_ssm", "mamba-ssm"), "G": ("fla", "flash-linear-attention")}
 """By symbol, what a layer imports, and what installs it."""
 
+LAYERS = "MGD*+-E"
+"""All symbols of layers."""
+OF_PATTERN = """
+    num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank pipeline_model_parallel_layout
+    account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split
+""".split()
+"""Options that say what a pattern says."""
+
+
+def word_problems(args: Namespace) -> Iterator[str]:
+    """Why a pattern makes no model, or other words say something else.
+
+    Args:
+        args: as the words say, not validated: Megatron then overwrites what disagrees.
+    """
+    symbols, pattern = hybrid_pattern(args), args.hybrid_layer_pattern or args.hybrid_override_pattern
+    if symbols is None:
+        return
+    if args.hybrid_layer_pattern and args.hybrid_override_pattern:
+        yield f"{FLAG} and --hybrid-override-pattern, its old name, exclude each other: leave the latter out."
+    if odd := sorted({*pattern} - {*LAYERS, "|", "/"}):
+        yield f"{FLAG} {pattern}: {' '.join(odd)} is no symbol of a layer: use {' '.join(LAYERS)}, and | between stages."
+    elif "*" in pattern and {*pattern} & {"+", "D"}:
+        yield f"{FLAG} {pattern} has both * and + or D, which no model has together: use one kind."
+    if args.num_layers not in (None, len(symbols)):
+        yield (
+            f"--num-layers {args.num_layers} disagrees with {FLAG} {pattern}, of {len(symbols)} layers: leave --num-layers "
+            "out, or give another pattern."
+        )
+    for name in OF_PATTERN:
+        if getattr(args, name):
+            yield f"--{name.replace('_', '-')} does not go with {FLAG}: leave it out, and part the pattern by |."
+    stages, size = pattern.partition("/")[0].count("|") + 1, args.pipeline_model_parallel_size
+    ends = (args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers)
+    if stages > 1 and (stages % size or size == 1):
+        yield (
+            f"{FLAG} {pattern} has {stages} parts, and --pipeline-model-parallel-size {size} must be above 1 and divide them: "
+            f"use --pipeline-model-parallel-size {stages}, or leave | out."
+        )
+    elif stages == 1 and ends == (None, None) and len(symbols) % size:
+        yield (
+            f"{FLAG} {pattern} has {len(symbols)} layers, which --pipeline-model-parallel-size {size} must divide where no | "
+            "parts them: use another size, or | between stages."
+        )
+
 
 def problems(args: Namespace) -> Iterator[str]:
     """Why such a model is not trained as asked, whatever machine it runs on."""

@@ -13,6 +13,8 @@ YARN_ALONE = ("yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_b
 """Which MLA, whose rotation has its own, does not read."""
 NOTHING = {"rotary_base": 10000, "rotary_percent": 1.0, "rotary_scaling_factor": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
 """Megatron's defaults; None and False where not named."""
+OF_TURNING = ("rotary_percent", "rotary_seq_len_interpolation_factor", "rotary_interleaved")
+"""What YaRN does not read; nor does MLA, but for the share of its rotated channels with `--rope-type rope`."""
 LEARNED = ("learned_absolute", "relative")
 
 
@@ -36,6 +38,28 @@ def problems(args: Namespace) -> Iterator[str]:
             f"--use-rope-scaling is not read with {other}: "
             f"leave it out{', and use --rope-type yarn with --rotary-scaling-factor' if latent else ''}."
         )
+    turns = latent and getattr(args, "rope_type", None) == "rope"  # MLA's default is yarn
+    for name in _given(args, *OF_TURNING) if latent or kind == "yarn" else ():
+        if turns and name == "rotary_percent":
+            continue
+        by = "--multi-latent-attention" if latent else "--position-embedding-type yarn"
+        use = ", or use --rope-type rope" if name == "rotary_percent" else ""
+        use = use if latent else ", or use --position-embedding-type rope"
+        yield f"{_words(args, name)} is not read with {by}: leave it out{use}."
+    for name in _given(args, *YARN) if turns else ():
+        use = "leave it out, or use --rope-type yarn"
+        yield f"{_words(args, name)} is YaRN's, and --rope-type rope does not turn by it: {use}."
+    if not latent and getattr(args, "rope_type", None) == "yarn":
+        yield "--rope-type yarn is MLA's: use --position-embedding-type yarn, or leave it out."
+    sections = getattr(args, "mrope_section", None)
+    if kind == "mrope" and not sections:
+        yield (
+            "--position-embedding-type mrope needs --mrope-section, three numbers that make half of a head's channels: add it, "
+            "or use --position-embedding-type rope."
+        )
+    elif sections and kind != "mrope":
+        words = " ".join(map(str, sections))
+        yield f"--mrope-section {words} means nothing without --position-embedding-type mrope: add that, or leave it out."
     if getattr(args, "rope_scaling_factor", 8.0) != 8.0 and not args.use_rope_scaling:
         yield (
             f"--rope-scaling-factor {args.rope_scaling_factor} means nothing without --use-rope-scaling: add it, or leave "

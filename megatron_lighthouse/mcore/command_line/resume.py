@@ -98,6 +98,12 @@ def attention_problems(args: argparse.Namespace, before: Any, folder: Path, chec
             f"the checkpoint in {folder} is of --attention {was}, whose weights go with no other: use --attention {was}, or "
             f"add --drop-attention-weights to lose {', '.join(f'linear_{one.name}' for one in lost)} and what it did."
         )
+    elif had != has and (kind := stored.other_format(checkpoint)):
+        yield (
+            f"the checkpoint in {folder} is of --attention {was} and of the format {kind}, whose weights Megatron gives to no "
+            f"other attention: write it again first, with --attention {was} --ckpt-convert-format torch_dist "
+            "--ckpt-convert-save FOLDER, and load that."
+        )
     elif had != has and not (args.skip_train or args.finetune or args.no_load_optim):
         yield (
             f"the checkpoint in {folder} is of --attention {was}, so that its optimizer knows other weights than --attention "

@@ -85,7 +85,7 @@ def choice(args: argparse.Namespace, asked: str, load: Path | None, pretrained: 
     if found is None:
         return asked, None
     load, before, begins = found.folder, found.args, found.begins
-    if before is None:
+    if before is None and not found.state:
         return asked, f"the checkpoint in {load} does not say how it was trained: {FLAG} {asked} is taken"
     was, how = getattr(before, "lighthouse_rope", MEAN), f"the checkpoint in {load} was trained with it"
     if not hasattr(before, "lighthouse_rope"):
@@ -96,3 +96,20 @@ def choice(args: argparse.Namespace, asked: str, load: Path | None, pretrained: 
         return was, f"{FLAG} {was} is taken: {how}. For {FLAG} {asked} begin anew, with --finetune or --pretrained-checkpoint"
     other = getattr(VARIANTS.get(getattr(before, "attention", "")), "selects", False)
     return asked, f"{FLAG} {asked} is taken for a new run, and not {was}: {how}" if other else None
+
+
+def loaded_problem(args: argparse.Namespace, before: Any, folder: str) -> str | None:
+    """Why a run does not go on from a checkpoint that it sees first when it is loaded, as one of an object store.
+
+    A run without Lighthouse takes the checkpoint's way here, to hand it on.
+
+    Args:
+        before: the checkpoint's arguments; None where it has none.
+    """
+    took, was = getattr(args, "lighthouse_rope", None), getattr(before, "lighthouse_rope", MEAN)
+    if before is None or took in (None, was) or args.finetune:
+        return None
+    if args.attention in VARIANTS and VARIANTS[args.attention].selects:
+        return f"the checkpoint in {folder} was trained with {FLAG} {was}, and the run began with {took}: add {FLAG} {was}."
+    args.lighthouse_rope = was
+    return None

@@ -15,7 +15,13 @@ from typing import Any
 
 TRACKER = "latest_checkpointed_iteration.txt"
 COMMON = "common_state/shard_0_1"
-"""Where Megatron-core 0.19 keeps it among the tensors; releases before it wrote common.pt."""
+"""Where Megatron-core 0.19 keeps it among the tensors of a `torch_dist` checkpoint; releases before it wrote common.pt."""
+OF_RANK = "mp_rank_00*/model_optim_rng.pt"
+"""The file of the first rank of a `torch` checkpoint, with or without pipeline and expert ranks in its folder's name."""
+METADATA = ".metadata"
+"""Of torch's distributed checkpoints: `torch_dist`, `torch_dcp` and `fsdp_dtensor`."""
+PARTS = ("args", "opt_param_scheduler")
+"""What is read of the other formats, which keep it beside the tensors."""
 
 
 def last_iteration(folder: Path) -> int | None:
@@ -67,6 +73,10 @@ def before(args: argparse.Namespace, load: Path | None, pretrained: Path | None 
         load, pretrained: --load and --pretrained-checkpoint, where this machine has them.
     """
     begins, iteration = args.finetune, (args.ckpt_step or last_iteration(load)) if load else None
+    if load and getattr(args, "non_persistent_ckpt_type", None) == "global" and (iteration is not None or not pretrained):
+        between = Path(args.non_persistent_global_ckpt_dir or load / "non_persistent")
+        if (newer := last_iteration(between)) is not None and newer >= (iteration or 0):
+            load, iteration = between, newer
     if iteration is None:  # Megatron then begins with the weights of the other
         load, begins = pretrained, True
         iteration = last_iteration(load) if load else None
@@ -76,7 +86,7 @@ def before(args: argparse.Namespace, load: Path | None, pretrained: Path | None 
 
 
 def common_state(folder: Path, iteration: int) -> Mapping[str, Any] | None:
-    """What all ranks have in common in a `torch_dist` checkpoint; None where it cannot be read, which the load will say."""
+    """What all ranks have in common in a checkpoint of any format; None where it cannot be read, which the load will say."""
     return common_state_of(folder_of(folder, iteration))
 
 
@@ -85,24 +95,59 @@ def common_state_of(checkpoint: Path) -> Mapping[str, Any] | None:
     if not checkpoint.is_dir():
         return None
     try:
-        from torch.distributed.checkpoint.filesystem import FileSystemReader  # takes as long to import as all of torch
+        import torch  # takes seconds
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
 
         if (checkpoint / "common.pt").is_file():
             return _plain((checkpoint / "common.pt").read_bytes())
-        stored = FileSystemReader(checkpoint).read_metadata().storage_data
-        where = next(place for index, place in stored.items() if index.fqn == COMMON)
-        with (checkpoint / where.relative_path).open("rb") as file:
-            file.seek(where.offset)
-            return _plain(file.read(where.length))[0]
-    except (OSError, StopIteration, ImportError, EOFError, RuntimeError, ValueError, AttributeError, pickle.UnpicklingError):
+        if ranks := sorted(checkpoint.glob(OF_RANK)):  # of which mmap leaves the tensors where they are
+            state = torch.load(ranks[0], map_location="cpu", mmap=True, pickle_module=_Plain, weights_only=False)
+            return {name: state[name] for name in PARTS if name in state}
+        metadata = FileSystemReader(checkpoint).read_metadata()
+        places = {index.fqn: place for index, place in metadata.storage_data.items()}
+        if COMMON in places:
+            return _read(checkpoint, places[COMMON])[0]
+        return _parts(checkpoint, places, metadata.planner_data or {})
+    except (OSError, ImportError, EOFError, RuntimeError, ValueError, AttributeError, pickle.UnpicklingError):
         return None
+
+
+def _read(checkpoint: Path, place: Any) -> Any:
+    with (checkpoint / place.relative_path).open("rb") as file:
+        file.seek(place.offset)
+        return _plain(file.read(place.length))
+
+
+def _parts(checkpoint: Path, places: Mapping[str, Any], paths: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a format that keeps each entry of each dict by itself, and at which path."""
+    found: dict[str, Any] = {}
+    for name, place in places.items():
+        first, *rest = paths.get(name, (name,))
+        if first in PARTS and len(rest) < 2:
+            value = _read(checkpoint, place)
+            if rest:
+                found.setdefault(first, {})[rest[0]] = value
+            else:
+                found[first] = value
+    return found
+
+
+def other_format(checkpoint: Path) -> str | None:
+    """In words, that of a checkpoint that is no `torch_dist` one."""
+    if any(checkpoint.glob(OF_RANK)):
+        return "torch"
+    if (checkpoint / METADATA).is_file() and not (checkpoint / "metadata.json").is_file():
+        return "torch_dcp or fsdp_dtensor"
+    return None
 
 
 def is_zero(checkpoint: Path, module: str) -> bool:
     """Whether there are tensors of a module of the model in a `torch_dist` checkpoint, and all are 0: those of all its layers.
 
-    Reads piece after piece, up to the first that is not.
+    Reads piece after piece, up to the first that is not. Of a format that keeps ranks' files it is not known: False.
     """
+    if not (checkpoint / METADATA).is_file():
+        return False
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     stored = FileSystemReader(checkpoint).read_metadata().storage_data
@@ -111,10 +156,7 @@ def is_zero(checkpoint: Path, module: str) -> bool:
     for index, place in stored.items():
         if index.fqn not in names:
             continue
-        with (checkpoint / place.relative_path).open("rb") as file:
-            file.seek(place.offset)
-            piece = _plain(file.read(place.length))
-        if piece.any():
+        if _read(checkpoint, place).any():
             return False
     return bool(names)
 

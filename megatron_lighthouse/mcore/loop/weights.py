@@ -15,6 +15,7 @@ from megatron.core import dist_checkpointing
 from megatron.training.checkpointing import get_checkpoint_name
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
+from megatron_lighthouse.mcore.command_line import rope
 from megatron_lighthouse.mcore.command_line.resume import attention_problems
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.variant import norm_of
@@ -44,6 +45,8 @@ def load_base(
     before = dist_checkpointing.load_common_state_dict(folder).get("args")
     if found := [*attention_problems(args, before, Path(load_dir), Path(folder))]:
         raise ValueError("\n".join(found))
+    if not release and (problem := rope.loaded_problem(args, before, folder)):
+        raise ValueError(problem)
     stored = FileSystemReader(folder).read_metadata().state_dict_metadata
     there = {key for key in stored if not key.startswith("optimizer") and "_extra_state" not in key}
     lacking = [*_lacking(sharded_state_dict, args, there)]

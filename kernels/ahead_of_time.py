@@ -16,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from megatron_lighthouse.kernels import descriptors
 from megatron_lighthouse.kernels.launch import launch, padded
 from megatron_lighthouse.kernels.lighthouse import attended, causal
 from megatron_lighthouse.kernels.lighthouse.edge import edge_kernel
@@ -55,6 +56,8 @@ FP32 = {
     "p_factor",
     *("p_row_gates", "p_grad_gates", "p_dg"),
 }
+NEAR_SUMS = ("p_dq", "p_dk", "p_dv")
+"""What the near kernel leaves for the others to add to, in fp32."""
 INT32 = {"p_first", "p_ranks", "p_places", "p_documents", "p_tiles", "p_starts", "p_blocks", "p_bounds", "p_ends", "p_begin"}
 TENSOR_MEMORY = 512
 """Columns that Blackwell has for a program."""
@@ -194,6 +197,7 @@ def compile_wall_rows(capability: int, geometry: Geometry, dtype: str, dim: int)
 
 
 def _compile(kernel: Any, capability: int, dtype: str, constants: Mapping[str, Any], warps: int, **options: Any) -> Report:
+    sums = NEAR_SUMS if kernel is near_kernel else ()
     signature: dict[str, Any] = {}
     aligned: dict[tuple[int, ...], Any] = {}
     for i, name in enumerate(kernel.arg_names):
@@ -203,7 +207,7 @@ def _compile(kernel: Any, capability: int, dtype: str, constants: Mapping[str, A
             signature[name] = ("i32", "i32", "i32")
             aligned |= {(i, j): [["tt.divisibility", 16]] for j in range(3)}
         else:
-            kind = "fp32" if name in FP32 else "i32" if name in INT32 else dtype
+            kind = "fp32" if name in FP32 or name in sums else "i32" if name in INT32 else dtype
             signature[name] = f"*{kind}" if name.startswith("p_") else "i32"
             aligned[i,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
@@ -214,6 +218,10 @@ def _compile(kernel: Any, capability: int, dtype: str, constants: Mapping[str, A
         raise ValueError(
             f"{compiled.metadata.name} needs {columns} columns of tensor memory, more than {TENSOR_MEMORY}: smaller tiles"
         )
+    if "wgmma" in compiled.asm["ptx"] and capability == 90:
+        wrong = descriptors.problem(compiled.asm["cubin"], triton.knobs.nvidia.nvdisasm.path, compiled.metadata.shared)
+        if wrong is not None:
+            raise ValueError(f"{compiled.metadata.name}: {wrong}")
     registers, stack = _used(compiled.asm["cubin"])
     return Report(compiled.metadata.name, registers, compiled.metadata.shared, stack)
 

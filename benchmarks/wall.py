@@ -132,6 +132,21 @@ def floor_ms(case: Case, direction: str) -> float:
     return 1000 * (2 * products / OPERATIONS + moved / BYTES)
 
 
+def parts(case: Case) -> list[dict[str, Any]]:
+    """Milliseconds of each kernel in a forward and backward pass of Lighthouse around Wall, the longest first."""
+    inputs = inputs_of(case)
+    layer = layers(inputs)["around"]
+    grad = torch.randn_like(inputs[0])
+    for _ in range(2):
+        torch.autograd.grad(layer(*inputs), inputs, grad)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        torch.autograd.grad(layer(*inputs), inputs, grad)
+        torch.cuda.synchronize()
+    found = [(x.device_time_total / 1000, x.count, x.key) for x in profile.key_averages()]
+    return [{"ms": round(ms, 4), "launches": count, "kernel": name[:100]} for ms, count, name in sorted(found, reverse=True)]
+
+
 def time_case(case: Case) -> list[dict[str, Any]]:
     """Milliseconds of each."""
     sets = [inputs_of(case) for _ in range(COPIES)]
@@ -234,12 +249,17 @@ def main() -> None:
     parser.add_argument("--piece", type=int, default=Step.TOKENS, help="tokens of a piece; default: %(default)s")
     parser.add_argument("--only-times", action="store_true", help="no checks")
     parser.add_argument("--only-check", action="store_true", help="errors and repeats alone, on a CPU too")
+    parser.add_argument("--parts", action="store_true", help="the kernels of Lighthouse around Wall alone, and their times")
     parser.add_argument("--check", type=int, help="one of the shapes that are checked, alone: each has a process of its own")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(1)
     gpu = torch.cuda.is_available()
     device, tokens = ("cuda", 1024) if gpu else ("cpu", 128)
+    if options.parts:
+        found = parts(Case(AROUND_FROM, 8, 8, 128))
+        print(*found, f"{sum(x['ms'] for x in found):.3f} ms in all", sep="\n")
+        return None
     if options.check is not None:
         return check(options.check, options.out, tokens, device)
     checked = {} if options.only_times else check_all(options.out, tokens, device)

@@ -144,6 +144,8 @@ def parts(case: Case) -> list[dict[str, Any]]:
         torch.autograd.grad(layer(*inputs), inputs, grad)
         torch.cuda.synchronize()
     found = [(x.device_time_total / 1000, x.count, x.key) for x in profile.key_averages()]
+    whole = median_ms([lambda: torch.autograd.grad(layer(*inputs), inputs, grad)])
+    found.append((whole, 1, "all of it, and what the host lets wait"))
     return [{"ms": round(ms, 4), "launches": count, "kernel": name[:100]} for ms, count, name in sorted(found, reverse=True)]
 
 
@@ -176,10 +178,10 @@ def time_case(case: Case) -> list[dict[str, Any]]:
 def errors(checked: Checked, gate: float, tokens: int, device: str) -> dict[str, float]:
     """Of output and gradients, relative to their norms, against ours in float64."""
     inputs = checked_inputs(checked, gate, tokens, device)
-    query, key, value = inputs[:3]
+    query, key, value, gates = inputs
     attend = build(query, key, value, query.shape[2], kernels="triton" if device == "cuda" else "reference")
     wide = [x.detach().double().requires_grad_() for x in inputs]
-    exact, out = wall_attention(*wide), attend(*inputs, None, None)
+    exact, out = wall_attention(*wide), attend(query, key, value, gates, None, None)
     grad = torch.randn_like(out)
     expected = [exact, *torch.autograd.grad(exact, wide, grad.double())]
     grads = torch.autograd.grad(out, inputs, grad)
@@ -257,8 +259,8 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     device, tokens = ("cuda", 1024) if gpu else ("cpu", 128)
     if options.parts:
-        found = parts(Case(AROUND_FROM, 8, 8, 128))
-        print(*found, f"{sum(x['ms'] for x in found):.3f} ms in all", sep="\n")
+        Step.TOKENS = options.piece
+        print(f"pieces of {options.piece}", *parts(Case(AROUND_FROM, 8, 8, 128)), sep="\n", flush=True)
         return None
     if options.check is not None:
         return check(options.check, options.out, tokens, device)

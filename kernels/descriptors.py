@@ -39,12 +39,13 @@ class Product(NamedTuple):
     descriptor: int | None
 
 
-def problem(cubin: bytes, nvdisasm: str, shared: int) -> str | None:
+def problem(code: str, shared: int) -> str | None:
     """What is wrong with the descriptors of a kernel that has so many bytes of shared memory; None where nothing is.
 
-    A descriptor says where an operand begins, and how far its groups of 8 rows lie apart: both must lie within.
+    `code` is what `disassembled` gives. A descriptor says where an operand begins, and how far its groups of 8 rows lie
+    apart: both must lie within.
     """
-    for product in products(disassembled(cubin, nvdisasm)):
+    for product in products(code):
         if product.descriptor is None:
             continue
         begin, apart = (product.descriptor & 0x3FFF) << 4, (product.descriptor >> 32 & 0x3FFF) << 4
@@ -79,7 +80,7 @@ def products(code: str) -> list[Product]:
             if after not in entries or met != entries[after]:
                 entries[after] = dict(met)
                 waiting.append(after)
-    found = []
+    found: list[Product] = []
     for i, state in sorted(entries.items()):
         state = dict(state)
         for operation in blocks[i]:

@@ -59,7 +59,7 @@ FP32 = {
 OF_ROWS = ("strides_lse", "strides_delta", "strides_scalar_sums")
 """Of [B, H, n]."""
 EXACT = (wall_forward_kernel, near_kernel, wall_queries_kernel, wall_keys_kernel)
-"""Compiled just as they are launched, for ptxas once erred: numbers are no multiples of 16, rows of [B, H, n] lie side by side."""
+"""Compiled as they are launched, for ptxas once erred: numbers are no multiples of 16, rows of [B, H, n] lie side by side."""
 NEAR_SUMS = ("p_dq", "p_dk", "p_dv")
 """What the near kernel leaves for the others to add to, in fp32."""
 INT32 = {"p_first", "p_ranks", "p_places", "p_documents", "p_tiles", "p_starts", "p_blocks", "p_bounds", "p_ends", "p_begin"}

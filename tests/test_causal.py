@@ -20,6 +20,8 @@ from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.lighthouse.steps import Steps
 from megatron_lighthouse.lighthouse.telemetry import later_tokens
 from megatron_lighthouse.sequence.documents import Documents
+from megatron_lighthouse.wall.config import WallConfig
+from megatron_lighthouse.wall.layer import Step
 from tests import causal_oracle
 from tests.oracle import Problem, number, order, problems
 from tests.steps import DEVICE, both, chosen, poisoned, precision, random_like, small_problems, tensors
@@ -171,6 +173,23 @@ def test_nor_where_rows_are_gathered_for_another_attention() -> None:
     before, after = (lighthouse_attention(*x[:3], config, streams=x[3:]) for x in ([*inputs, stream], changed))
     assert torch.equal(before[:39], after[:39])
     assert not torch.equal(before[39:], after[39:])
+
+
+@pytest.mark.parametrize("pieces", [4096, 16])
+@pytest.mark.parametrize("options", [WallConfig(), WallConfig(tied_gates=True, scalar_gate=True)], ids=["wall", "all of wall"])
+@pytest.mark.parametrize("start", [17, 39, 50])
+def test_nor_where_keys_fade(start: int, options: WallConfig, pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor their gates. Pieces end among the rows, or beyond them."""
+    monkeypatch.setattr(Step, "TOKENS", pieces)
+    query, key, _ = inputs = tensors(PROBLEM)
+    gates = [(key if options.tied_gates else query).sigmoid().log()]
+    gates += [query[..., :1].sigmoid().log()] if options.scalar_gate else []
+    others = [-x if i < 3 else 3 * x for i, x in enumerate((*inputs, *gates))]
+    changed = [torch.cat([x[:start], other[start:]]) for x, other in zip((*inputs, *gates), others, strict=True)]
+    config = config_of(PROBLEM, around="wall")
+    before, after = (lighthouse_attention(*x[:3], config, streams=x[3:], around=options) for x in ([*inputs, *gates], changed))
+    assert torch.equal(before[:start], after[:start])
+    assert not torch.equal(before[start:], after[start:])
 
 
 @some

@@ -53,10 +53,16 @@ def rows_of(rows: int) -> dict[str, int]:
 
 
 @triton.jit
-def gates(p_gate, stride, i_row, rows, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[ROWS, BLOCK_K] fp32, none below -20, with which a channel of a key keeps 2e-9 of its weight. NaN stays."""
-    g = tile(p_gate, stride, i_row, rows, K, BLOCK_K).to(tl.float32)
+def bounded(g):
+    """In fp32, none below -20, with which a channel of a key keeps 2e-9 of its weight. NaN stays."""
+    g = g.to(tl.float32)
     return tl.where(g < -20.0, -20.0, g)
+
+
+@triton.jit
+def gates(p_gate, stride, i_row, rows, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[ROWS, BLOCK_K] fp32, `bounded`."""
+    return bounded(tile(p_gate, stride, i_row, rows, K, BLOCK_K))
 
 
 @triton.jit
@@ -159,9 +165,8 @@ def put_channels(p_x, stride, i_row, rows, x, i_k, K: tl.constexpr):
 
 @triton.jit
 def gates_of(p_gate, stride, i_row, rows, i_k, K: tl.constexpr, dtype: tl.constexpr):
-    """`parts` of such gates, none below -20."""
-    g = channels(p_gate, stride, i_row, rows, i_k, K).to(tl.float32)
-    return parts(tl.where(g < -20.0, -20.0, g), dtype)
+    """`parts` of such gates."""
+    return parts(bounded(channels(p_gate, stride, i_row, rows, i_k, K)), dtype)
 
 
 @triton.jit

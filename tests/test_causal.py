@@ -169,7 +169,8 @@ def test_nor_where_heads_share_a_selection() -> None:
 def test_nor_where_rows_are_gathered_for_another_attention() -> None:
     *inputs, stream = [*tensors(PROBLEM), random_like(tensors(PROBLEM)[:1])[0]]
     config = config_of(PROBLEM, around="parallax")
-    changed = [torch.cat([x[:39], -x[39:]]) for x in (*inputs, stream)]
+    others = [10 * x for x in random_like([*inputs, stream], seed=39)]
+    changed = [torch.cat([x[:39], other[39:]]) for x, other in zip((*inputs, stream), others, strict=True)]
     before, after = (lighthouse_attention(*x[:3], config, streams=x[3:]) for x in ([*inputs, stream], changed))
     assert torch.equal(before[:39], after[:39])
     assert not torch.equal(before[39:], after[39:])
@@ -184,7 +185,7 @@ def test_nor_where_keys_fade(start: int, options: WallConfig, pieces: int, monke
     query, key, _ = inputs = tensors(PROBLEM)
     gates = [(key if options.tied_gates else query).sigmoid().log()]
     gates += [query[..., :1].sigmoid().log()] if options.scalar_gate else []
-    others = [-x if i < 3 else 3 * x for i, x in enumerate((*inputs, *gates))]
+    others = [*(10 * x for x in random_like(inputs, seed=start)), *(3 * x for x in gates)]
     changed = [torch.cat([x[:start], other[start:]]) for x, other in zip((*inputs, *gates), others, strict=True)]
     config = config_of(PROBLEM, around="wall")
     before, after = (lighthouse_attention(*x[:3], config, streams=x[3:], around=options) for x in ([*inputs, *gates], changed))

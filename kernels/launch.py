@@ -55,6 +55,8 @@ def cdiv(a: int, b: int) -> int:
 
 _compiled: dict[tuple[Any, ...], Any] = {}
 """Compiled kernels: by kernel, device, the dtypes and the alignment of tensors, and the values of all other arguments."""
+MOST_KEPT = 4096
+"""Rows of other lengths have other strides, so that where lengths change from step to step there is no end of them."""
 DIRECT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
 """Whether a compiled kernel is called with the arguments of its source, constants included: so it is from Triton 3.3 on."""
 
@@ -94,6 +96,8 @@ def enqueue(
         return None
     compiled = kernel[grid](*tensors, *numbers, **constants, **options)
     if DIRECT and compiled is not None:  # the interpreter compiles nothing
+        if len(_compiled) >= MOST_KEPT:
+            _compiled.clear()
         assert kernel.arg_names[len(tensors) + len(numbers) :] == list(constants), "the order of `enqueue`"
         _compiled[known] = compiled
     return None

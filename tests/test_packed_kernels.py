@@ -120,6 +120,10 @@ def test_numbers_that_vary_do_not_add_to_what_is_kept(monkeypatch: pytest.Monkey
     for count in range(5):
         enqueue(kernel, (1, 1, 1), [torch.zeros(1)], (7, count), {"BLOCK": 1}, varying=1)
     assert kernel.compiled == len(launch._compiled) == 1
+    monkeypatch.setattr(launch, "MOST_KEPT", 3)
+    for rows in range(20):  # others do, and are let go
+        enqueue(kernel, (1, 1, 1), [torch.zeros(1)], (rows, 1), {"BLOCK": 1}, varying=1)
+        assert len(launch._compiled) <= 3
 
 
 COMPILED = """

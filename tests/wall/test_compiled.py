@@ -63,7 +63,8 @@ def test_what_gathers_rows_for_it_compiles_and_does_not_spill(given: tuple[int, 
     "given",
     [
         *((capability, *layer) for layer in (("bf16", 128, 128, False), ("bf16", 80, 64, True)) for capability in (90, 100)),
-        (90, "bf16", 64, 64, False),  # of which ptxas 12.8 once made a wrong descriptor: see `kernels.descriptors`
+        # of these ptxas 12.8 once made a wrong descriptor: see `kernels.descriptors`
+        *((90, "bf16", dim, 64, False) for dim in (64, 128)),
         (90, "fp16", 64, 64, False),
     ],
     ids=str,

@@ -189,6 +189,7 @@ def compile_wall(capability: int, dtype: str, key_dim: int, value_dim: int, scal
     ):
         blocks = wall_tiles.blocks_of(name, widest, BYTES[dtype])
         constants = wall_tiles.constants(key_dim, value_dim, key_dim**-0.5, scalar, dtype == "fp32", blocks.rows)
+        constants = wall_tiles.near_constants(constants) if kernel is near_kernel else constants
         yield _compile(kernel, capability, dtype, constants, blocks.warps, num_stages=blocks.stages)
 
 

@@ -2,7 +2,8 @@
 
 A warp-group product takes its operands' places from uniform registers, as descriptors of 64 bits that are made of constants.
 The ptxas 12.8 that Triton 3.6 brings makes one of wrong registers in a kernel that has run out of uniform ones: that was seen
-on an H200 as an illegal memory access. So the constants are carried through the machine code here.
+on an H200 as an illegal memory access. So the constants are carried through the machine code here. A kernel that passes can
+be wrong all the same, as one was: only what lies outside is found.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def near_kernel(
     """Program b * H + h of each tile."""
     precision: tl.constexpr = "ieee" if WIDE else "tf32x3"
     scale: tl.constexpr = SCALE * 0.6931471805599453
-    CHANNELS: tl.constexpr = BLOCK_K if BLOCK_K < 32 else 16 if BLOCK_V == 64 else 32  # 32: ptxas 12.8 errs, see `descriptors`
+    CHANNELS: tl.constexpr = BLOCK_K if BLOCK_K < 32 else 32
     heads = tl.num_programs(0) // ((rows + ROWS - 1) // ROWS)
     i_head = (tl.program_id(0) % heads).to(tl.int64)
     i_b, i_h = i_head // H, i_head % H

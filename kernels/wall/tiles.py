@@ -47,6 +47,15 @@ def constants(key_dim: int, value_dim: int, scale: float, scalar: bool, wide: bo
     return {**own, "BLOCK_K": padded(key_dim), "BLOCK_V": padded(value_dim), **rows_of(rows)}
 
 
+def near_constants(of: dict[str, int | float]) -> dict[str, int | float]:
+    """Of `near`, from those: in 16 bits its blocks have 128 channels at least, those that are not there masked.
+
+    ptxas 12.8, which Triton 3.6 brings, makes wrong code of blocks of 64: an H200 met an illegal address in the tensor cores'
+    descriptors, and was right with ptxas' optimiser off, and with blocks of 128.
+    """
+    return of if of["WIDE"] else {**of, **{name: max(128, of[name]) for name in ("BLOCK_K", "BLOCK_V")}}
+
+
 def rows_of(rows: int) -> dict[str, int]:
     """Of a tile, and 2 to which power that is."""
     return {"ROWS": rows, "POWER": rows.bit_length() - 1}

@@ -63,7 +63,7 @@ def test_what_gathers_rows_for_it_compiles_and_does_not_spill(given: tuple[int, 
     "given",
     [
         *((capability, *layer) for layer in (("bf16", 128, 128, False), ("bf16", 80, 64, True)) for capability in (90, 100)),
-        # of these ptxas 12.8 once made a wrong descriptor: see `kernels.descriptors`
+        # of these ptxas 12.8 made wrong code: see `near_constants`
         *((90, "bf16", dim, 64, False) for dim in (64, 128)),
         (90, "fp16", 64, 64, False),
     ],

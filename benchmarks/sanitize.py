@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 TOOLS = ("memcheck", "racecheck")
+NAMES = [x for name in ("lighthouse", "parallax", "wall") for x in ("--kernel-name", f"kernel_substring={name}")]
 
 
 def small_run() -> None:
@@ -38,7 +39,44 @@ def small_run() -> None:
         out = kernels.scatter(rows[0], selection)
         torch.autograd.backward([out, *rows[1:]], [torch.randn_like(x) for x in (out, *rows[1:])])
         torch.cuda.synchronize()
+    for attention in (small_parallax, small_wall):
+        attention()
     print("small run done")
+
+
+def small_parallax() -> None:
+    """Forward and backward of Parallax: heads in groups, a window, documents, a last tile that is not full."""
+    import torch
+
+    from megatron_lighthouse.parallax.attention import parallax_attention
+
+    bounds = torch.tensor([0, 100, 101, 300], dtype=torch.int32, device="cuda")
+    for dim, options in ((128, {}), (64, {"window": 70}), (40, {"cu_seqlens": bounds})):
+        rows = [torch.randn(300, 1, heads, dim, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2, 4)]
+        q, k, v, r = (x.requires_grad_() for x in rows)
+        out = parallax_attention(q, r, k, v, **options)
+        out.backward(torch.randn_like(out))
+        torch.cuda.synchronize()
+
+
+def small_wall() -> None:
+    """Likewise of Wall by its kernels, in pieces; and of the rows that Lighthouse gathers for it."""
+    import torch
+
+    from megatron_lighthouse import LighthouseConfig, lighthouse_attention
+    from megatron_lighthouse.wall.layer import Step, build
+
+    Step.TOKENS = 200
+    for dim, dtype in ((128, torch.bfloat16), (64, torch.bfloat16), (80, torch.bfloat16), (64, torch.float16)):
+        q, k, v, g = (torch.randn(500, 1, heads, dim, device="cuda", dtype=dtype, requires_grad=True) for heads in (4, 2, 2, 4))
+        out = build(q, k, v, 4, kernels="triton")(q, k, v, -g.float().exp(), None, None)
+        out.backward(torch.randn_like(out))
+        torch.cuda.synchronize()
+    config = LighthouseConfig(3, 4, 32, 16, around="wall")
+    q, k, v, g = (torch.randn(2048, 1, 2, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(4))
+    out = lighthouse_attention(q, k, v, config, streams=[-g.float().exp()])
+    out.backward(torch.randn_like(out))
+    torch.cuda.synchronize()
 
 
 def main() -> None:
@@ -49,7 +87,7 @@ def main() -> None:
     for tool in TOOLS:
         # the cache of kernels is filled first: compiling under the sanitizer takes minutes
         subprocess.run([sys.executable, __file__, "--run"], check=True, stdout=subprocess.DEVNULL)
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kernel_substring=lighthouse"]
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *NAMES]
         # without torch's cache of memory, so that every tensor has bounds of its own
         environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         run = [*command, sys.executable, __file__, "--run"]

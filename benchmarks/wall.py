@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -31,7 +33,7 @@ from megatron_lighthouse import LighthouseConfig, lighthouse_attention
 from megatron_lighthouse.softmax.backends import inner_attention
 from megatron_lighthouse.versions import environment
 from megatron_lighthouse.wall.attention import wall_attention
-from megatron_lighthouse.wall.layer import Step
+from megatron_lighthouse.wall.layer import Step, build
 
 COPIES = 2
 """Sets of inputs, taken in turn."""
@@ -61,6 +63,25 @@ class Case(NamedTuple):
 
 
 CASES = [Case(32768, 8, 8, 128), Case(98304, 8, 8, 128), Case(32768, 8, 8, 64), Case(32768, 32, 8, 128)]
+
+
+class Checked(NamedTuple):
+    """What is held to float64."""
+
+    heads: int
+    groups: int
+    dim: int
+    value_dim: int
+    dtype: str
+
+
+CHECKED = [
+    *(Checked(4, 2, dim, dim, "bfloat16") for dim in (128, 64, 80, 96, 32, 48, 256)),
+    *(Checked(4, 4, dim, dim, "bfloat16") for dim in (128, 64)),
+    *(Checked(4, 2, *dims, "bfloat16") for dims in ((128, 64), (64, 128))),
+    *(Checked(4, 2, dim, dim, "float16") for dim in (128, 64)),
+    *(Checked(4, 2, dim, dim, "float32") for dim in (128, 64)),
+]
 
 
 def inputs_of(case: Case, gate: float = INITIAL, device: str = "cuda") -> list[Tensor]:
@@ -111,6 +132,23 @@ def floor_ms(case: Case, direction: str) -> float:
     return 1000 * (2 * products / OPERATIONS + moved / BYTES)
 
 
+def parts(case: Case) -> list[dict[str, Any]]:
+    """Milliseconds of each kernel in a forward and backward pass of Lighthouse around Wall, the longest first."""
+    inputs = inputs_of(case)
+    layer = layers(inputs)["around"]
+    grad = torch.randn_like(inputs[0])
+    for _ in range(2):
+        torch.autograd.grad(layer(*inputs), inputs, grad)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        torch.autograd.grad(layer(*inputs), inputs, grad)
+        torch.cuda.synchronize()
+    found = [(x.device_time_total / 1000, x.count, x.key) for x in profile.key_averages()]
+    whole = median_ms([lambda: torch.autograd.grad(layer(*inputs), inputs, grad)])
+    found.append((whole, 1, "all of it, and what the host lets wait"))
+    return [{"ms": round(ms, 4), "launches": count, "kernel": name[:100]} for ms, count, name in sorted(found, reverse=True)]
+
+
 def time_case(case: Case) -> list[dict[str, Any]]:
     """Milliseconds of each."""
     sets = [inputs_of(case) for _ in range(COPIES)]
@@ -137,16 +175,57 @@ def time_case(case: Case) -> list[dict[str, Any]]:
     return rows
 
 
-def errors(dim: int, gate: float, tokens: int, device: str) -> dict[str, float]:
+def errors(checked: Checked, gate: float, tokens: int, device: str) -> dict[str, float]:
     """Of output and gradients, relative to their norms, against ours in float64."""
-    inputs = inputs_of(Case(tokens, 4, 2, dim), gate, device)
-    grad = torch.randn_like(inputs[0])
+    inputs = checked_inputs(checked, gate, tokens, device)
+    query, key, value, gates = inputs
+    attend = build(query, key, value, query.shape[2], kernels="triton" if device == "cuda" else "reference")
     wide = [x.detach().double().requires_grad_() for x in inputs]
-    exact, out = wall_attention(*wide), wall_attention(*inputs)
+    exact, out = wall_attention(*wide), attend(query, key, value, gates, None, None)
+    grad = torch.randn_like(out)
     expected = [exact, *torch.autograd.grad(exact, wide, grad.double())]
     grads = torch.autograd.grad(out, inputs, grad)
     compared = zip(NAMES, (out, *grads), expected, strict=True)
     return {name: round(float((a.double() - b).norm() / b.norm()), 6) for name, a, b in compared}
+
+
+def checked_inputs(checked: Checked, gate: float, tokens: int, device: str) -> list[Tensor]:
+    """As `inputs_of`."""
+    heads, groups, dim, value_dim, dtype = checked
+    sizes = ((heads, dim), (groups, dim), (groups, value_dim), (heads, dim))
+    *rows, gates = (torch.randn(tokens, 1, *size, device=device) for size in sizes)
+    rows = [x.to(getattr(torch, dtype)).requires_grad_() for x in rows]
+    return [*rows, (gate * (1 + 0.5 * gates.tanh())).requires_grad_()]
+
+
+def check(number: int, out: Path, tokens: int, device: str) -> None:
+    """One of CHECKED, to a file of its own."""
+    torch.manual_seed(1)
+    Step.TOKENS = tokens // 4
+    found = {f"g {gate}": errors(CHECKED[number], gate, tokens, device) for gate in (INITIAL, -0.1, -2.0)}
+    (out / f"check-{number}.json").write_text(json.dumps(found))
+
+
+def check_all(out: Path, tokens: int, device: str) -> dict[str, Any]:
+    """Each of CHECKED in a process of its own, all at once: what ends one leaves the others."""
+    running = []
+    for i, checked in enumerate(CHECKED):
+        command = [sys.executable, __file__, "--out", str(out), "--check", str(i)]
+        running.append((i, checked, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)))
+    found: dict[str, Any] = {}
+    for i, checked, process in running:
+        try:
+            said, _ = process.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said = "took more than 300 s"
+        path = out / f"check-{i}.json"
+        name = f"H={checked.heads} G={checked.groups} K={checked.dim} V={checked.value_dim} {checked.dtype}"
+        errors = [line for line in said.splitlines() if "rror" in line or "took" in line]
+        found[name] = json.loads(path.read_text()) if path.exists() else "FAILED: " + "; ".join(errors[-2:])[:300]
+        path.unlink(missing_ok=True)
+        print(name, json.dumps(found[name]), flush=True)
+    return found
 
 
 def repeats(case: Case, times: int, device: str) -> bool:
@@ -172,16 +251,22 @@ def main() -> None:
     parser.add_argument("--piece", type=int, default=Step.TOKENS, help="tokens of a piece; default: %(default)s")
     parser.add_argument("--only-times", action="store_true", help="no checks")
     parser.add_argument("--only-check", action="store_true", help="errors and repeats alone, on a CPU too")
+    parser.add_argument("--parts", action="store_true", help="the kernels of Lighthouse around Wall alone, and their times")
+    parser.add_argument("--check", type=int, help="one of the shapes that are checked, alone: each has a process of its own")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(1)
     gpu = torch.cuda.is_available()
-    device, tokens, dims = ("cuda", 1024, (128, 64, 80)) if gpu else ("cpu", 256, (16,))
+    device, tokens = ("cuda", 1024) if gpu else ("cpu", 128)
+    if options.parts:
+        Step.TOKENS = options.piece
+        print(f"pieces of {options.piece}", *parts(Case(AROUND_FROM, 8, 8, 128)), sep="\n", flush=True)
+        return None
+    if options.check is not None:
+        return check(options.check, options.out, tokens, device)
+    checked = {} if options.only_times else check_all(options.out, tokens, device)
     Step.TOKENS = tokens // 4
-    tried: tuple[int, ...] = () if options.only_times else dims
-    checked = {f"D={dim}, g {gate}": errors(dim, gate, tokens, device) for dim in tried for gate in (INITIAL, -0.1, -2.0)}
-    print(json.dumps(checked, indent=2), flush=True)
-    same = repeats(Case(tokens, 4, 2, dims[0]), 100 if gpu else 2, device) if tried else None
+    same = None if options.only_times else repeats(Case(tokens, 4, 2, 128 if gpu else 16), 100 if gpu else 2, device)
     Step.TOKENS = options.piece
     print(f"repeats are bit-identical: {same}", flush=True)
     rows: list[dict[str, Any]] = []

@@ -16,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from megatron_lighthouse.kernels import descriptors
 from megatron_lighthouse.kernels.launch import launch, padded
 from megatron_lighthouse.kernels.lighthouse import attended, causal
 from megatron_lighthouse.kernels.lighthouse.edge import edge_kernel
@@ -55,6 +56,12 @@ FP32 = {
     "p_factor",
     *("p_row_gates", "p_grad_gates", "p_dg"),
 }
+OF_ROWS = ("strides_lse", "strides_delta", "strides_scalar_sums")
+"""Of [B, H, n]."""
+EXACT = (wall_forward_kernel, near_kernel, wall_queries_kernel, wall_keys_kernel)
+"""Compiled as they are launched, for ptxas once erred: numbers are no multiples of 16, rows of [B, H, n] lie side by side."""
+NEAR_SUMS = ("p_dq", "p_dk", "p_dv")
+"""What the near kernel leaves for the others to add to, in fp32."""
 INT32 = {"p_first", "p_ranks", "p_places", "p_documents", "p_tiles", "p_starts", "p_blocks", "p_bounds", "p_ends", "p_begin"}
 TENSOR_MEMORY = 512
 """Columns that Blackwell has for a program."""
@@ -182,6 +189,7 @@ def compile_wall(capability: int, dtype: str, key_dim: int, value_dim: int, scal
     ):
         blocks = wall_tiles.blocks_of(name, widest, BYTES[dtype])
         constants = wall_tiles.constants(key_dim, value_dim, key_dim**-0.5, scalar, dtype == "fp32", blocks.rows)
+        constants = wall_tiles.near_constants(constants) if kernel is near_kernel else constants
         yield _compile(kernel, capability, dtype, constants, blocks.warps, num_stages=blocks.stages)
 
 
@@ -194,19 +202,28 @@ def compile_wall_rows(capability: int, geometry: Geometry, dtype: str, dim: int)
 
 
 def _compile(kernel: Any, capability: int, dtype: str, constants: Mapping[str, Any], warps: int, **options: Any) -> Report:
+    exact = kernel in EXACT
+    sums = NEAR_SUMS if kernel is near_kernel else ()
     signature: dict[str, Any] = {}
     aligned: dict[tuple[int, ...], Any] = {}
+    given: dict[Any, Any] = dict(constants)
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
+        elif exact and name in OF_ROWS:
+            signature[name] = ("i32", "i32", "constexpr")
+            given[i, 2] = 1
+            aligned |= {(i, j): [["tt.divisibility", 16]] for j in range(2)}
         elif name.startswith("strides"):
             signature[name] = ("i32", "i32", "i32")
             aligned |= {(i, j): [["tt.divisibility", 16]] for j in range(3)}
+        elif exact and not name.startswith("p_"):
+            signature[name] = "i32"
         else:
-            kind = "fp32" if name in FP32 else "i32" if name in INT32 else dtype
+            kind = "fp32" if name in FP32 or name in sums else "i32" if name in INT32 else dtype
             signature[name] = f"*{kind}" if name.startswith("p_") else "i32"
             aligned[i,] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
+    source = ASTSource(kernel, signature=signature, constexprs=given, attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options={"num_warps": warps, **options})
     columns = getattr(compiled.metadata, "tmem_size", None) or 0
@@ -214,6 +231,11 @@ def _compile(kernel: Any, capability: int, dtype: str, constants: Mapping[str, A
         raise ValueError(
             f"{compiled.metadata.name} needs {columns} columns of tensor memory, more than {TENSOR_MEMORY}: smaller tiles"
         )
+    if "wgmma" in compiled.asm["ptx"] and capability == 90:
+        code = descriptors.disassembled(compiled.asm["cubin"], triton.knobs.nvidia.nvdisasm.path)
+        wrong = descriptors.problem(code, compiled.metadata.shared)
+        if wrong is not None:
+            raise ValueError(f"{compiled.metadata.name}: {wrong}")
     registers, stack = _used(compiled.asm["cubin"])
     return Report(compiled.metadata.name, registers, compiled.metadata.shared, stack)
 

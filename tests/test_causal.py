@@ -20,6 +20,8 @@ from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.lighthouse.steps import Steps
 from megatron_lighthouse.lighthouse.telemetry import later_tokens
 from megatron_lighthouse.sequence.documents import Documents
+from megatron_lighthouse.wall.config import WallConfig
+from megatron_lighthouse.wall.layer import Step
 from tests import causal_oracle
 from tests.oracle import Problem, number, order, problems
 from tests.steps import DEVICE, both, chosen, poisoned, precision, random_like, small_problems, tensors
@@ -167,10 +169,28 @@ def test_nor_where_heads_share_a_selection() -> None:
 def test_nor_where_rows_are_gathered_for_another_attention() -> None:
     *inputs, stream = [*tensors(PROBLEM), random_like(tensors(PROBLEM)[:1])[0]]
     config = config_of(PROBLEM, around="parallax")
-    changed = [torch.cat([x[:39], -x[39:]]) for x in (*inputs, stream)]
+    others = [10 * x for x in random_like([*inputs, stream], seed=39)]
+    changed = [torch.cat([x[:39], other[39:]]) for x, other in zip((*inputs, stream), others, strict=True)]
     before, after = (lighthouse_attention(*x[:3], config, streams=x[3:]) for x in ([*inputs, stream], changed))
     assert torch.equal(before[:39], after[:39])
     assert not torch.equal(before[39:], after[39:])
+
+
+@pytest.mark.parametrize("pieces", [4096, 16])
+@pytest.mark.parametrize("options", [WallConfig(), WallConfig(tied_gates=True, scalar_gate=True)], ids=["wall", "all of wall"])
+@pytest.mark.parametrize("start", [17, 39, 50])
+def test_nor_where_keys_fade(start: int, options: WallConfig, pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor their gates. Pieces end among the rows, or beyond them."""
+    monkeypatch.setattr(Step, "TOKENS", pieces)
+    query, key, _ = inputs = tensors(PROBLEM)
+    gates = [(key if options.tied_gates else query).sigmoid().log()]
+    gates += [query[..., :1].sigmoid().log()] if options.scalar_gate else []
+    others = [*(10 * x for x in random_like(inputs, seed=start)), *(3 * x for x in gates)]
+    changed = [torch.cat([x[:start], other[start:]]) for x, other in zip((*inputs, *gates), others, strict=True)]
+    config = config_of(PROBLEM, around="wall")
+    before, after = (lighthouse_attention(*x[:3], config, streams=x[3:], around=options) for x in ([*inputs, *gates], changed))
+    assert torch.equal(before[:start], after[:start])
+    assert not torch.equal(before[start:], after[start:])
 
 
 @some

@@ -11,7 +11,7 @@ from megatron_lighthouse.kernels.wall.near import near_kernel
 from megatron_lighthouse.kernels.wall.prepare import prepare
 from megatron_lighthouse.kernels.wall.queries import queries_kernel
 from megatron_lighthouse.kernels.wall.suffix import scalar_suffix_sums, suffix_sums
-from megatron_lighthouse.kernels.wall.tiles import blocks_of, constants_of
+from megatron_lighthouse.kernels.wall.tiles import blocks_of, constants_of, near_constants
 
 
 def backward(
@@ -39,12 +39,13 @@ def backward(
 
     def launch(name: str, kernel: object, tensors: list[Tensor], tables: list[Tensor], programs: int) -> None:
         blocks = blocks_of(name, widest, query.element_size())
+        constants = constants_of(query, value, scale, scalar_gate is not None, blocks.rows)
         enqueue(
             kernel,
             (cdiv(rows, blocks.rows) * batch * programs, 1, 1),
             [*tensors, *tables],
             (*(strides(x) for x in tensors), rows, heads, ratio),
-            constants_of(query, value, scale, scalar_gate is not None, blocks.rows),
+            near_constants(constants) if kernel is near_kernel else constants,
             num_warps=blocks.warps,
             num_stages=blocks.stages,
         )

@@ -13,6 +13,14 @@ from megatron_lighthouse.kernels.wall.decays import place
 from megatron_lighthouse.kernels.wall.tiles import blocks_of
 
 
+@triton.jit
+def factor_of(p_factor, strides_factor, i_piece, i_b, i_h, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[1, BLOCK_K], of a piece's keys."""
+    i_k = tl.arange(0, BLOCK_K)
+    p_factor += i_piece.to(tl.int64) * strides_factor[0] + i_b * strides_factor[1] + i_h * strides_factor[2]
+    return tl.load(p_factor + i_k, mask=i_k < K, other=0.0)[None, :]
+
+
 @triton.jit(repr=lambda _: "wall_crossing", do_not_specialize=["rows", "step"])
 def crossing_kernel(
     p_x,
@@ -30,11 +38,9 @@ def crossing_kernel(
 ):
     """Of each piece of `step` rows."""
     i_tile, i_b, i_h, i_m, end = place(rows, step, H, ROWS)
-    i_piece, i_k = i_tile // ((step + ROWS - 1) // ROWS), tl.arange(0, BLOCK_K)
-    p_factor += i_piece.to(tl.int64) * strides_factor[0] + i_b * strides_factor[1] + i_h * strides_factor[2]
-    factor = tl.load(p_factor + i_k, mask=i_k < K, other=0.0)
+    factor = factor_of(p_factor, strides_factor, i_tile // ((step + ROWS - 1) // ROWS), i_b, i_h, K, BLOCK_K)
     x = tile(p_x + i_b * strides_x[1] + i_h * strides_x[2], strides_x[0], i_m, end, K, BLOCK_K)
-    put(p_out + i_b * strides_out[1] + i_h * strides_out[2], strides_out[0], i_m, end, x * factor[None, :], K, BLOCK_K)
+    put(p_out + i_b * strides_out[1] + i_h * strides_out[2], strides_out[0], i_m, end, x * factor, K, BLOCK_K)
 
 
 @triton.jit(repr=lambda _: "wall_crossing_backward", do_not_specialize=["rows", "step"])
@@ -58,13 +64,12 @@ def backward_kernel(
 ):
     """Likewise: adds to the keys' gradients, and sums x grad over each tile."""
     i_tile, i_b, i_h, i_m, end = place(rows, step, H, ROWS)
-    i_piece, i_k = i_tile // ((step + ROWS - 1) // ROWS), tl.arange(0, BLOCK_K)
-    p_factor += i_piece.to(tl.int64) * strides_factor[0] + i_b * strides_factor[1] + i_h * strides_factor[2]
-    factor = tl.load(p_factor + i_k, mask=i_k < K, other=0.0)
+    factor = factor_of(p_factor, strides_factor, i_tile // ((step + ROWS - 1) // ROWS), i_b, i_h, K, BLOCK_K)
     grad = tile(p_grad + i_b * strides_grad[1] + i_h * strides_grad[2], strides_grad[0], i_m, end, K, BLOCK_K).to(tl.float32)
     x = tile(p_x + i_b * strides_x[1] + i_h * strides_x[2], strides_x[0], i_m, end, K, BLOCK_K).to(tl.float32)
     p_out += i_b * strides_out[1] + i_h * strides_out[2]
-    put(p_out, strides_out[0], i_m, end, tile(p_out, strides_out[0], i_m, end, K, BLOCK_K) + grad * factor[None, :], K, BLOCK_K)
+    put(p_out, strides_out[0], i_m, end, tile(p_out, strides_out[0], i_m, end, K, BLOCK_K) + grad * factor, K, BLOCK_K)
+    i_k = tl.arange(0, BLOCK_K)
     p_totals += i_tile.to(tl.int64) * strides_totals[0] + i_b * strides_totals[1] + i_h * strides_totals[2]
     tl.store(p_totals + i_k, tl.sum(x * grad, 0), mask=i_k < K)
 

@@ -38,6 +38,14 @@ def _put(p_x, stride, i_row, m_row, x, K: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def _program(windows, BLOCK: tl.constexpr):
+    """Heads of the whole grid, this program's, and its coarsest windows."""
+    heads = tl.num_programs(0) // ((windows + BLOCK - 1) // BLOCK)
+    i_window = tl.program_id(0) // heads * BLOCK + tl.arange(0, BLOCK)
+    return heads, (tl.program_id(0) % heads).to(tl.int64), i_window
+
+
+@triton.jit
 def _place(p_map, tokens, windows, i_window, i_unit, LEVEL: tl.constexpr, P: tl.constexpr, L: tl.constexpr):
     """The row of the window of LEVEL that ends with unit i_unit of each coarsest window; -1 where none does, or is gathered."""
     p_level = p_map + tokens
@@ -72,8 +80,7 @@ def gather_kernel(
     BLOCK: tl.constexpr,
 ):
     """Program b * H + h, of a gate's head, of each BLOCK coarsest windows; R of these heads share a key, SHARE a selection."""
-    heads = tl.num_programs(0) // ((windows + BLOCK - 1) // BLOCK)
-    i_head, i_window = (tl.program_id(0) % heads).to(tl.int64), tl.program_id(0) // heads * BLOCK + tl.arange(0, BLOCK)
+    _, i_head, i_window = _program(windows, BLOCK)
     i_b, i_h, m_window = i_head // H, i_head % H, i_window < windows
     p_k += i_b * strides_k[1] + i_h // R * strides_k[2]
     p_gate += i_b * strides_gate[1] + i_h * strides_gate[2]
@@ -138,8 +145,7 @@ def gather_backward_kernel(
     BLOCK: tl.constexpr,
 ):
     """Likewise. p_sums: [L - 2, windows of level 1, B * H, K], what earlier units of its window have at each unit's start."""
-    heads = tl.num_programs(0) // ((windows + BLOCK - 1) // BLOCK)
-    i_head, i_window = (tl.program_id(0) % heads).to(tl.int64), tl.program_id(0) // heads * BLOCK + tl.arange(0, BLOCK)
+    heads, i_head, i_window = _program(windows, BLOCK)
     i_b, i_h, m_window = i_head // H, i_head % H, i_window < windows
     UNITS: tl.constexpr = P ** (L - 2)
     p_k += i_b * strides_k[1] + i_h // R * strides_k[2]

@@ -125,13 +125,13 @@ def near_kernel(
         sums = q_level.to(tl.float32) * of_q - k_level.to(tl.float32) * of_k
         for power in range(4, POWER + 1):
             w_q, w_k = anchored(g, power, ROWS)
-            q_level, k_level = (q * w_q).to(q.dtype), (k * w_k).to(k.dtype)
-            part = tl.where(together(power, ROWS), change, 0.0).to(q.dtype)
-            of_q = tl.dot(part, k_level, input_precision="ieee")
-            of_k = tl.dot(tl.trans(part), q_level, input_precision="ieee")
+            q_half, k_half = (q * w_q).to(q.dtype), (k * w_k).to(k.dtype)  # other names: `held` may be of another dtype
+            half = tl.where(together(power, ROWS), change, 0.0).to(q.dtype)
+            of_q = tl.dot(half, k_half, input_precision="ieee")
+            of_k = tl.dot(tl.trans(half), q_half, input_precision="ieee")
             dq += w_q * of_q
             dk += w_k * of_k
-            sums += q_level.to(tl.float32) * of_q - k_level.to(tl.float32) * of_k
+            sums += q_half.to(tl.float32) * of_q - k_half.to(tl.float32) * of_k
         put_channels(p_dq, strides_dq[0], i_m, rows, dq * scale, i_k, K)
         put_channels(p_sums, strides_sums[0], i_m, rows, sums * scale, i_k, K)
         put_channels(p_dk, strides_dk[0], i_m, rows, dk * scale, i_k, K)

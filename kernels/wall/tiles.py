@@ -47,16 +47,31 @@ def constants(key_dim: int, value_dim: int, scale: float, scalar: bool, wide: bo
     return {**own, "BLOCK_K": padded(key_dim), "BLOCK_V": padded(value_dim), **rows_of(rows)}
 
 
+def near_constants(of: dict[str, int | float]) -> dict[str, int | float]:
+    """Of `near`, from those: in 16 bits its blocks have 128 channels at least, those that are not there masked.
+
+    ptxas 12.8, which Triton 3.6 brings, makes wrong code of blocks of 64: an H200 met an illegal address in the tensor cores'
+    descriptors, and was right with ptxas' optimiser off, and with blocks of 128.
+    """
+    return of if of["WIDE"] else {**of, **{name: max(128, of[name]) for name in ("BLOCK_K", "BLOCK_V")}}
+
+
 def rows_of(rows: int) -> dict[str, int]:
     """Of a tile, and 2 to which power that is."""
     return {"ROWS": rows, "POWER": rows.bit_length() - 1}
 
 
 @triton.jit
-def gates(p_gate, stride, i_row, rows, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[ROWS, BLOCK_K] fp32, none below -20, with which a channel of a key keeps 2e-9 of its weight. NaN stays."""
-    g = tile(p_gate, stride, i_row, rows, K, BLOCK_K).to(tl.float32)
+def bounded(g):
+    """In fp32, none below -20, with which a channel of a key keeps 2e-9 of its weight. NaN stays."""
+    g = g.to(tl.float32)
     return tl.where(g < -20.0, -20.0, g)
+
+
+@triton.jit
+def gates(p_gate, stride, i_row, rows, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[ROWS, BLOCK_K] fp32, `bounded`."""
+    return bounded(tile(p_gate, stride, i_row, rows, K, BLOCK_K))
 
 
 @triton.jit
@@ -159,9 +174,8 @@ def put_channels(p_x, stride, i_row, rows, x, i_k, K: tl.constexpr):
 
 @triton.jit
 def gates_of(p_gate, stride, i_row, rows, i_k, K: tl.constexpr, dtype: tl.constexpr):
-    """`parts` of such gates, none below -20."""
-    g = channels(p_gate, stride, i_row, rows, i_k, K).to(tl.float32)
-    return parts(tl.where(g < -20.0, -20.0, g), dtype)
+    """`parts` of such gates."""
+    return parts(bounded(channels(p_gate, stride, i_row, rows, i_k, K)), dtype)
 
 
 @triton.jit

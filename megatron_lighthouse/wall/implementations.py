@@ -16,8 +16,8 @@ from megatron_lighthouse.wall.decay import Decays
 from megatron_lighthouse.wall.diagonal import Diagonal
 from megatron_lighthouse.wall.earlier import Earlier, Plain, Stock
 
-SEEN = (torch.bfloat16, 128)
-"""On an H200 the kernels of today were right with these. A run at 64 or 80 channels ended in an illegal memory access."""
+SEEN = {(torch.bfloat16, 80, 80), (torch.bfloat16, 128, 128)}
+"""Dtypes, K and V with which the kernels were held to float64 on an H200, by `benchmarks/wall.py --only-check`."""
 
 
 def makers_for(name: str, device: torch.device, dtype: torch.dtype, dims: tuple[int, int]) -> tuple[Diagonal, Decays]:
@@ -33,10 +33,11 @@ def makers_for(name: str, device: torch.device, dtype: torch.dtype, dims: tuple[
     if name == "reference" or (name == "auto" and device.type != "cuda"):
         return plain
     problem = missing(device.type, dtype, max(dims))
-    if problem is None and name == "auto" and (dtype, *dims) != (*SEEN, SEEN[1]):
+    if problem is None and name == "auto" and (dtype, *dims) not in SEEN:
+        shapes = ", ".join(f"{k} and {v} in {_named(kind)}" for kind, k, v in sorted(SEEN, key=str))
         problem = (
-            f"they have run rightly on a GPU at {SEEN[1]} channels in bfloat16, not yet at {max(dims)} and {min(dims)} in "
-            f"{str(dtype).removeprefix('torch.')}; --wall-kernels triton takes them all the same"
+            f"on a GPU they were seen right for keys and values of {shapes}, not yet of {dims[0]} and {dims[1]} in "
+            f"{_named(dtype)}; --wall-kernels triton takes them all the same"
         )
     if problem is None:
         kernels = importlib.import_module("megatron_lighthouse.kernels.wall")
@@ -45,6 +46,10 @@ def makers_for(name: str, device: torch.device, dtype: torch.dtype, dims: tuple[
         raise ValueError(f"--wall-kernels triton cannot run: {problem}. Use auto or reference.")
     say_once(f"wall: the diagonal runs in plain PyTorch, many times slower than the kernels: {problem}.")
     return plain
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def earlier_for(query: Tensor, value: Tensor, gate_heads: int, scale: float, biased: bool, masked: bool) -> Earlier:

@@ -157,6 +157,13 @@ def test_tensors_that_32_bits_do_not_span(dim: int) -> None:
     assert all(map(torch.equal, *found))
 
 
+@pytest.mark.parametrize(("wide", "blocks"), [(False, (128, 256)), (True, (64, 256))])
+def test_near_has_wide_blocks_in_16_bits(wide: bool, blocks: tuple[int, int]) -> None:
+    constants = tiles.near_constants(tiles.constants(64, 200, 0.125, False, wide, 32))
+    assert (constants["BLOCK_K"], constants["BLOCK_V"]) == blocks
+    assert list(constants) == list(tiles.constants(64, 200, 0.125, False, wide, 32))  # the kernel's order
+
+
 def test_blocks_go_by_dimension_and_dtype_alone() -> None:
     for dim in range(32, 257, 8):
         for itemsize in (2, 4):

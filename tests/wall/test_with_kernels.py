@@ -42,7 +42,8 @@ def test_profiles_know_the_kernels(kernel: str, direction: str | None) -> None:
 def test_what_is_taken_where(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert makers_for("auto", gpu, torch.bfloat16, (128, 128)) == (kernels, kernels)
-    assert makers_for("auto", gpu, torch.bfloat16, (64, 64)) == (reference, decay)
+    assert makers_for("auto", gpu, torch.bfloat16, (80, 80)) == (kernels, kernels)
+    assert makers_for("auto", gpu, torch.bfloat16, (40, 40)) == (reference, decay)
     assert makers_for("auto", gpu, torch.bfloat16, (64, 128)) == makers_for("auto", gpu, torch.float16, (128, 128))
     assert makers_for("auto", gpu, torch.bfloat16, (128, 64)) == (reference, decay)
     assert makers_for("triton", gpu, torch.bfloat16, (64, 64)) == (kernels, kernels)

@@ -2,9 +2,9 @@
 
 Recipes of launch/ (gpt-oss-20b: windows, sinks, experts; DeepSeek's architecture: multi-latent attention, experts; Qwen3-8B:
 queries and keys normed), with their first layers alone: dense attention, and Lighthouse in all layers that see the whole
-sequence, each in a process of its own through `megatron_lighthouse.pretrain_gpt`. Random tokens. `--runs 'gpt-oss *'` takes some,
-in that order. Leaves model_steps.csv, summary.json and the logs. `--tiny` tries it on a CPU; there gpt-oss has no experts, for
-Megatron's local ones fail with a bias.
+sequence, each in a process of its own through `megatron_lighthouse.pretrain_gpt`. Random tokens. `--runs 'gpt-oss *'` takes some, in
+that order. Leaves model_steps.csv, summary.json and the logs. `--tiny` tries it on a CPU, gpt-oss without experts: with biases
+Megatron's local ones fail.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ OF_RANKS = {"--sequence-parallel", "--overlap-grad-reduce", "--overlap-param-gat
 """What a recipe asks of several ranks, without a value."""
 RECOMPUTED = ("--recompute-modules", "--save-interval")
 TINY = f"""
-    {ON_CPU} --transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion --no-bias-swiglu-fusion
+    {ON_CPU} --transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion --no-bias-swiglu-fusion --no-bias-gelu-fusion
     --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4
     --lighthouse-levels 2 --lighthouse-budget 8 --lighthouse-tile-budget 4
 """
@@ -72,11 +72,8 @@ def command(model: str, attention: str, options: argparse.Namespace) -> list[str
     words += ["--seq-length", str(length), "--max-position-embeddings", str(length), "--num-layers", str(options.layers)]
     words += [*ONE_GPU, "--train-iters", str(options.steps), "--vocab-size", str(vocabulary - 1), *ATTENTION[attention]]
     if options.tiny:
-        words = [
-            *without(words, ("--bf16", "--moe-grouped-gemm", *(("--num-experts", "--moe-") if model == "gpt-oss" else ()))),
-            *TINY.split(),
-            *TINY_OF[model].split(),
-        ]
+        experts = ("--num-experts", "--moe-") if model == "gpt-oss" else ("--moe-grouped-gemm",)
+        words = [*without(words, ("--bf16", *experts)), *TINY.split(), *TINY_OF[model].split()]
         if attention == "dense":
             words = without(words, ("--lighthouse-",))
     else:

@@ -2,9 +2,9 @@
 
 Recipes of launch/ (gpt-oss-20b: windows, sinks, experts; DeepSeek's architecture: multi-latent attention, experts; Qwen3-8B:
 queries and keys normed), with their first layers alone: dense attention, and Lighthouse in all layers that see the whole
-sequence, each in a process of its own through `megatron_lighthouse.pretrain_gpt`. Random tokens. `--runs 'gpt-oss *'` takes some, in
-that order. Leaves model_steps.csv, summary.json and the logs. `--tiny` tries it on a CPU, gpt-oss without experts: with biases
-Megatron's local ones fail.
+sequence, each in a process of its own through `megatron_lighthouse.pretrain_gpt`. Random tokens. `--runs 'gpt-oss *'` takes
+some, in that order. Leaves model_steps.csv, summary.json and the logs. `--tiny` tries it on a CPU, gpt-oss without experts:
+Megatron's local ones fail with biases.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ OF_RANKS = {"--sequence-parallel", "--overlap-grad-reduce", "--overlap-param-gat
 """What a recipe asks of several ranks, without a value."""
 RECOMPUTED = ("--recompute-modules", "--save-interval")
 TINY = f"""
-    {ON_CPU} --transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion --no-bias-swiglu-fusion --no-bias-gelu-fusion
-    --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4
+    {ON_CPU} --transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion --no-bias-swiglu-fusion
+    --no-bias-gelu-fusion --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4
     --lighthouse-levels 2 --lighthouse-budget 8 --lighthouse-tile-budget 4
 """
 TINY_OF = {

@@ -98,9 +98,10 @@ def parts(run: Run, stage: int | None = None) -> dict[str, float]:
 
 
 def _logits(run: Run) -> float:
-    """Those that are there at once, and their loss; with tiles, the gradient of the output weight too."""
-    at_once = run.logits_at_once * run.vocab_rank * LOSS[run.loss_fusion]
-    return at_once + (OF_TILES * run.vocab_rank * run.model.hidden if run.logits_at_once < run.tokens else 0.0)
+    """Those that are there at once, and their loss; with tiles, the gradient of the output weight, and its input and gradient."""
+    at_once, hidden = run.logits_at_once * run.vocab_rank * LOSS[run.loss_fusion], run.model.hidden
+    tiles = OF_TILES * run.vocab_rank * hidden + 2 * BF16 * run.tokens / run.tensor_parallel * hidden
+    return at_once + (tiles if run.logits_at_once < run.tokens else 0.0)
 
 
 def fullest(run: Run) -> int:

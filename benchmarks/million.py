@@ -195,8 +195,10 @@ def measured(words: list[str], log: Path, end: float, tokens: int, code: Path = 
     with log.open("w") as file:
         run = subprocess.Popen(
             words,
-            # not this checkout: python -m looks where it stands first
-            **{"stdout": file, "stderr": subprocess.STDOUT, "cwd": log.parent / "data", "start_new_session": True},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=log.parent / "data",  # not this checkout: python -m looks where it stands first
+            start_new_session=True,
             env={**one_rank(), **paths},
         )
         try:

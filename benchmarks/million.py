@@ -6,7 +6,8 @@ recompute, random tokens of the whole vocabulary; Transformer Engine where it is
     0.6b-LENGTH…     131,072 (k = 1,024), 524,288 and 1,048,576 tokens (k = 4,096)
     tiling-…         32,768 tokens, which fit without tiles: without, with tiles of the loss, and of the MLPs too
     before-LENGTH    without tiles, from 16,384 tokens by doubling, until one does not fit; of another checkout: --before PATH
-    parity-…         16,384 tokens, 50 steps: without tiles and in tiles, every loss in summary.json
+    parity-…         16,384 tokens, 50 steps at lr 1e-5: without tiles, again, with tiles of the loss, of MLPs, of both; and
+                     dense without and with. Every loss and norm of a gradient is in summary.json
     8b-LENGTH-…      layers of Qwen3-8B's shape, dense and Lighthouse: a layer is what 4 take more than 1
 
 each in a process of its own through `megatron_lighthouse.pretrain_gpt`. `--runs '0.6b-*' tiling-32768` takes some of them, in
@@ -65,9 +66,21 @@ TINY = f"""
 """
 SHORTER = 512
 """How much shorter the sequences of --tiny are."""
+LISTS = ("losses", "norms")
+"""What a row has of every step: in summary.json alone."""
 UNTILED = ("--loss-tile-tokens", "0")
 MLP_TILES = 65536
 LAYERS = (1, 4)
+PARITY = (
+    ("none", "lighthouse", False, 0),
+    ("again", "lighthouse", False, 0),
+    ("loss", "lighthouse", True, 0),
+    ("mlp", "lighthouse", False, 2**12),
+    ("tiles", "lighthouse", True, 2**12),
+    ("dense-none", "dense", False, 0),
+    ("dense-tiles", "dense", True, 2**12),
+)
+"""Name, attention, whether the loss is in tiles, and tokens in those of MLPs."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +101,8 @@ class Case:
     mlp_tiles: int = 0
     before: bool = False
     """Of the checkout that has no tiles, where one is given."""
+    more: str = ""
+    """Further words of its command line."""
 
 
 def cases() -> Iterator[Case]:
@@ -99,14 +114,14 @@ def cases() -> Iterator[Case]:
     yield Case("tiling-32768-loss", "0.6b", 2**15, 12)
     yield Case("tiling-32768-loss-mlp", "0.6b", 2**15, 12, mlp_tiles=2**13)
     yield Case(f"0.6b-{2**20}-whole-mlp", "0.6b", 2**20, 4, levels=4, budget=4096)
-    yield Case("parity-16384-none", "0.6b", 2**14, 50, loss_tiles=False)
-    yield Case("parity-16384-tiles", "0.6b", 2**14, 50, mlp_tiles=2**12)
+    for name, attention, loss, mlp in PARITY:
+        yield Case(f"parity-16384-{name}", "0.6b", 2**14, 50, attention, loss_tiles=loss, mlp_tiles=mlp, more="--lr 1e-5")
     for length in (2**n for n in range(14, 21)):
         yield Case(f"before-{length}", "0.6b", length, 4, budget=length // 128, loss_tiles=False, before=True)
     for length in (2**17, 2**18):
         for attention in ("lighthouse", "dense"):
             for layers in LAYERS[::-1]:
-                yield Case(f"8b-{length}-{attention}-{layers}", "8b", length, 3, attention, layers)
+                yield Case(f"8b-{length}-{attention}-{layers}", "8b", length, 5, attention, layers)
 
 
 def main() -> None:
@@ -130,8 +145,10 @@ def main() -> None:
     for case in wanted:
         if case.before and any(row["before"] and row["status"] != "trained" for row in rows):
             continue  # one of half the length did not fit
-        rows.append(measured(case, options, more, end))
-        print({name: value for name, value in rows[-1].items() if name not in ("model", "before", "losses")}, flush=True)
+        code = options.before.resolve() if case.before and options.before else ROOT
+        row = measured(command(case, options, more), options.out / f"{case.name}.log", end, case.length, code)
+        rows.append({**asdict(case), **row})
+        print({name: value for name, value in rows[-1].items() if name not in ("model", "before", *LISTS)}, flush=True)
         keep(rows, options.out)
         (options.out / "summary.json").write_text(json.dumps({**environment, "runs": rows}, indent=2) + "\n")
     draw(rows, options.out / "million.png")
@@ -164,23 +181,24 @@ def command(case: Case, options: argparse.Namespace, more: list[str]) -> list[st
     if not case.before or not options.before:
         words += [] if case.loss_tiles else UNTILED
         words += ["--mlp-tile-tokens", str(case.mlp_tiles // (SHORTER if options.tiny else 1))] if case.mlp_tiles else []
-    words += TINY.split() if options.tiny else GPU.split()
+    words += [*(TINY if options.tiny else GPU).split(), *case.more.split()]
     data = ["--data-path", str(options.out / "data" / "random"), "--data-cache-path", str(options.out / "data" / "cache")]
     return [sys.executable, "-m", "megatron_lighthouse.pretrain_gpt", *words, *more, *data]
 
 
-def measured(case: Case, options: argparse.Namespace, more: list[str], end: float) -> dict[str, Any]:
-    """A row of million.csv. Times are medians over the steps after the first (of more than 4, the first two)."""
-    log, begun = options.out / f"{case.name}.log", time.monotonic()
-    code = options.before.resolve() if case.before and options.before else ROOT
+def measured(words: list[str], log: Path, end: float, tokens: int, code: Path = ROOT) -> dict[str, Any]:
+    """A run of `code`, ended at `end`. Times are medians over the steps after the second, which warm up too."""
+    begun = time.monotonic()
     paths = {"PYTHONPATH": os.pathsep.join([str(code), os.environ.get("PYTHONPATH", "")])}
-    folder = options.out / "data"  # not this checkout: python -m looks where it stands first
     if end <= begun:
-        return asdict(case) | {"status": "no time was left"}
+        return {"status": "no time was left"}
     with log.open("w") as file:
         run = subprocess.Popen(
-            command(case, options, more),
-            **{"stdout": file, "stderr": subprocess.STDOUT, "cwd": folder, "start_new_session": True},
+            words,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=log.parent / "data",  # not this checkout: python -m looks where it stands first
+            start_new_session=True,
             env={**one_rank(), **paths},
         )
         try:
@@ -193,26 +211,26 @@ def measured(case: Case, options: argparse.Namespace, more: list[str], end: floa
                 run.wait()
     text = log.read_text(errors="replace")
     if status != "trained":
-        print(f"{case.name}: {status}\n{text[-2500:]}", flush=True)
+        print(f"{log.stem}: {status}\n{text[-2500:]}", flush=True)
         status = "out of memory" if "out of memory" in text else status
     times = [float(x) / 1000 for x in re.findall(r"elapsed time per iteration \(ms\): ([\d.]+)", text)]
-    losses = [float(x) for x in re.findall(r"lm loss: ([\d.E+-]+)", text)]
+    losses, norms = ([float(x) for x in re.findall(rf"{of}: ([\d.E+-]+)", text)] for of in ("lm loss", "grad norm"))
     peaks = {name: [float(x) / 1024 for x in re.findall(rf"max {name}: ([\d.]+)", text)] for name in ("allocated", "reserved")}
-    counted = times[2 if len(times) > 4 else 1 :]
+    counted = times[2:]
     step = statistics.median(counted) if counted else None
     return {
-        **asdict(case),
         "status": status,
         "seconds a step": round(step, 4) if step else None,
         "slowest": round(max(counted), 4) if counted else None,
         "first step": times[0] if times else None,
         "steps counted": len(counted),
-        "tokens a second": round(case.length / step) if step else None,
+        "tokens a second": round(tokens / step) if step else None,
         # Megatron logs MiB after the second step: the optimizer's state is there by then
         **{f"peak GiB {name}": round(max(found), 3) if found else None for name, found in peaks.items()},
         "first loss": losses[0] if losses else None,
         "last loss": losses[-1] if losses else None,
         "losses": losses,
+        "norms": norms,
         "seconds in all": round(time.monotonic() - begun, 1),
     }
 
@@ -234,7 +252,7 @@ def keep(rows: list[dict[str, Any]], out: Path) -> None:
     for name, table in (("million", rows), ("layers", list(layers(rows)))):
         if table:
             with (out / f"{name}.csv").open("w", newline="") as file:
-                names = [name for name in dict.fromkeys(key for row in table for key in row) if name != "losses"]
+                names = [name for name in dict.fromkeys(key for row in table for key in row) if name not in LISTS]
                 writer = csv.DictWriter(file, names, extrasaction="ignore")
                 writer.writeheader()
                 writer.writerows(table)

@@ -67,6 +67,17 @@ def million() -> list[list[str]]:
     ]
 
 
+def layers_of_8b() -> list[list[str]]:
+    return [
+        [
+            f"{int(row['length']):,}, {row['attention']}",
+            f"{float(row['seconds a layer']):.3g} s",
+            f"{float(row['GiB a layer']):.2f} GiB",
+        ]
+        for row in rows_of("million/layers.csv")
+    ]
+
+
 KINDS = ("ours", "fla", "dense", "around")
 
 
@@ -78,6 +89,7 @@ KINDS = ("ours", "fla", "dense", "around")
         pytest.param(2, documents, id="documents"),
         pytest.param(3, models, id="models"),
         pytest.param(4, million, id="a million tokens"),
+        pytest.param(5, layers_of_8b, id="layers of 8B"),
     ],
 )
 def test_a_table_is_its_files(number: int, expected: object) -> None:

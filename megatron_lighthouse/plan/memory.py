@@ -38,17 +38,27 @@ def dense_activations(run: Run) -> float:
 def lighthouse_activations(run: Run, geometry: Geometry | None = None) -> float:
     """Kept by a Lighthouse layer: the gathered rows and their output in place of Q, K, V and the output; the map of entries.
 
-    Of `geometry`, or the run's. The layer's own output too, unless it is freed and scattered again. The map has a 32-bit number
-    for each entry of all levels and each key/value head; a causal selection keeps a second one, of the rows that it scatters.
+    Of `geometry`, or the run's. The layer's own output too, unless it is freed and scattered again.
     """
-    model, geometry = run.model, geometry or run.geometry
+    model = run.model
+    columns = 0 if run.discard_output else model.heads * model.head_dim
+    other = run.tokens * BF16 * (4 * model.hidden + _mlp(run) + _normed(run) + columns)
+    return (_gathered(run, geometry or run.geometry) + other) / run.tensor_parallel
+
+
+def _gathered(run: Run, geometry: Geometry) -> float:
+    """Gathered rows, their output, and the map, of all tensor-parallel ranks.
+
+    The map has a 32-bit number for each entry of all levels and each key/value head; a causal selection keeps a second one, of
+    the rows that it scatters.
+    """
+    model = run.model
     columns = model.heads * model.head_dim
     kept = columns * run.base.work.kept
     rows = geometry.gathered_length / run.context_parallel * (BF16 * (model.qkv + columns + kept) + FP32 * model.heads)
     maps = 1 + getattr(run.config, "causal_selection", False)
     entries = maps * geometry.pyramid_length / run.context_parallel * model.groups * FP32
-    other = run.tokens * BF16 * (4 * model.hidden + _mlp(run) + _normed(run) + (0 if run.discard_output else columns))
-    return (rows + entries + other) / run.tensor_parallel
+    return rows + entries
 
 
 def _normed(run: Run) -> int:
@@ -83,6 +93,8 @@ def parts(run: Run, stage: int | None = None) -> dict[str, float]:
         kept, backward = (ends + ours) * share * BF16 * model.hidden, mlp + layer
     gone = share * BF16 * (2 * model.hidden + _mlp(run))  # the MLP's, and its norm's input and output
     beyond = max(0.0, _attention_backward(run) - gone - mlp)
+    if run.recompute == "full":
+        beyond = max(beyond, _attention_again(run) - backward)
     logits = _logits(run) if stage == pp - 1 else 0.0
     return {
         "parameters (bf16)": BF16 * parameters,
@@ -98,9 +110,10 @@ def parts(run: Run, stage: int | None = None) -> dict[str, float]:
 
 
 def _logits(run: Run) -> float:
-    """Those that are there at once, and their loss; with tiles, the gradient of the output weight too."""
-    at_once = run.logits_at_once * run.vocab_rank * LOSS[run.loss_fusion]
-    return at_once + (OF_TILES * run.vocab_rank * run.model.hidden if run.logits_at_once < run.tokens else 0.0)
+    """Those that are there at once, and their loss; with tiles, the output weight's gradient, and the layer's input and its."""
+    at_once, hidden = run.logits_at_once * run.vocab_rank * LOSS[run.loss_fusion], run.model.hidden
+    tiles = OF_TILES * run.vocab_rank * hidden + 2 * BF16 * run.tokens / run.tensor_parallel * hidden
+    return at_once + (tiles if run.logits_at_once < run.tokens else 0.0)
 
 
 def fullest(run: Run) -> int:
@@ -113,6 +126,19 @@ def stage_name(run: Run) -> str:
     """The fullest pipeline stage, in words."""
     stage, last = fullest(run), run.pipeline_parallel - 1
     return {0: "first", last: "last"}.get(stage, f"{stage + 1}th")
+
+
+def _attention_again(run: Run) -> float:
+    """What a layer that is made again holds at its projection; a snapshot of a million tokens' step showed it.
+
+    The gradient of its output, the first norm's output, the projection's; Q, K, V as one, Q and K turned, and what attention
+    gives; with norms of queries and keys, what these were given and what they gave; and what is gathered.
+    """
+    model = run.model
+    columns, turned = model.heads * model.head_dim, (model.heads + model.groups) * model.head_dim
+    elements = 3 * model.hidden + model.qkv + turned + columns + 2 * _normed(run)
+    gathered = _gathered(run, run.geometry) if run.lighthouse_layers else 0.0
+    return (run.tokens * BF16 * elements + gathered) / run.tensor_parallel
 
 
 def _attention_backward(run: Run) -> float:

@@ -165,9 +165,10 @@ def step_parts(run: Run, speed: Coefficients) -> Parts:
         "elementwise": moved * speed.elementwise * (3 + full),
         "tensor parallel, exposed": tensor / layers * speed.link / device.link_bytes_s(run.spans["tensor parallel"]),
     }
-    products = 3 + (run.logits_at_once < tokens)  # in tiles the logits are made again in backward
-    output = 2.0 * model.hidden * run.vocab_rank / device.flops * speed.linear * products
-    logits = tokens * (output + 20 * run.vocab_rank / device.memory_bytes_s * speed.copy)
+    output = 2.0 * model.hidden * run.vocab_rank / device.flops * speed.linear * 3
+    tiles = -(-tokens // run.logits_at_once)
+    sums = 10 * model.hidden * (tiles if tiles > 1 else 0)  # fp32 sums read and written, and a tile's bf16 gradient read
+    logits = tokens * output + (20 * tokens + sums) * run.vocab_rank / device.memory_bytes_s * speed.copy
     host = layer_host_seconds(run, speed)
     ends = _lighthouse_parts(run, run.edge, speed) if run.edge else _dense_parts(run, speed)
     kinds = ends, _lighthouse_parts(run, run.geometry, speed) if run.lighthouse_layers else {}

@@ -178,8 +178,15 @@ def test_an_mlp_in_tiles_keeps_no_more_than_its_input(bias: bool, monkeypatch: p
     for tokens in (0, 10):
         monkeypatch.setattr(tiled_mlp, "global_args", lambda tokens=tokens: SimpleNamespace(mlp_tile_tokens=tokens))
         kept: list[int] = []
+        given: list[Tensor] = []
+
+        def inner(mlp: MLP, part: Tensor, given: list[Tensor] = given) -> tuple[Tensor, Tensor | None]:
+            given.append(part)
+            return MLP.forward(mlp, part)
+
         with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x):
-            output, of_bias = tiled_mlp.forward(MLP.forward, mlp, hidden)
+            output, of_bias = tiled_mlp.forward(inner, mlp, hidden)
+        assert len({part.grad_fn for part in given}) == 1  # else every part has a gradient as large as the whole
         loss = (output * weights).sum() + (0 if of_bias is None else of_bias.square().sum())
         runs.append((output, *torch.autograd.grad(loss, [hidden, *mlp.parameters()])))
         assert (max(kept) > 2 * 37 * 16) == (tokens == 0)

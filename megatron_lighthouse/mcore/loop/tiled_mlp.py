@@ -26,7 +26,9 @@ def forward(inner: Callable[..., Output], mlp: Any, hidden: Tensor, *given: Any,
     whole = type(mlp) is not MLP or given or named.get("per_token_scale") is not None
     if whole or not tokens or hidden.shape[0] * hidden.shape[1] <= tokens:
         return inner(mlp, hidden, *given, **named)
-    parts = hidden.tensor_split(-(-hidden.shape[0] // max(1, tokens // hidden.shape[1])))
+    rows = hidden.shape[0]
+    count = -(-rows // max(1, tokens // hidden.shape[1]))
+    parts = hidden.split(-(-rows // count))  # one node: of tensor_split each part's gradient is as large as the whole
     owners = [*_read(mlp)]
     fused = mlp.config.gradient_accumulation_fusion
     weights = [module._parameters[name] for module, name in owners]

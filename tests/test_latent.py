@@ -125,6 +125,6 @@ def test_what_shared_selections_do_not_go_with() -> None:
     around = SHARED.replace(heads_per_selection=1, around="parallax")
     with pytest.raises(ValueError, match=r"with config.around parallax is for values of the D of keys, 10, not 6"):
         lighthouse_attention(*one[:2], one[2][..., :WIDTH], around, streams=[one[0]], cu_seqlens=bounds)
+    alone = SHARED.replace(heads_per_selection=1, scorer="dilated")
     with pytest.raises(ValueError, match=r"config.scorer dilated reads values .* have 6 and 10: use config.scorer norm"):
-        alone = SHARED.replace(heads_per_selection=1, scorer="dilated")
         lighthouse_attention(*one[:2], one[2][..., :WIDTH], alone, cu_seqlens=bounds)

@@ -39,7 +39,7 @@ class LatentMixin:
 
 def latent_of_documents(attention: ModuleSpec) -> ModuleSpec:
     """`attention` of a layer spec; where it is multi-latent, one that rotates by document."""
-    module = attention.module
+    module: Any = attention.module
     if not isinstance(module, type) or not issubclass(module, MLASelfAttention) or issubclass(module, LatentMixin):
         return attention
     return replace(attention, module=_class_over(module))

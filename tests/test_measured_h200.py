@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import statistics
 from pathlib import Path
 
 import pytest
 
 from tests.test_performance import rows_of, tables
 
-PAGE = (Path(__file__).parents[1] / "docs/measured_h200.md").read_text()
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+PAGE = (ROOT / "docs/measured_h200.md").read_text()
 PUBLISHED = 2**20 / 8 / 137
 """Tokens a second and GPU of the published dense run: eight H100s, 137 s a step."""
 
@@ -85,3 +89,12 @@ def test_the_published_run_is_so_many_times_slower() -> None:
     row = next(row for row in rows_of("million/million.csv") if row["name"] == "0.6b-1048576")
     words = " ".join(PAGE.split())
     assert f"{PUBLISHED:.0f} tokens a second and GPU: {int(row['tokens a second']) / PUBLISHED:.0f} times less" in words
+
+
+def test_the_way_of_a_checkpoint_is_its_file() -> None:
+    found = json.loads((RESULTS / "convert/h200.json").read_text())
+    words, seconds = " ".join(PAGE.split()), found["seconds"]
+    assert f"went into Megatron in {seconds['hf-to-megatron']:.0f} s and was verified in {seconds['verify']:.0f} s" in words
+    assert len(found["losses"]) == 20
+    assert f"a median of {statistics.median(found['iteration_ms']) / 1000:.2f} s each" in words
+    assert f"came out in {seconds['megatron-to-hf']:.0f} s. transformers {found['transformers']} loaded it" in words

@@ -40,9 +40,8 @@ class LatentMixin:
 def latent_of_documents(attention: ModuleSpec) -> ModuleSpec:
     """`attention` of a layer spec; where it is multi-latent, one that rotates by document."""
     module: Any = attention.module
-    if not isinstance(module, type) or not issubclass(module, MLASelfAttention) or issubclass(module, LatentMixin):
-        return attention
-    return replace(attention, module=_class_over(module))
+    found = isinstance(module, type) and issubclass(module, MLASelfAttention) and not issubclass(module, LatentMixin)
+    return replace(attention, module=_class_over(module)) if found else attention
 
 
 @cache

@@ -122,5 +122,9 @@ def test_what_shared_selections_do_not_go_with() -> None:
     one = [x[:, :1] for x in (query, key, value)]
     with pytest.raises(ValueError, match=r"config.heads_per_selection 2 is not done for packed documents"):
         lighthouse_attention(*one, SHARED, cu_seqlens=bounds)
-    with pytest.raises(ValueError, match=r"cu_seqlens is for values of the D of keys, 10, not 6"):
-        lighthouse_attention(*one[:2], one[2][..., :WIDTH], SHARED.replace(heads_per_selection=1), cu_seqlens=bounds)
+    around = SHARED.replace(heads_per_selection=1, around="parallax")
+    with pytest.raises(ValueError, match=r"with config.around parallax is for values of the D of keys, 10, not 6"):
+        lighthouse_attention(*one[:2], one[2][..., :WIDTH], around, streams=[one[0]], cu_seqlens=bounds)
+    alone = SHARED.replace(heads_per_selection=1, scorer="dilated")
+    with pytest.raises(ValueError, match=r"config.scorer dilated reads values .* have 6 and 10: use config.scorer norm"):
+        lighthouse_attention(*one[:2], one[2][..., :WIDTH], alone, cu_seqlens=bounds)

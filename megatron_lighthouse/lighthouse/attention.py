@@ -162,7 +162,7 @@ def packed_rows(
     """As `attended_rows`, of a row of documents."""
     refuse_transforms(query, key, value, *streams)
     check_own(query, key, value, config, streams, softmax_scale, around, attend, exchange)
-    how = (softmax_scale, attend is not None, rotary, around, exchange, cp_comm_type)
+    how = (softmax_scale, attend is not None, rotary, around, exchange, cp_comm_type, value.shape[-1])
     layer, documents = _packed(config, query, key, value, cu_seqlens, exchange, *how)
     if selection is not None:
         check_selection(selection, query, key.shape[2], Packing.of(documents, layer.rule), exchange)
@@ -182,10 +182,6 @@ def _packed(
     *how: Any,
 ) -> tuple[PackedLayer | ShardedPackedLayer, Documents]:
     layer = _built_by(build_packed, config, query, key, value, *how)
-    if value.shape[3] != key.shape[3]:
-        raise ValueError(
-            f"cu_seqlens is for values of the D of keys, {key.shape[3]}, not {value.shape[3]}: pad them with zeros."
-        )
     if query.shape[1] != 1:
         raise ValueError(
             f"cu_seqlens is of one row, and the batch (dimension 1) is {query.shape[1]}: lay rows end to end, "
@@ -269,12 +265,13 @@ def lighthouse_select(
     refuse_transforms(query, key, value)
     exchange = Exchange.over(cp_group)
     if cu_seqlens is not None:
-        packed, documents = _packed(config, query, key, value, cu_seqlens, exchange, None, True, rotary, None, exchange)
+        how = (None, True, rotary, None, exchange, "p2p", value.shape[-1])
+        packed, documents = _packed(config, query, key, value, cu_seqlens, exchange, *how)
         if isinstance(packed, ShardedPackedLayer):
             return packed.select(query, key, value, documents)
         return packed.select(query, key, value, documents).indices
-    how = (exchange, "p2p", None, True, rotary, False, value.shape[-1])
-    selection, deal = layer_for(config, query, key, value, *how).select(query, key, value)
+    selects = (exchange, "p2p", None, True, rotary, False, value.shape[-1])
+    selection, deal = layer_for(config, query, key, value, *selects).select(query, key, value)
     if exchange is None:
         return selection.indices
     entries = _numbered_in_whole(selection.indices, selection.geometry, exchange.layout)

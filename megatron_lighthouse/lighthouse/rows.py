@@ -114,7 +114,7 @@ class TakesRows:
         raise NotImplementedError
 
     def build_document_rows(
-        self, config: Any, inner: str, query: Tensor, key: Tensor, scale: float | None
+        self, config: Any, inner: str, query: Tensor, key: Tensor, scale: float | None, value_dim: int | None = None
     ) -> Callable[..., Tensor]:
         """As `build_rows`, over the rows of packed documents: an `AttendDocuments`, with streams behind the documents."""
         raise NotImplementedError

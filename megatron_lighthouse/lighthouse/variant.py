@@ -207,7 +207,7 @@ class Lighthouse(Variant):
     def build_documents(self, config: LighthouseConfig, query: Tensor, key: Tensor, place: Place) -> PlacedDocuments:
         from megatron_lighthouse.lighthouse.packed.layer import build_packed
 
-        how = (place.scale, place.base_attends, place.rotary, place.around, place.exchange, place.comm_type)
+        how = (place.scale, place.base_attends, place.rotary, place.around, place.exchange, place.comm_type, place.value_dim)
         try:
             return PlacedDocuments(build_packed(config, query, key, *how), place, self.base(config))
         except ValueError as error:

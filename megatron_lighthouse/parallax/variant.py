@@ -157,7 +157,13 @@ class Parallax(Variant):
         return Rows(build(query, key, exchange, comm_type, scale, kernels=kernels))
 
     def build_document_rows(
-        self, config: ParallaxConfig | None, inner: str, query: Tensor, key: Tensor, scale: float | None
+        self,
+        config: ParallaxConfig | None,
+        inner: str,
+        query: Tensor,
+        key: Tensor,
+        scale: float | None,
+        value_dim: int | None = None,
     ) -> Callable[..., Tensor]:
         return WithinDocuments((config or ParallaxConfig()).kernels, scale).over_rows
 

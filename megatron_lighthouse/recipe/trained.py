@@ -95,7 +95,8 @@ class Trained:
             documents = documents_until(tokens[0], self.reader.end)
             positions = documents.positions.unsqueeze(0)
             rotate_by(get_attr_wrapped_model(self.model, "decoder", return_model_obj=True), positions)
-            how["packed_seq_params"] = packed(documents, tokens.shape[1], ends_of(documents, tokens, self.reader.end))
+            ends = ends_of(documents, tokens, self.reader.end)
+            how["packed_seq_params"] = packed(documents, tokens.shape[1], ends, positions)
         return self.model(tokens.contiguous(), positions, None, **how)
 
 

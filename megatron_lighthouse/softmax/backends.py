@@ -99,13 +99,15 @@ def choose_for_blocks(
     return _choose(name, Rows(device, dtype, heads, groups, dim, value_dim or dim), deterministic(), tuple(fits), over)
 
 
-def choose_for_documents(name: str, device: torch.device, dtype: torch.dtype, heads: int, groups: int, dim: int) -> str:
+def choose_for_documents(
+    name: str, device: torch.device, dtype: torch.dtype, heads: int, groups: int, dim: int, value_dim: int | None = None
+) -> str:
     """As `choose`, among the backends that attend over documents.
 
     Raises:
         ValueError: as `inner_attention`.
     """
-    return _choose(name, Rows(device, dtype, heads, groups, dim, dim), deterministic(), (), DOCUMENTS)
+    return _choose(name, Rows(device, dtype, heads, groups, dim, value_dim or dim), deterministic(), (), DOCUMENTS)
 
 
 @cache

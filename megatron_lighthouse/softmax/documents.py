@@ -31,17 +31,20 @@ AttendDocuments = Callable[[Tensor, Tensor, Tensor, Documents], Tensor]
 """Causal attention within each document: ([S, 1, H, D], [S, 1, G, D], [S, 1, G, D], documents) -> [S, 1, H, D]."""
 
 
-def documents_attention(name: str, query: Tensor, key: Tensor, softmax_scale: float | None = None) -> AttendDocuments:
+def documents_attention(
+    name: str, query: Tensor, key: Tensor, softmax_scale: float | None = None, value_dim: int | None = None
+) -> AttendDocuments:
     """The backend `name` for these rows, or the fastest for 'auto'; said once.
 
     Args:
         query: [S, 1, H, D]; key: [S, 1, G, D]; of these only heads, D, dtype and device count.
         softmax_scale: 1/sqrt(D) by default.
+        value_dim: of the values, where it is not D.
 
     Raises:
         ValueError: a backend that is forced and is not there, or cannot take these rows.
     """
-    chosen = choose_for_documents(name, query.device, query.dtype, query.shape[2], key.shape[2], query.shape[3])
+    chosen = choose_for_documents(name, query.device, query.dtype, query.shape[2], key.shape[2], query.shape[3], value_dim)
     attend = FAMILIES[DOCUMENTS][chosen].attend
     return lambda q, k, v, documents: attend(q, k, v, softmax_scale, documents)
 

@@ -49,7 +49,13 @@ class ShardedDocuments:
 
 
 def sharded_documents_attention(
-    name: str, query: Tensor, key: Tensor, exchange: Exchange, comm_type: str, softmax_scale: float | None = None
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    exchange: Exchange,
+    comm_type: str,
+    softmax_scale: float | None = None,
+    value_dim: int | None = None,
 ) -> ShardedDocuments:
     """Causal attention within each document, over the tokens of all ranks.
 
@@ -57,6 +63,7 @@ def sharded_documents_attention(
         name: of the backend, as for `inner_attention`.
         query: [t / C, 1, H, D]; key: [t / C, 1, G, D]; of these only heads, D, dtype and device count.
         comm_type: see `megatron_lighthouse.context_parallel.schemes.scheme`.
+        value_dim: of the values, where it is not D.
 
     Raises:
         ValueError: a scheme that is not known, heads that 'a2a' cannot share out, or a backend that cannot do it.
@@ -67,12 +74,12 @@ def sharded_documents_attention(
     attend = None
     if comm_type == "a2a":
         q, k = (x[:, :, : x.shape[2] // exchange.size] for x in (query, key))
-        attend = documents_attention(name, q, k, scale)
+        attend = documents_attention(name, q, k, scale, value_dim)
     elif query.is_cuda:
         say_once(
             "lighthouse: packed documents over shards are a call each, so many in a row are slow: --cp-comm-type a2a is not."
         )
-    rows = (query.device, query.dtype, query.shape[2], key.shape[2], query.shape[3])
+    rows = (query.device, query.dtype, query.shape[2], key.shape[2], query.shape[3], value_dim)
     # cuDNN's in torch compiles anew for each length, of which documents have many
     known = [other for other in BLOCKS if other != "cudnn"]
     block = BLOCKS["sdpa" if comm_type == "a2a" else choose_for_blocks(name, known, *rows)](scale)

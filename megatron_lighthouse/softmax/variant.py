@@ -59,10 +59,12 @@ class Dense(Variant):
             return Rows((sinks_attention if sinks else inner_attention)(inner, query, key, scale, value_dim))
         return sharded_attention(inner, query, key, exchange, comm_type, scale, None, sinks, value_dim)
 
-    def build_document_rows(self, config: Any, inner: str, query: Tensor, key: Tensor, scale: float | None) -> AttendDocuments:
+    def build_document_rows(
+        self, config: Any, inner: str, query: Tensor, key: Tensor, scale: float | None, value_dim: int | None = None
+    ) -> AttendDocuments:
         from megatron_lighthouse.softmax.documents import documents_attention
 
-        return documents_attention(inner, query, key, scale)
+        return documents_attention(inner, query, key, scale, value_dim)
 
 
 DENSE = Dense()

@@ -213,7 +213,13 @@ class Wall(Variant):
         return Rows(_over_rows(config, query, key, value, exchange, comm_type, scale), config.scalar_gate)
 
     def build_document_rows(
-        self, config: WallConfig | None, inner: str, query: Tensor, key: Tensor, scale: float | None
+        self,
+        config: WallConfig | None,
+        inner: str,
+        query: Tensor,
+        key: Tensor,
+        scale: float | None,
+        value_dim: int | None = None,
     ) -> Callable[..., Tensor]:
         from megatron_lighthouse.wall.over_documents import sight_of
 

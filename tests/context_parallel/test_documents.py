@@ -150,8 +150,8 @@ def test_attention_within_documents_equals_one_rank(kind: str, comm_type: str, s
     lengths = LENGTHS[kind]
     groups = size if comm_type == "a2a" else 2
     generator = torch.Generator().manual_seed(3)
-    shapes = [(sum(lengths), 1, heads, 5) for heads in (2 * groups, groups, groups, 2 * groups)]
-    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    kinds = ((2 * groups, 5), (groups, 5), (groups, 3), (2 * groups, 3))  # values, and so outputs, are narrower than keys
+    inputs = [torch.randn(sum(lengths), 1, *kind, generator=generator, dtype=torch.float64) for kind in kinds]
     documents = row_of(lengths)
     answers = zip(*run_ranks(size, on_a_rank, lengths, inputs, comm_type), strict=True)
     back = torch.cat(rows_of_ranks(documents, size)).argsort()

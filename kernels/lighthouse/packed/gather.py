@@ -1,4 +1,7 @@
-"""Gather over packed documents: as `kernels.lighthouse.gather`, one launch each way for all documents and all three tensors."""
+"""Gather over packed documents: as `kernels.lighthouse.gather`, one launch each way for all documents.
+
+Values of another width than keys take a second one.
+"""
 
 from __future__ import annotations
 
@@ -221,12 +224,16 @@ class PackedGather(torch.autograd.Function):
 
 
 def _launch(kernel: Any, tensors: tuple[Tensor, ...], selection: Selection, rotary: Rotary | None, step: str) -> None:
-    packing, (query, key, *_) = selection.geometry, tensors
+    packing, (query, key, value, *_) = selection.geometry, tensors
     assert isinstance(packing, Packing)
     parts = 1 if step == "collect" else packing.pooling ** (packing.levels - 2)
     turns = selection.places if rotary is None else rotary.turns(packing.rule.window, query.device)
-    turn, pairs, before = NOT_TURNED if rotary is None else rotary.pairing
-    heads = (query.shape[2] + 2 * key.shape[2], query.shape[2], key.shape[2])
-    how = launch(step, query.shape[3], query.element_size())
-    tables, turned = (selection.places, turns), {"TURN": turn, "PAIRS": pairs, "BEFORE": before}
-    launch_packed(kernel, tensors, tables, packing, parts, heads, how, **turned)
+    pairing = NOT_TURNED if rotary is None else rotary.pairing
+    heads, groups, tables = query.shape[2], key.shape[2], (selection.places, turns)
+    given = [(tensors, (heads + 2 * groups, heads, groups), pairing)]
+    if value.shape[3] != key.shape[3]:  # values alone, as queries of as many heads as groups
+        values = (value,) * 3 + (tensors[5],) * 3
+        given = [(tensors, (heads + groups, heads, groups), pairing), (values, (groups, groups, groups), NOT_TURNED)]
+    for of, grid, (turn, pairs, before) in given:
+        how = launch(step, of[0].shape[3], query.element_size())
+        launch_packed(kernel, of, tables, packing, parts, grid, how, TURN=turn, PAIRS=pairs, BEFORE=before)

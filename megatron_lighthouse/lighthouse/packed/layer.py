@@ -15,7 +15,7 @@ from megatron_lighthouse.lighthouse import telemetry
 from megatron_lighthouse.lighthouse.around import AROUND
 from megatron_lighthouse.lighthouse.causal_rules import causal_documents_problem
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
-from megatron_lighthouse.lighthouse.heads import documents_problem
+from megatron_lighthouse.lighthouse.heads import documents_problem, heads_problem
 from megatron_lighthouse.lighthouse.implementations import packed_steps_for
 from megatron_lighthouse.lighthouse.packed.packing import Packing
 from megatron_lighthouse.lighthouse.packed.rule import Rule
@@ -125,6 +125,7 @@ def build_packed(
     around: Any = None,
     exchange: Exchange | None = None,
     comm_type: str = "p2p",
+    value_dim: int | None = None,
 ) -> PackedLayer | ShardedPackedLayer:
     """The layer for rows of documents like these.
 
@@ -134,6 +135,7 @@ def build_packed(
         rotary: what queries and keys are rotated by, where pooled rows are to stand at their window's last token.
         around: as for `lighthouse.layer.build`.
         exchange: the ranks that share the row; then `query` and `key` are of [t / C, ...].
+        value_dim: of the values, where it is not D.
 
     Raises:
         ValueError: as `lighthouse_attention`.
@@ -144,10 +146,17 @@ def build_packed(
         raise ValueError(problem)
     if problem := scorer.packed_problem(rule.window) or documents_problem(config) or causal_documents_problem(config):
         raise ValueError(problem)
+    if problem := heads_problem(config, key.shape[2], query.shape[3], value_dim):
+        raise ValueError(problem)
+    if not base.native and value_dim not in (None, query.shape[3]):
+        raise ValueError(
+            f"cu_seqlens with config.around {config.around} is for values of the D of keys, {query.shape[3]}, not {value_dim}: "
+            "pad them with zeros, or use config.around softmax."
+        )
     steps, attend = packed_steps_for(config.steps, query, config.pooling), None
     if exchange is None:
         if not own_attend:
-            attend = base.build_document_rows(around, config.inner, query, key, softmax_scale)
+            attend = base.build_document_rows(around, config.inner, query, key, softmax_scale, value_dim)
         return PackedLayer(rule, config.pin_first, steps, scorer, base.gather, attend, rotary)
     if not base.native:
         raise ValueError(
@@ -155,5 +164,5 @@ def build_packed(
             "softmax, or one rank."
         )
     if not own_attend:
-        attend = sharded_documents_attention(config.inner, query, key, exchange, comm_type, softmax_scale)
+        attend = sharded_documents_attention(config.inner, query, key, exchange, comm_type, softmax_scale, value_dim)
     return ShardedPackedLayer(rule, config.pin_first, steps, scorer, attend, rotary, exchange)

@@ -54,7 +54,7 @@ class FusedAttention(LocalAttention):
             within = self.within.get(made_from)
             if within is None:
                 q, k = (x if x.dim() == 4 else x.unsqueeze(1) for x in (query, key))
-                within = self.within[made_from] = documents_attention("auto", q, k, self.given_scale)
+                within = self.within[made_from] = documents_attention("auto", q, k, self.given_scale, value.shape[-1])
             return attend_documents(within, query, key, value, packed_seq_params, 1)
         if attention_mask is not None:
             raise ValueError("attention without kept scores is causal, and reads no mask.")

@@ -22,6 +22,7 @@ from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.mcore.attention.copied import copied
 from megatron_lighthouse.mcore.attention.core_attention import CoreAttentionBuilder
+from megatron_lighthouse.mcore.attention.document_latent import latent_of_documents
 from megatron_lighthouse.mcore.attention.fused import of_documents
 from megatron_lighthouse.mcore.attention.norm import take_torch_norms, torch_norm
 from megatron_lighthouse.mcore.attention.output import without_kept_output
@@ -204,6 +205,8 @@ def _dense_over_shards(spec: LayerSpec, config: TransformerConfig) -> LayerSpec:
 def _with_documents(spec: LayerSpec, config: TransformerConfig) -> LayerSpec:
     """The spec with core attention that takes packed documents: of one rank, for `able_local` puts its own in its place."""
     spec = copied(spec)
+    for layer in _layers_of(spec):
+        layer.submodules.self_attention = latent_of_documents(layer.submodules.self_attention)
     for submodules in attentions_of(spec):
         if config.context_parallel_size == 1:
             submodules.core_attention = of_documents(submodules.core_attention)

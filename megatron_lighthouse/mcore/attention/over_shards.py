@@ -90,7 +90,7 @@ class ContextParallelAttention(LocalAttention):
         if packed_seq_params is not None:
             within = self.within.get(made_from)
             if within is None:
-                how = (self.exchange, self.cp_comm_type, self.given_scale)
+                how = (self.exchange, self.cp_comm_type, self.given_scale, value.shape[-1])
                 within = self.within[made_from] = sharded_documents_attention("auto", query, key, *how)
             return attend_documents(within, query, key, value, packed_seq_params, size)
         attend = self.attend.get(made_from)

@@ -27,19 +27,23 @@ class PackedDocuments(PackedSeqParams):  # type: ignore[misc]
     """Of all rows of the micro-batch, one row after the other."""
     ends: Tensor | None = None
     """[b, s] bool, where further tokens are predicted: whose labels are of another document."""
+    positions: Tensor | None = None
+    """[b, s/cp] int64, of this rank's tokens in their documents; where layers rotate by themselves."""
 
 
-def packed(documents: Documents, seq_length: int, ends: Tensor | None = None) -> PackedDocuments:
+def packed(
+    documents: Documents, seq_length: int, ends: Tensor | None = None, positions: Tensor | None = None
+) -> PackedDocuments:
     """What a forward step gives the model.
 
     Args:
         seq_length: s, positions that RoPE is to know.
-        ends: see `PackedDocuments`.
+        ends, positions: see `PackedDocuments`.
     """
     bounds = documents.cu_seqlens
     lengths = {"max_seqlen_q": seq_length, "max_seqlen_kv": seq_length}
     given: dict[str, Any] = {"cu_seqlens_q": bounds, "cu_seqlens_kv": bounds, **lengths}
-    return PackedDocuments(qkv_format="sbhd", documents=documents, ends=ends, **given)
+    return PackedDocuments(qkv_format="sbhd", documents=documents, ends=ends, positions=positions, **given)
 
 
 def documents_of(params: Any, tokens: int) -> Documents:

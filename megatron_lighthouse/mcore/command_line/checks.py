@@ -135,7 +135,8 @@ def _packed(given: object) -> Iterator[str]:
 def _documents(args: Namespace, config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:
     yield from documents.document_problems(args, config)
     if documents.asked(args):
-        for own in filter(None, (settings.config, settings.edge)):
+        here = settings.in_model(config)  # where MLA may share selections among heads
+        for own in filter(None, (here.config, here.edge)):
             yield from settings.attention.document_problems(own, config.context_parallel_size)
         if not settings.base.native and settings.base is not settings.attention:
             yield from settings.base.document_problems(settings.base_config, config.context_parallel_size)

@@ -48,8 +48,7 @@ def document_problems(args: Namespace, config: Any) -> Iterator[str]:
     kind = getattr(args, "position_embedding_type", "rope")
     if kind not in ROTATED:
         yield f"{FLAG} with --position-embedding-type {kind} is not done: use {' or '.join(ROTATED)}."
-    if getattr(config, "multi_latent_attention", False):
-        yield f"{FLAG} with --multi-latent-attention is not done: use --group-query-attention, or leave one of them out."
+    yield from _latent(config)
     if getattr(config, "experimental_attention_variant", None):
         yield f"{FLAG} with --experimental-attention-variant is not done: leave one of them out."
     if (graphs := getattr(config, "cuda_graph_impl", "none")) != "none":
@@ -72,11 +71,26 @@ def upstream_problems(args: Namespace, config: Any) -> Iterator[str]:
             f"{FLAG} with --mtp-num-layers {further}: in upstream's pretrain_gpt.py a document's last token but one predicts "
             f"the next document's first: {use}, or leave one of them out."
         )
+    if getattr(config, "multi_latent_attention", False):
+        yield f"{FLAG} with --multi-latent-attention is not done in upstream's pretrain_gpt.py: {use}."
     if (stages := config.pipeline_model_parallel_size) > 2:
         yield (
             f"{FLAG} with --pipeline-model-parallel-size {stages}: upstream's pretrain_gpt.py tells the first and last stage "
             f"alone where documents end: {use}, or --pipeline-model-parallel-size 2."
         )
+
+
+def _latent(config: Any) -> Iterator[str]:
+    """Of multi-latent attention, whose values have a width of their own."""
+    if not getattr(config, "multi_latent_attention", False):
+        return
+    if config.transformer_impl != "local":
+        yield (
+            f"{FLAG} with --multi-latent-attention is not done by --transformer-impl {config.transformer_impl}: use local, or "
+            "--group-query-attention."
+        )
+    if getattr(config, "apply_rope_fusion", False):
+        yield f"{FLAG} with --multi-latent-attention and fused RoPE is not done: add --no-rope-fusion."
 
 
 def _of_te(config: Any) -> Iterator[str]:

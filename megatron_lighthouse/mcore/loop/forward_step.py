@@ -52,9 +52,10 @@ def forward_step(data: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> t
         documents, rows = packing
         if model.training and not vp_stage:  # by which Megatron counts what attention computes, once a micro-batch
             update_seqlen_stats_from_cu_seqlens(documents.cu_seqlens)
-        rotate_by(get_attr_wrapped_model(model, "decoder", return_model_obj=True), documents.positions[rows])
+        positions = documents.positions[rows]
+        rotate_by(get_attr_wrapped_model(model, "decoder", return_model_obj=True), positions)
         ends = ends_of(documents, tokens, get_tokenizer().eod) if args.mtp_num_layers and tokens is not None else None
-        more["packed_seq_params"] = packed(documents, args.seq_length, ends)
+        more["packed_seq_params"] = packed(documents, args.seq_length, ends, positions)
     with stragglers, weighted(loss_mask if args.calculate_per_token_loss else batch.get(WEIGHTS)):
         output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask, **more)
     return output, partial(loss_function, loss_mask, batch.get(WEIGHTS))

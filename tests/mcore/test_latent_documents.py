@@ -1,0 +1,74 @@
+"""MLA over packed documents: each is as if it were alone in the row, on one process and on several."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_lighthouse.sequence.documents import Documents
+from tests.mcore import harness
+from tests.mcore.test_documents import LIGHTHOUSE, documents
+from tests.mcore.test_latent import LATENT, N, built, latent
+from tests.mcore.test_models import BASES, MODELS
+from tests.mcore.test_parity import START, assert_same
+from tests.tolerances import assert_close
+
+__all__ = ["documents"]
+pytestmark = pytest.mark.usefixtures("megatron")
+
+ROWS = ([30, 1, 33], [7, 57])
+"""Lengths of the documents of two rows of N tokens."""
+
+
+@pytest.mark.parametrize("rope_type", ["rope", "yarn"])
+@pytest.mark.parametrize("settings", [None, LATENT], ids=["dense", "lighthouse"])
+def test_each_document_is_as_if_alone(rope_type: str, settings: object) -> None:
+    from megatron_lighthouse.mcore.attention.document_rotary import rotate_by
+    from megatron_lighthouse.mcore.attention.layer_specs import layer_spec
+    from megatron_lighthouse.mcore.attention.packed import packed
+
+    model_cfg = latent(rope_type=rope_type)
+    model_cfg.transformer_layer_spec = partial(layer_spec, settings=settings, documents=True)
+    model = built(model_cfg).double().eval()
+    tokens = torch.randint(64, (2, N), generator=torch.Generator().manual_seed(3))
+
+    def forward(part: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        found = Documents.of(bounds, part.numel(), part.device)
+        positions = found.positions.view(part.shape)
+        rotate_by(model, positions)
+        out: torch.Tensor = model(part, positions, None, packed_seq_params=packed(found, part.shape[1], None, positions))
+        return out
+
+    whole = forward(tokens, [*ROWS[0], *ROWS[1]])
+    for row, out, lengths in zip(tokens, whole, ROWS, strict=True):
+        for part, of in zip(row.split(lengths), out.split(lengths), strict=True):
+            alone = forward(part.unsqueeze(0), [len(part)])[0]
+            assert_close(of, alone, "float64")
+            if settings is None:  # without any documents, as Megatron's own layers compute it
+                plain = model(part.unsqueeze(0), torch.arange(len(part)).unsqueeze(0), None)
+                assert_close(of, plain[0], "float64")
+
+
+LAYOUTS = {
+    "CP2, recompute": "--context-parallel-size 2 --recompute-granularity selective --recompute-modules core_attn",
+    "PP2, recompute": (
+        "--pipeline-model-parallel-size 2 --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    ),
+    "TP2+SP": "--tensor-model-parallel-size 2 --sequence-parallel",
+}
+"""Two stages compute a layer again after the next micro-batch went in."""
+
+
+def test_losses_equal_those_of_one_process(tmp_path: Path, documents: list[str]) -> None:
+    heads = MODELS["deepseek"].replace("--lighthouse-heads-per-selection 2", "").split()
+    own, model, saved = [*LIGHTHOUSE, *heads], [*BASES["deepseek"]], str(tmp_path / "checkpoint")
+    at = model.index("--lighthouse-budget")
+    run = partial(harness.run, model=model[:at] + model[at + 2 :], data=documents)
+    run(tmp_path / "start", *own, "--train-iters", "1", "--save", saved, "--save-interval", "1")
+    one = run(tmp_path / "one", *own, "--load", saved, *START)
+    for name, layout in LAYOUTS.items():
+        assert_same(run(tmp_path / name, *own, "--load", saved, *START, *layout.split(), ranks=2), one)

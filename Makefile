@@ -1,12 +1,11 @@
 # make train      set up .venv and train: stage 1 with Lighthouse, stage 2 dense (DATA=path, NAME=run, ARGS="…")
 # make check      lint, types and the tests of the mathematics: two minutes
-# make test       lint, types and all tests but the slow ones (WORKERS=3 test files at a time)
+# make test       lint, types and all tests but the slow ones (WORKERS=2 test files at a time)
 # make test-all   the slow ones too
 
 NAME ?= demo
 VENV ?= .venv
-# one more than the cores that the suite is measured on: tests of the launch scripts wait most of their time
-WORKERS ?= 3
+WORKERS ?= 2
 RUN := $(VENV)/bin/python
 MATHS = $(filter-out $(patsubst %,tests/test_%.py,kernels package patches profiling),$(wildcard tests/test_*.py)) tests/context_parallel tests/parallax tests/wall
 # compiled modules are kept, whatever the environment says: the tests start hundreds of processes that import them

@@ -181,8 +181,7 @@ class Going:
         try:
             status = self.process.wait(max(1, self.until - time.monotonic()))
         except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            status = self.process.wait()
+            status = self.stop()
         text = self.log.read_text(errors="replace")
         if status:
             print(f"{self.run.name}: status {status}\n{text[-2500:]}", flush=True)
@@ -192,6 +191,15 @@ class Going:
         rows.append(row)
         print(row, flush=True)
         keep(rows, self.out)
+
+    def stop(self) -> int:
+        """End it: torchrun's ranks are in sessions of their own, and would disturb what comes after if it were killed."""
+        os.killpg(self.process.pid, signal.SIGTERM)
+        try:
+            return self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            return self.process.wait()
 
 
 def keep(rows: list[dict[str, Any]], out: Path) -> None:

@@ -78,6 +78,18 @@ def layers_of_8b() -> list[list[str]]:
     ]
 
 
+def rings() -> list[list[str]]:
+    return [
+        [
+            f"{row['what']}, {int(row['tokens']):,}",
+            *(ms(float(row[f"fwd+bwd_ms, {ranks}"])) for ranks in ("one rank", "all")),
+            f"{float(row['efficiency']):.0%}",
+        ]
+        for row in rows_of("two_gpus/rings.csv")
+        if not row["what"].startswith("documents")
+    ]
+
+
 KINDS = ("ours", "fla", "dense", "around")
 
 
@@ -90,6 +102,7 @@ KINDS = ("ours", "fla", "dense", "around")
         pytest.param(3, models, id="models"),
         pytest.param(4, million, id="a million tokens"),
         pytest.param(5, layers_of_8b, id="layers of 8B"),
+        pytest.param(6, rings, id="two GPUs"),
     ],
 )
 def test_a_table_is_its_files(number: int, expected: object) -> None:

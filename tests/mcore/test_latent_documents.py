@@ -63,6 +63,7 @@ LAYOUTS = {
 """Two stages compute a layer again after the next micro-batch went in."""
 
 
+@pytest.mark.slow
 def test_losses_equal_those_of_one_process(tmp_path: Path, documents: list[str]) -> None:
     heads = MODELS["deepseek"].replace("--lighthouse-heads-per-selection 2", "").split()
     own, model, saved = [*LIGHTHOUSE, *heads], [*BASES["deepseek"]], str(tmp_path / "checkpoint")

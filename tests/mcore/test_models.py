@@ -51,7 +51,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
     return of
 
 
-@pytest.mark.parametrize("layout", some_slow(LAYOUTS, {"PP2", "DP2"}))
+@pytest.mark.parametrize("layout", some_slow(LAYOUTS, {"PP2", "DP2", "TP2+SP"}))
 @pytest.mark.parametrize("name", MODELS)
 def test_losses_equal_those_of_one_process(name: str, layout: str, tmp_path: Path, start: Start) -> None:
     arguments, one_process = start(name)

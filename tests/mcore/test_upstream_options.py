@@ -208,7 +208,7 @@ def test_ranks_are_timed_where_they_read_and_where_they_compute(monkeypatch: pyt
     told: list[str] = []
     timer = Namespace(start=lambda: None, stop=lambda: None)
     monkeypatch.setattr(module, "get_timers", lambda: lambda *_, **__: timer)
-    monkeypatch.setattr(module, "get_args", lambda: Namespace(micro_batch_size=1))
+    monkeypatch.setattr(module, "get_args", lambda: Namespace(micro_batch_size=1, calculate_per_token_loss=False))
     monkeypatch.setattr(module, "get_attr_wrapped_model", lambda *_: None)
     monkeypatch.setattr(module, "_batch", lambda *_: told.append("reads") or ({}, None))
     monkeypatch.setattr(module.stragglers, "start", lambda: told.append(f"start, data {module.stragglers.bdata}"))

@@ -103,6 +103,12 @@ def _model(args: argparse.Namespace) -> Iterator[str]:
         )
     if (experts := args.num_experts) and args.moe_router_topk > experts:
         yield f"--moe-router-topk {args.moe_router_topk} must be at most --num-experts {experts}: use {min(2, experts)}, or so."
+    grouped = args.moe_grouped_gemm and args.transformer_impl == "transformer_engine"
+    if experts and grouped and args.add_bias_linear and args.bias_dropout_fusion:
+        yield (
+            "--moe-grouped-gemm of Transformer Engine's experts with biases goes without the fusion of bias and dropout: add "
+            "--no-bias-dropout-fusion, or --disable-bias-linear."
+        )
     if args.context_parallel_size > 1 and (unknown := [kind for kind in args.cp_comm_type if kind not in SCHEMES]):
         yield f"--cp-comm-type {' '.join(unknown)} is not known: use {', '.join(SCHEMES[:-1])} or {SCHEMES[-1]}."
     sizes = args.hierarchical_context_parallel_sizes

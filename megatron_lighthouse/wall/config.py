@@ -18,7 +18,7 @@ class WallConfig:
 
     kernels: str = option(
         "auto",
-        "'triton' for the kernels, 'reference' for plain PyTorch; 'auto' takes the kernels on a GPU where they were seen right.",
+        "'triton' for the kernels, 'reference' for plain PyTorch; 'auto' takes the kernels where a GPU had them right.",
         KERNELS,
     )
     """What attends along the diagonal."""

@@ -67,8 +67,9 @@ def small_wall() -> None:
     from megatron_lighthouse.wall.layer import Step, build
 
     Step.TOKENS = 200
-    for dim, dtype in ((128, torch.bfloat16), (64, torch.bfloat16), (80, torch.bfloat16), (64, torch.float16)):
-        q, k, v, g = (torch.randn(500, 1, heads, dim, device="cuda", dtype=dtype, requires_grad=True) for heads in (4, 2, 2, 4))
+    for dim in (128, 64, 80):
+        rows = [torch.randn(500, 1, heads, dim, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2, 4)]
+        q, k, v, g = (x.requires_grad_() for x in rows)
         out = build(q, k, v, 4, kernels="triton")(q, k, v, -g.float().exp(), None, None)
         out.backward(torch.randn_like(out))
         torch.cuda.synchronize()

@@ -79,7 +79,6 @@ CHECKED = [
     *(Checked(4, 2, dim, dim, "bfloat16") for dim in (128, 64, 80, 96, 32, 48, 256)),
     *(Checked(4, 4, dim, dim, "bfloat16") for dim in (128, 64)),
     *(Checked(4, 2, *dims, "bfloat16") for dims in ((128, 64), (64, 128))),
-    *(Checked(4, 2, dim, dim, "float16") for dim in (128, 64)),
     *(Checked(4, 2, dim, dim, "float32") for dim in (128, 64)),
 ]
 

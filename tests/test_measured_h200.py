@@ -116,6 +116,23 @@ def test_the_published_run_is_so_many_times_slower() -> None:
     assert f"{PUBLISHED:.0f} tokens a second and GPU: {int(row['tokens a second']) / PUBLISHED:.0f} times less" in words
 
 
+def test_the_errors_of_wall_are_its_file() -> None:
+    words, found = " ".join(PAGE.split()), json.loads((RESULTS / "wall/check.json").read_text())
+
+    def worst(kind: str, *names: str, gates: tuple[str, ...] = ("g -0.000335", "g -0.1", "g -2.0")) -> float:
+        cases = [case for shape, case in found["errors"].items() if shape.endswith(kind)]
+        return max(case[gate][name] for case in cases for gate in gates for name in names)
+
+    of_gates = worst("bfloat16", "dg"), worst("bfloat16", "dg", gates=("g -2.0",))
+    assert f"most {worst('bfloat16', 'out'):.2%} of outputs, {worst('bfloat16', 'dq', 'dk', 'dv'):.2%} of grad" in words
+    assert f"{of_gates[0]:.2%} of those of gates (at gates of -2, {of_gates[1]:.2%})" in words
+    assert worst("float32", "out", "dq", "dk", "dv", "dg") == 1e-6
+    wrong = [case[name] for case in found["errors"]["H=4 G=2 K=64 V=64 float16"].values() for name in ("dq", "dk", "dg")]
+    assert f"off by {min(wrong):.0f} to {max(wrong):.0f} times their norm" in words
+    assert found["repeats"] is True
+    assert "illegal memory access" in found["errors"]["H=4 G=2 K=128 V=128 float16"]
+
+
 def test_the_way_of_a_checkpoint_is_its_file() -> None:
     found = json.loads((RESULTS / "convert/h200.json").read_text())
     words, seconds = " ".join(PAGE.split()), found["seconds"]

@@ -118,7 +118,7 @@ def forward_kernel(
 def forward(
     query: Tensor, key: Tensor, value: Tensor, gate: Tensor, scalar_gate: Tensor | None, scale: float, first: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """See `megatron_lighthouse.wall.diagonal`; bf16, fp16 or fp32, K and V up to 256."""
+    """See `megatron_lighthouse.wall.diagonal`; bf16, fp32, or fp16 under the interpreter; K and V up to 256."""
     rows, batch, heads, dim = query.shape
     query, key, value, gate = (last_contiguous(x) for x in (query, key, value, gate))
     widest = max(dim, value.shape[3])

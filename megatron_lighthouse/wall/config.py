@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from megatron_lighthouse.options import option
 
 KERNELS = ("auto", "triton", "reference")
+WRONG_IN_FP16 = "in fp16 their gradients were wrong on an H200 (bf16 works)"
+"""Why the kernels do not run."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class WallConfig:
 
     kernels: str = option(
         "auto",
-        "'triton' for the kernels, 'reference' for plain PyTorch; 'auto' takes the kernels on a GPU where they can run.",
+        "'triton' for the kernels, 'reference' for plain PyTorch; 'auto' takes the kernels where a GPU had them right.",
         KERNELS,
     )
     """What attends along the diagonal."""

@@ -12,12 +12,17 @@ from megatron_lighthouse.lighthouse.implementations import missing
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.softmax.blocks import block_for
 from megatron_lighthouse.wall import decay, reference
+from megatron_lighthouse.wall.config import WRONG_IN_FP16
 from megatron_lighthouse.wall.decay import Decays
 from megatron_lighthouse.wall.diagonal import Diagonal
 from megatron_lighthouse.wall.earlier import Earlier, Plain, Stock
 
-SEEN = {(torch.bfloat16, 80, 80), (torch.bfloat16, 128, 128)}
-"""Dtypes, K and V with which the kernels were held to float64 on an H200, by `benchmarks/wall.py --only-check`."""
+SEEN = {
+    torch.bfloat16: {(32, 32), (64, 64), (128, 128), (256, 256), (64, 128), (128, 64)},
+    torch.float32: {(64, 64), (128, 128)},
+}
+"""Blocks of K and V channels with which the kernels were held to float64 on an H200, by `benchmarks/wall.py --only-check`. In
+bf16 heads of 48, 80 and 96 too, for which a part of a block is masked."""
 
 
 def makers_for(name: str, device: torch.device, dtype: torch.dtype, dims: tuple[int, int]) -> tuple[Diagonal, Decays]:
@@ -27,18 +32,14 @@ def makers_for(name: str, device: torch.device, dtype: torch.dtype, dims: tuple[
         dims: the head dimensions K and V.
 
     Raises:
-        ValueError: 'triton' where the kernels cannot run.
+        ValueError: 'triton' where the kernels cannot run, or are wrong.
     """
     plain = cast(Diagonal, reference), cast(Decays, decay)
     if name == "reference" or (name == "auto" and device.type != "cuda"):
         return plain
-    problem = missing(device.type, dtype, max(dims))
-    if problem is None and name == "auto" and (dtype, *dims) not in SEEN:
-        shapes = ", ".join(f"{k} and {v} in {_named(kind)}" for kind, k, v in sorted(SEEN, key=str))
-        problem = (
-            f"on a GPU they were seen right for keys and values of {shapes}, not yet of {dims[0]} and {dims[1]} in "
-            f"{_named(dtype)}; --wall-kernels triton takes them all the same"
-        )
+    problem = missing(device.type, dtype, max(dims)) or (WRONG_IN_FP16 if dtype == torch.float16 else None)
+    if problem is None and name == "auto":
+        problem = _unseen(dtype, dims)
     if problem is None:
         kernels = importlib.import_module("megatron_lighthouse.kernels.wall")
         return cast(Diagonal, kernels), cast(Decays, kernels)
@@ -48,8 +49,18 @@ def makers_for(name: str, device: torch.device, dtype: torch.dtype, dims: tuple[
     return plain
 
 
-def _named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _unseen(dtype: torch.dtype, dims: tuple[int, int]) -> str | None:
+    """Why `auto` leaves the kernels. In bf16 a multiple of 16 goes by its block; in fp32 none was seen masked."""
+    from megatron_lighthouse.kernels.launch import padded
+
+    seen = SEEN[dtype]
+    if tuple(n if n % 16 or dtype == torch.float32 else padded(n) for n in dims) in seen:
+        return None
+    kind, blocks = str(dtype).removeprefix("torch."), ", ".join(f"{k} and {v}" for k, v in sorted(seen))
+    return (
+        f"on a GPU they were seen right in {kind} for keys and values in blocks of {blocks} channels, not yet for "
+        f"{dims[0]} and {dims[1]}; --wall-kernels triton takes them all the same"
+    )
 
 
 def earlier_for(query: Tensor, value: Tensor, gate_heads: int, scale: float, biased: bool, masked: bool) -> Earlier:

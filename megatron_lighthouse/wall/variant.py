@@ -12,7 +12,7 @@ from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.lighthouse.rows import number_problem
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.variant import Place, Stream, Variant, beyond_softmax, shared_out_problem
-from megatron_lighthouse.wall.config import WallConfig
+from megatron_lighthouse.wall.config import WRONG_IN_FP16, WallConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,6 +89,8 @@ class Wall(Variant):
         yield from self.dropout_problems(model.attention_dropout)
         for option in beyond_softmax(model):
             yield f"{option} is not done by --attention {self.name}: leave it out, or use --attention dense."
+        if config.kernels == "triton" and getattr(model, "fp16", False):
+            yield f"--wall-kernels triton cannot run: {WRONG_IN_FP16}. Use auto or reference."
         groups, ranks = model.num_query_groups or model.num_attention_heads, model.tensor_model_parallel_size
         if message := shared_out_problem("--num-query-groups", groups, ranks):
             yield message
@@ -122,7 +124,7 @@ class Wall(Variant):
     def check_installed(self, config: WallConfig, inputs: Inputs, place: Place) -> None:
         from megatron_lighthouse.wall.implementations import makers_for
 
-        makers_for(config.kernels, inputs.device, inputs.dtype, (inputs.dim, inputs.dim))
+        makers_for(config.kernels, inputs.device, inputs.dtype, (inputs.dim, inputs.value_dim or inputs.dim))
 
     def sent(
         self, config: WallConfig, seq_length: int, shape: Shape, layout: Layout, comm_type: str, around: Any = None

@@ -113,14 +113,15 @@ def test_gradients_of_the_weight_are_rounded_once() -> None:
     assert torch.equal(layer.weight.grad, parts.bfloat16())
 
 
-def test_fp16_waits_for_the_scale_of_the_loss() -> None:
-    """Gradients of a mean over many tokens are below what fp16 holds, until they are scaled."""
+def test_fp16_waits_for_the_scale_of_the_loss(caplog: pytest.LogCaptureFixture) -> None:
+    """Gradients of a mean over many tokens are below what fp16 holds, until they are scaled. The log says what that costs."""
     torch.manual_seed(0)
     layer, hidden = Layer(torch.float16), torch.randn(64, 1, 16, dtype=torch.float16)
     labels, weights = torch.randint(40, (1, 64)), torch.full((1, 64), 1e-9)
     (logits_of(hidden, layer, 8).loss(labels, losses, weights) * weights * 2**30).sum().backward()
     (expected,) = torch.autograd.grad(losses(labels, 0.5 * linear(hidden, layer.weight)).sum() * 1e-9 * 2**30, layer.weight)
     assert_close(layer.weight.grad, expected, "float16")
+    assert [x for x in caplog.messages if "in fp16 tiles of logits are computed twice" in x] == caplog.messages != []
 
 
 def test_a_mask_that_came_too_late_is_of_another_shape() -> None:

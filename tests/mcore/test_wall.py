@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_lighthouse import LighthouseConfig
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
 from megatron_lighthouse.wall.config import WallConfig
 from tests.mcore.harness import Run, refused, run, some_slow
@@ -148,6 +149,19 @@ def test_what_does_not_go_with_it(changes: dict[str, Any], says: str, megatron: 
     found = problems(settings(), **changes)
     assert says in found
     assert bool(says) == bool(found)
+
+
+@pytest.mark.parametrize(("kernels", "fp16"), [("triton", True), ("triton", False), ("auto", True), ("reference", True)])
+@pytest.mark.parametrize("around", [False, True], ids=["", "around"])
+def test_its_kernels_are_refused_in_fp16(kernels: str, fp16: bool, around: bool, megatron: None) -> None:
+    given = settings(kernels=kernels)
+    if around:
+        lighthouse = LighthouseConfig(levels=2, pooling=4, budget=16, tile_budget=8, around="wall")
+        given = LighthouseSettings(lighthouse, 0, 0, discard_output=False, around=given.config)
+    found = problems(given, fp16=fp16)
+    assert bool(found) == (fp16 and kernels == "triton"), found
+    if found:
+        assert "--wall-kernels triton cannot run: in fp16 their gradients were wrong on an H200 (bf16 works)" in found
 
 
 @pytest.mark.parametrize("kind", ["rope", "learned_absolute", "none"])

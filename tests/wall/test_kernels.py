@@ -20,6 +20,8 @@ pytestmark = pytest.mark.filterwarnings(
 DOCUMENTS = torch.tensor([0] + [1] * 20 + [21] * 12 + [33] + [34] * 16, dtype=torch.int32)
 WINDOW = (torch.arange(50) - 22).clamp(min=0).int()
 INITIAL = -3.35e-4
+HALF, FINER = (torch.bfloat16, 1) if DEVICE == "cuda" else (torch.float16, 8)
+"""fp16 under the interpreter, which has no bf16, and so an eighth of what bf16 may. On a GPU fp16 is refused."""
 
 
 def small_tiles(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
@@ -102,29 +104,22 @@ def test_rows_that_see_other_keys_too() -> None:
 
 
 @pytest.mark.parametrize(("gate", "bar"), [(INITIAL, 0.03), (-0.1, 0.03), (-2.0, 0.06)])
-@pytest.mark.parametrize(
-    ("dtype", "finer"),
-    [(torch.float16, 8), pytest.param(torch.bfloat16, 1, marks=pytest.mark.gpu)],
-    ids=["float16", "bfloat16"],
-)
-def test_gradients_of_gates_in_16_bits(
-    gate: float, bar: float, dtype: torch.dtype, finer: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """fp16, for the interpreter has no bf16, and so an eighth of what bf16 may. Published kernels: 3 and 18 % in bf16."""
+def test_gradients_of_gates_in_16_bits(gate: float, bar: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Published kernels: 3 and 18 % in bf16."""
     small_tiles(monkeypatch, 32)
-    tensors = [x if i == 3 else x.to(dtype).double() for i, x in enumerate(inputs(96, 1, 1, 1, 16, 16, gate))]
+    tensors = [x if i == 3 else x.to(HALF).double() for i, x in enumerate(inputs(96, 1, 1, 1, 16, 16, gate))]
     found = dict(
-        zip(("out", "lse", "dq", "dk", "dv", "dg"), errors(run(tensors, dtype=dtype), with_grads(tensors, 0.3)), strict=True)
+        zip(("out", "lse", "dq", "dk", "dv", "dg"), errors(run(tensors, dtype=HALF), with_grads(tensors, 0.3)), strict=True)
     )
-    assert found["dg"] < bar / finer
-    assert max(found.values()) < bar / finer
+    assert found["dg"] < bar / FINER
+    assert max(found.values()) < bar / FINER
 
 
 def test_a_pair_adds_the_same_to_both_sides_of_a_gate() -> None:
     """So nothing of rounding is left to walk: where no pair crosses a token, its gate's gradient is what fp32 sums round."""
-    tensors = [x if i == 3 else x.half().double() for i, x in enumerate(inputs(64, 1, 1, 1, 16, 16, -0.1))]
+    tensors = [x if i == 3 else x.to(HALF).double() for i, x in enumerate(inputs(64, 1, 1, 1, 16, 16, -0.1))]
     tensors[3][32] = -torch.inf
-    dg = run(tensors, dtype=torch.float16)[5]
+    dg = run(tensors, dtype=HALF)[5]
     assert float(dg[32].abs().max()) < 2e-6 * float(dg.abs().max())
 
 
@@ -148,7 +143,7 @@ def test_a_hundred_repeats_give_the_same_bits() -> None:
 def test_tensors_that_32_bits_do_not_span(dim: int) -> None:
     if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < NEEDED:
         pytest.skip("a GPU has what is allocated, touched or not: 40 GiB")
-    near = [x.to(DEVICE, torch.float16) for x in inputs(8, 2, 2, 2, 8, 8, -0.3)]
+    near = [x.to(DEVICE, HALF) for x in inputs(8, 2, 2, 2, 8, 8, -0.3)]
     first = torch.zeros(8, dtype=torch.int32, device=DEVICE)
     found = []
     for query, key, value, gate, grad in (near, far(dim, near)):

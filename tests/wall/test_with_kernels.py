@@ -39,17 +39,25 @@ def test_profiles_know_the_kernels(kernel: str, direction: str | None) -> None:
     assert kernel_mark(f"wall_{kernel}") == ("attend", direction)
 
 
-def test_what_is_taken_where(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_taken_where(caplog: pytest.LogCaptureFixture) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert makers_for("auto", gpu, torch.bfloat16, (128, 128)) == (kernels, kernels)
-    assert makers_for("auto", gpu, torch.bfloat16, (80, 80)) == (kernels, kernels)
-    assert makers_for("auto", gpu, torch.bfloat16, (40, 40)) == (reference, decay)
-    assert makers_for("auto", gpu, torch.bfloat16, (64, 128)) == makers_for("auto", gpu, torch.float16, (128, 128))
-    assert makers_for("auto", gpu, torch.bfloat16, (128, 64)) == (reference, decay)
-    assert makers_for("triton", gpu, torch.bfloat16, (64, 64)) == (kernels, kernels)
+    for taken in ((32, 32), (48, 48), (64, 64), (80, 128), (128, 64), (64, 128), (192, 192), (256, 256)):
+        assert makers_for("auto", gpu, torch.bfloat16, taken) == (kernels, kernels)
+    for unseen in ((16, 16), (40, 40), (32, 64), (192, 128)):
+        assert makers_for("auto", gpu, torch.bfloat16, unseen) == (reference, decay)
+        assert makers_for("triton", gpu, torch.bfloat16, unseen) == (kernels, kernels)
+    assert makers_for("auto", gpu, torch.float32, (64, 64)) == makers_for("auto", gpu, torch.float32, (128, 128))
+    assert makers_for("auto", gpu, torch.float32, (64, 64)) == (kernels, kernels)
+    assert makers_for("auto", gpu, torch.float32, (80, 80)) == (reference, decay)
     assert makers_for("auto", cpu, torch.bfloat16, (128, 128)) == (reference, decay)
     assert makers_for("reference", gpu, torch.bfloat16, (128, 128)) == (reference, decay)
     with pytest.raises(ValueError, match="--wall-kernels triton cannot run: they take head dimensions up to 256, not 320"):
         makers_for("triton", gpu, torch.bfloat16, (320, 320))
+    for _ in range(2):
+        assert makers_for("auto", gpu, torch.float16, (128, 128)) == (reference, decay)
+    said = "plain PyTorch, many times slower than the kernels: in fp16 their gradients were wrong on an H200 (bf16 works)."
+    assert sum(said in message for message in caplog.messages) == 1
+    with pytest.raises(ValueError, match=r"--wall-kernels triton cannot run: in fp16 .* \(bf16 works\). Use auto or reference"):
+        makers_for("triton", gpu, torch.float16, (128, 128))
     query = torch.zeros(4, 1, 2, 8)
     assert isinstance(earlier_for(query, query, 2, 1.0, biased=False, masked=False), Plain)

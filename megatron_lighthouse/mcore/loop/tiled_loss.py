@@ -146,8 +146,11 @@ class _TiledLoss(torch.autograd.Function):
 
 def _late(hidden: Tensor, layer: Any) -> bool:
     """Whether gradients are left to backward: fp16 needs its scale of the loss, and in a captured graph nothing is compared."""
+    if hidden.dtype == torch.float16:
+        say_once("lighthouse: in fp16 tiles of logits are computed twice, the second time when the scale of the loss is known.")
+        return True
     captured = hidden.is_cuda and torch.cuda.is_current_stream_capturing()
-    return captured or hidden.dtype == torch.float16 or layer in surprised
+    return captured or layer in surprised
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,9 @@ def taken_up() -> Iterator[tuple[Callable[..., None], dict[str, Any]]]:
         if any(values is SCORERS for _, values in marks):
             names = [name for name, values in marks if values is not SCORERS]
             for chosen in product(*(values for _, values in marks if values is not SCORERS)):
-                plain = [value for some in chosen for value in getattr(some, "values", [some])]  # of a pytest.param, its one value
+                plain = [
+                    value for some in chosen for value in getattr(some, "values", [some])
+                ]  # of a pytest.param, its one value
                 yield test, {"scorer": NAME, **dict(zip(names, plain, strict=True))}
 
 

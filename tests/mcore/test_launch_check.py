@@ -87,7 +87,6 @@ WRONG = {
     "schemes of windows": ("--window-size 9,0 --window-attn-skip-freq 2 --cp-comm-type a2a p2p", "names 2, and --num-layers"),
     "heads": ("--num-attention-heads 36", "must be a multiple of --num-query-groups 8: use --num-attention-heads 40"),
     "choices": ("--num-experts 8 --moe-router-topk 16", "must be at most --num-experts 8: use 2"),
-    "experts with biases": ("--num-experts 8 --moe-grouped-gemm", "goes without the fusion of bias and dropout: add --no-bias"),
     "levels": ("--lighthouse-levels 9", "use --lighthouse-levels 5 --lighthouse-budget 512 --lighthouse-tile-budget 128"),
     "a yarn": ("--position-embedding-type yarn --rotary-percent 0.5", "--rotary-percent 0.5 is not read with"),
     "layers of a pattern": ("--hybrid-override-pattern M-*-*-*-*-*-", "--num-layers 32 disagrees with .*, of 12 layers"),
@@ -128,6 +127,15 @@ def test_an_attention_that_the_gpus_do_not_run(capsys: pytest.CaptureFixture[str
     fp32 = [word for word in a2a if word != "--bf16"]
     assert check.main([*own, *blackwell, "--", *fp32, "cudnn"]) == 1
     assert "takes bf16 and fp16 alone: add --bf16" in capsys.readouterr().err
+
+
+def test_grouped_experts_have_biases_without_a_fusion(capsys: pytest.CaptureFixture[str]) -> None:
+    """Megatron asserts it when the model is built, on every rank."""
+    biased = [*(word for word in LLAMA if word != "--disable-bias-linear"), "--num-experts", "8", "--moe-grouped-gemm"]
+    own = ["--nodes", "8", "--gpus-per-node", "8", "--without-megatron", "--"]
+    assert check.main([*own, *biased]) == 1
+    assert "add --no-bias-dropout-fusion, or --disable-bias-linear" in capsys.readouterr().err
+    assert check.main([*own, *biased, "--no-bias-dropout-fusion"]) == 0
 
 
 def test_the_names_are_those_of_the_backends() -> None:

@@ -87,6 +87,15 @@ WRONG = {
     "schemes of windows": ("--window-size 9,0 --window-attn-skip-freq 2 --cp-comm-type a2a p2p", "names 2, and --num-layers"),
     "heads": ("--num-attention-heads 36", "must be a multiple of --num-query-groups 8: use --num-attention-heads 40"),
     "choices": ("--num-experts 8 --moe-router-topk 16", "must be at most --num-experts 8: use 2"),
+    "ranks of experts": (
+        "--num-experts 30 --expert-model-parallel-size 4",
+        "use --expert-model-parallel-size 2, or --num-experts 32",
+    ),
+    "layers of experts": (
+        "--num-experts 8 --moe-layer-freq ([0]+[1]*3)",
+        "names 4 layers, and --num-layers is 32: give one number a layer",
+    ),
+    "channels of MLA": ("--multi-latent-attention --qk-pos-emb-head-dim 63", "must be even, for RoPE turns pairs: use 64"),
     "levels": ("--lighthouse-levels 9", "use --lighthouse-levels 5 --lighthouse-budget 512 --lighthouse-tile-budget 128"),
     "a yarn": ("--position-embedding-type yarn --rotary-percent 0.5", "--rotary-percent 0.5 is not read with"),
     "layers of a pattern": ("--hybrid-override-pattern M-*-*-*-*-*-", "--num-layers 32 disagrees with .*, of 12 layers"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Iterator, Sequence
 
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
@@ -101,19 +102,47 @@ def _model(args: argparse.Namespace) -> Iterator[str]:
             f"--num-attention-heads {heads} must be a multiple of --num-query-groups {groups}: use --num-attention-heads "
             f"{-(-heads // groups) * groups}, or --num-query-groups {math.gcd(heads, groups)}."
         )
-    if (experts := args.num_experts) and args.moe_router_topk > experts:
-        yield f"--moe-router-topk {args.moe_router_topk} must be at most --num-experts {experts}: use {min(2, experts)}, or so."
-    grouped = args.moe_grouped_gemm and args.transformer_impl == "transformer_engine"
-    if experts and grouped and args.add_bias_linear and args.bias_dropout_fusion:
-        yield (
-            "--moe-grouped-gemm of Transformer Engine's experts with biases goes without the fusion of bias and dropout: add "
-            "--no-bias-dropout-fusion, or --disable-bias-linear."
-        )
+    yield from _experts(args, layers)
+    latent = args.multi_latent_attention
+    if latent and (turned := args.qk_pos_emb_head_dim) % 2:
+        yield f"--qk-pos-emb-head-dim {turned} must be even, for RoPE turns pairs: use {turned + 1}."
     if args.context_parallel_size > 1 and (unknown := [kind for kind in args.cp_comm_type if kind not in SCHEMES]):
         yield f"--cp-comm-type {' '.join(unknown)} is not known: use {', '.join(SCHEMES[:-1])} or {SCHEMES[-1]}."
     sizes = args.hierarchical_context_parallel_sizes
     if "a2a+p2p" in args.cp_comm_type and not sizes:
         yield "--cp-comm-type a2a+p2p needs --hierarchical-context-parallel-sizes: add it, or use --cp-comm-type p2p."
+
+
+def _experts(args: argparse.Namespace, layers: int | None) -> Iterator[str]:
+    experts, ranks, pattern = args.num_experts, args.expert_model_parallel_size, args.moe_layer_freq
+    if not experts:
+        return
+    if args.moe_router_topk > experts:
+        yield f"--moe-router-topk {args.moe_router_topk} must be at most --num-experts {experts}: use {min(2, experts)}, or so."
+    if experts % ranks:
+        yield (
+            f"--num-experts {experts} must be a multiple of --expert-model-parallel-size {ranks}: use "
+            f"--expert-model-parallel-size {math.gcd(experts, ranks)}, or --num-experts {-(-experts // ranks) * ranks}."
+        )
+    if (named := _named(pattern)) and layers and named != layers:
+        yield (
+            f"--moe-layer-freq names {named} layers, and --num-layers is {layers}: give one number a layer, such as "
+            f"([0]+[1]*{layers - 1})."
+        )
+    grouped = args.moe_grouped_gemm and args.transformer_impl == "transformer_engine"
+    if grouped and args.add_bias_linear and args.bias_dropout_fusion:
+        yield (
+            "--moe-grouped-gemm of Transformer Engine's experts with biases goes without the fusion of bias and dropout: add "
+            "--no-bias-dropout-fusion, or --disable-bias-linear."
+        )
+
+
+def _named(pattern: int | list[int] | str) -> int | None:
+    """The layers of --moe-layer-freq, such as ([0]+[1]*31), where each has a number; None of a period."""
+    words = re.sub(r"\s", "", str(pattern))
+    terms = re.findall(r"\[([01](?:,[01])*)\](?:\*(\d+))?", words)
+    plain = re.fullmatch(r"\(?\[[01,]+\](\*\d+)?(\+\[[01,]+\](\*\d+)?)*\)?", words)
+    return sum((each.count(",") + 1) * int(times or 1) for each, times in terms) if plain else None
 
 
 def _rotated_channels(args: argparse.Namespace) -> int | None:

@@ -134,7 +134,8 @@ def plan(options: argparse.Namespace) -> str:
     tokens = TOKENS if options.tokens is None else options.tokens
     if not 0 < tokens < math.inf:
         raise ValueError(f"--tokens {tokens:g} must be above 0, and finite: use 20B or 10e9.")
-    if options.longest and (beside := [one for name, one in NOT_OF_LONGEST.items() if getattr(options, name)]):
+    values = {one: getattr(options, name) for name, one in NOT_OF_LONGEST.items()}
+    if options.longest and (beside := [one for one, value in values.items() if value is not None and value is not False]):
         raise ValueError(
             f"--longest tells how far one sequence a step reaches in one stage, whatever {' '.join(beside)} would say: leave "
             f"{' '.join(beside)} out, or --longest."

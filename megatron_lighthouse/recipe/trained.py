@@ -114,8 +114,8 @@ def parse(add_arguments: ArgumentsProvider) -> argparse.Namespace:
     """
     hooks.adapt_machine()
     hooks.load_weights()
-    hooks.tile()
     hooks.keep_documents_apart()
+    hooks.tile()
     sys.argv[1:] = of_one_sequence(sys.argv[1:])
     args = parse_args(with_lighthouse_arguments(_with(add_arguments)))
     if args.use_checkpoint_args:

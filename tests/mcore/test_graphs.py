@@ -36,6 +36,8 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_auto_takes_them_where_they_save_time(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NCCL_GRAPH_REGISTER", raising=False)
     assert graphs.taken(parsed("--graphs off"), gpu=True) == []
+    assert not said
+    assert graphs.taken(parsed(""), gpu=True) == []
     assert "--graphs auto turns them on" in said.pop()
     assert "NCCL_GRAPH_REGISTER" not in os.environ
     assert graphs.taken(parsed("--graphs auto"), gpu=True) == ["--cuda-graph-impl", graphs.KIND]

@@ -59,6 +59,8 @@ def test_installing_again_changes_nothing(megatron: None, monkeypatch: pytest.Mo
     once = installed()
     assert all(now is not was and getattr(now, hooks.MARK) for now, was in zip(once, before, strict=True))
     assert all(now is was for now, was in zip(installed(), once, strict=True))
+    # so that a tiled loss sees the mask that documents made
+    assert getattr(multi_token_prediction.roll_tensor, hooks.MARK) == ("documents", "tiled loss")
 
 
 def test_hooks_are_found_and_undone(megatron: None) -> None:

@@ -120,6 +120,7 @@ def test_what_does_not_go_with_a_pattern(given: dict[str, object], message: str)
         ({"hybrid_override_pattern": "*-"}, "--hybrid-override-pattern, its old name, exclude each other"),
         ({"hybrid_layer_pattern": None, "hybrid_override_pattern": "*-", "num_layers": 4}, "of 2 layers"),
         ({"hybrid_layer_pattern": "*-Q-"}, "Q is no symbol of a layer"),
+        ({"hybrid_layer_pattern": "*-/*/*", "mtp_num_layers": 1}, "disagrees with .*, of 2 further tokens"),
         ({"hybrid_layer_pattern": "*-+-"}, r"has both \* and \+"),
         ({"hybrid_layer_pattern": "*-|*-"}, "has 2 parts, .* use --pipeline-model-parallel-size 2, or leave"),
         ({"pipeline_model_parallel_size": 3}, "has 4 layers, which --pipeline-model-parallel-size 3 must divide"),
@@ -128,6 +129,7 @@ def test_what_does_not_go_with_a_pattern(given: dict[str, object], message: str)
 )
 def test_words_that_disagree_with_a_pattern(given: dict[str, object], message: str) -> None:
     base: dict[str, object] = {"hybrid_override_pattern": None, "num_layers": None, "pipeline_model_parallel_size": 1}
+    base["mtp_num_layers"] = None
     base |= dict.fromkeys((*hybrid.OF_PATTERN, "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"))
     assert not [*hybrid.word_problems(arguments(**base))]
     right: dict[str, object] = {"hybrid_layer_pattern": "*-|*-", "pipeline_model_parallel_size": 2, "num_layers": 4}

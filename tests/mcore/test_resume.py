@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,15 @@ def test_the_schedule_is_megatrons(checkpoint: Path) -> None:
     saved = {name: value for name, value in state["opt_param_scheduler"].items() if name != "num_steps"}
     assert resume.schedule(words()) == saved
     assert set(saved) == set(resume.FLAGS)
+
+
+def test_what_is_no_part_of_the_arguments_is_passed_over(tmp_path: Path) -> None:
+    """A dict of a kind of its own, and a set, in what all ranks have in common."""
+    others = {"counted": Counter("ab"), "by": defaultdict(list, {1: [2]}), "kinds": {Path("a")}, "iteration": 7}
+    torch.save(others, tmp_path / "common.pt")
+    state = stored.common_state_of(tmp_path)
+    assert state is not None
+    assert state["iteration"] == 7
 
 
 def test_ranks_files_go_on_as_they_were_trained(tmp_path: Path) -> None:

@@ -267,6 +267,7 @@ def test_training_in_tiles_is_training(model: list[str], ranks: int, layout: str
             {"loss_tile_tokens": 64, "defer_embedding_wgrad_compute": True},
             "--loss-tile-tokens 64 with --defer-embedding-wgrad-compute",
         ),
+        ({"loss_tile_tokens": 64, "use_torch_fsdp2": True}, "--loss-tile-tokens 64 with --use-torch-fsdp2, which shards"),
         ({"mlp_tile_tokens": 64, "fp8": "hybrid"}, "--mlp-tile-tokens 64 with --fp8-format hybrid: its scales"),
         ({"mlp_tile_tokens": 64, "cuda_graph_impl": "local"}, "--mlp-tile-tokens 64 with --cuda-graph-impl"),
     ],

@@ -61,7 +61,14 @@ def test_the_answer_says_what_to_give(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize(
     "beside",
     [
-        *("--tokens 20B", "--seq-length 32K", "--stage1-fraction 0.7", "--global-batch-size 8", "--details"),
+        *(
+            "--tokens 20B",
+            "--seq-length 32K",
+            "--stage1-fraction 0.7",
+            "--stage1-fraction 0",
+            "--global-batch-size 8",
+            "--details",
+        ),
         "--document-lengths lengths.txt",
     ],
 )

@@ -116,9 +116,9 @@ def taken(args: argparse.Namespace, gpu: bool) -> list[str]:
     if because is None and asked == AUTO:
         say_once(f"{FLAG} {AUTO}: --cuda-graph-impl {KIND} is taken.")
         return ["--cuda-graph-impl", KIND, *_prepared(args, KIND)]
-    if because is None:
+    if because is None and args.graphs is None:
         say_once(f"CUDA graphs are off: {SAVE}. {FLAG} {AUTO} turns them on.")
-    elif asked == AUTO:
+    elif because and asked == AUTO:
         say_once(f"{FLAG} {AUTO}: CUDA graphs are left off: {because}")
     return []
 

@@ -44,6 +44,12 @@ def word_problems(args: Namespace) -> Iterator[str]:
             f"--num-layers {args.num_layers} disagrees with {FLAG} {pattern}, of {len(symbols)} layers: leave --num-layers "
             "out, or give another pattern."
         )
+    depths = pattern.count("/")
+    if args.mtp_num_layers not in (None, depths):
+        yield (
+            f"--mtp-num-layers {args.mtp_num_layers} disagrees with {FLAG} {pattern}, of {depths} further tokens: leave "
+            "--mtp-num-layers out, or give a /part for each."
+        )
     for name in OF_PATTERN:
         if getattr(args, name):
             yield f"--{name.replace('_', '-')} does not go with {FLAG}: leave it out, and part the pattern by |."

@@ -23,6 +23,12 @@ METADATA = ".metadata"
 PARTS = ("args", "opt_param_scheduler")
 """What is read of the other formats, which keep it beside the tensors."""
 
+UNREADABLE = (
+    *(OSError, EOFError, ImportError, RuntimeError, pickle.UnpicklingError),
+    *(ValueError, AttributeError, TypeError, LookupError),
+)
+"""What a file raises that is cut, or of another kind."""
+
 
 def last_iteration(folder: Path) -> int | None:
     """The iteration of the last whole checkpoint in a folder; None where there is none, or it is a release."""
@@ -108,7 +114,7 @@ def common_state_of(checkpoint: Path) -> Mapping[str, Any] | None:
         if COMMON in places:
             return _read(checkpoint, places[COMMON])[0]
         return _parts(checkpoint, places, metadata.planner_data or {})
-    except (OSError, ImportError, EOFError, RuntimeError, ValueError, AttributeError, pickle.UnpicklingError):
+    except UNREADABLE:
         return None
 
 
@@ -175,6 +181,11 @@ class _Empty:
 
     def __setstate__(self, state: Any) -> None:
         """Keeps nothing."""
+
+    append = extend = add = __setstate__
+
+    def __setitem__(self, name: Any, value: Any) -> None:
+        """Of a kind of dict, likewise."""
 
 
 class _Unpickler(pickle.Unpickler):

@@ -13,6 +13,9 @@ BYTES = 2**30
 MLP_BYTES = 3 * 2**30
 """Of what an MLP holds of a tile in backward, where tiles are recommended (ours): larger ones are no faster."""
 
+SHARDED = {"use_torch_fsdp2": "--use-torch-fsdp2", "use_megatron_fsdp": "--use-megatron-fsdp"}
+"""Which shard the output layer: its weight is whole within its own forward alone, where a tile's loss would need it."""
+
 WITHOUT_MLP_TILES = {
     "fp8": "its scales would be recorded again with each tile",
     "fp4": "its scales would be recorded again with each tile",
@@ -73,6 +76,9 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
             f"{LOSS} {given} with --defer-embedding-wgrad-compute, which keeps the logits' gradients of whole micro-batches: "
             "leave one of them out."
         )
+    for name, flag in SHARDED.items():
+        if given and getattr(args, name, False):
+            yield f"{LOSS} {given} with {flag}, which shards the output layer: use {LOSS} 0, or leave {flag} out."
     for name, because in WITHOUT_MLP_TILES.items():
         if mlp and (value := getattr(args, name, None)) and value != "none":
             other = f"--{name.replace('_', '-')}" + ("-format" if name in ("fp8", "fp4") else "")

@@ -65,8 +65,8 @@ def adapt_machine() -> None:
 def follow_training() -> None:
     """For every run of the entry point, on every rank, before training."""
     load_weights()
-    tile()
     keep_documents_apart()
+    tile()  # what it sees of moved masks is what documents made of them
     wrap(loop, "training_log", "progress", progress.Progress().training_log)
     wrap(loop, "load_checkpoint", "rates", rates.load_checkpoint)
     wrap(loop, "dummy_train_step", "skip", skip.skip_step)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_lighthouse.mcore.command_line.tiles import LOSS, tile_tokens
+from megatron_lighthouse.mcore.command_line.tiles import LOSS, SHARDED, tile_tokens
 from megatron_lighthouse.mcore.global_args import global_args
 from megatron_lighthouse.mcore.loop import loss_weights
 from megatron_lighthouse.notice import say_once
@@ -204,6 +204,10 @@ def at_once(layer: Any, labels: Tensor, deferred: bool) -> int:
     if deferred:
         say_once(f"lighthouse: --defer-embedding-wgrad-compute keeps all logits: the loss is not taken in tiles ({LOSS}).")
         return 0
+    for name, flag in SHARDED.items():
+        if getattr(global_args(), name, False):
+            say_once(f"lighthouse: {flag} shards the output layer: the loss is not taken in tiles, and all logits are held.")
+            return 0
     return found
 
 

@@ -22,11 +22,8 @@ METADATA = ".metadata"
 """Of torch's distributed checkpoints: `torch_dist`, `torch_dcp` and `fsdp_dtensor`."""
 PARTS = ("args", "opt_param_scheduler")
 """What is read of the other formats, which keep it beside the tensors."""
-
-UNREADABLE = (
-    *(OSError, EOFError, ImportError, RuntimeError, pickle.UnpicklingError),
-    *(ValueError, AttributeError, TypeError, LookupError),
-)
+BROKEN = (OSError, EOFError, ImportError, RuntimeError, pickle.UnpicklingError)
+UNREADABLE = (*BROKEN, ValueError, AttributeError, TypeError, LookupError)
 """What a file raises that is cut, or of another kind."""
 
 

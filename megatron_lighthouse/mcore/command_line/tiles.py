@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         LOSS,
         type=int,
         metavar="N",
-        help="Tokens whose logits and loss a rank computes at once, and again in backward; 0: all. Default: all where their "
+        help="Tokens whose logits, loss and gradients a rank computes at once; 0: all. Default: all where their "
         f"fp32 logits take at most {BYTES // 2**30} GiB of the rank, else as many as do.",
     )
     parser.add_argument_group("mlp").add_argument(

@@ -106,6 +106,9 @@ EXPERIMENTS = {
     "parallax": Experiment(
         studies.PARALLAX_TITLE, studies.GPT_39M, STABLE, 16384, 2400, 1, 128, studies.PARALLAX, study=True, passkey_samples=0
     ),
+    "parallax-normed": Experiment(
+        studies.NORMED_TITLE, studies.NORMED, STABLE, 16384, 1400, 2, 128, studies.PARALLAX, study=True, passkey_samples=0
+    ),
     "wall": Experiment(
         studies.WALL_TITLE,
         studies.GPT_39M,

@@ -1,4 +1,4 @@
-"""The runs of 'parallax' and 'wall': one attention throughout, from scratch, with as many parameters as softmax. Ours."""
+"""The runs of 'parallax', 'parallax-normed' and 'wall': one attention throughout, from scratch, with as many parameters as softmax. Ours."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ PARALLAX = {  # in an order in which two GPUs have as much to do
     ),
     "dense-muon": Run("softmax, Muon", model=MUON),
 }
+NORMED_TITLE = "the same with normed queries, keys and r, and batches of two; they share GPUs"
+NORMED = f"{GPT_39M} --qk-layernorm"
 WALL_TITLE = "Wall and softmax with three kinds of positions, at 2K and read to 32K; they share GPUs"
 WALL = {
     REFERENCE: Run("RoPE, base 10,000", model="--rotary-base 10000", against=()),

@@ -94,7 +94,7 @@ def test_refused_before_a_run_is_trained(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["parallax", "wall"])
+@pytest.mark.parametrize("name", ["parallax", "parallax-normed", "wall"])
 def test_studies_have_equal_parameters(name: str) -> None:
     """Of a layer, by the arguments: q, k, v and output, the MLP, and linear_r or linear_g where there is one."""
     found = {}

@@ -91,12 +91,17 @@ def gather_kernel(
     since = tl.zeros([BLOCK, BLOCK_K], tl.float32)
     sums = (since,) * (L - 1)
     for i_unit in range(P ** (L - 2)):
-        for c in tl.static_range(P):
+        keys, gates, own = (), (), ()
+        for c in tl.static_range(P):  # loads before stores, which they would wait for
             i_token = begin + i_unit * P + c
-            k = _tile(p_k, strides_k[0], i_token, m_window, K, BLOCK_K)
-            g = _tile(p_gate, strides_gate[0], i_token, m_window, K, BLOCK_K)
+            keys += (_tile(p_k, strides_k[0], i_token, m_window, K, BLOCK_K),)
+            gates += (_tile(p_gate, strides_gate[0], i_token, m_window, K, BLOCK_K),)
+            own += (tl.load(p_map + i_token, mask=m_window, other=-1),)
+        for l in tl.static_range(1, L):
+            own += (_place(p_map, tokens, windows, i_window, i_unit, l, P, L),)
+        for c in tl.static_range(P):
+            k, g, i_row = keys[c], gates[c], own[c]
             since += g
-            i_row = tl.load(p_map + i_token, mask=m_window, other=-1)
             _put(p_rows, strides_rows[0], i_row, i_row >= 0, k, K, BLOCK_K)
             _put(p_row_gates, strides_row_gates[0], i_row, i_row >= 0, since, K, BLOCK_K)
             since = tl.where((i_row >= 0)[:, None], 0.0, since)
@@ -107,7 +112,7 @@ def gather_kernel(
             sums = decayed
         carried = ()
         for l in tl.static_range(1, L):
-            i_row = _place(p_map, tokens, windows, i_window, i_unit, l, P, L)
+            i_row = own[P + l - 1]
             _put(p_rows, strides_rows[0], i_row, i_row >= 0, sums[l - 1] * (1.0 / P**l), K, BLOCK_K)
             _put(p_row_gates, strides_row_gates[0], i_row, i_row >= 0, since, K, BLOCK_K)
             since = tl.where((i_row >= 0)[:, None], 0.0, since)
@@ -162,16 +167,18 @@ def gather_backward_kernel(
     if L > 2:
         sums = (zero,) * (L - 1)
         for i_unit in range(UNITS):
+            keys, decays = (), ()
+            for c in tl.static_range(P):
+                i_token = begin + i_unit * P + c
+                keys += (_tile(p_k, strides_k[0], i_token, m_window, K, BLOCK_K),)
+                decays += (tl.exp(_tile(p_gate, strides_gate[0], i_token, m_window, K, BLOCK_K)),)
             for l in tl.static_range(2, L):
                 i_sum = ((l - 2) * windows + i_window) * UNITS + i_unit
                 _put(p_sums, stride_sums, i_sum, m_window, sums[l - 1], K, BLOCK_K)
             for c in tl.static_range(P):
-                i_token = begin + i_unit * P + c
-                k = _tile(p_k, strides_k[0], i_token, m_window, K, BLOCK_K)
-                decay = tl.exp(_tile(p_gate, strides_gate[0], i_token, m_window, K, BLOCK_K))
                 decayed = ()
                 for l in tl.static_range(L - 1):
-                    decayed += (sums[l] * decay + k,)
+                    decayed += (sums[l] * decays[c] + keys[c],)
                 sums = decayed
             carried = ()
             for l in tl.static_range(1, L):
@@ -201,15 +208,15 @@ def gather_backward_kernel(
                 earlier += at_start * _tile(p_sums, stride_sums, i_sum, m_window, K, BLOCK_K)
             carried += (at_start,)
         later = carried
-        pairs, of_rows = (), ()
+        pairs, of_rows, own = (), (), ()
         for c in tl.static_range(P - 1, -1, -1):
-            i_token = begin + i_unit * P + c
-            i_own = tl.load(p_map + i_token, mask=m_window, other=-1)
+            i_own = tl.load(p_map + begin + i_unit * P + c, mask=m_window, other=-1)
             i_row = tl.where(i_own >= 0, i_own, i_row)
-            own = _tile(p_grad, strides_grad[0], i_own, i_own >= 0, K, BLOCK_K)
-            _put(p_dk, strides_dk[0], i_token, m_window, own + at_end, K, BLOCK_K)
-            pairs += (keys[c] * at_end,)
+            own += (_tile(p_grad, strides_grad[0], i_own, i_own >= 0, K, BLOCK_K),)
             of_rows += (_tile(p_grad_gates, strides_grad_gates[0], i_row, i_row >= 0, K, BLOCK_K),)
+        for c in tl.static_range(P - 1, -1, -1):
+            _put(p_dk, strides_dk[0], begin + i_unit * P + c, m_window, own[P - 1 - c] + at_end, K, BLOCK_K)
+            pairs += (keys[c] * at_end,)
             at_end = at_end * decays[c]
         for c in tl.static_range(P):
             i_token = begin + i_unit * P + c

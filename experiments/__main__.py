@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--experiment", choices=list(EXPERIMENTS), default="recipe", help="see below (default: %(default)s)")
-    add("--runs", nargs="+", metavar="RUN", help="of the experiment (default: dense and the recipe; of a study all)")
+    add("--runs", nargs="+", metavar="RUN", help="of the experiment (default: dense and the recipe; without it, all)")
     add("--out", type=Path, metavar="FOLDER", help="for the tables (default: experiments/results/EXPERIMENT)")
     add(
         "--work", type=Path, metavar="FOLDER", help="for checkpoints and logs (default: a temporary folder of the experiment's)"
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _runs_of(experiment: str) -> list[str]:
     one = EXPERIMENTS[experiment]
-    return [*one.runs] if one.study else [REFERENCE, BASE]
+    return [REFERENCE, BASE] if BASE in one.runs else [*one.runs]
 
 
 def _tables(options: argparse.Namespace) -> None:

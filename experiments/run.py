@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 REFERENCE = "dense"
 """The run that others are held to."""
@@ -55,3 +55,9 @@ class Run:
     def dense_from(self, steps: int) -> int:
         """The first iteration in which all layers are dense; 1 for a run that is dense throughout."""
         return self.switch(steps) + (max(2, steps // GRADUAL) if self.gradual else 1)
+
+
+def with_second_seed(run: Run) -> Run:
+    """The same, held to the second seeds of what it is compared with; the reference, compared with none, to its first."""
+    against = tuple(f"{name}-2" for name in run.against) or (REFERENCE,)
+    return replace(run, title=f"{run.title}, second seed", seed=2, against=against)

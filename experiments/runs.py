@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from experiments import second, studies
+from experiments import qwen3, second, studies
 from experiments.run import REFERENCE, Run
 from megatron_lighthouse.recipe.presets import COMMON
 
@@ -103,6 +103,7 @@ EXPERIMENTS = {
         },
     ),
     "second": Experiment(second.TITLE, GPT_39M, STABLE, 16384, 2700, 2, 128, second.runs((REFERENCE, DENSE), (BASE, NORM))),
+    "qwen3": Experiment(qwen3.TITLE, qwen3.GPT_39M, STABLE, 16384, 2700, 2, 128, qwen3.RUNS),
     "parallax": Experiment(
         studies.PARALLAX_TITLE, studies.GPT_39M, STABLE, 16384, 2400, 1, 128, studies.PARALLAX, study=True, passkey_samples=0
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from experiments.run import Run
+from experiments.run import Run, with_second_seed
 
 TITLE = "rows at their window's end, no dense layers, a causal selection; several share a GPU"
 EDGES = "no dense layers: at either end two with"
@@ -32,7 +32,7 @@ def runs(dense: tuple[str, Run], base: tuple[str, Run]) -> dict[str, Run]:
     }
     return {
         **first,
-        **{f"{name}-2": _with_second_seed(run) for name, run in first.items()},
+        **{f"{name}-2": with_second_seed(run) for name, run in first.items()},
         "causal-again": replace(first["causal"], title="the same again", against=(*variant.against, "causal")),
         # 1.25 times the rows
         "causal-wide": of(
@@ -46,7 +46,3 @@ def runs(dense: tuple[str, Run], base: tuple[str, Run]) -> dict[str, Run]:
         "normed": replace(dense[1], title="dense, queries and keys normed", model=NORMED, against=(dense[0],)),
         "normed-mass": of("these, and scorer mass", scorer="mass", model=NORMED, against=("normed", base[0])),
     }
-
-
-def _with_second_seed(run: Run) -> Run:
-    return replace(run, title=f"{run.title}, second seed", seed=2, against=tuple(f"{name}-2" for name in run.against))

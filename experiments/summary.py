@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from experiments.pairs import pairs
-from experiments.runs import BASE, SECOND_SEED
+from experiments.run import REFERENCE
+from experiments.runs import SECOND_SEED
 from experiments.tables import Results, Row
 
 MARGIN = 0.005
-"""Nats of held-out loss that the recipe may end above dense."""
+"""Nats of held-out loss that a recipe may end above dense."""
 
 
 def table(results: Results) -> str:
@@ -56,7 +57,7 @@ def table(results: Results) -> str:
         lines.append("| " + " | ".join(cells) + " |")
         if other_gpu and not notes:
             notes.append("\\* not on the same GPU")
-    notes += _verdict(above)
+    notes += verdict(above)
     for row in results.tables["hindsight"]:
         if row["distance"] == 0:
             known = difference(row["difference"], row["standard_error"], ".3f")
@@ -66,16 +67,18 @@ def table(results: Results) -> str:
     return "\n".join([*lines, *(f"\n{note}" for note in notes)]) + "\n"
 
 
-def _verdict(above: dict[str, Row]) -> list[str]:
-    """What two seeds say of the recipe, each held to the dense run of its own; and how far seeds of dense lie apart."""
+def verdict(above: dict[str, Row]) -> list[str]:
+    """What two seeds say of a run, each held to the dense run of its own; and how far seeds of dense lie apart."""
     notes = []
-    known = (above.get(name, {}).get("difference") for name in (BASE, f"{BASE}-2"))
-    found = [float(difference) for difference in known if difference is not None]
-    if len(found) == 2:
-        mean, half = (found[0] + found[1]) / 2, abs(found[0] - found[1]) / 2
-        notes.append(
-            f"The recipe above dense, mean of two seeds: {mean:+.4f} nats, each {half:.4f} from it; the bar is +{MARGIN}."
-        )
+    for name in reversed(above):  # in the order of the runs
+        rows = [above.get(seed, {}) for seed in (name, f"{name}-2")]
+        known = [row.get("difference") for row in rows if row.get("against", "").startswith(REFERENCE)]
+        found = [float(difference) for difference in known if difference is not None]
+        if len(found) == 2:
+            mean, half = (found[0] + found[1]) / 2, abs(found[0] - found[1]) / 2
+            notes.append(
+                f"`{name}` above dense, mean of two seeds: {mean:+.4f} nats, each {half:.4f} from it; the bar is +{MARGIN}."
+            )
     if (seeds := above.get(SECOND_SEED, {}).get("difference")) is not None:
         notes.append(f"Dense with another seed: {seeds:+.4f} nats.")
     return notes

@@ -8,10 +8,10 @@ from experiments.runs import BASE, EXPERIMENTS
 from experiments.tables import Results
 
 
-def facts(run: str, **more: Any) -> dict[str, Any]:
+def facts(run: str, experiment: str = "short", **more: Any) -> dict[str, Any]:
     known = {
-        "experiment": "short",
-        "title": EXPERIMENTS["short"].runs[run].title,
+        "experiment": experiment,
+        "title": EXPERIMENTS[experiment].runs[run].title,
         "seed": 1,
         "ranks": 1,
         "at_once": 1,
@@ -25,7 +25,8 @@ def facts(run: str, **more: Any) -> dict[str, Any]:
 
 def made(run: str, losses: list[list[float]], curve: list[float], **more: Any) -> Results:
     """Of sequences of four tokens in the buckets 0, 1 and 2-3."""
-    found = Results(facts={"experiment": "short", "corpus": {}, "runs": {run: facts(run, **more)}})
+    known = facts(run, **more)
+    found = Results(facts={"experiment": known["experiment"], "corpus": {}, "runs": {run: known}})
     found.tables["curves"] = [{"run": run, "iteration": i + 1, "loss": x, "seconds": 1.0} for i, x in enumerate(curve)]
     names = ("run", "starts_at", "document", "0", "1", "2")
     found.tables["sequences"] = [dict(zip(names, (run, 4 * i, i, *x), strict=True)) for i, x in enumerate(losses)]

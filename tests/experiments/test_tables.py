@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy
 import pytest
 
-from experiments import pairs, tables
+from experiments import pairs, summary, tables
 from experiments.runs import BASE
 from experiments.work import STARTED, run_row
 from megatron_lighthouse.recipe.positions import mean_and_error
@@ -98,6 +98,22 @@ def test_runs_of_different_seeds_read_different_text() -> None:
     same.facts["runs"][BASE]["switch"] = 2
     found = pairs.training(same, "norm-75", BASE)
     assert (found["distance_before_switch"], found["early_distance"], found["mean_distance"]) == (0.25, 5.5 / 3, 5.5 / 3)
+
+
+def test_two_seeds_are_held_each_to_its_own_dense_run() -> None:
+    """0.25 and 0.75 above: 0.5 in the mean. Nothing is said of a run with one seed, or of what is not held to dense."""
+
+    def seeds(run: str, losses: tuple[float, ...]) -> list[tables.Results]:
+        named = zip((run, f"{run}-2"), losses, strict=False)
+        return [made(name, [[x, x, x]], [3.0], experiment="qwen3", seed=i + 1) for i, (name, x) in enumerate(named)]
+
+    runs = [*seeds("dense", (1.0, 2.0)), *seeds("mass", (1.25, 2.75)), *seeds("dilated", (1.5,))]
+    above = {row["run"]: row for row in reversed(pairs.pairs(tables.merged(runs)))}
+    assert summary.verdict(above) == [
+        "`mass` above dense, mean of two seeds: +0.5000 nats, each 0.2500 from it; the bar is +0.005.",
+        "Dense with another seed: +1.0000 nats.",
+    ]
+    assert summary.verdict({name: {**row, "against": "dilated"} for name, row in above.items() if name != "dense-2"}) == []
 
 
 def test_what_the_later_folder_knows_counts() -> None:

@@ -163,7 +163,10 @@ class Variant(TakesRows):
     """Whether its layers subtract from softmax attention, of which its config has a `telemetry_interval`."""
     counted = False
     """Whether the plan knows its time and memory, by its `work`."""
-    work = Work()
+
+    def work(self, config: Any, shape: Shape) -> Work:
+        """What it takes beside softmax attention, for inputs of this shape; `config` is None for its defaults."""
+        return Work()
 
     def base_attends(self, config: Any, of_te: bool, local: bool) -> bool:
         """Whether the spec's core attention, Transformer Engine's or Megatron's local one, attends to this one's rows."""

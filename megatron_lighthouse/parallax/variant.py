@@ -100,8 +100,10 @@ class Parallax(Variant):
     corrects = True
     around = "parallax"
     counted = True
-    # r and Σ p v are kept, beside the output
-    work = Work(2.1, 2.3, 2, "as its kernels to cuDNN's on an H200")
+
+    def work(self, config: ParallaxConfig | None, shape: Shape) -> Work:
+        kept = 2  # r and Σ p v, beside the output
+        return Work(2.1, 2.3, kept=kept, rows_kept=kept, assumed="as its kernels to cuDNN's on an H200")
 
     def problems(self, config: ParallaxConfig, model: Any) -> Iterator[str]:
         yield from super().problems(config, model)

@@ -11,7 +11,7 @@ from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
 from megatron_lighthouse.parallax.config import ParallaxConfig
 from megatron_lighthouse.sequence.layout import Layout
-from megatron_lighthouse.variant import Place, Stream, Variant, shared_out_problem
+from megatron_lighthouse.variant import Place, Stream, Telemetry, Variant, shared_out_problem
 from megatron_lighthouse.work import Work
 
 if TYPE_CHECKING:
@@ -97,9 +97,14 @@ class Parallax(Variant):
     config = ParallaxConfig
     streams = (Stream("r", like_queries=True, zero_at_first=True),)
     dense_weights = False
-    corrects = True
+    logs = True
     around = "parallax"
     counted = True
+
+    def telemetry(self, config: ParallaxConfig) -> Telemetry:
+        from megatron_lighthouse.parallax.telemetry import Corrections
+
+        return Corrections()
 
     def work(self, config: ParallaxConfig | None, shape: Shape) -> Work:
         kept = 2  # r and Σ p v, beside the output

@@ -87,12 +87,9 @@ class Run:
 
     @property
     def rotated_columns(self) -> int:
-        """Of queries, keys and streams, those that RoPE turns."""
-        if self.base.position == "none":
-            return 0
-        model, streams = self.model, self.base.streams_of(self.around)
-        turned = [stream.columns(model.heads, model.groups, model.head_dim) for stream in streams if stream.rotated]
-        return (model.heads + model.groups) * model.head_dim + sum(turned)
+        """Of queries, keys and streams: RoPE turns all or none."""
+        model = self.model
+        return 0 if self.base.position == "none" else (model.heads + model.groups) * model.head_dim + self.stream_columns
 
     @property
     def layer_matrices(self) -> int:
@@ -198,10 +195,8 @@ class Run:
     @property
     def settings(self) -> LighthouseSettings:
         """What the run asks of Lighthouse."""
-        model, around = self.model, self.around
-        if around is None and self.base.config is not None:
-            around = self.base.config()
-        how = (self.config, model.dense_first, model.dense_last, self.discard_output)
+        how = (self.config, self.model.dense_first, self.model.dense_last, self.discard_output)
+        around = self.around or (self.base.config and self.base.config())
         return LighthouseSettings(*how, edge_budget=self.edge_budget, around=around)
 
     def _as_megatron(self) -> SimpleNamespace:

@@ -11,7 +11,7 @@ from megatron_lighthouse import running
 from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.lighthouse.rows import number_problem
 from megatron_lighthouse.sequence.layout import Layout
-from megatron_lighthouse.variant import Place, Stream, Variant, beyond_softmax, shared_out_problem
+from megatron_lighthouse.variant import Place, Stream, Telemetry, Variant, beyond_softmax, shared_out_problem
 from megatron_lighthouse.wall.config import WRONG_IN_FP16, WallConfig
 from megatron_lighthouse.work import Work
 
@@ -45,8 +45,11 @@ class Layer:
         attend: backends.Attend | None = None,
         sinks: Tensor | None = None,
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
+        from megatron_lighthouse.wall import telemetry
+
         gate, *scalar = streams
         with running.layer(self.number):
+            telemetry.record(gate, self.attend.gates)
             return self.attend(query, key, value, gate, scalar[0] if scalar else None, sinks), None
 
 
@@ -80,7 +83,7 @@ class Wall(Variant):
     dense_weights = False
     position = "none"
     around = "wall"
-    counted = True
+    counted = logs = True
 
     def work(self, config: WallConfig | None, shape: Shape) -> Work:
         """Time by an H200 (docs/measured_h200.md), where each query head has gates; memory by count.
@@ -98,6 +101,11 @@ class Wall(Variant):
             tokens_kept=(1 + 2) * gates + keys,
             assumed="as its kernels on an H200",
         )
+
+    def telemetry(self, config: WallConfig) -> Telemetry:
+        from megatron_lighthouse.wall.telemetry import HalfLives
+
+        return HalfLives(config.tied_gates)
 
     def streams_of(self, config: WallConfig | None) -> tuple[Stream, ...]:
         config = config or WallConfig()
@@ -186,10 +194,13 @@ class Wall(Variant):
         return None
 
     def of_projections(self, config: WallConfig, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        from megatron_lighthouse.wall import telemetry
         from megatron_lighthouse.wall.gates import LogSigmoid
 
         gate, *scalar = streams
-        return LogSigmoid(config.gate_max)(gate), *map(LogSigmoid(), scalar)
+        gate = LogSigmoid(config.gate_max)(gate)
+        telemetry.record(gate)
+        return gate, *map(LogSigmoid(), scalar)
 
     def gather(
         self,

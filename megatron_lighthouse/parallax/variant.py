@@ -124,8 +124,8 @@ class Parallax(Variant):
             )
             if not (args.qk_layernorm or args.qk_l2_norm):
                 yield (
-                    "parallax: nothing bounds r·k where queries and keys are not normed: a 39M model lost its training to "
-                    "that by Adam at a rate of 1.5e-3 (docs/quality.md). Consider --qk-layernorm, or a lower rate."
+                    "parallax: nothing bounds the products of r and keys without --qk-layernorm: by Adam, at a rate of 1.5e-3, "
+                    "a model of 39M parameters lost its training to that (docs/quality.md). Consider it, or a lower rate."
                 )
 
     def build(self, config: ParallaxConfig, query: Tensor, key: Tensor, place: Place) -> Layer:

@@ -64,7 +64,8 @@ def small_wall() -> None:
     import torch
 
     from megatron_lighthouse import LighthouseConfig, lighthouse_attention
-    from megatron_lighthouse.wall.layer import Step, build
+    from megatron_lighthouse.wall.cut import Step
+    from megatron_lighthouse.wall.layer import build
 
     Step.TOKENS = 200
     for dim in (128, 64, 80):

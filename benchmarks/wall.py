@@ -33,7 +33,8 @@ from megatron_lighthouse import LighthouseConfig, lighthouse_attention
 from megatron_lighthouse.softmax.backends import inner_attention
 from megatron_lighthouse.versions import environment
 from megatron_lighthouse.wall.attention import wall_attention
-from megatron_lighthouse.wall.layer import Step, build
+from megatron_lighthouse.wall.cut import Step
+from megatron_lighthouse.wall.layer import build
 
 COPIES = 2
 """Sets of inputs, taken in turn."""

@@ -123,12 +123,12 @@ def _positions(results: Results, path: Path) -> None:
         if own[0]["above"] is not None:
             values, errors = ([row[name] for row in own] for name in ("above", "above_error"))
             right.errorbar(x, values, errors, fmt=".-", color=colour[run], capsize=2, linewidth=1.2)
-    right.axhline(0, color=colour[REFERENCE], linewidth=1)
     for axes, title in ((left, "held-out loss (nats per byte)"), (right, "above dense from scratch, in pairs")):
         from_zero(axes, [0, *(1 << power for power in range(max(row["stop"] for row in rows).bit_length()))])
         axes.set(xlabel="position in the sequence", title=title)
         for length in {facts["seq_length"] for facts in results.facts["runs"].values() if trained_shorter(facts)}:
             axes.axvline(length, color="grey", linestyle=":", linewidth=1)
+    right.axhline(0, color=colour[REFERENCE], linewidth=1)  # after the scale, else its limits stay those of a linear one
     _tidy(figure, (left, right))
     _save(figure, path)
 

@@ -1,4 +1,4 @@
-"""The runs of 'parallax', 'parallax-normed' and 'wall': one attention throughout, from scratch, with as many parameters as softmax. Ours."""
+"""The runs of both kinds of 'parallax', and of 'wall': one attention throughout, with as many parameters as softmax. Ours."""
 
 from __future__ import annotations
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
@@ -115,6 +117,26 @@ class DocumentLayer(Protocol):
         """As a `Layer`, of one row: N is the tokens of all documents, B = 1."""
 
 
+class Telemetry(Protocol):
+    """What layers record of themselves while they are watched, and what is logged of it."""
+
+    def watching(self, layers: Iterable[int]) -> AbstractContextManager[None]:
+        """Inside, the layers with these global, 1-based numbers are watched."""
+
+    def sums(self, layers: Sequence[int], shape: Shape, rank: int, ranks: int) -> Tensor:
+        """What this tensor-parallel rank of so many recorded: float64, on any device, which adds up over all ranks of a run.
+
+        Args:
+            shape: of the layers' inputs, all ranks' heads together.
+        """
+
+    def scalars(self, layers: Sequence[int], sums: Tensor) -> dict[str, float]:
+        """By name, of the sums of all ranks, on the CPU."""
+
+    def draw(self, scalars: dict[str, float], folder: Path, iteration: int) -> None:
+        """A picture of these at the end of a run, where one says more than its curves."""
+
+
 def beyond_softmax(model: Any) -> Iterator[str]:
     """Options of a model (a TransformerConfig) by which its attention is more than a causal softmax over all tokens."""
     for name in ("window_size", "qk_clip", "log_max_attention_logit"):
@@ -159,11 +181,18 @@ class Variant(TakesRows):
     """Whether values may have another width than keys, as those of MLA."""
     selects = False
     """Whether its layers attend to gathered rows, those of `cost`, instead of all tokens."""
-    corrects = False
-    """Whether its layers subtract from softmax attention, of which its config has a `telemetry_interval`."""
+    logs = False
+    """Whether its layers record what its `telemetry` logs; its config then has a `telemetry_interval`."""
     counted = False
     """Whether the plan knows its time and memory, by its `work`."""
-    work = Work()
+
+    def telemetry(self, config: Any) -> Telemetry:
+        """What its layers record, where it `logs`."""
+        raise NotImplementedError
+
+    def work(self, config: Any, shape: Shape) -> Work:
+        """What it takes beside softmax attention, for inputs of this shape; `config` is None for its defaults."""
+        return Work()
 
     def base_attends(self, config: Any, of_te: bool, local: bool) -> bool:
         """Whether the spec's core attention, Transformer Engine's or Megatron's local one, attends to this one's rows."""

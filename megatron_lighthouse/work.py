@@ -12,7 +12,13 @@ class Work:
     forward: float = 1.0
     """Times as long, forward; `both`: forward and backward."""
     both: float = 1.0
-    kept: int = 0
-    """Kept for backward besides, in sizes of the queries."""
+    moved: float = 0.0
+    """And the time of so many bytes at the datasheet's rate, for each row and channel of the queries; `moved_both` likewise."""
+    moved_both: float = 0.0
+    kept: float = 0.0
+    """Kept for backward besides, in sizes of the queries in bf16."""
+    rows_kept: float = 0.0
+    """With Lighthouse around it, kept besides for each gathered row; `tokens_kept` for each token. Likewise."""
+    tokens_kept: float = 0.0
     assumed: str | None = None
     """What the times rest on, where they were not measured here."""

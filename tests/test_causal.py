@@ -21,7 +21,7 @@ from megatron_lighthouse.lighthouse.steps import Steps
 from megatron_lighthouse.lighthouse.telemetry import later_tokens
 from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.wall.config import WallConfig
-from megatron_lighthouse.wall.layer import Step
+from megatron_lighthouse.wall.cut import Step
 from tests import causal_oracle
 from tests.oracle import Problem, number, order, problems
 from tests.steps import DEVICE, both, chosen, poisoned, precision, random_like, small_problems, tensors

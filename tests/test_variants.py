@@ -51,7 +51,7 @@ def test_one_line_makes_flags_and_settings(toy: None) -> None:
 
 
 def test_what_the_plan_does_not_count_is_refused(toy: None) -> None:
-    with pytest.raises(ValueError, match="--attention 'toy' is not known: use dense or lighthouse or parallax"):
+    with pytest.raises(ValueError, match="--attention 'toy' is not known: use dense or lighthouse or parallax or wall"):
         check_names("toy", None, None)
 
 
@@ -85,7 +85,9 @@ def test_a_recipe_with_an_attention_that_the_plan_does_not_count(toy: None, monk
     """Its memory is not taken for that of a dense run."""
     monkeypatch.setattr(Toy, "around", "toy")
     words = recipe_words(ROOT / "launch" / "recipes" / "530m-98k.args")
-    with pytest.raises(ValueError, match="--attention toy is not counted by the plan: use dense or lighthouse or parallax"):
+    with pytest.raises(
+        ValueError, match="--attention toy is not counted by the plan: use dense or lighthouse or parallax or wall"
+    ):
         run_of_words([*words, "--attention", "toy"], DEVICES["h100"])
     with pytest.raises(ValueError, match="--attention lighthouse --lighthouse-around toy is not counted by the plan"):
         run_of_words([*words, "--attention", "lighthouse", "--lighthouse-around", "toy"], DEVICES["h100"])

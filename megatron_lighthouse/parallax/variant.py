@@ -11,7 +11,7 @@ from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
 from megatron_lighthouse.parallax.config import ParallaxConfig
 from megatron_lighthouse.sequence.layout import Layout
-from megatron_lighthouse.variant import Place, Stream, Variant, shared_out_problem
+from megatron_lighthouse.variant import Place, Stream, Telemetry, Variant, shared_out_problem
 from megatron_lighthouse.work import Work
 
 if TYPE_CHECKING:
@@ -97,11 +97,18 @@ class Parallax(Variant):
     config = ParallaxConfig
     streams = (Stream("r", like_queries=True, zero_at_first=True),)
     dense_weights = False
-    corrects = True
+    logs = True
     around = "parallax"
     counted = True
-    # r and Σ p v are kept, beside the output
-    work = Work(2.1, 2.3, 2, "as its kernels to cuDNN's on an H200")
+
+    def telemetry(self, config: ParallaxConfig) -> Telemetry:
+        from megatron_lighthouse.parallax.telemetry import Corrections
+
+        return Corrections()
+
+    def work(self, config: ParallaxConfig | None, shape: Shape) -> Work:
+        kept = 2  # r and Σ p v, beside the output
+        return Work(2.1, 2.3, kept=kept, rows_kept=kept, assumed="as its kernels to cuDNN's on an H200")
 
     def problems(self, config: ParallaxConfig, model: Any) -> Iterator[str]:
         yield from super().problems(config, model)
@@ -115,6 +122,11 @@ class Parallax(Variant):
                 f"parallax: --optimizer {args.optimizer}: the paper (arXiv 2605.29157) finds that Muon unlocks the gains of "
                 "Parallax: consider --optimizer muon, which needs the package emerging_optimizers."
             )
+            if not (args.qk_layernorm or args.qk_l2_norm):
+                yield (
+                    "parallax: nothing bounds the products of r and keys without --qk-layernorm: by Adam, at a rate of 1.5e-3, "
+                    "a model of 39M parameters lost its training to that (docs/quality.md). Consider it, or a lower rate."
+                )
 
     def build(self, config: ParallaxConfig, query: Tensor, key: Tensor, place: Place) -> Layer:
         from megatron_lighthouse.parallax.layer import build

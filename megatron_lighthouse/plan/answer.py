@@ -20,7 +20,7 @@ def answer(name: str, stages: Stages, ranking: Ranking, tokens: float, speed: Co
     size = f"{tokens / 1e9:,.3g}B tokens of {name} ({run.parameters / 1e6:,.0f}M parameters)"
     mark = extrapolated(run).replace("[", "[predicted, ") or " [predicted]"
     stage1, whole = gains(stages, speed)
-    selects, assumed = run.variant.selects, run.base.work.assumed
+    selects, assumed = run.variant.selects, run.work.assumed
     lines = [
         f"attention: {kind(run)}, scorer {run.config.scorer}" if selects else f"attention: {kind(run)}",
         f"documents: {run.documents.row(run.seq_length).words()}" if run.documents else "",

@@ -30,7 +30,7 @@ def dense_activations(run: Run) -> float:
     Both norms' inputs and outputs (4h), Q, K, V after RoPE, the output and fp32 log-sum-exp of attention, gate and up (2 FFN)
     and what goes down (FFN); what norms of queries and keys keep, and what another attention than softmax does (`Work.kept`).
     """
-    model, columns = run.model, run.model.heads * run.model.head_dim * (1 + run.base.work.kept)
+    model, columns = run.model, run.model.heads * run.model.head_dim * (1 + run.work.kept)
     elements = 4 * model.hidden + model.qkv + columns + _mlp(run) + _normed(run)
     return run.tokens / run.tensor_parallel * (BF16 * elements + FP32 * model.heads)
 
@@ -41,7 +41,7 @@ def lighthouse_activations(run: Run, geometry: Geometry | None = None) -> float:
     Of `geometry`, or the run's. The layer's own output too, unless it is freed and scattered again.
     """
     model = run.model
-    columns = 0 if run.discard_output else model.heads * model.head_dim
+    columns = model.heads * model.head_dim * (run.work.tokens_kept + (not run.discard_output))
     other = run.tokens * BF16 * (4 * model.hidden + _mlp(run) + _normed(run) + columns)
     return (_gathered(run, geometry or run.geometry) + other) / run.tensor_parallel
 
@@ -54,7 +54,7 @@ def _gathered(run: Run, geometry: Geometry) -> float:
     """
     model = run.model
     columns = model.heads * model.head_dim
-    kept = columns * run.base.work.kept
+    kept = columns * run.work.rows_kept
     rows = geometry.gathered_length / run.context_parallel * (BF16 * (model.qkv + columns + kept) + FP32 * model.heads)
     maps = 1 + getattr(run.config, "causal_selection", False)
     entries = maps * geometry.pyramid_length / run.context_parallel * model.groups * FP32
@@ -105,7 +105,7 @@ def parts(run: Run, stage: int | None = None) -> dict[str, float]:
         "backward of its attention, beyond that": beyond,
         "logits and loss": max(0.0, logits - backward - beyond),  # not both at once
         "gathered for tensor parallelism": run.tokens * model.hidden * BF16 if tp > 1 else 0.0,
-        "angles of RoPE (fp32)": run.tokens * model.head_dim * FP32,
+        "angles of RoPE (fp32)": run.tokens * model.head_dim * FP32 if run.rotated_columns else 0.0,
     }
 
 

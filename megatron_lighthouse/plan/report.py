@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import mean
+from typing import Any
 
-from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.plan import accuracy, lengths, memory, search, time
 from megatron_lighthouse.plan.coefficients import Coefficients
 from megatron_lighthouse.plan.device import HELD_BACK
@@ -101,8 +101,8 @@ def time_table(run: Run, speed: Coefficients) -> str:
         other = time.tokens_per_gpu(dense, speed)
         note = "" if memory.fits(dense) else ", which would not fit in this layout"
         lines.append(f"{rate / other:.2f} x {run.base.name} ({other:,.0f} tokens/s/GPU{note})")
-    if run.base.work.assumed:
-        lines.append(f"{run.base.name} [predicted: {run.base.work.assumed}]")
+    if run.work.assumed:
+        lines.append(f"{run.base.name} [predicted: {run.work.assumed}]")
     return "\n".join(lines)
 
 
@@ -140,12 +140,12 @@ def link_table(run: Run) -> str:
         ranks = [Layout(cp, rank) for rank in range(cp)]
         forward = 1 + (run.recompute == "full")  # what is recomputed sends its forward's bytes again
 
-        def sent_by(variant: Variant, config: LighthouseConfig) -> float:
-            plans = [variant.sent(config, run.seq_length, layer, rank, run.cp_comm_type).values() for rank in ranks]
+        def sent_by(variant: Variant, config: Any) -> float:
+            plans = [variant.sent(config, run.seq_length, layer, rank, run.cp_comm_type, run.around).values() for rank in ranks]
             return max(sum(forward * f + b for f, b in plan) for plan in plans)
 
         edge = run.config.replace(budget=run.edge_budget) if run.edge else None
-        ends = sent_by(run.variant, edge) if edge else sent_by(run.base, run.config)
+        ends = sent_by(run.variant, edge) if edge else sent_by(run.base, run.around)
         ours = sent_by(run.variant, run.config) if run.lighthouse_layers else 0
         crossing = max(a * ends + b * ours for a, b in run.stages)
     rows = []

@@ -23,6 +23,7 @@ from megatron_lighthouse.plan.documents import DocumentGeometry, Mix
 from megatron_lighthouse.plan.model import GPT
 from megatron_lighthouse.variant import Variant
 from megatron_lighthouse.variants import LIGHTHOUSE, VARIANTS, counted
+from megatron_lighthouse.work import Work
 
 RECOMPUTE = ("none", "mlp", "full")
 """No layer's forward again in backward; that of the MLP (--recompute-modules mlp); or that of whole layers."""
@@ -54,6 +55,8 @@ class Run:
     mlp_tile_tokens: int = 0
     documents: Mix | None = None
     """Of packed rows; None: a sequence is one document."""
+    around: Any = None
+    """The config of `base`, where it has one; None for its defaults."""
     options: dict[str, Any] = field(default_factory=dict)
     """What else of the model, by the names of Megatron's TransformerConfig, an attention may refuse."""
 
@@ -72,9 +75,21 @@ class Run:
         return self.variant.base(self.config)
 
     @property
+    def work(self) -> Work:
+        """What `base` takes beside softmax attention."""
+        return self.base.work(self.around, self.layer)
+
+    @property
     def stream_columns(self) -> int:
         """Of each layer's projections to streams, on all tensor-parallel ranks."""
-        return len(self.base.streams) * self.model.heads * self.model.head_dim
+        model, streams = self.model, self.base.streams_of(self.around)
+        return sum(stream.columns(model.heads, model.groups, model.head_dim) for stream in streams)
+
+    @property
+    def rotated_columns(self) -> int:
+        """Of queries, keys and streams: RoPE turns all or none."""
+        model = self.model
+        return 0 if self.base.position == "none" else (model.heads + model.groups) * model.head_dim + self.stream_columns
 
     @property
     def layer_matrices(self) -> int:
@@ -180,10 +195,9 @@ class Run:
     @property
     def settings(self) -> LighthouseSettings:
         """What the run asks of Lighthouse."""
-        model = self.model
-        return LighthouseSettings(
-            self.config, model.dense_first, model.dense_last, self.discard_output, edge_budget=self.edge_budget
-        )
+        how = (self.config, self.model.dense_first, self.model.dense_last, self.discard_output)
+        around = self.around or (self.base.config and self.base.config())
+        return LighthouseSettings(*how, edge_budget=self.edge_budget, around=around)
 
     def _as_megatron(self) -> SimpleNamespace:
         """Those fields of Megatron's TransformerConfig that its refusals read."""

@@ -11,7 +11,8 @@ domains, all send all their bytes over the network. Pipeline stages are not inte
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from typing import Any
 
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
 from megatron_lighthouse.lighthouse.scorers import SCORERS
@@ -33,18 +34,30 @@ HOST_AGAIN = {"none": 0.0, "mlp": 0.25, "full": 0.5}
 
 
 def attention_seconds(
-    kind: str, rows: float, layer: Shape, ranks: int, device: Device, speed: Coefficients, base: Variant = DENSE
+    kind: str,
+    rows: int,
+    layer: Shape,
+    ranks: int,
+    device: Device,
+    speed: Coefficients,
+    base: Variant = DENSE,
+    around: Any = None,
+    attended: float | None = None,
 ) -> tuple[float, float]:
     """(forward, forward + backward) of causal attention over `rows` rows, of which each rank does an equal part of the work.
 
     Args:
-        base: what attends; all its time is taken to be so many times that of softmax (`Work`).
+        base: what attends, with the config `around`: it takes what its `Work` says beside softmax.
+        attended: rows of one document in which it does as much, where there are several.
     """
-    flops = work.attention_flops(rows, layer) / ranks
+    other = base.work(around, layer)
+    flops = work.attention_flops(attended or rows, layer) / ranks
+    channel = rows / ranks * layer.batch * layer.heads * layer.dim / device.memory_bytes_s
     start, slope = speed.attention[kind, "fwd"]
     both_start, both_slope = speed.attention[kind, "fwd+bwd"]
     both = both_start + both_slope * flops * work.FORWARD_AND_BACKWARD / device.flops
-    return base.work.forward * (start + slope * flops / device.flops), base.work.both * both
+    forward = start + slope * flops / device.flops
+    return other.forward * forward + other.moved * channel, other.both * both + other.moved_both * channel
 
 
 def crossing_seconds(
@@ -56,17 +69,19 @@ def crossing_seconds(
     device: Device,
     speed: Coefficients,
     hide: tuple[float, float],
-    base: Variant = DENSE,
+    sends: Callable[..., dict[str, tuple[int, int]]] = DENSE.sent,
+    around: Any = None,
 ) -> tuple[float, float]:
     """(forward, forward + backward) that attention over several ranks takes beyond its share of the work.
 
     Args:
         span: GPUs from the first to the last of the group, which says what links it has; 1 where no group straddles domains.
         hide: seconds of attention, behind which p2p's bytes travel.
+        sends: `sent` of what attends, with the config `around`; of gathered rows `rows_sent`.
     """
     if ranks == 1:
         return 0.0, 0.0
-    sent = [base.sent(None, rows, layer, Layout(ranks, rank), scheme)["attend"] for rank in range(ranks)]
+    sent = [sends(around, rows, layer, Layout(ranks, rank), scheme)["attend"] for rank in range(ranks)]
     found = []
     for direction, bytes_sent, behind in (
         ("fwd", max(f for f, _ in sent), hide[0]),
@@ -88,6 +103,7 @@ def dense_layer(
     device: Device,
     speed: Coefficients,
     base: Variant = DENSE,
+    around: Any = None,
     attended: float | None = None,
 ) -> Parts:
     """Dense attention, or another over all tokens, without projections.
@@ -95,10 +111,10 @@ def dense_layer(
     'fwd', 'fwd+bwd', and 'exposed fwd' and 'exposed', which lie within them.
 
     Args:
-        attended: rows of one document in which it does as much, where there are several.
+        attended: see `attention_seconds`.
     """
-    forward, both = attention_seconds("dense", attended or rows, layer, ranks, device, speed, base)
-    more, more_both = crossing_seconds(scheme, rows, layer, ranks, span, device, speed, (forward, both), base)
+    forward, both = attention_seconds("dense", rows, layer, ranks, device, speed, base, around, attended)
+    more, more_both = crossing_seconds(scheme, rows, layer, ranks, span, device, speed, (forward, both), base.sent, around)
     return {"fwd": forward + more, "fwd+bwd": both + more_both, "exposed fwd": more, "exposed": more_both}
 
 
@@ -112,16 +128,18 @@ def lighthouse_layer(
     speed: Coefficients,
     scorer: str = "norm",
     base: Variant = DENSE,
+    around: Any = None,
 ) -> Parts:
     """As `dense_layer`, and each step by name: 'score', 'select', 'gather', 'gather bwd', 'scatter', 'scatter bwd', 'inner'."""
     rows = geometry.gathered_length
     packed = geometry if isinstance(geometry, DocumentGeometry) else None
-    attended = packed.attended if packed else rows
+    attended = packed.attended if packed else None
     parts: Parts = {}
     for step, direction in work.STEPS:
         start, slope = speed.steps[step, direction]
-        near = replace(layer, heads=layer.heads * (1 + len(base.streams))) if step == "gather" else layer
-        moved = work.step_bytes(step, geometry.seq_length // ranks, rows // ranks, near)
+        moved = work.step_bytes(step, geometry.seq_length // ranks, rows // ranks, layer)
+        if step == "gather":
+            moved *= base.row_bytes(around, layer) / DENSE.row_bytes(None, layer)
         if step == "score":
             moved = SCORERS[scorer].moved(geometry, layer) / ranks
         parts[step + (" bwd" if direction == "bwd" else "")] = start + slope * moved / device.memory_bytes_s
@@ -132,10 +150,11 @@ def lighthouse_layer(
     parts["select"] = sum(a * b for a, b in zip(speed.select, features, strict=True))
     if packed and packed.is_whole:
         parts = dict.fromkeys(parts, 0.0)
-    inner, inner_both = attention_seconds("inner", attended, layer, ranks, device, speed, base)
-    more, more_both = crossing_seconds(scheme, rows, layer, ranks, span, device, speed, (inner, inner_both), base)
+    inner, inner_both = attention_seconds("inner", rows, layer, ranks, device, speed, base, around, attended)
+    hide = (inner, inner_both)
+    more, more_both = crossing_seconds(scheme, rows, layer, ranks, span, device, speed, hide, base.rows_sent, around)
     if ranks > 1:
-        plans = [layer_bytes(scheme, geometry, layer, Layout(ranks, rank), scorer, base) for rank in range(ranks)]
+        plans = [layer_bytes(scheme, geometry, layer, Layout(ranks, rank), scorer, base, around) for rank in range(ranks)]
         link = speed.link / device.link_bytes_s(span)
         aside = [{key: value for key, value in plan.items() if key != "attend"} for plan in plans]
         more += max(sum(f for f, _ in plan.values()) for plan in aside) * link
@@ -158,7 +177,7 @@ def step_parts(run: Run, speed: Coefficients) -> Parts:
     # a forward, a backward of twice its work, and what is done again
     passes = 3 + full + (mlp + bool(run.mlp_tile_tokens)) * share_of_mlp
     linear = tokens * 2.0 * run.layer_matrices / tp / device.flops * speed.linear * passes
-    moved = tokens * work.elementwise_bytes(model, run.stream_columns) / tp / device.memory_bytes_s * speed.copy
+    moved = tokens * work.elementwise_bytes(model, run.rotated_columns) / tp / device.memory_bytes_s * speed.copy
     tensor, between, gradients = link_bytes(run)
     every = {
         "linear layers": linear,
@@ -202,7 +221,7 @@ def _dense_parts(run: Run, speed: Coefficients) -> Parts:
     cp, span, full = run.context_parallel, run.spans["context parallel"], run.recompute == "full"
     attended = run.documents.row(run.seq_length).attended if run.documents else None
     where = (run.seq_length, run.layer, cp, run.cp_comm_type, span, run.device, speed)
-    layer = dense_layer(*where, run.base, attended)
+    layer = dense_layer(*where, run.base, run.around, attended)
     exposed = layer["exposed"] + full * layer["exposed fwd"]
     return {"dense attention": layer["fwd+bwd"] + full * layer["fwd"] - exposed, "context parallel, exposed": exposed}
 
@@ -210,7 +229,7 @@ def _dense_parts(run: Run, speed: Coefficients) -> Parts:
 def _lighthouse_parts(run: Run, geometry: Geometry, speed: Coefficients) -> Parts:
     """As `_dense_parts`, of a Lighthouse layer."""
     cp, span, full = run.context_parallel, run.spans["context parallel"], run.recompute == "full"
-    how = (run.cp_comm_type, span, run.device, speed, run.config.scorer, run.base)
+    how = (run.cp_comm_type, span, run.device, speed, run.config.scorer, run.base, run.around)
     layer = lighthouse_layer(geometry, run.layer, cp, *how)
     parts = {}
     for name in ("score", "select", "gather", "scatter"):

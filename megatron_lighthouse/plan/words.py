@@ -136,6 +136,7 @@ def run_of_words(words: Sequence[str], device: Device, gpus: int | None = None) 
         loss_fusion=args.cross_entropy_loss_fusion,
         loss_tile_tokens=args.loss_tile_tokens,
         mlp_tile_tokens=args.mlp_tile_tokens,
+        around=settings.base_config if settings.base.config else None,
         options={name: getattr(args, name) for name, default in OPTIONS.items() if getattr(args, name) != default},
     )
 

@@ -34,10 +34,10 @@ def select_features(geometry: Geometry, layer: Shape, ranks: int, multiprocessor
     return [turns, turns * (geometry.levels - 1), turns * windows]
 
 
-def elementwise_bytes(model: GPT, streams: int = 0) -> float:
-    """Forward, for a token and layer, bf16: two norms and two residual sums (10h), RoPE on Q and K, SwiGLU (3 FFN).
+def elementwise_bytes(model: GPT, rotated: int) -> float:
+    """Forward, for a token and layer, bf16: two norms and two residual sums (10h), RoPE, SwiGLU (3 FFN).
 
     Args:
-        streams: columns of further projections that RoPE rotates.
+        rotated: columns that RoPE turns: queries, keys, and further projections.
     """
-    return 2.0 * (10 * model.hidden + 2 * ((model.heads + model.groups) * model.head_dim + streams) + 3 * model.ffn)
+    return 2.0 * (10 * model.hidden + 2 * rotated + 3 * model.ffn)

@@ -262,7 +262,8 @@ def _draw(run: Path, where: str, stages: Sequence[str]) -> None:
         print(f"{attention}: loss {values[-1]:.3f} at iteration {steps[-1]}")
     if entropy is not None:
         print(f"byte-frequency entropy of the text: {entropy:.3f}")
-    pictures = [path for path in (run / "loss.png", run / "selection.png") if path.is_file()]
+    own = sorted((run / "tensorboard").glob("*/*.png"))
+    pictures = [path for path in (run / "loss.png", run / "selection.png", *own) if path.is_file()]
     print(f"pictures: {', '.join(map(str, pictures))}; log: tensorboard --logdir {run / 'tensorboard'}")
 
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.parts import Mask, Part, Tensors
+from megatron_lighthouse.wall.cut import Cut, Piece
 from megatron_lighthouse.wall.decay import Decays, joined, prefix, prefix_backward, spread, summed, sums
 from megatron_lighthouse.wall.diagonal import Diagonal
 from megatron_lighthouse.wall.earlier import Earlier, Rows
-from megatron_lighthouse.wall.pieces import Cut, Piece, Run, Sight, runs
+from megatron_lighthouse.wall.pieces import Run, Sight, runs
 from megatron_lighthouse.wall.travel import Call, by_runs
 
 

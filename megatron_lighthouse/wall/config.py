@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_lighthouse.options import option
+from megatron_lighthouse.options import flag_of, option
 
+INTERVAL = flag_of("wall", "telemetry_interval")
 KERNELS = ("auto", "triton", "reference")
 WRONG_IN_FP16 = "in fp16 their gradients were wrong on an H200 (bf16 works)"
 """Why the kernels do not run."""
@@ -46,7 +47,14 @@ class WallConfig:
     scalar_gate: bool = option(False, "A gate for each query head beside those of its channels, by linear_gs, as in FoX.")
     """Whether logits have the scalar gate γ."""
 
+    telemetry_interval: int = option(
+        0, "Log in every such iteration in how many tokens half of a channel fades, by layer and head. Default: 0, never."
+    )
+    """Iterations from one log of the gates' half-lives to the next; 0: none."""
+
     def __post_init__(self) -> None:
+        if self.telemetry_interval < 0:
+            raise ValueError(f"{INTERVAL} {self.telemetry_interval} must not be negative: use 0 for none, or such as 100.")
         if self.kernels not in KERNELS:
             raise ValueError(f"--wall-kernels {self.kernels} is not known: use {', '.join(KERNELS[:-1])} or {KERNELS[-1]}.")
         if not -40 <= self.gate_bias <= 40:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,19 +17,13 @@ from megatron_lighthouse.context_parallel.schemes import comm_type_problem, sche
 from megatron_lighthouse.lighthouse.transforms import refuse_transforms
 from megatron_lighthouse.ranges import profiled
 from megatron_lighthouse.wall.blocks import Attention, Near
+from megatron_lighthouse.wall.cut import Cut, Step
 from megatron_lighthouse.wall.implementations import earlier_for, makers_for
-from megatron_lighthouse.wall.pieces import Cut, Sight, first_rows
+from megatron_lighthouse.wall.pieces import Sight, first_rows
 from megatron_lighthouse.wall.travel import Call, Decayed
 
 Gates = Callable[[Tensor], Tensor]
 """What makes gates of a stream: natural logarithms <= 0, in the dtype of sums."""
-
-
-class Step:
-    """How long pieces are."""
-
-    TOKENS: ClassVar = 4096
-    """Tokens of a piece: along the diagonal of one Wall has kernels of its own, beyond it those of softmax attention."""
 
 
 @dataclass(frozen=True)

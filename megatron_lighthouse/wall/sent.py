@@ -7,9 +7,7 @@ from dataclasses import replace
 from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
 from megatron_lighthouse.sequence.layout import Layout
-from megatron_lighthouse.wall.layer import Step
-from megatron_lighthouse.wall.pieces import Cut
-from megatron_lighthouse.wall.travel import PURPOSE
+from megatron_lighthouse.wall.cut import TOTALS, Cut, Step
 
 
 def sent(
@@ -40,4 +38,4 @@ def sent(
     pieces = 2 * Cut(tokens // (2 * layout.size), Step.TOKENS).per_chunk
     of_pieces = gates * shape.dim + (shape.heads if scalar else 0)
     totals = (layout.size - 1) * pieces * shape.batch * of_pieces * wide
-    return {"attend": (forward, backward), PURPOSE: (totals, totals)}
+    return {"attend": (forward, backward), TOTALS: (totals, totals)}

@@ -17,11 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.wall.cut import TOTALS, Piece
 from megatron_lighthouse.wall.decay import Decays, joined, suffix, suffix_backward, summed, sums
-from megatron_lighthouse.wall.pieces import Piece, runs
-
-PURPOSE = "totals"
-"""Of what is sent, in counts."""
+from megatron_lighthouse.wall.pieces import runs
 
 
 @dataclass
@@ -66,7 +64,7 @@ class Decayed(torch.autograd.Function):
         ctx.save_for_backward(key, *gates)
         own = [by_runs(pieces, decays.sums, gates[0]), *(by_runs(pieces, sums, x) for x in gates[1:])]
         if exchange is not None:
-            own = [exchange.in_order(exchange.all_gather(x.to(gates[0].dtype), PURPOSE)) for x in own]
+            own = [exchange.in_order(exchange.all_gather(x.to(gates[0].dtype), TOTALS)) for x in own]
         call.totals = [x.double() for x in own]
         scalar = (torch.cat([suffix(x[piece.rows]) for piece in pieces]) for x in gates[1:])
         return by_runs(pieces, partial(decays.decay, after=True), key, gates[0]), *scalar
@@ -81,7 +79,7 @@ class Decayed(torch.autograd.Function):
         totals = ctx.call.total_grads()
         if exchange is not None:
             sums = (exchange.out_of_order(x.to(gates[0].dtype)) for x in totals)
-            shares = (exchange.all_to_all(x.flatten(0, 1), PURPOSE) for x in sums)
+            shares = (exchange.all_to_all(x.flatten(0, 1), TOTALS) for x in sums)
             totals = [x.unflatten(0, (exchange.size, -1)).sum(0, dtype=torch.float64) for x in shares]
         found = [by_runs(pieces, partial(decays.decay_backward, heads=gates[0].shape[2], after=True), key, of_keys)]
         found += [torch.cat([suffix_backward(x[piece.rows]) for piece in pieces]) for x in of_scalar]

@@ -11,8 +11,9 @@ from megatron_lighthouse import running
 from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.lighthouse.rows import number_problem
 from megatron_lighthouse.sequence.layout import Layout
-from megatron_lighthouse.variant import Place, Stream, Variant, beyond_softmax, shared_out_problem
+from megatron_lighthouse.variant import Place, Stream, Telemetry, Variant, beyond_softmax, shared_out_problem
 from megatron_lighthouse.wall.config import WRONG_IN_FP16, WallConfig
+from megatron_lighthouse.work import Work
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,8 +45,11 @@ class Layer:
         attend: backends.Attend | None = None,
         sinks: Tensor | None = None,
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
+        from megatron_lighthouse.wall import telemetry
+
         gate, *scalar = streams
         with running.layer(self.number):
+            telemetry.record(gate, self.attend.gates)
             return self.attend(query, key, value, gate, scalar[0] if scalar else None, sinks), None
 
 
@@ -79,8 +83,32 @@ class Wall(Variant):
     dense_weights = False
     position = "none"
     around = "wall"
+    counted = logs = True
 
-    def streams_of(self, config: WallConfig) -> tuple[Stream, ...]:
+    def work(self, config: WallConfig | None, shape: Shape) -> Work:
+        """Time by an H200 (docs/measured_h200.md), where each query head has gates; memory by count.
+
+        An element of fp32 is two of bf16. Kept are the gates' logits, gates, and keys that have faded; of gathered rows gates,
+        and keys of as many heads, which fade once more, and of all tokens logits, gates and keys.
+        """
+        gates = (shape.groups if (config or WallConfig()).tied_gates else shape.heads) / shape.heads
+        keys = shape.groups / shape.heads
+        return Work(
+            moved=271,
+            moved_both=1563,
+            kept=(1 + 2 + 1) * gates,
+            rows_kept=(2 + 1 + 1) * gates - keys,
+            tokens_kept=(1 + 2) * gates + keys,
+            assumed="as its kernels on an H200",
+        )
+
+    def telemetry(self, config: WallConfig) -> Telemetry:
+        from megatron_lighthouse.wall.telemetry import HalfLives
+
+        return HalfLives(config.tied_gates)
+
+    def streams_of(self, config: WallConfig | None) -> tuple[Stream, ...]:
+        config = config or WallConfig()
         gate = Stream("g", rotated=False, bias=config.gate_bias, per_group=config.tied_gates)
         scalar = Stream("gs", rotated=False, bias=config.gate_bias, per_channel=False)
         return (gate, scalar) if config.scalar_gate else (gate,)
@@ -127,10 +155,11 @@ class Wall(Variant):
         makers_for(config.kernels, inputs.device, inputs.dtype, (inputs.dim, inputs.value_dim or inputs.dim))
 
     def sent(
-        self, config: WallConfig, seq_length: int, shape: Shape, layout: Layout, comm_type: str, around: Any = None
+        self, config: WallConfig | None, seq_length: int, shape: Shape, layout: Layout, comm_type: str, around: Any = None
     ) -> dict[str, tuple[int, int]]:
         from megatron_lighthouse.wall.sent import sent
 
+        config = config or WallConfig()
         return sent(comm_type, seq_length, shape, layout, config.tied_gates, config.scalar_gate)
 
     def rows_problem(self, inner: str) -> str | None:
@@ -165,10 +194,13 @@ class Wall(Variant):
         return None
 
     def of_projections(self, config: WallConfig, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        from megatron_lighthouse.wall import telemetry
         from megatron_lighthouse.wall.gates import LogSigmoid
 
         gate, *scalar = streams
-        return LogSigmoid(config.gate_max)(gate), *map(LogSigmoid(), scalar)
+        gate = LogSigmoid(config.gate_max)(gate)
+        telemetry.record(gate)
+        return gate, *map(LogSigmoid(), scalar)
 
     def gather(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def test_what_is_kept_is_what_the_archive_makes(experiment: str, tmp_path: Path)
 
 
 def test_every_experiment_keeps_its_archive() -> None:
-    assert {"pilot", "recipe", "short", "variants"} <= {*ARCHIVED} <= {*EXPERIMENTS}
+    assert {"pilot", "recipe", "short", "variants", "parallax", "parallax-normed", "wall"} <= {*ARCHIVED} <= {*EXPERIMENTS}
 
 
 @pytest.mark.parametrize(
@@ -121,4 +122,41 @@ def test_docs_say_what_the_variants_gave() -> None:
         losses = [f"{last[name]:.3f}" for name in ("loss_true_future", "loss_other_future")]
         rows.append(f"| `{run}` | {' | '.join(losses)} | {mean} | {hint(run, 1, '.3f')} |")
     assert len(rows) == 15
+    assert not missing_in_docs(rows)
+
+
+def test_docs_say_what_wall_gave() -> None:
+    """Losses by position, without the errors that table.md has beside them, and differences in the text."""
+    _, (header, _, *lines) = (part.splitlines() for part in (RESULTS / "wall" / "table.md").read_text().strip().split("\n\n"))
+    found = {line.split("`")[1]: [cell.split("(")[0].strip() for cell in line.split("|")[2:-1]] for line in lines}
+    titles = {row["run"]: row["title"] for row in kept("wall", "runs")}
+    assert found.keys() == titles.keys() == EXPERIMENTS["wall"].runs.keys()
+    rows = [header.replace("positions", "run"), *(f"| `{run}`: {titles[run]} | {' | '.join(found[run])} |" for run in found)]
+    rises = [float(found[run][-1]) - float(found[run][0]) for run in ("dense", "rope-500k")]
+    rows.append(f"by {rises[0]:.2f} and {rises[1]:.2f}\n  nats")
+    for run in ("wall", "rope-500k"):  # within the trained length
+        difference = re.search(rf"^\| `{run}` \| [\d.]+ \(-([\d.]+ ± [\d.]+)\)", "\n".join(lines), re.MULTILINE)
+        assert difference
+        rows.append(difference[1])
+    losses = {row["run"]: f"{row['training_loss']:.2f}" for row in kept("wall", "runs")}
+    assert len({losses[run] for run in losses if run != "nope"}) == 1
+    rows.append(f"(training loss {losses['nope']}, the others {losses['wall']})")
+    assert not missing_in_docs(rows)
+
+
+def test_docs_say_what_parallax_gave() -> None:
+    """Held-out losses with norms, each less that of softmax by the same optimizer; and what came of it without."""
+    losses = {row["run"]: row for row in kept("parallax-normed", "runs")}
+    above = {(row["run"], row["against"]): row for row in kept("parallax-normed", "pairs")}
+    rows = []
+    for run, softmax in (("parallax", "dense"), ("parallax-muon", "dense-muon")):
+        pair = above[run, softmax]
+        rows.append(f"| `{softmax}`: {losses[softmax]['title']} | {losses[softmax]['held_out_loss']:.4f} | |")
+        difference = f"{pair['difference']:+.4f} ± {pair['standard_error']:.4f}"
+        rows.append(f"| `{run}`: {losses[run]['title']} | {losses[run]['held_out_loss']:.4f} | {difference} |")
+    gains = [above[run]["difference"] for run in (("dense-muon", "dense"), ("parallax-muon", "parallax"))]
+    rows.append(f"by {-gains[0]:.2f} nats with softmax, by {-gains[1]:.2f} with Parallax")
+    without = {row["run"]: row for row in kept("parallax", "runs")}
+    rows.append(f"It ended at {without['parallax']['held_out_loss']:.2f}, softmax at {without['dense']['held_out_loss']:.2f}\n")
+    rows.append(f"stopped after {without['parallax-muon']['iterations']} iterations")
     assert not missing_in_docs(rows)

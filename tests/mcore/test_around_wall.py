@@ -21,7 +21,7 @@ from tests.mcore.test_checkpoints import keys, save_interval
 from tests.mcore.test_checks import problems
 from tests.mcore.test_packed import documents_of_rows, with_gradients
 from tests.mcore.test_spec import N, fused_qkv, gpt, local_spec, transformer_config
-from tests.mcore.test_wall import LAYOUTS, NONE, SINKS, WHOLE, from_saved
+from tests.mcore.test_wall import LAYOUTS, LOGGED, NONE, SINKS, WHOLE, from_saved, half_lives
 from tests.tolerances import assert_close
 
 AROUND = ("--attention", "lighthouse", "--lighthouse-around", "wall")
@@ -43,17 +43,21 @@ def wall(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def whole(tmp_path_factory: pytest.TempPathFactory, wall: Run) -> Run:
     """Three iterations around it in one process, of which the first is saved."""
     folder = tmp_path_factory.mktemp("around")
-    return train(folder, *AROUND, *from_saved(wall), *save_interval(folder / "checkpoint", 2))
+    return train(folder, *AROUND, *LOGGED, *from_saved(wall), *save_interval(folder / "checkpoint", 2))
 
 
 @pytest.mark.parametrize("name", some_slow(["tensor", "pipeline", "context", "data"], {"pipeline", "data"}))
 def test_a_layout_changes_nothing(name: str, tmp_path: Path, wall: Run, whole: Run) -> None:
     """Two tiles over four chunks: context-parallel ranks deal rows."""
     options, ranks = LAYOUTS[name]
-    found = train(tmp_path, *AROUND, *options.split(), *from_saved(wall), ranks=ranks)
+    found = train(tmp_path, *AROUND, *LOGGED, *options.split(), *from_saved(wall), ranks=ranks)
     assert list(found.losses) == [2, 3, 4]
     assert_close(list(found.losses.values()), list(whole.losses.values()), "parallel loss")
     assert_close(list(found.gradient_norms.values()), list(whole.gradient_norms.values()), "parallel gradient norm")
+    lives, expected = (half_lives(one, 4) for one in (found, whole))
+    assert lives.keys() == expected.keys()
+    assert len(lives) == 4 * 4 * 3  # layers at the ends are plain Wall
+    assert_close([lives[name] for name in expected], [*expected.values()], "parallel half-life")
 
 
 def test_stage_2_is_wall(tmp_path: Path, wall: Run, whole: Run) -> None:

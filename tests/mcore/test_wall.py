@@ -11,6 +11,7 @@ import torch
 
 from megatron_lighthouse import LighthouseConfig
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
+from megatron_lighthouse.plots import read_scalars
 from megatron_lighthouse.wall.config import WallConfig
 from tests.mcore.harness import Run, refused, run, some_slow
 from tests.mcore.test_checkpoints import keys, save_interval
@@ -35,13 +36,24 @@ def train(folder: Path, *options: str, attention: str = "wall", ranks: int = 1) 
 
 WHOLE = ("--wall-scalar-gate", "--wall-gate-bias", "3", "--wall-gate-max", "0.86")
 """With gates that matter at 256 tokens. All runs have sinks."""
+LOGGED = ("--wall-telemetry-interval", "2")
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Four iterations in one process."""
     folder = tmp_path_factory.mktemp("wall")
-    return train(folder, *save_interval(folder / "checkpoint", SAVED), *WHOLE)
+    return train(folder, *save_interval(folder / "checkpoint", SAVED), *WHOLE, *LOGGED)
+
+
+def half_lives(run: Run, iteration: int) -> dict[str, float]:
+    """What was logged of gates in that iteration."""
+    scalars = read_scalars(run.folder / "tensorboard")
+    return {
+        name: float(values[list(steps).index(iteration)])
+        for name, (steps, values) in scalars.items()
+        if name.startswith("wall/half-life/")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +84,28 @@ SLOW = ("pipeline", "heads", "tensor and context", "data")
 @pytest.mark.parametrize("name", some_slow(LAYOUTS, SLOW))
 def test_a_layout_changes_nothing(name: str, tmp_path: Path, whole: Run) -> None:
     options, ranks = LAYOUTS[name]
-    found = train(tmp_path, *options.split(), *WHOLE, *from_saved(whole), ranks=ranks)
+    found = train(tmp_path, *options.split(), *WHOLE, *LOGGED, *from_saved(whole), ranks=ranks)
     assert list(found.losses) == [2, 3, 4]
     assert_close(list(found.losses.values()), [whole.losses[i] for i in (2, 3, 4)], "parallel loss")
     norms = [[one.gradient_norms[i] for i in (2, 3, 4)] for one in (found, whole)]
     assert_close(*norms, "parallel gradient norm")
+    for iteration in (2, 4):
+        lives, expected = (half_lives(one, iteration) for one in (found, whole))
+        assert lives.keys() == expected.keys()
+        assert_close([lives[name] for name in expected], [*expected.values()], "parallel half-life")
+
+
+def test_half_lives_are_logged_and_drawn(whole: Run) -> None:
+    """Of gates whose bias is 3, by layer and head: about 14 tokens. Weights spread them."""
+    found = half_lives(whole, 4)
+    assert {name.rpartition("/")[0] for name in found} == {
+        f"wall/half-life/layer-{layer}/head-{head}" for layer in range(1, 5) for head in range(4)
+    }
+    for name in found:
+        if name.endswith("p50"):
+            low, middle, high = (found[name.replace("p50", one)] for one in ("p25", "p50", "p75"))
+            assert 5 < low < middle < high < 40
+    assert (whole.folder / "tensorboard" / "half-life.png").stat().st_size > 1000
 
 
 def test_a_checkpoint_names_its_gates(whole: Run, dense: Run) -> None:

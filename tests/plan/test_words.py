@@ -114,7 +114,7 @@ def test_the_command_takes_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "says"),
     [
         (["--gpus", "0"], "--gpus 0 must be at least 1: use 1 or more."),
-        (["--attention", "foo"], "--attention 'foo' is not known: use dense or lighthouse or parallax."),
+        (["--attention", "foo"], "--attention 'foo' is not known: use dense or lighthouse or parallax or wall."),
         (["--cp-comm-type", "foo"], "--cp-comm-type 'foo' is not known: use p2p or all_gather or a2a."),
         (["--recompute", ""], "--recompute '' is not known: use none or mlp or full."),
     ],

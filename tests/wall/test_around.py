@@ -23,8 +23,8 @@ from megatron_lighthouse.lighthouse.variant import LIGHTHOUSE
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.wall.attention import wall_attention
 from megatron_lighthouse.wall.config import WallConfig
+from megatron_lighthouse.wall.cut import Step
 from megatron_lighthouse.wall.gathered import gather
-from megatron_lighthouse.wall.layer import Step
 from tests.context_parallel.shards import shards_of, whole
 from tests.ranks import run_ranks
 from tests.tolerances import assert_close

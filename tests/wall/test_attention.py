@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse.wall.attention import wall_attention
+from megatron_lighthouse.wall.cut import Step
 from megatron_lighthouse.wall.gates import LogSigmoid
-from megatron_lighthouse.wall.layer import Step
 from tests.tolerances import assert_close
 from tests.wall.oracle import formula, inputs, with_grads
 

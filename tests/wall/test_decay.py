@@ -8,7 +8,8 @@ from torch import Tensor
 
 from megatron_lighthouse.kernels import wall as kernels
 from megatron_lighthouse.wall import decay as reference
-from megatron_lighthouse.wall.pieces import Piece, Run, runs
+from megatron_lighthouse.wall.cut import Piece
+from megatron_lighthouse.wall.pieces import Run, runs
 from tests.steps import DEVICE
 
 MOST = {torch.float32: 1e-6, torch.bfloat16: 8e-3}

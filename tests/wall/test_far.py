@@ -11,10 +11,11 @@ from torch import Tensor
 from megatron_lighthouse.context_parallel.parts import Mask
 from megatron_lighthouse.wall import decay, reference
 from megatron_lighthouse.wall.blocks import Attention, Near
+from megatron_lighthouse.wall.cut import Cut
 from megatron_lighthouse.wall.decay import Decays
 from megatron_lighthouse.wall.diagonal import Diagonal
 from megatron_lighthouse.wall.earlier import Plain
-from megatron_lighthouse.wall.pieces import Cut, Sight, first_rows
+from megatron_lighthouse.wall.pieces import Sight, first_rows
 from megatron_lighthouse.wall.travel import Call, Decayed
 
 CHUNKS, ROWS = 16, 2

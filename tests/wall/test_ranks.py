@@ -18,7 +18,7 @@ from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.variant import Place
 from megatron_lighthouse.wall.attention import wall_attention
 from megatron_lighthouse.wall.config import WallConfig
-from megatron_lighthouse.wall.layer import Step
+from megatron_lighthouse.wall.cut import Step
 from megatron_lighthouse.wall.variant import WALL
 from tests.context_parallel.shards import shards_of, whole
 from tests.ranks import run_ranks

@@ -11,9 +11,9 @@ from megatron_lighthouse.kernels import wall as kernels
 from megatron_lighthouse.profiling.names import kernel_mark
 from megatron_lighthouse.wall import attention, decay, layer, reference
 from megatron_lighthouse.wall.attention import wall_attention
+from megatron_lighthouse.wall.cut import Step
 from megatron_lighthouse.wall.earlier import Plain
 from megatron_lighthouse.wall.implementations import earlier_for, makers_for
-from megatron_lighthouse.wall.layer import Step
 from tests.steps import DEVICE
 from tests.wall.oracle import formula, inputs, with_grads
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from megatron_lighthouse.mcore.command_line import correction, documents, graphs, hybrid, pyramid, rope, settings
+from megatron_lighthouse.mcore.command_line import documents, graphs, hybrid, layer_log, pyramid, rope, settings
 from megatron_lighthouse.mcore.command_line.checks import copies_in_a_graph, run_problems
 from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern
 from megatron_lighthouse.mcore.command_line.own_parts import (
@@ -101,8 +101,8 @@ def attention_problems(args: argparse.Namespace, config: Any, by_spec: bool, has
         yield from run_problems(args, config, chosen)
         if chosen.attention.selects:
             yield from selection_log.problems(args, chosen)
-        if chosen.base.corrects:
-            yield from correction.problems(args, chosen.base_config)
+        if chosen.base.logs:
+            yield from layer_log.problems(args, chosen.base.name, chosen.base_config)
         return
     yield from VARIANTS[args.attention].length_problems(None, args.seq_length, config.context_parallel_size)
     yield from documents.document_problems(args, config)
@@ -154,8 +154,8 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
     else:
         rope.keep(args)
     if chosen is not None:
-        if chosen.base.corrects:
-            hooks.log_correction(args, chosen)
+        if chosen.base.logs:
+            hooks.log_layers(args, chosen)
         if not getattr(args, "skip_train", False) and not args.rank:
             for remark in chosen.base.remarks(chosen.base_config, args):
                 say_once(remark)

@@ -18,11 +18,12 @@ from megatron.training import checkpointing, initialize
 from megatron.training import training as loop
 from megatron.training.models import gpt as gpt_builder
 
+from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
 from megatron_lighthouse.mcore.loop import (
-    correction_log,
     finite,
     further_tokens,
+    layer_log,
     loss_weights,
     machine,
     progress,
@@ -121,8 +122,12 @@ def log_selection(args: argparse.Namespace, settings: LighthouseSettings) -> Non
         wrap(loop, "train_step", "selection log", logged.train_step)
 
 
-def log_correction(args: argparse.Namespace, settings: LighthouseSettings) -> None:
-    """Log what the layers of Parallax subtract, if that is asked for. On every rank, before training."""
+def log_layers(args: argparse.Namespace, settings: LighthouseSettings) -> None:
+    """Log what the layers record of themselves, if that is asked for. On every rank, before training."""
     if interval := settings.base_config.telemetry_interval:
-        logged = correction_log.Logged(interval, settings.holding(args.num_layers))
-        wrap(loop, "train_step", "correction log", logged.train_step)
+        heads = args.num_attention_heads
+        shape = Shape(1, heads, args.num_query_groups if args.group_query_attention else heads, args.kv_channels, 4)
+        telemetry = settings.base.telemetry(settings.base_config)
+        logged = layer_log.Logged(telemetry, interval, settings.holding(args.num_layers), shape, args.tensorboard_dir)
+        wrap(loop, "train_step", "layer log", logged.train_step)
+        wrap(loop, "train", "layer log", logged.train)

@@ -46,6 +46,15 @@ def some_slow(names: Iterable[str], slow: Collection[str]) -> list[Any]:
     return [pytest.param(name, marks=[pytest.mark.slow] * (name in slow)) for name in names]
 
 
+def without(words: Sequence[str], *flags: str) -> list[str]:
+    """The words but for these flags and their values."""
+    kept, dropped = [], False
+    for word in words:
+        dropped = word in flags if word.startswith("--") else dropped
+        kept += [] if dropped else [word]
+    return kept
+
+
 @dataclass(frozen=True)
 class Run:
     """What a run left behind."""

@@ -14,11 +14,10 @@ from megatron_lighthouse.mcore.attention.copied import copied
 from megatron_lighthouse.mcore.command_line import hybrid
 from megatron_lighthouse.mcore.command_line.layers import attention_layers
 from tests.mcore import harness
-from tests.mcore.harness import MODEL, Run, some_slow
+from tests.mcore.harness import MODEL, Run, some_slow, without
 from tests.mcore.test_parity import START, assert_same
 
-LAYERS = MODEL.index("--num-layers")
-UNNAMED = MODEL[:LAYERS] + MODEL[LAYERS + 2 :]
+UNNAMED = without(MODEL, "--num-layers")
 run = partial(harness.run, model=UNNAMED, module="megatron_lighthouse.pretrain_hybrid")
 LIGHTHOUSE = ["--attention", "lighthouse"]
 PATTERN = ["--hybrid-layer-pattern", "*-*-*-*-"]

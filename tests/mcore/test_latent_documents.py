@@ -10,9 +10,10 @@ import torch
 
 from megatron_lighthouse.sequence.documents import Documents
 from tests.mcore import harness
+from tests.mcore.harness import without
 from tests.mcore.test_documents import LIGHTHOUSE, documents
 from tests.mcore.test_latent import LATENT, N, built, latent
-from tests.mcore.test_models import BASES, MODELS
+from tests.mcore.test_models import MODELS
 from tests.mcore.test_parity import START, assert_same
 from tests.tolerances import assert_close
 
@@ -65,10 +66,9 @@ LAYOUTS = {
 
 @pytest.mark.slow
 def test_losses_equal_those_of_one_process(tmp_path: Path, documents: list[str]) -> None:
-    heads = MODELS["deepseek"].replace("--lighthouse-heads-per-selection 2", "").split()
-    own, model, saved = [*LIGHTHOUSE, *heads], [*BASES["deepseek"]], str(tmp_path / "checkpoint")
-    at = model.index("--lighthouse-budget")
-    run = partial(harness.run, model=model[:at] + model[at + 2 :], data=documents)
+    model, saved = MODELS["deepseek"], str(tmp_path / "checkpoint")
+    own = [*LIGHTHOUSE, *without(model.words.split(), "--lighthouse-heads-per-selection")]
+    run = partial(harness.run, model=without(model.base, "--lighthouse-budget"), data=documents)
     run(tmp_path / "start", *own, "--train-iters", "1", "--save", saved, "--save-interval", "1")
     one = run(tmp_path / "one", *own, "--load", saved, *START)
     for name, layout in LAYOUTS.items():

@@ -1,4 +1,4 @@
-"""`--lighthouse-scorer auto`: by the model, or as the checkpoint has it; and `mass` trained at any layout as in one process."""
+"""`--lighthouse-scorer auto`: by the model, or as the checkpoint has it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ import pytest
 from megatron_lighthouse import notice
 from megatron_lighthouse.mcore.command_line import pyramid
 from megatron_lighthouse.mcore.command_line.settings import ENVIRONMENT, settings_from
-from tests.mcore.harness import Run, run, some_slow
-from tests.mcore.test_parity import LAYOUTS, START, assert_same
 from tests.mcore.test_pyramid import arguments
 from tests.mcore.test_rotary import checkpoint
 
@@ -100,27 +98,3 @@ def test_a_parser_that_does_not_know_it(model: dict[str, bool], scorer: str, mon
     """Of upstream's script, with the arguments in the environment."""
     monkeypatch.setenv(ENVIRONMENT, "--attention lighthouse")
     assert settings_from(argparse.Namespace(**model)).config.scorer == scorer
-
-
-QWEN3 = "--attention lighthouse --qk-layernorm".split()
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("start")
-    run(folder, *QWEN3, "--train-iters", "1", "--save", str(folder / "checkpoint"), "--save-interval", "1")
-    return folder / "checkpoint"
-
-
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory: pytest.TempPathFactory, start: Path) -> Run:
-    return run(tmp_path_factory.mktemp("one"), *QWEN3, "--load", str(start), *START)
-
-
-@pytest.mark.parametrize("layout", some_slow(["TP2+SP", "CP2"], {"TP2+SP"}))
-def test_normed_queries_and_keys_train_as_in_one_process(layout: str, tmp_path: Path, start: Path, one_process: Run) -> None:
-    """Grouped queries; two tiles in four chunks, so that ranks exchange what they score by."""
-    ranks, words = LAYOUTS[layout]
-    result = run(tmp_path, *QWEN3, "--load", str(start), *START, *words.split(), ranks=ranks)
-    assert_same(result, one_process)
-    assert result.log.count("--lighthouse-scorer mass taken, for --qk-layernorm makes") == 1

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import numpy
 import torch
@@ -89,23 +89,13 @@ class Documents:
             return torch.arange(self.tokens, device=self.cu_seqlens.device)
         return torch.cat([self.rows_of(chunk, layout.size) for chunk in layout.chunks])
 
-    def order(self, ranks: int) -> Tensor:
-        """[t], int64: the tokens of the row, chunk by chunk: first all documents' chunks 0."""
-        return torch.cat([self.rows_of(chunk, ranks) for chunk in range(2 * ranks)])
-
-    def lengths_of(self, chunks: Sequence[int], ranks: int) -> list[int]:
-        """Tokens of each document in these of its 2 * ranks chunks, as the host knows them."""
-        bounds = [0, *accumulate(self.lengths)]
-        ends = [sum((bound + chunk) // (2 * ranks) for chunk in chunks) for bound in bounds]
-        return [end - start for start, end in pairwise(ends)]
-
-    def by_document(self, chunks: Sequence[int], ranks: int) -> Tensor:
-        """[rows], int64: rows of these chunks, laid end to end, in the order of the documents, within each in the chunks'."""
-        bounds = torch.stack([self.cu_seqlens_of(chunk, ranks).long() for chunk in chunks], dim=1)
-        rows = self.tokens // (2 * ranks)
-        begins = bounds[:-1] + rows * torch.arange(len(chunks), device=bounds.device)
-        ends = torch.cat([bounds.new_zeros(1), bounds.diff(dim=0).flatten().cumsum(0)])
-        return runs(begins.flatten(), ends, rows * len(chunks))
+    def in_chunks(self, chunks: Sequence[int], ranks: int) -> InChunks:
+        """The rows of these of the documents' 2 * ranks chunks; made once for all layers."""
+        made: dict[tuple[tuple[int, ...], int], InChunks] = vars(self).setdefault("chunk_rows", {})
+        key = tuple(chunks), ranks
+        if key not in made:
+            made[key] = InChunks(self, *key)
+        return made[key]
 
     def zigzag_problem(self, ranks: int) -> str | None:
         """Why so many ranks cannot hold the row; None where they can."""
@@ -115,6 +105,49 @@ class Documents:
             f"cu_seqlens ends at {self.tokens} tokens, which {ranks} context-parallel ranks cannot share: make it a multiple "
             f"of {2 * ranks} (single documents need not be), such as {-(-self.tokens // (2 * ranks)) * 2 * ranks}."
         )
+
+
+@dataclass(frozen=True, eq=False)
+class InChunks:
+    """The rows of some chunks of all documents: chunk by chunk, as ranks hold them, or document by document."""
+
+    documents: Documents
+    chunks: tuple[int, ...]
+    ranks: int
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Rows of each document, as the host knows them."""
+        bounds = numpy.cumsum((0, *self.documents.lengths))
+        return tuple(numpy.diff(sum((bounds + chunk) // (2 * self.ranks) for chunk in self.chunks)).tolist())
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """[n + 1], int32: the rows before each document, and after the last."""
+        return torch.stack([self.documents.cu_seqlens_of(chunk, self.ranks) for chunk in self.chunks]).sum(0, dtype=torch.int32)
+
+    @cached_property
+    def by_document(self) -> Tensor:
+        """[rows], int64: which row, of those chunk by chunk, is the next of those document by document."""
+        bounds = torch.stack([self.documents.cu_seqlens_of(chunk, self.ranks).long() for chunk in self.chunks], dim=1)
+        rows = self.documents.tokens // (2 * self.ranks)
+        begins = bounds[:-1] + rows * torch.arange(len(self.chunks), device=bounds.device)
+        ends = torch.cat([bounds.new_zeros(1), bounds.diff(dim=0).flatten().cumsum(0)])
+        return runs(begins.flatten(), ends, rows * len(self.chunks))
+
+    @cached_property
+    def by_chunk(self) -> Tensor:
+        """[rows], int64: the way back. Of all chunks: the tokens of the row, first all documents' chunks 0."""
+        there = self.by_document
+        return torch.empty_like(there).scatter_(0, there, torch.arange(len(there), device=there.device))
+
+    def in_documents(self, x: Tensor, dim: int = 0) -> Tensor:
+        """Rows along `dim`, chunk by chunk, as document by document."""
+        return x if len(self.chunks) == 1 else x.index_select(dim, self.by_document)
+
+    def in_order(self, x: Tensor, dim: int = 0) -> Tensor:
+        """The way back."""
+        return x if len(self.chunks) == 1 else x.index_select(dim, self.by_chunk)
 
 
 def check_cu_seqlens(

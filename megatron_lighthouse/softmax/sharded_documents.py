@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.context_parallel.parts import Block, Tensors
+from megatron_lighthouse.context_parallel.parts import Tensors
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem, scheme
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.softmax.backends import choose_for_blocks
 from megatron_lighthouse.softmax.blocks import BLOCKS
-from megatron_lighthouse.softmax.document_blocks import OverDocuments
+from megatron_lighthouse.softmax.document_blocks import AllAtOnce, OneByOne, OverDocuments, Within
 from megatron_lighthouse.softmax.documents import AttendDocuments, documents_attention
 
 
@@ -27,8 +27,8 @@ class ShardedDocuments:
 
     exchange: Exchange
     comm_type: str
-    block: Block
-    """Over the rows of one document."""
+    within: Within
+    """Over rows document by document."""
     attend: AttendDocuments | None
     """Over whole rows of a rank's share of the heads, for 'a2a'."""
 
@@ -39,12 +39,11 @@ class ShardedDocuments:
         def whole(near: Tensors, far: Tensors) -> Tensor:
             """Of rows chunk by chunk."""
             assert self.attend is not None
-            order = documents.order(self.exchange.size)
-            back = order.argsort()
-            query, key, value = (x[back] for x in (*near, *far))
-            return self.attend(query, key, value, documents)[order]
+            chunks = documents.in_chunks(range(2 * self.exchange.size), self.exchange.size)
+            query, key, value = (chunks.in_documents(x) for x in (*near, *far))
+            return chunks.in_order(self.attend(query, key, value, documents))
 
-        block = OverDocuments(self.block, documents, self.exchange.size)
+        block = OverDocuments(self.within, documents, self.exchange.size)
         return scheme(self.comm_type, self.exchange, lambda: block, lambda: whole)((query,), (key, value))
 
 
@@ -71,16 +70,18 @@ def sharded_documents_attention(
     scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
     if problem := comm_type_problem(comm_type, query.shape[2], key.shape[2], exchange.size):
         raise ValueError(problem)
-    attend = None
+    rows = (query.device, query.dtype, query.shape[2], key.shape[2], query.shape[3], value_dim)
     if comm_type == "a2a":
         q, k = (x[:, :, : x.shape[2] // exchange.size] for x in (query, key))
         attend = documents_attention(name, q, k, scale, value_dim)
-    elif query.is_cuda:
-        say_once(
-            "lighthouse: packed documents over shards are a call each, so many in a row are slow: --cp-comm-type a2a is not."
-        )
-    rows = (query.device, query.dtype, query.shape[2], key.shape[2], query.shape[3], value_dim)
+        return ShardedDocuments(exchange, comm_type, OneByOne(BLOCKS["sdpa"](scale)), attend)
     # cuDNN's in torch compiles anew for each length, of which documents have many
-    known = [other for other in BLOCKS if other != "cudnn"]
-    block = BLOCKS["sdpa" if comm_type == "a2a" else choose_for_blocks(name, known, *rows)](scale)
-    return ShardedDocuments(exchange, comm_type, block, attend)
+    chosen = choose_for_blocks(name, [other for other in BLOCKS if other != "cudnn"], *rows)
+    if chosen == "fa2":
+        return ShardedDocuments(exchange, comm_type, AllAtOnce(scale), None)
+    if query.is_cuda:
+        say_once(
+            f"lighthouse: packed documents over shards by --lighthouse-inner {chosen} are a call each, so many in a row are "
+            "slow: fa2 takes all at once, and so does --cp-comm-type a2a."
+        )
+    return ShardedDocuments(exchange, comm_type, OneByOne(BLOCKS[chosen](scale)), None)

@@ -70,7 +70,7 @@ def ways(documents: Documents, exchange: Exchange) -> tuple[Transfer, Transfer]:
         chunk = row // (documents.tokens // (2 * size))
         of_sequence = torch.minimum(chunk, 2 * size - 1 - chunk)  # the rank of each token
         of_documents = torch.empty_like(row)
-        of_documents[documents.order(size)] = of_sequence
+        of_documents[documents.in_chunks(range(2 * size), size).by_chunk] = of_sequence
         own, wanted = documents.rows_of_rank(exchange.layout), exchange.own(row)
         goes, comes = (Queue.of(partner[x], x, len(row), size) for partner, x in ((of_sequence, own), (of_documents, wanted)))
         counts, number = torch.cat([goes.counts, comes.counts]).tolist(), torch.arange(len(own), device=row.device)

@@ -67,10 +67,19 @@ def test_chunks_of_a_document_follow_each_other_and_differ_by_a_token_at_most(dr
     rows = [documents.rows_of(chunk, size) for chunk in range(2 * size)]
     for i, length in enumerate(lengths):
         parts = [x[b[i] : b[i + 1]] for x, b in zip(rows, bounds, strict=True)]
-        assert torch.equal(torch.cat(parts), torch.arange(ends[i] - length, ends[i]))
+        assert torch.equal(torch.cat(parts), torch.arange(int(ends[i]) - length, int(ends[i])))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
-        assert documents.lengths_of(range(2 * size), size)[i] == length
-    assert torch.equal(torch.cat(rows)[documents.by_document(range(2 * size), size)], torch.arange(sum(lengths)))
+    row, owner = torch.arange(sum(lengths)), torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    every = documents.in_chunks(range(2 * size), size)
+    assert torch.equal(every.in_documents(torch.cat(rows)), row)
+    assert torch.equal(every.in_order(row), torch.cat(rows))
+    for chunks in {(0, 2 * size - 1), (size - 1, size), (size,), tuple(range(2 * size))}:
+        own = documents.in_chunks(chunks, size)
+        tokens = torch.cat([rows[chunk] for chunk in chunks])
+        assert torch.equal(own.in_documents(tokens), tokens.sort().values)
+        assert torch.equal(own.in_order(tokens.sort().values), tokens)
+        assert own.cu_seqlens.diff().tolist() == [*own.lengths]
+        assert [*own.lengths] == owner[tokens].bincount(minlength=len(lengths)).tolist()
     assert torch.equal(documents.positions, torch.cat([torch.arange(n) for n in lengths]))
 
 

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, *more in points:
         try:
             runs[name] = kept.resumed([*words, *more], partial(here, options.sees))
-        except ValueError as error:  # of --run
+        except ValueError as error:  # of --run-folder
             wrong.append(str(error))
             continue
         problems, line = quick(options, runs[name])

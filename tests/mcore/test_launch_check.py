@@ -98,7 +98,11 @@ WRONG = {
     "channels of MLA": ("--multi-latent-attention --qk-pos-emb-head-dim 63", "must be even, for RoPE turns pairs: use 64"),
     "levels": ("--lighthouse-levels 9", "use --lighthouse-levels 5 --lighthouse-budget 512 --lighthouse-tile-budget 128"),
     "a yarn": ("--position-embedding-type yarn --rotary-percent 0.5", "--rotary-percent 0.5 is not read with"),
-    "layers of a pattern": ("--hybrid-override-pattern M-*-*-*-*-*-", "--num-layers 32 disagrees with .*, of 12 layers"),
+    "layers of a pattern": (
+        "--hybrid-override-pattern M-*-*-*-*-*-",
+        "disagrees with --hybrid-override-pattern .*, of 12 layers",
+    ),
+    "groups of MLA": ("--multi-latent-attention", "--group-query-attention does not go with .* leave it out"),
     "a save": ("--ckpt-format torch --async-save", "use --ckpt-format torch_dist"),
     "a second data": ("--data-path nowhere", "leave all but one out"),
 }

@@ -103,7 +103,12 @@ def _model(args: argparse.Namespace) -> Iterator[str]:
             f"{-(-heads // groups) * groups}, or --num-query-groups {math.gcd(heads, groups)}."
         )
     yield from _experts(args, layers)
-    latent = args.multi_latent_attention
+    latent = args.multi_latent_attention or "+" in (hybrid_pattern(args) or "")
+    if latent and args.group_query_attention:
+        yield (
+            "--group-query-attention does not go with multi-latent attention, which makes keys and values for each head: leave "
+            "it out."
+        )
     if latent and (turned := args.qk_pos_emb_head_dim) % 2:
         yield f"--qk-pos-emb-head-dim {turned} must be even, for RoPE turns pairs: use {turned + 1}."
     if args.context_parallel_size > 1 and (unknown := [kind for kind in args.cp_comm_type if kind not in SCHEMES]):

@@ -201,8 +201,8 @@ RECIPES = sorted({path.stem for path in (LAUNCH / "recipes").glob("*.args")} - O
 """Those that 64 GPUs take."""
 
 LATE = {
-    "recompute": ("--recompute-granularity selective", "recompute method is not yet supported for selective"),
-    "experts": ("--expert-model-parallel-size 2", "num_experts must be non None to use expert model parallelism"),
+    "gradients": ("--main-grads-dtype bf16", "main_grads_dtype can only be fp32 when not using precision-aware"),
+    "buckets": ("--ddp-num-buckets 2 --ddp-bucket-size 100", "Cannot specify both num_buckets and bucket_size"),
     "without words": ("--decoder-seq-length 262144", "assert args.max_position_embeddings >= args.decoder_seq_length"),
     "of the model": ("--moe-router-topk 1 --num-experts 8 --moe-ffn-hidden-size 64", "use --moe-router-pre-softmax when topk"),
 }

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
-from megatron_lighthouse.mcore.command_line import flags, hybrid, numbers
+from megatron_lighthouse.mcore.command_line import flags, hybrid, numbers, together
 from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
 from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern
 
@@ -53,6 +53,8 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
     if not args.use_checkpoint_args:  # else they may be the checkpoint's
         yield from hybrid.word_problems(args)
         yield from _model(args)
+        yield from together.model_problems(args)
+    yield from together.problems(args)
     yield from _batch(args)
     yield from _saves(args)
     if not args.skip_train:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
 
-from megatron_lighthouse.usage import Parser
+from megatron_lighthouse.usage import Parser, once
 
 # torch takes seconds, which --help and a wrong option need not wait for: what imports it is imported late
 
@@ -74,14 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     print("\n".join([*lines, f"check: passed: {how}"]))
     return 0
-
-
-def once(wrong: Sequence[tuple[str, str]]) -> list[str]:
-    """What is wrong, each thing once, behind the names of the runs of which it is."""
-    of: dict[str, list[str]] = {}
-    for name, problem in wrong:
-        of.setdefault(problem, []).append(name)
-    return [f"{', '.join(names)}: {problem}" if any(names) else problem for problem, names in of.items()]
 
 
 def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str], str]:

@@ -55,6 +55,7 @@ def test_a_run_of_tokens_is_evaluated_by_its_folder_alone(tokenizer: Path, tmp_p
         1, "--run-folder", str(checkpoints), *asked, "--passkey-lengths", "128", "--loss-sequences", "2", model=[]
     )
     assert result.returncode == 0, result.stdout[-3000:]
+    assert "end of arguments" not in result.stdout  # hundreds of lines above what was asked for
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert (found["iteration"], found["attention"], found["lighthouse_layers"]) == (2, "lighthouse", 2)
     assert found["held_out"]["tokens"] == len(by(words[:4000]).input_ids) + 1

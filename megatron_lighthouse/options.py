@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import Field, field, fields
 from typing import Any
 
@@ -81,6 +81,14 @@ def read_options(args: argparse.Namespace, prefix: str, config: type) -> Any:
         return config(**{name: value for name, value in given.items() if value is not None})
     except ValueError as error:
         raise ValueError(in_flags(str(error), prefix)) from None
+
+
+def set_options(args: argparse.Namespace, prefix: str, config: type) -> Iterator[str]:
+    """The options of `config` that have another value than their default, as they are written."""
+    for one in fields(config):
+        default = None if one.metadata["open"] else one.metadata["by_model"] or one.default
+        if (value := getattr(args, _dest(prefix, one), default)) != default:
+            yield in_flags(f"config.{one.name} {value}", prefix)
 
 
 def _dest(prefix: str, one: Field[Any]) -> str:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import sys
 
 from megatron_lighthouse import pretrain_gpt
+from megatron_lighthouse.mcore.command_line import kept
 
-FLAGS = ("--hybrid-layer-pattern", "--hybrid-override-pattern", "--use-checkpoint-args", "--run", "--help", "-h")
+FLAGS = ("--hybrid-layer-pattern", "--hybrid-override-pattern", "--use-checkpoint-args", kept.RUN, "--help", "-h")
 """Of which one names the pattern, or asks for help."""
 
 

@@ -20,6 +20,19 @@ WRONG = 2
 """The exit status of a command line that is refused."""
 
 
+NAMED = 3
+"""Of several runs of which the same is said, how many are named."""
+
+
+def once(said: Iterable[tuple[str, str]]) -> list[str]:
+    """Each text once, behind the names of those of which it is said; a name may be empty."""
+    of: dict[str, list[str]] = {}
+    for name, text in said:
+        of.setdefault(text, []).append(name)
+    more = {text: f" and {len(names) - NAMED} more" if len(names) > NAMED else "" for text, names in of.items()}
+    return [f"{', '.join(names[:NAMED])}{more[text]}: {text}" if any(names) else text for text, names in of.items()]
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, and which takes no flag cut short."""
 

@@ -14,7 +14,7 @@ import pytest
 from megatron_lighthouse import bars
 from megatron_lighthouse.plan.words import recipe_words
 from megatron_lighthouse.quiet import quiet_imports
-from megatron_lighthouse.usage import Parser, with_nearest
+from megatron_lighthouse.usage import Parser, once, with_nearest
 
 ROOT = Path(__file__).parents[1]
 OURS = "python -m megatron_lighthouse."
@@ -139,3 +139,9 @@ def test_a_bar_without_a_terminal_is_lines(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(lines) <= 3
     assert lines[-1].startswith("evaluation: 100%")
     assert written.endswith("\n")
+
+
+def test_what_is_said_of_several_is_said_once() -> None:
+    assert once([("", "wrong"), ("", "bad")]) == ["wrong", "bad"]
+    assert once([("a", "wrong"), ("b", "bad"), ("c", "wrong")]) == ["a, c: wrong", "b: bad"]
+    assert once((name, "wrong") for name in "abcde") == ["a, b, c and 2 more: wrong"]

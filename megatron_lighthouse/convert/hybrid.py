@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 
-from megatron_lighthouse.mcore.command_line.layers import ATTEND, hybrid_pattern
+from megatron_lighthouse.mcore.command_line.layers import ATTEND, hybrid_pattern, written_pattern
 
 MLP, EXPERTS = "-", "E"
 LAYER, FINAL_NORM = re.compile(r"decoder\.layers\.(\d+)\."), "decoder.final_norm."
@@ -22,8 +22,8 @@ def pairs(args: Namespace) -> int | None:
         return None
     if not re.fullmatch(f"([{re.escape(ATTEND)}][{MLP}{EXPERTS}])+", symbols):
         raise ValueError(
-            f"the run had --hybrid-layer-pattern {symbols}, whose layers are no model's that can be exported: only attention, "
-            f"each followed by an MLP or experts, such as *{MLP}*{EXPERTS}, can."
+            f"the run had {written_pattern(args)[0]} {symbols}, whose layers are no model's that can be exported: only "
+            f"attention, each followed by an MLP or experts, such as *{MLP}*{EXPERTS}, can."
         )
     return len(symbols) // 2
 

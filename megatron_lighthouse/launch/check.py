@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
 
-from megatron_lighthouse.usage import Parser
+from megatron_lighthouse.usage import Parser, once
 
 # torch takes seconds, which --help and a wrong option need not wait for: what imports it is imported late
 
@@ -53,25 +53,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     points = [point.split() for point in options.point] or [[""]]
     folders = (folder.partition("=") for folder in options.sees.split(":") if folder)
     options.sees = {inside: outside or inside for inside, _, outside in folders}
-    wrong: list[str] = []
+    wrong: list[tuple[str, str]] = []
     lines: list[str] = []
     runs: dict[str, list[str]] = {}
     for name, *more in points:
         try:
             runs[name] = kept.resumed([*words, *more], partial(here, options.sees))
-        except ValueError as error:  # of --run
-            wrong.append(str(error))
+        except ValueError as error:  # of --run-folder
+            wrong.append((name, str(error)))
             continue
         problems, line = quick(options, runs[name])
-        prefix = f"{name}: " if name else ""
-        wrong += [prefix + problem for problem in problems]
-        lines += [] if problems else [prefix + line]
+        wrong += [(name, problem) for problem in problems]
+        lines += [] if problems else [f"{name}: {line}" if name else line]
     how = ""
     if not wrong:
         found, how = asked_of_megatron(options, runs)
         wrong = found
     if wrong:
-        print("The run cannot start as asked:\n  - " + "\n  - ".join(wrong), file=sys.stderr)
+        print("The run cannot start as asked:\n  - " + "\n  - ".join(once(wrong)), file=sys.stderr)
         return 1
     print("\n".join([*lines, f"check: passed: {how}"]))
     return 0
@@ -124,8 +123,8 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
     return [*too_much(run if named else without_logits(run), named)], f"{summary(args, world)}; {needs(run)}"
 
 
-def asked_of_megatron(options: argparse.Namespace, points: dict[str, list[str]]) -> tuple[list[str], str]:
-    """What Megatron and the run itself refuse of each point; and how that was found out."""
+def asked_of_megatron(options: argparse.Namespace, points: dict[str, list[str]]) -> tuple[list[tuple[str, str]], str]:
+    """What Megatron and the run itself refuse, each behind the point's name; and how that was found out."""
     from megatron_lighthouse.launch import megatron
     from megatron_lighthouse.launch.layout import one_sequence
     from megatron_lighthouse.mcore.command_line import flags
@@ -136,11 +135,11 @@ def asked_of_megatron(options: argparse.Namespace, points: dict[str, list[str]])
         return [], f"{by_list}; Megatron's own rules are the run's to ask."
     if not megatron.can_be_asked():
         return [], f"{by_list}; Megatron is not installed here ({sys.executable}), so its own rules were not asked."
-    begun, wrong = time.monotonic(), []
+    begun, wrong = time.monotonic(), list[tuple[str, str]]()
     for name, words in points.items():
         world = one_sequence(parse(words)) if options.exact else options.nodes * options.gpus_per_node
         found = megatron.problems(words, world, CAPABILITY[options.arch], options.sees, options.runs_here)
-        wrong += [f"{name}: {problem}" if name else problem for problem in found]
+        wrong += [(name, problem) for problem in found]
     return wrong, f"Megatron-core {flags.installed()} reads it, and nothing is refused ({time.monotonic() - begun:.0f} s)."
 
 

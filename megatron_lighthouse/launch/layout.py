@@ -50,6 +50,9 @@ def layout(args: argparse.Namespace, nodes: int, gpus_per_node: int) -> Iterator
             f"--global-batch-size {batch} must be a multiple of {unit} (--micro-batch-size {micro} x {world // one} "
             f"data-parallel ranks): use --global-batch-size {-(-batch // unit) * unit}."
         )
+    elif batch:
+        yield from interleaved(args, batch // unit, unit)
+    yield from experts(args, world)
     yield from stages(args)
     heads, groups = args.num_attention_heads, args.num_query_groups or args.num_attention_heads
     copied = VARIANTS[args.attention].native and groups and tensor % groups == 0  # Megatron gives several ranks the same group
@@ -71,6 +74,41 @@ def layout(args: argparse.Namespace, nodes: int, gpus_per_node: int) -> Iterator
             f"--cp-comm-type a2a shares out a tensor-parallel rank's {groups} key/value heads, and --context-parallel-size "
             f"{context} does not divide them: use {', or '.join(offers) or f'a divisor of {groups}'}."
         )
+
+
+def interleaved(args: argparse.Namespace, micro_batches: int, unit: int) -> Iterator[str]:
+    """Whether as many micro batches of a step go through a pipeline whose stages have several parts.
+
+    Args:
+        unit: sequences of one, on all data-parallel ranks.
+    """
+    if args.num_layers_per_virtual_pipeline_stage is None and args.num_virtual_stages_per_pipeline_rank is None:
+        return
+    pipeline = args.pipeline_model_parallel_size
+    group = args.microbatch_group_size_per_vp_stage or pipeline
+    if 0 < micro_batches % group < pipeline:
+        use = -(-micro_batches // group) * group * unit
+        yield (
+            f"--global-batch-size {micro_batches * unit} makes {micro_batches} micro batches, of which stages of several parts "
+            f"take groups of {group}: use --global-batch-size {use}."
+        )
+
+
+def experts(args: argparse.Namespace, world: int) -> Iterator[str]:
+    """Whether the ranks of experts share out the GPUs: by default they are tensor-parallel as the rest of the model is."""
+    expert, tensor = args.expert_model_parallel_size, args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    pipeline = args.pipeline_model_parallel_size
+    if not args.num_experts or world % (expert * tensor * pipeline) == 0:
+        return
+    alone = tensor > 1 and world % (expert * pipeline) == 0
+    fits = max((n for n in range(1, expert) if expert % n == 0 and world % (n * tensor * pipeline) == 0), default=None)
+    offers = ["--expert-tensor-parallel-size 1"] if alone else []
+    offers += [f"--expert-model-parallel-size {fits}"] if fits else []
+    yield (
+        f"--expert-model-parallel-size {expert} x --expert-tensor-parallel-size {tensor} (where not given, "
+        f"--tensor-model-parallel-size) x --pipeline-model-parallel-size {pipeline} = {expert * tensor * pipeline} must divide "
+        f"the {world} GPUs: use {', or '.join(offers) or 'smaller sizes'}."
+    )
 
 
 def stages(args: argparse.Namespace) -> Iterator[str]:

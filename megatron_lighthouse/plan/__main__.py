@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
+from megatron_lighthouse.lighthouse.by_length import NAMES
 from megatron_lighthouse.lighthouse.config import AUTO, flag
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.mcore.command_line import scorer
@@ -155,7 +156,7 @@ def plan(options: argparse.Namespace) -> str:
         if not found:
             asked = " ".join(f"{RUN_FLAGS.get(field, '--' + field)} {value}" for field, value in given.items())
             raise ValueError(f"--gpus {run.gpus}: no layout that shares one sequence among them has {asked}: leave that out.")
-        own = any(getattr(options, field) is not None for field in ("levels", "budget", "tile_budget"))
+        own = [field for field in NAMES if getattr(options, field) is not None]
         return longest.answer(name, run, found, own, speed)
     if options.model and all(getattr(options, name) is None for name in LAYOUT):
         ranking = placed(run, speed, fraction)

@@ -103,20 +103,20 @@ def _same(one: Row, other: Row, but: Iterable[str] = ()) -> bool:
     return all(one["kind"][name] == other["kind"][name] for name in WORDS if name not in but)
 
 
-def efficiency(rows: Sequence[Row]) -> list[str]:
+def efficiency(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """Give each run its tokens/s/GPU over that of the fewest ranks of its kind and length, the median where there are several.
 
     Returns:
-        What could not be compared.
+        Folders of what could not be compared, and why.
     """
-    notes = []
+    notes: list[tuple[str, str]] = []
     for row in rows:
         if not row.get("tokens_s_gpu"):
             continue
         alike = [r for r in rows if r.get("tokens_s_gpu") and _comparable(r, row)]
         fewest = min(r["context_parallel"] for r in alike)
         if row["context_parallel"] > 1 and {r["context_parallel"] for r in alike} == {row["context_parallel"]}:
-            notes.append(f"{row['folder']}: no run of its kind and length on other ranks, so it has no efficiency")
+            notes.append((row["folder"], "no run of its kind and length on other ranks, so it has no efficiency"))
             continue
         base = statistics.median(r["tokens_s_gpu"] for r in alike if r["context_parallel"] == fewest)
         row["efficiency"] = round(row["tokens_s_gpu"] / base, 4)

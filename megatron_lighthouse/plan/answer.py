@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from megatron_lighthouse.plan import lengths, memory, time
 from megatron_lighthouse.plan.coefficients import Coefficients
 from megatron_lighthouse.plan.report import TIGHT, extrapolated, kind, layout, table
@@ -27,6 +29,7 @@ def answer(name: str, stages: Stages, ranking: Ranking, tokens: float, speed: Co
         f"gain: stage 1 {stage1:.1f} x {run.base.name}, the whole run {whole:.1f} x" if selects else "",
         f"{run.base.name} [predicted: {assumed}]" if assumed else "",
         f"layout: {layout(run)}, {run.global_batch} sequences a step",
+        f"steps: {_steps(stages, tokens)}",
         f"flags: {layout_words(run)}",
         *(f"stage {number}: {text}" for number, text in enumerate(map(_verdict, stages.runs), 1) if text),
         *_better(stages, ranking, tokens, speed),
@@ -42,6 +45,17 @@ def gains(stages: Stages, speed: Coefficients) -> tuple[float, float]:
     """Times as fast as dense in the same layout: stage 1, and the whole run."""
     dense = time.tokens_per_gpu(stages.dense, speed)
     return time.tokens_per_gpu(stages.run, speed) / dense, stages.tokens_per_gpu(speed) / dense
+
+
+def _steps(stages: Stages, tokens: float) -> str:
+    """How many, and the flags that say so to Megatron and to launch/two_stage.sh."""
+    run = stages.run
+    total = math.ceil(tokens / (run.global_batch * run.seq_length))
+    first = round(stages.fraction * total) if run.variant.selects else 0
+    if not 0 < first < total:
+        return f"{total:,} (--global-batch-size {run.global_batch} --train-iters {total})"
+    words = f"--stage1 {first} --total {total} -- --global-batch-size {run.global_batch}"
+    return f"{total:,}, of which {first:,} in stage 1 (two_stage.sh {words})"
 
 
 def _longest(run: Run, fraction: float) -> str:

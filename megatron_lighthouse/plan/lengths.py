@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
-from megatron_lighthouse.lighthouse.config import LighthouseConfig
+from megatron_lighthouse.lighthouse.by_length import by_length
 from megatron_lighthouse.plan import memory, search
 from megatron_lighthouse.plan.run import Run
 from megatron_lighthouse.plan.stages import FRACTION, Stages
@@ -51,9 +51,7 @@ def of_gpus(run: Run, fraction: float = FRACTION, most: int = 2**27) -> Run | No
 
 def _held(run: Run, length: int, fraction: float) -> Run | None:
     """One of the layouts that spread a sequence over all GPUs, where it fits."""
-    by_length = LighthouseConfig.for_length(length, pooling=run.config.pooling)
-    own = {name: getattr(by_length, name) for name in ("levels", "budget", "tile_budget")}
-    run = run.change(seq_length=length, config=run.config.replace(**own), recompute="full", cp_comm_type=search.SCHEMES[0])
+    run = at(run, length).change(recompute="full", cp_comm_type=search.SCHEMES[0])
     for layout in search.layouts(run.change(global_batch=1)):
         one = layout.tensor_parallel * layout.context_parallel * layout.pipeline_parallel
         if (layout.recompute, layout.cp_comm_type, one) != (run.recompute, run.cp_comm_type, run.gpus):
@@ -72,18 +70,22 @@ def _works(run: Run) -> bool:
         return False
 
 
-def of_run(run: Run, own: bool, fits: Callable[[Run], bool]) -> Run | None:
-    """The run at the greatest length that is accepted and fits; None where none does. Memory grows with length."""
+def of_run(run: Run, given: Collection[str], fits: Callable[[Run], bool]) -> Run | None:
+    """The run at the greatest length that is accepted and fits; None where none does. Memory grows with length.
+
+    Args:
+        given: as `at` takes them.
+    """
     unit = run.context_parallel * run.tensor_parallel
     lengths = [length for length in _lengths() if length % unit == 0]
     low, high, found = 0, len(lengths) - 1, None
     while low <= high:
         middle = (low + high) // 2
-        tried = at(run, lengths[middle], own)
+        tried = at(run, lengths[middle], given)
         try:
             fit = fits(tried.check())
         except ValueError:  # a budget that this length is too short for, or that it does not divide by
-            fit = tried.variant.selects and own and lengths[middle] < _least(run)
+            fit = tried.variant.selects and bool(given) and lengths[middle] < _least(tried)
         if fit:
             low, found = middle + 1, tried
         else:
@@ -91,13 +93,10 @@ def of_run(run: Run, own: bool, fits: Callable[[Run], bool]) -> Run | None:
     return found if found and _accepted(found) else None
 
 
-def at(run: Run, length: int, own: bool) -> Run:
-    """The run at another length, with the levels and the budget that it asks for unless it has its own."""
-    if own:
-        return run.change(seq_length=length)
-    keep = ("pooling", "scorer", "around")
-    config = LighthouseConfig.for_length(length, **{name: getattr(run.config, name) for name in keep})
-    return run.change(seq_length=length, config=config)
+def at(run: Run, length: int, given: Collection[str] = ()) -> Run:
+    """The run at another length, with the levels and the budget that this asks for, but for fields that are given."""
+    kept = {name: getattr(run.config, name) for name in given}
+    return run.change(seq_length=length, config=run.config.replace(**by_length(length, run.config.pooling, **kept)))
 
 
 def _least(run: Run) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from megatron_lighthouse.plan import memory, search, time
 from megatron_lighthouse.plan.coefficients import Coefficients
@@ -12,13 +12,13 @@ from megatron_lighthouse.plan.run import Run
 from megatron_lighthouse.plan.words import layout_words
 
 
-def answer(name: str, run: Run, layouts: Iterable[Run], own: bool, speed: Coefficients) -> str:
+def answer(name: str, run: Run, layouts: Iterable[Run], given: Collection[str], speed: Coefficients) -> str:
     """In a few lines, and a row for each way of computing again.
 
     Args:
         run: of the model, with the GPUs.
         layouts: of these GPUs, at any length; one sequence a step.
-        own: whether the levels and the budget of `run` stay as they are: else each length has its own.
+        given: of levels and budgets, which stay those of `run`: for the others each length has its own.
 
     Raises:
         ValueError: no length fits.
@@ -29,12 +29,12 @@ def answer(name: str, run: Run, layouts: Iterable[Run], own: bool, speed: Coeffi
 
     best: dict[tuple[str, bool], Run] = {}
     for one in layouts:
-        if found := of_run(one, own, lambda run: not memory.tight(run)):
+        if found := of_run(one, given, lambda run: not memory.tight(run)):
             way = found.recompute, bool(found.mlp_tile_tokens)
             best[way] = max(best.get(way, found), found, key=reach)
     if not best:
         raise ValueError(f"--gpus {run.gpus}: no length of this model fits: use more GPUs, or another --device.")
-    rows = [_cells(one, own, speed) for _, one in sorted(best.items(), key=lambda item: item[1].seq_length)]
+    rows = [_cells(one, given, speed) for _, one in sorted(best.items(), key=lambda item: item[1].seq_length)]
     found = max(best.values(), key=reach)
     sizes = f"--seq-length {found.seq_length} --max-position-embeddings {found.seq_length}"
     usable = run.device.usable_bytes / 2**30
@@ -47,14 +47,14 @@ def answer(name: str, run: Run, layouts: Iterable[Run], own: bool, speed: Coeffi
             "",
             f"attention: {kind(found)}",
             f"layout: {layout(found)}, one sequence a step; the loss is taken in tiles by itself",
-            f"flags: {sizes} {layout_words(found)}",
+            f"flags, beside yours: {sizes} {layout_words(found)}",
             f"at most: by the count itself; what is recommended leaves the {memory.PROMISED:.0%} that it may be wrong by",
         ]
     )
 
 
-def _cells(one: Run, own: bool, speed: Coefficients) -> tuple[str, ...]:
-    most = of_run(one, own, memory.fits) or one
+def _cells(one: Run, given: Collection[str], speed: Coefficients) -> tuple[str, ...]:
+    most = of_run(one, given, memory.fits) or one
     seconds, of_dense = (sum(time.step_parts(run, speed).values()) for run in (one, one.change(attention=one.base.name)))
     numbers = (memory.total(one) / 2**30, seconds, of_dense / seconds)
     return again(one), f"{one.seq_length:,}", f"{most.seq_length:,}", *(f"{x:.1f}" for x in numbers)

@@ -48,6 +48,7 @@ from megatron_lighthouse.plan.device import device_of
 from megatron_lighthouse.plan.model import GPT, UNTIED
 from megatron_lighthouse.plan.report import table
 from megatron_lighthouse.plan.run import Run, recipes, run_of
+from megatron_lighthouse.usage import once
 
 NEEDED = ("attention", "seq_length", "context_parallel", "gpus", "recipe")
 WARM_UP, LEAST = 3, 2
@@ -79,18 +80,18 @@ def collect(results: Sequence[Path], out: Path) -> str:
         named = " ".join(map(str, results))
         raise ValueError(f"scaling {named}: no run.json in there: name folders that hold one for each run, beside its *.log.")
     out.mkdir(parents=True, exist_ok=True)  # before the work
-    rows, notes = [], []
+    rows, of_runs = [], list[tuple[str, str]]()
     names = Counter(folder.name for folder in folders)
     for folder in folders:
         row, found = read(folder)
         if names[folder.name] > 1:  # as of several studies
             row["run"] = str(folder.relative_to(os.path.commonpath(folders)))
         rows.append(row)
-        notes += [f"{folder}: {note}" for note in found]
+        of_runs += [(str(folder), note) for note in found]
     rows.sort(key=lambda r: [str(r.get(k) or "").rjust(12) for k in ("recipe", "seq_length", "attention", "context_parallel")])
     known = [row for row in rows if all(name in row for name in NEEDED)]
     alike.settle(known)
-    notes += alike.differences(known) + alike.efficiency(known)
+    notes = [*once(of_runs), *alike.differences(known), *once(alike.efficiency(known))]
     with (out / "scaling.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [*COLUMNS, *BESIDE], restval="", extrasaction="ignore")
         writer.writeheader()

@@ -1,6 +1,6 @@
 """`python -m megatron_lighthouse.recipe.evaluate`: what a checkpoint has learnt of long text.
 
-Takes `--run FOLDER`, or the arguments of the run of `megatron_lighthouse.pretrain_gpt` with `--load` its checkpoints; and
+Takes `--run-folder`, or the arguments of the run of `megatron_lighthouse.pretrain_gpt` with `--load` its checkpoints; and
 `--held-out TEXT --out FOLDER`. Three measurements, with the same text and questions for every checkpoint: the loss by position
 in the sequence, the one-digit passkey probe, and hindsight, what the loss owes to later tokens. Text is read by the run's
 tokenizer. Dense unless `--attention lighthouse` is given, by the run or here. One process, or torchrun: its ranks share out the
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 import megatron_lighthouse
+from megatron_lighthouse.mcore.command_line import kept
 from megatron_lighthouse.mcore.command_line.documents import FLAG, asked
 from megatron_lighthouse.mcore.data import text
 from megatron_lighthouse.needed import ask_for_megatron
@@ -66,7 +67,7 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Beside these, the arguments of python -m megatron_lighthouse.pretrain_gpt.",
     )
-    made.add_argument("--run", metavar="FOLDER", help="Take the arguments of the last job there, and its checkpoint.")
+    made.add_argument(kept.RUN, metavar="FOLDER", help="Take the arguments of the last job there, and its checkpoint.")
     add_arguments(made)
     return made
 

@@ -18,7 +18,7 @@ LAYOUT = """
 
 
 def of_one_sequence(given: Sequence[str]) -> list[str]:
-    """A command line of an evaluation, with the arguments of `--run` before its own, less those of the run's layout.
+    """A command line of an evaluation, with the arguments of `--run-folder` before its own, less those of the run's layout.
 
     Raises:
         ValueError: as `kept.of_run`.

@@ -1,4 +1,4 @@
-"""`python -m megatron_lighthouse.recipe.recovery --run RUN [--dense RUN2]`: what the switch to dense attention cost.
+"""`python -m megatron_lighthouse.recipe.recovery --run-folder RUN [--dense RUN2]`: what the switch to dense attention cost.
 
 Reads the TensorBoard log of a run that switched in one job (`--lighthouse-stage2-at`) or between two, in one folder or in one
 for each attention, as of `recipe.two_stage`. Leaves recovery.csv and recovery.png.
@@ -253,7 +253,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Report on the run that the command line names; answers an exit status."""
     parser = Parser(prog="python -m megatron_lighthouse.recipe.recovery", description=__doc__.split("\n")[0])
     add = parser.add_argument_group("one of these").add_mutually_exclusive_group(required=True).add_argument
-    add("--run", type=Path, metavar="RUN", help="folder of the run, of its checkpoints or of its TensorBoard log")
+    add(
+        "--run-folder",
+        dest="run",
+        type=Path,
+        metavar="RUN",
+        help="folder of the run, of its checkpoints or of its TensorBoard log",
+    )
     add("folder", type=Path, metavar="RUN", nargs="?", help="the same")
     parser.add_argument("--dense", type=Path, metavar="RUN2", help="a run that was dense from the start")
     parser.add_argument("--switch", type=int, metavar="ITER", help="last iteration with Lighthouse, where the log does not say")

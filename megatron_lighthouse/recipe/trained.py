@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy
 import torch
@@ -15,7 +16,7 @@ from megatron.core import dist_checkpointing, mpu
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model
-from megatron.training import training
+from megatron.training import arguments, training
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import (
@@ -130,7 +131,8 @@ def parse(add_arguments: ArgumentsProvider) -> argparse.Namespace:
                 f"{flag} {getattr(args, name)}: an evaluation splits neither sequences nor layers over ranks. Use {flag} 1: "
                 "a checkpoint loads in any layout, and more ranks share out the samples."
             )
-    validate_args(args)
+    with mock.patch.object(arguments, "_print_args"):  # hundreds of lines, which stand in the run's own log
+        validate_args(args)
     set_global_variables(args)
     args.skip_train = args.no_load_optim = args.no_load_rng = True  # no optimizer is made
     args.finetune, args.save = False, None

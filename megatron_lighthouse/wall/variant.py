@@ -126,7 +126,8 @@ class Wall(Variant):
     def position_problems(self, config: WallConfig, kind: str | None) -> Iterator[str]:
         if kind not in (None, self.position):
             why = "RoPE would rotate linear_g too" if kind in ("rope", "yarn", "mrope") else "the gates take their place"
-            yield f"--position-embedding-type {kind} does not go with --attention {self.name}, for {why}: use none."
+            instead = f"--position-embedding-type {self.position}"
+            yield f"--position-embedding-type {kind} does not go with --attention {self.name}, for {why}: use {instead}."
 
     def document_problems(self, config: WallConfig, ranks: int) -> Iterator[str]:
         yield from ()

@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from megatron_lighthouse.launch.torchrun import own_environment, torchrun
-from megatron_lighthouse.recipe import two_stage
+from megatron_lighthouse.mcore.command_line import flags
+from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
+from megatron_lighthouse.recipe import evaluate, two_stage
 from megatron_lighthouse.recipe.presets import preset_for
 from tests.launch.scripts import ROOT
 
@@ -47,6 +50,15 @@ def test_make_train_starts_it_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [name for name in two_stage._environment(preset) if name.startswith("PET_")]
     command = two_stage._command(preset, ["--attention", "dense"])
     assert command[: len(torchrun(1))] == torchrun(preset.processes)
+
+
+def test_no_flag_of_ours_may_be_one_of_torchruns_cut_short() -> None:
+    """Before Python 3.12.8 argparse refuses it wherever it stands, if it begins two names of torchrun's, as --run once did."""
+    names = get_args_parser()._option_string_actions
+    ours = {**flags.parser(with_all_arguments)._option_string_actions, **evaluate._parser()._option_string_actions}
+    assert "--run-folder" in ours
+    begun = {flag: [name for name in names if name.startswith(flag) and flag not in names] for flag in ours}
+    assert not {flag: found for flag, found in begun.items() if len(found) > 1}
 
 
 def test_every_torchrun_is_that_one() -> None:

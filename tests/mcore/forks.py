@@ -175,7 +175,7 @@ def _run(argv: list[str], environment: dict[str, str], folder: str, output: int,
     sys.argv = argv
     status = 1
     try:
-        if "--save" in argv or ("--run" in argv and "pretrain" in argv[0]):
+        if "--save" in argv or ("--run-folder" in argv and "pretrain" in argv[0]):
             from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 
             get_write_results_queue("fork")  # by default a new interpreter, which imports torch again

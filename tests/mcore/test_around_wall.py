@@ -131,7 +131,7 @@ def test_packed_documents_are_as_the_library_has_them() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"window_size": (8, 0), "window_attn_skip_freq": 2}, "--window-size (8, 0) is not done by --attention wall"),
+        ({"window_size": (8, 0), "window_attn_skip_freq": 2}, "--window-size (8, 0) is not done by --lighthouse-around wall"),
         ({"qk_clip": True}, "--qk-clip rescales the rows of q and k alone"),
         ({"softmax_type": "learnable"}, ""),
     ],
@@ -152,5 +152,5 @@ def test_positions_are_refused(kind: str, megatron: None) -> None:
     args = Namespace(seq_length=256, transformer_impl="local", load=None, position_embedding_type=kind)
     if kind == "none":
         return check_run(args, transformer_config(num_layers=4), settings())
-    with pytest.raises(ValueError, match=f"--position-embedding-type {kind} does not go with --attention wall"):
+    with pytest.raises(ValueError, match=f"--position-embedding-type {kind} does not go with --lighthouse-around wall"):
         check_run(args, transformer_config(num_layers=4), settings())

@@ -117,7 +117,10 @@ def test_what_does_not_go_with_a_pattern(given: dict[str, object], message: str)
             r"--num-layers 40 disagrees with --hybrid-layer-pattern \*-\*-, of 4 layers: leave --num-layers out",
         ),
         ({"hybrid_override_pattern": "*-"}, "--hybrid-override-pattern, its old name, exclude each other"),
-        ({"hybrid_layer_pattern": None, "hybrid_override_pattern": "*-", "num_layers": 4}, "of 2 layers"),
+        (
+            {"hybrid_layer_pattern": None, "hybrid_override_pattern": "*-", "num_layers": 4},
+            "with --hybrid-override-pattern .* of 2 layers",
+        ),
         ({"hybrid_layer_pattern": "*-Q-"}, "Q is no symbol of a layer"),
         ({"hybrid_layer_pattern": "*-/*/*", "mtp_num_layers": 1}, "disagrees with .*, of 2 further tokens"),
         ({"hybrid_layer_pattern": "*-+-"}, r"has both \* and \+"),

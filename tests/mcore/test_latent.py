@@ -131,7 +131,7 @@ def test_latent_layers_of_another_attention_are_refused() -> None:
     from megatron_lighthouse.parallax.config import ParallaxConfig
 
     parallax = LighthouseSettings(ParallaxConfig(), 0, 0, False, variant="parallax")
-    with pytest.raises(ValueError, match="--multi-latent-attention is not done by --attention parallax: use --group-query"):
+    with pytest.raises(ValueError, match="--multi-latent-attention is not done by --attention parallax: leave it out"):
         check(latent().transformer, parallax, N)
 
 

@@ -98,7 +98,11 @@ WRONG = {
     "channels of MLA": ("--multi-latent-attention --qk-pos-emb-head-dim 63", "must be even, for RoPE turns pairs: use 64"),
     "levels": ("--lighthouse-levels 9", "use --lighthouse-levels 5 --lighthouse-budget 512 --lighthouse-tile-budget 128"),
     "a yarn": ("--position-embedding-type yarn --rotary-percent 0.5", "--rotary-percent 0.5 is not read with"),
-    "layers of a pattern": ("--hybrid-override-pattern M-*-*-*-*-*-", "--num-layers 32 disagrees with .*, of 12 layers"),
+    "layers of a pattern": (
+        "--hybrid-override-pattern M-*-*-*-*-*-",
+        "disagrees with --hybrid-override-pattern .*, of 12 layers",
+    ),
+    "groups of MLA": ("--multi-latent-attention", "--group-query-attention does not go with .* leave it out"),
     "a save": ("--ckpt-format torch --async-save", "use --ckpt-format torch_dist"),
     "a second data": ("--data-path nowhere", "leave all but one out"),
 }
@@ -197,8 +201,8 @@ RECIPES = sorted({path.stem for path in (LAUNCH / "recipes").glob("*.args")} - O
 """Those that 64 GPUs take."""
 
 LATE = {
-    "recompute": ("--recompute-granularity selective", "recompute method is not yet supported for selective"),
-    "experts": ("--expert-model-parallel-size 2", "num_experts must be non None to use expert model parallelism"),
+    "gradients": ("--main-grads-dtype bf16", "main_grads_dtype can only be fp32 when not using precision-aware"),
+    "buckets": ("--ddp-num-buckets 2 --ddp-bucket-size 100", "Cannot specify both num_buckets and bucket_size"),
     "without words": ("--decoder-seq-length 262144", "assert args.max_position_embeddings >= args.decoder_seq_length"),
     "of the model": ("--moe-router-topk 1 --num-experts 8 --moe-ffn-hidden-size 64", "use --moe-router-pre-softmax when topk"),
 }

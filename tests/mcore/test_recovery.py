@@ -196,7 +196,7 @@ def test_a_run_shorter_than_the_mean(tmp_path: Path, capsys: pytest.CaptureFixtu
     """Means are of what its shorter stage has, and the report says so; a dense run is caught up with in such means."""
     write(tmp_path / "run", SPIKE, at=3)
     write(tmp_path / "dense", curve(9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0))
-    assert main(["--run", str(tmp_path / "run"), "--dense", str(tmp_path / "dense")]) == 0
+    assert main(["--run-folder", str(tmp_path / "run"), "--dense", str(tmp_path / "dense")]) == 0
     said = capsys.readouterr().out
     assert "means of 3 losses (of --smooth 10: stage 1 has no more)" in said
     assert "level with dense after   3 iterations" in said
@@ -217,5 +217,5 @@ def test_the_picture_says_what_a_loss_is_of(
     if text is not None:
         with SummaryWriter(str(tmp_path)) as log:
             log.add_text("text_data", text)
-    assert main(["--run", str(tmp_path)]) == 0
+    assert main(["--run-folder", str(tmp_path)]) == 0
     assert drawn == [unit]

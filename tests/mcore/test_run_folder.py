@@ -1,4 +1,4 @@
-"""What a run leaves for the next command: its arguments, which `--run FOLDER` takes; and evaluation by its tokenizer."""
+"""What a run leaves for the next command: its arguments, which `--run-folder FOLDER` takes; and evaluation by its tokenizer."""
 
 from __future__ import annotations
 
@@ -51,8 +51,11 @@ def test_a_run_of_tokens_is_evaluated_by_its_folder_alone(tokenizer: Path, tmp_p
     run(tmp_path / "run", "--attention", "lighthouse", "--save", str(checkpoints), "--save-interval", "2", data=data)
     (tmp_path / "held-out.txt").write_text(words[:4000])
     asked = ["--held-out", str(tmp_path / "held-out.txt"), "--out", str(tmp_path / "out"), "--passkey-samples", "1"]
-    result = evaluate(1, "--run", str(checkpoints), *asked, "--passkey-lengths", "128", "--loss-sequences", "2", model=[])
+    result = evaluate(
+        1, "--run-folder", str(checkpoints), *asked, "--passkey-lengths", "128", "--loss-sequences", "2", model=[]
+    )
     assert result.returncode == 0, result.stdout[-3000:]
+    assert "end of arguments" not in result.stdout  # hundreds of lines above what was asked for
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert (found["iteration"], found["attention"], found["lighthouse_layers"]) == (2, "lighthouse", 2)
     assert found["held_out"]["tokens"] == len(by(words[:4000]).input_ids) + 1
@@ -127,18 +130,19 @@ def test_arguments_are_kept_and_taken_from_anywhere(tmp_path: Path, monkeypatch:
     spread = ["--context-parallel-size", "2", "--tensor-model-parallel-size", "2", "--sequence-parallel"]
     go_on, own = ["--load", str(tmp_path / "ckpt")], ["--lr", "2"]
     for folder in (tmp_path / "run", tmp_path / "run" / "checkpoints"):
-        assert kept.resumed(["--run", str(folder), *own]) == [*first, *texts, *spread, "--lr", "-1", *go_on, *own]
-        assert of_one_sequence([*own, f"--run={folder}"]) == [*first, *texts, "--lr", "-1", *go_on, *own]
+        assert kept.resumed(["--run-folder", str(folder), *own]) == [*first, *texts, *spread, "--lr", "-1", *go_on, *own]
+        assert of_one_sequence([*own, f"--run-folder={folder}"]) == [*first, *texts, "--lr", "-1", *go_on, *own]
     assert kept.resumed(own) == of_one_sequence(own) == own
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--run", "FOLDER"], "has no arguments.json"),
-        (["--run", "FOLDER", "--lr", "1", "--run", "FOLDER"], "give one folder"),
-        (["--run", "--lr", "1"], "give one folder"),
-        (["--run", "BROKEN"], "arguments.json cannot be read"),
+        (["--run-folder", "FOLDER"], "has no arguments.json"),
+        (["--run-folder", "FOLDER", "--lr", "1", "--run-folder", "FOLDER"], "give one folder"),
+        (["--run-folder", "--lr", "1"], "give one folder"),
+        (["--run", "FOLDER"], "--run is not a flag here, .*: use --run-folder"),
+        (["--run-folder", "BROKEN"], "arguments.json cannot be read"),
     ],
 )
 def test_a_folder_without_arguments_is_refused(words: list[str], says: str, tmp_path: Path) -> None:
@@ -169,4 +173,7 @@ def test_a_dense_run_of_other_data_or_model_is_not_compared(tmp_path: Path) -> N
 
 def test_a_folder_of_the_container_is_read_where_it_is(tmp_path: Path) -> None:
     (tmp_path / kept.NAME).write_text('{"arguments": ["--lr", "1e-3"]}')
-    assert kept.of_run(["--run", "/inside/run", "--seed", "3"], lambda _: tmp_path) == (["--lr", "1e-3"], ["--seed", "3"])
+    assert kept.of_run(["--run-folder", "/inside/run", "--seed", "3"], lambda _: tmp_path) == (
+        ["--lr", "1e-3"],
+        ["--seed", "3"],
+    )

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from megatron_lighthouse.launch.fits import enough_memory
+from megatron_lighthouse.lighthouse.by_length import NAMES, by_length
 from megatron_lighthouse.mcore.command_line.tiles import mlp_tile_tokens
 from megatron_lighthouse.plan import lengths, longest, memory, search
 from megatron_lighthouse.plan.__main__ import main
@@ -23,10 +24,10 @@ def qwen() -> Run:
 def test_each_way_reaches_further_than_the_one_before(qwen: Run) -> None:
     found = []
     for way in longest.layouts(qwen):
-        one = lengths.of_run(way, False, memory.fits)
+        one = lengths.of_run(way, (), memory.fits)
         assert one is not None
         assert memory.fits(one.check())
-        assert not memory.fits(lengths.at(one, one.seq_length + 2**16, False))
+        assert not memory.fits(lengths.at(one, one.seq_length + 2**16))
         found.append(one.seq_length)
     assert len(found) == 4
     assert found == sorted(set(found))
@@ -35,13 +36,24 @@ def test_each_way_reaches_further_than_the_one_before(qwen: Run) -> None:
 
 def test_a_budget_that_is_given_stays(qwen: Run) -> None:
     full = qwen.change(recompute="full")
-    own = lengths.of_run(full, True, memory.fits)
+    own = lengths.of_run(full, NAMES, memory.fits)
     assert own is not None
     assert own.config == full.config
     assert own.seq_length > 2**17
-    much = lengths.of_run(full.change(config=full.config.replace(budget=2**15)), True, memory.fits)
+    much = lengths.of_run(full.change(config=full.config.replace(budget=2**15)), NAMES, memory.fits)
     assert much is not None  # though lengths below 524,288 are too short for it
     assert 2**19 <= much.seq_length <= own.seq_length
+
+
+def test_levels_alone_that_are_given_take_each_lengths_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the table, not that of the length from which the search sets out."""
+    command = "--model qwen3-0.6b --gpus 1 --device h200 --recompute full --longest --lighthouse-levels".split()
+    assert main([*command, "4"]) == 0
+    said = capsys.readouterr().out
+    tokens = int(re.search(r"--seq-length (\d+)", said)[1])  # type: ignore[index]
+    assert f"(L=4 p=4 k={by_length(tokens, 4, levels=4)['budget']})" in said
+    assert main([*command, "3"]) == 0
+    assert "(L=3 " in capsys.readouterr().out
 
 
 def test_the_answer_says_what_to_give(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from megatron_lighthouse.mcore.command_line import documents, graphs, hybrid, layer_log, pyramid, rope, settings
+from megatron_lighthouse.mcore.command_line import documents, graphs, hybrid, layer_log, named, pyramid, rope, settings
 from megatron_lighthouse.mcore.command_line.checks import copies_in_a_graph, run_problems
 from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern
 from megatron_lighthouse.mcore.command_line.own_parts import (
@@ -99,6 +99,9 @@ def attention_problems(args: argparse.Namespace, config: Any, by_spec: bool, has
         if chosen.attention.selects:
             chosen, _ = rope.taken(args, chosen)
         yield from run_problems(args, config, chosen)
+        yield from named.option_problems(args, chosen)
+        if chosen.base.native and has_own_attention(config):  # of layers that stay dense, or see a window alone
+            yield from over_shards_problems(config)
         if chosen.attention.selects:
             yield from selection_log.problems(args, chosen)
         if chosen.base.logs:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
-from megatron_lighthouse.mcore.command_line import flags, hybrid, numbers
+from megatron_lighthouse.mcore.command_line import flags, hybrid, numbers, together
 from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
 from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern
 
@@ -53,6 +53,8 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
     if not args.use_checkpoint_args:  # else they may be the checkpoint's
         yield from hybrid.word_problems(args)
         yield from _model(args)
+        yield from together.model_problems(args)
+    yield from together.problems(args)
     yield from _batch(args)
     yield from _saves(args)
     if not args.skip_train:
@@ -103,7 +105,12 @@ def _model(args: argparse.Namespace) -> Iterator[str]:
             f"{-(-heads // groups) * groups}, or --num-query-groups {math.gcd(heads, groups)}."
         )
     yield from _experts(args, layers)
-    latent = args.multi_latent_attention
+    latent = args.multi_latent_attention or "+" in (hybrid_pattern(args) or "")
+    if latent and args.group_query_attention:
+        yield (
+            "--group-query-attention does not go with multi-latent attention, which makes keys and values for each head: leave "
+            "it out."
+        )
     if latent and (turned := args.qk_pos_emb_head_dim) % 2:
         yield f"--qk-pos-emb-head-dim {turned} must be even, for RoPE turns pairs: use {turned + 1}."
     if args.context_parallel_size > 1 and (unknown := [kind for kind in args.cp_comm_type if kind not in SCHEMES]):

@@ -12,7 +12,7 @@ from megatron_lighthouse.context_parallel.schemes import SWITCH, comm_type_probl
 from megatron_lighthouse.lighthouse.config import flag
 from megatron_lighthouse.lighthouse.heads import heads_problem
 from megatron_lighthouse.lighthouse.remedies import Allowed, anything
-from megatron_lighthouse.mcore.command_line import documents, inner, rope, stored
+from megatron_lighthouse.mcore.command_line import documents, inner, named, rope, stored
 from megatron_lighthouse.mcore.command_line.lengths import limits_of, settings_problems
 from megatron_lighthouse.mcore.command_line.own_parts import engine_problems
 from megatron_lighthouse.mcore.command_line.settings import (
@@ -186,11 +186,10 @@ def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Ite
     yield from _attention(config, settings)
     yield from cp_layout_problems(config)
     yield from _packed(config)
-    if config.multi_latent_attention and not all(one.native or one.latent for one in (settings.attention, settings.base)):
-        yield (
-            f"--multi-latent-attention is not done by --attention {settings.variant}: use --group-query-attention, or "
-            "--attention lighthouse or dense."
-        )
+    odd = [one for one in (settings.attention, settings.base) if not (one.native or one.latent)]
+    if config.multi_latent_attention and odd:
+        asked = named.asked_by(odd[0], settings)
+        yield f"--multi-latent-attention is not done by {asked}: leave it out, or use another attention."
     if settings.attention.selects and config.num_attention_heads:
         dims = head_dims(config) if config.multi_latent_attention else (0, None)
         if message := heads_problem(settings.config, max(1, heads_of_rank(config)[1]), *dims):
@@ -235,7 +234,7 @@ def _attention(config: TransformerConfig, settings: LighthouseSettings) -> Itera
     yield from said
     if not settings.base.native and settings.base is not settings.attention:
         options = {problem.split()[0] for problem in said}
-        found = settings.base.problems(settings.base_config, config)
+        found = named.of_base(settings.base.problems(settings.base_config, config), settings)
         yield from (problem for problem in found if problem.split()[0] not in options)
 
 
@@ -261,7 +260,7 @@ def unnormed(settings: LighthouseSettings) -> str:
 def _streams_of_run(args: Namespace, settings: LighthouseSettings) -> Iterator[str]:
     """Streams travel as heads of the queries, which RoPE rotates."""
     kind = getattr(args, "position_embedding_type", None)
-    yield from settings.base.position_problems(settings.base_config, kind)
+    yield from named.of_base(settings.base.position_problems(settings.base_config, kind), settings)
 
 
 def _comm_types(config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 from megatron_lighthouse.mcore.command_line import documents
-from megatron_lighthouse.mcore.command_line.layers import ATTEND, hybrid_pattern
+from megatron_lighthouse.mcore.command_line.layers import ATTEND, hybrid_pattern, written_pattern
 
-FLAG = "--hybrid-layer-pattern"
 LOCAL = "*+-E|"
 """The symbols of layers that are made of Megatron's local modules too."""
 PACKAGES = {"M": ("mamba_ssm", "mamba-ssm"), "G": ("fla", "flash-linear-attention")}
@@ -30,56 +29,55 @@ def word_problems(args: Namespace) -> Iterator[str]:
     Args:
         args: as the words say, not validated: Megatron then overwrites what disagrees.
     """
-    symbols, pattern = hybrid_pattern(args), args.hybrid_layer_pattern or args.hybrid_override_pattern
-    if symbols is None:
+    symbols, (flag, pattern) = hybrid_pattern(args), written_pattern(args)
+    if symbols is None or pattern is None:
         return
     if args.hybrid_layer_pattern and args.hybrid_override_pattern:
-        yield f"{FLAG} and --hybrid-override-pattern, its old name, exclude each other: leave the latter out."
+        yield "--hybrid-layer-pattern and --hybrid-override-pattern, its old name, exclude each other: leave the latter out."
     if odd := sorted({*pattern} - {*LAYERS, "|", "/"}):
-        yield f"{FLAG} {pattern}: {' '.join(odd)} is no symbol of a layer: use {' '.join(LAYERS)}, and | between stages."
+        yield f"{flag} {pattern}: {' '.join(odd)} is no symbol of a layer: use {' '.join(LAYERS)}, and | between stages."
     elif "*" in pattern and {*pattern} & {"+", "D"}:
-        yield f"{FLAG} {pattern} has both * and + or D, which no model has together: use one kind."
+        yield f"{flag} {pattern} has both * and + or D, which no model has together: use one kind."
     if args.num_layers not in (None, len(symbols)):
         yield (
-            f"--num-layers {args.num_layers} disagrees with {FLAG} {pattern}, of {len(symbols)} layers: leave --num-layers "
+            f"--num-layers {args.num_layers} disagrees with {flag} {pattern}, of {len(symbols)} layers: leave --num-layers "
             "out, or give another pattern."
         )
     depths = pattern.count("/")
     if args.mtp_num_layers not in (None, depths):
         yield (
-            f"--mtp-num-layers {args.mtp_num_layers} disagrees with {FLAG} {pattern}, of {depths} further tokens: leave "
+            f"--mtp-num-layers {args.mtp_num_layers} disagrees with {flag} {pattern}, of {depths} further tokens: leave "
             "--mtp-num-layers out, or give a /part for each."
         )
     for name in OF_PATTERN:
         if getattr(args, name):
-            yield f"--{name.replace('_', '-')} does not go with {FLAG}: leave it out, and part the pattern by |."
+            yield f"--{name.replace('_', '-')} does not go with {flag}: leave it out, and part the pattern by |."
     stages, size = pattern.partition("/")[0].count("|") + 1, args.pipeline_model_parallel_size
     ends = (args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers)
     if stages > 1 and (stages % size or size == 1):
         yield (
-            f"{FLAG} {pattern} has {stages} parts, and --pipeline-model-parallel-size {size} must be above 1 and divide them: "
+            f"{flag} {pattern} has {stages} parts, and --pipeline-model-parallel-size {size} must be above 1 and divide them: "
             f"use --pipeline-model-parallel-size {stages}, or leave | out."
         )
     elif stages == 1 and ends == (None, None) and len(symbols) % size:
         yield (
-            f"{FLAG} {pattern} has {len(symbols)} layers, which --pipeline-model-parallel-size {size} must divide where no | "
+            f"{flag} {pattern} has {len(symbols)} layers, which --pipeline-model-parallel-size {size} must divide where no | "
             "parts them: use another size, or | between stages."
         )
 
 
 def problems(args: Namespace) -> Iterator[str]:
     """Why such a model is not trained as asked, whatever machine it runs on."""
-    symbols = hybrid_pattern(args)
-    if symbols is None:
+    flag, pattern = written_pattern(args)
+    if pattern is None:
         return
-    pattern = args.hybrid_layer_pattern or args.hybrid_override_pattern
     if args.transformer_impl == "local" and (other := "".join(sorted({*pattern} - {*LOCAL}))):
         yield (
-            f"{FLAG} {pattern} with --transformer-impl local: of {' '.join(other)} there are no local modules: use "
+            f"{flag} {pattern} with --transformer-impl local: of {' '.join(other)} there are no local modules: use "
             f"--transformer-impl transformer_engine, or layers of {' '.join(LOCAL[:-1])} alone."
         )
     if documents.asked(args):
-        yield f"{documents.FLAG} with {FLAG} is not done: leave the flag out, or train a GPT, by --num-layers."
+        yield f"{documents.FLAG} with {flag} is not done: leave the flag out, or train a GPT, by --num-layers."
     if getattr(args, "use_rope_scaling", False):
         yield "--use-rope-scaling is not heeded by Megatron's hybrid model: leave it out, or use --rotary-base or a yarn model."
     if getattr(args, "rotary_interleaved", False) and args.position_embedding_type == "rope":
@@ -92,8 +90,8 @@ def attention_problem(args: Namespace, attention: str) -> str | None:
     if symbols is None or {*symbols} & {*ATTEND}:
         return None
     return (
-        f"--attention {attention} with {FLAG} {symbols}: none of its layers attends: use {' or '.join(ATTEND)} for some, or "
-        "leave --attention out."
+        f"--attention {attention} with {written_pattern(args)[0]} {symbols}: none of its layers attends: use "
+        f"{' or '.join(ATTEND)} for some, or leave --attention out."
     )
 
 
@@ -101,4 +99,5 @@ def missing_packages(args: Namespace) -> Iterator[str]:
     """What its layers need and this Python lacks."""
     for symbol, (module, package) in PACKAGES.items():
         if symbol in (hybrid_pattern(args) or "") and not find_spec(module):
-            yield f"{FLAG}: layers of {symbol} need the package {package}, which is not installed: pip install {package}."
+            flag = written_pattern(args)[0]
+            yield f"{flag}: layers of {symbol} need the package {package}, which is not installed: pip install {package}."

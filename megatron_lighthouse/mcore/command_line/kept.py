@@ -1,4 +1,4 @@
-"""A run's arguments, in a file beside its checkpoints and its log, from which `--run FOLDER` takes them. Imports no Megatron.
+"""A run's arguments, in a file beside its checkpoints and its log, from which `--run-folder` takes them. Imports no Megatron.
 
     {"arguments": ["--attention", "lighthouse", …],    as given, paths as they are from anywhere
      "ranks": 8, "version": "0.1.0"}                   processes, and release of this package
@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+RUN = "--run-folder"
+"""Not --run: by torchrun's parser, before Python 3.12.8, that may be its own --run-path or --run_path."""
 NAME = "arguments.json"
 PLACES = ("", "checkpoints", "tensorboard")
 """In a run's folder, where the file may be."""
@@ -98,36 +100,38 @@ def read(folder: Path) -> list[str]:
     found = [path for place in PLACES if (path := folder / place / NAME).is_file()]
     if not found:
         raise ValueError(
-            f"--run {folder} has no {NAME}, in it or in its {' or '.join(PLACES[1:])}: name the folder of a run that was begun "
+            f"{RUN} {folder} has no {NAME}, in it or in its {' or '.join(PLACES[1:])}: name the folder of a run that was begun "
             "by this version with --save or --tensorboard-dir, or give its arguments in full."
         )
     try:
         content: Any = json.loads(found[0].read_text())["arguments"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--run {folder}: {found[0]} cannot be read ({error}): give the run's arguments in full.") from None
+        raise ValueError(f"{RUN} {folder}: {found[0]} cannot be read ({error}): give the run's arguments in full.") from None
     return [str(word) for word in content]
 
 
 def of_run(given: Sequence[str], here: Callable[[str], Path] = Path) -> tuple[list[str], list[str]]:
-    """The arguments of the run that `--run` names, none where it is not given; and the command line without it.
+    """The arguments of the run that `--run-folder` names, none where it is not given; and the command line without it.
 
     Args:
         here: where a folder of the command line is on this machine.
 
     Raises:
-        ValueError: as `read`, or --run without a folder, or with several.
+        ValueError: as `read`, or --run-folder without a folder, or with several, or --run.
     """
-    runs = [values for flag, values in options(given) if flag == "--run"]
+    if value(given, "--run"):
+        raise ValueError(f"--run is not a flag here, for torchrun may take it for its own --run-path: use {RUN}.")
+    runs = [values for flag, values in options(given) if flag == RUN]
     if not runs:
         return [], [*given]
     if len(runs) > 1 or len(runs[0]) != 1:
-        raise ValueError(f"--run {' '.join(runs[-1])}: give one folder, that of a run.")
-    first = next(i for i, word in enumerate(given) if word.partition("=")[0] == "--run")
+        raise ValueError(f"{RUN} {' '.join(runs[-1])}: give one folder, that of a run.")
+    first = next(i for i, word in enumerate(given) if word.partition("=")[0] == RUN)
     return read(here(runs[0][0])), [*given[:first], *given[first + (1 if "=" in given[first] else 2) :]]
 
 
 def resumed(given: Sequence[str], here: Callable[[str], Path] = Path) -> list[str]:
-    """A command line of the entry point, with the arguments of `--run` before its own; it goes on from that run's checkpoint.
+    """A command line of the entry point, with the arguments of `--run-folder` before its own; it goes on from its checkpoint.
 
     Args:
         here: as in `of_run`.
@@ -144,9 +148,9 @@ def resumed(given: Sequence[str], here: Callable[[str], Path] = Path) -> list[st
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Name `--run` in the help; `of_run` takes it out of the command line before it is parsed."""
+    """Name `--run-folder` in the help; `of_run` takes it out of the command line before it is parsed."""
     parser.add_argument_group("an earlier run").add_argument(
-        "--run",
+        RUN,
         metavar="FOLDER",
         help=f"Take the arguments of the run in this folder ({NAME} beside its checkpoints or log), and go on from its last "
         "checkpoint; what else is given comes after them, and wins.",

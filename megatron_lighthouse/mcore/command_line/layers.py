@@ -21,8 +21,14 @@ def hybrid_pattern(model: Any) -> str | None:
     Args:
         model: a TransformerConfig, or Megatron's arguments, validated or not.
     """
-    pattern = getattr(model, "hybrid_layer_pattern", None) or getattr(model, "hybrid_override_pattern", None)
+    pattern = written_pattern(model)[1]
     return pattern.partition("/")[0].replace("|", "") if pattern else None
+
+
+def written_pattern(model: Any) -> tuple[str, str | None]:
+    """The flag that names a hybrid model's layers, and what it says; Megatron copies the older one's words to the newer."""
+    new, old = (getattr(model, name, None) for name in ("hybrid_layer_pattern", "hybrid_override_pattern"))
+    return ("--hybrid-override-pattern" if old and new in (None, old) else "--hybrid-layer-pattern"), new or old
 
 
 def attention_layers(model: Any) -> tuple[int, ...] | None:

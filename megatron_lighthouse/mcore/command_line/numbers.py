@@ -110,6 +110,9 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
                 yield f"{flag} {value} must be finite: {_use(name, default, rule)}"
             elif isinstance(value, (int, float)) and not keeps(value):
                 yield f"{flag} {value} must be {rule}: {_use(name, default, rule)}"
+    if (window := getattr(args, "window_size", None)) is not None and len(window) != 2:
+        given = ",".join(map(str, window))
+        yield f"--window-size {given} must be two numbers, of tokens before and after: use {window[0]},0."
 
 
 def _use(name: str, default: object, rule: str) -> str:

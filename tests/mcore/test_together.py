@@ -1,0 +1,122 @@
+"""Options that ask for others or exclude them: refused before queuing, with what Megatron then takes."""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+
+import pytest
+
+from megatron_lighthouse.launch import check
+from megatron_lighthouse.launch import megatron as asked_megatron
+from megatron_lighthouse.mcore.command_line import flags, together
+from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
+from tests.mcore.test_launch_check import GPUS, LLAMA
+
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+PLAIN = " ".join(LLAMA).replace(FULL, "").replace("--cross-entropy-loss-fusion", "").split()
+"""Without what the cases give themselves."""
+
+RULES = {
+    "fsdp": ("--use-megatron-fsdp", "use --ckpt-format fsdp_dtensor", "--use-megatron-fsdp --ckpt-format fsdp_dtensor"),
+    "its format": ("--ckpt-format fsdp_dtensor", "use torch_dist, or add that", ""),
+    "its optimizer": (
+        "--use-megatron-fsdp --ckpt-format fsdp_dtensor --optimizer muon",
+        "does not go with --optimizer muon: use adam",
+        "--use-megatron-fsdp --ckpt-format fsdp_dtensor --optimizer adam",
+    ),
+    "torch's format": ("--ckpt-format torch_dcp", "use torch_dist, or add that", ""),
+    "torch's": ("--use-torch-fsdp2", "exclude each other", ""),
+    "offload": (
+        "--optimizer-cpu-offload",
+        "needs --use-precision-aware-optimizer",
+        "--optimizer-cpu-offload --use-precision-aware-optimizer",
+    ),
+    "recompute": ("--recompute-granularity full", f"add {FULL.partition(' full ')[2]}", FULL),
+    "its method": ("--recompute-method uniform", "is of --recompute-granularity full: add that", FULL),
+    "one stage": ("--num-layers-per-virtual-pipeline-stage 2", "there is one: leave it out", ""),
+    "parts of layers": (
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3",
+        "must divide the 16 layers of a pipeline stage: use 2 or 4 or 8",
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 4",
+    ),
+    "warm-up": ("--lr-warmup-iters 100", "use --lr-warmup-fraction 0.005 alone", "--lr-warmup-fraction 0.005"),
+    "overlap": (
+        "--tp-comm-overlap --tensor-model-parallel-size 1",
+        "needs --sequence-parallel and a --tensor-model-parallel-size above 1",
+        "--tp-comm-overlap",
+    ),
+    "cross entropy": (
+        "--cross-entropy-loss-fusion --cross-entropy-fusion-impl te",
+        "was not stable: use native",
+        "--cross-entropy-loss-fusion --cross-entropy-fusion-impl native",
+    ),
+    "graphs": (
+        "--cuda-graph-impl full_iteration --cp-comm-type all_gather",
+        "needs --no-check-for-nan-in-loss-and-grad",
+        "--cuda-graph-impl full_iteration --cp-comm-type all_gather --no-check-for-nan-in-loss-and-grad",
+    ),
+    "two sizes": (
+        "--cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 3 2",
+        "make 6 ranks, and --context-parallel-size is 4: give two sizes whose product is 4",
+        "--cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2",
+    ),
+    "activations": ("--squared-relu", "exclude each other", ""),
+    "experts": ("--expert-model-parallel-size 2", "is of experts, and there are none: leave it out", ""),
+}
+"""Words that are wrong, what is said of them, and what works in their place."""
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_megatron_refuses_and_takes_as_much(name: str, megatron: None, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong, says, right = RULES[name]
+    assert check.main([*GPUS, "--without-megatron", "--", *PLAIN, *wrong.split()]) == 1
+    assert re.search(re.escape(says), error := capsys.readouterr().err), error
+    assert asked_megatron.problems([*PLAIN, *wrong.split()], 64, 9, {}, False)
+    assert check.main([*GPUS, "--without-megatron", "--", *PLAIN, *right.split()]) == 0, capsys.readouterr().err
+    assert asked_megatron.problems([*PLAIN, *right.split()], 64, 9, {}, False) == []
+
+
+def test_parameters_are_gathered_beside_a_sharded_optimizer() -> None:
+    def said(*words: str) -> list[str]:
+        args: Namespace = flags.parse(words, with_all_arguments)[0]
+        return [*together.problems(args)]
+
+    assert said("--overlap-param-gather", "--overlap-grad-reduce", "--use-distributed-optimizer") == []
+    assert "needs --use-distributed-optimizer" in said("--overlap-param-gather", "--overlap-grad-reduce")[0]
+    assert "needs --overlap-grad-reduce" in said("--overlap-param-gather", "--use-distributed-optimizer")[0]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (
+            "--num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 64 --expert-model-parallel-size 64",
+            r"64 x --expert-tensor-parallel-size 2 .* = 128 must divide the 64 GPUs: use --expert-tensor-parallel-size 1, or "
+            "--expert-model-parallel-size 32",
+        ),
+        (
+            "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --global-batch-size 12",
+            "makes 3 micro batches, of which stages of several parts take groups of 2: use --global-batch-size 16",
+        ),
+        ("--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 3", "must divide the 16 layers"),
+        ("--window-size 4096 --window-attn-skip-freq 2", "must be two numbers, .*: use 4096,0"),
+        (
+            "--window-size 128,128 --window-attn-skip-freq 2 --transformer-impl local",
+            r"does not go with --context-parallel-size 4 .*: use 128,0",
+        ),
+        ("--wall-gate-bias 2", "is read with --attention wall or --lighthouse-around wall alone: leave it out"),
+        ("--attention parallax --wall-tied-gates", "--wall-tied-gates is read with --attention wall"),
+        ("--lighthouse-around wall", "--lighthouse-around wall, .* use --position-embedding-type none"),
+        ("--multi-latent-attention --lighthouse-around parallax", "is not done by --lighthouse-around parallax: leave"),
+    ],
+)
+def test_what_would_fail_once_it_runs(more: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of which Megatron's own rules say nothing, or only when groups and layers are made."""
+    assert check.main([*GPUS, "--without-megatron", "--", *LLAMA, *more.split()]) == 1
+    assert re.search(says, error := capsys.readouterr().err), error
+
+
+@pytest.mark.parametrize("attention", ["dense", "parallax --lighthouse-budget 2048", "lighthouse --lighthouse-around parallax"])
+def test_options_of_the_stage_before_are_handed_on(attention: str) -> None:
+    assert check.main([*GPUS, "--without-megatron", "--", *LLAMA, "--attention", *attention.split()]) == 0

@@ -65,14 +65,15 @@ def _nothing_is_left() -> Iterator[None]:
 
 
 LONGEST = """
-    launch/test_cluster.py mcore/test_parity.py mcore/test_two_stage.py context_parallel/test_attention.py
-    launch/test_requeue.py tests/test_kernels.py mcore/test_documents.py launch/test_stopped.py mcore/test_convert.py
-    experiments/test_bench.py mcore/test_models.py tests/test_rotary.py tests/test_select.py launch/test_scaling_study.py
-    mcore/test_wall.py mcore/test_parallax.py mcore/test_stage.py mcore/test_finite.py mcore/test_around_wall.py
-    wall/test_decay.py tests/test_scorers.py mcore/test_hybrid.py mcore/test_toy_variant.py tests/test_attention.py
-    wall/test_around.py mcore/test_tiles.py mcore/test_checkpoints.py mcore/test_cpu.py mcore/test_around.py
+    launch/test_cluster.py mcore/test_parity.py launch/test_requeue.py mcore/test_documents.py launch/test_stopped.py
+    mcore/test_two_stage.py launch/test_scaling_study.py mcore/test_convert.py tests/test_kernels.py launch/test_jobs.py
+    context_parallel/test_attention.py launch/test_common.py mcore/test_wall.py tests/test_packed_kernels.py
+    mcore/test_around_wall.py launch/test_detached.py mcore/test_checkpoints.py tests/test_rotary.py mcore/test_parallax.py
+    tests/test_enqueue.py mcore/test_tiles.py tests/test_select.py mcore/test_stage.py mcore/test_finite.py
+    mcore/test_models.py tests/test_scorers.py mcore/test_toy_variant.py experiments/test_bench.py mcore/test_cpu.py
 """.split()
-"""Files that take a quarter of a minute and more, the longest first: a worker takes a whole file at a time."""
+"""Files of seven seconds and more of a quiet core. A worker takes a whole file at a time: those that wait for others, as for
+Slurm, stand beside those whose ranks take both cores, and the longest come first."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

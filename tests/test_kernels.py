@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +13,7 @@ from torch import Tensor
 from megatron_lighthouse import LighthouseConfig, Rotary, lighthouse_attention, lighthouse_select
 from megatron_lighthouse.kernels.lighthouse.gather import NOT_TURNED
 from megatron_lighthouse.lighthouse.geometry import Geometry
+from tests.compiled import compiled
 from tests.oracle import Problem, attention
 from tests.steps import DEVICE, poisoned, rounded, tensors
 from tests.test_golden import config_of as golden_config
@@ -151,14 +146,6 @@ def test_a_pooling_that_the_kernels_are_not_made_for_is_said_once(
     assert all("a pooling of 2 to 16: at 32" in said for said in caplog.messages)
 
 
-COMPILED = """
-import json, sys
-from megatron_lighthouse.lighthouse.geometry import Geometry
-from megatron_lighthouse.kernels.ahead_of_time import compile_all
-layers = json.loads(sys.argv[2])
-reports = {name: compile_all(int(sys.argv[1]), Geometry(*sizes), *more) for name, (sizes, *more) in layers.items()}
-print(json.dumps({name: [tuple(r) for r in found] for name, found in reports.items()}))
-"""
 LAYERS = {
     "98K, bf16, D=128": ((98304, 3, 4, 1536, 128), "bf16", 128),
     "1M, fp32, D=256": ((1048576, 4, 4, 4096, 128), "fp32", 256),
@@ -168,28 +155,14 @@ LAYERS = {
 
 
 FIRST, *REST = LAYERS
-COMPILED_FOR = [
-    *(pytest.param(90, layer, (FIRST, *REST), id=f"sm_90-{layer}") for layer in LAYERS),
-    pytest.param(100, FIRST, (FIRST,), id=f"sm_100-{FIRST}"),
-    *(pytest.param(100, layer, (*REST,), id=f"sm_100-{layer}", marks=pytest.mark.slow) for layer in REST),
-]
-"""Capability, layer, and those that are compiled with it in one process."""
+CAPABILITIES = (90, 100)
 
 
-@cache
-def compiled(capability: int, layers: tuple[str, ...]) -> dict[str, list[Any]]:
-    """By layer, what is said of its kernels."""
-    # in a process of its own: the interpreter, which the other tests run under, is chosen at import
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILED, str(capability), json.dumps({layer: LAYERS[layer] for layer in layers})]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
-
-
-@pytest.mark.parametrize(("capability", "layer", "together"), COMPILED_FOR)
-def test_compiles_for_hopper_and_blackwell_without_spills(capability: int, layer: str, together: tuple[str, ...]) -> None:
-    reports = compiled(capability, together)[layer]
+@pytest.mark.parametrize("layer", [FIRST, *(pytest.param(layer, marks=pytest.mark.slow) for layer in REST)])
+@pytest.mark.parametrize("capability", CAPABILITIES, ids="sm_{}".format)
+def test_compiles_for_hopper_and_blackwell_without_spills(capability: int, layer: str) -> None:
+    calls = [("compile_all", c, *LAYERS[one]) for one in ([FIRST] if layer == FIRST else REST) for c in CAPABILITIES]
+    reports = compiled(*calls)["compile_all", capability, *LAYERS[layer]]
     assert len(reports) == 19
     for kernel, registers, shared_bytes, spilled_bytes in reports:
         print(f"sm_{capability} {kernel}: {registers} registers, {shared_bytes} bytes shared, {spilled_bytes} spilled")

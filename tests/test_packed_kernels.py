@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from functools import cache
 from itertools import pairwise
@@ -28,6 +25,7 @@ from megatron_lighthouse.softmax import backends
 from megatron_lighthouse.softmax.backends import BACKENDS, FAMILIES
 from megatron_lighthouse.softmax.documents import documents_attention
 from megatron_lighthouse.softmax.rows import DOCUMENTS, Rows
+from tests.compiled import compiled
 from tests.packed_oracle import Packed, of
 from tests.steps import DEVICE, poisoned, random_like, restride, tensors
 from tests.tolerances import assert_close
@@ -103,22 +101,10 @@ def test_a_rank_s_pieces_equal_the_reference() -> None:
     assert torch.equal(norms[..., 5:17], every[..., 5:17])
 
 
-COMPILED = """
-import json, sys
-from megatron_lighthouse.lighthouse.geometry import Geometry
-from megatron_lighthouse.kernels.ahead_of_time import compile_packed
-print(json.dumps([tuple(r) for r in compile_packed(int(sys.argv[1]), Geometry(98304, 3, 4, 1536, 128), "bf16", 128)]))
-"""
-
-
 @pytest.mark.parametrize("capability", [90, pytest.param(100, marks=pytest.mark.slow)], ids="sm_{}".format)
 def test_compiles_for_hopper_and_blackwell_without_spills(capability: int) -> None:
-    # in a process of its own: the interpreter, which the other tests run under, is chosen at import
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILED, str(capability)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    reports = json.loads(done.stdout)
+    call = ("compile_packed", capability, (98304, 3, 4, 1536, 128), "bf16", 128)
+    reports = compiled(call)[call]
     assert len(reports) == 12
     for kernel, registers, shared_bytes, spilled_bytes in reports:
         print(f"sm_{capability} {kernel}: {registers} registers, {shared_bytes} bytes shared, {spilled_bytes} spilled")

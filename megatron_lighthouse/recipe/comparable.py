@@ -5,11 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-SAME = """
-    seq_length global_batch_size seed text_data data_path train_data_path split tokenizer_type tokenizer_model
-    num_layers hidden_size ffn_hidden_size num_attention_heads
+from megatron_lighthouse.quiet import quiet_imports
+
+SAMPLES = """
+    seq_length global_batch_size seed text_data data_path train_data_path data_args_path per_split_data_args_path mock_data
+    split mid_level_dataset_surplus tokenizer_type tokenizer_model vocab_file merge_file
+    eod_mask_loss reset_position_ids reset_attention_mask dataloader_inter_document_masking
 """.split()
-"""Arguments that decide which tokens an iteration reads, what a loss is of, and how large the model is."""
+"""Arguments that decide which tokens an iteration reads, and which of them count."""
+WITH_ATTENTION = ("position_embedding_type", "padded_vocab_size")
+"""Of the model, what an attention (Wall has no positions) or a layout brings along."""
+
+
+def compared() -> list[str]:
+    """`SAMPLES`, and the arguments of the model."""
+    with quiet_imports():
+        from megatron_lighthouse.recipe.same_model import shape
+
+        return [*SAMPLES, *(name for name in shape() if name not in WITH_ATTENTION)]
 
 
 def told(folder: Path, names: Sequence[str]) -> dict[str, str]:
@@ -38,8 +51,9 @@ def check_comparable(ours: Sequence[Path], dense: Sequence[Path]) -> None:
     """
     if not dense:
         return
-    given, there = told(ours[-1], SAME), told(dense[-1], SAME)
-    differ = [name for name in SAME if name in given and name in there and _moved(given[name]) != _moved(there[name])]
+    names = compared()
+    given, there = told(ours[-1], names), told(dense[-1], names)
+    differ = [name for name in names if name in given and name in there and _moved(given[name]) != _moved(there[name])]
     if differ:
         lines = [f"--{name.replace('_', '-')} {there[name]}, of the run {given[name]}" for name in differ]
         raise ValueError(

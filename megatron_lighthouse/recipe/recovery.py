@@ -267,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where recovery.csv and recovery.png go (default: RUN)")
     options = parser.parse_args(argv)
     options.run = options.run or options.folder
-    ask_for_megatron("megatron_lighthouse.recipe.recovery", ["tensorboard"])
+    ask_for_megatron("megatron_lighthouse.recipe.recovery", ["tensorboard", *(["megatron.core"] if options.dense else [])])
     try:
         if options.smooth < 1:
             raise ValueError(f"--smooth {options.smooth} must be at least 1: use 10, or more where single losses scatter.")

@@ -46,7 +46,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, wall: Run) -> Run:
     return train(folder, *AROUND, *LOGGED, *from_saved(wall), *save_interval(folder / "checkpoint", 2))
 
 
-@pytest.mark.parametrize("name", some_slow(["tensor", "pipeline", "context", "data"], {"pipeline", "data"}))
+@pytest.mark.parametrize("name", some_slow(["tensor", "pipeline", "context", "data"], {"tensor", "pipeline", "data"}))
 def test_a_layout_changes_nothing(name: str, tmp_path: Path, wall: Run, whole: Run) -> None:
     """Two tiles over four chunks: context-parallel ranks deal rows."""
     options, ranks = LAYOUTS[name]

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_lighthouse.mcore.data import cached
 from megatron_lighthouse.mcore.refusal import RefusedError
-from tests.mcore.harness import MODEL, Processes, run
+from tests.mcore.harness import MODEL, ROOT, Processes, run
 from tests.mcore.test_data_files import cut, write
 from tests.mcore.test_pretrain import NUMBERS
 
@@ -139,3 +139,20 @@ def test_a_run_resumes_on_changed_data(tmp_path: Path) -> None:
         processes = Processes(tmp_path / "cut", ranks, [*MODEL, *data])
         assert 2 in processes.wait()
         assert f"--data-path {prefix}: {prefix}.bin has 3,999 bytes, and its .idx says 4,000" in processes.log.read_text()
+
+
+def test_a_run_resumes_on_changed_text(tmp_path: Path) -> None:
+    """Said once, and not where the text is as it was; whatever folder the data made of it is in."""
+    file = tmp_path / "text.txt"
+    file.write_bytes((ROOT / "LICENSE").read_bytes())
+    save = ["--save", str(tmp_path / "checkpoints"), "--load", str(tmp_path / "checkpoints"), "--save-interval", "9"]
+    words = ["--attention", "dense", "--train-iters", "9", *save]
+    logs = []
+    for number in range(3):
+        if number == 2:
+            file.write_bytes(file.read_bytes()[::-1] + b"more")
+        data = ["--text-data", str(file)]
+        logs.append(run(tmp_path / str(number), *words, "--exit-interval", str(1 + number), ranks=2, data=data).log)
+    said = "--text-data has other files, sizes or times than when the checkpoint was saved: training goes on at sample 4 of"
+    assert [log.count("--text-data has other") for log in logs] == [0, 0, 1]
+    assert said in logs[2]

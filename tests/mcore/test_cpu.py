@@ -82,32 +82,31 @@ assert ran and "megatron_lighthouse.cpu" not in sys.modules
 """
 
 EACH = """
-import json, os, traceback
-for code in json.loads(sys.argv[1]):
-    if not os.fork():
-        try:
-            exec(code)
-        except BaseException:
-            traceback.print_exc(file=sys.stdout)
-            sys.stdout.flush()
-            os._exit(1)
-        os._exit(0)
-    print("" if os.wait()[1] == 0 else "failed", "next", sep="", flush=True)
+import json, os, sys, traceback
+import torch
+def each(cases):
+    for code in json.loads(cases):
+        if not os.fork():
+            try:
+                exec(code, globals())
+            except BaseException:
+                traceback.print_exc(file=sys.stdout)
+                sys.stdout.flush()
+                os._exit(1)
+            os._exit(0)
+        print("" if os.wait()[1] == 0 else "failed", "next", sep="", flush=True)
 """
 
 
-def python(code: str, *arguments: str) -> str:
-    """What `code` prints in a fresh interpreter; fails the test if it fails."""
-    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 @cache
-def printed(before: str, *cases: str) -> dict[str, str]:
-    """By case, the traceback of a process of its own, all forked from one interpreter, which runs `before`."""
-    parts = python(f"import sys, torch\n{before}{EACH}", json.dumps(cases)).split("next\n")
-    return dict(zip([*cases, "the end"], parts, strict=True))
+def printed() -> dict[str, str]:
+    """By case, the traceback of a process of its own, all forked from one interpreter, before the stand-in and with it."""
+    code = f"{EACH}\neach(sys.argv[1])\n{WITHOUT_CUDA}\neach(sys.argv[2])"
+    with_cuda, without = [WITH_CUDA, ENTRY_WITH_CUDA], [*CASES.values()]
+    command = [sys.executable, "-c", code, json.dumps(with_cuda), json.dumps(without)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return dict(zip([*with_cuda, *without, "the end"], result.stdout.split("next\n"), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -116,12 +115,12 @@ def test_without_cuda(case: str) -> None:
 
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA, where the stand-in does nothing")
-    assert not printed(WITHOUT_CUDA, *CASES.values())[CASES[case]]
+    assert not printed()[CASES[case]]
 
 
 def test_nothing_changes_where_cuda_is() -> None:
-    assert not printed("", WITH_CUDA, ENTRY_WITH_CUDA)[WITH_CUDA]
+    assert not printed()[WITH_CUDA]
 
 
 def test_the_entry_point_does_not_import_it_where_cuda_is() -> None:
-    assert not printed("", WITH_CUDA, ENTRY_WITH_CUDA)[ENTRY_WITH_CUDA]
+    assert not printed()[ENTRY_WITH_CUDA]

@@ -159,7 +159,7 @@ def one_process_masked(
     return with_options
 
 
-@pytest.mark.parametrize("layout", some_slow(MASKED, {"CP2", "PP2·CP2", "DP2·CP2", "CP2, dense"}))
+@pytest.mark.parametrize("layout", some_slow(MASKED, {"CP2", "PP2·CP2", "DP2·CP2", "CP2, dense", "CP2, per token"}))
 def test_losses_equal_those_of_one_process_where_tokens_do_not_count(
     layout: str, tmp_path: Path, checkpoint: Path, unevenly_masked: list[str], one_process_masked: Callable[[str], Run]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -11,12 +12,13 @@ import pytest
 
 from megatron_lighthouse.mcore.command_line import kept
 from megatron_lighthouse.mcore.data import text
-from megatron_lighthouse.recipe import passkey
+from megatron_lighthouse.recipe import comparable, passkey
 from megatron_lighthouse.recipe.comparable import check_comparable
 from megatron_lighthouse.recipe.of_run import log_folder, of_one_sequence
 from megatron_lighthouse.recipe.readers import reader_of
 from tests.mcore.harness import ROOT, run
 from tests.mcore.test_evaluate import evaluate
+from tests.mcore.upstream_reads import reads
 
 END = "<|end|>"
 
@@ -156,8 +158,13 @@ def test_a_folder_without_arguments_is_refused(words: list[str], says: str, tmp_
 def test_a_dense_run_of_other_data_or_model_is_not_compared(tmp_path: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
-    facts = {"seq_length": "256", "seed": "1", "text_data": "['/a/train']", "num_layers": "4"}
-    others = {"same": {"text_data": "['/elsewhere/train']"}, "other": {"seed": "2", "num_layers": "6"}, "silent": {"seed": ""}}
+    facts = {"seq_length": "256", "seed": "1", "text_data": "['/a/train']", "num_layers": "4", "num_experts": "None"}
+    others = {
+        "same": {"text_data": "['/elsewhere/train']"},
+        "other": {"seed": "2", "num_layers": "6"},
+        "experts": {"num_experts": "8"},
+        "silent": {"seed": ""},
+    }
     for name, changes in {"ours": {}, **others}.items():
         with SummaryWriter(str(tmp_path / name)) as log:
             for key, value in {**facts, **changes}.items():
@@ -169,6 +176,28 @@ def test_a_dense_run_of_other_data_or_model_is_not_compared(tmp_path: Path) -> N
     check_comparable(ours, [tmp_path / "silent"])
     with pytest.raises(ValueError, match=r"(?s)--dense .*other cannot be compared.*--seed 2, of the run 1.*--num-layers 6"):
         check_comparable(ours, [tmp_path / "other"])
+    with pytest.raises(ValueError, match="--num-experts 8, of the run None"):
+        check_comparable(ours, [tmp_path / "experts"])
+
+
+@pytest.mark.usefixtures("megatron")
+def test_what_decides_which_tokens_are_read_is_compared() -> None:
+    """All that the datasets are made of, but where their files are and how they are read; and all of the model."""
+    from megatron_lighthouse.mcore.data import datasets
+    from tests.mcore.test_same_model import SHAPES
+
+    made_of = reads(inspect.getsource(datasets._dataset_config))
+    assert made_of - {*comparable.SAMPLES} == {*HOW_IT_IS_READ}
+    assert {*SHAPES} - {*comparable.compared()} == {*comparable.WITH_ATTENTION}
+
+
+HOW_IT_IS_READ = """
+    allow_ambiguous_pad_tokens context_parallel_size create_attention_mask_in_dataloader data_cache_path data_parallel_size
+    dataloader_defer_npy_index_mmap dataloader_fast_cache_load full_validation mmap_bin_files multiple_validation_sets
+    num_dataset_builder_threads object_storage_cache_path per_dataset_sequences_path sequence_parallel
+    tensor_model_parallel_size
+""".split()
+"""Or which validation."""
 
 
 def test_a_folder_of_the_container_is_read_where_it_is(tmp_path: Path) -> None:

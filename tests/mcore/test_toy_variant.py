@@ -57,7 +57,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", some_slow(LAYOUTS, {"heads", "pipeline", "recompute", "recompute of the core"}))
+@pytest.mark.parametrize("name", some_slow(LAYOUTS, {"context", "heads", "pipeline", "recompute", "recompute of the core"}))
 def test_a_layout_changes_nothing(name: str, tmp_path: Path, whole: Run) -> None:
     """From the checkpoint: other layouts would draw other weights."""
     options, ranks = LAYOUTS[name]

@@ -2,35 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Sequence
-from typing import Any
-
 import pytest
 
-COMPILED = """
-import json, sys
-from megatron_lighthouse.kernels.ahead_of_time import compile_wall
-capability, dtype, key_dim, value_dim, scalar = json.loads(sys.argv[1])
-print(json.dumps([tuple(x) for x in compile_wall(capability, dtype, key_dim, value_dim, scalar)]))
-"""
+from tests.compiled import compiled
+
 SPILLED = 2816
 """Bytes. Tiles are those that were fastest on Hopper; on Blackwell (not timed) keys with scalar gates spill 2,720."""
 SHARED = 227 * 1024
 """Bytes that Hopper and Blackwell have for a block."""
-
-
-def reported(script: str, given: Sequence[object]) -> list[Any]:
-    # in a process of its own: the interpreter, which the other tests run under, is chosen at import
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", script, json.dumps(given)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: list[Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 NAMES = [
@@ -40,20 +19,12 @@ NAMES = [
 ]
 
 
-ROWS = """
-import json, sys
-from megatron_lighthouse.kernels.ahead_of_time import compile_wall_rows
-from megatron_lighthouse.lighthouse.geometry import Geometry
-capability, levels, pooling = json.loads(sys.argv[1])
-reports = compile_wall_rows(capability, Geometry(98304, levels, pooling, 1536, 128), "bf16", 128)
-print(json.dumps([tuple(x) for x in reports]))
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("given", [(90, 3, 4), (100, 3, 4), (90, 3, 8)], ids=str)
-def test_what_gathers_rows_for_it_compiles_and_does_not_spill(given: tuple[int, ...]) -> None:
-    reports = reported(ROWS, given)
+def test_what_gathers_rows_for_it_compiles_and_does_not_spill(given: tuple[int, int, int]) -> None:
+    capability, levels, pooling = given
+    call = ("compile_wall_rows", capability, (98304, levels, pooling, 1536, 128), "bf16", 128)
+    reports = compiled(call)[call]
     assert [name for name, *_ in reports] == [f"lighthouse_gather_{way}_decayed" for way in ("forward", "backward")]
     assert all(spilled == 0 and 0 < registers <= 255 for _, registers, _, spilled in reports)
 
@@ -70,7 +41,8 @@ def test_what_gathers_rows_for_it_compiles_and_does_not_spill(given: tuple[int, 
     ids=str,
 )
 def test_compiles(given: tuple[int, str, int, int, bool]) -> None:
-    capability, reports = given[0], reported(COMPILED, given)
+    capability, call = given[0], ("compile_wall", *given)
+    reports = compiled(call)[call]
     assert [name for name, *_ in reports] == NAMES
     for kernel, registers, shared_bytes, spilled_bytes in reports:
         print(f"sm_{capability} {kernel}: {registers} registers, {shared_bytes} bytes shared, {spilled_bytes} spilled")

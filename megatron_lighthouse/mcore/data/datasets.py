@@ -7,6 +7,7 @@ import os
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training import get_args, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from megatron_lighthouse.mcore.command_line import stored
 from megatron_lighthouse.mcore.data import blends, cached, text
 from megatron_lighthouse.mcore.refusal import RefusedError
 from megatron_lighthouse.notice import say_once
@@ -28,6 +30,7 @@ def train_valid_test_datasets(sample_counts: list[int], vp_stage: int | None = N
     if args.text_data and not args.train_data_path:
         train, valid = _on_first_rank("--text-data", lambda: text.write_datasets(args.text_data, _text_folder(args)))
         args.train_data_path, args.valid_data_path = [train], [valid]
+        _say_where_text_changed(args)
     kind = MockGPTDataset if args.mock_data else GPTDataset
     # one of the tensor-parallel ranks reads, and broadcasts what it read
     reads = partial(_reads_data, vp_stage)
@@ -85,12 +88,26 @@ def _refresh_cache(args: Namespace, config: GPTDatasetConfig) -> None:
     changed = _on_first_rank("--data-cache-path", lambda: cached.refresh(prefixes, args.data_cache_path, needed))
     for prefix in changed:
         told = f"the data of {prefix} has changed since its order of samples was cached, which is built again"
-        if args.consumed_train_samples and not args.skip_train:
-            told += (
-                f": training goes on at sample {args.consumed_train_samples} of the new order, and may read some twice, "
-                "others never"
-            )
-        say_once(told)
+        say_once(f"{told}: {_goes_on(args)}" if _trains_on(args) else told)
+
+
+def _say_where_text_changed(args: Namespace) -> None:
+    """By the name of the data in the checkpoint, which text.py makes of the files' names, sizes and times."""
+    if not _trains_on(args) or torch.distributed.get_rank():
+        return
+    start = stored.before(args, *stored.folders(args))
+    was = getattr(start and start.args, "train_data_path", None)
+    if was and Path(was[0]).name != Path(args.train_data_path[0]).name:
+        say_once(f"--text-data has other files, sizes or times than when the checkpoint was saved: {_goes_on(args)}")
+
+
+def _trains_on(args: Namespace) -> bool:
+    """Whether samples were read before, in the order of the data as it then was."""
+    return bool(args.consumed_train_samples) and not args.skip_train
+
+
+def _goes_on(args: Namespace) -> str:
+    return f"training goes on at sample {args.consumed_train_samples} of the new order, and may read some twice, others never"
 
 
 def _text_folder(args: Namespace) -> str:

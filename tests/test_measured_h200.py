@@ -133,6 +133,28 @@ def test_the_errors_of_wall_are_its_file() -> None:
     assert "illegal memory access" in found["errors"]["H=4 G=2 K=128 V=128 float16"]
 
 
+def test_the_parts_of_lighthouse_around_wall_are_their_file() -> None:
+    words = " ".join(PAGE.split())
+    before, *rows = rows_of("wall/around_parts.csv")
+    (long, short), launches = rows[:2], [row["launches"] for row in rows[:2]]
+    kernels, diagonal, stock = (
+        [float(row[f"{name}_ms"]) for row in (long, short)] for name in ("kernels", "diagonal", "inner_stock")
+    )
+    assert f"take {kernels[0]:.1f} ms in pieces of 4,096 rows and {kernels[1]:.1f} in pieces of 2,048" in words
+    assert f"{diagonal[0]:.1f} and {diagonal[1]:.1f} along the diagonals, {stock[0]:.1f} and {stock[1]:.1f} in stock" in words
+    whole = [float(row["whole_ms"]) for row in (before, long, short)]
+    assert f"for {launches[0]} and {launches[1]} launches: {min(whole):.1f} to {max(whole):.1f} ms in all" in words
+
+
+def test_the_steps_of_models_are_their_file() -> None:
+    words = " ".join(PAGE.split())
+    step = {(row["model"], row["attention"]): row["seconds a step"] for row in rows_of("model_steps/model_steps.csv")}
+    for model, name in (("DeepSeek", "DeepSeek's architecture"), ("gpt-oss", "gpt-oss")):
+        ours, dense = float(step[model, "lighthouse"]), float(step[model, "dense"])
+        assert f"{name}: {ours:.2f} s" in words
+        assert f"dense {dense:.2f} s" in words
+
+
 def test_the_way_of_a_checkpoint_is_its_file() -> None:
     found = json.loads((RESULTS / "convert/h200.json").read_text())
     words, seconds = " ".join(PAGE.split()), found["seconds"]

@@ -110,6 +110,19 @@ def test_a_table_is_its_files(number: int, expected: object) -> None:
     assert tables(PAGE)[number] == expected()
 
 
+def test_the_products_of_parallax_are_so_many() -> None:
+    """Of half the pairs, 2 D operations each."""
+    product = 32768**2 / 2 * 8 * 2 * 128 / 790e12 * 1000
+    ours = [
+        float(row["ms"])
+        for row in rows_of("parallax/parallax.csv")
+        if (row["what"], row["tokens"], row["heads"], row["dim"]) == ("ours", "32768", "8", "128")
+    ]
+    words = " ".join(PAGE.split())
+    assert f"take {4 * product:.1f} and {15 * product:.1f} ms at 32,768 tokens" in words
+    assert f"ours take {ours[0]:.1f} and {ours[1]:.1f} ms" in words
+
+
 def test_the_published_run_is_so_many_times_slower() -> None:
     row = next(row for row in rows_of("million/million.csv") if row["name"] == "0.6b-1048576")
     words = " ".join(PAGE.split())

@@ -1,103 +1,177 @@
-"""`python benchmarks/sanitize.py`: a small run of every kernel under compute-sanitizer's memcheck and racecheck.
+"""`python benchmarks/sanitize.py [CASE …]`: a small run of every kernel under compute-sanitizer's memcheck and racecheck.
 
+--list names the cases; --run runs them without compute-sanitizer, on a GPU, or with TRITON_INTERPRET=1 on a CPU.
 Racecheck watches shared memory alone; what the kernels exchange through global memory (select) is held by barriers, and tested.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TOOLS = ("memcheck", "racecheck")
-NAMES = [x for name in ("lighthouse", "parallax", "wall") for x in ("--kernel-name", f"kernel_substring={name}")]
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+HEADS, GROUPS = 4, 2
+BOUNDS = (0, 100, 101, 300)
+"""Of documents, one of a single token."""
 
 
-def small_run() -> None:
-    """Each kernel once, forward and backward, at shapes that take every branch; compares with the reference."""
+def lighthouse(n: int, levels: int, pooling: int, budget: int, tile_budget: int, h: int, g: int, d: int) -> None:
+    """Each kernel once, forward and backward; compares selections with the reference."""
     import torch
 
     from megatron_lighthouse import LighthouseConfig
     from megatron_lighthouse.kernels import lighthouse as kernels
     from megatron_lighthouse.lighthouse import reference
 
-    # N, L, p, k, m, H, G, D: windows larger than a block of scores, tiles larger than a block of keys, p = 3, odd D
-    for n, levels, pooling, budget, tile_budget, h, g, d in (
-        (2048, 3, 4, 32, 16, 4, 2, 64),
-        (1440, 3, 3, 32, 16, 2, 1, 40),
-        (2048, 5, 4, 8, 4, 1, 1, 256),
-        (16384, 2, 2, 8, 8, 1, 1, 32),
-    ):
-        geometry = LighthouseConfig(levels, pooling, budget, tile_budget).geometry(n)
-        q, k, v = (torch.randn(n, 1, x, d, device="cuda", dtype=torch.bfloat16, requires_grad=True) for x in (h, g, g))
-        selection = kernels.select(kernels.score(q, k, geometry), geometry, True)
-        expected = reference.select(reference.score(q, k, geometry), geometry, True)
-        assert torch.equal(selection.places, expected.places)
-        causal = kernels.select(kernels.score(q, k, geometry), geometry, True, True)
-        assert torch.equal(causal.scattered, reference.select(reference.score(q, k, geometry), geometry, True, True).scattered)
-        rows = kernels.gather(q, k, v, selection)
-        out = kernels.scatter(rows[0], selection)
-        torch.autograd.backward([out, *rows[1:]], [torch.randn_like(x) for x in (out, *rows[1:])])
-        torch.cuda.synchronize()
-    for attention in (small_parallax, small_wall):
-        attention()
-    print("small run done")
+    geometry = LighthouseConfig(levels, pooling, budget, tile_budget).geometry(n)
+    q, k, v = (rows(n, x, d, torch.bfloat16).requires_grad_() for x in (h, g, g))
+    selection = kernels.select(kernels.score(q, k, geometry), geometry, True)
+    expected = reference.select(reference.score(q, k, geometry), geometry, True)
+    assert torch.equal(selection.places, expected.places)
+    causal = kernels.select(kernels.score(q, k, geometry), geometry, True, True)
+    assert torch.equal(causal.scattered, reference.select(reference.score(q, k, geometry), geometry, True, True).scattered)
+    gathered = kernels.gather(q, k, v, selection)
+    out = kernels.scatter(gathered[0], selection)
+    torch.autograd.backward([out, *gathered[1:]], [torch.randn_like(x) for x in (out, *gathered[1:])])
 
 
-def small_parallax() -> None:
-    """Forward and backward of Parallax: heads in groups, a window, documents, a last tile that is not full."""
-    import torch
+def parallax(dim: int, dtype: str, **options: Any) -> None:
+    """Forward and backward: heads in groups, a last tile that is not full."""
+    from megatron_lighthouse.parallax.layer import build
 
-    from megatron_lighthouse.parallax.attention import parallax_attention
-
-    bounds = torch.tensor([0, 100, 101, 300], dtype=torch.int32, device="cuda")
-    for dim, options in ((128, {}), (64, {"window": 70}), (40, {"cu_seqlens": bounds})):
-        rows = [torch.randn(300, 1, heads, dim, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2, 4)]
-        q, k, v, r = (x.requires_grad_() for x in rows)
-        out = parallax_attention(q, r, k, v, **options)
-        out.backward(torch.randn_like(out))
-        torch.cuda.synchronize()
+    q, r, k, v = given(300, dim, dtype)
+    if bounds := options.get("cu_seqlens"):
+        options["cu_seqlens"] = q.new_tensor(bounds).int()
+    finite(build(q, k, kernels="triton", **options)(q, r, k, v), q, r, k, v)
 
 
-def small_wall() -> None:
-    """Likewise of Wall by its kernels, in pieces; and of the rows that Lighthouse gathers for it."""
-    import torch
-
-    from megatron_lighthouse import LighthouseConfig, lighthouse_attention
+def wall(dim: int, dtype: str, bounds: tuple[int, ...] = (), window: int | None = None, scalar: bool = False) -> None:
+    """Likewise, in pieces of 128 tokens, of which the last is not full."""
     from megatron_lighthouse.wall.cut import Step
+    from megatron_lighthouse.wall.gates import LogSigmoid
     from megatron_lighthouse.wall.layer import build
+    from megatron_lighthouse.wall.pieces import Sight
 
-    Step.TOKENS = 200
-    for dim in (128, 64, 80):
-        rows = [torch.randn(500, 1, heads, dim, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2, 4)]
-        q, k, v, g = (x.requires_grad_() for x in rows)
-        out = build(q, k, v, 4, kernels="triton")(q, k, v, -g.float().exp(), None, None)
-        out.backward(torch.randn_like(out))
-        torch.cuda.synchronize()
-    config = LighthouseConfig(3, 4, 32, 16, around="wall")
-    q, k, v, g = (torch.randn(2048, 1, 2, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(4))
-    out = lighthouse_attention(q, k, v, config, streams=[-g.float().exp()])
+    q, logits, k, v = given(300, dim, dtype)
+    more = [rows(300, HEADS, 1, q.dtype).requires_grad_()] if scalar else []
+    step, Step.TOKENS = Step.TOKENS, 128
+    attend = build(q, k, v, HEADS, sight=Sight(bounds, window), kernels="triton", biased=scalar)
+    gate, *scalars = (LogSigmoid()(x) for x in (logits, *more))
+    out = attend(q, k, v, gate, scalars[0] if scalar else None, None)
+    Step.TOKENS = step
+    finite(out, q, logits, k, v, *more)
+
+
+def around(name: str, dtype: str) -> None:
+    """Lighthouse around another attention, whose rows it gathers."""
+    from megatron_lighthouse import LighthouseConfig, lighthouse_attention
+    from megatron_lighthouse.variants import VARIANTS
+
+    q, stream, k, v = given(512, 64, dtype)
+    variant, config = VARIANTS[name], LighthouseConfig(3, 4, 8, 4, steps="kernels", around=name)
+    assert variant.config is not None
+    own = variant.config(kernels="triton")
+    streams = variant.of_projections(own, (stream,))
+    finite(lighthouse_attention(q, k, v, config, streams=streams, around=own), q, stream, k, v)
+
+
+def rows(tokens: int, heads: int, dim: int, dtype: Any) -> Tensor:
+    import torch
+
+    return torch.randn(tokens, 1, heads, dim, device=DEVICE, dtype=dtype)
+
+
+def given(tokens: int, dim: int, dtype: str) -> list[Tensor]:
+    """Queries, a stream like them, keys and values."""
+    import torch
+
+    kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    return [rows(tokens, heads, dim, kind).requires_grad_() for heads in (HEADS, HEADS, GROUPS, GROUPS)]
+
+
+def finite(out: Tensor, *inputs: Tensor) -> None:
+    """Backward; every output and gradient is a number, but in bf16 under the interpreter, which multiplies its bits."""
+    import torch
+
     out.backward(torch.randn_like(out))
-    torch.cuda.synchronize()
+    found = [out, *(x.grad for x in inputs)]
+    if DEVICE == "cuda" or out.dtype == torch.float32:
+        assert all(x is not None and bool(x.isfinite().all()) for x in found)
 
 
-def main() -> None:
-    if "--run" in sys.argv:
-        small_run()
-        return
-    failed = False
+# N, L, p, k, m, H, G, D: windows larger than a block of scores, tiles larger than a block of keys, p = 3, odd D
+SELECTIONS = (
+    (2048, 3, 4, 32, 16, 4, 2, 64),
+    (1440, 3, 3, 32, 16, 2, 1, 40),
+    (2048, 5, 4, 8, 4, 1, 1, 256),
+    (16384, 2, 2, 8, 8, 1, 1, 32),
+)
+CASES: dict[str, Callable[[], None]] = {
+    **{f"lighthouse-{sizes[0]}-{sizes[-1]}": partial(lighthouse, *sizes) for sizes in SELECTIONS},
+    **{f"parallax-{dim}-{dtype}": partial(parallax, dim, dtype) for dim in (40, 64, 128) for dtype in ("bf16", "fp32")},
+    "parallax-window": partial(parallax, 64, "bf16", window=70),
+    "parallax-documents": partial(parallax, 128, "bf16", cu_seqlens=BOUNDS),
+    **{f"wall-{dim}-{dtype}": partial(wall, dim, dtype) for dim in (64, 80, 128) for dtype in ("bf16", "fp32")},
+    "wall-window": partial(wall, 64, "bf16", window=70),
+    "wall-documents": partial(wall, 128, "bf16", BOUNDS),
+    "wall-scalar": partial(wall, 64, "fp32", scalar=True),
+    **{f"around-{name}": partial(around, name, "bf16") for name in ("parallax", "wall")},
+}
+
+
+def run(names: list[str]) -> None:
+    import torch
+
+    for name in names:
+        CASES[name]()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        print(f"{name}: done", flush=True)
+
+
+def sanitized(names: list[str]) -> bool:
+    """Whether both tools find nothing."""
+    command = [sys.executable, __file__, "--run", *names]
+    of_kernels = [x for name in ("lighthouse", "parallax", "wall") for x in ("--kernel-name", f"kernel_substring={name}")]
+    # without torch's cache of memory, so that every tensor has bounds of its own
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    # the cache of kernels is filled first: compiling under the sanitizer takes minutes
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    clean = True
     for tool in TOOLS:
-        # the cache of kernels is filled first: compiling under the sanitizer takes minutes
-        subprocess.run([sys.executable, __file__, "--run"], check=True, stdout=subprocess.DEVNULL)
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *NAMES]
-        # without torch's cache of memory, so that every tensor has bounds of its own
-        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        run = [*command, sys.executable, __file__, "--run"]
-        result = subprocess.run(run, capture_output=True, text=True, env=environment)
+        under = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *of_kernels, *command]
+        result = subprocess.run(under, capture_output=True, text=True, env=environment)
         print(f"{tool}: exit status {result.returncode}\n{result.stdout[-1500:]}{result.stderr[-500:]}", flush=True)
-        failed |= bool(result.returncode)
-    raise SystemExit(failed)
+        clean &= not result.returncode
+    return clean
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="or the beginning of some, as 'wall'; default: all")
+    parser.add_argument("--list", action="store_true", help="name the cases, and stop")
+    parser.add_argument("--run", action="store_true", help="without compute-sanitizer")
+    options = parser.parse_args()
+    names = [name for name in CASES if name.startswith(tuple(options.cases) or "")]
+    if unknown := [case for case in options.cases if not any(name.startswith(case) for name in CASES)]:
+        parser.error(f"{' '.join(unknown)}: no case begins so; use some of {', '.join(CASES)}")
+    if options.list:
+        print("\n".join(names))
+        return 0
+    if options.run:
+        run(names)
+        return 0
+    return 0 if sanitized(names) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

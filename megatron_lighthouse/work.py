@@ -20,5 +20,7 @@ class Work:
     rows_kept: float = 0.0
     """With Lighthouse around it, kept besides for each gathered row; `tokens_kept` for each token. Likewise."""
     tokens_kept: float = 0.0
+    backward: float = 0.0
+    """Held besides while its backward runs, for each row that it attends to. Likewise."""
     assumed: str | None = None
     """What the times rest on, where they were not measured here."""

@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+from megatron_lighthouse.lighthouse.scorers import SCORERS
+from megatron_lighthouse.variants import VARIANTS
+
 NOTED = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "TORCHDYNAMO_DISABLE", "CUDA_DEVICE_MAX_CONNECTIONS")
 """By pytest and torch, and by the stand-in for CUDA, which stays."""
 
@@ -49,7 +52,7 @@ def state() -> dict[str, Any]:
         "process groups": torch.distributed.is_initialized(),
         "Megatron's arguments": _global_args(),
         "hooks": [f"{owner.__name__}.{name}" for owner, name, _ in hooks()],
-        "attentions and scorers": _registered(),
+        "attentions and scorers": [*VARIANTS, *SCORERS],
     }
 
 
@@ -75,8 +78,3 @@ def unhook() -> None:
 def _global_args() -> Any:
     known = sys.modules.get("megatron.training.global_vars")
     return known and known._GLOBAL_ARGS
-
-
-def _registered() -> list[str]:
-    of = {"megatron_lighthouse.variants": "VARIANTS", "megatron_lighthouse.lighthouse.scorers": "SCORERS"}
-    return [name for module, registry in of.items() if (known := sys.modules.get(module)) for name in getattr(known, registry)]

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
+
+from megatron_lighthouse.variants import VARIANTS
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,3 +48,24 @@ def test_imports_go_one_way() -> None:
         graph = {name: imported(path, paths.keys() - {name}) for name, path in paths.items()}
         assert sum(map(len, graph.values())) >= least
         TopologicalSorter(graph).prepare()  # raises on a cycle, and names it
+
+
+def sanitize(*words: str) -> list[str]:
+    """What the script prints, its kernels interpreted."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "sanitize.py"), *words]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.split()
+
+
+def test_every_attention_is_sanitized() -> None:
+    names = sanitize("--list")
+    ours = {variant.name for variant in VARIANTS.values() if not variant.native}
+    assert ours <= {name.partition("-")[0] for name in names}
+    around = {variant.around for variant in VARIANTS.values() if variant.around and not variant.native}
+    assert {f"around-{name}" for name in around} <= {*names}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["parallax-window", "wall-window", "around-wall"])
+def test_a_case_runs(case: str) -> None:
+    assert sanitize("--run", case) == [f"{case}:", "done"]

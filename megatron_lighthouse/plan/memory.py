@@ -145,10 +145,10 @@ def _attention_backward(run: Run) -> float:
     """What the backward of a layer's attention holds beyond what its forward kept.
 
     Gradients of the residual sum, the output, Q, K and V. Of the rows of the run's widest attention, which where all layers are
-    Lighthouse are the gathered ones: cuDNN's gradient of Q in fp32 (a workspace: the measured peaks say so, no trace does);
-    over several ranks also the sum over ranks of the gradients of Q, and what is exchanged: for p2p two sets of keys, values
-    and their gradients (bf16 in Transformer Engine's ring, of dense layers; fp32 in ours), for all_gather all keys and values
-    and their fp32 gradients, for a2a as much as the rank's own rows.
+    Lighthouse are the gathered ones: cuDNN's gradient of Q in fp32 (a workspace: the measured peaks say so, no trace does), and
+    what another attention than softmax holds (`Work.backward`); over several ranks also the sum over ranks of the gradients of
+    Q, and what is exchanged: for p2p two sets of keys, values and their gradients (bf16 in Transformer Engine's ring, of dense
+    layers; fp32 in ours), for all_gather all keys and values and their fp32 gradients, for a2a as much as the rank's own rows.
     """
     model, tp, cp = run.model, run.tensor_parallel, run.context_parallel
     columns, keys = model.heads * model.head_dim // tp, 2 * run.layer.groups * model.head_dim
@@ -156,6 +156,7 @@ def _attention_backward(run: Run) -> float:
     only = run.lighthouse_layers == model.layers
     gathered = max(geometry.gathered_length for geometry in (run.geometry, run.edge) if geometry) if only else run.seq_length
     rows = gathered / cp
+    of_tokens += rows * BF16 * columns * run.work.backward
     if cp == 1:
         return of_tokens + rows * FP32 * columns
     exchanged = {

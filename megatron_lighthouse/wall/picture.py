@@ -30,7 +30,8 @@ def draw(lives: Lives, path: Path, title: str) -> None:
     image = by_head.imshow(medians, aspect="auto", cmap="viridis", norm=LogNorm(), interpolation="nearest")
     if len(heads) <= WRITTEN:
         for (i, j), value in numpy.ndenumerate(medians):
-            by_head.text(j, i, f"{value:,.0f}", ha="center", va="center", color="white", fontsize=7)
+            colour = "white" if image.norm(value) < 0.6 else "black"
+            by_head.text(j, i, f"{value:,.0f}", ha="center", va="center", color=colour, fontsize=7)
     by_head.set(xlabel="head of gates", ylabel="layer", yticks=range(len(layers)), yticklabels=layers)
     by_head.set(xticks=range(len(heads)), xticklabels=heads, title=f"half-life, median of channels: {title}")
     figure.colorbar(image, ax=by_head, label="tokens")

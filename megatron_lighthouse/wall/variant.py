@@ -86,7 +86,7 @@ class Wall(Variant):
     counted = logs = True
 
     def work(self, config: WallConfig | None, shape: Shape) -> Work:
-        """Time by an H200 (docs/measured_h200.md), where each query head has gates; memory by count.
+        """Time and what backward holds are an H200's (docs/measured_h200.md), of gates of each query head; the rest is counted.
 
         An element of fp32 is two of bf16. Kept are the gates' logits, gates, and keys that have faded; of gathered rows gates,
         and keys of as many heads, which fade once more, and of all tokens logits, gates and keys.
@@ -99,6 +99,7 @@ class Wall(Variant):
             kept=(1 + 2 + 1) * gates,
             rows_kept=(2 + 1 + 1) * gates - keys,
             tokens_kept=(1 + 2) * gates + keys,
+            backward=10,
             assumed="as its kernels on an H200",
         )
 

@@ -109,6 +109,20 @@ def kept(layer: Any, groups: int, tied: bool) -> int:
     return sum(nbytes for nbytes, _ in found.values())
 
 
+@pytest.mark.parametrize("tokens", [32768, 98304])
+def test_the_peak_is_that_of_an_h200(tokens: int) -> None:
+    """Beyond inputs and the output's gradient, which were there before."""
+    heads, dim = 8, 128
+    run = Run(GPT(layers=1, hidden=1, ffn=1, heads=heads, groups=heads, head_dim=dim, vocab=128), tokens, H200, "wall")
+    inputs = 3 + 1 + 2  # q, k, v, and of gates logits, which this run did not have, and fp32
+    others = tokens * 2 * (4 * run.model.hidden + 3 * run.model.ffn)
+    kept = memory.dense_activations(run) - others - tokens * heads * dim * 2 * inputs
+    peak = kept + memory._attention_backward(run) - tokens * 2 * (heads * dim + run.model.hidden)
+    with MEASURED.open() as file:
+        rows = [row for row in csv.DictReader(file) if (row["what"], row["tokens"]) == ("ours", str(tokens))]
+    assert peak / 2**30 == pytest.approx(float(rows[0]["peak_gib"]), rel=0.02)
+
+
 def run_with(*words: str) -> Run:
     return run_of_words([*recipe_words(RECIPE), "--position-embedding-type", "none", *words], DEVICES["h100"]).check()
 

@@ -270,7 +270,7 @@ write_evaluation() {
     local line number='([0-9.E+-]+)'
     line=$(grep -aE 'validation loss at iteration [0-9]+ on validation set' "$1" | tail -n 1) || return 1
     [[ $line =~ iteration\ ([0-9]+)\ .*\ loss\ value:\ $number\ .*PPL:\ $number ]] || return 1
-    printf '{"iteration": %d, "attention": "dense", "seq_length": %d, "eval_iters": %d, "validation_loss": %s, "perplexity": %s}\n' \
-        "${BASH_REMATCH[1]}" "$(argument --seq-length 0)" "$(argument --eval-iters 100)" "${BASH_REMATCH[2]}" "${BASH_REMATCH[3]}" \
-        >"$RUN/evaluation.json"
+    printf '{"iteration": %d, "attention": "%s", "seq_length": %d, "eval_iters": %d, "validation_loss": %s, "perplexity": %s}\n' \
+        "${BASH_REMATCH[1]}" "$(argument --attention dense)" "$(argument --seq-length 0)" "$(argument --eval-iters 100)" \
+        "${BASH_REMATCH[2]}" "${BASH_REMATCH[3]}" >"$RUN/evaluation.json"
 }

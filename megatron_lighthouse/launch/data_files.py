@@ -1,4 +1,4 @@
-"""What `check` asks of the files of a run: data, tokenizer, first checkpoint, and whether a container sees them.
+"""What `check` asks of the files of a run: data, tokenizer, and whether a container sees them.
 
 Imports no Megatron.
 """
@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from megatron_lighthouse.mcore.command_line.stored import TRACKER
 from megatron_lighthouse.mcore.data import blends, files, tokenizers
 from megatron_lighthouse.mcore.data.blends import LISTS, TOKENIZERS, remote, value
 
@@ -29,14 +28,6 @@ def data(args: argparse.Namespace, sees: Sees) -> Iterator[str]:
     if not blends.sources(args):
         yield "the run has no data: add --data-path PREFIX, --text-data PATH or --mock-data after the --."
     yield from files.problems(args, partial(here, sees))
-
-
-def checkpoint(args: argparse.Namespace, sees: Sees) -> Iterator[str]:
-    """Whether the first checkpoint is there, where the run has none of its own yet."""
-    path = args.pretrained_checkpoint
-    if not path or remote(path) or here(sees, path).is_dir() or (args.load and here(sees, f"{args.load}/{TRACKER}").is_file()):
-        return
-    yield f"--pretrained-checkpoint {path} is not there: give a folder of checkpoints that all nodes see."
 
 
 def unseen(args: argparse.Namespace, sees: Sees) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -112,6 +113,24 @@ def test_a_login_node_goes_by_the_cluster_file(gpu: str, read: str, says: str, t
     (tmp_path / "mine.env").write_text(f"NODES=1\nGPUS_PER_NODE=1\nARCH=hopper\nGPU={gpu}\n")
     script = f'read_cluster "$1"; source "$LAUNCH/study.sh"; nvidia-smi() {{ echo "{read}"; }}; device'
     assert common(script, str(tmp_path / "mine.env")).strip() == says
+
+
+@pytest.mark.parametrize(
+    ("recipe", "attention"),
+    [
+        ("--attention lighthouse", "dense"),
+        ("--attention lighthouse --lighthouse-around wall", "wall"),
+        ("--attention parallax", "parallax"),
+    ],
+)
+def test_an_evaluation_says_what_attended(recipe: str, attention: str, tmp_path: Path) -> None:
+    (tmp_path / "log").write_text(
+        " validation loss at iteration 4 on validation set | lm loss value: 2.5E+00 | lm loss PPL: 1E+01 |"
+    )
+    script = 'RECIPE_ARGUMENTS=($2) MEGATRON=() PROFILE="" AS=evaluation; run_arguments; write_evaluation "$1"'
+    common(script, str(tmp_path / "log"), recipe, RUN=str(tmp_path))
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert (found["iteration"], found["attention"], found["validation_loss"]) == (4, attention, 2.5)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -177,6 +177,10 @@ def test_text_and_tokenizers_are_not_empty(tmp_path: Path, capsys: pytest.Captur
         (("--mock-data", "--tokenizer-model", f"{tmp_path}/folder"), f"--tokenizer-model {tmp_path}/folder is empty"),
         (("--mock-data", "--vocab-file", f"{tmp_path}/empty"), f"--vocab-file {tmp_path}/empty is empty"),
         (("--mock-data", "--pretrained-checkpoint", f"{tmp_path}/no"), f"--pretrained-checkpoint {tmp_path}/no is not there"),
+        (
+            ("--mock-data", "--save", f"{tmp_path}/short/run"),
+            f"/short/run cannot be made: {tmp_path}/short is no",
+        ),
     ):
         own = ["--nodes", "2", "--gpus-per-node", "1", "--", *words("cpu-test")]
         assert check.main([*own, *arguments]) == 1, arguments

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections import Counter, defaultdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,16 @@ def words(*more: str) -> Namespace:
         ("--weight-decay 0.1", "--weight-decay or --start-weight-decay (0.1, was 0.01)"),
         ("--decoupled-lr 1e-3", "--decoupled-lr 0.001 makes other groups"),
         ("--decoupled-lr 1e-3 --override-opt-param-scheduler", "leave it out, or add --no-load-optim"),
+        (
+            "--adam-beta2 0.95",
+            "with --adam-beta2 (0.95, was 0.999) give what it was, or add --no-load-optim",
+        ),
+        (
+            "--adam-beta1 0.8 --adam-eps 1e-6 --override-opt-param-scheduler",
+            "--adam-beta1 (0.8, was 0.9); --adam-eps (1e-06",
+        ),
+        ("--optimizer sgd", "--optimizer (sgd, was adam)"),
+        ("--adam-beta2 0.95 --no-load-optim", ""),
         ("--lr 1e-3 --override-opt-param-scheduler", ""),
         ("--lr 1e-3 --use-checkpoint-opt-param-scheduler", ""),
         ("--lr 1e-3 --finetune", ""),
@@ -100,6 +111,16 @@ def words(*more: str) -> Namespace:
 def test_what_a_checkpoint_is_held_to(more: str, message: str, checkpoint: Path) -> None:
     found = "\n".join(resume.problems(words(*more.split()), checkpoint))
     assert (message in found) if message else not found
+
+
+def test_what_the_optimizer_was_begun_with_goes_on() -> None:
+    """Why another is refused: a state brings its groups, and they win."""
+    from megatron.core.optimizer import OptimizerConfig
+
+    old, new = (torch.optim.AdamW([torch.zeros(1, requires_grad=True)], betas=(0.9, b), eps=b / 1e8) for b in (0.999, 0.95))
+    new.load_state_dict(old.state_dict())
+    assert (new.param_groups[0]["betas"], new.param_groups[0]["eps"]) == ((0.9, 0.999), 0.999e-8)
+    assert {*resume.OF_OPTIMIZER} <= {field.name for field in fields(OptimizerConfig)}
 
 
 def test_no_checkpoint_is_no_problem(tmp_path: Path) -> None:

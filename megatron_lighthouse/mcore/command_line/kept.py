@@ -20,7 +20,9 @@ RUN = "--run-folder"
 NAME = "arguments.json"
 PLACES = ("", "checkpoints", "tensorboard")
 """In a run's folder, where the file may be."""
-WRITTEN = ("--save", "--load", "--tensorboard-dir", "--data-cache-path", "--lighthouse-selection-map", "--wandb-save-dir")
+FOLDERS = ("--save", "--tensorboard-dir", "--data-cache-path", "--wandb-save-dir")
+"""What a run makes where it is not there."""
+WRITTEN = (*FOLDERS, "--load", "--lighthouse-selection-map")
 """Paths, whether they exist or not."""
 READ = """
     --text-data --data-path --train-data-path --valid-data-path --test-data-path --data-args-path --per-split-data-args-path

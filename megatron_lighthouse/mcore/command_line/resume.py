@@ -1,4 +1,4 @@
-"""Whether a run can go on from its checkpoint with the learning rate it asks for. Imports no Megatron.
+"""Whether a run can go on from its checkpoint with the optimizer and the learning rate it asks for. Imports no Megatron.
 
 Megatron finds out when ranks and memory are taken, and ends with a status that a job requeues.
 """
@@ -30,6 +30,8 @@ FLAGS = {
 """What Megatron compares of its `OptimizerParamScheduler`'s state, and what it is made of. Steps are samples."""
 OF_GROUPS = {"decoupled_lr": "--decoupled-lr", "decoupled_min_lr": "--decoupled-min-lr"}
 """Rates of some parameters alone: in the stored arguments, not in the schedule."""
+OF_OPTIMIZER = ("optimizer", "adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "muon_momentum")
+"""What torch takes from the state of an optimizer that goes on; of another one there is none."""
 
 
 def check_resume(args: argparse.Namespace) -> None:
@@ -63,6 +65,7 @@ def problems(args: argparse.Namespace, load: Path | None, pretrained: Path | Non
             "begins anew."
         )
         return
+    yield from _other_optimizer(args, before, folder)
     was = getattr(before, "decoupled_lr", args.decoupled_lr)
     if (was is None) != (args.decoupled_lr is None):
         yield (
@@ -115,6 +118,15 @@ def _is_zero(checkpoint: Path, stream: Stream) -> bool:
     """Whether a stream is 0 whatever its input, in all layers of a checkpoint: by its norm's weights, or its own."""
     modules = (f"self_attention.{norm_of(stream)}.", f"self_attention.linear_{stream.name}.")
     return any(stored.is_zero(checkpoint, module) for module in modules)
+
+
+def _other_optimizer(args: argparse.Namespace, before: Any, folder: Path) -> Iterator[str]:
+    pairs = [(f"--{name.replace('_', '-')}", getattr(args, name), getattr(before, name, None)) for name in OF_OPTIMIZER]
+    if differ := [f"{option} ({asked}, was {was})" for option, asked, was in pairs if was not in (None, asked)]:
+        yield (
+            f"the optimizer in {folder} goes on as it was, whatever is asked for: with {'; '.join(differ)} give what it was, "
+            "or add --no-load-optim, and the optimizer begins anew."
+        )
 
 
 def _other_rates(args: argparse.Namespace, state: Mapping[str, Any], folder: Path) -> Iterator[str]:

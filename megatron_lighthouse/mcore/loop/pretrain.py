@@ -18,7 +18,7 @@ from megatron.training.arguments import parse_and_validate_args
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_lighthouse.lighthouse import telemetry
-from megatron_lighthouse.mcore.command_line import before, graphs, kept
+from megatron_lighthouse.mcore.command_line import before, graphs, kept, places
 from megatron_lighthouse.mcore.command_line.entry import LAYER, add_arguments, checked_model, with_all_arguments
 from megatron_lighthouse.mcore.data.datasets import train_valid_test_datasets
 from megatron_lighthouse.mcore.data.files import check_data
@@ -42,6 +42,7 @@ def run(program_start: float | None = None) -> None:
         words = sys.argv[1:] = kept.resumed(sys.argv[1:])
         if (given := before.given(sys.argv[1:])) and given.yaml_cfg is None:
             before.check(given)
+            places.check(given)
             check_data(given, whole=os.environ.get("RANK", "0") == "0")  # others must not read great indices again
             sys.argv[1:] = [*words, *graphs.taken(given, torch.cuda.is_available())]
         args = parse_and_validate_args(extra_args_provider=with_all_arguments)

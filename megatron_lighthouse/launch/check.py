@@ -113,7 +113,7 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
     problems += inner.device_problems(args, CAPABILITY[options.arch])
     if problems:
         return [*dict.fromkeys(problems)], ""
-    if not device:
+    if not device or args.skip_train:  # an evaluation needs less than the training that it is of
         return [], summary(args, world)
     try:
         run = counted(words, args, device, world)

@@ -56,11 +56,16 @@ def attention_layers(model: Any) -> tuple[int, ...] | None:
     return tuple(number for number in numbers if not is_windowed(model, number))
 
 
+def all_windowed(model: Any) -> bool:
+    """Whether each layer sees a window alone, for nothing says which."""
+    return bool(getattr(model, "window_size", None)) and getattr(model, "window_attn_skip_freq", None) is None
+
+
 def is_windowed(model: Any, number: int) -> bool:
     """Whether the layer of this number sees a window alone, as Megatron has it."""
     every = getattr(model, "window_attn_skip_freq", None)
     if not getattr(model, "window_size", None) or every is None:
-        return bool(getattr(model, "window_size", None))
+        return all_windowed(model)
     return number % every != 0 if isinstance(every, int) else bool(every[number - 1])
 
 

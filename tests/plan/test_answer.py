@@ -78,6 +78,14 @@ def test_lengths_are_powers_of_two(text: str, found: int) -> None:
     assert numbers.length(text) == found
 
 
+def test_fewer_tokens_than_a_step_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """As 20, where 20B is meant."""
+    assert main("--model llama3-8b --gpus 8 --tokens 20".split()) == 2
+    assert "--tokens 20 are fewer than the 4,194,304 of one step: give more, such as 20B" in capsys.readouterr().err
+    assert main(["models", "--device", "h200"]) == 2
+    assert "plan models takes nothing, and --device h200 was given" in capsys.readouterr().err
+
+
 def test_what_is_no_number_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--tokens", "5Q"])

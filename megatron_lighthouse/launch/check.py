@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str], str]:
     """What is wrong as far as no Megatron is needed to tell; and the run in one line where nothing is."""
     from megatron_lighthouse.launch import restart
-    from megatron_lighthouse.launch.data_files import checkpoint, data, here, unseen
+    from megatron_lighthouse.launch.data_files import checkpoint, data, descriptions, here, unseen
     from megatron_lighthouse.launch.fits import counted, names_vocabulary, needs, too_much, without_logits
     from megatron_lighthouse.launch.layout import enough, layout, one_sequence
     from megatron_lighthouse.launch.sizes import sizes
@@ -108,7 +108,7 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
     nodes, gpus_per_node = (1, world) if options.exact else (options.nodes, options.gpus_per_node)
     args.world_size = None if options.exact else world  # a study takes as many as a point needs
     problems += [*layout(args, nodes, gpus_per_node), *sizes(args, options.runs_here)]
-    problems += [*data(args, sees), *checkpoint(args, sees), *unseen(args, sees)]
+    problems += [*data(args, sees), *descriptions(args, sees), *checkpoint(args, sees), *unseen(args, sees)]
     problems += restart.problems(args, load, base)
     problems += inner.device_problems(args, CAPABILITY[options.arch])
     if problems:

@@ -110,6 +110,8 @@ def test_parameters_are_gathered_beside_a_sharded_optimizer() -> None:
         ),
         ("--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 3", "must divide the 16 layers"),
         ("--fp8-format hybrid --transformer-impl local", "is read by Transformer Engine's layers alone: leave it out"),
+        ("--hybrid-layer-pattern " + "+-" * 16, "--group-query-attention does not go with multi-latent attention"),
+        ("--hybrid-layer-pattern " + "+-" * 16 + " --lighthouse-scorer dilated", "reads values of as many channels as keys"),
         ("--heterogeneous-layers-config-path nowhere.json", "nowhere.json is not there: give a file that all nodes see"),
         ("--fp8-recipe blockwise", "means nothing without --fp8-format: add it"),
         ("--window-size 4096 --window-attn-skip-freq 2", "must be two numbers, .*: use 4096,0"),

@@ -11,6 +11,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+LATENT = "+D"
+"""The symbols of layers with multi-latent attention, in a hybrid model's pattern."""
 ATTEND = "*+"
 """The symbols of layers with attention, and with multi-latent attention, in a hybrid model's pattern."""
 
@@ -23,6 +25,11 @@ def hybrid_pattern(model: Any) -> str | None:
     """
     pattern = written_pattern(model)[1]
     return pattern.partition("/")[0].replace("|", "") if pattern else None
+
+
+def is_latent(model: Any) -> bool:
+    """Whether its attention is multi-latent: by its flag, or by a pattern's symbols, of which Megatron makes the flag."""
+    return bool(model.multi_latent_attention or {*(hybrid_pattern(model) or "")} & {*LATENT})
 
 
 def written_pattern(model: Any) -> tuple[str, str | None]:

@@ -34,6 +34,9 @@ at=$(argument --lighthouse-stage2-at '')
 [[ -z $at ]] || die "--lighthouse-stage2-at $at is both stages in one job, and two_stage.sh queues a job for each: leave it out, or use" \
     "launch/submit.sh for the one job."
 STAGE2=$(stage2_attention)
+attention=$(argument --attention lighthouse)
+[[ $attention == lighthouse || $attention == "$STAGE2" ]] || die "--attention $attention is neither stage's, which are lighthouse and" \
+    "$STAGE2 (--lighthouse-around): leave it out, or use launch/submit.sh, which trains one stage of it."
 EVAL_ITERS=${EVAL_ITERS:-$(argument --eval-iters 100)}
 [[ $EVAL_ITERS =~ ^[0-9]+$ ]] || die "--eval-iters $EVAL_ITERS must be a number of batches: use 32, or 0 for no evaluation."
 

@@ -16,9 +16,10 @@ class Lines:
         self.last, self.stream = "", sys.stderr
 
     def write(self, text: str) -> None:
-        if text.strip() and text.strip() != self.last:
-            self.last = text.strip()
-            self.stream.write(self.last + "\n")
+        done = text.strip().partition(" [")[0]  # but the time: drawn again where nothing was done since, or at the end
+        if done and done != self.last:
+            self.last = done
+            self.stream.write(text.strip() + "\n")
 
     def flush(self) -> None:
         self.stream.flush()

@@ -65,8 +65,16 @@ def test_budgets_are_offered_before_lengths() -> None:
         LighthouseConfig().geometry(32768)
     with pytest.raises(ValueError, match=r"use config.budget 16 config.tile_budget 16, or query's N \d+"):
         LighthouseConfig().geometry(1024)
-    with pytest.raises(ValueError, match=r"query's N 98305 .* use query's N 98304 or 98496\.$"):  # no budget fits
+    with pytest.raises(ValueError, match=r"query's N 98305 .* use query's N 98304 or 98560\.$"):  # no budget fits
         given(98305).geometry(98305)
+
+
+@pytest.mark.parametrize("power", [2**16, 2**17, 2**18, 2**20])
+@pytest.mark.parametrize("typed", [-72, -1, 1, 72])
+def test_a_length_beside_a_power_of_two_is_offered_that(power: int, typed: int) -> None:
+    """As 131,000 for 131,072, whatever budget the odd length would have come nearest to."""
+    with pytest.raises(ValueError, match=rf"query's N {power + typed} must be .*: use query's N (\d+ or )?{power}\b"):
+        given(power + typed).geometry(power + typed)
 
 
 def test_the_library_takes_a_length_too() -> None:

@@ -14,7 +14,7 @@ import pytest
 from megatron_lighthouse import bars
 from megatron_lighthouse.plan.words import recipe_words
 from megatron_lighthouse.quiet import quiet_imports
-from megatron_lighthouse.usage import Parser, once, with_nearest
+from megatron_lighthouse.usage import Parser, once, unknown_flag, with_nearest
 
 ROOT = Path(__file__).parents[1]
 OURS = "python -m megatron_lighthouse."
@@ -139,6 +139,24 @@ def test_a_bar_without_a_terminal_is_lines(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(lines) <= 3
     assert lines[-1].startswith("evaluation: 100%")
     assert written.endswith("\n")
+
+
+def test_what_is_drawn_again_is_no_line_of_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bars.sys, "stderr", stream := io.StringIO())
+    lines = bars.Lines()
+    for drawn in (
+        "\rx:  39%|# | 311/800 [00:10<00:15]",
+        "\rx:  39%|# | 311/800 [00:28<00:15]",
+        "\rx: 100%|##| 800/800 [00:49]",
+    ):
+        lines.write(drawn)
+    assert stream.getvalue() == "x:  39%|# | 311/800 [00:10<00:15]\nx: 100%|##| 800/800 [00:49]\n"
+
+
+def test_a_flag_cut_short_is_taken_for_its_beginning() -> None:
+    known = ["--data-path", "--fim-data", "--run-folder", "--lr-warmup-iters", "--warmup-iters"]
+    for word, meant in (("--data", "--data-path"), ("--lr-warmup-iter", "--lr-warmup-iters"), ("--fim-dat", "--fim-data")):
+        assert unknown_flag(word, known) == f"{word} is not a known flag: did you mean {meant}?"
 
 
 def test_what_is_said_of_several_is_said_once() -> None:

@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str], str]:
     """What is wrong as far as no Megatron is needed to tell; and the run in one line where nothing is."""
     from megatron_lighthouse.launch import restart
-    from megatron_lighthouse.launch.data_files import data, here, unseen
+    from megatron_lighthouse.launch.data_files import data, descriptions, here, unseen
     from megatron_lighthouse.launch.fits import counted, names_vocabulary, needs, too_much, without_logits
     from megatron_lighthouse.launch.layout import enough, layout, one_sequence
     from megatron_lighthouse.launch.sizes import sizes
@@ -108,12 +108,12 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
     nodes, gpus_per_node = (1, world) if options.exact else (options.nodes, options.gpus_per_node)
     args.world_size = None if options.exact else world  # a study takes as many as a point needs
     problems += [*layout(args, nodes, gpus_per_node), *sizes(args, options.runs_here)]
-    problems += [*data(args, sees), *places.problems(args, partial(here, sees)), *unseen(args, sees)]
+    problems += [*data(args, sees), *descriptions(args, sees), *places.problems(args, partial(here, sees)), *unseen(args, sees)]
     problems += restart.problems(args, load, base)
     problems += inner.device_problems(args, CAPABILITY[options.arch])
     if problems:
         return [*dict.fromkeys(problems)], ""
-    if not device:
+    if not device or args.skip_train:  # an evaluation needs less than the training that it is of
         return [], summary(args, world)
     try:
         run = counted(words, args, device, world)
@@ -153,12 +153,12 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 def settled(args: argparse.Namespace) -> argparse.Namespace:
     """With what Megatron makes of one argument by another, as far as the rules read it."""
-    from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern
+    from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern, is_latent
 
     args.seq_length = args.encoder_seq_length if args.seq_length is None else args.seq_length
     args.num_layers = args.encoder_num_layers if args.num_layers is None else args.num_layers
     if pattern := hybrid_pattern(args):
-        args.num_layers = len(pattern)
+        args.num_layers, args.multi_latent_attention = len(pattern), is_latent(args)
     args.rank = 0
     if not args.group_query_attention:  # then it is not read
         args.num_query_groups = None

@@ -13,6 +13,8 @@ from pathlib import Path
 from megatron_lighthouse.mcore.data import blends, files, tokenizers
 from megatron_lighthouse.mcore.data.blends import LISTS, TOKENIZERS, remote, value
 
+DESCRIPTIONS = ("--heterogeneous-layers-config-path", "--te-precision-config-file", "--tp-comm-overlap-cfg")
+"""Files that say what the model is, or how it is run."""
 type Sees = dict[str, str]
 """A container's folders, and what they are on this machine; none without a container."""
 
@@ -28,6 +30,13 @@ def data(args: argparse.Namespace, sees: Sees) -> Iterator[str]:
     if not blends.sources(args):
         yield "the run has no data: add --data-path PREFIX, --text-data PATH or --mock-data after the --."
     yield from files.problems(args, partial(here, sees))
+
+
+def descriptions(args: argparse.Namespace, sees: Sees) -> Iterator[str]:
+    """Whether files that describe the run are there."""
+    for name in DESCRIPTIONS:
+        if (path := value(args, name)) and not remote(path) and not here(sees, path).is_file():
+            yield f"{name} {path} is not there: give a file that all nodes see."
 
 
 def unseen(args: argparse.Namespace, sees: Sees) -> Iterator[str]:
@@ -48,7 +57,7 @@ def _paths(args: argparse.Namespace, sees: Sees) -> Iterator[tuple[str, str]]:
     except ValueError:
         pass  # `data` says so
     yield from (("--text-data", path) for path in args.text_data or ())
-    for name in (*LISTS, "--per-dataset-sequences-path", "--pretrained-checkpoint"):
+    for name in (*LISTS, "--per-dataset-sequences-path", "--pretrained-checkpoint", *DESCRIPTIONS):
         if path := value(args, name):
             yield name, path
     for name in TOKENIZERS:

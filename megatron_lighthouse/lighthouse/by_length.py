@@ -20,8 +20,8 @@ def by_length(
     """The fields of `NAMES` for a sequence of `seq_length` tokens (N), those that are given left as they are.
 
     Of budgets that fit, that of `TABLE`, in the largest tiles; where none of it does, the nearest to it, of half to twice as
-    many. Where none fits, one that `LighthouseConfig.geometry` refuses. On how many ranks it runs makes no difference: a
-    checkpoint goes on with others.
+    many. Where none fits, one that `LighthouseConfig.geometry` refuses, of 2^n tiles, so that it is that of a length nearby. On
+    how many ranks it runs makes no difference: a checkpoint goes on with others.
     """
     least, share = next((levels, share) for most, levels, share in TABLE if most is None or seq_length <= most)
     levels = least if levels is None else levels
@@ -42,7 +42,9 @@ def by_length(
         if wanted <= 2 * budget <= 4 * wanted and fits(budget, tile)
     )
     tile = next((tile for tile in tiles if tile <= wanted), tiles[-1])
-    found = exact[0] if exact else next(near, (max(1, wanted // tile) * tile, tile))
+    most = min(wanted * 3 // 2, seq_length // window)
+    of_nearby = max([tile << step for step in range(most.bit_length()) if tile << step <= most], default=tile)
+    found = exact[0] if exact else next(near, (of_nearby, tile))
     return {"levels": levels, "budget": found[0], "tile_budget": found[1]}
 
 

@@ -164,6 +164,8 @@ def plan(options: argparse.Namespace) -> str:
     else:
         run.check()
         ranking = search.rank(run, speed, fraction)
+    if tokens < (step := run.global_batch * run.seq_length):
+        raise ValueError(f"--tokens {tokens:g} are fewer than the {step:,} of one step: give more, such as 20B.")
     stages = Stages(run, fraction).check()
     said = answer(name, stages, ranking, tokens, speed)
     return f"{said}\n\n{report.whole(stages, ranking, speed)}" if options.details else said
@@ -174,6 +176,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["scaling"]:
         return scaling_main(arguments[1:])
     if arguments[:1] == ["models"]:
+        if more := " ".join(arguments[1:]):
+            print(
+                f"plan models takes nothing, and {more} was given: ask for one model, by --model NAME {more}.", file=sys.stderr
+            )
+            return 2
         print(gains.table(coefficients()))
         return 0
     options = parser().parse_args(arguments)

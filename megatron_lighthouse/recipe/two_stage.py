@@ -28,6 +28,14 @@ SHOWN = ("tokens/s=", "validation loss", "saving checkpoint", "loaded checkpoint
 """Lines of Megatron's log that the terminal shows; the log file has all."""
 
 
+OF_OURS = {
+    **dict.fromkeys(("--train-iters", "--exit-interval"), "--steps and --dense-steps"),
+    **dict.fromkeys(("--save", "--load", "--tensorboard-dir", "--data-cache-path"), "--runs and --name"),
+    "--text-data": "--data",
+}
+"""Flags of Megatron's that are made of ours: given too, they would win over both stages."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run both stages and draw the pictures; answers an exit status."""
     parser = _parser()
@@ -35,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     ask_for_megatron("megatron_lighthouse.recipe.two_stage")
     if typed := _cut_short(parser, extra):
         parser.error("unrecognized arguments: " + " ".join(typed))
+    for flag, _ in kept.options(extra):
+        if flag in OF_OURS:
+            parser.error(f"{flag} is made of {OF_OURS[flag]} here: use these.")
     from megatron_lighthouse.variants import VARIANTS, base_in  # torch, which --help need not wait for
 
     if options.attention not in VARIANTS:

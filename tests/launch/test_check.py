@@ -96,9 +96,7 @@ def test_no_run_is_refused_for_an_assumed_vocabulary(capsys: pytest.CaptureFixtu
     assert checked("530m-98k", 8, "--vocab-size 128256", *H100) == 1
 
 
-@pytest.mark.parametrize(
-    "more", ["--num-experts 8", "--multi-latent-attention --attention dense", "--micro-batch-size 2", "--skip-train"]
-)
+@pytest.mark.parametrize("more", ["--num-experts 8", "--multi-latent-attention --attention dense", "--micro-batch-size 2"])
 def test_silence_about_what_the_plan_does_not_know(more: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert checked("530m-98k", 8, more, *H100) == 0
     assert "GiB" not in capsys.readouterr().out

@@ -47,8 +47,7 @@ def test_both_stages_and_the_evaluation_are_checked_in_one_go(tmp_path: Path) ->
     assert not (tmp_path / "run").exists()
     wrong = submit(tmp_path, *OURS, *stages, "--", "--mock-data", "--sft", script="two_stage.sh")
     assert wrong.returncode == 2
-    for label in ("stage-1", "stage-2", "evaluation"):
-        assert f"{label}: --sft (packed sequences) is not done by" in wrong.stderr
+    assert "- stage-1, stage-2, evaluation: --sft (packed sequences) is not done by" in wrong.stderr
     assert "Nothing was queued." in wrong.stderr
 
 

@@ -129,6 +129,35 @@ def test_two_jobs_do_not_switch_in_one(word: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--attention wall", "--attention wall is neither stage's, which are lighthouse and dense"),
+        ("--attention parallax --lighthouse-around wall", "which are lighthouse and wall (--lighthouse-around): leave it out"),
+        ("--attention dense", ""),
+        ("--attention=parallax --lighthouse-around parallax", ""),
+    ],
+)
+def test_an_attention_of_neither_stage_is_not_passed_over(words: str, says: str, tmp_path: Path) -> None:
+    ours = [
+        "--cluster",
+        "cpu-test",
+        "--recipe",
+        "cpu-test",
+        "--stage1",
+        "6",
+        "--total",
+        "20",
+        "--check",
+        "0",
+        "--only-check",
+        "1",
+    ]
+    done = submit(tmp_path, *ours, "--", "--mock-data", *words.split(), script="two_stage.sh")
+    assert done.returncode == (2 if says else 0), done.stderr
+    assert says in done.stderr
+
+
+@pytest.mark.parametrize(
     ("study", "says"),
     [
         ("CP=2:2 SEQ=256", "CP=2:2 holds 2 twice"),

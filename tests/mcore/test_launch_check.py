@@ -118,6 +118,7 @@ def test_wrong_words_without_megatron(name: str, tmp_path: Path, capsys: pytest.
     more = more.format(empty=tmp_path / "empty", other=tmp_path / "other")
     assert check.main([*GPUS, "--", *LLAMA, *more.split()]) == 1
     assert re.search(says, error := capsys.readouterr().err), error
+    assert "leave none of 0 layers" not in error
 
 
 def test_an_interval_of_evaluations_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,6 +265,9 @@ def test_packages_that_the_run_needs(monkeypatch: pytest.MonkeyPatch, capsys: py
     error = capsys.readouterr().err
     assert "needs the package transformers, which is not installed: install it (pip install transformers)" in error
     assert "needs the package transformer_engine" in error
+    for option, package in (("--optimizer muon", "emerging_optimizers"), ("--wandb-project x", "wandb")):
+        assert check.main([*GPUS, "--runs-here", "--", *LLAMA, *option.split()]) == 1
+        assert f"{option} needs the package {package}, which is not installed" in capsys.readouterr().err
     assert error.count("name it by IMAGE in the cluster file; another Python by PYTHON. With CHECK_PYTHON the job's") == 1
     for kind, package in (("TikTokenizer", "tiktoken"), ("GPTSentencePieceTokenizer", "sentencepiece")):
         assert check.main([*GPUS, "--runs-here", "--", *LLAMA, "--tokenizer-type", kind, "--tokenizer-model", __file__]) == 1

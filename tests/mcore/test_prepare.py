@@ -67,6 +67,7 @@ def test_without_an_end(files: list[str], tmp_path: Path) -> None:
         ('{"text": "1"', "", "b.jsonl, line 1: no JSON"),
         ('{"content": "1"}', "", "no text under 'text', it has content: give --json-key"),
         ("[1]", "", "it is no object"),
+        ('{"text": "words"}', "", "--tokenizer-type makes no tokens of 'words' (invalid literal"),
         ("", "--num-layers 4", "--num-layers is no flag of a tokenizer"),
         ("", "--tokenizer-typ x", "did you mean --tokenizer-type?"),
         ("", "--tokenizer-type HuggingFaceTokenizer --tokenizer-model ./nowhere", "./nowhere is not there"),

@@ -17,6 +17,8 @@ FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-
 PLAIN = " ".join(LLAMA).replace(FULL, "").replace("--cross-entropy-loss-fusion", "").split()
 """Without what the cases give themselves."""
 
+MAJOR = 10
+"""Compute capability of the GPUs: on others Megatron asks FSDP for a setting of the environment."""
 RULES = {
     "fsdp": ("--use-megatron-fsdp", "use --ckpt-format fsdp_dtensor", "--use-megatron-fsdp --ckpt-format fsdp_dtensor"),
     "its format": ("--ckpt-format fsdp_dtensor", "use torch_dist, or add that", ""),
@@ -33,7 +35,11 @@ RULES = {
         "--optimizer-cpu-offload --use-precision-aware-optimizer",
     ),
     "recompute": ("--recompute-granularity full", f"add {FULL.partition(' full ')[2]}", FULL),
-    "its method": ("--recompute-method uniform", "is of --recompute-granularity full: add that", FULL),
+    "its method": (
+        "--recompute-granularity selective --recompute-method uniform",
+        "is of --recompute-granularity full: add that",
+        "--recompute-granularity selective",
+    ),
     "one stage": ("--num-layers-per-virtual-pipeline-stage 2", "there is one: leave it out", ""),
     "parts of layers": (
         "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3",
@@ -68,13 +74,16 @@ RULES = {
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_megatron_refuses_and_takes_as_much(name: str, megatron: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_megatron_refuses_and_takes_as_much(
+    name: str, megatron: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)  # which FSDP wants otherwise than tensor parallelism
     wrong, says, right = RULES[name]
     assert check.main([*GPUS, "--without-megatron", "--", *PLAIN, *wrong.split()]) == 1
     assert re.search(re.escape(says), error := capsys.readouterr().err), error
-    assert asked_megatron.problems([*PLAIN, *wrong.split()], 64, 9, {}, False)
+    assert asked_megatron.problems([*PLAIN, *wrong.split()], 64, MAJOR, {}, False)
     assert check.main([*GPUS, "--without-megatron", "--", *PLAIN, *right.split()]) == 0, capsys.readouterr().err
-    assert asked_megatron.problems([*PLAIN, *right.split()], 64, 9, {}, False) == []
+    assert asked_megatron.problems([*PLAIN, *right.split()], 64, MAJOR, {}, False) == []
 
 
 def test_parameters_are_gathered_beside_a_sharded_optimizer() -> None:
@@ -100,6 +109,11 @@ def test_parameters_are_gathered_beside_a_sharded_optimizer() -> None:
             "makes 3 micro batches, of which stages of several parts take groups of 2: use --global-batch-size 16",
         ),
         ("--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 3", "must divide the 16 layers"),
+        ("--fp8-format hybrid --transformer-impl local", "is read by Transformer Engine's layers alone: leave it out"),
+        ("--hybrid-layer-pattern " + "+-" * 16, "--group-query-attention does not go with multi-latent attention"),
+        ("--hybrid-layer-pattern " + "+-" * 16 + " --lighthouse-scorer dilated", "reads values of as many channels as keys"),
+        ("--heterogeneous-layers-config-path nowhere.json", "nowhere.json is not there: give a file that all nodes see"),
+        ("--fp8-recipe blockwise", "means nothing without --fp8-format: add it"),
         ("--window-size 4096 --window-attn-skip-freq 2", "must be two numbers, .*: use 4096,0"),
         (
             "--window-size 128,128 --window-attn-skip-freq 2 --transformer-impl local",

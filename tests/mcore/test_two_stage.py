@@ -60,6 +60,8 @@ def test_both_stages_and_again(tmp_path: Path) -> None:
         ("--lighthouse-bugdet 64", "--lighthouse-bugdet is not a known flag: did you mean --lighthouse-budget?"),
         ("--seq-length 1000", "--seq-length 1000 must be a multiple of"),
         ("--data nowhere", "nowhere is not there"),
+        ("--train-iters 7", "--train-iters is made of --steps and --dense-steps here: use these."),
+        ("--save=/x", "--save is made of --runs and --name here: use these."),
     ],
 )
 def test_what_no_run_takes_is_refused_before_one_begins(

@@ -42,11 +42,10 @@ def test_days_hours_and_layout_come_first(capsys: pytest.CaptureFixture[str]) ->
     assert float(found[2].replace(",", "")) == pytest.approx(hours, abs=1)
     assert float(found[1]) == pytest.approx(hours / 64, abs=0.1)
     assert len(out.splitlines()) < 20
-    first, total, batch = map(
-        int, re.findall(r"two_stage.sh --stage1 (\d+) --total (\d+) -- --global-batch-size (\d+)", out)[0]
-    )
+    words = re.search(r"two_stage.sh --stage1 (\d+) --total (\d+) -- --global-batch-size (\d+)", out)
+    before, total, batch = map(int, words.groups()) if words else (0, 0, 0)
     assert 0 <= total * batch * 2**19 - 20e9 < batch * 2**19
-    assert first == pytest.approx(0.6 * total, abs=0.5)
+    assert before == pytest.approx(0.6 * total, abs=0.5)
     for part in ("stage 1, Lighthouse", "stage 2, dense", "dense throughout", "gain: stage 1 "):
         assert part in out
     assert "time of a step" not in out
@@ -77,6 +76,14 @@ def test_tokens_as_people_write_them(text: str, found: float) -> None:
 )
 def test_lengths_are_powers_of_two(text: str, found: int) -> None:
     assert numbers.length(text) == found
+
+
+def test_fewer_tokens_than_a_step_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """As 20, where 20B is meant."""
+    assert main("--model llama3-8b --gpus 8 --tokens 20".split()) == 2
+    assert "--tokens 20 are fewer than the 4,194,304 of one step: give more, such as 20B" in capsys.readouterr().err
+    assert main(["models", "--device", "h200"]) == 2
+    assert "plan models takes nothing, and --device h200 was given" in capsys.readouterr().err
 
 
 def test_what_is_no_number_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -101,7 +101,7 @@ def attention_problems(args: argparse.Namespace, config: Any, by_spec: bool, has
         yield from run_problems(args, config, chosen)
         yield from named.option_problems(args, chosen)
         if chosen.base.native and has_own_attention(config):  # of layers that stay dense, or see a window alone
-            yield from over_shards_problems(config)
+            yield from over_shards_problems(config, dropout=0)  # which is refused already
         if chosen.attention.selects:
             yield from selection_log.problems(args, chosen)
         if chosen.base.logs:

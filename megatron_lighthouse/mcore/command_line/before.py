@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
 from megatron_lighthouse.mcore.command_line import flags, hybrid, numbers, together
 from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
-from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern
+from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern, is_latent
 
 SCHEMES = (*COMM_TYPES, "a2a+p2p")
 """Of --cp-comm-type, for which Megatron takes any word."""
@@ -105,7 +105,7 @@ def _model(args: argparse.Namespace) -> Iterator[str]:
             f"{-(-heads // groups) * groups}, or --num-query-groups {math.gcd(heads, groups)}."
         )
     yield from _experts(args, layers)
-    latent = args.multi_latent_attention or "+" in (hybrid_pattern(args) or "")
+    latent = is_latent(args)
     if latent and args.group_query_attention:
         yield (
             "--group-query-attention does not go with multi-latent attention, which makes keys and values for each head: leave "

@@ -13,6 +13,7 @@ from megatron_lighthouse.lighthouse.config import flag
 from megatron_lighthouse.lighthouse.heads import heads_problem
 from megatron_lighthouse.lighthouse.remedies import Allowed, anything
 from megatron_lighthouse.mcore.command_line import documents, inner, named, rope, stored
+from megatron_lighthouse.mcore.command_line.layers import all_windowed
 from megatron_lighthouse.mcore.command_line.lengths import limits_of, settings_problems
 from megatron_lighthouse.mcore.command_line.own_parts import engine_problems
 from megatron_lighthouse.mcore.command_line.settings import (
@@ -88,7 +89,7 @@ def model_problems(
     """
     settings = settings.in_model(config)
     yield from _unsupported(config, settings)
-    if settings.attention.switches:
+    if settings.attention.switches and not all_windowed(config):  # which is refused already
         holding = len(settings.holding(config.num_layers))
         yield from layer_problems(settings.dense_first, settings.dense_last, holding, settings.edge_budget)
     if seq_length is None:

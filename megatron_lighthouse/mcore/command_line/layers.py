@@ -11,6 +11,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+LATENT = "+D"
+"""The symbols of layers with multi-latent attention, in a hybrid model's pattern."""
 ATTEND = "*+"
 """The symbols of layers with attention, and with multi-latent attention, in a hybrid model's pattern."""
 
@@ -23,6 +25,11 @@ def hybrid_pattern(model: Any) -> str | None:
     """
     pattern = written_pattern(model)[1]
     return pattern.partition("/")[0].replace("|", "") if pattern else None
+
+
+def is_latent(model: Any) -> bool:
+    """Whether its attention is multi-latent: by its flag, or by a pattern's symbols, of which Megatron makes the flag."""
+    return bool(model.multi_latent_attention or {*(hybrid_pattern(model) or "")} & {*LATENT})
 
 
 def written_pattern(model: Any) -> tuple[str, str | None]:
@@ -56,11 +63,16 @@ def attention_layers(model: Any) -> tuple[int, ...] | None:
     return tuple(number for number in numbers if not is_windowed(model, number))
 
 
+def all_windowed(model: Any) -> bool:
+    """Whether each layer sees a window alone, for nothing says which."""
+    return bool(getattr(model, "window_size", None)) and getattr(model, "window_attn_skip_freq", None) is None
+
+
 def is_windowed(model: Any, number: int) -> bool:
     """Whether the layer of this number sees a window alone, as Megatron has it."""
     every = getattr(model, "window_attn_skip_freq", None)
     if not getattr(model, "window_size", None) or every is None:
-        return bool(getattr(model, "window_size", None))
+        return all_windowed(model)
     return number % every != 0 if isinstance(every, int) else bool(every[number - 1])
 
 

@@ -47,12 +47,23 @@ def missing_packages(args: Namespace) -> Iterator[str]:
         yield f"--wandb-project {project} needs the package wandb, which is not installed: install it (pip install wandb)."
     yield from _missing_fusions(args)
     yield from hybrid.missing_packages(args)
+    for option, module, package in _asked_for(args):
+        if not find_spec(module):
+            yield f"{option} needs the package {module}, which is not installed: install it (pip install {package})."
+
+
+def _asked_for(args: Namespace) -> Iterator[tuple[str, str, str]]:
+    """Options that Megatron asks a package for, late: with the module, and what pip knows it by."""
     for package in tokenizers.packages(args.tokenizer_type):
-        if not find_spec(package):
-            yield (
-                f"--tokenizer-type {args.tokenizer_type} needs the package {package}, which is not installed: install it (pip "
-                f"install {package})."
-            )
+        yield f"--tokenizer-type {args.tokenizer_type}", package, package
+    if project := getattr(args, "wandb_project", None):
+        yield f"--wandb-project {project}", "wandb", "wandb"
+    if getattr(args, "skip_train", False):
+        return
+    if (optimizer := getattr(args, "optimizer", "adam")) not in ("adam", "sgd"):
+        yield f"--optimizer {optimizer}", "emerging_optimizers", "emerging-optimizers"
+    if getattr(args, "non_persistent_ckpt_type", None) == "local":
+        yield "--non-persistent-ckpt-type local", "nvidia_resiliency_ext", "nvidia-resiliency-ext"
 
 
 def _missing_fusions(args: Namespace) -> Iterator[str]:

@@ -29,6 +29,11 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
         yield (
             "--tp-comm-overlap needs --sequence-parallel and a --tensor-model-parallel-size above 1: add them, or leave it out."
         )
+    for flag, value in (("--fp8-format", args.fp8), ("--fp4-format", args.fp4)):
+        if value and args.transformer_impl == "local":
+            yield f"{flag} {value} is read by Transformer Engine's layers alone: leave it out, or --transformer-impl local."
+    if args.fp8_recipe != "delayed" and not args.fp8:
+        yield f"--fp8-recipe {args.fp8_recipe} means nothing without --fp8-format: add it, or leave the recipe out."
     if args.cross_entropy_loss_fusion and args.cross_entropy_fusion_impl == "te":
         yield "--cross-entropy-fusion-impl te is turned off in Megatron 0.19, for it was not stable: use native."
     if args.cuda_graph_impl == "full_iteration" and args.check_for_nan_in_loss_and_grad:

@@ -190,7 +190,13 @@ def _build(args: argparse.Namespace) -> None:
 
 
 def _encode(text: str) -> list[int]:
-    return list(_tokenizer.tokenize(text)) if text else []
+    try:
+        return list(_tokenizer.tokenize(text)) if text else []
+    except ValueError as error:
+        raise ValueError(
+            f"--tokenizer-type makes no tokens of {text[:40]!r} ({error}): NullTokenizer reads numbers alone, and "
+            "HuggingFaceTokenizer text."
+        ) from error
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ WRONG = {
     ),
     "a window of later tokens": (
         "--transformer-impl local --window-size (-1,0) --window-attn-skip-freq 2 --context-parallel-size 1",
-        r"--window-size \(-1, 0\) with --transformer-impl local is none of a causal model: use 0,0",
+        r"--window-size \(-1, 0\) with --transformer-impl local is none of a causal model: use 127,0",
     ),
     "a scheme": (
         "--attention dense --transformer-impl local --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2",

@@ -51,9 +51,10 @@ def local_window_problem(size: tuple[int, int] | None) -> str | None:
     """
     if size is None or (size[0] >= 0 and size[1] == 0):
         return None
+    fits = f"{size[0]},0" if size[0] >= 0 else "127,0, or so"
     return (
-        f"--window-size {size} with --transformer-impl local is none of a causal model: use {max(0, size[0])},0, tokens before "
-        "a token and none after it."
+        f"--window-size {size} with --transformer-impl local is none of a causal model: use {fits}, tokens before a token and "
+        "none after it, or leave it out."
     )
 
 

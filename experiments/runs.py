@@ -46,6 +46,7 @@ class Experiment:
 
 
 GPT_39M = "--num-layers 12 --hidden-size 512 --ffn-hidden-size 1408 --num-attention-heads 8 --rotary-base 500000"
+GPT_85M = "--num-layers 12 --hidden-size 768 --ffn-hidden-size 2048 --num-attention-heads 12 --rotary-base 500000"
 GPT_14M = "--num-layers 8 --hidden-size 384 --ffn-hidden-size 1024 --num-attention-heads 6 --rotary-base 500000"
 STABLE = """
     --lr 1.5e-3 --min-lr 1e-4 --lr-warmup-iters {rise}
@@ -103,6 +104,15 @@ EXPERIMENTS = {
         },
     ),
     "second": Experiment(second.TITLE, GPT_39M, STABLE, 16384, 2700, 2, 128, second.runs((REFERENCE, DENSE), (BASE, NORM))),
+    "large": Experiment(
+        "twice as large: a run ends within half an hour, alone on its GPU",
+        *(GPT_85M, STABLE, 32768, 3000, 2, 128),
+        {
+            REFERENCE: DENSE,
+            BASE: replace(NORM, hindsight=True),
+            "causal": replace(VARIANT, title="a causal selection", options=second.CAUSAL, hindsight=True),
+        },
+    ),
     "qwen3": Experiment(qwen3.TITLE, qwen3.GPT_39M, STABLE, 16384, 2700, 2, 128, qwen3.RUNS),
     "parallax": Experiment(
         studies.PARALLAX_TITLE, studies.GPT_39M, STABLE, 16384, 2400, 1, 128, studies.PARALLAX, study=True, passkey_samples=0

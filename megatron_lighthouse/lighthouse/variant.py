@@ -154,12 +154,6 @@ class Lighthouse(Variant):
 
     def problems(self, config: LighthouseConfig, model: Any) -> Iterator[str]:
         yield from self.dropout_problems(model.attention_dropout)
-        if model.window_size is not None and getattr(model, "window_attn_skip_freq", None) is None:
-            yield (
-                f"--window-size {model.window_size} makes all layers see a window alone, and Lighthouse has no meaning in one: "
-                "give --window-attn-skip-freq N or a list, by which some see all tokens and take Lighthouse, leave it out, or "
-                "use --attention dense."
-            )
         if SCORERS[config.scorer].by_length:
             *more, last = (name for name, scorer in SCORERS.items() if not scorer.by_length)
             others = f"{', '.join(more)} or {last}"

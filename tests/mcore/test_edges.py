@@ -9,7 +9,8 @@ import pytest
 
 from megatron_lighthouse.launch import check
 from megatron_lighthouse.launch.sizes import sizes
-from megatron_lighthouse.mcore.command_line.checks import layer_problems, settings_problems
+from megatron_lighthouse.mcore.command_line.layers import layer_problems
+from megatron_lighthouse.mcore.command_line.lengths import settings_problems
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, add_arguments, settings_from
 from megatron_lighthouse.mcore.command_line.stage import Stage2
 from tests.mcore.harness import MODEL

@@ -56,6 +56,21 @@ def test_the_layers_of_a_gpt_by_their_symbols_are_that_gpt(layout: str, tmp_path
     assert_same(result, gpt)
 
 
+@pytest.mark.slow
+def test_windows_and_sinks_of_a_hybrid_are_those_of_a_gpt(tmp_path: Path) -> None:
+    """The GPT's second and fourth layers see all tokens, of which the fourth is Lighthouse. Here numbers are of all symbols."""
+    own = [
+        *LIGHTHOUSE,
+        *"--window-size 100,0 --softmax-type learnable --lighthouse-dense-last 0 --window-attn-skip-freq".split(),
+    ]
+    saved = str(tmp_path / "checkpoint")
+    harness.run(tmp_path / "start", *own, "2", "--train-iters", "1", "--save", saved, "--save-interval", "1")
+    load = ["--load", saved, *START]
+    gpt = harness.run(tmp_path / "gpt", *own, "2", *load)
+    layout = "--context-parallel-size 2".split()
+    assert_same(run(tmp_path / "hybrid", *own, "[1,0,0,0,1,0,0,0]", *load, *PATTERN, *layout, ranks=2), gpt)
+
+
 @pytest.mark.parametrize("kind", ["attention_layer", "mla_layer"])
 def test_norms_of_a_local_stack_go_with_sequence_parallelism(kind: str) -> None:
     """Those of queries, keys and latents too, which Megatron's norm of torch refuses."""

@@ -135,6 +135,17 @@ def test_latent_layers_of_another_attention_are_refused() -> None:
         check(latent().transformer, parallax, N)
 
 
+def test_a_hybrid_model_whose_attention_is_windowed_throughout_is_refused() -> None:
+    """Its layers are numbered by symbols: those of `*-*-*-` are odd, and each second layer is even."""
+    from megatron_lighthouse.mcore.command_line.checks import check
+
+    every_second = {"window_size": (7, 0), "window_attn_skip_freq": 2}
+    layers = attention_layers(Namespace(hybrid_layer_pattern="*-*-*-", num_layers=6, **every_second))
+    assert layers == ()
+    with pytest.raises(ValueError, match=r"--window-size \(7, 0\) with --window-attn-skip-freq 2 makes all layers see"):
+        check(transformer_config(**every_second), replace(SETTINGS, attention_layers=layers), N)
+
+
 def test_windowed_layers_stay_and_the_others_are_counted() -> None:
     from megatron_lighthouse.mcore.attention.layer_specs import with_lighthouse
 

@@ -58,7 +58,11 @@ WRONG = {
     "what nothing reads": ("--use-flash-attn", "use --attention-backend flash"),
     "dense over shards": (
         "--attention dense --transformer-impl local --window-size 128,128",
-        r"--window-size \(128, 128\) does not go with --context-parallel-size 4 .* use 128,0",
+        r"--window-size \(128, 128\) with --transformer-impl local is none of a causal model: use 128,0",
+    ),
+    "a window of later tokens": (
+        "--transformer-impl local --window-size (-1,0) --window-attn-skip-freq 2 --context-parallel-size 1",
+        r"--window-size \(-1, 0\) with --transformer-impl local is none of a causal model: use 127,0",
     ),
     "a scheme": (
         "--attention dense --transformer-impl local --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2",

@@ -14,6 +14,7 @@ from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
 from megatron_lighthouse.mcore.command_line import flags, hybrid, numbers, together
 from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
 from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern, is_latent
+from megatron_lighthouse.mcore.command_line.own_parts import local_window_problem
 
 SCHEMES = (*COMM_TYPES, "a2a+p2p")
 """Of --cp-comm-type, for which Megatron takes any word."""
@@ -104,6 +105,8 @@ def _model(args: argparse.Namespace) -> Iterator[str]:
             f"--num-attention-heads {heads} must be a multiple of --num-query-groups {groups}: use --num-attention-heads "
             f"{-(-heads // groups) * groups}, or --num-query-groups {math.gcd(heads, groups)}."
         )
+    if args.transformer_impl == "local" and (problem := local_window_problem(args.window_size)):
+        yield problem
     yield from _experts(args, layers)
     latent = is_latent(args)
     if latent and args.group_query_attention:

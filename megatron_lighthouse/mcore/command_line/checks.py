@@ -13,7 +13,7 @@ from megatron_lighthouse.lighthouse.config import flag
 from megatron_lighthouse.lighthouse.heads import heads_problem
 from megatron_lighthouse.lighthouse.remedies import Allowed, anything
 from megatron_lighthouse.mcore.command_line import documents, inner, named, rope, stored
-from megatron_lighthouse.mcore.command_line.layers import all_windowed
+from megatron_lighthouse.mcore.command_line.layers import layer_problems, window_problem
 from megatron_lighthouse.mcore.command_line.lengths import limits_of, settings_problems
 from megatron_lighthouse.mcore.command_line.own_parts import engine_problems
 from megatron_lighthouse.mcore.command_line.settings import (
@@ -89,9 +89,12 @@ def model_problems(
     """
     settings = settings.in_model(config)
     yield from _unsupported(config, settings)
-    if settings.attention.switches and not all_windowed(config):  # which is refused already
+    if settings.attention.switches:
         holding = len(settings.holding(config.num_layers))
-        yield from layer_problems(settings.dense_first, settings.dense_last, holding, settings.edge_budget)
+        if not holding and config.window_size:
+            yield window_problem(config)
+        else:
+            yield from layer_problems(settings.dense_first, settings.dense_last, holding, settings.edge_budget)
     if seq_length is None:
         return
     size, graphs = config.context_parallel_size, getattr(config, "cuda_graph_impl", "none")
@@ -281,20 +284,3 @@ def copies_in_a_graph(config: TransformerConfig, comm_types: Sequence[str]) -> s
         f"--cuda-graph-impl {graphs} would repeat the numbers of the messages by which --cp-comm-type p2p copies between GPUs: "
         f"leave it out, use --cp-comm-type all_gather, or set {SWITCH}=0 in the environment."
     )
-
-
-def layer_problems(dense_first: int, dense_last: int, layers: int, edge_budget: int | None = None) -> Iterator[str]:
-    """Of which of the model's layers are dense, or have a budget of their own, of as many as attend to all tokens."""
-    for name, count in (("dense_first", dense_first), ("dense_last", dense_last)):
-        if count < 0:
-            yield f"{flag(name)} {count} must not be negative: use 0 to leave no layer dense."
-    if edge_budget is not None and not dense_first + dense_last:
-        yield (
-            f"{flag('edge_budget')} {edge_budget} is of the first and last layers, and {flag('dense_first')} 0 and "
-            f"{flag('dense_last')} 0 name none: leave it out, or name some, such as 2 and 2."
-        )
-    if dense_first + dense_last >= layers:
-        yield (
-            f"{flag('dense_first')} {dense_first} and {flag('dense_last')} {dense_last} leave none of {layers} layers to "
-            "Lighthouse, of those that attend to all tokens: use smaller numbers, or --attention dense."
-        )

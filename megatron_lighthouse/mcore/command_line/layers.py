@@ -1,4 +1,4 @@
-"""Which layers of a model attend to all tokens, and so may take Lighthouse. Imports no Megatron.
+"""Which layers of a model attend to all tokens, so that they may take Lighthouse, and why none is left. Imports no Megatron.
 
 Multi-token-prediction layers are not among a model's numbered layers, and stay dense.
 """
@@ -6,10 +6,12 @@ Multi-token-prediction layers are not among a model's numbered layers, and stay 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+from megatron_lighthouse.lighthouse.config import flag
 
 LATENT = "+D"
 """The symbols of layers with multi-latent attention, in a hybrid model's pattern."""
@@ -63,16 +65,11 @@ def attention_layers(model: Any) -> tuple[int, ...] | None:
     return tuple(number for number in numbers if not is_windowed(model, number))
 
 
-def all_windowed(model: Any) -> bool:
-    """Whether each layer sees a window alone, for nothing says which."""
-    return bool(getattr(model, "window_size", None)) and getattr(model, "window_attn_skip_freq", None) is None
-
-
 def is_windowed(model: Any, number: int) -> bool:
     """Whether the layer of this number sees a window alone, as Megatron has it."""
     every = getattr(model, "window_attn_skip_freq", None)
     if not getattr(model, "window_size", None) or every is None:
-        return all_windowed(model)
+        return bool(getattr(model, "window_size", None))
     return number % every != 0 if isinstance(every, int) else bool(every[number - 1])
 
 
@@ -95,6 +92,33 @@ def _holding(model: Any) -> tuple[int, ...] | None:
             f"--heterogeneous-layers-config-path {name} does not describe layers ({type(error).__name__}: {error}): give JSON "
             'with "block_configs", each with an "attention".'
         ) from error
+
+
+def layer_problems(dense_first: int, dense_last: int, layers: int, edge_budget: int | None = None) -> Iterator[str]:
+    """Of which of the model's layers are dense, or have a budget of their own, of as many as attend to all tokens."""
+    for name, count in (("dense_first", dense_first), ("dense_last", dense_last)):
+        if count < 0:
+            yield f"{flag(name)} {count} must not be negative: use 0 to leave no layer dense."
+    if edge_budget is not None and not dense_first + dense_last:
+        yield (
+            f"{flag('edge_budget')} {edge_budget} is of the first and last layers, and {flag('dense_first')} 0 and "
+            f"{flag('dense_last')} 0 name none: leave it out, or name some, such as 2 and 2."
+        )
+    if dense_first + dense_last >= layers:
+        yield (
+            f"{flag('dense_first')} {dense_first} and {flag('dense_last')} {dense_last} leave none of {layers} layers to "
+            "Lighthouse, of those that attend to all tokens: use smaller numbers, or --attention dense."
+        )
+
+
+def window_problem(model: Any) -> str:
+    """Of a model whose layers see a window alone, all that attend."""
+    every = getattr(model, "window_attn_skip_freq", None)
+    given = f"--window-size {model.window_size}" + ("" if every is None else f" with --window-attn-skip-freq {every}")
+    return (
+        f"{given} makes all layers see a window alone, and Lighthouse has no meaning in one: give --window-attn-skip-freq N or "
+        "a list, by which some that attend see all tokens and take Lighthouse, leave it out, or use --attention dense."
+    )
 
 
 def in_words(numbers: Sequence[int]) -> str:

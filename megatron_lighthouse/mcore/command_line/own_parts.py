@@ -40,11 +40,22 @@ def over_shards_problems(config: Any, dropout: float | None = None) -> Iterator[
             f"--attention-dropout {dropout} does not go with --context-parallel-size {config.context_parallel_size} without "
             "Transformer Engine: use --attention-dropout 0."
         )
-    if config.window_size is not None and (config.window_size[0] < 0 or config.window_size[1] != 0):
-        yield (
-            f"--window-size {config.window_size} does not go with --context-parallel-size {config.context_parallel_size} "
-            f"without Transformer Engine: use {max(0, config.window_size[0])},0, tokens before a token and none after it."
-        )
+    if problem := local_window_problem(config.window_size):
+        yield problem
+
+
+def local_window_problem(size: tuple[int, int] | None) -> str | None:
+    """Why a window is none of a causal model's without Transformer Engine, which takes (n, m) for (n, 0).
+
+    Megatron's local attention lets tokens see the m after them, and of a negative n hides all before them.
+    """
+    if size is None or (size[0] >= 0 and size[1] == 0):
+        return None
+    fits = f"{size[0]},0" if size[0] >= 0 else "127,0, or so"
+    return (
+        f"--window-size {size} with --transformer-impl local is none of a causal model: use {fits}, tokens before a token and "
+        "none after it, or leave it out."
+    )
 
 
 def engine_problems(config: Any) -> Iterator[str]:

@@ -80,7 +80,7 @@ class LighthouseSettings:
             own = replace(own, config=self.config.replace(heads_per_selection=heads_per_selection(model)))
         if full is None or full == self.attention_layers:
             return own
-        return replace(own, attention_layers=tuple(n for n in full if n in (self.attention_layers or full)))
+        return replace(own, attention_layers=tuple(n for n in full if n in self.holding(max(full, default=0))))
 
     def is_dense(self, layer_number: int, num_layers: int, iteration: int = 0) -> bool:
         """Whether the layer of this global, 1-based number is dense in this iteration, from 1; in 0, whether it always is.

@@ -1,8 +1,9 @@
 """`python benchmarks/document_tables.py`: what a row of packed documents costs the host, before any layer runs.
 
-The tables of one rank, made anew for each micro-batch, on the CPU: rows of 98,304 tokens with the mixes of `documents.py`, and
-of many short documents, without context parallelism and on 2 and 8 ranks. Prints the least and the median of `--repeats` in
-milliseconds of this thread's own time, so that other work on the machine counts as little as can be.
+The tables of one rank, made anew for each micro-batch: rows of 98,304 tokens with the mixes of `documents.py`, and of many
+short documents, without context parallelism and on 2 and 8 ranks. Prints the least and the median of `--repeats` in
+milliseconds of this thread's own time, so that other work on the machine counts as little as can be. With `--device cuda` the
+host counts documents and launches the rest; on a CPU it makes the tables of tokens too.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ OF_RANK = """
 """What the scorer `norm` and the steps read."""
 
 
-def make(lengths: list[int], ranks: int) -> None:
+def make(lengths: list[int], ranks: int, device: str) -> None:
     """All tables of rank 0."""
-    documents = Documents(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), tuple(lengths))
+    documents = Documents(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device), tuple(lengths))
     packing = Packing.of(documents, LighthouseConfig().rule)
     made = [documents.positions, *(getattr(packing, name) for name in OF_ROW)]
     if ranks > 1 and not packing.is_whole:
@@ -42,6 +43,7 @@ def make(lengths: list[int], ranks: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=12)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -51,8 +53,10 @@ def main() -> None:
             times = []
             for _ in range(options.repeats):
                 start = time.thread_time()
-                make(lengths, ranks)
+                make(lengths, ranks, options.device)
                 times.append(1e3 * (time.thread_time() - start))
+                if options.device == "cuda":
+                    torch.cuda.synchronize()
             spent = f"{min(times):6.1f} at least, {statistics.median(times):6.1f} in the middle"
             print(f"{name:20s} {len(lengths):6d} documents, {ranks} ranks: {spent}", flush=True)
 

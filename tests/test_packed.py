@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -166,6 +167,35 @@ def test_a_given_attention_gets_the_documents_of_the_rows() -> None:
     rule = config_of(ROW).rule
     assert seen[0].lengths == tuple(rule.rows(length) for length in ROW.lengths)
     assert seen[0].cu_seqlens.diff().tolist() == list(seen[0].lengths)
+
+
+def test_boundaries_are_read_once_until_they_are_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, config, cu_seqlens = tensors(of((40,))), config_of(ROW), bounds(20, 20)
+    read, made = [], []
+    of_tensor, of_row = Documents.of, Packing.of
+    monkeypatch.setattr(Documents, "of", lambda x, *rest: read.append(x.tolist()) or of_tensor(x, *rest))
+    monkeypatch.setattr(Packing, "of", lambda documents, rule: made.append(documents) or of_row(documents, rule))
+    for _ in range(3):
+        first = lighthouse_attention(*inputs, config, cu_seqlens=cu_seqlens)
+    assert len(read) == len({*map(id, made)}) == 1
+    cu_seqlens[1] = 7
+    second = lighthouse_attention(*inputs, config, cu_seqlens=cu_seqlens)
+    assert read == [[0, 20, 40], [0, 7, 40]]
+    assert torch.equal(second, lighthouse_attention(*inputs, config, cu_seqlens=bounds(7, 33)))
+    assert not torch.equal(first, second)
+    cu_seqlens[1] = 50
+    with pytest.raises(ValueError, match="must increase"):
+        lighthouse_attention(*inputs, config, cu_seqlens=cu_seqlens)
+    with torch.inference_mode():
+        ours = bounds(7, 33)
+        assert torch.equal(lighthouse_attention(*inputs, config, cu_seqlens=ours), second)
+
+
+def test_boundaries_that_nobody_holds_are_forgotten() -> None:
+    gone = weakref.ref(lengths := bounds(20, 20))
+    lighthouse_attention(*tensors(of((40,))), config_of(ROW), cu_seqlens=lengths)
+    del lengths
+    assert gone() is None
 
 
 @pytest.mark.parametrize(

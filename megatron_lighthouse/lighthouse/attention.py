@@ -70,10 +70,10 @@ def lighthouse_attention(
             `attended_rows` has, not the numbers that `lighthouse_select` gives. Not under context parallelism.
         cu_seqlens: [n + 1] int32 on the query's device: the row (B = 1) holds n documents, from token cu_seqlens[i] to the next
             one's, of any lengths. Each is as if it were alone, and rotated from its own first token or from the row's, which
-            gives the same. Its budget goes by its length (`LighthouseConfig.document_tile`). The host reads it, once for each
-            `Documents` where that is given instead. `attend` then takes the `Documents` of the rows behind the values. Of C
-            context-parallel ranks each passes its tokens in document zigzag (`Documents.rows_of_rank`), and the cu_seqlens of
-            the whole row; 2C must divide N.
+            gives the same. Its budget goes by its length (`LighthouseConfig.document_tile`). The host reads it once,
+            until it is written to; it may be `Documents` instead. `attend` then takes the `Documents` of the rows behind the
+            values. Of C context-parallel ranks each passes its tokens in document zigzag (`Documents.rows_of_rank`), and the
+            cu_seqlens of the whole row; 2C must divide N.
         sinks: [H], a logit a head, of a key that every row of the inner attention sees and whose value is 0 (gpt-oss); 0 is
             the softmax off by one. Differentiable. Not with `attend` or `cu_seqlens`.
 
@@ -190,7 +190,7 @@ def _packed(
     size = exchange.size if exchange else 1
     tokens = len(query) * size
     if isinstance(cu_seqlens, Tensor):
-        documents = Documents.of(cu_seqlens, tokens, query.device)
+        documents = Documents.known(cu_seqlens, tokens, query.device)
     else:
         documents, where = cu_seqlens, cu_seqlens.cu_seqlens.device
         if documents.tokens != tokens or where != query.device:

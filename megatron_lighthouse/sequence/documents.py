@@ -21,8 +21,12 @@ from itertools import pairwise
 import numpy
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from megatron_lighthouse.sequence.layout import Layout
+
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""(version, documents), by boundaries that somebody still holds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +46,17 @@ class Documents:
             ValueError: as `check_cu_seqlens`.
         """
         return Documents(cu_seqlens, check_cu_seqlens(cu_seqlens, tokens, device, most))
+
+    @staticmethod
+    def known(cu_seqlens: Tensor, tokens: int, device: torch.device) -> Documents:
+        """As `of`; made once for a tensor that is not written to in between, so that the host reads it once for all layers."""
+        if torch.compiler.is_compiling() or cu_seqlens.is_inference():  # which know no version of a tensor
+            return Documents.of(cu_seqlens, tokens, device)
+        version, found = _known.get(cu_seqlens, (-1, None))
+        if found is None or (version, found.tokens, found.cu_seqlens.device) != (cu_seqlens._version, tokens, device):
+            found = Documents.of(cu_seqlens.detach(), tokens, device)  # another tensor, or it would keep itself alive
+            _known[cu_seqlens] = cu_seqlens._version, found
+        return found
 
     @property
     def tokens(self) -> int:

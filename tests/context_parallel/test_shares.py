@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from megatron_lighthouse.lighthouse.packed.packing import Packing
 from megatron_lighthouse.lighthouse.packed.rule import Rule
 from megatron_lighthouse.lighthouse.packed.shares import Shares
+from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.sequence.layout import Layout
 from tests.context_parallel.test_documents import row_of, rows_of_ranks
 
@@ -52,8 +53,9 @@ def test_each_token_and_window_has_one_rank(drawn: tuple[Packing, list[Shares]])
 @some
 @given(shared())
 def test_both_ends_list_the_same_tokens_in_the_same_order(drawn: tuple[Packing, list[Shares]]) -> None:
-    _, ranks = drawn
-    sent = [x.own_tokens[x.align[0].rows].split(x.align[0].counts) for x in ranks]
+    packing, ranks = drawn
+    held = rows_of_ranks(row_of(packing.lengths), len(ranks))
+    sent = [rows[x.align[0].rows].split(x.align[0].counts) for x, rows in zip(ranks, held, strict=True)]
     received = [x.cut.token_at[x.align[1].rows].split(x.align[1].counts) for x in ranks]
     for i, row in enumerate(sent):
         for j, tokens in enumerate(row):
@@ -77,3 +79,26 @@ def test_an_entry_is_scattered_wherever_it_spills(drawn: tuple[Packing, list[Sha
     assert sorted(listed) == sorted(expected)
     scattered = [pair for x in ranks for pair in zip(x.entry_at[x.wants].tolist(), x.chunks_at[x.wants].tolist(), strict=True)]
     assert sorted(scattered) == sorted(expected)
+
+
+@some
+@given(shared())
+def test_tables_ask_the_device_of_the_row_nothing(drawn: tuple[Packing, list[Shares]]) -> None:
+    """A row whose boundaries are nowhere has tables of the same shapes: the host knows how much there is."""
+    packing, ranks = drawn
+    nowhere = Packing.of(Documents(packing.cu_seqlens.to("meta"), packing.lengths), packing.rule)
+
+    def tables(x: Shares) -> dict[str, torch.Tensor]:
+        here, there = x.align
+        of_pieces = {"unit_table": x.pieces.unit_table, "window_starts": x.pieces.window_starts}
+        names = (
+            "own_at entry_at owns owners chunks_at wanted wants row_rank own_rows own_windows window_places own_inside".split()
+        )
+        return of_pieces | {"here": here.slots, "there": there.slots} | {name: getattr(x, name) for name in names}
+
+    for rank, x in enumerate(ranks):
+        found = tables(Shares(nowhere, Layout(len(ranks), rank)))
+        assert {name: (y.shape, y.dtype) for name, y in found.items()} == {
+            name: (y.shape, y.dtype) for name, y in tables(x).items()
+        }
+        assert all(y.is_meta for y in found.values())

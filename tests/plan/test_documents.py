@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,26 @@ import pytest
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.lighthouse.packed.packing import Packing
+from megatron_lighthouse.lighthouse.packed.sent import document_bytes
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.plan import memory, time
 from megatron_lighthouse.plan.__main__ import main
 from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.documents import FLAG, DocumentGeometry, Mix
 from megatron_lighthouse.plan.run import run_of
+from megatron_lighthouse.sequence.layout import Layout
 from tests.context_parallel.test_documents import row_of
 
+RINGS = Path(__file__).parents[2] / "benchmarks" / "results" / "two_gpus" / "rings.csv"
+MEASURED = {
+    (
+        "documents, mean 8K",
+        32768,
+    ): "2938 1830 1430 2800 772 1088 213 2100 387 676 455 1239 1050 417 2206 1831 801 719 201 1146 8469",
+    ("documents, mean 32K", 32768): "11756 7323 5724 7965",
+    ("documents, mean 32K", 98304): "35271 21971 17175 23887",
+}
+"""Lengths that benchmarks/rings.py drew."""
 N = 98304
 RUN = run_of("530m-98k")
 SHAPE = Shape(1, 8, 8, 128, 2)
@@ -28,6 +41,16 @@ def test_one_document_is_one_sequence() -> None:
     for run, other in ((packed, RUN), (packed.change(attention="dense"), RUN.change(attention="dense"))):
         assert time.step_parts(run, coefficients()) == pytest.approx(time.step_parts(other, coefficients()))
         assert memory.total(run) == memory.total(other)
+
+
+@pytest.mark.parametrize(("mix", "tokens"), MEASURED)
+def test_bytes_are_those_that_two_gpus_sent(mix: str, tokens: int) -> None:
+    with RINGS.open() as file:
+        (row,) = (row for row in csv.DictReader(file) if (row["what"], row["tokens"]) == (mix, str(tokens)))
+    config = LighthouseConfig(3, 4, tokens // 64, tile_budget=tokens // 1024)
+    packing = Packing.of(row_of([int(length) for length in MEASURED[mix, tokens].split()]), config.rule)
+    ranks = [document_bytes("p2p", packing, SHAPE, Layout(2, rank)) for rank in range(2)]
+    assert max(sum(map(sum, plan.values())) for plan in ranks) / 1e6 == pytest.approx(float(row["sent MB"]), rel=0.01)
 
 
 @pytest.mark.parametrize("scorer", ["norm", "summary"])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse.lighthouse.packed.maps import Maps
-from megatron_lighthouse.lighthouse.packed.packing import Packing, bounds_of
+from megatron_lighthouse.lighthouse.packed.packing import Packing, bounds_of, integers
 from megatron_lighthouse.sequence.documents import repeated, runs
 from megatron_lighthouse.sequence.layout import Layout
 
@@ -28,13 +28,13 @@ class Pieces(Packing):
 
     @cached_property
     def counts(self) -> Tensor:
-        windows = torch.tensor([self.given])
+        windows = integers([self.given])
         return torch.cat([windows, windows.new_zeros(4, len(self.given))])
 
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """The pieces of a rank, and what their tokens and windows are; on the CPU."""
+    """The pieces of a rank. What each is, is found on the CPU; what their tokens and windows are, where the row is (`on`)."""
 
     pieces: Pieces
     maps: Maps
@@ -42,12 +42,18 @@ class Cut:
     document: Tensor
     """[pieces] int64: that each is of."""
     chunk: Tensor
-    """[pieces] int16: that each is for."""
+    """[pieces] int64: that each is for."""
     begin: Tensor
     """[pieces] int64: the first token of the chunk, counted in the document."""
     edges: Tensor
     """[6, pieces] int64, likewise: where a piece starts; the first and the end of the windows that its rank owns by way of it,
     which end in the chunk; the first of the chunk's tokens in no window; where chunk and piece end."""
+    windows: Tensor
+    """[3, pieces] int64: of each, the windows before those that its rank owns by way of it; these; and those after."""
+    tokens: int
+    """t / C, in the chunks."""
+    owned: int
+    """Windows that the rank owns."""
 
     @staticmethod
     def of(here: Packing, sizes: Tensor, layout: Layout) -> Cut:
@@ -62,22 +68,31 @@ class Cut:
         first, size = (torch.cat([x[chunk] for chunk in own]) for x in (begins, sizes))
         there = size.nonzero().squeeze(1)
         first, size = first[there], size[there]
-        document, chunk = there % len(windows), torch.tensor(own, dtype=torch.int16)[there // len(windows)]
+        document, chunk = there % len(windows), integers(own)[there // len(windows)]
         end, inside = first + size, windows[document] * width
         # from the window that spills into the first token to the one that holds the last
         start = (((first + 1) // width - 1).clamp(min=0) * width).where(inside > 0, first)
         stop = end.where(end > inside, torch.minimum(inside, -(-end // width) * width))
         held = ((torch.minimum(stop, inside) - start) // width).where(inside > 0, 0)
-        owned = (torch.minimum(x // width * width, inside).where(inside > 0, first) for x in (first, end))
-        edges = torch.stack([start, *owned, torch.maximum(first, torch.minimum(inside, end)), end, stop])
+        before, until = (torch.minimum(x // width * width, inside).where(inside > 0, first) for x in (first, end))
+        edges = torch.stack([start, before, until, torch.maximum(first, torch.minimum(inside, end)), end, stop])
+        owned = torch.stack([before - start, until - before, held * width + start - until]) // width
         lengths, windows_held = (tuple(x.tolist()) for x in (stop - start, held))
         made = (sum(lengths), here.levels, here.pooling, here.rule, lengths)
-        return Cut(Pieces(*made, bounds_of(stop - start), windows_held), maps, document, chunk, first, edges)
+        pieces = Pieces(*made, bounds_of(stop - start), windows_held)
+        return Cut(pieces, maps, document, chunk, first, edges, owned, int(size.sum()), int(owned[1].sum()))
 
-    def pieces_on(self, device: torch.device) -> Pieces:
-        """The pieces, for steps on that device."""
-        pieces = self.pieces
-        return pieces if device.type == "cpu" else replace(pieces, cu_seqlens=pieces.cu_seqlens.to(device, non_blocking=True))
+    def on(self, packing: Packing) -> Cut:
+        """The same, where the row is."""
+        device = packing.cu_seqlens.device
+        if device.type == "cpu":
+            return self
+        table = torch.cat([torch.stack([self.document, self.chunk, self.begin]), self.edges, self.windows])
+        table = table.to(device, non_blocking=True)
+        pieces = replace(self.pieces, cu_seqlens=self.pieces.cu_seqlens.to(device, non_blocking=True))
+        document, chunk, begin = table[:3]
+        found = {"document": document, "chunk": chunk, "begin": begin, "edges": table[3:9], "windows": table[9:]}
+        return replace(self, pieces=pieces, maps=Maps.of(packing), **found)
 
     @cached_property
     def bounds(self) -> Tensor:
@@ -92,39 +107,53 @@ class Cut:
     @cached_property
     def token_chunk(self) -> Tensor:
         """[tokens of the pieces] int16: the chunk that their piece is for."""
-        return repeated(self.chunk, self.bounds.diff(), self.pieces.seq_length)
+        return repeated(self.chunk.short(), self.bounds.diff(), self.pieces.seq_length)
 
     @cached_property
     def own_at(self) -> Tensor:
         """[t / C] int64: the tokens of these chunks; others belong to windows that reach into one, or spill."""
-        sizes = bounds_of(self.edges[4] - self.begin).long()
-        return runs(self.bounds[:-1] + self.begin - self.edges[0], sizes, int(sizes[-1]))
+        begins = self.bounds[:-1] + self.begin - self.edges[0]
+        return runs(begins, bounds_of(self.edges[4] - self.begin).long(), self.tokens)
 
     @cached_property
     def owns_token(self) -> Tensor:
         """[tokens of the pieces]: whether this rank pools or keeps them, by way of this piece."""
-        owns = torch.tensor([False, True, False, True, False]).repeat(len(self.chunk))
-        return repeated(owns, self.edges.diff(dim=0).t().flatten(), self.pieces.seq_length)
-
-    @cached_property
-    def windows(self) -> Tensor:
-        """[3, pieces] int64: of each, the windows before those that this rank owns by way of it; these; and those after."""
-        start, first, end, *_ = self.edges // self.pieces.rule.window
-        return torch.stack([first - start, end - first, self.pieces.counts[0] + start - end])
+        return self._every_other(self.edges.diff(dim=0), self.pieces.seq_length)
 
     @cached_property
     def owns_window(self) -> Tensor:
         """[windows of the pieces]: whether this rank owns them likewise."""
-        owns = torch.tensor([False, True, False]).repeat(len(self.chunk))
-        return repeated(owns, self.windows.t().flatten(), sum(self.pieces.given))
+        return self._every_other(self.windows, sum(self.pieces.given))
+
+    @staticmethod
+    def _every_other(sizes: Tensor, length: int) -> Tensor:
+        """[length] bool, of [runs, pieces]: the second and the fourth run of each piece."""
+        owns = torch.arange(sizes.numel(), device=sizes.device) % len(sizes) % 2 == 1
+        return repeated(owns, sizes.t().flatten(), length)
 
     @cached_property
     def window_at(self) -> Tensor:
         """[windows of the pieces] int64: in the row."""
         first = self.maps.windows[self.document] + self.edges[0] // self.pieces.rule.window
-        return runs(first, self.pieces.bounds[1].long(), len(self.owns_window))
+        return runs(first, self.pieces.bounds[1].long(), sum(self.pieces.given))
 
     @cached_property
     def window_chunk(self) -> Tensor:
         """[windows of the pieces] int16: the chunk that their piece is for."""
-        return repeated(self.chunk, self.pieces.counts[0], sum(self.pieces.given))
+        return repeated(self.chunk.short(), self.windows.sum(0), sum(self.pieces.given))
+
+    @cached_property
+    def own_window(self) -> Tensor:
+        """[own] int64: the windows that this rank owns, among those of the pieces."""
+        return runs(self.pieces.bounds[1][:-1] + self.windows[0], self._owned, self.owned)
+
+    @cached_property
+    def own_window_at(self) -> Tensor:
+        """[own] int64: these, in the row."""
+        first = self.maps.windows[self.document] + self.edges[1] // self.pieces.rule.window
+        return runs(first, self._owned, self.owned)
+
+    @cached_property
+    def _owned(self) -> Tensor:
+        """[pieces + 1] int64: windows that this rank owns, before each piece."""
+        return bounds_of(self.windows[1]).long()

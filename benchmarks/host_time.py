@@ -5,6 +5,8 @@ own), Transformer Engine's DotProductAttention where it is installed, and torch'
 the call to its return, with a queue of launches that never fills up and nothing waited for in between. They take turns, a few
 calls each, so that what else the host does meets all alike; medians, and the least, which other work hardly touches. bf16,
 H = G = 8, D = 128. `--profile` prints, too, which functions of ours the time goes to. Leaves host_time.csv and host_time.json.
+
+`--no-launches` needs no GPU: what is timed is our Python alone, at 2,048 tokens (`no_launches.py`). It leaves no files.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import no_launches
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -42,47 +45,60 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "host_time")
     parser.add_argument("--before", type=Path, help="another checkout, timed in the same run")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--no-launches", action="store_true", help="our Python alone, on a CPU")
     parser.add_argument("--profile", action="store_true", help="print where the time goes at the second length")
     parser.add_argument(
         "--ours-alone", action="store_true", help="print times of the checkout that is imported, as JSON, for each length read"
     )
     options = parser.parse_args()
+    if options.no_launches:
+        no_launches.install()
+        options.lengths = [2048]
     store = f"file://{tempfile.mkdtemp()}/store"
     dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
     importlib.import_module("megatron.core.parallel_state").initialize_model_parallel()
     ours = {length: once(core_attention(length), length) for length in options.lengths}
+    if options.no_launches:
+        no_launches.as_if_initialized()
     if options.ours_alone:
         for line in sys.stdin:
             print(json.dumps(host_us(ours[int(line)])), flush=True)
         return
     timers: dict[str, Callable[[int], list[float]]] = {"lighthouse": lambda length: host_us(ours[length])}
     if options.before:
-        timers["lighthouse before"] = before(options.before, options.lengths)
-    for what, layer in (("Transformer Engine", transformer_engine()), ("torch", torch_attention)):
+        timers["lighthouse before"] = before(options.before, options.lengths, options.no_launches)
+    others = () if options.no_launches else (("Transformer Engine", transformer_engine()), ("torch", torch_attention))
+    for what, layer in others:
         if layer is not None:
             calls = {length: once(layer, length) for length in options.lengths}
             timers[what] = lambda length, calls=calls: host_us(calls[length])  # type: ignore[misc]
     rows = []
     for length in options.lengths:
         times: dict[str, list[float]] = {what: [] for what in timers}
-        for turn in range(ROUNDS + 2):
+        for turn in range(ROUNDS * (5 if options.no_launches else 1) + 2):
             for what, timer in timers.items():
                 found = timer(length)
                 times[what] += found if turn > 1 else []  # the first turns compile
         rows += [{"what": what, "N": length, "us": _median(us), "least_us": round(min(us), 1)} for what, us in times.items()]
     for row in rows:
         print(f"{row['what']:20} {row['N']:7,} tokens {row['us']:8.0f} us, at least {row['least_us']:8.0f}")
-    options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "host_time.csv").open("w", newline="") as file:
+    if not options.no_launches:
+        write(options.out, rows)
+    if options.profile:
+        length = options.lengths[:2][-1]
+        profile(core_attention(length), length)
+
+
+def write(out: Path, rows: list[dict[str, Any]]) -> None:
+    """host_time.csv, and host_time.json: the machine and its software."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "host_time.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     from megatron_lighthouse.versions import environment  # not in a process for another checkout, which may lack it
 
-    (options.out / "host_time.json").write_text(json.dumps(environment(), indent=2) + "\n")
-    if options.profile:
-        length = options.lengths[:2][-1]
-        profile(core_attention(length), length)
+    (out / "host_time.json").write_text(json.dumps(environment(), indent=2) + "\n")
 
 
 def core_attention(length: int) -> Layer:
@@ -112,10 +128,11 @@ def _either(*names: str) -> Any:
     return importlib.import_module(f"megatron_lighthouse.mcore.{names[-1]}")
 
 
-def before(checkout: Path, lengths: list[int]) -> Callable[[int], list[float]]:
+def before(checkout: Path, lengths: list[int], no_launches: bool) -> Callable[[int], list[float]]:
     """The times of another checkout, by this very script in a process of its own, which waits meanwhile."""
     paths = [str(checkout.resolve()), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     command = [sys.executable, __file__, "--ours-alone", "--lengths", *map(str, lengths)]
+    command += ["--no-launches"] if no_launches else []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     child = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     asked, answers = child.stdin, child.stdout
@@ -148,9 +165,9 @@ def torch_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def once(layer: Layer, length: int) -> Callable[[], object]:
-    shape = (length, 1, HEADS, DIM)
-    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
-    grad = torch.randn(length, 1, HEADS * DIM, device="cuda", dtype=torch.bfloat16)
+    shape, where = (length, 1, HEADS, DIM), "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = [torch.randn(shape, device=where, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    grad = torch.randn(length, 1, HEADS * DIM, device=where, dtype=torch.bfloat16)
     return lambda: torch.autograd.grad(layer(*inputs), inputs, grad)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import cProfile
-import csv
 import importlib
 import json
 import os
@@ -32,6 +31,7 @@ from typing import Any
 import no_launches
 import torch
 import torch.distributed as dist
+from csv_tables import write_csv
 from torch import Tensor
 
 HEADS, DIM = 8, 128
@@ -105,10 +105,7 @@ def alone(layer: Callable[[int], Layer], lengths: list[int], without_launches: b
 def write(out: Path, rows: list[dict[str, Any]]) -> None:
     """host_time.csv, and host_time.json: the machine and its software."""
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "host_time.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(out / "host_time.csv", rows)
     from megatron_lighthouse.versions import environment  # not in a process for another checkout, which may lack it
 
     (out / "host_time.json").write_text(json.dumps(environment(), indent=2) + "\n")

@@ -10,7 +10,6 @@ them. All of it takes about seven minutes on an H100.
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import json
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from attention_cases import LENGTHS, OTHERS, SHAPES, Case
 from attention_checks import QKV, check, each
 from attention_plots import draw
 from competitors import authors, available, dense
+from csv_tables import write_csv
 from measure import copy_gb_per_second, host_ms, median_ms, peak_gib
 from torch import Tensor
 
@@ -180,11 +180,7 @@ def main() -> None:
 
 
 def write(out: Path, part: str, table: Table, rate: float, checks: dict[str, object]) -> None:
-    columns = list(dict.fromkeys(column for row in table.rows for column in row))
-    with (out / f"{part}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(table.rows)
+    write_csv(out / f"{part}.csv", table.rows)
     summary = {**environment(), "copy GB/s": round(rate), "checks": checks, "targets": targets(table)}
     (out / f"{part}.json").write_text(json.dumps(summary, indent=2) + "\n")
 

@@ -8,12 +8,12 @@ host bounds) and of the whole layer, forward with backward; one sequence, H = G 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from functools import partial
 from pathlib import Path
 
 import torch
+from csv_tables import write_csv
 from measure import host_ms, median_ms
 from torch import Tensor
 
@@ -75,10 +75,7 @@ def main() -> None:
     check()
     print("kernels choose as the reference does, and no output rests on a later token", flush=True)
     rows = [row for length in options.lengths for row in times(length)]
-    with (options.out / "causal.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(options.out / "causal.csv", rows)
     (options.out / "causal.json").write_text(json.dumps({**environment(), "runs": rows}, indent=2) + "\n")
 
 

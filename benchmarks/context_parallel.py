@@ -10,7 +10,6 @@ same to the last bit, or the run fails.
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import json
 import os
@@ -24,6 +23,7 @@ import torch.distributed as dist
 from context_parallel_checks import check
 from context_parallel_layers import world
 from context_parallel_times import CASES, TIMED, time_case
+from csv_tables import write_csv
 from torch.multiprocessing.spawn import spawn
 
 from megatron_lighthouse.lighthouse.scorers import SCORERS
@@ -79,7 +79,7 @@ def _rank(rank: int, options: argparse.Namespace, store: str) -> None:
         for name in options.cases:
             rows += time_case(name, world(), options.quick, options.out)
             if rank == 0:
-                _table(options.out / "times.csv", rows)
+                write_csv(options.out / "times.csv", rows)
         if rank == 0:
             from context_parallel_plots import draw
 
@@ -93,14 +93,6 @@ def _rank(rank: int, options: argparse.Namespace, store: str) -> None:
 def _write(rank: int, path: Path, results: dict[str, Any]) -> None:
     if rank == 0:
         path.write_text(json.dumps(results, indent=2) + "\n")
-
-
-def _table(path: Path, rows: list[dict[str, Any]]) -> None:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ which say of each bar whether it is met.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from csv_tables import write_csv
 from measure import median_ms, peak_gib
 from torch import Tensor
 
@@ -179,10 +179,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name, lengths in mixes(options.tokens, given).items():
         rows += time_mix(name, lengths, config, options.device)
-        with (options.out / "documents.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(options.out / "documents.csv", rows)
     summary = {"largest error": error, "bars": bars(rows) if options.device == "cuda" else None, **environment()}
     print(json.dumps(summary["bars"], indent=2), flush=True)
     (options.out / "documents.json").write_text(json.dumps(summary, indent=2) + "\n")

@@ -1,17 +1,19 @@
 """`python benchmarks/host_time.py --out FOLDER`: what one layer's attention costs the host, forward and backward, eagerly.
 
-The core attention of Megatron's layer as this checkout builds it (and as the one at `--before PATH` does, in a process of its
-own), Transformer Engine's DotProductAttention where it is installed, and torch's scaled_dot_product_attention: the time from
-the call to its return, with a queue of launches that never fills up and nothing waited for in between. They take turns, a few
-calls each, so that what else the host does meets all alike; medians, and the least, which other work hardly touches. bf16,
-H = G = 8, D = 128. `--profile` prints, too, which functions of ours the time goes to. Leaves host_time.csv and host_time.json.
+The core attention of Megatron's layer as this checkout builds it (and as the one at `--before PATH` does), Transformer
+Engine's DotProductAttention where it is installed, and torch's scaled_dot_product_attention: the time from the call to its
+return, with a queue of launches that never fills up and nothing waited for in between. Each has a process of its own. They
+take turns, a few calls each, so that what else the host does meets all alike; medians, and the least, which other work hardly
+touches. bf16, H = G = 8, D = 128. `--profile` prints, too, which functions of ours the time goes to. Leaves host_time.csv and
+host_time.json.
+
+`--no-launches` needs no GPU: what is timed is our Python alone, at 2,048 tokens (`no_launches.py`). It leaves no files.
 """
 
 from __future__ import annotations
 
 import argparse
 import cProfile
-import csv
 import importlib
 import json
 import os
@@ -22,11 +24,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import no_launches
 import torch
 import torch.distributed as dist
+from csv_tables import write_csv
 from torch import Tensor
 
 HEADS, DIM = 8, 128
@@ -42,47 +47,68 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "host_time")
     parser.add_argument("--before", type=Path, help="another checkout, timed in the same run")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--no-launches", action="store_true", help="our Python alone, on a CPU")
     parser.add_argument("--profile", action="store_true", help="print where the time goes at the second length")
-    parser.add_argument(
-        "--ours-alone", action="store_true", help="print times of the checkout that is imported, as JSON, for each length read"
-    )
+    parser.add_argument("--alone", choices=LAYERS, help="print times of one layer, as JSON, for each length read")
     options = parser.parse_args()
-    store = f"file://{tempfile.mkdtemp()}/store"
-    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    importlib.import_module("megatron.core.parallel_state").initialize_model_parallel()
-    ours = {length: once(core_attention(length), length) for length in options.lengths}
-    if options.ours_alone:
-        for line in sys.stdin:
-            print(json.dumps(host_us(ours[int(line)])), flush=True)
+    if options.no_launches:
+        options.lengths = [2048]
+    if options.alone:
+        alone(LAYERS[options.alone], options.lengths, options.no_launches)
         return
-    timers: dict[str, Callable[[int], list[float]]] = {"lighthouse": lambda length: host_us(ours[length])}
+    given = ["--lengths", *map(str, options.lengths), *(["--no-launches"] if options.no_launches else [])]
+    here = Path(__file__).parents[1]
+    timers = {"lighthouse": timer("lighthouse", here, given)}
     if options.before:
-        timers["lighthouse before"] = before(options.before, options.lengths)
-    for what, layer in (("Transformer Engine", transformer_engine()), ("torch", torch_attention)):
-        if layer is not None:
-            calls = {length: once(layer, length) for length in options.lengths}
-            timers[what] = lambda length, calls=calls: host_us(calls[length])  # type: ignore[misc]
+        timers["lighthouse before"] = timer("lighthouse", options.before, given)
+    if not options.no_launches:
+        if find_spec("transformer_engine"):
+            timers["Transformer Engine"] = timer("Transformer Engine", here, given)
+        timers["torch"] = timer("torch", here, given)
     rows = []
     for length in options.lengths:
         times: dict[str, list[float]] = {what: [] for what in timers}
-        for turn in range(ROUNDS + 2):
-            for what, timer in timers.items():
-                found = timer(length)
+        for turn in range(ROUNDS * (5 if options.no_launches else 1) + 2):
+            for what, times_of in timers.items():
+                found = times_of(length)
                 times[what] += found if turn > 1 else []  # the first turns compile
         rows += [{"what": what, "N": length, "us": _median(us), "least_us": round(min(us), 1)} for what, us in times.items()]
     for row in rows:
         print(f"{row['what']:20} {row['N']:7,} tokens {row['us']:8.0f} us, at least {row['least_us']:8.0f}")
-    options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "host_time.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    from megatron_lighthouse.versions import environment  # not in a process for another checkout, which may lack it
-
-    (options.out / "host_time.json").write_text(json.dumps(environment(), indent=2) + "\n")
+    if not options.no_launches:
+        write(options.out, rows)
     if options.profile:
+        prepare(options.no_launches)
         length = options.lengths[:2][-1]
         profile(core_attention(length), length)
+
+
+def prepare(without_launches: bool) -> None:
+    """What Megatron's layers ask for."""
+    if without_launches:
+        no_launches.install()
+    store = f"file://{tempfile.mkdtemp()}/store"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    importlib.import_module("megatron.core.parallel_state").initialize_model_parallel()
+
+
+def alone(layer: Callable[[int], Layer], lengths: list[int], without_launches: bool) -> None:
+    """Times of one layer, for each length that is read."""
+    prepare(without_launches)
+    calls = {length: once(layer(length), length) for length in lengths}
+    if without_launches:
+        no_launches.as_if_initialized()
+    for line in sys.stdin:
+        print(json.dumps(host_us(calls[int(line)])), flush=True)
+
+
+def write(out: Path, rows: list[dict[str, Any]]) -> None:
+    """host_time.csv, and host_time.json: the machine and its software."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_csv(out / "host_time.csv", rows)
+    from megatron_lighthouse.versions import environment  # not in a process for another checkout, which may lack it
+
+    (out / "host_time.json").write_text(json.dumps(environment(), indent=2) + "\n")
 
 
 def core_attention(length: int) -> Layer:
@@ -112,10 +138,10 @@ def _either(*names: str) -> Any:
     return importlib.import_module(f"megatron_lighthouse.mcore.{names[-1]}")
 
 
-def before(checkout: Path, lengths: list[int]) -> Callable[[int], list[float]]:
-    """The times of another checkout, by this very script in a process of its own, which waits meanwhile."""
+def timer(what: str, checkout: Path, given: list[str]) -> Callable[[int], list[float]]:
+    """The times of a layer of a checkout, by this very script in a process of its own, which waits meanwhile."""
     paths = [str(checkout.resolve()), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    command = [sys.executable, __file__, "--ours-alone", "--lengths", *map(str, lengths)]
+    command = [sys.executable, __file__, "--alone", what, *given]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     child = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     asked, answers = child.stdin, child.stdout
@@ -128,18 +154,20 @@ def before(checkout: Path, lengths: list[int]) -> Callable[[int], list[float]]:
             if line.startswith("["):  # what it says at its start comes before
                 found: list[float] = json.loads(line)
                 return found
-        raise RuntimeError(f"the process for {checkout} ended, see above")
+        raise RuntimeError(f"the process for {what} of {checkout} ended, see above")
 
     return times
 
 
-def transformer_engine() -> Layer | None:
-    try:
-        from transformer_engine.pytorch import DotProductAttention
-    except ImportError:
-        return None
+def transformer_engine(length: int) -> Layer:
+    from transformer_engine.pytorch import DotProductAttention
+
     layer = DotProductAttention(HEADS, DIM, attention_dropout=0.0, attn_mask_type="causal").cuda()
     return lambda q, k, v: layer(q, k, v, qkv_format="sbhd")
+
+
+def of_torch(length: int) -> Layer:
+    return torch_attention
 
 
 def torch_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -147,10 +175,18 @@ def torch_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).permute(2, 0, 1, 3).flatten(2)
 
 
+LAYERS: dict[str, Callable[[int], Layer]] = {
+    "lighthouse": core_attention,
+    "Transformer Engine": transformer_engine,
+    "torch": of_torch,
+}
+"""By what is timed: a layer for so many tokens."""
+
+
 def once(layer: Layer, length: int) -> Callable[[], object]:
-    shape = (length, 1, HEADS, DIM)
-    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
-    grad = torch.randn(length, 1, HEADS * DIM, device="cuda", dtype=torch.bfloat16)
+    shape, where = (length, 1, HEADS, DIM), "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = [torch.randn(shape, device=where, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    grad = torch.randn(length, 1, HEADS * DIM, device=where, dtype=torch.bfloat16)
     return lambda: torch.autograd.grad(layer(*inputs), inputs, grad)
 
 

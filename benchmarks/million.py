@@ -19,7 +19,6 @@ on a CPU, at a 512th of the length.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import multiprocessing
 import os
@@ -37,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+from csv_tables import write_csv
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -251,11 +251,7 @@ def keep(rows: list[dict[str, Any]], out: Path) -> None:
     """What is known so far: a call may be cut off."""
     for name, table in (("million", rows), ("layers", list(layers(rows)))):
         if table:
-            with (out / f"{name}.csv").open("w", newline="") as file:
-                names = [name for name in dict.fromkeys(key for row in table for key in row) if name not in LISTS]
-                writer = csv.DictWriter(file, names, extrasaction="ignore")
-                writer.writeheader()
-                writer.writerows(table)
+            write_csv(out / f"{name}.csv", table, LISTS)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

@@ -10,7 +10,6 @@ Megatron's local ones fail with biases.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import multiprocessing
 import sys
@@ -19,6 +18,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from csv_tables import write_csv
 from million import GPU, LISTS, measured, prepare
 
 from megatron_lighthouse.launch.torchrun import ROOT
@@ -104,11 +104,7 @@ def main() -> None:
         row = measured(command(model, attention, options), log, end, options.seq_length)
         rows.append({"model": model, "attention": attention, "layers": options.layers, "tokens": options.seq_length, **row})
         print({name: value for name, value in rows[-1].items() if name not in LISTS}, flush=True)
-        with (options.out / "model_steps.csv").open("w", newline="") as file:
-            names = [name for name in dict.fromkeys(key for row in rows for key in row) if name not in LISTS]
-            writer = csv.DictWriter(file, names, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(options.out / "model_steps.csv", rows, LISTS)
         (options.out / "summary.json").write_text(json.dumps({**environment, "runs": rows}, indent=2) + "\n")
 
 

@@ -8,13 +8,13 @@ and selecting by themselves. Leaves models.csv. `--dry-run` calls each once on a
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from csv_tables import write_csv
 from measure import median_ms
 from torch import Tensor
 
@@ -111,10 +111,7 @@ def main() -> None:
         print(*(f"{row['case']:40} {row['what']:18} {row['direction']:9} {row['ms']:10.3f} ms" for row in rows[-5:]), sep="\n")
     if rows:
         options.out.mkdir(parents=True, exist_ok=True)
-        with (options.out / "models.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(options.out / "models.csv", rows)
 
 
 if __name__ == "__main__":

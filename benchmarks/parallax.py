@@ -12,7 +12,6 @@ tiles (dr after dq: 8.7 ms; before it: 11.7).
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from csv_tables import write_csv
 from measure import median_ms, peak_gib
 from torch import Tensor
 
@@ -189,10 +189,7 @@ def main() -> None:
     cases = [Case(*one) for one in options.case or []] + [Case(length, 8, 8, 128) for length in options.lengths or []]
     for case in [] if options.only_checks else cases or CASES:
         rows += time_case(case)
-        with (options.out / "parallax.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(options.out / "parallax.csv", rows)
     summary = {"errors": checked, "repeats": same, **environment()}
     (options.out / "parallax.json").write_text(json.dumps(summary, indent=2) + "\n")
 

@@ -13,7 +13,6 @@ their row. Leaves rings.csv and rings.json, as far as it came, after every case.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import tempfile
@@ -30,6 +29,7 @@ import torch.distributed as dist
 from context_parallel import one_cudnn
 from context_parallel_layers import both
 from context_parallel_times import times_of
+from csv_tables import write_csv
 from documents import drawn
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
@@ -202,10 +202,7 @@ def keep(rows: list[dict[str, Any]], out: Path) -> None:
         beside = "time of one document" if row["what"] in MEANS else "time of dense"
         if own and other and row["what"] != "dense":
             row[beside] = round(own / other, 3)
-    with (out / "rings.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(out / "rings.csv", rows)
     (out / "rings.json").write_text(json.dumps({**environment(), "cases": rows}, indent=2) + "\n")
 
 

@@ -9,13 +9,13 @@ rope.json.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
+from csv_tables import write_csv
 from torch import Tensor
 
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention
@@ -53,10 +53,7 @@ def main() -> None:
     checked = check()
     print("worst error over the greatest element, on a small shape:", checked, flush=True)
     rows = [row for length in options.lengths for row in times(length, options.repeats)]
-    with (options.out / "rope.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(options.out / "rope.csv", rows)
     found = {**environment(), "promised": PROMISED, "checked": checked, "runs": rows}
     (options.out / "rope.json").write_text(json.dumps(found, indent=2) + "\n")
 

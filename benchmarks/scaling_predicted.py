@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from context_parallel_times import DIM, HEADS, TIMED
+from csv_tables import write_csv
 from scaling_points import LENGTHS, SIZES, Point, all_candidates
 
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
@@ -186,10 +187,7 @@ def draw(path: Path, layers: Sequence[Row], runs: Sequence[Row]) -> None:
 
 def write(path: Path, rows: Sequence[Row]) -> None:
     """Floats to four digits."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    write_csv(path, [{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows])
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ scorers.csv. `gla` is timed where its package is installed: its first call tunes
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import json
 from functools import partial
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from csv_tables import write_csv
 from measure import median_ms
 from torch import Tensor
 
@@ -39,10 +39,7 @@ def main() -> None:
     for length, scorer in itertools.product(options.lengths, options.scorers):
         rows.append(_times(length, scorer))
         print(rows[-1], flush=True)
-        with (options.out / "scorers.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(options.out / "scorers.csv", rows)
     (options.out / "scorers.json").write_text(json.dumps(environment(), indent=2) + "\n")
 
 

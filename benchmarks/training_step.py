@@ -9,12 +9,13 @@ change the model; `--ranks 2` shares the sequence between two GPUs by context pa
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import re
 import statistics
 import subprocess
 from pathlib import Path
+
+from csv_tables import write_csv
 
 from megatron_lighthouse.launch.torchrun import one_rank, torchrun
 from megatron_lighthouse.recipe.presets import default_text
@@ -57,10 +58,7 @@ def main() -> None:
     for row in rows:
         ours = row["seconds a step"]
         row["times dense"] = round(dense / ours, 2) if dense and ours else None
-    with (options.out / "training_step.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(options.out / "training_step.csv", rows)
     (options.out / "summary.json").write_text(json.dumps({**environment(), "runs": rows}, indent=2) + "\n")
     print(json.dumps(rows, indent=2))
 

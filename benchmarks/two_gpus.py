@@ -12,7 +12,6 @@ faster on one), and what the plan predicts. `--within` ends all of it; `--list` 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import signal
@@ -25,6 +24,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from csv_tables import write_csv
 from million import TINY
 from scaling_points import Point
 from training_step import RUNS, command, said, step_times
@@ -216,10 +216,7 @@ def keep(rows: list[dict[str, Any]], out: Path) -> None:
         known = row["GPUs"] == 2 and row["seconds a step"] and same
         row["of one GPU's time"] = round(row["seconds a step"] / min(same), 4) if known else None
         row["efficiency"] = round(min(same) / row["seconds a step"] / 2, 4) if known else None
-    with (out / "two_gpus.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(out / "two_gpus.csv", rows)
     (out / "two_gpus.json").write_text(json.dumps({**environment(), "runs": rows}, indent=2) + "\n")
 
 

@@ -14,7 +14,6 @@ The bars on one H200: 32,768 tokens forward 6 ms, with backward 27 ms; 98,304 wi
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from csv_tables import write_csv
 from measure import median_ms, peak_gib
 from torch import Tensor
 
@@ -273,10 +273,7 @@ def main() -> None:
     cases = [Case(length, 8, 8, 128) for length in options.lengths] if options.lengths else CASES
     for case in () if options.only_check else cases:
         rows += time_case(case)
-        with (options.out / "wall.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(options.out / "wall.csv", rows)
     summary = {"errors": checked, "repeats": same, **environment()}
     (options.out / "wall.json").write_text(json.dumps(summary, indent=2) + "\n")
 

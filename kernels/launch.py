@@ -4,7 +4,7 @@ What counts is that a thread moves 16 bytes at a time and has several loads unde
 matters (tried on an H100 from 1 to 32 KB and 1 to 8 warps). So one line a step, for rows of any size.
 
 A layer's launches are alike from iteration to iteration. Triton would find out each time which compiled kernel they need, at
-more cost to the host than the launch itself: `enqueue` keeps it, by all that the choice hangs on, and by no more.
+more cost to the host than the launch itself: `Prepared` keeps it, by all that the choice hangs on, and by no more.
 """
 
 from __future__ import annotations
@@ -53,16 +53,67 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-_compiled: dict[tuple[Any, ...], Any] = {}
-"""Compiled kernels: by kernel, device, the dtypes and the alignment of tensors, the kinds of numbers, and the values of all
-other arguments."""
+_compiled: dict[tuple[Any, ...], dict[tuple[Any, ...], Any]] = {}
+"""Compiled kernels: by kernel, the kinds of numbers and the values of all other arguments; then by device, and the dtypes and
+the alignment of tensors."""
 DIRECT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4)
-"""Whether a compiled kernel is run as `enqueue` does it: so it is from Triton 3.4 on."""
+"""Whether a compiled kernel is run as `Prepared` does it: so it is from Triton 3.4 on."""
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     """Memory that Triton writes descriptors for the bulk copy engine to."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+class Prepared:
+    """A launch of a kernel, all but its tensors: what their shapes and strides settle, a step settles once."""
+
+    __slots__ = ("behind", "compiled", "constants", "grid", "kernel", "numbers", "options")
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, int, int],
+        numbers: tuple[int | tuple[int, ...], ...],
+        constants: Mapping[str, float],
+        **options: int | bool,
+    ) -> None:
+        """The kernel's parameters are tensors, then numbers, then constants, in this order.
+
+        Args:
+            options: of the compiler, such as num_warps.
+        """
+        self.kernel, self.grid, self.numbers, self.constants, self.options = kernel, grid, numbers, constants, options
+        self.behind = *numbers, *constants.values()
+        self.compiled = _compiled.setdefault((id(kernel), _kinds(numbers), *constants.values(), *options.values()), {})
+
+    def __call__(self, *tensors: Tensor) -> None:
+        device = tensors[0].get_device()  # -1 under the interpreter
+        if device >= 0 and device != torch._C._cuda_getDevice():  # the one on which Triton launches
+            with torch.cuda.device(device):
+                return self(*tensors)
+        pointers = [x.data_ptr() for x in tensors]
+        known = (device, *[x.dtype for x in tensors], *[not pointer & 15 for pointer in pointers])
+        if self.constants.get("BULK"):
+            triton.set_allocator(_scratch)  # of this thread: backward has its own
+        compiled = self.compiled.get(known)
+        if compiled is not None and not _told():
+            stream = triton.runtime.driver.active.get_current_stream(device)
+            how = stream, compiled.function, compiled.packed_metadata, None, None, None  # what hooks are told, and hooks: none
+            compiled.run(*self.grid, *how, *pointers, *self.behind)
+            return None
+        compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
+        if DIRECT and compiled is not None:  # the interpreter compiles nothing
+            names = self.kernel.arg_names[len(tensors) + len(self.numbers) :]
+            assert names == list(self.constants), "the order of `Prepared`"
+            self.compiled[known] = compiled
+        return None
+
+
+def start(launches: Sequence[Prepared], tensors: Sequence[Tensor]) -> None:
+    """One after the other, each of these tensors."""
+    for launch in launches:
+        launch(*tensors)
 
 
 def enqueue(
@@ -73,38 +124,15 @@ def enqueue(
     constants: Mapping[str, float],
     **options: int | bool,
 ) -> None:
-    """Launch a kernel whose parameters are tensors, then numbers, then constants, in this order.
-
-    Args:
-        options: of the compiler, such as num_warps.
-    """
-    device = tensors[0].get_device()  # -1 under the interpreter
-    if device >= 0 and device != torch._C._cuda_getDevice():  # the one on which Triton launches
-        with torch.cuda.device(device):
-            return enqueue(kernel, grid, tensors, numbers, constants, **options)
-    pointers = [x.data_ptr() for x in tensors]
-    aligned = [not pointer & 15 for pointer in pointers]  # Triton's two specialisations of a pointer
-    known = (id(kernel), device, *[x.dtype for x in tensors], *aligned, _kinds(numbers), *constants.values(), *options.values())
-    if constants.get("BULK"):
-        triton.set_allocator(_scratch)  # of this thread: backward has its own
-    compiled = _compiled.get(known)
-    if compiled is not None and not _told():
-        stream = triton.runtime.driver.active.get_current_stream(device)
-        how = stream, compiled.function, compiled.packed_metadata, None, None, None  # what hooks are told, and hooks: none
-        compiled.run(*grid, *how, *pointers, *numbers, *constants.values())
-        return None
-    compiled = kernel[grid](*tensors, *numbers, **constants, **options)
-    if DIRECT and compiled is not None:  # the interpreter compiles nothing
-        assert kernel.arg_names[len(tensors) + len(numbers) :] == list(constants), "the order of `enqueue`"
-        _compiled[known] = compiled
-    return None
+    """Launch a kernel: see `Prepared`."""
+    Prepared(kernel, grid, numbers, constants, **options)(*tensors)
 
 
 @lru_cache(4096)
-def _kinds(numbers: tuple[int | tuple[int, ...], ...]) -> tuple[object, ...]:
+def _kinds(numbers: tuple[int | tuple[int, ...], ...]) -> str:
     """What Triton's choice hangs on, of numbers: which are 1, multiples of 16, or longer than 32 bits."""
     flat = [n for x in numbers for n in (x if isinstance(x, tuple) else (x,))]
-    return tuple(1 if n == 1 else (n % 16 == 0, n.bit_length() > 31) for n in flat)
+    return str([1 if n == 1 else (n % 16 == 0, n.bit_length() > 31) for n in flat])
 
 
 def _told() -> bool:
@@ -113,45 +141,33 @@ def _told() -> bool:
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
-def launch_windows(
+def prepare_windows(
     kernel: Any,
-    tensors: Sequence[Tensor],
-    places: Tensor,
-    sizes: Sequence[int],
+    strides: tuple[tuple[int, ...], ...],
+    places: Sequence[int],
+    sizes: tuple[int, ...],
     heads: tuple[int, ...],
     blocks: range,
     how: Launch,
-    *,
-    dim: int | None = None,
-    tables: Sequence[Tensor] = (),
+    dim: int,
     **constants: int,
-) -> None:
-    """Launch a kernel of gather or scatter.
+) -> Prepared:
+    """A launch of a kernel of gather or scatter: of its tensors [·, B, ·, D], the places, and other tables.
 
     Args:
-        tensors: [·, B, ·, D], as the kernel takes them.
+        strides: of the tensors.
+        places: their shape, [B, G, pyramid length].
         sizes: (N, L, p, S, chunks).
         heads: H; the heads over which the grid runs, of all that the kernel knows; the first of them; and what else the kernel
             is told of heads.
         blocks: of each chunk.
-        dim: D of those heads; that of the first tensor by default.
-        tables: other tensors that the kernel reads, contiguous.
+        dim: D of those heads.
     """
-    (_, batch, _, first_dim), (_, groups, entries) = tensors[0].shape, places.shape
-    grid, counts, shape = _of_windows(batch, groups, entries, tuple(sizes), heads, blocks, how.rows, dim or first_dim)
-    tensors, steps = laid_out(tensors)
-    enqueue(kernel, grid, [*tensors, places, *tables], (*steps, *counts), {**shape, **constants}, num_warps=how.warps)
-
-
-@lru_cache(1024)
-def _of_windows(
-    batch: int, groups: int, entries: int, sizes: tuple[int, ...], heads: tuple[int, ...], blocks: range, rows: int, dim: int
-) -> tuple[tuple[int, int, int], tuple[int, ...], dict[str, int]]:
-    """What shapes alone settle of such a launch: the grid, the numbers behind the strides, and the constants."""
-    length, levels, pooling, _, chunks = sizes
+    (batch, groups, entries), (length, levels, pooling, _, chunks) = places, sizes
+    grid = len(blocks) * chunks, batch * heads[1], 1
     counts = (length // chunks, chunks, blocks.start, len(blocks), entries, *heads, groups)
-    shape = {"D": dim, "BLOCK_D": padded(dim), "P": pooling, "L": levels, "BLOCK": rows}
-    return (len(blocks) * chunks, batch * heads[1], 1), counts, shape
+    shape = {"D": dim, "BLOCK_D": padded(dim), "P": pooling, "L": levels, "BLOCK": how.rows}
+    return Prepared(kernel, grid, (*strides, *counts), {**shape, **constants}, num_warps=how.warps)
 
 
 def run[T](op: CustomOpDef, function: Callable[..., T], *args: object) -> T:
@@ -170,14 +186,26 @@ def strides(x: Tensor) -> tuple[int, int, int]:
     return first, second, third
 
 
-def laid_out(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[int, ...]]]:
+def laid_out(tensors: Sequence[Tensor]) -> tuple[list[Tensor], tuple[tuple[int, ...], ...]]:
     """`last_contiguous` and `strides` of tensors [·, ·, ·, D]."""
-    found, steps = [], []
+    found, strides = [], []
     for x in tensors:
-        *step, last = x.stride()
-        if last != 1:
+        steps = x.stride()
+        if steps[-1] != 1:
             x = x.contiguous()
-            *step, _ = x.stride()
+            steps = x.stride()
         found.append(x)
-        steps.append(tuple(step))
-    return found, steps
+        strides.append(steps[:-1])
+    return found, tuple(strides)
+
+
+def new_rows(x: Tensor, rows: int) -> Tensor:
+    """Memory for [rows, ·, ·, D], else as x."""
+    _, batch, heads, dim = x.shape
+    return x.new_empty(rows, batch, heads, dim)
+
+
+def new_strides(shape: Sequence[int]) -> tuple[int, int, int]:
+    """`strides` of a new tensor of that shape, [·, B, H, D]."""
+    _, batch, heads, dim = shape
+    return batch * heads * dim, heads * dim, dim

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 _current: int | None = None
 
 
-@contextmanager
-def layer(number: int) -> Iterator[None]:
+class layer:
     """Name the layer whose attention runs inside."""
-    global _current
-    _current, before = number, _current
-    try:
-        yield
-    finally:
-        _current = before
+
+    def __init__(self, number: int) -> None:
+        self.number, self.before = number, _current
+
+    def __enter__(self) -> None:
+        global _current
+        _current = self.number
+
+    def __exit__(self, *_: object) -> None:
+        global _current
+        _current = self.before
 
 
 def current() -> int | None:

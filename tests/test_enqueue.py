@@ -68,13 +68,20 @@ def one(offset=0, length=128):
     merge(q.clone(), lse, k, lse.clone())
     return [*notes]
 
+def kept():
+    return sum(map(len, launch._compiled.values()))
+
+def forget():
+    for compiled in launch._compiled.values():
+        compiled.clear()
+
 by_triton, direct = one(), one()
-launch.DIRECT, kept = False, dict(launch._compiled)
-launch._compiled.clear()
-again = one()
-launch._compiled.update(kept)
+found = {"by Triton": by_triton, "direct": direct, "kept": kept()}
+forget()
+launch.DIRECT = False
+found["by Triton again"] = one()
 launch.DIRECT = True
-found = {"by Triton": by_triton, "direct": direct, "by Triton again": again, "kept": len(kept)}
+one()
 found["unaligned"], found["longer"] = one(offset=4), one(length=256)
 
 def merged(lengths):
@@ -85,11 +92,11 @@ def merged(lengths):
     return [function for _, function, *_ in notes]
 
 lengths = [1, *range(48, 100)]
-launch._compiled.clear()
-found["of lengths"], found["kept of lengths"] = merged(lengths), len(launch._compiled)
+forget()
+found["of lengths"], found["kept of lengths"] = merged(lengths), kept()
 found["of lengths directly"] = merged(lengths)
 launch.DIRECT = False
-launch._compiled.clear()
+forget()
 found["of lengths by Triton"] = merged(lengths)
 launch.DIRECT = True
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_lighthouse.kernels.launch import cdiv, enqueue
-from megatron_lighthouse.kernels.lighthouse.select import launch_places
+from megatron_lighthouse.kernels.lighthouse.select import place_launch
 from megatron_lighthouse.lighthouse.causal import select_causally
 from megatron_lighthouse.lighthouse.geometry import Geometry
 from megatron_lighthouse.ranges import profiled
@@ -56,8 +56,9 @@ def _places_of(gathered: list[Tensor], geometry: Geometry) -> Tensor:
     refined = torch.cat([level[..., :: geometry.pooling] for level in gathered[:-1]], -1).int()
     lengths = [geometry.entries(level) for level in range(1, geometry.levels)]
     before = torch.cat([level.cumsum(-1) - level for level in refined.split(lengths, -1)], -1)
-    places = torch.empty((*refined.shape[:2], geometry.pyramid_length), dtype=torch.int32, device=refined.device)
-    launch_places((2 * before + refined).int(), places, geometry)
+    batch, groups, _ = refined.shape
+    places = refined.new_empty(batch, groups, geometry.pyramid_length)
+    place_launch(geometry, batch * groups)((2 * before + refined).int(), places)
     return places
 
 

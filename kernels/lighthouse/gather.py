@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from megatron_lighthouse.kernels.launch import cdiv, launch, launch_windows, run
+from megatron_lighthouse.kernels.launch import (
+    Prepared,
+    cdiv,
+    laid_out,
+    launch,
+    new_rows,
+    new_strides,
+    prepare_windows,
+    run,
+    start,
+)
 from megatron_lighthouse.kernels.lighthouse.tiles import NONE
 from megatron_lighthouse.kernels.lighthouse.windows import collect, spread
 from megatron_lighthouse.lighthouse.steps import FarTravel
+from megatron_lighthouse.lighthouse.transforms import once_differentiable
 from megatron_lighthouse.ranges import profiled
 
 NOT_TURNED = (NONE, 0, 0)
@@ -145,14 +155,14 @@ def _gather(
 ) -> tuple[Tensor, Tensor, Tensor]:
     with profiled("gather"):
         rows = _empty(query, key, value, sizes[3])
-        of_queries, of_keys = _launches(query.shape[2], *key.shape[2:], value.shape[3])
-        given = (gather_forward_kernel, "collect", (query, key, value, *rows), places, sizes, turns, pairing)
+        launches, given = _launches("collect", (query, key, value), places, sizes, pairing)
+        tensors = (*given, *rows, places, _table(places, turns))
         if travel is None:
-            _launch(*given, _joined(of_queries, of_keys))
+            start(launches.all, tensors)
         else:
-            _launch(*given, of_keys)
+            start(launches.far, tensors)
             travel.set_out(rows[1:])
-            _launch(*given, [of_queries])
+            start(launches.near, tensors)
         return rows
 
 
@@ -169,67 +179,74 @@ def _gather_backward(
     """The gradients of the tokens [N, B, ·, D], from those of the rows [S, B, ·, D]."""
     with profiled("gather backward"):
         tokens = _empty(query, key, value, sizes[0])
-        of_queries, of_keys = _launches(query.shape[2], *key.shape[2:], value.shape[3])
-        how, tensors = (places, sizes, turns, pairing), (query, key, value, *tokens)
+        launches, given = _launches("spread", (query, key, value), places, sizes, pairing)
+        behind = (*tokens, places, _table(places, turns))
         if travel is None:
-            _launch(gather_backward_kernel, "spread", tensors, *how, _joined(of_queries, of_keys))
+            start(launches.all, (*given, *behind))
         else:
-            _launch(gather_backward_kernel, "spread", tensors, *how, [of_queries])
-            tensors = (query, *travel.come_home((key, value)), *tokens)
-            _launch(gather_backward_kernel, "spread", tensors, *how, of_keys)
+            start(launches.near, (*given, *behind))
+            far = travel.come_home((key, value))
+            launches, given = _launches("spread", (query, *far), places, sizes, pairing)
+            start(launches.far, (*given, *behind))
         return tokens
 
 
-class Heads(NamedTuple):
-    """Heads of one launch: as `launch_windows` takes them, their channels, and whether they may be turned."""
-
-    of: tuple[int, int, int, int]
-    dim: int
-    turned: bool
+def _table(places: Tensor, turns: Tensor | None) -> Tensor:
+    """Where nothing is turned no table is read, and any tensor stands for it."""
+    return places if turns is None else turns
 
 
-@cache
-def _launches(heads: int, others: int, dim: int, value_dim: int) -> tuple[Heads, list[Heads]]:
-    """Of the queries; and of keys and values, apart where their channels differ."""
-    of_queries = Heads((heads, heads, 0, others), dim, True)
-    if value_dim == dim:
-        return of_queries, [Heads((heads, 2 * others, heads, others), dim, True)]
-    of_values = Heads((heads, others, heads + others, others), value_dim, False)
-    return of_queries, [Heads((heads, others, heads, others), dim, True), of_values]
+class Launches(NamedTuple):
+    """Of the queries; of keys and values, apart where their channels differ; and of all, in as few."""
+
+    near: list[Prepared]
+    far: list[Prepared]
+    all: list[Prepared]
 
 
-def _joined(of_queries: Heads, of_keys: list[Heads]) -> list[Heads]:
-    """The queries and the first of the others in one launch, and the rest."""
-    first, *rest = of_keys
-    heads, count, _, others = of_queries.of
-    return [Heads((heads, count + first.of[1], 0, others), of_queries.dim, of_queries.turned), *rest]
+def _launches(
+    step: str, given: tuple[Tensor, ...], places: Tensor, sizes: Sequence[int], pairing: Sequence[int]
+) -> tuple[Launches, list[Tensor]]:
+    """The launches that collect or spread the tensors given; and these, with a contiguous last dimension."""
+    found, strides = laid_out(given)
+    shapes = tuple([x.shape for x in found])
+    itemsize = found[0].element_size()
+    return _settled(step, shapes, strides, itemsize, places.shape, tuple(sizes), tuple(pairing)), found
 
 
-def _launch(
-    kernel: Any,
+@lru_cache(1024)
+def _settled(
     step: str,
-    tensors: Sequence[Tensor],
-    places: Tensor,
-    sizes: Sequence[int],
-    turns: Tensor | None,
-    pairing: Sequence[int],
-    launches: Sequence[Heads],
-) -> None:
-    """Launch a kernel that collects or spreads; where nothing is turned it reads no table, and any tensor stands for it."""
-    length, levels, pooling, _, chunks = sizes
-    window = pooling ** (levels - 1) if step == "collect" else pooling
-    tables = (places if turns is None else turns,)
-    for heads, dim, turned in launches:
-        how = launch(step, dim, tensors[0].element_size())
+    shapes: tuple[torch.Size, ...],
+    strides: tuple[tuple[int, ...], ...],
+    itemsize: int,
+    places: torch.Size,
+    sizes: tuple[int, ...],
+    pairing: tuple[int, ...],
+) -> Launches:
+    (length, levels, pooling, _, chunks), (heads, dim), (others, value_dim) = sizes, shapes[0][2:], shapes[2][2:]
+    kernel, window = (
+        (gather_forward_kernel, pooling ** (levels - 1)) if step == "collect" else (gather_backward_kernel, pooling)
+    )
+    all_strides = (*strides, *map(new_strides, shapes))
+
+    def of(count: int, first: int, dim: int, turned: bool = True) -> Prepared:
+        """Of so many heads, from the first on."""
+        how = launch(step, dim, itemsize)
         blocks = range(cdiv(length // chunks // window, how.rows))
         turn, pairs, before = pairing if turned else NOT_TURNED
         turning = {"TURN": turn, "PAIRS": pairs, "BEFORE": before}
-        launch_windows(kernel, tensors, places, sizes, heads, blocks, how, dim=dim, tables=tables, **turning)
+        return prepare_windows(kernel, all_strides, places, sizes, (heads, count, first, others), blocks, how, dim, **turning)
+
+    near = [of(heads, 0, dim)]
+    if value_dim == dim:
+        return Launches(near, [of(2 * others, heads, dim)], [of(heads + 2 * others, 0, dim)])
+    values = of(others, heads + others, value_dim, turned=False)
+    return Launches(near, [of(others, heads, dim), values], [of(heads + others, 0, dim), values])
 
 
 def _empty(query: Tensor, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (torch.empty((length, *x.shape[1:]), dtype=x.dtype, device=x.device) for x in (query, key, value))
-    return q, k, v
+    return new_rows(query, length), new_rows(key, length), new_rows(value, length)
 
 
 def _gather_whole(
@@ -273,13 +290,13 @@ class Gather(torch.autograd.Function):
         *_, places, ctx.sizes, turns, ctx.pairing, ctx.travel = args
         # the map and the table alone: Q, K and V, and what they are views of, can be freed
         ctx.save_for_backward(places, turns)
-        return _gather(*args) if ctx.travel else run(gather_op, _gather_whole, *args[:-1])
+        return _gather(*args) if ctx.travel else run(gather_op, _gather, *args[:-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         places, turns = ctx.saved_tensors
-        given = (*grads, places, ctx.sizes, turns, ctx.pairing)
+        given = (grads[0], grads[1], grads[2], places, ctx.sizes, turns, ctx.pairing)
         if ctx.travel:
-            return *partial(_gather_backward, travel=ctx.travel)(*given), *[None] * 5
-        return *run(gather_backward_op, _gather_backward_whole, *given), *[None] * 5
+            return *_gather_backward(*given, ctx.travel), *[None] * 5
+        return *run(gather_backward_op, _gather_backward, *given), *[None] * 5

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from megatron_lighthouse.kernels.launch import cdiv, launch, launch_windows, run
+from megatron_lighthouse.kernels.launch import (
+    Prepared,
+    cdiv,
+    laid_out,
+    launch,
+    new_rows,
+    new_strides,
+    prepare_windows,
+    run,
+    start,
+)
 from megatron_lighthouse.kernels.lighthouse.windows import collect, spread
 from megatron_lighthouse.lighthouse.steps import HaloTravel
+from megatron_lighthouse.lighthouse.transforms import once_differentiable
 from megatron_lighthouse.ranges import profiled
 
 
@@ -92,22 +103,13 @@ def _scatter(
     rows: Tensor, halo: Tensor | None, places: Tensor, sizes: Sequence[int], travel: HaloTravel | None = None
 ) -> Tensor:
     with profiled("scatter"):
-        length, levels, pooling, _, chunks = sizes
-        out = _empty(rows, length)
-        how = launch("spread", rows.shape[3], rows.element_size())
-        # of windows of level 1 of the shifted positions, of which there is one more
-        blocks = range(cdiv(length // chunks // pooling + 1, how.rows))
-        tensors, heads = (rows, out, rows if halo is None else halo.flatten(0, 1)), (rows.shape[2], rows.shape[2], 0)
-        edge = 0
-        if halo is not None:
-            # the blocks that the halo reaches come last, for it may still be under way
-            edge = min(len(blocks), cdiv(pooling ** (levels - 2), how.rows))
-        if edge < len(blocks):
-            launch_windows(scatter_forward_kernel, tensors, places, sizes, heads, blocks[edge:], how, HALO=False)
-        if edge:
-            if travel is not None:
-                travel.arrive()
-            launch_windows(scatter_forward_kernel, tensors, places, sizes, heads, blocks[:edge], how, HALO=True)
+        out = new_rows(rows, sizes[0])
+        launches, (rows, edge) = _launches("spread", rows, halo, places, sizes)
+        start(launches.inner, (rows, out, edge, places))
+        # the blocks that the halo reaches come last, for it may still be under way
+        if travel is not None:
+            travel.arrive()
+        start(launches.edge, (rows, out, edge, places))
         return out
 
 
@@ -118,39 +120,67 @@ def _scatter_backward(
     has_halo: bool,
     some_silent: bool = False,
     travel: HaloTravel | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """The gradients of the rows [S, B, H, D] and of the halo [chunks, L-1, B, H, D], from that of the output [N, B, H, D].
 
     Args:
         some_silent: not all rows are in the map; those that are not get zero.
     """
     with profiled("scatter backward"):
-        length, levels, pooling, _, chunks = sizes
-        rows, halo = _empty_gradients(grad, places, sizes, has_halo)
+        rows, halo = new_rows(grad, sizes[3]), _new_halo(grad, sizes) if has_halo else None
         if some_silent:
             rows.zero_()
-        how = launch("collect", grad.shape[3], grad.element_size())
-        # one window more: the first of the shifted positions is cut short, and so is the last
-        blocks = range(cdiv(length // chunks // pooling ** (levels - 1) + 1, how.rows))
-        tensors, heads = (grad, rows, halo.flatten(0, 1) if has_halo else rows), (grad.shape[2], grad.shape[2], 0)
-        edge = 1 if has_halo else 0
-        if edge:
-            launch_windows(scatter_backward_kernel, tensors, places, sizes, heads, blocks[:edge], how, HALO=True)
-            if travel is not None:
-                travel.send_back(halo)
-        if edge < len(blocks):
-            launch_windows(scatter_backward_kernel, tensors, places, sizes, heads, blocks[edge:], how, HALO=False)
+        launches, (grad, edge) = _launches("collect", grad, halo, places, sizes)
+        start(launches.edge, (grad, rows, edge, places))
+        if travel is not None and halo is not None:
+            travel.send_back(halo)
+        start(launches.inner, (grad, rows, edge, places))
         return rows, halo
 
 
-def _empty(x: Tensor, *lengths: int) -> Tensor:
-    return torch.empty((*lengths, *x.shape[1:]), dtype=x.dtype, device=x.device)
+class Launches(NamedTuple):
+    """Of the blocks of each chunk that the halo reaches, and of all others; one, or none."""
+
+    edge: list[Prepared]
+    inner: list[Prepared]
 
 
-def _empty_gradients(
-    grad: Tensor, places: Tensor, sizes: Sequence[int], has_halo: bool, some_silent: bool = False
-) -> tuple[Tensor, Tensor]:
-    return _empty(grad, sizes[3]), _empty(grad, sizes[4] if has_halo else 0, sizes[1] - 1)
+def _launches(
+    step: str, given: Tensor, halo: Tensor | None, places: Tensor, sizes: Sequence[int]
+) -> tuple[Launches, list[Tensor]]:
+    """The launches that spread or collect the tensor given. And it and the halo, as they take them: any tensor for none."""
+    found, strides = laid_out((given, given if halo is None else halo.flatten(0, 1)))
+    shape, itemsize = given.shape, given.element_size()
+    return _settled(step, shape, strides, itemsize, places.shape, tuple(sizes), halo is not None), found
+
+
+@lru_cache(1024)
+def _settled(
+    step: str,
+    shape: torch.Size,
+    strides: tuple[tuple[int, ...], ...],
+    itemsize: int,
+    places: torch.Size,
+    sizes: tuple[int, ...],
+    has_halo: bool,
+) -> Launches:
+    (length, levels, pooling, _, chunks), (_, _, heads, dim) = sizes, shape
+    coarsest, how = pooling ** (levels - 1), launch(step, dim, itemsize)
+    kernel, window = (scatter_backward_kernel, coarsest) if step == "collect" else (scatter_forward_kernel, pooling)
+    # windows of the shifted positions, of which there is one more: the first is cut short, and so is the last
+    blocks = range(cdiv(length // chunks // window + 1, how.rows))
+    edge = min(len(blocks), cdiv(coarsest // window, how.rows)) if has_halo else 0
+    all_strides = (strides[0], new_strides(shape), strides[1])
+
+    def of(blocks: range, halo: bool) -> list[Prepared]:
+        given = (kernel, all_strides, places, sizes, (heads, heads, 0), blocks, how, dim)
+        return [prepare_windows(*given, HALO=halo)] if blocks else []
+
+    return Launches(of(blocks[:edge], True), of(blocks[edge:], False))
+
+
+def _new_halo(grad: Tensor, sizes: Sequence[int]) -> Tensor:
+    return grad.new_empty(sizes[4], sizes[1] - 1, *grad.shape[1:])
 
 
 def _scatter_whole(rows: Tensor, halo: Tensor | None, places: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -158,14 +188,21 @@ def _scatter_whole(rows: Tensor, halo: Tensor | None, places: Tensor, sizes: Seq
 
 
 def _scatter_backward_whole(
-    grad: Tensor, places: Tensor, sizes: Sequence[int], has_halo: bool, some_silent: bool = False
+    grad: Tensor, places: Tensor, sizes: Sequence[int], has_halo: bool, some_silent: bool
 ) -> tuple[Tensor, Tensor]:
-    return _scatter_backward(grad, places, sizes, has_halo, some_silent)
+    rows, halo = _scatter_backward(grad, places, sizes, has_halo, some_silent)
+    return rows, rows.new_empty(0) if halo is None else halo
+
+
+def _empty_gradients(
+    grad: Tensor, places: Tensor, sizes: Sequence[int], has_halo: bool, some_silent: bool
+) -> tuple[Tensor, Tensor]:
+    return new_rows(grad, sizes[3]), _new_halo(grad, sizes) if has_halo else grad.new_empty(0)
 
 
 scatter_op = torch.library.custom_op("lighthouse::scatter", _scatter_whole, mutates_args=())
 scatter_backward_op = torch.library.custom_op("lighthouse::scatter_backward", _scatter_backward_whole, mutates_args=())
-scatter_op.register_fake(lambda rows, halo, places, sizes: _empty(rows, sizes[0]))
+scatter_op.register_fake(lambda rows, halo, places, sizes: new_rows(rows, sizes[0]))
 scatter_backward_op.register_fake(_empty_gradients)
 
 
@@ -180,7 +217,7 @@ class Scatter(torch.autograd.Function):
         _, halo, places, ctx.sizes, ctx.travel, some_silent = args
         ctx.how = halo is not None, some_silent
         ctx.save_for_backward(places)
-        return _scatter(*args[:-1]) if ctx.travel else run(scatter_op, _scatter_whole, *args[:-2])
+        return _scatter(*args[:-1]) if ctx.travel else run(scatter_op, _scatter, *args[:-2])
 
     @staticmethod
     @once_differentiable
@@ -189,5 +226,5 @@ class Scatter(torch.autograd.Function):
         if ctx.travel:
             rows, halo = _scatter_backward(grad, places, ctx.sizes, has_halo, some_silent, ctx.travel)
         else:
-            rows, halo = run(scatter_backward_op, _scatter_backward_whole, grad, places, ctx.sizes, has_halo, some_silent)
+            rows, halo = run(scatter_backward_op, _scatter_backward, grad, places, ctx.sizes, has_halo, some_silent)
         return rows, halo if has_halo else None, *[None] * 4

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_lighthouse.kernels.launch import cdiv, enqueue, laid_out, launch, padded, power_of_2
+from megatron_lighthouse.kernels.launch import Prepared, cdiv, enqueue, laid_out, launch, padded, power_of_2
 from megatron_lighthouse.lighthouse.geometry import Pyramid
 from megatron_lighthouse.ranges import profiled
 
@@ -102,29 +102,33 @@ def coarsen_kernel(p_finer, p_coarser, stride, length, P: tl.constexpr, BLOCK: t
 def compute_scores(query: Tensor, key: Tensor, sizes: Sequence[int]) -> Tensor:
     """See `Steps.score`; `sizes` is (N, L, p)."""
     with profiled("score"):
-        (_, batch, heads, dim), groups = query.shape, key.shape[2]
-        geometry, grid, constants, warps, counts = _settled(tuple(sizes), batch, heads, groups, dim, query.element_size())
-        (query, key), steps = laid_out((query, key))
-        scores = _empty(key, geometry)
-        # a fused multiply-add would round fp32 squares otherwise than the reference
-        how = {"num_warps": warps, "enable_fp_fusion": False}
-        enqueue(score_kernel, grid, (query, key, scores), (*steps, *counts), constants, **how)
-        if constants["FUSED"] < geometry.levels - 1:
-            coarsen(scores, geometry, constants["FUSED"])
+        (query, key), strides = laid_out((query, key))
+        shape, norms, geometry, fused = _settled(query.shape, key.shape[2], strides, query.element_size(), tuple(sizes))
+        scores = key.new_empty(*shape, dtype=torch.float32)
+        norms(query, key, scores)
+        if fused < geometry.levels - 1:
+            coarsen(scores, geometry, fused)
         return scores
 
 
 @lru_cache(1024)
 def _settled(
-    sizes: tuple[int, int, int], batch: int, heads: int, groups: int, dim: int, itemsize: int
-) -> tuple[Pyramid, tuple[int, int, int], dict[str, int], int, tuple[int, ...]]:
-    """What shapes alone settle of the launch: the pyramid, the grid, constants, warps, and the numbers behind the strides."""
-    geometry, how = Pyramid(*sizes), launch("score", dim, itemsize)
+    shape: torch.Size, groups: int, strides: tuple[tuple[int, ...], ...], itemsize: int, sizes: tuple[int, int, int]
+) -> tuple[tuple[int, int, int, int], Prepared, Pyramid, int]:
+    """What shapes settle: that of the scores, the launch, and the pyramid, of which it scores so many levels."""
+    (_, batch, heads, dim), geometry, how = shape, Pyramid(*sizes), launch("score", shape[3], itemsize)
     block, digit, fused = blocks_of(geometry, how.rows)
     slots = geometry.entries(geometry.levels - 1) * digit ** (geometry.levels - 1)
-    shape = {"D": dim, "BLOCK_D": padded(dim), "P": geometry.pooling, "P2": digit, "L": geometry.levels}
-    counts = geometry.seq_length, geometry.coarse_length, groups, heads // groups
-    return geometry, (cdiv(slots, block), batch * groups, 2), {**shape, "FUSED": fused, "BLOCK": block}, how.warps, counts
+    grid, counts = (
+        (cdiv(slots, block), batch * groups, 2),
+        (geometry.seq_length, geometry.coarse_length, groups, heads // groups),
+    )
+    constants = {"D": dim, "BLOCK_D": padded(dim), "P": geometry.pooling, "P2": digit, "L": geometry.levels}
+    constants |= {"FUSED": fused, "BLOCK": block}
+    # a fused multiply-add would round fp32 squares otherwise than the reference
+    options = {"num_warps": how.warps, "enable_fp_fusion": False}
+    norms = Prepared(score_kernel, grid, (*strides, *counts), constants, **options)
+    return (2, batch, groups, geometry.coarse_length), norms, geometry, fused
 
 
 def coarsen(scores: Tensor, geometry: Pyramid, fused: int) -> None:
@@ -145,7 +149,7 @@ def blocks_of(geometry: Pyramid, rows: int) -> tuple[int, int, int]:
 
 
 def _empty(key: Tensor, geometry: Pyramid) -> Tensor:
-    return torch.empty((2, *key.shape[1:3], geometry.coarse_length), dtype=torch.float32, device=key.device)
+    return key.new_empty(2, *key.shape[1:3], geometry.coarse_length, dtype=torch.float32)
 
 
 score_op = torch.library.custom_op("lighthouse::score", compute_scores, mutates_args=())

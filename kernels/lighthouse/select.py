@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_lighthouse.gpu import capability_of
-from megatron_lighthouse.kernels.launch import cdiv, enqueue, power_of_2
+from megatron_lighthouse.kernels.launch import Prepared, cdiv, power_of_2
 from megatron_lighthouse.kernels.lighthouse.windows import level_offset
 from megatron_lighthouse.lighthouse.geometry import Geometry
 from megatron_lighthouse.ranges import profiled
@@ -206,40 +206,33 @@ def place_kernel(
 def compute_places(scores: Tensor, sizes: Sequence[int], pin_first: bool) -> Tensor:
     """`Selection.places` from scores [2, B, G, coarse length], contiguous; `sizes` is (N, L, p, k, m)."""
     with profiled("select"):
-        _, batch, groups, _ = scores.shape
-        geometry, grid, counts, constants, warps = _settled(tuple(sizes), batch * groups, pin_first)
-        places = _empty(scores, geometry)
-        ranks = torch.empty((batch, groups, geometry.coarse_length), dtype=torch.int32, device=scores.device)
-        enqueue(refine_kernel, grid, (scores, ranks), counts, constants, num_warps=warps, **limit_on(scores.device))
-        launch_places(ranks, places, geometry)
+        _, batch, groups, coarse_length = scores.shape
+        pyramid_length, refine, place = _settled(tuple(sizes), batch * groups, pin_first, scores.device)
+        places = scores.new_empty(batch, groups, pyramid_length, dtype=torch.int32)
+        ranks = scores.new_empty(batch, groups, coarse_length, dtype=torch.int32)
+        refine(scores, ranks)
+        place(ranks, places)
         return places
 
 
 @lru_cache(1024)
-def _settled(
-    sizes: tuple[int, ...], rows: int, pin_first: bool
-) -> tuple[Geometry, tuple[int, int, int], tuple[int, ...], dict[str, int], int]:
-    """What sizes alone settle of `refine_kernel`: the geometry, the grid, numbers, constants and warps."""
+def _settled(sizes: tuple[int, ...], rows: int, pin_first: bool, device: torch.device) -> tuple[int, Prepared, Prepared]:
+    """What sizes settle: the length of the pyramid, and both launches."""
     geometry = Geometry(*sizes)
     block, one = block_of(geometry)
-    shape = {"P": geometry.pooling, "L": geometry.levels, "TILE_BUDGET": geometry.tile_budget}
     counts = geometry.seq_length, geometry.coarse_length, geometry.tiles
-    constants = {**shape, "PIN_FIRST": pin_first, "BLOCK": block, "ONE": one}
-    return geometry, (geometry.tiles, rows, 1), counts, constants, warps_of(block)
+    constants = {"P": geometry.pooling, "L": geometry.levels, "TILE_BUDGET": geometry.tile_budget}
+    constants |= {"PIN_FIRST": pin_first, "BLOCK": block, "ONE": one}
+    options = {"num_warps": warps_of(block), **limit_on(device)}
+    refine = Prepared(refine_kernel, (geometry.tiles, rows, 1), counts, constants, **options)
+    return geometry.pyramid_length, refine, place_launch(geometry, rows)
 
 
-def launch_places(ranks: Tensor, places: Tensor, geometry: Geometry) -> None:
-    """Fill in `Selection.places`, from the ranks that `refine_kernel` writes."""
-    batch, groups, _ = ranks.shape
-    grid, counts, constants = _settled_places(geometry, batch * groups)
-    enqueue(place_kernel, grid, (ranks, places), counts, constants, num_warps=4)
-
-
-@lru_cache(1024)
-def _settled_places(geometry: Geometry, rows: int) -> tuple[tuple[int, int, int], tuple[int, ...], dict[str, int]]:
-    """Likewise of `place_kernel`."""
+def place_launch(geometry: Geometry, rows: int) -> Prepared:
+    """Of the ranks that `refine_kernel` writes, [B, G, coarse length], and `Selection.places`; there are B * G rows."""
     counts = geometry.seq_length, geometry.coarse_length, geometry.pyramid_length, geometry.budget
-    return (cdiv(geometry.seq_length, 256), rows, 1), counts, {"P": geometry.pooling, "L": geometry.levels, "BLOCK": 256}
+    constants = {"P": geometry.pooling, "L": geometry.levels, "BLOCK": 256}
+    return Prepared(place_kernel, (cdiv(geometry.seq_length, 256), rows, 1), counts, constants, num_warps=4)
 
 
 @cache
@@ -268,7 +261,7 @@ def limit_on(device: torch.device) -> dict[str, int]:
 
 def _empty(scores: Tensor, geometry: Geometry) -> Tensor:
     _, batch, groups, _ = scores.shape
-    return torch.empty((batch, groups, geometry.pyramid_length), dtype=torch.int32, device=scores.device)
+    return scores.new_empty(batch, groups, geometry.pyramid_length, dtype=torch.int32)
 
 
 select_op = torch.library.custom_op("lighthouse::select", compute_places, mutates_args=())

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.softmax.inputs import DTYPES
+from megatron_lighthouse.softmax.inputs import check
 from megatron_lighthouse.wall.layer import build
 from megatron_lighthouse.wall.pieces import Sight
 
@@ -76,25 +76,6 @@ def wall_attention(
     how = (exchange, cp_comm_type, softmax_scale, Sight(bounds, window))
     attend = build(query, key, value, gate.shape[2], *how, biased=scalar_gate is not None)
     return attend(query, key, value, gate, None if scalar_gate is None else scalar_gate.unsqueeze(-1), sink)
-
-
-def check(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Raises ValueError where shapes or dtypes do not fit each other."""
-    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4 or key.shape[:3] != value.shape[:3]:
-        raise ValueError(f"expected query [N, B, H, K], key [N, B, G, K] and value [N, B, G, V], got {shapes}.")
-    if query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]:
-        raise ValueError(f"query, key and value must agree in N and B, query and key in K, got {shapes}.")
-    if not query.shape[2] or not key.shape[2] or query.shape[2] % key.shape[2]:
-        raise ValueError(
-            f"the query heads (dimension 2) must be a multiple of the key/value heads, and neither can be 0, got {shapes}."
-        )
-    kinds = {(x.dtype, x.device) for x in (query, key, value)}
-    if len(kinds) > 1 or query.dtype not in DTYPES:
-        raise ValueError(
-            "query, key and value must share one device and one dtype, float64, float32, bfloat16 or float16, got "
-            f"{sorted(map(str, kinds))}."
-        )
 
 
 def check_gates(query: Tensor, key: Tensor, gate: Tensor, scalar_gate: Tensor | None, sink: Tensor | None) -> None:

@@ -130,8 +130,8 @@ Q, K, V = (8, 1, 4, 6), (8, 1, 2, 6), (8, 1, 2, 5)
 @pytest.mark.parametrize(
     ("shapes", "how", "says"),
     [
-        ((Q, K, (8, 1, 4, 5), Q), {}, r"expected query \[N, B, H, K\], key \[N, B, G, K\] and value \[N, B, G, V\]"),
-        ((Q, (8, 1, 2, 5), V, Q), {}, "query and key in K"),
+        ((Q, K, (8, 1, 4, 5), Q), {}, r"expected query \[N, B, H, D\] and key and value of one shape"),
+        ((Q, (8, 1, 2, 5), V, Q), {}, "must agree in N, B and D"),
         ((Q, (8, 1, 3, 6), (8, 1, 3, 6), Q), {}, "the query heads .* must be a multiple of the key/value heads"),
         ((Q, K, V, (8, 1, 1, 6)), {}, r"gate must be \(8, 1, 4, 6\) or \(8, 1, 2, 6\), got \(8, 1, 1, 6\)"),
         ((Q, K, V, (8, 1, 4)), {}, r"gate must be \(8, 1, 4, 6\)"),

@@ -11,14 +11,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from megatron_lighthouse.kernels.launch import Launch, cdiv, enqueue, last_contiguous, launch, padded, strides
+from megatron_lighthouse.kernels.launch import Launch, cdiv, enqueue, last_contiguous, launch, new_rows, padded, strides
 from megatron_lighthouse.kernels.lighthouse.gather import NOT_TURNED, head_of
 from megatron_lighthouse.kernels.lighthouse.windows import collect, spread
 from megatron_lighthouse.lighthouse.packed.packing import Packing
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.selection import Selection
+from megatron_lighthouse.lighthouse.transforms import once_differentiable
 from megatron_lighthouse.ranges import profiled
 
 COUNTS = ["documents", "units", "tokens", "windows", "pyramid_length"]
@@ -198,18 +198,13 @@ def launch_packed(
     )
 
 
-def empty_like(x: Tensor, length: int) -> Tensor:
-    """[length, 1, ·, D], as x."""
-    return torch.empty((length, *x.shape[1:]), dtype=x.dtype, device=x.device)
-
-
 class PackedGather(torch.autograd.Function):
     """(query, key, value, selection, rotary) -> rows. Keeps only the map and the documents for backward."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, selection: Selection, rotary: Rotary | None) -> Any:
         ctx.selection, ctx.rotary = selection, rotary
-        rows = tuple(empty_like(x, selection.length) for x in (query, key, value))
+        rows = tuple(new_rows(x, selection.length) for x in (query, key, value))
         with profiled("gather"):
             _launch(packed_gather_forward_kernel, (query, key, value, *rows), selection, rotary, "collect")
         return rows
@@ -217,7 +212,7 @@ class PackedGather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tokens = tuple(empty_like(x, ctx.selection.geometry.seq_length) for x in grads)
+        tokens = tuple(new_rows(x, ctx.selection.geometry.seq_length) for x in grads)
         with profiled("gather backward"):
             _launch(packed_gather_backward_kernel, (*grads, *tokens), ctx.selection, ctx.rotary, "spread")
         return *tokens, None, None

@@ -8,14 +8,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from megatron_lighthouse.kernels.launch import launch
-from megatron_lighthouse.kernels.lighthouse.packed.gather import COUNTS, empty_like, launch_packed
+from megatron_lighthouse.kernels.launch import launch, new_rows
+from megatron_lighthouse.kernels.lighthouse.packed.gather import COUNTS, launch_packed
 from megatron_lighthouse.kernels.lighthouse.scatter import head_of
 from megatron_lighthouse.kernels.lighthouse.windows import collect, spread
 from megatron_lighthouse.lighthouse.packed.packing import Packing
 from megatron_lighthouse.lighthouse.selection import Selection
+from megatron_lighthouse.lighthouse.transforms import once_differentiable
 from megatron_lighthouse.ranges import profiled
 
 
@@ -133,7 +133,7 @@ class PackedScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, selection: Selection) -> Tensor:
         ctx.selection = selection
-        out = empty_like(rows, selection.geometry.seq_length)
+        out = new_rows(rows, selection.geometry.seq_length)
         with profiled("scatter"):
             _launch(packed_scatter_forward_kernel, (rows, out), selection, "spread")
         return out
@@ -141,7 +141,7 @@ class PackedScatter(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        rows = empty_like(grad, ctx.selection.length)
+        rows = new_rows(grad, ctx.selection.length)
         with profiled("scatter backward"):
             _launch(packed_scatter_backward_kernel, (grad, rows), ctx.selection, "collect")
         return rows, None

@@ -37,7 +37,7 @@ from megatron_lighthouse.options import in_flags
 from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.softmax.inputs import Inputs, made_from
 from megatron_lighthouse.softmax.inputs import check as check_inputs
-from megatron_lighthouse.variant import DocumentLayer, Layer, Place, Variant
+from megatron_lighthouse.variant import DocumentLayer, Layer, Place, Stream, Variant
 
 
 class VariantMixin:
@@ -53,6 +53,8 @@ class VariantMixin:
     """By the variant, and the shapes of their inputs."""
     settings: LighthouseSettings
     """Of the whole model: what this layer is, and when it becomes another."""
+    streams: tuple[Stream, ...]
+    """What comes with the queries."""
     config: TransformerConfig
     softmax_offset: Tensor | None
     """Of the base class: the sinks, [np/tp]."""
@@ -122,7 +124,7 @@ class VariantMixin:
 
     def _apart(self, query: Tensor, key: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The queries and the streams that travel with them."""
-        return apart(query, heads_of_rank(self.config)[0], key.shape[2], self.settings.streams)
+        return apart(query, heads_of_rank(self.config)[0], key.shape[2], self.streams) if self.streams else (query, [])
 
     def _sinks(self) -> dict[str, Tensor | None]:
         """The base class's, where the layer attends instead of it."""
@@ -231,7 +233,7 @@ class CoreAttentionBuilder(Builder):
             _check(base, of_base, inputs, place)
         layer = class_over(module, now.title)(config=config, layer_number=layer_number, **params, **kwargs)
         layer.settings, layer.place, layer.layers = settings, place, {}
-        layer.variant, layer.own = now, own
+        layer.variant, layer.own, layer.streams = now, own, settings.streams
         if place.base_attends and of_te:
             say_once(te_choice(capability_of(here)))
         return over_tensor_ranks(layer, config)

@@ -156,7 +156,7 @@ def _gather(
     with profiled("gather"):
         rows = _empty(query, key, value, sizes[3])
         launches, given = _launches("collect", (query, key, value), places, sizes, pairing)
-        tensors = (*given, *rows, places, _table(places, turns))
+        tensors = (*given, *rows, places, places if turns is None else turns)  # no table is read where nothing is turned
         if travel is None:
             start(launches.all, tensors)
         else:
@@ -180,7 +180,7 @@ def _gather_backward(
     with profiled("gather backward"):
         tokens = _empty(query, key, value, sizes[0])
         launches, given = _launches("spread", (query, key, value), places, sizes, pairing)
-        behind = (*tokens, places, _table(places, turns))
+        behind = (*tokens, places, places if turns is None else turns)
         if travel is None:
             start(launches.all, (*given, *behind))
         else:
@@ -189,11 +189,6 @@ def _gather_backward(
             launches, given = _launches("spread", (query, *far), places, sizes, pairing)
             start(launches.far, (*given, *behind))
         return tokens
-
-
-def _table(places: Tensor, turns: Tensor | None) -> Tensor:
-    """Where nothing is turned no table is read, and any tensor stands for it."""
-    return places if turns is None else turns
 
 
 class Launches(NamedTuple):
@@ -210,8 +205,7 @@ def _launches(
     """The launches that collect or spread the tensors given; and these, with a contiguous last dimension."""
     found, strides = laid_out(given)
     shapes = tuple([x.shape for x in found])
-    itemsize = found[0].element_size()
-    return _settled(step, shapes, strides, itemsize, places.shape, tuple(sizes), tuple(pairing)), found
+    return _settled(step, shapes, strides, found[0].element_size(), places.shape, tuple(sizes), tuple(pairing)), found
 
 
 @lru_cache(1024)
@@ -225,9 +219,8 @@ def _settled(
     pairing: tuple[int, ...],
 ) -> Launches:
     (length, levels, pooling, _, chunks), (heads, dim), (others, value_dim) = sizes, shapes[0][2:], shapes[2][2:]
-    kernel, window = (
-        (gather_forward_kernel, pooling ** (levels - 1)) if step == "collect" else (gather_backward_kernel, pooling)
-    )
+    kernel = gather_forward_kernel if step == "collect" else gather_backward_kernel
+    window = pooling ** (levels - 1) if step == "collect" else pooling
     all_strides = (*strides, *map(new_strides, shapes))
 
     def of(count: int, first: int, dim: int, turned: bool = True) -> Prepared:

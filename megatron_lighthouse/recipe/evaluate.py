@@ -205,7 +205,7 @@ def main() -> None:
     try:
         trained, tokens, grid = prepared()
     except ValueError as error:
-        if not repeats(error, parsed=True):
+        if not repeats(error, parsed=False):
             raise
         if os.environ["RANK"] == "0":
             print(error, file=sys.stderr)

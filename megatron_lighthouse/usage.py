@@ -100,5 +100,5 @@ def unknown_flag(word: str, known: Iterable[str]) -> str:
     """That a flag is not known, and the nearest that is."""
     name, known = word.partition("=")[0], [*known]
     begun = [flag for flag in known if flag.startswith(name)]  # as --data of --data-path
-    near = get_close_matches(name, begun, 1, 0.6) or get_close_matches(name, known, 1, 0.7)
+    near = get_close_matches(name, begun, 1, 0.5) or get_close_matches(name, known, 1, 0.7)
     return f"{name} is not a known flag: {f'did you mean {near[0]}?' if near else 'leave it out.'}"

@@ -155,7 +155,8 @@ def test_what_is_drawn_again_is_no_line_of_a_log(monkeypatch: pytest.MonkeyPatch
 
 def test_a_flag_cut_short_is_taken_for_its_beginning() -> None:
     known = ["--data-path", "--fim-data", "--run-folder", "--lr-warmup-iters", "--warmup-iters"]
-    for word, meant in (("--data", "--data-path"), ("--lr-warmup-iter", "--lr-warmup-iters"), ("--fim-dat", "--fim-data")):
+    pairs = ("--data --data-path", "--lr-warmup-iter --lr-warmup-iters", "--fim-dat --fim-data", "--run --run-folder")
+    for word, meant in map(str.split, pairs):
         assert unknown_flag(word, known) == f"{word} is not a known flag: did you mean {meant}?"
 
 

@@ -26,6 +26,7 @@ import megatron_lighthouse
 from megatron_lighthouse.mcore.command_line import kept
 from megatron_lighthouse.mcore.command_line.documents import FLAG, asked
 from megatron_lighthouse.mcore.data import text
+from megatron_lighthouse.mcore.refusal import REFUSED, repeats
 from megatron_lighthouse.needed import ask_for_megatron
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.quiet import quiet_imports
@@ -201,6 +202,26 @@ def main() -> None:
             from megatron_lighthouse import cpu
 
             cpu.install()
+    try:
+        trained, tokens, grid = prepared()
+    except ValueError as error:
+        if not repeats(error, parsed=False):
+            raise
+        if os.environ["RANK"] == "0":
+            print(error, file=sys.stderr)
+        raise SystemExit(REFUSED) from error
+    measure(trained, tokens, grid)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def prepared() -> tuple[Trained, Array, passkey.Grid | None]:
+    """The checkpoint, the held-out tokens and the questions that the command line asks for. Every rank calls it.
+
+    Raises:
+        ValueError: what is refused, before the model is built.
+    """
+    with quiet_imports():
         from megatron_lighthouse.recipe import trained as checkpoint
 
     args = checkpoint.parse(add_arguments)
@@ -219,9 +240,7 @@ def main() -> None:
     trained = checkpoint.load(args)
     for line in said:
         say_once(line)
-    measure(trained, tokens, grid)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    return trained, tokens, grid
 
 
 def measure(trained: Trained, tokens: Array, grid: passkey.Grid | None) -> None:

@@ -101,7 +101,7 @@ def test_refused_before_the_model_is_built(switched: Path, tmp_path: Path, more:
     file.touch()
     more = [str(file) if word == "FILE" else word for word in more]
     result = evaluate(1, *of(switched, tmp_path / "out", *more))
-    assert result.returncode != 0
+    assert (result.returncode, "Traceback" in result.stderr) == (2, False), result.stderr
     for message in messages:
         assert message in result.stderr
     assert BUILT not in result.stdout

@@ -135,18 +135,15 @@ def _other_optimizer(args: argparse.Namespace, before: Any, folder: Path) -> Ite
 
 def _other_state(args: argparse.Namespace, before: Any, folder: Path) -> Iterator[str]:
     """Whether the optimizer's state would be made of other tensors: Megatron reads none of another form."""
-    shares, shared = (
-        args.use_distributed_optimizer,
-        getattr(before, "use_distributed_optimizer", args.use_distributed_optimizer),
-    )
+    shared = getattr(before, "use_distributed_optimizer", args.use_distributed_optimizer)
     half, was_half = (bool(getattr(one, "bf16", args.bf16) or getattr(one, "fp16", args.fp16)) for one in (args, before))
-    if shares != shared:
-        given, use = ("with", "add it") if shared else ("without", "leave it out")
-    elif half != was_half and not shares:
-        given, use = ("with", "add it again") if was_half else ("without", "leave it out")
+    if args.use_distributed_optimizer != shared:
+        what, was = "--use-distributed-optimizer", shared
+    elif half != was_half and not shared:
+        what, was = "--bf16 or --fp16", was_half
     else:
         return
-    what = "--use-distributed-optimizer" if shares != shared else "--bf16 or --fp16"
+    given, use = ("with", "add it") if was else ("without", "leave it out")
     yield (
         f"the optimizer in {folder} was saved {given} {what}, and its state is of that form alone: {use}, or add "
         "--no-load-optim, and the optimizer begins anew."

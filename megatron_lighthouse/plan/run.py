@@ -55,8 +55,7 @@ class Run:
     mlp_tile_tokens: int = 0
     documents: Mix | None = None
     """Of packed rows; None: a sequence is one document."""
-    around: Any = None
-    """The config of `base`, where it has one; None for its defaults."""
+    around: Any = None  # the config of `base`, where it has one; None for its defaults
     options: dict[str, Any] = field(default_factory=dict)
     """What else of the model, by the names of Megatron's TransformerConfig, an attention may refuse."""
 
@@ -82,14 +81,14 @@ class Run:
     @property
     def stream_columns(self) -> int:
         """Of each layer's projections to streams, on all tensor-parallel ranks."""
-        model, streams = self.model, self.base.streams_of(self.around)
-        return sum(stream.columns(model.heads, model.groups, model.head_dim) for stream in streams)
+        sizes = self.model.heads, self.model.groups, self.model.head_dim
+        return sum(stream.columns(*sizes) for stream in self.base.streams_of(self.around))
 
     @property
     def rotated_columns(self) -> int:
         """Of queries, keys and streams: RoPE turns all or none."""
-        model = self.model
-        return 0 if self.base.position == "none" else (model.heads + model.groups) * model.head_dim + self.stream_columns
+        queries, keys = (heads * self.model.head_dim for heads in (self.model.heads, self.model.groups))
+        return 0 if self.base.position == "none" else queries + keys + self.stream_columns
 
     @property
     def layer_matrices(self) -> int:
@@ -195,8 +194,8 @@ class Run:
     @property
     def settings(self) -> LighthouseSettings:
         """What the run asks of Lighthouse."""
-        how = (self.config, self.model.dense_first, self.model.dense_last, self.discard_output)
         around = self.around or (self.base.config and self.base.config())
+        how = (self.config, self.model.dense_first, self.model.dense_last, self.discard_output)
         return LighthouseSettings(*how, edge_budget=self.edge_budget, around=around)
 
     def _as_megatron(self) -> SimpleNamespace:

@@ -38,11 +38,7 @@ WINDOWS = {"window_size": (128, 0), "window_attn_skip_freq": 2, "transformer_imp
 SINKS = {"softmax_type": "learnable", "transformer_impl": "transformer_engine"}
 LOCAL_RANKS = {"context_parallel_size": 2, "transformer_impl": "local"}
 REFUSED = [
-    (
-        {**LOCAL_RANKS, "cp_comm_type": "a2a+p2p"},
-        "--cp-comm-type a2a+p2p",
-        "--transformer-impl transformer_engine",
-    ),
+    ({**LOCAL_RANKS, "cp_comm_type": "a2a+p2p"}, "--cp-comm-type a2a+p2p", "--transformer-impl transformer_engine"),
     ({**LOCAL_RANKS, "context_parallel_size": 4, "cp_comm_type": "a2a"}, "--cp-comm-type a2a", "--context-parallel-size 2"),
     ({**LOCAL_RANKS, "cuda_graph_impl": "local"}, "--cuda-graph-impl local", "LIGHTHOUSE_COPY_ENGINE=0"),
     (

@@ -100,6 +100,12 @@ def words(*more: str) -> Namespace:
         ),
         ("--optimizer sgd", "--optimizer (sgd, was adam)"),
         ("--adam-beta2 0.95 --no-load-optim", ""),
+        (
+            "--use-distributed-optimizer",
+            "was saved without --use-distributed-optimizer, and its state is of that form alone: leave",
+        ),
+        ("--bf16", "was saved without --bf16 or --fp16, and its state is of that form alone: leave it out"),
+        ("--bf16 --no-load-optim", ""),
         ("--lr 1e-3 --override-opt-param-scheduler", ""),
         ("--lr 1e-3 --use-checkpoint-opt-param-scheduler", ""),
         ("--lr 1e-3 --finetune", ""),
@@ -121,6 +127,24 @@ def test_what_the_optimizer_was_begun_with_goes_on() -> None:
     new.load_state_dict(old.state_dict())
     assert (new.param_groups[0]["betas"], new.param_groups[0]["eps"]) == ((0.9, 0.999), 0.999e-8)
     assert {*resume.OF_OPTIMIZER} <= {field.name for field in fields(OptimizerConfig)}
+
+
+def test_an_optimizer_that_was_shared_out_or_of_half_precision(tmp_path: Path) -> None:
+    def found(*more: str, **was: bool) -> list[str]:
+        before = {"args": Namespace(**was), "opt_param_scheduler": {}}
+        torch.save(before, tmp_path / "iter_0000007" / "common.pt")
+        return [*resume.problems(words(*more), tmp_path)]
+
+    (tmp_path / stored.TRACKER).write_text("7")
+    (tmp_path / "iter_0000007").mkdir()
+    assert (
+        "was saved with --use-distributed-optimizer, and its state is of that form alone: add it"
+        in found(use_distributed_optimizer=True)[0]
+    )
+    assert "was saved with --bf16 or --fp16" in found(bf16=True)[0]
+    assert not found("--fp16", bf16=True)
+    assert not found("--use-distributed-optimizer", bf16=True, use_distributed_optimizer=True)
+    assert not found("--optimizer", "dist_muon", "--use-distributed-optimizer", use_distributed_optimizer=False)
 
 
 def test_no_checkpoint_is_no_problem(tmp_path: Path) -> None:

@@ -121,12 +121,33 @@ def _is_zero(checkpoint: Path, stream: Stream) -> bool:
 
 
 def _other_optimizer(args: argparse.Namespace, before: Any, folder: Path) -> Iterator[str]:
-    pairs = [(f"--{name.replace('_', '-')}", getattr(args, name), getattr(before, name, None)) for name in OF_OPTIMIZER]
-    if differ := [f"{option} ({asked}, was {was})" for option, asked, was in pairs if was not in (None, asked)]:
+    asked = {name: getattr(args, name) for name in OF_OPTIMIZER}
+    asked["optimizer"] = asked["optimizer"].removeprefix("dist_")  # as Megatron writes Muon's
+    pairs = [(f"--{name.replace('_', '-')}", now, getattr(before, name, None)) for name, now in asked.items()]
+    if differ := [f"{option} ({now}, was {was})" for option, now, was in pairs if was not in (None, now)]:
         yield (
             f"the optimizer in {folder} goes on as it was, whatever is asked for: with {'; '.join(differ)} give what it was, "
             "or add --no-load-optim, and the optimizer begins anew."
         )
+    elif asked["optimizer"] in ("adam", "sgd") and not getattr(args, "use_megatron_fsdp", False):  # others may settle it later
+        yield from _other_state(args, before, folder)
+
+
+def _other_state(args: argparse.Namespace, before: Any, folder: Path) -> Iterator[str]:
+    """Whether the optimizer's state would be made of other tensors: Megatron reads none of another form."""
+    shared = getattr(before, "use_distributed_optimizer", args.use_distributed_optimizer)
+    half, was_half = (bool(getattr(one, "bf16", args.bf16) or getattr(one, "fp16", args.fp16)) for one in (args, before))
+    if args.use_distributed_optimizer != shared:
+        what, was = "--use-distributed-optimizer", shared
+    elif half != was_half and not shared:
+        what, was = "--bf16 or --fp16", was_half
+    else:
+        return
+    given, use = ("with", "add it") if was else ("without", "leave it out")
+    yield (
+        f"the optimizer in {folder} was saved {given} {what}, and its state is of that form alone: {use}, or add "
+        "--no-load-optim, and the optimizer begins anew."
+    )
 
 
 def _other_rates(args: argparse.Namespace, state: Mapping[str, Any], folder: Path) -> Iterator[str]:

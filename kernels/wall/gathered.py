@@ -31,6 +31,15 @@ def _tile(p_x, stride, i_row, m_row, K: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def _unit(p_x, stride, i_first, m_row, P: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Tiles of the P rows from i_first on, loaded before anything is stored, for which they would wait."""
+    tiles = ()
+    for c in tl.static_range(P):
+        tiles += (_tile(p_x, stride, i_first + c, m_row, K, BLOCK_K),)
+    return tiles
+
+
+@triton.jit
 def _put(p_x, stride, i_row, m_row, x, K: tl.constexpr, BLOCK_K: tl.constexpr):
     i_k = tl.arange(0, BLOCK_K)
     p_x += i_row.to(tl.int64)[:, None] * stride + i_k[None, :]
@@ -53,6 +62,17 @@ def _place(p_map, tokens, windows, i_window, i_unit, LEVEL: tl.constexpr, P: tl.
         p_level += windows * P ** (L - 1 - l)
     ends = (i_window < windows) & ((i_unit + 1) % P ** (LEVEL - 1) == 0)
     return tl.load(p_level + i_window * P ** (L - 1 - LEVEL) + i_unit // P ** (LEVEL - 1), mask=ends, other=-1)
+
+
+@triton.jit
+def _rows_of(p_map, begin, tokens, windows, i_window, i_unit, P: tl.constexpr, L: tl.constexpr):
+    """The rows of a unit's tokens, and of the windows that end with it, by level; likewise."""
+    rows = ()
+    for c in tl.static_range(P):
+        rows += (tl.load(p_map + begin + i_unit * P + c, mask=i_window < windows, other=-1),)
+    for l in tl.static_range(1, L):
+        rows += (_place(p_map, tokens, windows, i_window, i_unit, l, P, L),)
+    return rows
 
 
 @triton.jit(repr=lambda _: "lighthouse_gather_forward_decayed", do_not_specialize=["tokens", "windows", "entries"])
@@ -91,14 +111,9 @@ def gather_kernel(
     since = tl.zeros([BLOCK, BLOCK_K], tl.float32)
     sums = (since,) * (L - 1)
     for i_unit in range(P ** (L - 2)):
-        keys, gates, own = (), (), ()
-        for c in tl.static_range(P):  # loads before stores, which they would wait for
-            i_token = begin + i_unit * P + c
-            keys += (_tile(p_k, strides_k[0], i_token, m_window, K, BLOCK_K),)
-            gates += (_tile(p_gate, strides_gate[0], i_token, m_window, K, BLOCK_K),)
-            own += (tl.load(p_map + i_token, mask=m_window, other=-1),)
-        for l in tl.static_range(1, L):
-            own += (_place(p_map, tokens, windows, i_window, i_unit, l, P, L),)
+        keys = _unit(p_k, strides_k[0], begin + i_unit * P, m_window, P, K, BLOCK_K)
+        gates = _unit(p_gate, strides_gate[0], begin + i_unit * P, m_window, P, K, BLOCK_K)
+        own = _rows_of(p_map, begin, tokens, windows, i_window, i_unit, P, L)
         for c in tl.static_range(P):
             k, g, i_row = keys[c], gates[c], own[c]
             since += g
@@ -167,18 +182,15 @@ def gather_backward_kernel(
     if L > 2:
         sums = (zero,) * (L - 1)
         for i_unit in range(UNITS):
-            keys, decays = (), ()
-            for c in tl.static_range(P):
-                i_token = begin + i_unit * P + c
-                keys += (_tile(p_k, strides_k[0], i_token, m_window, K, BLOCK_K),)
-                decays += (tl.exp(_tile(p_gate, strides_gate[0], i_token, m_window, K, BLOCK_K)),)
+            keys = _unit(p_k, strides_k[0], begin + i_unit * P, m_window, P, K, BLOCK_K)
+            gates = _unit(p_gate, strides_gate[0], begin + i_unit * P, m_window, P, K, BLOCK_K)
             for l in tl.static_range(2, L):
                 i_sum = ((l - 2) * windows + i_window) * UNITS + i_unit
                 _put(p_sums, stride_sums, i_sum, m_window, sums[l - 1], K, BLOCK_K)
             for c in tl.static_range(P):
                 decayed = ()
                 for l in tl.static_range(L - 1):
-                    decayed += (sums[l] * decays[c] + keys[c],)
+                    decayed += (sums[l] * tl.exp(gates[c]) + keys[c],)
                 sums = decayed
             carried = ()
             for l in tl.static_range(1, L):
@@ -189,11 +201,11 @@ def gather_backward_kernel(
     i_row = tl.zeros([BLOCK], tl.int32) - 1
     for i in range(UNITS):
         i_unit = UNITS - 1 - i
-        keys, decays, whole = (), (), zero + 1.0
+        keys = _unit(p_k, strides_k[0], begin + i_unit * P, m_window, P, K, BLOCK_K)
+        gates = _unit(p_gate, strides_gate[0], begin + i_unit * P, m_window, P, K, BLOCK_K)
+        decays, whole = (), zero + 1.0
         for c in tl.static_range(P):
-            i_token = begin + i_unit * P + c
-            keys += (_tile(p_k, strides_k[0], i_token, m_window, K, BLOCK_K),)
-            decays += (tl.exp(_tile(p_gate, strides_gate[0], i_token, m_window, K, BLOCK_K)),)
+            decays += (tl.exp(gates[c]),)
             whole = whole * decays[c]
         at_end, earlier, carried = zero, zero, ()
         for l in tl.static_range(L - 1, 0, -1):
@@ -251,10 +263,7 @@ def gather_backward(key: Tensor, gate: Tensor, grad: Tensor, grad_gates: Tensor,
     """Of the keys, [n, B, heads, K], in fp32 where several heads share one, and of the gates; likewise."""
     key, gate, grad, grad_gates = (last_contiguous(x) for x in (key, gate, grad, grad_gates))
     kind = key.dtype if gate.shape[2] == key.shape[2] else torch.float32
-    dk, dg = (
-        torch.empty(gate.shape, dtype=kind, device=key.device),
-        torch.empty_like(gate, memory_format=torch.contiguous_format),
-    )
+    dk, dg = (torch.empty(gate.shape, dtype=dtype, device=key.device) for dtype in (kind, gate.dtype))
     units = windows.begin.shape[0] * windows.pooling ** (windows.levels - 2)
     sums = torch.empty(max(1, windows.levels - 2), units, *gate.shape[1:], dtype=torch.float32, device=key.device)
     _launch(gather_backward_kernel, [key, gate, grad, grad_gates, dk, dg], [sums], windows, gate, key.shape[2])
@@ -262,12 +271,7 @@ def gather_backward(key: Tensor, gate: Tensor, grad: Tensor, grad_gates: Tensor,
 
 
 def _launch(
-    kernel: triton.JITFunction[object],
-    tensors: Sequence[Tensor],
-    others: Sequence[Tensor],
-    windows: Windows,
-    gate: Tensor,
-    keys: int,
+    kernel: object, tensors: Sequence[Tensor], others: Sequence[Tensor], windows: Windows, gate: Tensor, keys: int
 ) -> None:
     _, batch, heads, dim = gate.shape
     how, count, places = launch_of(dim, windows.pooling), windows.begin.shape[0], windows.places.contiguous()

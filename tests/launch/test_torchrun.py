@@ -53,7 +53,7 @@ def test_make_train_starts_it_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_flag_of_ours_may_be_one_of_torchruns_cut_short() -> None:
-    """Before Python 3.12.8 argparse refuses it wherever it stands, if it begins two names of torchrun's, as --run once did."""
+    """The argparse of Python 3.12.1 refuses it wherever it stands, if it begins two names of torchrun's, as --run once did."""
     names = get_args_parser()._option_string_actions
     ours = {**flags.parser(with_all_arguments)._option_string_actions, **evaluate._parser()._option_string_actions}
     assert "--run-folder" in ours

@@ -100,14 +100,13 @@ WRONG = {
         "names 4 layers, and --num-layers is 32: give one number a layer",
     ),
     "channels of MLA": ("--multi-latent-attention --qk-pos-emb-head-dim 63", "must be even, for RoPE turns pairs: use 64"),
-    "groups of MLA": ("--multi-latent-attention", "which has keys for each head: leave it out"),
+    "groups of MLA": ("--multi-latent-attention", "--group-query-attention does not go with .* leave it out"),
     "levels": ("--lighthouse-levels 9", "use --lighthouse-levels 5 --lighthouse-budget 512 --lighthouse-tile-budget 128"),
     "a yarn": ("--position-embedding-type yarn --rotary-percent 0.5", "--rotary-percent 0.5 is not read with"),
     "layers of a pattern": (
         "--hybrid-override-pattern M-*-*-*-*-*-",
         "disagrees with --hybrid-override-pattern .*, of 12 layers",
     ),
-    "groups of MLA": ("--multi-latent-attention", "--group-query-attention does not go with .* leave it out"),
     "a save": ("--ckpt-format torch --async-save", "use --ckpt-format torch_dist"),
     "a second data": ("--data-path nowhere", "leave all but one out"),
 }

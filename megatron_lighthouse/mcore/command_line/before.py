@@ -116,8 +116,6 @@ def _model(args: argparse.Namespace) -> Iterator[str]:
         )
     if latent and (turned := args.qk_pos_emb_head_dim) % 2:
         yield f"--qk-pos-emb-head-dim {turned} must be even, for RoPE turns pairs: use {turned + 1}."
-    if latent and args.group_query_attention:
-        yield "--group-query-attention does not go with --multi-latent-attention, which has keys for each head: leave it out."
     if args.context_parallel_size > 1 and (unknown := [kind for kind in args.cp_comm_type if kind not in SCHEMES]):
         yield f"--cp-comm-type {' '.join(unknown)} is not known: use {', '.join(SCHEMES[:-1])} or {SCHEMES[-1]}."
     sizes = args.hierarchical_context_parallel_sizes

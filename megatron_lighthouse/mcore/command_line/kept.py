@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 RUN = "--run-folder"
-"""Not --run: by torchrun's parser, before Python 3.12.8, that may be its own --run-path or --run_path."""
+"""Not --run: the argparse of Python 3.12.1, by which torchrun reads the line, finds it ambiguous: --run-path or --run_path."""
 NAME = "arguments.json"
 PLACES = ("", "checkpoints", "tensorboard")
 """In a run's folder, where the file may be."""

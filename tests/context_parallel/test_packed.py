@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthouse_select
@@ -19,10 +21,11 @@ from megatron_lighthouse.lighthouse.packed.packing import Packing
 from megatron_lighthouse.lighthouse.packed.sent import dealt, document_bytes
 from megatron_lighthouse.lighthouse.packed.shares import Shares
 from megatron_lighthouse.lighthouse.rotary import Rotary
+from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.sequence.layout import Layout
 from tests.context_parallel.shards import Group
 from tests.context_parallel.test_documents import row_of, rows_of_ranks
-from tests.packed_oracle import of
+from tests.packed_oracle import Packed, of, rows
 from tests.ranks import SIZES, run_ranks
 from tests.steps import random_like, tensors
 from tests.tolerances import assert_close
@@ -96,6 +99,16 @@ def test_equals_one_rank(kind: str, comm_type: str, size: int) -> None:
 def test_scorers_equal_one_rank(scorer: str) -> None:
     for rotary in (None, Rotary(torch.tensor([0.8, 0.1]))):
         check(4, MIXED, CONFIG.replace(scorer=scorer), "all_gather", rotary)
+
+
+@settings(derandomize=True, max_examples=10)
+@given(rows(), st.sampled_from([2, 4]), st.sampled_from(COMM_TYPES), st.sampled_from([*SCORERS]))
+def test_any_row_equals_one_rank(packed: Packed, size: int, comm_type: str, scorer: str) -> None:
+    config = LighthouseConfig(**packed.options)
+    if SCORERS[scorer].packed_problem(packed.window) is None:
+        config = config.replace(scorer=scorer)
+    rest = -packed.seq_length % (2 * size)
+    check(size, (*packed.lengths, rest) if rest else packed.lengths, config, comm_type)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse.sequence.documents import Documents
+from tests.mcore.test_latent import latent
 from tests.mcore.test_spec import N, local_spec, transformer_config
 from tests.tolerances import assert_close
 
@@ -53,8 +54,8 @@ def test_what_is_rolled_stays_in_its_document() -> None:
     assert roll(lambda *given: given, mask, -1, -1, None, None) == (mask, -1, -1, None, None)
 
 
-def model(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """That predicts one further token, built and called as in training, with no hook that stays."""
+def model(monkeypatch: pytest.MonkeyPatch, is_latent: bool = False) -> Any:
+    """That predicts one further token, built and called as in training, with no hook that stays; by MLA or not."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer import multi_token_prediction
     from megatron.training.models import gpt as builder
@@ -65,9 +66,9 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Any:
     roll = getattr(multi_token_prediction.roll_tensor, "__wrapped__", multi_token_prediction.roll_tensor)
     monkeypatch.setattr(multi_token_prediction, "roll_tensor", partial(further_tokens.roll, roll))
     monkeypatch.setattr(further_tokens, "global_args", lambda: Namespace(dataloader_inter_document_masking=True))
-    config = transformer_config(num_layers=2, mtp_num_layers=1, mtp_loss_scaling_factor=1.0)
-    config.transformer_impl = "local"
-    spec = layer_specs._with_documents(local_spec(), config)
+    further = {"num_layers": 2, "mtp_num_layers": 1, "mtp_loss_scaling_factor": 1.0, "transformer_impl": "local"}
+    config = latent(**further).transformer if is_latent else transformer_config(**further)
+    spec = layer_specs._with_documents(local_spec(multi_latent_attention=is_latent), config)
     inner = getattr(builder.mtp_block_spec, "__wrapped__", builder.mtp_block_spec)
     mtp = further_tokens.block_spec(inner, SimpleNamespace(transformer=config), spec)
     torch.manual_seed(3)
@@ -82,13 +83,14 @@ def gradients(one: Any, tokens: Tensor, labels: Tensor, mask: Tensor, **named: A
     return [torch.zeros_like(p) if g is None else g for p, g in zip(one.parameters(), found, strict=True)]
 
 
-def test_a_row_of_documents_trains_as_each_document_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_latent", [False, True], ids=["GQA", "MLA"])
+def test_a_row_of_documents_trains_as_each_document_alone(monkeypatch: pytest.MonkeyPatch, is_latent: bool) -> None:
     from megatron_lighthouse.mcore.attention.document_rotary import rotate_by
     from megatron_lighthouse.mcore.attention.packed import packed
     from megatron_lighthouse.mcore.loop.further_tokens import ends_of
 
     documents, tokens, labels, mask = row()
-    one = model(monkeypatch)
+    one = model(monkeypatch, is_latent)
     expected, counted = [torch.zeros_like(p) for p in one.parameters()], 0
     for i, parts in enumerate(zip(*(x.split(ROW, dim=1) for x in (tokens, labels, mask)), strict=True)):
         own, own_labels, own_mask = parts[0], parts[1], parts[2].clone()
@@ -98,7 +100,7 @@ def test_a_row_of_documents_trains_as_each_document_alone(monkeypatch: pytest.Mo
         for total, grad in zip(expected, gradients(one, own, own_labels, own_mask), strict=True):
             total += count * grad
     rotate_by(one, documents.positions.unsqueeze(0))
-    within = packed(documents, N, ends_of(documents, tokens, END))
+    within = packed(documents, N, ends_of(documents, tokens, END), documents.positions.unsqueeze(0))
     found = gradients(one, tokens, labels, mask, packed_seq_params=within)
     assert any(grad.abs().max() > 1e-3 for name, grad in zip(dict(one.named_parameters()), found, strict=True) if "mtp" in name)
     for grad, total in zip(found, expected, strict=True):

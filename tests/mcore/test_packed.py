@@ -203,7 +203,6 @@ def test_rows_that_upstream_cuts_as_one_sequence_are_refused() -> None:
         ({"position_embedding_type": "mrope"}, {}, "use rope or yarn"),
         ({}, {"multi_latent_attention": True}, ""),
         ({}, {"multi_latent_attention": True, "apply_rope_fusion": True}, "add --no-rope-fusion"),
-        ({}, {"multi_latent_attention": True, "mtp_num_layers": 1}, "Leave --mtp-num-layers out"),
         (
             {},
             {"multi_latent_attention": True, "transformer_impl": "transformer_engine"},

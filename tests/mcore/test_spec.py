@@ -39,10 +39,10 @@ def gpt(spec: Any, config: Any) -> Any:
     return GPTModel(config, spec, vocab_size=64, max_sequence_length=N, position_embedding_type="rope")
 
 
-def local_spec() -> Any:
+def local_spec(**kind: Any) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    return get_gpt_layer_local_spec()
+    return get_gpt_layer_local_spec(**kind)
 
 
 def lighthouse_layers(model: Any) -> list[int]:

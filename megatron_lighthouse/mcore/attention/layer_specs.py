@@ -205,12 +205,17 @@ def _dense_over_shards(spec: LayerSpec, config: TransformerConfig) -> LayerSpec:
 def _with_documents(spec: LayerSpec, config: TransformerConfig) -> LayerSpec:
     """The spec with core attention that takes packed documents: of one rank, for `able_local` puts its own in its place."""
     spec = copied(spec)
+    take_documents(spec, config.context_parallel_size)
+    return spec
+
+
+def take_documents(spec: LayerSpec, ranks: int = 1) -> None:
+    """Put attention that takes packed documents into a spec that is nobody else's."""
     for layer in _layers_of(spec):
         layer.submodules.self_attention = latent_of_documents(layer.submodules.self_attention)
     for submodules in attentions_of(spec):
-        if config.context_parallel_size == 1:
+        if ranks == 1:
             submodules.core_attention = of_documents(submodules.core_attention)
-    return spec
 
 
 def _with_sequence_parallel_norm(spec: LayerSpec, config: TransformerConfig, vp_stage: int | None) -> LayerSpec:

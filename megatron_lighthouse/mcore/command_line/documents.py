@@ -91,11 +91,6 @@ def _latent(config: Any) -> Iterator[str]:
         )
     if getattr(config, "apply_rope_fusion", False):
         yield f"{FLAG} with --multi-latent-attention and fused RoPE is not done: add --no-rope-fusion."
-    if further := getattr(config, "mtp_num_layers", None):
-        yield (
-            f"{FLAG} with --multi-latent-attention and --mtp-num-layers {further} is not done: further layers do not rotate by "
-            "document. Leave --mtp-num-layers out."
-        )
 
 
 def _of_te(config: Any) -> Iterator[str]:

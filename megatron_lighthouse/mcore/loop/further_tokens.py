@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse.mcore.attention.copied import copied
-from megatron_lighthouse.mcore.attention.fused import of_documents
-from megatron_lighthouse.mcore.attention.layer_specs import attentions_of
+from megatron_lighthouse.mcore.attention.layer_specs import take_documents
 from megatron_lighthouse.mcore.attention.packed import PackedDocuments
 from megatron_lighthouse.mcore.command_line.documents import asked
 from megatron_lighthouse.mcore.global_args import global_args
@@ -28,8 +27,7 @@ def block_spec(inner: Callable[..., Any], *args: Any, **named: Any) -> Any:
         return spec
     spec = copied(spec)
     for layer in spec.layer_specs:
-        for submodules in attentions_of(layer.submodules.mtp_model_layer):
-            submodules.core_attention = of_documents(submodules.core_attention)
+        take_documents(layer.submodules.mtp_model_layer)
     return spec
 
 

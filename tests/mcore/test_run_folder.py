@@ -11,10 +11,11 @@ import pytest
 
 from megatron_lighthouse.mcore.command_line import kept
 from megatron_lighthouse.mcore.data import text
-from megatron_lighthouse.recipe import passkey
+from megatron_lighthouse.recipe import begun, passkey
 from megatron_lighthouse.recipe.comparable import check_comparable
 from megatron_lighthouse.recipe.of_run import log_folder, of_one_sequence
 from megatron_lighthouse.recipe.readers import reader_of
+from megatron_lighthouse.variants import VARIANTS
 from tests.mcore.harness import ROOT, run
 from tests.mcore.test_evaluate import evaluate
 
@@ -170,3 +171,9 @@ def test_a_dense_run_of_other_data_or_model_is_not_compared(tmp_path: Path) -> N
 def test_a_folder_of_the_container_is_read_where_it_is(tmp_path: Path) -> None:
     (tmp_path / kept.NAME).write_text('{"arguments": ["--lr", "1e-3"]}')
     assert kept.of_run(["--run", "/inside/run", "--seed", "3"], lambda _: tmp_path) == (["--lr", "1e-3"], ["--seed", "3"])
+
+
+def test_what_is_logged_may_change_when_a_run_goes_on() -> None:
+    for name in VARIANTS:
+        assert not begun._compared(f"--{name}-telemetry-interval")
+    assert begun._compared("--wall-gate-bias")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from megatron_lighthouse.lighthouse.geometry import Geometry
 from megatron_lighthouse.plan.run import Run
 from megatron_lighthouse.plan.time import stage_parameters
+from megatron_lighthouse.sequence.layout import Layout
 
 BF16, FP32 = 2, 4
 LOSS = {False: BF16 + FP32, True: BF16 + 2 * FP32}
@@ -159,12 +160,14 @@ def _attention_backward(run: Run) -> float:
     of_tokens += rows * BF16 * columns * run.work.backward
     if cp == 1:
         return of_tokens + rows * FP32 * columns
+    sent = run.base.rows_sent(run.around, gathered, run.layer, Layout(cp, 0), "all_gather")["attend"][0]
+    far = sent / (BF16 * (cp - 1) * rows)  # keys and values of a row, as they travel
     exchanged = {
-        "p2p": 2 * (BF16 + (FP32 if only else BF16)),
-        "all_gather": cp * (BF16 + FP32),
-        "a2a": 2 * BF16 * (1 + run.layer.heads / run.layer.groups),
+        "p2p": far * 2 * (BF16 + (FP32 if only else BF16)),
+        "all_gather": far * cp * (BF16 + FP32),
+        "a2a": keys * 2 * BF16 * (1 + run.layer.heads / run.layer.groups),
     }
-    return of_tokens + rows * ((FP32 + BF16) * columns + keys * exchanged[run.cp_comm_type])
+    return of_tokens + rows * ((FP32 + BF16) * columns + exchanged[run.cp_comm_type])
 
 
 def total(run: Run) -> float:

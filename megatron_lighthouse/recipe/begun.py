@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lighthouse.mcore.command_line import kept, stored
+from megatron_lighthouse.variants import VARIANTS
 
 MAY_CHANGE = """
     --attention --save --load --save-interval --exit-interval --eval-interval --eval-iters --log-interval --data-cache-path
@@ -19,7 +20,7 @@ MAY_BEGIN = (
     "--log-",
     "--tensorboard-",
     "--wandb-",
-    "--lighthouse-telemetry-",
+    *(f"--{name}-telemetry-" for name in VARIANTS),
     "--recompute-",
     "--no-",
     "--override-",

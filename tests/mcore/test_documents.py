@@ -14,6 +14,7 @@ from tests.mcore import harness
 from tests.mcore.harness import MODEL, ROOT, Run, some_slow
 from tests.mcore.test_checkpoints import save_interval
 from tests.mcore.test_parity import START, assert_same
+from tests.mcore.test_wall import LOGGED, half_lives
 from tests.tolerances import assert_close
 
 AT = MODEL.index("--lighthouse-budget")
@@ -122,7 +123,7 @@ def test_lighthouse_equals_itself_on_one_process(
 def test_wall_over_ranks_equals_itself_on_one_process(tmp_path: Path, documents: list[str]) -> None:
     """With gates that matter at these lengths, and two rows at once."""
     options = "--position-embedding-type none --wall-gate-bias 3 --micro-batch-size 2 --train-iters 4".split()
-    wall, saved = ["--attention", "wall", *PACKED[2:], *options], tmp_path / "checkpoint"
+    wall, saved = ["--attention", "wall", *PACKED[2:], *options, *LOGGED], tmp_path / "checkpoint"
     one = run(tmp_path / "one", *wall, *save_interval(saved, 1), data=documents)
     two = run(
         tmp_path / "two",
@@ -133,6 +134,9 @@ def test_wall_over_ranks_equals_itself_on_one_process(tmp_path: Path, documents:
     assert list(two.losses) == [2, 3, 4]
     later = ({i: x[i] for i in two.losses} for x in (one.losses, one.gradient_norms))
     assert_same(two, Run(*later, one.log, one.folder))
+    lives, expected = (half_lives(x, 4) for x in (two, one))
+    assert expected
+    assert_close([lives[name] for name in expected], [*expected.values()], "parallel half-life")
 
 
 def selection_of(result: Run) -> dict[str, Any]:

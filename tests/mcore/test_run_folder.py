@@ -12,10 +12,11 @@ import pytest
 
 from megatron_lighthouse.mcore.command_line import kept
 from megatron_lighthouse.mcore.data import text
-from megatron_lighthouse.recipe import comparable, passkey
+from megatron_lighthouse.recipe import begun, comparable, passkey
 from megatron_lighthouse.recipe.comparable import check_comparable
 from megatron_lighthouse.recipe.of_run import log_folder, of_one_sequence
 from megatron_lighthouse.recipe.readers import reader_of
+from megatron_lighthouse.variants import VARIANTS
 from tests.mcore.harness import ROOT, run
 from tests.mcore.test_evaluate import evaluate
 from tests.mcore.upstream_reads import reads
@@ -206,3 +207,9 @@ def test_a_folder_of_the_container_is_read_where_it_is(tmp_path: Path) -> None:
         ["--lr", "1e-3"],
         ["--seed", "3"],
     )
+
+
+def test_what_is_logged_may_change_when_a_run_goes_on() -> None:
+    for name in VARIANTS:
+        assert not begun._compared(f"--{name}-telemetry-interval")
+    assert begun._compared("--wall-gate-bias")

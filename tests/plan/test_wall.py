@@ -175,6 +175,21 @@ def test_tied_gates_send_less(scheme: str) -> None:
     assert sent[0] > sent[1] or (scheme == "p2p" and sent[0] == sent[1])
 
 
+@pytest.mark.parametrize(("scheme", "bytes_of"), [("p2p", 2 * (2 + 2)), ("all_gather", 2 * (2 + 4))])
+def test_keys_of_each_query_head_are_held_as_they_travel(scheme: str, bytes_of: int) -> None:
+    """Those of other ranks and their gradients; with tied gates as many as of dense attention."""
+    words = ("--context-parallel-size", "2", "--cp-comm-type", scheme, "--num-query-groups", "2", "--group-query-attention")
+    dense, tied, own = (run_with(*words, "--attention", *of) for of in (("dense",), ("wall", "--wall-tied-gates"), ("wall",)))
+    columns = [2 * 2, 2 * 2, 2 + own.model.heads]
+    found = [memory._attention_backward(run) - 2 * run.tokens * run.stream_columns for run in (dense, tied, own)]
+    rest = [
+        one - run.tokens * own.model.head_dim * n * bytes_of
+        for one, run, n in zip(found, (dense, tied, own), columns, strict=True)
+    ]
+    besides = 2 * own.tokens * own.model.heads * own.model.head_dim * own.work.backward
+    assert rest == [rest[0], rest[0] + besides, rest[0] + besides]
+
+
 def test_it_is_said_to_be_predicted() -> None:
     for run in (PLAIN, AROUND):
         assert "wall [predicted: as its kernels on an H200]" in report.time_table(run, coefficients())

@@ -224,13 +224,13 @@ class Attention:
         dq, dk, dv, of_bias = self.earlier.backward(grad[near], rows, part[near])
         of_far = [dv] if of_bias is None else [dv, of_bias[1]]
         if grads.scalar is not None and of_bias is not None:
-            grads.scalar[near] += prefix_backward(of_bias[0])
+            grads.scalar[near].add_(prefix_backward(of_bias[0]))
         for run, factor in zip(meeting.far, factors, strict=True):
             of_between, *of_scalar = (x[run.number : meeting.near.number] for x in self.call.total_grads())
             given_keys = rows.key[run.taken], dk[run.taken], factor
             self.decays.cross_backward(d_far[0][run.rows], of_between, *given_keys, run.step)
             for total, x in zip(d_far[1:], of_far, strict=True):
-                total[run.rows] += x[run.taken]
+                total[run.rows].add_(x[run.taken])
             for of_total, x in zip(of_scalar, of_far[1:], strict=True):
                 between_backward(of_total, sums(x[run.taken], run.step))
         return dq

@@ -88,7 +88,7 @@ class Decayed(torch.autograd.Function):
             decays.decay_backward(found[0][run.rows], key[run.rows], of_keys[run.taken], after=True, step=run.step)
         for x, of_gates in zip(of_scalar, found[1:], strict=True):
             for piece in pieces:
-                of_gates[piece.rows] += suffix_backward(x[piece.rows])
+                of_gates[piece.rows].add_(suffix_backward(x[piece.rows]))
         return None, None, None, None, summed(of_keys, key.shape[2]).to(key.dtype), *found
 
 

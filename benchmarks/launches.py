@@ -7,25 +7,24 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from wall import AROUND, AROUND_FROM, Case, inputs_of
 
-from megatron_lighthouse import gpu, lighthouse_attention
-from megatron_lighthouse.kernels import ahead_of_time, launch
+from megatron_lighthouse import lighthouse_attention
+from megatron_lighthouse.context_parallel import merge
+from megatron_lighthouse.kernels import launch
 from megatron_lighthouse.softmax.blocks import Cudnn
+from megatron_lighthouse.wall import gathered
 from megatron_lighthouse.wall.config import WallConfig
 from megatron_lighthouse.wall.earlier import Stock
 
-KERNELS = ahead_of_time
-"""Imports all, so that none is imported while `enqueue` is replaced."""
 FREE = ("aten::empty", "aten::new_empty", "aten::detach", "aten::promote_types")
 """Beginnings of operations that launch nothing, besides views."""
 SEVERAL = {"aten::_scaled_dot_product_cudnn_attention_backward": 5}
@@ -36,15 +35,16 @@ def launches(call: Callable[[], object]) -> Counter[str]:
     """By operation or kernel, of a call on tensors of the device 'meta': of the second, when all is built."""
     found: Counter[str] = Counter()
 
-    def noted(kernel: Any, *_: object, **__: object) -> None:
-        found[f"{kernel.fn.__module__.removeprefix('megatron_lighthouse.kernels.')}.{kernel.fn.__name__}"] += 1
+    def noted(prepared: launch.Prepared, *_: Tensor) -> None:
+        kernel = prepared.kernel.fn
+        found[f"{kernel.__module__.removeprefix('megatron_lighthouse.kernels.')}.{kernel.__name__}"] += 1
 
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(os.environ, TRITON_INTERPRET="1"))  # or kernels are refused without a GPU
-        for original, replaced in ((launch.enqueue, noted), (gpu.triton_takes, lambda x: True)):
-            for module in [x for name, x in sys.modules.items() if name.startswith("megatron_lighthouse.")]:
-                if getattr(module, original.__name__, None) is original:
-                    stack.enter_context(mock.patch.object(module, original.__name__, replaced))
+    with (
+        mock.patch.dict(os.environ, TRITON_INTERPRET="1"),  # or kernels are refused without a GPU
+        mock.patch.object(launch.Prepared, "__call__", noted),
+        mock.patch.object(merge, "triton_takes", return_value=True),
+        mock.patch.object(gathered, "triton_takes", return_value=True),
+    ):
         call()
         found.clear()
         with _Noted(found):

@@ -63,7 +63,10 @@ EXACT = (wall_forward_kernel, near_kernel, wall_queries_kernel, wall_keys_kernel
 NEAR_SUMS = ("p_dq", "p_dk", "p_dv")
 """What the near kernel leaves for the others to add to, in fp32."""
 FP64 = {"p_between"}
-INT32 = {"p_first", "p_ranks", "p_places", "p_documents", "p_tiles", "p_starts", "p_blocks", "p_bounds", "p_ends", "p_begin", "p_begun"}
+INT32 = {
+    *("p_first", "p_ranks", "p_places", "p_documents", "p_tiles", "p_starts", "p_blocks"),
+    *("p_bounds", "p_ends", "p_begin", "p_begun"),
+}
 TENSOR_MEMORY = 512
 """Columns that Blackwell has for a program."""
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}

@@ -33,7 +33,7 @@ def between_kernel(
     K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program (b * H + h, some channels): the factors of `pieces`, of the sums of those after each up to the last of `count`."""
+    """Program (b * H + h, some channels): factors of `pieces`, by the sums of what comes after each, of `count`."""
     i_b, i_h = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
     i_k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     last = (count - 1).to(tl.int64)
@@ -60,7 +60,7 @@ def between_backward_kernel(
     K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Likewise: adds to each of `count` the gradients of the factors of pieces before it, each of which is in `tiles` totals."""
+    """Likewise: adds to each of `count` the gradients of the factors before it, each of which is in `tiles` totals."""
     i_b, i_h = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
     i_k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     p_between += i_b * strides_between[1] + i_h * strides_between[2] + i_k

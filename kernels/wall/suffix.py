@@ -74,8 +74,8 @@ def suffix_kernel(
         i_t = i_first + tl.arange(0, 32)
         documents = tl.load(p_begun + i_t, mask=i_t < tiles, other=1)
         seen = (i_t < tiles) & (tl.cumsum(documents, 0) == documents)
-        mask = seen[:, None] & (i_k < K)[None, :]
-        later += tl.sum(tl.load(p_totals + i_t.to(tl.int64)[:, None] * strides_totals[0], mask=mask, other=0.0).to(tl.float64), 0)
+        p_tile = p_totals + i_t.to(tl.int64)[:, None] * strides_totals[0]
+        later += tl.sum(tl.load(p_tile, mask=seen[:, None] & (i_k < K)[None, :], other=0.0).to(tl.float64), 0)
         i_first += 32
         ended = tl.sum(documents, 0)
     p_sums += i_b * strides_sums[1] + i_h * strides_sums[2]

@@ -192,13 +192,18 @@ def backward_kernel(
     put(p_out, strides_out[0], i_m, end, tile(p_out, strides_out[0], i_m, end, K, BLOCK_K) + found, K, BLOCK_K)
 
 
-def decay(out: Tensor, x: Tensor, gate: Tensor, after: bool, step: int, add: bool = False) -> None:
+def tiles(gate: Tensor, step: int) -> Tensor:
     """See `megatron_lighthouse.wall.decay`."""
+    gate = last_contiguous(gate)
+    return _totals(gate, gate, gate.shape[2], (1, 1), step, False)
+
+
+def decay(out: Tensor, x: Tensor, gate: Tensor, tiles: Tensor, after: bool, step: int, add: bool = False) -> None:
+    """Likewise."""
     x, gate = last_contiguous(x), last_contiguous(gate)
     heads, most = gate.shape[2], out.shape[2]
     ratios = (most // heads, most // x.shape[2])
-    totals = _totals(gate, gate, heads, ratios, step, False)
-    _launch(decay_kernel, [x, gate, totals, out], heads, ratios, step, {"AFTER": after, "ADD": add})
+    _launch(decay_kernel, [x, gate, tiles.flatten(0, 1), out], heads, ratios, step, {"AFTER": after, "ADD": add})
 
 
 def decay_backward(out: Tensor, x: Tensor, y: Tensor, after: bool, step: int) -> None:
@@ -207,21 +212,14 @@ def decay_backward(out: Tensor, x: Tensor, y: Tensor, after: bool, step: int) ->
     heads = out.shape[2]
     ratios = (y.shape[2] // heads, y.shape[2] // x.shape[2])
     totals = _totals(x, y, heads, ratios, step, True)
-    _launch(backward_kernel, [x, y, totals, out], heads, ratios, step, {"AFTER": after})
-
-
-def sums(gate: Tensor, step: int) -> Tensor:
-    """Likewise."""
-    gate = last_contiguous(gate)
-    totals = _totals(gate, gate, gate.shape[2], (1, 1), step, False)
-    return totals.unflatten(0, (cdiv(len(gate), step), -1)).sum(1, dtype=torch.float64)
+    _launch(backward_kernel, [x, y, totals.flatten(0, 1), out], heads, ratios, step, {"AFTER": after})
 
 
 def _totals(x: Tensor, y: Tensor, heads: int, ratios: tuple[int, int], step: int, product: bool) -> Tensor:
-    """[tiles, B, heads, K] fp32."""
-    tiles = cdiv(len(y), step) * cdiv(step, blocks_of("decay", y.shape[3], 4).rows)
-    totals = torch.empty(tiles, y.shape[1], heads, y.shape[3], dtype=torch.float32, device=y.device)
-    _launch(totals_kernel, [x, y, totals], heads, ratios, step, {"PRODUCT": product})
+    """[pieces, tiles, B, heads, K] fp32."""
+    counts = cdiv(len(y), step), cdiv(step, blocks_of("decay", y.shape[3], 4).rows)
+    totals = torch.empty(*counts, y.shape[1], heads, y.shape[3], dtype=torch.float32, device=y.device)
+    _launch(totals_kernel, [x, y, totals.flatten(0, 1)], heads, ratios, step, {"PRODUCT": product})
     return totals
 
 

@@ -28,7 +28,7 @@ from megatron_lighthouse.wall.decay import (
 from megatron_lighthouse.wall.diagonal import Diagonal
 from megatron_lighthouse.wall.earlier import Earlier, Rows
 from megatron_lighthouse.wall.pieces import Run, Sight, runs
-from megatron_lighthouse.wall.travel import Call, decayed
+from megatron_lighthouse.wall.travel import Call
 
 
 class Near(NamedTuple):
@@ -129,6 +129,11 @@ class Attention:
             self._decayed_backward(given, meetings, query, joined(found), grads)
         return grads.tensors, tuple(x.to(like.dtype) for x, like in zip(d_far, far, strict=True))
 
+    @property
+    def _call(self) -> Call:
+        assert self.call is not None
+        return self.call
+
     def _groups(self, mask: Mask) -> list[Piece]:
         """Near rows with an anchor before each."""
         return self.cut.pieces(mask.near) if mask.causal else self.cut.whole(mask.near)
@@ -175,7 +180,7 @@ class Attention:
     def _decayed(self, given: Near, meetings: list[Meeting]) -> Tensor:
         """The queries that meet others, one after the other, from the anchor before them."""
         pieces = [meeting.near for meeting in meetings]
-        return decayed(self.decays, pieces, given.query, given.gate, after=False, dtype=given.query.dtype)
+        return self._call.decayed(self.decays, pieces, given.query, given.gate, after=False, dtype=given.query.dtype)
 
     def _hidden(self, meeting: Meeting, device: torch.device) -> Tensor | None:
         if self.sight.window is None:
@@ -187,9 +192,8 @@ class Attention:
 
     def _met(self, meeting: Meeting, given: Near, query: Tensor, far: Tensors) -> Met:
         """The rows that meet. `query`: what `_decayed` gives."""
-        assert self.call is not None
         anchor, far_runs = meeting.near.number, meeting.far
-        between, *of_scalar = (total[:anchor] for total in self.call.totals)
+        between, *of_scalar = (total[:anchor] for total in self._call.totals)
         key, value, *scalar = far
         keys = key.new_empty(far_runs[-1].taken.stop, *key.shape[1:])
         factors = [self.decays.cross(keys[run.taken], key[run.rows], between[run.number :], run.step) for run in far_runs]
@@ -219,14 +223,13 @@ class Attention:
         d_far: Tensors,
     ) -> Tensor:
         """The gradient of the decayed queries; add those of scalar gates, of far rows, and of what lies between."""
-        assert self.call is not None
         near, (rows, factors) = meeting.near.rows, self._met(meeting, given, query, far)
         dq, dk, dv, of_bias = self.earlier.backward(grad[near], rows, part[near])
         of_far = [dv] if of_bias is None else [dv, of_bias[1]]
         if grads.scalar is not None and of_bias is not None:
             grads.scalar[near].add_(prefix_backward(of_bias[0]))
         for run, factor in zip(meeting.far, factors, strict=True):
-            of_between, *of_scalar = (x[run.number : meeting.near.number] for x in self.call.total_grads())
+            of_between, *of_scalar = (x[run.number : meeting.near.number] for x in self._call.total_grads())
             given_keys = rows.key[run.taken], dk[run.taken], factor
             self.decays.cross_backward(d_far[0][run.rows], of_between, *given_keys, run.step)
             for total, x in zip(d_far[1:], of_far, strict=True):
@@ -239,7 +242,8 @@ class Attention:
         """Add to the gradients of queries and gates, by way of the decayed queries."""
         for run in runs([meeting.near for meeting in meetings]):
             dq, gate = grad[run.taken], given.gate[run.rows]
-            self.decays.decay(grads.query[run.rows], dq, gate, after=False, step=run.step, add=True)
+            tiles = self._call.tiles_of(self.decays, given.gate, run)
+            self.decays.decay(grads.query[run.rows], dq, gate, tiles, after=False, step=run.step, add=True)
             self.decays.decay_backward(grads.gate[run.rows], query[run.taken], dq, after=False, step=run.step)
 
 

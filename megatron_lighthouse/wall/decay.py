@@ -20,7 +20,10 @@ class Decays(Protocol):
     another, each of them serves several, in order.
     """
 
-    def decay(self, out: Tensor, x: Tensor, gate: Tensor, after: bool, step: int, add: bool = False) -> None:
+    def tiles(self, gate: Tensor, step: int) -> Tensor:
+        """Sums of some rows at a time, [pieces, tiles of each, B, heads, K]; all tiles of a piece make the sum of its gates."""
+
+    def decay(self, out: Tensor, x: Tensor, gate: Tensor, tiles: Tensor, after: bool, step: int, add: bool = False) -> None:
         """Write (or `add`) rows times exp(`prefix`) of their piece's gates, or (`after`) exp(`suffix`)."""
 
     def decay_backward(self, out: Tensor, x: Tensor, y: Tensor, after: bool, step: int) -> None:
@@ -30,14 +33,12 @@ class Decays(Protocol):
             out: in the dtype of sums.
         """
 
-    def sums(self, gate: Tensor, step: int) -> Tensor:
-        """Of each piece [pieces, B, heads, K], float64."""
-
     def cross(self, out: Tensor, key: Tensor, between: Tensor, step: int) -> Tensor:
         """Write keys [m, B, heads, K] times the factors [pieces, B, heads, K] of their piece, which it returns.
 
         Args:
-            between: `sums` of these pieces and of those after them, up to the anchor: a factor is exp(`suffix`) of its own.
+            between: the sums of the gates of these pieces and of those after them, up to the anchor, [·, B, heads, K] float64:
+                factors are exp(`suffix`) of these.
         """
 
     def cross_backward(
@@ -95,8 +96,17 @@ def between_backward(of_between: Tensor, grad: Tensor) -> None:
     of_between += suffix_backward(torch.cat([grad, grad.new_zeros(len(of_between) - len(grad), *grad.shape[1:])]))
 
 
-def decay(out: Tensor, x: Tensor, gate: Tensor, after: bool, step: int, add: bool = False) -> None:
+def sums(gate: Tensor, step: int) -> Tensor:
+    """Of each piece of so many rows, [pieces, ...], float64."""
+    return torch.stack([part.sum(0, dtype=torch.float64) for part in gate.split(step)])
+
+
+def tiles(gate: Tensor, step: int) -> Tensor:
     """See `Decays`, as for all below."""
+    return sums(gate, step).unsqueeze(1)
+
+
+def decay(out: Tensor, x: Tensor, gate: Tensor, tiles: Tensor, after: bool, step: int, add: bool = False) -> None:
     heads = out.shape[2]
     factor = torch.cat([(suffix if after else prefix)(part) for part in gate.split(step)]).exp()
     found = spread(x, heads) * spread(factor, heads)
@@ -106,10 +116,6 @@ def decay(out: Tensor, x: Tensor, gate: Tensor, after: bool, step: int, add: boo
 def decay_backward(out: Tensor, x: Tensor, y: Tensor, after: bool, step: int) -> None:
     product = summed(spread(x, y.shape[2]).to(out.dtype) * y, out.shape[2])
     out += torch.cat([(suffix_backward if after else prefix_backward)(part) for part in product.split(step)])
-
-
-def sums(gate: Tensor, step: int) -> Tensor:
-    return torch.stack([part.sum(0, dtype=torch.float64) for part in gate.split(step)])
 
 
 def cross(out: Tensor, key: Tensor, between: Tensor, step: int) -> Tensor:

@@ -7,7 +7,6 @@ A query of piece e sees a key of piece d < e as q exp(its own prefix) · k̃ exp
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.wall.cut import TOTALS, Piece
-from megatron_lighthouse.wall.decay import Decays, joined, suffix, suffix_backward, summed, sums
-from megatron_lighthouse.wall.pieces import runs
+from megatron_lighthouse.wall.decay import Decays, joined, suffix, suffix_backward, summed
+from megatron_lighthouse.wall.pieces import Run, runs
 
 
 @dataclass
@@ -27,8 +26,27 @@ class Call:
 
     totals: list[Tensor] = field(default_factory=list)
     """[pieces, B, ·] of the whole sequence, float64: the sums of the gates, and of the scalar gates where there are."""
+    tiles: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    """Of the gates of runs, by their first piece, their rows, and the step: see `Decays.tiles`."""
     of_totals: list[Tensor] = field(default_factory=list)
     """The gradients of `totals` by way of what this rank's queries have seen, likewise; none before a backward pass."""
+
+    def tiles_of(self, decays: Decays, gate: Tensor, run: Run) -> Tensor:
+        """Made once, for the passes there and back. `gate`: rows among which those of the run are."""
+        which = run.number, run.rows.stop - run.rows.start, run.step
+        if which not in self.tiles:
+            self.tiles[which] = decays.tiles(gate[run.rows], run.step)
+        return self.tiles[which]
+
+    def decayed(self, decays: Decays, pieces: list[Piece], x: Tensor, gate: Tensor, after: bool, dtype: torch.dtype) -> Tensor:
+        """The rows of these pieces, one after the other, decayed: see `Decays.decay`."""
+        found = runs(pieces)
+        rows, heads = found[-1].taken.stop if found else 0, max(x.shape[2], gate.shape[2])
+        out = torch.empty(rows, x.shape[1], heads, x.shape[3], dtype=dtype, device=x.device)
+        for run in found:
+            tiles = self.tiles_of(decays, gate, run)
+            decays.decay(out[run.taken], x[run.rows], gate[run.rows], tiles, after, run.step)
+        return out
 
     def total_grads(self) -> list[Tensor]:
         """`of_totals`, to add to."""
@@ -41,21 +59,6 @@ class Call:
         return found
 
 
-def by_runs(pieces: list[Piece], function: Callable[..., Tensor], x: Tensor) -> Tensor:
-    """What `function` makes of these rows of pieces of so many rows, one after the other."""
-    return joined([function(x[run.rows], step=run.step) for run in runs(pieces)])
-
-
-def decayed(decays: Decays, pieces: list[Piece], x: Tensor, gate: Tensor, after: bool, dtype: torch.dtype) -> Tensor:
-    """The rows of these pieces, one after the other, decayed: see `Decays.decay`."""
-    found = runs(pieces)
-    rows, heads = found[-1].taken.stop if found else 0, max(x.shape[2], gate.shape[2])
-    out = torch.empty(rows, x.shape[1], heads, x.shape[3], dtype=dtype, device=x.device)
-    for run in found:
-        decays.decay(out[run.taken], x[run.rows], gate[run.rows], after, run.step)
-    return out
-
-
 class Decayed(torch.autograd.Function):
     """(call, decays, pieces of these rows, exchange, key [n, B, G, K], *gates [n, B, heads, ·]) -> keys, scalar gates."""
 
@@ -65,19 +68,21 @@ class Decayed(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.call, ctx.decays, ctx.pieces, ctx.exchange = call, decays, pieces, exchange
         ctx.save_for_backward(key, *gates)
-        own = [by_runs(pieces, decays.sums, gates[0]), *(by_runs(pieces, sums, x) for x in gates[1:])]
+        tiles = joined([call.tiles_of(decays, gates[0], run) for run in runs(pieces)])
+        own = [tiles.sum(1, dtype=torch.float64)]
+        own += [torch.stack([x[piece.rows].sum(0, dtype=torch.float64) for piece in pieces]) for x in gates[1:]]
         if exchange is not None:
             own = [exchange.in_order(exchange.all_gather(x.to(gates[0].dtype), TOTALS)) for x in own]
         call.totals = [x.double() for x in own]
         scalar = (torch.cat([suffix(x[piece.rows]) for piece in pieces]) for x in gates[1:])
-        return decayed(decays, pieces, key, gates[0], after=True, dtype=key.dtype), *scalar
+        return call.decayed(decays, pieces, key, gates[0], after=True, dtype=key.dtype), *scalar
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *of_scalar: Tensor) -> tuple[Tensor | None, ...]:
         decays, pieces, exchange = ctx.decays, ctx.pieces, ctx.exchange
         key, *gates = ctx.saved_tensors
-        of_keys = decayed(decays, pieces, grad, gates[0], after=True, dtype=gates[0].dtype)
+        of_keys = ctx.call.decayed(decays, pieces, grad, gates[0], after=True, dtype=gates[0].dtype)
         totals = ctx.call.take_total_grads()
         if exchange is not None:
             sums = (exchange.out_of_order(x.to(gates[0].dtype)) for x in totals)

@@ -23,6 +23,7 @@ from megatron_lighthouse.kernels import launch
 from megatron_lighthouse.softmax.blocks import Cudnn
 from megatron_lighthouse.wall import gathered
 from megatron_lighthouse.wall.config import WallConfig
+from megatron_lighthouse.wall.cut import Step
 from megatron_lighthouse.wall.earlier import Stock
 
 FREE = ("aten::empty", "aten::new_empty", "aten::detach", "aten::promote_types")
@@ -82,7 +83,10 @@ def around_wall(case: Case) -> Counter[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=AROUND_FROM, help="default: %(default)s")
-    found = around_wall(Case(parser.parse_args().tokens, 8, 8, 128))
+    parser.add_argument("--piece", type=int, default=Step.TOKENS, help="rows of a piece; default: %(default)s")
+    options = parser.parse_args()
+    Step.TOKENS = options.piece
+    found = around_wall(Case(options.tokens, 8, 8, 128))
     print(*(f"{count:4} {name}" for name, count in found.most_common()), f"{found.total():4} in all", sep="\n")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from megatron_lighthouse.kernels.wall.backward import backward
 from megatron_lighthouse.kernels.wall.crossing import cross, cross_backward
-from megatron_lighthouse.kernels.wall.decays import decay, decay_backward, tiles
+from megatron_lighthouse.kernels.wall.decays import decay, decay_backward, tile_sums
 from megatron_lighthouse.kernels.wall.forward import forward
 from megatron_lighthouse.kernels.wall.suffix import suffix_sums
 
@@ -20,5 +20,5 @@ __all__ = [
     "decay_backward",
     "forward",
     "suffix_sums",
-    "tiles",
+    "tile_sums",
 ]

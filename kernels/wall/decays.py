@@ -192,18 +192,18 @@ def backward_kernel(
     put(p_out, strides_out[0], i_m, end, tile(p_out, strides_out[0], i_m, end, K, BLOCK_K) + found, K, BLOCK_K)
 
 
-def tiles(gate: Tensor, step: int) -> Tensor:
+def tile_sums(gate: Tensor, step: int) -> Tensor:
     """See `megatron_lighthouse.wall.decay`."""
     gate = last_contiguous(gate)
     return _totals(gate, gate, gate.shape[2], (1, 1), step, False)
 
 
-def decay(out: Tensor, x: Tensor, gate: Tensor, tiles: Tensor, after: bool, step: int, add: bool = False) -> None:
+def decay(out: Tensor, x: Tensor, gate: Tensor, tile_sums: Tensor, after: bool, step: int, add: bool = False) -> None:
     """Likewise."""
     x, gate = last_contiguous(x), last_contiguous(gate)
     heads, most = gate.shape[2], out.shape[2]
     ratios = (most // heads, most // x.shape[2])
-    _launch(decay_kernel, [x, gate, tiles.flatten(0, 1), out], heads, ratios, step, {"AFTER": after, "ADD": add})
+    _launch(decay_kernel, [x, gate, tile_sums.flatten(0, 1), out], heads, ratios, step, {"AFTER": after, "ADD": add})
 
 
 def decay_backward(out: Tensor, x: Tensor, y: Tensor, after: bool, step: int) -> None:

@@ -242,8 +242,8 @@ class Attention:
         """Add to the gradients of queries and gates, by way of the decayed queries."""
         for run in runs([meeting.near for meeting in meetings]):
             dq, gate = grad[run.taken], given.gate[run.rows]
-            tiles = self._call.tiles_of(self.decays, given.gate, run)
-            self.decays.decay(grads.query[run.rows], dq, gate, tiles, after=False, step=run.step, add=True)
+            tile_sums = self._call.tile_sums_of(self.decays, given.gate, run)
+            self.decays.decay(grads.query[run.rows], dq, gate, tile_sums, after=False, step=run.step, add=True)
             self.decays.decay_backward(grads.gate[run.rows], query[run.taken], dq, after=False, step=run.step)
 
 

@@ -20,10 +20,10 @@ class Decays(Protocol):
     another, each of them serves several, in order.
     """
 
-    def tiles(self, gate: Tensor, step: int) -> Tensor:
+    def tile_sums(self, gate: Tensor, step: int) -> Tensor:
         """Sums of some rows at a time, [pieces, tiles of each, B, heads, K]; all tiles of a piece make the sum of its gates."""
 
-    def decay(self, out: Tensor, x: Tensor, gate: Tensor, tiles: Tensor, after: bool, step: int, add: bool = False) -> None:
+    def decay(self, out: Tensor, x: Tensor, gate: Tensor, tile_sums: Tensor, after: bool, step: int, add: bool = False) -> None:
         """Write (or `add`) rows times exp(`prefix`) of their piece's gates, or (`after`) exp(`suffix`)."""
 
     def decay_backward(self, out: Tensor, x: Tensor, y: Tensor, after: bool, step: int) -> None:
@@ -101,12 +101,12 @@ def sums(gate: Tensor, step: int) -> Tensor:
     return torch.stack([part.sum(0, dtype=torch.float64) for part in gate.split(step)])
 
 
-def tiles(gate: Tensor, step: int) -> Tensor:
+def tile_sums(gate: Tensor, step: int) -> Tensor:
     """See `Decays`, as for all below."""
     return sums(gate, step).unsqueeze(1)
 
 
-def decay(out: Tensor, x: Tensor, gate: Tensor, tiles: Tensor, after: bool, step: int, add: bool = False) -> None:
+def decay(out: Tensor, x: Tensor, gate: Tensor, tile_sums: Tensor, after: bool, step: int, add: bool = False) -> None:
     heads = out.shape[2]
     factor = torch.cat([(suffix if after else prefix)(part) for part in gate.split(step)]).exp()
     found = spread(x, heads) * spread(factor, heads)

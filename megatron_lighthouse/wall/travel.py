@@ -26,17 +26,17 @@ class Call:
 
     totals: list[Tensor] = field(default_factory=list)
     """[pieces, B, ·] of the whole sequence, float64: the sums of the gates, and of the scalar gates where there are."""
-    tiles: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
-    """Of the gates of runs, by their first piece, their rows, and the step: see `Decays.tiles`."""
+    tile_sums: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    """Of the gates of runs, by their first piece, their rows, and the step: see `Decays.tile_sums`."""
     of_totals: list[Tensor] = field(default_factory=list)
     """The gradients of `totals` by way of what this rank's queries have seen, likewise; none before a backward pass."""
 
-    def tiles_of(self, decays: Decays, gate: Tensor, run: Run) -> Tensor:
+    def tile_sums_of(self, decays: Decays, gate: Tensor, run: Run) -> Tensor:
         """Made once, for the passes there and back. `gate`: rows among which those of the run are."""
         which = run.number, run.rows.stop - run.rows.start, run.step
-        if which not in self.tiles:
-            self.tiles[which] = decays.tiles(gate[run.rows], run.step)
-        return self.tiles[which]
+        if which not in self.tile_sums:
+            self.tile_sums[which] = decays.tile_sums(gate[run.rows], run.step)
+        return self.tile_sums[which]
 
     def decayed(self, decays: Decays, pieces: list[Piece], x: Tensor, gate: Tensor, after: bool, dtype: torch.dtype) -> Tensor:
         """The rows of these pieces, one after the other, decayed: see `Decays.decay`."""
@@ -44,8 +44,8 @@ class Call:
         rows, heads = found[-1].taken.stop if found else 0, max(x.shape[2], gate.shape[2])
         out = torch.empty(rows, x.shape[1], heads, x.shape[3], dtype=dtype, device=x.device)
         for run in found:
-            tiles = self.tiles_of(decays, gate, run)
-            decays.decay(out[run.taken], x[run.rows], gate[run.rows], tiles, after, run.step)
+            tile_sums = self.tile_sums_of(decays, gate, run)
+            decays.decay(out[run.taken], x[run.rows], gate[run.rows], tile_sums, after, run.step)
         return out
 
     def total_grads(self) -> list[Tensor]:
@@ -68,8 +68,8 @@ class Decayed(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.call, ctx.decays, ctx.pieces, ctx.exchange = call, decays, pieces, exchange
         ctx.save_for_backward(key, *gates)
-        tiles = joined([call.tiles_of(decays, gates[0], run) for run in runs(pieces)])
-        own = [tiles.sum(1, dtype=torch.float64)]
+        tile_sums = joined([call.tile_sums_of(decays, gates[0], run) for run in runs(pieces)])
+        own = [tile_sums.sum(1, dtype=torch.float64)]
         own += [torch.stack([x[piece.rows].sum(0, dtype=torch.float64) for piece in pieces]) for x in gates[1:]]
         if exchange is not None:
             own = [exchange.in_order(exchange.all_gather(x.to(gates[0].dtype), TOTALS)) for x in own]

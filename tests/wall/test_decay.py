@@ -44,30 +44,30 @@ def test_decay(rows: int, heads: int, of_gates: int, dim: int, size: float, step
     given = [t.to(DEVICE) for t in (x, gate)]
     most = max(heads, of_gates)
     expected = torch.empty(rows, 2, most, dim, dtype=torch.float64)
-    reference.decay(expected, x.double(), gate.double(), reference.tiles(gate, step), after, step)
-    tiles = kernels.tiles(given[1], step)
+    reference.decay(expected, x.double(), gate.double(), reference.tile_sums(gate, step), after, step)
+    sums = kernels.tile_sums(given[1], step)
     out = torch.full((rows, 2, most, dim), torch.nan, dtype=dtype, device=DEVICE)
-    kernels.decay(out, *given, tiles, after, step)
+    kernels.decay(out, *given, sums, after, step)
     close(out, expected, MOST[dtype])
     total = rows_of(rows, most, dim, torch.float32).contiguous()
     added = total.clone().to(DEVICE)
-    kernels.decay(added, *given, tiles, after, step, add=True)
+    kernels.decay(added, *given, sums, after, step, add=True)
     close(added, total + expected, MOST[torch.float32])
     y, total = rows_of(rows, most, dim, dtype), rows_of(rows, of_gates, dim, torch.float32).contiguous()
     added, expected = total.clone().to(DEVICE), total.double()
     reference.decay_backward(expected, x.double(), y.double(), after, step)
     kernels.decay_backward(added, given[0], y.to(DEVICE), after, step)
     close(added, expected, MOST[torch.float32])
-    close(tiles.sum(1), reference.sums(gate, step), MOST[torch.float32])
+    close(sums.sum(1), reference.sums(gate, step), MOST[torch.float32])
 
 
 def test_gates_of_minus_infinity() -> None:
     gate = torch.full((40, 1, 1, 4), -torch.inf)
     for after in (False, True):
         found, expected = torch.ones(40, 1, 1, 4, device=DEVICE), torch.ones(40, 1, 1, 4)
-        tiles = kernels.tiles(gate.to(DEVICE), 16)
-        kernels.decay(found, found.clone(), gate.to(DEVICE), tiles, after, 16)
-        reference.decay(expected, expected.clone(), gate, tiles, after, 16)
+        sums = kernels.tile_sums(gate.to(DEVICE), 16)
+        kernels.decay(found, found.clone(), gate.to(DEVICE), sums, after, 16)
+        reference.decay(expected, expected.clone(), gate, sums, after, 16)
         assert torch.equal(found.cpu(), expected)
 
 

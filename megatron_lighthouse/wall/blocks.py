@@ -5,7 +5,7 @@ Rows of one piece see each other along the diagonal, and what lies before their 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.parts import Mask, Part, Tensors
-from megatron_lighthouse.wall.cut import Cut, Piece
+from megatron_lighthouse.wall.cut import Cut
 from megatron_lighthouse.wall.decay import (
     Decays,
     between_backward,
@@ -27,7 +27,7 @@ from megatron_lighthouse.wall.decay import (
 )
 from megatron_lighthouse.wall.diagonal import Diagonal
 from megatron_lighthouse.wall.earlier import Earlier, Rows
-from megatron_lighthouse.wall.pieces import Run, Sight, runs
+from megatron_lighthouse.wall.pieces import Meeting, Sight, meetings, runs
 from megatron_lighthouse.wall.travel import Call
 
 
@@ -63,19 +63,6 @@ class Near(NamedTuple):
         return Near(query, key, value, gate, scalar, sink)
 
 
-class Meeting(NamedTuple):
-    """Near rows that have an anchor of their own, and the far rows before it that they see."""
-
-    near: Piece
-    decayed: slice
-    """Those rows in what `_decayed` gives."""
-    seen: list[Piece]
-
-    @property
-    def far(self) -> list[Run]:
-        return runs(self.seen)
-
-
 class Met(NamedTuple):
     """What of a meeting is made anew in each direction."""
 
@@ -108,7 +95,7 @@ class Attention:
         query = self._decayed(given, meetings)
         for meeting in meetings:
             own, found = part[meeting.near.rows], self.earlier.forward(self._met(meeting, given, query, far).rows)
-            if mask.causal:  # each row meets others once, so that the dtype of sums would keep nothing
+            if mask.causal:  # each row meets others once: it is rounded once, in its own dtype too
                 own.merge(found)
             else:
                 own.averages[0].copy_(found.averages[0])
@@ -134,10 +121,6 @@ class Attention:
         assert self.call is not None
         return self.call
 
-    def _groups(self, mask: Mask) -> list[Piece]:
-        """Near rows with an anchor before each."""
-        return self.cut.pieces(mask.near) if mask.causal else self.cut.whole(mask.near)
-
     def _near(self, near: Tensors) -> Near:
         query, key, value, gate, *more = near
         return Near(query, key, value, gate, more[0] if self.scalar else None, more[-1] if self.sink else None)
@@ -162,22 +145,10 @@ class Attention:
             d_sink = -(_of_rows(given.sink) - part.lse).exp().permute(2, 0, 1).unsqueeze(-1) * delta
         return Near(dq, dk, dv, d_gate, None if d_scalar is None else d_scalar.unsqueeze(-1), d_sink)
 
-    def _meetings(self, mask: Mask, far: Tensors) -> list[Meeting]:
-        """In the order of near rows."""
-        found, taken = [], 0
-        theirs = self.cut.pieces(mask.far) if far else []
-        for group in self._groups(mask):
-            first, end = self.sight.before(group)
-            seen = [piece for piece in theirs if piece.number < group.number and piece.end > first]
-            if not seen or end <= group.begin:
-                continue
-            near = Piece(group.number, group.begin, slice(group.rows.start, group.rows.start + end - group.begin))
-            rows = slice(taken, taken + end - group.begin)
-            found.append(Meeting(near, rows, [piece.since(first) for piece in seen]))
-            taken = rows.stop
-        return found
+    def _meetings(self, mask: Mask, far: Tensors) -> tuple[Meeting, ...]:
+        return meetings(self.cut, self.sight, mask) if far else ()
 
-    def _decayed(self, given: Near, meetings: list[Meeting]) -> Tensor:
+    def _decayed(self, given: Near, meetings: Sequence[Meeting]) -> Tensor:
         """The queries that meet others, one after the other, from the anchor before them."""
         pieces = [meeting.near for meeting in meetings]
         return self._call.decayed(self.decays, pieces, given.query, given.gate, after=False, dtype=given.query.dtype)
@@ -197,12 +168,8 @@ class Attention:
         key, value, *scalar = far
         keys = key.new_empty(far_runs[-1].taken.stop, *key.shape[1:])
         factors = [self.decays.cross(keys[run.taken], key[run.rows], between[run.number :], run.step) for run in far_runs]
-        made = Rows(
-            query[meeting.decayed],
-            keys,
-            joined([value[run.rows] for run in far_runs]),
-            hidden=self._hidden(meeting, key.device),
-        )
+        values, hidden = joined([value[run.rows] for run in far_runs]), self._hidden(meeting, key.device)
+        made = Rows(query[meeting.taken], keys, values, hidden=hidden)
         if given.scalar is not None:
             totals = suffix(of_scalar[0]).to(given.gate.dtype)
             to_anchor = [
@@ -238,7 +205,7 @@ class Attention:
                 between_backward(of_total, sums(x[run.taken], run.step))
         return dq
 
-    def _decayed_backward(self, given: Near, meetings: list[Meeting], query: Tensor, grad: Tensor, grads: Near) -> None:
+    def _decayed_backward(self, given: Near, meetings: Sequence[Meeting], query: Tensor, grad: Tensor, grads: Near) -> None:
         """Add to the gradients of queries and gates, by way of the decayed queries."""
         for run in runs([meeting.near for meeting in meetings]):
             dq, gate = grad[run.taken], given.gate[run.rows]

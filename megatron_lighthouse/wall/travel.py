@@ -99,4 +99,8 @@ class Decayed(torch.autograd.Function):
 
 def _each(pieces: list[Piece], totals: Tensor) -> Tensor:
     """For each row of the pieces that of its piece."""
-    return torch.cat([x.expand(piece.rows.stop - piece.rows.start, *x.shape) for piece, x in zip(pieces, totals, strict=True)])
+    found, first = [], 0
+    for run in runs(pieces):
+        found.append(totals[first : first + run.pieces].repeat_interleave(run.step, 0)[: run.rows.stop - run.rows.start])
+        first += run.pieces
+    return joined(found)

@@ -143,7 +143,7 @@ def parts(case: Case) -> list[dict[str, Any]]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         torch.autograd.grad(layer(*inputs), inputs, grad)
         torch.cuda.synchronize()
-    found = [(x.device_time_total / 1000, x.count, x.key) for x in profile.key_averages()]
+    found = [(x.device_time_total / 1000, x.count, x.key) for x in profile.key_averages() if x.device_time_total]
     whole = median_ms([lambda: torch.autograd.grad(layer(*inputs), inputs, grad)])
     found.append((whole, 1, "all of it, and what the host lets wait"))
     return [{"ms": round(ms, 4), "launches": count, "kernel": name[:100]} for ms, count, name in sorted(found, reverse=True)]

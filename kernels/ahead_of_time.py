@@ -52,7 +52,7 @@ FP32 = {
     *("p_scores", "p_turns", "p_finer", "p_coarser", "p_squares"),
     *("p_peak", "p_mass"),
     *("p_lse", "p_part_lse", "p_mean", "p_terms"),
-    *("p_gate", "p_scalar", "p_totals", "p_delta", "p_sums", "p_sum_dq", "p_sum_dk", "p_sum_dv", "p_scalar_sums", "p_later"),
+    *("p_gate", "p_scalar", "p_totals", "p_delta", "p_sums", "p_sum_dq", "p_sum_dk", "p_sum_dv", "p_scalar_sums"),
     "p_factor",
     *("p_row_gates", "p_grad_gates", "p_dg"),
 }
@@ -62,7 +62,11 @@ EXACT = (wall_forward_kernel, near_kernel, wall_queries_kernel, wall_keys_kernel
 """Compiled as they are launched, for ptxas once erred: numbers are no multiples of 16, rows of [B, H, n] lie side by side."""
 NEAR_SUMS = ("p_dq", "p_dk", "p_dv")
 """What the near kernel leaves for the others to add to, in fp32."""
-INT32 = {"p_first", "p_ranks", "p_places", "p_documents", "p_tiles", "p_starts", "p_blocks", "p_bounds", "p_ends", "p_begin"}
+FP64 = {"p_between"}
+INT32 = {
+    *("p_first", "p_ranks", "p_places", "p_documents", "p_tiles", "p_starts", "p_blocks"),
+    *("p_bounds", "p_ends", "p_begin", "p_begun"),
+}
 TENSOR_MEMORY = 512
 """Columns that Blackwell has for a program."""
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -181,6 +185,8 @@ def compile_wall(capability: int, dtype: str, key_dim: int, value_dim: int, scal
     ):
         blocks = wall_tiles.blocks_of("decay", key_dim, BYTES[dtype])
         yield _compile(kernel, capability, dtype, {**how, **own, "ROWS": blocks.rows}, blocks.warps)
+    for kernel in (crossing.between_kernel, crossing.between_backward_kernel):
+        yield _compile(kernel, capability, dtype, {"K": key_dim, "BLOCK": crossing.channels_of(key_dim)}, 1)
     for kernel, name in (
         (wall_forward_kernel, "forward"),
         (near_kernel, "near"),
@@ -220,7 +226,7 @@ def _compile(kernel: Any, capability: int, dtype: str, constants: Mapping[str, A
         elif exact and not name.startswith("p_"):
             signature[name] = "i32"
         else:
-            kind = "fp32" if name in FP32 or name in sums else "i32" if name in INT32 else dtype
+            kind = "fp32" if name in FP32 or name in sums else "fp64" if name in FP64 else "i32" if name in INT32 else dtype
             signature[name] = f"*{kind}" if name.startswith("p_") else "i32"
             aligned[i,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=given, attrs=aligned)

@@ -50,15 +50,15 @@ def test_imports_go_one_way() -> None:
         TopologicalSorter(graph).prepare()  # raises on a cycle, and names it
 
 
-def sanitize(*words: str) -> list[str]:
-    """What the script prints, its kernels interpreted."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "sanitize.py"), *words]
+def printed(script: str, *words: str) -> list[str]:
+    """What it prints, its kernels interpreted."""
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *words]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.split()
 
 
 def test_every_attention_is_sanitized() -> None:
-    names = sanitize("--list")
+    names = printed("sanitize.py", "--list")
     ours = {variant.name for variant in VARIANTS.values() if not variant.native}
     assert ours <= {name.partition("-")[0] for name in names}
     around = {variant.around for variant in VARIANTS.values() if variant.around and not variant.native}
@@ -68,4 +68,11 @@ def test_every_attention_is_sanitized() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["parallax-window", "wall-window", "around-wall"])
 def test_a_case_runs(case: str) -> None:
-    assert sanitize("--run", case) == [f"{case}:", "done"]
+    assert printed("sanitize.py", "--run", case) == [f"{case}:", "done"]
+
+
+@pytest.mark.slow
+def test_lighthouse_around_wall_launches_little() -> None:
+    """Launches are the host's time: with 225 it was busier than an H200."""
+    *_, count, _, _ = printed("launches.py")
+    assert 80 < int(count) <= 110

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from megatron_lighthouse.kernels.wall.backward import backward
 from megatron_lighthouse.kernels.wall.crossing import cross, cross_backward
-from megatron_lighthouse.kernels.wall.decays import add_decayed, decay, decay_backward, sums
+from megatron_lighthouse.kernels.wall.decays import decay, decay_backward, tile_sums
 from megatron_lighthouse.kernels.wall.forward import forward
 from megatron_lighthouse.kernels.wall.suffix import suffix_sums
 
 __all__ = [
-    "add_decayed",
     "backward",
     "cross",
     "cross_backward",
@@ -21,5 +20,5 @@ __all__ = [
     "decay_backward",
     "forward",
     "suffix_sums",
-    "sums",
+    "tile_sums",
 ]

@@ -59,10 +59,8 @@ def backward(
     ends = torch.searchsorted(first, last, right=True, out_int32=True)
     launch("keys", keys_kernel, [*shared, sum_dk, sum_dv, dk, dv, sums, scalar_sums], [first, ends], key.shape[2])
 
-    place = torch.arange(rows, device=first.device, dtype=first.dtype)
-    starts = place.where(first == place, 0).cummax(0).values  # where no pair crosses, sums begin anew
-    dg = suffix_sums(sums, starts)
-    return dq, dk, dv, dg, None if scalar_gate is None else scalar_suffix_sums(scalar_sums, starts)
+    dg = suffix_sums(sums, first)
+    return dq, dk, dv, dg, None if scalar_gate is None else scalar_suffix_sums(scalar_sums, first)
 
 
 def _like(x: Tensor, dtype: torch.dtype) -> Tensor:

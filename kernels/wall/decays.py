@@ -182,65 +182,51 @@ def backward_kernel(
     BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Likewise: the sums the other way round."""
+    """Likewise: the sums the other way round, which it adds."""
     i_tile, i_b, i_h, i_m, end = place(rows, step, H, ROWS)
     found = summed(
         p_x, p_y, p_totals, strides_x, strides_y, strides_totals, i_b, i_h, i_tile, rows, step, R, S,
         not AFTER, AFTER, True, K, BLOCK_K, ROWS,
     )  # fmt: skip
-    put(p_out + i_b * strides_out[1] + i_h * strides_out[2], strides_out[0], i_m, end, found, K, BLOCK_K)
+    p_out += i_b * strides_out[1] + i_h * strides_out[2]
+    put(p_out, strides_out[0], i_m, end, tile(p_out, strides_out[0], i_m, end, K, BLOCK_K) + found, K, BLOCK_K)
 
 
-def decay(x: Tensor, gate: Tensor, after: bool, step: int, dtype: torch.dtype | None = None) -> Tensor:
+def tile_sums(gate: Tensor, step: int) -> Tensor:
     """See `megatron_lighthouse.wall.decay`."""
-    out = torch.empty(*x.shape[:2], max(x.shape[2], gate.shape[2]), x.shape[3], dtype=dtype or x.dtype, device=x.device)
-    _decay(out, x, gate, after, step, False)
-    return out
+    gate = last_contiguous(gate)
+    return _totals(gate, gate, gate.shape[2], (1, 1), step, False)
 
 
-def add_decayed(out: Tensor, x: Tensor, gate: Tensor, after: bool, step: int) -> None:
+def decay(out: Tensor, x: Tensor, gate: Tensor, tile_sums: Tensor, after: bool, step: int, add: bool = False) -> None:
     """Likewise."""
-    _decay(out, x, gate, after, step, True)
+    x, gate = last_contiguous(x), last_contiguous(gate)
+    heads, most = gate.shape[2], out.shape[2]
+    ratios = (most // heads, most // x.shape[2])
+    _launch(decay_kernel, [x, gate, tile_sums.flatten(0, 1), out], heads, ratios, step, {"AFTER": after, "ADD": add})
 
 
-def decay_backward(x: Tensor, y: Tensor, heads: int, after: bool, step: int) -> Tensor:
+def decay_backward(out: Tensor, x: Tensor, y: Tensor, after: bool, step: int) -> None:
     """Likewise."""
     x, y = last_contiguous(x), last_contiguous(y)
-    rows, batch, _, dim = y.shape
+    heads = out.shape[2]
     ratios = (y.shape[2] // heads, y.shape[2] // x.shape[2])
     totals = _totals(x, y, heads, ratios, step, True)
-    out = torch.empty(rows, batch, heads, dim, dtype=torch.float32, device=y.device)
-    _launch(backward_kernel, [x, y, totals, out], heads, ratios, step, {"AFTER": after})
-    return out
-
-
-def sums(gate: Tensor, step: int) -> Tensor:
-    """Likewise."""
-    gate = last_contiguous(gate)
-    totals = _totals(gate, gate, gate.shape[2], (1, 1), step, False)
-    return totals.unflatten(0, (cdiv(len(gate), step), -1)).sum(1, dtype=torch.float64)
-
-
-def _decay(out: Tensor, x: Tensor, gate: Tensor, after: bool, step: int, add: bool) -> None:
-    assert out.stride(-1) == 1, "it is written in place"
-    x, gate = last_contiguous(x), last_contiguous(gate)
-    heads, most = gate.shape[2], max(x.shape[2], gate.shape[2])
-    ratios = (most // heads, most // x.shape[2])
-    totals = _totals(gate, gate, heads, ratios, step, False)
-    _launch(decay_kernel, [x, gate, totals, out], heads, ratios, step, {"AFTER": after, "ADD": add})
+    _launch(backward_kernel, [x, y, totals.flatten(0, 1), out], heads, ratios, step, {"AFTER": after})
 
 
 def _totals(x: Tensor, y: Tensor, heads: int, ratios: tuple[int, int], step: int, product: bool) -> Tensor:
-    """[tiles, B, heads, K] fp32."""
-    tiles = cdiv(len(y), step) * cdiv(step, blocks_of("decay", y.shape[3], 4).rows)
-    totals = torch.empty(tiles, y.shape[1], heads, y.shape[3], dtype=torch.float32, device=y.device)
-    _launch(totals_kernel, [x, y, totals], heads, ratios, step, {"PRODUCT": product})
+    """[pieces, tiles, B, heads, K] fp32."""
+    counts = cdiv(len(y), step), cdiv(step, blocks_of("decay", y.shape[3], 4).rows)
+    totals = torch.empty(*counts, y.shape[1], heads, y.shape[3], dtype=torch.float32, device=y.device)
+    _launch(totals_kernel, [x, y, totals.flatten(0, 1)], heads, ratios, step, {"PRODUCT": product})
     return totals
 
 
 def _launch(
     kernel: object, tensors: list[Tensor], heads: int, ratios: tuple[int, int], step: int, own: dict[str, bool]
 ) -> None:
+    assert tensors[-1].stride(-1) == 1, "it is written in place"
     rows, batch, _, dim = tensors[1].shape
     blocks = blocks_of("decay", dim, 4)
     enqueue(

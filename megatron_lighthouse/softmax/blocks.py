@@ -40,7 +40,7 @@ class Cudnn(Softmax):
 
     def backward(self, grad: Tensor, near: Tensors, far: Tensors, part: Part, mask: Mask) -> tuple[Tensors, Tensors]:
         g, q, k, v, o = heads_first(grad, *near, *far, *part.averages)
-        none = torch.zeros((), dtype=torch.int64, device=q.device)  # no dropout, so its seed and offset are not read
+        none = torch.empty((), dtype=torch.int64, device=q.device)  # no dropout, so its seed and offset are not read
         lengths = (None, None, q.shape[2], k.shape[2])
         grads = aten._scaled_dot_product_cudnn_attention_backward(
             g, q, k, v, o, part.lse.contiguous().unsqueeze(-1), none, none, None, *lengths, 0.0, mask.causal, scale=self.scale

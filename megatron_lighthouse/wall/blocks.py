@@ -5,21 +5,30 @@ Rows of one piece see each other along the diagonal, and what lies before their 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.parts import Mask, Part, Tensors
-from megatron_lighthouse.wall.cut import Cut, Piece
-from megatron_lighthouse.wall.decay import Decays, joined, prefix, prefix_backward, spread, summed, sums
+from megatron_lighthouse.wall.cut import Cut
+from megatron_lighthouse.wall.decay import (
+    Decays,
+    between_backward,
+    joined,
+    prefix,
+    prefix_backward,
+    spread,
+    suffix,
+    summed,
+    sums,
+)
 from megatron_lighthouse.wall.diagonal import Diagonal
 from megatron_lighthouse.wall.earlier import Earlier, Rows
-from megatron_lighthouse.wall.pieces import Run, Sight, runs
-from megatron_lighthouse.wall.travel import Call, by_runs
+from megatron_lighthouse.wall.pieces import Meeting, Sight, meetings, runs
+from megatron_lighthouse.wall.travel import Call
 
 
 class Near(NamedTuple):
@@ -54,17 +63,12 @@ class Near(NamedTuple):
         return Near(query, key, value, gate, scalar, sink)
 
 
-class Meeting(NamedTuple):
-    """Near rows that see far ones."""
+class Met(NamedTuple):
+    """What of a meeting is made anew in each direction."""
 
-    anchor: int
-    """The piece that the near rows begin."""
-    near: slice
-    runs: list[Run]
-    """The far rows, of a tensor."""
     rows: Rows
     factors: list[Tensor]
-    """Of each run [pieces, B, heads, K], by which its keys were multiplied."""
+    """Of each run of far rows, by which its keys were multiplied."""
 
 
 @dataclass(frozen=True)
@@ -87,16 +91,16 @@ class Attention:
     def forward(self, near: Tensors, far: Tensors, mask: Mask) -> Part:
         given = self._near(near)
         part = self._own(given) if mask.causal else _nothing(given)
-        dtypes = part.dtypes
-        part = part.to(part.lse.dtype)
-        for meeting in self._meetings(given, self._decayed(given, far, mask), far, mask):
-            own, found = part[meeting.near], self.earlier.forward(meeting.rows)
-            if mask.causal:
+        meetings = self._meetings(mask, far)
+        query = self._decayed(given, meetings)
+        for meeting in meetings:
+            own, found = part[meeting.near.rows], self.earlier.forward(self._met(meeting, given, query, far).rows)
+            if mask.causal:  # each row meets others once: it is rounded once, in its own dtype too
                 own.merge(found)
-            else:  # each row meets others once
+            else:
                 own.averages[0].copy_(found.averages[0])
                 own.lse.copy_(found.lse)
-        return part.to(*dtypes)
+        return part
 
     def output(self, part: Part) -> Tensor:
         return part.averages[0]
@@ -104,20 +108,18 @@ class Attention:
     def backward(self, grad: Tensor, near: Tensors, far: Tensors, part: Part, mask: Mask) -> tuple[Tensors, Tensors]:
         given = self._near(near)
         grads = self._own_backward(grad, given, part) if mask.causal else given.each(_zeros)
-        wide = part.lse.dtype
-        grads = grads._replace(query=grads.query.to(wide))
-        d_far = tuple(_zeros(x, wide) for x in far)
-        decayed, of_decayed = self._decayed(given, far, mask), torch.zeros_like(given.query)
-        for meeting in self._meetings(given, decayed, far, mask):
-            self._seen_backward(grad, part, meeting, of_decayed, grads, d_far)
-        if far:
-            self._decayed_backward(given, decayed, of_decayed, grads, mask)
-        d_near = grads._replace(query=grads.query.to(grad.dtype)).tensors
-        return d_near, tuple(x.to(like.dtype) for x, like in zip(d_far, far, strict=True))
+        d_far = tuple(_zeros(x, part.lse.dtype) for x in far)
+        meetings = self._meetings(mask, far)
+        query = self._decayed(given, meetings)
+        found = [self._met_backward(grad, given, query, far, part, meeting, grads, d_far) for meeting in meetings]
+        if found:
+            self._decayed_backward(given, meetings, query, joined(found), grads)
+        return grads.tensors, tuple(x.to(like.dtype) for x, like in zip(d_far, far, strict=True))
 
-    def _groups(self, mask: Mask) -> list[Piece]:
-        """Near rows with an anchor before each."""
-        return self.cut.pieces(mask.near) if mask.causal else self.cut.whole(mask.near)
+    @property
+    def _call(self) -> Call:
+        assert self.call is not None
+        return self.call
 
     def _near(self, near: Tensors) -> Near:
         query, key, value, gate, *more = near
@@ -143,79 +145,73 @@ class Attention:
             d_sink = -(_of_rows(given.sink) - part.lse).exp().permute(2, 0, 1).unsqueeze(-1) * delta
         return Near(dq, dk, dv, d_gate, None if d_scalar is None else d_scalar.unsqueeze(-1), d_sink)
 
-    def _decayed(self, given: Near, far: Tensors, mask: Mask) -> Tensor:
-        """Queries from the anchor before them; as they are where they meet nobody there."""
-        decay = partial(self.decays.decay, after=False)
-        return by_runs(self._groups(mask), decay, given.query, given.gate) if far else given.query
+    def _meetings(self, mask: Mask, far: Tensors) -> tuple[Meeting, ...]:
+        return meetings(self.cut, self.sight, mask) if far else ()
 
-    def _meetings(self, given: Near, query: Tensor, far: Tensors, mask: Mask) -> Iterator[Meeting]:
-        """One for each run of near rows that has an anchor of its own, and sees far rows before it.
+    def _decayed(self, given: Near, meetings: Sequence[Meeting]) -> Tensor:
+        """The queries that meet others, one after the other, from the anchor before them."""
+        pieces = [meeting.near for meeting in meetings]
+        return self._call.decayed(self.decays, pieces, given.query, given.gate, after=False, dtype=given.query.dtype)
 
-        Args:
-            query: what `_decayed` gives.
-        """
-        theirs = self.cut.pieces(mask.far) if far else []
-        for group in self._groups(mask):
-            first, end = self.sight.before(group)
-            seen = [piece for piece in theirs if piece.number < group.number and piece.end > first]
-            if not seen or end <= group.begin:
-                continue
-            near = slice(group.rows.start, group.rows.start + end - group.begin)
-            hidden = self._hidden(group, end, first, seen, given)
-            yield self._meeting(group, near, runs([piece.since(first) for piece in seen]), given, query[near], far, hidden)
-
-    def _hidden(self, group: Piece, end: int, first: int, seen: list[Piece], given: Near) -> Tensor | None:
+    def _hidden(self, meeting: Meeting, device: torch.device) -> Tensor | None:
         if self.sight.window is None:
             return None
-        device = given.query.device
-        tokens = [torch.arange(max(piece.begin, first), piece.end, device=device) for piece in seen]
-        visible = self.sight.first(torch.arange(group.begin, end, device=device))
+        near = meeting.near
+        tokens = [torch.arange(piece.begin, piece.end, device=device) for piece in meeting.seen]
+        visible = self.sight.first(torch.arange(near.begin, near.end, device=device))
         return torch.cat(tokens) < visible.unsqueeze(1)
 
-    def _meeting(
-        self, group: Piece, near: slice, seen: list[Run], given: Near, query: Tensor, far: Tensors, hidden: Tensor | None
-    ) -> Meeting:
-        assert self.call is not None
-        between, *scalars = self.call.between(group.number)
-        key, value, *of_scalar = far
-        factors = [between[run.number : run.number + run.pieces].exp().to(given.gate.dtype) for run in seen]
-        keys = key.new_empty(seen[-1].taken.stop, *key.shape[1:])
-        for run, factor in zip(seen, factors, strict=True):
-            self.decays.cross(keys[run.taken], key[run.rows], factor, run.step)
-        made = Rows(query, keys, joined([value[run.rows] for run in seen]), hidden=hidden)
+    def _met(self, meeting: Meeting, given: Near, query: Tensor, far: Tensors) -> Met:
+        """The rows that meet. `query`: what `_decayed` gives."""
+        anchor, far_runs = meeting.near.number, meeting.far
+        between, *of_scalar = (total[:anchor] for total in self._call.totals)
+        key, value, *scalar = far
+        keys = key.new_empty(far_runs[-1].taken.stop, *key.shape[1:])
+        factors = [self.decays.cross(keys[run.taken], key[run.rows], between[run.number :], run.step) for run in far_runs]
+        values, hidden = joined([value[run.rows] for run in far_runs]), self._hidden(meeting, key.device)
+        made = Rows(query[meeting.taken], keys, values, hidden=hidden)
         if given.scalar is not None:
-            totals = scalars[0].to(given.gate.dtype)
+            totals = suffix(of_scalar[0]).to(given.gate.dtype)
             to_anchor = [
-                part + totals[run.number + i] for run in seen for i, part in enumerate(of_scalar[0][run.rows].split(run.step))
+                part + totals[run.number + i] for run in far_runs for i, part in enumerate(scalar[0][run.rows].split(run.step))
             ]
-            made = replace(made, bias=(prefix(given.scalar[near]), torch.cat(to_anchor)))
-        return Meeting(group.number, near, seen, made, factors)
+            made = replace(made, bias=(prefix(given.scalar[meeting.near.rows]), torch.cat(to_anchor)))
+        return Met(made, factors)
 
-    def _seen_backward(
-        self, grad: Tensor, part: Part, meeting: Meeting, of_decayed: Tensor, grads: Near, d_far: Tensors
-    ) -> None:
-        """Add to the gradients of near and far rows, and note those of what lies between."""
-        assert self.call is not None
-        near, rows = meeting.near, meeting.rows
+    def _met_backward(
+        self,
+        grad: Tensor,
+        given: Near,
+        query: Tensor,
+        far: Tensors,
+        part: Part,
+        meeting: Meeting,
+        grads: Near,
+        d_far: Tensors,
+    ) -> Tensor:
+        """The gradient of the decayed queries; add those of scalar gates, of far rows, and of what lies between."""
+        near, (rows, factors) = meeting.near.rows, self._met(meeting, given, query, far)
         dq, dk, dv, of_bias = self.earlier.backward(grad[near], rows, part[near])
-        of_decayed[near] = dq
         of_far = [dv] if of_bias is None else [dv, of_bias[1]]
         if grads.scalar is not None and of_bias is not None:
-            grads.scalar[near] += prefix_backward(of_bias[0])
-        for run, factor in zip(meeting.runs, meeting.factors, strict=True):
-            given = d_far[0][run.rows], rows.key[run.taken], dk[run.taken], factor
-            crossed = [self.decays.cross_backward(*given, run.step)]
+            grads.scalar[near].add_(prefix_backward(of_bias[0]))
+        for run, factor in zip(meeting.far, factors, strict=True):
+            of_between, *of_scalar = (x[run.number : meeting.near.number] for x in self._call.total_grads())
+            given_keys = rows.key[run.taken], dk[run.taken], factor
+            self.decays.cross_backward(d_far[0][run.rows], of_between, *given_keys, run.step)
             for total, x in zip(d_far[1:], of_far, strict=True):
-                total[run.rows] += x[run.taken]
-            crossed += [sums(x[run.taken], run.step) for x in of_far[1:]]
-            self.call.crossed.append((meeting.anchor, run.number, crossed))
+                total[run.rows].add_(x[run.taken])
+            for of_total, x in zip(of_scalar, of_far[1:], strict=True):
+                between_backward(of_total, sums(x[run.taken], run.step))
+        return dq
 
-    def _decayed_backward(self, given: Near, decayed: Tensor, of_decayed: Tensor, grads: Near, mask: Mask) -> None:
+    def _decayed_backward(self, given: Near, meetings: Sequence[Meeting], query: Tensor, grad: Tensor, grads: Near) -> None:
         """Add to the gradients of queries and gates, by way of the decayed queries."""
-        for run in runs(self._groups(mask)):
-            query, gate, grad = (x[run.rows] for x in (decayed, given.gate, of_decayed))
-            self.decays.add_decayed(grads.query[run.rows], grad, gate, after=False, step=run.step)
-            grads.gate[run.rows] += self.decays.decay_backward(query, grad, gate.shape[2], after=False, step=run.step)
+        for run in runs([meeting.near for meeting in meetings]):
+            dq, gate = grad[run.taken], given.gate[run.rows]
+            tile_sums = self._call.tile_sums_of(self.decays, given.gate, run)
+            self.decays.decay(grads.query[run.rows], dq, gate, tile_sums, after=False, step=run.step, add=True)
+            self.decays.decay_backward(grads.gate[run.rows], query[run.taken], dq, after=False, step=run.step)
 
 
 def _zeros(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

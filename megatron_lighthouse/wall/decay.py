@@ -20,30 +20,35 @@ class Decays(Protocol):
     another, each of them serves several, in order.
     """
 
-    def decay(self, x: Tensor, gate: Tensor, after: bool, step: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Rows times exp(`prefix`) of their piece's gates, or (`after`) exp(`suffix`); in `dtype`, by default that of `x`."""
+    def tile_sums(self, gate: Tensor, step: int) -> Tensor:
+        """Sums of some rows at a time, [pieces, tiles of each, B, heads, K]; all tiles of a piece make the sum of its gates."""
 
-    def add_decayed(self, out: Tensor, x: Tensor, gate: Tensor, after: bool, step: int) -> None:
-        """Add that to rows in the dtype of sums."""
+    def decay(self, out: Tensor, x: Tensor, gate: Tensor, tile_sums: Tensor, after: bool, step: int, add: bool = False) -> None:
+        """Write (or `add`) rows times exp(`prefix`) of their piece's gates, or (`after`) exp(`suffix`)."""
 
-    def decay_backward(self, x: Tensor, y: Tensor, heads: int, after: bool, step: int) -> Tensor:
-        """The gates' gradient [n, B, heads, K] by way of x = decay(…), of which y is the gradient; or the other way round."""
+    def decay_backward(self, out: Tensor, x: Tensor, y: Tensor, after: bool, step: int) -> None:
+        """Add the gates' gradient [n, B, heads, K] by way of x = decay(…), of which y is the gradient; or the other way round.
 
-    def sums(self, gate: Tensor, step: int) -> Tensor:
-        """Of each piece [pieces, B, heads, K], float64."""
+        Args:
+            out: in the dtype of sums.
+        """
 
-    def cross(self, out: Tensor, key: Tensor, factors: Tensor, step: int) -> None:
-        """Write keys [m, B, heads, K] times the factors [pieces, B, heads, K] of their piece."""
+    def cross(self, out: Tensor, key: Tensor, between: Tensor, step: int) -> Tensor:
+        """Write keys [m, B, heads, K] times the factors [pieces, B, heads, K] of their piece, which it returns.
 
-    def cross_backward(self, out: Tensor, crossed: Tensor, grad: Tensor, factors: Tensor, step: int) -> Tensor:
-        """Add the keys' gradients [m, B, heads, K] in the dtype of sums.
+        Args:
+            between: the sums of the gates of these pieces and of those after them, up to the anchor, [·, B, heads, K] float64:
+                factors are exp(`suffix`) of these.
+        """
+
+    def cross_backward(
+        self, out: Tensor, of_between: Tensor, crossed: Tensor, grad: Tensor, factors: Tensor, step: int
+    ) -> None:
+        """Add the gradients of keys [m, B, heads, K], in the dtype of sums, and of `between`.
 
         Args:
             crossed: what `cross` wrote.
             grad: its gradient.
-
-        Returns:
-            The gradient of the factors' logarithms, [pieces, B, heads, K], float64.
         """
 
 
@@ -86,35 +91,43 @@ def suffix_backward(grad: Tensor, dim: int = 0) -> Tensor:
     return before.cumsum(dim, dtype=torch.float64).to(grad.dtype)
 
 
-def decay(x: Tensor, gate: Tensor, after: bool, step: int, dtype: torch.dtype | None = None) -> Tensor:
-    """See `Decays`, as for all below."""
-    heads = max(x.shape[2], gate.shape[2])
-    factor = torch.cat([(suffix if after else prefix)(part) for part in gate.split(step)]).exp()
-    return (spread(x, heads) * spread(factor, heads)).to(dtype or x.dtype)
-
-
-def add_decayed(out: Tensor, x: Tensor, gate: Tensor, after: bool, step: int) -> None:
-    out += decay(x, gate, after, step, out.dtype)
-
-
-def decay_backward(x: Tensor, y: Tensor, heads: int, after: bool, step: int) -> Tensor:
-    wide = torch.promote_types(y.dtype, torch.float32)
-    product = summed(spread(x, y.shape[2]).to(wide) * y, heads)
-    return torch.cat([(suffix_backward if after else prefix_backward)(part) for part in product.split(step)])
+def between_backward(of_between: Tensor, grad: Tensor) -> None:
+    """Add the gradient by way of `suffix` of the first of its rows."""
+    of_between += suffix_backward(torch.cat([grad, grad.new_zeros(len(of_between) - len(grad), *grad.shape[1:])]))
 
 
 def sums(gate: Tensor, step: int) -> Tensor:
+    """Of each piece of so many rows, [pieces, ...], float64."""
     return torch.stack([part.sum(0, dtype=torch.float64) for part in gate.split(step)])
 
 
-def cross(out: Tensor, key: Tensor, factors: Tensor, step: int) -> None:
+def tile_sums(gate: Tensor, step: int) -> Tensor:
+    """See `Decays`, as for all below."""
+    return sums(gate, step).unsqueeze(1)
+
+
+def decay(out: Tensor, x: Tensor, gate: Tensor, tile_sums: Tensor, after: bool, step: int, add: bool = False) -> None:
+    heads = out.shape[2]
+    factor = torch.cat([(suffix if after else prefix)(part) for part in gate.split(step)]).exp()
+    found = spread(x, heads) * spread(factor, heads)
+    out.copy_(out + found if add else found)
+
+
+def decay_backward(out: Tensor, x: Tensor, y: Tensor, after: bool, step: int) -> None:
+    product = summed(spread(x, y.shape[2]).to(out.dtype) * y, out.shape[2])
+    out += torch.cat([(suffix_backward if after else prefix_backward)(part) for part in product.split(step)])
+
+
+def cross(out: Tensor, key: Tensor, between: Tensor, step: int) -> Tensor:
+    factors = suffix(between)[: -(-len(key) // step)].exp().to(torch.promote_types(key.dtype, torch.float32))
     for i, factor in enumerate(factors):
         rows = slice(i * step, (i + 1) * step)
         out[rows] = key[rows] * factor
+    return factors
 
 
-def cross_backward(out: Tensor, crossed: Tensor, grad: Tensor, factors: Tensor, step: int) -> Tensor:
+def cross_backward(out: Tensor, of_between: Tensor, crossed: Tensor, grad: Tensor, factors: Tensor, step: int) -> None:
     for i, factor in enumerate(factors):
         rows = slice(i * step, (i + 1) * step)
         out[rows] += grad[rows] * factor
-    return sums(crossed.to(out.dtype) * grad, step)
+    between_backward(of_between, sums(crossed.to(out.dtype) * grad, step))

@@ -1,15 +1,17 @@
-"""Which tokens a token sees, and runs of pieces. Integers alone."""
+"""Which tokens a token sees, runs of pieces, and which of them meet. Integers alone."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_lighthouse.context_parallel.parts import Mask
 from megatron_lighthouse.wall.cut import Cut, Piece
 
 
@@ -78,6 +80,33 @@ def runs(pieces: Sequence[Piece]) -> list[Run]:
         rows, own = slice(run.rows.start, piece.rows.stop), slice(run.taken.start, taken)
         found.append(run._replace(pieces=run.pieces + 1, rows=rows, taken=own))
     return found
+
+
+class Meeting(NamedTuple):
+    """Near rows that have an anchor of their own, and the far rows before it that they see."""
+
+    near: Piece
+    taken: slice
+    """Of the near rows of all meetings, one after the other."""
+    seen: list[Piece]
+    far: list[Run]
+    """The same."""
+
+
+@lru_cache(64)
+def meetings(cut: Cut, sight: Sight, mask: Mask) -> tuple[Meeting, ...]:
+    """In the order of near rows. They have an anchor before each piece, or before each chunk where all far rows come before."""
+    found, taken = [], 0
+    theirs = cut.pieces(mask.far)
+    for group in cut.pieces(mask.near) if mask.causal else cut.whole(mask.near):
+        first, end = sight.before(group)
+        seen = [piece.since(first) for piece in theirs if piece.number < group.number and piece.end > first]
+        length = end - group.begin
+        if seen and length > 0:
+            near = Piece(group.number, group.begin, slice(group.rows.start, group.rows.start + length))
+            found.append(Meeting(near, slice(taken, taken + length), seen, runs(seen)))
+            taken += length
+    return tuple(found)
 
 
 def first_rows(cut: Cut, sight: Sight, chunks: Sequence[int], device: torch.device) -> Tensor:

@@ -7,9 +7,7 @@ A query of piece e sees a key of piece d < e as q exp(its own prefix) · k̃ exp
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.wall.cut import TOTALS, Piece
-from megatron_lighthouse.wall.decay import Decays, joined, suffix, suffix_backward, summed, sums
-from megatron_lighthouse.wall.pieces import runs
+from megatron_lighthouse.wall.decay import Decays, joined, suffix, suffix_backward, summed
+from megatron_lighthouse.wall.pieces import Run, runs
 
 
 @dataclass
@@ -28,29 +26,37 @@ class Call:
 
     totals: list[Tensor] = field(default_factory=list)
     """[pieces, B, ·] of the whole sequence, float64: the sums of the gates, and of the scalar gates where there are."""
-    crossed: list[tuple[int, int, list[Tensor]]] = field(default_factory=list)
-    """The piece of the queries, the first of some pieces of keys, and for each of these the gradients of what lies between."""
+    tile_sums: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    """Of the gates of runs, by their first piece, their rows, and the step: see `Decays.tile_sums`."""
+    of_totals: list[Tensor] = field(default_factory=list)
+    """The gradients of `totals` by way of what this rank's queries have seen, likewise; none before a backward pass."""
 
-    def between(self, anchor: int) -> list[Tensor]:
-        """Of each piece before `anchor`: the sum of the gates of those after it and before `anchor`, float64."""
-        return [suffix(total[:anchor]) for total in self.totals]
+    def tile_sums_of(self, decays: Decays, gate: Tensor, run: Run) -> Tensor:
+        """Made once, for the passes there and back. `gate`: rows among which those of the run are."""
+        which = run.number, run.rows.stop - run.rows.start, run.step
+        if which not in self.tile_sums:
+            self.tile_sums[which] = decays.tile_sums(gate[run.rows], run.step)
+        return self.tile_sums[which]
+
+    def decayed(self, decays: Decays, pieces: list[Piece], x: Tensor, gate: Tensor, after: bool, dtype: torch.dtype) -> Tensor:
+        """The rows of these pieces, one after the other, decayed: see `Decays.decay`."""
+        found = runs(pieces)
+        rows, heads = found[-1].taken.stop if found else 0, max(x.shape[2], gate.shape[2])
+        out = torch.empty(rows, x.shape[1], heads, x.shape[3], dtype=dtype, device=x.device)
+        for run in found:
+            tile_sums = self.tile_sums_of(decays, gate, run)
+            decays.decay(out[run.taken], x[run.rows], gate[run.rows], tile_sums, after, run.step)
+        return out
 
     def total_grads(self) -> list[Tensor]:
-        """Of `totals`, by way of what this rank's queries saw, in float64."""
-        found = [torch.zeros_like(total) for total in self.totals]
-        for anchor, first, grads in self.crossed:
-            for total, grad in zip(found, grads, strict=True):
-                before, end = grad.cumsum(0), first + len(grad)
-                total[first + 1 : end] += before[:-1]
-                if end < anchor:
-                    total[end:anchor] += before[-1]
-        self.crossed.clear()
+        """`of_totals`, to add to."""
+        self.of_totals = self.of_totals or [torch.zeros_like(total) for total in self.totals]
+        return self.of_totals
+
+    def take_total_grads(self) -> list[Tensor]:
+        """Likewise, all of them: the next backward pass begins anew."""
+        found, self.of_totals = self.total_grads(), []
         return found
-
-
-def by_runs(pieces: list[Piece], function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """What `function` makes of these rows of pieces of so many rows, one after the other."""
-    return joined([function(*(x[run.rows] for x in tensors), step=run.step) for run in runs(pieces)])
 
 
 class Decayed(torch.autograd.Function):
@@ -62,28 +68,39 @@ class Decayed(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.call, ctx.decays, ctx.pieces, ctx.exchange = call, decays, pieces, exchange
         ctx.save_for_backward(key, *gates)
-        own = [by_runs(pieces, decays.sums, gates[0]), *(by_runs(pieces, sums, x) for x in gates[1:])]
+        tile_sums = joined([call.tile_sums_of(decays, gates[0], run) for run in runs(pieces)])
+        own = [tile_sums.sum(1, dtype=torch.float64)]
+        own += [torch.stack([x[piece.rows].sum(0, dtype=torch.float64) for piece in pieces]) for x in gates[1:]]
         if exchange is not None:
             own = [exchange.in_order(exchange.all_gather(x.to(gates[0].dtype), TOTALS)) for x in own]
         call.totals = [x.double() for x in own]
         scalar = (torch.cat([suffix(x[piece.rows]) for piece in pieces]) for x in gates[1:])
-        return by_runs(pieces, partial(decays.decay, after=True), key, gates[0]), *scalar
+        return call.decayed(decays, pieces, key, gates[0], after=True, dtype=key.dtype), *scalar
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *of_scalar: Tensor) -> tuple[Tensor | None, ...]:
         decays, pieces, exchange = ctx.decays, ctx.pieces, ctx.exchange
         key, *gates = ctx.saved_tensors
-        wide = gates[0].dtype
-        of_keys = by_runs(pieces, partial(decays.decay, after=True, dtype=wide), grad, gates[0])
-        totals = ctx.call.total_grads()
+        of_keys = ctx.call.decayed(decays, pieces, grad, gates[0], after=True, dtype=gates[0].dtype)
+        totals = ctx.call.take_total_grads()
         if exchange is not None:
             sums = (exchange.out_of_order(x.to(gates[0].dtype)) for x in totals)
             shares = (exchange.all_to_all(x.flatten(0, 1), TOTALS) for x in sums)
             totals = [x.unflatten(0, (exchange.size, -1)).sum(0, dtype=torch.float64) for x in shares]
-        found = [by_runs(pieces, partial(decays.decay_backward, heads=gates[0].shape[2], after=True), key, of_keys)]
-        found += [torch.cat([suffix_backward(x[piece.rows]) for piece in pieces]) for x in of_scalar]
-        for x, total in zip(found, totals, strict=True):
-            for piece, own in zip(pieces, total.to(wide), strict=True):
-                x[piece.rows] += own
+        found = [_each(pieces, total.to(gates[0].dtype)) for total in totals]
+        for run in runs(pieces):
+            decays.decay_backward(found[0][run.rows], key[run.rows], of_keys[run.taken], after=True, step=run.step)
+        for x, of_gates in zip(of_scalar, found[1:], strict=True):
+            for piece in pieces:
+                of_gates[piece.rows].add_(suffix_backward(x[piece.rows]))
         return None, None, None, None, summed(of_keys, key.shape[2]).to(key.dtype), *found
+
+
+def _each(pieces: list[Piece], totals: Tensor) -> Tensor:
+    """For each row of the pieces that of its piece."""
+    found, first = [], 0
+    for run in runs(pieces):
+        found.append(totals[first : first + run.pieces].repeat_interleave(run.step, 0)[: run.rows.stop - run.rows.start])
+        first += run.pieces
+    return joined(found)

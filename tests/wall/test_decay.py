@@ -42,39 +42,52 @@ def test_decay(rows: int, heads: int, of_gates: int, dim: int, size: float, step
     torch.manual_seed(rows)
     x, gate = rows_of(rows, heads, dim, dtype), -size * rows_of(rows, of_gates, dim).abs().float()
     given = [t.to(DEVICE) for t in (x, gate)]
-    expected = reference.decay(x.double(), gate.double(), after, step)
-    close(kernels.decay(*given, after, step), expected, MOST[dtype])
-    total = rows_of(rows, expected.shape[2], dim, torch.float32).contiguous()
+    most = max(heads, of_gates)
+    expected = torch.empty(rows, 2, most, dim, dtype=torch.float64)
+    reference.decay(expected, x.double(), gate.double(), reference.tile_sums(gate, step), after, step)
+    sums = kernels.tile_sums(given[1], step)
+    out = torch.full((rows, 2, most, dim), torch.nan, dtype=dtype, device=DEVICE)
+    kernels.decay(out, *given, sums, after, step)
+    close(out, expected, MOST[dtype])
+    total = rows_of(rows, most, dim, torch.float32).contiguous()
     added = total.clone().to(DEVICE)
-    kernels.add_decayed(added, *given, after, step)
+    kernels.decay(added, *given, sums, after, step, add=True)
     close(added, total + expected, MOST[torch.float32])
-    y = rows_of(rows, expected.shape[2], dim, dtype)
-    expected = reference.decay_backward(x.double(), y.double(), of_gates, after, step)
-    close(kernels.decay_backward(given[0], y.to(DEVICE), of_gates, after, step), expected, MOST[torch.float32])
-    close(kernels.sums(given[1], step), reference.sums(gate, step), MOST[torch.float32])
+    y, total = rows_of(rows, most, dim, dtype), rows_of(rows, of_gates, dim, torch.float32).contiguous()
+    added, expected = total.clone().to(DEVICE), total.double()
+    reference.decay_backward(expected, x.double(), y.double(), after, step)
+    kernels.decay_backward(added, given[0], y.to(DEVICE), after, step)
+    close(added, expected, MOST[torch.float32])
+    close(sums.sum(1), reference.sums(gate, step), MOST[torch.float32])
 
 
 def test_gates_of_minus_infinity() -> None:
     gate = torch.full((40, 1, 1, 4), -torch.inf)
     for after in (False, True):
-        found = kernels.decay(torch.ones(40, 1, 1, 4, device=DEVICE), gate.to(DEVICE), after, 16).cpu()
-        assert torch.equal(found, reference.decay(torch.ones(40, 1, 1, 4), gate, after, 16))
+        found, expected = torch.ones(40, 1, 1, 4, device=DEVICE), torch.ones(40, 1, 1, 4)
+        sums = kernels.tile_sums(gate.to(DEVICE), 16)
+        kernels.decay(found, found.clone(), gate.to(DEVICE), sums, after, 16)
+        reference.decay(expected, expected.clone(), gate, sums, after, 16)
+        assert torch.equal(found.cpu(), expected)
 
 
-@pytest.mark.parametrize(("rows", "step"), [(100, 40), (64, 64), (130, 130), (7, 3)])
-def test_crossing(rows: int, step: int) -> None:
+@pytest.mark.parametrize(("rows", "step", "later"), [(100, 40, 2), (64, 64, 0), (130, 130, 1), (7, 3, 3), (2100, 2100, 1)])
+def test_crossing(rows: int, step: int, later: int) -> None:
+    """`later`: pieces between these rows and the anchor."""
     torch.manual_seed(step)
     key, grad = rows_of(rows, 3, 8, torch.float32), rows_of(rows, 3, 8, torch.float32)
-    factors, total = torch.rand(-(-rows // step), 2, 3, 8), torch.randn(rows, 2, 3, 8)
+    between, total = -torch.rand(-(-rows // step) + later, 2, 3, 8, dtype=torch.float64), torch.randn(rows, 2, 3, 8)
     out, wide = torch.full((rows, 2, 3, 8), torch.nan, device=DEVICE), torch.empty(rows, 2, 3, 8, dtype=torch.float64)
-    kernels.cross(out, key.to(DEVICE), factors.to(DEVICE), step)
-    reference.cross(wide, key.double(), factors.double(), step)
+    factors = kernels.cross(out, key.to(DEVICE), between.to(DEVICE), step)
+    exact = reference.cross(wide, key.double(), between, step)
+    close(factors, exact, MOST[torch.float32])
     close(out, wide, MOST[torch.float32])
     added, expected = total.clone().to(DEVICE), total.double()
-    crossed = kernels.cross_backward(added, out, grad.to(DEVICE), factors.to(DEVICE), step)
-    of_factors = reference.cross_backward(expected, wide, grad.double(), factors.double(), step)
+    of_between, of_sums = torch.ones_like(between).to(DEVICE), torch.ones_like(between)
+    kernels.cross_backward(added, of_between, out, grad.to(DEVICE), factors, step)
+    reference.cross_backward(expected, of_sums, wide, grad.double(), exact, step)
     close(added, expected, MOST[torch.float32])
-    close(crossed, of_factors, 10 * MOST[torch.float32])
+    close(of_between, of_sums, 10 * MOST[torch.float32])
 
 
 def test_runs_join_what_follows() -> None:

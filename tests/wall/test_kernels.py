@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_lighthouse.kernels.wall import backward, forward, tiles
+from megatron_lighthouse.kernels.wall import backward, forward, suffix_sums, tiles
 from megatron_lighthouse.kernels.wall.tiles import Blocks
 from tests.steps import DEVICE, poisoned
 from tests.test_offsets import NEEDED, far
@@ -79,6 +80,17 @@ def test_tiles_that_are_not_full(tokens: int, monkeypatch: pytest.MonkeyPatch) -
     found, expected = run(tensors), with_grads(tensors, 0.3)
     for a, b in zip(found, expected, strict=True):
         assert float((a.double().cpu() - b).abs().max()) < 3e-6 * max(1.0, float(b.abs().max()))
+
+
+def test_sums_over_documents_of_many_tiles() -> None:
+    rows = 1200
+    sums = torch.randn(rows, 1, 2, 8, dtype=torch.float64)
+    bounds = [0, 5, 31, 32, 101, 1190, rows]
+    first = torch.cat([torch.full((end - begin,), begin) for begin, end in pairwise(bounds)]).int()
+    found = suffix_sums(sums.float().to(DEVICE), first.to(DEVICE))
+    expected = torch.cat([part.flip(0).cumsum(0).flip(0) for part in sums.split([b - a for a, b in pairwise(bounds)])])
+    expected[bounds[:-1]] = 0
+    assert float((found.double().cpu() - expected).abs().max()) < 1e-6 * float(expected.abs().max())
 
 
 def test_gates_without_end_and_documents_of_one_token() -> None:

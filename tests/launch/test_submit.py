@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lighthouse.launch import check
+from megatron_lighthouse.mcore.command_line.stored import TRACKER
 from tests.launch.scripts import LAUNCH, ROOT, refused, submit, words
 from tests.launch.slurm import Slurm
 
@@ -111,6 +112,7 @@ def test_what_the_container_does_not_see_is_not_queued(tmp_path: Path, capsys: p
     text, model = str(ROOT / "LICENSE"), tmp_path / "model"
     model.write_text("model")
     (tmp_path / "elsewhere" / "first").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "first" / TRACKER).write_text("5")
     given = ["--text-data", text, "--tokenizer-model", str(model), "--pretrained-checkpoint", "/data/first"]
     ours = ["--nodes", "2", "--gpus-per-node", "1", "--", *words("cpu-test"), *given]
     assert check.main(["--sees", sees, *ours]) == 1

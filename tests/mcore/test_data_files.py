@@ -108,6 +108,8 @@ def test_every_list_of_data_is_read(tmp_path: Path, capsys: pytest.CaptureFixtur
         (f"1 {good} {good} {good}", 1, "weights for some datasets"),
         (f"0 {good} 0 {good}", 1, "weights that are no shares"),
         (f"-1 {good} nan {good}", 1, "weights that are no shares"),
+        (f"\ufeff{good}", 1, "begins with a byte order mark, which Megatron reads as text"),
+        (f"{good}\r\n", 0, ""),
     ):
         listed.write_text(text)
         assert checked("--data-args-path", str(listed)) == status, text

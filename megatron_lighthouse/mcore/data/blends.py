@@ -56,12 +56,15 @@ def blends(args: argparse.Namespace, here: Here) -> Iterator[tuple[str, list[str
 
 def _text(name: str, path: str, here: Here) -> str:
     try:
-        return here(path).read_text()
+        text = here(path).read_text()
     except OSError as error:
         reason = error.strerror
         raise ValueError(f"{name} {path} cannot be read ({reason}): give a file of prefixes that all nodes see.") from error
     except UnicodeError as error:
         raise ValueError(f"{name} {path} is no text: give a file of prefixes.") from error
+    if text.startswith("\ufeff"):  # not to be seen in what Megatron would look for
+        raise ValueError(f"{name} {path} begins with a byte order mark, which Megatron reads as text: save it without one.")
+    return text
 
 
 def _per_split(name: str, text: str) -> Iterator[tuple[str, list[str]]]:

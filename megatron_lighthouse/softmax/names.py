@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 INNER = ("auto", "te", "fa4", "fa3", "cudnn", "fa2", "sdpa")
 """Those of `backends.BACKENDS`, and before them 'auto' and 'te' (Transformer Engine's, in its own layer spec)."""
-OVER_SHARDS = ("cudnn", "fa2", "sdpa")
+OVER_SHARDS = ("fa4", "fa3", "cudnn", "fa2", "sdpa")
 """Those that return their log-sum-exp, by which shards are merged: `blocks.BLOCKS`."""
 OVER_SHARDED_DOCUMENTS = ("fa2", "sdpa")
 UP_TO_256, BLACKWELL = range(8, 257, 8), (*range(8, 129, 8), 256)

@@ -111,7 +111,7 @@ def test_windows_over_ranks(size: int, window: int) -> None:
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_backends_without_a_log_sum_exp_attend_to_a_key_row(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FlashAttention 2's place, whose heads are of 12 channels, is taken by torch's, which is given no more than it would be."""
+    """FlashAttention 2's place, of 12 channels, is taken by torch's attention, which is given no more than it would be."""
     wide = []
 
     def inner(name: str, query: Tensor, key: Tensor, scale: float) -> Callable[..., Tensor]:

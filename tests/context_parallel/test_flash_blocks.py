@@ -14,10 +14,12 @@ from megatron_lighthouse.context_parallel.parts import Block
 from megatron_lighthouse.context_parallel.schemes import scheme
 from megatron_lighthouse.context_parallel.windowed import Windowed
 from megatron_lighthouse.softmax.blocks import BLOCKS, Plain, block_for
+from megatron_lighthouse.softmax.document_blocks import OneByOne
 from megatron_lighthouse.softmax.flash_blocks import Flash3, Flash4
 from megatron_lighthouse.softmax.inputs import Inputs, check_backend
+from megatron_lighthouse.softmax.sharded_documents import sharded_documents_attention
 from megatron_lighthouse.softmax.sinks import sinks_attention
-from tests.context_parallel.shards import inputs_of, shards_of, together
+from tests.context_parallel.shards import exchange_of, inputs_of, shards_of, together
 from tests.context_parallel.test_blocks import ALL, CAUSAL, SCALE, attention, by_heads, randn
 from tests.flash_stand_ins import ASKED, FUNCTIONS, installed
 from tests.oracle import Problem
@@ -212,6 +214,16 @@ def test_windows_of_256_channels_are_not_flash_attention_4s_on_blackwell() -> No
         with installed("fa4", capability=capability):
             assert type(block_for("auto", half(4, 256), half(2, 256), SCALE, window=8)) is kind
             assert type(block_for("auto", half(4, 256), half(2, 256), SCALE)) is Flash4
+
+
+def test_documents_over_shards_are_not_theirs() -> None:
+    """They would take one at a time."""
+    query, key = half(4), half(2)
+    with installed("fa4", "fa3"):
+        attend = sharded_documents_attention("auto", query, key, exchange_of(2, 0), "p2p")
+        assert attend.within == OneByOne(Plain(64**-0.5))
+        with pytest.raises(ValueError, match="inner fa4 does not attend over shards of packed documents"):
+            sharded_documents_attention("fa4", query, key, exchange_of(2, 0), "p2p")
 
 
 @pytest.mark.gpu

@@ -81,7 +81,7 @@ WRONG = {
     "wide heads over shards": ("--lighthouse-inner fa4 --kv-channels 260", "does not take heads of 260 channels"),
     "documents over shards": (
         "--lighthouse-inner cudnn --dataloader-inter-document-masking --transformer-impl local",
-        "cudnn does not attend over shards: over several ranks use --lighthouse-inner auto or fa2 or sdpa",
+        "cudnn does not attend over shards of packed documents: over several ranks use --lighthouse-inner auto or fa2 or sdpa",
     ),
     "documents": (
         "--lighthouse-inner cudnn --dataloader-inter-document-masking --transformer-impl local --context-parallel-size 1",

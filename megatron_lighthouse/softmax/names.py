@@ -10,7 +10,7 @@ INNER = ("auto", "te", "fa4", "fa3", "cudnn", "fa2", "sdpa")
 OVER_SHARDS = ("fa4", "fa3", "cudnn", "fa2", "sdpa")
 """Those that return their log-sum-exp, by which shards are merged: `blocks.BLOCKS`."""
 OVER_SHARDED_DOCUMENTS = ("fa2", "sdpa")
-"""cuDNN's in torch compiles anew for each length, of which documents have many; FlashAttention 4 and 3 would be called for each."""
+"""cuDNN's in torch compiles anew for each length, of which documents have many; FlashAttention 4 and 3 are not written here."""
 UP_TO_256, BLACKWELL = range(8, 257, 8), (*range(8, 129, 8), 256)
 """Head dimensions of FlashAttention on Hopper, and of FlashAttention 4 on Blackwell."""
 NARROWER = (192, 128)

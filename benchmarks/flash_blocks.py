@@ -10,7 +10,6 @@ script, tiny, and times nothing.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from csv_tables import write_csv
 from measure import median_ms
 from torch import Tensor
 
@@ -191,10 +191,7 @@ def main() -> None:
                 continue
             print(rows[-1], flush=True)
     if rows:
-        with (options.out / "flash_blocks.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(options.out / "flash_blocks.csv", rows)
 
 
 if __name__ == "__main__":

@@ -121,9 +121,9 @@ def _repeats(group: dist.ProcessGroup) -> dict[str, bool]:
     """Whether output and gradients are the same bits in each of REPEATS runs, under torch's deterministic algorithms."""
     config = LighthouseConfig(3, 4, 512, 128)
     shards = [exchange_of(group).own(x) for x in inputs(16384, 1, 8, 8, 128)]
-    layers = {f"fa2 {comm_type}": _layer(config, "auto", group, comm_type) for comm_type in COMM_TYPES}
+    layers = {f"fa2 {comm_type}": _layer(config, "fa2", group, comm_type) for comm_type in COMM_TYPES}
     one_tile = config.replace(tile_budget=512)
-    layers["fa2 p2p, one tile"] = _layer(one_tile, "auto", group)
+    layers["fa2 p2p, one tile"] = _layer(one_tile, "fa2", group)
     if HAS_TE:
         for comm_type in COMM_TYPES:
             attend = te_attention(group, 8, 8, 128, comm_type)

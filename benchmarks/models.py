@@ -1,7 +1,7 @@
 """`python benchmarks/models.py --out FOLDER`: one layer of the models that people train, on one GPU, beside dense attention.
 
 DeepSeek's shape (keys of 192 channels, values of 128) with 16 heads and with 128, which share selections and not; gpt-oss's
-with sinks, as one key row too where FlashAttention 4 or 3 is there; Qwen3's. Forward and backward, at 98K tokens, bf16; scoring
+with sinks, by FlashAttention 4 and 3 too where they are there; Qwen3's. Forward and backward, at 98K tokens, bf16; scoring
 and selecting by themselves. Leaves models.csv. `--dry-run` calls each once on a CPU, tiny, and times nothing.
 """
 
@@ -42,8 +42,8 @@ CASES = [
     Case("MLA, 128 heads, 16 selections", 128, 128, 192, 128, 8),
     Case("MLA, 128 heads, 128 selections", 128, 128, 192, 128),
     Case("gpt-oss", 64, 8, 64, 64, sinks=True),
-    Case("gpt-oss, a key row in FlashAttention 4", 64, 8, 64, 64, sinks=True, inner="fa4"),
-    Case("gpt-oss, a key row in FlashAttention 3", 64, 8, 64, 64, sinks=True, inner="fa3"),
+    Case("gpt-oss, FlashAttention 4", 64, 8, 64, 64, sinks=True, inner="fa4"),
+    Case("gpt-oss, FlashAttention 3", 64, 8, 64, 64, sinks=True, inner="fa3"),
     Case("gpt-oss, no sinks", 64, 8, 64, 64),
     Case("Qwen3", 32, 8, 128, 128),
 ]

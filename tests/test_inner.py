@@ -246,7 +246,7 @@ def test_how_flash_attention_is_called(
 ) -> None:
     package, generator = FlashAttention(answers_with_lse), torch.Generator().manual_seed(3)
     monkeypatch.setitem(sys.modules, MODULES[name], package)
-    assert inner._import_problem(name, MODULES[name]) is None
+    assert inner.import_problem(name, MODULES[name]) is None
     torch.use_deterministic_algorithms(deterministic)
     rows = [torch.randn(7, 3, heads, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)]
     out = BACKENDS[name].attend(*rows, scale)
@@ -261,7 +261,7 @@ def test_the_layer_attends_by_the_backend_that_its_config_names(scale: float | N
     assert torch.equal(lighthouse_attention(*inputs, config.replace(inner="sdpa"), softmax_scale=scale), default)
     package = FlashAttention()
     monkeypatch.setitem(sys.modules, MODULES["fa3"], package)
-    assert inner._import_problem("fa3", MODULES["fa3"]) is None
+    assert inner.import_problem("fa3", MODULES["fa3"]) is None
     pretend(monkeypatch, 90, {})
     flash = lighthouse_attention(*inputs, config.replace(inner="fa3"), softmax_scale=scale)
     assert [call["softmax_scale"] for call in package.calls] == [scale]

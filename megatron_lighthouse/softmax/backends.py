@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.softmax.names import FLASH_DIMS, NARROWER, shards_problem, te_problem
-from megatron_lighthouse.softmax.rows import DOCUMENTS, SHARDS, SINKS, Rows
+from megatron_lighthouse.softmax.rows import DOCUMENTS, SHARDS, Rows
 from megatron_lighthouse.versions import LEAST, too_old
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -124,8 +125,7 @@ def _choose(name: str, rows: Rows, deterministic: bool, known: tuple[str, ...] =
             f"{backends[other].title} {problems[other]}" for other in list(problems)[: list(problems).index(name)]
         )
         why = f" ({passed})" if passed and rows.capability else ""
-        title = "plain PyTorch" if over in (SHARDS, SINKS) and name == "sdpa" else backends[name].title
-        say_once(f"lighthouse: the inner attention {over}of {rows} is {title}{why}.")
+        say_once(f"lighthouse: the inner attention {over}of {rows} is {backends[name].title}{why}.")
     elif problems[name] is not None:
         raise ValueError(
             f"config.inner {name} cannot run: {backends[name].title} {problems[name]}. For {rows} use "
@@ -160,17 +160,20 @@ def flash_problem(
             return "takes bf16 and fp16 alone"
         if (rows.dim, rows.value_dim) != NARROWER and (rows.dim not in takes or rows.dim != rows.value_dim):
             return f"does not take {rows.dims}"
-        return _import_problem(package, module, function)
+        return import_problem(package, module, function)
 
     return problem
 
 
-_functions: dict[tuple[str, str], Callable[..., Tensor | tuple[Tensor, ...]]] = {}
+_functions: dict[tuple[str, str], Callable[..., Any]] = {}
 """Functions of the FlashAttention modules that were found, by both names: looked up here by compiled code, which cannot
 import."""
 
 
-def _import_problem(package: str, module: str, name: str = "flash_attn_func") -> str | None:
+def import_problem(
+    package: str, module: str, name: str = "flash_attn_func", options: Sequence[str] = ("deterministic",)
+) -> str | None:
+    """Why FlashAttention's `name` is not there, or not with these options, as the end of a sentence; None where it is."""
     try:
         function = getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
@@ -178,19 +181,26 @@ def _import_problem(package: str, module: str, name: str = "flash_attn_func") ->
         return f"is not installed ({package})" if missing else f"is installed but does not import ({error})"
     except Exception as error:
         return f"is installed but does not import ({error})"
-    if "deterministic" not in inspect.signature(function).parameters:  # FlashAttention 2.8 ships an early flash_attn.cute
-        return "is installed, but too old"
+    known = inspect.signature(function).parameters
+    lacks = [option for option in options if option not in known]  # FlashAttention 2.8 ships an early flash_attn.cute
+    if lacks and "kwargs" not in known:  # custom operators, as FlashAttention 3's are, name no options
+        return f"is installed, but too old or too new: its {name} takes no {', '.join(lacks)}"
     if package in LEAST and (problem := too_old(package)):
         return problem
     _functions[module, name] = function
     return None
 
 
+def found(module: str, name: str) -> Callable[..., Any]:
+    """A function that `import_problem` found."""
+    return _functions[module, name]
+
+
 def flash_function(module: str, name: str) -> Callable[..., Tensor]:
     """A function that was found, without the log-sum-exp that some releases return beside the output."""
 
     def call(*args: object, **options: object) -> Tensor:
-        out = _functions[module, name](*args, **options)
+        out: Tensor | tuple[Tensor, ...] = found(module, name)(*args, **options)
         return out[0] if isinstance(out, tuple) else out
 
     return call
@@ -263,5 +273,5 @@ BACKENDS: dict[str, Backend] = {
 }
 """What `--lighthouse-inner` can name, beside 'auto' and 'te' (Transformer Engine's, in its own layer spec)."""
 
-FAMILIES: dict[str, dict[str, Backend]] = {"": BACKENDS, SHARDS: BACKENDS, SINKS: BACKENDS}
-"""The backends by what they attend over; `softmax.documents` has those over documents."""
+FAMILIES: dict[str, dict[str, Backend]] = {"": BACKENDS}
+"""The backends by what they attend over; `softmax.documents` has those over documents, `softmax.blocks` those over parts."""

@@ -5,29 +5,19 @@ The one average is the output. With a window the near rows are the last of the f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.parts import Block, Mask, Part, Tensors
+from megatron_lighthouse.gpu import capability_of
 from megatron_lighthouse.softmax.backends import choose_for_blocks
+from megatron_lighthouse.softmax.base import Softmax, batch_first
+from megatron_lighthouse.softmax.flash_blocks import Flash3, Flash4
 from megatron_lighthouse.softmax.rows import SHARDS
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Softmax:
-    """What the backends share."""
-
-    scale: float
-    window: int | None = None
-    """Rows before its own that a row sees; None: all."""
-
-    def output(self, part: Part) -> Tensor:
-        return part.averages[0]
 
 
 class Cudnn(Softmax):
@@ -58,18 +48,19 @@ class Flash2(Softmax):
         return {"scale": self.scale, **window}
 
     def forward(self, near: Tensors, far: Tensors, mask: Mask) -> Part:
-        q, k, v = (x.transpose(0, 1) for x in (*near, *far))
+        q, k, v = batch_first(*near, *far)
         lengths = (None, None, q.shape[1], k.shape[1])
         out, lse, *_ = aten._flash_attention_forward(q, k, v, *lengths, 0.0, mask.causal, False, **self._within)
         return Part((out.transpose(0, 1),), lse)
 
     def backward(self, grad: Tensor, near: Tensors, far: Tensors, part: Part, mask: Mask) -> tuple[Tensors, Tensors]:
-        g, q, k, v, o = (x.transpose(0, 1) for x in (grad, *near, *far, *part.averages))
+        g, q, k, v, o = batch_first(grad, *near, *far, *part.averages)
         lengths = (None, None, q.shape[1], k.shape[1])
         none = torch.zeros(2, dtype=torch.uint64, device=q.device)
         given = (g.contiguous(), q, k, v, o.contiguous(), part.lse.contiguous(), *lengths)
         grads = aten._flash_attention_backward(*given, 0.0, mask.causal, none, none, **self._within)
-        return (grads[0].transpose(0, 1),), (grads[1].transpose(0, 1), grads[2].transpose(0, 1))
+        of_query, *others = batch_first(*grads)
+        return (of_query,), tuple(others)
 
 
 class Plain(Softmax):
@@ -132,7 +123,13 @@ class Plain(Softmax):
         return scores
 
 
-BLOCKS: dict[str, type[Cudnn | Flash2 | Plain]] = {"cudnn": Cudnn, "fa2": Flash2, "sdpa": Plain}
+BLOCKS: dict[str, type[Flash4 | Flash3 | Cudnn | Flash2 | Plain]] = {
+    "fa4": Flash4,
+    "fa3": Flash3,
+    "cudnn": Cudnn,
+    "fa2": Flash2,
+    "sdpa": Plain,
+}
 """By their names in `--lighthouse-inner`."""
 
 
@@ -149,15 +146,20 @@ def block_for(
 
     Args:
         value_dim: of the values, where it is not D.
-        window: rows before its own that a row sees, where it is not all: cuDNN's in torch has no windows.
+        window: rows before its own that a row sees, where it is not all.
         over: what it attends over, in words.
 
     Raises:
         ValueError: a backend that is forced and is not there, cannot take these rows, or does not return its log-sum-exp.
     """
     rows = (query.device, query.dtype, query.shape[2], key.shape[2], query.shape[3], value_dim)
-    known = [other for other in BLOCKS if window is None or other != "cudnn"]
+    known = [other for other in BLOCKS if window is None or _takes_windows(other, query)]
     return BLOCKS[choose_for_blocks(name, known, *rows, over=over)](scale, window)
+
+
+def _takes_windows(name: str, query: Tensor) -> bool:
+    """cuDNN's in torch has none, and FlashAttention 4's backward none of 256 channels on Blackwell."""
+    return name != "cudnn" and not (name == "fa4" and query.shape[3] == 256 and capability_of(query.device) >= 100)
 
 
 def heads_first(*tensors: Tensor) -> list[Tensor]:

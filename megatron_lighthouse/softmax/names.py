@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 INNER = ("auto", "te", "fa4", "fa3", "cudnn", "fa2", "sdpa")
 """Those of `backends.BACKENDS`, and before them 'auto' and 'te' (Transformer Engine's, in its own layer spec)."""
-OVER_SHARDS = ("cudnn", "fa2", "sdpa")
+OVER_SHARDS = ("fa4", "fa3", "cudnn", "fa2", "sdpa")
 """Those that return their log-sum-exp, by which shards are merged: `blocks.BLOCKS`."""
 OVER_SHARDED_DOCUMENTS = ("fa2", "sdpa")
+"""cuDNN's in torch compiles anew for each length, of which documents have many; FlashAttention 4 and 3 are not written here."""
 UP_TO_256, BLACKWELL = range(8, 257, 8), (*range(8, 129, 8), 256)
 """Head dimensions of FlashAttention on Hopper, and of FlashAttention 4 on Blackwell."""
 NARROWER = (192, 128)
@@ -26,7 +27,8 @@ def shards_problem(name: str, known: Sequence[str], dim: int) -> str | None:
     fits = [other for other in known if other != "fa2" or dim % 8 == 0]  # which torch pads only for whole sequences
     if name in (*fits, "auto", "te"):
         return None
-    of = f" with head dimension {dim}" if name in known else ""
+    documents = " of packed documents" if tuple(known) == OVER_SHARDED_DOCUMENTS else ""
+    of = f" with head dimension {dim}" if name in known else documents
     return (
         f"config.inner {name} does not attend over shards{of}: over several ranks use config.inner "
         f"{' or '.join(['auto', *fits])}, or cp_comm_type a2a, which attends to whole sequences."

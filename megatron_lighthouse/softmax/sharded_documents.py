@@ -19,6 +19,7 @@ from megatron_lighthouse.softmax.backends import choose_for_blocks
 from megatron_lighthouse.softmax.blocks import BLOCKS
 from megatron_lighthouse.softmax.document_blocks import AllAtOnce, OneByOne, OverDocuments, Within
 from megatron_lighthouse.softmax.documents import AttendDocuments, documents_attention
+from megatron_lighthouse.softmax.names import OVER_SHARDED_DOCUMENTS
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,7 @@ def sharded_documents_attention(
         q, k = (x[:, :, : x.shape[2] // exchange.size] for x in (query, key))
         attend = documents_attention(name, q, k, scale, value_dim)
         return ShardedDocuments(exchange, comm_type, OneByOne(BLOCKS["sdpa"](scale)), attend)
-    # cuDNN's in torch compiles anew for each length, of which documents have many
-    chosen = choose_for_blocks(name, [other for other in BLOCKS if other != "cudnn"], *rows)
+    chosen = choose_for_blocks(name, OVER_SHARDED_DOCUMENTS, *rows)
     if chosen == "fa2":
         return ShardedDocuments(exchange, comm_type, AllAtOnce(scale), None)
     if query.is_cuda:

@@ -2,8 +2,8 @@
 
     o_i = sum_j e^(s_ij) v_j / (e^sink + sum_j e^(s_ij))
 
-Where a backend gives its log-sum-exp, the sinks enter after it (`Part.with_sinks`). Any other attends to one more key row, at
-the front, whose value is 0: further channels of the queries hold sink / scale, of that key 1, and of the others 0.
+Where a backend gives its log-sum-exp, the sinks enter after it (`Part.with_sinks`). Where not, it attends to one more key row,
+at the front, whose value is 0: further channels of the queries hold sink / scale, of that key 1, and of the others 0.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def sinks_attention(
 
 def key_row_backends(dim: int) -> tuple[str, ...]:
     """The backends that take sinks as a key row, where they are forced: FlashAttention 2's log-sum-exp needs D % 8 = 0."""
-    return ("fa4", "fa3") if dim % 8 == 0 else ("fa4", "fa3", "fa2")
+    return ("fa2",) if dim % 8 else ()
 
 
 def _with_key_row(attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, logits: Tensor) -> Tensor:

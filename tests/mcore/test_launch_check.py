@@ -75,13 +75,13 @@ WRONG = {
     "a negative start": ("--lr-warmup-init -1", "use --lr-warmup-init 0, or"),
     "no iteration": ("--train-iters 0", "--train-iters 0 trains nothing: give"),
     "a batch": ("--global-batch-size 12", "use --global-batch-size 16"),
-    "an attention over shards": ("--lighthouse-inner fa4", "fa4 does not attend over shards: .* or --cp-comm-type a2a"),
     "its channels": ("--lighthouse-inner fa2 --kv-channels 132", "with head dimension 132: over several ranks use .* sdpa,"),
     "of other layers": ("--lighthouse-inner te --transformer-impl local", "use it with --transformer-impl transformer_engine"),
     "wide heads": ("--lighthouse-inner fa4 --cp-comm-type a2a --kv-channels 260", "does not take heads of 260 channels"),
+    "wide heads over shards": ("--lighthouse-inner fa4 --kv-channels 260", "does not take heads of 260 channels"),
     "documents over shards": (
         "--lighthouse-inner cudnn --dataloader-inter-document-masking --transformer-impl local",
-        "cudnn does not attend over shards: over several ranks use --lighthouse-inner auto or fa2 or sdpa",
+        "cudnn does not attend over shards of packed documents: over several ranks use --lighthouse-inner auto or fa2 or sdpa",
     ),
     "documents": (
         "--lighthouse-inner cudnn --dataloader-inter-document-masking --transformer-impl local --context-parallel-size 1",

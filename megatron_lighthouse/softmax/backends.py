@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_lighthouse.notice import say_once
-from megatron_lighthouse.softmax.names import FLASH_DIMS, NARROWER, shards_problem, te_problem
+from megatron_lighthouse.softmax.names import FLASH_DIMS, NARROWER, UNTRIED, shards_problem, te_problem
 from megatron_lighthouse.softmax.rows import DOCUMENTS, SHARDS, Rows
 from megatron_lighthouse.versions import LEAST, too_old
 
@@ -91,12 +91,15 @@ def choose_for_blocks(
 ) -> str:
     """As `choose`, among the backends `known` that return their log-sum-exp: shards are merged by it, and sinks enter by it.
 
+    'auto' takes none of `UNTRIED`.
+
     Raises:
         ValueError: as `inner_attention`, or a backend that is forced and is not among those.
     """
     if problem := shards_problem(name, known, dim):
         raise ValueError(problem)
-    fits = [other for other in known if shards_problem(other, known, dim) is None]
+    passed = UNTRIED if name == "auto" else ()
+    fits = [other for other in known if other not in passed and shards_problem(other, known, dim) is None]
     return _choose(name, Rows(device, dtype, heads, groups, dim, value_dim or dim), deterministic(), tuple(fits), over)
 
 

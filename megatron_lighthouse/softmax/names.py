@@ -9,6 +9,8 @@ INNER = ("auto", "te", "fa4", "fa3", "cudnn", "fa2", "sdpa")
 """Those of `backends.BACKENDS`, and before them 'auto' and 'te' (Transformer Engine's, in its own layer spec)."""
 OVER_SHARDS = ("fa4", "fa3", "cudnn", "fa2", "sdpa")
 """Those that return their log-sum-exp, by which shards are merged: `blocks.BLOCKS`."""
+UNTRIED = ("fa4", "fa3")
+"""Of these: no GPU has run them so yet. They are taken where they are forced, not by 'auto'."""
 OVER_SHARDED_DOCUMENTS = ("fa2", "sdpa")
 """cuDNN's in torch compiles anew for each length, of which documents have many; FlashAttention 4 and 3 are not written here."""
 UP_TO_256, BLACKWELL = range(8, 257, 8), (*range(8, 129, 8), 256)

@@ -13,6 +13,7 @@ from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.parts import Block
 from megatron_lighthouse.context_parallel.schemes import scheme
 from megatron_lighthouse.context_parallel.windowed import Windowed
+from megatron_lighthouse.softmax import backends
 from megatron_lighthouse.softmax.blocks import BLOCKS, Plain, block_for
 from megatron_lighthouse.softmax.document_blocks import OneByOne
 from megatron_lighthouse.softmax.flash_blocks import Flash3, Flash4
@@ -39,6 +40,17 @@ def half(heads: int, dim: int = 64) -> Tensor:
 def block_of(name: str, window: int | None = None, scale: float = SCALE) -> Block:
     """Chosen for bf16, for they take no more; what the stand-ins are then given is float64."""
     return block_for(name, half(4), half(2), scale, None, window)
+
+
+@pytest.fixture(autouse=True)
+def tried(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a GPU had run them, but where the test is of that."""
+    if "untried" not in request.node.name:
+        monkeypatch.setattr(backends, "UNTRIED", ())
+
+
+def test_auto_takes_none_that_are_untried() -> None:
+    assert chosen("fa4", "fa3") is Plain
 
 
 @each

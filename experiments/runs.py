@@ -115,16 +115,16 @@ EXPERIMENTS = {
     ),
     "qwen3": Experiment(qwen3.TITLE, qwen3.GPT_39M, STABLE, 16384, 2700, 2, 128, qwen3.RUNS),
     "parallax": Experiment(
-        studies.PARALLAX_TITLE, studies.GPT_39M, STABLE, 16384, 2400, 1, 128, studies.PARALLAX, study=True, passkey_samples=0
+        studies.PARALLAX_TITLE, studies.GPT_39M, STABLE, 16384, 1600, 1, 128, studies.PARALLAX, study=True, passkey_samples=0
     ),
     "parallax-normed": Experiment(
-        studies.NORMED_TITLE, studies.NORMED, STABLE, 16384, 1400, 2, 128, studies.PARALLAX, study=True, passkey_samples=0
+        studies.NORMED_TITLE, studies.NORMED, STABLE, 16384, 1300, 2, 128, studies.PARALLAX, study=True, passkey_samples=0
     ),
     "wall": Experiment(
         studies.WALL_TITLE,
         studies.GPT_39M,
         STABLE,
-        *(2048, 2400, 8, 16),
+        *(2048, 2000, 8, 16),
         studies.WALL,
         study=True,
         times=16,

@@ -35,7 +35,8 @@ at=$(argument --lighthouse-stage2-at '')
     "launch/submit.sh for the one job."
 STAGE2=$(stage2_attention)
 attention=$(argument --attention lighthouse)
-[[ $attention == lighthouse || $attention == "$STAGE2" ]] || die "--attention $attention is neither stage's, which are lighthouse and" \
+stages="lighthouse $STAGE2"
+[[ " $stages " == *" $attention "* ]] || die "--attention $attention is neither stage's, which are lighthouse and" \
     "$STAGE2 (--lighthouse-around): leave it out, or use launch/submit.sh, which trains one stage of it."
 EVAL_ITERS=${EVAL_ITERS:-$(argument --eval-iters 100)}
 [[ $EVAL_ITERS =~ ^[0-9]+$ ]] || die "--eval-iters $EVAL_ITERS must be a number of batches: use 32, or 0 for no evaluation."

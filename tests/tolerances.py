@@ -20,7 +20,7 @@ class Tolerance:
 
 TOLERANCES: dict[str, Tolerance] = {
     "parallel loss": Tolerance(1e-5, 0, "fp32 sums over ranks in another order, carried through three optimizer steps"),
-    "parallel gradient norm": Tolerance(0, 1e-5, "as the loss: some ten roundings of 6e-8, amplified by the scores"),
+    "parallel gradient norm": Tolerance(0, 3e-5, "as the loss: roundings of 6e-8, amplified by the scores; 2e-5 on one CPU"),
     "parallel half-life": Tolerance(0, 1e-5, "means of fp32 gates, of weights that lie as far apart as the losses"),
     "resumed step": Tolerance(2e-8, 5e-6, "an optimizer's step in fp32, and its gradient from moments that cancel to a tenth"),
     "ranks float64": Tolerance(1e-10, 0, "softmax merged from parts: some hundred roundings of 1.1e-16, with a wide margin"),

@@ -103,6 +103,7 @@ def _scatter(
     rows: Tensor, halo: Tensor | None, places: Tensor, sizes: Sequence[int], travel: HaloTravel | None = None
 ) -> Tensor:
     with profiled("scatter"):
+        assert travel is None or halo is None or halo.is_contiguous(), "it may be under way, and would be copied"
         out = new_rows(rows, sizes[0])
         launches, (rows, edge) = _launches("spread", rows, halo, places, sizes)
         start(launches.inner, (rows, out, edge, places))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from importlib.util import find_spec
@@ -101,11 +101,19 @@ def _sentences(error: Exception) -> list[str]:
     return [f"Megatron: {lines[0]}", *lines[1:]] if isinstance(error, AssertionError) else lines
 
 
+def _layers_are_shared(words: Sequence[str]) -> bool:
+    """Whether several ranks work at a layer."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--tensor-model-parallel-size", "--context-parallel-size"):
+        parser.add_argument(flag, type=int, default=1)
+    return max(vars(parser.parse_known_args(words)[0]).values()) > 1
+
+
 @contextmanager
 def _of_the_job(words: Sequence[str], world: int, major: int, runs_here: bool) -> Iterator[None]:
     """As the first rank of the job sees it; without what libraries have to say of this machine."""
     environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world)}
-    if major < 10:
+    if major < 10 and _layers_are_shared(words):  # as launch/environment.sh does
         environment["CUDA_DEVICE_MAX_CONNECTIONS"] = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     with ExitStack() as stack, warnings.catch_warnings():
         warnings.simplefilter("ignore")

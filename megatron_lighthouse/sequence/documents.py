@@ -76,7 +76,7 @@ class Documents:
 
     def cu_seqlens_of(self, chunk: int, ranks: int) -> Tensor:
         """[n + 1], int32: the boundaries of all documents' chunks of this number, of 2 * ranks, laid end to end."""
-        return (self.cu_seqlens + chunk) // (2 * ranks)
+        return chunk_bounds(self.cu_seqlens, chunk, ranks)
 
     def chunk_sizes(self, ranks: int) -> Tensor:
         """[2 * ranks, n], int64: tokens of each chunk of each document."""
@@ -109,7 +109,7 @@ class Documents:
         made: dict[tuple[tuple[int, ...], int], InChunks] = vars(self).setdefault("chunk_rows", {})
         key = tuple(chunks), ranks
         if key not in made:
-            made[key] = InChunks(self, *key)
+            made[key] = InChunks(self.cu_seqlens, self.lengths, *key)
         return made[key]
 
     def zigzag_problem(self, ranks: int) -> str | None:
@@ -126,26 +126,30 @@ class Documents:
 class InChunks:
     """The rows of some chunks of all documents: chunk by chunk, as ranks hold them, or document by document."""
 
-    documents: Documents
+    of_documents: Tensor
+    """The documents' `cu_seqlens`."""
+    whole: tuple[int, ...]
+    """The documents' lengths."""
     chunks: tuple[int, ...]
     ranks: int
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
         """Rows of each document, as the host knows them."""
-        bounds = numpy.cumsum((0, *self.documents.lengths))
+        bounds = numpy.cumsum((0, *self.whole))
         return tuple(numpy.diff(sum((bounds + chunk) // (2 * self.ranks) for chunk in self.chunks)).tolist())
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
         """[n + 1], int32: the rows before each document, and after the last."""
-        return torch.stack([self.documents.cu_seqlens_of(chunk, self.ranks) for chunk in self.chunks]).sum(0, dtype=torch.int32)
+        bounds = [chunk_bounds(self.of_documents, chunk, self.ranks) for chunk in self.chunks]
+        return torch.stack(bounds).sum(0, dtype=torch.int32)
 
     @cached_property
     def by_document(self) -> Tensor:
         """[rows], int64: which row, of those chunk by chunk, is the next of those document by document."""
-        bounds = torch.stack([self.documents.cu_seqlens_of(chunk, self.ranks).long() for chunk in self.chunks], dim=1)
-        rows = self.documents.tokens // (2 * self.ranks)
+        bounds = torch.stack([chunk_bounds(self.of_documents, chunk, self.ranks).long() for chunk in self.chunks], dim=1)
+        rows = sum(self.whole) // (2 * self.ranks)
         begins = bounds[:-1] + rows * torch.arange(len(self.chunks), device=bounds.device)
         ends = torch.cat([bounds.new_zeros(1), bounds.diff(dim=0).flatten().cumsum(0)])
         return runs(begins.flatten(), ends, rows * len(self.chunks))
@@ -163,6 +167,11 @@ class InChunks:
     def in_order(self, x: Tensor, dim: int = 0) -> Tensor:
         """The way back."""
         return x if len(self.chunks) == 1 else x.index_select(dim, self.by_chunk)
+
+
+def chunk_bounds(cu_seqlens: Tensor, chunk: int, ranks: int) -> Tensor:
+    """See `Documents.cu_seqlens_of`."""
+    return (cu_seqlens + chunk) // (2 * ranks)
 
 
 def check_cu_seqlens(

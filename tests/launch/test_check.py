@@ -135,7 +135,10 @@ def test_the_scripts_say_which_gpus(script: str, study: tuple[str, ...], tmp_pat
     assert re.search(r"launch\.check (--point .* )?--arch hopper --device h200 --nodes", (tmp_path / "noted").read_text())
 
 
-@pytest.mark.parametrize("more", ["--num-layers-per-virtual-pipeline-stage 1", "--dataloader-inter-document-masking"])
+@pytest.mark.parametrize(
+    "more",
+    ["--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 5", "--dataloader-inter-document-masking"],
+)
 def test_memory_that_is_not_counted_is_said(more: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert checked("530m-98k", 8, more, *H100) == 0
     assert "; memory is not looked at: " in capsys.readouterr().out

@@ -80,6 +80,7 @@ def test_stage_2_is_parallax(tmp_path: Path, whole: Run) -> None:
 
 def test_it_says_and_logs_what_parallax_does(whole: Run) -> None:
     assert "parallax: --optimizer adam: the paper (arXiv 2605.29157) finds that Muon unlocks" in whole.log
+    assert "parallax: nothing bounds the products of r and keys without --qk-layernorm" in whole.log
     scalars = read_scalars(whole.folder / "tensorboard")
     for layer in range(1, 5):
         iterations, values = scalars[f"parallax/correction/layer-{layer}"]

@@ -76,7 +76,7 @@ def test_a_layout_changes_nothing(name: str, tmp_path: Path, whole: Run) -> None
 
 def test_it_says_what_the_paper_found_of_adam(whole: Run, dense: Run) -> None:
     assert "parallax: --optimizer adam: the paper (arXiv 2605.29157) finds that Muon unlocks" in whole.log
-    assert "parallax: nothing bounds the products of r and keys without --qk-layernorm" in whole.log
+    assert "nothing bounds" not in whole.log
     assert "Muon" not in dense.log
     assert {PROJECTION, NORM} <= keys(whole.folder / "checkpoint", SAVED) - keys(dense.folder / "checkpoint", SAVED)
 

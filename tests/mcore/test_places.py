@@ -34,6 +34,14 @@ def test_a_file_in_the_way_of_a_folder(flag: str, tmp_path: Path) -> None:
         assert problems(**{name: given}) == [f"{flag} {given} cannot be made: {way} no folder: name another."]
 
 
+def test_a_folder_that_is_not_shown_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hidden(self: Path, **how: bool) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "stat", hidden)
+    assert not problems(save="/of/somebody/else")
+
+
 def test_a_first_checkpoint_is_one(tmp_path: Path) -> None:
     """Megatron looks for it when ranks and memory are taken, and only where the run has none of its own."""
     first, own = tmp_path / "first", tmp_path / "own"

@@ -100,6 +100,7 @@ def words(*more: str) -> Namespace:
         ),
         ("--optimizer sgd", "--optimizer (sgd, was adam)"),
         ("--adam-beta2 0.95 --no-load-optim", ""),
+        ("--sgd-momentum 0.5 --muon-momentum 0.95", ""),  # which Adam does not read
         (
             "--use-distributed-optimizer",
             "was saved without --use-distributed-optimizer, and its state is of that form alone: leave",
@@ -126,7 +127,9 @@ def test_what_the_optimizer_was_begun_with_goes_on() -> None:
     old, new = (torch.optim.AdamW([torch.zeros(1, requires_grad=True)], betas=(0.9, b), eps=b / 1e8) for b in (0.999, 0.95))
     new.load_state_dict(old.state_dict())
     assert (new.param_groups[0]["betas"], new.param_groups[0]["eps"]) == ((0.9, 0.999), 0.999e-8)
-    assert {*resume.OF_OPTIMIZER} <= {field.name for field in fields(OptimizerConfig)}
+    assert {name for names in resume.OF_OPTIMIZER.values() for name in names} <= {
+        field.name for field in fields(OptimizerConfig)
+    }
 
 
 def test_an_optimizer_that_was_shared_out_or_of_half_precision(tmp_path: Path) -> None:

@@ -86,6 +86,43 @@ def test_megatron_refuses_and_takes_as_much(
     assert asked_megatron.problems([*PLAIN, *right.split()], 64, MAJOR, {}, False) == []
 
 
+WINDOWS = "--window-size 128,0 --cp-comm-type a2a --window-attn-skip-freq"
+TAKEN = {
+    "one part of a stage": "--num-virtual-stages-per-pipeline-rank 1",
+    "windows by an expression": f"{WINDOWS} ([1,0]*16)",
+    "windows by a list": f"{WINDOWS} [{','.join(['1', '0'] * 16)}]",
+    "a recipe of fp8 that nothing asks for": "--fp8-recipe blockwise",
+    "a method of recomputation likewise": "--recompute-method uniform --recompute-num-layers 1",
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_what_megatron_takes_is_not_refused(name: str, megatron: None, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*PLAIN, *TAKEN[name].split()]
+    assert check.main([*GPUS, "--without-megatron", "--", *words]) == 0, capsys.readouterr().err
+    assert asked_megatron.problems(words, 64, MAJOR, {}, False) == []
+
+
+def test_a_list_of_layers_is_evaluated_as_megatron_does(megatron: None) -> None:
+    from megatron.training.arguments import moe_freq_type
+
+    for text in ("3", "([0]+[1]*31)", "([1]*3+[0]*2)*2", "[1,0,1]", "2*[1]+[0]"):
+        assert flags.TYPES["moe_freq_type"](text) == moe_freq_type(text)
+    for text in ("[__import__('os')]", "[1", "[1]-[0]"):
+        with pytest.raises((ValueError, SyntaxError)):
+            flags.TYPES["moe_freq_type"](text)
+
+
+def test_connections_of_a_device_are_those_of_the_job(megatron: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP wants several, and the scripts ask for one only where ranks share layers."""
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    sharded = ["--use-megatron-fsdp", "--ckpt-format", "fsdp_dtensor"]
+    alone = ["--tensor-model-parallel-size", "1", "--context-parallel-size", "1"]
+    words = [word for word in PLAIN if word != "--sequence-parallel"]
+    assert asked_megatron.problems([*words, *alone, *sharded], 16, 9, {}, False) == []
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" in asked_megatron.problems([*PLAIN, *sharded], 64, 9, {}, False)[0]
+
+
 def test_parameters_are_gathered_beside_a_sharded_optimizer() -> None:
     def said(*words: str) -> list[str]:
         args: Namespace = flags.parse(words, with_all_arguments)[0]
@@ -113,14 +150,14 @@ def test_parameters_are_gathered_beside_a_sharded_optimizer() -> None:
         ("--hybrid-layer-pattern " + "+-" * 16, "--group-query-attention does not go with multi-latent attention"),
         ("--hybrid-layer-pattern " + "+-" * 16 + " --lighthouse-scorer dilated", "reads values of as many channels as keys"),
         ("--heterogeneous-layers-config-path nowhere.json", "nowhere.json is not there: give a file that all nodes see"),
-        ("--fp8-recipe blockwise", "means nothing without --fp8-format: add it"),
         ("--window-size 4096 --window-attn-skip-freq 2", "must be two numbers, .*: use 4096,0"),
         (
             "--window-size 128,128 --window-attn-skip-freq 2 --transformer-impl local",
-            r"does not go with --context-parallel-size 4 .*: use 128,0",
+            "is none of a causal model: use 128,0",
         ),
         ("--wall-gate-bias 2", "is read with --attention wall or --lighthouse-around wall alone: leave it out"),
         ("--attention parallax --wall-tied-gates", "--wall-tied-gates is read with --attention wall"),
+        ("--attention dense --wall-gate-bias 6", "--wall-gate-bias 6.0 is read with --attention wall"),
         ("--lighthouse-around wall", "--lighthouse-around wall, .* use --position-embedding-type none"),
         ("--multi-latent-attention --lighthouse-around parallax", "is not done by --lighthouse-around parallax: leave"),
     ],

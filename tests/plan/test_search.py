@@ -81,8 +81,8 @@ def test_crossover_grows() -> None:
     [
         (["--recipe", "nothing"], ["--recipe 'nothing'", "use 530m-98k"]),
         (["--device", "a100"], ["--device 'a100'", "h100 or h200"]),
-        (["--seq-length", "98305"], ["--seq-length 98305 must be a multiple of 192", "use --seq-length 98304"]),
-        (["--seq-length", "99999999999"], ["--seq-length 99999999999 must be a multiple of", "use --seq-length 99999973376"]),
+        (["--seq-length", "98305"], ["--seq-length 98305 must be a multiple of 256", "use --seq-length 98304"]),
+        (["--seq-length", "99999999999"], ["--seq-length 99999999999 must be a multiple of", "use --seq-length 99857989632"]),
         (["--tensor-model-parallel-size", "3"], ["--tensor-model-parallel-size 3 must divide", "use 1 or 2 or 4 or 8"]),
         (
             ["--pipeline-model-parallel-size", "4"],

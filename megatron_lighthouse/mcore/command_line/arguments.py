@@ -99,7 +99,7 @@ def attention_problems(args: argparse.Namespace, config: Any, by_spec: bool, has
         if chosen.attention.selects:
             chosen, _ = rope.taken(args, chosen)
         yield from run_problems(args, config, chosen)
-        yield from named.option_problems(args, chosen)
+        yield from named.option_problems(args, chosen.attention, chosen.base)
         if chosen.base.native and has_own_attention(config):  # of layers that stay dense, or see a window alone
             yield from over_shards_problems(config, dropout=0)  # which is refused already
         if chosen.attention.selects:
@@ -107,6 +107,7 @@ def attention_problems(args: argparse.Namespace, config: Any, by_spec: bool, has
         if chosen.base.logs:
             yield from layer_log.problems(args, chosen.base.name, chosen.base_config)
         return
+    yield from named.option_problems(args)
     yield from VARIANTS[args.attention].length_problems(None, args.seq_length, config.context_parallel_size)
     yield from documents.document_problems(args, config)
     yield from engine_problems(config)

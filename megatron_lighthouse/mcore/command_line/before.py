@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 from collections.abc import Iterator, Sequence
 
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
@@ -134,9 +133,9 @@ def _experts(args: argparse.Namespace, layers: int | None) -> Iterator[str]:
             f"--num-experts {experts} must be a multiple of --expert-model-parallel-size {ranks}: use "
             f"--expert-model-parallel-size {math.gcd(experts, ranks)}, or --num-experts {-(-experts // ranks) * ranks}."
         )
-    if (named := _named(pattern)) and layers and named != layers:
+    if isinstance(pattern, list) and layers and len(pattern) != layers:
         yield (
-            f"--moe-layer-freq names {named} layers, and --num-layers is {layers}: give one number a layer, such as "
+            f"--moe-layer-freq names {len(pattern)} layers, and --num-layers is {layers}: give one number a layer, such as "
             f"([0]+[1]*{layers - 1})."
         )
     grouped = args.moe_grouped_gemm and args.transformer_impl == "transformer_engine"
@@ -145,14 +144,6 @@ def _experts(args: argparse.Namespace, layers: int | None) -> Iterator[str]:
             "--moe-grouped-gemm of Transformer Engine's experts with biases goes without the fusion of bias and dropout: add "
             "--no-bias-dropout-fusion, or --disable-bias-linear."
         )
-
-
-def _named(pattern: int | list[int] | str) -> int | None:
-    """The layers of --moe-layer-freq, such as ([0]+[1]*31), where each has a number; None of a period."""
-    words = re.sub(r"\s", "", str(pattern))
-    terms = re.findall(r"\[([01](?:,[01])*)\](?:\*(\d+))?", words)
-    plain = re.fullmatch(r"\(?\[[01,]+\](\*\d+)?(\+\[[01,]+\](\*\d+)?)*\)?", words)
-    return sum((each.count(",") + 1) * int(times or 1) for each, times in terms) if plain else None
 
 
 def _rotated_channels(args: argparse.Namespace) -> int | None:

@@ -7,6 +7,7 @@ the one to the other.
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import re
@@ -97,8 +98,25 @@ def _integers(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in text.strip("()").split(","))
 
 
-def _frequency(text: str) -> int | str:
-    return text if "[" in text else int(text)
+def _frequency(text: str) -> int | list[int]:
+    """A period; or the list, a number a layer, that an expression such as ([0]+[1]*31) comes to, as Megatron evaluates it."""
+    return _listed(ast.parse(text.strip(), mode="eval").body) if "[" in text else int(text)
+
+
+def _listed(node: ast.expr) -> Any:
+    """The value of lists and numbers, added and multiplied.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(node, ast.List):
+        return [_listed(one) for one in node.elts]
+    if isinstance(node, ast.Constant) and isinstance(node.value, int):
+        return node.value
+    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Mult)):
+        left, right = _listed(node.left), _listed(node.right)
+        return left + right if isinstance(node.op, ast.Add) else left * right
+    raise ValueError(f"{ast.unparse(node)} is neither a list nor a number")
 
 
 TYPES: dict[str, Callable[[str], Any]] = {

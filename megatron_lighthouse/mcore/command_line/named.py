@@ -24,10 +24,10 @@ def of_base(problems: Iterator[str], settings: LighthouseSettings) -> Iterator[s
     yield from (problem.replace(name, asked_by(settings.base, settings)) for problem in problems)
 
 
-def option_problems(args: Namespace, settings: LighthouseSettings) -> Iterator[str]:
+def option_problems(args: Namespace, *had: Variant) -> Iterator[str]:
     """Options of attentions that the run has not. Those of one that `switches` are handed on to what its layers become."""
     for variant in VARIANTS.values():
-        if variant.config is None or variant.switches or variant in (settings.attention, settings.base):
+        if variant.config is None or variant.switches or variant in had:
             continue
         for option in set_options(args, variant.name, variant.config):
             around = f" or {flag('around')} {variant.around}" if variant.around is not None else ""

@@ -31,9 +31,12 @@ def problems(args: argparse.Namespace, here: Here) -> Iterator[str]:
 
 
 def _in_the_way(path: Path) -> Path | None:
-    """What stands where `path`, or a folder that it is in, would be made; None where nothing does."""
-    there = next((at for at in (path, *path.parents) if at.exists() or at.is_symlink()), None)
-    return there if there and not there.is_dir() else None
+    """What stands where `path`, or a folder that it is in, would be made; None where nothing does, or it is not shown."""
+    try:
+        there = next((at for at in (path, *path.parents) if at.exists() or at.is_symlink()), None)
+        return there if there and not there.is_dir() else None
+    except PermissionError:
+        return None
 
 
 def _begins(args: argparse.Namespace, here: Here) -> Iterator[str]:

@@ -30,8 +30,9 @@ FLAGS = {
 """What Megatron compares of its `OptimizerParamScheduler`'s state, and what it is made of. Steps are samples."""
 OF_GROUPS = {"decoupled_lr": "--decoupled-lr", "decoupled_min_lr": "--decoupled-min-lr"}
 """Rates of some parameters alone: in the stored arguments, not in the schedule."""
-OF_OPTIMIZER = ("optimizer", "adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "muon_momentum")
-"""What torch takes from the state of an optimizer that goes on; of another one there is none."""
+OF_ADAM = ("adam_beta1", "adam_beta2", "adam_eps")
+OF_OPTIMIZER = {"adam": OF_ADAM, "sgd": ("sgd_momentum",), "muon": ("muon_momentum", *OF_ADAM)}
+"""What torch takes from the state of an optimizer that goes on. Muon leaves vectors to Adam."""
 
 
 def check_resume(args: argparse.Namespace) -> None:
@@ -121,8 +122,8 @@ def _is_zero(checkpoint: Path, stream: Stream) -> bool:
 
 
 def _other_optimizer(args: argparse.Namespace, before: Any, folder: Path) -> Iterator[str]:
-    asked = {name: getattr(args, name) for name in OF_OPTIMIZER}
-    asked["optimizer"] = asked["optimizer"].removeprefix("dist_")  # as Megatron writes Muon's
+    kind = args.optimizer.removeprefix("dist_")  # as Megatron writes Muon's
+    asked = {"optimizer": kind, **{name: getattr(args, name) for name in OF_OPTIMIZER.get(kind, ())}}
     pairs = [(f"--{name.replace('_', '-')}", now, getattr(before, name, None)) for name, now in asked.items()]
     if differ := [f"{option} ({now}, was {was})" for option, now, was in pairs if was not in (None, now)]:
         yield (

@@ -43,8 +43,6 @@ def missing_packages(args: Namespace) -> Iterator[str]:
             "--transformer-impl transformer_engine (Megatron's default) needs the package transformer_engine, which is not "
             "installed: install it (pip install 'transformer-engine[core_cu13,pytorch]'), or use --transformer-impl local."
         )
-    if (project := getattr(args, "wandb_project", None)) and not find_spec("wandb"):
-        yield f"--wandb-project {project} needs the package wandb, which is not installed: install it (pip install wandb)."
     yield from _missing_fusions(args)
     yield from hybrid.missing_packages(args)
     for option, module, package in _asked_for(args):

@@ -32,14 +32,12 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
     for flag, value in (("--fp8-format", args.fp8), ("--fp4-format", args.fp4)):
         if value and args.transformer_impl == "local":
             yield f"{flag} {value} is read by Transformer Engine's layers alone: leave it out, or --transformer-impl local."
-    if args.fp8_recipe != "delayed" and not args.fp8:
-        yield f"--fp8-recipe {args.fp8_recipe} means nothing without --fp8-format: add it, or leave the recipe out."
     if args.cross_entropy_loss_fusion and args.cross_entropy_fusion_impl == "te":
         yield "--cross-entropy-fusion-impl te is turned off in Megatron 0.19, for it was not stable: use native."
     if args.cuda_graph_impl == "full_iteration" and args.check_for_nan_in_loss_and_grad:
         yield "--cuda-graph-impl full_iteration needs --no-check-for-nan-in-loss-and-grad: add it, or use local."
     sizes, ranks = args.hierarchical_context_parallel_sizes, args.context_parallel_size
-    if "a2a+p2p" in args.cp_comm_type and sizes and math.prod(sizes) != ranks:
+    if ranks > 1 and "a2a+p2p" in args.cp_comm_type and sizes and math.prod(sizes) != ranks:
         yield (
             f"--hierarchical-context-parallel-sizes {' '.join(map(str, sizes))} make {math.prod(sizes)} ranks, and "
             f"--context-parallel-size is {ranks}: give two sizes whose product is {ranks}."
@@ -87,7 +85,7 @@ def _recompute(args: argparse.Namespace) -> Iterator[str]:
     full = args.recompute_granularity == "full" and not args.recompute_activations
     if full and not (args.recompute_method and args.recompute_num_layers):
         yield f"--recompute-granularity full needs a method and a number of layers: add {FULL}."
-    elif args.recompute_method and not full:
+    elif args.recompute_method and (args.recompute_granularity == "selective" or args.recompute_activations):
         yield f"--recompute-method {args.recompute_method} is of --recompute-granularity full: add that, or leave it out."
 
 
@@ -96,6 +94,8 @@ def _interleaved(args: argparse.Namespace) -> Iterator[str]:
     layers, stages = args.num_layers or args.encoder_num_layers, args.pipeline_model_parallel_size
     each, parts = args.num_layers_per_virtual_pipeline_stage, args.num_virtual_stages_per_pipeline_rank
     if each is None and parts is None:
+        return
+    if (parts or (layers or 0) // max(1, each or 1)) == 1:  # Megatron takes that for none
         return
     flag = "--num-virtual-stages-per-pipeline-rank" if each is None else "--num-layers-per-virtual-pipeline-stage"
     if stages == 1:

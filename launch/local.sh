@@ -117,7 +117,7 @@ find_profiler env
 forget_launcher
 if [[ -n $STUDY ]]; then
     run_arguments
-    CHECK=1 NODES=1 GPUS_PER_NODE=$GPUS check_arguments --exact --runs-here
+    CHECK=1 NODES=1 GPUS_PER_NODE=$GPUS check_arguments --exact --runs-here now
     ((ONLY_CHECK == 0)) || exit 0
     run_study
     exit
@@ -128,7 +128,7 @@ run_arguments
 architecture_environment
 one=$(gpus_of_sequence)
 ((GPUS % one == 0)) || die "--gpus $GPUS must be a multiple of $one, the GPUs of one sequence (TP x CP x PP): use --gpus $(((GPUS + one - 1) / one * one))."
-NODES=1 GPUS_PER_NODE=$GPUS check_arguments --runs-here
+NODES=1 GPUS_PER_NODE=$GPUS check_arguments --runs-here now
 ((ONLY_CHECK == 0)) || exit 0
 log=$RUN/logs/$([[ $AS == evaluation ]] && echo evaluation || echo local).log
 [[ $AS != evaluation ]] || rm -f "$log" # the loss of an earlier one is not this one's

@@ -1,7 +1,14 @@
 """Lighthouse Attention (arXiv 2605.06554) for Megatron-core: faster long-context pre-training."""
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+if sys.version_info < (3, 12):  # noqa: UP036, for it is run by other interpreters too
+    raise ImportError(
+        f"megatron_lighthouse needs Python 3.12 or newer, and {sys.executable} is {sys.version.split()[0]}: use the one that "
+        "`make train` makes, .venv/bin/python."
+    )
 
 if TYPE_CHECKING:
     from megatron_lighthouse.lighthouse.attention import lighthouse_attention, lighthouse_select

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.metadata
 import re
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -97,3 +99,13 @@ def test_the_mathematics_does_not_import_megatron() -> None:
     for file in files:
         if file.name not in ("pretrain_gpt.py", "needed.py"):  # these ask whether it is there
             assert "megatron.core" not in file.read_text(), file
+
+
+def test_an_older_python_is_told_which_one_to_take() -> None:
+    source = (ROOT / "megatron_lighthouse" / "__init__.py").read_text()
+    ast.parse(source, feature_version=(3, 8))
+    with (
+        mock.patch.object(sys, "version_info", (3, 11, 9)),
+        pytest.raises(ImportError, match=r"needs Python 3\.12 .*make train"),
+    ):
+        exec(compile(source, "__init__.py", "exec"), {"__name__": "megatron_lighthouse"})

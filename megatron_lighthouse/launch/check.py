@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="what the job's container sees, apart by colons: FOLDER, or FOLDER=HERE; none: no container",
     )
     parser.add_argument("--exact", action="store_true", help="a run takes just the GPUs of one sequence, of those given")
-    parser.add_argument("--runs-here", action="store_true", help="the job's Python is this one: packages it lacks are refused")
+    what = "the Python that trains is this one: packages it lacks are refused; now: this machine trains, and no job"
+    parser.add_argument("--runs-here", nargs="?", const="job", choices=("job", "now"), help=what)
     parser.add_argument(
         "--without-megatron", action="store_true", help="do not ask Megatron, which takes seconds: the run does so itself"
     )

@@ -9,19 +9,20 @@ from collections.abc import Iterator
 from megatron_lighthouse.mcore.command_line import before, run_options
 from megatron_lighthouse.mcore.command_line.arguments import attention_problems, config_of
 
-ELSEWHERE = (
-    f"({sys.executable} is taken for the job's Python. Where a container has these packages, name it by IMAGE in the cluster "
-    "file; another Python by PYTHON. With CHECK_PYTHON the job's pre-flight looks for them.)"
-)
-"""What else than to install a package, where a job is checked."""
+ELSEWHERE = {
+    "job": f"({sys.executable} is taken for the job's Python. Where a container has these packages, name it by IMAGE in the "
+    "cluster file; another Python by PYTHON. With CHECK_PYTHON the job's pre-flight looks for them.)",
+    "now": f"({sys.executable} trains here. Name another Python that has these packages by PYTHON.)",
+}
+"""What else than to install a package, where a job is checked, and where this machine trains."""
 SPEC = ["megatron_lighthouse.mcore.spec", "lighthouse"]
 
 
-def sizes(args: argparse.Namespace, runs_here: bool = False) -> Iterator[str]:
+def sizes(args: argparse.Namespace, runs_here: str | None = None) -> Iterator[str]:
     """Iterations, and what the run refuses of its options, its model and its attention.
 
     Args:
-        runs_here: whether what this Python lacks a package for is refused too.
+        runs_here: whether what this Python lacks a package for is refused too: a job's, or now.
     """
     if args.train_samples is not None:
         iterations = args.train_samples // args.global_batch_size if args.global_batch_size else "N"
@@ -36,6 +37,6 @@ def sizes(args: argparse.Namespace, runs_here: bool = False) -> Iterator[str]:
     yield from run_options.problems(args, not args.use_checkpoint_args)
     if runs_here and (found := [*run_options.missing_packages(args)]):
         yield from found
-        yield ELSEWHERE
+        yield ELSEWHERE[runs_here]
     if args.num_layers and args.num_attention_heads and args.seq_length and not args.use_checkpoint_args:
         yield from attention_problems(args, config_of(args), args.spec == SPEC, args.spec is not None)

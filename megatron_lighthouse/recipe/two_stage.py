@@ -123,7 +123,7 @@ def _problems(words: Sequence[str], run: Path, preset: Preset) -> list[str]:
         return [str(error)]
     args = settled(args)
     vars(args).update(pyramid.choice(args, run / "checkpoints")[0])
-    return [*unknown, *layout(args, 1, preset.processes), *sizes(args, runs_here=True), *data(args, {})]
+    return [*unknown, *layout(args, 1, preset.processes), *sizes(args, runs_here="now"), *data(args, {})]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -270,7 +270,9 @@ def _draw(run: Path, where: str, stages: Sequence[str]) -> None:
         if "lm loss" not in scalars:  # a stage shorter than --tensorboard-log-interval
             continue
         steps, values = scalars["lm loss"]
-        print(f"{attention}: loss {values[-1]:.3f} at iteration {steps[-1]}")
+        at, found = scalars.get("lm loss validation", ((), ()))
+        validation = f"; validation loss {found[-1]:.3f} at iteration {at[-1]}" if len(at) else ""
+        print(f"{attention}: loss {values[-1]:.3f} at iteration {steps[-1]}{validation}")
     if entropy is not None:
         print(f"byte-frequency entropy of the text: {entropy:.3f}")
     own = sorted((run / "tensorboard").glob("*/*.png"))

@@ -58,7 +58,7 @@ def test_a_study_runs_what_is_not_done(machine: Path) -> None:
     noted = (machine / "noted").read_text().splitlines()
     first, last = noted[0], noted[-1]
     assert first.count("--point ") == 8
-    assert "--nodes 1 --gpus-per-node 2 --exact --runs-here -- " in first
+    assert "--nodes 1 --gpus-per-node 2 --exact --runs-here now -- " in first
     assert last == f"-m megatron_lighthouse.plan scaling {machine}/run --out {machine}/run"
     launched = next(line for line in noted if "/lighthouse-32768-cp2/" in line)
     assert "--nproc-per-node 2 " in launched

@@ -273,6 +273,9 @@ def test_packages_that_the_run_needs(monkeypatch: pytest.MonkeyPatch, capsys: py
         assert check.main([*GPUS, "--runs-here", "--", *LLAMA, *option.split()]) == 1
         assert f"{option} needs the package {package}, which is not installed" in capsys.readouterr().err
     assert error.count("name it by IMAGE in the cluster file; another Python by PYTHON. With CHECK_PYTHON the job's") == 1
+    assert check.main([*GPUS, "--runs-here", "now", "--", *LLAMA]) == 1  # which takes no container
+    assert "Name another Python that has these packages by PYTHON." in (here := capsys.readouterr().err)
+    assert "IMAGE" not in here
     for kind, package in (("TikTokenizer", "tiktoken"), ("GPTSentencePieceTokenizer", "sentencepiece")):
         assert check.main([*GPUS, "--runs-here", "--", *LLAMA, "--tokenizer-type", kind, "--tokenizer-model", __file__]) == 1
         assert f"needs the package {package}" in capsys.readouterr().err

@@ -146,9 +146,10 @@ def test_a_stage_without_a_logged_loss(tmp_path: Path, capsys: pytest.CaptureFix
             log.add_text("seq_length", "64")
             if attention == "lighthouse":
                 log.add_scalar("lm loss", 2.5, 2)
+                log.add_scalar("lm loss validation", 2.25, 2)
     assert two_stage.main(["--runs", str(tmp_path), "--name", "short", "--steps", "2", "--dense-steps", "1"]) == 0
     printed = capsys.readouterr().out
-    assert "lighthouse: loss 2.500 at iteration 2" in printed
+    assert "lighthouse: loss 2.500 at iteration 2; validation loss 2.250 at iteration 2" in printed
     assert "dense: loss" not in printed
     assert (tmp_path / "short" / "loss.png").read_bytes().startswith(b"\x89PNG")
 

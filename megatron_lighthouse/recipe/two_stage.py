@@ -270,8 +270,10 @@ def _draw(run: Path, where: str, stages: Sequence[str]) -> None:
         if "lm loss" not in scalars:  # a stage shorter than --tensorboard-log-interval
             continue
         steps, values = scalars["lm loss"]
-        at, found = scalars.get("lm loss validation", ((), ()))
-        validation = f"; validation loss {found[-1]:.3f} at iteration {at[-1]}" if len(at) else ""
+        validation = ""
+        if "lm loss validation" in scalars:
+            at, found = scalars["lm loss validation"]
+            validation = f"; validation loss {found[-1]:.3f} at iteration {at[-1]}"
         print(f"{attention}: loss {values[-1]:.3f} at iteration {steps[-1]}{validation}")
     if entropy is not None:
         print(f"byte-frequency entropy of the text: {entropy:.3f}")

@@ -43,6 +43,10 @@ WRONG = {
     "MLA": ("--multi-latent-attention --lighthouse-scorer dilated", "reads values .* use --lighthouse-scorer norm"),
     "a window": ("--window-size 4096,0", r"--window-size \(4096, 0\) .* give --window-attn-skip-freq N"),
     "windows over ranks": ("--window-size 4096,0 --window-attn-skip-freq 2", r"with --cp-comm-type p2p: .* a2a or all_gather"),
+    "a scheme of other layers": (
+        "--transformer-impl local --cp-comm-type a2a+p2p",
+        "a2a.p2p is Transformer Engine's: use p2p, all_gather or a2a",
+    ),
     "SFT": ("--sft", "use Megatron-LM's own pretrain_gpt.py with dense attention"),
     "dropout": ("--attention-dropout 0.1", "use --attention-dropout 0 "),
     "a layout": ("--context-parallel-size 3", "use --nodes"),
@@ -269,6 +273,7 @@ def test_packages_that_the_run_needs(monkeypatch: pytest.MonkeyPatch, capsys: py
     error = capsys.readouterr().err
     assert "needs the package transformers, which is not installed: install it (pip install transformers)" in error
     assert "needs the package transformer_engine" in error
+    assert "or use --transformer-impl local --no-rope-fusion." in error
     for option, package in (("--optimizer muon", "emerging_optimizers"), ("--wandb-project x", "wandb")):
         assert check.main([*GPUS, "--runs-here", "--", *LLAMA, *option.split()]) == 1
         assert f"{option} needs the package {package}, which is not installed" in capsys.readouterr().err

@@ -118,7 +118,7 @@ def _model(args: argparse.Namespace) -> Iterator[str]:
     if args.context_parallel_size > 1 and (unknown := [kind for kind in args.cp_comm_type if kind not in SCHEMES]):
         yield f"--cp-comm-type {' '.join(unknown)} is not known: use {', '.join(SCHEMES[:-1])} or {SCHEMES[-1]}."
     sizes = args.hierarchical_context_parallel_sizes
-    if "a2a+p2p" in args.cp_comm_type and not sizes:
+    if "a2a+p2p" in args.cp_comm_type and not sizes and args.transformer_impl != "local":  # whose layers have it not
         yield "--cp-comm-type a2a+p2p needs --hierarchical-context-parallel-sizes: add it, or use --cp-comm-type p2p."
 
 

@@ -39,9 +39,11 @@ def check_run_options(args: Namespace) -> None:
 def missing_packages(args: Namespace) -> Iterator[str]:
     """What the run needs and this Python lacks."""
     if args.transformer_impl == "transformer_engine" and not find_spec("transformer_engine"):
+        more = "".join(f" {flag}" for flag in _of_local_layers(args))
         yield (
             "--transformer-impl transformer_engine (Megatron's default) needs the package transformer_engine, which is not "
-            "installed: install it (pip install 'transformer-engine[core_cu13,pytorch]'), or use --transformer-impl local."
+            "installed: install it (pip install 'transformer-engine[core_cu13,pytorch]'), or use "
+            f"--transformer-impl local{more}."
         )
     yield from _missing_fusions(args)
     yield from hybrid.missing_packages(args)
@@ -62,6 +64,15 @@ def _asked_for(args: Namespace) -> Iterator[tuple[str, str, str]]:
         yield f"--optimizer {optimizer}", "emerging_optimizers", "emerging-optimizers"
     if getattr(args, "non_persistent_ckpt_type", None) == "local":
         yield "--non-persistent-ckpt-type local", "nvidia_resiliency_ext", "nvidia-resiliency-ext"
+
+
+def _of_local_layers(args: Namespace) -> Iterator[str]:
+    """What Megatron's local layers then need besides."""
+    rotary = args.position_embedding_type == "rope" or args.use_rotary_position_embeddings
+    if rotary and getattr(args, "apply_rope_fusion", False):
+        yield "--no-rope-fusion"
+    if not (find_spec("apex") or args.no_persist_layer_norm or args.sequence_parallel):
+        yield "--no-persist-layer-norm"
 
 
 def _missing_fusions(args: Namespace) -> Iterator[str]:

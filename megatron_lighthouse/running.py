@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 _current: int | None = None
 
 
@@ -23,3 +26,23 @@ class layer:
 def current() -> int | None:
     """The layer that runs; None outside of all."""
     return _current
+
+
+class Watched[T]:
+    """What layers record of themselves while they are watched, by their numbers."""
+
+    def __init__(self) -> None:
+        self.records: dict[int, T | None] = {}
+
+    @contextmanager
+    def watching(self, layer_numbers: Iterable[int]) -> Iterator[None]:
+        """Watch the layers with these global, 1-based numbers inside."""
+        self.records.update(dict.fromkeys(layer_numbers))
+        try:
+            yield
+        finally:
+            self.records.clear()
+
+    def found(self) -> dict[int, T]:
+        """Of each watched layer that ran in this process."""
+        return {number: record for number, record in self.records.items() if record is not None}

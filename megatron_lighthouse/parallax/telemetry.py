@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -12,29 +12,20 @@ from torch import Tensor
 from megatron_lighthouse import running
 from megatron_lighthouse.lighthouse.geometry import Shape
 
-_watched: dict[int, Tensor | None] = {}
-
-
-@contextmanager
-def watching(layer_numbers: Iterable[int]) -> Iterator[None]:
-    """Watch the layers with these global, 1-based numbers inside."""
-    _watched.update(dict.fromkeys(layer_numbers))
-    try:
-        yield
-    finally:
-        _watched.clear()
+_layers: running.Watched[Tensor] = running.Watched()
+watching = _layers.watching
 
 
 def watched() -> dict[int, Tensor]:
     """Of each watched layer that ran in this process: [2] float64, the latest sums of squares of the covariance C and of v̄."""
-    return {number: sums for number, sums in _watched.items() if sums is not None}
+    return _layers.found()
 
 
 def record(value: Tensor, output: Tensor) -> None:
     """Called with v̄ and o of all that a rank attends to: C is what lies between. Alike in 16 bits, they have no C."""
-    if (number := running.current()) in _watched:
+    if (number := running.current()) in _layers.records:
         sums = [torch.linalg.vector_norm(x.detach(), dtype=torch.float64).square() for x in (value - output, value)]
-        _watched[number] = torch.stack(sums)
+        _layers.records[number] = torch.stack(sums)
 
 
 class Corrections:

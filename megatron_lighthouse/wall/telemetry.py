@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,17 +25,8 @@ from megatron_lighthouse.lighthouse.geometry import Shape
 QUARTILES = {"p25": 0.75, "p50": 0.5, "p75": 0.25}
 """Of the half-lives of a head's channels, and which quantile of their rates each is: the longer a life, the less its rate."""
 
-_watched: dict[int, Tensor | None] = {}
-
-
-@contextmanager
-def watching(layer_numbers: Iterable[int]) -> Iterator[None]:
-    """Watch the layers with these global, 1-based numbers inside."""
-    _watched.update(dict.fromkeys(layer_numbers))
-    try:
-        yield
-    finally:
-        _watched.clear()
+_layers: running.Watched[Tensor] = running.Watched()
+watching = _layers.watching
 
 
 def watched() -> dict[int, Tensor]:
@@ -43,19 +34,19 @@ def watched() -> dict[int, Tensor]:
 
     The sums of the gates of a channel, and how many tokens these are of.
     """
-    return {number: sums for number, sums in _watched.items() if sums is not None}
+    return _layers.found()
 
 
 def record(gate: Tensor, gates: Callable[[Tensor], Tensor] | None = None) -> None:
     """Called with the gates of a layer's tokens, [n, B, heads, K], or with what `gates` makes them of."""
-    if (number := running.current()) not in _watched:
+    if (number := running.current()) not in _layers.records:
         return
     with torch.no_grad():
         made = gates(gate) if gates else gate
         sums = made.sum((0, 1), dtype=torch.float64)
         tokens = sums.new_full((len(sums), 1), made.shape[0] * made.shape[1])
-        found, before = torch.cat([sums, tokens], 1), _watched[number]
-        _watched[number] = found if before is None else before + found
+        found, before = torch.cat([sums, tokens], 1), _layers.records[number]
+        _layers.records[number] = found if before is None else before + found
 
 
 @dataclass(frozen=True)

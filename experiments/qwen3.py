@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from experiments.run import REFERENCE, Run, with_second_seed
+from experiments.studies import MUON
 
-TITLE = "a Qwen3-like model, two seeds: dense, and scorers that norms leave something; several share a GPU"
-GPT_39M = """
+TITLE = "a Qwen3-like model by Muon, two seeds: dense, and scorers that norms leave something; several share a GPU"
+GPT_39M = f"""
     --num-layers 12 --hidden-size 512 --ffn-hidden-size 1600 --num-attention-heads 8 --kv-channels 64
     --group-query-attention --num-query-groups 4 --qk-layernorm --norm-epsilon 1e-6 --rotary-base 1000000
+    {MUON}
 """
-"""The MLP has what 4 groups of keys and values leave of the other experiments' weights."""
+"""By Adam, 1,500 iterations end in the middle of a fall, at another place for each seed. The MLP has what 4 groups of keys and
+values leave of the other experiments' weights."""
 
 _FIRST = {
     REFERENCE: Run("dense from scratch", against=()),

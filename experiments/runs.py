@@ -113,7 +113,7 @@ EXPERIMENTS = {
             "causal": replace(VARIANT, title="a causal selection", options=second.CAUSAL, hindsight=True),
         },
     ),
-    "qwen3": Experiment(qwen3.TITLE, qwen3.GPT_39M, STABLE, 16384, 2700, 2, 128, qwen3.RUNS),
+    "qwen3": Experiment(qwen3.TITLE, qwen3.GPT_39M, STABLE, 16384, 1500, 2, 128, qwen3.RUNS),
     "parallax": Experiment(
         studies.PARALLAX_TITLE, studies.GPT_39M, STABLE, 16384, 1600, 1, 128, studies.PARALLAX, study=True, passkey_samples=0
     ),

@@ -42,6 +42,7 @@ class Experiment:
     """The evaluation's sequences are so many times as long."""
     loss_sequences: int = 200
     passkey_samples: int = 20
+    variables_samples: int = 0
     """Of the evaluation, if the command line does not say."""
 
 
@@ -103,7 +104,10 @@ EXPERIMENTS = {
             ),
         },
     ),
-    "second": Experiment(second.TITLE, GPT_39M, STABLE, 16384, 2700, 2, 128, second.runs((REFERENCE, DENSE), (BASE, NORM))),
+    "second": Experiment(
+        *(second.TITLE, GPT_39M, STABLE, 16384, 2700, 2, 128, second.runs((REFERENCE, DENSE), (BASE, NORM))),
+        variables_samples=20,
+    ),
     "large": Experiment(
         "twice as large: a run ends within half an hour, alone on its GPU",
         *(GPT_85M, STABLE, 32768, 3000, 2, 128),
@@ -112,6 +116,7 @@ EXPERIMENTS = {
             BASE: replace(NORM, hindsight=True),
             "causal": replace(VARIANT, title="a causal selection", options=second.CAUSAL, hindsight=True),
         },
+        variables_samples=20,
     ),
     "qwen3": Experiment(qwen3.TITLE, qwen3.GPT_39M, STABLE, 16384, 2700, 2, 128, qwen3.RUNS),
     "parallax": Experiment(

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy
 
-from experiments.run import REFERENCE
 from experiments.runs import EARLY
 from experiments.tables import FACTS, PROBED, Results, Row, column_of, first, write_csv, write_json
 from megatron_lighthouse.recipe import recovery
@@ -184,8 +183,9 @@ def pairs(results: Results) -> list[Row]:
 
 
 def dense_of(results: Results, run: str) -> str:
-    """The dense run that a run is held to; '' of a dense run."""
-    return next((name for name in results.runs[run].against if name.startswith(REFERENCE)), "")
+    """The dense run that a run is held to; '' of one that is held to none."""
+    runs = results.runs
+    return next((name for name in runs[run].against if not runs[name].share and runs[name].attention == "dense"), "")
 
 
 def positions(results: Results) -> list[Row]:

@@ -25,12 +25,15 @@ from megatron_lighthouse.ticks import from_zero
 
 MAPS = 6
 """Maps of a probe side by side: more could not be read in a page."""
-PALETTE = "#2b3a67 #d1495b #6d8fd1 #e8a04c #3a9d8f #8d6cab #7a9e3c #8a6d3b #d37fb0 #5f6c7b #c9b037 #37b6c9".split()
+PALETTE = """
+    #2b3a67 #d1495b #6d8fd1 #e8a04c #3a9d8f #8d6cab #7a9e3c #8a6d3b #d37fb0 #5f6c7b #c9b037 #37b6c9
+    #000000 #f28e8e #1f5f99 #b35c00 #0b5d4f #4b2e83 #bcd96b #5a3210 #8c1c62 #b8c0c8 #f4d35e #8fe3ee
+""".split()
 
 
 def colours(results: Results) -> dict[str, str]:
     """A colour for each run of the experiment, whichever of them are there."""
-    return dict(zip(results.runs, PALETTE, strict=False))
+    return dict(zip(results.runs, PALETTE[: len(results.runs)], strict=True))
 
 
 def draw(results: Results, out: Path) -> None:

@@ -222,12 +222,13 @@ def model_arguments(run: Run, size: Size, of_machine: list[str]) -> list[str]:
 
 def lighthouse_arguments(run: Run, size: Size) -> list[str]:
     """The settings of Lighthouse attention."""
-    tile_budget = run.tile_budget or EXPERIMENTS[size.experiment].tile_budget
+    tile_budget, budget = run.tile_budget or EXPERIMENTS[size.experiment].tile_budget, size.seq_length // run.budget
+    edges = ["--lighthouse-edge-budget", str(run.edges * budget)] if run.edges else []
     return [
         *("--attention", "lighthouse", "--lighthouse-levels", str(run.levels), "--lighthouse-pooling", str(run.pooling)),
-        *("--lighthouse-budget", str(size.seq_length // run.budget), "--lighthouse-tile-budget", str(tile_budget)),
+        *("--lighthouse-budget", str(budget), "--lighthouse-tile-budget", str(tile_budget)),
         *("--lighthouse-scorer", run.scorer, "--lighthouse-dense-first", str(run.dense)),
-        *("--lighthouse-dense-last", str(run.dense), *run.options.split()),
+        *("--lighthouse-dense-last", str(run.dense), *edges, *run.options.split()),
     ]
 
 

@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--smooth", type=int, metavar="W", help="losses in a mean (default: a fortieth of --steps)")
     add("--loss-sequences", type=int, help="of the evaluation (default: 200; of 'wall' 100)")
     add("--passkey-samples", type=int, help="of the evaluation, a cell: a multiple of ten (default: 20; of a study 0)")
+    add("--variables-samples", type=int, help="likewise of variable tracking (default: 20 of 'second' and 'large', else 0)")
     add("--hindsight-samples", type=int, default=500, help="of the checkpoint at the switch (default: %(default)s)")
     add("--remake", type=Path, metavar="RESULTS", help="write all tables again, in --out")
     add("--merge", nargs="+", type=Path, metavar="RESULTS", help="put results together in --out")

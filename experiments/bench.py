@@ -25,8 +25,10 @@ from experiments.commands import Commands
 from experiments.machine import and_also, hardware, implementation, seeing, shared_out
 from experiments.runs import EXPERIMENTS, Size, check
 from megatron_lighthouse.launch.torchrun import one_rank
-from megatron_lighthouse.recipe import corpus, hindsight, passkey
+from megatron_lighthouse.recipe import corpus, hindsight
 from megatron_lighthouse.recipe.printed_log import curve
+from megatron_lighthouse.recipe.probe import unbalanced
+from megatron_lighthouse.recipe.probes import PROBES
 from megatron_lighthouse.versions import environment
 
 EVERY = 15
@@ -48,17 +50,19 @@ class Bench:
     def __init__(self, options: argparse.Namespace, more: Sequence[str]) -> None:
         self.work, self.out, self.corpus, self.packages = options.work, options.out, options.corpus, options.packages
         experiment = EXPERIMENTS[options.experiment]
-        steps, length, batch, sequences, samples = (
+        steps, length, batch, sequences, *questions = (
             getattr(experiment, name) if getattr(options, name) is None else getattr(options, name)
-            for name in ("steps", "seq_length", "batch", "loss_sequences", "passkey_samples")
+            for name in ("steps", "seq_length", "batch", "loss_sequences", *(f"{probe.name}_samples" for probe in PROBES))
         )
         self.runs, self.size, self.at_once = experiment.runs, Size(options.experiment, length, steps, batch), options.at_once
         self.smooth = options.smooth or max(2, self.size.steps // 40)
         self.until = math.inf if options.within is None else START + options.within - ENDING
-        probes = ["--loss-sequences", str(sequences), "--passkey-samples", str(samples)]
+        asked = dict(zip(PROBES, questions, strict=True))
+        probes = ["--loss-sequences", str(sequences)]
+        probes += [word for probe, count in asked.items() for word in (f"--{probe.name}-samples", str(count))]
         foresight = ["--hindsight-samples", str(options.hindsight_samples)]
         self.commands = Commands(self.size, implementation(), list(more), probes, foresight)
-        self.unbalanced = passkey.Grid([], [], samples).unbalanced()
+        self.uneven = [said for probe, count in asked.items() if (said := unbalanced(probe, count))]
         self.environment = environment()
         self.processes: list[subprocess.Popen[bytes]] = []
         self.publishing, self.published, self.renewed, self.said = Lock(), -math.inf, False, ""
@@ -93,8 +97,8 @@ class Bench:
             hindsight.check(held_out, self.size.seq_length, self.foreseen, seed=0)
         have = sum(file.stat().st_size for file in (self.corpus / "train").rglob("*.txt"))
         need = self.size.tokens * self.size.steps
-        if self.unbalanced:
-            say(self.unbalanced)
+        for said in self.uneven:
+            say(said)
         say(f"corpus {self.corpus}: {have / 1e6:.1f} MB to train on, a run reads {need / 1e6:.1f} ({need / have:.2f} epochs)")
 
     def all(self, names: list[str]) -> dict[str, int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from experiments.run import Run
 from experiments.runs import Size, attention_arguments, lighthouse_arguments, model_arguments
 from megatron_lighthouse.launch.torchrun import torchrun
+from megatron_lighthouse.recipe.probes import PROBES
 
 SAVES = 2
 """Checkpoints a run, and one at the switch."""
@@ -67,7 +68,8 @@ class Commands:
 
     def hindsight(self, run: Run, folder: Path, corpus: Path) -> list[str]:
         """Of the checkpoint at the switch, with Lighthouse attention."""
-        at = ["--ckpt-step", str(run.switch(self.size.steps)), "--loss-sequences", "0", "--passkey-samples", "0"]
+        at = ["--ckpt-step", str(run.switch(self.size.steps)), "--loss-sequences", "0"]
+        at += [word for probe in PROBES for word in (f"--{probe.name}-samples", "0")]
         how = [*lighthouse_arguments(run, self.size), *at, *self.foresight]
         return self._measured(run, folder, corpus, "hindsight", how)
 

@@ -1,7 +1,7 @@
 """What follows from the tables: pairs.csv and positions.csv, and all tables written. Imports no Megatron.
 
 Errors of held-out loss are over documents, whose sequences are not independent; where an evaluation does not say the document
-of each sequence, they are empty. Those of passkey answers are over questions. Ours.
+of each sequence, they are empty. Those of a probe's answers are over questions. Ours.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy
 
-from experiments.run import REFERENCE
 from experiments.runs import EARLY
-from experiments.tables import FACTS, Results, Row, write_csv, write_json
+from experiments.tables import FACTS, PROBED, Results, Row, column_of, first, write_csv, write_json
 from megatron_lighthouse.recipe import recovery
-from megatron_lighthouse.recipe.passkey import FILLERS
 from megatron_lighthouse.recipe.positions import mean_and_error
+from megatron_lighthouse.recipe.probe import FILLERS, Probe
+from megatron_lighthouse.recipe.probes import PROBES
 
 type Array = numpy.ndarray[Any, Any]
 FIRST = 20
@@ -76,30 +76,34 @@ def held_out(results: Results, run: str, against: str) -> Row:
     return answer
 
 
-def passkey(results: Results, run: str, against: str) -> Row:
+def probed(results: Results, run: str, against: str, probe: Probe) -> Row:
     """Accuracy and log-probability less the other's, question by question, by filler.
+
+    Of a probe that was not asked nothing, but empty columns of the passkey.
 
     Raises:
         ValueError: evaluations of different questions.
     """
     measured = {"right": "accuracy", "log_probability": "log_probability"}
     names = [f"{filler}_{name}_{what}" for filler in FILLERS for name in measured.values() for what in ("difference", "error")]
-    answer: Row = dict.fromkeys(["questions", *names])
+    answer: Row = dict.fromkeys(column_of(probe, name) for name in ["questions", *names])
+    _, by_question = PROBED[probe.name]
     ours, theirs = (
-        {(row["filler"], row["length"], row["depth"], row["sample"]): row for row in results.of("passkey_by_question", name)}
+        {(row["filler"], row["length"], row[probe.axis.name], row["sample"]): row for row in results.of(by_question, name)}
         for name in (run, against)
     )
     if not (ours and theirs):
-        return answer
+        return answer if first(probe) else {}
     if ours.keys() != theirs.keys():
-        raise ValueError(f"{run} and {against} were asked different questions: use the same --passkey-samples.")
-    answer["questions"] = len(ours)
+        raise ValueError(f"{run} and {against} were asked different questions: use the same --{probe.name}-samples.")
+    answer[column_of(probe, "questions")] = len(ours)
     for filler in FILLERS:
         for column, name in measured.items():
             values = [row[column] - theirs[key][column] for key, row in ours.items() if row["filler"] == filler]
             if values:
                 mean, error = mean_and_error(numpy.array(values))
-                answer |= {f"{filler}_{name}_difference": float(mean), f"{filler}_{name}_error": float(error)}
+                answer[column_of(probe, f"{filler}_{name}_difference")] = float(mean)
+                answer[column_of(probe, f"{filler}_{name}_error")] = float(error)
     return answer
 
 
@@ -164,8 +168,10 @@ def pair(results: Results, run: str, against: str) -> Row | None:
     if not results.losses(run).keys() & results.losses(against).keys():
         return None
     answer: Row = {"run": run, "against": against}
-    for part in (held_out, training, cost, passkey):
+    for part in (held_out, training, cost):
         answer |= part(results, run, against)
+    for probe in PROBES:
+        answer |= probed(results, run, against, probe)
     return answer
 
 
@@ -177,8 +183,9 @@ def pairs(results: Results) -> list[Row]:
 
 
 def dense_of(results: Results, run: str) -> str:
-    """The dense run that a run is held to; '' of a dense run."""
-    return next((name for name in results.runs[run].against if name.startswith(REFERENCE)), "")
+    """The dense run that a run is held to; '' of one that is held to none."""
+    runs = results.runs
+    return next((name for name in runs[run].against if not runs[name].share and runs[name].attention == "dense"), "")
 
 
 def positions(results: Results) -> list[Row]:

@@ -17,23 +17,27 @@ from experiments.runs import SECOND_SEED
 from experiments.study_table import table_of, trained_shorter
 from experiments.tables import Results
 from megatron_lighthouse.recipe.evaluation_plots import middle
-from megatron_lighthouse.recipe.passkey import CHANCE
 from megatron_lighthouse.recipe.printed_log import steady
+from megatron_lighthouse.recipe.probe import CHANCE, Probe
+from megatron_lighthouse.recipe.probes import PROBES
 from megatron_lighthouse.recipe.recovery import smoothed
 from megatron_lighthouse.ticks import from_zero
 
 MAPS = 6
-"""Passkey maps side by side: more could not be read in a page."""
-PALETTE = "#2b3a67 #d1495b #6d8fd1 #e8a04c #3a9d8f #8d6cab #7a9e3c #8a6d3b #d37fb0 #5f6c7b #c9b037 #37b6c9".split()
+"""Maps of a probe side by side: more could not be read in a page."""
+PALETTE = """
+    #2b3a67 #d1495b #6d8fd1 #e8a04c #3a9d8f #8d6cab #7a9e3c #8a6d3b #d37fb0 #5f6c7b #c9b037 #37b6c9
+    #000000 #f28e8e #1f5f99 #b35c00 #0b5d4f #4b2e83 #bcd96b #5a3210 #8c1c62 #b8c0c8 #f4d35e #8fe3ee
+""".split()
 
 
 def colours(results: Results) -> dict[str, str]:
     """A colour for each run of the experiment, whichever of them are there."""
-    return dict(zip(results.runs, PALETTE, strict=False))
+    return dict(zip(results.runs, PALETTE[: len(results.runs)], strict=True))
 
 
 def draw(results: Results, out: Path) -> None:
-    """loss.png, positions.png, passkey.png, cost.png, hindsight.png, telemetry.png and table.md, of what there is."""
+    """loss.png, positions.png, one of each probe, cost.png, hindsight.png, telemetry.png and table.md, of what there is."""
     out.mkdir(parents=True, exist_ok=True)
     if results.tables["curves"]:
         _loss(results, out / "loss.png")
@@ -41,8 +45,9 @@ def draw(results: Results, out: Path) -> None:
         _positions(results, out / "positions.png")
         if all(row["at_once"] == 1 for row in results.tables["runs"]):
             _cost(results, out / "cost.png")
-    if results.tables["passkey"]:
-        _passkey(results, out / "passkey.png")
+    for probe in PROBES:
+        if results.tables[probe.name]:
+            _probe(probe, results, out / f"{probe.name}.png")
     if results.tables["hindsight"]:
         _hindsight(results, out / "hindsight.png")
     if results.tables["telemetry"]:
@@ -152,11 +157,11 @@ def _cost(results: Results, path: Path) -> None:
     _save(figure, path)
 
 
-def _passkey(results: Results, path: Path) -> None:
-    """Accuracy, depth by length: a column a run, a row a filler; beyond MAPS runs in further rows."""
-    rows = results.tables["passkey"]
+def _probe(probe: Probe, results: Results, path: Path) -> None:
+    """Accuracy, the probe's axis by length: a column a run, a row a filler; beyond MAPS runs in further rows."""
+    rows, axis = results.tables[probe.name], probe.axis
     runs, fillers = (list(dict.fromkeys(row[name] for row in rows)) for name in ("run", "filler"))
-    lengths, depths = (sorted({row[name] for row in rows}) for name in ("length", "depth"))
+    lengths, values = (sorted({row[name] for row in rows}) for name in ("length", axis.name))
     wide = min(len(runs), MAPS)
     high = -(-len(runs) // wide)
     figure = Figure(figsize=(1.6 + 2.6 * wide, 0.8 + 2.2 * len(fillers) * high), layout="constrained")
@@ -167,20 +172,20 @@ def _passkey(results: Results, path: Path) -> None:
         if j >= len(runs):
             axes.set_axis_off()
             continue
-        accuracy = numpy.full((len(depths), len(lengths)), numpy.nan)
+        accuracy = numpy.full((len(values), len(lengths)), numpy.nan)
         for row in rows:
             if (row["filler"], row["run"]) == (fillers[i], runs[j]):
-                accuracy[depths.index(row["depth"]), lengths.index(row["length"])] = row["accuracy"]
+                accuracy[values.index(row[axis.name]), lengths.index(row["length"])] = row["accuracy"]
         image = axes.imshow(accuracy, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         for (y, x), value in numpy.ndenumerate(accuracy):
             colour = "white" if value < 0.6 else "black"
             axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=8)
         axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=7)
-        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=7)
+        axes.set_yticks(range(len(values)), [f"{value:{axis.form}}" for value in values], fontsize=7)
         axes.set_title(f"{runs[j]}, {fillers[i]}", fontsize=9)
     figure.colorbar(image, ax=maps.ravel().tolist(), label=f"right digits (chance: {CHANCE:.0%})")
     figure.supxlabel("tokens")
-    figure.supylabel("depth of the key")
+    figure.supylabel(axis.title)
     _save(figure, path)
 
 

@@ -30,6 +30,8 @@ class Run:
     """m, where it is not the experiment's."""
     dense: int = 2
     """Layers that stay dense at either end."""
+    edges: int = 0
+    """Times k that these layers have as a budget in place of dense attention."""
     options: str = ""
     model: str = ""
     """Megatron's arguments, where the model is not the experiment's."""

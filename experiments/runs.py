@@ -42,6 +42,7 @@ class Experiment:
     """The evaluation's sequences are so many times as long."""
     loss_sequences: int = 200
     passkey_samples: int = 20
+    variables_samples: int = 0
     """Of the evaluation, if the command line does not say."""
 
 
@@ -103,7 +104,10 @@ EXPERIMENTS = {
             ),
         },
     ),
-    "second": Experiment(second.TITLE, GPT_39M, STABLE, 16384, 2700, 2, 128, second.runs((REFERENCE, DENSE), (BASE, NORM))),
+    "second": Experiment(
+        *(second.TITLE, GPT_39M, STABLE, 16384, 2700, 2, 128, second.runs((REFERENCE, DENSE), (BASE, NORM))),
+        variables_samples=20,
+    ),
     "large": Experiment(
         "twice as large: a run ends within half an hour, alone on its GPU",
         *(GPT_85M, STABLE, 32768, 3000, 2, 128),
@@ -112,6 +116,7 @@ EXPERIMENTS = {
             BASE: replace(NORM, hindsight=True),
             "causal": replace(VARIANT, title="a causal selection", options=second.CAUSAL, hindsight=True),
         },
+        variables_samples=20,
     ),
     "qwen3": Experiment(qwen3.TITLE, qwen3.GPT_39M, STABLE, 16384, 1500, 2, 128, qwen3.RUNS),
     "parallax": Experiment(
@@ -217,12 +222,13 @@ def model_arguments(run: Run, size: Size, of_machine: list[str]) -> list[str]:
 
 def lighthouse_arguments(run: Run, size: Size) -> list[str]:
     """The settings of Lighthouse attention."""
-    tile_budget = run.tile_budget or EXPERIMENTS[size.experiment].tile_budget
+    tile_budget, budget = run.tile_budget or EXPERIMENTS[size.experiment].tile_budget, size.seq_length // run.budget
+    edges = ["--lighthouse-edge-budget", str(run.edges * budget)] if run.edges else []
     return [
         *("--attention", "lighthouse", "--lighthouse-levels", str(run.levels), "--lighthouse-pooling", str(run.pooling)),
-        *("--lighthouse-budget", str(size.seq_length // run.budget), "--lighthouse-tile-budget", str(tile_budget)),
+        *("--lighthouse-budget", str(budget), "--lighthouse-tile-budget", str(tile_budget)),
         *("--lighthouse-scorer", run.scorer, "--lighthouse-dense-first", str(run.dense)),
-        *("--lighthouse-dense-last", str(run.dense), *run.options.split()),
+        *("--lighthouse-dense-last", str(run.dense), *edges, *run.options.split()),
     ]
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from experiments.pairs import pairs
 from experiments.run import REFERENCE
 from experiments.runs import SECOND_SEED
-from experiments.tables import Results, Row
+from experiments.tables import Results, Row, column_of, first
+from megatron_lighthouse.recipe.probe import Probe
+from megatron_lighthouse.recipe.probes import PROBES
 
 MARGIN = 0.005
 """Nats of held-out loss that a recipe may end above dense."""
@@ -13,6 +15,7 @@ MARGIN = 0.005
 
 def table(results: Results) -> str:
     """A line a run, in Markdown."""
+    probes = [probe for probe in PROBES if first(probe) or results.tables[probe.name]]
     columns = (
         "run",
         "steady s",
@@ -22,9 +25,7 @@ def table(results: Results) -> str:
         "training loss, above dense",
         "held-out loss",
         "above dense",
-        "passkey",
-        "above dense",
-        "log p",
+        *(title for probe in probes for title in (probe.title, "above dense", "log p")),
         "spike",
         "back",
         "level with dense",
@@ -47,9 +48,7 @@ def table(results: Results) -> str:
             number(pair.get("gap"), "+.4f"),
             number(row["held_out_loss"], ".4f"),
             difference(pair.get("difference"), pair.get("standard_error"), ".4f"),
-            number(row["noise_accuracy"], ".1%"),
-            difference(pair.get("noise_accuracy_difference"), pair.get("noise_accuracy_error"), ".1%"),
-            number(row["noise_log_probability"], ".3f"),
+            *(cell for probe in probes for cell in _probed(probe, row, pair)),
             number(row["spike"], "+.3f"),
             number(row["iterations_to_recover"], ",.0f"),
             number(pair.get("iterations_to_catch_up"), ",.0f"),
@@ -65,6 +64,18 @@ def table(results: Results) -> str:
                 f"`{row['run']}` at the switch, with Lighthouse: {known} nats without what selections tell of later text."
             )
     return "\n".join([*lines, *(f"\n{note}" for note in notes)]) + "\n"
+
+
+def _probed(probe: Probe, row: Row, pair: Row) -> tuple[str, str, str]:
+    """Right digits in text, above dense, and the right one's log-probability."""
+    accuracy, above, error, log_probability = (
+        column_of(probe, f"noise_{name}") for name in ("accuracy", "accuracy_difference", "accuracy_error", "log_probability")
+    )
+    return (
+        number(row.get(accuracy), ".1%"),
+        difference(pair.get(above), pair.get(error), ".1%"),
+        number(row.get(log_probability), ".3f"),
+    )
 
 
 def verdict(above: dict[str, Row]) -> list[str]:

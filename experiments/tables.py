@@ -3,8 +3,9 @@
     curves.csv      run, iteration, loss (nats per byte), seconds of that iteration
     runs.csv        a row a run: see `work.run_row`
     sequences.csv   held-out loss of each sequence by position bucket: what pairs are made of
-    passkey.csv     a row a run and cell
-    passkey_by_question.csv   each question, whether it was answered right, and the right digit's log-probability (nats)
+    passkey.csv, variables.csv   a row a run and cell
+    passkey_by_question.csv, variables_by_question.csv   each question, whether it was answered right, and the right digit's
+                    log-probability (nats)
     hindsight.csv   what the selections of the checkpoint at the switch know of later tokens: a row a run and distance
     telemetry.csv   what selection did in the runs that log it: run, iteration, name of the scalar, value
     positions.csv   held-out loss by position bucket, and less that of the dense run of the same seed
@@ -27,9 +28,13 @@ from typing import Any
 
 from experiments.run import Run
 from experiments.runs import EXPERIMENTS
+from megatron_lighthouse.recipe.probe import Probe
+from megatron_lighthouse.recipe.probes import PROBES
 
 type Row = dict[str, Any]
-TABLES = ("curves", "runs", "sequences", "passkey", "passkey_by_question", "hindsight", "telemetry")
+PROBED = {probe.name: (probe.name, f"{probe.name}_by_question") for probe in PROBES}
+"""The tables of each retrieval probe: of cells, and of questions."""
+TABLES = ("curves", "runs", "sequences", *(name for both in PROBED.values() for name in both), "hindsight", "telemetry")
 FACTS = "quality.json"
 
 
@@ -51,6 +56,16 @@ class Results:
 
     def losses(self, run: str) -> dict[int, float]:
         return {row["iteration"]: row["loss"] for row in self.of("curves", run)}
+
+
+def first(probe: Probe) -> bool:
+    """Whether it is the passkey, once the only one: its columns have no prefix, and are there unasked."""
+    return probe is PROBES[0]
+
+
+def column_of(probe: Probe, name: str) -> str:
+    """In runs.csv and pairs.csv."""
+    return name if first(probe) else f"{probe.name}_{name}"
 
 
 def read(folder: Path) -> Results:

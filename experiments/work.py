@@ -7,9 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.tables import Results, Row, read_csv, read_json
+from experiments.tables import PROBED, Results, Row, column_of, first, read_csv, read_json
 from megatron_lighthouse.recipe import recovery
 from megatron_lighthouse.recipe.printed_log import curve, median, stages, steady
+from megatron_lighthouse.recipe.probe import FILLERS, Probe
+from megatron_lighthouse.recipe.probes import PROBES
 
 STARTED = "===== benchmarks/quality.py starts a process\n"
 """Stands in a log before what each process printed. The logs that are kept have it with the script's first name."""
@@ -40,13 +42,11 @@ def run_row(facts: Row, points: Sequence[Row], evaluation: Row | None) -> Row:
         seconds = median(times[name])
         answer[f"tokens_per_second_{name}"] = round(facts["tokens"] / seconds, 1) if seconds else None
     answer["training_loss"] = statistics.fmean(last) if last else None
-    loss, probe = ((evaluation or {}).get(name) or {} for name in ("loss", "passkey"))
+    loss = (evaluation or {}).get("loss") or {}
     answer |= {"sequences": loss.get("sequences"), "held_out_loss": loss.get("mean")}
     answer["held_out_error"] = loss.get("standard_error")
-    for filler in ("noise", "classic"):
-        found = probe.get("fillers", {}).get(filler, {})
-        for name in ("accuracy", "log_probability"):
-            answer |= {f"{filler}_{name}": found.get(name), f"{filler}_{name}_error": found.get(f"{name}_standard_error")}
+    for probe in PROBES:
+        answer |= probed(probe, (evaluation or {}).get(probe.name))
     found = {}
     if times["lighthouse"] and times["dense"]:
         losses = {point["iteration"]: point["loss"] for point in points}
@@ -62,6 +62,23 @@ def run_row(facts: Row, points: Sequence[Row], evaluation: Row | None) -> Row:
         )
     for name in ("level", "scatter", "spike", "spike_iteration", "iterations_to_recover", "tokens_to_recover"):
         answer[name] = found.get(name)
+    return answer
+
+
+def probed(probe: Probe, found: Row | None) -> Row:
+    """What runs.csv has of a probe: nothing where it was not asked, but for the passkey, whose columns are always there.
+
+    Args:
+        found: its part of evaluation.json.
+    """
+    if not found and not first(probe):
+        return {}
+    answer: Row = {}
+    for filler in FILLERS:
+        of_filler = (found or {}).get("fillers", {}).get(filler, {})
+        for name in ("accuracy", "log_probability"):
+            answer[column_of(probe, f"{filler}_{name}")] = of_filler.get(name)
+            answer[column_of(probe, f"{filler}_{name}_error")] = of_filler.get(f"{name}_standard_error")
     return answer
 
 
@@ -105,7 +122,7 @@ def from_work(work: Path) -> Results:
         if evaluation:  # it is written last
             facts["held_out"], facts["versions"] = evaluation["held_out"], facts["versions"] | evaluation["versions"]
             found["sequences"] = read_csv(folder / "evaluation" / "loss_by_sequence.csv")
-            for table in ("passkey", "passkey_by_question"):
+            for table in (name for both in PROBED.values() for name in both):
                 found[table] = read_csv(folder / "evaluation" / f"{table}.csv")
         found["hindsight"] = read_csv(folder / "hindsight" / "hindsight.csv")
         if results.runs[name].telemetry and (folder / "tensorboard").is_dir():

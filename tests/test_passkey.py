@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy
 import pytest
 
-from megatron_lighthouse.recipe.passkey import (
-    CLASSIC,
-    FILLERS,
-    KEY,
-    QUESTION,
-    SHORTEST,
-    Grid,
-    Sample,
-    answer,
-    by_cell,
-    prompt,
-    statistics,
-)
+from megatron_lighthouse.recipe.passkey import KEY, PROBE, QUESTION, SHORTEST
+from megatron_lighthouse.recipe.probe import CLASSIC, FILLERS, Grid, Sample, bytes_of, statistics
 
 TEXT = (numpy.arange(5000) % 251 + numpy.arange(5000) // 251).astype(numpy.uint16) % 256
-GRID = Grid(lengths=[128, 1000], depths=[0, 0.3, 1], samples=20)
+WORDS = PROBE.words(bytes_of)
+GRID = Grid(PROBE, WORDS, lengths=[128, 1000], values=[0, 0.3, 1], samples=20, seed=1)
 
 
 def text_of(tokens: Any) -> bytes:
@@ -32,38 +23,37 @@ def text_of(tokens: Any) -> bytes:
 
 @pytest.mark.parametrize("sample", GRID.questions()[::7], ids=str)
 def test_the_key_is_where_it_says(sample: Any) -> None:
-    asked = prompt(sample, TEXT, 1)
+    asked = GRID.prompt(sample, TEXT)
     content = text_of(asked.tokens)
     assert len(asked.tokens) == sample.length
     assert asked.tokens.dtype == numpy.uint16
-    assert content.endswith(QUESTION)
-    assert content[asked.key_at : asked.key_at + 1] == b"%d" % asked.answer
-    assert asked.answer == sample.number % 10
-    key = b"\nThe pass key is %d. Remember it.\n" % asked.answer
-    assert content.count(key) == 1
-    filler = content.removesuffix(QUESTION)
+    assert content.endswith(QUESTION.encode())
+    key = b"\nThe pass key is %d. Remember it.\n" % (sample.number % 10)
+    assert [content.find(key), content.rfind(key)] == [*asked.places] * 2
+    filler = content.removesuffix(QUESTION.encode())
     before, after = filler.split(key)
-    assert len(before) == round(sample.depth * len(before + after))
+    assert len(before) == round(sample.at * len(before + after))
     whole = before + after
-    assert whole in (text_of(TEXT) if sample.filler == "noise" else CLASSIC * 20)
+    assert whole in (text_of(TEXT) if sample.filler == "noise" else CLASSIC.encode() * 20)
 
 
 def test_deterministic_and_fresh() -> None:
     questions = GRID.questions()
-    prompts = [text_of(prompt(sample, TEXT, 1).tokens) for sample in questions]
-    assert prompts == [text_of(prompt(sample, TEXT, 1).tokens) for sample in questions]
+    prompts = [text_of(GRID.prompt(sample, TEXT).tokens) for sample in questions]
+    assert prompts == [text_of(GRID.prompt(sample, TEXT).tokens) for sample in questions]
     noise = [text for text, sample in zip(prompts, questions, strict=True) if sample.filler == "noise"]
     assert len(set(noise)) == len(noise)
-    assert prompts != [text_of(prompt(sample, TEXT, 2).tokens) for sample in questions]
+    other = replace(GRID, seed=2)
+    assert prompts != [text_of(other.prompt(sample, TEXT).tokens) for sample in questions]
 
 
 def test_filler_begins_anywhere() -> None:
     """Noise at every place of the text, the last too, and the classic sentences at other bytes than the first."""
     text = numpy.arange(200).astype(numpy.uint16)  # each token says where it stands
-    room = SHORTEST - len(KEY % 0) - len(QUESTION)
+    room = SHORTEST - len(KEY.format(digit=0)) - len(QUESTION)
 
     def begins(filler: str, samples: int) -> set[int]:
-        return {int(prompt(Sample(filler, SHORTEST, 1, number), text, 1).tokens[0]) for number in range(samples)}
+        return {int(GRID.prompt(Sample(filler, SHORTEST, 1, number), text).tokens[0]) for number in range(samples)}
 
     assert begins("noise", 2000) == set(range(200 - room + 1))
     assert len(begins("classic", 50)) > 5
@@ -76,7 +66,7 @@ def reader(tokens: Any) -> Any:
 
 
 def ask(model: Any) -> Any:
-    return numpy.array([answer(sample, TEXT, GRID.seed, model) for sample in GRID.questions()])
+    return numpy.array([GRID.answer(sample, TEXT, model) for sample in GRID.questions()])
 
 
 def test_a_model_that_knows_is_always_right() -> None:
@@ -89,7 +79,7 @@ def test_a_model_that_knows_is_always_right() -> None:
 
 def test_a_model_that_knows_nothing_is_right_once_in_ten() -> None:
     answers = ask(lambda tokens: numpy.zeros(384))
-    for row in by_cell(GRID, answers):
+    for row in GRID.by_cell(answers):
         assert row["accuracy"] == pytest.approx(0.1)
         assert row["accuracy_standard_error"] == pytest.approx(math.sqrt(0.1 * 0.9 / 20))
         assert row["log_probability"] == pytest.approx(-math.log(10))
@@ -110,7 +100,7 @@ def test_cells_are_in_order() -> None:
     def forgetful(tokens: Any) -> Any:
         return reader(tokens) if b". Remember it." in text_of(tokens[-500:]) else numpy.zeros(384)
 
-    rows = by_cell(GRID, ask(forgetful))
+    rows = GRID.by_cell(ask(forgetful))
     assert [(row["filler"], row["length"], row["depth"]) for row in rows] == GRID.cells()
     assert {row["filler"] for row in rows} == set(FILLERS)
     for row in rows:
@@ -123,10 +113,10 @@ def test_cells_are_in_order() -> None:
         ({"samples": 0}, "--passkey-samples 0 must be at least 1"),
         ({"lengths": [64]}, "--passkey-lengths 64 must be at least 128"),
         ({"lengths": [8000]}, "--passkey-lengths 8000 needs as much text in --held-out, which has 5000"),
-        ({"depths": [1.5]}, r"--passkey-depths 1\.5 must be from 0 to 1"),
+        ({"values": [1.5]}, r"--passkey-depths 1\.5 must be from 0 to 1"),
     ],
 )
 def test_refused(change: dict[str, Any], error: str) -> None:
-    grid = Grid(**{"lengths": [128], "depths": [0], "samples": 1, **change})
+    grid = Grid(PROBE, WORDS, **{"lengths": [128], "values": [0], "samples": 1, **change})
     with pytest.raises(ValueError, match=error):
         grid.check(len(TEXT))

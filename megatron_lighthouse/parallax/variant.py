@@ -125,7 +125,8 @@ class Parallax(Variant):
             if not (args.qk_layernorm or args.qk_l2_norm):
                 yield (
                     "parallax: nothing bounds the products of r and keys without --qk-layernorm: by Adam, at a rate of 1.5e-3, "
-                    "a model of 39M parameters lost its training to that (docs/quality.md). Consider it, or a lower rate."
+                    "a model of 39M parameters lost its training to that (docs/quality_appendix.md). Consider it, or a lower "
+                    "rate."
                 )
 
     def build(self, config: ParallaxConfig, query: Tensor, key: Tensor, place: Place) -> Layer:

@@ -1,21 +1,21 @@
 """`python -m megatron_lighthouse.recipe.evaluate`: what a checkpoint has learnt of long text.
 
 Takes `--run-folder`, or the arguments of the run of `megatron_lighthouse.pretrain_gpt` with `--load` its checkpoints; and
-`--held-out TEXT --out FOLDER`. Three measurements, with the same text and questions for every checkpoint: the loss by position
-in the sequence, the one-digit passkey probe, and hindsight, what the loss owes to later tokens. Text is read by the run's
-tokenizer. Dense unless `--attention lighthouse` is given, by the run or here. One process, or torchrun: its ranks share out the
-samples.
+`--held-out TEXT --out FOLDER`. Its measurements are of the same text and questions for every checkpoint: the loss by position
+in the sequence; two retrieval probes, passkey and variable tracking; and hindsight, what the loss owes to later tokens. Text is
+read by the run's tokenizer. Dense unless `--attention lighthouse` is given, by the run or here. One process, or torchrun: its
+ranks share out the samples.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import math
 import os
 import platform
 import socket
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,12 +30,12 @@ from megatron_lighthouse.mcore.refusal import REFUSED, repeats
 from megatron_lighthouse.needed import ask_for_megatron
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.quiet import quiet_imports
-from megatron_lighthouse.recipe import evaluation_files, held_out_loss, hindsight, passkey, positions
+from megatron_lighthouse.recipe import evaluation_files, held_out_loss, hindsight, positions, probes
 from megatron_lighthouse.recipe.readers import Reader
 from megatron_lighthouse.usage import Parser
-from megatron_lighthouse.variants import VARIANTS
 
 if TYPE_CHECKING:
+    from megatron_lighthouse.recipe.probe import Grid
     from megatron_lighthouse.recipe.trained import Trained
 
 type Array = numpy.ndarray[Any, Any]
@@ -50,11 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--loss-sequences", type=int, default=64, help="Sequences of --seq-length, at most; 0 for no loss. Default: 64.")
     add("--loss-grid", choices=positions.GRIDS, default="log2", help="How positions are put into buckets. Default: log2.")
     add("--loss-buckets", type=int, default=16, help="Buckets of --loss-grid equal. Default: 16.")
-    add("--passkey-samples", type=int, default=20, help="Questions a cell, best a multiple of ten; 0 for none. Default: 20.")
-    add("--passkey-lengths", type=int, nargs="+", help="Context lengths. Default: --seq-length and its 1/2, 1/4 and 1/8.")
-    add("--passkey-depths", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1], help="0 is first. Default: by quarters.")
-    add("--passkey-fillers", nargs="+", choices=passkey.FILLERS, default=passkey.FILLERS, help="Default: both.")
-    add("--passkey-seed", type=int, default=1234, help="Of the questions. Default: 1234.")
+    probes.add_arguments(group)
     add("--hindsight-samples", type=int, default=0, help="Sequences with another future; 0 for no hindsight. Default: 0.")
     add("--hindsight-seed", type=int, default=1234, help="Of the samples. Default: 1234.")
     return parser
@@ -93,41 +89,6 @@ def held_out(args: argparse.Namespace, reader: Reader) -> tuple[list[Path], Arra
     return [], numpy.fromfile(f"{valid}.bin", dtype=numpy.uint16)
 
 
-def grid_of(args: argparse.Namespace, tokens: int, words: passkey.Words = passkey.BYTES) -> tuple[passkey.Grid, list[str]]:
-    """The passkey questions that `args` ask for, and what to say of them.
-
-    Raises:
-        ValueError: lengths, depths or samples that cannot be.
-    """
-    lengths, said = args.passkey_lengths, []
-    if not lengths:
-        shorter = [n for n in (args.seq_length // part for part in (8, 4, 2)) if n >= words.shortest]
-        lengths = [*(n for n in shorter if not _misfit(args, n)), args.seq_length]
-        if left_out := [n for n in shorter if n not in lengths]:
-            said.append(f"no passkey in {', '.join(map(str, left_out))} tokens: {_misfit(args, left_out[0])}")
-    grid = passkey.Grid(lengths, args.passkey_depths, args.passkey_samples, args.passkey_fillers, args.passkey_seed, words)
-    grid.check(tokens)
-    for length in lengths:
-        if problem := _misfit(args, length):
-            raise ValueError(f"--passkey-lengths {length} {problem}")
-    return grid, said + ([unbalanced] if (unbalanced := grid.unbalanced()) else [])
-
-
-def _misfit(args: argparse.Namespace, length: int) -> str | None:
-    """Why the model cannot read so many tokens; None where it can."""
-    multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
-    if length > args.seq_length or length % multiple:
-        more = f" and a multiple of --tensor-model-parallel-size {multiple}" if multiple > 1 else ""
-        return f"must be at most --seq-length {args.seq_length}{more}."
-    if not VARIANTS[args.attention].native and not asked(args):  # a document may have any length
-        from megatron_lighthouse.mcore.command_line.lengths import settings_problems
-        from megatron_lighthouse.mcore.command_line.settings import settings_from
-
-        for problem in settings_problems(settings_from(args), length, 1):
-            return f"with --attention {args.attention}: {problem}"
-    return None
-
-
 def check_hindsight(args: argparse.Namespace, tokens: int, iteration: int) -> None:
     """Refuse hindsight that cannot be measured on `tokens` tokens, or with layers that have switched by `iteration`.
 
@@ -146,27 +107,6 @@ def check_hindsight(args: argparse.Namespace, tokens: int, iteration: int) -> No
             f"{iteration} of --load {args.load} all are dense (--lighthouse-stage2-at {args.switched_at}): give --ckpt-step an "
             f"iteration up to {args.switched_at}, of which there is a checkpoint, or --hindsight-samples 0."
         )
-
-
-def passkey_probe(trained: Trained, tokens: Array, grid: passkey.Grid) -> dict[str, Any]:
-    """Accuracy and log-probability by question, by cell and by filler. Every rank calls it."""
-    from megatron_lighthouse.recipe.trained import over_ranks
-
-    questions = grid.questions()
-
-    def compute(index: int) -> tuple[float, float]:
-        return passkey.answer(questions[index], tokens, grid.seed, trained.next_token, grid.words)
-
-    answers = over_ranks(len(questions), 2, compute, "passkey")
-    fillers = answers.reshape(len(grid.fillers), -1, 2)
-    return {
-        "chance": passkey.CHANCE,
-        "greatest_standard_error_of_a_cell": 0.5 / math.sqrt(grid.samples),
-        "seed": grid.seed,
-        "fillers": {name: passkey.statistics(part) for name, part in zip(grid.fillers, fillers, strict=True)},
-        "cells": passkey.by_cell(grid, answers),
-        "questions": passkey.by_question(grid, answers),
-    }
 
 
 def hindsight_by_distance(trained: Trained, tokens: Array) -> dict[str, Any]:
@@ -203,20 +143,20 @@ def main() -> None:
 
             cpu.install()
     try:
-        trained, tokens, grid = prepared()
+        trained, tokens, grids = prepared()
     except ValueError as error:
         if not repeats(error, parsed=False):
             raise
         if os.environ["RANK"] == "0":
             print(error, file=sys.stderr)
         raise SystemExit(REFUSED) from error
-    measure(trained, tokens, grid)
+    measure(trained, tokens, grids)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def prepared() -> tuple[Trained, Array, passkey.Grid | None]:
-    """The checkpoint, the held-out tokens and the questions that the command line asks for. Every rank calls it.
+def prepared() -> tuple[Trained, Array, list[Grid]]:
+    """The checkpoint, the held-out tokens and the questions of each probe that the command line asks for. Every rank calls it.
 
     Raises:
         ValueError: what is refused, before the model is built.
@@ -228,8 +168,8 @@ def prepared() -> tuple[Trained, Array, passkey.Grid | None]:
     reader = checkpoint.reader(args)
     files, tokens = held_out(args, reader)
     checkpoint.check_not_trained_on(files, checkpoint.training_text(args))
-    asks = bool(args.passkey_samples)
-    grid, said = grid_of(args, len(tokens), passkey.words_of(reader.encode)) if asks else (None, [])
+    filler = len(probes.text_for(args, tokens, reader.end))
+    questions = [probes.grid_of(probe, args, filler, reader.encode) for probe in probes.asked_for(args)]
     if args.loss_sequences:  # refused before the model is built
         positions.bucket_edges(args.seq_length, args.loss_grid, args.loss_buckets)
         positions.sequence_starts(len(tokens), args.seq_length, args.loss_sequences)
@@ -238,26 +178,30 @@ def prepared() -> tuple[Trained, Array, passkey.Grid | None]:
     if os.environ["RANK"] == "0":
         evaluation_files.start(args.out)
     trained = checkpoint.load(args)
-    for line in said:
-        say_once(line)
-    return trained, tokens, grid
+    for _, said in questions:
+        for line in said:
+            say_once(line)
+    return trained, tokens, [grid for grid, _ in questions]
 
 
-def measure(trained: Trained, tokens: Array, grid: passkey.Grid | None) -> None:
+def measure(trained: Trained, tokens: Array, grids: Sequence[Grid]) -> None:
     """Take the measurements that are asked for, and write each before the next begins. Every rank calls it."""
     import torch
 
     args, first = trained.args, torch.distributed.get_rank() == 0
     title = f"{args.load}, iteration {trained.iteration}, {args.attention} attention"
-    # None where it was not asked for
-    found = held_out_loss.by_position(trained, tokens) if args.loss_sequences else None
-    loss = evaluation_files.loss(args.out, found, title) if found and first else None
-    found = passkey_probe(trained, tokens, grid) if grid else None
-    probe = evaluation_files.passkey(args.out, found, title) if found and first else None
-    found = hindsight_by_distance(trained, tokens) if args.hindsight_samples else None
-    later = evaluation_files.hindsight(args.out, found, title) if found and first else None
+    taken: dict[str, Any] = {"loss": None, **{probe.name: None for probe in probes.PROBES}, "hindsight": None}
+    if args.loss_sequences:
+        found = held_out_loss.by_position(trained, tokens)
+        taken["loss"] = evaluation_files.loss(args.out, found, title) if first else None
+    for grid in grids:
+        found = probes.answers(grid, trained, tokens)
+        taken[grid.probe.name] = evaluation_files.probe(grid.probe, args.out, found, title) if first else None
+    if args.hindsight_samples:
+        found = hindsight_by_distance(trained, tokens)
+        taken["hindsight"] = evaluation_files.hindsight(args.out, found, title) if first else None
     if first:
-        evaluation_files.summary(args.out, {**_facts(trained, tokens), "loss": loss, "passkey": probe, "hindsight": later})
+        evaluation_files.summary(args.out, {**_facts(trained, tokens), **taken})
 
 
 def _facts(trained: Trained, tokens: Array) -> dict[str, Any]:

@@ -14,10 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megatron_lighthouse.recipe.probe import CHANCE, Probe
+from megatron_lighthouse.recipe.probes import PROBES
+
 type Result = dict[str, Any]
 SUMMARY = "evaluation.json"
 NAMES = (
-    *(SUMMARY, "loss.csv", "loss_by_sequence.csv", "loss.png", "passkey.csv", "passkey_by_question.csv", "passkey.png"),
+    *(SUMMARY, "loss.csv", "loss_by_sequence.csv", "loss.png"),
+    *(f"{one.name}{rest}" for one in PROBES for rest in (".csv", "_by_question.csv", ".png")),
     *("hindsight.csv", "hindsight.png"),
 )
 """All there can be; the summary, which says that the others are there, is removed first."""
@@ -57,17 +61,17 @@ def loss(out: Path, found: Result, title: str) -> Result:
     return _without(found, "by_sequence")
 
 
-def passkey(out: Path, found: Result, title: str) -> Result:
+def probe(asked: Probe, out: Path, found: Result, title: str) -> Result:
     """As `loss`."""
     from megatron_lighthouse.recipe import evaluation_plots
 
-    _write_csv(out / "passkey.csv", found["cells"])
-    _write_csv(out / "passkey_by_question.csv", found["questions"])
-    with _whole(out / "passkey.png") as partial:
-        evaluation_plots.passkey(found["cells"], partial, title)
+    _write_csv(out / f"{asked.name}.csv", found["cells"])
+    _write_csv(out / f"{asked.name}_by_question.csv", found["questions"])
+    with _whole(out / f"{asked.name}.png") as partial:
+        evaluation_plots.probe(asked, found["cells"], partial, title)
     for filler, result in found["fillers"].items():
-        error = result["accuracy_standard_error"]
-        print(f"passkey in {filler}: {result['accuracy']:.1%} ± {error:.1%} right of {result['samples']}, chance 10%")
+        right = f"{result['accuracy']:.1%} ± {result['accuracy_standard_error']:.1%} right of {result['samples']}"
+        print(f"{asked.title} in {filler}: {right}, chance {CHANCE:.0%}")
     return _without(found, "cells", "questions")
 
 

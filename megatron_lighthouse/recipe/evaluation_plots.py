@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: loss by position, the passkey probe as heat maps, hindsight by distance.
+"""Pictures of an evaluation: loss by position, retrieval probes as heat maps, hindsight by distance.
 
 Written as PNG, without a screen.
 """
@@ -13,7 +13,7 @@ import numpy
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from megatron_lighthouse.recipe.passkey import CHANCE
+from megatron_lighthouse.recipe.probe import CHANCE, Probe
 from megatron_lighthouse.ticks import from_zero
 
 
@@ -36,22 +36,23 @@ def loss_by_position(
     _save(figure, path)
 
 
-def passkey(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw the accuracy of each cell, depth by length, a map for each filler."""
+def probe(asked: Probe, rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw the accuracy of each cell, the probe's axis by length, a map for each filler."""
+    axis = asked.axis
     fillers = list(dict.fromkeys(row["filler"] for row in rows))
-    lengths, depths = (sorted({row[name] for row in rows}) for name in ("length", "depth"))
-    figure = Figure(figsize=(1.5 + (0.9 * len(lengths) + 1) * len(fillers), 1.8 + 0.45 * len(depths)), layout="constrained")
+    lengths, values = (sorted({row[name] for row in rows}) for name in ("length", axis.name))
+    figure = Figure(figsize=(1.5 + (0.9 * len(lengths) + 1) * len(fillers), 1.8 + 0.45 * len(values)), layout="constrained")
     maps = figure.subplots(1, len(fillers), squeeze=False)[0]
     for axes, filler in zip(maps, fillers, strict=True):
-        accuracy = numpy.zeros((len(depths), len(lengths)))
+        accuracy = numpy.zeros((len(values), len(lengths)))
         for row in (row for row in rows if row["filler"] == filler):
-            accuracy[depths.index(row["depth"]), lengths.index(row["length"])] = row["accuracy"]
+            accuracy[values.index(row[axis.name]), lengths.index(row["length"])] = row["accuracy"]
         image = axes.imshow(accuracy, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         for (i, j), value in numpy.ndenumerate(accuracy):
             axes.text(j, i, f"{value:.0%}", ha="center", va="center", color="white" if value < 0.6 else "black")
         axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
-        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-        axes.set(xlabel="tokens", ylabel="depth of the key", title=filler)
+        axes.set_yticks(range(len(values)), [f"{value:{axis.form}}" for value in values])
+        axes.set(xlabel="tokens", ylabel=axis.title, title=filler)
     figure.colorbar(image, ax=maps.tolist(), label=f"right digits (chance: {CHANCE:.0%})")
     figure.suptitle(title)
     _save(figure, path)

@@ -37,13 +37,13 @@ DENSE = made("dense", [[1.0, 1.0, 1.0], [5.0, 3.0, 2.0]], [3.0, 2.0, 1.0])
 OURS = made(BASE, [[2.0, 1.0, 1.5], [5.0, 4.0, 4.0]], [3.5, 2.0, 2.0])
 
 
-def asked(run: str, right: list[int], **more: Any) -> Results:
+def asked(run: str, right: list[int], probe: str = "passkey", axis: str = "depth", **more: Any) -> Results:
     """A finished run of that many seconds, and its answers to one question a digit."""
     found = made(run, [], [3.0], **more)
     row = {"run": run, "iterations": 5, "steps": 5, "at_once": 1, "seconds": 9.0, "gpu": "a"}
     found.tables["runs"] = [{**row, **more}]
-    found.tables["passkey_by_question"] = [
-        {"run": run, "filler": "noise", "length": 4, "depth": 0, "sample": i, "right": x, "log_probability": -float(i)}
+    found.tables[f"{probe}_by_question"] = [
+        {"run": run, "filler": "noise", "length": 4, axis: 0, "sample": i, "right": x, "log_probability": -float(i)}
         for i, x in enumerate(right)
     ]
     return found

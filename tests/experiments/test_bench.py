@@ -53,7 +53,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
         (folder / "corpus" / part).mkdir(parents=True)
         (folder / "corpus" / part / "1.txt").write_bytes((ROOT / source).read_bytes())
     options = ["--experiment", "tiny", "--steps", str(STEPS), "--loss-sequences", "4", "--passkey-samples", "1"]
-    options += ["--hindsight-samples", "2"]
+    options += ["--variables-samples", "1", "--hindsight-samples", "2"]
     options += ["--corpus", str(folder / "corpus"), "--work", str(folder / "work"), "--out", str(folder / "out")]
     processes = []
     for number, run in enumerate(("dense", BASE)):
@@ -84,18 +84,20 @@ def test_the_tables_agree(bench: Bench) -> None:
         assert_close(numpy.float64(row["seconds"]), bench.of("curves", run, "seconds").sum(), "two decimals")
         held_out[run] = numpy.float64(row["held_out_loss"])
         assert_close(held_out[run], bench.of("positions", run, "loss") @ widths / SEQUENCE, "float64")
-        # two lengths, five depths and two fillers, and one question of each
-        cells = [row for row in bench.rows("passkey") if row["run"] == run]
-        assert len(cells) == 20
-        noise = [float(cell["log_probability"]) for cell in cells if cell["filler"] == "noise"]
-        assert_close(numpy.float64(row["noise_log_probability"]), numpy.mean(noise), "float64")
-        questions = bench.of("passkey_by_question", run, "log_probability")
-        assert len(questions) == 20
-        assert_close(questions, [float(cell["log_probability"]) for cell in cells], "float32")
+        # two lengths, five depths and two fillers, and one question of each; likewise one length, and three numbers of hops
+        for probe, prefix, count in (("passkey", "", 20), ("variables", "variables_", 6)):
+            cells = [row for row in bench.rows(probe) if row["run"] == run]
+            assert len(cells) == count
+            noise = [float(cell["log_probability"]) for cell in cells if cell["filler"] == "noise"]
+            assert_close(numpy.float64(row[f"{prefix}noise_log_probability"]), numpy.mean(noise), "float64")
+            questions = bench.of(f"{probe}_by_question", run, "log_probability")
+            assert len(questions) == count
+            assert_close(questions, [float(cell["log_probability"]) for cell in cells], "float32")
     (pair,) = bench.rows("pairs")
     assert float(pair["steady_ratio"]) > 0
     assert_close(numpy.float64(pair["difference"]), held_out[BASE] - held_out["dense"], "float64")
     assert abs(float(pair["difference"])) > 0
+    assert (pair["questions"], pair["variables_questions"]) == ("20", "6")
 
 
 def test_hindsight_is_of_the_checkpoint_at_the_switch(bench: Bench) -> None:
@@ -110,7 +112,7 @@ def test_remade_from_what_was_packed(bench: Bench, tmp_path: Path) -> None:
         assert not [name for name in packed.getnames() if "checkpoints" in name]
     assert main(["--remake", str(bench.out / "work.tgz"), "--out", str(tmp_path / "out")]) == 0
     written = sorted(file.name for file in bench.out.iterdir() if file.suffix == ".csv")
-    assert {"pairs.csv", "runs.csv", "curves.csv", "passkey_by_question.csv"} <= set(written)
+    assert {"pairs.csv", "runs.csv", "curves.csv", "passkey_by_question.csv", "variables_by_question.csv"} <= set(written)
     for name in (*written, "quality.json"):
         assert (tmp_path / "out" / name).read_bytes() == (bench.out / name).read_bytes(), name
 
@@ -160,7 +162,7 @@ def test_again_starts_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch, cap
 @pytest.mark.slow
 def test_side_by_side_and_one_that_ends_early(bench: Bench, tmp_path: Path) -> None:
     paths = ["--corpus", str(bench.work.parent / "corpus"), "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
-    options = [*bench.options, "--passkey-samples", "0", *paths, "--at-once", "2"]
+    options = [*bench.options, "--passkey-samples", "0", "--variables-samples", "0", *paths, "--at-once", "2"]
     environment = {**os.environ, **warm(), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "experiments", "--runs", "cp-2", "dense-2", *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -175,6 +177,8 @@ def test_side_by_side_and_one_that_ends_early(bench: Bench, tmp_path: Path) -> N
 
 def test_pictures(bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--draw", str(bench.out), "--out", str(tmp_path)]) == 0
-    for name in ("loss", "positions", "passkey", "cost", "hindsight"):
+    for name in ("loss", "positions", "passkey", "variables", "cost", "hindsight"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert f"| `{BASE}`: 60% Lighthouse, then dense |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"| `{BASE}`: 60% Lighthouse, then dense |" in said
+    assert "| passkey | above dense | log p | variable tracking | above dense | log p | spike |" in said

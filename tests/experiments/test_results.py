@@ -65,13 +65,13 @@ def kept(experiment: str, table: str) -> list[Row]:
     return read_csv(RESULTS / experiment / f"{table}.csv")
 
 
-def missing_in_docs(rows: list[str]) -> list[str]:
-    text = (ROOT / "docs" / "quality.md").read_text()
-    return [row for row in (row.replace("-0.", "−0.").replace("| -", "| −") for row in rows) if row not in text]
+def missing_in_docs(rows: list[str], page: str = "quality_appendix.md") -> list[str]:
+    text = (ROOT / "docs" / page).read_text()
+    return [row for row in (re.sub(r"(?<!\w)-(?=\d)", "−", row) for row in rows) if row not in text]
 
 
 def test_docs_say_what_the_recipe_gave() -> None:
-    """The table of docs/quality.md, from its results."""
+    """Its table, from its results."""
     runs = {row["run"]: row for row in kept("recipe", "runs")}
     above = {row["run"]: row for row in kept("recipe", "pairs") if row["against"].startswith("dense")}
     mean = (above[BASE]["difference"] + above[f"{BASE}-2"]["difference"]) / 2
@@ -160,3 +160,53 @@ def test_docs_say_what_parallax_gave() -> None:
     rows.append(f"It ended at {without['parallax']['held_out_loss']:.2f}, softmax at {without['dense']['held_out_loss']:.2f}\n")
     rows.append(f"stopped after {without['parallax-muon']['iterations']} iterations")
     assert not missing_in_docs(rows)
+
+
+def test_the_short_page_says_what_the_results_say() -> None:
+    """Its tables, and the figures beside them."""
+    runs, pairs_of = ({name: kept(name, table) for name in ("recipe", "variants", "short")} for table in ("runs", "pairs"))
+    above = {(name, row["run"], row["against"]): row for name, rows in pairs_of.items() for row in rows}
+    found = {(name, row["run"]): row for name, rows in runs.items() for row in rows}
+
+    def of(name: str, form: str, what: str = "difference", error: str = "standard_error", experiment: str = "recipe") -> str:
+        rows = [above[experiment, f"{name}{seed}", f"dense{seed}"] for seed in ("", "-2")]
+        return " | ".join(f"{row[what]:{form}} ± {row[error]:{form.lstrip('+')}}" for row in rows)
+
+    def both(form: str, rows: list[Row], what: str) -> str:
+        return " | ".join(f"{row[what]:{form}}" for row in rows)
+
+    judged = [above["recipe", f"{BASE}{seed}", f"dense{seed}"] for seed in ("", "-2")]
+    rows = [
+        f"| the recipe: loss | `recipe`, 32K, 197 MB | {of(BASE, '+.4f')} |",
+        f"| … passkey | | {of(BASE, '+.1%', 'noise_accuracy_difference', 'noise_accuracy_error')} |",
+        f"| … steady seconds, of dense's | | {both('.3f', judged, 'steady_ratio')} |",
+        f"| … spike at the switch | | {both('+.3f', [found['recipe', row['run']] for row in judged], 'spike')} |",
+        f"| … level with dense, iterations after it | | {both('.0f', judged, 'iterations_to_catch_up')} |",
+        f"| two dense runs apart: loss | | | {above['recipe', 'dense-2', 'dense']['difference']:+.4f} |",
+        f"| too short a dense stage: loss | `short`, 32K, 52 MB | {of(BASE, '+.3f', experiment='short')} |",
+    ]
+    settings = [row for row in pairs_of["variants"] if row["against"] == "dense" and row["difference"] is not None]
+    assert len(settings) == 10
+    losses, answers = (sorted(row[name] for row in settings) for name in ("difference", "noise_accuracy_difference"))
+    rows += [
+        f"| ten settings: loss | `variants`, 16K, 88 MB | {losses[0]:+.4f} to {losses[-1]:+.4f} | |",
+        f"| … passkey | | {answers[0]:+.1%} to {answers[-1]:+.1%} | |",
+    ]
+    assert answers[-2] < 0  # nine of ten are below
+    again = above["variants", f"{BASE}-again", BASE]
+    apart = f"{again['difference']:+.4f}, {again['noise_accuracy_difference']:+.1%}"
+    rows.append(f"| one setting twice apart: loss, passkey | | {apart} | |")
+    for row in kept("variants", "hindsight"):
+        if row["distance"] == 0:
+            hint = f"{row['difference']:.2f} ± {row['standard_error']:.2f}"
+            spike = found["variants", row["run"]]["spike"]
+            rows.append(f"| `{row['run']}` | {row['loss_true_future']:.3f} | {hint} | {spike:+.2f} |")
+    assert len(rows) == 14
+    for run, words in {
+        "three-levels": "three levels end {:.3f} higher",
+        "half-budget": "half ends {:.3f} higher",
+        "double-budget": "twice {:.3f}, which may be chance",
+        "norm-75": "75% ends {:.3f} higher",
+    }.items():
+        rows.append(words.format(above["variants", run, BASE]["difference"]))
+    assert not missing_in_docs(rows, "quality.md")

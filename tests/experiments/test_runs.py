@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 from itertools import pairwise
 from pathlib import Path
@@ -12,8 +13,12 @@ import torch
 
 from experiments.__main__ import main
 from experiments.machine import seeing, shared_out
+from experiments.pairs import dense_of
+from experiments.plots import colours
 from experiments.runs import BASE, EXPERIMENTS, Size, attention_arguments, model_arguments
+from experiments.tables import Results
 from megatron_lighthouse.mcore.command_line import settings
+from tests.mcore.harness import ROOT
 
 
 def size_of(experiment: str) -> Size:
@@ -61,6 +66,37 @@ def test_variants_change_one_thing() -> None:
         assert (changed[name], found[name][budget]) == ([budget, tile], k)
     # k/m tiles: how far ahead a selection sees
     assert {int(arguments[budget]) / int(arguments[tile]) for arguments in found.values()} == {4}
+
+
+def test_second_has_its_groups_and_a_repeat_of_what_may_be_best() -> None:
+    """The README's commands name runs that are there, and with another seed each of the first six is the same."""
+    named = re.findall(r"^\$second --runs (.*?) +# ([ABC])$", (ROOT / "experiments" / "README.md").read_text(), re.MULTILINE)
+    groups = {group: runs.split() for runs, group in named}
+    runs, size = EXPERIMENTS["second"].runs, size_of("second")
+    assert [len(group) for group in groups.values()] == [6, 6, 6]
+    assert {name for group in groups.values() for name in group} <= runs.keys()
+    assert groups["B"] == [f"{name}-2" for name in groups["A"]]
+
+    def of(name: str) -> str:
+        return " ".join([runs[name].model, *attention_arguments(runs[name], size)])
+
+    assert [of(name) for name in groups["A"]] == [of(name) for name in groups["B"]]
+    assert {runs[name].seed for name in groups["B"]} == {2}
+    edges = {name: of(name).partition("--lighthouse-edge-budget ")[2].split()[0] for name in runs if "edge" in name}
+    assert edges == {**dict.fromkeys(edges, "1024"), "edge-k": "512", "edge-4k": "2048"}
+    for name in [name for name in runs if name.endswith("-again")]:
+        assert of(name) == of(name.removesuffix("-again"))
+    causal = [name for name in runs if "--lighthouse-causal-selection" in of(name)]
+    assert all(runs[name].hindsight for name in causal)
+    assert {*causal} == {name for name in runs if "causal" in name}
+    assert dense_of(Results(facts={"experiment": "second"}), "normed-mass") == "normed"
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_each_run_has_a_colour_of_its_own(experiment: str) -> None:
+    found = colours(Results(facts={"experiment": experiment}))
+    assert found.keys() == EXPERIMENTS[experiment].runs.keys()
+    assert len({*found.values()}) == len(found)
 
 
 def test_a_run_of_another_experiment_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,9 +86,27 @@ def test_answers_and_seconds_in_pairs() -> None:
     assert (row["noise_log_probability_difference"], row["classic_accuracy_difference"]) == (0, None)
     shared = tables.merged([asked("dense", [1], steady_seconds=8.0), asked(BASE, [1], steady_seconds=6.0, at_once=2)])
     assert set(pairs.cost(shared, BASE, "dense").values()) == {None}
-    others = tables.merged([asked("dense", [1]), asked(BASE, [1, 1])])
-    with pytest.raises(ValueError, match="different questions"):
-        pairs.passkey(others, BASE, "dense")
+    others = tables.merged([asked("dense", [1], at_once=2), asked(BASE, [1, 1], at_once=2)])
+    with pytest.raises(ValueError, match="different questions: use the same --passkey-samples"):
+        pairs.pair(others, BASE, "dense")
+
+
+def test_of_variable_tracking_there_are_columns_where_it_was_asked() -> None:
+    def both(probe: str, axis: str) -> tables.Results:
+        answers = {"dense": [1, 0, 0, 1], BASE: [1, 1, 1, 1]}
+        return tables.merged(asked(run, right, probe, axis, steady_seconds=8.0) for run, right in answers.items())
+
+    row, other = (pairs.pair(both(*names), BASE, "dense") for names in (("variables", "hops"), ("passkey", "depth")))
+    assert row is not None
+    assert other is not None
+    ours = {name: value for name, value in row.items() if name.startswith("variables_")}
+    assert ours.keys() == {f"variables_{name}" for name in other if name.startswith(("questions", "noise_", "classic_"))}
+    assert (ours["variables_questions"], ours["variables_noise_accuracy_difference"], row["questions"]) == (4, 0.5, None)
+    assert not [name for name in other if name.startswith("variables_")]
+    fillers = {"noise": {"accuracy": 0.25, "log_probability": -2.0}}
+    found = run_row(facts(BASE), [], {"variables": {"fillers": fillers}})
+    assert (found["variables_noise_accuracy"], found["variables_noise_log_probability"]) == (0.25, -2.0)
+    assert not [name for name in run_row(facts(BASE), [], {}) if name.startswith("variables_")]
 
 
 def test_runs_of_different_seeds_read_different_text() -> None:

@@ -85,6 +85,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
     options = ["--load", str(checkpoint), "--held-out", str(folder / "held-out.txt"), "--out", str(folder / "out")]
     lighthouse = ["--attention", "lighthouse"]  # as the run validated
     probe = ["--passkey-samples", "2", "--passkey-lengths", "128", "256", "--passkey-depths", "0", "1"]
+    probe += ["--variables-samples", "2", "--variables-lengths", "256", "--variables-hops", "0", "2"]
     result = evaluate_by_torchrun(2, *lighthouse, *options, *probe, "--hindsight-samples", "5")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return Evaluated(float(validation), folder / "out", result.stdout, checkpoint, text)
@@ -213,18 +214,24 @@ def test_errors_are_over_sequences(evaluated: Evaluated) -> None:
         assert_close(numpy.float64(bucket["standard_error"]), numpy.std(values, ddof=1) / 2, "float64")
 
 
-def test_every_cell_of_the_probe_is_there(evaluated: Evaluated) -> None:
-    cells = evaluated.rows("passkey.csv")
-    assert len(cells) == 2 * 2 * 2
+@pytest.mark.parametrize(
+    ("probe", "axis", "count", "said"),
+    [("passkey", "depth", 2 * 2 * 2, "passkey in noise"), ("variables", "hops", 2 * 2, "variable tracking in noise")],
+)
+def test_every_cell_of_a_probe_is_there(evaluated: Evaluated, probe: str, axis: str, count: int, said: str) -> None:
+    cells = evaluated.rows(f"{probe}.csv")
+    assert len(cells) == count
     assert {row["samples"] for row in cells} == {"2"}
     assert all(-20 < float(row["log_probability"]) < 0 for row in cells)
-    questions = evaluated.rows("passkey_by_question.csv")
+    questions = evaluated.rows(f"{probe}_by_question.csv")
     assert [row["digit"] for row in questions] == ["0", "1"] * len(cells)
     for cell, first, second in zip(cells, questions[::2], questions[1::2], strict=True):
-        assert all(first[name] == second[name] == cell[name] for name in ("filler", "length", "depth"))
+        assert all(first[name] == second[name] == cell[name] for name in ("filler", "length", axis))
         assert float(cell["accuracy"]) == (int(first["right"]) + int(second["right"])) / 2
-    assert "passkey in noise" in evaluated.printed
-    for name in ("loss.png", "passkey.png"):
+    assert said in evaluated.printed
+    found = json.loads((evaluated.out / "evaluation.json").read_text())[probe]["fillers"]
+    assert {name: one["samples"] for name, one in found.items()} == dict.fromkeys(("noise", "classic"), count)
+    for name in ("loss.png", f"{probe}.png"):
         assert (evaluated.out / name).read_bytes().startswith(b"\x89PNG")
 
 
@@ -265,9 +272,9 @@ def test_what_was_not_asked_for_is_none(tmp_path: Path) -> None:
     trained = {"load": "ckpt", "attention": "dense", "lighthouse_layers": 0, "lighthouse_rope": "last"}
     trained["lighthouse_causal_selection"] = False
     asked = Namespace(out=tmp_path, loss_sequences=0, hindsight_samples=0, **trained)
-    measure(Trained(asked, 3, tiny(fused=True)), TOKENS, None)
+    measure(Trained(asked, 3, tiny(fused=True)), TOKENS, [])
     summary = json.loads((tmp_path / "evaluation.json").read_text())
-    assert [summary[name] for name in ("loss", "passkey", "hindsight")] == [None] * 3
+    assert [summary[name] for name in ("loss", "passkey", "variables", "hindsight")] == [None] * 4
     assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
 
 
@@ -284,6 +291,7 @@ def test_a_run_over_documents_is_evaluated_by_document(evaluated: Evaluated, tmp
     for name in ("one", "two"):
         (tmp_path / f"{name}.txt").write_text(f"{name} " * 90)
     probe = ["--passkey-samples", "1", "--passkey-lengths", "131", "--passkey-depths", "0", "--passkey-fillers", "classic"]
+    probe += ["--variables-samples", "1", "--variables-lengths", "255", "--variables-hops", "1", "--variables-fillers", "noise"]
     texts = ["--held-out", *(str(tmp_path / f"{name}.txt") for name in ("one", "two"))]
     result = evaluate(1, *given, *texts, *probe, model=[*MODEL[:at], *MODEL[at + 2 :]])
     assert result.returncode == 0, result.stdout[-3000:]
@@ -291,3 +299,14 @@ def test_a_run_over_documents_is_evaluated_by_document(evaluated: Evaluated, tmp
     assert (found["loss"]["position_in"], found["loss"]["sequences"]) == ("document", 2)
     assert 1 < found["loss"]["mean"] < 10
     assert found["passkey"]["fillers"]["classic"]["samples"] == 1
+    assert found["variables"]["fillers"]["noise"]["samples"] == 1
+
+
+def test_over_documents_a_probes_text_is_one_of_them() -> None:
+    """Its filler would else end it, between what is told and what is asked, wherever a cut of text crosses two files."""
+    from megatron_lighthouse.recipe.probes import text_for
+
+    tokens = numpy.array([1, 2, 256, 3, 4, 256], dtype=numpy.uint16)
+    over = {FLAG.lstrip("-").replace("-", "_"): True}
+    assert text_for(Namespace(**over), tokens, 256).tolist() == [1, 2, 3, 4]
+    assert text_for(Namespace(**dict.fromkeys(over, False)), tokens, 256) is tokens

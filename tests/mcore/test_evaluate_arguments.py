@@ -13,7 +13,8 @@ import numpy
 import pytest
 
 from megatron_lighthouse.mcore.command_line import settings
-from megatron_lighthouse.recipe import evaluation_files, evaluation_plots, passkey
+from megatron_lighthouse.recipe import evaluation_files, evaluation_plots, passkey, probes
+from megatron_lighthouse.recipe.probe import FILLERS, Grid, bytes_of
 from megatron_lighthouse.recipe.same_model import check_same_model
 from tests.mcore.harness import MODEL, ROOT, run
 from tests.mcore.test_evaluate import TOKENS, evaluate, tiny
@@ -142,14 +143,14 @@ def test_attention_is_that_of_the_iteration(words: list[str], iteration: int, ex
 
 
 def test_default_lengths_that_do_not_fit_are_left_out_and_others_refused() -> None:
-    from megatron_lighthouse.recipe.evaluate import grid_of
+    from megatron_lighthouse.recipe.probes import grid_of
 
     sizes = ["--lighthouse-levels", "3", "--lighthouse-pooling", "4", "--lighthouse-budget", "32"]
-    asked = {"passkey_depths": [0.5], "passkey_samples": 10, "passkey_fillers": passkey.FILLERS, "passkey_seed": 1}
+    asked = {"passkey_depths": [0.5], "passkey_samples": 10, "passkey_fillers": FILLERS, "passkey_seed": 1}
     asked |= {"seq_length": 1024, "sequence_parallel": False}
 
     def grid(*words: str, lengths: list[int] | None = None) -> tuple[Any, list[str]]:
-        return grid_of(lighthouse(*words, *sizes, **asked, passkey_lengths=lengths), len(TOKENS) * 2)
+        return grid_of(passkey.PROBE, lighthouse(*words, *sizes, **asked, passkey_lengths=lengths), len(TOKENS) * 2)
 
     found, said = grid("--attention", "lighthouse", "--lighthouse-tile-budget", "8")
     assert found.lengths == [512, 1024]  # at least 32 · 16
@@ -200,13 +201,13 @@ def test_a_measurement_is_written_before_the_next_begins(tmp_path: Path, monkeyp
     args = Namespace(out=tmp_path, load="ckpt", attention="dense", lighthouse_layers=0, seq_length=128, hindsight_samples=1)
     for name, value in {"loss_sequences": 2, "loss_grid": "log2", "loss_buckets": 16}.items():
         setattr(args, name, value)
-    grid = passkey.Grid([128], [0.5], 1)
+    grid = Grid(passkey.PROBE, passkey.PROBE.words(bytes_of), [128], [0.5], 1)
     expected = {"loss.csv", "loss_by_sequence.csv", "loss.png"}
-    for following in ("passkey_probe", "hindsight_by_distance"):
+    for module, following in ((probes, "answers"), (command, "hindsight_by_distance")):
         with monkeypatch.context() as patch:
-            patch.setattr(command, following, cut)
+            patch.setattr(module, following, cut)
             with pytest.raises(Cut):
-                command.measure(Trained(args, 3, tiny(fused=True)), TOKENS, grid)
+                command.measure(Trained(args, 3, tiny(fused=True)), TOKENS, [grid])
         assert {path.name for path in tmp_path.iterdir()} == expected
         expected |= {"passkey.csv", "passkey_by_question.csv", "passkey.png"}
 

@@ -12,14 +12,16 @@ import pytest
 
 from megatron_lighthouse.mcore.command_line import kept
 from megatron_lighthouse.mcore.data import text
-from megatron_lighthouse.recipe import begun, comparable, passkey
+from megatron_lighthouse.recipe import begun, comparable, passkey, variables
 from megatron_lighthouse.recipe.comparable import check_comparable
 from megatron_lighthouse.recipe.of_run import log_folder, of_one_sequence
+from megatron_lighthouse.recipe.probe import Grid
 from megatron_lighthouse.recipe.readers import reader_of
 from megatron_lighthouse.variants import VARIANTS
 from tests.mcore.harness import ROOT, run
 from tests.mcore.test_evaluate import evaluate
 from tests.mcore.upstream_reads import reads
+from tests.variable_reader import read
 
 END = "<|end|>"
 
@@ -74,15 +76,20 @@ def test_the_probe_in_tokens_says_what_it_says_in_bytes(tokenizer: Path) -> None
 
     by = AutoTokenizer.from_pretrained(tokenizer)
     reader = reader_of(Namespace(tokenize=by.encode, eod=by.eos_token_id, bos=None), "HuggingFaceTokenizer")
-    words = passkey.words_of(reader.encode)
     filler = reader.encode((ROOT / "LICENSE").read_text())
-    for sample in passkey.Grid([128], [0, 0.5, 1], 10, words=words).questions():
-        asked = passkey.prompt(sample, filler, 1, words)
-        assert len(asked.tokens) == 128
-        said = by.decode([*asked.tokens.tolist(), words.digits[asked.answer]])
-        assert said.endswith(f"What is the pass key? The pass key is {sample.digit}")
-        assert f"The pass key is {sample.digit}. Remember it." in said
-        assert str(sample.digit) in by.decode(asked.tokens[asked.key_at : asked.key_at + 1].tolist())
+    for probe, values, length in ((passkey.PROBE, [0, 0.5, 1], 128), (variables.PROBE, [0, 2], 400)):
+        grid = Grid(probe, probe.words(reader.encode), [length], values, 10)
+        for sample in grid.questions():
+            asked = grid.prompt(sample, filler)
+            assert len(asked.tokens) == length
+            said = str(by.decode([*asked.tokens.tolist(), asked.digits[sample.digit]]))
+            if probe is variables.PROBE:
+                assert read(said) == (sample.digit, sample.at)
+            else:
+                assert said.endswith(f"What is the pass key? The pass key is {sample.digit}")
+                assert (
+                    f"The pass key is {sample.digit}. Remember it." in by.decode(asked.tokens[asked.places[0] :].tolist())[:40]
+                )
     assert reader.document(b"The pass key").tolist() == [*by.encode("The pass key"), by.eos_token_id]
 
 
@@ -101,11 +108,12 @@ def encoder(vocabulary: list[str]) -> object:
 
 
 def test_a_digit_with_the_blank_before_it_is_one_token_and_digits_in_pieces_are_refused() -> None:
-    words = passkey.words_of(encoder([f" {digit}" for digit in range(10)]))  # type: ignore[arg-type]
-    assert words.digits == list(range(10))
-    assert words.question[-1] == 1000 + ord("s")  # of "is", the blank being the digit's
-    with pytest.raises(ValueError, match="each of the ten digits one of its own: use --passkey-samples 0"):
-        passkey.words_of(encoder([" is 1", "is 2"]))  # type: ignore[arg-type]
+    words = passkey.Words(encoder([f" {digit}" for digit in range(10)]))  # type: ignore[arg-type]
+    assert words.question.digits == list(range(10))
+    assert words.question.tokens[-1] == 1000 + ord("s")  # of "is", the blank being the digit's
+    for probe, pieces in ((passkey.PROBE, [" is 1", "is 2"]), (variables.PROBE, ["M = 1"])):
+        with pytest.raises(ValueError, match=f"each of the ten digits one of its own: use --{probe.name}-samples 0"):
+            probe.words(encoder(pieces))  # type: ignore[arg-type]
 
 
 def test_null_tokenizers_read_no_text() -> None:

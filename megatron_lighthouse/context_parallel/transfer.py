@@ -89,8 +89,10 @@ class Queue:
     def of(partner: Tensor, key: Tensor, span: int, size: int) -> Queue:
         """Of things that travel to or from rank `partner` of `size`, or not at all where that is `size`; keys below `span`."""
         together = (partner.long() * span + key).flatten()
+        if span * (size + 1) < 2**31:
+            together = together.int()  # which takes half as long to sort
         ordered, order = together.sort()
-        bounds = torch.searchsorted(ordered, torch.arange(size + 1, device=order.device) * span)
+        bounds = torch.searchsorted(ordered, torch.arange(0, (size + 1) * span, span, dtype=together.dtype, device=order.device))
         return Queue(order, bounds.diff())
 
     def end(self, counts: list[int], number: Tensor, length: int, copy: Tensor | None = None, copies: int = 1) -> End:

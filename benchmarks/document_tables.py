@@ -37,7 +37,7 @@ def make(lengths: list[int], ranks: int, device: str) -> None:
     if ranks > 1 and not packing.is_whole:
         shares = Shares.of(packing, Layout(ranks, 0))
         made += [getattr(shares, name) for name in OF_RANK]
-        made += [shares.pieces.unit_table, shares.pieces.window_starts, *(end.slots for end in shares.align)]
+        made += [shares.pieces.unit_table, shares.pieces.window_starts, shares.align.slots, shares.align.back.slots]
 
 
 def main() -> None:

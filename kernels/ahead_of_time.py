@@ -37,6 +37,7 @@ from megatron_lighthouse.kernels.parallax import tiles
 from megatron_lighthouse.kernels.parallax.forward import forward_kernel
 from megatron_lighthouse.kernels.parallax.keys import keys_kernel
 from megatron_lighthouse.kernels.parallax.queries import queries_kernel
+from megatron_lighthouse.kernels.placed import placed_kernel
 from megatron_lighthouse.kernels.wall import crossing, decays, gathered
 from megatron_lighthouse.kernels.wall import tiles as wall_tiles
 from megatron_lighthouse.kernels.wall.forward import forward_kernel as wall_forward_kernel
@@ -67,6 +68,7 @@ INT32 = {
     *("p_first", "p_ranks", "p_places", "p_documents", "p_tiles", "p_starts", "p_blocks"),
     *("p_bounds", "p_ends", "p_begin", "p_begun"),
 }
+INT64 = {"p_slots"}
 TENSOR_MEMORY = 512
 """Columns that Blackwell has for a program."""
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -104,6 +106,8 @@ def compile_all(capability: int, geometry: Geometry, dtype: str, dim: int) -> It
     how = launch("spread", dim, BYTES[dtype])
     shape = {"D": dim, "BLOCK_D": padded(dim)}
     yield _compile(merge_kernel, capability, dtype, {**shape, "BLOCK": how.rows}, how.warps)
+    constants = {"COPIES": 2, "BLOCK_W": padded(dim), "BLOCK": how.rows}
+    yield _compile(placed_kernel, capability, dtype, constants, how.warps)
     yield _compile(edge_kernel, capability, dtype, {**size, "ADD": True}, 1)
     how = launch("score", dim, BYTES[dtype])
     block, digit, fused = blocks_of(geometry, how.rows)
@@ -226,7 +230,8 @@ def _compile(kernel: Any, capability: int, dtype: str, constants: Mapping[str, A
         elif exact and not name.startswith("p_"):
             signature[name] = "i32"
         else:
-            kind = "fp32" if name in FP32 or name in sums else "fp64" if name in FP64 else "i32" if name in INT32 else dtype
+            wider = {"fp64": FP64, "i32": INT32, "i64": INT64}
+            kind = "fp32" if name in FP32 or name in sums else next((k for k, names in wider.items() if name in names), dtype)
             signature[name] = f"*{kind}" if name.startswith("p_") else "i32"
             aligned[i,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=given, attrs=aligned)

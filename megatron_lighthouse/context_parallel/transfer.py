@@ -5,6 +5,7 @@ Both ends list what travels in one order: by the rank at the other end, then by 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.gpu import triton_takes
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,13 +32,48 @@ class End:
     """[n] int64, where rows travel to several places: which of its copies each is."""
     copies: int = 1
 
+    def kept(self, rank: int) -> slice:
+        """Which of `rows` pass between `rank` and itself."""
+        begin = sum(self.counts[:rank])
+        return slice(begin, begin + self.counts[rank])
+
+
+@dataclass(frozen=True, eq=False)
+class Way:
+    """From the rows at this end, here, to those at this end, there. What stays on a rank is in no message."""
+
+    here: End
+    there: End
+    """Only the rows of one of both may travel to several places."""
+    rank: int
+
+    @cached_property
+    def back(self) -> Way:
+        """From there to here."""
+        return Way(self.there, self.here, self.rank)
+
+    @cached_property
+    def leaving(self) -> Tensor:
+        """[·] int64: the rows that go to other ranks, in order."""
+        kept = self.here.kept(self.rank)
+        return torch.cat([self.here.rows[: kept.start], self.here.rows[kept.stop :]])
+
+    @cached_property
+    def counts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """To every other rank, and from it."""
+        to, by = ([n * (rank != self.rank) for rank, n in enumerate(end.counts)] for end in (self.here, self.there))
+        return tuple(to), tuple(by)
+
     @cached_property
     def slots(self) -> Tensor:
-        """[copies, length] int64: where among what travels each copy of each row is; n where it does not."""
-        travels = len(self.rows)
-        slots = self.rows.new_full((self.copies * self.length,), travels)
-        place = self.rows if self.copy is None else self.copy * self.length + self.rows
-        return slots.scatter_(0, place, torch.arange(travels, device=slots.device)).view(self.copies, -1)
+        """[copies, rows there] int64: where each copy of each row is, among the rows here and then those of other ranks; -1
+        where none comes."""
+        here, there, kept = self.here, self.there, self.there.kept(self.rank)
+        others = torch.arange(here.length, here.length + len(there.rows) - there.counts[self.rank], device=there.rows.device)
+        come = torch.cat([others[: kept.start], here.rows[here.kept(self.rank)], others[kept.start :]])
+        place = there.rows if there.copy is None else there.copy * there.length + there.rows
+        slots = come.new_full((there.copies * there.length,), -1)
+        return slots.scatter_(0, place, come).view(there.copies, -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +89,10 @@ class Queue:
     def of(partner: Tensor, key: Tensor, span: int, size: int) -> Queue:
         """Of things that travel to or from rank `partner` of `size`, or not at all where that is `size`; keys below `span`."""
         together = (partner.long() * span + key).flatten()
+        if span * (size + 1) < 2**31:
+            together = together.int()  # which takes half as long to sort
         ordered, order = together.sort()
-        bounds = torch.searchsorted(ordered, torch.arange(size + 1, device=order.device) * span)
+        bounds = torch.searchsorted(ordered, torch.arange(0, (size + 1) * span, span, dtype=together.dtype, device=order.device))
         return Queue(order, bounds.diff())
 
     def end(self, counts: list[int], number: Tensor, length: int, copy: Tensor | None = None, copies: int = 1) -> End:
@@ -69,37 +108,56 @@ class Queue:
 
 @dataclass(frozen=True, eq=False)
 class Transfer:
-    """Rows [here.length, ...] to rows [there.length, ...]. Only this end's rows may travel to several places."""
+    """Rows of several tensors, moved along a way; those of one dtype that pass between two ranks go in one message."""
 
     exchange: Exchange
     purpose: str
-    here: End
-    there: End
+    way: Way
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Differentiable: gradients come the other way, and those of a row's copies are added up in order."""
-        moved: Tensor = _Transfer.apply(x, self)
+    def __call__(self, *rows: Tensor) -> tuple[Tensor, ...]:
+        """[rows here, ...] each to [rows there, ...]. Differentiable: gradients come the other way, and those of a
+        row's copies are added up in order."""
+        moved: tuple[Tensor, ...] = _Transfer.apply(self, *rows)
         return moved
 
 
 class _Transfer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, transfer: Transfer) -> Tensor:
+    def forward(ctx: Any, transfer: Transfer, *rows: Tensor) -> tuple[Tensor, ...]:
         ctx.transfer = transfer
-        return _move(x, transfer, transfer.here, transfer.there)
+        return _move(rows, transfer, transfer.way)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _move(grad, ctx.transfer, ctx.transfer.there, ctx.transfer.here), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_move(grads, ctx.transfer, ctx.transfer.way.back)
 
 
-def _move(x: Tensor, transfer: Transfer, source: End, target: End) -> Tensor:
-    moved = transfer.exchange.all_to_all(x[source.rows], transfer.purpose, source.counts, target.counts)
-    padded = torch.cat([moved, moved.new_zeros(1, *moved.shape[1:])])
-    if target.copies == 1:
-        return padded[target.slots[0]]
-    total = torch.zeros((target.length, *x.shape[1:]), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    for slots in target.slots:
-        total += padded[slots]
-    return total.to(x.dtype)
+def _move(rows: Sequence[Tensor], transfer: Transfer, way: Way) -> tuple[Tensor, ...]:
+    moved: list[Tensor] = [*rows]
+    for dtype in {x.dtype: None for x in rows}:
+        alike = [i for i, x in enumerate(rows) if x.dtype == dtype]
+        message = torch.cat([rows[i].index_select(0, way.leaving).flatten(1) for i in alike], 1)
+        message = transfer.exchange.all_to_all(message, transfer.purpose, *way.counts)
+        others = message.split([rows[i][0].numel() for i in alike], 1)
+        for i, other in zip(alike, others, strict=True):
+            moved[i] = placed(rows[i].flatten(1), other, way.slots).unflatten(1, rows[i].shape[1:])
+    return tuple(moved)
+
+
+def placed(own: Tensor, others: Tensor, slots: Tensor) -> Tensor:
+    """[n, W]: of [copies, n] slots among `own` rows and then `others`, [·, W] each; the sum of a row's copies, in order.
+
+    Sums of several are in fp32, or as rows are where these are wider.
+    """
+    if triton_takes(own):
+        from megatron_lighthouse.kernels.placed import placed as kernel
+
+        return kernel(own, others, slots)
+    rows = torch.cat([own, others, own.new_zeros(1, own.shape[1])])
+    if len(slots) == 1:
+        return rows[slots[0]]
+    total = torch.zeros(slots.shape[1], own.shape[1], dtype=torch.promote_types(own.dtype, torch.float32), device=own.device)
+    for copy in slots:
+        total += rows[copy]
+    return total.to(own.dtype)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.context_parallel.transfer import Queue, Transfer
+from megatron_lighthouse.context_parallel.transfer import Queue, Transfer, Way
 from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.wall.pieces import Sight
 
@@ -53,8 +53,8 @@ class OverDocuments:
         if self.exchange is None:
             return self.attend(sight, *rows, sinks=sinks)
         there, back = ways(documents, self.exchange)
-        out, again = self.attend(sight, *moved(there, *rows), sinks=sinks)
-        return moved(back, out)[0], again
+        out, again = self.attend(sight, *there(*rows), sinks=sinks)
+        return back(out)[0], again
 
 
 def ways(documents: Documents, exchange: Exchange) -> tuple[Transfer, Transfer]:
@@ -75,11 +75,6 @@ def ways(documents: Documents, exchange: Exchange) -> tuple[Transfer, Transfer]:
         goes, comes = (Queue.of(partner[x], x, len(row), size) for partner, x in ((of_sequence, own), (of_documents, wanted)))
         counts, number = torch.cat([goes.counts, comes.counts]).tolist(), torch.arange(len(own), device=row.device)
         here, there = (queue.end(n, number, len(own)) for queue, n in ((goes, counts[:size]), (comes, counts[size:])))
-        made[exchange] = Transfer(exchange, PURPOSE, here, there), Transfer(exchange, PURPOSE, there, here)
+        way = Way(here, there, exchange.rank)
+        made[exchange] = Transfer(exchange, PURPOSE, way), Transfer(exchange, PURPOSE, way.back)
     return made[exchange]
-
-
-def moved(way: Transfer, *tensors: Tensor) -> list[Tensor]:
-    """Rows [n, 1, heads, ·] of one dtype, moved together."""
-    parts = way(torch.cat([x.flatten(1) for x in tensors], 1)).split([x[0].numel() for x in tensors], 1)
-    return [x.unflatten(1, like.shape[1:]) for x, like in zip(parts, tensors, strict=True)]

@@ -55,8 +55,8 @@ def test_each_token_and_window_has_one_rank(drawn: tuple[Packing, list[Shares]])
 def test_both_ends_list_the_same_tokens_in_the_same_order(drawn: tuple[Packing, list[Shares]]) -> None:
     packing, ranks = drawn
     held = rows_of_ranks(row_of(packing.lengths), len(ranks))
-    sent = [rows[x.align[0].rows].split(x.align[0].counts) for x, rows in zip(ranks, held, strict=True)]
-    received = [x.cut.token_at[x.align[1].rows].split(x.align[1].counts) for x in ranks]
+    sent = [rows[x.align.here.rows].split(x.align.here.counts) for x, rows in zip(ranks, held, strict=True)]
+    received = [x.cut.token_at[x.align.there.rows].split(x.align.there.counts) for x in ranks]
     for i, row in enumerate(sent):
         for j, tokens in enumerate(row):
             assert torch.equal(tokens, received[j][i])
@@ -89,12 +89,11 @@ def test_tables_ask_the_device_of_the_row_nothing(drawn: tuple[Packing, list[Sha
     nowhere = Packing.of(Documents(packing.cu_seqlens.to("meta"), packing.lengths), packing.rule)
 
     def tables(x: Shares) -> dict[str, torch.Tensor]:
-        here, there = x.align
         of_pieces = {"unit_table": x.pieces.unit_table, "window_starts": x.pieces.window_starts}
         names = (
             "own_at entry_at owns owners chunks_at wanted wants row_rank own_rows own_windows window_places own_inside".split()
         )
-        return of_pieces | {"here": here.slots, "there": there.slots} | {name: getattr(x, name) for name in names}
+        return of_pieces | {"there": x.align.slots, "here": x.align.back.slots} | {name: getattr(x, name) for name in names}
 
     for rank, x in enumerate(ranks):
         found = tables(Shares(nowhere, Layout(len(ranks), rank)))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.context_parallel.transfer import Queue, Transfer
+from megatron_lighthouse.context_parallel.transfer import Queue, Transfer, Way
 from megatron_lighthouse.lighthouse.packed.shares import Shares
 from megatron_lighthouse.lighthouse.selection import Selection
 
@@ -64,60 +64,33 @@ class DocumentDeal:
         numbers = torch.cat([*(queue.counts for queue in queues), most]).tolist()
         counts = [numbers[i * size : (i + 1) * size] for i in range(len(queues))]
         gathered, scattered = (max(1, n) for n in numbers[-2:])
-        number = group * attended + torch.arange(attended, device=device)
+        number = torch.arange(attended, device=device) * groups + group
         copies = len(chunk)
         copy = torch.arange(copies, device=device).view(-1, 1, 1).expand_as(chunk)
         own, wanted = (x.cumsum(1) - 1 for x in (owns, wants))
         ends = (
-            gathers.end(counts[0], group * gathered + own, groups * gathered),
+            gathers.end(counts[0], own * groups + group, groups * gathered),
             comes.end(counts[1], number, groups * attended),
             goes.end(counts[2], number.expand_as(chunk), groups * attended, copy, copies),
-            scatters.end(counts[3], group * scattered + wanted, groups * scattered),
+            scatters.end(counts[3], wanted * groups + group, groups * scattered),
         )
         return DocumentDeal(
             Selection(shares.pieces, own.where(owns, -1).int().unsqueeze(0), gathered),
             Selection(shares.pieces, wanted.where(wants, -1).int().unsqueeze(0), scattered),
-            Transfer(exchange, "deal", ends[0], ends[1]),
-            Transfer(exchange, "deal", ends[2], ends[3]),
+            Transfer(exchange, "deal", Way(ends[0], ends[1], exchange.rank)),
+            Transfer(exchange, "deal", Way(ends[2], ends[3], exchange.rank)),
             groups,
         )
 
-    def deal(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows as gathered, [·, 1, ·, D], to rows as attended to, [S filled up / C, 1, ·, D]; differentiable."""
-        together = Together.of(query, key, value)
-        return together.apart(by_group(self.out(of_groups(together.rows)), self.groups))
+    def deal(self, *rows: Tensor) -> tuple[Tensor, ...]:
+        """Rows as gathered, [·, 1, ·, D] each, to rows as attended to, [S filled up / C, 1, ·, D]; differentiable."""
+        return self._along(self.out, *rows)
 
     def deal_back(self, rows: Tensor) -> Tensor:
         """Rows as attended to, [S filled up / C, 1, H, D], to rows as scattered, [·, 1, H, D]; differentiable."""
-        heads = rows.unflatten(2, (self.groups, -1))
-        return by_group(self.back(of_groups(heads)), self.groups).flatten(2, 3)
+        return self._along(self.back, rows)[0]
 
-
-@dataclass(frozen=True)
-class Together:
-    """Rows of queries, keys and values as one tensor, which travels in one message."""
-
-    rows: Tensor
-    """[n, 1, G, ·]."""
-    widths: tuple[int, int, int]
-
-    @staticmethod
-    def of(query: Tensor, key: Tensor, value: Tensor) -> Together:
-        """Of [n, 1, ·, D] each."""
-        parts = [x.unflatten(2, (key.shape[2], -1)).flatten(3) for x in (query, key, value)]
-        return Together(torch.cat(parts, 3), (parts[0].shape[3], parts[1].shape[3], parts[2].shape[3]))
-
-    def apart(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Other such rows, [n, 1, G, ·], as queries, keys and values."""
-        query, key, value = rows.split(self.widths, 3)
-        return query.unflatten(3, (-1, self.widths[1])).flatten(2, 3), key, value
-
-
-def of_groups(x: Tensor) -> Tensor:
-    """[n, 1, G, ...] -> [G * n, ...]."""
-    return x.squeeze(1).transpose(0, 1).flatten(0, 1)
-
-
-def by_group(x: Tensor, groups: int) -> Tensor:
-    """[G * n, ...] -> [n, 1, G, ...]: the way back."""
-    return x.unflatten(0, (groups, -1)).transpose(0, 1).unsqueeze(1)
+    def _along(self, transfer: Transfer, *rows: Tensor) -> tuple[Tensor, ...]:
+        """Each row's groups travel apart: they select apart."""
+        moved = transfer(*(x.reshape(len(x) * self.groups, -1) for x in rows))
+        return tuple(y.reshape(-1, *x.shape[1:]) for x, y in zip(rows, moved, strict=True))

@@ -25,8 +25,8 @@ def document_bytes(
         return {"attend": attend_bytes(comm_type, packing.seq_length, shape, layout)}
     shares, size = Shares.of(packing, layout), layout.size
     together = ((shape.heads + shape.groups) * shape.dim + shape.groups * shape.values) * shape.itemsize
-    output, (here, there) = shape.heads * shape.values * shape.itemsize, shares.align
-    aligned = (len(end.rows) - end.counts[layout.rank] for end in (here, there))
+    output, way = shape.heads * shape.values * shape.itemsize, shares.align
+    aligned = (len(end.rows) - end.counts[layout.rank] for end in (way.here, way.there))
     windows = shares.most_windows * (size - 1)
     entries = Pyramid(packing.rule.window, packing.levels, packing.pooling).coarse_length
     gathered, attended = dealt(packing, layout)

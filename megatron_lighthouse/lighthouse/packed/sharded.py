@@ -8,14 +8,16 @@ last bit.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.transfer import Transfer
 from megatron_lighthouse.lighthouse import telemetry
-from megatron_lighthouse.lighthouse.packed.deal import DocumentDeal, Together
+from megatron_lighthouse.lighthouse.packed.deal import DocumentDeal
 from megatron_lighthouse.lighthouse.packed.packing import Packing
 from megatron_lighthouse.lighthouse.packed.rule import Rule
 from megatron_lighthouse.lighthouse.packed.shares import Shares
@@ -49,7 +51,8 @@ class ShardedAttended:
         """[t / C, 1, H, D]: the layer's output."""
         if self.selection is None or self.own_at is None:
             return self.rows
-        return self.steps.scatter(self.rows, self.selection).index_select(0, self.own_at)
+        own: Tensor = _Own.apply(self.steps.scatter(self.rows, self.selection), self.own_at)
+        return own
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,9 @@ class ShardedPackedLayer:
         shares = Shares.of(packing, self.exchange.layout)
         query, key, value = self._aligned(query, key, value, shares)
         deal = DocumentDeal.of(self._chosen(query, key, value, shares), shares, self.exchange)
-        rows = deal.deal(*self.steps.gather(query, key, value, deal.gathered, self.rotary))
+        query, key, value = deal.deal(*self.steps.gather(query, key, value, deal.gathered, self.rotary))
         with profiled("attend"):
-            attended = attend(*rows, shares.rows)
+            attended = attend(query, key, value, shares.rows)
         return ShardedAttended(deal.deal_back(attended), deal.scattered, shares.own_at, self.steps)
 
     def select(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
@@ -102,8 +105,8 @@ class ShardedPackedLayer:
 
     def _aligned(self, query: Tensor, key: Tensor, value: Tensor, shares: Shares) -> tuple[Tensor, Tensor, Tensor]:
         """The tokens of this rank's pieces that it owns, of those that ranks hold; differentiable."""
-        together = Together.of(query, key, value)
-        return together.apart(Transfer(self.exchange, "align", *shares.align)(together.rows))
+        query, key, value = Transfer(self.exchange, "align", shares.align)(query, key, value)
+        return query, key, value
 
     def _chosen(self, query: Tensor, key: Tensor, value: Tensor, shares: Shares) -> Selection:
         """The entries of all documents, the same on all ranks."""
@@ -112,3 +115,19 @@ class ShardedPackedLayer:
             selection = self.steps.select(scores, shares.packing, self.pin_first)
             telemetry.record(selection, scores, shares.packing, self.pin_first, False, self.steps, self.scorer.causal)
             return selection
+
+
+class _Own(torch.autograd.Function):
+    """Rows of x, none of them twice. What torch would do adds gradients up one by one, for it cannot know."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.rows, ctx.length = rows, len(x)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        out = grad.new_zeros(ctx.length, *grad.shape[1:])
+        out[ctx.rows] = grad
+        return out, None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.context_parallel.transfer import End
+from megatron_lighthouse.context_parallel.transfer import Way
 from megatron_lighthouse.lighthouse.packed.align import arriving, leaving
 from megatron_lighthouse.lighthouse.packed.maps import Maps
 from megatron_lighthouse.lighthouse.packed.packing import Packing, bounds_of, integers
@@ -89,10 +89,10 @@ class Shares:
         return self._rank(self.chunk).scatter_(0, self.maps.inside, owner)
 
     @cached_property
-    def align(self) -> tuple[End, End]:
-        """Tokens as this rank holds them, and tokens of its pieces: those that it owns travel there."""
+    def align(self) -> Way:
+        """From tokens as this rank holds them to tokens of its pieces: those that it owns travel there."""
         given = self.cut_here, self.sizes, self.layout, self.device
-        return leaving(*given), arriving(*given)
+        return Way(leaving(*given), arriving(*given), self.layout.rank)
 
     @property
     def own_at(self) -> Tensor:

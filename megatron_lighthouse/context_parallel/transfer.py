@@ -92,7 +92,8 @@ class Queue:
         if span * (size + 1) < 2**31:
             together = together.int()  # which takes half as long to sort
         ordered, order = together.sort()
-        bounds = torch.searchsorted(ordered, torch.arange(0, (size + 1) * span, span, dtype=together.dtype, device=order.device))
+        begins = torch.arange(0, (size + 1) * span, span, dtype=together.dtype, device=order.device)
+        bounds = torch.searchsorted(ordered, begins)
         return Queue(order, bounds.diff())
 
     def end(self, counts: list[int], number: Tensor, length: int, copy: Tensor | None = None, copies: int = 1) -> End:

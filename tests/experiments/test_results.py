@@ -126,6 +126,25 @@ def test_docs_say_what_the_variants_gave() -> None:
     assert not missing_in_docs(rows)
 
 
+def test_docs_say_what_a_qwen3_like_model_gave() -> None:
+    """Held-out losses and passkeys, less those of the dense run with the same seed; on both pages."""
+    losses = {row["run"]: row["held_out_loss"] for row in kept("qwen3", "runs")}
+    rows, losses_above = [f"| `{run}` | {losses[run]:.4f} | | |" for run in ("dense", "dense-2")], []
+    for pair in kept("qwen3", "pairs"):
+        if pair["against"] == pair["run"].replace("mass", "dense").replace("dilated", "dense"):
+            above = f"{pair['difference']:+.4f} ± {pair['standard_error']:.4f}"
+            passkey = f"{pair['noise_accuracy_difference']:+.1%} ± {pair['noise_accuracy_error']:.1%}"
+            rows.append(f"| `{pair['run']}` | {losses[pair['run']]:.4f} | {above} | {passkey} |")
+            losses_above.append((pair["run"], pair["difference"], above))
+    mass = [(difference, above) for run, difference, above in losses_above if run.startswith("mass")]
+    rows.append(f"It ends {sum(difference for difference, _ in mass) / 2:.3f} above, in the mean of two seeds")
+    assert len(rows) == 7
+    assert not missing_in_docs(rows)
+    assert not missing_in_docs(
+        [f"`mass`: loss | `qwen3`, 16K, 49 MB | {' | '.join(above for _, above in mass)} |"], "quality.md"
+    )
+
+
 def test_docs_say_what_wall_gave() -> None:
     """Losses by position, without the errors that table.md has beside them, and differences in the text."""
     _, (header, _, *lines) = (part.splitlines() for part in (RESULTS / "wall" / "table.md").read_text().strip().split("\n\n"))

@@ -121,6 +121,11 @@ class Transfer:
         moved: tuple[Tensor, ...] = _Transfer.apply(self, *rows)
         return moved
 
+    def of_groups(self, groups: int, *rows: Tensor) -> tuple[Tensor, ...]:
+        """[n, B, ·, ·] each to [m, B, ·, ·], where the heads of each of G groups travel apart: as rows (n * B + b) * G + g."""
+        moved = self(*(x.reshape(x.shape[0] * x.shape[1] * groups, -1) for x in rows))
+        return tuple(y.reshape(-1, *x.shape[1:]) for x, y in zip(rows, moved, strict=True))
+
 
 class _Transfer(torch.autograd.Function):
     @staticmethod
@@ -151,7 +156,7 @@ def placed(own: Tensor, others: Tensor, slots: Tensor) -> Tensor:
 
     Sums of several are in fp32, or as rows are where these are wider.
     """
-    if triton_takes(own):
+    if triton_takes(own) and own.is_floating_point():
         from megatron_lighthouse.kernels.placed import placed as kernel
 
         return kernel(own, others, slots)

@@ -277,7 +277,7 @@ def lighthouse_select(
     entries = _numbered_in_whole(selection.indices, selection.geometry, exchange.layout)
     if deal is None:
         return entries
-    (dealt,) = deal.out(entries.shape[1], entries.movedim(-1, 0).unsqueeze(-1))
+    (dealt,) = deal.out.of_groups(entries.shape[1], entries.movedim(-1, 0).unsqueeze(-1))
     return dealt.squeeze(-1).movedim(0, -1).contiguous()
 
 

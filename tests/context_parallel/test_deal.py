@@ -123,18 +123,20 @@ def test_every_row_goes_where_its_place_says(drawn: tuple[int, int, Tensor]) -> 
         ]
         assert deal.held == max(map(len, runs))
         held = [[(head, n) for n in run] + [None] * (deal.held - len(run)) for head, run in enumerate(runs)]
-        flat = [row for rows in held for row in rows]
-        sent = [flat[i] for i in deal.sends.tolist()]
-        assert sum(deal.to) == len(sent)
-        pieces.append([sent[sum(deal.to[:i]) : sum(deal.to[: i + 1])] for i in range(size)])
+        flat = [row for rows in zip(*held, strict=True) for row in rows]
+        sends = deal.out.way.here
+        sent = [flat[i] for i in sends.rows.tolist()]
+        assert sum(sends.counts) == len(sent)
+        pieces.append([sent[sum(sends.counts[:i]) : sum(sends.counts[: i + 1])] for i in range(size)])
     for rank, deal in enumerate(deals):
-        assert deal.dealt == 2 * share
-        assert [len(pieces[sender][rank]) for sender in range(size)] == list(deal.by)
-        dealt = dict(zip(deal.receives.tolist(), [row for sender in pieces for row in sender[rank]], strict=True))
+        receives = deal.out.way.there
+        assert receives.length == batch * groups * 2 * share
+        assert [len(pieces[sender][rank]) for sender in range(size)] == list(receives.counts)
+        dealt = dict(zip(receives.rows.tolist(), [row for sender in pieces for row in sender[rank]], strict=True))
         expected = [
             (head, n)
-            for head in range(batch * groups)
             for chunk in (rank, chunks - 1 - rank)
             for n in range(chunk * share, (chunk + 1) * share)
+            for head in range(batch * groups)
         ]
         assert [dealt[i] for i in range(len(expected))] == expected

@@ -84,13 +84,8 @@ class DocumentDeal:
 
     def deal(self, *rows: Tensor) -> tuple[Tensor, ...]:
         """Rows as gathered, [·, 1, ·, D] each, to rows as attended to, [S filled up / C, 1, ·, D]; differentiable."""
-        return self._along(self.out, *rows)
+        return self.out.of_groups(self.groups, *rows)
 
     def deal_back(self, rows: Tensor) -> Tensor:
         """Rows as attended to, [S filled up / C, 1, H, D], to rows as scattered, [·, 1, H, D]; differentiable."""
-        return self._along(self.back, rows)[0]
-
-    def _along(self, transfer: Transfer, *rows: Tensor) -> tuple[Tensor, ...]:
-        """Each row's groups travel apart: they select apart."""
-        moved = transfer(*(x.reshape(len(x) * self.groups, -1) for x in rows))
-        return tuple(y.reshape(-1, *x.shape[1:]) for x, y in zip(rows, moved, strict=True))
+        return self.back.of_groups(self.groups, rows)[0]

@@ -8,13 +8,12 @@ go in one message, of each dtype.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.context_parallel.transfer import End, Transfer, Way
 from megatron_lighthouse.sequence.layout import Layout
 
 
@@ -22,19 +21,11 @@ from megatron_lighthouse.sequence.layout import Layout
 class Deal:
     """Who sends which rows to whom, for one selection."""
 
-    exchange: Exchange
     held: int
     """Rows that this rank holds at most, over batch elements and key/value heads."""
-    dealt: int
-    """Rows that each rank attends to: S/C."""
-    sends: Tensor
-    """[rows] int64: this rank's rows, numbered (b * G + g) * held + row, in the order in which they are sent."""
-    receives: Tensor
-    """[rows] int64: where the rows that come belong, numbered (b * G + g) * dealt + row, in the order in which they come."""
-    to: tuple[int, ...]
-    """Rows for each rank."""
-    by: tuple[int, ...]
-    """Rows from each rank."""
+    out: Transfer
+    """From rows as gathered to rows as attended to, S/C, both numbered (row * B + b) * G + g."""
+    back: Transfer
 
     @staticmethod
     def of(starts: Tensor, gathered_length: int, exchange: Exchange) -> Deal:
@@ -60,59 +51,15 @@ class Deal:
         source = torch.searchsorted(starts[..., 1:].contiguous(), number.contiguous(), right=True)
         source = torch.minimum(source, 2 * size - 1 - source)
         to, by = _rows_between(table, size, share, exchange.rank)
-        sends = target.flatten().argsort(stable=True)[: sum(to)]
-        return Deal(exchange, held, 2 * share, sends, source.flatten().argsort(stable=True), to, by)
-
-    def out(self, groups: int, *tensors: Tensor) -> list[Tensor]:
-        """Rows as gathered, [held, B, ·, ·], to rows as attended to, [S/C, B, ·, ·]; differentiable.
-
-        Args:
-            groups: G, selections. Those of the heads of one travel together, and tensors of one dtype.
-        """
-        found: dict[int, Tensor] = {}
-        for dtype in dict.fromkeys(x.dtype for x in tensors):
-            some = {i: x for i, x in enumerate(tensors) if x.dtype == dtype}
-            grouped = [x.unflatten(2, (groups, -1)).flatten(3) for x in some.values()]
-            dealt = self._pass(torch.cat(grouped, 3), self.sends, self.to, self.receives, self.by, self.dealt)
-            parts = dealt.split([x.shape[3] for x in grouped], 3)
-            for (i, like), x in zip(some.items(), parts, strict=True):
-                found[i] = x.unflatten(3, (-1, like.shape[3])).flatten(2, 3)
-        return [found[i] for i in range(len(tensors))]
-
-    def back(self, rows: Tensor, groups: int) -> Tensor:
-        """Rows as attended to, [S/C, B, H, D], to rows as gathered, [held, B, H, D]; differentiable."""
-        heads = rows.unflatten(2, (groups, -1))
-        return self._pass(heads, self.receives, self.by, self.sends, self.to, self.held).flatten(2, 3)
-
-    def _pass(self, x: Tensor, take: Tensor, to: tuple[int, ...], put: Tensor, by: tuple[int, ...], length: int) -> Tensor:
-        """[·, B, G, ...] -> [length, B, G, ...]."""
-        batch, groups = x.shape[1:3]
-        flat = x.movedim(0, 2).flatten(0, 2)
-        moved: Tensor = _Pass.apply(flat, take, to, put, by, batch * groups * length, self.exchange)
-        return moved.unflatten(0, (batch, groups, length)).movedim(2, 0)
+        way = Way(_end(target, to), _end(source, by), exchange.rank)
+        return Deal(held, Transfer(exchange, "deal", way), Transfer(exchange, "deal", way.back))
 
 
-class _Pass(torch.autograd.Function):
-    """The rows `take` of x, sent, and put where they belong. Each goes to one place, so backward is the same the other way."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, take: Tensor, to: Any, put: Tensor, by: Any, length: int, exchange: Exchange) -> Tensor:
-        ctx.save_for_backward(take, put)
-        ctx.way = to, by, x.shape[0], exchange
-        return _move(x, take, to, put, by, length, exchange)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (take, put), (to, by, length, exchange) = ctx.saved_tensors, ctx.way
-        return _move(grad, put, by, take, to, length, exchange), *[None] * 6
-
-
-def _move(x: Tensor, take: Tensor, to: Any, put: Tensor, by: Any, length: int, exchange: Exchange) -> Tensor:
-    moved = exchange.all_to_all(x[take], "deal", to, by)
-    out = moved.new_zeros(length, *moved.shape[1:])
-    out[put] = moved
-    return out
+def _end(partner: Tensor, counts: tuple[int, ...]) -> End:
+    """Of the rows [B, G, rows] that travel to or from rank `partner`, or not at all behind the last."""
+    batch, groups, rows = partner.shape
+    order = partner.flatten().argsort(stable=True)[: sum(counts)]
+    return End(order % rows * (batch * groups) + order // rows, counts, partner.numel())
 
 
 def _rows_between(counts: list[int], size: int, share: int, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

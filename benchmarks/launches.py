@@ -13,9 +13,10 @@ from typing import Any
 from unittest import mock
 
 import torch
+from one_layer import AROUND_FROM, Case, of_length
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from wall import AROUND, AROUND_FROM, Case, inputs_of
+from wall import AROUND, inputs_of
 
 from megatron_lighthouse import lighthouse_attention
 from megatron_lighthouse.context_parallel import merge
@@ -86,7 +87,7 @@ def main() -> None:
     parser.add_argument("--piece", type=int, default=Step.TOKENS, help="rows of a piece; default: %(default)s")
     options = parser.parse_args()
     Step.TOKENS = options.piece
-    found = around_wall(Case(options.tokens, 8, 8, 128))
+    found = around_wall(of_length(options.tokens))
     print(*(f"{count:4} {name}" for name, count in found.most_common()), f"{found.total():4} in all", sep="\n")
 
 

@@ -13,44 +13,25 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
-from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from csv_tables import write_csv
-from measure import median_ms, peak_gib
+from one_layer import AROUND_FROM, CASES, COPIES, Case, Layer, around, of_length, repeats, timed
 from torch import Tensor
 
-from megatron_lighthouse import LighthouseConfig, lighthouse_attention
+from megatron_lighthouse import lighthouse_attention
 from megatron_lighthouse.kernels.parallax.tiles import Blocks
 from megatron_lighthouse.parallax.attention import parallax_attention
 from megatron_lighthouse.softmax.backends import inner_attention
 from megatron_lighthouse.versions import environment
 
-COPIES = 2
-"""Sets of inputs, taken in turn."""
 PRODUCTS = {"ours": (4, 11), "fla": (4, 11), "dense": (2, 5), "around": (4, 11), "lighthouse": (2, 5)}
 """Matrix products of N²/2 x D multiply-adds a head, forward and backward; of the last two over the gathered rows."""
-AROUND = LighthouseConfig(levels=3, pooling=4, budget=1536, tile_budget=128, around="parallax")
-AROUND_FROM = 98304
-"""Tokens from which Lighthouse is timed too."""
+AROUND = around("parallax")
 ERROR_TOKENS = 1024
-Layer = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-class Case(NamedTuple):
-    """Sizes of a layer."""
-
-    tokens: int
-    heads: int
-    groups: int
-    dim: int
-
-
-CASES = [Case(32768, 8, 8, 128), Case(98304, 8, 8, 128), Case(32768, 8, 8, 64), Case(32768, 32, 8, 128)]
 
 
 def inputs_of(case: Case, r: float = 0.3, mean: float = 0.0) -> list[Tensor]:
@@ -85,24 +66,16 @@ def layers(inputs: list[Tensor]) -> dict[str, Layer]:
 def time_case(case: Case) -> list[dict[str, Any]]:
     """Milliseconds and teraflops a second of each."""
     sets = [inputs_of(case) for _ in range(COPIES)]
-    grad = torch.randn_like(sets[0][0])
     rows = []
     for name, layer in layers(sets[0]).items():
-
-        def both(inputs: list[Tensor], layer: Layer = layer, name: str = name) -> object:
-            return torch.autograd.grad(layer(*inputs), inputs, grad, allow_unused=name in ("dense", "lighthouse"))
-
         gathers = name in ("around", "lighthouse")
         attended = AROUND.geometry(case.tokens).gathered_length if gathers else case.tokens
         product = attended**2 * case.heads * case.dim  # N²/2 x D multiply-adds, two operations each
         forward, backward = (n * product for n in PRODUCTS[name])
-        times = [
-            median_ms([partial(layer, *(x.detach() for x in inputs)) for inputs in sets]),
-            median_ms([partial(both, inputs) for inputs in sets]),
-        ]
-        for direction, ms, flops in zip(("fwd", "fwd+bwd"), times, (forward, forward + backward), strict=True):
+        found = timed(name, layer, sets)
+        for (direction, ms), flops in zip(found.ms.items(), (forward, forward + backward), strict=True):
             row = {**case._asdict(), "what": name, "direction": direction, "ms": round(ms, 3)}
-            rows.append({**row, "tflops": round(flops / ms / 1e9, 1), "peak_gib": round(peak_gib(partial(both, sets[0])), 3)})
+            rows.append({**row, "tflops": round(flops / ms / 1e9, 1), "peak_gib": round(found.peak_gib, 3)})
             print(rows[-1], flush=True)
     return rows
 
@@ -126,19 +99,6 @@ def errors(dim: int, size: float, mean: float) -> dict[str, dict[str, float]]:
             if name != "dense" or what != "dr"
         }
     return found
-
-
-def repeats(case: Case, times: int = 100) -> bool:
-    """Whether so many runs give the same bits."""
-    inputs = inputs_of(case)
-    grad = torch.randn_like(inputs[0])
-
-    def once() -> list[Tensor]:
-        out = parallax_attention(*inputs)
-        return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
-
-    first = once()
-    return all(all(map(torch.equal, once(), first)) for _ in range(times))
 
 
 def take_blocks(kernel: str, *blocks: int) -> None:
@@ -183,10 +143,10 @@ def main() -> None:
         for mean in (0.0, 10.0)
     }
     print(json.dumps(checked, indent=2), flush=True)
-    same = None if options.only_times else repeats(Case(2048, 4, 2, 128))
+    same = None if options.only_times else repeats(parallax_attention, inputs_of(Case(2048, 4, 2, 128)), 100)
     print(f"100 repeats are bit-identical: {same}", flush=True)
     rows: list[dict[str, Any]] = []
-    cases = [Case(*one) for one in options.case or []] + [Case(length, 8, 8, 128) for length in options.lengths or []]
+    cases = [Case(*one) for one in options.case or []] + [of_length(n) for n in options.lengths or []]
     for case in [] if options.only_checks else cases or CASES:
         rows += time_case(case)
         write_csv(options.out / "parallax.csv", rows)

@@ -17,27 +17,23 @@ import argparse
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from csv_tables import write_csv
-from measure import median_ms, peak_gib
+from measure import median_ms
+from one_layer import AROUND_FROM, CASES, COPIES, Case, Layer, around, of_length, repeats, timed
 from torch import Tensor
 
-from megatron_lighthouse import LighthouseConfig, lighthouse_attention
+from megatron_lighthouse import lighthouse_attention
 from megatron_lighthouse.softmax.backends import inner_attention
 from megatron_lighthouse.versions import environment
 from megatron_lighthouse.wall.attention import wall_attention
 from megatron_lighthouse.wall.cut import Step
 from megatron_lighthouse.wall.layer import build
 
-COPIES = 2
-"""Sets of inputs, taken in turn."""
 INITIAL = -3.35e-4
 """The gates of a bias of 8."""
 OPERATIONS, BYTES = 989e12, 4.8e12
@@ -47,23 +43,7 @@ PRODUCTS = {"fwd": (2, 2), "fwd+bwd": (7, 9)}
 MOVED = {"fwd": 22, "fwd+bwd": 104}
 """Bytes for each channel of a query that kernels move along the diagonal, keys and values, which a group shares, left out."""
 NAMES = ("out", "dq", "dk", "dv", "dg")
-AROUND = LighthouseConfig(levels=3, pooling=4, budget=1536, tile_budget=128, around="wall")
-AROUND_FROM = 98304
-"""Tokens from which Lighthouse is timed too."""
-UNGATED = ("dense", "lighthouse")
-Layer = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-class Case(NamedTuple):
-    """Sizes of a layer."""
-
-    tokens: int
-    heads: int
-    groups: int
-    dim: int
-
-
-CASES = [Case(32768, 8, 8, 128), Case(98304, 8, 8, 128), Case(32768, 8, 8, 64), Case(32768, 32, 8, 128)]
+AROUND = around("wall")
 
 
 class Checked(NamedTuple):
@@ -152,25 +132,13 @@ def parts(case: Case) -> list[dict[str, Any]]:
 def time_case(case: Case) -> list[dict[str, Any]]:
     """Milliseconds of each."""
     sets = [inputs_of(case) for _ in range(COPIES)]
-    grad = torch.randn_like(sets[0][0])
     rows = []
     for name, layer in layers(sets[0]).items():
-
-        def both(inputs: list[Tensor], layer: Layer = layer, name: str = name) -> object:
-            return torch.autograd.grad(layer(*inputs), inputs, grad, allow_unused=name in UNGATED)
-
-        begin = time.perf_counter()
-        both(sets[0])
-        torch.cuda.synchronize()
-        first = time.perf_counter() - begin
-        times = [
-            median_ms([partial(layer, *(x.detach() for x in inputs)) for inputs in sets]),
-            median_ms([partial(both, inputs) for inputs in sets]),
-        ]
-        for direction, ms in zip(("fwd", "fwd+bwd"), times, strict=True):
-            row = {**case._asdict(), "what": name, "direction": direction, "ms": round(ms, 3), "first_s": round(first, 2)}
-            row["floor_ms"] = round(floor_ms(case, direction), 3) if name == "ours" else None
-            rows.append({**row, "peak_gib": round(peak_gib(partial(both, sets[0])), 3)})
+        found = timed(name, layer, sets)
+        for direction, ms in found.ms.items():
+            row = {**case._asdict(), "what": name, "direction": direction, "ms": round(ms, 3)}
+            floor = round(floor_ms(case, direction), 3) if name == "ours" else None
+            rows.append({**row, "first_s": round(found.first_s, 2), "floor_ms": floor, "peak_gib": round(found.peak_gib, 3)})
             print(rows[-1], flush=True)
     return rows
 
@@ -228,18 +196,10 @@ def check_all(out: Path, tokens: int, device: str) -> dict[str, Any]:
     return found
 
 
-def repeats(case: Case, times: int, device: str) -> bool:
-    """Whether so many runs give the same bits, where torch is asked for it: attention to earlier pieces is a stock kernel's."""
-    inputs = inputs_of(case, device=device)
-    grad = torch.randn_like(inputs[0])
-
-    def once() -> list[Tensor]:
-        out = wall_attention(*inputs)
-        return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
-
+def repeats_deterministically(case: Case, times: int, device: str) -> bool:
+    """`repeats`, where torch is asked for it: attention to earlier pieces is a stock kernel's."""
     torch.use_deterministic_algorithms(True)
-    first = once()
-    same = all(all(map(torch.equal, once(), first)) for _ in range(times))
+    same = repeats(wall_attention, inputs_of(case, device=device), times)
     torch.use_deterministic_algorithms(False)
     return same
 
@@ -260,17 +220,18 @@ def main() -> None:
     device, tokens = ("cuda", 1024) if gpu else ("cpu", 128)
     if options.parts:
         Step.TOKENS = options.piece
-        print(f"pieces of {options.piece}", *parts(Case(AROUND_FROM, 8, 8, 128)), sep="\n", flush=True)
+        print(f"pieces of {options.piece}", *parts(of_length(AROUND_FROM)), sep="\n", flush=True)
         return None
     if options.check is not None:
         return check(options.check, options.out, tokens, device)
     checked = {} if options.only_times else check_all(options.out, tokens, device)
     Step.TOKENS = tokens // 4
-    same = None if options.only_times else repeats(Case(tokens, 4, 2, 128 if gpu else 16), 100 if gpu else 2, device)
+    dim, times = (128, 100) if gpu else (16, 2)
+    same = None if options.only_times else repeats_deterministically(Case(tokens, 4, 2, dim), times, device)
     Step.TOKENS = options.piece
     print(f"repeats are bit-identical: {same}", flush=True)
     rows: list[dict[str, Any]] = []
-    cases = [Case(length, 8, 8, 128) for length in options.lengths] if options.lengths else CASES
+    cases = [of_length(n) for n in options.lengths] if options.lengths else CASES
     for case in () if options.only_check else cases:
         rows += time_case(case)
         write_csv(options.out / "wall.csv", rows)

@@ -54,8 +54,8 @@ def cdiv(a: int, b: int) -> int:
 
 
 _compiled: dict[tuple[Any, ...], dict[tuple[Any, ...], Any]] = {}
-"""Compiled kernels: by kernel, the kinds of numbers and the values of all other arguments; then by device, and the dtypes and
-the alignment of tensors."""
+"""Compiled kernels: by kernel, the kinds of numbers, the values of all other arguments and the dtypes of tensors; then by
+device, and which tensors are not aligned."""
 DIRECT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4)
 """Whether a compiled kernel is run as `Prepared` does it: so it is from Triton 3.4 on."""
 
@@ -66,7 +66,7 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
 
 
 class Prepared:
-    """A launch of a kernel, all but its tensors: what their shapes and strides settle, a step settles once."""
+    """A launch of a kernel, all but its tensors: what their dtypes, shapes and strides settle, a step settles once."""
 
     __slots__ = ("behind", "compiled", "constants", "grid", "kernel", "numbers", "options")
 
@@ -78,25 +78,29 @@ class Prepared:
         constants: Mapping[str, float],
         **options: int | bool,
     ) -> None:
-        """The kernel's parameters are tensors, then numbers, then constants, in this order.
+        """The kernel's parameters are tensors, always of the same dtypes, then numbers, then constants, in this order.
 
         Args:
             options: of the compiler, such as num_warps.
         """
         self.kernel, self.grid, self.numbers, self.constants, self.options = kernel, grid, numbers, constants, options
         self.behind = *numbers, *constants.values()
-        self.compiled = _compiled.setdefault((id(kernel), _kinds(numbers), *constants.values(), *options.values()), {})
+        self.compiled: dict[Any, Any] | None = None
 
     def __call__(self, *tensors: Tensor) -> None:
         device = tensors[0].get_device()  # -1 under the interpreter
         if device >= 0 and device != torch._C._cuda_getDevice():  # the one on which Triton launches
             with torch.cuda.device(device):
                 return self(*tensors)
-        pointers = [x.data_ptr() for x in tensors]
-        known = (device, *[x.dtype for x in tensors], *[not pointer & 15 for pointer in pointers])
+        pointers, bits = [x.data_ptr() for x in tensors], 0
+        for pointer in pointers:
+            bits |= pointer
         if self.constants.get("BULK"):
             triton.set_allocator(_scratch)  # of this thread: backward has its own
-        compiled = self.compiled.get(known)
+        where = (device, *[not pointer & 15 for pointer in pointers]) if bits & 15 else device
+        if self.compiled is None:
+            self.compiled = self._known(tensors)
+        compiled = self.compiled.get(where)
         if compiled is not None and not _told():
             stream = triton.runtime.driver.active.get_current_stream(device)
             how = stream, compiled.function, compiled.packed_metadata, None, None, None  # what hooks are told, and hooks: none
@@ -106,8 +110,13 @@ class Prepared:
         if DIRECT and compiled is not None:  # the interpreter compiles nothing
             names = self.kernel.arg_names[len(tensors) + len(self.numbers) :]
             assert names == list(self.constants), "the order of `Prepared`"
-            self.compiled[known] = compiled
+            self.compiled[where] = compiled
         return None
+
+    def _known(self, tensors: Sequence[Tensor]) -> dict[Any, Any]:
+        """The compiled kernels of all launches that are alike."""
+        arguments = _kinds(self.numbers), *self.constants.values(), *self.options.values(), *[x.dtype for x in tensors]
+        return _compiled.setdefault((id(self.kernel), *arguments), {})
 
 
 def start(launches: Sequence[Prepared], tensors: Sequence[Tensor]) -> None:
@@ -186,17 +195,15 @@ def strides(x: Tensor) -> tuple[int, int, int]:
     return first, second, third
 
 
-def laid_out(tensors: Sequence[Tensor]) -> tuple[list[Tensor], tuple[tuple[int, ...], ...]]:
+def laid_out(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], tuple[tuple[int, ...], ...]]:
     """`last_contiguous` and `strides` of tensors [·, ·, ·, D]."""
-    found, strides = [], []
-    for x in tensors:
-        steps = x.stride()
+    strides = [x.stride() for x in tensors]
+    for steps in strides:
         if steps[-1] != 1:
-            x = x.contiguous()
-            steps = x.stride()
-        found.append(x)
-        strides.append(steps[:-1])
-    return found, tuple(strides)
+            tensors = [last_contiguous(x) for x in tensors]
+            strides = [x.stride() for x in tensors]
+            break
+    return tensors, tuple([steps[:-1] for steps in strides])
 
 
 def new_rows(x: Tensor, rows: int) -> Tensor:

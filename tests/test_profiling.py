@@ -156,7 +156,7 @@ def test_every_name_in_the_code_is_known() -> None:
         if set(steps) & set(path.parts)
         for name in re.findall(r"class (\w+)\(torch\.autograd\.Function\)", text)
     }
-    of_any_layer = {"_RingBackward", "_GatheredBackward", "_WindowedBackward", "_ToHeadsBackward", "_ToRowsBackward"}
+    of_any_layer = {"_RingBackward", "_GatheredBackward", "_WindowedBackward", "_ByHeadsBackward"}
     assert nodes - set(NODES) == of_any_layer
     assert set(NODES) <= nodes
 

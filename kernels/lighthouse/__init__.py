@@ -26,7 +26,7 @@ from megatron_lighthouse.sequence.layout import Layout
 
 def score(query: Tensor, key: Tensor, geometry: Pyramid) -> Tensor:
     """See `Steps.score`."""
-    return run(score_op, compute_scores, query.detach(), key.detach(), geometry.pyramid)
+    return run(score_op, compute_scores, query, key, geometry.pyramid)
 
 
 def attended_norms(query: Tensor, key: Tensor, value: Tensor, layout: Layout | None) -> Tensor:

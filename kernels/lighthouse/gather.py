@@ -201,11 +201,11 @@ class Launches(NamedTuple):
 
 def _launches(
     step: str, given: tuple[Tensor, ...], places: Tensor, sizes: Sequence[int], pairing: Sequence[int]
-) -> tuple[Launches, list[Tensor]]:
+) -> tuple[Launches, Sequence[Tensor]]:
     """The launches that collect or spread the tensors given; and these, with a contiguous last dimension."""
     found, strides = laid_out(given)
     shapes = tuple([x.shape for x in found])
-    return _settled(step, shapes, strides, found[0].element_size(), places.shape, tuple(sizes), tuple(pairing)), found
+    return _settled(step, shapes, strides, found[0].dtype, places.shape, tuple(sizes), tuple(pairing)), found
 
 
 @lru_cache(1024)
@@ -213,7 +213,7 @@ def _settled(
     step: str,
     shapes: tuple[torch.Size, ...],
     strides: tuple[tuple[int, ...], ...],
-    itemsize: int,
+    dtype: torch.dtype,
     places: torch.Size,
     sizes: tuple[int, ...],
     pairing: tuple[int, ...],
@@ -225,7 +225,7 @@ def _settled(
 
     def of(count: int, first: int, dim: int, turned: bool = True) -> Prepared:
         """Of so many heads, from the first on."""
-        how = launch(step, dim, itemsize)
+        how = launch(step, dim, dtype.itemsize)
         blocks = range(cdiv(length // chunks // window, how.rows))
         turn, pairs, before = pairing if turned else NOT_TURNED
         turning = {"TURN": turn, "PAIRS": pairs, "BEFORE": before}

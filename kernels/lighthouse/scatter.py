@@ -148,11 +148,10 @@ class Launches(NamedTuple):
 
 def _launches(
     step: str, given: Tensor, halo: Tensor | None, places: Tensor, sizes: Sequence[int]
-) -> tuple[Launches, list[Tensor]]:
+) -> tuple[Launches, Sequence[Tensor]]:
     """The launches that spread or collect the tensor given. And it and the halo, as they take them: any tensor for none."""
     found, strides = laid_out((given, given if halo is None else halo.flatten(0, 1)))
-    shape, itemsize = given.shape, given.element_size()
-    return _settled(step, shape, strides, itemsize, places.shape, tuple(sizes), halo is not None), found
+    return _settled(step, given.shape, strides, given.dtype, places.shape, tuple(sizes), halo is not None), found
 
 
 @lru_cache(1024)
@@ -160,13 +159,13 @@ def _settled(
     step: str,
     shape: torch.Size,
     strides: tuple[tuple[int, ...], ...],
-    itemsize: int,
+    dtype: torch.dtype,
     places: torch.Size,
     sizes: tuple[int, ...],
     has_halo: bool,
 ) -> Launches:
     (length, levels, pooling, _, chunks), (_, _, heads, dim) = sizes, shape
-    coarsest, how = pooling ** (levels - 1), launch(step, dim, itemsize)
+    coarsest, how = pooling ** (levels - 1), launch(step, dim, dtype.itemsize)
     kernel, window = (scatter_backward_kernel, coarsest) if step == "collect" else (scatter_forward_kernel, pooling)
     # windows of the shifted positions, of which there is one more: the first is cut short, and so is the last
     blocks = range(cdiv(length // chunks // window + 1, how.rows))

@@ -103,7 +103,7 @@ def compute_scores(query: Tensor, key: Tensor, sizes: Sequence[int]) -> Tensor:
     """See `Steps.score`; `sizes` is (N, L, p)."""
     with profiled("score"):
         (query, key), strides = laid_out((query, key))
-        shape, norms, geometry, fused = _settled(query.shape, key.shape[2], strides, query.element_size(), tuple(sizes))
+        shape, norms, geometry, fused = _settled(query.shape, key.shape[2], strides, query.dtype, tuple(sizes))
         scores = key.new_empty(*shape, dtype=torch.float32)
         norms(query, key, scores)
         if fused < geometry.levels - 1:
@@ -113,10 +113,10 @@ def compute_scores(query: Tensor, key: Tensor, sizes: Sequence[int]) -> Tensor:
 
 @lru_cache(1024)
 def _settled(
-    shape: torch.Size, groups: int, strides: tuple[tuple[int, ...], ...], itemsize: int, sizes: tuple[int, int, int]
+    shape: torch.Size, groups: int, strides: tuple[tuple[int, ...], ...], dtype: torch.dtype, sizes: tuple[int, int, int]
 ) -> tuple[tuple[int, int, int, int], Prepared, Pyramid, int]:
     """What shapes settle: that of the scores, the launch, and the pyramid, of which it scores so many levels."""
-    (_, batch, heads, dim), geometry, how = shape, Pyramid(*sizes), launch("score", shape[3], itemsize)
+    (_, batch, heads, dim), geometry, how = shape, Pyramid(*sizes), launch("score", shape[3], dtype.itemsize)
     block, digit, fused = blocks_of(geometry, how.rows)
     slots = geometry.entries(geometry.levels - 1) * digit ** (geometry.levels - 1)
     grid, counts = (

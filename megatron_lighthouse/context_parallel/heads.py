@@ -13,6 +13,8 @@ from torch.autograd.function import once_differentiable
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.parts import Tensors
 
+Way = Callable[[Tensor, Exchange], Tensor]
+
 
 @dataclass(frozen=True)
 class ByHeads:
@@ -23,9 +25,9 @@ class ByHeads:
     exchange: Exchange
 
     def __call__(self, near: Tensors, far: Tensors, sinks: Tensor | None = None) -> Tensor:
-        near, far = (tuple(_ToHeads.apply(x, self.exchange) for x in rows) for rows in (near, far))
+        near, far = (tuple(_ByHeads.apply(x, self.exchange, to_heads, to_rows) for x in rows) for rows in (near, far))
         own = () if sinks is None else (sinks.unflatten(0, (self.exchange.size, -1))[self.exchange.rank],)
-        out: Tensor = _ToRows.apply(self.whole(near, far, *own), self.exchange)
+        out: Tensor = _ByHeads.apply(self.whole(near, far, *own), self.exchange, to_rows, to_heads)
         return out
 
 
@@ -41,25 +43,20 @@ def to_rows(x: Tensor, exchange: Exchange) -> Tensor:
     return shares.unflatten(0, (exchange.size, -1)).movedim(0, 2).flatten(2, 3)
 
 
-class _ToHeads(torch.autograd.Function):
+def share_of_heads(x: Tensor, size: int) -> Tensor:
+    """A view of as many heads of [·, ·, H, ·] as each of `size` ranks attends with."""
+    return x[:, :, : x.shape[2] // size]
+
+
+class _ByHeads(torch.autograd.Function):
+    """(rows, exchange, the way there, the way back): one of the above, and the other for gradients."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
-        return to_heads(x, exchange)
+    def forward(ctx: Any, x: Tensor, exchange: Exchange, there: Way, back: Way) -> Tensor:
+        ctx.exchange, ctx.back = exchange, back
+        return there(x, exchange)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return to_rows(grad, ctx.exchange), None
-
-
-class _ToRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
-        return to_rows(x, exchange)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return to_heads(grad, ctx.exchange), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.back(grad, ctx.exchange), None, None, None

@@ -61,3 +61,9 @@ def comm_type_problem(comm_type: str, heads: int, groups: int, size: int) -> str
             f"cp_group.size() {size}, which must divide both: use cp_comm_type p2p{other}."
         )
     return None
+
+
+def check_scheme(comm_type: str, query: Tensor, key: Tensor, size: int) -> None:
+    """Raises ValueError where `size` ranks cannot attend to such rows, [·, ·, heads, ·], by this scheme."""
+    if problem := comm_type_problem(comm_type, query.shape[2], key.shape[2], size):
+        raise ValueError(problem)

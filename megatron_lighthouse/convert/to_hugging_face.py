@@ -38,8 +38,6 @@ UNSAID = {
     **{"rotary_interleaved": False, "squared_relu": False, "quick_geglu": False, "activation_func_clamp_value": None},
 }
 """Arguments that change the model, and what they are where a family does not say them."""
-SHARD_BYTES = 5_000_000_000
-"""As transformers' own default was for years."""
 
 
 class Megatron:

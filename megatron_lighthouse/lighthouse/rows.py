@@ -122,10 +122,10 @@ class TakesRows:
 
 def stacked(query: Tensor, streams: Sequence[Tensor], groups: int) -> Tensor:
     """Queries and streams, [N, B, H, D] each, as queries of more heads [N, B, (1 + streams) * H, D]: group by group."""
-    import torch
-
     if not streams:
         return query
+    import torch
+
     return torch.cat([x.unflatten(2, (groups, -1)) for x in (query, *streams)], 3).flatten(2, 3)
 
 

@@ -33,7 +33,7 @@ class HaloTravel(Protocol):
 
 
 class Steps(Protocol):
-    """The steps around the inner attention: `megatron_lighthouse.lighthouse.reference`, or `megatron_lighthouse.kernels`."""
+    """The steps around the inner attention: `lighthouse.reference`, or `kernels.lighthouse`."""
 
     def score(self, query: Tensor, key: Tensor, geometry: Pyramid) -> Tensor:
         """Window maxima of the L2 norms of the rows of both: [2, B, G, coarse length], fp32 (fp64 for fp64), no gradient.

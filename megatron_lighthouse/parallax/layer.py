@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -10,11 +9,12 @@ from torch import Tensor
 from megatron_lighthouse.context_parallel.alone import Alone
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.parts import Scheme
-from megatron_lighthouse.context_parallel.schemes import comm_type_problem, scheme
+from megatron_lighthouse.context_parallel.schemes import check_scheme, scheme
 from megatron_lighthouse.lighthouse.transforms import refuse_transforms
 from megatron_lighthouse.parallax.centre import centred
 from megatron_lighthouse.parallax.implementations import block_for
 from megatron_lighthouse.ranges import profiled
+from megatron_lighthouse.softmax.base import scale_of
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,8 @@ def build(
     Raises:
         ValueError: a scheme that is not known, heads that 'a2a' cannot share out, or kernels that are forced and cannot run.
     """
-    heads, groups, size = query.shape[2], key.shape[2], exchange.size if exchange else 1
-    if problem := comm_type_problem(comm_type, heads, groups, size):
-        raise ValueError(problem)
-    scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
+    check_scheme(comm_type, query, key, exchange.size if exchange else 1)
+    scale = scale_of(query, softmax_scale)
     block = block_for(kernels, query, scale, window, cu_seqlens, over_parts=exchange is not None and comm_type != "a2a")
     if exchange is None:
         return Attend(Alone(block), None, cu_seqlens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
@@ -83,38 +83,9 @@ def run_of_words(words: Sequence[str], device: Device, gpus: int | None = None) 
     if lacking := [flag for flag in (*SIZES, *NEEDED) if flag not in names]:
         raise ValueError(f"the plan counts Llamas in bf16, and {' '.join(lacking)} is missing: add it.")
     args = _parse(words)
+    if wrong := next(_not_counted(args), None):
+        raise ValueError(wrong)
     tp, cp, pp = args.tensor_model_parallel_size, args.context_parallel_size, args.pipeline_model_parallel_size
-    schemes = set(args.cp_comm_type) or {"p2p"}
-    for wrong, text in (
-        (
-            args.attention not in counted(),
-            f"--attention {args.attention} is not counted by the plan: use {' or '.join(counted())}.",
-        ),
-        (
-            (base := base_in(args)) is not None and not base.counted,
-            f"--attention {named_in(args)} is not counted by the plan: leave --lighthouse-around out, to plan it with softmax.",
-        ),
-        (args.transformer_impl == "local", "--transformer-impl local is not counted by the plan: use transformer_engine."),
-        (
-            documents.asked(args),
-            f"{documents.FLAG} is not counted by the plan of a recipe: give --document-lengths FILE in its place.",
-        ),
-        (args.micro_batch_size != 1, f"--micro-batch-size {args.micro_batch_size} is not counted by the plan: use 1."),
-        (
-            tp > 1 and not args.sequence_parallel,
-            f"--tensor-model-parallel-size {tp} is counted with --sequence-parallel: add it.",
-        ),
-        (
-            len(schemes) > 1 or not schemes <= set(COMM_TYPES),
-            f"--cp-comm-type: the plan counts one of {', '.join(COMM_TYPES)}.",
-        ),
-        (
-            args.cross_entropy_loss_fusion and args.cross_entropy_fusion_impl == "te",
-            "--cross-entropy-fusion-impl te is refused by Megatron 0.19: use native, or leave --cross-entropy-loss-fusion out.",
-        ),
-    ):
-        if wrong:
-            raise ValueError(text)
     settings, gpus = settings_from(args), max(1, tp * cp * pp) if gpus is None else gpus
     if VARIANTS[args.attention].selects and (found := [*argument_problems(args, settings)]):
         raise ValueError("\n".join(found))
@@ -130,7 +101,7 @@ def run_of_words(words: Sequence[str], device: Device, gpus: int | None = None) 
         pipeline_parallel=pp,
         global_batch=args.global_batch_size or max(1, gpus // max(1, tp * cp * pp)),
         recompute=_recompute(args),
-        cp_comm_type=schemes.pop(),
+        cp_comm_type=args.cp_comm_type[0] if args.cp_comm_type else "p2p",
         discard_output=settings.discard_output,
         edge_budget=settings.edge_budget,
         loss_fusion=args.cross_entropy_loss_fusion,
@@ -139,6 +110,28 @@ def run_of_words(words: Sequence[str], device: Device, gpus: int | None = None) 
         around=settings.base_config if settings.base.config else None,
         options={name: getattr(args, name) for name, default in OPTIONS.items() if getattr(args, name) != default},
     )
+
+
+def _not_counted(args: argparse.Namespace) -> Iterator[str]:
+    """Why the plan does not know what these arguments ask for."""
+    if args.attention not in counted():
+        yield f"--attention {args.attention} is not counted by the plan: use {' or '.join(counted())}."
+    if (base := base_in(args)) is not None and not base.counted:
+        named = named_in(args)
+        yield f"--attention {named} is not counted by the plan: leave --lighthouse-around out, to plan it with softmax."
+    if args.transformer_impl == "local":
+        yield "--transformer-impl local is not counted by the plan: use transformer_engine."
+    if documents.asked(args):
+        yield f"{documents.FLAG} is not counted by the plan of a recipe: give --document-lengths FILE in its place."
+    if args.micro_batch_size != 1:
+        yield f"--micro-batch-size {args.micro_batch_size} is not counted by the plan: use 1."
+    if (tp := args.tensor_model_parallel_size) > 1 and not args.sequence_parallel:
+        yield f"--tensor-model-parallel-size {tp} is counted with --sequence-parallel: add it."
+    if len(schemes := set(args.cp_comm_type)) > 1 or not schemes <= set(COMM_TYPES):
+        yield f"--cp-comm-type: the plan counts one of {', '.join(COMM_TYPES)}."
+    if args.cross_entropy_loss_fusion and args.cross_entropy_fusion_impl == "te":
+        other = "use native, or leave --cross-entropy-loss-fusion out"
+        yield f"--cross-entropy-fusion-impl te is refused by Megatron 0.19: {other}."
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:

@@ -245,7 +245,7 @@ def _torch(backend: SDPBackend | None) -> Callable[[Tensor, Tensor, Tensor, floa
         if backend == SDPBackend.CUDNN_ATTENTION and not torch.is_autocast_enabled(q.device.type):
             # what torch would call, without the context, which costs the host some twenty microseconds
             kept = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-            cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention.default
+            cudnn = torch._scaled_dot_product_cudnn_attention
             return cudnn(q, k, v, None, kept, 0.0, True, False, scale=softmax_scale)[0].permute(2, 0, 1, 3)
         with sdpa_kernel(backend):
             return sdpa(q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=grouped).permute(2, 0, 1, 3)

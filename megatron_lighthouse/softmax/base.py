@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,6 +20,11 @@ class Softmax:
 
     def output(self, part: Part) -> Tensor:
         return part.averages[0]
+
+
+def scale_of(query: Tensor, softmax_scale: float | None) -> float:
+    """1/sqrt(D) where none is given."""
+    return 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
 
 
 def batch_first(*tensors: Tensor) -> list[Tensor]:

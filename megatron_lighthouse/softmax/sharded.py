@@ -5,18 +5,19 @@ Rows that see a window alone are crossed in one way, whatever the scheme: see `c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.context_parallel.heads import share_of_heads
 from megatron_lighthouse.context_parallel.parts import Scheme
 from megatron_lighthouse.context_parallel.ring import Passage, Ring
-from megatron_lighthouse.context_parallel.schemes import comm_type_problem, scheme
+from megatron_lighthouse.context_parallel.schemes import check_scheme, scheme
 from megatron_lighthouse.context_parallel.windowed import Windowed
 from megatron_lighthouse.softmax.backends import inner_attention
+from megatron_lighthouse.softmax.base import scale_of
 from megatron_lighthouse.softmax.blocks import block_for
 from megatron_lighthouse.softmax.sinks import sinks_attention
 
@@ -62,15 +63,13 @@ def sharded_attention(
     Raises:
         ValueError: a scheme that is not known, heads that 'a2a' cannot share out, or a backend that cannot do it.
     """
-    scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
-    if problem := comm_type_problem(comm_type, query.shape[2], key.shape[2], exchange.size):
-        raise ValueError(problem)
-
+    scale = scale_of(query, softmax_scale)
+    check_scheme(comm_type, query, key, exchange.size)
     if window is not None:
         return ShardedAttention(Windowed(block_for(name, query, key, scale, value_dim, window), exchange, window))
 
     def whole() -> Callable[..., Tensor]:
-        q, k = (x[:, :, : x.shape[2] // exchange.size] for x in (query, key))
+        q, k = (share_of_heads(x, exchange.size) for x in (query, key))
         attend = (sinks_attention if sinks else inner_attention)(name, q, k, scale, value_dim)
         return lambda near, far, *own: attend(*near, *far, *own)
 

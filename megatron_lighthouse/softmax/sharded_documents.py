@@ -5,17 +5,18 @@ The schemes are those of one sequence, for all documents at once: a rank's early
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.context_parallel.heads import share_of_heads
 from megatron_lighthouse.context_parallel.parts import Tensors
-from megatron_lighthouse.context_parallel.schemes import comm_type_problem, scheme
+from megatron_lighthouse.context_parallel.schemes import check_scheme, scheme
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.softmax.backends import choose_for_blocks
+from megatron_lighthouse.softmax.base import scale_of
 from megatron_lighthouse.softmax.blocks import BLOCKS
 from megatron_lighthouse.softmax.document_blocks import AllAtOnce, OneByOne, OverDocuments, Within
 from megatron_lighthouse.softmax.documents import AttendDocuments, documents_attention
@@ -68,12 +69,11 @@ def sharded_documents_attention(
     Raises:
         ValueError: a scheme that is not known, heads that 'a2a' cannot share out, or a backend that cannot do it.
     """
-    scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
-    if problem := comm_type_problem(comm_type, query.shape[2], key.shape[2], exchange.size):
-        raise ValueError(problem)
+    scale = scale_of(query, softmax_scale)
+    check_scheme(comm_type, query, key, exchange.size)
     rows = (query.device, query.dtype, query.shape[2], key.shape[2], query.shape[3], value_dim)
     if comm_type == "a2a":
-        q, k = (x[:, :, : x.shape[2] // exchange.size] for x in (query, key))
+        q, k = (share_of_heads(x, exchange.size) for x in (query, key))
         attend = documents_attention(name, q, k, scale, value_dim)
         return ShardedDocuments(exchange, comm_type, OneByOne(BLOCKS["sdpa"](scale)), attend)
     chosen = choose_for_blocks(name, OVER_SHARDED_DOCUMENTS, *rows)

@@ -8,7 +8,6 @@ at the front, whose value is 0: further channels of the queries hold sink / scal
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from megatron_lighthouse.context_parallel.alone import Alone
 from megatron_lighthouse.softmax.backends import inner_attention
+from megatron_lighthouse.softmax.base import scale_of
 from megatron_lighthouse.softmax.blocks import block_for
 from megatron_lighthouse.softmax.rows import SINKS
 
@@ -33,7 +33,7 @@ def sinks_attention(
     Raises:
         ValueError: as `inner_attention`.
     """
-    scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
+    scale = scale_of(query, softmax_scale)
     if name in key_row_backends(query.shape[-1]):
         q, k = (torch.nn.functional.pad(x[:1], (0, CHANNELS)) for x in (query, key))
         attend = inner_attention(name, q, k, scale)

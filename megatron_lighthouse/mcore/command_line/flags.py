@@ -52,6 +52,14 @@ class WordsError(ValueError):
     """What argparse has against a command line."""
 
 
+class _Said(argparse.Namespace):
+    """Holds what words say, and no default: to argparse all that is missing looks set."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
 class _Strict(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise WordsError(as_sentence(message))
@@ -68,6 +76,8 @@ def parser(add_arguments: Add) -> argparse.ArgumentParser:
 def parse(words: Sequence[str], add_arguments: Add, strict: bool = True) -> tuple[argparse.Namespace, list[str]]:
     """The arguments, and what is wrong with the words, each in a sentence.
 
+    The arguments' `said` holds the names of those that the words give, be it their default.
+
     Args:
         strict: whether a flag that is not listed is wrong: a Megatron of another release may know it.
 
@@ -76,6 +86,7 @@ def parse(words: Sequence[str], add_arguments: Add, strict: bool = True) -> tupl
     """
     made = parser(add_arguments)
     args, rest = made.parse_known_args(words)
+    args.said = frozenset(vars(made.parse_known_args(words, _Said())[0]))
     wrong = [unknown_flag(word, made._option_string_actions) for word in rest if word.startswith("-")]
     if rest and not wrong:
         wrong = [f"{' '.join(rest)} follows no flag that takes it: leave it out."]

@@ -79,10 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str], str]:
     """What is wrong as far as no Megatron is needed to tell; and the run in one line where nothing is."""
-    from megatron_lighthouse.launch import restart
+    from megatron_lighthouse.launch import offered, restart
     from megatron_lighthouse.launch.data_files import data, descriptions, here, unseen
     from megatron_lighthouse.launch.fits import counted, names_vocabulary, needs, too_much, without_logits
-    from megatron_lighthouse.launch.layout import enough, layout, one_sequence
+    from megatron_lighthouse.launch.layout import enough, layout
+    from megatron_lighthouse.launch.offered import one_sequence
     from megatron_lighthouse.launch.sizes import sizes
     from megatron_lighthouse.mcore.command_line import causal, flags, hybrid, inner, numbers, places, pyramid, scorer
     from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
@@ -108,7 +109,11 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
     world = one_sequence(args) if options.exact else world
     nodes, gpus_per_node = (1, world) if options.exact else (options.nodes, options.gpus_per_node)
     args.world_size = None if options.exact else world  # a study takes as many as a point needs
-    problems += [*layout(args, nodes, gpus_per_node), *sizes(args, options.runs_here)]
+
+    def of_sizes(tried: argparse.Namespace) -> list[str]:
+        return [*layout(tried, nodes, gpus_per_node, options.runs_here == "now"), *sizes(tried, options.runs_here)]
+
+    problems += offered.left(of_sizes(args), args, world, of_sizes)
     problems += [*data(args, sees), *descriptions(args, sees), *places.problems(args, partial(here, sees)), *unseen(args, sees)]
     problems += restart.problems(args, load, base)
     problems += inner.device_problems(args, CAPABILITY[options.arch])
@@ -127,7 +132,7 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
 def asked_of_megatron(options: argparse.Namespace, points: dict[str, list[str]]) -> tuple[list[tuple[str, str]], str]:
     """What Megatron and the run itself refuse, each behind the point's name; and how that was found out."""
     from megatron_lighthouse.launch import megatron
-    from megatron_lighthouse.launch.layout import one_sequence
+    from megatron_lighthouse.launch.offered import one_sequence
     from megatron_lighthouse.mcore.command_line import flags
 
     by_list = f"flags, layout, sizes, files and this project's rules, by the flags of Megatron-core {flags.VERSION}"

@@ -76,7 +76,9 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
         )
     for name in OFFLOADS if kind == "local" else OFFLOADS[:2]:
         if kind != "full_iteration" and getattr(args, name, None):
-            use = f"--cuda-graph-impl full_iteration {CHECK}" if name in OFFLOADS[:2] else "--cuda-graph-impl transformer_engine"
+            use = (
+                f"--cuda-graph-impl full_iteration {CHECK}" if name in OFFLOADS[:2] else "--cuda-graph-impl transformer_engine"
+            )
             yield (
                 f"--{name.replace('_', '-')} with {asked}: a graph never gives back memory, and offloading does: "
                 f"use {use}, or leave one of them out."

@@ -89,8 +89,12 @@ def _recompute(args: argparse.Namespace) -> Iterator[str]:
         yield f"--recompute-granularity full needs a method and a number of layers: add {FULL}."
         return
     selects = args.recompute_granularity == "selective" or args.recompute_activations
-    of_full = [f"{flag} {value}" for name in ("method", "num_layers") if (value := getattr(args, f"recompute_{name}"))
-               for flag in [f"--recompute-{name.replace('_', '-')}"]]
+    of_full = [
+        f"{flag} {value}"
+        for name in ("method", "num_layers")
+        if (value := getattr(args, f"recompute_{name}"))
+        for flag in [f"--recompute-{name.replace('_', '-')}"]
+    ]
     if of_full and selects:
         are, them = ("is", "it") if len(of_full) == 1 else ("are", "them")
         yield f"{' '.join(of_full)} {are} of --recompute-granularity full: leave {them} out, or use that."

@@ -27,7 +27,8 @@ KINDS = {"hopper": ("h100", "h200"), "blackwell": ("b200", "gb200"), "cpu": ()}
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the command line; answers an exit status."""
     from megatron_lighthouse.launch.data_files import here
-    from megatron_lighthouse.mcore.command_line import kept
+    from megatron_lighthouse.mcore.command_line import flags, ignored, kept
+    from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
 
     parser = Parser(prog="python -m megatron_lighthouse.launch.check", description=__doc__)
     parser.add_argument("--nodes", type=int, required=True, help="nodes of the job")
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folders = (folder.partition("=") for folder in options.sees.split(":") if folder)
     options.sees = {inside: outside or inside for inside, _, outside in folders}
     wrong: list[tuple[str, str]] = []
-    lines: list[str] = []
+    lines, notes = list[str](), list[tuple[str, str]]()
     runs: dict[str, list[str]] = {}
     for name, *more in points:
         try:
@@ -65,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         problems, line = quick(options, runs[name])
         wrong += [(name, problem) for problem in problems]
-        lines += [] if problems else [f"{name}: {line}" if name else line]
+        if not problems:
+            lines.append(f"{name}: {line}" if name else line)
+            notes += [(name, f"note: {remark}") for remark in ignored.remarks(flags.parse(runs[name], with_all_arguments)[0])]
     how = ""
     if not wrong:
         found, how = asked_of_megatron(options, runs)
@@ -73,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if wrong:
         print("The run cannot start as asked:\n  - " + "\n  - ".join(once(wrong)), file=sys.stderr)
         return 1
-    print("\n".join([*lines, f"check: passed: {how}"]))
+    print("\n".join([*lines, *once(notes), f"check: passed: {how}"]))
     return 0
 
 
@@ -85,7 +88,7 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
     from megatron_lighthouse.launch.layout import enough, layout
     from megatron_lighthouse.launch.offered import one_sequence
     from megatron_lighthouse.launch.sizes import sizes
-    from megatron_lighthouse.mcore.command_line import causal, flags, hybrid, inner, numbers, places, pyramid, scorer
+    from megatron_lighthouse.mcore.command_line import causal, flags, hybrid, inner, numbers, places, precision, pyramid, scorer
     from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
     from megatron_lighthouse.plan.device import DEVICES
 
@@ -117,6 +120,7 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
     problems += [*data(args, sees), *descriptions(args, sees), *places.problems(args, partial(here, sees)), *unseen(args, sees)]
     problems += restart.problems(args, load, base)
     problems += inner.device_problems(args, CAPABILITY[options.arch])
+    problems += precision.device_problems(args, CAPABILITY[options.arch])
     if problems:
         return [*dict.fromkeys(problems)], ""
     if not device or args.skip_train:  # an evaluation needs less than the training that it is of

@@ -80,14 +80,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.mkdir(parents=True, exist_ok=True)
     print(f"{run}: {stages[variant.name][1]} iterations with {variant.title}", end="")
     print(f", then {dense_steps} of {base.title}, on {where}" if variant.switches else f", on {where}", flush=True)
+    trained = False
     for attention, (start, stop) in stages.items():
         done = _iterations_done(run)
         if done >= stop:
-            print(f"{attention}: iteration {done} is reached already", flush=True)
+            print(f"{attention}: trained already, to iteration {stop}", flush=True)
             continue
         if done < start:
             raise SystemExit(f"{run} ends at iteration {done}, before its stage {attention} begins at {start}.")
-        command = _command(preset, arguments[attention])
+        command, trained = _command(preset, arguments[attention]), True
         status = _follow(command, run / f"{attention}.log", _environment(preset))
         if status:
             return status
@@ -95,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SystemExit(
                 f"{attention} stopped at iteration {_iterations_done(run)}, before {stop}: run the same command again."
             )
+    if not trained:
+        print("Nothing was left to train: the last command below goes on, and --name NAME (NAME= of make) begins another run.")
     _draw(run, where, list(stages))
     print(_next(run, arguments[list(stages)[-1]], preset, dense_steps, len(stages) > 1))
     return 0

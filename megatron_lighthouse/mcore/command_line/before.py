@@ -10,13 +10,19 @@ import math
 from collections.abc import Iterator, Sequence
 
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
-from megatron_lighthouse.mcore.command_line import evenly, flags, hybrid, numbers, schedule, together
+from megatron_lighthouse.mcore.command_line import evenly, flags, hybrid, ignored, numbers, precision, schedule, together
 from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
 from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern, is_latent
 from megatron_lighthouse.mcore.command_line.own_parts import local_window_problem
 
 SCHEMES = (*COMM_TYPES, "a2a+p2p")
 """Of --cp-comm-type, for which Megatron takes any word."""
+GONE = {
+    "batch_size": "--micro-batch-size",
+    "warmup": "--lr-warmup-fraction",
+    "model_parallel_size": "--tensor-model-parallel-size",
+}
+"""Of Megatron's flags, with what it has now."""
 ROTATED = ("rope", "yarn", "mrope")
 """Of --position-embedding-type: what turns pairs of a head's channels."""
 
@@ -32,13 +38,14 @@ def given(words: Sequence[str]) -> argparse.Namespace | None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Of a run, before Megatron validates.
+    """Of a run, before Megatron validates; says what it does not read.
 
     Raises:
         ValueError: what Megatron would refuse without saying why.
     """
     if found := [*problems(args)]:
         raise ValueError("\n".join(found))
+    ignored.say(args)
 
 
 def problems(args: argparse.Namespace) -> Iterator[str]:
@@ -56,6 +63,7 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
         yield from together.model_problems(args)
         yield from evenly.problems(args)
     yield from together.problems(args)
+    yield from precision.problems(args)
     yield from _batch(args)
     yield from _saves(args)
     if not args.skip_train:
@@ -157,8 +165,15 @@ def _rotated_channels(args: argparse.Namespace) -> int | None:
 
 
 def _batch(args: argparse.Namespace) -> Iterator[str]:
+    for name, use in GONE.items():
+        if getattr(args, name) is not None:
+            yield f"{_flag(name)} is no longer: use {use} in its place."
+    if args.step_batch_size_schedule is not None and args.global_batch_size is not None:
+        yield "--step-batch-size-schedule and --global-batch-size exclude each other: leave one of them out."
     if args.micro_batch_size is None:
         yield "--micro-batch-size is missing: use 1, or more sequences at a time."
+    if args.dataloader_type == "external":
+        yield "--dataloader-type external is for loaders of one's own, and this entry point has none: use single or cyclic."
     # Megatron divides by it
     if args.eval_interval is None and not (args.skip_train or args.full_validation):
         yield "--eval-interval is missing: give a number of iterations, such as 1000. To evaluate never, add --eval-iters 0."

@@ -31,6 +31,13 @@ ACTIONS = {
 }
 BY_ENVIRONMENT = {"inprocess_active_world_size": "WORLD_SIZE"}
 """Arguments whose default Megatron takes from the environment, and from where."""
+OF_CONFIG = {
+    "num_moe_experts": "--num-experts",
+    "fp8_param": "--fp8-param-gather",
+    "num_layers_in_first_pipeline_stage": "--decoder-first-pipeline-num-layers",
+    "num_layers_in_last_pipeline_stage": "--decoder-last-pipeline-num-layers",
+}
+"""Names of Megatron's configs, and of which flags they come."""
 type Add = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
 
@@ -91,6 +98,12 @@ def parse(words: Sequence[str], add_arguments: Add, strict: bool = True) -> tupl
     if rest and not wrong:
         wrong = [f"{' '.join(rest)} follows no flag that takes it: leave it out."]
     return args, wrong if strict else []
+
+
+def in_flags(text: str) -> str:
+    """What Megatron says of its arguments, by the flags that these have."""
+    names = {flag["dest"]: flag["flags"][0] for flag in listed() if "_" in flag["dest"]} | OF_CONFIG
+    return re.sub(r"(?<![\w.-])[a-z0-9]+(_[a-z0-9]+)+(?!\w)", lambda found: names.get(found[0], found[0]), text)
 
 
 def _how(flag: dict[str, Any]) -> dict[str, Any]:

@@ -55,6 +55,8 @@ def layout(args: argparse.Namespace, nodes: int, gpus_per_node: int, one_machine
     if world % one == 0:
         yield from evaluated(args, (batch or micro * (world // one)), world // one)
     yield from experts(args, world)
+    if args.profile and (beyond := [rank for rank in args.profile_ranks or () if rank >= world]):
+        yield f"--profile-ranks {' '.join(map(str, beyond))} is beyond the last of {world} ranks: use 0 to {world - 1}."
     yield from stages(args)
     heads, groups = args.num_attention_heads, args.num_query_groups or args.num_attention_heads
     copied = VARIANTS[args.attention].native and groups and tensor % groups == 0  # Megatron gives several ranks the same group

@@ -103,7 +103,7 @@ def parse(words: Sequence[str], add_arguments: Add, strict: bool = True) -> tupl
 def in_flags(text: str) -> str:
     """What Megatron says of its arguments, by the flags that these have."""
     names = {flag["dest"]: flag["flags"][0] for flag in listed() if "_" in flag["dest"]} | OF_CONFIG
-    return re.sub(r"(?<![\w.-])[a-z0-9]+(_[a-z0-9]+)+(?!\w)", lambda found: names.get(found[0], found[0]), text)
+    return re.sub(r"(?<![\w./-])[a-z0-9]+(_[a-z0-9]+)+(?!\w)", lambda found: names.get(found[0], found[0]), text)
 
 
 def _how(flag: dict[str, Any]) -> dict[str, Any]:

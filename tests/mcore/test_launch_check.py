@@ -281,6 +281,13 @@ def test_packages_that_the_run_needs(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert check.main([*GPUS, "--runs-here", "now", "--", *LLAMA]) == 1  # which takes no container
     assert "Name another Python that has these packages by PYTHON." in (here := capsys.readouterr().err)
     assert "IMAGE" not in here
+    by_name = ["--tokenizer-type", "GPT2BPETokenizer"]
+    assert check.main([*GPUS, "--runs-here", "--", *LLAMA, *by_name, "--vocab-file", __file__]) == 1
+    assert "GPT2BPETokenizer without --merge-file, which it downloads (or give these), needs the package wget" in (
+        capsys.readouterr().err
+    )
+    assert check.main([*GPUS, "--runs-here", "--", *LLAMA, *by_name, "--vocab-file", __file__, "--merge-file", __file__]) == 1
+    assert "wget" not in capsys.readouterr().err
     for kind, package in (("TikTokenizer", "tiktoken"), ("GPTSentencePieceTokenizer", "sentencepiece")):
         assert check.main([*GPUS, "--runs-here", "--", *LLAMA, "--tokenizer-type", kind, "--tokenizer-model", __file__]) == 1
         assert f"needs the package {package}" in capsys.readouterr().err

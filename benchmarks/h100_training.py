@@ -18,7 +18,6 @@ import platform
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -30,6 +29,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention, lighthouse_select
+from megatron_lighthouse.launch.torchrun import ALONE
 from megatron_lighthouse.plots import read_scalars
 from megatron_lighthouse.recipe.presets import COMMON, GPU, LOCAL, ON_CPU, default_text
 
@@ -102,10 +102,7 @@ class Bench:
         return (self.work / "recipe.log").read_text().splitlines()[-4:]
 
     def _run(self, name: str, command: list[str], environment: dict[str, str]) -> float:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = str(free.getsockname()[1])
-        single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        single = ALONE
         paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         if name == "recipe":  # torchrun sets these itself
             single = {}

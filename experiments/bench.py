@@ -234,8 +234,7 @@ class Bench:
         if time.monotonic() > self.until:
             return CUT_OFF
         settings = {"OMP_NUM_THREADS": "4", "PYTHONUNBUFFERED": "1", "LIGHTHOUSE_PROGRESS_SECONDS": "60"}
-        # a port that is free now may not be when the process asks for it: 0 lets it choose (torchrun sets another)
-        environment = {**settings, **one_rank(), "MASTER_PORT": "0", **seeing(self.gpus[name])}
+        environment = {**settings, **one_rank(), **seeing(self.gpus[name])}  # torchrun sets ranks and ports of its own
         with log.open("a") as file:
             file.write(work.STARTED)
             file.flush()

@@ -126,8 +126,6 @@ fi
 [[ $AS != evaluation ]] || (($(iteration))) || die "--as evaluation: $RUN/checkpoints holds no whole checkpoint."
 run_arguments
 architecture_environment
-one=$(gpus_of_sequence)
-((GPUS % one == 0)) || die "--gpus $GPUS must be a multiple of $one, the GPUs of one sequence (TP x CP x PP): use --gpus $(((GPUS + one - 1) / one * one))."
 NODES=1 GPUS_PER_NODE=$GPUS check_arguments --runs-here now
 ((ONLY_CHECK == 0)) || exit 0
 log=$RUN/logs/$([[ $AS == evaluation ]] && echo evaluation || echo local).log

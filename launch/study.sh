@@ -25,7 +25,8 @@ study_points() {
     IFS=: read -ra lengths <<<"$SEQ"
     IFS=: read -ra attentions <<<"$ATTENTION"
     for value in "${sizes[@]}" "${lengths[@]}"; do
-        [[ $value =~ ^[1-9][0-9]*$ ]] || die "--study '$study': CP and SEQ hold whole numbers apart by colons, and '$value' is none."
+        [[ $value =~ ^[1-9][0-9]*$ ]] || die "--study '$study': CP and SEQ hold whole numbers apart by colons, and '$value' is none:" \
+            "write all digits, as 131072 for 128K."
     done
     read -ra known <<<"$(words "$(known_attentions)")"
     names="${known[*]}"

@@ -25,9 +25,14 @@ OWN="--stage1=STAGE1 --total=TOTAL --eval-iters=EVAL_ITERS --sbatch=SBATCH --che
     parse_options "${BASH_SOURCE[0]}" "$@"
 check_check
 for pair in --stage1=STAGE1 --total=TOTAL; do
-    [[ $(declare -n value=${pair#*=} && echo "$value") =~ ^[1-9][0-9]*$ ]] || die "${pair%%=*} must be a number of iterations: see --help."
+    [[ $(declare -n value=${pair#*=} && echo "$value") =~ ^[1-9][0-9]*$ ]] ||
+        die "${pair%%=*} must be a number of iterations, at least 1: give both, as --stage1 12000 --total 20000."
 done
 ((STAGE1 < TOTAL)) || die "--stage1 $STAGE1 must be less than --total $TOTAL: what is left is stage 2."
+for word in "${MEGATRON[@]}"; do
+    [[ ! $word =~ ^--(train-iters|train-samples|exit-interval)(=|$) ]] ||
+        die "${word%%=*} after the -- is what --stage1 and --total say of each job: leave it out."
+done
 MEGATRON+=(--train-iters "$TOTAL")
 run_arguments
 at=$(argument --lighthouse-stage2-at '')

@@ -18,8 +18,35 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "B": 10**9}
 GROUPED = re.compile(r"-?\d{1,3}(,\d{3})+")
 WRONG = 2
 """The exit status of a command line that is refused."""
-
-
+ELSEWHERE = {
+    "--rope-theta": "--rotary-base",
+    "--rope-scaling": "--use-rope-scaling --rope-scaling-factor",
+    "--num-hidden-layers": "--num-layers",
+    "--intermediate-size": "--ffn-hidden-size",
+    "--head-dim": "--kv-channels",
+    **dict.fromkeys(("--num-key-value-heads", "--num-kv-heads"), "--group-query-attention --num-query-groups"),
+    **dict.fromkeys(("--rms-norm-eps", "--layernorm-epsilon"), "--norm-epsilon"),
+    "--hidden-act": "--swiglu",
+    **dict.fromkeys(("--dtype", "--params-dtype"), "--bf16"),
+    "--fp8": "--fp8-format",
+    **dict.fromkeys(("--tp", "--tp-size"), "--tensor-model-parallel-size"),
+    **dict.fromkeys(("--pp", "--pp-size"), "--pipeline-model-parallel-size"),
+    **dict.fromkeys(("--cp", "--cp-size"), "--context-parallel-size"),
+    **dict.fromkeys(("--ep", "--ep-size"), "--expert-model-parallel-size"),
+    **dict.fromkeys(("--learning-rate", "--max-lr"), "--lr"),
+    **dict.fromkeys(("--lr-schedule", "--lr-scheduler", "--lr-scheduler-type"), "--lr-decay-style"),
+    **dict.fromkeys(("--lr-warmup", "--warmup-steps", "--warmup-iters"), "--lr-warmup-iters"),
+    "--max-grad-norm": "--clip-grad",
+    **dict.fromkeys(("--max-steps", "--max-iters", "--num-steps"), "--train-iters"),
+    **dict.fromkeys(("--context-length", "--max-length", "--max-seq-length", "--max-seq-len"), "--seq-length"),
+    **dict.fromkeys(("--per-device-batch-size", "--per-device-train-batch-size"), "--micro-batch-size"),
+    "--gradient-accumulation-steps": "--global-batch-size",
+    "--gradient-checkpointing": "--recompute-activations",
+    **dict.fromkeys(("--use-flash-attention", "--flash-attention", "--flash-attn"), "--attention-backend flash"),
+}
+"""Flags as other trainers and models' configurations call them: with what Megatron has for it."""
+NEAR = 0.8
+"""How alike two flags must be for one to be taken for the other."""
 NAMED = 3
 """Of several runs of which the same is said, how many are named."""
 
@@ -99,6 +126,13 @@ def _meant(word: str) -> float | None:
 def unknown_flag(word: str, known: Iterable[str]) -> str:
     """That a flag is not known, and the nearest that is."""
     name, known = word.partition("=")[0], [*known]
+    if (use := ELSEWHERE.get(name)) and {*use.split()} & {*known}:
+        return f"{name} is not a known flag: use {use}."
+    if (on := f"--{name.removeprefix('--no-')}") in known:
+        return f"{name} is not a known flag: leave it out, and {on} too."
+    for off in (f"--no-{name[2:]}", f"--no-{name[2:].partition('-')[2]}"):
+        if off in known:
+            return f"{name} is not a known flag: leave it out, for it is so without {off}."
     begun = [flag for flag in known if flag.startswith(name)]  # as --data of --data-path
-    near = get_close_matches(name, begun, 1, 0.5) or get_close_matches(name, known, 1, 0.7)
+    near = get_close_matches(name, begun, 1, 0.5) or get_close_matches(name, known, 1, NEAR)
     return f"{name} is not a known flag: {f'did you mean {near[0]}?' if near else 'leave it out.'}"

@@ -27,7 +27,8 @@ KINDS = {"hopper": ("h100", "h200"), "blackwell": ("b200", "gb200"), "cpu": ()}
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the command line; answers an exit status."""
     from megatron_lighthouse.launch.data_files import here
-    from megatron_lighthouse.mcore.command_line import kept
+    from megatron_lighthouse.mcore.command_line import flags, ignored, kept
+    from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
 
     parser = Parser(prog="python -m megatron_lighthouse.launch.check", description=__doc__)
     parser.add_argument("--nodes", type=int, required=True, help="nodes of the job")
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folders = (folder.partition("=") for folder in options.sees.split(":") if folder)
     options.sees = {inside: outside or inside for inside, _, outside in folders}
     wrong: list[tuple[str, str]] = []
-    lines: list[str] = []
+    lines, notes = list[str](), list[tuple[str, str]]()
     runs: dict[str, list[str]] = {}
     for name, *more in points:
         try:
@@ -65,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         problems, line = quick(options, runs[name])
         wrong += [(name, problem) for problem in problems]
-        lines += [] if problems else [f"{name}: {line}" if name else line]
+        if not problems:
+            lines.append(f"{name}: {line}" if name else line)
+            notes += [(name, f"note: {remark}") for remark in ignored.remarks(flags.parse(runs[name], with_all_arguments)[0])]
     how = ""
     if not wrong:
         found, how = asked_of_megatron(options, runs)
@@ -73,18 +76,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if wrong:
         print("The run cannot start as asked:\n  - " + "\n  - ".join(once(wrong)), file=sys.stderr)
         return 1
-    print("\n".join([*lines, f"check: passed: {how}"]))
+    print("\n".join([*lines, *once(notes), f"check: passed: {how}"]))
     return 0
 
 
 def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str], str]:
     """What is wrong as far as no Megatron is needed to tell; and the run in one line where nothing is."""
-    from megatron_lighthouse.launch import restart
+    from megatron_lighthouse.launch import offered, restart
     from megatron_lighthouse.launch.data_files import data, descriptions, here, unseen
     from megatron_lighthouse.launch.fits import counted, names_vocabulary, needs, too_much, without_logits
-    from megatron_lighthouse.launch.layout import enough, layout, one_sequence
+    from megatron_lighthouse.launch.layout import enough, layout
+    from megatron_lighthouse.launch.offered import one_sequence
     from megatron_lighthouse.launch.sizes import sizes
-    from megatron_lighthouse.mcore.command_line import causal, flags, hybrid, inner, numbers, places, pyramid, scorer
+    from megatron_lighthouse.mcore.command_line import causal, flags, hybrid, inner, numbers, places, precision, pyramid, scorer
     from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
     from megatron_lighthouse.plan.device import DEVICES
 
@@ -108,10 +112,15 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
     world = one_sequence(args) if options.exact else world
     nodes, gpus_per_node = (1, world) if options.exact else (options.nodes, options.gpus_per_node)
     args.world_size = None if options.exact else world  # a study takes as many as a point needs
-    problems += [*layout(args, nodes, gpus_per_node), *sizes(args, options.runs_here)]
+
+    def of_sizes(tried: argparse.Namespace) -> list[str]:
+        return [*layout(tried, nodes, gpus_per_node, options.runs_here == "now"), *sizes(tried, options.runs_here)]
+
+    problems += offered.left(of_sizes(args), args, world, of_sizes)
     problems += [*data(args, sees), *descriptions(args, sees), *places.problems(args, partial(here, sees)), *unseen(args, sees)]
     problems += restart.problems(args, load, base)
     problems += inner.device_problems(args, CAPABILITY[options.arch])
+    problems += precision.device_problems(args, CAPABILITY[options.arch])
     if problems:
         return [*dict.fromkeys(problems)], ""
     if not device or args.skip_train:  # an evaluation needs less than the training that it is of
@@ -127,7 +136,7 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
 def asked_of_megatron(options: argparse.Namespace, points: dict[str, list[str]]) -> tuple[list[tuple[str, str]], str]:
     """What Megatron and the run itself refuse, each behind the point's name; and how that was found out."""
     from megatron_lighthouse.launch import megatron
-    from megatron_lighthouse.launch.layout import one_sequence
+    from megatron_lighthouse.launch.offered import one_sequence
     from megatron_lighthouse.mcore.command_line import flags
 
     by_list = f"flags, layout, sizes, files and this project's rules, by the flags of Megatron-core {flags.VERSION}"

@@ -6,17 +6,14 @@ import argparse
 import math
 from collections.abc import Iterator
 
+from megatron_lighthouse.launch import offered
+from megatron_lighthouse.launch.offered import one_sequence
 from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern
 from megatron_lighthouse.variant import shared_out_problem
 from megatron_lighthouse.variants import VARIANTS
 
 ENDS = ("--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split")
 """Each counts as a layer where the pipeline is split."""
-
-
-def one_sequence(args: argparse.Namespace) -> int:
-    """GPUs that hold one copy of the model and one sequence."""
-    return args.tensor_model_parallel_size * args.context_parallel_size * args.pipeline_model_parallel_size
 
 
 def enough(args: argparse.Namespace, gpus: int) -> Iterator[str]:
@@ -29,8 +26,12 @@ def enough(args: argparse.Namespace, gpus: int) -> Iterator[str]:
         )
 
 
-def layout(args: argparse.Namespace, nodes: int, gpus_per_node: int) -> Iterator[str]:
-    """The arithmetic of tensor, context, pipeline and data parallel ranks."""
+def layout(args: argparse.Namespace, nodes: int, gpus_per_node: int, one_machine: bool = False) -> Iterator[str]:
+    """The arithmetic of tensor, context, pipeline and data parallel ranks.
+
+    Args:
+        one_machine: whether the GPUs are those of --gpus, and no job's.
+    """
     tensor, context = args.tensor_model_parallel_size, args.context_parallel_size
     pipeline, world = args.pipeline_model_parallel_size, nodes * gpus_per_node
     one = one_sequence(args)
@@ -38,12 +39,11 @@ def layout(args: argparse.Namespace, nodes: int, gpus_per_node: int) -> Iterator
     product = " x ".join(f"--{name}-parallel-size {size}" for name, size in flags)
     batch, micro = args.global_batch_size, args.micro_batch_size or 1
     if world % one:
-        counts = (n for n in range(1, 4 * one + 1) if n * gpus_per_node % one == 0)
-        fits = [n for n in counts if not batch or batch % (micro * (n * gpus_per_node // one)) == 0]
-        fit = " or ".join(map(str, sorted(sorted(fits, key=lambda n: abs(n - nodes))[:2])))
+        gpus = f"the GPUs of the job, {nodes} node{'s' * (nodes != 1)} x {gpus_per_node} = {world}"
+        offers = [*offered.in_words(offered.sizes(args, world)), *offered.gpus(args, nodes, gpus_per_node, one_machine)]
         yield (
-            f"{product} = {one} must divide the GPUs of the job, {nodes} node{'s' * (nodes != 1)} x {gpus_per_node} = {world}: "
-            f"use {f'--nodes {fit}, or ' if fit else ''}smaller sizes."
+            f"{product} = {one} must divide {f'--gpus {world}' if one_machine else gpus}: use "
+            f"{', or '.join(offers) or 'smaller sizes'}."
         )
     elif batch and batch % (unit := micro * (world // one)):
         yield (
@@ -52,7 +52,11 @@ def layout(args: argparse.Namespace, nodes: int, gpus_per_node: int) -> Iterator
         )
     elif batch:
         yield from interleaved(args, batch // unit, unit)
+    if world % one == 0:
+        yield from evaluated(args, (batch or micro * (world // one)), world // one)
     yield from experts(args, world)
+    if args.profile and (beyond := [rank for rank in args.profile_ranks or () if rank >= world]):
+        yield f"--profile-ranks {' '.join(map(str, beyond))} is beyond the last of {world} ranks: use 0 to {world - 1}."
     yield from stages(args)
     heads, groups = args.num_attention_heads, args.num_query_groups or args.num_attention_heads
     copied = VARIANTS[args.attention].native and groups and tensor % groups == 0  # Megatron gives several ranks the same group
@@ -73,6 +77,17 @@ def layout(args: argparse.Namespace, nodes: int, gpus_per_node: int) -> Iterator
         yield (
             f"--cp-comm-type a2a shares out a tensor-parallel rank's {groups} key/value heads, and --context-parallel-size "
             f"{context} does not divide them: use {', or '.join(offers) or f'a divisor of {groups}'}."
+        )
+
+
+def evaluated(args: argparse.Namespace, batch: int, ranks: int) -> Iterator[str]:
+    """Whether data-parallel ranks share out the sequences of an evaluation's step, which are `batch` where not given."""
+    size, micro = args.eval_global_batch_size or batch, args.eval_micro_batch_size or args.micro_batch_size or 1
+    if (args.eval_global_batch_size or args.eval_micro_batch_size) and size % (unit := micro * ranks):
+        yield (
+            f"--eval-global-batch-size {size} (where not given, --global-batch-size) must be a multiple of {unit} "
+            f"(--eval-micro-batch-size {micro} x {ranks} data-parallel ranks): use --eval-global-batch-size "
+            f"{-(-size // unit) * unit}."
         )
 
 

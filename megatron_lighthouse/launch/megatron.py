@@ -22,6 +22,16 @@ from megatron_lighthouse.mcore.data import tokenizers
 from megatron_lighthouse.mcore.data.blends import TOKENIZERS
 from megatron_lighthouse.mcore.refusal import bare_assertion
 
+ADAM = "transformer_engine.pytorch.optimizers"
+"""Whose FusedAdam a precision-aware optimizer asks Transformer Engine for, with these arguments."""
+
+
+class _FusedAdam:
+    def __init__(
+        self, master_weight_dtype: object, exp_avg_dtype: object, exp_avg_sq_dtype: object, use_decoupled_grad: object
+    ) -> None: ...
+
+
 NEWEST = "99"
 """Of Transformer Engine, where it is the job's and not here: its release is asked for by Megatron's rules."""
 OF_ENGINE = {
@@ -96,7 +106,7 @@ def _sentences(error: Exception) -> list[str]:
     """What an error says, a line of ours each; of a bare assertion, what it asserts."""
     if rule := bare_assertion(error):
         return [rule]
-    text = str(error) or type(error).__name__
+    text = flags.in_flags(str(error)) or type(error).__name__
     lines = [line.strip().removeprefix("- ") for line in text.splitlines() if not line.endswith("cannot run as asked:")]
     return [f"Megatron: {lines[0]}", *lines[1:]] if isinstance(error, AssertionError) else lines
 
@@ -129,6 +139,7 @@ def _of_the_job(words: Sequence[str], world: int, major: int, runs_here: bool) -
             import megatron.training  # noqa: F401
         if not runs_here and not find_spec("transformer_engine"):
             stack.enter_context(mock.patch.object(utils, "_te_version", utils.PkgVersion(NEWEST)))
+            stack.enter_context(mock.patch.dict(sys.modules, {ADAM: SimpleNamespace(FusedAdam=_FusedAdam)}))
             for module, names in OF_ENGINE.items():
                 for name in names:
                     stack.enter_context(mock.patch(f"megatron.core.{module}.{name}", object()))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+"""The environment of the only rank. It listens on a port that it is given: one found free before may be taken by then."""
 
 
 def torchrun(ranks: int) -> list[str]:
@@ -23,14 +24,11 @@ def own_environment(inherited: Mapping[str, str] = os.environ) -> dict[str, str]
 
 def one_rank() -> dict[str, str]:
     """The environment of a run of the entry point as the only rank, from this checkout."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
     # torch takes the allocator's old name before the new, and alone
     allocator = {} if "PYTORCH_ALLOC_CONF" in os.environ else {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     return {
         **{"CUDA_DEVICE_MAX_CONNECTIONS": "1", **allocator},
         **own_environment(),
-        **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port},
+        **ALONE,
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }

@@ -23,6 +23,8 @@ QUANTITIES = {
     "memory": ("peak_gib", "predicted_peak_gib", "GiB at the peak"),
 }
 MARKERS = "osD^vP*X"
+HEADROOM = 1.08
+"""The height of a picture over its highest value, which would lie on the frame."""
 WIDE, LINE = 45, 0.16
 """Letters of a name beyond which a legend has one column; inches of a line of it."""
 ACROSS = {"context_parallel": "context-parallel ranks", "seq_length": "tokens of a sequence"}
@@ -80,7 +82,7 @@ def picture(rows: Sequence[Row], measured: str, predicted: str | None, label: st
         along_log2(axes, {r[across] for r in rows}, *([str] if across == "context_parallel" else []))
         axes.set_xlabel(ACROSS[across])
         axes.set_ylabel(label)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, HEADROOM * axes.dataLim.ymax)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     return figure

@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import os
 import platform
-import socket
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 import megatron_lighthouse
+from megatron_lighthouse.launch.torchrun import ALONE
 from megatron_lighthouse.mcore.command_line import kept
 from megatron_lighthouse.mcore.command_line.documents import FLAG, asked
 from megatron_lighthouse.mcore.data import text
@@ -131,10 +131,7 @@ def main() -> None:
         _parser().parse_args(["--help"])
     ask_for_megatron("megatron_lighthouse.recipe.evaluate")
     if "LOCAL_RANK" not in os.environ:  # not under torchrun; Kubernetes' PyTorchJob sets RANK and WORLD_SIZE, of its pods
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(port))
+        os.environ.update(ALONE)
     with quiet_imports():
         import torch
 

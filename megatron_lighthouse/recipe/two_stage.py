@@ -80,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.mkdir(parents=True, exist_ok=True)
     print(f"{run}: {stages[variant.name][1]} iterations with {variant.title}", end="")
     print(f", then {dense_steps} of {base.title}, on {where}" if variant.switches else f", on {where}", flush=True)
+    if _iterations_done(run) >= total:
+        print("Nothing is left to train: the last command below goes on, and --name NAME (NAME= of make) begins another run.")
     if status := _train(run, stages, arguments, preset):
         return status
     _draw(run, where, list(stages))
@@ -92,12 +94,11 @@ def _train(run: Path, stages: Mapping[str, tuple[int, int]], arguments: Mapping[
     for attention, (start, stop) in stages.items():
         done = _iterations_done(run)
         if done >= stop:
-            print(f"{attention}: iteration {done} is reached already", flush=True)
+            print(f"{attention}: trained already, to iteration {stop}", flush=True)
             continue
         if done < start:
             raise SystemExit(f"{run} ends at iteration {done}, before its stage {attention} begins at {start}.")
-        command = _command(preset, arguments[attention])
-        status = _follow(command, run / f"{attention}.log", _environment(preset))
+        status = _follow(_command(preset, arguments[attention]), run / f"{attention}.log", _environment(preset))
         if status:
             return status
         if _iterations_done(run) < stop:

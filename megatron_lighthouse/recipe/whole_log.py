@@ -25,7 +25,8 @@ def width_of(losses: Losses, switch: int, asked: int) -> tuple[int, str]:
     lacks = every is not None and min(losses) > every
     if asked <= fewest or not fewest or (lacks and fewest == stages[0]):
         return asked, ""
-    return fewest, f" (of --smooth {asked}: stage {1 + stages.index(fewest)} has no more)"
+    stage = 1 + stages.index(fewest)
+    return fewest, f" (not {asked}, as --smooth asks: stage {stage} logged {fewest} in all, too few to tell a spike from noise)"
 
 
 def check_finite(losses: Losses) -> None:

@@ -126,7 +126,6 @@ def test_gpus_are_those_that_are_there(machine: Path) -> None:
     [
         ("--nodes 2", "--nodes 2: local.sh runs on this machine alone: use --gpus"),
         ("--nodes 1 --time 20", "--time 20: local.sh has no time limit"),
-        ("--gpus 1 -- --context-parallel-size 2", "--gpus 1 must be a multiple of 2"),
     ],
 )
 def test_what_only_slurm_takes_is_refused(arguments: str, says: str, machine: Path) -> None:

@@ -119,6 +119,16 @@ def test_a_dense_point_has_nothing_to_switch(tmp_path: Path) -> None:
     assert "lighthouse-256-cp2: " not in error
 
 
+@pytest.mark.parametrize("word", ["--train-iters 100", "--train-samples=800", "--exit-interval=5"])
+def test_iterations_of_two_jobs_are_named_once(word: str, tmp_path: Path) -> None:
+    """Else they would be passed over without a word."""
+    ours = ["--cluster", "cpu-test", "--recipe", "cpu-test", "--stage1", "6", "--total", "20"]
+    done = submit(tmp_path, *ours, "--", "--mock-data", *word.split(), script="two_stage.sh")
+    name = word.replace("=", " ").split()[0]
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{name} after the -- is what --stage1 and --total say of each job: leave it out." in done.stderr
+
+
 @pytest.mark.parametrize("word", [[SWITCH, "15"], [f"{SWITCH}=15"]])
 def test_two_jobs_do_not_switch_in_one(word: list[str], tmp_path: Path) -> None:
     ours = ["--cluster", "cpu-test", "--recipe", "cpu-test", "--stage1", "6", "--total", "20"]

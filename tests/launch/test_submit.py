@@ -177,6 +177,7 @@ def test_a_wrong_cluster_file_is_not_queued(line: str, says: str, tmp_path: Path
         ("--cluster cpu-test --recipe cpu-test --profile nsys --profile-steps 5", "use 11-12"),
         ("--cluster cpu-test --recipe cpu-test --profile torch --profile-steps 9-20", "must end before --train-iters 20"),
         ("--cluster cpu-test --recipe cpu-test --profile torch --profile-ranks 0,8", 'use 0 or "0 8"'),
+        ("--cluster cpu-test --recipe cpu-test --profile torch --profile-ranks 2 -- --mock-data", "use 0 to 1"),
         ("--cluster cpu-test --recipe cpu-test -- --profile", "--profile after the -- is Megatron's"),
         ("--cluster cpu-test --recipe cpu-test --study CP:1", 'use "CP=1:2 SEQ='),
         ("--cluster cpu-test --recipe cpu-test --study CP=1:two", "and 'two' is none"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import torch
 from megatron_lighthouse.plots import read_scalars
 from megatron_lighthouse.recipe.presets import ON_CPU
 from tests.mcore.forks import Fork
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,13 +75,10 @@ class Processes:
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / "log.txt"
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
         environment = {
             **os.environ,
             **{"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"},
-            **{"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)},
+            **{"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)},
         }
         start = subprocess.Popen if torch.cuda.is_available() else Fork  # a fork has no CUDA
         command = [sys.executable, "-m", module, *arguments]

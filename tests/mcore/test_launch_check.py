@@ -49,7 +49,7 @@ WRONG = {
     ),
     "SFT": ("--sft", "use Megatron-LM's own pretrain_gpt.py with dense attention"),
     "dropout": ("--attention-dropout 0.1", "use --attention-dropout 0 "),
-    "a layout": ("--context-parallel-size 3", "use --nodes"),
+    "a layout": ("--context-parallel-size 3", "= 6 must divide .*: use --context-parallel-size 2 or 4"),
     "a length": ("--seq-length 100000", "--seq-length 100000 must be"),
     "no interval": ("--save-interval 0", "--save .* add --save-interval N"),
     "an empty tokenizer": ("--tokenizer-model {empty}", "is empty: copy or write it again"),
@@ -171,7 +171,7 @@ def test_the_names_are_those_of_the_backends() -> None:
     [
         *((flag, flag) for flag in ("--sft", "--hybrid-context-parallel", "--perform-rl-step", "--reset-attention-mask")),
         ("--text-data x", "--text-data and --mock-data"),
-        ("--tensor-model-parallel-size 3", "--num-query-groups 8 must be"),
+        ("--tensor-model-parallel-size 16", "--num-query-groups 8 must be"),
     ],
 )
 def test_a_rule_is_said_once(more: str, rule: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,7 +210,7 @@ RECIPES = sorted({path.stem for path in (LAUNCH / "recipes").glob("*.args")} - O
 """Those that 64 GPUs take."""
 
 LATE = {
-    "gradients": ("--main-grads-dtype bf16", "main_grads_dtype can only be fp32 when not using precision-aware"),
+    "gradients": ("--main-grads-dtype bf16", "--main-grads-dtype can only be fp32 when not using precision-aware"),
     "buckets": ("--ddp-num-buckets 2 --ddp-bucket-size 100", "Cannot specify both num_buckets and bucket_size"),
     "without words": ("--decoder-seq-length 262144", "assert args.max_position_embeddings >= args.decoder_seq_length"),
     "of the model": ("--moe-router-topk 1 --num-experts 8 --moe-ffn-hidden-size 64", "use --moe-router-pre-softmax when topk"),
@@ -281,6 +281,13 @@ def test_packages_that_the_run_needs(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert check.main([*GPUS, "--runs-here", "now", "--", *LLAMA]) == 1  # which takes no container
     assert "Name another Python that has these packages by PYTHON." in (here := capsys.readouterr().err)
     assert "IMAGE" not in here
+    by_name = ["--tokenizer-type", "GPT2BPETokenizer"]
+    assert check.main([*GPUS, "--runs-here", "--", *LLAMA, *by_name, "--vocab-file", __file__]) == 1
+    assert "GPT2BPETokenizer without --merge-file, which it downloads (or give these), needs the package wget" in (
+        capsys.readouterr().err
+    )
+    assert check.main([*GPUS, "--runs-here", "--", *LLAMA, *by_name, "--vocab-file", __file__, "--merge-file", __file__]) == 1
+    assert "wget" not in capsys.readouterr().err
     for kind, package in (("TikTokenizer", "tiktoken"), ("GPTSentencePieceTokenizer", "sentencepiece")):
         assert check.main([*GPUS, "--runs-here", "--", *LLAMA, "--tokenizer-type", kind, "--tokenizer-model", __file__]) == 1
         assert f"needs the package {package}" in capsys.readouterr().err

@@ -73,8 +73,11 @@ def test_what_breaks_a_rule_is_refused_with_a_number_that_keeps_it() -> None:
         ("--kv-channels 7", "RoPE turns pairs: use --kv-channels 8"),
         ("--rotary-percent 0.01", "are 1 channels, and RoPE turns pairs"),
         ("--lr-decay-style WSD --lr-wsd-decay-iters 20001", "must be at most the 20000 iterations .* use 1000"),
-        ("--rotary-scaling-factor 4", "is YaRN's, and the model does not read it: add --position-embedding-type yarn"),
-        ("--position-embedding-type yarn", "--use-rope-scaling is not read with --position-embedding-type yarn"),
+        ("--rotary-scaling-factor 4", "is YaRN's, and the model does not read it: .* or use --position-embedding-type yarn"),
+        (
+            "--position-embedding-type yarn",
+            "--use-rope-scaling and --rope-scaling-factor 8.0 are not read with --position-embedding-type yarn",
+        ),
         ("--position-embedding-type learned_absolute", "--rotary-base 500000 means nothing with"),
         ("--rotary-base 5e5", "--rotary-base 5e5 must be a whole number, in digits alone: write 500000."),
     ],

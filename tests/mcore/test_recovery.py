@@ -198,13 +198,14 @@ def test_a_run_shorter_than_the_mean(tmp_path: Path, capsys: pytest.CaptureFixtu
     write(tmp_path / "dense", curve(9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0))
     assert main(["--run-folder", str(tmp_path / "run"), "--dense", str(tmp_path / "dense")]) == 0
     said = capsys.readouterr().out
-    assert "means of 3 losses (of --smooth 10: stage 1 has no more)" in said
+    assert "means of 3 losses (not 10, as --smooth asks: stage 1 logged 3 in all, too few to tell a spike from noise)" in said
     assert "level with dense after   3 iterations" in said
     with (tmp_path / "run" / "recovery.csv").open() as table:
         (row,) = csv.DictReader(table)
     assert (row["smooth"], float(row["level"])) == ("3", pytest.approx(14 / 3))
     assert width_of(SPIKE, 3, 3) == (3, "")
-    assert width_of(SPIKE, 7, 4) == (2, " (of --smooth 4: stage 2 has no more)")
+    width, why = width_of(SPIKE, 7, 4)
+    assert (width, "stage 2 logged 2 in all" in why) == (2, True)
 
 
 @pytest.mark.parametrize(("text", "unit"), [("['corpus.txt']", "byte"), ("None", "token"), (None, "token")])

@@ -37,7 +37,7 @@ RULES = {
     "recompute": ("--recompute-granularity full", f"add {FULL.partition(' full ')[2]}", FULL),
     "its method": (
         "--recompute-granularity selective --recompute-method uniform",
-        "is of --recompute-granularity full: add that",
+        "is of --recompute-granularity full: leave it out",
         "--recompute-granularity selective",
     ),
     "one stage": ("--num-layers-per-virtual-pipeline-stage 2", "there is one: leave it out", ""),

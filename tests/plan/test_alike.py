@@ -159,3 +159,11 @@ def test_a_picture_of_many_series_leaves_room_to_see_them() -> None:
     assert figure
     FigureCanvasAgg(figure).draw()
     assert all(axes.get_position().height * figure.get_size_inches()[1] > 3 for axes in figure.axes)
+
+
+def test_no_line_lies_on_the_frame() -> None:
+    """As efficiencies of 1, of which a picture's highest value is one."""
+    figure = scaling_plots.picture([row | {"efficiency": 1.0} for row in mixed()], "efficiency", None, "efficiency")
+    assert figure is not None
+    for axes in figure.axes:
+        assert axes.get_ylim() == pytest.approx((0, 1.08))

@@ -10,13 +10,19 @@ import math
 from collections.abc import Iterator, Sequence
 
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
-from megatron_lighthouse.mcore.command_line import flags, hybrid, numbers, together
+from megatron_lighthouse.mcore.command_line import evenly, flags, hybrid, ignored, numbers, precision, schedule, together
 from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
 from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern, is_latent
 from megatron_lighthouse.mcore.command_line.own_parts import local_window_problem
 
 SCHEMES = (*COMM_TYPES, "a2a+p2p")
 """Of --cp-comm-type, for which Megatron takes any word."""
+GONE = {
+    "batch_size": "--micro-batch-size",
+    "warmup": "--lr-warmup-fraction",
+    "model_parallel_size": "--tensor-model-parallel-size",
+}
+"""Of Megatron's flags, with what it has now."""
 ROTATED = ("rope", "yarn", "mrope")
 """Of --position-embedding-type: what turns pairs of a head's channels."""
 
@@ -32,13 +38,14 @@ def given(words: Sequence[str]) -> argparse.Namespace | None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Of a run, before Megatron validates.
+    """Of a run, before Megatron validates; says what it does not read.
 
     Raises:
         ValueError: what Megatron would refuse without saying why.
     """
     if found := [*problems(args)]:
         raise ValueError("\n".join(found))
+    ignored.say(args)
 
 
 def problems(args: argparse.Namespace) -> Iterator[str]:
@@ -54,11 +61,13 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
         yield from hybrid.word_problems(args)
         yield from _model(args)
         yield from together.model_problems(args)
+        yield from evenly.problems(args)
     yield from together.problems(args)
+    yield from precision.problems(args)
     yield from _batch(args)
     yield from _saves(args)
     if not args.skip_train:
-        yield from _rates(args)
+        yield from schedule.problems(args)
     for one, other in (("fp16", "bf16"), ("data_path", "data_args_path")):
         if getattr(args, one) and getattr(args, other):
             yield f"{_flag(one)} and {_flag(other)} exclude each other: leave one of them out."
@@ -83,10 +92,12 @@ def _model(args: argparse.Namespace) -> Iterator[str]:
             f"{-(-hidden // heads) * heads}, or give --kv-channels."
         )
     if (dim := _rotated_channels(args)) is not None and (dim < 2 or (dim % 2 and args.rotary_percent == 1)):
+        channels = args.kv_channels or hidden // heads
+        use = f"--kv-channels {channels + channels % 2}" if channels % 2 else "--rotary-percent 1"
         yield (
-            f"--kv-channels {args.kv_channels or hidden // heads} (where not given, --hidden-size / --num-attention-heads) "
-            f"with --rotary-percent {args.rotary_percent:g} are {dim} channels, and RoPE turns pairs: use --kv-channels "
-            f"{dim + dim % 2 or 2} and --rotary-percent 1."
+            f"--kv-channels {channels} (where not given, --hidden-size / --num-attention-heads) with --rotary-percent "
+            f"{args.rotary_percent:g} are {dim} channels, and RoPE turns pairs: use "
+            f"{use}{' and --rotary-percent 1' if channels % 2 and dim < 2 else ''}."
         )
     length, positions = args.seq_length or args.encoder_seq_length, args.max_position_embeddings
     if length and positions and positions < length:
@@ -154,8 +165,15 @@ def _rotated_channels(args: argparse.Namespace) -> int | None:
 
 
 def _batch(args: argparse.Namespace) -> Iterator[str]:
+    for name, use in GONE.items():
+        if getattr(args, name) is not None:
+            yield f"{_flag(name)} is no longer: use {use} in its place."
+    if args.step_batch_size_schedule is not None and args.global_batch_size is not None:
+        yield "--step-batch-size-schedule and --global-batch-size exclude each other: leave one of them out."
     if args.micro_batch_size is None:
         yield "--micro-batch-size is missing: use 1, or more sequences at a time."
+    if args.dataloader_type == "external":
+        yield "--dataloader-type external is for loaders of one's own, and this entry point has none: use single or cyclic."
     # Megatron divides by it
     if args.eval_interval is None and not (args.skip_train or args.full_validation):
         yield "--eval-interval is missing: give a number of iterations, such as 1000. To evaluate never, add --eval-iters 0."
@@ -176,49 +194,3 @@ def _saves(args: argparse.Namespace) -> Iterator[str]:
             f"--log-memory-interval {args.log_memory_interval} must be a multiple of --log-interval {args.log_interval}: use "
             f"{-(-args.log_memory_interval // args.log_interval) * args.log_interval}."
         )
-
-
-def _rates(args: argparse.Namespace) -> Iterator[str]:
-    """Of the learning rate and the weight decay."""
-    if args.lr is None:
-        yield "--lr is missing: give a learning rate, such as 3e-4."
-    elif args.lr < 0:
-        yield f"--lr {args.lr} must not be negative: use a learning rate such as 3e-4."
-    elif not 0 <= args.min_lr <= args.lr or not 0 <= args.lr_warmup_init <= args.lr:
-        use = " and ".join(
-            f"{_flag(name)} {args.lr / 10 if name == 'min_lr' else 0:g}"
-            for name in ("min_lr", "lr_warmup_init")
-            if not 0 <= getattr(args, name) <= args.lr
-        )
-        yield (
-            f"--lr {args.lr} must be at least --min-lr {args.min_lr} and --lr-warmup-init {args.lr_warmup_init}, and none of "
-            f"them negative: use {use}, or a greater --lr."
-        )
-    ends = (args.start_weight_decay, args.end_weight_decay)
-    if args.weight_decay_incr_style == "constant":
-        if ends != (None, None):
-            yield (
-                "--start-weight-decay and --end-weight-decay mean nothing with --weight-decay-incr-style constant: use linear."
-            )
-    elif None in ends:
-        yield (
-            f"--weight-decay-incr-style {args.weight_decay_incr_style} needs --start-weight-decay and --end-weight-decay: add "
-            "both."
-        )
-    decays, warms = args.lr_decay_iters or args.train_iters, args.lr_warmup_iters
-    if decays and warms and warms >= decays:
-        yield (
-            f"--lr-warmup-iters {warms} must be below the {decays} iterations of --lr-decay-iters (where not given, "
-            f"--train-iters): use {decays // 50} or so, or --lr-warmup-fraction 0.02."
-        )
-    falls = args.lr_wsd_decay_iters
-    if args.lr_decay_style == "WSD" and decays and falls and falls > decays:
-        yield (
-            f"--lr-wsd-decay-iters {falls} must be at most the {decays} iterations of --lr-decay-iters (where not given, "
-            f"--train-iters): use {max(1, decays // 20)} or so."
-        )
-    share = args.lr_warmup_fraction
-    if share is not None and not 0 <= share < 1:
-        yield f"--lr-warmup-fraction {share} must be from 0 up to, not including, 1: use 0.02."
-    if args.lr_decay_style == "WSD" and args.lr_wsd_decay_iters is None and args.lr_wsd_decay_samples is None:
-        yield "--lr-decay-style WSD needs --lr-wsd-decay-iters: add the number of last iterations in which the rate falls."

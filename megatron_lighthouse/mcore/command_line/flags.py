@@ -31,6 +31,13 @@ ACTIONS = {
 }
 BY_ENVIRONMENT = {"inprocess_active_world_size": "WORLD_SIZE"}
 """Arguments whose default Megatron takes from the environment, and from where."""
+OF_CONFIG = {
+    "num_moe_experts": "--num-experts",
+    "fp8_param": "--fp8-param-gather",
+    "num_layers_in_first_pipeline_stage": "--decoder-first-pipeline-num-layers",
+    "num_layers_in_last_pipeline_stage": "--decoder-last-pipeline-num-layers",
+}
+"""Names of Megatron's configs, and of which flags they come."""
 type Add = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
 
@@ -52,6 +59,14 @@ class WordsError(ValueError):
     """What argparse has against a command line."""
 
 
+class _Said(argparse.Namespace):
+    """Holds what words say, and no default: to argparse all that is missing looks set."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
 class _Strict(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise WordsError(as_sentence(message))
@@ -68,6 +83,8 @@ def parser(add_arguments: Add) -> argparse.ArgumentParser:
 def parse(words: Sequence[str], add_arguments: Add, strict: bool = True) -> tuple[argparse.Namespace, list[str]]:
     """The arguments, and what is wrong with the words, each in a sentence.
 
+    The arguments' `said` holds the names of those that the words give, be it their default.
+
     Args:
         strict: whether a flag that is not listed is wrong: a Megatron of another release may know it.
 
@@ -76,10 +93,17 @@ def parse(words: Sequence[str], add_arguments: Add, strict: bool = True) -> tupl
     """
     made = parser(add_arguments)
     args, rest = made.parse_known_args(words)
+    args.said = frozenset(vars(made.parse_known_args(words, _Said())[0]))
     wrong = [unknown_flag(word, made._option_string_actions) for word in rest if word.startswith("-")]
     if rest and not wrong:
         wrong = [f"{' '.join(rest)} follows no flag that takes it: leave it out."]
     return args, wrong if strict else []
+
+
+def in_flags(text: str) -> str:
+    """What Megatron says of its arguments, by the flags that these have."""
+    names = {flag["dest"]: flag["flags"][0] for flag in listed() if "_" in flag["dest"]} | OF_CONFIG
+    return re.sub(r"(?<![\w./-])[a-z0-9]+(_[a-z0-9]+)+(?!\w)", lambda found: names.get(found[0], found[0]), text)
 
 
 def _how(flag: dict[str, Any]) -> dict[str, Any]:

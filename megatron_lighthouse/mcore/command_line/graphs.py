@@ -71,11 +71,14 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
     if kind != "full_iteration" and args.recompute_granularity == "full":
         yield (
             f"--recompute-granularity full with {asked}: a graph of one layer cannot hold it: use --cuda-graph-impl "
-            "full_iteration, --recompute-granularity selective, or leave one of them out."
+            f"full_iteration {CHECK}, --recompute-granularity selective without --recompute-method and "
+            "--recompute-num-layers, or leave one of them out."
         )
     for name in OFFLOADS if kind == "local" else OFFLOADS[:2]:
         if kind != "full_iteration" and getattr(args, name, None):
-            use = "--cuda-graph-impl full_iteration" if name in OFFLOADS[:2] else "--cuda-graph-impl transformer_engine"
+            use = (
+                f"--cuda-graph-impl full_iteration {CHECK}" if name in OFFLOADS[:2] else "--cuda-graph-impl transformer_engine"
+            )
             yield (
                 f"--{name.replace('_', '-')} with {asked}: a graph never gives back memory, and offloading does: "
                 f"use {use}, or leave one of them out."

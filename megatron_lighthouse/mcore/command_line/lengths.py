@@ -9,6 +9,7 @@ from typing import Any
 from megatron_lighthouse.lighthouse.by_length import NAMES, by_length
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.remedies import Allowed, Sizes, anything
+from megatron_lighthouse.mcore.command_line import evenly
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, comm_types_of, heads_of_rank, of_edge
 
 
@@ -63,6 +64,8 @@ def limits_of(args: Namespace, config: Any) -> Allowed:
 
     def allowed(tried: Sizes) -> bool:
         if tried.seq_length > (getattr(args, "max_position_embeddings", None) or tried.seq_length):
+            return False
+        if tried.seq_length % evenly.tokens(args, tried.ranks):
             return False
         if tried.ranks == ranks:
             return True

@@ -15,6 +15,8 @@ NOTHING = {"rotary_base": 10000, "rotary_percent": 1.0, "rotary_scaling_factor":
 """Megatron's defaults; None and False where not named."""
 OF_TURNING = ("rotary_percent", "rotary_seq_len_interpolation_factor", "rotary_interleaved")
 """What YaRN does not read; nor does MLA, but for the share of its rotated channels with `--rope-type rope`."""
+FACTOR = "rope_scaling_factor"
+"""Of Llama 3's scaling, of which Megatron's default is 8 also where nothing is scaled."""
 LEARNED = ("learned_absolute", "relative")
 
 
@@ -27,17 +29,19 @@ def problems(args: Namespace) -> Iterator[str]:
     kind, latent = args.position_embedding_type, getattr(args, "multi_latent_attention", False)
     kind = "rope" if getattr(args, "use_rotary_position_embeddings", False) else kind
     if not latent and kind in LEARNED:
-        for name in _given(args, *TURNED):
+        for name in [*_given(args, *TURNED), *([FACTOR] if _says_factor(args) else [])]:
             yield (
                 f"{_words(args, name)} means nothing with --position-embedding-type {kind} (Megatron's default is "
                 "learned_absolute): add --position-embedding-type rope."
             )
     elif getattr(args, "use_rope_scaling", False) and (latent or kind in ("yarn", "mrope")):
         other = "--multi-latent-attention" if latent else f"--position-embedding-type {kind}"
-        yield (
-            f"--use-rope-scaling is not read with {other}: "
-            f"leave it out{', and use --rope-type yarn with --rotary-scaling-factor' if latent else ''}."
-        )
+        both = f" and {_words(args, FACTOR)} are" if _says_factor(args) else " is"
+        use = ", and use --rope-type yarn with --rotary-scaling-factor" if latent else ""
+        yield f"--use-rope-scaling{both} not read with {other}: leave {'it' if both == ' is' else 'them'} out{use}."
+    elif _says_factor(args) and not getattr(args, "use_rope_scaling", False):
+        use = ", or add that" if kind == "rope" and not latent else ""
+        yield f"{_words(args, FACTOR)} means nothing without --use-rope-scaling: leave it out{use}."
     turns = latent and getattr(args, "rope_type", None) == "rope"  # MLA's default is yarn
     for name in _given(args, *OF_TURNING) if latent or kind == "yarn" else ():
         if turns and name == "rotary_percent":
@@ -60,19 +64,29 @@ def problems(args: Namespace) -> Iterator[str]:
     elif sections and kind != "mrope":
         words = " ".join(map(str, sections))
         yield f"--mrope-section {words} means nothing without --position-embedding-type mrope: add that, or leave it out."
-    if getattr(args, "rope_scaling_factor", 8.0) != 8.0 and not args.use_rope_scaling:
-        yield (
-            f"--rope-scaling-factor {args.rope_scaling_factor} means nothing without --use-rope-scaling: add it, or leave "
-            "--rope-scaling-factor out."
-        )
     for name in _given(args, *(() if latent else YARN), *YARN_ALONE) if latent or kind != "yarn" else ():
-        use = "leave it out" if latent else "add --position-embedding-type yarn, or leave it out"
-        other = " (--use-rope-scaling --rope-scaling-factor is Llama 3's scaling)" if name == YARN[0] else ""
-        yield f"{_words(args, name)} is YaRN's, and {'MLA' if latent else 'the model'} does not read it: {use}{other}."
+        use = "leave it out" + ("" if latent else _for_yarn(args, kind, name))
+        yield f"{_words(args, name)} is YaRN's, and {'MLA' if latent else 'the model'} does not read it: {use}."
+
+
+def _for_yarn(args: Namespace, kind: str, name: str) -> str:
+    """What the model could have in place of its rotation, so that it reads an option of YaRN's, or does what that asks for."""
+    llama = getattr(args, "use_rope_scaling", False)
+    yarn = ", or use --position-embedding-type yarn" + (" in place of --use-rope-scaling" if llama else "")
+    yarn += f" and {_words(args, FACTOR)}" if llama and _says_factor(args) else ""
+    if name != YARN[0] or kind != "rope":
+        return yarn
+    scaled = "" if llama else "--use-rope-scaling "
+    return f"{yarn}, or {scaled}--rope-scaling-factor {getattr(args, name):g}, Llama 3's, in its place"
 
 
 def _given(args: Namespace, *names: str) -> list[str]:
     return [name for name in names if getattr(args, name, None) not in (None, False, NOTHING.get(name))]
+
+
+def _says_factor(args: Namespace) -> bool:
+    """Whether the words name it, or, where they are not at hand, another than the default."""
+    return FACTOR in getattr(args, "said", ()) or getattr(args, FACTOR, 8.0) != 8.0
 
 
 def _words(args: Namespace, name: str) -> str:

@@ -56,6 +56,9 @@ def _asked_for(args: Namespace) -> Iterator[tuple[str, str, str]]:
     """Options that Megatron asks a package for, late: with the module, and what pip knows it by."""
     for package in tokenizers.packages(args.tokenizer_type):
         yield f"--tokenizer-type {args.tokenizer_type}", package, package
+    if files := tokenizers.downloaded(args):
+        names = " and ".join(files)
+        yield f"--tokenizer-type {args.tokenizer_type} without {names}, which it downloads (or give these),", "wget", "wget"
     if project := getattr(args, "wandb_project", None):
         yield f"--wandb-project {project}", "wandb", "wandb"
     if getattr(args, "skip_train", False):
@@ -168,9 +171,10 @@ def _full_validation(args: Namespace) -> Iterator[str]:
             f"--full-validation fails in Megatron with --pipeline-model-parallel-size {args.pipeline_model_parallel_size}, "
             "whose middle stages have no data: use at most 2, or leave it out."
         )
-    if args.eval_micro_batch_size != 1 and args.tensor_model_parallel_size * args.pipeline_model_parallel_size > 1:
+    rows = args.eval_micro_batch_size or args.micro_batch_size
+    if rows != 1 and args.tensor_model_parallel_size * args.pipeline_model_parallel_size > 1:
         yield (
-            f"--full-validation reads one sequence at a time, and --eval-micro-batch-size {args.eval_micro_batch_size} (where "
+            f"--full-validation reads one sequence at a time, and --eval-micro-batch-size {rows} (where "
             "not given, --micro-batch-size) is what other ranks wait for: use --eval-micro-batch-size 1."
         )
     split = args.split and (args.data_path or args.data_args_path or args.mock_data) and args.split.split(",")[2:]

@@ -9,6 +9,10 @@ import argparse
 import math
 from collections.abc import Iterator
 
+ACTIVATIONS = ("--swiglu", "--squared-relu", "--quick-geglu")
+"""Of the MLP: Megatron's default is GELU."""
+MODULES = ("core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts", "gdn_norm_out")
+"""Of --recompute-modules."""
 FULL = "--recompute-method uniform --recompute-num-layers 1"
 """What --recompute-granularity full is given most often."""
 
@@ -23,15 +27,13 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
     yield from _optimizer(args)
     yield from _recompute(args)
     yield from _interleaved(args)
-    if not args.skip_train:
-        yield from _warm_up(args)
     if args.tp_comm_overlap and not (args.sequence_parallel and args.tensor_model_parallel_size > 1):
         yield (
             "--tp-comm-overlap needs --sequence-parallel and a --tensor-model-parallel-size above 1: add them, or leave it out."
         )
     for flag, value in (("--fp8-format", args.fp8), ("--fp4-format", args.fp4)):
         if value and args.transformer_impl == "local":
-            yield f"{flag} {value} is read by Transformer Engine's layers alone: leave it out, or --transformer-impl local."
+            yield f"{flag} {value} is read by Transformer Engine's layers alone: leave it out, or use --transformer-impl transformer_engine."
     if args.cross_entropy_loss_fusion and args.cross_entropy_fusion_impl == "te":
         yield "--cross-entropy-fusion-impl te is turned off in Megatron 0.19, for it was not stable: use native."
     if args.cuda_graph_impl == "full_iteration" and args.check_for_nan_in_loss_and_grad:
@@ -46,8 +48,8 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
 
 def model_problems(args: argparse.Namespace) -> Iterator[str]:
     """Options of a model that do not go together, where the words say it and not a checkpoint."""
-    if args.swiglu and args.squared_relu:
-        yield "--swiglu and --squared-relu exclude each other: leave one of them out."
+    if len(shapes := [flag for flag in ACTIVATIONS if getattr(args, flag[2:].replace("-", "_"))]) > 1:
+        yield f"{' and '.join(shapes)} exclude each other: leave all but one out."
     if not args.num_experts and args.expert_model_parallel_size > 1:
         yield (
             f"--expert-model-parallel-size {args.expert_model_parallel_size} is of experts, and there are none: leave it out, "
@@ -85,8 +87,19 @@ def _recompute(args: argparse.Namespace) -> Iterator[str]:
     full = args.recompute_granularity == "full" and not args.recompute_activations
     if full and not (args.recompute_method and args.recompute_num_layers):
         yield f"--recompute-granularity full needs a method and a number of layers: add {FULL}."
-    elif args.recompute_method and (args.recompute_granularity == "selective" or args.recompute_activations):
-        yield f"--recompute-method {args.recompute_method} is of --recompute-granularity full: add that, or leave it out."
+        return
+    selects = args.recompute_granularity == "selective" or args.recompute_activations
+    of_full = [
+        f"{flag} {value}"
+        for name in ("method", "num_layers")
+        if (value := getattr(args, f"recompute_{name}"))
+        for flag in [f"--recompute-{name.replace('_', '-')}"]
+    ]
+    if of_full and selects:
+        are, them = ("is", "it") if len(of_full) == 1 else ("are", "them")
+        yield f"{' '.join(of_full)} {are} of --recompute-granularity full: leave {them} out, or use that."
+    if selects and (unknown := [name for name in args.recompute_modules or () if name not in MODULES]):
+        yield f"--recompute-modules {' '.join(unknown)} is not known: use some of {', '.join(MODULES)}."
 
 
 def _interleaved(args: argparse.Namespace) -> Iterator[str]:
@@ -107,12 +120,3 @@ def _interleaved(args: argparse.Namespace) -> Iterator[str]:
         fits = " or ".join(str(n) for n in range(2, of_stage) if of_stage % n == 0)
         use = f"use {fits}" if fits else "leave it out"
         yield f"{flag} {size} must divide the {of_stage} layers of a pipeline stage: {use}."
-
-
-def _warm_up(args: argparse.Namespace) -> Iterator[str]:
-    share, warms, decays = args.lr_warmup_fraction, args.lr_warmup_iters, args.lr_decay_iters or args.train_iters
-    if share is not None and warms and decays:
-        yield (
-            f"--lr-warmup-iters {warms} and --lr-warmup-fraction {share:g}, which a recipe may give, exclude each other: use "
-            f"--lr-warmup-fraction {warms / decays:.3g} alone, or a recipe without the fraction."
-        )

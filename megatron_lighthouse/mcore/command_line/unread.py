@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from megatron_lighthouse.mcore.command_line.flags import parser
 
 INSTEAD = {
-    "rampup_batch_size": "use --step-batch-size-schedule",
+    "rampup_batch_size": "use --step-batch-size-schedule in place of --global-batch-size",
     "use_flash_attn": "use --attention-backend flash",
     "openai_gelu": "leave it out",
     "apply_residual_connection_post_layernorm": "leave it out",

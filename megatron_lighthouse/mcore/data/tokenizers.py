@@ -18,6 +18,11 @@ PACKAGES = {
     "TikTokenizer": ("tiktoken",),
 }
 """What Megatron-core 0.19 builds each by; it depends on none of them."""
+DOWNLOADED = {
+    "GPT2BPETokenizer": ("--vocab-file", "--merge-file"),
+    **dict.fromkeys(("BertWordPieceLowerCase", "BertWordPieceCase"), ("--vocab-file",)),
+}
+"""Of tokenizers that Megatron knows by name."""
 NULL = ("NullTokenizer", "NullMultimodalTokenizer")
 OF_A_FOLDER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
 """Of these one at least is in a folder that transformers makes a tokenizer of; *.tiktoken too."""
@@ -27,6 +32,12 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 def packages(tokenizer_type: str | None) -> tuple[str, ...]:
     """What has to be installed for a --tokenizer-type."""
     return PACKAGES.get(tokenizer_type or "", ())
+
+
+def downloaded(args: argparse.Namespace) -> tuple[str, ...]:
+    """Files that Megatron fetches, by the package wget, where the words do not name them."""
+    files = DOWNLOADED.get(args.tokenizer_type or "", ())
+    return tuple(name for name in files if not getattr(args, name[2:].replace("-", "_"), None))
 
 
 def file_of(args: argparse.Namespace, name: str, here: Here) -> str | None:

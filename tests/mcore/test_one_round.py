@@ -1,0 +1,277 @@
+"""A wrong line is refused before queuing, and each remedy that the refusal names is enough: no second error follows.
+
+What Megatron itself says of it then, is asked too.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_lighthouse.launch import check
+from megatron_lighthouse.launch import megatron as asked_megatron
+from megatron_lighthouse.mcore.command_line import before, flags
+from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
+from megatron_lighthouse.usage import ELSEWHERE, unknown_flag
+from tests.mcore.harness import MODEL, TEXT, Processes, without
+from tests.mcore.test_launch_check import GPUS, LLAMA
+from tests.mcore.test_together import MAJOR
+
+NODES = ["--arch", "blackwell", "--nodes", "1", "--gpus-per-node", "8"]
+"""One node, of which LLAMA's TP 2 x CP 4 take all GPUs."""
+LLAMA3 = "!--use-rope-scaling !--rope-scaling-factor"
+RECOMPUTE = "!--recompute-method !--recompute-num-layers"
+
+ROUNDS = {
+    "a factor without its switch": (
+        "!--use-rope-scaling",
+        "--rope-scaling-factor 8.0 means nothing without --use-rope-scaling: leave it out, or add that.",
+        [LLAMA3, ""],
+    ),
+    "a factor of YaRN's": (
+        "--rotary-scaling-factor 4",
+        "leave it out, or use --position-embedding-type yarn in place of --use-rope-scaling and --rope-scaling-factor 8.0, or "
+        "--rope-scaling-factor 4, Llama 3's, in its place.",
+        ["", f"{LLAMA3} --position-embedding-type yarn --rotary-scaling-factor 4", "--rope-scaling-factor 4"],
+    ),
+    "the same without Llama's": (
+        f"{LLAMA3} --rotary-scaling-factor 4",
+        "use --position-embedding-type yarn, or --use-rope-scaling --rope-scaling-factor 4, Llama 3's, in its place.",
+        [
+            f"{LLAMA3} --position-embedding-type yarn --rotary-scaling-factor 4",
+            f"{LLAMA3} --use-rope-scaling --rope-scaling-factor 4",
+        ],
+    ),
+    "YaRN": (
+        "--position-embedding-type yarn",
+        "--use-rope-scaling and --rope-scaling-factor 8.0 are not read with --position-embedding-type yarn: leave them out.",
+        [f"{LLAMA3} --position-embedding-type yarn"],
+    ),
+    "a warm-up in samples": (
+        "--lr-warmup-samples 1600",
+        "--lr-warmup-samples 1600 is not read beside --train-iters 20000: leave it out.",
+        [""],
+    ),
+    "the same without a fraction": (
+        "!--lr-warmup-fraction --lr-warmup-samples 1600",
+        "use --lr-warmup-iters 100 in its place.",
+        ["!--lr-warmup-fraction --lr-warmup-iters 100"],
+    ),
+    "a decay in samples": ("--lr-decay-samples 160000", "use --lr-decay-iters 10000", ["--lr-decay-iters 10000"]),
+    "a fall in samples": (
+        "--lr-decay-style WSD --lr-wsd-decay-samples 16000",
+        "use --lr-wsd-decay-iters 1000 in its place.",
+        ["--lr-decay-style WSD --lr-wsd-decay-iters 1000"],
+    ),
+    "a warm-up longer than the decay": (
+        "--lr-decay-iters 100 --lr-warmup-iters 200",
+        "use --lr-warmup-fraction 0.02 alone",
+        ["--lr-decay-iters 100 --lr-warmup-fraction 0.02"],
+    ),
+    "a weight decay that falls": (
+        "--weight-decay-incr-style linear --start-weight-decay 0.3 --end-weight-decay 0.2",
+        "use --start-weight-decay 0.2 --end-weight-decay 0.3",
+        ["--weight-decay-incr-style linear --start-weight-decay 0.2 --end-weight-decay 0.3"],
+    ),
+    "halves of a width": (
+        "--ffn-hidden-size 14338",
+        "must be a multiple of 4 (2 tensor-parallel ranks, each with halves for --swiglu): use 14336 or 14340.",
+        ["--ffn-hidden-size 14336", "--ffn-hidden-size 14340"],
+    ),
+    "widths of experts": (
+        "--num-experts 8 --moe-ffn-hidden-size 1023 --moe-shared-expert-intermediate-size 513",
+        "--moe-ffn-hidden-size 1023 must be a multiple of 2",
+        ["--num-experts 8 --moe-ffn-hidden-size 1022 --moe-shared-expert-intermediate-size 514"],
+    ),
+    "tokens of tensor-parallel ranks": (
+        "--attention dense --context-parallel-size 1 --global-batch-size 32 --seq-length 131071",
+        "--seq-length 131071 must be a multiple of 2 with --sequence-parallel",
+        ["--attention dense --context-parallel-size 1 --global-batch-size 32 --seq-length 131070"],
+    ),
+    "a method of recomputation": (
+        "--recompute-granularity selective",
+        "--recompute-method uniform --recompute-num-layers 1 are of --recompute-granularity full: leave them out",
+        [f"{RECOMPUTE} --recompute-granularity selective", "--recompute-granularity full"],
+    ),
+    "modules": (
+        f"{RECOMPUTE} --recompute-granularity selective --recompute-modules mlp attn",
+        "--recompute-modules attn is not known: use some of core_attn,",
+        [f"{RECOMPUTE} --recompute-granularity selective --recompute-modules mlp core_attn"],
+    ),
+    "graphs beside recomputation": (
+        "--cuda-graph-impl local",
+        "use --cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad, --recompute-granularity selective without "
+        "--recompute-method and --recompute-num-layers",
+        [
+            "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad",
+            f"{RECOMPUTE} --recompute-granularity selective --cuda-graph-impl local",
+        ],
+    ),
+    "a second activation": ("--quick-geglu", "--swiglu and --quick-geglu exclude each other", ["!--swiglu --quick-geglu"]),
+    "parameters of eight bits": (
+        "--fp8-param-gather",
+        "--fp8-param-gather is of --fp8-format: add that",
+        ["--fp8-param-gather --fp8-format hybrid"],
+    ),
+    "batches in steps": (
+        "--rampup-batch-size 8 8 1000",
+        "use --step-batch-size-schedule in place of --global-batch-size",
+        ["!--global-batch-size --step-batch-size-schedule 0:8"],
+    ),
+    "the same beside a batch": (
+        "--step-batch-size-schedule 0:8",
+        "--step-batch-size-schedule and --global-batch-size exclude each other: leave one of them out",
+        ["!--global-batch-size --step-batch-size-schedule 0:8"],
+    ),
+    "a batch of evaluation": (
+        "--eval-micro-batch-size 3",
+        "must be a multiple of 3 (--eval-micro-batch-size 3 x 1 data-parallel ranks): use --eval-global-batch-size 18",
+        ["--eval-micro-batch-size 3 --eval-global-batch-size 18"],
+    ),
+    "a loader": ("--dataloader-type external", "use single or cyclic", ["--dataloader-type single"]),
+    "a share of channels": ("--kv-channels 64 --rotary-percent 0.02", "use --rotary-percent 1.", ["--kv-channels 64"]),
+    "a flag that was": ("--batch-size 8", "use --micro-batch-size in its place", ["--micro-batch-size 1"]),
+    "context-parallel ranks": (
+        "--context-parallel-size 3",
+        "= 6 must divide the GPUs of the job, 1 node x 8 = 8: use --context-parallel-size 2 or 4.",
+        ["--context-parallel-size 2", "--context-parallel-size 4"],
+    ),
+    "tensor-parallel ranks": (
+        "--tensor-model-parallel-size 16",
+        "= 64 must divide the GPUs of the job, 1 node x 8 = 8: use --tensor-model-parallel-size 2.",
+        ["--tensor-model-parallel-size 2"],
+    ),
+    "stages": (
+        "--pipeline-model-parallel-size 2",
+        "use --context-parallel-size 2, or --pipeline-model-parallel-size 1, or --tensor-model-parallel-size 1, or --nodes 2",
+        [
+            "--pipeline-model-parallel-size 2 --context-parallel-size 2",
+            "--pipeline-model-parallel-size 2 --tensor-model-parallel-size 1",
+        ],
+    ),
+}
+"""Words that are wrong, what is said, and for each remedy the words that follow it; of one with a ! the line has none."""
+
+
+def line(words: str) -> list[str]:
+    given = words.split()
+    return [*without(LLAMA, *(word[1:] for word in given if word[0] == "!")), *(word for word in given if word[0] != "!")]
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_the_first_remedy_is_enough(name: str, megatron: None, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong, says, remedies = ROUNDS[name]
+    assert check.main([*NODES, "--without-megatron", "--", *line(wrong)]) == 1
+    assert says in (error := capsys.readouterr().err), error
+    for words in remedies:
+        assert check.main([*NODES, "--without-megatron", "--", *line(words)]) == 0, capsys.readouterr().err
+        assert asked_megatron.problems(line(words), 8, MAJOR, {}, False) == []
+
+
+def test_sizes_say_all_that_is_wrong_with_them(capsys: pytest.CaptureFixture[str]) -> None:
+    """What the sizes that are offered settle is not said too, for it offers others; what they leave is."""
+    assert check.main([*NODES, "--without-megatron", "--", *LLAMA, "--context-parallel-size", "3"]) == 1
+    assert capsys.readouterr().err.count("\n  - ") == 1
+    more = ["--context-parallel-size", "3", "--attention-dropout", "0.1"]
+    assert check.main([*NODES, "--without-megatron", "--", *LLAMA, *more]) == 1
+    assert "--attention-dropout 0.1 would drop whole windows" in capsys.readouterr().err
+
+
+def test_one_machine_is_offered_sizes_and_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    """As local.sh asks for it: no more GPUs than given, where fewer do."""
+    own = [*NODES, "--runs-here", "now", "--without-megatron", "--", *LLAMA]
+    assert check.main([*own, "--context-parallel-size", "3"]) == 1
+    assert "= 6 must divide --gpus 8: use --context-parallel-size 2 or 4." in capsys.readouterr().err
+    assert check.main(["--nodes", "1", "--gpus-per-node", "12", *own[6:]]) == 1
+    assert "= 8 must divide --gpus 12: use " in (error := capsys.readouterr().err)
+    assert "--gpus 8." in error
+    assert check.main([*own, "--context-parallel-size", "8"]) == 1
+    assert "--gpus 16 or 32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "right"),
+    [
+        ("--fp4-format e2m1", "use --fp8-format hybrid"),
+        ("--fp8-format e4m3 --fp8-recipe mxfp8", "use --fp8-recipe blockwise, tensorwise or delayed"),
+    ],
+)
+def test_formats_of_other_gpus(more: str, right: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check.main([*NODES, "--without-megatron", "--", *LLAMA, *more.split()]) == 0
+    capsys.readouterr()
+    assert check.main([*GPUS, "--without-megatron", "--", *LLAMA, *more.split()]) == 1
+    assert right in capsys.readouterr().err
+
+
+NOT_READ = {
+    "--num-query-groups 8 !--group-query-attention": "--num-query-groups is not read without --group-query-attention.",
+    "--lr-wsd-decay-iters 100": "--lr-wsd-decay-iters is not read without --lr-decay-style WSD.",
+    "--position-embedding-type none": "are not read with --position-embedding-type none.",
+    "--moe-router-topk 2 --moe-grouped-gemm": "--moe-router-topk, --moe-grouped-gemm are not read without --num-experts.",
+    "--fp8-recipe delayed": "--fp8-recipe is not read without --fp8-format.",
+    "--loss-scale 1024": "--loss-scale is not read without --fp16.",
+    "--muon-momentum 0.95": "--muon-momentum is not read without --optimizer muon.",
+    "--hierarchical-context-parallel-sizes 2 2": "is not read without --cp-comm-type a2a+p2p.",
+    "--recompute-modules mlp": "--recompute-modules is not read with --recompute-granularity full.",
+    "--q-lora-rank 512": "--q-lora-rank is not read without --multi-latent-attention.",
+}
+
+
+@pytest.mark.parametrize("words", NOT_READ)
+def test_what_is_not_read_is_said(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also of a value that is Megatron's default."""
+    assert check.main([*GPUS, "--without-megatron", "--", *line(words)]) == 0, capsys.readouterr().err
+    (said,) = [text for text in capsys.readouterr().out.splitlines() if text.startswith("note: ")]
+    assert said.endswith(NOT_READ[words])
+    assert check.main([*GPUS, "--without-megatron", "--", *LLAMA]) == 0
+    assert "note: " not in capsys.readouterr().out
+
+
+def test_the_run_says_it_too(caplog: pytest.LogCaptureFixture) -> None:
+    given = before.given([*LLAMA, "--muon-momentum", "0.9"])
+    assert given is not None
+    before.check(given)
+    assert "--muon-momentum is not read without --optimizer muon." in caplog.text
+
+
+def test_what_words_say_is_known() -> None:
+    args, _ = flags.parse(["--rope-scaling-factor=8", "--no-rope-fusion", "--window-size", "3,0"], with_all_arguments)
+    assert args.said == {"rope_scaling_factor", "apply_rope_fusion", "window_size"}
+    assert flags.parse([], with_all_arguments)[0].said == frozenset()
+
+
+def test_flags_as_others_call_them() -> None:
+    known = flags.parser(with_all_arguments)._option_string_actions
+    for word, use in ELSEWHERE.items():
+        assert word not in known
+        assert {part for part in use.split() if part.startswith("--")} <= {*known}, use
+        assert unknown_flag(word, known) == f"{word} is not a known flag: use {use}."
+    for word, says in {
+        "--apply-rope-fusion": "leave it out, for it is so without --no-rope-fusion.",
+        "--masked-softmax-fusion": "leave it out, for it is so without --no-masked-softmax-fusion.",
+        "--no-use-distributed-optimizer": "leave it out, and --use-distributed-optimizer too.",
+        "--lighthouse-buget": "did you mean --lighthouse-budget?",
+    }.items():
+        assert unknown_flag(word, known) == f"{word} is not a known flag: {says}"
+
+
+def test_a_precision_aware_optimizer_of_the_job(megatron: None) -> None:
+    """Is Transformer Engine's, which a login node has not."""
+    words = [*LLAMA, "--use-precision-aware-optimizer", "--main-grads-dtype", "bf16"]
+    assert asked_megatron.problems(words, 64, MAJOR, {}, False) == []
+
+
+def test_megatron_is_repeated_in_flags(megatron: None) -> None:
+    (said,) = asked_megatron.problems([*LLAMA, "--moe-ffn-hidden-size", "64"], 64, MAJOR, {}, False)
+    assert "Please set --num-experts or remove --moe-ffn-hidden-size" in said
+    assert flags.in_flags("a_word of /a/seq_length.py, seq_length") == "a_word of /a/seq_length.py, --seq-length"
+
+
+@pytest.mark.parametrize("words", ["--ffn-hidden-size 127", "--dataloader-type external"])
+def test_what_the_check_let_pass_is_refused_by_the_run(words: str, tmp_path: Path) -> None:
+    """It ended in the first step, or in Megatron's warm-up of its fusions"""
+    run = Processes(tmp_path, 1, [*MODEL, *TEXT, *words.split()])
+    assert run.wait() == [2]
+    assert re.search(f"{words} (must be a multiple of 2|is for loaders)", run.log.read_text())

@@ -33,11 +33,13 @@ class Stream:
     name: str
     """In a checkpoint its module is `self_attention.linear_<name>`."""
     rotated: bool = True
-    """Whether RoPE rotates it as it does the queries."""
+    """Whether RoPE rotates it as it does the queries; else it travels with the values, which nothing rotates."""
     per_group: bool = False
     """Whether it has as many heads as keys and values have."""
     per_channel: bool = True
     """Whether a head of it has D columns; else one."""
+    paired: bool = False
+    """Whether two channels share a column, so that a head has D / 2."""
     init: Callable[[Tensor], Any] | None = None
     """Fills the weight; None: as the model's other projections."""
     bias: float | None = None
@@ -53,7 +55,7 @@ class Stream:
 
     def columns(self, heads: int, groups: int, dim: int) -> int:
         """Of its projection."""
-        return self.heads(heads, groups) * (dim if self.per_channel else 1)
+        return self.heads(heads, groups) * (1 if not self.per_channel else dim // 2 if self.paired else dim)
 
 
 def norm_of(stream: Stream) -> str:
@@ -221,12 +223,15 @@ class Variant(TakesRows):
 
     def position_problems(self, config: Any, kind: str | None) -> Iterator[str]:
         """Why it cannot be in a model with this --position-embedding-type, where that is known."""
-        for stream in self.streams_of(config):
-            if not stream.rotated and kind in ("rope", "yarn", "mrope"):
-                yield (
-                    f"--position-embedding-type {kind} would rotate linear_{stream.name} of --attention {self.name}, which "
-                    "must not be: use --position-embedding-type none."
-                )
+        yield from ()
+
+    def is_turned(self, config: Any) -> bool:
+        """Whether RoPE turns its queries and keys, for the plan."""
+        return self.position != "none"
+
+    def rotary_option(self, config: Any) -> str | None:
+        """The option by which its layers must know what RoPE turns (`Place.rotary`); None where they need not."""
+        return None
 
     def problems(self, config: Any, model: Any) -> Iterator[str]:
         """Why it cannot be in this model, a TransformerConfig of Megatron, each with what would work."""

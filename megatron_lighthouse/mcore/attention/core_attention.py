@@ -76,7 +76,7 @@ class VariantMixin:
 
         Args:
             query: [s/cp, b, np/tp, hn], and those of the streams, after RoPE, any strides.
-            key, value: [s/cp, b, ng/tp, hn], likewise.
+            key: [s/cp, b, ng/tp, hn], likewise; value: likewise, and those of the streams that RoPE does not rotate.
             attention_mask: read where the layer is dense alone: else the attention is causal.
 
         Returns:
@@ -101,7 +101,7 @@ class VariantMixin:
         attend = base if self.place.base_attends else None
         if packed_seq_params is not None:
             return self._within_documents(query, key, value, packed_seq_params, attend)
-        query, streams = self._apart(query, key)
+        query, value, streams = self._apart(query, key, value)
         layer = self._layer_for(query, key, value)
         out, again = layer(query, key, value, *streams, attend=attend, **self._sinks())
         return out.flatten(2) if again is None else remember_source(out.flatten(2), again)
@@ -116,15 +116,15 @@ class VariantMixin:
         rows, ranks = query.shape[1], self._ranks
         documents = documents_of(params, query.shape[0] * rows * ranks)
         query, key, value = (in_one_row(x, ranks) for x in (query, key, value))
-        query, streams = self._apart(query, key)
+        query, value, streams = self._apart(query, key, value)
         layer = self._document_layer_for(query, key, value)
         out, again = layer(query, key, value, *streams, documents=documents, attend=attend, **self._sinks())
         out = in_rows(out, rows, ranks).flatten(2)
         return out if again is None else remember_source(out, lambda: in_rows(again(), rows, ranks))
 
-    def _apart(self, query: Tensor, key: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The queries and the streams that travel with them."""
-        return apart(query, heads_of_rank(self.config)[0], key.shape[2], self.streams) if self.streams else (query, [])
+    def _apart(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The queries, the values, and the streams that travel with them."""
+        return apart(query, key, value, heads_of_rank(self.config)[0], self.streams)
 
     def _sinks(self) -> dict[str, Tensor | None]:
         """The base class's, where the layer attends instead of it."""

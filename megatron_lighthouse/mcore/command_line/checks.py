@@ -70,8 +70,10 @@ def run_problems(args: Namespace, config: TransformerConfig, settings: Lighthous
     yield from _documents(args, config, settings)
     yield from _stage2(args, settings)
     yield from _streams_of_run(args, settings)
+    kind = getattr(args, "position_embedding_type", None)
     if settings.attention.selects and settings.rope == rope.LAST:
-        yield from rope.rope_problems(config, getattr(args, "position_embedding_type", None))
+        yield from rope.rope_problems(config, kind)
+        yield from rope.last_problems(settings) if kind in ("rope", "yarn") else ()
 
 
 def _raise(settings: LighthouseSettings, problems: list[str]) -> None:
@@ -262,7 +264,7 @@ def unnormed(settings: LighthouseSettings) -> str:
 
 
 def _streams_of_run(args: Namespace, settings: LighthouseSettings) -> Iterator[str]:
-    """Streams travel as heads of the queries, which RoPE rotates."""
+    """What only the arguments know of the model: its positions."""
     kind = getattr(args, "position_embedding_type", None)
     yield from named.of_base(settings.base.position_problems(settings.base_config, kind), settings)
 

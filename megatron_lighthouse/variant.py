@@ -86,6 +86,8 @@ class Place:
     """Where it gathers rows for another attention, the config of that one."""
     value_dim: int | None = None
     """D of the values, where it is not that of the keys: of a variant that is `latent`."""
+    window: int | None = None
+    """Tokens that a token sees, itself among them, of a variant that has `windows`; None: all."""
     sinks: bool = False
     """Whether every call brings a sink for each head, [H], which only a variant that takes them is asked for."""
 
@@ -139,9 +141,9 @@ class Telemetry(Protocol):
         """A picture of these at the end of a run, where one says more than its curves."""
 
 
-def beyond_softmax(model: Any) -> Iterator[str]:
+def beyond_softmax(model: Any, windows: bool = False) -> Iterator[str]:
     """Options of a model (a TransformerConfig) by which its attention is more than a causal softmax over all tokens."""
-    for name in ("window_size", "qk_clip", "log_max_attention_logit"):
+    for name in (*([] if windows else ["window_size"]), "qk_clip", "log_max_attention_logit"):
         if value := getattr(model, name, None):
             yield f"--{name.replace('_', '-')} {value}".removesuffix(" True")
 
@@ -179,6 +181,8 @@ class Variant(TakesRows):
     """Whether a dense model may take its weights, less those of its streams."""
     switches = False
     """Whether layers may be dense at the model's ends, and become so in stage 2: `--lighthouse-dense-first` and those after."""
+    windows = False
+    """Whether layers may see a window alone (`--window-size`); else those of a model that do stay dense."""
     latent = False
     """Whether values may have another width than keys, as those of MLA."""
     selects = False

@@ -170,6 +170,9 @@ class Lighthouse(Variant):
                     f"{option} goes by the greatest logit of a layer, which Lighthouse has of gathered rows alone, not of "
                     "tokens: leave it out, or use --attention dense."
                 )
+        if not self.base(config).native and (window := getattr(model, "window_size", None)):
+            ours = f"{flag('around')} {config.around}"
+            yield f"--window-size {window} is not done by {ours}: leave it out, or use --attention dense."
         groups, tensor_parallel = model.num_query_groups or model.num_attention_heads, model.tensor_model_parallel_size
         if message := shared_out_problem("--num-query-groups", groups, tensor_parallel):
             yield message

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -60,7 +60,7 @@ class Rows:
 
 def layer(config: WallConfig, query: Tensor, key: Tensor, place: Place, sight: Sight | None = None) -> Layer:
     """For inputs like these, of which shapes, dtype and device count; gates come as logits. Raises as `build`."""
-    heads = key.shape[2] if config.tied_gates else query.shape[2]
+    heads, sight = key.shape[2] if config.tied_gates else query.shape[2], replace(sight or Sight(), window=place.window)
     how = (place.exchange, place.comm_type, place.scale, sight, config.kernels, config.scalar_gate)
     gates = of_channels(config, place.rotary), LogSigmoid()
     return Layer(build(query, key, key, heads, *how, *gates), place.number)

@@ -37,6 +37,7 @@ class Wall(Variant):
         Stream("gs", rotated=False, bias=8.0, per_channel=False),
     )
     dense_weights = False
+    windows = True
     position = "none"
     around = "wall"
     counted = logs = True
@@ -74,7 +75,10 @@ class Wall(Variant):
 
     def problems(self, config: WallConfig, model: Any) -> Iterator[str]:
         yield from self.dropout_problems(model.attention_dropout)
-        for option in beyond_softmax(model):
+        if (size := model.window_size) and (size[0] < 0 or size[1] != 0):
+            ours = f"--attention {self.name}"
+            yield f"--window-size {size} must be n,0 with {ours}, of n >= 0 tokens before a token: use such as 127,0."
+        for option in beyond_softmax(model, self.windows):
             yield f"{option} is not done by --attention {self.name}: leave it out, or use --attention dense."
         if config.kernels == "triton" and getattr(model, "fp16", False):
             yield f"--wall-kernels triton cannot run: {WRONG_IN_FP16}. Use auto or reference."

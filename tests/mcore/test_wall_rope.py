@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from megatron_lighthouse import lighthouse_attention
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
 from megatron_lighthouse.wall.config import WallConfig
@@ -93,6 +94,25 @@ def test_a_layer_is_its_formula(kind: str, tied: bool, megatron: None, monkeypat
         speed[:turned] = 0 if without else model.rotary_pos_emb.inv_freq
         expected = formula(query, key, both[:, :, :GROUPS], gate, pairs, speed)
         assert_close(outputs[layer.layer_number], expected, "ranks float64")
+
+
+@pytest.mark.parametrize("kind", ["a half", "neighbours"])
+def test_lighthouse_around_it_gives_rows_gates_of_channels(kind: str, megatron: None) -> None:
+    """Of rotated queries and keys, as the library has it."""
+    torch.manual_seed(5)
+    config = LighthouseConfig(levels=3, pooling=2, budget=4, tile_budget=2, around="wall")
+    model = model_of(kind, LighthouseSettings(config, 0, 1, rope="mean", around=WallConfig(paired_gates=True, gate_bias=2.0)))
+    core, seen = model.decoder.layers[0].self_attention.core_attention, {}
+    core.register_forward_hook(lambda _, given, out: seen.update(given=given, out=out.clone()))  # it is let go
+    model(torch.randint(64, (2, N)), torch.arange(N).expand(2, N), None)
+    query, key, both = seen["given"][:3]
+    _, pairs = pairs_of(kind)
+    logits = both[:, :, GROUPS:].flatten(2).unflatten(-1, (HEADS, DIM // 2))
+    gate = torch.empty_like(query)
+    for i, pair in enumerate(pairs):
+        gate[..., pair] = logsigmoid(logits[..., i : i + 1])
+    expected = lighthouse_attention(query, key, both[:, :, :GROUPS], config, streams=[gate])
+    assert_close(seen["out"], expected.flatten(2), "float64")
 
 
 PAIRED = ("--attention", "wall", "--wall-paired-gates", "--rotary-percent", "0.5", "--train-iters", "4")

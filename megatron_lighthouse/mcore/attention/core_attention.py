@@ -30,6 +30,7 @@ from megatron_lighthouse.mcore.attention.streams import apart
 from megatron_lighthouse.mcore.attention.te_choice import te_choice
 from megatron_lighthouse.mcore.attention.tensor_ranks import over_tensor_ranks
 from megatron_lighthouse.mcore.command_line.checks import check
+from megatron_lighthouse.mcore.command_line.layers import is_windowed
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, head_dims, heads_of_rank
 from megatron_lighthouse.mcore.loop import switch
 from megatron_lighthouse.notice import say_once
@@ -225,6 +226,7 @@ class CoreAttentionBuilder(Builder):
             around=settings.around,
             rotary=None if config.no_rope_freq and config.no_rope_freq[layer_number - 1] else self.rotary,
             value_dim=inputs.value_dim,
+            window=config.window_size[0] + 1 if now.windows and is_windowed(config, layer_number) else None,
             sinks=not base_attends and config.softmax_type != "vanilla",
         )
         _check(now, own, inputs, place)

@@ -172,7 +172,8 @@ def _with_attention(spec: LayerSpec, model_cfg: Any, settings: LighthouseSetting
     rotary = None if rope.rotary_option(settings) is None else rotary_of(model_cfg)
     if rotary is None:  # nothing is rotated, or nothing turned
         settings = replace(settings, rope=rope.MEAN)
-    return with_lighthouse(spec, replace(settings, attention_layers=attention_layers(config)), rotary)
+    holding = attention_layers(config, settings.attention.windows)
+    return with_lighthouse(spec, replace(settings, attention_layers=holding), rotary)
 
 
 def _say_what_is_sent(config: TransformerConfig, settings: LighthouseSettings) -> None:

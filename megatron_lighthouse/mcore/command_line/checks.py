@@ -139,7 +139,7 @@ def _packed(given: object) -> Iterator[str]:
 
 
 def _documents(args: Namespace, config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:
-    yield from documents.document_problems(args, config)
+    yield from documents.document_problems(args, config, dense=settings.attention.switches)
     if documents.asked(args):
         here = settings.in_model(config)  # where MLA may share selections among heads
         for own in filter(None, (here.config, here.edge)):
@@ -230,7 +230,7 @@ def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Ite
     if message := copies_in_a_graph(config, own_comm_types(config, settings)):
         yield message
     yield from _comm_types(config, settings)
-    yield from engine_problems(config)
+    yield from engine_problems(config) if settings.attention.switches else ()  # else no layer is dense
     yield from _streams(config, settings)
 
 

@@ -14,14 +14,15 @@ from torch.nn.functional import logsigmoid
 
 from megatron_lighthouse import lighthouse_attention
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
+from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
 from megatron_lighthouse.wall.config import WallConfig
 from megatron_lighthouse.wall.cut import Step
-from tests.mcore.harness import Run, run, some_slow
+from tests.mcore.harness import Run, refused, run, some_slow
 from tests.mcore.test_checkpoints import save_interval
 from tests.mcore.test_rotary import ROPES, built, raw_and_given
 from tests.mcore.test_spec import local_spec, transformer_config
-from tests.mcore.test_wall import ANEW, LAYOUTS, LOGGED, WHOLE, from_saved, half_lives, settings
+from tests.mcore.test_wall import ANEW, LAYOUTS, LOGGED, NONE, WHOLE, from_saved, half_lives, settings
 from tests.tolerances import assert_close
 
 N, DIM, HEADS, GROUPS = 64, 16, 4, 2
@@ -152,6 +153,14 @@ def test_from_dense_with_rope_it_goes_on_as_it_was(tmp_path: Path) -> None:
     assert found.losses[2] == pytest.approx(expected.losses[2], abs=1e-5)
 
 
+def test_gates_of_pairs_are_not_taken_for_those_of_groups(tmp_path: Path, whole: Run) -> None:
+    """Two query heads for a key/value head make as many columns."""
+    log = refused(tmp_path, "--attention", "wall", *NONE, "--wall-tied-gates", "--train-iters", "4", *WHOLE, *from_saved(whole))
+    assert "the columns of linear_g in" in log
+    assert "it was trained with --wall-paired-gates" in log
+    assert "and this has --wall-tied-gates" in log
+
+
 @pytest.mark.parametrize("around", [False, True], ids=["alone", "around"])
 @pytest.mark.parametrize(
     ("paired", "kind", "says"),
@@ -191,6 +200,16 @@ def test_a_spec_must_say_what_is_rotated(megatron: None) -> None:
 
     with pytest.raises(ValueError, match=r"--wall-paired-gates needs to know what the model rotates .* or leave it out"):
         with_lighthouse(local_spec(), settings(paired_gates=True))
+
+
+def test_a_spec_refuses_pooled_rows_that_are_turned(megatron: None) -> None:
+    """Where no arguments say what the model's positions are."""
+    from megatron_lighthouse.mcore.attention.layer_specs import with_lighthouse
+
+    config = LighthouseConfig(levels=3, pooling=2, budget=4, tile_budget=2, around="wall")
+    own = LighthouseSettings(config, 1, 1, around=WallConfig(paired_gates=True))
+    with pytest.raises(ValueError, match="--lighthouse-rope last turns pooled rows"):
+        with_lighthouse(local_spec(), own, Rotary(torch.tensor([0.3])))
 
 
 def test_an_odd_number_of_channels_is_refused(megatron: None) -> None:

@@ -69,11 +69,12 @@ def run_problems(args: Namespace, config: TransformerConfig, settings: Lighthous
     yield from inner.problems(config, settings, documents.asked(args))
     yield from _documents(args, config, settings)
     yield from _stage2(args, settings)
-    yield from _streams_of_run(args, settings)
     kind = getattr(args, "position_embedding_type", None)
+    positions = [*named.of_base(settings.base.position_problems(settings.base_config, kind), settings)]
+    yield from positions
     if settings.attention.selects and settings.rope == rope.LAST:
         yield from rope.rope_problems(config, kind)
-        yield from rope.last_problems(settings) if kind in ("rope", "yarn") else ()
+        yield from rope.last_problems(settings) if kind in ("rope", "yarn") and not positions else ()
 
 
 def _raise(settings: LighthouseSettings, problems: list[str]) -> None:
@@ -261,12 +262,6 @@ def unnormed(settings: LighthouseSettings) -> str:
         f"--attention {settings.variant} reads a layer's normed input by {names}, and this layer spec norms it within "
         "linear_qkv: use --transformer-impl local."
     )
-
-
-def _streams_of_run(args: Namespace, settings: LighthouseSettings) -> Iterator[str]:
-    """What only the arguments know of the model: its positions."""
-    kind = getattr(args, "position_embedding_type", None)
-    yield from named.of_base(settings.base.position_problems(settings.base_config, kind), settings)
 
 
 def _comm_types(config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:

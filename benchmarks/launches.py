@@ -77,7 +77,7 @@ def around_wall(case: Case) -> Counter[str]:
         out = lighthouse_attention(query, key, value, config, streams=[gate], around=around)
         return torch.autograd.grad(out, inputs, grad)
 
-    with mock.patch("megatron_lighthouse.wall.layer.earlier_for", lambda *given: Stock(Cudnn(given[3]))):
+    with mock.patch("megatron_lighthouse.wall.layer.earlier_for", lambda *given: Stock(Cudnn(given[3]), given[3])):
         return launches(both)
 
 

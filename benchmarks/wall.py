@@ -42,8 +42,11 @@ PRODUCTS = {"fwd": (2, 2), "fwd+bwd": (7, 9)}
 """For a pair of tokens in different pieces, and in one: there tiles of queries and tiles of keys both make logits."""
 MOVED = {"fwd": 22, "fwd+bwd": 104}
 """Bytes for each channel of a query that kernels move along the diagonal, keys and values, which a group shares, left out."""
-NAMES = ("out", "dq", "dk", "dv", "dg")
+NAMES = ("out", "dq", "dk", "dv", "dg", "dγ")
 AROUND = around("wall")
+HALF = 64
+SCALAR = -0.05
+"""Scalar gates, where they are checked."""
 
 
 class Checked(NamedTuple):
@@ -54,6 +57,7 @@ class Checked(NamedTuple):
     dim: int
     value_dim: int
     dtype: str
+    scalar: bool = False
 
 
 CHECKED = [
@@ -61,6 +65,7 @@ CHECKED = [
     *(Checked(4, 4, dim, dim, "bfloat16") for dim in (128, 64)),
     *(Checked(4, 2, *dims, "bfloat16") for dims in ((128, 64), (64, 128))),
     *(Checked(4, 2, dim, dim, "float32") for dim in (128, 64)),
+    *(Checked(4, 2, *dims, "bfloat16", scalar=True) for dims in ((128, 128), (64, 64), (128, 64))),
 ]
 
 
@@ -73,8 +78,14 @@ def inputs_of(case: Case, gate: float = INITIAL, device: str = "cuda") -> list[T
     return [*rows, (gate * (1 + 0.5 * gates.tanh())).requires_grad_()]
 
 
-def layers(inputs: list[Tensor]) -> dict[str, Layer]:
-    """What can run here, by name."""
+def layers(inputs: list[Tensor], options: bool = False) -> dict[str, Layer]:
+    """What can run here, by name; with `options` ours alone: as it is, with scalar gates, and with keys half as wide."""
+    if options:
+        return {
+            "ours": wall_attention,
+            "scalar gates": lambda q, k, v, g: wall_attention(q, k, v, g, scalar_gate=g[..., 0]),
+            "narrow keys": lambda q, k, v, g: wall_attention(q[..., :HALF], k[..., :HALF], v, g[..., :HALF]),
+        }
     dense = inner_attention("cudnn", inputs[0], inputs[1])
     found: dict[str, Layer] = {"ours": wall_attention, "dense": lambda q, k, v, g: dense(q, k, v)}
     if len(inputs[0]) >= AROUND_FROM:
@@ -129,11 +140,11 @@ def parts(case: Case) -> list[dict[str, Any]]:
     return [{"ms": round(ms, 4), "launches": count, "kernel": name[:100]} for ms, count, name in sorted(found, reverse=True)]
 
 
-def time_case(case: Case) -> list[dict[str, Any]]:
-    """Milliseconds of each."""
+def time_case(case: Case, options: bool = False) -> list[dict[str, Any]]:
+    """Milliseconds of each of `layers`."""
     sets = [inputs_of(case) for _ in range(COPIES)]
     rows = []
-    for name, layer in layers(sets[0]).items():
+    for name, layer in layers(sets[0], options).items():
         found = timed(name, layer, sets)
         for direction, ms in found.ms.items():
             row = {**case._asdict(), "what": name, "direction": direction, "ms": round(ms, 3)}
@@ -146,24 +157,28 @@ def time_case(case: Case) -> list[dict[str, Any]]:
 def errors(checked: Checked, gate: float, tokens: int, device: str) -> dict[str, float]:
     """Of output and gradients, relative to their norms, against ours in float64."""
     inputs = checked_inputs(checked, gate, tokens, device)
-    query, key, value, gates = inputs
-    attend = build(query, key, value, query.shape[2], kernels="triton" if device == "cuda" else "reference")
+    query, key, value, gates, *scalar = inputs
+    kernels = "triton" if device == "cuda" else "reference"
+    attend = build(query, key, value, query.shape[2], kernels=kernels, biased=checked.scalar)
     wide = [x.detach().double().requires_grad_() for x in inputs]
-    exact, out = wall_attention(*wide), attend(query, key, value, gates, None, None)
+    exact = wall_attention(*wide[:4], scalar_gate=wide[4] if scalar else None)
+    out = attend(query, key, value, gates, scalar[0].unsqueeze(-1) if scalar else None, None)
     grad = torch.randn_like(out)
     expected = [exact, *torch.autograd.grad(exact, wide, grad.double())]
     grads = torch.autograd.grad(out, inputs, grad)
-    compared = zip(NAMES, (out, *grads), expected, strict=True)
+    compared = zip(NAMES, (out, *grads), expected, strict=False)
     return {name: round(float((a.double() - b).norm() / b.norm()), 6) for name, a, b in compared}
 
 
 def checked_inputs(checked: Checked, gate: float, tokens: int, device: str) -> list[Tensor]:
-    """As `inputs_of`."""
-    heads, groups, dim, value_dim, dtype = checked
+    """As `inputs_of`, and scalar gates in fp32 where asked for."""
+    heads, groups, dim, value_dim, dtype, scalar = checked
     sizes = ((heads, dim), (groups, dim), (groups, value_dim), (heads, dim))
     *rows, gates = (torch.randn(tokens, 1, *size, device=device) for size in sizes)
     rows = [x.to(getattr(torch, dtype)).requires_grad_() for x in rows]
-    return [*rows, (gate * (1 + 0.5 * gates.tanh())).requires_grad_()]
+    of_heads = SCALAR * torch.rand(tokens, 1, heads, device=device)
+    found = [gate * (1 + 0.5 * gates.tanh()), *([of_heads] if scalar else [])]
+    return [*rows, *(x.requires_grad_() for x in found)]
 
 
 def check(number: int, out: Path, tokens: int, device: str) -> None:
@@ -189,6 +204,7 @@ def check_all(out: Path, tokens: int, device: str) -> dict[str, Any]:
             said = "took more than 300 s"
         path = out / f"check-{i}.json"
         name = f"H={checked.heads} G={checked.groups} K={checked.dim} V={checked.value_dim} {checked.dtype}"
+        name += " scalar" if checked.scalar else ""
         errors = [line for line in said.splitlines() if "rror" in line or "took" in line]
         found[name] = json.loads(path.read_text()) if path.exists() else "FAILED: " + "; ".join(errors[-2:])[:300]
         path.unlink(missing_ok=True)
@@ -210,6 +226,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", help="instead of the cases' own: of 8 heads of 128")
     parser.add_argument("--piece", type=int, default=Step.TOKENS, help="tokens of a piece; default: %(default)s")
     parser.add_argument("--only-times", action="store_true", help="no checks")
+    parser.add_argument("--options", action="store_true", help="time ours alone, with scalar gates and with narrow keys too")
     parser.add_argument("--only-check", action="store_true", help="errors and repeats alone, on a CPU too")
     parser.add_argument("--parts", action="store_true", help="the kernels of Lighthouse around Wall alone, and their times")
     parser.add_argument("--check", type=int, help="one of the shapes that are checked, alone: each has a process of its own")
@@ -233,8 +250,10 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     cases = [of_length(n) for n in options.lengths] if options.lengths else CASES
     for case in () if options.only_check else cases:
-        rows += time_case(case)
-        write_csv(options.out / "wall.csv", rows)
+        rows += time_case(case, options.options)
+        write_csv(options.out / ("options.csv" if options.options else "wall.csv"), rows)
+    if options.options:
+        return
     summary = {"errors": checked, "repeats": same, **environment()}
     (options.out / "wall.json").write_text(json.dumps(summary, indent=2) + "\n")
 

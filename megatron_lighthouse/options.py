@@ -75,8 +75,11 @@ def add_options(group: argparse._ArgumentGroup, prefix: str, config: type) -> No
 
 
 def read_options(args: argparse.Namespace, prefix: str, config: type) -> Any:
-    """The `config` that parsed arguments ask for, with defaults for None. Raises its constructor's ValueError, in flags."""
-    given = {one.name: getattr(args, _dest(prefix, one)) for one in fields(config)}
+    """The `config` that arguments ask for, with defaults for what is None or not there: those of a checkpoint may be older.
+
+    Raises its constructor's ValueError, in flags.
+    """
+    given = {one.name: getattr(args, _dest(prefix, one), None) for one in fields(config)}
     try:
         return config(**{name: value for name, value in given.items() if value is not None})
     except ValueError as error:

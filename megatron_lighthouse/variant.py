@@ -33,11 +33,13 @@ class Stream:
     name: str
     """In a checkpoint its module is `self_attention.linear_<name>`."""
     rotated: bool = True
-    """Whether RoPE rotates it as it does the queries."""
+    """Whether RoPE rotates it as it does the queries; else it travels with the values, which nothing rotates."""
     per_group: bool = False
     """Whether it has as many heads as keys and values have."""
     per_channel: bool = True
     """Whether a head of it has D columns; else one."""
+    paired: bool = False
+    """Whether two channels share a column, so that a head has D / 2."""
     init: Callable[[Tensor], Any] | None = None
     """Fills the weight; None: as the model's other projections."""
     bias: float | None = None
@@ -53,7 +55,7 @@ class Stream:
 
     def columns(self, heads: int, groups: int, dim: int) -> int:
         """Of its projection."""
-        return self.heads(heads, groups) * (dim if self.per_channel else 1)
+        return self.heads(heads, groups) * (1 if not self.per_channel else dim // 2 if self.paired else dim)
 
 
 def norm_of(stream: Stream) -> str:
@@ -84,6 +86,8 @@ class Place:
     """Where it gathers rows for another attention, the config of that one."""
     value_dim: int | None = None
     """D of the values, where it is not that of the keys: of a variant that is `latent`."""
+    window: int | None = None
+    """Tokens that a token sees, itself among them, of a variant that has `windows`; None: all."""
     sinks: bool = False
     """Whether every call brings a sink for each head, [H], which only a variant that takes them is asked for."""
 
@@ -137,9 +141,9 @@ class Telemetry(Protocol):
         """A picture of these at the end of a run, where one says more than its curves."""
 
 
-def beyond_softmax(model: Any) -> Iterator[str]:
+def beyond_softmax(model: Any, windows: bool = False) -> Iterator[str]:
     """Options of a model (a TransformerConfig) by which its attention is more than a causal softmax over all tokens."""
-    for name in ("window_size", "qk_clip", "log_max_attention_logit"):
+    for name in (*([] if windows else ["window_size"]), "qk_clip", "log_max_attention_logit"):
         if value := getattr(model, name, None):
             yield f"--{name.replace('_', '-')} {value}".removesuffix(" True")
 
@@ -177,6 +181,8 @@ class Variant(TakesRows):
     """Whether a dense model may take its weights, less those of its streams."""
     switches = False
     """Whether layers may be dense at the model's ends, and become so in stage 2: `--lighthouse-dense-first` and those after."""
+    windows = False
+    """Whether layers may see a window alone (`--window-size`); else those of a model that do stay dense."""
     latent = False
     """Whether values may have another width than keys, as those of MLA."""
     selects = False
@@ -221,12 +227,15 @@ class Variant(TakesRows):
 
     def position_problems(self, config: Any, kind: str | None) -> Iterator[str]:
         """Why it cannot be in a model with this --position-embedding-type, where that is known."""
-        for stream in self.streams_of(config):
-            if not stream.rotated and kind in ("rope", "yarn", "mrope"):
-                yield (
-                    f"--position-embedding-type {kind} would rotate linear_{stream.name} of --attention {self.name}, which "
-                    "must not be: use --position-embedding-type none."
-                )
+        yield from ()
+
+    def is_turned(self, config: Any) -> bool:
+        """Whether RoPE turns its queries and keys, for the plan."""
+        return self.position != "none"
+
+    def rotary_option(self, config: Any) -> str | None:
+        """The option by which its layers must know what RoPE turns (`Place.rotary`); None where they need not."""
+        return None
 
     def problems(self, config: Any, model: Any) -> Iterator[str]:
         """Why it cannot be in this model, a TransformerConfig of Megatron, each with what would work."""

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from megatron_lighthouse.context_parallel.exchange import Exchange
     from megatron_lighthouse.context_parallel.ring import Passage
     from megatron_lighthouse.lighthouse.geometry import Shape
+    from megatron_lighthouse.lighthouse.rotary import Rotary
     from megatron_lighthouse.lighthouse.selection import Selection
     from megatron_lighthouse.variant import Stream
 
@@ -62,8 +63,8 @@ class TakesRows:
         """Why pooled rows cannot be turned on to their window's last token; None where they can."""
         return None
 
-    def of_projections(self, config: Any, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Its streams in `lighthouse_attention`, of what its projections gave."""
+    def of_projections(self, config: Any, streams: tuple[Tensor, ...], rotary: Rotary | None = None) -> tuple[Tensor, ...]:
+        """Its streams in `lighthouse_attention`, of what its projections gave, beside queries that come so rotated."""
         return streams
 
     def gather(

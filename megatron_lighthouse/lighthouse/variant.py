@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from megatron_lighthouse.lighthouse.layer import Layer
     from megatron_lighthouse.lighthouse.packed.layer import PackedLayer
     from megatron_lighthouse.lighthouse.packed.sharded import ShardedPackedLayer
+    from megatron_lighthouse.lighthouse.rotary import Rotary
     from megatron_lighthouse.sequence.documents import Documents
     from megatron_lighthouse.softmax.backends import Attend
     from megatron_lighthouse.softmax.documents import AttendDocuments
@@ -53,7 +54,7 @@ class Placed:
         import torch
 
         with running.layer(self.place.number):
-            streams = self.base.of_projections(self.place.around, streams)
+            streams = self.base.of_projections(self.place.around, streams, self.place.rotary)
             attended = self.layer.attended(query, key, value, *streams, attend=attend, sinks=sinks)
             output = attended.scatter()
         if not self.place.discard_output or not output.requires_grad or torch.compiler.is_compiling():
@@ -80,7 +81,7 @@ class PlacedDocuments:
         attend: AttendDocuments | None = None,
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
         with running.layer(self.place.number):
-            streams = self.base.of_projections(self.place.around, streams)
+            streams = self.base.of_projections(self.place.around, streams, self.place.rotary)
             rows: Callable[..., Any] = self.layer.attended  # of several ranks, without streams
             attended = rows(query, key, value, *streams, documents=documents, attend=attend)
             output = attended.scatter()
@@ -169,6 +170,9 @@ class Lighthouse(Variant):
                     f"{option} goes by the greatest logit of a layer, which Lighthouse has of gathered rows alone, not of "
                     "tokens: leave it out, or use --attention dense."
                 )
+        if not self.base(config).native and (window := getattr(model, "window_size", None)):
+            ours = f"{flag('around')} {config.around}"
+            yield f"--window-size {window} is not done by {ours}: leave it out, or use --attention dense."
         groups, tensor_parallel = model.num_query_groups or model.num_attention_heads, model.tensor_model_parallel_size
         if message := shared_out_problem("--num-query-groups", groups, tensor_parallel):
             yield message
@@ -191,17 +195,22 @@ class Lighthouse(Variant):
     def build(self, config: LighthouseConfig, query: Tensor, key: Tensor, place: Place) -> Placed:
         from megatron_lighthouse.lighthouse.layer import build
 
-        own = (place.base_attends, place.rotary, place.sinks, place.value_dim, place.around)
+        own = (place.base_attends, self._turned_by(config, place), place.sinks, place.value_dim, place.around)
         how = (place.exchange, place.comm_type, place.scale, *own)
         try:
             return Placed(build(config, query, key, *how), place, self.base(config))
         except ValueError as error:
             raise ValueError(in_flags(str(error))) from None
 
+    def _turned_by(self, config: LighthouseConfig, place: Place) -> Rotary | None:
+        """Nothing, around what reads the rotation for itself: then --lighthouse-rope is mean."""
+        return None if self.base(config).rotary_problem() else place.rotary
+
     def build_documents(self, config: LighthouseConfig, query: Tensor, key: Tensor, place: Place) -> PlacedDocuments:
         from megatron_lighthouse.lighthouse.packed.layer import build_packed
 
-        how = (place.scale, place.base_attends, place.rotary, place.around, place.exchange, place.comm_type, place.value_dim)
+        own = (place.base_attends, self._turned_by(config, place), place.around)
+        how = (place.scale, *own, place.exchange, place.comm_type, place.value_dim)
         try:
             return PlacedDocuments(build_packed(config, query, key, *how), place, self.base(config))
         except ValueError as error:

@@ -86,9 +86,12 @@ class Run:
 
     @property
     def rotated_columns(self) -> int:
-        """Of queries, keys and streams: RoPE turns all or none."""
-        queries, keys = (heads * self.model.head_dim for heads in (self.model.heads, self.model.groups))
-        return 0 if self.base.position == "none" else queries + keys + self.stream_columns
+        """Of queries, keys, and streams that turn with them."""
+        if not self.base.is_turned(self.around):
+            return 0
+        heads, groups, dim = self.model.heads, self.model.groups, self.model.head_dim
+        turned = (stream for stream in self.base.streams_of(self.around) if stream.rotated)
+        return (heads + groups) * dim + sum(stream.columns(heads, groups, dim) for stream in turned)
 
     @property
     def layer_matrices(self) -> int:

@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{run}: {stages[variant.name][1]} iterations with {variant.title}", end="")
     print(f", then {dense_steps} of {base.title}, on {where}" if variant.switches else f", on {where}", flush=True)
     if _iterations_done(run) >= total:
-        print("Nothing is left to train: the last command below goes on, and --name NAME (NAME= of make) begins another run.")
+        print("Nothing was left to train: the last command below goes on, and --name NAME (NAME= of make) begins another run.")
     if status := _train(run, stages, arguments, preset):
         return status
     _draw(run, where, list(stages))

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from megatron_lighthouse.options import flag_of, option
 
 INTERVAL = flag_of("wall", "telemetry_interval")
+PAIRED = flag_of("wall", "paired_gates")
+TURNED = ("rope", "yarn")
+"""Positions by which the two channels of a pair are turned by one angle a token."""
 KERNELS = ("auto", "triton", "reference")
 WRONG_IN_FP16 = "in fp16 their gradients were wrong on an H200 (bf16 works)"
 """Why the kernels do not run."""
@@ -42,7 +45,14 @@ class WallConfig:
         "One gate for all query heads of a key/value head, so that context parallelism sends no more than of dense attention. "
         "Not the authors' model.",
     )
-    """Whether linear_g has G * D columns instead of H * D."""
+    """Whether linear_g has columns of G heads instead of H."""
+
+    paired_gates: bool = option(
+        False,
+        "One gate for the two channels of a head that RoPE turns together, by which --position-embedding-type rope or yarn can "
+        "be. Not the authors' model, which has no positions.",
+    )
+    """Whether linear_g has D / 2 columns a head instead of D."""
 
     scalar_gate: bool = option(False, "A gate for each query head beside those of its channels, by linear_gs, as in FoX.")
     """Whether logits have the scalar gate γ."""

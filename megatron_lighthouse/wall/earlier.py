@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from megatron_lighthouse.context_parallel.parts import Block, Mask, Part
+from megatron_lighthouse.context_parallel.parts import Block, Mask, Part, Tensors
 from megatron_lighthouse.softmax.blocks import heads_first, tokens_first
+from megatron_lighthouse.wall import biased
 from megatron_lighthouse.wall.decay import spread, summed
 from megatron_lighthouse.wall.pairs import attend, change_of, logits_of
 
@@ -39,19 +40,46 @@ Grads = tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]
 
 @dataclass(frozen=True)
 class Stock:
-    """By a softmax block: K = V, neither scalar gates nor a mask."""
+    """By a softmax block, without a mask.
+
+    With a `width` all rows are filled up by zeros to as many channels, and scalar gates are some of these: see `biased`.
+    """
 
     block: Block
+    scale: float
+    width: int | None = None
+    """Of the block's rows; None: K = V, and there are no scalar gates."""
 
     def forward(self, rows: Rows) -> Part:
-        return self.block.forward((rows.query,), self._far(rows), UNMASKED)
+        found = self.block.forward(*self._given(rows), UNMASKED)
+        lse = found.lse if rows.bias is None else found.lse + biased.of_rows(rows.bias[0])
+        return Part((found.averages[0][..., : rows.value.shape[-1]],), lse)
 
     def backward(self, grad: Tensor, rows: Rows, part: Part) -> Grads:
-        (dq,), (dk, dv) = self.block.backward(grad, (rows.query,), self._far(rows), part, UNMASKED)
-        return dq, dk, summed(dv, rows.value.shape[2]), None
+        dim, value_dim = rows.query.shape[-1], rows.value.shape[-1]
+        lse = part.lse if rows.bias is None else part.lse - biased.of_rows(rows.bias[0])
+        wide = Part((self._wide(part.averages[0]),), lse)
+        (dq,), (dk, dv) = self.block.backward(self._wide(grad), *self._given(rows), wide, UNMASKED)
+        bias = None if rows.bias is None else biased.gradients(dq[..., dim:], dk[..., dim:], self.scale, lse.dtype)
+        of_key, of_value = summed(dk[..., :dim], rows.key.shape[2]), summed(dv[..., :value_dim], rows.value.shape[2])
+        return dq[..., :dim], of_key, of_value, bias
 
-    def _far(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        return rows.key, spread(rows.value, rows.key.shape[2])
+    def _given(self, rows: Rows) -> tuple[Tensors, Tensors]:
+        """Near and far rows of the block."""
+        heads = rows.key.shape[2] if rows.bias is None else rows.query.shape[2]
+        query, key, value = rows.query, spread(rows.key, heads), spread(rows.value, heads)
+        more = (None, None) if rows.bias is None else biased.columns(rows.bias[1], self.scale, query.dtype)
+        return (self._wide(query, more[0]),), (self._wide(key, more[1]), self._wide(value))
+
+    def _wide(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
+        """[..., width]: x, then `columns`, then zeros."""
+        if self.width is None:
+            return x
+        out, dim = x.new_zeros(*x.shape[:-1], self.width), x.shape[-1]
+        out[..., :dim] = x
+        if columns is not None:
+            out[..., dim : dim + biased.COLUMNS] = columns
+        return out
 
 
 @dataclass(frozen=True)

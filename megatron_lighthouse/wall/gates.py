@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
+
+from megatron_lighthouse.lighthouse.rotary import Rotary
+from megatron_lighthouse.wall.config import WallConfig
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,33 @@ class LogSigmoid:
     def __call__(self, logits: Tensor) -> Tensor:
         gates: Tensor = _LogSigmoid.apply(logits, self.most)
         return gates
+
+
+@dataclass(frozen=True)
+class Paired:
+    """One gate for two channels that RoPE turns together: [..., K/2] -> [..., K].
+
+    A rotation by positions commutes with a gate that is the same in both channels of a pair, so that rotated queries and keys
+    give the logits of relative positions, faded. Ours.
+    """
+
+    gates: Callable[[Tensor], Tensor]
+    rotary: Rotary | None
+    """Which pairs: those that it turns, and likewise those of the channels behind them. None: of halves, for nothing turns."""
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        gates = self.gates(logits)
+        if self.rotary is not None and self.rotary.interleaved:
+            return gates.repeat_interleave(2, -1)
+        turned = gates.shape[-1] if self.rotary is None else self.rotary.pairs
+        first, rest = gates[..., :turned], gates[..., turned:]
+        return torch.cat([first, first, rest, rest], -1)
+
+
+def of_channels(config: WallConfig, rotary: Rotary | None) -> Callable[[Tensor], Tensor]:
+    """What makes gates [..., K] of what linear_g gives."""
+    gates = LogSigmoid(config.gate_max)
+    return Paired(gates, rotary) if config.paired_gates else gates
 
 
 class _LogSigmoid(torch.autograd.Function):

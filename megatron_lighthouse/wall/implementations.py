@@ -10,8 +10,10 @@ from torch import Tensor
 
 from megatron_lighthouse.lighthouse.implementations import missing
 from megatron_lighthouse.notice import say_once
+from megatron_lighthouse.softmax.blocks import Plain as PlainBlock
 from megatron_lighthouse.softmax.blocks import block_for
 from megatron_lighthouse.wall import decay, reference
+from megatron_lighthouse.wall.biased import COLUMNS
 from megatron_lighthouse.wall.config import WRONG_IN_FP16
 from megatron_lighthouse.wall.decay import Decays
 from megatron_lighthouse.wall.diagonal import Diagonal
@@ -23,6 +25,9 @@ SEEN = {
 }
 """Blocks of K and V channels with which the kernels were held to float64 on an H200, by `benchmarks/wall.py --only-check`. In
 bf16 heads of 48, 80 and 96 too, for which a part of a block is masked."""
+
+MULTIPLE = 8
+"""Of which stock kernels want channels."""
 
 
 def makers_for(name: str, device: torch.device, dtype: torch.dtype, dims: tuple[int, int]) -> tuple[Diagonal, Decays]:
@@ -73,9 +78,17 @@ def earlier_for(query: Tensor, value: Tensor, gate_heads: int, scale: float, bia
     """
     if query.device.type != "cuda":
         return Plain(scale)
-    alike = query.shape[-1] == value.shape[-1]
-    if alike and not biased and not masked:
-        return Stock(block_for("auto", query, query[:, :, :gate_heads], scale))
-    what = "scalar gates" if biased else "a window" if masked else "values narrower or wider than keys"
-    say_once(f"wall: attention to earlier pieces runs in plain PyTorch, slowly: stock kernels know no {what}.")
+    if masked:
+        say_once("wall: attention to earlier pieces runs in plain PyTorch, slowly: stock kernels know no window.")
+        return Plain(scale)
+    dims = (query.shape[-1] + COLUMNS if biased else query.shape[-1], value.shape[-1])
+    if dims[0] == dims[1] and not biased:
+        return Stock(block_for("auto", query, query[:, :, :gate_heads], scale), scale)
+    wide = -(-max(dims) // MULTIPLE) * MULTIPLE
+    rows = query.new_empty(0, *query.shape[1:3], wide)
+    block = block_for("auto", rows, rows if biased else rows[:, :, :gate_heads], scale)
+    if not isinstance(block, PlainBlock):
+        return Stock(block, scale, wide)
+    what = "with scalar gates " if biased else ""
+    say_once(f"wall: attention to earlier pieces runs in plain PyTorch, slowly: {what}its rows take {wide} channels.")
     return Plain(scale)

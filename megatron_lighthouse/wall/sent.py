@@ -11,7 +11,15 @@ from megatron_lighthouse.wall.cut import TOTALS, Cut, Step
 
 
 def sent(
-    comm_type: str, tokens: int, shape: Shape, layout: Layout, tied: bool, scalar: bool, wide: int = 4, gathered: bool = False
+    comm_type: str,
+    tokens: int,
+    shape: Shape,
+    layout: Layout,
+    tied: bool,
+    scalar: bool,
+    wide: int = 4,
+    gathered: bool = False,
+    paired: bool = False,
 ) -> dict[str, tuple[int, int]]:
     """(forward, backward) bytes that a rank sends, by purpose, for inputs of this shape (V = K).
 
@@ -20,10 +28,12 @@ def sent(
         scalar: whether there are scalar gates.
         wide: bytes of an element in the dtype of sums.
         gathered: whether they are Lighthouse's rows: then keys have the heads of gates, and gates the dtype of sums.
+        paired: whether the logits of gates are of pairs of channels.
     """
     gates = shape.groups if tied else shape.heads
     if comm_type == "a2a":
-        columns = (gates * shape.dim + (shape.heads if scalar else 0)) * (wide if gathered else shape.itemsize)
+        logits = gates * (shape.dim // 2 if paired else shape.dim) + (shape.heads if scalar else 0)
+        columns = logits * (wide if gathered else shape.itemsize)
         if gathered:
             columns += (gates - shape.groups) * shape.dim * shape.itemsize
         rows = tokens // layout.size * shape.batch * columns * (layout.size - 1) // layout.size

@@ -4,70 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_lighthouse import running
 from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.lighthouse.rows import number_problem
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.variant import Place, Stream, Telemetry, Variant, beyond_softmax, shared_out_problem
-from megatron_lighthouse.wall.config import WRONG_IN_FP16, WallConfig
+from megatron_lighthouse.wall.config import PAIRED, TURNED, WRONG_IN_FP16, WallConfig
 from megatron_lighthouse.work import Work
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from megatron_lighthouse.context_parallel.exchange import Exchange
-    from megatron_lighthouse.context_parallel.ring import Passage
+    from megatron_lighthouse.lighthouse.rotary import Rotary
     from megatron_lighthouse.lighthouse.selection import Selection
     from megatron_lighthouse.sequence.documents import Documents
-    from megatron_lighthouse.softmax import backends
     from megatron_lighthouse.softmax.inputs import Inputs
-    from megatron_lighthouse.wall.layer import Attend
     from megatron_lighthouse.wall.over_documents import OverDocuments
     from megatron_lighthouse.wall.pieces import Sight
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A layer in its place in the model."""
-
-    attend: Attend
-    number: int
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *streams: Tensor,
-        attend: backends.Attend | None = None,
-        sinks: Tensor | None = None,
-    ) -> tuple[Tensor, Callable[[], Tensor] | None]:
-        from megatron_lighthouse.wall import telemetry
-
-        gate, *scalar = streams
-        with running.layer(self.number):
-            telemetry.record(gate, self.attend.gates)
-            return self.attend(query, key, value, gate, scalar[0] if scalar else None, sinks), None
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Over the rows that Lighthouse gathers. Keys have decayed to the end of their piece before they travel."""
-
-    attend: Attend
-    scalar: bool
-    """Whether there are scalar gates; what follows them is the sink."""
-
-    def passage(self) -> None:
-        return None
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *streams: Tensor, passage: Passage | None = None) -> Tensor:
-        gate, *more = streams
-        scalar = more.pop(0) if self.scalar else None
-        return self.attend.over_rows(query, key, value, gate, scalar, more[0] if more else None)
+    from megatron_lighthouse.wall.placed import Layer, Rows
 
 
 class Wall(Variant):
@@ -81,6 +37,7 @@ class Wall(Variant):
         Stream("gs", rotated=False, bias=8.0, per_channel=False),
     )
     dense_weights = False
+    windows = True
     position = "none"
     around = "wall"
     counted = logs = True
@@ -91,14 +48,15 @@ class Wall(Variant):
         An element of fp32 is two of bf16. Kept are the gates' logits, gates, and keys that have faded; of gathered rows gates,
         and keys of as many heads, which fade once more, and of all tokens logits, gates and keys.
         """
-        gates = (shape.groups if (config or WallConfig()).tied_gates else shape.heads) / shape.heads
-        keys = shape.groups / shape.heads
+        config = config or WallConfig()
+        gates, keys = (shape.groups if config.tied_gates else shape.heads) / shape.heads, shape.groups / shape.heads
+        logits = gates / 2 if config.paired_gates else gates
         return Work(
             moved=271,
             moved_both=1563,
-            kept=(1 + 2 + 1) * gates,
+            kept=logits + (2 + 1) * gates,
             rows_kept=(2 + 1 + 1) * gates - keys,
-            tokens_kept=(1 + 2) * gates + keys,
+            tokens_kept=logits + 2 * gates + keys,
             backward=10,
             assumed="as its kernels on an H200",
         )
@@ -110,25 +68,42 @@ class Wall(Variant):
 
     def streams_of(self, config: WallConfig | None) -> tuple[Stream, ...]:
         config = config or WallConfig()
-        gate = Stream("g", rotated=False, bias=config.gate_bias, per_group=config.tied_gates)
+        tied, paired = config.tied_gates, config.paired_gates
+        gate = Stream("g", rotated=False, bias=config.gate_bias, per_group=tied, paired=paired)
         scalar = Stream("gs", rotated=False, bias=config.gate_bias, per_channel=False)
         return (gate, scalar) if config.scalar_gate else (gate,)
 
     def problems(self, config: WallConfig, model: Any) -> Iterator[str]:
         yield from self.dropout_problems(model.attention_dropout)
-        for option in beyond_softmax(model):
+        if (size := model.window_size) and (size[0] < 0 or size[1] != 0):
+            ours = f"--attention {self.name}"
+            yield f"--window-size {size} must be n,0 with {ours}, of n >= 0 tokens before a token: use such as 127,0."
+        for option in beyond_softmax(model, self.windows):
             yield f"{option} is not done by --attention {self.name}: leave it out, or use --attention dense."
         if config.kernels == "triton" and getattr(model, "fp16", False):
             yield f"--wall-kernels triton cannot run: {WRONG_IN_FP16}. Use auto or reference."
+        if config.paired_gates and (dim := getattr(model, "kv_channels", None) or 0) % 2:
+            yield f"{PAIRED} is for an even number of channels: use --kv-channels {dim + 1}, not {dim}."
         groups, ranks = model.num_query_groups or model.num_attention_heads, model.tensor_model_parallel_size
         if message := shared_out_problem("--num-query-groups", groups, ranks):
             yield message
 
     def position_problems(self, config: WallConfig, kind: str | None) -> Iterator[str]:
-        if kind not in (None, self.position):
-            why = "RoPE would rotate linear_g too" if kind in ("rope", "yarn", "mrope") else "the gates take their place"
-            instead = f"--position-embedding-type {self.position}"
-            yield f"--position-embedding-type {kind} does not go with --attention {self.name}, for {why}: use {instead}."
+        said = f"--position-embedding-type {kind} does not go with --attention {self.name}"
+        if kind is None or kind in (TURNED if config.paired_gates else (self.position,)):
+            return
+        if config.paired_gates:
+            yield f"{said} {PAIRED}, which is for what turns pairs of channels: use {' or '.join(TURNED)}, or leave it out."
+        elif kind in TURNED:
+            yield f"{said}, where each channel has its own gate: use {PAIRED}, or --position-embedding-type {self.position}."
+        else:
+            yield f"{said}, for the gates take their place: use --position-embedding-type {self.position}."
+
+    def is_turned(self, config: WallConfig | None) -> bool:
+        return (config or WallConfig()).paired_gates
+
+    def rotary_option(self, config: WallConfig) -> str | None:
+        return PAIRED if config.paired_gates else None
 
     def document_problems(self, config: WallConfig, ranks: int) -> Iterator[str]:
         yield from ()
@@ -141,13 +116,16 @@ class Wall(Variant):
         )
 
     def build(self, config: WallConfig, query: Tensor, key: Tensor, place: Place) -> Layer:
-        return Layer(_made(config, query, key, place), place.number)
+        from megatron_lighthouse.wall.placed import layer
+
+        return layer(config, query, key, place)
 
     def build_documents(self, config: WallConfig, query: Tensor, key: Tensor, place: Place) -> OverDocuments:
         from megatron_lighthouse.wall.over_documents import OverDocuments
+        from megatron_lighthouse.wall.placed import layer
 
         def attend(sight: Sight, query: Tensor, key: Tensor, *rows: Tensor, sinks: Tensor | None) -> Any:
-            return Layer(_made(config, query, key, place, sight), place.number)(query, key, *rows, sinks=sinks)
+            return layer(config, query, key, place, sight)(query, key, *rows, sinks=sinks)
 
         return OverDocuments(attend, place.exchange)
 
@@ -162,7 +140,8 @@ class Wall(Variant):
         from megatron_lighthouse.wall.sent import sent
 
         config = config or WallConfig()
-        return sent(comm_type, seq_length, shape, layout, config.tied_gates, config.scalar_gate)
+        own = (config.tied_gates, config.scalar_gate)
+        return sent(comm_type, seq_length, shape, layout, *own, paired=config.paired_gates)
 
     def rows_problem(self, inner: str) -> str | None:
         if inner == "auto":
@@ -173,7 +152,10 @@ class Wall(Variant):
         )
 
     def rotary_problem(self) -> str:
-        return f"rotary: config.around {self.around} attends without positions: leave `rotary` out, and do not rotate."
+        return (
+            f"rotary: config.around {self.around} fades keys to their window's end, and turns none: leave `rotary` out. "
+            "Rotated queries and keys must come with gates that the two channels of a pair share."
+        )
 
     def streams_problem(
         self, config: WallConfig | None, query: Tensor, key: Tensor, streams: Sequence[Tensor], exchange: Exchange | None
@@ -195,12 +177,14 @@ class Wall(Variant):
                 return f"streams: {stream.name} of config.around {self.around} must be natural logarithms <= 0: use logsigmoid."
         return None
 
-    def of_projections(self, config: WallConfig, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def of_projections(
+        self, config: WallConfig, streams: tuple[Tensor, ...], rotary: Rotary | None = None
+    ) -> tuple[Tensor, ...]:
         from megatron_lighthouse.wall import telemetry
-        from megatron_lighthouse.wall.gates import LogSigmoid
+        from megatron_lighthouse.wall.gates import LogSigmoid, of_channels
 
         gate, *scalar = streams
-        gate = LogSigmoid(config.gate_max)(gate)
+        gate = of_channels(config, rotary)(gate)
         telemetry.record(gate)
         return gate, *map(LogSigmoid(), scalar)
 
@@ -244,9 +228,10 @@ class Wall(Variant):
         sinks: bool = False,
         value_dim: int | None = None,
     ) -> Rows:
-        config = config or WallConfig()
+        from megatron_lighthouse.wall.placed import rows
+
         value = key[..., :1].expand(*key.shape[:3], value_dim or key.shape[3])
-        return Rows(_over_rows(config, query, key, value, exchange, comm_type, scale), config.scalar_gate)
+        return rows(config or WallConfig(), query, key, value, exchange, comm_type, scale)
 
     def build_document_rows(
         self,
@@ -258,40 +243,15 @@ class Wall(Variant):
         value_dim: int | None = None,
     ) -> Callable[..., Tensor]:
         from megatron_lighthouse.wall.over_documents import sight_of
+        from megatron_lighthouse.wall.placed import rows
 
         given = config or WallConfig()
 
         def attend(query: Tensor, key: Tensor, value: Tensor, documents: Documents, *streams: Tensor) -> Tensor:
-            made = _over_rows(given, query, value, value, None, "p2p", scale, sight_of(documents))
-            return Rows(made, given.scalar_gate)(query, key, value, *streams)
+            made = rows(given, query, value, value, None, "p2p", scale, sight_of(documents))
+            return made(query, key, value, *streams)
 
         return attend
-
-
-def _made(config: WallConfig, query: Tensor, key: Tensor, place: Place, sight: Sight | None = None) -> Attend:
-    from megatron_lighthouse.wall.gates import LogSigmoid
-    from megatron_lighthouse.wall.layer import build
-
-    heads = key.shape[2] if config.tied_gates else query.shape[2]
-    how = (place.exchange, place.comm_type, place.scale, sight, config.kernels, config.scalar_gate)
-    return build(query, key, key, heads, *how, LogSigmoid(config.gate_max), LogSigmoid())
-
-
-def _over_rows(
-    config: WallConfig,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    exchange: Exchange | None,
-    comm_type: str,
-    scale: float | None,
-    sight: Sight | None = None,
-) -> Attend:
-    """Over gathered rows, of gates; key and value are of as many heads as the model has."""
-    from megatron_lighthouse.wall.layer import build
-
-    heads = key.shape[2] if config.tied_gates else query.shape[2]
-    return build(query, key, value, heads, exchange, comm_type, scale, sight, config.kernels, config.scalar_gate)
 
 
 WALL = Wall()

@@ -119,6 +119,12 @@ def test_a_llama_that_was_trained_with_gates_is_wall(tmp_path: Path) -> None:
         ),
         (
             {},
+            {"linear_g.weight": (8, 16), "linear_g.bias": (8,)},
+            {"wall_paired_gates": True, "position_embedding_type": "rope"},
+            ["linear_g.weight has shape", "[2, 16, 16]"],
+        ),
+        (
+            {},
             {"linear_r.weight": (16, 16)},
             {"use_rope_scaling": True, "rope_scaling_factor": 8.0},
             ["llama3", "ParallaxForCausalLM"],

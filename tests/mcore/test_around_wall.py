@@ -116,7 +116,7 @@ def test_packed_documents_are_as_the_library_has_them() -> None:
     query, key, value = fused_qkv(2, torch.float64)
     logits = torch.randn_like(query).requires_grad_()
     given = {"attn_mask_type": AttnMaskType.causal, "packed_seq_params": packed(documents_of_rows(), N)}
-    out = layer(torch.cat([query, logits], 2), key, value, None, **given)
+    out = layer(query, key, torch.cat([value, logits], 2), None, **given)
     gate = 0.5 * torch.expm1(logsigmoid(logits) / 0.5)
     rows = (x.transpose(0, 1).flatten(0, 1).unsqueeze(1) for x in (query, key, value, gate))
     row_q, row_k, row_v, row_g = rows

@@ -158,7 +158,7 @@ def test_parameters_are_gathered_beside_a_sharded_optimizer() -> None:
         ("--wall-gate-bias 2", "is read with --attention wall or --lighthouse-around wall alone: leave it out"),
         ("--attention parallax --wall-tied-gates", "--wall-tied-gates is read with --attention wall"),
         ("--attention dense --wall-gate-bias 6", "--wall-gate-bias 6.0 is read with --attention wall"),
-        ("--lighthouse-around wall", "--lighthouse-around wall, .* use --position-embedding-type none"),
+        ("--lighthouse-around wall", "--lighthouse-around wall, .* use --wall-paired-gates, or --position-embedding-type none"),
         ("--multi-latent-attention --lighthouse-around parallax", "is not done by --lighthouse-around parallax: leave"),
     ],
 )

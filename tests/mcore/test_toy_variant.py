@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from megatron_lighthouse.variants import VARIANTS, register
 from tests.mcore.harness import MODEL, TEXT, Processes, Run, refused, run, some_slow
 from tests.mcore.test_checkpoints import keys, save_interval
 from tests.mcore.test_checks import problems
-from tests.mcore.test_spec import local_spec, transformer_config
+from tests.mcore.test_spec import N, gpt, local_spec, transformer_config
 from tests.tolerances import assert_close
 from tests.toy_variant.toy import TOY as TOY_VARIANT
 from tests.toy_variant.toy import Toy, ToyConfig
@@ -163,10 +162,25 @@ def test_a_norm_within_the_projection_is_refused(megatron: None, toy: Lighthouse
 
 
 def test_a_stream_that_rope_must_not_rotate(megatron: None, toy: LighthouseSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Toy, "streams", (Stream("g", rotated=False),))
-    from megatron_lighthouse.mcore.command_line.checks import check_run
+    """Streams of either kind come as they were projected, but for the rotation of the one."""
+    import torch
 
-    given = {"seq_length": 256, "transformer_impl": "local", "load": None}
-    check_run(Namespace(**given, position_embedding_type="none"), transformer_config(), toy)
-    with pytest.raises(ValueError, match="--position-embedding-type rope would rotate linear_g of --attention toy"):
-        check_run(Namespace(**given, position_embedding_type="rope"), transformer_config(), toy)
+    from megatron_lighthouse.mcore.attention.layer_specs import with_lighthouse
+    from megatron_lighthouse.mcore.attention.streams import apart
+
+    streams = (Stream("g", rotated=False, paired=True), Stream("r"), Stream("gs", rotated=False, per_channel=False))
+    monkeypatch.setattr(Toy, "streams", streams)
+    model = gpt(with_lighthouse(local_spec(), toy), transformer_config(num_layers=1))
+    attention, seen = model.decoder.layers[0].self_attention, {}
+    for stream in streams:
+        linear = getattr(attention, f"linear_{stream.name}")
+        linear.register_forward_hook(lambda _, given, out, name=stream.name: seen.update({name: out[0]}))
+    attention.core_attention.forward = lambda *rows, **_: seen.update(rows=rows) or rows[0][:, :, :4].flatten(2)
+    model(torch.randint(64, (1, N)), torch.arange(N).unsqueeze(0), None)
+    query, value, (g, r, gs) = apart(*seen["rows"][:3], 4, streams)
+    assert (query.shape[2], value.shape[2]) == (4, 2)
+    assert torch.equal(g, seen["g"].unflatten(-1, (4, 4)))
+    assert torch.equal(gs, seen["gs"].unsqueeze(-1))
+    projected = seen["r"].unflatten(-1, (4, 8))
+    assert torch.equal(r[0], projected[0])
+    assert (r[1:] - projected[1:]).abs().amax((1, 2, 3)).min() > 1e-3

@@ -75,9 +75,10 @@ HEADS, TOKENS, DIM = 4, 256, 16
 @pytest.mark.usefixtures("short_pieces")
 @pytest.mark.parametrize("groups", [4, 2])
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize("attention", ["wall", "lighthouse"])
-def test_memory_is_what_autograd_keeps(attention: str, groups: int, tied: bool) -> None:
-    around = WallConfig(tied_gates=tied)
+def test_memory_is_what_autograd_keeps(attention: str, groups: int, tied: bool, paired: bool) -> None:
+    around = WallConfig(tied_gates=tied, paired_gates=paired)
     config = LighthouseConfig(2, 4, 32, tile_budget=16, around="wall")
     layer = VARIANTS[attention].build(*made(attention, config, around, groups))
     model = GPT(layers=1, hidden=1, ffn=1, heads=HEADS, groups=groups, head_dim=DIM, vocab=128, dense_first=0, dense_last=0)
@@ -85,7 +86,7 @@ def test_memory_is_what_autograd_keeps(attention: str, groups: int, tied: bool) 
     counted = memory.dense_activations(run) if attention == "wall" else memory.lighthouse_activations(run)
     maps = run.geometry.pyramid_length * groups * 4 if attention == "lighthouse" else 0
     others = TOKENS * 2 * (4 * model.hidden + 3 * model.ffn)  # norms and MLP
-    assert kept(layer, groups, tied) == counted - maps - others
+    assert kept(layer, groups, groups if tied else HEADS, DIM // 2 if paired else DIM) == counted - maps - others
 
 
 def made(attention: str, config: LighthouseConfig, around: WallConfig, groups: int) -> tuple[Any, ...]:
@@ -93,10 +94,14 @@ def made(attention: str, config: LighthouseConfig, around: WallConfig, groups: i
     return (around, query, key, Place()) if attention == "wall" else (config, query, key, Place(around=around))
 
 
-def kept(layer: Any, groups: int, tied: bool) -> int:
-    """Bytes of floating-point tensors that a call keeps for backward, each once, without what they are padded by."""
-    heads = (HEADS, groups, groups, groups if tied else HEADS)
-    given = [torch.randn(TOKENS, 1, some, DIM).bfloat16().requires_grad_() for some in heads]
+def kept(layer: Any, groups: int, *gates: int) -> int:
+    """Bytes of floating-point tensors that a call keeps for backward, each once, without what they are padded by.
+
+    Args:
+        gates: heads of gates, and gates of each.
+    """
+    sizes = ((HEADS, DIM), (groups, DIM), (groups, DIM), gates)
+    given = [torch.randn(TOKENS, 1, *size).bfloat16().requires_grad_() for size in sizes]
     found: dict[int, tuple[int, torch.UntypedStorage]] = {}  # which holds its address
 
     def pack(x: torch.Tensor) -> torch.Tensor:
@@ -154,6 +159,13 @@ def test_its_options_count(attention: tuple[str, ...], words: tuple[str, ...], h
 def test_nothing_is_turned_where_there_are_no_positions() -> None:
     assert memory.parts(PLAIN)["angles of RoPE (fp32)"] == 0 < memory.parts(DENSE)["angles of RoPE (fp32)"]
     assert PLAIN.rotated_columns == 0 < DENSE.rotated_columns
+
+
+def test_with_pairs_queries_and_keys_are_turned_and_gates_are_fewer() -> None:
+    paired = run_with("--attention", "wall", "--wall-paired-gates", "--position-embedding-type", "rope")
+    assert paired.rotated_columns == DENSE.rotated_columns
+    assert 2 * (paired.layer_matrices - DENSE.layer_matrices) == PLAIN.layer_matrices - DENSE.layer_matrices
+    assert memory.parts(paired)["angles of RoPE (fp32)"] == memory.parts(DENSE)["angles of RoPE (fp32)"]
 
 
 def test_stage_2_is_what_stage_1_was_around() -> None:

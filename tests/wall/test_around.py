@@ -265,7 +265,11 @@ Q, G = (64, 1, 4, 6), (64, 1, 2, 6)
         ([Q, Q], {}, r"reads 1 \(g\) .* got 2: pass as many. Scalar gates are read with around=WallConfig\(scalar_gate=True\)"),
         ([G], {}, r"g of config.around wall must be \(64, 1, 4, 6\), .*with gates of a group, around=WallConfig\(tied"),
         ([Q, Q], {"around": SCALAR}, r"gs of config.around wall must be \(64, 1, 4, 1\)"),
-        ([Q], {"rotary": Rotary(torch.tensor([0.3]))}, "config.around wall attends without positions"),
+        (
+            [Q],
+            {"rotary": Rotary(torch.tensor([0.3]))},
+            "config.around wall fades keys to their window's end, and turns none: leave `rotary` out",
+        ),
         ([Q], {"cp_comm_type": "mail"}, "cp_comm_type mail is not known"),
     ],
 )

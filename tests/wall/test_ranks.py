@@ -72,11 +72,15 @@ TOKENS, BATCH, HEADS, GROUPS, DIM = 64, 2, 8, 4, 8
 def sent_by(group: dist.ProcessGroup, comm_type: str, config: WallConfig) -> list[dict[str, int]]:
     """What this rank sends forward, and backward."""
     scalar = -0.1 if config.scalar_gate else None
-    tensors = inputs(TOKENS, BATCH, HEADS, GROUPS, (DIM, DIM), tied=config.tied_gates, scalar=scalar)
-    *leaves, grad = (x.float().requires_grad_() for x in shards_of(group, tensors))
-    how: dict[str, Any] = {"scalar_gate": leaves[4]} if config.scalar_gate else {}
+    query, key, value, gate, *more, grad = inputs(
+        TOKENS, BATCH, HEADS, GROUPS, (DIM, DIM), tied=config.tied_gates, scalar=scalar
+    )
+    logits = gate[..., ::2] if config.paired_gates else gate
+    given = [query, key, value, logits, *(x.unsqueeze(-1) for x in more), grad]
+    *leaves, grad = (x.float().requires_grad_() for x in shards_of(group, given))
+    layer = WALL.build(config, leaves[0], leaves[1], Place(exchange=Exchange.over(group), comm_type=comm_type))
     exchange_module.sent.clear()
-    out = wall_attention(*leaves[:4], **how, cp_group=group, cp_comm_type=comm_type)
+    out, _ = layer(*leaves)
     forward = dict(exchange_module.sent)
     exchange_module.sent.clear()
     out.backward(grad)
@@ -84,7 +88,11 @@ def sent_by(group: dist.ProcessGroup, comm_type: str, config: WallConfig) -> lis
 
 
 @pytest.mark.parametrize("comm_type", ["p2p", "all_gather", "a2a"])
-@pytest.mark.parametrize("config", [WallConfig(), WallConfig(tied_gates=True, scalar_gate=True)], ids=["", "shared"])
+@pytest.mark.parametrize(
+    "config",
+    [WallConfig(), WallConfig(tied_gates=True, scalar_gate=True), WallConfig(paired_gates=True)],
+    ids=["", "shared", "paired"],
+)
 def test_ranks_send_what_was_counted(comm_type: str, config: WallConfig) -> None:
     for rank, ways in enumerate(run_ranks(4, sent_by, comm_type, config)):
         plan = WALL.sent(config, TOKENS, Shape(BATCH, HEADS, GROUPS, DIM, 4), Layout(4, rank), comm_type)

@@ -30,6 +30,7 @@ from megatron_lighthouse.mcore.attention.streams import apart
 from megatron_lighthouse.mcore.attention.te_choice import te_choice
 from megatron_lighthouse.mcore.attention.tensor_ranks import over_tensor_ranks
 from megatron_lighthouse.mcore.command_line.checks import check
+from megatron_lighthouse.mcore.command_line.layers import is_windowed
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, head_dims, heads_of_rank
 from megatron_lighthouse.mcore.loop import switch
 from megatron_lighthouse.notice import say_once
@@ -76,7 +77,7 @@ class VariantMixin:
 
         Args:
             query: [s/cp, b, np/tp, hn], and those of the streams, after RoPE, any strides.
-            key, value: [s/cp, b, ng/tp, hn], likewise.
+            key: [s/cp, b, ng/tp, hn], likewise; value: likewise, and those of the streams that RoPE does not rotate.
             attention_mask: read where the layer is dense alone: else the attention is causal.
 
         Returns:
@@ -101,7 +102,7 @@ class VariantMixin:
         attend = base if self.place.base_attends else None
         if packed_seq_params is not None:
             return self._within_documents(query, key, value, packed_seq_params, attend)
-        query, streams = self._apart(query, key)
+        query, value, streams = self._apart(query, key, value)
         layer = self._layer_for(query, key, value)
         out, again = layer(query, key, value, *streams, attend=attend, **self._sinks())
         return out.flatten(2) if again is None else remember_source(out.flatten(2), again)
@@ -116,15 +117,15 @@ class VariantMixin:
         rows, ranks = query.shape[1], self._ranks
         documents = documents_of(params, query.shape[0] * rows * ranks)
         query, key, value = (in_one_row(x, ranks) for x in (query, key, value))
-        query, streams = self._apart(query, key)
+        query, value, streams = self._apart(query, key, value)
         layer = self._document_layer_for(query, key, value)
         out, again = layer(query, key, value, *streams, documents=documents, attend=attend, **self._sinks())
         out = in_rows(out, rows, ranks).flatten(2)
         return out if again is None else remember_source(out, lambda: in_rows(again(), rows, ranks))
 
-    def _apart(self, query: Tensor, key: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The queries and the streams that travel with them."""
-        return apart(query, heads_of_rank(self.config)[0], key.shape[2], self.streams) if self.streams else (query, [])
+    def _apart(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The queries, the values, and the streams that travel with them."""
+        return apart(query, key, value, heads_of_rank(self.config)[0], self.streams)
 
     def _sinks(self) -> dict[str, Tensor | None]:
         """The base class's, where the layer attends instead of it."""
@@ -225,6 +226,7 @@ class CoreAttentionBuilder(Builder):
             around=settings.around,
             rotary=None if config.no_rope_freq and config.no_rope_freq[layer_number - 1] else self.rotary,
             value_dim=inputs.value_dim,
+            window=config.window_size[0] + 1 if now.windows and is_windowed(config, layer_number) else None,
             sinks=not base_attends and config.softmax_type != "vanilla",
         )
         _check(now, own, inputs, place)

@@ -56,18 +56,22 @@ def with_lighthouse(spec: LayerSpec, settings: LighthouseSettings, rotary: Rotar
     every pipeline stage.
 
     Args:
-        rotary: what the model rotates queries and keys by, for `rope` "last": `rotary_of` its configuration.
+        rotary: what the model rotates queries and keys by, where a layer must know it, as for `rope` "last": `rotary_of` its
+            configuration.
 
     Raises:
-        ValueError: `rope` "last" without `rotary`; a layer spec without a core attention; a block spec of which some layers
-            have none, where `settings` does not say which of the model's layers those are.
+        ValueError: an option that needs `rotary` without it, or does not go with it; a layer spec without a core attention; a
+            block spec of which some layers have none, where `settings` does not say which of the model's layers those are.
     """
-    if settings.attention.selects and settings.rope == rope.LAST and rotary is None:
+    needs = rope.rotary_option(settings)
+    if needs is not None and rotary is None:
         raise ValueError(
-            f"{rope.FLAG} {rope.LAST} needs to know what the model rotates queries and keys by, and a layer spec does not say: "
+            f"{needs} needs to know what the model rotates queries and keys by, and a layer spec does not say: "
             "give with_lighthouse(spec, settings, rotary_of(model_cfg)) the model's configuration (megatron_lighthouse.mcore."
-            f"attention.rotary), or use {rope.FLAG} {rope.MEAN}."
+            f"attention.rotary), or {f'use {rope.FLAG} {rope.MEAN}' if needs.startswith(rope.FLAG) else 'leave it out'}."
         )
+    if needs is not None and (problems := [*rope.last_problems(settings)]):
+        raise ValueError("\n".join(problems))
     spec = copied(spec)
     for layer in _layers_of(spec):
         add_streams(layer.submodules, settings)
@@ -75,7 +79,7 @@ def with_lighthouse(spec: LayerSpec, settings: LighthouseSettings, rotary: Rotar
     for submodules in attentions_of(spec):
         if not isinstance(submodules.core_attention, CoreAttentionBuilder):
             submodules.core_attention = CoreAttentionBuilder(
-                submodules.core_attention, settings, rotary if settings.rope == rope.LAST else None
+                submodules.core_attention, settings, None if needs is None else rotary
             )
             if settings.discard_output:
                 submodules.linear_proj = without_kept_output(submodules.linear_proj)
@@ -165,10 +169,11 @@ def _with_attention(spec: LayerSpec, model_cfg: Any, settings: LighthouseSetting
     if settings is None:
         return _dense_over_shards(spec, config)
     _say_what_is_sent(config, settings)
-    rotary = rotary_of(model_cfg) if settings.attention.selects and settings.rope == rope.LAST else None
+    rotary = None if rope.rotary_option(settings) is None else rotary_of(model_cfg)
     if rotary is None:  # nothing is rotated, or nothing turned
         settings = replace(settings, rope=rope.MEAN)
-    return with_lighthouse(spec, replace(settings, attention_layers=attention_layers(config)), rotary)
+    holding = attention_layers(config, settings.attention.windows)
+    return with_lighthouse(spec, replace(settings, attention_layers=holding), rotary)
 
 
 def _say_what_is_sent(config: TransformerConfig, settings: LighthouseSettings) -> None:

@@ -1,8 +1,8 @@
 """The streams of a variant: projections of a layer's input that its core attention reads besides q, k and v.
 
-They are appended to the queries as further heads, [q, stream, …], so that RoPE, recompute and offloading see one tensor; the
-core attention splits it. Each is a module of its own, since an optimizer may take the rows of `linear_qkv` for heads of q, k
-and v.
+They are appended as further heads, [q, stream, …], or [v, stream, …] where RoPE must not rotate them, so that recompute and
+offloading see three tensors as ever; the core attention splits these. Each is a module of its own, since an optimizer may take
+the rows of `linear_qkv` for heads of q, k and v.
 """
 
 from __future__ import annotations
@@ -78,15 +78,19 @@ class StreamsMixin:
         return linear
 
     def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **named: Any) -> tuple[Any, ...]:
-        """As `SelfAttention`'s, the queries [s, b, np/tp and streams, hn]; with sequence parallelism s is gathered once."""
+        """As `SelfAttention`'s, streams behind heads of queries and values; with sequence parallelism s is gathered once."""
         if self.gathers:
             hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self.pg_collection.tp)
-        query, *rest = super().get_query_key_value_tensors(hidden_states, *args, **named)  # type: ignore[misc]
-        heads = [self._heads(stream, hidden_states) for stream in self.streams]
-        return (torch.cat([query, *heads], dim=2) if heads else query, *rest)
+        query, key, value, *rest = super().get_query_key_value_tensors(hidden_states, *args, **named)  # type: ignore[misc]
+        return self._with_streams(query, True, hidden_states), key, self._with_streams(value, False, hidden_states), *rest
+
+    def _with_streams(self, x: Tensor, rotated: bool, hidden_states: Tensor) -> Tensor:
+        """[s, b, ·, hn], behind it those of the streams that RoPE rotates, or does not."""
+        heads = [self._heads(stream, hidden_states) for stream in self.streams if stream.rotated == rotated]
+        return torch.cat([x, *heads], dim=2) if heads else x
 
     def _heads(self, stream: Stream, hidden_states: Tensor) -> Tensor:
-        """[s, b, ·, hn]; of streams with one column a head, as many rows of hn as they fill."""
+        """[s, b, ·, hn]; of streams with fewer columns a head, as many rows of hn as they fill."""
         projected, _ = getattr(self, f"linear_{stream.name}")(hidden_states)
         dim = self.hidden_size_per_attention_head
         heads = pad(projected, (0, -projected.shape[-1] % dim)).unflatten(-1, (-1, dim))
@@ -94,20 +98,31 @@ class StreamsMixin:
         return heads if norm is None else norm(heads)
 
 
-def apart(query: Tensor, heads: int, groups: int, streams: Sequence[Stream]) -> tuple[Tensor, list[Tensor]]:
-    """What `get_query_key_value_tensors` put together: queries [s, b, np/tp, hn], and streams, of one column a head [..., 1].
+def apart(
+    query: Tensor, key: Tensor, value: Tensor, heads: int, streams: Sequence[Stream]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """What `get_query_key_value_tensors` put together: queries, values, and streams, of fewer columns a head [..., these].
 
     Args:
-        query: [s, b, ·, hn], with those of the streams.
-        heads, groups: query and key/value heads of this rank.
+        query, value: [s, b, ·, hn], with those of the streams.
+        key: [s, b, ng/tp, hn].
+        heads: query heads of this rank.
     """
+    groups = key.shape[2]
+    query, turned = _split(query, heads, [stream for stream in streams if stream.rotated], heads, groups)
+    value, others = _split(value, groups, [stream for stream in streams if not stream.rotated], heads, groups)
+    found = {**turned, **others}
+    return query, value, [found[stream.name] for stream in streams]
+
+
+def _split(x: Tensor, own: int, streams: list[Stream], heads: int, groups: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """The first `own` heads, and the streams behind them by name."""
     if not streams:
-        return query, []
-    dim = query.shape[-1]
-    columns = [stream.columns(heads, groups, dim) for stream in streams]
-    query, *rows = query.split([heads, *(-(-one // dim) for one in columns)], dim=2)
+        return x, {}
+    columns = [stream.columns(heads, groups, x.shape[-1]) for stream in streams]
+    x, *rows = x.split([own, *(-(-count // x.shape[-1]) for count in columns)], dim=2)
     found = zip(streams, columns, rows, strict=True)
-    return query, [x if stream.per_channel else x.flatten(2)[..., :one].unsqueeze(-1) for stream, one, x in found]
+    return x, {s.name: row.flatten(2)[..., :count].unflatten(-1, (s.heads(heads, groups), -1)) for s, count, row in found}
 
 
 def _norms_apart(layer: Any, attention: Any) -> bool:

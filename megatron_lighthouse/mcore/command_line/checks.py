@@ -69,9 +69,12 @@ def run_problems(args: Namespace, config: TransformerConfig, settings: Lighthous
     yield from inner.problems(config, settings, documents.asked(args))
     yield from _documents(args, config, settings)
     yield from _stage2(args, settings)
-    yield from _streams_of_run(args, settings)
+    kind = getattr(args, "position_embedding_type", None)
+    positions = [*named.of_base(settings.base.position_problems(settings.base_config, kind), settings)]
+    yield from positions
     if settings.attention.selects and settings.rope == rope.LAST:
-        yield from rope.rope_problems(config, getattr(args, "position_embedding_type", None))
+        yield from rope.rope_problems(config, kind)
+        yield from rope.last_problems(settings) if kind in ("rope", "yarn") and not positions else ()
 
 
 def _raise(settings: LighthouseSettings, problems: list[str]) -> None:
@@ -137,7 +140,7 @@ def _packed(given: object) -> Iterator[str]:
 
 
 def _documents(args: Namespace, config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:
-    yield from documents.document_problems(args, config)
+    yield from documents.document_problems(args, config, dense=settings.attention.switches)
     if documents.asked(args):
         here = settings.in_model(config)  # where MLA may share selections among heads
         for own in filter(None, (here.config, here.edge)):
@@ -228,7 +231,7 @@ def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Ite
     if message := copies_in_a_graph(config, own_comm_types(config, settings)):
         yield message
     yield from _comm_types(config, settings)
-    yield from engine_problems(config)
+    yield from engine_problems(config) if settings.attention.switches else ()  # else no layer is dense
     yield from _streams(config, settings)
 
 
@@ -259,12 +262,6 @@ def unnormed(settings: LighthouseSettings) -> str:
         f"--attention {settings.variant} reads a layer's normed input by {names}, and this layer spec norms it within "
         "linear_qkv: use --transformer-impl local."
     )
-
-
-def _streams_of_run(args: Namespace, settings: LighthouseSettings) -> Iterator[str]:
-    """Streams travel as heads of the queries, which RoPE rotates."""
-    kind = getattr(args, "position_embedding_type", None)
-    yield from named.of_base(settings.base.position_problems(settings.base_config, kind), settings)
 
 
 def _comm_types(config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:

@@ -41,8 +41,12 @@ def mask_problem(args: Namespace) -> str | None:
     )
 
 
-def document_problems(args: Namespace, config: Any) -> Iterator[str]:
-    """What does not go with packed documents in this model (a TransformerConfig), each with what would work."""
+def document_problems(args: Namespace, config: Any, dense: bool = True) -> Iterator[str]:
+    """What does not go with packed documents in this model (a TransformerConfig), each with what would work.
+
+    Args:
+        dense: whether some layers are dense; else their attention says itself what it does not do.
+    """
     if not asked(args):
         return
     kind = getattr(args, "position_embedding_type", "rope")
@@ -53,7 +57,10 @@ def document_problems(args: Namespace, config: Any) -> Iterator[str]:
         yield f"{FLAG} with --experimental-attention-variant is not done: leave one of them out."
     if (graphs := getattr(config, "cuda_graph_impl", "none")) != "none":
         yield f"{FLAG} with --cuda-graph-impl {graphs} is not done, for each batch has other documents: leave one of them out."
-    yield from _local(config) if config.transformer_impl == "local" else _of_te(config)
+    if config.transformer_impl != "local":
+        yield from _of_te(config)
+    elif dense:
+        yield from _local(config)
 
 
 def upstream_problems(args: Namespace, config: Any) -> Iterator[str]:

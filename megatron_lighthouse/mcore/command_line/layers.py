@@ -40,12 +40,12 @@ def written_pattern(model: Any) -> tuple[str, str | None]:
     return ("--hybrid-override-pattern" if old and new in (None, old) else "--hybrid-layer-pattern"), new or old
 
 
-def attention_layers(model: Any) -> tuple[int, ...] | None:
-    """The numbers, from 1, of the layers that attend to all tokens; None where all do.
+def attention_layers(model: Any, windows: bool = False) -> tuple[int, ...] | None:
+    """The numbers, from 1, of the layers that attend to all tokens, or with `windows` to any; None where all do.
 
     In a heterogeneous model (`--heterogeneous-layers-config-path`) a layer may have no attention, or a linear map in its place,
     and in a hybrid model what its pattern says.
-    With `--window-size` a layer may see a window alone (`is_windowed`): such layers stay as they are.
+    With `--window-size` a layer may see a window alone (`is_windowed`).
 
     Args:
         model: a TransformerConfig, or Megatron's arguments.
@@ -61,6 +61,8 @@ def attention_layers(model: Any) -> tuple[int, ...] | None:
             f"--window-attn-skip-freq {listed} is of {len(listed)} layers, and --num-layers is {layers}: give one number a "
             "layer, 1 where it sees a window alone, or one number N, by which each N-th sees all tokens."
         )
+    if windows:
+        return holding
     numbers = range(1, layers + 1) if holding is None else holding
     return tuple(number for number in numbers if not is_windowed(model, number))
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lighthouse.mcore.command_line import stored
-from megatron_lighthouse.variant import Stream, norm_of
+from megatron_lighthouse.options import read_options, set_options
+from megatron_lighthouse.variant import Stream, Variant, norm_of
 from megatron_lighthouse.variants import VARIANTS, base_in, named_in
 
 OVERRIDE, KEEP = "--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"
@@ -92,6 +93,8 @@ def attention_problems(args: argparse.Namespace, before: Any, folder: Path, chec
         known = " or ".join(VARIANTS)
         yield f"the checkpoint in {folder} is of --attention {before.attention}, which is not known here: use {known}."
         return
+    if old is new:
+        yield from _other_columns(old, args, before, folder)
     if old is new or new is None:
         return
     was, now = named_in(before), named_in(args)
@@ -112,6 +115,23 @@ def attention_problems(args: argparse.Namespace, before: Any, folder: Path, chec
         yield (
             f"the checkpoint in {folder} is of --attention {was}, so that its optimizer knows other weights than --attention "
             f"{now} has: add --no-load-optim, and the optimizer begins anew."
+        )
+
+
+def _other_columns(base: Variant, args: argparse.Namespace, before: Any, folder: Path) -> Iterator[str]:
+    """Streams whose columns are of other heads or channels than they were: of some sizes their shape is the same."""
+    if base.config is None:
+        return
+    was, now = (
+        {one.name: (one.per_group, one.per_channel, one.paired) for one in base.streams_of(config)}
+        for config in (read_options(given, base.name, base.config) for given in (before, args))
+    )
+    if names := [f"linear_{name}" for name in was.keys() & now.keys() if was[name] != now[name]]:
+        had, has = ({*set_options(given, base.name, base.config)} for given in (before, args))
+        yield (
+            f"the columns of {', '.join(names)} in {folder} are of other heads or channels than this run's: it was trained "
+            f"with {', '.join(sorted(had - has)) or 'defaults'}, and this has {', '.join(sorted(has - had)) or 'defaults'}. "
+            "Give what it was."
         )
 
 

@@ -49,6 +49,20 @@ def rope_problems(config: Any, position_embedding_type: str | None) -> Iterator[
         )
 
 
+def rotary_option(settings: LighthouseSettings) -> str | None:
+    """The option by which layers must know what the model rotates queries and keys by; None where they need not."""
+    if settings.attention.selects and settings.rope == LAST:
+        return f"{FLAG} {LAST}"
+    return settings.base.rotary_option(settings.base_config)
+
+
+def last_problems(settings: LighthouseSettings) -> Iterator[str]:
+    """Why pooled rows of a model with RoPE cannot stand at their window's last token."""
+    base = settings.base
+    if settings.attention.selects and settings.rope == LAST and base.rotary_problem():
+        yield f"{FLAG} {LAST} turns pooled rows, and with {flag('around')} {base.around} they fade instead: use {FLAG} {MEAN}."
+
+
 def settled(args: argparse.Namespace, settings: LighthouseSettings) -> LighthouseSettings:
     """`settings` with the way that the run takes, said where the command line asks for another. Its checkpoints hold it too.
 

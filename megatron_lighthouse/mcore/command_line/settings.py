@@ -41,7 +41,7 @@ class LighthouseSettings:
     edge_budget: int | None = None
     """Where given, the first and last layers are Lighthouse too, with this budget in place of the config's."""
     attention_layers: tuple[int, ...] | None = None
-    """The numbers, from 1, of the model's layers that attend to all tokens; None where all do."""
+    """The numbers, from 1, of the model's layers that attend to all tokens, or to windows too; None where all do."""
     variant: str = LIGHTHOUSE.name
     """Of `--attention`: whose `config` it is."""
     around: Any = None
@@ -75,7 +75,7 @@ class LighthouseSettings:
     def in_model(self, model: Any) -> LighthouseSettings:
         """These, as the model (a TransformerConfig) has them: less layers that do not attend to all tokens, and with as many
         heads a selection as it asks for."""
-        full, own = attention_layers(model), self
+        full, own = attention_layers(model, self.attention.windows), self
         if getattr(self.config, "heads_per_selection", 1) == 0:
             own = replace(own, config=self.config.replace(heads_per_selection=heads_per_selection(model)))
         if full is None or full == self.attention_layers:
@@ -250,7 +250,7 @@ def settings_from(args: argparse.Namespace | None) -> LighthouseSettings:
         ValueError: a setting that cannot be, naming the flag and values that would work; options in the environment beside a
             parser that knows them.
     """
-    holding, length, model = attention_layers(args), getattr(args, "seq_length", None), args
+    length, model = getattr(args, "seq_length", None), args
     if args is not None and hasattr(args, "lighthouse_levels"):
         given = os.environ.get(ENVIRONMENT)
         if given and given != getattr(args, "lighthouse_environment", None):
@@ -261,6 +261,7 @@ def settings_from(args: argparse.Namespace | None) -> LighthouseSettings:
     else:
         args = _of_environment()
     variant = VARIANTS[args.attention]
+    holding = attention_layers(model, variant.windows)
     if variant.config and not variant.switches:
         config = read_options(args, variant.name, variant.config)
         return LighthouseSettings(config, 0, 0, False, attention_layers=holding, variant=variant.name)

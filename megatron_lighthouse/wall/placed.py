@@ -1,0 +1,82 @@
+"""A layer of Wall in its place in the model, and one over the rows that Lighthouse gathers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from megatron_lighthouse import running
+from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.context_parallel.ring import Passage
+from megatron_lighthouse.softmax import backends
+from megatron_lighthouse.variant import Place
+from megatron_lighthouse.wall import telemetry
+from megatron_lighthouse.wall.config import WallConfig
+from megatron_lighthouse.wall.gates import LogSigmoid, of_channels
+from megatron_lighthouse.wall.layer import Attend, build
+from megatron_lighthouse.wall.pieces import Sight
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer in its place in the model."""
+
+    attend: Attend
+    number: int
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *streams: Tensor,
+        attend: backends.Attend | None = None,
+        sinks: Tensor | None = None,
+    ) -> tuple[Tensor, Callable[[], Tensor] | None]:
+        gate, *scalar = streams
+        with running.layer(self.number):
+            telemetry.record(gate, self.attend.gates)
+            return self.attend(query, key, value, gate, scalar[0] if scalar else None, sinks), None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Over the rows that Lighthouse gathers. Keys have decayed to the end of their piece before they travel."""
+
+    attend: Attend
+    scalar: bool
+    """Whether there are scalar gates; what follows them is the sink."""
+
+    def passage(self) -> None:
+        return None
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *streams: Tensor, passage: Passage | None = None) -> Tensor:
+        gate, *more = streams
+        scalar = more.pop(0) if self.scalar else None
+        return self.attend.over_rows(query, key, value, gate, scalar, more[0] if more else None)
+
+
+def layer(config: WallConfig, query: Tensor, key: Tensor, place: Place, sight: Sight | None = None) -> Layer:
+    """For inputs like these, of which shapes, dtype and device count; gates come as logits. Raises as `build`."""
+    heads, sight = key.shape[2] if config.tied_gates else query.shape[2], replace(sight or Sight(), window=place.window)
+    how = (place.exchange, place.comm_type, place.scale, sight, config.kernels, config.scalar_gate)
+    gates = of_channels(config, place.rotary), LogSigmoid()
+    return Layer(build(query, key, key, heads, *how, *gates), place.number)
+
+
+def rows(
+    config: WallConfig,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    exchange: Exchange | None,
+    comm_type: str,
+    scale: float | None,
+    sight: Sight | None = None,
+) -> Rows:
+    """Over gathered rows, of gates; key and value are of as many heads as the model has."""
+    heads = key.shape[2] if config.tied_gates else query.shape[2]
+    made = build(query, key, value, heads, exchange, comm_type, scale, sight, config.kernels, config.scalar_gate)
+    return Rows(made, config.scalar_gate)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -68,12 +69,16 @@ def _torch_problem(rows: Rows) -> str | None:
         return problem
     if rows.dim % 8:
         return f"does not take head dimension {rows.dim}"
+    return None if {"scale", "window_size"} <= _taken() else f"does not take documents in torch {torch.__version__}"
+
+
+@cache
+def _taken() -> frozenset[str]:
+    """The arguments of torch's attention over documents; none where it is not there."""
     try:
-        known = set(inspect.signature(import_module("torch.nn.attention.varlen").varlen_attn).parameters)
+        return frozenset(inspect.signature(import_module("torch.nn.attention.varlen").varlen_attn).parameters)
     except ImportError:
-        known = set()
-    takes = {"scale", "window_size", "enable_gqa"} <= known
-    return None if takes else f"does not take documents in torch {torch.__version__}"
+        return frozenset()
 
 
 def _torch(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None, documents: Documents) -> Tensor:
@@ -81,7 +86,9 @@ def _torch(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | Non
 
     q, k, v = (x.squeeze(1) for x in (query, key, value))
     bounds, longest = documents.cu_seqlens, documents.longest
-    options: dict[str, Any] = {"scale": softmax_scale, "window_size": (-1, 0), "enable_gqa": q.shape[1] != k.shape[1]}
+    options: dict[str, Any] = {"scale": softmax_scale, "window_size": (-1, 0)}
+    if "enable_gqa" in _taken():  # torch 2.11 takes fewer key/value heads without being told
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
     out = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
     assert isinstance(out, Tensor)  # with the log-sum-exp where that is asked for
     return out.unsqueeze(1)

@@ -128,7 +128,7 @@ def dense_errors(lengths: list[int], device: str, dtype: torch.dtype) -> dict[st
     """Of each dense backend in `dtype`: how far output and gradients are from a call a document in float32, relative norms."""
     documents, wide = documents_of(lengths, device), inputs_of(sum(lengths), device, torch.float32)
     inputs, grad = [x.detach().to(dtype).requires_grad_() for x in wide], torch.randn_like(wide[0])
-    exact = backward_too(partial(_dense, documents_attention("sdpa", *wide[:2]), documents), grad, wide)
+    exact = backward_too(partial(_dense, documents_attention("sdpa", wide[0], wide[1]), documents), grad, wide)
     return {
         what: max(
             float((a.float() - b).norm() / b.norm())

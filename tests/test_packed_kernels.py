@@ -176,9 +176,10 @@ def test_torchs_own_attention_over_documents_is_told_to_be_causal(told: bool, mo
     monkeypatch.setattr(varlen, "varlen_attn", newer if told else older)
     monkeypatch.setitem(BACKENDS, "fa2", replace(BACKENDS["fa2"], problem=lambda rows: None))
     packed = of((9, 3, 20), dim=8)
-    inputs, documents = tensors(packed, "float64"), Documents.of(bounds(packed), packed.seq_length)
-    out = documents_attention("fa2", *inputs[:2], 0.3)(*inputs, documents)
-    assert_close(out, documents_attention("sdpa", *inputs[:2], 0.3)(*inputs, documents), "float64")
+    query, key, value = tensors(packed, "float64")
+    documents = Documents.of(bounds(packed), packed.seq_length)
+    out = documents_attention("fa2", query, key, 0.3)(query, key, value, documents)
+    assert_close(out, documents_attention("sdpa", query, key, 0.3)(query, key, value, documents), "float64")
 
 
 def test_what_cannot_attend_over_documents_is_refused_or_passed_over_and_said(

@@ -185,7 +185,7 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
         args.create_attention_mask_in_dataloader = False
     if is_hybrid and spec is None:
         hooks.stack_locally()
-        model_cfg.hybrid_stack_spec = hybrid_spec(model_cfg, settings=chosen)
+        model_cfg.hybrid_stack_spec = hybrid_spec(model_cfg, settings=chosen, documents=packs)
     elif spec is None and (
         chosen is not None
         or packs

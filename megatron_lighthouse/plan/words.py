@@ -97,7 +97,7 @@ def run_of_words(words: Sequence[str], device: Device, gpus: int | None = None) 
         (args.transformer_impl == "local", "--transformer-impl local is not counted by the plan: use transformer_engine."),
         (
             documents.asked(args),
-            f"{documents.FLAG} is not counted by the plan of a recipe: give --document-lengths FILE in its place.",
+            f"{documents.flag_of(args)} is not counted by the plan of a recipe: give --document-lengths FILE in its place.",
         ),
         (args.micro_batch_size != 1, f"--micro-batch-size {args.micro_batch_size} is not counted by the plan: use 1."),
         (

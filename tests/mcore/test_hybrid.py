@@ -115,7 +115,7 @@ def arguments(**given: object) -> Namespace:
         ),
         (
             {"dataloader_inter_document_masking": True, "hybrid_layer_pattern": "M*GE", "transformer_impl": "te"},
-            r"--dataloader-inter-document-masking with --hybrid-layer-pattern M\*GE: layers of G M do not .*layers of \* \+ - E",
+            r"document-masking with --hybrid-layer-pattern M\*GE: layers of G M do not .*layers of \* \+ - E alone",
         ),
         ({"use_rope_scaling": True}, "--use-rope-scaling is not heeded .* use --rotary-base"),
         ({"rotary_interleaved": True}, "--rotary-interleaved is half heeded"),

@@ -1,4 +1,4 @@
-"""Hybrid models over packed documents: each document is as if it were alone, and a GPT's layers named one by one are that GPT."""
+"""Hybrid models over packed documents: each is as if it were alone, and a GPT's layers named one by one are that GPT."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def problems(args: Namespace) -> Iterator[str]:
         )
     if documents.asked(args) and (other := "".join(sorted({*pattern} - {*OF_DOCUMENTS}))):
         yield (
-            f"{documents.FLAG} with {flag} {pattern}: layers of {' '.join(other)} do not keep documents apart here: leave "
+            f"{documents.flag_of(args)} with {flag} {pattern}: layers of {' '.join(other)} do not keep documents apart: leave "
             f"the former out, or use layers of {' '.join(OF_DOCUMENTS[:-1])} alone."
         )
     if getattr(args, "use_rope_scaling", False):
@@ -94,7 +94,7 @@ def upstream_problem(args: Namespace) -> str | None:
     if not documents.asked(args):
         return None
     return (
-        f"{documents.FLAG} with --hybrid-layer-pattern is not done in upstream's pretrain_hybrid.py: use python -m "
+        f"{documents.flag_of(args)} with --hybrid-layer-pattern is not done in upstream's pretrain_hybrid.py: use python -m "
         "megatron_lighthouse.pretrain_hybrid, or leave it out."
     )
 

@@ -95,11 +95,6 @@ def _latent(flag: str, config: Any) -> Iterator[str]:
     """Of multi-latent attention, whose values have a width of their own."""
     if not getattr(config, "multi_latent_attention", False):
         return
-    if config.transformer_impl != "local":
-        yield (
-            f"{flag} with --multi-latent-attention is not done by --transformer-impl {config.transformer_impl}: use local, or "
-            "--group-query-attention."
-        )
     if getattr(config, "apply_rope_fusion", False):
         yield f"{flag} with --multi-latent-attention and fused RoPE is not done: add --no-rope-fusion."
 

@@ -7,6 +7,7 @@ cuDNN's does not: torch hands it whole rows, and documents only without the caus
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -27,24 +28,36 @@ from megatron_lighthouse.softmax.backends import (
 )
 from megatron_lighthouse.softmax.names import FLASH_DIMS
 from megatron_lighthouse.softmax.rows import DOCUMENTS, Rows
+from megatron_lighthouse.softmax.windowed_documents import DocumentsAlone, within_documents
 
 AttendDocuments = Callable[[Tensor, Tensor, Tensor, Documents], Tensor]
 """Causal attention within each document: ([S, 1, H, D], [S, 1, G, D], [S, 1, G, D], documents) -> [S, 1, H, D]."""
 
 
 def documents_attention(
-    name: str, query: Tensor, key: Tensor, softmax_scale: float | None = None, value_dim: int | None = None
-) -> AttendDocuments:
-    """The backend `name` for these rows, or the fastest for 'auto'; said once.
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    softmax_scale: float | None = None,
+    value_dim: int | None = None,
+    window: int | None = None,
+    sinks: bool = False,
+) -> Callable[..., Tensor]:
+    """An `AttendDocuments` by the backend `name` for these rows, or by the fastest for 'auto'; said once.
 
     Args:
         query: [S, 1, H, D]; key: [S, 1, G, D]; of these only heads, D, dtype and device count.
         softmax_scale: 1/sqrt(D) by default.
         value_dim: of the values, where it is not D.
+        window: rows before its own that a row sees; None: all.
+        sinks: whether every call brings a sink for each head, behind the documents.
 
     Raises:
         ValueError: a backend that is forced and is not there, or cannot take these rows.
     """
+    if window is not None or sinks:
+        scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
+        return DocumentsAlone(within_documents(name, query, key, scale, value_dim, window))
     chosen = choose_for_documents(name, query.device, query.dtype, query.shape[2], key.shape[2], query.shape[3], value_dim)
     attend = FAMILIES[DOCUMENTS][chosen].attend
     return lambda q, k, v, documents: attend(q, k, v, softmax_scale, documents)

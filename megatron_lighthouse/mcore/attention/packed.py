@@ -79,22 +79,30 @@ def _chunks(ranks: int) -> int:
 
 
 def attend_documents(
-    attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, params: Any, ranks: int
+    attend: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    params: Any,
+    ranks: int,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Megatron's core-attention contract for documents, by an `AttendDocuments` over one row.
 
     Args:
         query, key, value: [s/cp, b, heads, hn], or [t, heads, hn] where Megatron has made it 'thd'.
+        sinks: [np/tp], where the attention takes them.
 
     Returns:
         [s/cp, b, np * hn], or [t, np * hn].
     """
     if query.dim() == 3:
         query, key, value = (x.unsqueeze(1) for x in (query, key, value))
-        return attend_documents(attend, query, key, value, params, ranks).squeeze(1)
+        return attend_documents(attend, query, key, value, params, ranks, sinks).squeeze(1)
     rows = query.shape[1]
     documents = documents_of(params, query.shape[0] * rows * ranks)
-    return in_rows(attend(*(in_one_row(x, ranks) for x in (query, key, value)), documents), rows, ranks).flatten(2)
+    own = () if sinks is None else (sinks,)
+    return in_rows(attend(*(in_one_row(x, ranks) for x in (query, key, value)), documents, *own), rows, ranks).flatten(2)
 
 
 class ThdMixin:

@@ -145,12 +145,6 @@ def _documents(args: Namespace, config: TransformerConfig, settings: LighthouseS
         if not settings.base.native and settings.base is not settings.attention:
             found += settings.base.document_problems(settings.base_config, config.context_parallel_size)
         yield from (problem.replace(documents.FLAG, asks) for problem in found)
-        engine = config.transformer_impl == "transformer_engine"
-        if engine and config.softmax_type != "vanilla" and not settings.attention.base_attends(settings.config, True, False):
-            yield (
-                f"{asks} with --softmax-type {config.softmax_type} is done by Transformer Engine's attention alone: "
-                f"leave {flag('inner')} out."
-            )
 
 
 def cp_layout_problems(given: object) -> Iterator[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_lighthouse.mcore.command_line import conversations
-from megatron_lighthouse.variant import beyond_softmax
+from megatron_lighthouse.mcore.command_line.layers import local_window_problem
 
 FLAG = "--dataloader-inter-document-masking"
 ROTATED = ("rope", "yarn", "learned_absolute", "none")
@@ -111,10 +111,12 @@ def _of_te(flag: str, config: Any) -> Iterator[str]:
 
 
 def _local(flag: str, config: Any) -> Iterator[str]:
-    """Of attention without kept scores, which has no more than a causal softmax."""
+    """Of attention without kept scores."""
     if config.attention_dropout:
         yield f"{flag} with --attention-dropout {config.attention_dropout} is not done: use --attention-dropout 0."
-    for option in beyond_softmax(config):
-        yield f"{flag} with {option} is not done by --transformer-impl local: leave one of them out."
-    if getattr(config, "softmax_type", "vanilla") != "vanilla":
-        yield f"{flag} with --softmax-type {config.softmax_type} is not done by --transformer-impl local: use vanilla."
+    for name in ("qk_clip", "log_max_attention_logit"):
+        if getattr(config, name, False):
+            option = f"--{name.replace('_', '-')}"
+            yield f"{flag} with {option} is not done by --transformer-impl local: leave one of them out."
+    if problem := local_window_problem(getattr(config, "window_size", None)):
+        yield problem

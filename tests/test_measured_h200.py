@@ -39,7 +39,7 @@ def documents() -> list[list[str]]:
     return [
         [mix, one["lighthouse"]["documents"], ms(ours), ms(dense), f"{dense / ours:.1f}×"]
         for mix, one in found.items()
-        for ours, dense in [(float(one["lighthouse"]["ms"]), float(one["dense sdpa"]["ms"]))]
+        for ours, dense in [(float(one["lighthouse"]["ms"]), min(float(one[what]["ms"]) for what in one if "dense" in what))]
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from types import ModuleType
@@ -22,6 +23,7 @@ from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.softmax import backends
+from megatron_lighthouse.softmax import documents as softmax_documents
 from megatron_lighthouse.softmax.backends import BACKENDS, FAMILIES
 from megatron_lighthouse.softmax.documents import documents_attention
 from megatron_lighthouse.softmax.rows import DOCUMENTS, Rows
@@ -48,6 +50,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_choose", cache(backends._choose.__wrapped__))
     monkeypatch.setattr(notice, "_say", cache(notice._say.__wrapped__))
     monkeypatch.setattr(backends, "_functions", {})
+    monkeypatch.setattr(softmax_documents, "_taken", cache(softmax_documents._taken.__wrapped__))
 
 
 def bounds(packed: Packed) -> Tensor:
@@ -146,6 +149,37 @@ def test_flash_attention_is_told_the_documents_by_name(
     assert call.pop("cu_seqlens_q") is call.pop("cu_seqlens_k") is documents.cu_seqlens
     longest = {"max_seqlen_q": 20, "max_seqlen_k": 20}
     assert call == {"softmax_scale": scale, "causal": True, "deterministic": False, **longest}
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["torch 2.11", "told of groups"])
+def test_torchs_own_attention_over_documents_is_told_to_be_causal(told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernel needs a GPU: a stand-in that reads what it is told."""
+    from torch.nn.attention import varlen
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, begins: Tensor, far: Tensor, most: int, most_far: int, scale: Any, window: Any
+    ) -> Tensor:
+        assert begins is far
+        assert (most, most_far, window) == (20, 20, (-1, 0))
+        parts = zip(*(x.unsqueeze(1).split(begins.diff().tolist()) for x in (q, k, v)), strict=True)
+        return torch.cat([BACKENDS["sdpa"].attend(*part, scale) for part in parts]).squeeze(1)
+
+    def older(*given: Any, scale: float | None = None, window_size: tuple[int, int] = (-1, -1)) -> Tensor:
+        return attend(*given, scale, window_size)
+
+    def newer(
+        *given: Any, scale: float | None = None, window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False
+    ) -> Tensor:
+        assert enable_gqa
+        return attend(*given, scale, window_size)
+
+    monkeypatch.setattr(varlen, "varlen_attn", newer if told else older)
+    monkeypatch.setitem(BACKENDS, "fa2", replace(BACKENDS["fa2"], problem=lambda rows: None))
+    packed = of((9, 3, 20), dim=8)
+    query, key, value = tensors(packed, "float64")
+    documents = Documents.of(bounds(packed), packed.seq_length)
+    out = documents_attention("fa2", query, key, 0.3)(query, key, value, documents)
+    assert_close(out, documents_attention("sdpa", query, key, 0.3)(query, key, value, documents), "float64")
 
 
 def test_what_cannot_attend_over_documents_is_refused_or_passed_over_and_said(

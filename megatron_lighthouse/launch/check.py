@@ -177,6 +177,7 @@ def settled(args: argparse.Namespace) -> argparse.Namespace:
 
 def summary(args: argparse.Namespace, world: int) -> str:
     """What will run, in one line."""
+    from megatron_lighthouse.mcore.command_line import documents
     from megatron_lighthouse.mcore.command_line.settings import settings_from
     from megatron_lighthouse.variants import VARIANTS
 
@@ -185,7 +186,7 @@ def summary(args: argparse.Namespace, world: int) -> str:
     layout = f"TP {tensor} x CP {context} x PP {pipeline} x DP {world // (tensor * context * pipeline)}"
     line = f"{world} ranks = {layout}; {args.seq_length or "the checkpoint's"} tokens, {args.attention}"
     variant = VARIANTS[args.attention]
-    if variant.selects and args.seq_length and not args.dataloader_inter_document_masking:
+    if variant.selects and args.seq_length and not documents.asked(args):
         settings = settings_from(args)
         rows = variant.cost(settings.config, args.seq_length, context).gathered_length
         line += f", {rows} rows attended (L {settings.config.levels}, k {settings.config.budget})"

@@ -115,9 +115,16 @@ class TakesRows:
         raise NotImplementedError
 
     def build_document_rows(
-        self, config: Any, inner: str, query: Tensor, key: Tensor, scale: float | None, value_dim: int | None = None
+        self,
+        config: Any,
+        inner: str,
+        query: Tensor,
+        key: Tensor,
+        scale: float | None,
+        value_dim: int | None = None,
+        sinks: bool = False,
     ) -> Callable[..., Tensor]:
-        """As `build_rows`, over the rows of packed documents: an `AttendDocuments`, with streams behind the documents."""
+        """As `build_rows`, over the rows of packed documents: an `AttendDocuments`, with streams and sinks behind."""
         raise NotImplementedError
 
 

@@ -79,11 +79,12 @@ class PlacedDocuments:
         *streams: Tensor,
         documents: Documents,
         attend: AttendDocuments | None = None,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
         with running.layer(self.place.number):
             streams = self.base.of_projections(self.place.around, streams, self.place.rotary)
             rows: Callable[..., Any] = self.layer.attended  # of several ranks, without streams
-            attended = rows(query, key, value, *streams, documents=documents, attend=attend)
+            attended = rows(query, key, value, *streams, documents=documents, attend=attend, sinks=sinks)
             output = attended.scatter()
         # where nothing is scattered, the output is the rows, which the inner attention keeps
         if not self.place.discard_output or not output.requires_grad or attended.is_whole:
@@ -209,8 +210,8 @@ class Lighthouse(Variant):
     def build_documents(self, config: LighthouseConfig, query: Tensor, key: Tensor, place: Place) -> PlacedDocuments:
         from megatron_lighthouse.lighthouse.packed.layer import build_packed
 
-        own = (place.base_attends, self._turned_by(config, place), place.around)
-        how = (place.scale, *own, place.exchange, place.comm_type, place.value_dim)
+        own = (place.scale, place.base_attends, self._turned_by(config, place), place.around)
+        how = (*own, place.exchange, place.comm_type, place.value_dim, place.sinks)
         try:
             return PlacedDocuments(build_packed(config, query, key, *how), place, self.base(config))
         except ValueError as error:

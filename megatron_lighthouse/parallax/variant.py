@@ -177,6 +177,7 @@ class Parallax(Variant):
         key: Tensor,
         scale: float | None,
         value_dim: int | None = None,
+        sinks: bool = False,
     ) -> Callable[..., Tensor]:
         return WithinDocuments((config or ParallaxConfig()).kernels, scale).over_rows
 

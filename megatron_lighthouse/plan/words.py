@@ -122,7 +122,7 @@ def _not_counted(args: argparse.Namespace) -> Iterator[str]:
     if args.transformer_impl == "local":
         yield "--transformer-impl local is not counted by the plan: use transformer_engine."
     if documents.asked(args):
-        yield f"{documents.FLAG} is not counted by the plan of a recipe: give --document-lengths FILE in its place."
+        yield f"{documents.flag_of(args)} is not counted by the plan of a recipe: give --document-lengths FILE in its place."
     if args.micro_batch_size != 1:
         yield f"--micro-batch-size {args.micro_batch_size} is not counted by the plan: use 1."
     if (tp := args.tensor_model_parallel_size) > 1 and not args.sequence_parallel:

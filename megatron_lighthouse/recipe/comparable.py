@@ -10,7 +10,8 @@ from megatron_lighthouse.quiet import quiet_imports
 SAMPLES = """
     seq_length global_batch_size seed text_data data_path train_data_path data_args_path per_split_data_args_path mock_data
     split mid_level_dataset_surplus tokenizer_type tokenizer_model vocab_file merge_file
-    eod_mask_loss reset_position_ids reset_attention_mask dataloader_inter_document_masking
+    eod_mask_loss reset_position_ids reset_attention_mask dataloader_inter_document_masking sft
+    sft_tokenizer_prompt_format
 """.split()
 """Arguments that decide which tokens an iteration reads, and which of them count."""
 WITH_ATTENTION = ("position_embedding_type", "padded_vocab_size")

@@ -33,7 +33,7 @@ from megatron_lighthouse.bars import bar
 from megatron_lighthouse.mcore.attention.document_rotary import rotate_by
 from megatron_lighthouse.mcore.attention.fused_spec import with_fused_attention
 from megatron_lighthouse.mcore.attention.packed import packed
-from megatron_lighthouse.mcore.command_line import pyramid, settings
+from megatron_lighthouse.mcore.command_line import conversations, pyramid, settings
 from megatron_lighthouse.mcore.command_line.arguments import (
     ArgumentsProvider,
     model_config,
@@ -206,6 +206,11 @@ def reader(args: argparse.Namespace) -> Reader:
     Raises:
         ValueError: a tokenizer that reads no text, or does not end documents where these are to be told apart.
     """
+    if conversations.asked(args):
+        raise ValueError(
+            f"{conversations.FLAG}: a checkpoint of conversations is not evaluated on text by its own arguments: follow its "
+            "validation loss (--eval-iters)."
+        )
     found = BYTES if text.reads_bytes(args) else reader_of(get_tokenizer(), args.tokenizer_type)
     if asked(args) and found.end is None:
         raise ValueError(

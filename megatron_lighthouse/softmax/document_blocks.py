@@ -20,15 +20,29 @@ from megatron_lighthouse.sequence.documents import Documents, InChunks
 aten = torch.ops.aten
 
 
+class Lengths(Protocol):
+    """How rows lie: in runs, one of each document, end to end."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]: ...
+
+    @property
+    def cu_seqlens(self) -> Tensor: ...
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """Of near and far rows, who sees whom: see `Mask`."""
+
+
 class Within(Protocol):
     """Attention within each document: as `Block`, of rows that lie document by document."""
 
-    def forward(self, near: Tensors, far: Tensors, nears: InChunks, fars: InChunks) -> Part: ...
+    def forward(self, near: Tensors, far: Tensors, nears: Lengths, fars: Lengths) -> Part: ...
 
     def output(self, part: Part) -> Tensor: ...
 
     def backward(
-        self, grad: Tensor, near: Tensors, far: Tensors, part: Part, nears: InChunks, fars: InChunks
+        self, grad: Tensor, near: Tensors, far: Tensors, part: Part, nears: Lengths, fars: Lengths
     ) -> tuple[Tensors, Tensors]: ...
 
 
@@ -66,7 +80,7 @@ class OneByOne:
 
     block: Block
 
-    def forward(self, near: Tensors, far: Tensors, nears: InChunks, fars: InChunks) -> Part:
+    def forward(self, near: Tensors, far: Tensors, nears: Lengths, fars: Lengths) -> Part:
         mask = Mask(nears.chunks, fars.chunks)
         pairs = zip(_split(near, nears), _split(far, fars), strict=True)
         parts = [self._forward(n, f, mask) for n, f in pairs if len(n[0])]
@@ -76,7 +90,7 @@ class OneByOne:
         return self.block.output(part)
 
     def backward(
-        self, grad: Tensor, near: Tensors, far: Tensors, part: Part, nears: InChunks, fars: InChunks
+        self, grad: Tensor, near: Tensors, far: Tensors, part: Part, nears: Lengths, fars: Lengths
     ) -> tuple[Tensors, Tensors]:
         mask, count, grads = Mask(nears.chunks, fars.chunks), len(near), []
         of_nears = _split((*near, grad, *part.averages, part.lse.movedim(2, 0)), nears)
@@ -102,10 +116,12 @@ class AllAtOnce:
     """By FlashAttention 2 in torch, all documents in one call: near is the query, far key and value."""
 
     scale: float
+    window: int | None = None
+    """Rows before its own that a row sees, where near rows are the last of the far ones; None: all."""
 
-    def forward(self, near: Tensors, far: Tensors, nears: InChunks, fars: InChunks) -> Part:
+    def forward(self, near: Tensors, far: Tensors, nears: Lengths, fars: Lengths) -> Part:
         q, k, v = (x.squeeze(1) for x in (*near, *far))
-        out, lse, *_ = aten._flash_attention_forward(q, k, v, *self._how(nears, fars), False, scale=self.scale)
+        out, lse, *_ = aten._flash_attention_forward(q, k, v, *self._how(nears, fars), False, **self._options)
         if any(n and not m for n, m in zip(nears.lengths, fars.lengths, strict=True)):
             lse.masked_fill_(lse.isposinf(), -torch.inf)  # what the kernel says where a row sees nothing
         return Part((out.unsqueeze(1),), lse.unsqueeze(0))
@@ -114,16 +130,22 @@ class AllAtOnce:
         return part.averages[0]
 
     def backward(
-        self, grad: Tensor, near: Tensors, far: Tensors, part: Part, nears: InChunks, fars: InChunks
+        self, grad: Tensor, near: Tensors, far: Tensors, part: Part, nears: Lengths, fars: Lengths
     ) -> tuple[Tensors, Tensors]:
         g, q, k, v, o = (x.squeeze(1) for x in (grad, *near, *far, *part.averages))
         none = torch.zeros(2, dtype=torch.uint64, device=q.device)  # no dropout, so its seed and offset are not read
         given = (g.contiguous(), q, k, v, o.contiguous(), part.lse.squeeze(0).contiguous(), *self._how(nears, fars))
-        dq, dk, dv = aten._flash_attention_backward(*given, none, none, scale=self.scale)
+        dq, dk, dv = aten._flash_attention_backward(*given, none, none, **self._options)
         return (dq.unsqueeze(1),), (dk.unsqueeze(1), dv.unsqueeze(1))
 
+    @property
+    def _options(self) -> dict[str, Any]:
+        """The kernel counts from the last near and the last far row."""
+        window = {} if self.window is None else {"window_size_left": self.window, "window_size_right": 0}
+        return {"scale": self.scale, **window}
+
     @staticmethod
-    def _how(nears: InChunks, fars: InChunks) -> tuple[Any, ...]:
+    def _how(nears: Lengths, fars: Lengths) -> tuple[Any, ...]:
         """Where documents begin, rows of the longest, no dropout, and whether rows are hidden."""
         # for queries of one row at most it would fold heads into rows, as if every document had one
         longest = max(2, *nears.lengths), max(fars.lengths)
@@ -134,7 +156,7 @@ def _each(way: Callable[[Tensor], Tensor], rows: Tensors) -> Tensors:
     return tuple(map(way, rows))
 
 
-def _split(rows: Tensors, chunks: InChunks) -> list[Tensors]:
+def _split(rows: Tensors, chunks: Lengths) -> list[Tensors]:
     """Those of each document."""
     return list(zip(*(x.split(chunks.lengths) for x in rows), strict=True))
 

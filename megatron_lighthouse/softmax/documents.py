@@ -7,7 +7,9 @@ cuDNN's does not: torch hands it whole rows, and documents only without the caus
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -26,24 +28,36 @@ from megatron_lighthouse.softmax.backends import (
 )
 from megatron_lighthouse.softmax.names import FLASH_DIMS
 from megatron_lighthouse.softmax.rows import DOCUMENTS, Rows
+from megatron_lighthouse.softmax.windowed_documents import DocumentsAlone, within_documents
 
 AttendDocuments = Callable[[Tensor, Tensor, Tensor, Documents], Tensor]
 """Causal attention within each document: ([S, 1, H, D], [S, 1, G, D], [S, 1, G, D], documents) -> [S, 1, H, D]."""
 
 
 def documents_attention(
-    name: str, query: Tensor, key: Tensor, softmax_scale: float | None = None, value_dim: int | None = None
-) -> AttendDocuments:
-    """The backend `name` for these rows, or the fastest for 'auto'; said once.
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    softmax_scale: float | None = None,
+    value_dim: int | None = None,
+    window: int | None = None,
+    sinks: bool = False,
+) -> Callable[..., Tensor]:
+    """An `AttendDocuments` by the backend `name` for these rows, or by the fastest for 'auto'; said once.
 
     Args:
         query: [S, 1, H, D]; key: [S, 1, G, D]; of these only heads, D, dtype and device count.
         softmax_scale: 1/sqrt(D) by default.
         value_dim: of the values, where it is not D.
+        window: rows before its own that a row sees; None: all.
+        sinks: whether every call brings a sink for each head, behind the documents.
 
     Raises:
         ValueError: a backend that is forced and is not there, or cannot take these rows.
     """
+    if window is not None or sinks:
+        scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
+        return DocumentsAlone(within_documents(name, query, key, scale, value_dim, window))
     chosen = choose_for_documents(name, query.device, query.dtype, query.shape[2], key.shape[2], query.shape[3], value_dim)
     attend = FAMILIES[DOCUMENTS][chosen].attend
     return lambda q, k, v, documents: attend(q, k, v, softmax_scale, documents)
@@ -68,12 +82,16 @@ def _torch_problem(rows: Rows) -> str | None:
         return problem
     if rows.dim % 8:
         return f"does not take head dimension {rows.dim}"
+    return None if {"scale", "window_size"} <= _taken() else f"does not take documents in torch {torch.__version__}"
+
+
+@cache
+def _taken() -> frozenset[str]:
+    """The arguments of torch's attention over documents; none where it is not there."""
     try:
-        known = set(inspect.signature(import_module("torch.nn.attention.varlen").varlen_attn).parameters)
+        return frozenset(inspect.signature(import_module("torch.nn.attention.varlen").varlen_attn).parameters)
     except ImportError:
-        known = set()
-    takes = {"scale", "window_size", "enable_gqa"} <= known
-    return None if takes else f"does not take documents in torch {torch.__version__}"
+        return frozenset()
 
 
 def _torch(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None, documents: Documents) -> Tensor:
@@ -81,7 +99,9 @@ def _torch(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | Non
 
     q, k, v = (x.squeeze(1) for x in (query, key, value))
     bounds, longest = documents.cu_seqlens, documents.longest
-    options: dict[str, Any] = {"scale": softmax_scale, "window_size": (-1, 0), "enable_gqa": q.shape[1] != k.shape[1]}
+    options: dict[str, Any] = {"scale": softmax_scale, "window_size": (-1, 0)}
+    if "enable_gqa" in _taken():  # torch 2.11 takes fewer key/value heads without being told
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
     out = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
     assert isinstance(out, Tensor)  # with the log-sum-exp where that is asked for
     return out.unsqueeze(1)

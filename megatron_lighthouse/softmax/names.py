@@ -47,8 +47,11 @@ def te_problem(name: str) -> str | None:
     )
 
 
-def documents_problem(name: str) -> str | None:
-    """Why a backend does not attend over packed documents."""
+def documents_problem(name: str, sinks: bool = False) -> str | None:
+    """Why a backend does not attend over packed documents, with sinks or without."""
+    if sinks and name not in ("auto", "te", *OVER_SHARDED_DOCUMENTS):
+        fits = " or ".join(["auto", *OVER_SHARDED_DOCUMENTS])
+        return f"config.inner {name} takes no sinks over packed documents: use config.inner {fits}."
     if name != "cudnn":
         return None
     return (

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
     from megatron_lighthouse.context_parallel.exchange import Exchange
     from megatron_lighthouse.context_parallel.ring import Passage
-    from megatron_lighthouse.softmax.documents import AttendDocuments
 
 
 @dataclass(frozen=True)
@@ -60,11 +59,18 @@ class Dense(Variant):
         return sharded_attention(inner, query, key, exchange, comm_type, scale, None, sinks, value_dim)
 
     def build_document_rows(
-        self, config: Any, inner: str, query: Tensor, key: Tensor, scale: float | None, value_dim: int | None = None
-    ) -> AttendDocuments:
+        self,
+        config: Any,
+        inner: str,
+        query: Tensor,
+        key: Tensor,
+        scale: float | None,
+        value_dim: int | None = None,
+        sinks: bool = False,
+    ) -> Callable[..., Tensor]:
         from megatron_lighthouse.softmax.documents import documents_attention
 
-        return documents_attention(inner, query, key, scale, value_dim)
+        return documents_attention(inner, query, key, scale, value_dim, None, sinks)
 
 
 DENSE = Dense()

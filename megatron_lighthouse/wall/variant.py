@@ -241,6 +241,7 @@ class Wall(Variant):
         key: Tensor,
         scale: float | None,
         value_dim: int | None = None,
+        sinks: bool = False,
     ) -> Callable[..., Tensor]:
         from megatron_lighthouse.wall.over_documents import sight_of
         from megatron_lighthouse.wall.placed import rows

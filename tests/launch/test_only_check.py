@@ -45,9 +45,9 @@ def test_both_stages_and_the_evaluation_are_checked_in_one_go(tmp_path: Path) ->
     assert len(queued) == 3
     assert all(line.startswith("--test-only ") for line in queued)
     assert not (tmp_path / "run").exists()
-    wrong = submit(tmp_path, *OURS, *stages, "--", "--mock-data", "--sft", script="two_stage.sh")
+    wrong = submit(tmp_path, *OURS, *stages, "--", "--mock-data", "--perform-rl-step", script="two_stage.sh")
     assert wrong.returncode == 2
-    assert "- stage-1, stage-2, evaluation: --sft (packed sequences) is not done by" in wrong.stderr
+    assert "- stage-1, stage-2, evaluation: --perform-rl-step (text by inference paths) is not done by" in wrong.stderr
     assert "Nothing was queued." in wrong.stderr
 
 

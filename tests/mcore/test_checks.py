@@ -132,7 +132,7 @@ def test_every_problem_is_named_at_once() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("reset_attention_mask", "sft", "hybrid_context_parallel", "dynamic_context_parallel", "perform_rl_step"),
+        *("reset_attention_mask", "hybrid_context_parallel", "dynamic_context_parallel", "perform_rl_step"),
     ],
 )
 def test_run_options_that_are_refused(name: str) -> None:
@@ -200,7 +200,7 @@ def plain_run(**changes: Any) -> Namespace:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sft": True}, r"--sft .* use Megatron-LM's own pretrain_gpt.py"),
+        ({"sft": True}, r"--sft with --tokenizer-type .*: use SFTTokenizer"),
         ({"fim_data": True}, "--fim-data is not done"),
         ({"reset_attention_mask": True}, "--reset-attention-mask .* use --dataloader-inter-document-masking"),
         ({"hybrid_context_parallel": True}, "--hybrid-context-parallel"),

@@ -18,8 +18,9 @@ from tests.mcore.test_wall import LOGGED, half_lives
 from tests.tolerances import assert_close
 
 AT = MODEL.index("--lighthouse-budget")
-run = partial(harness.run, model=MODEL[:AT] + MODEL[AT + 2 :])
-"""Training without a budget of one sequence, which is refused where rows hold documents."""
+MODEL_OF_DOCUMENTS = MODEL[:AT] + MODEL[AT + 2 :]
+"""Without a budget of one sequence, which is refused where rows hold documents."""
+run = partial(harness.run, model=MODEL_OF_DOCUMENTS)
 
 PACKED = "--attention dense --dataloader-inter-document-masking --eod-mask-loss --lr 1e-3".split()
 TOKENS = "--tokenizer-type NullTokenizer --vocab-size 257 --null-tokenizer-eod-id 256 --padded-vocab-size 384".split()

@@ -113,7 +113,10 @@ def arguments(**given: object) -> Namespace:
             {"hybrid_layer_pattern": "M-*-/M"},
             r"--hybrid-layer-pattern M-\*-/M with --transformer-impl local: of / M there are no",
         ),
-        ({"dataloader_inter_document_masking": True}, "--dataloader-inter-document-masking with --hybrid-layer-pattern"),
+        (
+            {"dataloader_inter_document_masking": True, "hybrid_layer_pattern": "M*GE", "transformer_impl": "te"},
+            r"document-masking with --hybrid-layer-pattern M\*GE: layers of G M do not .*layers of \* \+ - E alone",
+        ),
         ({"use_rope_scaling": True}, "--use-rope-scaling is not heeded .* use --rotary-base"),
         ({"rotary_interleaved": True}, "--rotary-interleaved is half heeded"),
     ],

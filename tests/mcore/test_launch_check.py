@@ -47,7 +47,7 @@ WRONG = {
         "--transformer-impl local --cp-comm-type a2a+p2p",
         "a2a.p2p is Transformer Engine's: use p2p, all_gather or a2a",
     ),
-    "SFT": ("--sft", "use Megatron-LM's own pretrain_gpt.py with dense attention"),
+    "SFT": ("--sft", "--sft with --tokenizer-type HuggingFaceTokenizer: use SFTTokenizer"),
     "dropout": ("--attention-dropout 0.1", "use --attention-dropout 0 "),
     "a layout": ("--context-parallel-size 3", "= 6 must divide .*: use --context-parallel-size 2 or 4"),
     "a length": ("--seq-length 100000", "--seq-length 100000 must be"),
@@ -169,7 +169,7 @@ def test_the_names_are_those_of_the_backends() -> None:
 @pytest.mark.parametrize(
     ("more", "rule"),
     [
-        *((flag, flag) for flag in ("--sft", "--hybrid-context-parallel", "--perform-rl-step", "--reset-attention-mask")),
+        *((flag, flag) for flag in ("--hybrid-context-parallel", "--perform-rl-step", "--reset-attention-mask")),
         ("--text-data x", "--text-data and --mock-data"),
         ("--tensor-model-parallel-size 16", "--num-query-groups 8 must be"),
     ],

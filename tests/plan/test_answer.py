@@ -125,7 +125,7 @@ def test_refusals(words: list[str], says: str, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize(
     "more",
-    ["--qk-layernorm --lighthouse-scorer norm", "--attention-dropout 0.1", "--qk-clip", "--sft",
+    ["--qk-layernorm --lighthouse-scorer norm", "--attention-dropout 0.1", "--qk-clip",
      "--reset-attention-mask", "--log-max-attention-logit"],
 )  # fmt: skip
 def test_what_the_run_refuses_of_a_file_is_refused(more: str) -> None:
@@ -136,9 +136,10 @@ def test_what_the_run_refuses_of_a_file_is_refused(more: str) -> None:
 
 
 @pytest.mark.parametrize("attention", ["dense", "lighthouse"])
-def test_packed_documents_are_not_counted_as_one_sequence(attention: str) -> None:
-    words = [*recipe_words(FILES / "530m-98k.args"), "--dataloader-inter-document-masking", "--attention", attention]
-    with pytest.raises(ValueError, match="--dataloader-inter-document-masking is not counted by the plan"):
+@pytest.mark.parametrize("flag", ["--dataloader-inter-document-masking", "--sft"])
+def test_packed_documents_are_not_counted_as_one_sequence(attention: str, flag: str) -> None:
+    words = [*recipe_words(FILES / "530m-98k.args"), flag, "--attention", attention]
+    with pytest.raises(ValueError, match=f"{flag} is not counted by the plan"):
         run_of_words(words, DEVICES["b200"])
 
 

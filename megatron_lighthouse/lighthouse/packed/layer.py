@@ -87,6 +87,7 @@ class PackedLayer:
         documents: Documents,
         attend: Callable[..., Tensor] | None = None,
         selection: Selection | None = None,
+        sinks: Tensor | None = None,
     ) -> PackedAttended:
         """All steps but the last."""
         attend, packing = attend or self.attend, Packing.of(documents, self.rule)
@@ -98,6 +99,7 @@ class PackedLayer:
             take = partial(self.steps.gather, selection=selection, rotary=self.rotary)
             rows = self.gather(take, selection, *rows)
         query, key, value, *others = rows
+        others += [] if sinks is None else [sinks]
         with profiled("attend"):
             attended = attend(query, key, value, packing.rows, *others)
         return PackedAttended(attended, selection, self.steps)
@@ -126,6 +128,7 @@ def build_packed(
     exchange: Exchange | None = None,
     comm_type: str = "p2p",
     value_dim: int | None = None,
+    sinks: bool = False,
 ) -> PackedLayer | ShardedPackedLayer:
     """The layer for rows of documents like these.
 
@@ -136,6 +139,7 @@ def build_packed(
         around: as for `lighthouse.layer.build`.
         exchange: the ranks that share the row; then `query` and `key` are of [t / C, ...].
         value_dim: of the values, where it is not D.
+        sinks: every call brings a sink for each head.
 
     Raises:
         ValueError: as `lighthouse_attention`.
@@ -156,7 +160,7 @@ def build_packed(
     steps, attend = packed_steps_for(config.steps, query, config.pooling), None
     if exchange is None:
         if not own_attend:
-            attend = base.build_document_rows(around, config.inner, query, key, softmax_scale, value_dim)
+            attend = base.build_document_rows(around, config.inner, query, key, softmax_scale, value_dim, sinks)
         return PackedLayer(rule, config.pin_first, steps, scorer, base.gather, attend, rotary)
     if not base.native:
         raise ValueError(
@@ -164,5 +168,6 @@ def build_packed(
             "softmax, or one rank."
         )
     if not own_attend:
-        attend = sharded_documents_attention(config.inner, query, key, exchange, comm_type, softmax_scale, value_dim)
+        how = (exchange, comm_type, softmax_scale, value_dim, None, sinks)
+        attend = sharded_documents_attention(config.inner, query, key, *how)
     return ShardedPackedLayer(rule, config.pin_first, steps, scorer, attend, rotary, exchange)

@@ -7,6 +7,7 @@ last bit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +64,7 @@ class ShardedPackedLayer:
     pin_first: bool
     steps: PackedSteps
     scorer: Scorer
-    attend: AttendDocuments | None
+    attend: Callable[..., Tensor] | None
     """The inner attention over the rows of all ranks; None where every call brings its own."""
     rotary: Rotary | None
     exchange: Exchange
@@ -75,20 +76,28 @@ class ShardedPackedLayer:
         return self.attended(query, key, value, documents=documents, attend=attend).scatter()
 
     def attended(
-        self, query: Tensor, key: Tensor, value: Tensor, *, documents: Documents, attend: AttendDocuments | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        documents: Documents,
+        attend: Callable[..., Tensor] | None = None,
+        sinks: Tensor | None = None,
     ) -> ShardedAttended:
         """All steps but the last."""
         attend, packing = attend or self.attend, Packing.of(documents, self.rule)
         assert attend is not None
+        own = () if sinks is None else (sinks,)
         if packing.is_whole:
             with profiled("attend"):
-                return ShardedAttended(attend(query, key, value, documents), None, None, self.steps)
+                return ShardedAttended(attend(query, key, value, documents, *own), None, None, self.steps)
         shares = Shares.of(packing, self.exchange.layout)
         query, key, value = self._aligned(query, key, value, shares)
         deal = DocumentDeal.of(self._chosen(query, key, value, shares), shares, self.exchange)
         query, key, value = deal.deal(*self.steps.gather(query, key, value, deal.gathered, self.rotary))
         with profiled("attend"):
-            attended = attend(query, key, value, shares.rows)
+            attended = attend(query, key, value, shares.rows, *own)
         return ShardedAttended(deal.deal_back(attended), deal.scattered, shares.own_at, self.steps)
 
     def select(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:

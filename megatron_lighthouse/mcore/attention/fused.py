@@ -6,6 +6,7 @@ that keeps none. Causal, no dropout: so for evaluation, and in training for docu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +19,9 @@ from megatron_lighthouse.mcore.attention.local import LocalAttention
 from megatron_lighthouse.mcore.attention.over_shards import in_place_of_local
 from megatron_lighthouse.mcore.attention.packed import ThdMixin, attend_documents, check_call, class_over_thd
 from megatron_lighthouse.mcore.command_line.documents import FLAG
+from megatron_lighthouse.mcore.command_line.layers import is_windowed
 from megatron_lighthouse.softmax.backends import Attend, inner_attention
-from megatron_lighthouse.softmax.documents import AttendDocuments, documents_attention
+from megatron_lighthouse.softmax.documents import documents_attention
 from megatron_lighthouse.softmax.inputs import made_from
 
 
@@ -30,7 +32,8 @@ class FusedAttention(LocalAttention):
         super().__init__(*args, softmax_scale=softmax_scale, **kwargs)
         self.given_scale = softmax_scale
         self.attend: dict[Any, Attend] = {}
-        self.within: dict[Any, AttendDocuments] = {}
+        self.within: dict[Any, Callable[..., Tensor]] = {}
+        self.window = self.config.window_size[0] if is_windowed(self.config, self.layer_number) else None
 
     def forward(
         self,
@@ -55,8 +58,9 @@ class FusedAttention(LocalAttention):
             within = self.within.get(made)
             if within is None:
                 q, k = (x if x.dim() == 4 else x.unsqueeze(1) for x in (query, key))
-                within = self.within[made] = documents_attention("auto", q, k, self.given_scale, value.shape[-1])
-            return attend_documents(within, query, key, value, packed_seq_params, 1)
+                how = (self.given_scale, value.shape[-1], self.window, self.softmax_offset is not None)
+                within = self.within[made] = documents_attention("auto", q, k, *how)
+            return attend_documents(within, query, key, value, packed_seq_params, 1, self.softmax_offset)
         if attention_mask is not None:
             raise ValueError("attention without kept scores is causal, and reads no mask.")
         attend = self.attend.get(made)

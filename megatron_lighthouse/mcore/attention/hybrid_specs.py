@@ -61,8 +61,11 @@ class LighthouseStack(HybridStack):  # type: ignore[misc]
 
         from megatron_lighthouse.mcore.attention.layer_specs import hybrid_spec, settled
         from megatron_lighthouse.mcore.command_line.arguments import model_config
+        from megatron_lighthouse.mcore.command_line.hybrid import upstream_problem
         from megatron_lighthouse.mcore.loop import hooks
 
+        if problem := upstream_problem(get_args()):
+            raise ValueError(problem)
         model_cfg = model_config(get_args())
         config.hybrid_layer_pattern = model_cfg.transformer.hybrid_layer_pattern
         hooks.stack_locally()

@@ -128,15 +128,22 @@ def settled(args: Namespace | None, config: TransformerConfig) -> LighthouseSett
     return settings
 
 
-def hybrid_spec(model_cfg: Any, *, settings: LighthouseSettings | None) -> ModuleSpec:
+def hybrid_spec(model_cfg: Any, *, settings: LighthouseSettings | None, documents: bool = False) -> ModuleSpec:
     """The stack's spec for `model_cfg` (a HybridModelConfig); with `settings`, its attention layers made Lighthouse.
+
+    Args:
+        documents: whether rows hold packed documents.
 
     Raises:
         ValueError: a model that Lighthouse refuses.
     """
     from megatron_lighthouse.mcore.attention.hybrid_specs import hybrid_stack
 
-    spec = _with_attention(hybrid_stack(model_cfg.transformer), model_cfg, settings)
+    config = model_cfg.transformer
+    spec = hybrid_stack(config)
+    if documents:
+        take_documents(spec, config.context_parallel_size)
+    spec = _with_attention(spec, model_cfg, settings)
     assert isinstance(spec, ModuleSpec)
     return spec
 

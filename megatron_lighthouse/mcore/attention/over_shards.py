@@ -7,6 +7,7 @@ takes its place, in dense layers and under Lighthouse ones, with the same parame
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 from megatron.core import parallel_state
@@ -26,7 +27,7 @@ from megatron_lighthouse.mcore.command_line.own_parts import over_shards_problem
 from megatron_lighthouse.options import in_flags
 from megatron_lighthouse.softmax.inputs import made_from
 from megatron_lighthouse.softmax.sharded import ShardedAttention, sharded_attention
-from megatron_lighthouse.softmax.sharded_documents import ShardedDocuments, sharded_documents_attention
+from megatron_lighthouse.softmax.sharded_documents import sharded_documents_attention
 
 
 class ContextParallelAttention(LocalAttention):
@@ -61,7 +62,7 @@ class ContextParallelAttention(LocalAttention):
         self.cp_comm_type = cp_comm_type or "p2p"
         self.exchange = Exchange.over(context_parallel_group(pg_collection))
         self.attend: dict[Any, ShardedAttention] = {}
-        self.within: dict[Any, ShardedDocuments] = {}
+        self.within: dict[Any, Callable[..., Tensor]] = {}
         heads, groups = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
         if problem := comm_type_problem(self.cp_comm_type, heads, groups, config.context_parallel_size):
             raise ValueError(in_flags(problem))
@@ -90,9 +91,10 @@ class ContextParallelAttention(LocalAttention):
         if packed_seq_params is not None:
             within = self.within.get(made)
             if within is None:
-                how = (self.exchange, self.cp_comm_type, self.given_scale, value.shape[-1])
+                beyond = (self.window, self.softmax_offset is not None)
+                how = (self.exchange, self.cp_comm_type, self.given_scale, value.shape[-1], *beyond)
                 within = self.within[made] = sharded_documents_attention("auto", query, key, *how)
-            return attend_documents(within, query, key, value, packed_seq_params, size)
+            return attend_documents(within, query, key, value, packed_seq_params, size, self.softmax_offset)
         attend = self.attend.get(made)
         if attend is None:
             softmax = (self.given_scale, self.window, self.softmax_offset is not None, value.shape[-1])

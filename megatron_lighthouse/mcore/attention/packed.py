@@ -7,11 +7,13 @@ documents.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
@@ -77,26 +79,37 @@ def _chunks(ranks: int) -> int:
 
 
 def attend_documents(
-    attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, params: Any, ranks: int
+    attend: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    params: Any,
+    ranks: int,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Megatron's core-attention contract for documents, by an `AttendDocuments` over one row.
 
     Args:
         query, key, value: [s/cp, b, heads, hn], or [t, heads, hn] where Megatron has made it 'thd'.
+        sinks: [np/tp], where the attention takes them.
 
     Returns:
         [s/cp, b, np * hn], or [t, np * hn].
     """
     if query.dim() == 3:
         query, key, value = (x.unsqueeze(1) for x in (query, key, value))
-        return attend_documents(attend, query, key, value, params, ranks).squeeze(1)
+        return attend_documents(attend, query, key, value, params, ranks, sinks).squeeze(1)
     rows = query.shape[1]
     documents = documents_of(params, query.shape[0] * rows * ranks)
-    return in_rows(attend(*(in_one_row(x, ranks) for x in (query, key, value)), documents), rows, ranks).flatten(2)
+    own = () if sinks is None else (sinks,)
+    return in_rows(attend(*(in_one_row(x, ranks) for x in (query, key, value)), documents, *own), rows, ranks).flatten(2)
 
 
 class ThdMixin:
     """Has a core attention that takes 'thd' (Transformer Engine's) attend to documents in rows that stay a batch."""
+
+    hidden_size_per_attention_head_v: int
+    """Transformer Engine's, to which it holds its values."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *rest: Any, **named: Any) -> Tensor:
         """Megatron's core-attention contract."""
@@ -106,10 +119,23 @@ class ThdMixin:
             return base(query, key, value, mask, *rest, packed_seq_params=params, **named)
 
         def attend(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
-            out = base(*(x.squeeze(1) for x in (query, key, value)), None, *rest, packed_seq_params=_thd(documents), **named)
-            return out.unflatten(-1, query.shape[2:]).unsqueeze(1)
+            width, heads = value.shape[-1], query.shape[2]
+            with self._taking_values_of(max(width, query.shape[-1])) as wide:
+                rows = (query, key, torch.nn.functional.pad(value, (0, wide - width)))
+                out = base(*(x.squeeze(1) for x in rows), None, *rest, packed_seq_params=_thd(documents), **named)
+            return out.unflatten(-1, (heads, wide))[..., :width].unsqueeze(1)
 
         return attend_documents(attend, query, key, value, params, 1)
+
+    @contextmanager
+    def _taking_values_of(self, wide: int) -> Iterator[int]:
+        """Of 'thd' Transformer Engine has kernels for values as wide as keys: MLA's get further channels, as in Megatron."""
+        made = self.hidden_size_per_attention_head_v
+        self.hidden_size_per_attention_head_v = wide
+        try:
+            yield wide
+        finally:
+            self.hidden_size_per_attention_head_v = made
 
 
 def _thd(documents: Documents) -> PackedSeqParams:

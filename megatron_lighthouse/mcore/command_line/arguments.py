@@ -82,7 +82,7 @@ def attention_problems(args: argparse.Namespace, config: Any, by_spec: bool, has
         yield message
     if chosen is None and has_spec:
         if documents.asked(args):
-            yield f"{documents.FLAG} needs core attention that takes documents, and --spec {args.spec} has its own."
+            yield f"{documents.flag_of(args)} needs core attention that takes documents, and --spec {args.spec} has its own."
         if learns_shared_sinks(config):
             yield (
                 f"--softmax-type learnable with --tensor-model-parallel-size {config.tensor_model_parallel_size}: Megatron "
@@ -178,14 +178,14 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
     if packs and not args.rank:
         say_once(documents.remark(args))
     if packs and config.apply_rope_fusion and max(args.micro_batch_size, args.eval_micro_batch_size) > 1:
-        say_once(f"{documents.FLAG}: the rows of a micro-batch have angles of their own, so RoPE is not fused.")
+        say_once(f"{documents.flag_of(args)}: the rows of a micro-batch have angles of their own, so RoPE is not fused.")
         config.apply_rope_fusion = False
     if chosen is not None or has_own_attention(config) or megatron_masks(args, config):
         # the attention is causal and reads no mask; one of seq x seq bytes would not fit at long context
         args.create_attention_mask_in_dataloader = False
     if is_hybrid and spec is None:
         hooks.stack_locally()
-        model_cfg.hybrid_stack_spec = hybrid_spec(model_cfg, settings=chosen)
+        model_cfg.hybrid_stack_spec = hybrid_spec(model_cfg, settings=chosen, documents=packs)
     elif spec is None and (
         chosen is not None
         or packs

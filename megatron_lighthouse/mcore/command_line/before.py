@@ -12,8 +12,7 @@ from collections.abc import Iterator, Sequence
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
 from megatron_lighthouse.mcore.command_line import evenly, flags, hybrid, ignored, numbers, precision, schedule, together
 from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
-from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern, is_latent
-from megatron_lighthouse.mcore.command_line.own_parts import local_window_problem
+from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern, is_latent, local_window_problem
 
 SCHEMES = (*COMM_TYPES, "a2a+p2p")
 """Of --cp-comm-type, for which Megatron takes any word."""

@@ -32,7 +32,6 @@ if TYPE_CHECKING:  # what needs no Megatron is asked on a login node too
 DYNAMIC = ("hybrid_context_parallel", "dynamic_context_parallel")
 """One option: Megatron renamed it after 0.19 (5679)."""
 PACKED = {
-    "sft": "--sft (packed sequences)",
     **{name: f"--{name.replace('_', '-')} (packed sequences)" for name in DYNAMIC},
     "perform_rl_step": "--perform-rl-step (text by inference paths)",
 }
@@ -142,17 +141,13 @@ def _packed(given: object) -> Iterator[str]:
 def _documents(args: Namespace, config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:
     yield from documents.document_problems(args, config, dense=settings.attention.switches)
     if documents.asked(args):
+        asks, found = documents.flag_of(args), list[str]()
         here = settings.in_model(config)  # where MLA may share selections among heads
         for own in filter(None, (here.config, here.edge)):
-            yield from settings.attention.document_problems(own, config.context_parallel_size)
+            found += settings.attention.document_problems(own, config.context_parallel_size)
         if not settings.base.native and settings.base is not settings.attention:
-            yield from settings.base.document_problems(settings.base_config, config.context_parallel_size)
-        engine = config.transformer_impl == "transformer_engine"
-        if engine and config.softmax_type != "vanilla" and not settings.attention.base_attends(settings.config, True, False):
-            yield (
-                f"{documents.FLAG} with --softmax-type {config.softmax_type} is done by Transformer Engine's attention alone: "
-                f"leave {flag('inner')} out."
-            )
+            found += settings.base.document_problems(settings.base_config, config.context_parallel_size)
+        yield from (problem.replace(documents.FLAG, asks) for problem in found)
 
 
 def cp_layout_problems(given: object) -> Iterator[str]:

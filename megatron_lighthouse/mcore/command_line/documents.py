@@ -6,7 +6,8 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_lighthouse.variant import beyond_softmax
+from megatron_lighthouse.mcore.command_line import conversations
+from megatron_lighthouse.mcore.command_line.layers import local_window_problem
 
 FLAG = "--dataloader-inter-document-masking"
 ROTATED = ("rope", "yarn", "learned_absolute", "none")
@@ -14,13 +15,18 @@ ROTATED = ("rope", "yarn", "learned_absolute", "none")
 
 
 def asked(args: Namespace) -> bool:
-    """Whether rows hold packed documents."""
-    return bool(getattr(args, "dataloader_inter_document_masking", False))
+    """Whether rows hold packed documents, of which conversations are a kind."""
+    return bool(getattr(args, "dataloader_inter_document_masking", False)) or conversations.asked(args)
+
+
+def flag_of(args: Namespace) -> str:
+    """What asks for them."""
+    return conversations.FLAG if conversations.asked(args) else FLAG
 
 
 def remark(args: Namespace) -> str:
     """What is said of them at the start of a run."""
-    said = f"{FLAG}: attention's work goes by the lengths of documents."
+    said = f"{flag_of(args)}: attention's work goes by the lengths of documents."
     if args.context_parallel_size > 1:
         said += " So do the bytes that context-parallel ranks send."
     if args.data_parallel_size > 1:
@@ -28,6 +34,8 @@ def remark(args: Namespace) -> str:
             f" The {args.data_parallel_size} data-parallel ranks have other documents each, so that the one with the longest "
             "sets the pace of a step."
         )
+    if conversations.asked(args):
+        return f"{said} tokens/s leaves out the padding at the ends of rows."
     return f"{said} tokens/s counts whole rows, which hold no padding."
 
 
@@ -49,18 +57,18 @@ def document_problems(args: Namespace, config: Any, dense: bool = True) -> Itera
     """
     if not asked(args):
         return
-    kind = getattr(args, "position_embedding_type", "rope")
+    flag, kind = flag_of(args), getattr(args, "position_embedding_type", "rope")
     if kind not in ROTATED:
-        yield f"{FLAG} with --position-embedding-type {kind} is not done: use {' or '.join(ROTATED)}."
-    yield from _latent(config)
+        yield f"{flag} with --position-embedding-type {kind} is not done: use {' or '.join(ROTATED)}."
+    yield from _latent(flag, config)
     if getattr(config, "experimental_attention_variant", None):
-        yield f"{FLAG} with --experimental-attention-variant is not done: leave one of them out."
+        yield f"{flag} with --experimental-attention-variant is not done: leave one of them out."
     if (graphs := getattr(config, "cuda_graph_impl", "none")) != "none":
-        yield f"{FLAG} with --cuda-graph-impl {graphs} is not done, for each batch has other documents: leave one of them out."
+        yield f"{flag} with --cuda-graph-impl {graphs} is not done, for each batch has other documents: leave one of them out."
     if config.transformer_impl != "local":
-        yield from _of_te(config)
+        yield from _of_te(flag, config)
     elif dense:
-        yield from _local(config)
+        yield from _local(flag, config)
 
 
 def upstream_problems(args: Namespace, config: Any) -> Iterator[str]:
@@ -68,6 +76,9 @@ def upstream_problems(args: Namespace, config: Any) -> Iterator[str]:
     if not asked(args):
         return
     use = "use python -m megatron_lighthouse.pretrain_gpt"
+    if conversations.asked(args):
+        yield f"{conversations.FLAG} is not done in upstream's pretrain_gpt.py: {use}, or --attention dense."
+        return
     if (ranks := config.context_parallel_size) > 1:
         yield (
             f"{FLAG} with --context-parallel-size {ranks}: upstream's pretrain_gpt.py cuts packed rows as one sequence, and "
@@ -87,35 +98,32 @@ def upstream_problems(args: Namespace, config: Any) -> Iterator[str]:
         )
 
 
-def _latent(config: Any) -> Iterator[str]:
+def _latent(flag: str, config: Any) -> Iterator[str]:
     """Of multi-latent attention, whose values have a width of their own."""
     if not getattr(config, "multi_latent_attention", False):
         return
-    if config.transformer_impl != "local":
-        yield (
-            f"{FLAG} with --multi-latent-attention is not done by --transformer-impl {config.transformer_impl}: use local, or "
-            "--group-query-attention."
-        )
     if getattr(config, "apply_rope_fusion", False):
-        yield f"{FLAG} with --multi-latent-attention and fused RoPE is not done: add --no-rope-fusion."
+        yield f"{flag} with --multi-latent-attention and fused RoPE is not done: add --no-rope-fusion."
 
 
-def _of_te(config: Any) -> Iterator[str]:
+def _of_te(flag: str, config: Any) -> Iterator[str]:
     size = config.context_parallel_size
     if config.transformer_impl != "transformer_engine":
-        yield f"{FLAG} with --transformer-impl {config.transformer_impl} is not done: use local or transformer_engine."
+        yield f"{flag} with --transformer-impl {config.transformer_impl} is not done: use local or transformer_engine."
     elif size > 1:
         yield (
-            f"{FLAG} with --context-parallel-size {size}: Transformer Engine shares out documents of multiples of {2 * size} "
+            f"{flag} with --context-parallel-size {size}: Transformer Engine shares out documents of multiples of {2 * size} "
             f"tokens alone: use --transformer-impl local, which takes any."
         )
 
 
-def _local(config: Any) -> Iterator[str]:
-    """Of attention without kept scores, which has no more than a causal softmax."""
+def _local(flag: str, config: Any) -> Iterator[str]:
+    """Of attention without kept scores."""
     if config.attention_dropout:
-        yield f"{FLAG} with --attention-dropout {config.attention_dropout} is not done: use --attention-dropout 0."
-    for option in beyond_softmax(config):
-        yield f"{FLAG} with {option} is not done by --transformer-impl local: leave one of them out."
-    if getattr(config, "softmax_type", "vanilla") != "vanilla":
-        yield f"{FLAG} with --softmax-type {config.softmax_type} is not done by --transformer-impl local: use vanilla."
+        yield f"{flag} with --attention-dropout {config.attention_dropout} is not done: use --attention-dropout 0."
+    for name in ("qk_clip", "log_max_attention_logit"):
+        if getattr(config, name, False):
+            option = f"--{name.replace('_', '-')}"
+            yield f"{flag} with {option} is not done by --transformer-impl local: leave one of them out."
+    if problem := local_window_problem(getattr(config, "window_size", None)):
+        yield problem

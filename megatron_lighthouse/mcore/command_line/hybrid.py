@@ -11,6 +11,8 @@ from megatron_lighthouse.mcore.command_line.layers import ATTEND, hybrid_pattern
 
 LOCAL = "*+-E|"
 """The symbols of layers that are made of Megatron's local modules too."""
+OF_DOCUMENTS = LOCAL
+"""Those of layers that keep packed documents apart: attention, and what looks at one token."""
 PACKAGES = {"M": ("mamba_ssm", "mamba-ssm"), "G": ("fla", "flash-linear-attention")}
 """By symbol, what a layer imports, and what installs it."""
 
@@ -76,12 +78,25 @@ def problems(args: Namespace) -> Iterator[str]:
             f"{flag} {pattern} with --transformer-impl local: of {' '.join(other)} there are no local modules: use "
             f"--transformer-impl transformer_engine, or layers of {' '.join(LOCAL[:-1])} alone."
         )
-    if documents.asked(args):
-        yield f"{documents.FLAG} with {flag} is not done: leave the flag out, or train a GPT, by --num-layers."
+    if documents.asked(args) and (other := "".join(sorted({*pattern} - {*OF_DOCUMENTS}))):
+        yield (
+            f"{documents.flag_of(args)} with {flag} {pattern}: layers of {' '.join(other)} do not keep documents apart: leave "
+            f"the former out, or use layers of {' '.join(OF_DOCUMENTS[:-1])} alone."
+        )
     if getattr(args, "use_rope_scaling", False):
         yield "--use-rope-scaling is not heeded by Megatron's hybrid model: leave it out, or use --rotary-base or a yarn model."
     if getattr(args, "rotary_interleaved", False) and args.position_embedding_type == "rope":
         yield "--rotary-interleaved is half heeded by Megatron's hybrid model, which would rotate wrongly: leave it out."
+
+
+def upstream_problem(args: Namespace) -> str | None:
+    """What upstream's pretrain_hybrid.py, whose loop hands out the rows, does not do."""
+    if not documents.asked(args):
+        return None
+    return (
+        f"{documents.flag_of(args)} with --hybrid-layer-pattern is not done in upstream's pretrain_hybrid.py: use python -m "
+        "megatron_lighthouse.pretrain_hybrid, or leave it out."
+    )
 
 
 def attention_problem(args: Namespace, attention: str) -> str | None:

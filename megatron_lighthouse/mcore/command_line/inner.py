@@ -27,8 +27,9 @@ def problems(config: Any, settings: LighthouseSettings, documents: bool = False)
     name, kinds = settings.config.inner, {*own_comm_types(config, settings)} - {"a2a"}
     known = names.OVER_SHARDED_DOCUMENTS if documents else names.OVER_SHARDS
     dim = head_dims(config)[0] if hasattr(config, "hidden_size") else 8
+    sinks = getattr(config, "softmax_type", "vanilla") != "vanilla"
     found = [names.te_problem(name)]
-    found += [names.shards_problem(name, known, dim)] if kinds else [names.documents_problem(name)] if documents else []
+    found += [names.shards_problem(name, known, dim)] if kinds else [names.documents_problem(name, sinks)] if documents else []
     yield from map(in_flags, filter(None, found))
 
 

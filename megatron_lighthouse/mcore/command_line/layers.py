@@ -113,6 +113,20 @@ def layer_problems(dense_first: int, dense_last: int, layers: int, edge_budget: 
         )
 
 
+def local_window_problem(size: tuple[int, int] | None) -> str | None:
+    """Why a window is none of a causal model's without Transformer Engine, which takes (n, m) for (n, 0).
+
+    Megatron's local attention lets tokens see the m after them, and of a negative n hides all before them.
+    """
+    if size is None or (size[0] >= 0 and size[1] == 0):
+        return None
+    fits = f"{size[0]},0" if size[0] >= 0 else "127,0, or so"
+    return (
+        f"--window-size {size} with --transformer-impl local is none of a causal model: use {fits}, tokens before a token and "
+        "none after it, or leave it out."
+    )
+
+
 def window_problem(model: Any) -> str:
     """Of a model whose layers see a window alone, all that attend."""
     every = getattr(model, "window_attn_skip_freq", None)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem
-from megatron_lighthouse.mcore.command_line.layers import is_windowed
+from megatron_lighthouse.mcore.command_line.layers import is_windowed, local_window_problem
 from megatron_lighthouse.mcore.command_line.settings import comm_types_of, heads_of_rank
 from megatron_lighthouse.options import in_flags
 
@@ -42,20 +42,6 @@ def over_shards_problems(config: Any, dropout: float | None = None) -> Iterator[
         )
     if problem := local_window_problem(config.window_size):
         yield problem
-
-
-def local_window_problem(size: tuple[int, int] | None) -> str | None:
-    """Why a window is none of a causal model's without Transformer Engine, which takes (n, m) for (n, 0).
-
-    Megatron's local attention lets tokens see the m after them, and of a negative n hides all before them.
-    """
-    if size is None or (size[0] >= 0 and size[1] == 0):
-        return None
-    fits = f"{size[0]},0" if size[0] >= 0 else "127,0, or so"
-    return (
-        f"--window-size {size} with --transformer-impl local is none of a causal model: use {fits}, tokens before a token and "
-        "none after it, or leave it out."
-    )
 
 
 def engine_problems(config: Any) -> Iterator[str]:

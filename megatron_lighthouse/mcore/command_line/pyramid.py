@@ -56,8 +56,8 @@ def budget_problems(args: argparse.Namespace) -> Iterator[str]:
     for name in ("budget", "edge_budget"):
         if (given := getattr(args, _dest(name))) is not None:
             yield (
-                f"{flag(name)} {given} is of one sequence, and with {documents.FLAG} each document has a budget by its own "
-                "length: leave it out, and use --lighthouse-tile-budget and --lighthouse-document-tile."
+                f"{flag(name)} {given} is of one sequence, and with {documents.flag_of(args)} each document has its own, by "
+                "its length: leave it out, and use --lighthouse-tile-budget and --lighthouse-document-tile."
             )
 
 

@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-from megatron_lighthouse.mcore.command_line import graphs, hybrid, positions, tiles
+from megatron_lighthouse.mcore.command_line import conversations, graphs, hybrid, positions, tiles
 from megatron_lighthouse.mcore.command_line.checks import PACKED, cp_layout_problems, packed_problems
 from megatron_lighthouse.mcore.command_line.own_parts import norm_problem
 from megatron_lighthouse.mcore.command_line.unread import unread_problems
@@ -16,7 +16,7 @@ from megatron_lighthouse.mcore.data.blends import sources
 ELSEWHERE = "use Megatron-LM's own pretrain_gpt.py for it (patches/patch.py gives that --attention lighthouse)"
 
 NOT_HERE = {
-    **{name: PACKED[name] for name in ("sft", "hybrid_context_parallel", "perform_rl_step")},
+    **{name: PACKED[name] for name in ("hybrid_context_parallel", "perform_rl_step")},
     "fim_data": "--fim-data",
     "check_for_spiky_loss": "--check-for-spiky-loss",
     "overlap_moe_expert_parallel_comm": "--overlap-moe-expert-parallel-comm",
@@ -111,6 +111,7 @@ def problems(args: Namespace, model_is_known: bool = True) -> Iterator[str]:
     yield from tiles.problems(args)
     yield from graphs.problems(args)
     yield from hybrid.problems(args)
+    yield from conversations.problems(args)
     if model_is_known:
         yield from positions.problems(args)
     yield from _full_validation(args)

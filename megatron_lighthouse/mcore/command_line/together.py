@@ -33,7 +33,8 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
         )
     for flag, value in (("--fp8-format", args.fp8), ("--fp4-format", args.fp4)):
         if value and args.transformer_impl == "local":
-            yield f"{flag} {value} is read by Transformer Engine's layers alone: leave it out, or use --transformer-impl transformer_engine."
+            use = "leave it out, or use --transformer-impl transformer_engine"
+            yield f"{flag} {value} is read by Transformer Engine's layers alone: {use}."
     if args.cross_entropy_loss_fusion and args.cross_entropy_fusion_impl == "te":
         yield "--cross-entropy-fusion-impl te is turned off in Megatron 0.19, for it was not stable: use native."
     if args.cuda_graph_impl == "full_iteration" and args.check_for_nan_in_loss_and_grad:

@@ -18,8 +18,9 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training import get_args, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from megatron_lighthouse.mcore.command_line import stored
+from megatron_lighthouse.mcore.command_line import conversations, documents, stored
 from megatron_lighthouse.mcore.data import blends, cached, text
+from megatron_lighthouse.mcore.data.conversations import ConversationDataset
 from megatron_lighthouse.mcore.refusal import RefusedError
 from megatron_lighthouse.notice import say_once
 
@@ -31,12 +32,14 @@ def train_valid_test_datasets(sample_counts: list[int], vp_stage: int | None = N
         train, valid = _on_first_rank("--text-data", lambda: text.write_datasets(args.text_data, _text_folder(args)))
         args.train_data_path, args.valid_data_path = [train], [valid]
         _say_where_text_changed(args)
-    kind = MockGPTDataset if args.mock_data else GPTDataset
+    kind = ConversationDataset if conversations.asked(args) else MockGPTDataset if args.mock_data else GPTDataset
     # one of the tensor-parallel ranks reads, and broadcasts what it read
     reads = partial(_reads_data, vp_stage)
     try:
         config = _dataset_config(args)
-        if not args.mock_data:
+        if conversations.asked(args):
+            _check_padding(config.tokenizer)
+        elif not args.mock_data:
             _refresh_cache(args, config)
         print_rank_0(f"> building {kind.__name__} datasets for training, validation and test ...")
         datasets = BlendedMegatronDatasetBuilder(kind, sample_counts, reads, config).build()
@@ -54,7 +57,7 @@ def train_valid_test_datasets(sample_counts: list[int], vp_stage: int | None = N
 
 def _reads_data(vp_stage: int | None) -> bool:
     """One of the tensor-parallel ranks does; of the pipeline's middle stages, where these are to know of documents."""
-    needed = get_args().dataloader_inter_document_masking or is_first_or_last_pipeline_stage(vp_stage)
+    needed = documents.asked(get_args()) or is_first_or_last_pipeline_stage(vp_stage)
     return mpu.get_tensor_model_parallel_rank() == 0 and needed
 
 
@@ -89,6 +92,15 @@ def _refresh_cache(args: Namespace, config: GPTDatasetConfig) -> None:
     for prefix in changed:
         told = f"the data of {prefix} has changed since its order of samples was cached, which is built again"
         say_once(f"{told}: {_goes_on(args)}" if _trains_on(args) else told)
+
+
+def _check_padding(tokenizer: Any) -> None:
+    """Raises ValueError where the tokenizer lacks what the prompt format fills rows up with."""
+    if tokenizer.pad is None:
+        raise ValueError(
+            f"--sft-tokenizer-prompt-format {get_args().sft_tokenizer_prompt_format} fills rows up with a token that "
+            "--tokenizer-model has not: use default, or its model's tokenizer."
+        )
 
 
 def _say_where_text_changed(args: Namespace) -> None:
@@ -143,7 +155,7 @@ def _dataset_config(args: Namespace) -> GPTDatasetConfig:
         fast_cache_load=args.dataloader_fast_cache_load,
         sequences_per_dataset=sequences,
         defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
-        context_parallel_size=args.context_parallel_size,
+        context_parallel_size=1 if conversations.asked(args) else args.context_parallel_size,  # no conversation is filled up
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
     )

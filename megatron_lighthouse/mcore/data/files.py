@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_lighthouse.mcore.data import blends, indexed, text, tokenizers, vocabulary
+from megatron_lighthouse.mcore.command_line import conversations
+from megatron_lighthouse.mcore.data import blends, conversation_files, indexed, text, tokenizers, vocabulary
 from megatron_lighthouse.mcore.data.blends import DATA, Here, remote
 
 
@@ -39,7 +40,10 @@ def problems(args: argparse.Namespace, here: Here, whole: bool = True) -> Iterat
             if len(found) == 1 or len(found) < len(words):  # else Megatron reads each dataset once, however little it has
                 filled += found
             for prefix in found:
-                if remote(prefix):
+                if conversations.asked(args):
+                    if message := conversation_files.problem(name, prefix, here(prefix), whole):
+                        yield message
+                elif remote(prefix):
                     yield from _storage(args, name, prefix)
                 elif message := _dataset(name, prefix, here, whole):
                     yield message

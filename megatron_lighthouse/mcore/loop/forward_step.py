@@ -22,6 +22,9 @@ from torch import Tensor
 
 from megatron_lighthouse.mcore.attention.document_rotary import rotate_by
 from megatron_lighthouse.mcore.attention.packed import packed
+from megatron_lighthouse.mcore.command_line import conversations
+from megatron_lighthouse.mcore.command_line.documents import asked as documents_asked
+from megatron_lighthouse.mcore.data.conversations import real_tokens
 from megatron_lighthouse.mcore.data.documents import documents_in, tokens_of_rank
 from megatron_lighthouse.mcore.loop import finite
 from megatron_lighthouse.mcore.loop.further_tokens import ends_of
@@ -33,7 +36,9 @@ FIELDS = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
 OF_DOCUMENTS = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")
 stragglers = StragglerDetector()
 """That of the process, which --log-straggler turns on; to construct it again would turn it off."""
-WEIGHTS = "token_weights"
+WEIGHTS, REAL = "token_weights", "real_tokens"
+ROW_TOKENS = "tokens a row"
+"""What is logged where rows hold padding: the mean of their real tokens."""
 
 
 def forward_step(data: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -58,10 +63,12 @@ def forward_step(data: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> t
         more["packed_seq_params"] = packed(documents, args.seq_length, ends, positions)
     with stragglers, weighted(loss_mask if args.calculate_per_token_loss else batch.get(WEIGHTS)):
         output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask, **more)
-    return output, partial(loss_function, loss_mask, batch.get(WEIGHTS))
+    return output, partial(loss_function, loss_mask, batch.get(WEIGHTS), real=batch.get(REAL) if model.training else None)
 
 
-def loss_function(loss_mask: Tensor | None, weights: Tensor | None, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def loss_function(
+    loss_mask: Tensor | None, weights: Tensor | None, output: Tensor, real: Tensor | None = None
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """What Megatron's schedule makes the loss of, on the last pipeline stage: a sum, and by what it divides it.
 
     The mean over sequences of the mean over each sequence's counted tokens (ours; as Megatron's where all tokens count), no
@@ -72,6 +79,7 @@ def loss_function(loss_mask: Tensor | None, weights: Tensor | None, output: Tens
         loss_mask: [b, s], 1 where a token counts.
         weights: [b, s], the `token_weights`.
         output: [b, s] fp32 losses, in nats.
+        real: [b, s] bool, which tokens are no padding, where rows hold some.
     """
     assert loss_mask is not None  # the last stage has the batch
     assert weights is not None
@@ -91,7 +99,10 @@ def loss_function(loss_mask: Tensor | None, weights: Tensor | None, output: Tens
             fatal=True,
         )
     # what is logged is divided by what all ranks count, which may be nothing: then 0, not 0/0
-    return loss, divisor, {"lm loss": torch.stack([total.detach(), counted + torch.finfo(counted.dtype).tiny])}
+    logged = {"lm loss": torch.stack([total.detach(), counted + torch.finfo(counted.dtype).tiny])}
+    if real is not None:  # of each context-parallel rank a part
+        logged[ROW_TOKENS] = torch.stack([real.sum().float(), counted.new_tensor(real.size(0) / args.context_parallel_size)])
+    return loss, divisor, logged
 
 
 def token_weights(loss_mask: Tensor) -> Tensor:
@@ -113,7 +124,7 @@ def _batch(
     """This rank's part of the next batch, empty on the pipeline's middle stages; and what all stages know of packed rows: their
     documents, and [b, s/cp] the tokens of this rank."""
     args = get_args()
-    packs = args.dataloader_inter_document_masking
+    packs = documents_asked(args)
     if not packs and not is_first_or_last_pipeline_stage(vp_stage):
         return {}, None
     first_of_tp = mpu.get_tensor_model_parallel_rank() == 0
@@ -141,6 +152,8 @@ def _batch(
     found = {name: batch.pop(name, None) for name in OF_DOCUMENTS}
     if (loss_mask := batch.get("loss_mask")) is not None:  # of whole sequences, before they are cut
         batch[WEIGHTS] = token_weights(loss_mask)
+    if conversations.asked(args) and (labels := batch.get("labels")) is not None:
+        batch[REAL] = real_tokens(labels, get_tokenizer().pad)
     if not packs:
         return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()), None
     bounds = found["cu_seqlens"]

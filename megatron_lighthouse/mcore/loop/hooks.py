@@ -33,6 +33,7 @@ from megatron_lighthouse.mcore.loop import (
     switch,
     tiled_loss,
     tiled_mlp,
+    validation,
     weights,
 )
 
@@ -70,6 +71,7 @@ def follow_training() -> None:
     tile()  # what it sees of moved masks is what documents made of them
     wrap(loop, "training_log", "progress", progress.Progress().training_log)
     wrap(loop, "load_checkpoint", "rates", rates.load_checkpoint)
+    wrap(loop, "evaluate", "conversations", validation.evaluate)
     wrap(loop, "dummy_train_step", "skip", skip.skip_step)
     wrap(loop, "train_step", "finite", finite.train_step)
     wrap(loop, "save_checkpoint", "finite", finite.save_checkpoint)

@@ -15,6 +15,7 @@ from megatron.training import get_args
 
 from megatron_lighthouse.bars import SECONDS, bar
 from megatron_lighthouse.mcore.command_line.stage import stage2_from
+from megatron_lighthouse.mcore.loop.forward_step import ROW_TOKENS
 from megatron_lighthouse.variants import VARIANTS, base_in
 
 
@@ -24,8 +25,8 @@ class Progress:
     def __init__(self) -> None:
         self.bar: Any = None
         self.drawn = 0.0
-        self.sequences = 0
-        """Since the bar was last drawn; how many an iteration has may change."""
+        self.tokens: float | torch.Tensor = 0
+        """Real ones since the bar was last drawn; how many sequences an iteration has may change."""
         self.terminal = sys.stderr.isatty()
         default = 0.2 if self.terminal else SECONDS
         self.seconds_between = float(os.environ.get("LIGHTHOUSE_PROGRESS_SECONDS", default))
@@ -60,17 +61,18 @@ class Progress:
             )
             self.drawn = time.monotonic()
         else:
-            self.sequences += get_current_global_batch_size()
+            self.tokens += get_current_global_batch_size() * losses.get(ROW_TOKENS, args.seq_length)
         steps, seconds = iteration - self.bar.n, time.monotonic() - self.drawn
         last = iteration >= self.bar.total
         if seconds >= self.seconds_between or last:  # only then is the loss read, for that waits for the GPU
-            shown = {"tokens/s": f"{self.sequences * args.seq_length / seconds:,.0f}"} if self.sequences else {}
+            tokens = float(self.tokens)
+            shown = {"tokens/s": f"{tokens / seconds:,.0f}"} if tokens else {}
             if "lm loss" in losses:
                 shown["loss"] = f"{float(losses['lm loss']):.3f}"
             self.bar.set_description(what, refresh=False)
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update(steps)
-            self.drawn, self.sequences = self.drawn + seconds, 0
+            self.drawn, self.tokens = self.drawn + seconds, 0
         if last:
             self.bar.close()
 

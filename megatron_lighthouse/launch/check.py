@@ -84,7 +84,7 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
     from megatron_lighthouse.launch.fits import counted, names_vocabulary, needs, too_much, without_logits
     from megatron_lighthouse.launch.layout import enough, layout, one_sequence
     from megatron_lighthouse.launch.sizes import sizes
-    from megatron_lighthouse.mcore.command_line import causal, flags, hybrid, inner, numbers, places, pyramid, scorer
+    from megatron_lighthouse.mcore.command_line import causal, flags, fp8, hybrid, inner, numbers, places, pyramid, scorer
     from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
     from megatron_lighthouse.plan.device import DEVICES
 
@@ -112,6 +112,7 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
     problems += [*data(args, sees), *descriptions(args, sees), *places.problems(args, partial(here, sees)), *unseen(args, sees)]
     problems += restart.problems(args, load, base)
     problems += inner.device_problems(args, CAPABILITY[options.arch])
+    problems += fp8.device_problems(args, CAPABILITY[options.arch])
     if problems:
         return [*dict.fromkeys(problems)], ""
     if not device or args.skip_train:  # an evaluation needs less than the training that it is of

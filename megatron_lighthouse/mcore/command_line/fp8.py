@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_lighthouse.lighthouse.config import flag
-from megatron_lighthouse.mcore.command_line import documents
+from megatron_lighthouse.mcore.command_line import documents, named
 from megatron_lighthouse.mcore.command_line.settings import head_dims
 
 if TYPE_CHECKING:
@@ -77,9 +77,10 @@ def run_problems(args: Namespace, config: Any) -> Iterator[str]:
     if asked(config) and documents.asked(args):
         yield f"{FLAG} attends to whole sequences, and {documents.FLAG} packs documents: leave one of them out."
     delayed = getattr(config, "fp8", None) and (_recipe(config) == "delayed" or asked(config))
-    if delayed and (args.save or args.load) and _asks_to_unpickle() and os.environ.get(UNPICKLE) != "1":
+    stored = getattr(args, "save", None) or getattr(args, "load", None)
+    if delayed and stored and os.environ.get(UNPICKLE) != "1" and _asks_to_unpickle():
         yield (
-            f"--fp8-format {config.fp8} with {'--save' if args.save else '--load'}: this Transformer Engine does not load the "
+            f"--fp8-format {config.fp8} with --save or --load: this Transformer Engine does not load the "
             f"scales of a checkpoint, which it pickles, unless it is told to: set {UNPICKLE}=1 in the environment, if you "
             "trust your checkpoints, or use --fp8-recipe tensorwise without FP8 attention."
         )
@@ -143,9 +144,8 @@ def _not_the_engines(config: Any, settings: LighthouseSettings | None) -> str | 
     if settings.attention.selects and settings.base.native:
         inner = settings.config.inner
         return f"{FLAG} is done by Transformer Engine's attention, and {flag('inner')} {inner} takes another: leave one out."
-    return (
-        f"{FLAG} is done by Transformer Engine's attention, which --attention {settings.variant} does not call: leave it out."
-    )
+    own = named.asked_by(settings.base, settings)
+    return f"{FLAG} is done by Transformer Engine's attention, which {own} does not call: leave it out."
 
 
 def _attention(config: Any) -> Iterator[str]:

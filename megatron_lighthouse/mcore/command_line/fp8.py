@@ -6,8 +6,8 @@ Rules of Transformer Engine 2.20 and cuDNN 9, of training: `dot_product_attentio
 
 from __future__ import annotations
 
+import argparse
 import os
-from argparse import Namespace
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +35,18 @@ EXPERIMENTAL = (
     f"lighthouse: {FLAG} is experimental: what it costs in loss has not been measured here. The attention is Transformer "
     "Engine's, cuDNN's in FP8, with the scales of the step before; at the first step these are 1."
 )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add `--fp8-dot-product-attention`: Megatron 0.19 has it in a model's configuration, and no flag for it."""
+    if FLAG not in parser._option_string_actions:
+        parser.add_argument_group("fp8 attention").add_argument(
+            FLAG,
+            action="store_true",
+            help="With --fp8-format: attend in FP8 too, by Transformer Engine and cuDNN; in Lighthouse layers, to the gathered "
+            "rows. Experimental.",
+        )
+    return parser
 
 
 def asked(config: Any) -> bool:
@@ -72,7 +84,7 @@ def problems(config: Any, settings: LighthouseSettings | None = None) -> Iterato
         yield f"{FLAG} with --cuda-graph-impl {graphs} has not been tried: leave one of them out."
 
 
-def run_problems(args: Namespace, config: Any) -> Iterator[str]:
+def run_problems(args: argparse.Namespace, config: Any) -> Iterator[str]:
     """Why not, by the data and the checkpoints of a run."""
     if asked(config) and documents.asked(args):
         yield f"{FLAG} attends to whole sequences, and {documents.FLAG} packs documents: leave one of them out."

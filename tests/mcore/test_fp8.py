@@ -314,3 +314,26 @@ def test_a_layer_keeps_its_scales_at_the_switch(monkeypatch: pytest.MonkeyPatch)
     attend(core, 2.0)
     assert core.rows == [SETTINGS.config.geometry(N).gathered_length, N]
     assert len(core.history) == 2, "the dense layer goes on with the same history"
+
+
+def test_the_flag() -> None:
+    """Megatron has the setting, and no flag: where it gets one, ours must not stand in its way."""
+    from argparse import ArgumentParser
+
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
+
+    parser = with_all_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
+    assert parser.parse_args([fp8.FLAG]).fp8_dot_product_attention
+    assert not parser.parse_args([]).fp8_dot_product_attention
+    assert fp8.add_arguments(parser) is parser
+
+
+def test_layers_that_share_a_spec_are_of_one_class() -> None:
+    from megatron_lighthouse.mcore.attention.scales import class_with_scales
+
+    once = class_with_scales(Engine)
+    assert once is not Engine
+    assert class_with_scales(once) is once
+    assert once.__module__ == Engine.__module__, "by which it is known as Transformer Engine's"

@@ -210,9 +210,10 @@ def _dense(spec: LayerSpec, config: TransformerConfig) -> LayerSpec:
         return spec
     spec = copied(spec)
     for submodules in attentions_of(spec):
-        submodules.core_attention = with_scales(able_local(submodules.core_attention, config), config)
-        if differs and not isinstance(submodules.core_attention, OverTensorRanks):  # layers of a block may share a spec
-            submodules.core_attention = OverTensorRanks(submodules.core_attention)
+        if isinstance(submodules.core_attention, OverTensorRanks):  # layers of a block may share a spec
+            continue
+        core_attention = with_scales(able_local(submodules.core_attention, config), config)
+        submodules.core_attention = OverTensorRanks(core_attention) if differs else core_attention
     return spec
 
 

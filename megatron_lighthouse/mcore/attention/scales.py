@@ -36,7 +36,9 @@ class ScalesMixin:
 
 @cache
 def class_with_scales(base: type) -> type:
-    """The core-attention class `base`, whose scales are stored."""
+    """The core-attention class `base`, whose scales are stored; itself, if they are."""
+    if issubclass(base, ScalesMixin):
+        return base
     return type(base.__name__ + "WithScales", (ScalesMixin, base), {"__module__": base.__module__})
 
 

@@ -62,7 +62,7 @@ def problems(config: Any, settings: LighthouseSettings | None = None) -> Iterato
     """
     if settings is not None and getattr(config, "fp8_multi_head_attention", False):
         yield (
-            "--fp8-multi-head-attention would hand over queries, keys and values in FP8, of which no rows can be pooled: use "
+            "fp8_multi_head_attention would hand over queries, keys and values in FP8, of which no rows can be pooled: use "
             f"{FLAG}, which casts what is gathered."
         )
     if not asked(config):

@@ -6,17 +6,17 @@ the layer at 98,304 and 524,288 tokens, forward and with backward, and what atte
 Transformer Engine, and in FP8; then which kernels FP8 spends its time in. Leaves fp8.csv and fp8.json; ends within 90 seconds.
 
 `--part train` instead trains a small model for 300 steps in bf16, with FP8 in the linear layers, and with FP8 attention too,
-and compares the mean loss of the last 50.
+side by side, and compares the mean loss of the last 50.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -29,10 +29,10 @@ from attention_checks import QKV, each
 from csv_tables import write_csv
 from measure import median_ms
 from torch import Tensor
-from training_step import command, losses, step_times
+from training_step import command, losses
 
 from megatron_lighthouse import lighthouse_attention
-from megatron_lighthouse.launch.torchrun import one_rank
+from megatron_lighthouse.launch.torchrun import one_rank, torchrun
 from megatron_lighthouse.lighthouse.attention import attended_rows
 from megatron_lighthouse.softmax.backends import inner_attention
 from megatron_lighthouse.versions import environment
@@ -42,6 +42,8 @@ BAR, TIMES = 47.0, 1.25
 """Milliseconds of the layer at 524,288 tokens with backward, and how many times bf16's speed that is to be."""
 FP8 = "--fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 16 --fp8-amax-compute-algo max".split()
 TRAINED = {"bf16": [], "FP8 linear layers": FP8, "FP8 attention too": [*FP8, "--fp8-dot-product-attention"]}
+FORMATS = {"bf16": "", "FP8": "HYBRID", "FP8, all E4M3": "E4M3"}
+"""By what Transformer Engine calls them; HYBRID has gradients in E5M2, which keeps two bits of the mantissa and not three."""
 NEAR = 0.01
 """Nats, between the means of bf16's last losses and of FP8's."""
 LAST = 50
@@ -50,16 +52,16 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Engine:
-    """Transformer Engine's attention, [S, B, H, D] each, in FP8 or as it is given."""
+    """Transformer Engine's attention, [S, B, H, D] each, in a format of FP8 or, with none, as it is given."""
 
-    def __init__(self, heads: int, groups: int, dim: int, fp8: bool) -> None:
+    def __init__(self, heads: int, groups: int, dim: int, fp8: str) -> None:
         import transformer_engine.pytorch as te
         from transformer_engine.common.recipe import DelayedScaling, Format
 
         named = {"num_gqa_groups": groups, "attention_dropout": 0.0, "attn_mask_type": "causal", "qkv_format": "sbhd"}
-        self.module, self.fp8 = te.DotProductAttention(heads, dim, **named), fp8
-        recipe = DelayedScaling(fp8_format=Format.HYBRID, amax_history_len=16, amax_compute_algo="max", fp8_dpa=True)
-        self.within = lambda: te.autocast(enabled=fp8, recipe=recipe)
+        self.module = te.DotProductAttention(heads, dim, **named)
+        recipe = DelayedScaling(fp8_format=Format[fp8 or "HYBRID"], amax_history_len=16, amax_compute_algo="max", fp8_dpa=True)
+        self.within = lambda: te.autocast(enabled=bool(fp8), recipe=recipe)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         with self.within():
@@ -94,7 +96,7 @@ def errors(rows: int, heads: int, groups: int, sharp: float) -> list[dict[str, o
         q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
         return (q * sharp, k, v), torch.randn(shapes[0], device="cuda", dtype=torch.bfloat16)
 
-    engines = {"bf16": Engine(heads, groups, 128, False), "FP8": Engine(heads, groups, 128, True)}
+    engines = {name: Engine(heads, groups, 128, fp8) for name, fp8 in FORMATS.items()}
     for _ in range(4):
         inputs, grad = drawn()
         for engine in engines.values():
@@ -119,15 +121,15 @@ def timed(case: Case) -> list[dict[str, object]]:
     """Milliseconds, of the layer and of what attends in it."""
     sets = [case.inputs() for _ in range(2)]
     fast = inner_attention("auto", *sets[0][:2])
-    engines = {fp8: Engine(case.heads, case.groups, case.dim, fp8) for fp8 in (False, True)}
-    ways: dict[str, Attend] = {"bf16": fast, "bf16, Transformer Engine": engines[False], "FP8": engines[True]}
+    bf16, fp8 = (Engine(case.heads, case.groups, case.dim, kind) for kind in ("", "HYBRID"))
+    ways: dict[str, Attend] = {"bf16": fast, "bf16, Transformer Engine": bf16, "FP8": fp8}
     rows = [rows_of(case, one) for one in sets]
     found = []
     for name, attend in ways.items():
         layers: list[tuple[str, Attend, list[QKV]]] = [("layer", layer_of(case, attend), sets), ("inner", attend, rows)]
         for what, function, given in layers:
             grad = torch.randn_like(function(*given[0]))
-            settle(engines[True], function, given, grad)
+            settle(fp8, function, given, grad)
             forward = median_ms([partial(function, *x) for x in given], 0.2)
             both = median_ms([partial(with_gradients, function, x, grad) for x in given], 0.3)
             ms = {"fwd ms": round(forward, 3), "fwd+bwd ms": round(both, 3)}
@@ -165,7 +167,7 @@ def settle(engine: Engine, function: Attend, given: list[QKV], grad: Tensor) -> 
 
 def kernels_of(case: Case) -> dict[str, float]:
     """Milliseconds by kernel, of FP8 attention over the rows, forward and backward: what is cuDNN's, and what is cast."""
-    engine, rows = Engine(case.heads, case.groups, case.dim, True), rows_of(case, case.inputs())
+    engine, rows = Engine(case.heads, case.groups, case.dim, "HYBRID"), rows_of(case, case.inputs())
     grad = torch.randn_like(engine(*rows))
     settle(engine, engine, [rows, rows], grad)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -182,28 +184,37 @@ def verdict(rows: list[dict[str, Any]]) -> dict[str, object]:
     return {"ms": layers["FP8"], "times bf16": times, "held": layers["FP8"] <= BAR and times >= TIMES}
 
 
-def train(options: argparse.Namespace, more: list[str]) -> None:
-    """Each of TRAINED, and what FP8 costs in loss."""
-    found: dict[str, dict[str, float]] = {}
-    for name, flags in TRAINED.items():
-        log = options.out / f"{name.replace(' ', '-')}.log"
-        words = command(["--attention", "lighthouse", *flags], options, more)
-        with log.open("w") as file:
-            environment = {**one_rank(), "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE": "1"}
-            status = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
-        text = log.read_text(errors="replace")
-        if status:
-            print(text[-3000:], flush=True)
-        loss, ms = losses(text), step_times(text)
-        if len(loss) < LAST:
-            found[name] = {"status": status, "steps": len(loss)}
+def train(options: argparse.Namespace, more: list[str]) -> dict[str, object]:
+    """Each of TRAINED, side by side, and what FP8 costs in loss: up to the last step that all have done."""
+    runs = {name: started(name, flags, options, more) for name, flags in TRAINED.items()}
+    last = time.monotonic() + options.within
+    for process, log in runs.values():
+        try:
+            status = process.wait(max(0.0, last - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
             continue
-        found[name] = {"loss": round(statistics.mean(loss[-LAST:]), 4), "step ms": round(1000 * statistics.median(ms[3:]), 1)}
-        if "loss" in found.get("bf16", {}):
-            found[name]["above bf16"] = round(found[name]["loss"] - found["bf16"]["loss"], 4)
-        print(name, found[name], flush=True)
-    held = all(abs(row.get("above bf16", math.inf)) <= NEAR for row in found.values())
-    keep(options.out / "train.json", {"runs": found, "steps": options.steps, "nats allowed": NEAR, "held": held})
+        if status:
+            print(log.read_text(errors="replace")[-3000:], flush=True)
+    each = {name: losses(log.read_text(errors="replace")) for name, (_, log) in runs.items()}
+    steps = min(map(len, each.values()))
+    if steps < LAST:
+        return {"steps": {name: len(of) for name, of in each.items()}, "held": False}
+    means = {name: statistics.mean(of[steps - LAST : steps]) for name, of in each.items()}
+    above = {name: round(mean - means["bf16"], 4) for name, mean in means.items()}
+    held = steps == options.steps and all(abs(gap) <= NEAR for gap in above.values())
+    return {"steps": steps, "mean of the last 50": means, "above bf16": above, "nats allowed": NEAR, "held": held}
+
+
+def started(name: str, flags: list[str], options: argparse.Namespace, more: list[str]) -> tuple[subprocess.Popen[bytes], Path]:
+    """A run in a process of its own, and its log."""
+    own = argparse.Namespace(**{**vars(options), "out": options.out / name.replace(" ", "-")})
+    own.out.mkdir(parents=True, exist_ok=True)
+    dense = ["--lighthouse-dense-first", "1", "--lighthouse-dense-last", "1"]
+    words = command(["--attention", "lighthouse", *dense, *flags], own, more)[len(torchrun(1)) :]
+    log = own.out / "log.txt"
+    with log.open("w") as file:
+        return subprocess.Popen([sys.executable, *words], stdout=file, stderr=subprocess.STDOUT, env=one_rank()), log
 
 
 def keep(to: Path, found: dict[str, object]) -> None:
@@ -216,14 +227,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("fp8"))
     parser.add_argument("--part", choices=["layer", "train"], default="layer")
     parser.add_argument("--steps", type=int, default=300, help="of training")
-    parser.add_argument("--seq-length", type=int, default=32768, help="of training")
-    parser.add_argument("--layers", type=int, default=12, help="of the model that is trained")
-    parser.add_argument("--budget", type=int, default=512, help="of training")
+    parser.add_argument("--seq-length", type=int, default=8192, help="of training")
+    parser.add_argument("--layers", type=int, default=6, help="of the model that is trained")
+    parser.add_argument("--budget", type=int, default=128, help="of training")
+    parser.add_argument("--within", type=float, default=540, help="seconds that training may take")
     options, more = parser.parse_known_args()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.part == "train":
         options.ranks = 1
-        train(options, more)
+        keep(options.out / "train.json", train(options, more))
         return
     os.environ.setdefault("NVTE_FLASH_ATTN", "0")  # else a bf16 call may take FlashAttention
     begun = time.monotonic()

@@ -97,10 +97,15 @@ def step_times(log: str) -> list[float]:
     return [float(x) / 1000 for x in re.findall(r"elapsed time per iteration \(ms\): ([\d.]+)", log)]
 
 
+def losses(log: str) -> list[float]:
+    """Nats a token of the iterations that it has."""
+    return [float(x) for x in re.findall(r"lm loss: ([\d.E+-]+)", log)]
+
+
 def said(log: str, tokens: int) -> dict[str, object]:
     """What a log says of a run with so many tokens a step."""
     times = step_times(log)
-    losses = [float(x) for x in re.findall(r"lm loss: ([\d.E+-]+)", log)]
+    each = losses(log)
     peaks = [float(x) for x in re.findall(r"max allocated: ([\d.]+)", log)]
     return {
         "seconds a step": round(statistics.median(times[3:]), 4) if len(times) > 3 else None,
@@ -108,8 +113,8 @@ def said(log: str, tokens: int) -> dict[str, object]:
         # Megatron logs MiB once, after the second step; the optimizer's state is there by then
         "peak GB": round(max(peaks) * 2**20 / 1e9, 2) if peaks else None,
         "peak GiB": round(max(peaks) / 1024, 2) if peaks else None,
-        "first loss": losses[0] if losses else None,
-        "last loss": losses[-1] if losses else None,
+        "first loss": each[0] if each else None,
+        "last loss": each[-1] if each else None,
     }
 
 

@@ -38,12 +38,12 @@ def environment() -> dict[str, object]:
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "python": platform.python_version(),
-        "cudnn": _cudnn(),
+        "cudnn": cudnn(),
         **{name: version for name, version in versions.items() if version},
     }
 
 
-def _cudnn() -> int | None:
+def cudnn() -> int | None:
     """The release that torch uses; None where another than torch's own was loaded first, which it refuses to name."""
     try:
         return torch.backends.cudnn.version()

@@ -88,7 +88,18 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
     from megatron_lighthouse.launch.layout import enough, layout
     from megatron_lighthouse.launch.offered import one_sequence
     from megatron_lighthouse.launch.sizes import sizes
-    from megatron_lighthouse.mcore.command_line import causal, flags, hybrid, inner, numbers, places, precision, pyramid, scorer
+    from megatron_lighthouse.mcore.command_line import (
+        causal,
+        flags,
+        fp8,
+        hybrid,
+        inner,
+        numbers,
+        places,
+        precision,
+        pyramid,
+        scorer,
+    )
     from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
     from megatron_lighthouse.plan.device import DEVICES
 
@@ -121,6 +132,7 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
     problems += restart.problems(args, load, base)
     problems += inner.device_problems(args, CAPABILITY[options.arch])
     problems += precision.device_problems(args, CAPABILITY[options.arch])
+    problems += fp8.device_problems(args, CAPABILITY[options.arch])
     if problems:
         return [*dict.fromkeys(problems)], ""
     if not device or args.skip_train:  # an evaluation needs less than the training that it is of

@@ -67,8 +67,7 @@ REFUSED = [
     ({"qk_clip": True}, "--qk-clip", "--attention dense"),
     ({"log_max_attention_logit": True}, "--log-max-attention-logit", "leave it out"),
     ({"flash_decode": True}, "--flash-decode", "--attention dense"),
-    ({"fp8_dot_product_attention": True}, "--fp8-dot-product-attention", "leave it out"),
-    ({"fp8_multi_head_attention": True}, "--fp8-multi-head-attention", "leave it out"),
+    ({"fp8_multi_head_attention": True}, "fp8_multi_head_attention", "use --fp8-dot-product-attention"),
     ({"tensor_model_parallel_size": 4}, "--tensor-model-parallel-size 4", "use --tensor-model-parallel-size 1 or 2"),
 ]
 

@@ -26,9 +26,11 @@ from megatron_lighthouse.mcore.attention.builder import Builder
 from megatron_lighthouse.mcore.attention.output import remember_source
 from megatron_lighthouse.mcore.attention.over_shards import able_local, context_parallel_group, tensor_parallel_rank
 from megatron_lighthouse.mcore.attention.packed import cut_problem, documents_of, in_one_row, in_rows, packed
+from megatron_lighthouse.mcore.attention.scales import with_scales
 from megatron_lighthouse.mcore.attention.streams import apart
 from megatron_lighthouse.mcore.attention.te_choice import te_choice
 from megatron_lighthouse.mcore.attention.tensor_ranks import over_tensor_ranks
+from megatron_lighthouse.mcore.command_line import fp8
 from megatron_lighthouse.mcore.command_line.checks import check
 from megatron_lighthouse.mcore.command_line.layers import is_windowed
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, head_dims, heads_of_rank
@@ -200,7 +202,7 @@ class CoreAttentionBuilder(Builder):
             module, params = module.module, dict(module.params)
             if self.base.submodules is not None:
                 params["submodules"] = self.base.submodules
-        module, settings = able_local(module, config), self.settings.in_model(config)
+        module, settings = with_scales(able_local(module, config), config), self.settings.in_model(config)
         now, own = settings.at_first(layer_number, config.num_layers)
         if now.native or layer_number not in settings.holding(config.num_layers):
             return over_tensor_ranks(module(config=config, layer_number=layer_number, **params, **kwargs), config)
@@ -236,7 +238,7 @@ class CoreAttentionBuilder(Builder):
         layer = class_over(module, now.title)(config=config, layer_number=layer_number, **params, **kwargs)
         layer.settings, layer.place, layer.layers = settings, place, {}
         layer.variant, layer.own, layer.streams = now, own, settings.streams
-        if place.base_attends and of_te:
+        if place.base_attends and of_te and not fp8.asked(config):  # of which more is said elsewhere
             say_once(te_choice(capability_of(here)))
         return over_tensor_ranks(layer, config)
 

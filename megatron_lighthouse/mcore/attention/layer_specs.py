@@ -18,6 +18,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from megatron_lighthouse.context_parallel.copies import copies_over
+from megatron_lighthouse.gpu import capability_of
 from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.mcore.attention.copied import copied
@@ -28,9 +29,10 @@ from megatron_lighthouse.mcore.attention.norm import take_torch_norms, torch_nor
 from megatron_lighthouse.mcore.attention.output import without_kept_output
 from megatron_lighthouse.mcore.attention.over_shards import able_local
 from megatron_lighthouse.mcore.attention.rotary import rotary_of
+from megatron_lighthouse.mcore.attention.scales import with_scales
 from megatron_lighthouse.mcore.attention.streams import add_streams
 from megatron_lighthouse.mcore.attention.tensor_ranks import OverTensorRanks
-from megatron_lighthouse.mcore.command_line import rope
+from megatron_lighthouse.mcore.command_line import fp8, rope
 from megatron_lighthouse.mcore.command_line.checks import check_run
 from megatron_lighthouse.mcore.command_line.documents import asked, upstream_problems
 from megatron_lighthouse.mcore.command_line.layers import attention_layers
@@ -45,6 +47,7 @@ from megatron_lighthouse.mcore.command_line.settings import (
 )
 from megatron_lighthouse.mcore.global_args import global_args
 from megatron_lighthouse.notice import say_once
+from megatron_lighthouse.versions import cudnn
 
 type LayerSpec = ModuleSpec | TransformerBlockSubmodules
 
@@ -173,8 +176,9 @@ def layer_spec(
 
 def _with_attention(spec: LayerSpec, model_cfg: Any, settings: LighthouseSettings | None) -> LayerSpec:
     config = model_cfg.transformer
+    _check_fp8(config)
     if settings is None:
-        return _dense_over_shards(spec, config)
+        return _dense(spec, config)
     _say_what_is_sent(config, settings)
     rotary = None if rope.rotary_option(settings) is None else rotary_of(model_cfg)
     if rotary is None:  # nothing is rotated, or nothing turned
@@ -200,17 +204,28 @@ def _say_what_is_sent(config: TransformerConfig, settings: LighthouseSettings) -
         copies_over(parallel_state.get_context_parallel_group(), torch.device("cuda", torch.cuda.current_device()))
 
 
-def _dense_over_shards(spec: LayerSpec, config: TransformerConfig) -> LayerSpec:
+def _check_fp8(config: TransformerConfig) -> None:
+    """Raises ValueError where attention is to be in FP8, and these GPUs have none."""
+    if not fp8.asked(config):
+        return
+    here = capability_of(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else 0
+    if found := [*fp8.device_problems(config, here // 10, cudnn())]:
+        raise ValueError("\n".join(found))
+    say_once(fp8.EXPERIMENTAL)
+
+
+def _dense(spec: LayerSpec, config: TransformerConfig) -> LayerSpec:
     """The spec of a dense model, whose core attention, where it is Megatron's local one, can do what the model asks for."""
     latent = config.multi_latent_attention
     differs = learns_shared_sinks(config) or (latent and config.tensor_model_parallel_size > 1)
-    if config.context_parallel_size == 1 and not differs and not latent:
+    if config.context_parallel_size == 1 and not differs and not latent and not fp8.asked(config):
         return spec
     spec = copied(spec)
     for submodules in attentions_of(spec):
-        submodules.core_attention = able_local(submodules.core_attention, config)
-        if differs and not isinstance(submodules.core_attention, OverTensorRanks):  # layers of a block may share a spec
-            submodules.core_attention = OverTensorRanks(submodules.core_attention)
+        if isinstance(submodules.core_attention, OverTensorRanks):  # layers of a block may share a spec
+            continue
+        core_attention = with_scales(able_local(submodules.core_attention, config), config)
+        submodules.core_attention = OverTensorRanks(core_attention) if differs else core_attention
     return spec
 
 

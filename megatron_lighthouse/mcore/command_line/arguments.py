@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from megatron_lighthouse.mcore.command_line import documents, graphs, hybrid, layer_log, named, pyramid, rope, settings
+from megatron_lighthouse.mcore.command_line import documents, fp8, graphs, hybrid, layer_log, named, pyramid, rope, settings
 from megatron_lighthouse.mcore.command_line.checks import copies_in_a_graph, run_problems
 from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern
 from megatron_lighthouse.mcore.command_line.own_parts import (
@@ -111,6 +111,8 @@ def attention_problems(args: argparse.Namespace, config: Any, by_spec: bool, has
     yield from VARIANTS[args.attention].length_problems(None, args.seq_length, config.context_parallel_size)
     yield from documents.document_problems(args, config)
     yield from engine_problems(config)
+    yield from fp8.problems(config)
+    yield from fp8.run_problems(args, config)
     if has_own_attention(config):
         yield from over_shards_problems(config)
         yield from scheme_problems(config)
@@ -193,6 +195,7 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
         or config.context_parallel_size > 1
         or learns_shared_sinks(config)
         or config.multi_latent_attention
+        or fp8.asked(config)
     ):
         model_cfg.transformer_layer_spec = partial(layer_spec, settings=chosen, documents=packs)
     return model_cfg

@@ -12,7 +12,7 @@ from megatron_lighthouse.context_parallel.schemes import SWITCH, comm_type_probl
 from megatron_lighthouse.lighthouse.config import flag
 from megatron_lighthouse.lighthouse.heads import heads_problem
 from megatron_lighthouse.lighthouse.remedies import Allowed, anything
-from megatron_lighthouse.mcore.command_line import documents, inner, named, rope, stored
+from megatron_lighthouse.mcore.command_line import documents, fp8, inner, named, rope, stored
 from megatron_lighthouse.mcore.command_line.layers import layer_problems, window_problem
 from megatron_lighthouse.mcore.command_line.lengths import limits_of, settings_problems
 from megatron_lighthouse.mcore.command_line.own_parts import engine_problems
@@ -66,6 +66,7 @@ def run_problems(args: Namespace, config: TransformerConfig, settings: Lighthous
     yield from model_problems(config, settings, length, limits_of(args, config))
     yield from argument_problems(args, settings)
     yield from inner.problems(config, settings, documents.asked(args))
+    yield from fp8.run_problems(args, config)
     yield from _documents(args, config, settings)
     yield from _stage2(args, settings)
     kind = getattr(args, "position_embedding_type", None)
@@ -206,9 +207,7 @@ def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Ite
             "inference paths (--transformer-impl inference_optimized, --flash-decode) bypass core attention: serve the "
             "checkpoint with --attention dense."
         )
-    for name in ("fp8_dot_product_attention", "fp8_multi_head_attention"):
-        if getattr(config, name, False):
-            yield f"--{name.replace('_', '-')} is not supported: leave it out (fp8 in the linear layers works without it)."
+    yield from fp8.problems(config, settings)
     further = getattr(config, "mtp_num_layers", None) or 0  # Megatron counts these from 1, as the model's own
     if further and (settings.edge_budget is not None or further > settings.dense_first or settings.streams):
         use = f"leave {flag('edge_budget')} out, and use {flag('dense_first')} {further} or more."

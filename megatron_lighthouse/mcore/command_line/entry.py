@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from megatron_lighthouse.mcore.command_line import graphs, kept, tiles
+from megatron_lighthouse.mcore.command_line import fp8, graphs, kept, tiles
 from megatron_lighthouse.mcore.command_line.arguments import (
     ArgumentsProvider,
     model_config,
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     tiles.add_arguments(parser)
     graphs.add_arguments(parser)
+    fp8.add_arguments(parser)
     kept.add_arguments(parser)
     repair_help(parser)
     if type(parser) is argparse.ArgumentParser:  # Megatron's, whose usage is four thousand lines

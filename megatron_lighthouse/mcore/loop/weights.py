@@ -1,4 +1,5 @@
 """A checkpoint of another attention: the weights of streams that it lacks begin anew, those that the model lacks are dropped.
+So do the scales of FP8 attention, which one that was trained without has not.
 
 Every other difference is as Megatron treats it: it refuses what a checkpoint lacks.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from megatron.core import dist_checkpointing
 from megatron.training.checkpointing import get_checkpoint_name
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
+from megatron_lighthouse.mcore.attention import scales
 from megatron_lighthouse.mcore.command_line import rope
 from megatron_lighthouse.mcore.command_line.resume import attention_problems
 from megatron_lighthouse.notice import say_once
@@ -49,7 +51,8 @@ def load_base(
         raise ValueError(problem)
     stored = FileSystemReader(folder).read_metadata().state_dict_metadata
     there = {key for key in stored if not key.startswith("optimizer") and "_extra_state" not in key}
-    lacking = [*_lacking(sharded_state_dict, args, there)]
+    unscaled = [*_unscaled(sharded_state_dict, stored)]
+    lacking = [*_lacking(sharded_state_dict, args, there), *unscaled]
     for part, name, _ in lacking:
         del part[name]
     if names := sorted({weight.key for _, _, weight in lacking if _is_weight(weight)}):
@@ -57,6 +60,8 @@ def load_base(
         _begin_at_zero([weight for _, _, weight in lacking if _is_weight(weight)], args)
     elif names := sorted(_of_streams(there, before) - _of_streams(there, args)):
         say_once(f"--attention {_attention(args)} has no {', '.join(names)}: these of the checkpoint in {folder} are dropped")
+    if unscaled:
+        say_once(f"the checkpoint in {folder} has no scales of FP8 attention: these begin anew")
     answer = load(*given, **named)
     for part, name, weight in lacking:
         part[name] = weight
@@ -77,6 +82,14 @@ def _lacking(state: dict[str, Any], args: Namespace, there: Iterable[str]) -> li
     if _of_streams(there, args):
         return []
     return [(part, name, part[name]) for _, part in _parts(state) for name in _of_streams(part, args)]
+
+
+def _unscaled(state: dict[str, Any], stored: Collection[str]) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """The scales of attention that the model asks for, if the checkpoint has them not: chunk, name there, and their place."""
+    for _, part in _parts(state):
+        for name, found in part.items():
+            if name.endswith(f".core_attention.{scales.NAME}") and found.unique_key not in stored:
+                yield part, name, found
 
 
 def _begin_at_zero(weights: Sequence[Any], args: Namespace) -> None:

@@ -1,0 +1,339 @@
+"""FP8 attention: what is refused and what is not, on which GPUs, and that its scales are in a checkpoint.
+
+Transformer Engine is not here: what it keeps, a core attention with its interface keeps.
+"""
+
+from __future__ import annotations
+
+import pickle
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_lighthouse import LighthouseConfig
+from megatron_lighthouse.mcore.command_line import fp8
+from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
+from megatron_lighthouse.mcore.command_line.stage import Stage2
+from megatron_lighthouse.variants import VARIANTS
+from tests.mcore.test_checks import problems
+from tests.mcore.test_spec import SETTINGS, N, fused_qkv, gpt, local_spec, transformer_config
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+ENGINE = {"transformer_impl": "transformer_engine"}
+ASKED: dict[str, Any] = {**ENGINE, "fp8": "hybrid", "fp8_recipe": "delayed", "fp8_dot_product_attention": True}
+WALL: Any = VARIANTS["wall"].config
+TENSORWISE = {**ASKED, "fp8_recipe": "tensorwise"}
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (fp8.RECIPE, fp8.UNPICKLE, "NVTE_FUSED_ATTN"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named", "advice"),
+    [
+        ({"fp8": None}, "--fp8-format alone", "add --fp8-format hybrid"),
+        ({"transformer_impl": "local"}, "Transformer Engine's attention", "use --transformer-impl transformer_engine"),
+        ({"fp8_recipe": "tensorwise"}, "--fp8-recipe tensorwise", "NVTE_DPA_FP8_RECIPE=DelayedScaling"),
+        ({"fp8_recipe": "blockwise"}, "--fp8-recipe blockwise", "use --fp8-recipe delayed"),
+        ({"fp8_recipe": "mxfp8"}, "--fp8-recipe mxfp8", "use --fp8-recipe delayed"),
+        ({"softmax_type": "off-by-one"}, "--softmax-type off-by-one", "leave one of them out"),
+        ({"window_size": (128, 0), "window_attn_skip_freq": 2}, "--window-size (128, 0)", "leave one of them out"),
+        ({"attention_backend": SimpleNamespace(name="flash")}, "--attention-backend flash", "use fused or auto"),
+        ({"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}, "core_attn", "full"),
+        ({"cuda_graph_impl": "local"}, "--cuda-graph-impl local", "leave one of them out"),
+    ],
+    ids=str,
+)
+def test_what_is_refused(changes: dict[str, Any], named: str, advice: str) -> None:
+    message = problems(**{**ASKED, **changes})
+    assert message.count("--fp8-dot-product-attention") == 1
+    assert named in message
+    assert advice in message
+    dense = transformer_config()
+    vars(dense).update({**ASKED, **changes})
+    assert [*fp8.problems(dense)] == [message.splitlines()[1].removeprefix("  - ")]
+
+
+@pytest.mark.parametrize(
+    ("asked", "environment"),
+    [
+        (ASKED, {}),
+        (ASKED, {fp8.RECIPE: "DelayedScaling"}),
+        (TENSORWISE, {fp8.RECIPE: "DelayedScaling"}),
+        ({**ASKED, "recompute_granularity": "selective", "recompute_modules": ["layernorm"]}, {}),
+        ({**ASKED, "recompute_granularity": "full"}, {}),
+        ({**ASKED, "context_parallel_size": 2}, {}),
+        ({**ENGINE, "fp8": "hybrid", "fp8_recipe": "blockwise"}, {fp8.RECIPE: "F16"}),
+    ],
+    ids=str,
+)
+def test_what_is_taken(asked: dict[str, Any], environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert problems(**asked) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "advice"),
+    [
+        (fp8.RECIPE, "F16", "set NVTE_DPA_FP8_RECIPE=DelayedScaling"),
+        (fp8.RECIPE, "Float8CurrentScaling", "set NVTE_DPA_FP8_RECIPE=DelayedScaling"),
+        ("NVTE_FUSED_ATTN", "0", "unset it"),
+    ],
+)
+def test_an_environment_in_which_attention_would_not_be_in_fp8(
+    name: str, value: str, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    message = problems(**ASKED)
+    assert f"{name}={value}" in message
+    assert advice in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (LighthouseSettings(LighthouseConfig(budget=8, tile_budget=4, inner="fa4")), "--lighthouse-inner fa4 takes another"),
+        (
+            LighthouseSettings(LighthouseConfig(budget=8, tile_budget=4, around="wall"), around=WALL()),
+            "--lighthouse-around wall does not call",
+        ),
+        *(
+            (LighthouseSettings(VARIANTS[name].config(), variant=name), f"--attention {name} does not call")  # type: ignore[misc]
+            for name in ("parallax", "wall")
+        ),
+    ],
+    ids=["inner", "around", "parallax", "wall"],
+)
+def test_attention_that_is_not_the_engines(settings: LighthouseSettings, said: str) -> None:
+    assert said in problems(settings, **ASKED)
+
+
+def test_documents_are_refused() -> None:
+    config, args = Namespace(**ASKED), Namespace(dataloader_inter_document_masking=True, save=None, load=None)
+    (problem,) = fp8.run_problems(args, config)
+    assert "--dataloader-inter-document-masking" in problem
+    args.dataloader_inter_document_masking = False
+    assert [*fp8.run_problems(args, config)] == []
+
+
+@pytest.mark.parametrize("asks", [True, False], ids=["an engine that asks", "one that does not"])
+@pytest.mark.parametrize(
+    ("config", "pickles"),
+    [
+        (ASKED, True),
+        (TENSORWISE, True),
+        ({**ASKED, "fp8_dot_product_attention": False}, True),
+        ({**TENSORWISE, "fp8_dot_product_attention": False}, False),
+        ({**ASKED, "fp8": None, "fp8_dot_product_attention": False}, False),
+    ],
+    ids=["delayed", "delayed in attention", "delayed in linear layers", "current", "bf16"],
+)
+def test_a_checkpoint_that_could_not_be_loaded(
+    config: dict[str, Any], pickles: bool, asks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if asks:
+        (tmp_path / "pytorch").mkdir()
+        (tmp_path / "pytorch" / "_extra_state.py").touch()
+    monkeypatch.setattr(fp8, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)]))
+    args = Namespace(dataloader_inter_document_masking=False, save="there", load=None)
+    found = [*fp8.run_problems(args, Namespace(**config))]
+    assert len(found) == (pickles and asks)
+    assert all(f"set {fp8.UNPICKLE}=1" in problem for problem in found)
+    monkeypatch.setenv(fp8.UNPICKLE, "1")
+    assert [*fp8.run_problems(args, Namespace(**config))] == []
+
+
+@pytest.mark.parametrize(
+    ("major", "channels", "cudnn", "deterministic", "said"),
+    [
+        (0, 128, None, False, "there is none here"),
+        (8, 128, 92000, False, "these are of 8"),
+        (12, 128, 92000, False, "these are of 12"),
+        (9, 64, None, False, "takes heads of 128 channels, and these have 64"),
+        (9, 128, 90600, False, "needs cuDNN 9.7, and this is 90600"),
+        (9, 128, 91800, True, "with --deterministic-mode needs cuDNN 9.19, and this is 91800"),
+        (10, 192, None, False, "up to 128 channels, a multiple of 16, and these have 192"),
+        (10, 40, None, False, "a multiple of 16, and these have 40"),
+        (9, 128, 91900, True, None),
+        (9, 128, None, False, None),
+        (10, 64, 91800, False, None),
+    ],
+)
+def test_gpus(major: int, channels: int, cudnn: int | None, deterministic: bool, said: str | None) -> None:
+    config = Namespace(
+        **{**ASKED, "hidden_size": 256, "num_attention_heads": 2, "kv_channels": channels, "deterministic_mode": deterministic}
+    )
+    found = [*fp8.device_problems(config, major, cudnn)]
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]
+    config.fp8_dot_product_attention = False
+    assert [*fp8.device_problems(config, major, cudnn)] == []
+
+
+def test_heads_of_latent_attention_are_refused() -> None:
+    sizes = {"qk_head_dim": 128, "qk_pos_emb_head_dim": 64, "v_head_dim": 128, "hidden_size": 256, "num_attention_heads": 2}
+    (problem,) = fp8.device_problems(Namespace(**ASKED, **sizes, multi_latent_attention=True), 9)
+    assert "these have 192 and values of 128" in problem
+
+
+def test_a_model_is_refused_where_the_gpus_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_lighthouse.mcore.attention import layer_specs
+
+    config = transformer_config()
+    vars(config).update(ASKED)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"needs GPUs of compute capability 9 or 10, and there is none here"):
+            layer_specs._check_fp8(config)
+    vars(config).update(fp8_dot_product_attention=False)
+    layer_specs._check_fp8(config)
+
+
+class Engine(torch.nn.Module):
+    """With the interface of Megatron's `TEDotProductAttention`, and extra state as Transformer Engine's."""
+
+    __module__ = "megatron.core.extensions.transformer_engine"
+
+    def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, **kwargs: Any) -> None:
+        super().__init__()
+        self.config, self.layer_number, self._tp_group = config, layer_number, kwargs["pg_collection"].tp
+        self.history: list[float] = []
+        """Of greatest magnitudes."""
+        self.rows: list[int] = []
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
+        self.rows.append(query.shape[0])
+        self.history.append(float(query.detach().abs().max()))
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+    def get_extra_state(self) -> Tensor:
+        if not self.history:
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.frombuffer(bytearray(pickle.dumps(self.history)), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        if state.numel():
+            self.history = pickle.loads(state.numpy().tobytes())
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        return {}  # as Megatron's, unless it learns sinks
+
+
+def model(settings: LighthouseSettings | None = SETTINGS, **changes: Any) -> Any:
+    """Of six layers, the first and the last two dense; with no settings, all of them."""
+    from megatron_lighthouse.mcore.attention.layer_specs import _dense, with_lighthouse
+
+    config, spec = transformer_config(), local_spec()
+    vars(config).update({**ASKED, **changes})
+    spec.submodules.self_attention.submodules.core_attention = Engine
+    return gpt(_dense(spec, config) if settings is None else with_lighthouse(spec, settings), config)
+
+
+def cores(of: Any) -> list[Any]:
+    return [layer.self_attention.core_attention for layer in of.decoder.layers]
+
+
+def attend(core: Any, seed: float = 1.0) -> Tensor:
+    from megatron.core.transformer.enums import AttnMaskType
+
+    query, key, value = fused_qkv(1, torch.float32)
+    out: Tensor = core(query * seed, key, value, None, attn_mask_type=AttnMaskType.causal)
+    return out
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, None], ids=["lighthouse", "dense"])
+def test_scales_of_all_layers_are_saved_and_loaded(settings: LighthouseSettings | None, tmp_path: Path) -> None:
+    from megatron.core import dist_checkpointing
+
+    trained, fresh = model(settings), model(settings)
+    for number, core in enumerate(cores(trained)):
+        attend(core, 1.0 + number)
+    dist_checkpointing.save({"model": trained.sharded_state_dict()}, str(tmp_path))
+    found = dist_checkpointing.load({"model": fresh.sharded_state_dict()}, str(tmp_path))
+    fresh.load_state_dict(found["model"])
+    kept = [core.history for core in cores(trained)]
+    assert len({tuple(history) for history in kept}) == 6
+    assert [core.history for core in cores(fresh)] == kept
+
+
+def test_nothing_more_is_stored_in_bf16() -> None:
+    def names(of: Any) -> list[str]:
+        return [name for name in of.sharded_state_dict() if "core_attention" in name]
+
+    assert not names(model(fp8_dot_product_attention=False))
+    assert len(names(model())) == 6
+
+
+@pytest.mark.parametrize("before", [{"fp8_dot_product_attention": False}, {}], ids=["bf16", "FP8"])
+def test_a_checkpoint_without_scales_is_taken(
+    before: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from megatron.core import dist_checkpointing
+
+    from megatron_lighthouse import notice
+    from megatron_lighthouse.mcore.loop import weights
+
+    trained, fresh, args = model(**before), model(), Namespace(attention="lighthouse")
+    for core in cores(trained):
+        attend(core)
+    dist_checkpointing.save({"model": trained.sharded_state_dict(), "args": args}, str(tmp_path))
+    monkeypatch.setattr(weights, "get_checkpoint_name", lambda *_, **__: str(tmp_path))
+    monkeypatch.setattr(weights, "attention_problems", lambda *_: [])
+    notice._say.cache_clear()
+
+    def load(load_dir: str, args: Any, rank0: bool, state: Any, *rest: Any) -> tuple[Any]:
+        return (dist_checkpointing.load(state, load_dir),)
+
+    (found,) = weights.load_base(load, str(tmp_path), args, False, {"model": fresh.sharded_state_dict()}, 1, True)
+    fresh.load_state_dict(found["model"])
+    assert [bool(core.history) for core in cores(fresh)] == [not before] * 6
+    assert ("has no scales of FP8 attention: these begin anew" in caplog.text) == bool(before)
+    torch.testing.assert_close(fresh.state_dict()["output_layer.weight"], trained.state_dict()["output_layer.weight"])
+
+
+def test_a_layer_keeps_its_scales_at_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_lighthouse.mcore.loop import switch
+
+    now = [1]
+    monkeypatch.setattr(switch, "iteration", lambda: now[0])
+    settings = LighthouseSettings(SETTINGS.config, dense_first=1, dense_last=2, rope="mean", stage2=Stage2(at=2))
+    core = cores(model(settings))[1]
+    attend(core)
+    now[0] = 3
+    attend(core, 2.0)
+    assert core.rows == [SETTINGS.config.geometry(N).gathered_length, N]
+    assert len(core.history) == 2, "the dense layer goes on with the same history"
+
+
+def test_the_flag() -> None:
+    """Megatron has the setting, and no flag: where it gets one, ours must not stand in its way."""
+    from argparse import ArgumentParser
+
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
+
+    parser = with_all_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
+    assert parser.parse_args([fp8.FLAG]).fp8_dot_product_attention
+    assert not parser.parse_args([]).fp8_dot_product_attention
+    assert fp8.add_arguments(parser) is parser
+
+
+def test_layers_that_share_a_spec_are_of_one_class() -> None:
+    from megatron_lighthouse.mcore.attention.scales import class_with_scales
+
+    once = class_with_scales(Engine)
+    assert once is not Engine
+    assert class_with_scales(once) is once
+    assert once.__module__ == Engine.__module__, "by which it is known as Transformer Engine's"

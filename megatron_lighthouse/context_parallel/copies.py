@@ -12,8 +12,9 @@ between calls without a graph.
 
 What a rank waits for, the others have been given before by the order of the program, which is one on all ranks: so nobody waits
 for what comes later, even where all streams share one queue (CUDA_DEVICE_MAX_CONNECTIONS=1). A graph keeps no order but that of
-what depends on each other. So a message is waited for only after the own one of that hop has left: all that a wait comes after
-in the program it comes after in the graph too, in whatever order its branches are run.
+what depends on each other. So a message is waited for only after the own one of that hop has left, and what NCCL sends in a
+layer (its halo) before a message is: all that a wait comes after in a layer it comes after in its graph too, in whatever order
+the branches are run.
 """
 
 from __future__ import annotations

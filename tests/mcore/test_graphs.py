@@ -69,7 +69,7 @@ def test_make_train_on_one_gpu_takes_them(said: list[str]) -> None:
         ("--use-checkpoint-args", "--use-checkpoint-args"),
         ("--dataloader-inter-document-masking", "each batch has other documents"),
         ("--lighthouse-telemetry-interval 5 --tensorboard-dir t", "cannot look into the graphs"),
-        ("--lighthouse-stage2-at 5", "would change nothing"),
+        ("--lighthouse-stage2-at 5", "not tried with --lighthouse-stage2-at 5"),
         ("--mlp-tile-tokens 512", "not tried in a graph"),
         ("--eval-iters 2 --eval-micro-batch-size 2", "--eval-micro-batch-size 2"),
         ("--cpu-offloading-num-layers 2", "never gives back memory"),

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import copy
+from typing import Any
 
+from megatron_lighthouse.context_parallel.schemes import SWITCH
+from megatron_lighthouse.lighthouse.config import flag
 from megatron_lighthouse.mcore.command_line import pyramid
 from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern
+from megatron_lighthouse.mcore.command_line.stage import Stage2
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.variants import VARIANTS
 
@@ -35,6 +39,7 @@ UNTRIED = (
     "recompute_granularity",
     "use_megatron_fsdp",
     "use_torch_fsdp2",
+    "lighthouse_stage2_at",
 )
 """Options with which graphs have not been tried: `--graphs auto` leaves them off."""
 OFFLOADS = ("cpu_offloading", "cpu_offloading_num_layers", "fine_grained_activation_offloading")
@@ -54,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def kind_of(args: argparse.Namespace) -> str:
-    """Megatron's --cuda-graph-impl, by its older names too."""
+def kind_of(args: Any) -> str:
+    """Megatron's --cuda-graph-impl, by its older names too; of arguments or a TransformerConfig."""
     older = (kind for name, kind in OLDER.items() if getattr(args, name, False))
     return str(next(older, getattr(args, "cuda_graph_impl", "none")))
 
@@ -92,6 +97,59 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
         yield (
             f"--step-batch-size-schedule {schedule} with {asked}, which captures as many micro-batches as the first iterations "
             "have: use --cuda-graph-impl local, or leave one of them out."
+        )
+
+
+def copies_problems(config: Any, comm_types: Sequence[str]) -> Iterator[str]:
+    """What rows that ranks copy to each other do not go with: this project's own attention over shards, dense too.
+
+    Graphs of whole passes can be repeated (`context_parallel.copies`), and Megatron's `local` and `full_iteration` capture
+    whole layers, forward and backward. What Transformer Engine's helper captures has not been tried.
+    """
+    kind = kind_of(config)
+    if kind == "transformer_engine" and copied(comm_types):
+        yield (
+            f"--cuda-graph-impl {kind} is not tried with --cp-comm-type p2p, which copies between GPUs: use --cuda-graph-impl "
+            f"local, --cp-comm-type all_gather, or set {SWITCH}=0 in the environment."
+        )
+
+
+def beside_copies(args: argparse.Namespace, config: Any, comm_types: Sequence[str]) -> Iterator[str]:
+    """What else may not be under way in a graph that holds such copies.
+
+    A graph keeps the order of what depends on each other alone. A rank's wait for a message comes after all that the message
+    waits for elsewhere, but not after the reductions and sends of other groups that were begun before it in the program: where
+    branches share a queue, ranks of several groups could wait for each other in a circle. Within a layer there are none.
+    """
+    beside = [name for name in ("overlap_grad_reduce", "overlap_param_gather") if getattr(args, name, False)]
+    if (getattr(args, "pipeline_model_parallel_size", 1) or 1) > 1:
+        beside.append("pipeline_model_parallel_size")
+    if kind_of(config) == "full_iteration" and copied(comm_types) and beside:
+        yield (
+            f"--cuda-graph-impl full_iteration with --{beside[0].replace('_', '-')} and --cp-comm-type p2p, which copies "
+            "between GPUs, could have ranks wait for each other in a circle: use --cuda-graph-impl local, or set "
+            f"{SWITCH}=0 in the environment."
+        )
+
+
+def copied(comm_types: Sequence[str]) -> bool:
+    """Whether rows may go by copies. Which ranks can is known when they have met."""
+    return "p2p" in comm_types and os.environ.get(SWITCH) != "0"
+
+
+def switch_problems(config: Any, stage2: Stage2) -> Iterator[str]:
+    """Which kinds cannot capture anew at a switch of stage: see `loop.captured`."""
+    kind, at = kind_of(config), stage2.at
+    if kind == "transformer_engine":
+        yield (
+            f"--cuda-graph-impl {kind} captures once, so that {flag('stage2_at')} {at} would change nothing: use "
+            f"--cuda-graph-impl local, or leave one of them out (--exit-interval {at} and a second job with --attention dense "
+            "give the same run)."
+        )
+    elif kind != "none" and stage2.over > 1:
+        yield (
+            f"--cuda-graph-impl {kind} would be captured anew for each of the layers that become dense over "
+            f"{flag('return_iters')} {stage2.over}: use {flag('return')} hard, or leave it out."
         )
 
 

@@ -20,7 +20,7 @@ from megatron_lighthouse.mcore.loop import captured, switch
 from tests.mcore.test_spec import SETTINGS, transformer_config
 
 
-class Layer(MegatronModule):
+class Layer(MegatronModule):  # type: ignore[misc]
     """Gives its input times the stage; what was captured, times that stage for ever."""
 
     stage = 1.0
@@ -111,7 +111,7 @@ def test_nothing_is_forgotten_before_a_capture(stand_in: list[str]) -> None:
     assert not torch.cuda.synchronize.called  # type: ignore[attr-defined]
 
 
-class Iterations(FullCudaGraphWrapper):
+class Iterations(FullCudaGraphWrapper):  # type: ignore[misc]
     """Whole iterations: eager ones give the stage, captured ones that of their capture."""
 
     def __init__(self) -> None:
@@ -154,7 +154,7 @@ def test_at_a_switch_whole_iterations_are_captured_again(monkeypatch: pytest.Mon
 
 
 def test_the_switch_forgets_before_the_first_iteration_of_other_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    dense, forgotten = iter([0, 0, 5, 5, 5]), []
+    dense, forgotten = iter([0, 0, 5, 5, 5]), list[Any]()
     monkeypatch.setattr(switch, "_tell", lambda settings, before: next(dense))
     monkeypatch.setattr(captured, "forget", forgotten.append)
     follows = switch.Switch(SETTINGS)

@@ -99,6 +99,7 @@ TOGETHER = [
     Run("dense", 32768, 2),
     Run("dense", 98304, 2, steps=8),
     Run("lighthouse", 98304, 2, "TP", TENSOR),
+    graphs("lighthouse", 32768, 2),
     graphs("lighthouse", 32768, 2, "graphs, by NCCL", **{SWITCH: "0"}),
 ]
 

@@ -1,13 +1,20 @@
 """Copies: tensors straight into the memory of another GPU of this machine, by its copy engines.
 
 NCCL's kernels take SMs. Attention kernels are one persistent block an SM, so what NCCL sends beside them costs about its own
-time, which a copy engine does not. Each rank has two slots a channel in memory that its peers can write (torch's symmetric
-memory). The sender writes the tensors, then a counter, for which the receiver's stream waits; when that has read the slot, it
-writes a counter for which the sender waits before it fills the slot anew. No kernel spins for that: it is streams that wait.
+time, which a copy engine does not. Each rank has slots and flags in memory that its peers can write (torch's symmetric memory).
+The sender takes the flag that says that the slot is free, writes the tensors, and gives the receiver a flag, which the
+receiver's stream takes; when that has read the slot, it gives a flag to who fills the slot next. To take is to wait until a
+flag is 1, and to make it 0. No kernel spins for that: it is streams that wait.
 
-Every rank sends a message when another does, so the messages of a channel have the same numbers everywhere. What a stream waits
-for has been given to its GPU before, by the order of the program, which is one on all ranks: so nobody waits for what comes
-later, even where all streams share one queue (CUDA_DEVICE_MAX_CONNECTIONS=1).
+A pass is one message a hop, in turn: in hop h each rank sends to the rank h places after it (or before it). It takes as many
+flags as it gives, and leaves them all as it found them; so a CUDA graph of whole passes can be repeated, between others and
+between calls without a graph.
+
+What a rank waits for, the others have been given before by the order of the program, which is one on all ranks: so nobody waits
+for what comes later, even where all streams share one queue (CUDA_DEVICE_MAX_CONNECTIONS=1). A graph keeps no order but that of
+what depends on each other. So a message is waited for only after the own one of that hop has left, and what NCCL sends in a
+layer (its halo) before a message is: all that a wait comes after in a layer it comes after in its graph too, in whatever order
+the branches are run.
 """
 
 from __future__ import annotations
@@ -15,9 +22,8 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,12 +32,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_lighthouse.context_parallel.gpu import Gpu, refuse_in_capture
 from megatron_lighthouse.context_parallel.schemes import SWITCH
 from megatron_lighthouse.notice import say_once
 
 SLOTS = 2
+"""Of a channel at most: one is filled while the other is read."""
 ALIGNMENT = 256
-COUNTER = 4
+FLAG = 4
 """Bytes."""
 
 _of_group: dict[dist.ProcessGroup, Copies | str] = {}
@@ -42,10 +50,11 @@ def copies_over(group: dist.ProcessGroup, device: torch.device) -> Copies | str:
     if device.type != "cuda":
         return "there is no GPU"
     if group not in _of_group:
+        refuse_in_capture()
         of_ranks: list[Any] = [None] * group.size()
         dist.all_gather_object(of_ranks, (*_asked(device), device.index), group=group)
         problem = problem_of_all(of_ranks)
-        _of_group[group] = problem or Copies(group.rank(), group.size(), _Gpu(group, device))
+        _of_group[group] = problem or Copies(group.rank(), group.size(), Gpu(group, device))
         how = f"NCCL, beside whose kernels attention is slower: {problem}" if problem else "copy engines"
         say_once(f"lighthouse: keys, values and their gradients travel by {how}.")
     return _of_group[group]
@@ -102,53 +111,63 @@ def _problem(device: torch.device) -> str | None:
 
 @dataclass
 class _Channel:
-    """Slots in the memory of every rank, and counters: of messages that have arrived at it, and that it knows to be read."""
+    """Slots in the memory of every rank, and flags: of messages that have come, and of slots elsewhere that are free."""
 
     slots: Any
-    counters: Any
+    flags: Any
     room: int
     """Bytes of a slot."""
-    messages: int = 0
-    """Sent by this rank, and so expected by it."""
-    closed: int = 0
-    reader: Any = None
-    """The stream that read the last message that was closed."""
+    size: int
+    """Ranks."""
+    hop: int = 0
+    """Of the last message."""
+    open: set[int] = field(default_factory=set)
+    """Hops of messages that are not closed."""
 
-    def arrived(self, at: int, by: int) -> int:
-        """The address, on rank `at`, of the number of messages that have come, the last of them from `by`."""
-        return int(self.counters.buffer_ptrs[at]) + COUNTER * by
+    def came(self, rank: int, hop: int) -> int:
+        """The address of the flag of `rank` that the message of this hop has come to it."""
+        return int(self.flags.buffer_ptrs[rank]) + FLAG * hop
 
-    def read(self, at: int, by: int) -> int:
-        """The address, on rank `at`, of the number of messages that `by` has read."""
-        return self.arrived(at, by) + COUNTER * len(self.counters.buffer_ptrs)
+    def free(self, rank: int, hop: int) -> int:
+        """The address of the flag of `rank` that the slot is free where its message of this hop goes."""
+        return self.came(rank, self.size + hop)
+
+    def next_in_slot(self, hop: int) -> int:
+        """The hop whose message comes into the same slot next, in this pass or another."""
+        return hop + SLOTS if hop + SLOTS < self.size else (hop - 1) % SLOTS + 1
 
 
 class Copies:
     """Messages between the ranks of a group."""
 
-    def __init__(self, rank: int, size: int, gpu: _Gpu) -> None:
+    def __init__(self, rank: int, size: int, gpu: Gpu) -> None:
         self.rank, self.size, self.gpu = rank, size, gpu
         self.channels: dict[str, _Channel] = {}
 
-    def send(
-        self, channel: str, tensors: Sequence[Tensor], to: int, by: int, shapes: Sequence[torch.Size], room: int
-    ) -> Message:
-        """Begin to copy contiguous `tensors` to rank `to`, and expect tensors of `shapes` and the same dtypes of rank `by`.
+    def send(self, channel: str, tensors: Sequence[Tensor], hop: int, shapes: Sequence[torch.Size], room: int) -> Message:
+        """Begin to copy contiguous `tensors` `hop` places on, and expect some of `shapes` and the same dtypes from as far back.
 
         Args:
+            hop: 1 to C - 1, in turn, over and over; all negative in a channel whose messages go back.
             room: bytes of the largest message, the same on all ranks.
+
+        Raises:
+            RuntimeError: a message that is not this channel's next, or that no slot is free for.
         """
         at = self._channel(channel, room + ALIGNMENT * len(tensors))
-        number, at.messages = at.messages, at.messages + 1
-        if at.closed < number + 1 - SLOTS:  # it would wait for this rank itself
-            raise RuntimeError(f"{channel}: message {number} is sent while {at.closed} and later ones are open.")
-        begin = number % SLOTS * at.room
+        to, number = (self.rank + hop) % self.size, abs(hop)
+        if number != at.hop % (self.size - 1) + 1 or len(at.open) == min(SLOTS, self.size - 1):  # it would wait for itself
+            raise RuntimeError(f"{channel}: hop {hop} is sent after hop {at.hop}, while hops {sorted(at.open)} are open.")
+        at.hop = number
+        at.open.add(number)
+        begin = (number - 1) % SLOTS * at.room
         with self.gpu.copying():
-            self.gpu.wait(at.read(self.rank, to), number + 1 - SLOTS)
+            self.gpu.take(at.free(self.rank, number))
             for x, target in zip(tensors, self._views(at, to, begin, [x.shape for x in tensors], tensors), strict=True):
                 self.gpu.copy(target, x)
-            self.gpu.write(at.arrived(to, self.rank), number + 1)
-        return Message(self, at, number, by, self._views(at, self.rank, begin, shapes, tensors))
+            self.gpu.give(at.came(to, number))
+            left = self.gpu.left()
+        return Message(self, at, hop, self._views(at, self.rank, begin, shapes, tensors), left, tuple(tensors))
 
     def _views(self, at: _Channel, rank: int, begin: int, shapes: Sequence[torch.Size], like: Sequence[Tensor]) -> list[Tensor]:
         """Tensors of `shapes`, one after another from byte `begin` on in the slots of `rank`."""
@@ -159,13 +178,21 @@ class Copies:
         return views
 
     def _channel(self, name: str, room: int) -> _Channel:
-        """The channel, its slots of `room` bytes at least: all ranks make it at the same time, and larger ones later."""
-        room = -(-room // ALIGNMENT) * ALIGNMENT
+        """The channel, its slots of `room` bytes at least: all ranks make it at the same time, and larger ones later.
+
+        Slots that were outgrown stay: graphs may go on to use them, by the same flags.
+        """
+        room, slots = -(-room // ALIGNMENT) * ALIGNMENT, min(SLOTS, self.size - 1)
         at = self.channels.get(name)
         if at is None:
-            at = self.channels[name] = _Channel(self.gpu.shared(SLOTS * room), self.gpu.shared(2 * self.size * COUNTER), room)
+            refuse_in_capture()
+            at = _Channel(self.gpu.shared(slots * room), self.gpu.shared(2 * self.size * FLAG), room, self.size)
+            self.channels[name] = at
+            for hop in range(1, slots + 1):
+                self.gpu.give(at.free(self.rank, hop))
         elif at.room < room:
-            at.slots, at.room = self.gpu.shared(SLOTS * room), room
+            refuse_in_capture()
+            at.slots, at.room = self.gpu.shared(slots * room), room
         return at
 
 
@@ -175,114 +202,23 @@ class Message:
 
     copies: Copies
     channel: _Channel
-    number: int
-    by: int
+    hop: int
     tensors: list[Tensor]
+    left: Any
+    """When this rank's own message of the hop has left."""
+    sent: tuple[Tensor, ...]
+    """Kept until then."""
 
     def open(self) -> list[Tensor]:
-        """The tensors, for which the current stream waits."""
-        self.copies.gpu.wait(self.channel.arrived(self.copies.rank, self.by), self.number + 1)
+        """The tensors, for which the current stream waits. Once."""
+        self.copies.gpu.wait(self.left)
+        self.sent = ()
+        self.copies.gpu.take(self.channel.came(self.copies.rank, abs(self.hop)))
         return self.tensors
 
     def close(self) -> None:
-        """Give the slot back, once what the current stream has been given is done. In the order in which messages came."""
-        if self.number != self.channel.closed:
-            raise RuntimeError(f"message {self.number} is closed before {self.channel.closed}.")
-        self.channel.closed += 1
-        self.channel.reader = self.copies.gpu.after(self.channel.reader)
-        for rank in range(self.copies.size):
-            if rank != self.copies.rank:
-                self.copies.gpu.write(self.channel.read(rank, self.copies.rank), self.number + 1)
-
-
-class _Gpu:
-    """What copies ask of a GPU: shared memory, a stream of their own, and streams that wait for each other across GPUs."""
-
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        self.group, self.device = group, device
-        self.stream = torch.cuda.Stream(device, priority=-1)
-        self.memory: list[Tensor] = []
-
-    def shared(self, size: int) -> Any:
-        """`size` bytes of zeros on every rank, and where those of the others are: torch's handle of symmetric memory."""
-        from torch.distributed import _symmetric_memory as symmetric
-
-        torch.cuda.empty_cache()  # what follows is taken from beside torch's cache, which may hold all
-        outcome: list[Any] = [None] * self.group.size()
-        problem = None
-        try:
-            memory = symmetric.empty(size, dtype=torch.uint8, device=self.device).zero_()
-        except Exception as error:
-            problem = f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
-        dist.all_gather_object(outcome, problem, group=self.group)
-        if any(outcome):  # on every rank, or the others would wait for this one
-            raise RuntimeError(
-                f"{size / 2**20:,.0f} MiB for messages between GPUs, beside torch's cache, cannot be had: "
-                f"{next(filter(None, outcome))}. Leave more memory, or set {SWITCH}=0 in the environment: then NCCL sends them."
-            )
-        self.memory.append(memory)
-        with _without_multicast():
-            shared = symmetric.rendezvous(memory, self.group)
-        elsewhere = int(shared.buffer_ptrs[self.group.rank()]) != memory.data_ptr()
-        torch.cuda.synchronize(self.device)
-        dist.all_gather_object(outcome, elsewhere, group=self.group)  # and nobody writes before all are zero
-        if any(outcome):
-            raise RuntimeError(f"torch {torch.__version__} puts symmetric memory elsewhere than expected: set {SWITCH}=0.")
-        return shared
-
-    @contextmanager
-    def copying(self) -> Iterator[None]:
-        """What is done inside begins when what the current stream has been given is done, and lets it go on."""
-        if torch.cuda.is_current_stream_capturing():  # a graph would repeat the numbers of its messages
-            raise RuntimeError(f"copies between GPUs cannot be captured in a CUDA graph: set {SWITCH}=0.")
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            yield
-
-    def after(self, before: torch.cuda.Stream | None) -> torch.cuda.Stream:
-        """The current stream, which goes on when what the stream `before` has been given is done."""
-        current = torch.cuda.current_stream(self.device)
-        if before is not None and before != current:
-            current.wait_stream(before)
-        return current
-
-    def copy(self, target: Tensor, x: Tensor) -> None:
-        target.copy_(x)
-        x.record_stream(self.stream)
-
-    def wait(self, address: int, value: int) -> None:
-        """What follows in the current stream begins when the counter at `address` is `value` or more, counted around."""
-        from cuda.bindings import driver
-
-        flag = driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
-        _check(driver.cuStreamWaitValue32(self._current(), address, value % 2**32, flag))
-
-    def write(self, address: int, value: int) -> None:
-        """The counter becomes `value` when what the current stream has been given is done and seen by all GPUs."""
-        from cuda.bindings import driver
-
-        flag = driver.CUstreamWriteValue_flags.CU_STREAM_WRITE_VALUE_DEFAULT
-        _check(driver.cuStreamWriteValue32(self._current(), address, value % 2**32, flag))
-
-    def _current(self) -> int:
-        return torch.cuda.current_stream(self.device).cuda_stream
-
-
-@contextmanager
-def _without_multicast() -> Iterator[None]:
-    """torch would set up NVLink multicast too, which nothing here uses and which has failures of its own."""
-    name = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-def _check(result: tuple[Any, ...]) -> None:
-    if result[0].value:
-        raise RuntimeError(f"CUDA refuses a stream memory operation: {result[0].name}")
+        """Give the slot to who fills it next, once what the current stream has been given is done."""
+        self.channel.open.remove(abs(self.hop))
+        following = self.channel.next_in_slot(abs(self.hop))
+        by = (self.copies.rank - (following if self.hop > 0 else -following)) % self.copies.size
+        self.copies.gpu.give(self.channel.free(by, following))

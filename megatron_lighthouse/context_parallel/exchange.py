@@ -17,7 +17,7 @@ from megatron_lighthouse.context_parallel.copies import Copies, copies_over
 from megatron_lighthouse.sequence.layout import Layout
 
 sent: dict[str, int] = {}
-"""Bytes that this process has sent to other ranks, by purpose: what the `sent` of a variant is held to."""
+"""Bytes that this process has sent to other ranks, by purpose, but for what graphs repeat: what a variant's `sent` is held to."""
 
 
 class Parcel(Protocol):
@@ -88,18 +88,22 @@ class Exchange:
         return dist.batch_isend_irecv(operations) if operations else []
 
     def swap(
-        self, tensors: Sequence[Tensor], to: int, by: int, shapes: Sequence[torch.Size], purpose: str, channel: str, room: int
+        self, tensors: Sequence[Tensor], hop: int, shapes: Sequence[torch.Size], purpose: str, channel: str, room: int
     ) -> Parcel:
-        """Begin to send contiguous tensors to rank `to`; what `by` sends comes as tensors of `shapes` and the same dtypes.
+        """Begin to send contiguous tensors to the rank `hop` places after this one (before it, where that is negative).
+
+        What the rank as far on the other side sends comes as tensors of `shapes` and the same dtypes.
 
         Args:
-            channel: names messages of which a rank has two open at most, and closes them in the order in which they come.
+            hop: 1 to C - 1 in turn in each pass, or -1 to 1 - C.
+            channel: names passes of one direction. A rank has two messages open at most, and one where C is 2.
             room: bytes of the largest message, the same on all ranks.
         """
         if copies := self.copies(tensors[0].device):
             for x in tensors:
                 _count(purpose, x)
-            return copies.send(channel, tensors, to, by, shapes, room)
+            return copies.send(channel, tensors, hop, shapes, room)
+        to, by = ((self.rank + way) % self.size for way in (hop, -hop))
         received = [x.new_empty(shape) for x, shape in zip(tensors, shapes, strict=True)]
         works = self.start([(x, to) for x in tensors], [(x, by) for x in received], purpose)
         return _Received(received, works, tuple(tensors))

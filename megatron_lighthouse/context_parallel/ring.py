@@ -173,7 +173,7 @@ class _Arriving:
         to, by = (rank + hop) % size, (rank - hop) % size
         parts = [x[_seen(rank, to, x)] for x in self.far]
         shapes = [x[_seen(by, rank, x)].shape for x in self.far]
-        return by, self.exchange.swap(parts, to, by, shapes, "attend", "keys", sum(x.nbytes for x in self.far))
+        return by, self.exchange.swap(parts, hop, shapes, "attend", "keys", sum(x.nbytes for x in self.far))
 
 
 class _Sum:
@@ -217,13 +217,13 @@ class _Returning:
         assert self.packed is not None
         if parcel := self._arrive():
             parcel.close()
-        (rank, parts), self.packed = self.packed, None
+        (_, parts), self.packed = self.packed, None
         self.hop += 1
         by = (self.exchange.rank + self.hop) % self.exchange.size
         rows = _seen(self.exchange.rank, by, self.sums[0].like)
         shapes = [x.like[rows].shape for x in self.sums]
         room = sum(x.like.nbytes for x in self.sums)
-        self.under_way = rows, self.exchange.swap(parts, rank, by, shapes, "attend", "gradients", room)
+        self.under_way = rows, self.exchange.swap(parts, -self.hop, shapes, "attend", "gradients", room)
 
     def added_to(self, own: Tensors) -> Tensors:
         """This rank's gradients and all that came."""

@@ -11,7 +11,7 @@ from megatron_lighthouse.variants import VARIANTS
 
 MAY_CHANGE = """
     --attention --save --load --save-interval --exit-interval --eval-interval --eval-iters --log-interval --data-cache-path
-    --lighthouse-selection-map --num-workers --distributed-backend --use-cpu-initialization --context-parallel-size
+    --lighthouse-selection-map --graphs --num-workers --distributed-backend --use-cpu-initialization --context-parallel-size
     --tensor-model-parallel-size --pipeline-model-parallel-size --sequence-parallel --cp-comm-type --bf16 --fp16
     --lr --min-lr --lr-decay-style --lr-warmup-fraction --lr-warmup-iters --weight-decay --clip-grad
 """.split()
@@ -25,6 +25,7 @@ MAY_BEGIN = (
     "--no-",
     "--override-",
     "--dist-",
+    "--cuda-graph-",
 )
 """How a flag may begin that changes neither data nor steps nor model."""
 

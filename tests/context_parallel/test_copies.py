@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from queue import Queue
-from threading import Barrier, Thread
-from types import SimpleNamespace
+from contextlib import nullcontext
+from random import Random
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -21,110 +19,18 @@ from torch import Tensor
 
 from megatron_lighthouse.context_parallel import copies as copies_module
 from megatron_lighthouse.context_parallel import exchange as exchange_module
-from megatron_lighthouse.context_parallel.copies import Copies, Message, _Channel, _Gpu, copies_over, problem_of_all
+from megatron_lighthouse.context_parallel.copies import Copies, Message, copies_over, problem_of_all
 from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.context_parallel.gpu import Gpu as RealGpu
 from megatron_lighthouse.context_parallel.parts import Part
 from megatron_lighthouse.context_parallel.ring import Ring
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.softmax.blocks import BLOCKS
+from tests.context_parallel.stand_in_gpu import Gpu, Shared, World
 from tests.ranks import run_ranks
 from tests.tolerances import assert_close
 
 BATCH, HEADS, GROUPS, DIM = 2, 4, 2, 8
-SECONDS = 20.0
-
-
-@dataclass
-class World:
-    """What the threads of a test share."""
-
-    size: int
-    barrier: Barrier = field(init=False)
-    memory: list[list[Tensor]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.barrier = Barrier(self.size)
-
-
-@dataclass
-class Shared:
-    """As torch's handle of symmetric memory."""
-
-    buffers: list[Tensor]
-
-    @property
-    def buffer_ptrs(self) -> list[int]:
-        return [x.data_ptr() for x in self.buffers]
-
-    def get_buffer(self, rank: int, shape: Sequence[int], dtype: torch.dtype, offset: int) -> Tensor:
-        return self.buffers[rank].view(dtype)[offset : offset + math.prod(shape)].view(shape)
-
-
-class Gpu:
-    """Work given to the copying stream is done by a thread, in order and late; all other at once.
-
-    With `one_queue` that too, as where all streams share one: what waits for later work then waits for ever.
-    """
-
-    def __init__(self, rank: int, world: World, one_queue: bool) -> None:
-        self.rank, self.world, self.one_queue, self.inside = rank, world, one_queue, False
-        self.queue: Queue[Callable[[], None]] = Queue()
-        Thread(target=self._copy_for_ever, daemon=True).start()
-
-    def shared(self, size: int) -> Shared:
-        own = torch.zeros(size, dtype=torch.uint8)
-        if self.rank == 0:
-            self.world.memory.append([torch.empty(0)] * self.world.size)
-        self.world.barrier.wait(SECONDS)
-        buffers = self.world.memory[-1]
-        buffers[self.rank] = own
-        self.world.barrier.wait(SECONDS)
-        return Shared(buffers)
-
-    @contextmanager
-    def copying(self) -> Iterator[None]:
-        self.inside = True
-        yield
-        self.inside = False
-
-    def after(self, before: None) -> None:
-        """All is given to one stream here."""
-
-    def copy(self, target: Tensor, x: Tensor) -> None:
-        self._give(lambda: target.copy_(x))
-
-    def wait(self, address: int, value: int) -> None:
-        counter = self._counter(address)
-
-        def wait() -> None:
-            end = time.monotonic() + SECONDS
-            while int(counter) < value:
-                assert time.monotonic() < end, f"rank {self.rank} waits for {value} for ever, and has {int(counter)}"
-                time.sleep(1e-5)
-
-        self._give(wait)
-
-    def write(self, address: int, value: int) -> None:
-        counter = self._counter(address)
-        self._give(lambda: counter.fill_(value))
-
-    def _counter(self, address: int) -> Tensor:
-        for shared in self.world.memory:
-            for memory in shared:
-                if 0 <= (offset := address - memory.data_ptr()) < memory.nbytes:
-                    return memory.view(torch.int32)[offset // 4]
-        raise AssertionError("an address that nobody has")
-
-    def _give(self, work: Callable[[], Any]) -> None:
-        if self.inside and not self.one_queue:
-            self.queue.put(work)
-        else:
-            work()
-
-    def _copy_for_ever(self) -> None:
-        with torch.no_grad():
-            while True:
-                self.queue.get()()
 
 
 class Slow:
@@ -166,6 +72,9 @@ def test_ring_by_copies_equals_one_rank(size: int, one_queue: bool, monkeypatch:
 
     with ThreadPoolExecutor(size) as pool:
         found = list(pool.map(of_rank, range(size)))
+    flags = [[memory.view(torch.int32).tolist() for memory in shared] for shared in world.memory if shared[0].nbytes < 64]
+    at_rest = [0] * (size + 1) + [1] * min(2, size - 1) + [0] * max(0, size - 3)
+    assert flags == [[at_rest] * size] * 2, "a pass does not leave flags as it found them"
     layout: Any = Exchange(0, Layout(size, 0))  # type: ignore[arg-type]
     for number, case in enumerate(cases):
         for part, expected in enumerate(_attention(*case)):
@@ -187,32 +96,27 @@ def test_ranks_agree_on_why_they_cannot(of_ranks: list[tuple[str | None, str, in
     assert found is problem if problem is None else problem in str(found)
 
 
-def test_messages_out_of_order_are_refused() -> None:
-    """A rank that would wait for itself, or give back a slot that is still read, must not go on in silence."""
-    copies = Copies(0, 1, Gpu(0, World(1), one_queue=False))  # type: ignore[arg-type]
-    x = torch.zeros(4)
-    first, second = (copies.send("keys", [x], 0, 0, [x.shape], x.nbytes) for _ in range(2))
-    with pytest.raises(RuntimeError, match="message 1 is closed before 0"):
-        second.close()
-    with pytest.raises(RuntimeError, match="message 2 is sent while 0"):
-        copies.send("keys", [x], 0, 0, [x.shape], x.nbytes)
+def test_messages_out_of_turn_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that would wait for itself, or leave flags other than it found them, must not go on in silence."""
+    gpu = Gpu(0, World(1), one_queue=True)
+    monkeypatch.setattr(gpu, "shared", lambda size: Shared([torch.zeros(size, dtype=torch.uint8)] * 3))
+    monkeypatch.setattr(gpu, "_flag", lambda address: torch.ones((), dtype=torch.int32))
+    monkeypatch.setattr(gpu, "give", lambda address: None)
+    copies, x = Copies(0, 3, gpu), torch.zeros(4)  # type: ignore[arg-type]
+
+    def send(hop: int) -> Message:
+        return copies.send("keys", [x], hop, [x.shape], x.nbytes)
+
+    with pytest.raises(RuntimeError, match="hop 2 is sent after hop 0"):
+        send(2)
+    first, second = send(1), send(2)
+    with pytest.raises(RuntimeError, match=r"hop 1 is sent after hop 2, while hops \[1, 2\] are open"):
+        send(1)
     first.close()
-
-
-def test_slots_are_given_back_in_order_from_several_streams() -> None:
-    """Else the counter of a later message would tell the sender that an earlier one has been read too."""
-    current: list[Any] = [mock.Mock(name="one"), mock.Mock(name="another")]
-    gpu = object.__new__(_Gpu)
-    gpu.device = torch.device("cpu")
-    copies = Copies(0, 2, gpu)
-    at = _Channel(None, SimpleNamespace(buffer_ptrs=[0, 64]), 0)
-    messages = [Message(copies, at, number, 1, []) for number in range(3)]
-    one, another = current
-    with mock.patch.object(_Gpu, "write"), mock.patch.object(torch.cuda, "current_stream") as stream:
-        for message, stream.return_value in zip(messages, (one, another, another), strict=True):
-            message.close()
-    assert not one.wait_stream.called
-    another.wait_stream.assert_called_once_with(one)
+    second.close()
+    with pytest.raises(RuntimeError, match="hop 2 is sent after hop 2"):
+        send(2)
+    send(1)
 
 
 def cannot_ask_on_one_rank(group: dist.ProcessGroup) -> str:
@@ -255,7 +159,7 @@ def no_room_on_one_rank(group: dist.ProcessGroup) -> str:
             raise torch.OutOfMemoryError("nothing left")
         return torch.empty(size, dtype=torch.uint8)
 
-    gpu = object.__new__(_Gpu)
+    gpu = object.__new__(RealGpu)
     gpu.group, gpu.device, gpu.memory = group, torch.device("cpu"), []
     with mock.patch.object(symmetric, "empty", empty), mock.patch.object(torch.cuda, "empty_cache"):
         try:
@@ -272,16 +176,96 @@ def test_no_rank_waits_for_one_that_has_no_room() -> None:
         assert "set LIGHTHOUSE_COPY_ENGINE=0" in said
 
 
-def test_the_copying_stream_waits_for_what_it_reads_and_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else it would copy what is not there yet, or what torch has given to others since."""
+def test_the_copying_stream_waits_for_what_it_reads_and_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would copy what is not there yet, what is given to others since, or be left over where a capture ends."""
     order: list[Any] = []
-    gpu: Any = object.__new__(_Gpu)
-    gpu.device, gpu.stream = torch.device("cpu"), SimpleNamespace(wait_stream=lambda other: order.append(("waits for", other)))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the current stream")
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: order.append(("in", stream)) or nullcontext())
-    x, target = mock.Mock(), SimpleNamespace(copy_=lambda source: order.append(("copies", source)))
+    gpu: Any = object.__new__(RealGpu)
+    gpu.device, gpu.stream = torch.device("cpu"), mock.Mock(wait_stream=lambda other: order.append(("waits for", other)))
+    current = mock.Mock(wait_event=lambda event: order.append(("current waits for", event)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+
+    def within(stream: Any) -> nullcontext[None]:
+        order.append(("in", stream))
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "stream", within)
+    target = SimpleNamespace(copy_=lambda source: order.append(("copies", source)))
     with gpu.copying():
-        gpu.copy(target, x)
-    assert order == [("waits for", "the current stream"), ("in", gpu.stream), ("copies", x)]
-    x.record_stream.assert_called_once_with(gpu.stream)
+        gpu.copy(target, "x")
+    gpu.wait(gpu.left())
+    assert order[:3] == [("waits for", current), ("in", gpu.stream), ("copies", "x")]
+    assert order[3:] == [("current waits for", current.record_event.return_value)]
+
+
+def test_a_flag_is_cleared_by_who_waited_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers that grow would be repeated by a graph: here every value is the same each time."""
+    driver = ModuleType("cuda.bindings.driver")
+    calls = mock.Mock()
+    calls.wait.return_value = calls.write.return_value = (SimpleNamespace(value=0),)
+    vars(driver).update({"cuStreamWaitValue32": calls.wait, "cuStreamWriteValue32": calls.write})
+    vars(driver)["CUstreamWaitValue_flags"] = SimpleNamespace(CU_STREAM_WAIT_VALUE_EQ="equal")
+    vars(driver)["CUstreamWriteValue_flags"] = SimpleNamespace(CU_STREAM_WRITE_VALUE_DEFAULT="default")
+    bindings = ModuleType("cuda.bindings")
+    vars(bindings)["driver"] = driver
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    gpu: Any = object.__new__(RealGpu)
+    gpu.device = torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    gpu.give(64)
+    gpu.take(64)
+    given, taken = mock.call.write(7, 64, 1, "default"), mock.call.wait(7, 64, 1, "equal")
+    assert calls.mock_calls == [given, taken, mock.call.write(7, 64, 0, "default")]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_a_captured_ring_repeats_what_it_does_without_a_graph(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, in any order that dependencies leave; between calls without a graph, also where these make slots anew."""
+    world = World(size)
+    gpus = [Gpu(rank, world) for rank in range(size)]
+    copies = [Copies(rank, size, gpu) for rank, gpu in enumerate(gpus)]  # type: ignore[arg-type]
+    monkeypatch.setattr(exchange_module, "copies_over", lambda group, device: copies[group])
+    cases = [_case(24, seed) for seed in range(12)]
+    between = [_case(n, n) for n in (48, 72)]
+
+    def of_rank(rank: int) -> None:
+        exchange: Any = Exchange(rank, Layout(size, rank))  # type: ignore[arg-type]
+        attend, random = Ring(Slow(rank), exchange), Random(rank)
+
+        def step(leaves: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
+            query, key, value = leaves
+            out = attend((query,), (key, value))
+            return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+        def given(case: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+            *leaves, grad = (exchange.own(x) for x in case)
+            return [x.requires_grad_() for x in leaves], grad
+
+        held = given(cases[0])
+        step(*held)
+        with gpus[rank].capturing() as graph:
+            results = step(*held)
+        for number, case in enumerate(cases):
+            leaves, grad = given(case)
+            with torch.no_grad():
+                for old, new in zip((*held[0], held[1]), (*leaves, grad), strict=True):
+                    old.copy_(new)
+            graph.replay(random, early=number % 3 - 1)
+            repeated = [x.clone() for x in results]
+            assert all(map(torch.equal, repeated, step(leaves, grad)))
+            if number in (3, 7):
+                step(*given(between[number // 4]))
+
+    with ThreadPoolExecutor(size) as pool:
+        list(pool.map(of_rank, range(size)))
+
+
+def test_ranks_do_not_agree_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of it would be done then; the first call of a size comes before."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="must be called with inputs of this size before a CUDA graph"):
+        copies_over(mock.Mock(), torch.device("cuda", 0))
+    gpu = mock.Mock()
+    with pytest.raises(RuntimeError, match="must be called with inputs of this size before a CUDA graph"):
+        Copies(0, 2, gpu).send("keys", [torch.zeros(2)], 1, [torch.Size([2])], 8)
+    assert not gpu.shared.called

@@ -40,7 +40,11 @@ LOCAL_RANKS = {"context_parallel_size": 2, "transformer_impl": "local"}
 REFUSED = [
     ({**LOCAL_RANKS, "cp_comm_type": "a2a+p2p"}, "--cp-comm-type a2a+p2p", "--transformer-impl transformer_engine"),
     ({**LOCAL_RANKS, "context_parallel_size": 4, "cp_comm_type": "a2a"}, "--cp-comm-type a2a", "--context-parallel-size 2"),
-    ({**LOCAL_RANKS, "cuda_graph_impl": "local"}, "--cuda-graph-impl local", "LIGHTHOUSE_COPY_ENGINE=0"),
+    (
+        {**LOCAL_RANKS, "cuda_graph_impl": "transformer_engine"},
+        "--cuda-graph-impl transformer_engine is not tried with --cp-comm-type p2p",
+        "LIGHTHOUSE_COPY_ENGINE=0",
+    ),
     (
         {**LOCAL_RANKS, "cuda_graph_impl": "local", "cp_comm_type": "all_gather"},
         "cannot capture rows that are dealt out to --context-parallel-size 2",
@@ -270,17 +274,29 @@ def test_dense_layers_are_given_a_mask_only_where_it_says_something(reset: bool)
     assert given.create_attention_mask_in_dataloader is reset
 
 
-def test_dense_attention_that_copies_cannot_be_captured_either(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_graphs_can_hold_dense_attention_that_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_lighthouse.mcore.command_line.arguments import use_attention
 
     config = transformer_config()
-    for name, value in {**LOCAL_RANKS, "cuda_graph_impl": "local"}.items():
+    for name, value in LOCAL_RANKS.items():
         setattr(config, name, value)
     model = Namespace(transformer=config, transformer_layer_spec=None)
-    with pytest.raises(ValueError, match=r"--cuda-graph-impl local would repeat .* use --cp-comm-type all_gather"):
-        use_attention(arguments("--attention", "dense", seq_length=256), model)
-    monkeypatch.setenv("LIGHTHOUSE_COPY_ENGINE", "0")
-    use_attention(arguments("--attention", "dense", seq_length=256), model)
+    given = arguments("--attention", "dense", seq_length=256, overlap_grad_reduce=True, overlap_param_gather=False)
+    refused = [
+        ("transformer_engine", r"--cuda-graph-impl transformer_engine is not tried .* use --cuda-graph-impl local"),
+        ("full_iteration", r"full_iteration with --overlap-grad-reduce .* in a circle: use --cuda-graph-impl local"),
+    ]
+    for kind, message in refused:
+        config.cuda_graph_impl = kind
+        with pytest.raises(ValueError, match=message):
+            use_attention(given, model)
+        with monkeypatch.context() as here:
+            here.setenv("LIGHTHOUSE_COPY_ENGINE", "0")
+            use_attention(given, model)
+    given.overlap_grad_reduce = False
+    use_attention(given, model)
+    config.cuda_graph_impl, given.overlap_grad_reduce = "local", True
+    use_attention(given, model)
 
 
 def test_the_entry_point_refuses_before_anything_starts(tmp_path: Path) -> None:

@@ -35,13 +35,14 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_auto_takes_them_where_they_save_time(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NCCL_GRAPH_REGISTER", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert graphs.taken(parsed("--graphs off"), gpu=True) == []
     assert not said
     assert graphs.taken(parsed(""), gpu=True) == []
     assert "--graphs auto turns them on" in said.pop()
     assert "NCCL_GRAPH_REGISTER" not in os.environ
-    assert graphs.taken(parsed("--graphs auto"), gpu=True) == ["--cuda-graph-impl", graphs.KIND]
-    assert "is taken" in said[0]
+    assert graphs.taken(parsed("--graphs auto"), gpu=True) == ["--cuda-graph-impl", "full_iteration", graphs.CHECK]
+    assert "full_iteration is taken" in said[0]
     assert os.environ["NCCL_GRAPH_REGISTER"] == "0"
     assert graphs.taken(parsed("--graphs auto"), gpu=False) == []
     assert graphs.taken(parsed("--graphs auto --cuda-graph-impl transformer_engine"), gpu=True) == []
@@ -54,7 +55,19 @@ def test_make_train_on_one_gpu_takes_them(said: list[str]) -> None:
     words = [*preset_for(1).arguments, "--attention", "lighthouse", "--train-iters", "9", "--eval-interval", "9"]
     given = flags.parse(words, with_all_arguments, strict=False)[0]
     given.recompute_granularity = None  # what it is with Transformer Engine
-    assert graphs.left_off(given) is None
+    assert given.graphs == "auto"
+    assert graphs.choice(given) == ("full_iteration", None)
+
+
+def test_where_one_kind_is_forbidden_another_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    schedule = parsed("--step-batch-size-schedule 0:8")
+    assert graphs.choice(schedule) == ("local", None)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # whose gradients are reduced beside the layers
+    assert graphs.choice(parsed("")) == ("local", None)
+    best, because = graphs.choice(parsed("--eval-iters 2 --eval-micro-batch-size 2"))
+    assert best is None
+    assert "--eval-micro-batch-size 2 with --cuda-graph-impl local" in str(because)
 
 
 @pytest.mark.parametrize(
@@ -69,11 +82,10 @@ def test_make_train_on_one_gpu_takes_them(said: list[str]) -> None:
         ("--use-checkpoint-args", "--use-checkpoint-args"),
         ("--dataloader-inter-document-masking", "each batch has other documents"),
         ("--lighthouse-telemetry-interval 5 --tensorboard-dir t", "cannot look into the graphs"),
-        ("--lighthouse-stage2-at 5", "would change nothing"),
+        ("--lighthouse-stage2-at 5", "not tried with --lighthouse-stage2-at 5"),
         ("--mlp-tile-tokens 512", "not tried in a graph"),
-        ("--eval-iters 2 --eval-micro-batch-size 2", "--eval-micro-batch-size 2"),
-        ("--cpu-offloading-num-layers 2", "never gives back memory"),
-        ("--fine-grained-activation-offloading --offload-modules core_attn", "never gives back memory"),
+        ("--cpu-offloading-num-layers 2", "not tried with --cpu-offloading-num-layers 2"),
+        ("--fine-grained-activation-offloading --offload-modules core_attn", "--fine-grained-activation-offloading True"),
     ],
 )
 def test_why_they_are_left_off(words: str, because: str, said: list[str]) -> None:
@@ -95,6 +107,7 @@ def test_why_they_are_left_off(words: str, because: str, said: list[str]) -> Non
         ("--cuda-graph-impl local --fine-grained-activation-offloading", "use --cuda-graph-impl transformer_engine"),
         ("--cuda-graph-impl local --eval-iters 2 --eval-micro-batch-size 2", "use --eval-micro-batch-size 1"),
         ("--cuda-graph-impl full_iteration --step-batch-size-schedule 0:8", "--step-batch-size-schedule"),
+        ("--cuda-graph-impl full_iteration --check-for-large-grads", "--check-for-large-grads with"),
     ],
 )
 def test_what_cannot_be_is_refused(words: str, message: str) -> None:

@@ -153,8 +153,12 @@ def test_what_does_not_go_with_it(megatron: None) -> None:
     given.skip_train, given.lighthouse_telemetry_interval = True, 0  # --as evaluation of the launch scripts
     assert use_attention(given, Namespace(transformer_layer_spec=None, transformer=config)).transformer_layer_spec is None
     config.cuda_graph_impl = "local"
+    check(config, replace(SETTINGS, stage2=Stage2(7)), None)
+    with pytest.raises(ValueError, match=r"--cuda-graph-impl local would be captured anew .* use --lighthouse-return hard"):
+        check(config, replace(SETTINGS, stage2=Stage2(7, 3)), None)
+    config.cuda_graph_impl = "transformer_engine"
     check(config, SETTINGS, None)
-    with pytest.raises(ValueError, match=r"--cuda-graph-impl local .* leave one of them out"):
+    with pytest.raises(ValueError, match=r"--cuda-graph-impl transformer_engine captures once, .* leave one of them out"):
         check(config, replace(SETTINGS, stage2=Stage2(7)), None)
     known = {action.dest for action in add_megatron_arguments(ArgumentParser())._actions}
     assert {"train_samples", "step_batch_size_schedule", "cuda_graph_impl", "skip_train"} <= known

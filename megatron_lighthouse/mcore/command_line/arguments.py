@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from megatron_lighthouse.mcore.command_line import documents, fp8, graphs, hybrid, layer_log, named, pyramid, rope, settings
-from megatron_lighthouse.mcore.command_line.checks import copies_in_a_graph, run_problems
+from megatron_lighthouse.mcore.command_line.checks import run_problems
 from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern
 from megatron_lighthouse.mcore.command_line.own_parts import (
     engine_problems,
@@ -116,8 +116,9 @@ def attention_problems(args: argparse.Namespace, config: Any, by_spec: bool, has
     if has_own_attention(config):
         yield from over_shards_problems(config)
         yield from scheme_problems(config)
-        if message := copies_in_a_graph(config, settings.comm_types_of(config)):
-            yield message
+        kinds = settings.comm_types_of(config) if config.context_parallel_size > 1 else []
+        yield from graphs.copies_problems(config, kinds)
+        yield from graphs.beside_copies(args, config, kinds)
 
 
 def config_of(args: argparse.Namespace) -> Any:

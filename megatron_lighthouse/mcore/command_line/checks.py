@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_lighthouse.context_parallel.schemes import SWITCH, comm_type_problem
+from megatron_lighthouse.context_parallel.schemes import comm_type_problem
 from megatron_lighthouse.lighthouse.config import flag
 from megatron_lighthouse.lighthouse.heads import heads_problem
 from megatron_lighthouse.lighthouse.remedies import Allowed, anything
-from megatron_lighthouse.mcore.command_line import documents, fp8, inner, named, rope, stored
+from megatron_lighthouse.mcore.command_line import documents, fp8, graphs, inner, named, rope, stored
 from megatron_lighthouse.mcore.command_line.layers import layer_problems, window_problem
 from megatron_lighthouse.mcore.command_line.lengths import limits_of, settings_problems
 from megatron_lighthouse.mcore.command_line.own_parts import engine_problems
@@ -69,6 +68,7 @@ def run_problems(args: Namespace, config: TransformerConfig, settings: Lighthous
     yield from fp8.run_problems(args, config)
     yield from _documents(args, config, settings)
     yield from _stage2(args, settings)
+    yield from graphs.beside_copies(args, config, own_comm_types(config, settings))
     kind = getattr(args, "position_embedding_type", None)
     positions = [*named.of_base(settings.base.position_problems(settings.base_config, kind), settings)]
     yield from positions
@@ -100,15 +100,15 @@ def model_problems(
             yield from layer_problems(settings.dense_first, settings.dense_last, holding, settings.edge_budget)
     if seq_length is None:
         return
-    size, graphs = config.context_parallel_size, getattr(config, "cuda_graph_impl", "none")
+    size, kind = config.context_parallel_size, graphs.kind_of(config)
     if found := [*settings_problems(settings, seq_length, size, allowed)]:
         yield from found
-    elif graphs != "none":
-        yield from settings.attention.graph_problems(settings.config, seq_length, size, graphs)
+    elif kind != "none":
+        yield from settings.attention.graph_problems(settings.config, seq_length, size, kind)
         if settings.base is not settings.attention:
-            yield from settings.base.graph_problems(settings.base_config, seq_length, size, graphs)
+            yield from settings.base.graph_problems(settings.base_config, seq_length, size, kind)
         if settings.edge:
-            yield from map(of_edge, settings.attention.graph_problems(settings.edge, seq_length, size, graphs))
+            yield from map(of_edge, settings.attention.graph_problems(settings.edge, seq_length, size, kind))
 
 
 def argument_problems(args: Namespace, settings: LighthouseSettings) -> Iterator[str]:
@@ -215,15 +215,9 @@ def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Ite
             f"--mtp-num-layers {further} makes layers that are to stay dense, and go by the numbers of the first of the model: "
             f"{use if settings.base.native else 'leave it out, or use --attention dense.'}"
         )
-    graphs = getattr(config, "cuda_graph_impl", "none")
-    if settings.stage2 is not None and graphs != "none":
-        at = settings.stage2.at
-        yield (
-            f"--cuda-graph-impl {graphs} repeats what the first iterations did, so that {flag('stage2_at')} {at} would change "
-            f"nothing: leave one of them out (--exit-interval {at} and a second job with --attention dense give the same run)."
-        )
-    if message := copies_in_a_graph(config, own_comm_types(config, settings)):
-        yield message
+    if settings.stage2 is not None:
+        yield from graphs.switch_problems(config, settings.stage2)
+    yield from graphs.copies_problems(config, own_comm_types(config, settings))
     yield from _comm_types(config, settings)
     yield from engine_problems(config) if settings.attention.switches else ()  # else no layer is dense
     yield from _streams(config, settings)
@@ -264,14 +258,3 @@ def _comm_types(config: TransformerConfig, settings: LighthouseSettings) -> Iter
     for kind in own_comm_types(config, settings):
         if message := comm_type_problem(kind, heads, groups, config.context_parallel_size):
             yield in_flags(message)
-
-
-def copies_in_a_graph(config: TransformerConfig, comm_types: Sequence[str]) -> str | None:
-    """Why a graph cannot hold this project's own attention over shards by these schemes, dense too; None where it can."""
-    graphs = getattr(config, "cuda_graph_impl", "none")
-    if graphs == "none" or "p2p" not in comm_types or os.environ.get(SWITCH) == "0":
-        return None
-    return (
-        f"--cuda-graph-impl {graphs} would repeat the numbers of the messages by which --cp-comm-type p2p copies between GPUs: "
-        f"leave it out, use --cp-comm-type all_gather, or set {SWITCH}=0 in the environment."
-    )

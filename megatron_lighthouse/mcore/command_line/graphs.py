@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import copy
+from typing import Any
 
+from megatron_lighthouse.context_parallel.schemes import SWITCH
+from megatron_lighthouse.lighthouse.config import flag
 from megatron_lighthouse.mcore.command_line import pyramid
 from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern
+from megatron_lighthouse.mcore.command_line.stage import Stage2
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.variants import VARIANTS
 
@@ -20,13 +24,16 @@ FLAG = "--graphs"
 AUTO, OFF = "auto", "off"
 BY_DEFAULT = OFF
 """Of `--graphs`."""
-KIND = "local"
-"""Of Megatron's --cuda-graph-impl: what `--graphs auto` takes."""
+KINDS = ("full_iteration", "local")
+"""Of Megatron's --cuda-graph-impl, what `--graphs auto` takes, the faster first: 0.198 and 0.206 s a step of the 530M model at
+32,768 tokens (one H200). The second alone where there are several ranks: what they reduce beside their layers is not in it."""
 MOST_TOKENS = 65536
 """Of a rank, at which graphs still save time: the host is the slower one at 32,768, and at 98,304 it is not (one H200)."""
-SAVE = "at 32,768 tokens they took a third off an iteration on an H200"
+SAVE = "at 32,768 tokens they took a fifth off an iteration on an H200, and more where the host was slower"
 SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size")
+OFFLOADS = ("cpu_offloading", "cpu_offloading_num_layers", "fine_grained_activation_offloading")
 UNTRIED = (
+    *OFFLOADS,
     "num_experts",
     "fp8",
     "fp4",
@@ -35,9 +42,9 @@ UNTRIED = (
     "recompute_granularity",
     "use_megatron_fsdp",
     "use_torch_fsdp2",
+    "lighthouse_stage2_at",
 )
 """Options with which graphs have not been tried: `--graphs auto` leaves them off."""
-OFFLOADS = ("cpu_offloading", "cpu_offloading_num_layers", "fine_grained_activation_offloading")
 OLDER = {"enable_cuda_graph": "local", "external_cuda_graph": "transformer_engine"}
 """What --cuda-graph-impl was called."""
 CHECK = "--no-check-for-nan-in-loss-and-grad"
@@ -48,14 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument_group("graphs").add_argument(
         FLAG,
         choices=[AUTO, OFF],
-        help=f"'{AUTO}' adds --cuda-graph-impl {KIND} where graphs save time and nothing forbids them, and says why where they "
-        f"are left off. Default: {BY_DEFAULT}. --cuda-graph-impl goes before it.",
+        help=f"'{AUTO}' adds --cuda-graph-impl ({KINDS[0]} for one rank, {KINDS[1]} for several) where graphs save time and "
+        f"nothing forbids them, and says why where they are left off. Default: {BY_DEFAULT}. --cuda-graph-impl goes before it.",
     )
     return parser
 
 
-def kind_of(args: argparse.Namespace) -> str:
-    """Megatron's --cuda-graph-impl, by its older names too."""
+def kind_of(args: Any) -> str:
+    """Megatron's --cuda-graph-impl, by its older names too; of arguments or a TransformerConfig."""
     older = (kind for name, kind in OLDER.items() if getattr(args, name, False))
     return str(next(older, getattr(args, "cuda_graph_impl", "none")))
 
@@ -90,11 +97,66 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
             f"--eval-micro-batch-size {evaluated} with {asked}, whose graphs are of --micro-batch-size {rows}: use "
             f"--eval-micro-batch-size {rows}, or --eval-iters 0."
         )
+    if kind == "full_iteration" and getattr(args, "check_for_large_grads", False):
+        yield f"--check-for-large-grads with {asked}: within a graph nothing can be looked at: leave it out, or use local."
     schedule = getattr(args, "step_batch_size_schedule", None)
     if kind != "local" and schedule:
         yield (
             f"--step-batch-size-schedule {schedule} with {asked}, which captures as many micro-batches as the first iterations "
             "have: use --cuda-graph-impl local, or leave one of them out."
+        )
+
+
+def copies_problems(config: Any, comm_types: Sequence[str]) -> Iterator[str]:
+    """What rows that ranks copy to each other do not go with: this project's own attention over shards, dense too.
+
+    Graphs of whole passes can be repeated (`context_parallel.copies`), and Megatron's `local` and `full_iteration` capture
+    whole layers, forward and backward. What Transformer Engine's helper captures has not been tried.
+    """
+    kind = kind_of(config)
+    if kind == "transformer_engine" and copied(comm_types):
+        yield (
+            f"--cuda-graph-impl {kind} is not tried with --cp-comm-type p2p, which copies between GPUs: use --cuda-graph-impl "
+            f"local, --cp-comm-type all_gather, or set {SWITCH}=0 in the environment."
+        )
+
+
+def beside_copies(args: argparse.Namespace, config: Any, comm_types: Sequence[str]) -> Iterator[str]:
+    """What else may not be under way in a graph that holds such copies.
+
+    A graph keeps the order of what depends on each other alone. A rank's wait for a message comes after all that the message
+    waits for elsewhere, but not after the reductions and sends of other groups that were begun before it in the program: where
+    branches share a queue, ranks of several groups could wait for each other in a circle. Within a layer there are none.
+    """
+    beside = [name for name in ("overlap_grad_reduce", "overlap_param_gather") if getattr(args, name, False)]
+    if (getattr(args, "pipeline_model_parallel_size", 1) or 1) > 1:
+        beside.append("pipeline_model_parallel_size")
+    if kind_of(config) == "full_iteration" and copied(comm_types) and beside:
+        yield (
+            f"--cuda-graph-impl full_iteration with --{beside[0].replace('_', '-')} and --cp-comm-type p2p, which copies "
+            "between GPUs, could have ranks wait for each other in a circle: use --cuda-graph-impl local, or set "
+            f"{SWITCH}=0 in the environment."
+        )
+
+
+def copied(comm_types: Sequence[str]) -> bool:
+    """Whether rows may go by copies. Which ranks can is known when they have met."""
+    return "p2p" in comm_types and os.environ.get(SWITCH) != "0"
+
+
+def switch_problems(config: Any, stage2: Stage2) -> Iterator[str]:
+    """Which kinds cannot capture anew at a switch of stage: see `loop.captured`."""
+    kind, at = kind_of(config), stage2.at
+    if kind == "transformer_engine":
+        yield (
+            f"--cuda-graph-impl {kind} captures once, so that {flag('stage2_at')} {at} would change nothing: use "
+            f"--cuda-graph-impl local, or leave one of them out (--exit-interval {at} and a second job with --attention dense "
+            "give the same run)."
+        )
+    elif kind != "none" and stage2.over > 1:
+        yield (
+            f"--cuda-graph-impl {kind} would be captured anew for each of the layers that become dense over "
+            f"{flag('return_iters')} {stage2.over}: use {flag('return')} hard, or leave it out."
         )
 
 
@@ -115,11 +177,11 @@ def taken(args: argparse.Namespace, gpu: bool) -> list[str]:
         return _prepared(args, kind)
     if not gpu or args.skip_train:
         return []
-    asked, because = args.graphs or BY_DEFAULT, left_off(args)
-    if because is None and asked == AUTO:
-        say_once(f"{FLAG} {AUTO}: --cuda-graph-impl {KIND} is taken.")
-        return ["--cuda-graph-impl", KIND, *_prepared(args, KIND)]
-    if because is None and args.graphs is None:
+    asked, (best, because) = args.graphs or BY_DEFAULT, choice(args)
+    if best and asked == AUTO:
+        say_once(f"{FLAG} {AUTO}: --cuda-graph-impl {best} is taken.")
+        return ["--cuda-graph-impl", best, *_prepared(args, best)]
+    if best and args.graphs is None:
         say_once(f"CUDA graphs are off: {SAVE}. {FLAG} {AUTO} turns them on.")
     elif because and asked == AUTO:
         say_once(f"{FLAG} {AUTO}: CUDA graphs are left off: {because}")
@@ -133,8 +195,18 @@ def _prepared(args: argparse.Namespace, kind: str) -> list[str]:
     return [CHECK] if kind == "full_iteration" and args.check_for_nan_in_loss_and_grad else []
 
 
-def left_off(args: argparse.Namespace) -> str | None:
-    """Why `--graphs auto` leaves them off; None where it takes them."""
+def choice(args: argparse.Namespace) -> tuple[str | None, str | None]:
+    """The kind that `--graphs auto` takes; or why it leaves them off."""
+    if because := _left_off(args):
+        return None, because
+    kinds = KINDS if int(os.environ.get("WORLD_SIZE", "1")) == 1 else KINDS[1:]
+    rules = {kind: _forbidden(args, kind) for kind in kinds}
+    best = next((kind for kind, rule in rules.items() if rule is None), None)
+    return best, None if best else rules[kinds[0]]
+
+
+def _left_off(args: argparse.Namespace) -> str | None:
+    """Why they would save nothing, or have not been tried; None where they have."""
     if args.use_checkpoint_args or args.spec is not None:
         return f"what --{'use-checkpoint-args' if args.use_checkpoint_args else 'spec'} brings is not known before."
     variant, ranks = VARIANTS[args.attention], args.context_parallel_size
@@ -152,11 +224,11 @@ def left_off(args: argparse.Namespace) -> str | None:
         named["hybrid_layer_pattern"] = args.hybrid_layer_pattern
     for name, value in named.items():
         return f"they are not tried with --{name.replace('_', '-')} {value}."
-    return _forbidden(args)
+    return None
 
 
-def _forbidden(args: argparse.Namespace) -> str | None:
-    """The first rule that refuses `KIND` and not the run without it."""
+def _forbidden(args: argparse.Namespace, kind: str) -> str | None:
+    """The first rule that refuses this kind and not the run without it."""
     without = copy(args)
     without.rank = 0
     without.num_layers = args.num_layers or args.encoder_num_layers
@@ -165,7 +237,7 @@ def _forbidden(args: argparse.Namespace) -> str | None:
         return "the model is not known."
     vars(without).update(pyramid.sizes(without, without.seq_length))
     graphed = copy(without)
-    graphed.cuda_graph_impl, graphed.graphs = KIND, AUTO
+    graphed.cuda_graph_impl, graphed.graphs = kind, AUTO
     known = {*_rules(without)}
     return next((rule for rule in _rules(graphed) if rule not in known), None)
 

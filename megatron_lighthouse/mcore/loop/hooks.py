@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import gpt_model
 from megatron.core.models.hybrid import hybrid_block, hybrid_model
+from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer import mlp, multi_token_prediction
 from megatron.training import checkpointing, initialize
 from megatron.training import training as loop
@@ -21,6 +22,7 @@ from megatron.training.models import gpt as gpt_builder
 from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
 from megatron_lighthouse.mcore.loop import (
+    captured,
     finite,
     further_tokens,
     layer_log,
@@ -75,6 +77,9 @@ def follow_training() -> None:
     wrap(loop, "dummy_train_step", "skip", skip.skip_step)
     wrap(loop, "train_step", "finite", finite.train_step)
     wrap(loop, "save_checkpoint", "finite", finite.save_checkpoint)
+    wrap(schedules, "create_cudagraphs", "captured", captured.of_layers)
+    wrap(loop.TECudaGraphHelper, "create_cudagraphs", "captured", captured.by_helper)
+    wrap(loop.FullCudaGraphWrapper, "__call__", "captured", captured.of_iteration)
     wrap(loop.FullCudaGraphWrapper, "__call__", "finite", finite.whole_iteration)
 
 

@@ -42,10 +42,14 @@ class Switch:
     def __init__(self, settings: LighthouseSettings) -> None:
         self.settings, self.dense = settings, 0
 
-    def train_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Around Megatron's: says which layers are dense."""
-        self.dense = _tell(self.settings, self.dense)
-        return step(*args, **kwargs)
+    def train_step(self, step: Callable[..., Any], forward: Any, data: Any, model: Any, *rest: Any, **named: Any) -> Any:
+        """Around Megatron's: says which layers are dense, and has graphs of other layers captured again."""
+        before, self.dense = self.dense, _tell(self.settings, self.dense)
+        if self.dense != before:
+            from megatron_lighthouse.mcore.loop import captured  # which imports Megatron
+
+            captured.forget(model)
+        return step(forward, data, model, *rest, **named)
 
     def checkpoint_and_decide_exit(
         self, decide: Callable[..., Any], model: Any, optimizer: Any, scheduler: Any, iteration: int, *rest: Any, **named: Any

@@ -1,0 +1,69 @@
+"""CUDA graphs while a run trains: what capturing took is said, and at a switch of stage they are captured again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from megatron.core.full_cuda_graph import FullCudaGraphWrapper
+from megatron.core.transformer import cuda_graphs
+from megatron.core.transformer.cuda_graphs import CudaGraphManager
+
+from megatron_lighthouse.notice import say_once
+
+
+def of_layers(create: Callable[[], dict[str, float] | None]) -> dict[str, float] | None:
+    """Around what Megatron does at the end of every schedule (`local`): it captures in the first iteration."""
+    found = create()
+    if found:
+        _say("layers", found["time"], found["reserved_bytes"])
+    return found
+
+
+def by_helper(create: Callable[..., Any], helper: Any) -> Any:
+    """Around the helper of `transformer_engine`, which is called once."""
+    return _timed("layers", lambda: True, lambda: create(helper))
+
+
+def of_iteration(call: Callable[..., Any], graph: Any, *rest: Any, **named: Any) -> Any:
+    """Around Megatron's graph of whole iterations (`full_iteration`), which is captured after some without it."""
+    kind = "validation" if named["forward_only"] else "training"
+    missing = graph.cuda_graph[kind] is None
+    return _timed(
+        f"iterations of {kind}", lambda: missing and graph.cuda_graph[kind] is not None, lambda: call(graph, *rest, **named)
+    )
+
+
+def forget(model: Iterable[torch.nn.Module]) -> None:
+    """Let go of what was captured: the next iterations run without, and are captured as the first ones were.
+
+    Args:
+        model: this rank's chunks of it.
+    """
+    if cuda_graphs._CudagraphGlobalRecord.cudagraph_created:
+        torch.cuda.synchronize()  # what is repeated just now must end before its memory goes
+        for manager in (m for chunk in model for m in chunk.modules() if isinstance(m, CudaGraphManager)):
+            manager.cudagraph_runners.clear()
+            manager.custom_cudagraphs_lookup_table.clear()
+        cuda_graphs.delete_cuda_graphs()
+        # as a run's first manager has it: a pool, no work on the default stream before a capture, and notes of what is kept
+        CudaGraphManager.global_mempool = torch.cuda.graph_pool_handle()
+        torch.cuda.set_stream(torch.cuda.Stream())
+        cuda_graphs._CudagraphGlobalRecord._enable_saved_tensors_observer()
+    if any(graph is not None for graph in FullCudaGraphWrapper.cuda_graph.values()):
+        torch.cuda.synchronize()
+        FullCudaGraphWrapper.reset_cuda_graph(FullCudaGraphWrapper)  # what it resets is the class's
+
+
+def _timed(what: str, captured: Callable[[], bool], work: Callable[[], Any]) -> Any:
+    began, held = time.monotonic(), torch.cuda.memory_reserved()
+    result = work()
+    if captured():
+        _say(what, time.monotonic() - began, torch.cuda.memory_reserved() - held)
+    return result
+
+
+def _say(what: str, seconds: float, more: float) -> None:
+    say_once(f"CUDA graphs of {what} were captured in {seconds:.1f} s, and hold {more / 2**30:.2f} GiB more.")

@@ -17,7 +17,7 @@ from megatron_lighthouse.context_parallel.copies import Copies, copies_over
 from megatron_lighthouse.sequence.layout import Layout
 
 sent: dict[str, int] = {}
-"""Bytes that this process has sent to other ranks, by purpose, but for what graphs repeat: what a variant's `sent` is held to."""
+"""Bytes that this process has sent to other ranks, by purpose, but for what graphs repeat: what a variant's plan is held to."""
 
 
 class Parcel(Protocol):

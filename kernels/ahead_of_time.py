@@ -171,10 +171,11 @@ def compile_parallax(
 def compile_wall(capability: int, dtype: str, key_dim: int, value_dim: int, scalar: bool = False) -> Iterator[Report]:
     """Compile the kernels of Wall likewise; `scalar`: with scalar gates."""
     widest, own = max(key_dim, value_dim), {"K": key_dim, "BLOCK_K": padded(key_dim)}
-    for kernel, name in ((prepare_kernel, "prepare"), (totals_kernel, "sums"), (suffix_kernel, "sums")):
-        blocks = wall_tiles.blocks_of(name, widest, BYTES[dtype])
-        rows = wall_tiles.rows_of(blocks.rows) if name == "prepare" else {"ROWS": blocks.rows}
-        yield _compile(kernel, capability, dtype, {**own, **rows}, blocks.warps)
+    blocks = wall_tiles.blocks_of("prepare", widest, BYTES[dtype])
+    yield _compile(prepare_kernel, capability, dtype, halving.constants_of(key_dim, blocks.rows, True), blocks.warps)
+    for kernel in (totals_kernel, suffix_kernel):
+        blocks = wall_tiles.blocks_of("sums", widest, BYTES[dtype])
+        yield _compile(kernel, capability, dtype, {**own, "ROWS": blocks.rows}, blocks.warps)
     how: dict[str, bool]
     for kernel, how in (
         (decays.totals_kernel, {"PRODUCT": True}),
@@ -186,7 +187,7 @@ def compile_wall(capability: int, dtype: str, key_dim: int, value_dim: int, scal
         blocks = wall_tiles.blocks_of("decay", key_dim, BYTES[dtype])
         yield _compile(kernel, capability, dtype, {**how, **own, "ROWS": blocks.rows}, blocks.warps)
     for kernel in (crossing.between_kernel, crossing.between_backward_kernel):
-        yield _compile(kernel, capability, dtype, {"K": key_dim, "BLOCK": crossing.channels_of(key_dim)}, 1)
+        yield _compile(kernel, capability, dtype, {"K": key_dim, "BLOCK": wall_tiles.channels_of(key_dim)}, 1)
     yield from _compile_halves(capability, dtype, key_dim, value_dim)
     for kernel, name in (
         (wall_forward_kernel, "forward"),
@@ -207,10 +208,10 @@ def _compile_halves(capability: int, dtype: str, key_dim: int, value_dim: int) -
         (halving_backward.gates_kernel, key_dim, False),
         (halving_backward.values_kernel, value_dim, False),
     ):
-        blocks = wall_tiles.blocks_of("decay", dim, 4)
-        yield _compile(kernel, capability, dtype, halving.constants_of(dim, blocks.rows, power), halving.warps_of(power))
-    rows, channels = wall_tiles.blocks_of("decay", key_dim, 4).rows, crossing.channels_of(key_dim)
-    yield _compile(halving_backward.totals_kernel, capability, dtype, {"K": key_dim, "CHANNELS": channels, "ROWS": rows}, 1)
+        how, rows = halving.how_of(power), wall_tiles.blocks_of("decay", dim, 4).rows
+        yield _compile(kernel, capability, dtype, halving.constants_of(dim, rows, power), how.pop("num_warps"), **how)
+    constants = halving.constants_of(key_dim, wall_tiles.blocks_of("decay", key_dim, 4).rows, False)
+    yield _compile(halving_backward.totals_kernel, capability, dtype, constants, 1)
 
 
 def compile_wall_rows(capability: int, geometry: Geometry, dtype: str, dim: int) -> Iterator[Report]:

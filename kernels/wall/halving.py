@@ -12,9 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_lighthouse.kernels.launch import cdiv, enqueue, last_contiguous, strides
-from megatron_lighthouse.kernels.wall.crossing import channels_of
 from megatron_lighthouse.kernels.wall.decays import place
-from megatron_lighthouse.kernels.wall.tiles import blocks_of, bounded, from_first, parts, rows_of, to_last
+from megatron_lighthouse.kernels.wall.tiles import blocks_of, bounded, channels_of, from_first, parts, rows_of, to_last
 from megatron_lighthouse.wall.cut import rows_of_halves
 
 
@@ -141,8 +140,8 @@ def halves_kernel(
 def halves(query: Tensor, key: Tensor, gate: Tensor, tile_sums: Tensor, step: int) -> tuple[Tensor, Tensor]:
     """See `megatron_lighthouse.wall.decay`."""
     later, earlier = rows_of_halves(len(query), step)
-    near = query.new_empty(later, *query.shape[1:])
-    far = key.new_empty(earlier, *gate.shape[1:])
+    near = torch.empty(later, *query.shape[1:], dtype=query.dtype, device=query.device)
+    far = torch.empty(earlier, *gate.shape[1:], dtype=key.dtype, device=key.device)
     given = [*map(last_contiguous, (query, key, gate)), *sums_of(tile_sums)]
     launch(halves_kernel, [*given, near, far], gate, ratios_of(query, key, gate), step, power=True)
     return near, far
@@ -171,13 +170,13 @@ def launch(
         tensors,
         (*(strides(x) for x in tensors), heads, *ratios, rows, step, *counts),
         constants_of(dim, blocks.rows, power),
-        num_warps=warps_of(power),
+        **how_of(power),
     )
 
 
-def warps_of(power: bool) -> int:
-    """Of such a kernel more, for what it holds."""
-    return 8 if power else 4
+def how_of(power: bool) -> dict[str, int]:
+    """Of such a kernel: for what it holds more warps, of so few registers that two of its programs run at a time."""
+    return {"num_warps": 8, "maxnreg": 128} if power else {"num_warps": 4}
 
 
 def constants_of(dim: int, rows: int, power: bool) -> dict[str, int]:

@@ -14,10 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_lighthouse.kernels.launch import cdiv, enqueue, last_contiguous, strides
-from megatron_lighthouse.kernels.wall.crossing import channels_of
 from megatron_lighthouse.kernels.wall.decays import place
 from megatron_lighthouse.kernels.wall.halving import added_up, exponents, half_of, launch, ratios_of, read, sums_of, write
-from megatron_lighthouse.kernels.wall.tiles import added, blocks_of, parts
+from megatron_lighthouse.kernels.wall.tiles import added, blocks_of, channels_of, parts
 from megatron_lighthouse.wall.decay import summed
 
 

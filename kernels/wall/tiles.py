@@ -61,6 +61,11 @@ def rows_of(rows: int) -> dict[str, int]:
     return {"ROWS": rows, "POWER": rows.bit_length() - 1}
 
 
+def channels_of(dim: int) -> int:
+    """Of a program that holds few: where there are few programs, or so that many run at a time."""
+    return min(32, padded(dim))
+
+
 @triton.jit
 def bounded(g):
     """In fp32, none below -20, with which a channel of a key keeps 2e-9 of its weight. NaN stays."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -45,6 +46,24 @@ def test_rows_are_the_means_of_windows(steps: Steps, problem: Problem, layout: s
             for head in range(x.shape[2]):
                 expected = pool(x[:, b, head].double().cpu().numpy(), chosen[b][head // ratio], problem)
                 assert_close(gathered[:, b, head], expected, precision(steps))
+
+
+@both
+@pytest.mark.parametrize("channels", [8, 4])
+def test_without_heads_of_values_there_are_two_sorts_of_rows(steps: Steps, channels: int) -> None:
+    """To the bit those that values in the keys' place have where all three are gathered; of any channels."""
+    selection, (query, key, value) = selection_of(GQA, entries(GQA)), tensors(GQA, precision(steps))
+    value = value[..., :channels]
+    with poisoned():
+        rows_q, _, rows_v = steps.gather(query, key, value, selection)
+        found = steps.gather(query, value, value[:, :, :0], selection)
+        assert [x.shape[2] for x in found] == [6, 2, 0]
+        assert torch.equal(found[0], rows_q)
+        assert torch.equal(found[1], rows_v)
+        grads = random_like([rows_q, rows_v])
+        expected = differentiate(lambda *x: steps.gather(x[0], key, x[1], selection)[::2], [query, value], grads)
+        back = differentiate(lambda *x: steps.gather(*x, value[:, :, :0], selection)[:2], [query, value], grads)
+    assert all(map(torch.equal, back, expected))
 
 
 @both

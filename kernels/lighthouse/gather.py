@@ -192,7 +192,7 @@ def _gather_backward(
 
 
 class Launches(NamedTuple):
-    """Of the queries; of keys and values, apart where their channels differ; and of all, in as few."""
+    """Of the queries; of keys and values, apart where their channels differ; and of all, in as few. None of no heads."""
 
     near: list[Prepared]
     far: list[Prepared]
@@ -218,7 +218,8 @@ def _settled(
     sizes: tuple[int, ...],
     pairing: tuple[int, ...],
 ) -> Launches:
-    (length, levels, pooling, _, chunks), (heads, dim), (others, value_dim) = sizes, shapes[0][2:], shapes[2][2:]
+    length, levels, pooling, _, chunks = sizes
+    (heads, dim), (others, key_dim), (more, value_dim) = (shape[2:] for shape in shapes)
     kernel = gather_forward_kernel if step == "collect" else gather_backward_kernel
     window = pooling ** (levels - 1) if step == "collect" else pooling
     all_strides = (*strides, *map(new_strides, shapes))
@@ -232,10 +233,10 @@ def _settled(
         return prepare_windows(kernel, all_strides, places, sizes, (heads, count, first, others), blocks, how, dim, **turning)
 
     near = [of(heads, 0, dim)]
-    if value_dim == dim:
-        return Launches(near, [of(2 * others, heads, dim)], [of(heads + 2 * others, 0, dim)])
-    values = of(others, heads + others, value_dim, turned=False)
-    return Launches(near, [of(others, heads, dim), values], [of(heads + others, 0, dim), values])
+    if key_dim == value_dim == dim:
+        return Launches(near, [of(others + more, heads, dim)], [of(heads + others + more, 0, dim)])
+    keys, values = [of(others, heads, key_dim)], [of(more, heads + others, value_dim, turned=False)] if more else []
+    return Launches(near, [*keys, *values], [*([of(heads + others, 0, dim)] if key_dim == dim else [*near, *keys]), *values])
 
 
 def _empty(query: Tensor, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,8 @@ from megatron_lighthouse.kernels.wall.backward import backward
 from megatron_lighthouse.kernels.wall.crossing import cross, cross_backward
 from megatron_lighthouse.kernels.wall.decays import decay, decay_backward, tile_sums
 from megatron_lighthouse.kernels.wall.forward import forward
+from megatron_lighthouse.kernels.wall.halving import halves
+from megatron_lighthouse.kernels.wall.halving_backward import halves_backward
 from megatron_lighthouse.kernels.wall.suffix import suffix_sums
 
 __all__ = [
@@ -19,6 +21,8 @@ __all__ = [
     "decay",
     "decay_backward",
     "forward",
+    "halves",
+    "halves_backward",
     "suffix_sums",
     "tile_sums",
 ]

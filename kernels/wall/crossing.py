@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_lighthouse.kernels.launch import cdiv, enqueue, last_contiguous, padded, strides
 from megatron_lighthouse.kernels.parallax.tiles import put, tile
 from megatron_lighthouse.kernels.wall.decays import place
-from megatron_lighthouse.kernels.wall.tiles import blocks_of
+from megatron_lighthouse.kernels.wall.tiles import blocks_of, channels_of
 
 
 @triton.jit
@@ -144,11 +144,6 @@ def cross_backward(out: Tensor, of_between: Tensor, crossed: Tensor, grad: Tenso
     totals = torch.empty(len(factors) * tiles, *crossed.shape[1:], dtype=torch.float32, device=grad.device)
     _launch(backward_kernel, [last_contiguous(crossed), last_contiguous(grad), factors, out, totals], step)
     _launch_between(between_backward_kernel, [of_between, totals], len(factors), tiles)
-
-
-def channels_of(dim: int) -> int:
-    """Of a program that goes through all pieces: few, for there are few programs."""
-    return min(32, padded(dim))
 
 
 def _launch_between(kernel: object, tensors: list[Tensor], pieces: int, *tiles: int) -> None:

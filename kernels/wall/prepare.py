@@ -13,9 +13,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_lighthouse.kernels.launch import cdiv, enqueue, padded, strides
-from megatron_lighthouse.kernels.parallax.tiles import put, tile
-from megatron_lighthouse.kernels.wall.tiles import Blocks, from_first, gates, parts, rows_of, to_last
+from megatron_lighthouse.kernels.launch import cdiv, enqueue, strides
+from megatron_lighthouse.kernels.wall.tiles import (
+    Blocks,
+    bounded,
+    channels,
+    channels_of,
+    from_first,
+    parts,
+    put_channels,
+    rows_of,
+    to_last,
+)
 
 
 @triton.jit(repr=lambda _: "wall_prepare", do_not_specialize=["rows"])
@@ -36,26 +45,25 @@ def prepare_kernel(
     H,
     R,
     K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    CHANNELS: tl.constexpr,
     ROWS: tl.constexpr,
     POWER: tl.constexpr,
 ):
-    """Program b * H + h of each tile."""
+    """Program (b * H + h of each tile, some channels): few, for little is held then, and more programs run at a time."""
     tiles = (rows + ROWS - 1) // ROWS
     heads = tl.num_programs(0) // tiles
     i_tile, i_head = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
     i_b, i_h = i_head // H, i_head % H
     i_m = tl.program_id(0) // heads * ROWS + tl.arange(0, ROWS)
-    p_gate += i_b * strides_gate[1] + i_h * strides_gate[2]
-    g = gates(p_gate, strides_gate[0], i_m, rows, K, BLOCK_K)
+    i_k = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    g = bounded(channels(p_gate + i_b * strides_gate[1] + i_h * strides_gate[2], strides_gate[0], i_m, rows, i_k, K))
     cut = parts(g, p_q.dtype.element_ty)
-    q = tile(p_q + i_b * strides_q[1] + i_h * strides_q[2], strides_q[0], i_m, rows, K, BLOCK_K)
-    k = tile(p_k + i_b * strides_k[1] + i_h // R * strides_k[2], strides_k[0], i_m, rows, K, BLOCK_K)
+    q = channels(p_q + i_b * strides_q[1] + i_h * strides_q[2], strides_q[0], i_m, rows, i_k, K)
+    k = channels(p_k + i_b * strides_k[1] + i_h // R * strides_k[2], strides_k[0], i_m, rows, i_k, K)
     p_near += i_b * strides_near[1] + i_h * strides_near[2]
     p_far += i_b * strides_far[1] + i_h * strides_far[2]
-    put(p_near, strides_near[0], i_m, rows, q * tl.exp(from_first(cut, POWER, ROWS)), K, BLOCK_K)
-    put(p_far, strides_far[0], i_m, rows, k * tl.exp(to_last(cut, POWER, ROWS)), K, BLOCK_K)
-    i_k = tl.arange(0, BLOCK_K)
+    put_channels(p_near, strides_near[0], i_m, rows, q * tl.exp(from_first(cut, POWER, ROWS)), i_k, K)
+    put_channels(p_far, strides_far[0], i_m, rows, k * tl.exp(to_last(cut, POWER, ROWS)), i_k, K)
     p_totals += i_tile * strides_totals[0] + i_b * strides_totals[1] + i_h * strides_totals[2]
     tl.store(p_totals + i_k, tl.sum(g, 0), mask=i_k < K)
 
@@ -77,10 +85,10 @@ def prepare(query: Tensor, key: Tensor, gate: Tensor, blocks: Blocks) -> Prepare
     tensors = [query, key, gate, near, far, totals]
     enqueue(
         prepare_kernel,
-        (tiles * batch * heads, 1, 1),
+        (tiles * batch * heads, cdiv(dim, channels_of(dim)), 1),
         tensors,
         (*(strides(x) for x in tensors), rows, heads, heads // key.shape[2]),
-        {"K": dim, "BLOCK_K": padded(dim), **rows_of(blocks.rows)},
+        {"K": dim, "CHANNELS": channels_of(dim), **rows_of(blocks.rows)},
         num_warps=blocks.warps,
     )
     return Prepared(near, far, totals)

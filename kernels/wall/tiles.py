@@ -61,6 +61,11 @@ def rows_of(rows: int) -> dict[str, int]:
     return {"ROWS": rows, "POWER": rows.bit_length() - 1}
 
 
+def channels_of(dim: int) -> int:
+    """Of a program that holds few: where there are few programs, or so that many run at a time."""
+    return min(32, padded(dim))
+
+
 @triton.jit
 def bounded(g):
     """In fp32, none below -20, with which a channel of a key keeps 2e-9 of its weight. NaN stays."""
@@ -127,18 +132,27 @@ def to_last(g, power, ROWS: tl.constexpr):
 
 
 @triton.jit
+def to_middle(g, power, ROWS: tl.constexpr):
+    """(whether a row lies after the middle of its 2^power rows, sums of gates between that and the row), in one product."""
+    i = tl.arange(0, ROWS)
+    later = (i >> (power - 1) & 1 == 1)[:, None]
+    between = (later & (i[:, None] >= i[None, :])) | (~later & (i[:, None] < i[None, :]))
+    return later, added(together(power - 1, ROWS) & between, g)
+
+
+@triton.jit
 def anchored(g, power, ROWS: tl.constexpr):
     """Decays of queries and keys to the middle of each 2^power rows, 0 for queries before it and for keys after it."""
-    later = (tl.arange(0, ROWS) >> (power - 1) & 1 == 1)[:, None]
-    before, after = from_first(g, power - 1, ROWS), to_last(g, power - 1, ROWS)
-    return tl.where(later, tl.exp(before), 0.0), tl.where(later, 0.0, tl.exp(after))
+    later, exponent = to_middle(g, power, ROWS)
+    decay = tl.exp(exponent)
+    return tl.where(later, decay, 0.0), tl.where(later, 0.0, decay)
 
 
 @triton.jit
 def anchored_corner(g, ROWS: tl.constexpr):
     """Those of all queries and keys to the middle of each 8 rows: exponents lie within ±80."""
-    later = (tl.arange(0, ROWS) & 4 == 4)[:, None]
-    exponent = tl.where(later, from_first(g, 2, ROWS), -to_last(g, 2, ROWS))
+    later, exponent = to_middle(g, 3, ROWS)
+    exponent = tl.where(later, exponent, -exponent)
     return tl.exp(exponent), tl.exp(-exponent)
 
 

@@ -188,7 +188,7 @@ def gather(
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Steps.gather`."""
-    grouped = [x.unflatten(2, (selection.places.shape[1], -1)) for x in (query, key, value)]
+    grouped = [x.unflatten(2, (n := selection.places.shape[1], x.shape[2] // n)) for x in (query, key, value)]
     rows_k, rows_v = (
         _Gather.apply(x, selection, how).flatten(2, 3) for x, how in zip(grouped[1:], (rotary, None), strict=True)
     )

@@ -83,7 +83,7 @@ class Steps(Protocol):
 
         With `travel`, keys and values are gathered first, and set out while the queries are; in backward their gradients come
         home while those of the queries are spread. With `rotary`, rows of queries and keys are turned on to the last token of
-        their window before they are pooled: see `lighthouse.rotary`.
+        their window before they are pooled: see `lighthouse.rotary`. Values may have no heads: then there are no rows of them.
 
         Differentiable: dX_j = sum over levels of dX̃[row(l, j // p^l)] / p^l. Keeps only the map for backward.
         """

@@ -1,11 +1,12 @@
 """Wall over parts: see `Block`. Near are query, key, value, gate and more; far are decayed keys, values and scalar gates.
 
-Rows of one piece see each other along the diagonal, and what lies before their piece by way of the anchor at its start.
+Rows of one piece see each other along the diagonal, those of other pieces of their chunk as `within` says, and other chunks by
+way of the anchor at the start of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -20,47 +21,16 @@ from megatron_lighthouse.wall.decay import (
     joined,
     prefix,
     prefix_backward,
-    spread,
     suffix,
     summed,
     sums,
 )
 from megatron_lighthouse.wall.diagonal import Diagonal
 from megatron_lighthouse.wall.earlier import Earlier, Rows
+from megatron_lighthouse.wall.near import Near
 from megatron_lighthouse.wall.pieces import Meeting, Sight, meetings, runs
 from megatron_lighthouse.wall.travel import Call
-
-
-class Near(NamedTuple):
-    """What stays, by rows, and its gradients."""
-
-    query: Tensor
-    """[n, B, H, K]."""
-    key: Tensor
-    value: Tensor
-    gate: Tensor
-    """[n, B, H or G, K], in the dtype of sums, as those below."""
-    scalar: Tensor | None = None
-    """[n, B, H, 1]."""
-    sink: Tensor | None = None
-    """[n, B, H, 1]: each row's own, so that its gradient is a row's."""
-
-    @property
-    def tensors(self) -> Tensors:
-        return tuple(x for x in self if x is not None)
-
-    def flat_scalar(self) -> Tensor | None:
-        return None if self.scalar is None else self.scalar.squeeze(-1)
-
-    def alike(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """For the diagonal: a gate for each query head, and as many values as keys, which in Lighthouse are as gates."""
-        value, gate = spread(self.value, self.key.shape[2]), spread(self.gate, self.query.shape[2])
-        return self.query, self.key, value, gate, self.flat_scalar()
-
-    def each(self, change: Callable[[Tensor], Tensor]) -> Near:
-        query, key, value, gate = (change(x) for x in self[:4])
-        scalar, sink = (None if x is None else change(x) for x in self[4:])
-        return Near(query, key, value, gate, scalar, sink)
+from megatron_lighthouse.wall.within import Within
 
 
 class Met(NamedTuple):
@@ -80,6 +50,8 @@ class Attention:
     earlier: Earlier
     scale: float
     cut: Cut
+    """Into the pieces that travel."""
+    within: Within
     sight: Sight
     first: Tensor
     """[n] int32, of this rank's rows: see `first_rows`."""
@@ -90,7 +62,7 @@ class Attention:
 
     def forward(self, near: Tensors, far: Tensors, mask: Mask) -> Part:
         given = self._near(near)
-        part = self._own(given) if mask.causal else _nothing(given)
+        part = self.within.forward(given, self._own(given), mask.near, self._call) if mask.causal else _nothing(given)
         meetings = self._meetings(mask, far)
         query = self._decayed(given, meetings)
         for meeting in meetings:
@@ -108,6 +80,8 @@ class Attention:
     def backward(self, grad: Tensor, near: Tensors, far: Tensors, part: Part, mask: Mask) -> tuple[Tensors, Tensors]:
         given = self._near(near)
         grads = self._own_backward(grad, given, part) if mask.causal else given.each(_zeros)
+        if mask.causal:
+            self.within.backward(grad, given, part, grads, mask.near, self._call)
         d_far = tuple(_zeros(x, part.lse.dtype) for x in far)
         meetings = self._meetings(mask, far)
         query = self._decayed(given, meetings)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import lru_cache
+from typing import ClassVar, NamedTuple
 
 TOTALS = "totals"
 """What is sent besides rows: the sums of each piece."""
@@ -14,7 +15,42 @@ class Step:
     """How long pieces are."""
 
     TOKENS: ClassVar = 4096
-    """Tokens of a piece: along the diagonal of one Wall has kernels of its own, beyond it those of softmax attention."""
+    """Tokens of a piece that travels, and of one along the diagonal where documents end anywhere."""
+    SHORTER: ClassVar = 4
+    """How many times shorter a piece along the diagonal is elsewhere. There Wall has kernels of its own, which take longer for
+    a pair of tokens than those of softmax attention; these are called once for all anchors that lie alike."""
+
+    @classmethod
+    def along(cls, alike: bool) -> int:
+        """Tokens of a piece along the diagonal. `alike`: whether anchors lie alike."""
+        return -(-cls.TOKENS // cls.SHORTER) if alike else cls.TOKENS
+
+
+class Halves(NamedTuple):
+    """Neighbouring halves of a block of rows: the later sees the earlier by way of the anchor between them."""
+
+    half: int
+    """Rows of the earlier."""
+    anchor: int
+    """The later's first row."""
+    end: int
+    """The row after its last; it may be shorter."""
+
+
+def halves(rows: int, step: int) -> Iterator[Halves]:
+    """Those of blocks of 2, 4, 8 … pieces of `step` rows, the smallest blocks first: any two pieces meet in one of them."""
+    half = step
+    while half < rows:
+        for anchor in range(half, rows, 2 * half):
+            yield Halves(half, anchor, min(anchor + half, rows))
+        half *= 2
+
+
+@lru_cache(64)
+def rows_of_halves(rows: int, step: int) -> tuple[int, int]:
+    """Of all later ones together, and of all earlier ones."""
+    found = list(halves(rows, step))
+    return sum(end - anchor for _, anchor, end in found), sum(half for half, *_ in found)
 
 
 @dataclass(frozen=True)

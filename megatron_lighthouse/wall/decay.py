@@ -6,10 +6,13 @@ a difference of what is large, and no exponential overflows. Sums are made in fl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from megatron_lighthouse.wall import cut
 
 
 class Decays(Protocol):
@@ -49,6 +52,28 @@ class Decays(Protocol):
         Args:
             crossed: what `cross` wrote.
             grad: its gradient.
+        """
+
+    def halves(self, query: Tensor, key: Tensor, gate: Tensor, tile_sums: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Of a chunk cut into pieces of `step` rows, by its `cut.halves` one after the other: the later halves' queries times
+        exp(`prefix`) of their gates, [·, B, H, K], and the earlier ones' keys times exp(`suffix`), [·, B, heads of gates, K].
+        """
+
+    def halves_backward(
+        self,
+        sums: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        query: Tensor,
+        key: Tensor,
+        gate: Tensor,
+        tile_sums: Tensor,
+        step: int,
+    ) -> None:
+        """Add the gradients of the chunk's queries, keys, values and gates.
+
+        Args:
+            sums: of these, that of gates in the dtype of sums.
+            grads: of what `halves` gave; and of the earlier halves' values, [·, B, G, V].
         """
 
 
@@ -131,3 +156,38 @@ def cross_backward(out: Tensor, of_between: Tensor, crossed: Tensor, grad: Tenso
         rows = slice(i * step, (i + 1) * step)
         out[rows] += grad[rows] * factor
     between_backward(of_between, sums(crossed.to(out.dtype) * grad, step))
+
+
+def halves(query: Tensor, key: Tensor, gate: Tensor, tile_sums: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    near, far = [], []
+    for half, anchor, end in cut.halves(len(query), step):
+        later, earlier = slice(anchor, end), slice(anchor - half, anchor)
+        near.append(query[later] * spread(prefix(gate[later]).exp(), query.shape[2]))
+        far.append(spread(key[earlier], gate.shape[2]) * suffix(gate[earlier]).exp())
+    return joined(near).to(query.dtype), joined(far).to(key.dtype)
+
+
+def halves_backward(
+    sums: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    query: Tensor,
+    key: Tensor,
+    gate: Tensor,
+    tile_sums: Tensor,
+    step: int,
+) -> None:
+    dq, dk, dv = (x.to(gate.dtype) for x in sums[:3])
+    near = far = 0
+    for half, anchor, end in cut.halves(len(query), step):
+        later, earlier = slice(anchor, end), slice(anchor - half, anchor)
+        of_query = spread(prefix(gate[later]).exp(), query.shape[2]) * grads[0][near : near + end - anchor]
+        of_key, of_value = (x[far : far + half] for x in grads[1:])
+        of_key = suffix(gate[earlier]).exp() * of_key
+        dq[later] += of_query
+        dk[earlier] += summed(of_key, key.shape[2])
+        dv[earlier] += of_value
+        sums[3][later] += prefix_backward(summed(query[later] * of_query, gate.shape[2]))
+        sums[3][earlier] += suffix_backward(spread(key[earlier], gate.shape[2]) * of_key)
+        near, far = near + end - anchor, far + half
+    for total, x in zip(sums, (dq, dk, dv), strict=False):
+        total.copy_(x)

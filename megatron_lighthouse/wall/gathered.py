@@ -41,7 +41,10 @@ def gather(
         take: `Steps.gather`, of this selection.
         gates: [n, B, H or G, K]; and scalar gates [n, B, H, 1] where there are.
     """
-    rows_q, _, rows_v = take(query, key.detach(), value)
+    if isinstance(selection.geometry, Packing):
+        rows_q, _, rows_v = take(query, key.detach(), value)
+    else:  # keys are gathered below, where they fade: values go in their place, which documents' kernels cannot
+        rows_q, rows_v, _ = take(query, value, value.detach()[:, :, :0])
     gate, *scalar = (x.to(accumulation_dtype(query)) for x in gates)
     with profiled("gather"):
         rows_k, row_gates = _Rows.apply(key, gate, selection)

@@ -16,11 +16,13 @@ from megatron_lighthouse.context_parallel.parts import Tensors
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem, scheme
 from megatron_lighthouse.lighthouse.transforms import refuse_transforms
 from megatron_lighthouse.ranges import profiled
-from megatron_lighthouse.wall.blocks import Attention, Near
+from megatron_lighthouse.wall.blocks import Attention
 from megatron_lighthouse.wall.cut import Cut, Step
 from megatron_lighthouse.wall.implementations import earlier_for, makers_for
+from megatron_lighthouse.wall.near import Near
 from megatron_lighthouse.wall.pieces import Sight, first_rows
 from megatron_lighthouse.wall.travel import Call, Decayed
+from megatron_lighthouse.wall.within import Within
 
 Gates = Callable[[Tensor], Tensor]
 """What makes gates of a stream: natural logarithms <= 0, in the dtype of sums."""
@@ -76,7 +78,7 @@ class Attend:
         attention = replace(self.attention, scalar=scalar is not None, sink=sink is not None, call=call)
         near, far = Near(query, key, value, gate, scalar, sink).tensors, ()
         chunks = WHOLE.near if exchange is None else exchange.layout.chunks
-        if exchange is not None or attention.cut.per_chunk > 1:
+        if exchange is not None:
             gates = (gate,) if scalar is None else (gate, scalar)
             decayed, *scalars = Decayed.apply(call, attention.decays, attention.cut.pieces(chunks), exchange, key, *gates)
             far = (decayed, value, *scalars)
@@ -121,5 +123,10 @@ def build(
         query, gate_heads = query[:, :, : query.shape[2] // size], gate_heads // size
     diagonal, decays = makers_for(kernels, query.device, query.dtype, (query.shape[-1], value.shape[-1]))
     earlier = earlier_for(query, value, gate_heads, scale, biased, sight.window is not None)
-    first = first_rows(cut, sight, chunks, query.device)
-    return Attend(Attention(diagonal, decays, earlier, scale, cut, sight, first), exchange, comm_type, gates, scalar_gates)
+    step = Step.along(alike=not sight.bounds)
+    within, first = (
+        Within(decays, earlier, cut.chunk, step, sight),
+        first_rows(Cut(cut.chunk, step), sight, chunks, query.device),
+    )
+    attention = Attention(diagonal, decays, earlier, scale, cut, within, sight, first)
+    return Attend(attention, exchange, comm_type, gates, scalar_gates)

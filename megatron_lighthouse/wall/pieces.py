@@ -95,10 +95,10 @@ class Meeting(NamedTuple):
 
 @lru_cache(64)
 def meetings(cut: Cut, sight: Sight, mask: Mask) -> tuple[Meeting, ...]:
-    """In the order of near rows. They have an anchor before each piece, or before each chunk where all far rows come before."""
+    """In the order of near rows. They have an anchor before each chunk; what they see of their own is not meant."""
     found, taken = [], 0
     theirs = cut.pieces(mask.far)
-    for group in cut.pieces(mask.near) if mask.causal else cut.whole(mask.near):
+    for group in cut.whole(mask.near):
         first, end = sight.before(group)
         seen = [piece.since(first) for piece in theirs if piece.number < group.number and piece.end > first]
         length = end - group.begin

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from megatron_lighthouse.context_parallel.parts import Mask
 from megatron_lighthouse.wall import decay, reference
-from megatron_lighthouse.wall.blocks import Attention, Near
+from megatron_lighthouse.wall.blocks import Attention
 from megatron_lighthouse.wall.cut import Cut
 from megatron_lighthouse.wall.decay import Decays
 from megatron_lighthouse.wall.diagonal import Diagonal
 from megatron_lighthouse.wall.earlier import Plain
+from megatron_lighthouse.wall.near import Near
 from megatron_lighthouse.wall.pieces import Sight, first_rows
 from megatron_lighthouse.wall.travel import Call, Decayed
+from megatron_lighthouse.wall.within import Within
 
 CHUNKS, ROWS = 16, 2
 CHUNK = (1 << 20) // CHUNKS
@@ -54,7 +56,8 @@ def test_the_last_of_a_million_tokens(dtype: torch.dtype, most: float) -> None:
     near[:ROWS, 0, 0] = q.to(dtype)
     cut, sight, call = Cut(CHUNK, 4096), Sight((0, seen + ROWS, tokens)), Call()
     first = first_rows(cut, sight, (15,), near.device)
-    block = Attention(cast(Diagonal, reference), cast(Decays, decay), Plain(1.0), 1.0, cut, sight, first, call=call)
+    decays, within = cast(Decays, decay), Within(cast(Decays, decay), Plain(1.0), CHUNK, 4096, sight)
+    block = Attention(cast(Diagonal, reference), decays, Plain(1.0), 1.0, cut, within, sight, first, call=call)
     (decayed,) = Decayed.apply(call, cast(Decays, decay), cut.pieces(range(CHUNKS)), None, key, gates)
     given = Near(near, near, *(x[seen:].detach() for x in (value, gates))).tensors
     far, mask = (decayed[:seen].detach(), value[:seen].detach()), Mask((15,), tuple(range(15)))

@@ -93,11 +93,11 @@ def times_of(layer: Callable[..., Tensor], tensors: list[Tensor]) -> dict[str, A
     before = torch.cuda.memory_allocated()
     both(layer, tensors)
     peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-    forward = _median(lambda: layer(*tensors[:-1]))
-    return {"fwd_ms": forward, "fwd+bwd_ms": _median(lambda: both(layer, tensors)), "peak_gib": round(peak, 3)}
+    forward = of_slowest_ms(lambda: layer(*tensors[:-1]))
+    return {"fwd_ms": forward, "fwd+bwd_ms": of_slowest_ms(lambda: both(layer, tensors)), "peak_gib": round(peak, 3)}
 
 
-def _median(call: Callable[[], object]) -> float:
+def of_slowest_ms(call: Callable[[], object]) -> float:
     """Median milliseconds of one call, of the slowest rank; all ranks' GPUs begin at once and have the host ahead of them."""
     _timed(call, 1)
     rough = _timed(call, 1)

@@ -106,13 +106,17 @@ def said(log: str, tokens: int) -> dict[str, object]:
     """What a log says of a run with so many tokens a step."""
     times = step_times(log)
     each = losses(log)
-    peaks = [float(x) for x in re.findall(r"max allocated: ([\d.]+)", log)]
+    peaks, held = ([float(x) for x in re.findall(rf"max {kind}: ([\d.]+)", log)] for kind in ("allocated", "reserved"))
+    graphs = [(float(x), float(y)) for x, y in re.findall(r"were captured in ([\d.]+) s; ([\d.]+) GiB", log)]
     return {
         "seconds a step": round(statistics.median(times[3:]), 4) if len(times) > 3 else None,
         "tokens a second": round(tokens / statistics.median(times[3:])) if len(times) > 3 else None,
         # Megatron logs MiB once, after the second step; the optimizer's state is there by then
         "peak GB": round(max(peaks) * 2**20 / 1e9, 2) if peaks else None,
         "peak GiB": round(max(peaks) / 1024, 2) if peaks else None,
+        # what torch holds of the GPU without graphs, to compare with what it holds after they were captured
+        "held GiB": round(max(held) / 1024, 2) if held else None,
+        **({"captured in s": max(x for x, _ in graphs), "held GiB with graphs": max(x for _, x in graphs)} if graphs else {}),
         "first loss": each[0] if each else None,
         "last loss": each[-1] if each else None,
     }

@@ -280,7 +280,6 @@ def test_which_graphs_can_hold_dense_attention_that_copies(monkeypatch: pytest.M
     config = transformer_config()
     for name, value in LOCAL_RANKS.items():
         setattr(config, name, value)
-    model = Namespace(transformer=config, transformer_layer_spec=None)
     given = arguments("--attention", "dense", seq_length=256, overlap_grad_reduce=True, overlap_param_gather=False)
     refused = [
         ("transformer_engine", r"--cuda-graph-impl transformer_engine is not tried .* use --cuda-graph-impl local"),
@@ -289,14 +288,14 @@ def test_which_graphs_can_hold_dense_attention_that_copies(monkeypatch: pytest.M
     for kind, message in refused:
         config.cuda_graph_impl = kind
         with pytest.raises(ValueError, match=message):
-            use_attention(given, model)
+            use_attention(given, Namespace(transformer=config, transformer_layer_spec=None))
         with monkeypatch.context() as here:
             here.setenv("LIGHTHOUSE_COPY_ENGINE", "0")
-            use_attention(given, model)
+            use_attention(given, Namespace(transformer=config, transformer_layer_spec=None))
     given.overlap_grad_reduce = False
-    use_attention(given, model)
+    use_attention(given, Namespace(transformer=config, transformer_layer_spec=None))
     config.cuda_graph_impl, given.overlap_grad_reduce = "local", True
-    use_attention(given, model)
+    use_attention(given, Namespace(transformer=config, transformer_layer_spec=None))
 
 
 def test_the_entry_point_refuses_before_anything_starts(tmp_path: Path) -> None:

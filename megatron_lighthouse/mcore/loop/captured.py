@@ -66,4 +66,6 @@ def _timed(what: str, captured: Callable[[], bool], work: Callable[[], Any]) -> 
 
 
 def _say(what: str, seconds: float, more: float) -> None:
-    say_once(f"CUDA graphs of {what} were captured in {seconds:.1f} s, and hold {more / 2**30:.2f} GiB more.")
+    """`more`: bytes that torch holds of the GPU beyond those before."""
+    held = torch.cuda.memory_reserved() / 2**30
+    say_once(f"CUDA graphs of {what} were captured in {seconds:.1f} s; {held:.2f} GiB are held, {more / 2**30:.2f} GiB more.")

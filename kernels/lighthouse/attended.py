@@ -89,6 +89,15 @@ def attend_to(
     return acc, total, best
 
 
+@triton.jit
+def block_of_chunk(first, second, blocks, BLOCK_M: tl.constexpr):
+    """Of program (block of a chunk, ·): the chunk, its first position, and that of the block, a multiple of BLOCK_M."""
+    i_program = tl.num_programs(0) - 1 - tl.program_id(0)  # late blocks have the most keys: they are begun first
+    i_chunk = i_program // blocks
+    start = tl.where(i_chunk == 0, first, second)
+    return i_chunk, start, (start // BLOCK_M + i_program % blocks) * BLOCK_M
+
+
 @triton.jit(repr=lambda _: "lighthouse_attended", do_not_specialize=["first", "second", "length", "blocks", "chunks"])
 def attended_kernel(
     p_q,
@@ -112,11 +121,8 @@ def attended_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Squared row norms [B, H, chunks * length]; program (block of a chunk, b * H + h). Chunks start at first and second."""
-    # late blocks have the most keys: they are begun first
-    i_program = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_chunk, i_b, i_h = i_program // blocks, tl.program_id(1) // H, tl.program_id(1) % H
-    start = tl.where(i_chunk == 0, first, second)
-    i_first = (start // BLOCK_M + i_program % blocks) * BLOCK_M
+    i_chunk, start, i_first = block_of_chunk(first, second, blocks, BLOCK_M)
+    i_b, i_h = tl.program_id(1) // H, tl.program_id(1) % H
     if i_first >= start + length:  # past the end of its chunk: the other chunk has a block more
         return
     i_position = i_first + tl.arange(0, BLOCK_M)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_lighthouse.kernels.launch import cdiv, enqueue, last_contiguous, padded, run, strides
-from megatron_lighthouse.kernels.lighthouse.attended import Blocks, blocks_of
+from megatron_lighthouse.kernels.lighthouse.attended import Blocks, block_of_chunk, blocks_of
 from megatron_lighthouse.kernels.lighthouse.mass_finer import chunks_of, finer
 from megatron_lighthouse.lighthouse.reference import chunk_starts
 from megatron_lighthouse.ranges import profiled
@@ -84,11 +84,8 @@ def rows_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Both [B, H, chunks * length], the first in powers of 2; program (block of a chunk, b * H + h), as of attended norms."""
-    # late blocks have the most keys: they are begun first
-    i_program = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_chunk, i_b, i_h = i_program // blocks, tl.program_id(1) // H, tl.program_id(1) % H
-    start = tl.where(i_chunk == 0, first, second)
-    i_first = (start // BLOCK_M + i_program % blocks) * BLOCK_M
+    i_chunk, start, i_first = block_of_chunk(first, second, blocks, BLOCK_M)
+    i_b, i_h = tl.program_id(1) // H, tl.program_id(1) % H
     if i_first >= start + length:  # past the end of its chunk: the other chunk has a block more
         return
     i_position = i_first + tl.arange(0, BLOCK_M)

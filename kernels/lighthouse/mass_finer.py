@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_lighthouse.kernels.launch import cdiv, enqueue, last_contiguous, launch, padded, run, strides
-from megatron_lighthouse.kernels.lighthouse.score import blocks_of, coarsen, entry_of
+from megatron_lighthouse.kernels.lighthouse.score import blocks_of, coarsen, entry_of, window_maxima
 from megatron_lighthouse.lighthouse.geometry import Pyramid
 from megatron_lighthouse.ranges import profiled
 from megatron_lighthouse.sequence.layout import Layout
@@ -98,14 +98,8 @@ def finer_kernel(
         i_tile = tl.where(i_token < length, first + i_token, second + i_token - length) // tokens
         best = _sums(p_x, strides_k, p_tile, strides_mean, i_token, i_tile, m_token, 1, D, BLOCK_D, BLOCK, False)
         best = tl.where(best >= 0.0, 1.0 + best, tl.div_rn(1.0, 1.0 + tl.abs(best)))
-    best = tl.where(m_token, best, -1.0)
     p_level = p_scores + (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + i_bg) * coarse_length
-    for l in tl.static_range(1, FUSED + 1):
-        best = tl.max(tl.reshape(best, [BLOCK // P2**l, P2]), 1)
-        i_slot = tl.program_id(0) * (BLOCK // P2**l) + tl.arange(0, BLOCK // P2**l)
-        i_entry, valid = entry_of(i_slot, L - 1 - l, P, P2)
-        tl.store(p_level + i_entry, best, mask=valid & (i_entry < seq_length // P**l))
-        p_level += seq_length // P**l
+    window_maxima(p_level, tl.where(m_token, best, -1.0), seq_length, P, P2, L, FUSED, BLOCK)
 
 
 def finer(query: Tensor, key: Tensor, pooled: Tensor, mean: Tensor, pyramid: Pyramid, layout: Layout | None) -> Tensor:

@@ -48,6 +48,19 @@ def entry_of(i_slot, DIGITS: tl.constexpr, P: tl.constexpr, P2: tl.constexpr):
     return i_entry + i_slot * P**DIGITS, valid
 
 
+@triton.jit
+def window_maxima(
+    p_level, best, length, P: tl.constexpr, P2: tl.constexpr, L: tl.constexpr, FUSED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Store the maxima of a block of scores, of `length` tokens in all, over the windows of levels 1..FUSED."""
+    for l in tl.static_range(1, FUSED + 1):
+        best = tl.max(tl.reshape(best, [BLOCK // P2**l, P2]), 1)
+        i_slot = tl.program_id(0) * (BLOCK // P2**l) + tl.arange(0, BLOCK // P2**l)
+        i_entry, valid = entry_of(i_slot, L - 1 - l, P, P2)
+        tl.store(p_level + i_entry, best, mask=valid & (i_entry < length // P**l))
+        p_level += length // P**l
+
+
 @triton.jit(repr=lambda _: "lighthouse_score")
 def score_kernel(
     p_q,
@@ -78,14 +91,8 @@ def score_kernel(
     else:
         p_x = p_k + i_b * strides_k[1] + i_g * strides_k[2]
         best = norms_of(p_x, strides_k[0], 0, i_token, m_token, 1, D, BLOCK_D, BLOCK)
-    best = tl.where(m_token, best, -1.0)
     p_level = p_scores + (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + i_bg) * coarse_length
-    for l in tl.static_range(1, FUSED + 1):
-        best = tl.max(tl.reshape(best, [BLOCK // P2**l, P2]), 1)
-        i_slot = tl.program_id(0) * (BLOCK // P2**l) + tl.arange(0, BLOCK // P2**l)
-        i_entry, valid = entry_of(i_slot, L - 1 - l, P, P2)
-        tl.store(p_level + i_entry, best, mask=valid & (i_entry < seq_length // P**l))
-        p_level += seq_length // P**l
+    window_maxima(p_level, tl.where(m_token, best, -1.0), seq_length, P, P2, L, FUSED, BLOCK)
 
 
 @triton.jit(repr=lambda _: "lighthouse_score_coarsen")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_lighthouse.context_parallel.parts import Mask, Part, Tensors
 from megatron_lighthouse.parallax import telemetry
-from megatron_lighthouse.softmax.blocks import heads_first, tokens_first
+from megatron_lighthouse.softmax.blocks import for_each_head, heads_first, tokens_first
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Plain(Attention):
     """Logits that are held at a time, in several copies."""
 
     def forward(self, near: Tensors, far: Tensors, mask: Mask) -> Part:
-        q, r, k, v = self._spread(*near, *far)
+        q, r, k, v = for_each_head(*near, *far)
         found: list[list[Tensor]] = [[], [], [], []]
         for rows in self._parts(q, k):
             logits = self._logits(q, k, rows, mask)
@@ -99,7 +99,7 @@ class Plain(Attention):
 
     def backward(self, grad: Tensor, near: Tensors, far: Tensors, part: Part, mask: Mask) -> tuple[Tensors, Tensors]:
         """With t = dO·o, b = dO·v̄ and a = dO·v: the gradients of logits p ((a - t) + (t̄ - u) (a - b)), and of u -p (a - b)."""
-        q, r, k, v = self._spread(*near, *far)
+        q, r, k, v = for_each_head(*near, *far)
         g, value, output, mean = (x.to(q.dtype) for x in heads_first(grad, *part.averages))
         of_output, of_value = ((g * x).sum(-1, keepdim=True) for x in (output, value))
         dq, dr, dk, dv = [], [], torch.zeros_like(k), torch.zeros_like(v)
@@ -119,11 +119,6 @@ class Plain(Attention):
         dtype = near[0].dtype
         d_q, d_r, d_k, d_v = (tokens_first(x).to(dtype) for x in (torch.cat(dq, 2), torch.cat(dr, 2), dk, dv))
         return (d_q, d_r), (d_k, d_v)
-
-    def _spread(self, *tensors: Tensor) -> list[Tensor]:
-        """[B, H, ·, D] in the dtype of sums, a key/value head repeated for each of its queries."""
-        wide, heads = torch.promote_types(tensors[0].dtype, torch.float32), tensors[0].shape[2]
-        return [x.to(wide).repeat_interleave(heads // x.shape[1], 1) for x in heads_first(*tensors)]
 
     def _parts(self, q: Tensor, k: Tensor) -> list[slice]:
         rows = max(1, self.ELEMENTS // (q.shape[0] * q.shape[1] * k.shape[2]))

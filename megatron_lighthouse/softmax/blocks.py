@@ -70,7 +70,7 @@ class Plain(Softmax):
     """Scores that are held at a time."""
 
     def forward(self, near: Tensors, far: Tensors, mask: Mask) -> Part:
-        q, k, v = self._spread(*near, *far)
+        q, k, v = for_each_head(*near, *far)
         outs, lses = [], []
         for rows, seen in self._parts(q, k):
             scores = self._scores(q, k, rows, seen, mask.causal)
@@ -80,7 +80,7 @@ class Plain(Softmax):
         return Part((tokens_first(torch.cat(outs, 2)).to(near[0].dtype),), torch.cat(lses, 2))
 
     def backward(self, grad: Tensor, near: Tensors, far: Tensors, part: Part, mask: Mask) -> tuple[Tensors, Tensors]:
-        q, k, v = self._spread(*near, *far)
+        q, k, v = for_each_head(*near, *far)
         g, o = (x.to(q.dtype) for x in heads_first(grad, *part.averages))
         delta = (g * o).sum(-1, keepdim=True)
         dq, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
@@ -93,12 +93,6 @@ class Plain(Softmax):
         dk, dv = (x.unflatten(1, (far[0].shape[2], -1)).sum(2) for x in (dk, dv))
         of_query, *others = (tokens_first(x).to(near[0].dtype) for x in (torch.cat(dq, 2), dk, dv))
         return (of_query,), tuple(others)
-
-    def _spread(self, *tensors: Tensor) -> list[Tensor]:
-        """[B, H, ·, D] in the dtype of sums, a key/value head repeated for each of its queries."""
-        wide = torch.promote_types(tensors[0].dtype, torch.float32)
-        heads = tensors[0].shape[2]
-        return [x.to(wide).repeat_interleave(heads // x.shape[1], 1) for x in heads_first(*tensors)]
 
     def _parts(self, q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
         """Some near rows at a time, and the far rows that they may see."""
@@ -165,6 +159,12 @@ def _takes_windows(name: str, query: Tensor) -> bool:
 def heads_first(*tensors: Tensor) -> list[Tensor]:
     """[n, B, H, D] -> [B, H, n, D], as views."""
     return [x.permute(1, 2, 0, 3) for x in tensors]
+
+
+def for_each_head(*tensors: Tensor) -> list[Tensor]:
+    """`heads_first` in the dtype of sums, [B, H, n, D], a key/value head repeated for each head of the first, the queries."""
+    wide, heads = torch.promote_types(tensors[0].dtype, torch.float32), tensors[0].shape[2]
+    return [x.to(wide).repeat_interleave(heads // x.shape[1], 1) for x in heads_first(*tensors)]
 
 
 def tokens_first(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_lighthouse.kernels.launch import cdiv, enqueue, last_contiguous, launch, padded, strides
-from megatron_lighthouse.kernels.lighthouse.score import blocks_of, coarsen, entry_of, norms_of
+from megatron_lighthouse.kernels.lighthouse.score import blocks_of, coarsen, entry_of, norms_of, window_maxima
 from megatron_lighthouse.lighthouse.packed.packing import Packing
 from megatron_lighthouse.ranges import profiled
 
@@ -43,14 +43,8 @@ def packed_score_kernel(
         best = norms_of(p_q + i_g * R * strides_q[2], strides_q[0], strides_q[2], i_token, m_token, R, D, BLOCK_D, BLOCK)
     else:
         best = norms_of(p_k + i_g * strides_k[2], strides_k[0], 0, i_token, m_token, 1, D, BLOCK_D, BLOCK)
-    best = tl.where(m_token, best, -1.0)
     p_level = p_scores + (tl.program_id(2).to(tl.int64) * G + i_g) * coarse_length
-    for l in tl.static_range(1, FUSED + 1):
-        best = tl.max(tl.reshape(best, [BLOCK // P2**l, P2]), 1)
-        i_slot = tl.program_id(0) * (BLOCK // P2**l) + tl.arange(0, BLOCK // P2**l)
-        i_entry, valid = entry_of(i_slot, L - 1 - l, P, P2)
-        tl.store(p_level + i_entry, best, mask=valid & (i_entry < compact_length // P**l))
-        p_level += compact_length // P**l
+    window_maxima(p_level, tl.where(m_token, best, -1.0), compact_length, P, P2, L, FUSED, BLOCK)
 
 
 def compute_packed_scores(query: Tensor, key: Tensor, packing: Packing) -> Tensor:

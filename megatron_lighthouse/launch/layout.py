@@ -55,6 +55,11 @@ def layout(args: argparse.Namespace, nodes: int, gpus_per_node: int, one_machine
     if world % one == 0:
         yield from evaluated(args, (batch or micro * (world // one)), world // one)
     yield from experts(args, world)
+    if world % one == 0 and (world // tensor // pipeline) % (instances := args.num_distributed_optimizer_instances):
+        yield (
+            f"--num-distributed-optimizer-instances {instances} must divide the {world // tensor // pipeline} data- and "
+            f"context-parallel ranks: use {math.gcd(instances, world // tensor // pipeline)}."
+        )
     if args.profile and (beyond := [rank for rank in args.profile_ranks or () if rank >= world]):
         yield f"--profile-ranks {' '.join(map(str, beyond))} is beyond the last of {world} ranks: use 0 to {world - 1}."
     yield from stages(args)

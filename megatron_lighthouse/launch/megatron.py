@@ -22,6 +22,8 @@ from megatron_lighthouse.mcore.data import tokenizers
 from megatron_lighthouse.mcore.data.blends import TOKENIZERS
 from megatron_lighthouse.mcore.refusal import bare_assertion
 
+LOCAL_SAVES = "nvidia_resiliency_ext.checkpointing.local.ckpt_managers.local_manager"
+"""Whose LocalCheckpointManager is asked for by --non-persistent-ckpt-type local."""
 ADAM = "transformer_engine.pytorch.optimizers"
 """Whose FusedAdam a precision-aware optimizer asks Transformer Engine for, with these arguments."""
 
@@ -137,6 +139,8 @@ def _of_the_job(words: Sequence[str], world: int, major: int, runs_here: bool) -
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             import megatron.core.utils as utils
             import megatron.training  # noqa: F401
+        if not runs_here and not find_spec("nvidia_resiliency_ext"):
+            stack.enter_context(mock.patch.dict(sys.modules, {LOCAL_SAVES: SimpleNamespace(LocalCheckpointManager=object)}))
         if not runs_here and not find_spec("transformer_engine"):
             stack.enter_context(mock.patch.object(utils, "_te_version", utils.PkgVersion(NEWEST)))
             stack.enter_context(mock.patch.dict(sys.modules, {ADAM: SimpleNamespace(FusedAdam=_FusedAdam)}))

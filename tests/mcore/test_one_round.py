@@ -130,6 +130,23 @@ ROUNDS = {
         "must be a multiple of 3 (--eval-micro-batch-size 3 x 1 data-parallel ranks): use --eval-global-batch-size 18",
         ["--eval-micro-batch-size 3 --eval-global-batch-size 18"],
     ),
+    "offloading": (
+        "!--use-distributed-optimizer !--overlap-param-gather --optimizer-cpu-offload",
+        "needs --use-precision-aware-optimizer and --use-distributed-optimizer: add them",
+        ["--optimizer-cpu-offload --use-precision-aware-optimizer"],
+    ),
+    "instances of the optimizer": ("--num-distributed-optimizer-instances 3", "must divide the 4 data- and", [""]),
+    "saves between saves": (
+        "--non-persistent-save-interval 100",
+        "add --non-persistent-ckpt-type global, or leave it out",
+        ["--non-persistent-save-interval 100 --non-persistent-ckpt-type global"],
+    ),
+    "an initialization": ("--init-method-xavier-uniform", "fails in Megatron 0.19", [""]),
+    "layers of eight bits": (
+        "--fp8-format hybrid --transformer-impl local",
+        "leave it out, or use --transformer-impl transformer_engine",
+        ["--fp8-format hybrid"],
+    ),
     "a loader": ("--dataloader-type external", "use single or cyclic", ["--dataloader-type single"]),
     "a share of channels": ("--kv-channels 64 --rotary-percent 0.02", "use --rotary-percent 1.", ["--kv-channels 64"]),
     "a flag that was": ("--batch-size 8", "use --micro-batch-size in its place", ["--micro-batch-size 1"]),
@@ -236,6 +253,21 @@ def test_the_run_says_it_too(caplog: pytest.LogCaptureFixture) -> None:
     assert "--muon-momentum is not read without --optimizer muon." in caplog.text
 
 
+def test_a_full_validation_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of single sequences, which are what --eval-micro-batch-size is where it is not given."""
+    more = ["--full-validation", "--multiple-validation-sets", "--split", "99,1,0"]
+    assert check.main([*NODES, "--without-megatron", "--", *LLAMA, *more]) == 0, capsys.readouterr().err
+
+
+def test_modules_that_need_an_engine(capsys: pytest.CaptureFixture[str]) -> None:
+    words = line(f"{RECOMPUTE} --recompute-granularity selective --transformer-impl local --no-rope-fusion")
+    own = [*NODES, "--runs-here", "--without-megatron", "--", *words, "--recompute-modules"]
+    assert check.main([*own, "mlp", "layernorm"]) == 1
+    assert "--recompute-modules layernorm needs Transformer Engine" in capsys.readouterr().err
+    check.main([*own, "mlp", "core_attn"])
+    assert "--recompute-modules" not in capsys.readouterr().err
+
+
 def test_what_words_say_is_known() -> None:
     args, _ = flags.parse(["--rope-scaling-factor=8", "--no-rope-fusion", "--window-size", "3,0"], with_all_arguments)
     assert args.said == {"rope_scaling_factor", "apply_rope_fusion", "window_size"}
@@ -257,10 +289,16 @@ def test_flags_as_others_call_them() -> None:
         assert unknown_flag(word, known) == f"{word} is not a known flag: {says}"
 
 
-def test_a_precision_aware_optimizer_of_the_job(megatron: None) -> None:
-    """Is Transformer Engine's, which a login node has not."""
-    words = [*LLAMA, "--use-precision-aware-optimizer", "--main-grads-dtype", "bf16"]
-    assert asked_megatron.problems(words, 64, MAJOR, {}, False) == []
+@pytest.mark.parametrize(
+    "more",
+    [
+        "--use-precision-aware-optimizer --main-grads-dtype bf16",
+        "--non-persistent-ckpt-type local --non-persistent-local-ckpt-dir there",
+    ],
+)
+def test_packages_of_the_job_are_not_asked_for_here(more: str, megatron: None) -> None:
+    """As Transformer Engine's optimizer, which a login node has not."""
+    assert asked_megatron.problems([*LLAMA, *more.split()], 64, MAJOR, {}, False) == []
 
 
 def test_megatron_is_repeated_in_flags(megatron: None) -> None:

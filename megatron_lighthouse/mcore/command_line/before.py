@@ -186,6 +186,11 @@ def _saves(args: argparse.Namespace) -> Iterator[str]:
     elif args.save is not None and keep is not None and (keep < 1 or keep % every):
         use = max(1, keep // every) * every
         yield f"--save-retain-interval {keep} must be a multiple of --save-interval {every}: use {use}."
+    if args.non_persistent_save_interval and args.non_persistent_ckpt_type is None:
+        yield (
+            f"--non-persistent-save-interval {args.non_persistent_save_interval} needs --non-persistent-ckpt-type: add "
+            "--non-persistent-ckpt-type global, or leave it out."
+        )
     if args.save is not None and args.async_save and args.ckpt_format == "torch":
         yield "--async-save is not done with --ckpt-format torch: leave it out, or use --ckpt-format torch_dist."
     if args.log_memory_interval is not None and args.log_interval > 0 and args.log_memory_interval % args.log_interval:

@@ -15,6 +15,8 @@ from megatron_lighthouse.mcore.data.blends import sources
 
 ELSEWHERE = "use Megatron-LM's own pretrain_gpt.py for it (patches/patch.py gives that --attention lighthouse)"
 
+OF_ENGINE = ("layernorm", "moe_act", "mla_up_proj", "gdn_norm_out")
+"""Of --recompute-modules, those whose outputs Megatron drops by a function that reads Transformer Engine's state."""
 NOT_HERE = {
     **{name: PACKED[name] for name in ("hybrid_context_parallel", "perform_rl_step")},
     "fim_data": "--fim-data",
@@ -67,6 +69,10 @@ def _asked_for(args: Namespace) -> Iterator[tuple[str, str, str]]:
         yield f"--optimizer {optimizer}", "emerging_optimizers", "emerging-optimizers"
     if getattr(args, "non_persistent_ckpt_type", None) == "local":
         yield "--non-persistent-ckpt-type local", "nvidia_resiliency_ext", "nvidia-resiliency-ext"
+    if getattr(args, "async_save", False) and getattr(args, "use_persistent_ckpt_worker", False):
+        yield "--use-persistent-ckpt-worker", "nvidia_resiliency_ext", "nvidia-resiliency-ext"
+    if (instances := getattr(args, "num_distributed_optimizer_instances", 1)) > 1:
+        yield f"--num-distributed-optimizer-instances {instances}", "einops", "einops"
 
 
 def _of_local_layers(args: Namespace) -> Iterator[str]:
@@ -89,6 +95,11 @@ def _missing_fusions(args: Namespace) -> Iterator[str]:
         )
     if args.transformer_impl != "local" or engine:
         return
+    selected = getattr(args, "recompute_granularity", None) == "selective" and (args.recompute_modules or ())
+    if held := [name for name in selected or () if name in OF_ENGINE]:
+        yield (
+            f"--recompute-modules {' '.join(held)} needs Transformer Engine, which is not installed: use core_attn, mlp or moe."
+        )
     if rotary and args.apply_rope_fusion:
         yield "RoPE fusion (Megatron's default) needs Transformer Engine, which is not installed: add --no-rope-fusion."
     if not apex and args.sequence_parallel and args.tensor_model_parallel_size > 1 and (problem := norm_problem(args)):
@@ -145,6 +156,8 @@ def _wrong_in_megatron(args: Namespace) -> Iterator[str]:
             f"--multi-latent-attention with --tensor-model-parallel-size {size} and --transformer-impl local: Megatron adds up "
             "gradients of its norms over ranks that each have all of them: add --sequence-parallel."
         )
+    if getattr(args, "init_method_xavier_uniform", False):
+        yield "--init-method-xavier-uniform fails in Megatron 0.19, whose config has no such field: leave it out."
     variant = getattr(args, "experimental_attention_variant", None)
     if variant == "gated_delta_net" and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         yield (

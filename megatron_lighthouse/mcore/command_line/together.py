@@ -9,10 +9,13 @@ import argparse
 import math
 from collections.abc import Iterator
 
+ENGINE = "--transformer-impl transformer_engine"
 ACTIVATIONS = ("--swiglu", "--squared-relu", "--quick-geglu")
 """Of the MLP: Megatron's default is GELU."""
 MODULES = ("core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts", "gdn_norm_out")
 """Of --recompute-modules."""
+OF_FULL = ("recompute_method", "recompute_num_layers")
+"""Read with --recompute-granularity full."""
 FULL = "--recompute-method uniform --recompute-num-layers 1"
 """What --recompute-granularity full is given most often."""
 
@@ -33,8 +36,7 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
         )
     for flag, value in (("--fp8-format", args.fp8), ("--fp4-format", args.fp4)):
         if value and args.transformer_impl == "local":
-            use = "leave it out, or use --transformer-impl transformer_engine"
-            yield f"{flag} {value} is read by Transformer Engine's layers alone: {use}."
+            yield f"{flag} {value} is read by Transformer Engine's layers alone: leave it out, or use {ENGINE}."
     if args.cross_entropy_loss_fusion and args.cross_entropy_fusion_impl == "te":
         yield "--cross-entropy-fusion-impl te is turned off in Megatron 0.19, for it was not stable: use native."
     if args.cuda_graph_impl == "full_iteration" and args.check_for_nan_in_loss_and_grad:
@@ -80,8 +82,11 @@ def _optimizer(args: argparse.Namespace) -> Iterator[str]:
         yield "--overlap-param-gather needs --use-distributed-optimizer: add it, or leave that out."
     if args.overlap_param_gather and not args.overlap_grad_reduce:
         yield "--overlap-param-gather needs --overlap-grad-reduce: add it, or leave that out."
-    if args.optimizer_cpu_offload and not args.use_precision_aware_optimizer:
-        yield "--optimizer-cpu-offload needs --use-precision-aware-optimizer: add it, or leave that out."
+    asked = [name for name in ("optimizer_cpu_offload", "use_precision_aware_optimizer") if getattr(args, name)]
+    wants = ["use_precision_aware_optimizer", *([] if args.use_megatron_fsdp else ["use_distributed_optimizer"])]
+    if asked and (missing := [_flag(name) for name in wants if not getattr(args, name)]):
+        them = "it" if len(missing) == 1 else "them"
+        yield f"{_flag(asked[0])} needs {' and '.join(missing)}: add {them}, or leave that out."
 
 
 def _recompute(args: argparse.Namespace) -> Iterator[str]:
@@ -90,12 +95,7 @@ def _recompute(args: argparse.Namespace) -> Iterator[str]:
         yield f"--recompute-granularity full needs a method and a number of layers: add {FULL}."
         return
     selects = args.recompute_granularity == "selective" or args.recompute_activations
-    of_full = [
-        f"{flag} {value}"
-        for name in ("method", "num_layers")
-        if (value := getattr(args, f"recompute_{name}"))
-        for flag in [f"--recompute-{name.replace('_', '-')}"]
-    ]
+    of_full = [f"{_flag(name)} {value}" for name in OF_FULL if (value := getattr(args, name))]
     if of_full and selects:
         are, them = ("is", "it") if len(of_full) == 1 else ("are", "them")
         yield f"{' '.join(of_full)} {are} of --recompute-granularity full: leave {them} out, or use that."
@@ -121,3 +121,7 @@ def _interleaved(args: argparse.Namespace) -> Iterator[str]:
         fits = " or ".join(str(n) for n in range(2, of_stage) if of_stage % n == 0)
         use = f"use {fits}" if fits else "leave it out"
         yield f"{flag} {size} must divide the {of_stage} layers of a pipeline stage: {use}."
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -71,11 +71,9 @@ def tokenizer_arguments(words: Sequence[str]) -> argparse.Namespace:
     from megatron_lighthouse.mcore.command_line import flags
 
     args, wrong = flags.parse(words, lambda parser: parser)
-    default, _ = flags.parse([], lambda parser: parser)
-    given = (name for name, value in vars(args).items() if value != getattr(default, name))
     wrong += [
         f"--{name.replace('_', '-')} is no flag of a tokenizer: leave it out."
-        for name in given
+        for name in sorted(args.said)
         if not name.startswith(OF_TOKENIZERS)
     ]
     if wrong:

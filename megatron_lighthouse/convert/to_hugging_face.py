@@ -35,7 +35,13 @@ MAY_DIFFER = """
 UNSAID = {
     **{"softmax_type": "vanilla", "window_size": None, "attention_output_gate": False, "qk_layernorm": False},
     **{"qk_l2_norm": False, "layernorm_zero_centered_gamma": False, "no_rope_freq": None, "rotary_percent": 1.0},
-    **{"rotary_interleaved": False, "squared_relu": False, "quick_geglu": False, "activation_func_clamp_value": None},
+    **{
+        "window_attn_skip_freq": None,
+        "rotary_interleaved": False,
+        "squared_relu": False,
+        "quick_geglu": False,
+        "activation_func_clamp_value": None,
+    },
 }
 """Arguments that change the model, and what they are where a family does not say them."""
 

@@ -37,7 +37,8 @@ def wall_attention(
     FoX (arXiv 2503.02130), takes weight from a key. A document's first gate has no effect, and a gradient of 0.
 
     Args:
-        query: [N, B, H, K], not rotated; float64, float32, bfloat16 or float16, any strides.
+        query: [N, B, H, K], float64, float32, bfloat16 or float16, any strides; rotated only where the two channels of a pair
+            have the same gates, with which a rotation commutes.
         key: [N, B, G, K], G dividing H: query head h reads key/value head h // (H/G).
         value: [N, B, G, V]; V may differ from K.
         gate: g, [N, B, H, K], or [N, B, G, K] where the query heads of a group share them; natural logarithms <= 0, of any

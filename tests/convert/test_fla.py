@@ -20,6 +20,7 @@ CONFIGS = {
     "parallax-plain": {**PARALLAX, **PLAIN, "intermediate_size": None, "max_position_embeddings": 128, "norm_eps": 1e-6},
     "wall-plain": {**WALL, **PLAIN},
     "wall-biased": {**WALL, **PLAIN, "qkv_bias": True},
+    "wall-windowed": {**WALL, **PLAIN, "window_size": 64},
 }
 
 
@@ -33,6 +34,17 @@ def test_every_number_comes_back(name: str, tmp_path: Path) -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
     assert json.loads((tmp_path / "back/config.json").read_text()) == config
+
+
+def test_a_window_counts_the_token_itself(tmp_path: Path, capsys: Any) -> None:
+    """And a run of another goes nowhere."""
+    config = CONFIGS["wall-windowed"]
+    source = write(tmp_path / "hf", fla_folders.weights(config), config)
+    convert("hf-to-megatron", source, tmp_path / "megatron")
+    assert "--window-size 63,0" in (tmp_path / "megatron/model.args").read_text()
+    rewrite(tmp_path / "megatron", lambda key, tensor: {key: tensor}, window_size=(31, 0))
+    line = refusal(capsys, "megatron-to-hf", tmp_path / "megatron", tmp_path / "back")
+    assert "window_size (63, 0)" in line
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 
 from megatron_lighthouse.softmax.blocks import Cudnn
 from megatron_lighthouse.softmax.blocks import Plain as PlainBlock
@@ -15,19 +17,22 @@ from megatron_lighthouse.wall import biased, implementations, layer
 from megatron_lighthouse.wall.attention import wall_attention
 from megatron_lighthouse.wall.cut import Step
 from megatron_lighthouse.wall.earlier import Plain, Stock
+from tests.context_parallel.shards import shards_of, whole
+from tests.ranks import run_ranks
 from tests.tolerances import assert_close
 from tests.wall.oracle import formula, inputs, with_grads
 
 
+def earlier(query: Tensor, value: Tensor, gate_heads: int, scale: float, biased: bool, masked: bool) -> Stock:
+    """As on a GPU, with a block in plain PyTorch."""
+    return Stock(PlainBlock(scale, None), scale, 16)
+
+
 @pytest.fixture
-def stock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, with a block in plain PyTorch, over pieces of five."""
-
-    def earlier(query: Tensor, value: Tensor, gate_heads: int, scale: float, biased: bool, masked: bool) -> Stock:
-        return Stock(PlainBlock(scale, None), scale, 16)
-
-    monkeypatch.setattr(layer, "earlier_for", earlier)
-    monkeypatch.setattr(Step, "TOKENS", 5)
+def stock() -> Iterator[None]:
+    """Over pieces of five."""
+    with mock.patch.object(layer, "earlier_for", earlier), mock.patch.object(Step, "TOKENS", 5):
+        yield
 
 
 @pytest.mark.usefixtures("stock")
@@ -40,6 +45,22 @@ def test_the_formula(dims: tuple[int, int], more: dict[str, Any]) -> None:
     expected = with_grads(formula, tensors, **how)
     for found, one in zip(with_grads(wall_attention, tensors, **how), expected, strict=True):
         assert_close(found, one, "ranks float64")
+
+
+def on_rank(group: dist.ProcessGroup, tensors: list[Tensor], comm_type: str) -> list[Tensor]:
+    rows = [x if x.dim() == 1 else shards_of(group, [x])[0] for x in tensors]
+    with mock.patch.object(layer, "earlier_for", earlier), mock.patch.object(Step, "TOKENS", 5):
+        return with_grads(wall_attention, rows, cp_group=group, cp_comm_type=comm_type)
+
+
+@pytest.mark.parametrize("comm_type", ["p2p", "all_gather", "a2a"])
+def test_ranks_equal_one(comm_type: str) -> None:
+    """Chunks of six tokens in two pieces."""
+    tensors = inputs(24, 2, 4, 2, (5, 3), scalar=-0.2, sink=True)
+    ranks = run_ranks(2, on_rank, tensors, comm_type)
+    for expected, found in zip(with_grads(formula, tensors), zip(*ranks, strict=True), strict=True):
+        together = sum(found) if expected.dim() == 1 else whole(found)
+        assert_close(together, expected, "ranks float64")
 
 
 @pytest.mark.usefixtures("stock")
@@ -76,6 +97,12 @@ def test_gradients_of_scalar_gates_in_bfloat16(scalar: float, most: float, monke
     assert (found - expected).norm() / expected.norm() < most
 
 
+class OfGpu(Tensor):
+    """Says that it is of a GPU."""
+
+    device = torch.device("cuda")  # type: ignore[assignment]
+
+
 def test_what_is_taken_where(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Of a GPU whose kernels take 256 channels."""
     asked = []
@@ -87,17 +114,16 @@ def test_what_is_taken_where(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Log
     monkeypatch.setattr(implementations, "block_for", block_for)
 
     def taken(dim: int, value_dim: int, **how: bool) -> tuple[type, int | None]:
-        query, value = (torch.empty(8, 1, heads, n, device="cuda") for heads, n in ((8, dim), (2, value_dim)))
+        query, value = (torch.empty(8, 1, heads, n).as_subclass(OfGpu) for heads, n in ((8, dim), (2, value_dim)))
         found = implementations.earlier_for(query, value, 2, 0.1, **{"biased": False, "masked": False, **how})
         return type(found), getattr(found, "width", None)
 
-    with FakeTensorMode():
-        assert taken(128, 128) == (Stock, None)
-        assert taken(64, 128) == taken(128, 64) == (Stock, 128)
-        assert taken(128, 128, biased=True) == (Stock, 136)
-        assert taken(60, 64, biased=True) == (Stock, 64)
-        assert taken(256, 256, biased=True) == (Plain, None)
-        assert taken(128, 128, masked=True) == (Plain, None)
+    assert taken(128, 128) == (Stock, None)
+    assert taken(64, 128) == taken(128, 64) == (Stock, 128)
+    assert taken(128, 128, biased=True) == (Stock, 136)
+    assert taken(60, 64, biased=True) == (Stock, 64)
+    assert taken(256, 256, biased=True) == (Plain, None)
+    assert taken(128, 128, masked=True) == (Plain, None)
     assert asked[:3] == [((8, 128), (2, 128))] * 3
     assert asked[3] == ((8, 136), (8, 136)), "a bias of each query head"
     assert any("slowly: with scalar gates its rows take 264 channels" in message for message in caplog.messages)

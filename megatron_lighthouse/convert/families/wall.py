@@ -6,7 +6,7 @@ from megatron_lighthouse.convert.families import fla
 from megatron_lighthouse.convert.family import Config, Family, Weight
 
 FIXED = {
-    **fla.FIXED,
+    **{name: values for name, values in fla.FIXED.items() if name != "window_size"},
     "qk_norm": (False,),  # its norms have weights for each head, Megatron's one for all
 }
 
@@ -25,7 +25,9 @@ def weights(config: Config) -> list[Weight]:
 
 
 def arguments(config: Config) -> list[str]:
+    window = config.get("window_size")  # a token among them, which Megatron does not count
     return [
+        *([] if window is None else ["--window-size", f"{window - 1},0"]),
         *("--attention", "wall", "--swiglu", "--disable-bias-linear"),
         *(["--add-qkv-bias"] if config.get("qkv_bias", False) else []),
         *(["--attention-output-gate"] if config.get("use_output_gate", False) else []),

@@ -88,16 +88,17 @@ class Wall(Variant):
     def work(self, config: WallConfig | None, shape: Shape) -> Work:
         """Time and what backward holds are an H200's (docs/measured_h200.md), of gates of each query head; the rest is counted.
 
-        An element of fp32 is two of bf16. Kept are the gates' logits, gates, and keys that have faded; of gathered rows gates,
-        and keys of as many heads, which fade once more, and of all tokens logits, gates and keys.
+        An element of fp32 is two of bf16. Kept are the gates' logits and gates, and keys that have faded where they travel; of
+        gathered rows gates, and keys of as many heads, and of all tokens logits, gates and keys.
         """
         gates = (shape.groups if (config or WallConfig()).tied_gates else shape.heads) / shape.heads
         keys = shape.groups / shape.heads
         return Work(
             moved=271,
             moved_both=1563,
-            kept=(1 + 2 + 1) * gates,
-            rows_kept=(2 + 1 + 1) * gates - keys,
+            kept=(1 + 2) * gates,
+            rows_kept=(2 + 1) * gates - keys,
+            travelling_kept=gates,
             tokens_kept=(1 + 2) * gates + keys,
             backward=10,
             assumed="as its kernels on an H200",

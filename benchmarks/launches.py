@@ -84,7 +84,12 @@ def around_wall(case: Case) -> Counter[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=AROUND_FROM, help="default: %(default)s")
-    parser.add_argument("--piece", type=int, default=Step.TOKENS, help="rows of a piece; default: %(default)s")
+    parser.add_argument(
+        "--piece",
+        type=int,
+        default=Step.TOKENS,
+        help="rows of a piece that travels; along the diagonal a quarter; default: %(default)s",
+    )
     options = parser.parse_args()
     Step.TOKENS = options.piece
     found = around_wall(of_length(options.tokens))

@@ -63,7 +63,7 @@ def wall(dim: int, dtype: str, bounds: tuple[int, ...] = (), window: int | None 
 
     q, logits, k, v = given(300, dim, dtype)
     more = [rows(300, HEADS, 1, q.dtype).requires_grad_()] if scalar else []
-    step, Step.TOKENS = Step.TOKENS, 128
+    step, Step.TOKENS = Step.TOKENS, 128 * (1 if bounds else Step.SHORTER)
     attend = build(q, k, v, HEADS, sight=Sight(bounds, window), kernels="triton", biased=scalar)
     gate, *scalars = (LogSigmoid()(x) for x in (logits, *more))
     out = attend(q, k, v, gate, scalars[0] if scalar else None, None)

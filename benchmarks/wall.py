@@ -31,7 +31,7 @@ from megatron_lighthouse import lighthouse_attention
 from megatron_lighthouse.softmax.backends import inner_attention
 from megatron_lighthouse.versions import environment
 from megatron_lighthouse.wall.attention import wall_attention
-from megatron_lighthouse.wall.cut import Step
+from megatron_lighthouse.wall.cut import Step, rows_of_halves
 from megatron_lighthouse.wall.layer import build
 
 INITIAL = -3.35e-4
@@ -113,12 +113,12 @@ def one_tile_shape(module: Any) -> None:
 
 
 def floor_ms(case: Case, direction: str) -> float:
-    """Milliseconds that ours cannot be below: products, then bytes. Each piece reads earlier keys and writes them decayed."""
-    piece = min(Step.TOKENS, case.tokens)
+    """Milliseconds that ours cannot be below: products, then bytes. Of each size of halves queries and keys are written."""
+    piece = min(Step.along(alike=True), case.tokens)
     same = case.tokens * piece / 2
     apart = case.tokens**2 / 2 - same
     products = sum(n * pairs for n, pairs in zip(PRODUCTS[direction], (apart, same), strict=True)) * case.heads * case.dim
-    decayed = 4 * apart / piece * (1 if direction == "fwd" else 3)
+    decayed = 4 * sum(rows_of_halves(case.tokens, piece)) * (1 if direction == "fwd" else 3)
     moved = (case.tokens * MOVED[direction] + decayed) * case.heads * case.dim
     return 1000 * (2 * products / OPERATIONS + moved / BYTES)
 
@@ -184,7 +184,7 @@ def checked_inputs(checked: Checked, gate: float, tokens: int, device: str) -> l
 def check(number: int, out: Path, tokens: int, device: str) -> None:
     """One of CHECKED, to a file of its own."""
     torch.manual_seed(1)
-    Step.TOKENS = tokens // 4
+    Step.TOKENS = tokens
     found = {f"g {gate}": errors(CHECKED[number], gate, tokens, device) for gate in (INITIAL, -0.1, -2.0)}
     (out / f"check-{number}.json").write_text(json.dumps(found))
 
@@ -224,7 +224,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "wall")
     parser.add_argument("--lengths", type=int, nargs="+", help="instead of the cases' own: of 8 heads of 128")
-    parser.add_argument("--piece", type=int, default=Step.TOKENS, help="tokens of a piece; default: %(default)s")
+    parser.add_argument(
+        "--piece",
+        type=int,
+        default=Step.TOKENS,
+        help="tokens of a piece that travels; along the diagonal a quarter; default: %(default)s",
+    )
     parser.add_argument("--only-times", action="store_true", help="no checks")
     parser.add_argument("--options", action="store_true", help="time ours alone, with scalar gates and with narrow keys too")
     parser.add_argument("--only-check", action="store_true", help="errors and repeats alone, on a CPU too")
@@ -242,7 +247,7 @@ def main() -> None:
     if options.check is not None:
         return check(options.check, options.out, tokens, device)
     checked = {} if options.only_times else check_all(options.out, tokens, device)
-    Step.TOKENS = tokens // 4
+    Step.TOKENS = tokens
     dim, times = (128, 100) if gpu else (16, 2)
     same = None if options.only_times else repeats_deterministically(Case(tokens, 4, 2, dim), times, device)
     Step.TOKENS = options.piece

@@ -20,6 +20,8 @@ class Work:
     rows_kept: float = 0.0
     """With Lighthouse around it, kept besides for each gathered row; `tokens_kept` for each token. Likewise."""
     tokens_kept: float = 0.0
+    travelling_kept: float = 0.0
+    """Kept besides for each row that it attends to, where these travel between ranks as they are. Likewise."""
     backward: float = 0.0
     """Held besides while its backward runs, for each row that it attends to. Likewise."""
     assumed: str | None = None

@@ -31,7 +31,7 @@ def dense_activations(run: Run) -> float:
     Both norms' inputs and outputs (4h), Q, K, V after RoPE, the output and fp32 log-sum-exp of attention, gate and up (2 FFN)
     and what goes down (FFN); what norms of queries and keys keep, and what another attention than softmax does (`Work.kept`).
     """
-    model, columns = run.model, run.model.heads * run.model.head_dim * (1 + run.work.kept)
+    model, columns = run.model, run.model.heads * run.model.head_dim * (1 + run.work.kept + _travelling(run))
     elements = 4 * model.hidden + model.qkv + columns + _mlp(run) + _normed(run)
     return run.tokens / run.tensor_parallel * (BF16 * elements + FP32 * model.heads)
 
@@ -55,11 +55,16 @@ def _gathered(run: Run, geometry: Geometry) -> float:
     """
     model = run.model
     columns = model.heads * model.head_dim
-    kept = columns * run.work.rows_kept
+    kept = columns * (run.work.rows_kept + _travelling(run))
     rows = geometry.gathered_length / run.context_parallel * (BF16 * (model.qkv + columns + kept) + FP32 * model.heads)
     maps = 1 + getattr(run.config, "causal_selection", False)
     entries = maps * geometry.pyramid_length / run.context_parallel * model.groups * FP32
     return rows + entries
+
+
+def _travelling(run: Run) -> float:
+    """See `Work.travelling_kept`."""
+    return run.work.travelling_kept if run.context_parallel > 1 and run.cp_comm_type != "a2a" else 0.0
 
 
 def _normed(run: Run) -> int:

@@ -117,7 +117,7 @@ class Attention:
         if given.sink is not None:
             delta = (grad.to(d_gate.dtype) * out).sum(-1, keepdim=True)
             d_sink = -(_of_rows(given.sink) - part.lse).exp().permute(2, 0, 1).unsqueeze(-1) * delta
-        return Near(dq, dk, dv, d_gate, None if d_scalar is None else d_scalar.unsqueeze(-1), d_sink)
+        return Near(dq, dk, dv, d_gate, None if d_scalar is None else d_scalar.unsqueeze(-1).contiguous(), d_sink)
 
     def _meetings(self, mask: Mask, far: Tensors) -> tuple[Meeting, ...]:
         return meetings(self.cut, self.sight, mask) if far else ()

@@ -45,8 +45,8 @@ class Wall(Variant):
     def work(self, config: WallConfig | None, shape: Shape) -> Work:
         """Time and what backward holds are an H200's (docs/measured_h200.md), of gates of each query head; the rest is counted.
 
-        An element of fp32 is two of bf16. Kept are the gates' logits, gates, and keys that have faded; of gathered rows gates,
-        and keys of as many heads, which fade once more, and of all tokens logits, gates and keys.
+        An element of fp32 is two of bf16. Kept are the gates' logits and gates, and keys that have faded where they travel; of
+        gathered rows gates, and keys of as many heads, and of all tokens logits, gates and keys.
         """
         config = config or WallConfig()
         gates, keys = (shape.groups if config.tied_gates else shape.heads) / shape.heads, shape.groups / shape.heads
@@ -54,8 +54,9 @@ class Wall(Variant):
         return Work(
             moved=271,
             moved_both=1563,
-            kept=logits + (2 + 1) * gates,
-            rows_kept=(2 + 1 + 1) * gates - keys,
+            kept=logits + 2 * gates,
+            rows_kept=(2 + 1) * gates - keys,
+            travelling_kept=gates,
             tokens_kept=logits + 2 * gates + keys,
             backward=10,
             assumed="as its kernels on an H200",

@@ -32,9 +32,9 @@ class Within:
         """The part of all rows of their chunk that rows see, from that of those of their piece."""
         (out,), lse = part.averages, part.lse
         part = Part((out.contiguous(),), lse.contiguous())  # what is merged is written in place
-        for rows, found in self._chunks(chunks):
-            own, in_place = given.rows(rows), part[rows]
-            tile_sums = self._tile_sums(call, given.gate, rows)
+        for run, found in self._chunks(chunks):
+            own, in_place = given.rows(run.rows), part[run.rows]
+            tile_sums = call.tile_sums_of(self.decays, given.gate, run)
             near, far = self.decays.halves(own.query, own.key, own.gate, tile_sums, self.step)
             for meet in found:
                 _of(meet, in_place).merge(self.earlier.forward(self._met(meet, own, near, far)))
@@ -42,32 +42,37 @@ class Within:
 
     def backward(self, grad: Tensor, given: Near, part: Part, grads: Near, chunks: Sequence[int], call: Call) -> None:
         """Add the gradients by way of these."""
-        for rows, found in self._chunks(chunks):
-            own, of_own, of_out, whole = given.rows(rows), grads.rows(rows), grad[rows], part[rows]
-            tile_sums = self._tile_sums(call, given.gate, rows)
+        for run, found in self._chunks(chunks):
+            own, of_own, of_out, whole = given.rows(run.rows), grads.rows(run.rows), grad[run.rows], part[run.rows]
+            tile_sums = call.tile_sums_of(self.decays, given.gate, run)
             near, far = self.decays.halves(own.query, own.key, own.gate, tile_sums, self.step)
-            made = []
+            of_near: list[Tensor] = []
+            of_far: list[Tensor] = []
+            of_value: list[Tensor] = []
             for meet in found:
                 met = self._met(meet, own, near, far)
-                *of_rows, of_bias = self.earlier.backward(meet.of_later(of_out), met, _of(meet, whole))
-                made.append(of_rows)
+                dq, dk, dv, of_bias = self.earlier.backward(meet.of_later(of_out), met, _of(meet, whole))
+                for made, x in ((of_near, dq), (of_far, dk), (of_value, dv)):
+                    made.append(x)
                 if of_own.scalar is not None and of_bias is not None:
                     meet.of_later(of_own.scalar).add_(prefix_backward(of_bias[0]))
                     meet.of_earlier(of_own.scalar).add_(suffix_backward(of_bias[1]))
             later, earlier = [meet.of_near for meet in found], [meet.of_far for meet in found]
-            ways = ((later, near, len(near)), (earlier, far, len(far)), (earlier, own.value, len(far)))
-            of = [self._joined(way, [x[i] for x in made], like, n) for i, (way, like, n) in enumerate(ways)]
+            of = (
+                self._joined(later, of_near, len(near), near.shape[2]),
+                self._joined(earlier, of_far, len(far), far.shape[2]),
+                self._joined(earlier, of_value, len(far), own.value.shape[2]),
+            )
             self.decays.halves_backward(of_own[:4], of, own.query, own.key, own.gate, tile_sums, self.step)
 
-    def _chunks(self, chunks: Sequence[int]) -> list[tuple[slice, tuple[Meet, ...]]]:
-        """The rows of each, and what meets among them; those in which nothing does are left out."""
-        found = ((i, meets(self.chunk, self.step, self.sight, chunk * self.chunk)) for i, chunk in enumerate(chunks))
-        return [(slice(i * self.chunk, (i + 1) * self.chunk), each) for i, each in found if each]
-
-    def _tile_sums(self, call: Call, gate: Tensor, rows: slice) -> Tensor:
-        pieces = Cut(self.chunk, self.step).per_chunk
-        chunk = Run(rows.start // self.chunk * pieces, pieces, rows, rows, self.step)
-        return call.tile_sums_of(self.decays, gate, chunk)
+    def _chunks(self, chunks: Sequence[int]) -> list[tuple[Run, tuple[Meet, ...]]]:
+        """The pieces of each, and what meets among them; chunks in which nothing does are left out."""
+        pieces, found = Cut(self.chunk, self.step).per_chunk, []
+        for i, chunk in enumerate(chunks):
+            rows = slice(i * self.chunk, (i + 1) * self.chunk)
+            if each := meets(self.chunk, self.step, self.sight, chunk * self.chunk):
+                found.append((Run(chunk * pieces, pieces, rows, rows, self.step), each))
+        return found
 
     def _met(self, meet: Meet, own: Near, near: Tensor, far: Tensor) -> Rows:
         bias = None
@@ -76,13 +81,15 @@ class Within:
         hidden = meet.hidden(self.sight.window, near.device)
         return Rows(meet.of_near(near), meet.of_far(far), meet.of_earlier(own.value), bias, hidden)
 
-    def _joined(self, meet_rows: Sequence[Callable[[Tensor], Tensor]], parts: list[Tensor], like: Tensor, rows: int) -> Tensor:
-        """Gradients [·, times, B * heads, ·] as those of all later or earlier halves, with the heads of `like`."""
-        if self.sight == Sight():  # all of these meet, in this order
-            return joined([x.transpose(0, 1).flatten(0, 1) for x in parts]).unflatten(1, like.shape[1:3])
-        out = parts[0].new_zeros(rows, *like.shape[1:])
-        for place, x in zip(meet_rows, parts, strict=True):
-            place(out).copy_(x)
+    def _joined(self, places: Sequence[Callable[[Tensor], Tensor]], parts: list[Tensor], rows: int, heads: int) -> Tensor:
+        """Gradients [·, times, B * heads, ·] as those of all later or earlier halves; these are let go."""
+        if self.sight == Sight():  # all of them meet, in this order
+            out = joined([x.transpose(0, 1).flatten(0, 1) for x in parts]).unflatten(1, (-1, heads))
+        else:
+            out = parts[0].new_zeros(rows, parts[0].shape[2] // heads, heads, parts[0].shape[3])
+            for place, x in zip(places, parts, strict=True):
+                place(out).copy_(x)
+        parts.clear()
         return out
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from argparse import Namespace
 from dataclasses import replace
 from typing import Any
 
 import numpy
 import pytest
 
+from megatron_lighthouse.mcore.command_line.documents import FLAG
 from megatron_lighthouse.recipe.passkey import KEY, PROBE, QUESTION, SHORTEST
 from megatron_lighthouse.recipe.probe import CLASSIC, FILLERS, Grid, Sample, bytes_of, statistics
 
@@ -120,3 +122,13 @@ def test_refused(change: dict[str, Any], error: str) -> None:
     grid = Grid(PROBE, WORDS, **{"lengths": [128], "values": [0], "samples": 1, **change})
     with pytest.raises(ValueError, match=error):
         grid.check(len(TEXT))
+
+
+def test_over_documents_a_probes_text_is_one_of_them() -> None:
+    """Its filler would else end it, between what is told and what is asked, wherever a cut of text crosses two files."""
+    from megatron_lighthouse.recipe.probes import text_for
+
+    tokens = numpy.array([1, 2, 256, 3, 4, 256], dtype=numpy.uint16)
+    over = {FLAG.lstrip("-").replace("-", "_"): True}
+    assert text_for(Namespace(**over), tokens, 256).tolist() == [1, 2, 3, 4]
+    assert text_for(Namespace(**dict.fromkeys(over, False)), tokens, 256) is tokens

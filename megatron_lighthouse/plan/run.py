@@ -87,11 +87,9 @@ class Run:
     @property
     def rotated_columns(self) -> int:
         """Of queries, keys, and streams that turn with them."""
-        if not self.base.is_turned(self.around):
-            return 0
-        heads, groups, dim = self.model.heads, self.model.groups, self.model.head_dim
-        turned = (stream for stream in self.base.streams_of(self.around) if stream.rotated)
-        return (heads + groups) * dim + sum(stream.columns(heads, groups, dim) for stream in turned)
+        of = self.model.heads, self.model.groups, self.model.head_dim
+        streams = sum(stream.columns(*of) for stream in self.base.streams_of(self.around) if stream.rotated)
+        return (of[0] + of[1]) * of[2] + streams if self.base.is_turned(self.around) else 0
 
     @property
     def layer_matrices(self) -> int:

@@ -300,13 +300,3 @@ def test_a_run_over_documents_is_evaluated_by_document(evaluated: Evaluated, tmp
     assert 1 < found["loss"]["mean"] < 10
     assert found["passkey"]["fillers"]["classic"]["samples"] == 1
     assert found["variables"]["fillers"]["noise"]["samples"] == 1
-
-
-def test_over_documents_a_probes_text_is_one_of_them() -> None:
-    """Its filler would else end it, between what is told and what is asked, wherever a cut of text crosses two files."""
-    from megatron_lighthouse.recipe.probes import text_for
-
-    tokens = numpy.array([1, 2, 256, 3, 4, 256], dtype=numpy.uint16)
-    over = {FLAG.lstrip("-").replace("-", "_"): True}
-    assert text_for(Namespace(**over), tokens, 256).tolist() == [1, 2, 3, 4]
-    assert text_for(Namespace(**dict.fromkeys(over, False)), tokens, 256) is tokens

@@ -17,7 +17,7 @@ from megatron_lighthouse.context_parallel.copies import Copies, copies_over
 from megatron_lighthouse.sequence.layout import Layout
 
 sent: dict[str, int] = {}
-"""Bytes that this process has sent to other ranks, by purpose: what the `sent` of a variant is held to."""
+"""Bytes that this process has sent to other ranks, by purpose: what `context_parallel.plan` is held to."""
 
 
 class Parcel(Protocol):

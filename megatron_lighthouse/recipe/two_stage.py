@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -80,15 +80,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.mkdir(parents=True, exist_ok=True)
     print(f"{run}: {stages[variant.name][1]} iterations with {variant.title}", end="")
     print(f", then {dense_steps} of {base.title}, on {where}" if variant.switches else f", on {where}", flush=True)
-    if status := _train(run, stages, arguments, preset):
-        return status
-    _draw(run, where, list(stages))
-    print(_next(run, arguments[list(stages)[-1]], preset, dense_steps, len(stages) > 1))
-    return 0
-
-
-def _train(run: Path, stages: Mapping[str, tuple[int, int]], arguments: Mapping[str, Sequence[str]], preset: Preset) -> int:
-    """Run what is left of each stage, from its first iteration to its last; answers the status of the first that fails."""
     for attention, (start, stop) in stages.items():
         done = _iterations_done(run)
         if done >= stop:
@@ -104,6 +95,8 @@ def _train(run: Path, stages: Mapping[str, tuple[int, int]], arguments: Mapping[
             raise SystemExit(
                 f"{attention} stopped at iteration {_iterations_done(run)}, before {stop}: run the same command again."
             )
+    _draw(run, where, list(stages))
+    print(_next(run, arguments[list(stages)[-1]], preset, dense_steps, len(stages) > 1))
     return 0
 
 

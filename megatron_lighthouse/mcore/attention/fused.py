@@ -18,9 +18,8 @@ from megatron_lighthouse.mcore.attention.local import LocalAttention
 from megatron_lighthouse.mcore.attention.over_shards import in_place_of_local
 from megatron_lighthouse.mcore.attention.packed import ThdMixin, attend_documents, check_call, class_over_thd
 from megatron_lighthouse.mcore.command_line.documents import FLAG
-from megatron_lighthouse.softmax.backends import Attend, inner_attention
+from megatron_lighthouse.softmax.backends import Attend, deterministic, inner_attention
 from megatron_lighthouse.softmax.documents import AttendDocuments, documents_attention
-from megatron_lighthouse.softmax.inputs import made_from
 
 
 class FusedAttention(LocalAttention):
@@ -50,18 +49,18 @@ class FusedAttention(LocalAttention):
         """
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
         check_call("attention without kept scores", mask_type, attention_bias, packed_seq_params, 1)
-        made = made_from(query, key, value)
+        made_from = (query.shape, key.shape, value.shape, query.dtype, query.device, deterministic())
         if packed_seq_params is not None:
-            within = self.within.get(made)
+            within = self.within.get(made_from)
             if within is None:
                 q, k = (x if x.dim() == 4 else x.unsqueeze(1) for x in (query, key))
-                within = self.within[made] = documents_attention("auto", q, k, self.given_scale, value.shape[-1])
+                within = self.within[made_from] = documents_attention("auto", q, k, self.given_scale, value.shape[-1])
             return attend_documents(within, query, key, value, packed_seq_params, 1)
         if attention_mask is not None:
             raise ValueError("attention without kept scores is causal, and reads no mask.")
-        attend = self.attend.get(made)
+        attend = self.attend.get(made_from)
         if attend is None:
-            attend = self.attend[made] = inner_attention("auto", query, key, self.given_scale, value.shape[-1])
+            attend = self.attend[made_from] = inner_attention("auto", query, key, self.given_scale, value.shape[-1])
         return attend(query, key, value).flatten(2)
 
 

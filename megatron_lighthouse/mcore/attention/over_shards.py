@@ -24,7 +24,7 @@ from megatron_lighthouse.mcore.attention.packed import attend_documents, check_c
 from megatron_lighthouse.mcore.command_line.layers import is_windowed
 from megatron_lighthouse.mcore.command_line.own_parts import over_shards_problems
 from megatron_lighthouse.options import in_flags
-from megatron_lighthouse.softmax.inputs import made_from
+from megatron_lighthouse.softmax.backends import deterministic
 from megatron_lighthouse.softmax.sharded import ShardedAttention, sharded_attention
 from megatron_lighthouse.softmax.sharded_documents import ShardedDocuments, sharded_documents_attention
 
@@ -86,18 +86,18 @@ class ContextParallelAttention(LocalAttention):
         assert self.exchange is not None
         size = self.exchange.size
         check_call("--context-parallel-size without Transformer Engine", mask_type, attention_bias, packed_seq_params, size)
-        made = made_from(query, key, value)
+        made_from = (query.shape, key.shape, value.shape, query.dtype, query.device, deterministic())
         if packed_seq_params is not None:
-            within = self.within.get(made)
+            within = self.within.get(made_from)
             if within is None:
                 how = (self.exchange, self.cp_comm_type, self.given_scale, value.shape[-1])
-                within = self.within[made] = sharded_documents_attention("auto", query, key, *how)
+                within = self.within[made_from] = sharded_documents_attention("auto", query, key, *how)
             return attend_documents(within, query, key, value, packed_seq_params, size)
-        attend = self.attend.get(made)
+        attend = self.attend.get(made_from)
         if attend is None:
             softmax = (self.given_scale, self.window, self.softmax_offset is not None, value.shape[-1])
             attend = sharded_attention("auto", query, key, self.exchange, self.cp_comm_type, *softmax)
-            self.attend[made] = attend
+            self.attend[made_from] = attend
         return attend(query, key, value, self.softmax_offset).flatten(2)
 
 

@@ -147,6 +147,16 @@ ROUNDS = {
         "leave it out, or use --transformer-impl transformer_engine",
         ["--fp8-format hybrid"],
     ),
+    "experts over tensor-parallel ranks": (
+        "!--sequence-parallel --num-experts 8",
+        "--num-experts 8 with --tensor-model-parallel-size 2 needs --sequence-parallel: add it.",
+        ["--num-experts 8"],
+    ),
+    "a mask of documents": (
+        "--reset-attention-mask",
+        "use --dataloader-inter-document-masking and --transformer-impl local without --lighthouse-budget",
+        ["!--lighthouse-budget --dataloader-inter-document-masking --transformer-impl local"],
+    ),
     "a loader": ("--dataloader-type external", "use single or cyclic", ["--dataloader-type single"]),
     "a share of channels": ("--kv-channels 64 --rotary-percent 0.02", "use --rotary-percent 1.", ["--kv-channels 64"]),
     "a flag that was": ("--batch-size 8", "use --micro-batch-size in its place", ["--micro-batch-size 1"]),

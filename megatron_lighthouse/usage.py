@@ -29,6 +29,7 @@ ELSEWHERE = {
     "--hidden-act": "--swiglu",
     **dict.fromkeys(("--dtype", "--params-dtype"), "--bf16"),
     "--fp8": "--fp8-format",
+    **dict.fromkeys(("--lighthouse-k", "--lighthouse-top-k"), "--lighthouse-budget"),
     **dict.fromkeys(("--tp", "--tp-size"), "--tensor-model-parallel-size"),
     **dict.fromkeys(("--pp", "--pp-size"), "--pipeline-model-parallel-size"),
     **dict.fromkeys(("--cp", "--cp-size"), "--context-parallel-size"),
@@ -134,5 +135,6 @@ def unknown_flag(word: str, known: Iterable[str]) -> str:
         if off in known:
             return f"{name} is not a known flag: leave it out, for it is so without {off}."
     begun = [flag for flag in known if flag.startswith(name)]  # as --data of --data-path
-    near = get_close_matches(name, begun, 1, 0.5) or get_close_matches(name, known, 1, NEAR)
+    ended = sorted((flag for flag in known if flag.endswith(name[1:])), key=len)  # as --budget of --lighthouse-budget
+    near = get_close_matches(name, begun, 1, 0.5) or ended or get_close_matches(name, known, 1, NEAR)
     return f"{name} is not a known flag: {f'did you mean {near[0]}?' if near else 'leave it out.'}"

@@ -38,7 +38,7 @@ def advice(text: str) -> list[Values]:
     """
     text = in_flags(text)
     offers: list[Values] = []
-    for part in re.split(r"(?:\buse|the paper uses) ", text)[-1].split(", or "):
+    for part in re.split(r"\buse ", text)[-1].split(", or "):
         name, found = text.split()[0], dict[str, list[int]]()
         for token in re.findall(r"--[a-z-]+|\d+", part):
             if token.startswith("--"):

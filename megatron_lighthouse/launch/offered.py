@@ -9,8 +9,7 @@ import argparse
 import math
 from collections.abc import Callable, Iterable, Iterator
 
-from megatron_lighthouse.mcore.command_line import evenly
-from megatron_lighthouse.mcore.command_line.arguments import attention_problems, config_of
+from megatron_lighthouse.launch.sizes import sizes as refused
 
 SIZES = ("context_parallel_size", "pipeline_model_parallel_size", "tensor_model_parallel_size")
 """In the order in which they are offered."""
@@ -68,5 +67,4 @@ def _works(args: argparse.Namespace, world: int, **changes: int) -> bool:
     tried = argparse.Namespace(**{**vars(args), **changes, "world_size": world})
     if world % one_sequence(tried) or any(layout(tried, 1, world)):
         return False
-    found = [*evenly.problems(tried), *attention_problems(tried, config_of(tried), False, tried.spec is not None)]
-    return not any(_flag(name) in problem for problem in found for name in SIZES)
+    return not any(_flag(name) in problem for problem in refused(tried) for name in SIZES)

@@ -145,10 +145,10 @@ class LighthouseConfig:
                 raise ValueError(f"{named(field.name)} {value!r} must be of type {field.type}, not {type(value).__name__}.")
         if self.levels < 2:
             raise ValueError(
-                f"{named('levels')} {self.levels} must be at least 2 (one level is dense attention); the paper uses 3 to 5."
+                f"{named('levels')} {self.levels} must be at least 2 (one is dense attention): use 3 to 5, as the paper."
             )
         if self.pooling < 2:
-            raise ValueError(f"{named('pooling')} {self.pooling} must be at least 2; the paper uses 2, 4 and 8.")
+            raise ValueError(f"{named('pooling')} {self.pooling} must be at least 2: use 2, 4 or 8, as the paper.")
         if problem := budget_problem(self.sizes()):
             raise ValueError(problem)
         for name, known in (("scorer", SCORERS), ("inner", INNER), ("steps", STEPS), ("around", AROUND)):

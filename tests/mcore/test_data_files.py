@@ -144,6 +144,12 @@ def test_what_the_data_options_ask_of_each_other(tmp_path: Path, capsys: pytest.
         (("--data-path", prefix, "--mock-data"), "--data-path and --mock-data are each the data of a run"),
         (("--train-data-path", prefix), "--split 1,0,0 does not go with --train-data-path"),
         (("--data-path", prefix, "--split", "969,30,1"), "leaves none of the 3 sequences of"),
+        (
+            ("--data-path", prefix, "--eval-iters", "2"),
+            "nothing to validate on, which --eval-iters 2 asks for: use --eval-iters 0",
+        ),
+        (("--data-path", prefix, "--split", "a,b"), "--split a,b must be up to three numbers from 0 on"),
+        (("--data-path", prefix, "--split", "0,0,0"), "one of them above it: use 969,30,1"),
         (("--data-path", prefix, "--per-dataset-sequences-path", str(sequences)), "has other counts of"),
         (("--data-path", "s3://bucket/x"), "is in object storage: add --object-storage-cache-path FOLDER --no-mmap-bin-files."),
         (("--data-path", "msc://profile/x", *storage), "is in object storage: add --enable-msc."),

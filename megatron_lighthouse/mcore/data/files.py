@@ -98,14 +98,20 @@ def _splits(args: argparse.Namespace, counts: dict[str, int]) -> Iterator[str]:
     split = args.split or "969, 30, 1"  # Megatron's
     try:
         shares = [float(share) for share in re.findall(r"[.0-9]+", split)]
-        shares = [share / sum(shares) for share in shares]
+        shares = [share / sum(shares) for share in shares or [0.0]]
     except (ValueError, ZeroDivisionError):
-        return  # Megatron says so
+        yield f"--split {split} must be up to three numbers from 0 on, one of them above it: use 969,30,1, Megatron's default."
+        return
+    if args.eval_iters and not sum(shares[1:2]):  # Megatron would read from no loader
+        yield (
+            f"--split {split.replace(' ', '')} leaves nothing to validate on, which --eval-iters {args.eval_iters} asks for: "
+            "use --eval-iters 0, or a second share, as in --split 99,1,0."
+        )
     for prefix, sequences in counts.items():
         edges = [round(sum(shares[:n]) * sequences) for n in range(len(shares) + 1)]
         parts = zip(blends.SPLITS, shares, edges, edges[1:], strict=False)
         if empty := [part for part, share, first, end in parts if share > 0 and first == end]:
-            use = f"{sequences - 1},1,0" if sequences > 1 else "1,0,0"
+            use = f"{sequences - 1},1,0" if sequences > 1 else "1,0,0 --eval-iters 0"
             yield (
                 f"--split {split.replace(' ', '')} leaves none of the {sequences} sequences of {prefix} to "
                 f"{' and '.join(empty)}: use --split {use}, or paths for each part (--train-data-path, --valid-data-path)."

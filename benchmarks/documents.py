@@ -4,7 +4,8 @@ Rows of 98,304 tokens, 8 heads of 128, bf16: as one document; with lengths as a 
 line, in place of those drawn here: mean 8K, some of 64K); with means of 4K, 16K and 64K; and 512 documents of 192 tokens. Of
 each the time forward and with backward, and that of dense attention over the same documents in the same run, by each backend
 that takes them: torch's `varlen_attn` ("dense fa2") where it is there, and a call a document ("dense sdpa"). A bar goes by the
-fastest of them. Before that the layer over documents is held to each of them alone, and each dense backend in bf16 to float32.
+fastest of them. Before that the layer over documents is held to each of them alone, and each dense backend in bf16 to float32,
+with windows and sinks too.
 Leaves documents.csv and documents.json, which say of each bar whether it is met, and beside what.
 
 `--device cpu --tokens 2048` goes the whole way on a CPU, and times nothing.
@@ -138,6 +139,24 @@ def dense_errors(lengths: list[int], device: str, dtype: torch.dtype) -> dict[st
     }
 
 
+def windowed_error(lengths: list[int], device: str, dtype: torch.dtype) -> float:
+    """The same of a window of 100 tokens with sinks, by the backend that 'auto' takes in `dtype`, beside plain PyTorch."""
+    documents, wide = documents_of(lengths, device), inputs_of(sum(lengths), device, torch.float32)
+    inputs, grad = [x.detach().to(dtype).requires_grad_() for x in wide], torch.randn_like(wide[0])
+    sinks, found = torch.linspace(-1, 2, HEADS, device=device), []
+    for name, rows in (("auto", inputs), ("sdpa", wide)):
+        attend = documents_attention(name, rows[0], rows[1], window=100, sinks=True)
+        layer = partial(_with_sinks, attend, documents, sinks)
+        found.append(backward_too(layer, grad.to(rows[0].dtype), rows))
+    return max(float((a.float() - b).norm() / b.norm()) for a, b in zip(*found, strict=True))
+
+
+def _with_sinks(
+    attend: Callable[..., Tensor], documents: Documents, sinks: Tensor, query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
+    return attend(query, key, value, documents, sinks)
+
+
 def _dense(attend: AttendDocuments, documents: Documents, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return attend(query, key, value, documents)
 
@@ -199,7 +218,8 @@ def main() -> None:
     short = [700, 1, 64, 2048, 333]
     error = largest_error(config, short, inputs_of(sum(short), options.device, torch.float32))
     print(f"a row of documents and each alone differ by {error:.1e} at most, in fp32", flush=True)
-    errors = dense_errors(short, options.device, torch.bfloat16 if options.device == "cuda" else torch.float32)
+    how = (short, options.device, torch.bfloat16 if options.device == "cuda" else torch.float32)
+    errors = {**dense_errors(*how), "windows and sinks": windowed_error(*how)}
     print(f"dense attention is off by {errors} of its norm at most", flush=True)
     assert max(errors.values()) < 0.01, "a dense backend is wrong over documents"
     rows: list[dict[str, Any]] = []

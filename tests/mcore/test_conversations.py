@@ -34,7 +34,7 @@ LAYOUTS = {
     "CP2, all-gather and all-to-all by layer": (2, "--context-parallel-size 2 --cp-comm-type p2p all_gather a2a p2p"),
     "TP2+SP": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "PP2": (2, "--pipeline-model-parallel-size 2"),
-    "DP2": (2, ""),
+    "DP2, loss in tiles": (2, "--loss-tile-tokens 48"),
 }
 """DP2 counts unequal numbers of tokens, and pads unequally."""
 

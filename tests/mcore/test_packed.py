@@ -88,8 +88,6 @@ def test_a_core_attention_that_takes_packed_rows_is_given_all_rows_as_one() -> N
     ours = fused_attention()
 
     class Engine:
-        hidden_size_per_attention_head_v = 8
-
         def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, packed_seq_params: Any) -> Tensor:
             assert query.shape == (2 * N, 4, 8)
             assert type(packed_seq_params) is PackedSeqParams

@@ -8,7 +8,7 @@ documents.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -120,20 +120,21 @@ class ThdMixin:
 
         def attend(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
             width, heads = value.shape[-1], query.shape[2]
-            with self._taking_values_of(max(width, query.shape[-1])) as wide:
-                rows = (query, key, torch.nn.functional.pad(value, (0, wide - width)))
+            wide = max(width, query.shape[-1])
+            rows = (query, key, torch.nn.functional.pad(value, (0, wide - width)))
+            with self._taking_values_of(wide) if wide > width else nullcontext():
                 out = base(*(x.squeeze(1) for x in rows), None, *rest, packed_seq_params=_thd(documents), **named)
             return out.unflatten(-1, (heads, wide))[..., :width].unsqueeze(1)
 
         return attend_documents(attend, query, key, value, params, 1)
 
     @contextmanager
-    def _taking_values_of(self, wide: int) -> Iterator[int]:
+    def _taking_values_of(self, wide: int) -> Iterator[None]:
         """Of 'thd' Transformer Engine has kernels for values as wide as keys: MLA's get further channels, as in Megatron."""
         made = self.hidden_size_per_attention_head_v
         self.hidden_size_per_attention_head_v = wide
         try:
-            yield wide
+            yield
         finally:
             self.hidden_size_per_attention_head_v = made
 

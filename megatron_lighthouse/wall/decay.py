@@ -56,7 +56,8 @@ class Decays(Protocol):
 
     def halves(self, query: Tensor, key: Tensor, gate: Tensor, tile_sums: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Of a chunk cut into pieces of `step` rows, by its `cut.halves` one after the other: the later halves' queries times
-        exp(`prefix`) of their gates, [·, B, H, K], and the earlier ones' keys times exp(`suffix`), [·, B, heads of gates, K].
+        exp(`prefix`) of their gates, [·, B, H, K], and the earlier ones' keys times exp(`suffix`), [·, B, heads of gates, K];
+        contiguous.
         """
 
     def halves_backward(
@@ -164,7 +165,7 @@ def halves(query: Tensor, key: Tensor, gate: Tensor, tile_sums: Tensor, step: in
         later, earlier = slice(anchor, end), slice(anchor - half, anchor)
         near.append(query[later] * spread(prefix(gate[later]).exp(), query.shape[2]))
         far.append(spread(key[earlier], gate.shape[2]) * suffix(gate[earlier]).exp())
-    return joined(near).to(query.dtype), joined(far).to(key.dtype)
+    return joined(near).to(query.dtype).contiguous(), joined(far).to(key.dtype).contiguous()
 
 
 def halves_backward(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.parts import Part
 from megatron_lighthouse.wall.cut import Cut
-from megatron_lighthouse.wall.decay import Decays, joined, prefix, prefix_backward, suffix, suffix_backward
+from megatron_lighthouse.wall.decay import Decays, prefix, prefix_backward, suffix, suffix_backward
 from megatron_lighthouse.wall.earlier import Earlier, Rows
 from megatron_lighthouse.wall.meets import Meet, meets
 from megatron_lighthouse.wall.near import Near
@@ -46,24 +47,20 @@ class Within:
             own, of_own, of_out, whole = given.rows(run.rows), grads.rows(run.rows), grad[run.rows], part[run.rows]
             tile_sums = call.tile_sums_of(self.decays, given.gate, run)
             near, far = self.decays.halves(own.query, own.key, own.gate, tile_sums, self.step)
-            of_near: list[Tensor] = []
-            of_far: list[Tensor] = []
-            of_value: list[Tensor] = []
+            # what has met makes place for its gradients; there must be zeros for what is left out
+            value, alike = own.value, self.sight == Sight()
+            of_near, of_far = (near, far) if alike else (torch.zeros_like(near), torch.zeros_like(far))
+            of_value = (value.new_empty if alike else value.new_zeros)(len(far), *value.shape[1:])
             for meet in found:
                 met = self._met(meet, own, near, far)
                 dq, dk, dv, of_bias = self.earlier.backward(meet.of_later(of_out), met, _of(meet, whole))
-                for made, x in ((of_near, dq), (of_far, dk), (of_value, dv)):
-                    made.append(x)
+                for place, x in ((meet.of_near(of_near), dq), (meet.of_far(of_far), dk), (meet.of_far(of_value), dv)):
+                    place.copy_(x)
                 if of_own.scalar is not None and of_bias is not None:
                     meet.of_later(of_own.scalar).add_(prefix_backward(of_bias[0]))
                     meet.of_earlier(of_own.scalar).add_(suffix_backward(of_bias[1]))
-            later, earlier = [meet.of_near for meet in found], [meet.of_far for meet in found]
-            of = (
-                self._joined(later, of_near, len(near), near.shape[2]),
-                self._joined(earlier, of_far, len(far), far.shape[2]),
-                self._joined(earlier, of_value, len(far), own.value.shape[2]),
-            )
-            self.decays.halves_backward(of_own[:4], of, own.query, own.key, own.gate, tile_sums, self.step)
+            grads_of = of_near, of_far, of_value
+            self.decays.halves_backward(of_own[:4], grads_of, own.query, own.key, own.gate, tile_sums, self.step)
 
     def _chunks(self, chunks: Sequence[int]) -> list[tuple[Run, tuple[Meet, ...]]]:
         """The pieces of each, and what meets among them; chunks in which nothing does are left out."""
@@ -80,17 +77,6 @@ class Within:
             bias = prefix(meet.of_later(own.scalar)), suffix(meet.of_earlier(own.scalar))
         hidden = meet.hidden(self.sight.window, near.device)
         return Rows(meet.of_near(near), meet.of_far(far), meet.of_earlier(own.value), bias, hidden)
-
-    def _joined(self, places: Sequence[Callable[[Tensor], Tensor]], parts: list[Tensor], rows: int, heads: int) -> Tensor:
-        """Gradients [·, times, B * heads, ·] as those of all later or earlier halves; these are let go."""
-        if self.sight == Sight():  # all of them meet, in this order
-            out = joined([x.transpose(0, 1).flatten(0, 1) for x in parts]).unflatten(1, (-1, heads))
-        else:
-            out = parts[0].new_zeros(rows, parts[0].shape[2] // heads, heads, parts[0].shape[3])
-            for place, x in zip(places, parts, strict=True):
-                place(out).copy_(x)
-        parts.clear()
-        return out
 
 
 def _of(meet: Meet, part: Part) -> Part:

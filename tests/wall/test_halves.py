@@ -6,11 +6,17 @@ import pytest
 import torch
 
 from megatron_lighthouse.kernels import wall as kernels
+from megatron_lighthouse.softmax import blocks
 from megatron_lighthouse.wall import decay as reference
-from megatron_lighthouse.wall.cut import halves, rows_of_halves
+from megatron_lighthouse.wall import layer
+from megatron_lighthouse.wall.attention import wall_attention
+from megatron_lighthouse.wall.cut import Step, halves, rows_of_halves
+from megatron_lighthouse.wall.earlier import Stock
 from megatron_lighthouse.wall.meets import meets
 from megatron_lighthouse.wall.pieces import Sight
 from tests.steps import DEVICE, poisoned
+from tests.tolerances import assert_close
+from tests.wall.oracle import formula, inputs, with_grads
 from tests.wall.test_decay import MOST, close, rows_of
 
 
@@ -110,3 +116,17 @@ def test_gates_of_minus_infinity() -> None:
     kernels.halves_backward(totals, [torch.ones_like(x) for x in (near, far, far)], rows, rows, gate, sums, 16)
     assert all(x.isfinite().all() for x in totals)
     assert totals[0].abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("bounds", [None, (0, 9, 12, 43)])
+def test_stock_attention_takes_halves_as_a_batch(bounds: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, by its stand-in: heads of a row and of a batch together, values of a group for each of its queries."""
+    monkeypatch.setattr(Step, "TOKENS", 12)
+    monkeypatch.setattr(layer, "earlier_for", lambda *given: Stock(blocks.Plain(given[3])))
+    batch = 1 if bounds else 2
+    for tied in (False, True):
+        tensors = inputs(43, batch, 4, 2, (6, 6), gate=-0.1, tied=tied, sink=True)
+        how = {"cu_seqlens": torch.tensor(bounds)} if bounds else {}
+        expected = with_grads(formula, tensors, **how)
+        for found, one in zip(with_grads(wall_attention, tensors, **how), expected, strict=True):
+            assert_close(found, one, "ranks float64")

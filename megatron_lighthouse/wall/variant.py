@@ -100,7 +100,7 @@ class Wall(Variant):
             rows_kept=(2 + 1) * gates - keys,
             travelling_kept=gates,
             tokens_kept=(1 + 2) * gates + keys,
-            backward=10,
+            backward=11,
             assumed="as its kernels on an H200",
         )
 

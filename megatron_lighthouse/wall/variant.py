@@ -58,7 +58,7 @@ class Wall(Variant):
             rows_kept=(2 + 1) * gates - keys,
             travelling_kept=gates,
             tokens_kept=logits + 2 * gates + keys,
-            backward=10,
+            backward=11,
             assumed="as its kernels on an H200",
         )
 

@@ -31,7 +31,6 @@ class Layer(MegatronModule):  # type: ignore[misc]
         config.cuda_graph_impl = "local"
         groups = SimpleNamespace(pp=mock.Mock(size=lambda: 1))
         self.cudagraph_manager = CudaGraphManager(config, pg_collection=groups)
-        self.config.cuda_graph_impl = "none"
 
     def forward(self, x: Tensor) -> Tensor:
         return x * Layer.stage
@@ -95,7 +94,9 @@ def test_at_a_switch_layers_are_captured_again(stand_in: list[str], monkeypatch:
     assert said[0].startswith("CUDA graphs of layers were captured in ")
     monkeypatch.setattr(Layer, "stage", 2.0)
     assert step(layer) == 1.0, "a graph repeats what it was: without this the rest would say nothing"
-    captured.forget([layer])
+    with mock.patch.object(torch.cuda, "set_stream") as stream:
+        captured.forget([layer])
+        stream.assert_called_once_with(torch.cuda.Stream.return_value)  # type: ignore[attr-defined]
     assert [step(layer) for _ in range(3)] == [2.0] * 3
     assert stand_in == ["forward", "backward"] * 2
     assert layer.cudagraph_manager.cudagraph_runners[0].mempool is torch.cuda.graph_pool_handle.return_value  # type: ignore[attr-defined]

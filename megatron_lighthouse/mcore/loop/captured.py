@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from megatron.core.full_cuda_graph import FullCudaGraphWrapper
 from megatron.core.transformer import cuda_graphs
 from megatron.core.transformer.cuda_graphs import CudaGraphManager
+from megatron.core.utils import get_model_config
 
 from megatron_lighthouse.notice import say_once
 
@@ -36,7 +37,7 @@ def of_iteration(call: Callable[..., Any], graph: Any, *rest: Any, **named: Any)
     )
 
 
-def forget(model: Iterable[torch.nn.Module]) -> None:
+def forget(model: Sequence[torch.nn.Module]) -> None:
     """Let go of what was captured: the next iterations run without, and are captured as the first ones were.
 
     Args:
@@ -44,14 +45,13 @@ def forget(model: Iterable[torch.nn.Module]) -> None:
     """
     if cuda_graphs._CudagraphGlobalRecord.cudagraph_created:
         torch.cuda.synchronize()  # what is repeated just now must end before its memory goes
-        for manager in (m for chunk in model for m in chunk.modules() if isinstance(m, CudaGraphManager)):
+        managers = [m for chunk in model for m in chunk.modules() if isinstance(m, CudaGraphManager)]
+        for manager in managers:
             manager.cudagraph_runners.clear()
             manager.custom_cudagraphs_lookup_table.clear()
         cuda_graphs.delete_cuda_graphs()
-        # as a run's first manager has it: a pool, no work on the default stream before a capture, and notes of what is kept
-        CudaGraphManager.global_mempool = torch.cuda.graph_pool_handle()
-        torch.cuda.set_stream(torch.cuda.Stream())
-        cuda_graphs._CudagraphGlobalRecord._enable_saved_tensors_observer()
+        # a first manager makes for all a pool, a stream for what comes before a capture, and notes of what is kept
+        CudaGraphManager(get_model_config(model[0]), pg_collection=managers[0].pg_collection)
     if any(graph is not None for graph in FullCudaGraphWrapper.cuda_graph.values()):
         torch.cuda.synchronize()
         FullCudaGraphWrapper.reset_cuda_graph(FullCudaGraphWrapper)  # what it resets is the class's

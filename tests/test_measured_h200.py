@@ -148,15 +148,17 @@ def test_the_errors_of_wall_are_its_file() -> None:
 
 def test_the_parts_of_lighthouse_around_wall_are_their_file() -> None:
     words = " ".join(PAGE.split())
-    before, *rows = rows_of("wall/around_parts.csv")
-    (long, short), launches = rows[:2], [row["launches"] for row in rows[:2]]
-    kernels, diagonal, stock = (
-        [float(row[f"{name}_ms"]) for row in (long, short)] for name in ("kernels", "diagonal", "inner_stock")
-    )
-    assert f"take {kernels[0]:.1f} ms in pieces of 4,096 rows and {kernels[1]:.1f} in pieces of 2,048" in words
-    assert f"{diagonal[0]:.1f} and {diagonal[1]:.1f} along the diagonals, {stock[0]:.1f} and {stock[1]:.1f} in stock" in words
-    whole = [float(row["whole_ms"]) for row in (before, long, short)]
-    assert f"for {launches[0]} and {launches[1]} launches: {min(whole):.1f} to {max(whole):.1f} ms in all" in words
+    rows = {(row["build"], row["piece"]): row for row in rows_of("wall/around_parts.csv")}
+
+    def ms(what: str, build: str, piece: int = 4096) -> str:
+        return f"{float(rows[build, str(piece)][f'{what}_ms']):.1f}"
+
+    now, before = "half by half", "piece by piece"
+    assert f"Lighthouse around Wall takes {ms('whole', now)} ms" in words
+    of = [ms(what, now) for what in ("kernels", "diagonal", "inner_stock", "halves")]
+    assert f"Kernels take {of[0]} of these: {of[1]} along the diagonals, {of[2]} in stock attention, {of[3]} to fade" in words
+    wholes = ms("whole", before), ms("whole", before, 2048)
+    assert f"it took {wholes[0]} ms in pieces of 4,096 rows and {wholes[1]} in pieces of 2,048" in words
 
 
 def test_the_steps_of_models_are_their_file() -> None:

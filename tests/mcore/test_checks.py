@@ -275,30 +275,6 @@ def test_dense_layers_are_given_a_mask_only_where_it_says_something(reset: bool)
     assert given.create_attention_mask_in_dataloader is reset
 
 
-def test_which_graphs_can_hold_dense_attention_that_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_lighthouse.mcore.command_line.arguments import use_attention
-
-    config = transformer_config()
-    for name, value in LOCAL_RANKS.items():
-        setattr(config, name, value)
-    given = arguments("--attention", "dense", seq_length=256, overlap_grad_reduce=True, overlap_param_gather=False)
-    refused = [
-        ("transformer_engine", r"--cuda-graph-impl transformer_engine is not tried .* use --cuda-graph-impl local"),
-        ("full_iteration", r"full_iteration with --overlap-grad-reduce .* in a circle: use --cuda-graph-impl local"),
-    ]
-    for kind, message in refused:
-        config.cuda_graph_impl = kind
-        with pytest.raises(ValueError, match=message):
-            use_attention(given, Namespace(transformer=config, transformer_layer_spec=None))
-        with monkeypatch.context() as here:
-            here.setenv("LIGHTHOUSE_COPY_ENGINE", "0")
-            use_attention(given, Namespace(transformer=config, transformer_layer_spec=None))
-    given.overlap_grad_reduce = False
-    use_attention(given, Namespace(transformer=config, transformer_layer_spec=None))
-    config.cuda_graph_impl, given.overlap_grad_reduce = "local", True
-    use_attention(given, Namespace(transformer=config, transformer_layer_spec=None))
-
-
 def test_the_entry_point_refuses_before_anything_starts(tmp_path: Path) -> None:
     log = refused(tmp_path, "--attention", "lighthouse", "--attention-dropout", "0.1", "--lighthouse-dense-last", "3")
     assert "--attention-dropout 0.1 would drop whole windows: use --attention-dropout 0" in log

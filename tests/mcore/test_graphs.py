@@ -14,6 +14,9 @@ from megatron_lighthouse.mcore.command_line import before, flags, graphs
 from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
 from megatron_lighthouse.mcore.loop import finite
 from megatron_lighthouse.recipe.presets import preset_for
+from tests.mcore.test_checks import LOCAL_RANKS
+from tests.mcore.test_selection_log import arguments
+from tests.mcore.test_spec import transformer_config
 
 RUN = """
     --num-layers 30 --hidden-size 1024 --num-attention-heads 8 --seq-length 32768 --max-position-embeddings 32768
@@ -147,3 +150,27 @@ def test_the_check_stays_where_megatron_wants_its_own_off() -> None:
     off = {"check_for_nan_in_loss_and_grad": False}
     assert finite.checks(Namespace(cuda_graph_impl="full_iteration", **off))
     assert not finite.checks(Namespace(cuda_graph_impl="none", **off))
+
+
+def test_which_graphs_can_hold_dense_attention_that_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_lighthouse.mcore.command_line.arguments import use_attention
+
+    config = transformer_config()
+    for name, value in LOCAL_RANKS.items():
+        setattr(config, name, value)
+    given = arguments("--attention", "dense", seq_length=256, overlap_grad_reduce=True, overlap_param_gather=False)
+    refused = [
+        ("transformer_engine", r"--cuda-graph-impl transformer_engine is not tried .* use --cuda-graph-impl local"),
+        ("full_iteration", r"full_iteration with --overlap-grad-reduce .* in a circle: use --cuda-graph-impl local"),
+    ]
+    for kind, message in refused:
+        config.cuda_graph_impl = kind
+        with pytest.raises(ValueError, match=message):
+            use_attention(given, Namespace(transformer=config, transformer_layer_spec=None))
+        with monkeypatch.context() as here:
+            here.setenv("LIGHTHOUSE_COPY_ENGINE", "0")
+            use_attention(given, Namespace(transformer=config, transformer_layer_spec=None))
+    given.overlap_grad_reduce = False
+    use_attention(given, Namespace(transformer=config, transformer_layer_spec=None))
+    config.cuda_graph_impl, given.overlap_grad_reduce = "local", True
+    use_attention(given, Namespace(transformer=config, transformer_layer_spec=None))

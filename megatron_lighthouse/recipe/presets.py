@@ -41,7 +41,7 @@ GPU = """
     --num-layers 12 --hidden-size 768 --ffn-hidden-size 2048 --num-attention-heads 6
     --seq-length 16384 --max-position-embeddings 16384
     --lr 1e-3 --min-lr 1e-4 --lr-warmup-fraction 0.04
-    --lighthouse-budget 256 --lighthouse-dense-first 2 --lighthouse-dense-last 2 --graphs auto
+    --lighthouse-budget 256 --lighthouse-dense-first 2 --lighthouse-dense-last 2
 """
 
 

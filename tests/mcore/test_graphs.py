@@ -54,8 +54,18 @@ def test_auto_takes_them_where_they_save_time(said: list[str], monkeypatch: pyte
         graphs.taken(parsed("--cuda-graph-impl local"), gpu=False)
 
 
-def test_make_train_on_one_gpu_takes_them(said: list[str]) -> None:
-    words = [*preset_for(1).arguments, "--attention", "lighthouse", "--train-iters", "9", "--eval-interval", "9"]
+def test_make_train_on_one_gpu_can_take_them(said: list[str]) -> None:
+    words = [
+        *preset_for(1).arguments,
+        "--graphs",
+        "auto",
+        "--attention",
+        "lighthouse",
+        "--train-iters",
+        "9",
+        "--eval-interval",
+        "9",
+    ]
     given = flags.parse(words, with_all_arguments, strict=False)[0]
     given.recompute_granularity = None  # what it is with Transformer Engine
     assert given.graphs == "auto"

@@ -6,9 +6,6 @@ Reports registers, shared memory and spills of each kernel for Hopper and Blackw
 from __future__ import annotations
 
 import argparse
-import re
-import subprocess
-import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -262,20 +259,8 @@ def _compile(kernel: Any, capability: int, dtype: str, constants: Mapping[str, A
         wrong = descriptors.problem(code, compiled.metadata.shared)
         if wrong is not None:
             raise ValueError(f"{compiled.metadata.name}: {wrong}")
-    registers, stack = _used(compiled.asm["cubin"])
+    registers, stack = descriptors.used(compiled.asm["cubin"], triton.knobs.nvidia.cuobjdump.path)
     return Report(compiled.metadata.name, registers, compiled.metadata.shared, stack)
-
-
-def _used(cubin: bytes) -> tuple[int, int]:
-    """Registers, and bytes of the stack, on which nothing lies but what is spilled, as the machine code says."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
-    assert found is not None, said
-    return int(found[1]), int(found[2])
 
 
 def main() -> None:

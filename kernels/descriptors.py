@@ -220,3 +220,15 @@ def _next(register: str, count: int = 1) -> str:
 
 def _known(results: dict[str, int | None]) -> State:
     return {x: n for x, n in results.items() if n is not None}
+
+
+def used(cubin: bytes, cuobjdump: str) -> tuple[int, int]:
+    """Registers, and bytes of the stack, on which nothing lies but what is spilled, as the machine code says."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [cuobjdump, "--dump-resource-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    assert found is not None, said
+    return int(found[1]), int(found[2])

@@ -290,9 +290,8 @@ def run_of(name: str, **changes: Any) -> Run:
         raise ValueError(
             f"--recipe {name!r} is none that the plan counts, of Llamas: use {' or '.join(known)}, or a file of arguments."
         )
-    table = {**known[name], **changes}
+    table = {key: value for key, value in {**known[name], **changes}.items() if key != "description"}
     lighthouse = {**known[name].get("lighthouse", {}), **table.pop("lighthouse", {})}
-    del table["description"]
     config = LighthouseConfig.for_length(table["seq_length"], **lighthouse)
     return Run(**{"config": config, **table, "model": GPT(**table["model"])})
 

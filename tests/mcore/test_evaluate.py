@@ -30,8 +30,6 @@ SEQUENCE = 256
 TOKENS = numpy.random.default_rng(2).integers(257, size=1000).astype(numpy.uint16)
 HELD_OUT = 4 * SEQUENCE
 """Bytes; with the end of the document, four sequences that share their ends."""
-
-
 COMMAND = "megatron_lighthouse.recipe.evaluate"
 
 

@@ -161,6 +161,16 @@ def test_the_parts_of_lighthouse_around_wall_are_their_file() -> None:
     assert f"it took {wholes[0]} ms in pieces of 4,096 rows and {wholes[1]} in pieces of 2,048" in words
 
 
+def test_documents_over_two_ranks_are_their_file() -> None:
+    words = " ".join(PAGE.split())
+    rows = {row["tokens"]: row for row in rows_of("two_gpus/rings.csv") if row["what"] == "documents, mean 8K"}
+    both = {tokens: f"{float(row['fwd+bwd_ms, all']):.1f} ms" for tokens, row in rows.items()}
+    alone = float(rows["98304"]["fwd+bwd_ms, one rank"])
+    assert f"takes {both['98304']} at 98,304 tokens, where one rank takes {alone:.1f}, and {both['32768']} at 32,768" in words
+    bytes_of = [(float(row["sent MB"]), float(row["planned MB"])) for row in rows.values()]
+    assert all(abs(sent / planned - 1) < 0.005 for sent, planned in bytes_of)
+
+
 def test_the_steps_of_models_are_their_file() -> None:
     words = " ".join(PAGE.split())
     step = {(row["model"], row["attention"]): row["seconds a step"] for row in rows_of("model_steps/model_steps.csv")}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from megatron_lighthouse.variants import VARIANTS
+
 COMMUNICATION, DENSE, REST, BETWEEN = (
     "communication",
     "dense attention",
@@ -18,10 +20,10 @@ DIRECTIONS = ("forward", "recompute", "backward")
 
 RANGES = {"attended_norms": "score", "gla": "score", "mass": "score"}
 """Ranges `lighthouse/…` that are part of a step of another name."""
-KERNELS = {"attended": "score", "mass": "score", "earlier": "select", "edge": BETWEEN}
+KERNELS = {"attended": "score", "mass": "score", "earlier": "select", "edge": BETWEEN, "placed": BETWEEN}
 """Kernels `lighthouse_…` likewise."""
-ATTEND = ("parallax_", "wall_")
-"""How the kernels of Parallax and Wall begin, which are attentions whole."""
+ATTEND = tuple(f"{name}_" for name, variant in VARIANTS.items() if not variant.selects)
+"""How the kernels of those begin that are attentions whole."""
 IN_BACKWARD = ("_backward", "_suffix_totals", "_suffix_sums")
 """How those of them end that run in backward alone."""
 OF_ANY_LAYER = "lighthouse_merge"
@@ -33,8 +35,8 @@ NODES = {
     "_SumsBackward": "gather",
     "_TravelBackward": "gather",
     "_HaloBackward": BETWEEN,
-    "_PassBackward": BETWEEN,
     "_TransferBackward": BETWEEN,
+    "_OwnBackward": "scatter",
     "ScatterBackward": "scatter",
     "GatherBackward": "gather",
     "PackedScatterBackward": "scatter",

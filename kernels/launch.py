@@ -27,8 +27,8 @@ class Launch(NamedTuple):
     warps: int
 
 
-# bytes that one program holds at a time, and its warps. collect: gather forward, scatter backward; spread: the other two, merge,
-# placed, and Wall's gather
+# bytes that one program holds at a time, and its warps. collect: gather forward, scatter backward; spread: the other two,
+# merge, placed, and Wall's gather
 _BYTES = {"score": (16384, 4), "collect": (2048, 2), "spread": (4096, 4)}
 
 

@@ -149,7 +149,7 @@ def test_every_name_in_the_code_is_known() -> None:
         assert mark is not None
         assert mark.row in STEPS, name
         assert mark.direction == ("backward" if name.endswith("backward") else "forward")
-    steps = ("reference.py", "gathered.py", "sharded", "context_parallel", "kernels", "travel.py")
+    steps = ("reference.py", "gathered.py", "sharded", "sharded.py", "context_parallel", "kernels", "travel.py")
     nodes = {
         f"{name}Backward"
         for path, text in source.items()

@@ -23,7 +23,7 @@ def test_a_port_is_none_that_is_handed_out() -> None:
 
 def test_a_port_that_is_taken_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free, taken = ports.free_port(), ports.free_port()
-    others = [port for port in range(ports.FIRST, 65536) if port not in (free, taken)]
+    others = {*range(ports.FIRST, 65536)} - {free, taken}
     monkeypatch.setattr(ports, "handed_out", lambda: others)
     with socket.socket() as listens:
         listens.bind(("", taken))

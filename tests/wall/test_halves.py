@@ -122,7 +122,7 @@ def test_gates_of_minus_infinity() -> None:
 def test_stock_attention_takes_halves_as_a_batch(bounds: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, by its stand-in: heads of a row and of a batch together, values of a group for each of its queries."""
     monkeypatch.setattr(Step, "TOKENS", 12)
-    monkeypatch.setattr(layer, "earlier_for", lambda *given: Stock(blocks.Plain(given[3])))
+    monkeypatch.setattr(layer, "earlier_for", lambda *given: Stock(blocks.Plain(given[3]), given[3]))
     batch = 1 if bounds else 2
     for tied in (False, True):
         tensors = inputs(43, batch, 4, 2, (6, 6), gate=-0.1, tied=tied, sink=True)

@@ -40,13 +40,20 @@ class Gpu:
                 f"{next(filter(None, outcome))}. Leave more memory, or set {SWITCH}=0 in the environment: then NCCL sends them."
             )
         self.memory.append(memory)
-        with _without_multicast():
-            shared = symmetric.rendezvous(memory, self.group)
-        elsewhere = int(shared.buffer_ptrs[self.group.rank()]) != memory.data_ptr()
+        shared = problem = None
+        try:
+            with _without_multicast():
+                shared = symmetric.rendezvous(memory, self.group)
+            if int(shared.buffer_ptrs[self.group.rank()]) != memory.data_ptr():
+                problem = f"torch {torch.__version__} puts symmetric memory elsewhere than expected"
+        except Exception as error:
+            problem = f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
         torch.cuda.synchronize(self.device)
-        dist.all_gather_object(outcome, elsewhere, group=self.group)  # and nobody writes before all are zero
+        dist.all_gather_object(outcome, problem, group=self.group)  # and nobody writes before all are zero
         if any(outcome):
-            raise RuntimeError(f"torch {torch.__version__} puts symmetric memory elsewhere than expected: set {SWITCH}=0.")
+            raise RuntimeError(
+                f"Memory of another GPU: {next(filter(None, outcome))}. Set {SWITCH}=0: then NCCL sends messages."
+            )
         return shared
 
     @contextmanager

@@ -123,8 +123,8 @@ class Transfer:
 
     def of_groups(self, groups: int, *rows: Tensor) -> tuple[Tensor, ...]:
         """[n, B, ·, ·] each to [m, B, ·, ·], where the heads of each of G groups travel apart: as rows (n * B + b) * G + g."""
-        moved = self(*(x.reshape(x.shape[0] * x.shape[1] * groups, -1) for x in rows))
-        return tuple(y.reshape(-1, *x.shape[1:]) for x, y in zip(rows, moved, strict=True))
+        moved = self(*(x.reshape(len(x) * x.shape[1] * groups, x.shape[2] // groups * x.shape[3]) for x in rows))
+        return tuple(y.view(len(y) // (x.shape[1] * groups), *x.shape[1:]) for x, y in zip(rows, moved, strict=True))
 
 
 class _Transfer(torch.autograd.Function):

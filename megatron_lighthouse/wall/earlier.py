@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.parts import Block, Mask, Part, Tensors
-from megatron_lighthouse.softmax.blocks import heads_first, tokens_first
+from megatron_lighthouse.softmax.blocks import for_each_head, tokens_first
 from megatron_lighthouse.wall import biased
 from megatron_lighthouse.wall.decay import spread, summed
 from megatron_lighthouse.wall.pairs import attend, change_of, logits_of
@@ -91,13 +91,13 @@ class Plain:
     """Logits that are held at a time, in several copies."""
 
     def forward(self, rows: Rows) -> Part:
-        q, k, v = self._spread(rows.query, rows.key, rows.value)
+        q, k, v = for_each_head(rows.query, rows.key, rows.value)
         found = [attend(self._logits(q[:, :, some], k, own), v) for some, own in self._parts(rows)]
         out, lse = torch.cat([x for x, _ in found], 2), torch.cat([x for _, x in found], 2)
         return Part((tokens_first(out).to(rows.query.dtype),), lse)
 
     def backward(self, grad: Tensor, rows: Rows, part: Part) -> Grads:
-        q, k, v, g, o = self._spread(rows.query, rows.key, rows.value, grad, *part.averages)
+        q, k, v, g, o = for_each_head(rows.query, rows.key, rows.value, grad, *part.averages)
         delta = (g * o).sum(-1)
         dq, of_query, dk, dv, of_key = [], [], torch.zeros_like(k), torch.zeros_like(v), k.new_zeros(k.shape[:3])
         for some, own in self._parts(rows):
@@ -127,11 +127,6 @@ class Plain:
             return logits_of(q, k, self.scale, None, rows.hidden)
         of_query, of_key = (x.squeeze(-1).permute(1, 2, 0) for x in rows.bias)
         return logits_of(q, k, self.scale, (of_query, of_key), rows.hidden)
-
-    def _spread(self, *tensors: Tensor) -> list[Tensor]:
-        """[B, H, ·, ·] in the dtype of sums, a head of keys or values repeated for each of its queries."""
-        wide, heads = torch.promote_types(tensors[0].dtype, torch.float32), tensors[0].shape[2]
-        return [x.to(wide).repeat_interleave(heads // x.shape[1], 1) for x in heads_first(*tensors)]
 
 
 Earlier = Stock | Plain

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -13,9 +12,10 @@ from megatron_lighthouse.context_parallel.alone import WHOLE, Alone
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.heads import ByHeads
 from megatron_lighthouse.context_parallel.parts import Tensors
-from megatron_lighthouse.context_parallel.schemes import comm_type_problem, scheme
+from megatron_lighthouse.context_parallel.schemes import check_scheme, scheme
 from megatron_lighthouse.lighthouse.transforms import refuse_transforms
 from megatron_lighthouse.ranges import profiled
+from megatron_lighthouse.softmax.base import scale_of
 from megatron_lighthouse.wall.blocks import Attention
 from megatron_lighthouse.wall.cut import Cut, Step
 from megatron_lighthouse.wall.implementations import earlier_for, makers_for
@@ -112,9 +112,8 @@ def build(
         ValueError: a scheme that is not known, heads that 'a2a' cannot share out, or kernels that are forced and cannot run.
     """
     size, sight = exchange.size if exchange else 1, sight or Sight()
-    if problem := comm_type_problem(comm_type, query.shape[2], key.shape[2], size):
-        raise ValueError(problem)
-    scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
+    check_scheme(comm_type, query, key, size)
+    scale = scale_of(query, softmax_scale)
     over_parts = exchange is not None and comm_type != "a2a"
     rows = len(query)
     cut = Cut(rows // 2 if over_parts else rows * size, Step.TOKENS)

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
@@ -46,10 +46,20 @@ ELSEWHERE = {
     **dict.fromkeys(("--use-flash-attention", "--flash-attention", "--flash-attn"), "--attention-backend flash"),
 }
 """Flags as other trainers and models' configurations call them: with what Megatron has for it."""
+GONE = {
+    "batch_size": "--micro-batch-size",
+    "warmup": "--lr-warmup-fraction",
+    "model_parallel_size": "--tensor-model-parallel-size",
+}
+"""Arguments of Megatron's that it still parses and then refuses, with the flags that it has now."""
+ON = ("use", "apply", "enable", "with")
+"""First words of flags that turn something on, and say no more."""
+OFF = ("no", "disable", "skip", "without", "dont")
+"""Of flags that turn it off."""
 NEAR = 0.8
 """How alike two flags must be for one to be taken for the other."""
 NAMED = 3
-"""Of several runs of which the same is said, how many are named."""
+"""Of several runs of which the same is said, or flags that may be meant, how many are named."""
 
 
 def once(said: Iterable[tuple[str, str]]) -> list[str]:
@@ -59,6 +69,11 @@ def once(said: Iterable[tuple[str, str]]) -> list[str]:
         of.setdefault(text, []).append(name)
     more = {text: f" and {len(names) - NAMED} more" if len(names) > NAMED else "" for text, names in of.items()}
     return [f"{', '.join(names[:NAMED])}{more[text]}: {text}" if any(names) else text for text, names in of.items()]
+
+
+def as_flag(name: str) -> str:
+    """The flag of an argument."""
+    return f"--{name.replace('_', '-')}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,17 +97,20 @@ def one_line(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     raise SystemExit(WRONG)
 
 
-def _flags(parser: argparse.ArgumentParser) -> list[str]:
+def _flags(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     """Of a parser, and of its commands: what a command does not know, the program says."""
-    commands = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    return [*parser._option_string_actions, *(flag for made in commands for one in made.values() for flag in _flags(one))]
+    found = dict(parser._option_string_actions)
+    for action in parser._actions:
+        for one in action.choices.values() if isinstance(action, argparse._SubParsersAction) else ():
+            found |= _flags(one)
+    return found
 
 
-def with_nearest(message: str, known: Iterable[str]) -> str:
+def with_nearest(message: str, known: Mapping[str, argparse.Action]) -> str:
     """An error of argparse as a sentence; of flags that are not known, with those that may have been meant."""
     if not message.startswith("unrecognized arguments: "):
         return as_sentence(message)
-    words, known = message.partition(": ")[2].split(), [*known]
+    words = message.partition(": ")[2].split()
     flags = [word for word in words if word.startswith("--")]
     return " ".join(unknown_flag(word, known) for word in flags) or f"{' '.join(words)} follows no flag that takes it."
 
@@ -124,17 +142,49 @@ def _meant(word: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def unknown_flag(word: str, known: Iterable[str]) -> str:
-    """That a flag is not known, and the nearest that is."""
-    name, known = word.partition("=")[0], [*known]
+def unknown_flag(word: str, known: Mapping[str, argparse.Action]) -> str:
+    """That a flag is not known, and the nearest that is.
+
+    Args:
+        known: by flag, what a parser does with it.
+    """
+    name = word.partition("=")[0]
     if (use := ELSEWHERE.get(name)) and {*use.split()} & {*known}:
         return f"{name} is not a known flag: use {use}."
-    if (on := f"--{name.removeprefix('--no-')}") in known:
-        return f"{name} is not a known flag: leave it out, and {on} too."
-    for off in (f"--no-{name[2:]}", f"--no-{name[2:].partition('-')[2]}"):
-        if off in known:
-            return f"{name} is not a known flag: leave it out, for it is so without {off}."
+    return f"{name} is not a known flag: {_switched(name, known) or _alike(name, [*known])}"
+
+
+def _switched(name: str, known: Mapping[str, argparse.Action]) -> str | None:
+    """How to have on or off what a flag's first word asks for; None where no flag is of that."""
+    first, _, what = name[2:].partition("-")
+    switches = {flag for flag, action in known.items() if action.nargs == 0}
+    on = f"--{what}"
+    if first in OFF:
+        if off := next((flag for word in OFF if (flag := f"--{word}-{what}") in switches), None):
+            return f"use {off}."
+        if on in known:
+            return f"leave it out, and {on} too." if on in switches else f"leave it out: {on} takes a value."
+        return None
+    if first in ON and on in known:
+        return f"did you mean {on}?"
+    whole = (name[2:], what) if first in ON else (name[2:],)
+    off = next((flag for part in whole if (flag := f"--no-{part}") in switches), None)
+    return off and f"leave it out, for it is so without {off}."
+
+
+def _alike(name: str, known: list[str]) -> str:
+    """The flags of which one may be meant: none that turns on what `name` turns off."""
     begun = [flag for flag in known if flag.startswith(name)]  # as --data of --data-path
-    ended = sorted((flag for flag in known if flag.endswith(name[1:])), key=len)  # as --budget of --lighthouse-budget
-    near = get_close_matches(name, begun, 1, 0.5) or ended or get_close_matches(name, known, 1, NEAR)
-    return f"{name} is not a known flag: {f'did you mean {near[0]}?' if near else 'leave it out.'}"
+    ended = [flag for flag in known if flag.endswith(name[1:]) and _is_off(flag) == _is_off(name)]  # as --budget
+    ended.sort(key=lambda flag: (not flag.startswith("--train-"), len(flag)))
+    others = [flag for flag in known if _is_off(flag) or not _is_off(name)]
+    near = get_close_matches(name, begun, 1, 0.5) or ended or get_close_matches(name, others, 1, NEAR)
+    now = {as_flag(gone): use for gone, use in GONE.items() if use in known}
+    meant = [*dict.fromkeys(now.get(flag, flag) for flag in near)][:NAMED]
+    if not meant:
+        return "leave it out."
+    return f"did you mean {' or '.join(filter(None, (', '.join(meant[:-1]), meant[-1])))}?"
+
+
+def _is_off(flag: str) -> bool:
+    return any(word in OFF for word in flag.split("-"))

@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 import warnings
+from argparse import Action
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,14 @@ def test_what_asks_torch_for_nothing_imports_none() -> None:
         assert line.startswith(f"{status} [{begins!r}"[:-1]), (command, line)
 
 
+def flags(names: str) -> dict[str, Action]:
+    """As a parser knows them."""
+    parser = Parser(add_help=False)
+    for name in names.split():
+        parser.add_argument(name)
+    return parser._option_string_actions
+
+
 def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     parser = Parser(prog="program")
     parser.add_argument("--steps", type=int, choices=(1, 2))
@@ -110,7 +119,7 @@ def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: p
     with pytest.raises(SystemExit):
         parser.parse_args(["word"])
     assert capsys.readouterr().err == ""
-    assert with_nearest("unrecognized arguments: --b --ab", ["--abc"]).count("is not a known flag") == 2
+    assert with_nearest("unrecognized arguments: --b --ab", flags("--abc")).count("is not a known flag") == 2
 
 
 def test_imports_say_nothing_and_what_follows_does(
@@ -154,7 +163,7 @@ def test_what_is_drawn_again_is_no_line_of_a_log(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_flag_cut_short_is_taken_for_its_beginning() -> None:
-    known = ["--data-path", "--fim-data", "--run-folder", "--lr-warmup-iters", "--warmup-iters"]
+    known = flags("--data-path --fim-data --run-folder --lr-warmup-iters --warmup-iters")
     pairs = ("--data --data-path", "--lr-warmup-iter --lr-warmup-iters", "--fim-dat --fim-data", "--run --run-folder")
     for word, meant in map(str.split, pairs):
         assert unknown_flag(word, known) == f"{word} is not a known flag: did you mean {meant}?"

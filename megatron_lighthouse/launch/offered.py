@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 
 from megatron_lighthouse.launch.sizes import sizes as refused
+from megatron_lighthouse.usage import as_flag
 
 SIZES = ("context_parallel_size", "pipeline_model_parallel_size", "tensor_model_parallel_size")
 """In the order in which they are offered."""
@@ -27,7 +28,7 @@ def sizes(args: argparse.Namespace, world: int) -> Iterator[tuple[str, list[int]
 
 def in_words(offers: Iterable[tuple[str, list[int]]]) -> list[str]:
     """The same as flags with values."""
-    return [f"{_flag(name)} {' or '.join(map(str, near))}" for name, near in offers]
+    return [f"{as_flag(name)} {' or '.join(map(str, near))}" for name, near in offers]
 
 
 def left(found: list[str], args: argparse.Namespace, world: int, problems: Problems) -> list[str]:
@@ -56,10 +57,6 @@ def one_sequence(args: argparse.Namespace) -> int:
     return math.prod(getattr(args, name) for name in SIZES)
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def _works(args: argparse.Namespace, world: int, **changes: int) -> bool:
     """Whether nothing that depends on the sizes is refused with these."""
     from megatron_lighthouse.launch.layout import layout  # which offers what is found here
@@ -67,4 +64,4 @@ def _works(args: argparse.Namespace, world: int, **changes: int) -> bool:
     tried = argparse.Namespace(**{**vars(args), **changes, "world_size": world})
     if world % one_sequence(tried) or any(layout(tried, 1, world)):
         return False
-    return not any(_flag(name) in problem for problem in refused(tried) for name in SIZES)
+    return not any(as_flag(name) in problem for problem in refused(tried) for name in SIZES)

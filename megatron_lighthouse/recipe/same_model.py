@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from megatron_lighthouse.recipe.not_the_model import NOT_THE_MODEL
+from megatron_lighthouse.usage import as_flag
 
 FROM_ARGUMENTS = """
     hybrid_layer_pattern num_experts padded_vocab_size quick_geglu rotary_seq_len_interpolation_factor squared_relu swiglu
@@ -69,7 +70,7 @@ def _values(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _flag(name: str) -> str:
-    return FLAGS.get(name, "--" + name.replace("_", "-"))
+    return FLAGS.get(name, as_flag(name))
 
 
 def _shown(name: str, value: Any) -> str:

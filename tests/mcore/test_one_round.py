@@ -82,6 +82,24 @@ ROUNDS = {
         "--moe-ffn-hidden-size 1023 must be a multiple of 2",
         ["--num-experts 8 --moe-ffn-hidden-size 1022 --moe-shared-expert-intermediate-size 514"],
     ),
+    "experts as wide as the MLP": (
+        "--num-experts 8 --expert-tensor-parallel-size 8 --ffn-hidden-size 1028",
+        "--ffn-hidden-size 1028 must be a multiple of 8 (8 tensor-parallel ranks of experts): use 1024 or 1032.",
+        ["--num-experts 8 --expert-tensor-parallel-size 8 --ffn-hidden-size 1032"],
+    ),
+    "dense layers between such experts": (
+        "--num-experts 8 --expert-tensor-parallel-size 8 --ffn-hidden-size 1028 --moe-layer-freq 2",
+        "must be a multiple of 8 (2 tensor-parallel ranks, each with halves for --swiglu and 8 tensor-parallel ranks of",
+        ["--num-experts 8 --expert-tensor-parallel-size 8 --ffn-hidden-size 1024 --moe-layer-freq 2"],
+    ),
+    "a width that is no layer's": (
+        "--num-experts 8 --moe-ffn-hidden-size 1024 --ffn-hidden-size 1023",
+        "--ffn-hidden-size 1023 must be a multiple of 4 (2 tensor-parallel ranks, each with halves for --swiglu)",
+        [
+            "--num-experts 8 --moe-ffn-hidden-size 1024 --ffn-hidden-size 1025",
+            "--num-experts 8 --expert-tensor-parallel-size 1 --ffn-hidden-size 1023 !--swiglu",
+        ],
+    ),
     "tokens of tensor-parallel ranks": (
         "--attention dense --context-parallel-size 1 --global-batch-size 32 --seq-length 131071",
         "--seq-length 131071 must be a multiple of 2 with --sequence-parallel",

@@ -8,7 +8,7 @@ from megatron_lighthouse.launch import check
 from megatron_lighthouse.launch import megatron as asked_megatron
 from megatron_lighthouse.mcore.command_line import before, flags
 from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
-from megatron_lighthouse.usage import ELSEWHERE, unknown_flag
+from megatron_lighthouse.usage import ELSEWHERE, GONE, as_flag, unknown_flag
 from tests.mcore.test_launch_check import GPUS, LLAMA
 from tests.mcore.test_one_round import line
 from tests.mcore.test_together import MAJOR
@@ -37,11 +37,21 @@ def test_what_is_not_read_is_said(words: str, capsys: pytest.CaptureFixture[str]
     assert "note: " not in capsys.readouterr().out
 
 
-def test_the_run_says_it_too(caplog: pytest.LogCaptureFixture) -> None:
-    given = before.given([*LLAMA, "--muon-momentum", "0.9"])
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--muon-momentum 0.9", "--muon-momentum is not read without --optimizer muon."),
+        (
+            "!--train-iters --train-samples 100000 --lr-wsd-decay-samples 100",
+            "--lr-wsd-decay-samples is not read without --lr-decay-style WSD.",
+        ),
+    ],
+)
+def test_the_run_says_it_too(words: str, says: str, caplog: pytest.LogCaptureFixture) -> None:
+    given = before.given(line(words))
     assert given is not None
     before.check(given)
-    assert "--muon-momentum is not read without --optimizer muon." in caplog.text
+    assert says in caplog.text
 
 
 def test_what_words_say_is_known() -> None:
@@ -52,6 +62,7 @@ def test_what_words_say_is_known() -> None:
 
 def test_flags_as_others_call_them() -> None:
     known = flags.parser(with_all_arguments)._option_string_actions
+    assert {as_flag(name) for name in GONE} < {*known} > {*GONE.values()}
     for word, use in ELSEWHERE.items():
         assert word not in known
         assert {part for part in use.split() if part.startswith("--")} <= {*known}, use
@@ -59,7 +70,27 @@ def test_flags_as_others_call_them() -> None:
     for word, says in {
         "--apply-rope-fusion": "leave it out, for it is so without --no-rope-fusion.",
         "--masked-softmax-fusion": "leave it out, for it is so without --no-masked-softmax-fusion.",
+        "--use-swiglu": "did you mean --swiglu?",
+        "--enable-bf16": "did you mean --bf16?",
         "--no-use-distributed-optimizer": "leave it out, and --use-distributed-optimizer too.",
+        "--disable-rope-fusion": "use --no-rope-fusion.",
+        "--skip-load-optim": "use --no-load-optim.",
+        "--without-load-rng": "use --no-load-rng.",
+        "--dont-save-rng": "use --no-save-rng.",
+        "--disable-masked-softmax-fusion": "use --no-masked-softmax-fusion.",
+        "--disable-lighthouse-dense-first": "leave it out: --lighthouse-dense-first takes a value.",
+        "--no-bias-linear": "use --disable-bias-linear.",
+        "--no-train": "use --skip-train.",
+        "--skip-sequence-parallel": "leave it out, and --sequence-parallel too.",
+        "--disable-distributed-optimizer": "leave it out.",
+        "--split-qkv": "leave it out.",
+        "--no-split-qkv": "did you mean --muon-no-split-qkv?",
+        "--no-rop-fusion": "did you mean --no-rope-fusion?",
+        "--no-seq-length": "leave it out: --seq-length takes a value.",
+        "--iters": "did you mean --train-iters, --eval-iters or --lr-decay-iters?",
+        "--samples": "did you mean --train-samples, --lr-decay-samples or --lr-warmup-samples?",
+        "--size": "did you mean --micro-batch-size, --vocab-size or --hidden-size?",
+        "--batch-siz": "did you mean --micro-batch-size?",
         "--lighthouse-buget": "did you mean --lighthouse-budget?",
         "--dense-first": "did you mean --lighthouse-dense-first?",
     }.items():

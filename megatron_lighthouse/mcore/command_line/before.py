@@ -13,15 +13,10 @@ from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
 from megatron_lighthouse.mcore.command_line import evenly, flags, hybrid, ignored, numbers, precision, schedule, together
 from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
 from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern, is_latent, local_window_problem
+from megatron_lighthouse.usage import GONE, as_flag
 
 SCHEMES = (*COMM_TYPES, "a2a+p2p")
 """Of --cp-comm-type, for which Megatron takes any word."""
-GONE = {
-    "batch_size": "--micro-batch-size",
-    "warmup": "--lr-warmup-fraction",
-    "model_parallel_size": "--tensor-model-parallel-size",
-}
-"""Of Megatron's flags, with what it has now."""
 ROTATED = ("rope", "yarn", "mrope")
 """Of --position-embedding-type: what turns pairs of a head's channels."""
 
@@ -69,11 +64,7 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
         yield from schedule.problems(args)
     for one, other in (("fp16", "bf16"), ("data_path", "data_args_path")):
         if getattr(args, one) and getattr(args, other):
-            yield f"{_flag(one)} and {_flag(other)} exclude each other: leave one of them out."
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+            yield f"{as_flag(one)} and {as_flag(other)} exclude each other: leave one of them out."
 
 
 def _model(args: argparse.Namespace) -> Iterator[str]:
@@ -83,7 +74,7 @@ def _model(args: argparse.Namespace) -> Iterator[str]:
     needed += [] if args.seq_length or args.encoder_seq_length else ["seq_length"]
     for name in needed:
         if not getattr(args, name):
-            yield f"{_flag(name)} is missing: give a whole number of at least 1."
+            yield f"{as_flag(name)} is missing: give a whole number of at least 1."
     hidden, heads = args.hidden_size, args.num_attention_heads
     if hidden and heads and args.kv_channels is None and hidden % heads:
         yield (
@@ -166,7 +157,7 @@ def _rotated_channels(args: argparse.Namespace) -> int | None:
 def _batch(args: argparse.Namespace) -> Iterator[str]:
     for name, use in GONE.items():
         if getattr(args, name) is not None:
-            yield f"{_flag(name)} is no longer: use {use} in its place."
+            yield f"{as_flag(name)} is no longer: use {use} in its place."
     if args.step_batch_size_schedule is not None and args.global_batch_size is not None:
         yield "--step-batch-size-schedule and --global-batch-size exclude each other: leave one of them out."
     if args.micro_batch_size is None:

@@ -9,6 +9,9 @@ import argparse
 import math
 from collections.abc import Iterator
 
+from megatron_lighthouse.mcore.command_line.layers import written_pattern
+from megatron_lighthouse.usage import as_flag
+
 
 def problems(args: argparse.Namespace) -> Iterator[str]:
     """Widths of the MLP, and with --sequence-parallel the tokens.
@@ -16,19 +19,13 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
     Args:
         args: as the words say, not validated.
     """
-    tensor = args.tensor_model_parallel_size
-    of_experts = args.expert_tensor_parallel_size or tensor
-    halves = 2 if args.swiglu else 1  # Megatron's warm-up of its fusions halves a rank's part
-    yield from _width("ffn_hidden_size", args.ffn_hidden_size, tensor, halves)
-    if args.num_experts:
-        yield from _width("moe_ffn_hidden_size", args.moe_ffn_hidden_size, of_experts, 1)
-        yield from _width("moe_shared_expert_intermediate_size", args.moe_shared_expert_intermediate_size, tensor, 1)
+    yield from _widths(args)
     length, context = args.seq_length or args.encoder_seq_length, args.context_parallel_size
     if length and length % (unit := tokens(args, context)):
         every = math.lcm(unit, 2 * context if context > 1 else 1)
         yield (
             f"--seq-length {length} must be a multiple of {unit} with --sequence-parallel, --tensor-model-parallel-size "
-            f"{tensor} and --context-parallel-size {context}, whose ranks share out the tokens: use "
+            f"{args.tensor_model_parallel_size} and --context-parallel-size {context}, whose ranks share out the tokens: use "
             f"{max(1, length // every) * every}."
         )
 
@@ -39,9 +36,33 @@ def tokens(args: argparse.Namespace, context: int) -> int:
     return tensor * context if getattr(args, "sequence_parallel", False) and tensor > 1 else 1
 
 
-def _width(name: str, width: int | None, ranks: int, halves: int) -> Iterator[str]:
-    if not width or width % (unit := halves * ranks) == 0:
+def _widths(args: argparse.Namespace) -> Iterator[str]:
+    tensor, width, own = args.tensor_model_parallel_size, args.ffn_hidden_size, args.moe_ffn_hidden_size
+    of_experts = args.expert_tensor_parallel_size or tensor
+    ranks = (tensor, f"{tensor} tensor-parallel ranks")
+    halved = (2 * tensor, f"{ranks[1]}, each with halves for --swiglu")
+    experts = (of_experts, f"{of_experts} tensor-parallel ranks of experts")
+    # Megatron's warm-up of its fusions halves a rank's part, be it no layer's
+    warmed = args.swiglu and width and width // tensor % 2 == 1
+    shared = [halved if args.swiglu else ranks] if warmed or _some_are_dense(args) else []
+    yield from _width("ffn_hidden_size", width, *shared, *([experts] if args.num_experts and not own else []))
+    if args.num_experts:
+        yield from _width("moe_ffn_hidden_size", own, experts)
+        yield from _width("moe_shared_expert_intermediate_size", args.moe_shared_expert_intermediate_size, ranks)
+
+
+def _some_are_dense(args: argparse.Namespace) -> bool:
+    """Whether a layer has an MLP without experts."""
+    if pattern := written_pattern(args)[1]:
+        return "-" in pattern
+    every = args.moe_layer_freq
+    return not args.num_experts or (0 in every if isinstance(every, list) else every > 1)
+
+
+def _width(name: str, width: int | None, *shares: tuple[int, str]) -> Iterator[str]:
+    """A width that is no multiple of what shares it out: numbers, with the words for them."""
+    if not width or width % (unit := math.lcm(*(number for number, _ in shares))) == 0:
         return
-    by = f"{ranks} tensor-parallel ranks" + (", each with halves for --swiglu" if halves == 2 else "")
+    by = " and ".join(words for _, words in shares)
     fits = " or ".join(str(n) for n in (width // unit * unit, -(-width // unit) * unit) if n)
-    yield f"--{name.replace('_', '-')} {width} must be a multiple of {unit} ({by}): use {fits}."
+    yield f"{as_flag(name)} {width} must be a multiple of {unit} ({by}): use {fits}."

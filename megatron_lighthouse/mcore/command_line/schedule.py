@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
+from megatron_lighthouse.usage import as_flag
+
 COUNTED = ("lr_decay", "lr_warmup", "lr_wsd_decay")
 """What is counted in iterations or in samples, as training itself is: arguments, before `_iters` and `_samples`."""
 
@@ -23,10 +25,6 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
     yield from _unit(args)
     yield from _warm_up(args)
     yield from _fall(args)
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _units(args: argparse.Namespace) -> tuple[str, str]:
@@ -49,7 +47,7 @@ def _rates(args: argparse.Namespace) -> Iterator[str]:
         yield f"--lr {args.lr} must not be negative: use a learning rate such as 3e-4."
     elif not 0 <= args.min_lr <= args.lr or not 0 <= args.lr_warmup_init <= args.lr:
         use = " and ".join(
-            f"{_flag(name)} {args.lr / 10 if name == 'min_lr' else 0:g}"
+            f"{as_flag(name)} {args.lr / 10 if name == 'min_lr' else 0:g}"
             for name in ("min_lr", "lr_warmup_init")
             if not 0 <= getattr(args, name) <= args.lr
         )
@@ -86,8 +84,8 @@ def _unit(args: argparse.Namespace) -> Iterator[str]:
             use = "leave it out"
         else:
             steps = given * (batch or 1) if unit == "samples" else max(1, round(given / (batch or 1)))
-            use = f"use {_flag(name)}-{unit} {steps if batch else 'N'} in its place"
-        yield f"{_flag(name)}-{other} {given} is not read beside --train-{unit} {getattr(args, f'train_{unit}')}: {use}."
+            use = f"use {as_flag(name)}-{unit} {steps if batch else 'N'} in its place"
+        yield f"{as_flag(name)}-{other} {given} is not read beside --train-{unit} {getattr(args, f'train_{unit}')}: {use}."
 
 
 def _warm_up(args: argparse.Namespace) -> Iterator[str]:

@@ -9,6 +9,8 @@ import argparse
 import math
 from collections.abc import Iterator
 
+from megatron_lighthouse.usage import as_flag
+
 ENGINE = "--transformer-impl transformer_engine"
 ACTIVATIONS = ("--swiglu", "--squared-relu", "--quick-geglu")
 """Of the MLP: Megatron's default is GELU."""
@@ -86,9 +88,9 @@ def _optimizer(args: argparse.Namespace) -> Iterator[str]:
         yield "--overlap-param-gather needs --overlap-grad-reduce: add it, or leave that out."
     asked = [name for name in ("optimizer_cpu_offload", "use_precision_aware_optimizer") if getattr(args, name)]
     wants = ["use_precision_aware_optimizer", *([] if args.use_megatron_fsdp else ["use_distributed_optimizer"])]
-    if asked and (missing := [_flag(name) for name in wants if not getattr(args, name)]):
+    if asked and (missing := [as_flag(name) for name in wants if not getattr(args, name)]):
         them = "it" if len(missing) == 1 else "them"
-        yield f"{_flag(asked[0])} needs {' and '.join(missing)}: add {them}, or leave that out."
+        yield f"{as_flag(asked[0])} needs {' and '.join(missing)}: add {them}, or leave that out."
 
 
 def _recompute(args: argparse.Namespace) -> Iterator[str]:
@@ -97,7 +99,7 @@ def _recompute(args: argparse.Namespace) -> Iterator[str]:
         yield f"--recompute-granularity full needs a method and a number of layers: add {FULL}."
         return
     selects = args.recompute_granularity == "selective" or args.recompute_activations
-    of_full = [f"{_flag(name)} {value}" for name in OF_FULL if (value := getattr(args, name))]
+    of_full = [f"{as_flag(name)} {value}" for name in OF_FULL if (value := getattr(args, name))]
     if of_full and selects:
         are, them = ("is", "it") if len(of_full) == 1 else ("are", "them")
         yield f"{' '.join(of_full)} {are} of --recompute-granularity full: leave {them} out, or use that."
@@ -123,7 +125,3 @@ def _interleaved(args: argparse.Namespace) -> Iterator[str]:
         fits = " or ".join(str(n) for n in range(2, of_stage) if of_stage % n == 0)
         use = f"use {fits}" if fits else "leave it out"
         yield f"{flag} {size} must divide the {of_stage} layers of a pipeline stage: {use}."
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

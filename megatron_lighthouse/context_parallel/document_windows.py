@@ -71,36 +71,54 @@ class Windows:
         for other, here in enumerate(rows):
             owner[here], place[here] = other, torch.arange(held, device=here.device)
         found = [self._tokens(other) for other in range(size)]
-        tokens, chunk = [x for x, _ in found], [x for _, x in found]
+        tokens, copy = [x for x, _ in found], torch.cat([x for _, x in found])
         wanted, span = torch.cat(tokens), max(map(len, tokens))
         by = torch.cat([torch.full_like(x, other) for other, x in enumerate(tokens)])
         places = [torch.arange(len(x), device=x.device) for x in tokens]
         sends = Queue.of(torch.where(owner[wanted] == rank, by, size), torch.cat(places), span, size)
         receives = Queue.of(owner[tokens[rank]], places[rank], span, size)
         to, came = torch.stack([sends.counts, receives.counts]).tolist()  # which the host reads once a micro-batch
-        away = sends.end(to, place[wanted], held, torch.cat(chunk), 2 * size)  # a chunk wants a token once
+        away = sends.end(to, place[wanted], held, copy, self.copies)
         return Way(away, receives.end(came, places[rank], len(tokens[rank])), rank)
 
+    @cached_property
+    def copies(self) -> int:
+        """Chunks that want a token at most, its own among them; a power of two, so that batches have few numbers of them."""
+        chunks, lengths = 2 * self.layout.size, numpy.array(self.documents.lengths)
+        least = numpy.maximum(lengths // chunks, 1)  # tokens of a chunk that has any
+        most = numpy.minimum(2 + (self.before - 1) // least, numpy.minimum(lengths, chunks)).max()
+        return min(1 << (int(most) - 1).bit_length(), chunks)
+
     def _seen(self, rank: int) -> tuple[numpy.ndarray, ...]:
-        """Of each run of a rank: the token that its chunk begins with, that chunk's tokens, its halo's, and its number."""
+        """Of each run of a rank: the token that its chunk begins with, that chunk's tokens, its halo's, and the number of its
+        chunk among those of its document that have tokens."""
         size = self.layout.size
         bounds = numpy.cumsum((0, *self.documents.lengths))
         sizes = numpy.stack([numpy.diff((bounds + chunk) // (2 * size)) for chunk in range(2 * size)])
+        numbers = (sizes > 0).cumsum(0)
         found = []
         for chunk in Layout(size, rank).chunks:
             earlier = sizes[:chunk].sum(0)
             own, halo = sizes[chunk], numpy.minimum(self.before, earlier)
-            found.append(numpy.stack([bounds[:-1] + earlier, own, halo, numpy.full_like(own, chunk)])[:, own > 0])
+            found.append(numpy.stack([bounds[:-1] + earlier, own, halo, numbers[chunk]])[:, own > 0])
         return tuple(numpy.concatenate(found, axis=1))
 
+    @cached_property
+    def _numbers(self) -> Tensor:
+        """[t] int64: of each token's chunk, as in `_seen`."""
+        sizes = self.documents.chunk_sizes(self.layout.size)
+        return repeated((sizes > 0).cumsum(0).t().flatten(), sizes.t().flatten(), self.documents.tokens)
+
     def _tokens(self, rank: int) -> tuple[Tensor, Tensor]:
-        """[far rows] int64 each: the tokens that a rank's far rows are, and the chunk for which it wants them."""
-        begins, own, halo, chunk = self._seen(rank)
+        """[far rows] int64 each: the tokens that a rank's far rows are, and which of its token's copies each is: of the chunks
+        that want it, its own and then later ones, which follow each other."""
+        begins, own, halo, number = self._seen(rank)
         far, device = own + halo, self.documents.cu_seqlens.device
-        first, bounds, lengths, chunks = (
-            torch.from_numpy(x).to(device) for x in (begins - halo, numpy.cumsum((0, *far)), far, chunk)
+        first, bounds, lengths, numbers = (
+            torch.from_numpy(x).to(device) for x in (begins - halo, numpy.cumsum((0, *far)), far, number)
         )
-        return runs(first, bounds, int(far.sum())), repeated(chunks, lengths, int(far.sum()))
+        tokens = runs(first, bounds, int(far.sum()))
+        return tokens, repeated(numbers, lengths, len(tokens)) - self._numbers[tokens]
 
     def _runs(self, lengths: numpy.ndarray) -> Runs:
         bounds = torch.from_numpy(numpy.cumsum((0, *lengths)).astype(numpy.int32))

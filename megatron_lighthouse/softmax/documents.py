@@ -27,7 +27,7 @@ from megatron_lighthouse.softmax.backends import (
     flash_problem,
 )
 from megatron_lighthouse.softmax.names import FLASH_DIMS
-from megatron_lighthouse.softmax.rows import DOCUMENTS, Rows
+from megatron_lighthouse.softmax.rows import DOCUMENTS, SINKS, WINDOWS, Rows
 from megatron_lighthouse.softmax.windowed_documents import DocumentsAlone, within_documents
 
 AttendDocuments = Callable[[Tensor, Tensor, Tensor, Documents], Tensor]
@@ -57,7 +57,7 @@ def documents_attention(
     """
     if window is not None or sinks:
         scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
-        return DocumentsAlone(within_documents(name, query, key, scale, value_dim, window))
+        return DocumentsAlone(within_documents(name, query, key, scale, value_dim, window, SINKS if sinks else WINDOWS))
     chosen = choose_for_documents(name, query.device, query.dtype, query.shape[2], key.shape[2], query.shape[3], value_dim)
     attend = FAMILIES[DOCUMENTS][chosen].attend
     return lambda q, k, v, documents: attend(q, k, v, softmax_scale, documents)

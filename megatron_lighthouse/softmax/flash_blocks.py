@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_lighthouse.context_parallel.parts import Mask, Part, Tensors
 from megatron_lighthouse.softmax.backends import BACKENDS, FAMILIES, deterministic, found, import_problem
 from megatron_lighthouse.softmax.base import Softmax, batch_first
-from megatron_lighthouse.softmax.rows import SHARDS, SINKS, Rows
+from megatron_lighthouse.softmax.rows import SHARDS, SINKS, WINDOWS, Rows
 
 
 class Flash(Softmax):
@@ -103,7 +103,7 @@ _FLASH3: dict[tuple[str, str], Sequence[str]] = {
     ("flash_attn_interface", "flash_attn_func"): ("softmax_scale", "causal", "window_size", "return_attn_probs"),
     ("flash_attn_interface", "_flash_attn_backward"): ("is_causal", "dq", "dk", "dv", *_BACKWARD),
 }
-FAMILIES[SHARDS] = FAMILIES[SINKS] = {
+FAMILIES[SHARDS] = FAMILIES[SINKS] = FAMILIES[WINDOWS] = {
     **BACKENDS,
     "fa4": replace(BACKENDS["fa4"], problem=_problem("fa4", "flash-attn-4", _FLASH4)),
     "fa3": replace(BACKENDS["fa3"], problem=_problem("fa3", "hopper/ of the flash-attention repository", _FLASH3)),

@@ -8,7 +8,7 @@ import torch
 
 from megatron_lighthouse.gpu import capability_of
 
-SHARDS, DOCUMENTS, SINKS = "over shards ", "over documents ", "with sinks "
+SHARDS, DOCUMENTS, SINKS, WINDOWS = "over shards ", "over documents ", "with sinks ", "with a window "
 """What is attended over, in words; with nothing to add, whole sequences."""
 
 

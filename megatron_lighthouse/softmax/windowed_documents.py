@@ -20,7 +20,6 @@ from megatron_lighthouse.softmax.backends import choose_for_blocks
 from megatron_lighthouse.softmax.blocks import BLOCKS
 from megatron_lighthouse.softmax.document_blocks import AllAtOnce, OneByOne, Within
 from megatron_lighthouse.softmax.names import OVER_SHARDED_DOCUMENTS
-from megatron_lighthouse.softmax.rows import SINKS
 
 
 @dataclass(frozen=True)
@@ -73,9 +72,9 @@ def within_documents(
     query: Tensor,
     key: Tensor,
     scale: float,
-    value_dim: int | None = None,
-    window: int | None = None,
-    over: str = SINKS,
+    value_dim: int | None,
+    window: int | None,
+    over: str,
 ) -> Within:
     """Attention over rows document by document, by the backend `name` or, for 'auto', the fastest.
 

@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import torch
 from hypothesis import assume, given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.document_windows import Windows
@@ -126,3 +127,45 @@ def test_far_rows_are_the_window_before_each_run_and_the_run(drawn: tuple[int, l
         sent = held[here][away.rows[first : first + away.counts[there]]]
         tokens, _ = windows[there]._tokens(there)
         assert torch.equal(sent, tokens[came.rows[last : last + came.counts[here]]])
+
+
+@few
+@given(packed(), st.integers(0, 20))
+def test_copies_of_a_token_are_numbered_in_order_of_the_chunks_that_want_it(drawn: tuple[int, list[int]], before: int) -> None:
+    """By chunks: those of a token's document, from its own on, of which a token sees it."""
+    size, lengths = drawn
+    assume(size > 1)
+    documents, wanted, most = row_of(lengths), list[tuple[int, int, int]](), 0
+    chunk_of = torch.empty(documents.tokens, dtype=torch.int64)
+    for chunk in range(2 * size):
+        chunk_of[documents.rows_of(chunk, size)] = chunk
+    document_of = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    for token, document in enumerate(document_of.tolist()):
+        seeing = chunk_of[token : token + before + 1][document_of[token : token + before + 1] == document].unique().tolist()
+        wanted += [(token, copy, chunk) for copy, chunk in enumerate(seeing)]
+        most = max(most, len(seeing))
+    found = []
+    for rank in range(size):
+        window = Windows(documents, Layout(size, rank), before)
+        tokens, copies = window._tokens(rank)
+        chunks = torch.cat([chunk_of[tokens[i - 1]].expand(n) for i, n in zip(ends(window), window.far.lengths, strict=True)])
+        found += [*zip(tokens.tolist(), copies.tolist(), chunks.tolist(), strict=True)]
+        assert most <= window.copies <= min(2 * (most + 1), 2 * size)
+    assert sorted(found) == wanted
+
+
+def ends(window: Windows) -> list[int]:
+    """Of each run, in far rows."""
+    found: list[int] = torch.tensor(window.far.lengths).cumsum(0).tolist()
+    return found
+
+
+def test_copies_are_few_on_many_ranks() -> None:
+    assert Windows(row_of([8192, 4 * 8192]), Layout(64, 3), 127).copies == 4
+
+
+@pytest.mark.parametrize(("how", "says"), [((5, False), "with a window of"), ((5, True), "with sinks of")])
+def test_what_is_chosen_for_is_said(how: tuple[int, bool], says: str, caplog: pytest.LogCaptureFixture) -> None:
+    query, key = torch.empty(8, 1, 6, 24), torch.empty(8, 1, 3, 24)  # of which no other test makes any
+    documents_attention("auto", query, key, SCALE, None, *how)
+    assert f"the inner attention {says} float32, 6 query and 3 key/value heads of 24 is" in caplog.text

@@ -14,8 +14,11 @@ import numpy
 import pytest
 import torch
 
+from megatron_lighthouse.launch.check import parse
 from megatron_lighthouse.mcore.command_line import conversations
+from megatron_lighthouse.mcore.command_line.documents import mask_problem
 from megatron_lighthouse.mcore.data.conversation_files import Conversations, problem
+from megatron_lighthouse.mcore.data.files import check_data
 from megatron_lighthouse.plots import read_scalars
 from tests.mcore import harness
 from tests.mcore.harness import Run, some_slow
@@ -27,6 +30,7 @@ WORDS = "the a of model document row token window long short see sees holds no o
 PADDED = ("--padded-vocab-size", "64")
 run = partial(harness.run, model=MODEL_OF_DOCUMENTS)
 SFT = "--sft --sft-tokenizer-prompt-format default --tokenizer-type SFTTokenizer --lr 1e-3".split()
+TOKENIZER = ["--sft", "--tokenizer-type", "SFTTokenizer", "--tokenizer-model"]
 LIGHTHOUSE = ["--attention", "lighthouse", "--lighthouse-tile-budget", "2"]
 DENSE = ["--attention", "dense"]
 LAYOUTS = {
@@ -193,6 +197,29 @@ def test_a_file_that_holds_none(text: str, message: str | None, tmp_path: Path) 
     found = problem("--data-path", str(path), path, whole=True)
     assert found is None if message is None else message in str(found)
     assert "cannot be read" in str(problem("--data-path", "none", tmp_path / "none", whole=True))
+
+
+def test_parts_of_a_split_without_rows_are_refused(tmp_path: Path) -> None:
+    """Of which Megatron's dataset would take a number modulo 0 at the first evaluation."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "a"}]}\n' * 12)
+    given = [*TOKENIZER, "some/model", "--data-path", str(path), "--eval-iters", "10"]
+    message = f"--split 969,30,1 leaves none of the 12 rows of {path} to valid and test: use --split 11,1,0"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_data(parse(given), whole=True)
+    check_data(parse([*given, "--split", "11,1,0"]), whole=True)
+    check_data(parse(given), whole=False)  # the first rank says it
+
+
+def test_object_storage_is_refused() -> None:
+    given = [*TOKENIZER, "some/model", "--train-data-path", "msc://profile/rows.jsonl"]
+    with pytest.raises(ValueError, match=r"msc://profile/rows.jsonl is in object storage, .* copy it to a path that all nodes"):
+        check_data(parse(given), whole=True)
+
+
+def test_a_mask_is_not_to_be_replaced_by_what_they_do_not_go_with() -> None:
+    said = mask_problem(Namespace(sft=True, reset_attention_mask=True))
+    assert str(said).endswith(": leave it out: conversations are kept apart without it.")
 
 
 def test_a_validation_is_megatrons_of_pre_training(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"attention_backend": SimpleNamespace(name="flash")}, "--attention-backend flash", "use fused or auto"),
         ({"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}, "core_attn", "full"),
         ({"cuda_graph_impl": "local"}, "--cuda-graph-impl local", "leave one of them out"),
+        ({"mtp_num_layers": 1}, "--mtp-num-layers 1: checkpoints would not hold", "leave one of them out"),
     ],
     ids=str,
 )
@@ -176,8 +177,14 @@ def test_gpus(major: int, channels: int, cudnn: int | None, deterministic: bool,
 
 def test_heads_of_latent_attention_are_refused() -> None:
     sizes = {"qk_head_dim": 128, "qk_pos_emb_head_dim": 64, "v_head_dim": 128, "hidden_size": 256, "num_attention_heads": 2}
-    (problem,) = fp8.device_problems(Namespace(**ASKED, **sizes, multi_latent_attention=True), 9)
+    config = Namespace(**ASKED, **sizes, multi_latent_attention=True)
+    (problem,) = fp8.device_problems(config, 9)
     assert "these have 192 and values of 128" in problem
+    (newest,) = fp8.device_problems(config, 10)
+    for said in (problem, newest):
+        assert "use --qk-head-dim 64 --qk-pos-emb-head-dim 64 --v-head-dim 128, or leave it out" in said
+    vars(config).update(qk_head_dim=64, qk_pos_emb_head_dim=64, v_head_dim=128)
+    assert not [*fp8.device_problems(config, 9), *fp8.device_problems(config, 10)]
 
 
 def test_a_model_is_refused_where_the_gpus_have_none(monkeypatch: pytest.MonkeyPatch) -> None:

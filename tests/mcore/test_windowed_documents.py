@@ -58,6 +58,8 @@ def test_each_document_of_a_local_layer_is_as_if_alone(window: tuple[int, int] |
         past = torch.arange(len(q)).unsqueeze(1) - torch.arange(len(k))
         return theirs(q, k, v, (past < 0).view(1, 1, *past.shape))
 
+    with pytest.raises(ValueError, match="windows and sinks over packed documents alone: give packed_seq_params"):
+        ours(*inputs, None)
     out = ours(*inputs, None, packed_seq_params=packed(documents_of_rows(), N))
     of_sinks = [*inputs, ours.softmax_offset], [*inputs, theirs.softmax_offset]
     both = (out, each_alone(alone, inputs))

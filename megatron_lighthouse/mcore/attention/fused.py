@@ -49,7 +49,7 @@ class FusedAttention(LocalAttention):
         """[s, b, np/tp, hn] and twice [s, b, ng/tp, hn] -> [s, b, np/tp * hn].
 
         Raises:
-            ValueError: a call that is not causal self-attention.
+            ValueError: a call that is not causal self-attention; whole sequences, of a layer with a window or with sinks.
         """
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
         check_call("attention without kept scores", mask_type, attention_bias, packed_seq_params, 1)
@@ -63,6 +63,11 @@ class FusedAttention(LocalAttention):
             return attend_documents(within, query, key, value, packed_seq_params, 1, self.softmax_offset)
         if attention_mask is not None:
             raise ValueError("attention without kept scores is causal, and reads no mask.")
+        if self.window is not None or self.softmax_offset is not None:
+            raise ValueError(
+                "attention without kept scores has windows and sinks over packed documents alone: give packed_seq_params, or "
+                "use Megatron's DotProductAttention."
+            )
         attend = self.attend.get(made)
         if attend is None:
             attend = self.attend[made] = inner_attention("auto", query, key, self.given_scale, value.shape[-1])

@@ -43,15 +43,15 @@ def mask_problem(args: Namespace) -> str | None:
     """Why documents are not separated by a mask: causal attention reads none."""
     if not getattr(args, "reset_attention_mask", False):
         return None
+    reads = "--reset-attention-mask separates documents by a mask of seq x seq, which causal kernels do not read"
+    if conversations.asked(args):
+        return f"{reads}: leave it out: conversations are kept apart without it."
     engine = (
         getattr(args, "transformer_impl", "local") == "transformer_engine" and getattr(args, "context_parallel_size", 1) > 1
     )
     needs = [" and --transformer-impl local"] if engine else []
     needs += [" without --lighthouse-budget"] if "lighthouse_budget" in getattr(args, "said", ()) else []
-    return (
-        "--reset-attention-mask separates documents by a mask of seq x seq, which causal kernels do not read: use "
-        f"{FLAG}{''.join(needs)}, which keeps them apart without one."
-    )
+    return f"{reads}: use {FLAG}{''.join(needs)}, which keeps them apart without one."
 
 
 def document_problems(args: Namespace, config: Any, dense: bool = True) -> Iterator[str]:

@@ -80,6 +80,8 @@ def problems(config: Any, settings: LighthouseSettings | None = None) -> Iterato
             f"{FLAG} with --recompute-modules core_attn: Megatron attends again outside of FP8, so that gradients would be of "
             "another forward: leave core_attn out, or use --recompute-granularity full."
         )
+    if further := getattr(config, "mtp_num_layers", None):
+        yield f"{FLAG} with --mtp-num-layers {further}: checkpoints would not hold their scales: leave one of them out."
     if (graphs := getattr(config, "cuda_graph_impl", "none")) != "none":
         yield f"{FLAG} with --cuda-graph-impl {graphs} has not been tried: leave one of them out."
 
@@ -121,13 +123,13 @@ def device_problems(config: Any, major: int, cudnn: int | None = None) -> Iterat
     dims = head_dims(config)
     if major == 9 and dims != (ON_HOPPER, ON_HOPPER):
         yield (
-            f"{FLAG} on Hopper takes heads of {ON_HOPPER} channels, and these have {_both(dims)}: use --kv-channels "
-            f"{ON_HOPPER}, or leave it out."
+            f"{FLAG} on Hopper takes heads of {ON_HOPPER} channels, and these have {_both(dims)}: use "
+            f"{_heads_of(config, ON_HOPPER)}, or leave it out."
         )
     if major == 10 and any(dim > NEWEST_LIMIT or dim % STEP for dim in dims):
         yield (
             f"{FLAG} takes heads of up to {NEWEST_LIMIT} channels, a multiple of {STEP}, and these have {_both(dims)}: use "
-            f"--kv-channels {NEWEST_LIMIT}, or leave it out."
+            f"{_heads_of(config, NEWEST_LIMIT)}, or leave it out."
         )
 
 
@@ -194,3 +196,10 @@ def _recipe(config: Any) -> str:
 
 def _both(dims: tuple[int, int]) -> str:
     return str(dims[0]) if dims[0] == dims[1] else f"{dims[0]} and values of {dims[1]}"
+
+
+def _heads_of(config: Any, dim: int) -> str:
+    """The options that give heads so many channels."""
+    if getattr(config, "multi_latent_attention", False):
+        return f"--qk-head-dim {dim // 2} --qk-pos-emb-head-dim {dim // 2} --v-head-dim {dim}"
+    return f"--kv-channels {dim}"

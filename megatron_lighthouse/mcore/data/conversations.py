@@ -3,6 +3,8 @@
 Each conversation of a row is a document. Megatron counts the padding at the row's end to the last one, and under context
 parallelism fills each up to a multiple of 2C. Here the padding is a document of its own, of which no token counts, and nothing
 else is filled up: so a conversation is as if it were alone, on any number of ranks.
+But for its loss: labels are Megatron's, and prompt formats that mask nothing (`default`, `identity`) train its last token to
+predict the next conversation's first.
 """
 
 from __future__ import annotations

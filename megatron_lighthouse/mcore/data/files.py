@@ -33,6 +33,7 @@ def problems(args: argparse.Namespace, here: Here, whole: bool = True) -> Iterat
     """What is wrong with the options and the files that name data, each in a sentence."""
     yield from _sources(args)
     counts: dict[str, tuple[int, int]] = {}
+    rows: dict[str, int] = {}
     filled: list[str] = []
     try:
         for name, words in blends.blends(args, here):
@@ -41,8 +42,10 @@ def problems(args: argparse.Namespace, here: Here, whole: bool = True) -> Iterat
                 filled += found
             for prefix in found:
                 if conversations.asked(args):
-                    if message := conversation_files.problem(name, prefix, here(prefix), whole):
+                    if message := _conversations(name, prefix, here, whole):
                         yield message
+                    elif whole:  # the first rank says it: others need not count lines
+                        rows[prefix] = len(conversation_files.Conversations(here(prefix)))
                 elif remote(prefix):
                     yield from _storage(args, name, prefix)
                 elif message := _dataset(name, prefix, here, whole):
@@ -50,9 +53,10 @@ def problems(args: argparse.Namespace, here: Here, whole: bool = True) -> Iterat
                 else:
                     header = indexed.read_header(here(prefix + ".idx"))
                     counts[prefix] = header.sequences, header.documents
+                    rows[prefix] = header.sequences
                     if whole:
                         yield from vocabulary.problems(args, name, prefix, here)
-        yield from _splits(args, {prefix: counts[prefix][0] for prefix in filled if prefix in counts})
+        yield from _splits(args, {prefix: rows[prefix] for prefix in filled if prefix in rows})
         yield from _sequences(args, counts, here)
         if args.text_data is not None:
             yield from _text(args.text_data, here)
@@ -80,6 +84,14 @@ def _dataset(name: str, prefix: str, here: Here, whole: bool) -> str | None:
     return f"{name} {prefix}: {prefix}{found}: copy or write the dataset again, both files." if found else None
 
 
+def _conversations(name: str, prefix: str, here: Here, whole: bool) -> str | None:
+    """Why a path holds no conversations."""
+    if remote(prefix):
+        asks = conversations.FLAG
+        return f"{name} {prefix} is in object storage, where {asks} does not read: copy it to a path that all nodes see."
+    return conversation_files.problem(name, prefix, here(prefix), whole)
+
+
 def _storage(args: argparse.Namespace, name: str, prefix: str) -> Iterator[str]:
     """What object storage asks of the command line: no file of it is looked at."""
     needs = [
@@ -92,7 +104,7 @@ def _storage(args: argparse.Namespace, name: str, prefix: str) -> Iterator[str]:
 
 
 def _splits(args: argparse.Namespace, counts: dict[str, int]) -> Iterator[str]:
-    """Whether each part of --split has a sequence of datasets of so many: Megatron would fill it from none, for ever."""
+    """Whether each part of --split has a row of datasets of so many: Megatron would fill it from none."""
     if args.data_path is None and args.data_args_path is None:
         return
     split = args.split or "969, 30, 1"  # Megatron's
@@ -107,13 +119,14 @@ def _splits(args: argparse.Namespace, counts: dict[str, int]) -> Iterator[str]:
             f"--split {split.replace(' ', '')} leaves nothing to validate on, which --eval-iters {args.eval_iters} asks for: "
             "use --eval-iters 0, or a second share, as in --split 99,1,0."
         )
-    for prefix, sequences in counts.items():
-        edges = [round(sum(shares[:n]) * sequences) for n in range(len(shares) + 1)]
+    kind = "rows" if conversations.asked(args) else "sequences"
+    for prefix, rows in counts.items():
+        edges = [round(sum(shares[:n]) * rows) for n in range(len(shares) + 1)]
         parts = zip(blends.SPLITS, shares, edges, edges[1:], strict=False)
         if empty := [part for part, share, first, end in parts if share > 0 and first == end]:
-            use = f"{sequences - 1},1,0" if sequences > 1 else "1,0,0 --eval-iters 0"
+            use = f"{rows - 1},1,0" if rows > 1 else "1,0,0 --eval-iters 0"
             yield (
-                f"--split {split.replace(' ', '')} leaves none of the {sequences} sequences of {prefix} to "
+                f"--split {split.replace(' ', '')} leaves none of the {rows} {kind} of {prefix} to "
                 f"{' and '.join(empty)}: use --split {use}, or paths for each part (--train-data-path, --valid-data-path)."
             )
 

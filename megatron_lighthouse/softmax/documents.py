@@ -7,7 +7,6 @@ cuDNN's does not: torch hands it whole rows, and documents only without the caus
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -26,6 +25,7 @@ from megatron_lighthouse.softmax.backends import (
     flash_function,
     flash_problem,
 )
+from megatron_lighthouse.softmax.base import scale_of
 from megatron_lighthouse.softmax.names import FLASH_DIMS
 from megatron_lighthouse.softmax.rows import DOCUMENTS, SINKS, WINDOWS, Rows
 from megatron_lighthouse.softmax.windowed_documents import DocumentsAlone, within_documents
@@ -56,7 +56,7 @@ def documents_attention(
         ValueError: a backend that is forced and is not there, or cannot take these rows.
     """
     if window is not None or sinks:
-        scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
+        scale = scale_of(query, softmax_scale)
         return DocumentsAlone(within_documents(name, query, key, scale, value_dim, window, SINKS if sinks else WINDOWS))
     chosen = choose_for_documents(name, query.device, query.dtype, query.shape[2], key.shape[2], query.shape[3], value_dim)
     attend = FAMILIES[DOCUMENTS][chosen].attend

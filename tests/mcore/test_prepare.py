@@ -73,7 +73,7 @@ def test_without_an_end(files: list[str], tmp_path: Path) -> None:
         ("", "--tokenizer-type HuggingFaceTokenizer --tokenizer-model ./nowhere", "./nowhere is not there"),
         ("", "--input nowhere", "--input nowhere is no file"),
         ("", "--workers 0", "--workers 0 must be at least 1"),
-        ("", "--output nowhere/out", "there is no folder nowhere: make it"),
+        ("", f"--output {__file__}/out", f"{__file__} is no folder: name another"),
     ],
 )
 def test_what_is_refused(line: str, more: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,7 +86,7 @@ def test_what_is_refused(line: str, more: str, says: str, tmp_path: Path, capsys
 
 
 def test_the_check_takes_it(files: list[str], tmp_path: Path) -> None:
-    prefix = str(tmp_path / "out")
+    prefix = str(tmp_path / "new" / "folder" / "out")
     assert prepare.main(["--input", *files, "--output", prefix, *NUMBERS]) == 0
     assert (
         check.main(["--nodes", "1", "--gpus-per-node", "1", "--", *MODEL, "--data-path", prefix, "--split", "1,1,0", *NUMBERS])

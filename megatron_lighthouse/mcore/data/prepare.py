@@ -91,8 +91,9 @@ def check(options: argparse.Namespace, args: argparse.Namespace) -> None:
     found = [f"--input {path} is no file: give text, or JSON lines." for path in options.input if not Path(path).is_file()]
     if Path(f"{options.output}.idx").exists():
         found.append(f"--output {options.output}: {options.output}.idx is there already: name another, or remove it.")
-    elif not Path(options.output).parent.is_dir():
-        found.append(f"--output {options.output}: there is no folder {Path(options.output).parent}: make it.")
+    above = next(path for path in Path(options.output).absolute().parents if path.exists())
+    if not above.is_dir():
+        found.append(f"--output {options.output}: {above} is no folder: name another.")
     if options.workers < 1:
         found.append(f"--workers {options.workers} must be at least 1.")
     found += tokenizers.problems(args, Path)
@@ -118,6 +119,7 @@ def prepare(options: argparse.Namespace, args: argparse.Namespace) -> tuple[int,
         from megatron.core.datasets.indexed_dataset import DType
 
         _build(args)
+    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     end = None if options.no_end_of_document else getattr(_tokenizer, "eod", None)
     if end is None and not options.no_end_of_document:
         raise ValueError(f"--tokenizer-type {args.tokenizer_type} has no end-of-document token: add --no-end-of-document.")

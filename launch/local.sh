@@ -117,7 +117,7 @@ find_profiler env
 forget_launcher
 if [[ -n $STUDY ]]; then
     run_arguments
-    CHECK=1 NODES=1 GPUS_PER_NODE=$GPUS check_arguments --exact --runs-here now
+    CHECK=1 NODES=1 GPUS_PER_NODE=$GPUS check_arguments --exact --runs-here now || exit 2
     ((ONLY_CHECK == 0)) || exit 0
     run_study
     exit
@@ -126,7 +126,7 @@ fi
 [[ $AS != evaluation ]] || (($(iteration))) || die "--as evaluation: $RUN/checkpoints holds no whole checkpoint."
 run_arguments
 architecture_environment
-NODES=1 GPUS_PER_NODE=$GPUS check_arguments --runs-here now
+NODES=1 GPUS_PER_NODE=$GPUS check_arguments --runs-here now || exit 2
 ((ONLY_CHECK == 0)) || exit 0
 log=$RUN/logs/$([[ $AS == evaluation ]] && echo evaluation || echo local).log
 [[ $AS != evaluation ]] || rm -f "$log" # the loss of an earlier one is not this one's

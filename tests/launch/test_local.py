@@ -66,7 +66,7 @@ def test_a_study_runs_what_is_not_done(machine: Path) -> None:
     assert launched.endswith("--context-parallel-size 2 --log-interval 1 --log-throughput")
 
     (machine / "noted").unlink()
-    assert local(machine, "--study", STUDY, "--", *more).returncode != 0
+    assert local(machine, "--study", STUDY, "--", *more).returncode == 2
     assert trained(machine) == ["dense-98304-cp2"]
     (machine / "noted").unlink()
     full = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
@@ -107,7 +107,7 @@ def test_every_point_is_checked_before_one_runs(machine: Path, capsys: pytest.Ca
     assert "2 ranks = TP 1 x CP 2 x PP 1 x DP 1; 32768 tokens" in capsys.readouterr().out
 
     (machine / "python").write_text("#!/bin/sh\necho $2 >>$NOTED\nexit 1\n")
-    assert local(machine, "--study", STUDY, "--", "--mock-data").returncode != 0
+    assert local(machine, "--study", STUDY, "--", "--mock-data").returncode == 2
     assert (machine / "noted").read_text() == "megatron_lighthouse.launch.check\n"
 
 

@@ -110,7 +110,7 @@ def test_the_datasets_are_those_that_the_arguments_ask_for(
 
     (tmp_path / "sequences.json").write_text('{"book": 3}')
     args = Names(per_dataset_sequences_path=tmp_path / "sequences.json", tensor_model_parallel_size=2, sequence_parallel=True)
-    args.sft = False
+    args.sft = args.validates_conversations = False
     monkeypatch.setattr(data, "GPTDatasetConfig", lambda **given: given)
     monkeypatch.setattr(data, "get_blend_and_blend_per_split", lambda args: ("blend", "per split"))
     monkeypatch.setattr(data, "build_tokenizer", lambda args: "tokenizer")

@@ -13,8 +13,12 @@ from typing import Any, NoReturn
 
 NUMBER = re.compile(r"(?P<flag>\S+): invalid (?P<kind>int|float) value: '(?P<word>.*)'")
 """How argparse says that a word is no number."""
-UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "B": 10**9}
-"""Of lengths and sizes as people write them; B of tokens."""
+UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
+"""Of numbers as people write them."""
+BINARY = {"K": 2**10, "M": 2**20, "G": 2**30}
+"""Of lengths in tokens."""
+LENGTH = re.compile(r"(length|lengths|seqlen-\S+|position-embeddings|budget|tile-tokens)$")
+"""How flags end whose numbers are lengths in tokens."""
 GROUPED = re.compile(r"-?\d{1,3}(,\d{3})+")
 WRONG = 2
 """The exit status of a command line that is refused."""
@@ -122,7 +126,7 @@ def as_sentence(message: str) -> str:
     if found is None:
         return f"{message}."
     kind, word = found["kind"], found["word"]
-    number = _meant(word)
+    number = _meant(word, UNITS | BINARY if LENGTH.search(found["flag"]) else UNITS)
     example = "" if number is None else f" {number:.0f}" if kind == "int" else f" {number:g}"
     if kind == "int" and number is not None and number != int(number):
         example = ""
@@ -131,9 +135,9 @@ def as_sentence(message: str) -> str:
     return f"{found['flag']} {word} must be {rule}{plainly}: {f'write{example}' if example else 'give one'}."
 
 
-def _meant(word: str) -> float | None:
+def _meant(word: str, units: Mapping[str, int]) -> float | None:
     """The number that a word may stand for, as 5e5, 500_000, 131,072 or 128K; None where nothing can be told."""
-    digits, unit = (word[:-1], UNITS[word[-1].upper()]) if word[-1:].upper() in UNITS else (word, 1)
+    digits, unit = (word[:-1], units[word[-1].upper()]) if word[-1:].upper() in units else (word, 1)
     digits = digits.replace(",", "") if GROUPED.fullmatch(digits) else digits.replace(",", ".")
     try:
         number = float(digits) * unit

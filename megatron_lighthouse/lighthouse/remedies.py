@@ -98,7 +98,7 @@ def budget_problem(sizes: Sizes, allowed: Allowed = anything) -> str | None:
 
 
 def others(sizes: Sizes, allowed: Allowed = anything) -> str:
-    """The nearest settings that would work, budgets first: of each kind up to two."""
+    """The nearest settings that would work, of each kind up to two: budgets first, or levels where windows are too wide."""
 
     def works(**changes: int) -> bool:
         tried = sizes._replace(**changes)
@@ -106,8 +106,11 @@ def others(sizes: Sizes, allowed: Allowed = anything) -> str:
 
     windows = max(0, sizes.seq_length) // sizes.window
     budgets = _nearest(sizes.budget, sizes.tile_budget, windows, lambda k: works(budget=k))
-    offers = [_either("config.budget", budgets) or _pair(sizes, allowed), _either("query's N", lengths(sizes, allowed))]
-    if sizes.ranks > 1:
+    offers = [_either("config.budget", budgets) or _pair(sizes, allowed)]
+    if windows < sizes.chunks:  # too wide for this layout, whatever the budget
+        offers = [_fewer_levels(sizes, allowed)]
+    offers.append(_either("query's N", lengths(sizes, allowed)))
+    if sizes.ranks > 1 and sizes.levels <= MOST:  # fewer ranks would take them, and attend to a handful of rows
         most = min(windows // 2, max(64, 2 * sizes.ranks))
         ranks = _nearest(sizes.ranks, 1, most, lambda n: works(ranks=n))
         offers.append(_either("cp_group.size()", ranks))

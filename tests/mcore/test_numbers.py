@@ -103,7 +103,8 @@ def test_frequencies_are_lists_too() -> None:
     ("kind", "word", "says"),
     [
         ("int", "5e5", "write 500000."),
-        ("int", "128K", "write 131072."),
+        ("int", "500k", "write 500000."),
+        ("int", "1M", "write 1000000."),
         ("int", "131,072", "write 131072."),
         ("int", "-1e3", "write -1000."),
         ("int", "1.5", "give one."),
@@ -116,3 +117,24 @@ def test_frequencies_are_lists_too() -> None:
 def test_how_a_number_is_written(kind: str, word: str, says: str) -> None:
     said = as_sentence(f"argument --flag: invalid {kind} value: '{word}'")
     assert (said.startswith(f"--flag {word} must be a "), said.endswith(f": {says}")) == (True, True), said
+
+
+@pytest.mark.parametrize(
+    ("flag", "unit"),
+    [
+        ("--seq-length", 1024),
+        ("--decoder-seq-length", 1024),
+        ("--max-position-embeddings", 1024),
+        ("--lighthouse-budget", 1024),
+        ("--lighthouse-edge-budget", 1024),
+        ("--loss-tile-tokens", 1024),
+        ("--rotary-base", 1000),
+        ("--train-iters", 1000),
+        ("--train-samples", 1000),
+        ("--vocab-size", 1000),
+    ],
+)
+def test_only_lengths_are_counted_in_powers_of_two(flag: str, unit: int) -> None:
+    """As of 128K tokens; of a base or iterations k is 1,000."""
+    for word, number in (("2k", 2 * unit), ("1M", unit**2)):
+        assert as_sentence(f"argument {flag}: invalid int value: '{word}'").endswith(f": write {number}.")

@@ -221,6 +221,17 @@ def test_sizes_say_all_that_is_wrong_with_them(capsys: pytest.CaptureFixture[str
     assert "--attention-dropout 0.1 would drop whole windows" in capsys.readouterr().err
 
 
+def test_windows_too_wide_for_the_layout_are_fewer_levels(capsys: pytest.CaptureFixture[str]) -> None:
+    """One rank would take them, and attend to 66 rows of 131,072."""
+    own = [*GPUS, "--without-megatron", "--", *line("!--lighthouse-budget --global-batch-size 32")]
+    assert check.main([*own, "--lighthouse-levels", "9"]) == 1
+    error = capsys.readouterr().err
+    assert "131072 must be a multiple of 524288: use --lighthouse-levels 5 " in error
+    use = error.strip().partition(": use ")[2].rstrip(".").split()
+    assert "--context-parallel-size" not in use
+    assert check.main([*own, *use]) == 0, capsys.readouterr().err
+
+
 def test_one_machine_is_offered_sizes_and_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     """As local.sh asks for it: no more GPUs than given, where fewer do."""
     own = [*NODES, "--runs-here", "now", "--without-megatron", "--", *LLAMA]

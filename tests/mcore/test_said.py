@@ -113,3 +113,19 @@ def test_megatron_is_repeated_in_flags(megatron: None) -> None:
     (said,) = asked_megatron.problems([*LLAMA, "--moe-ffn-hidden-size", "64"], 64, MAJOR, {}, False)
     assert "Please set --num-experts or remove --moe-ffn-hidden-size" in said
     assert flags.in_flags("a_word of /a/seq_length.py, seq_length") == "a_word of /a/seq_length.py, --seq-length"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--wandb-exp-name=", "--wandb-project x with an empty --wandb-exp-name: give --wandb-exp-name NAME"),
+        ("!--save !--save-interval", "has nowhere to keep its files: add --wandb-save-dir DIR, or --save DIR."),
+    ],
+)
+def test_what_wandb_asks_for_late(words: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Megatron raises it on the last rank, which alone writes."""
+    own = [*GPUS, "--without-megatron", "--"]
+    assert check.main([*own, *line(f"{words} --wandb-project x")]) == 1
+    assert says in capsys.readouterr().err
+    for more in ("--wandb-project x", "--wandb-project x --wandb-exp-name y", "!--save --wandb-project x --wandb-save-dir z"):
+        assert check.main([*own, *line(more)]) == 0, capsys.readouterr().err

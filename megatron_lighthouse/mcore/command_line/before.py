@@ -60,6 +60,7 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
     yield from precision.problems(args)
     yield from _batch(args)
     yield from _saves(args)
+    yield from _wandb(args)
     if not args.skip_train:
         yield from schedule.problems(args)
     for one, other in (("fp16", "bf16"), ("data_path", "data_args_path")):
@@ -189,3 +190,13 @@ def _saves(args: argparse.Namespace) -> Iterator[str]:
             f"--log-memory-interval {args.log_memory_interval} must be a multiple of --log-interval {args.log_interval}: use "
             f"{-(-args.log_memory_interval // args.log_interval) * args.log_interval}."
         )
+
+
+def _wandb(args: argparse.Namespace) -> Iterator[str]:
+    """What W&B's writer asks for on the last rank, once all have met."""
+    if not (project := args.wandb_project):
+        return
+    if args.wandb_exp_name == "":  # not given, W&B makes one up
+        yield f"--wandb-project {project} with an empty --wandb-exp-name: give --wandb-exp-name NAME, the run's."
+    if not args.wandb_save_dir and args.save is None:
+        yield f"--wandb-project {project} has nowhere to keep its files: add --wandb-save-dir DIR, or --save DIR."

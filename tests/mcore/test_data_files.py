@@ -193,3 +193,33 @@ def test_text_and_tokenizers_are_not_empty(tmp_path: Path, capsys: pytest.Captur
         own = ["--nodes", "2", "--gpus-per-node", "1", "--", *words("cpu-test")]
         assert check.main([*own, *arguments]) == 1, arguments
         assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["Llama2Tokenizer", "SentencePieceTokenizer"])
+def test_a_folder_where_a_tokenizer_reads_a_file(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(path: Path) -> str:
+        assert checked("--mock-data", "--tokenizer-type", kind, "--tokenizer-model", str(path)) == 1
+        return capsys.readouterr().err
+
+    model = tmp_path / "tokenizer.model"
+    (tmp_path / "config.json").write_text("{}")
+    assert f"is a folder without *.model, and --tokenizer-type {kind} reads a file: give the model's." in said(tmp_path)
+    whole = tmp_path / "tokenizer.json"
+    whole.write_text("{}")
+    assert "reads: use --tokenizer-type HuggingFaceTokenizer.\n" in said(tmp_path)
+    assert f"use --tokenizer-type HuggingFaceTokenizer --tokenizer-model {tmp_path}.\n" in said(whole)
+    model.write_text("x")
+    assert f"reads a file: give {model}.\n" in said(tmp_path)
+    assert checked("--mock-data", "--tokenizer-type", kind, "--tokenizer-model", str(model)) == 0
+    assert checked("--mock-data", "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tmp_path)) == 0
+
+
+def test_a_tokenizer_of_ranks_is_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As Megatron asserts once it builds it."""
+    own = ["--mock-data", "--tokenizer-type", "TikTokenizer", "--tokenizer-model"]
+    for name in ("x.tiktoken", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
+    assert checked(*own, str(tmp_path / "x.tiktoken")) == 1
+    assert "must be a .json of ranks with --tokenizer-type TikTokenizer: give that file.\n" in capsys.readouterr().err
+    assert checked(*own, str(tmp_path)) == 1
+    assert "give that file, or use --tokenizer-type HuggingFaceTokenizer.\n" in capsys.readouterr().err

@@ -223,3 +223,24 @@ def test_a_tokenizer_of_ranks_is_json(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "must be a .json of ranks with --tokenizer-type TikTokenizer: give that file.\n" in capsys.readouterr().err
     assert checked(*own, str(tmp_path)) == 1
     assert "give that file, or use --tokenizer-type HuggingFaceTokenizer.\n" in capsys.readouterr().err
+
+
+def test_two_sources_are_said_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With what else would have to go: bytes are no vocabulary of other data, and a second round would say the rest."""
+    prefix, text = write(tmp_path / "x", (3, 4000)), tmp_path / "a.txt"
+    text.write_bytes(b"a" * 4000)
+    both = ["--data-path", prefix, "--text-data", str(text)]
+    for more, too in (
+        ([], "--split 1,0,0"),
+        (["--tokenizer-type", "SFTTokenizer"], "--split 1,0,0 and --tokenizer-type SFTTokenizer"),
+    ):
+        assert checked(*both, *more) == 1
+        said = capsys.readouterr().err
+        assert (
+            f"--data-path and --text-data are each the data of a run: leave all but one out, with --text-data {too} too."
+            in said
+        )
+        assert "--padded-vocab-size" not in said
+    own = ["--nodes", "2", "--gpus-per-node", "1", "--", *words("cpu-test")]
+    assert check.main([*own, *both[2:]]) == 0, capsys.readouterr().err
+    assert checked(*both[:2]) == 0, capsys.readouterr().err

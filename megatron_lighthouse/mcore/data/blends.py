@@ -13,6 +13,8 @@ SPLITS = ("train", "valid", "test")
 DATA = ("--data-path", *(f"--{split}-data-path" for split in SPLITS))
 LISTS = ("--data-args-path", "--per-split-data-args-path")
 """Files that hold what stands after --data-path, or after each of the others."""
+SPLIT = ("--data-path", "--data-args-path", "--mock-data")
+"""Sources that --split shares out: the others have their parts already."""
 TOKENIZERS = ("--tokenizer-model", "--vocab-file", "--merge-file")
 REMOTE = ("s3://", "msc://")
 
@@ -28,6 +30,22 @@ def value(args: argparse.Namespace, name: str) -> Any:
 def sources(args: argparse.Namespace) -> list[str]:
     """The options that say what a run reads: more than one, but for those of the splits, contradict each other."""
     return [name for name in (*DATA, *LISTS, "--text-data", "--mock-data") if value(args, name) not in (None, False)]
+
+
+def exclusion(args: argparse.Namespace) -> str | None:
+    """That the words name more than one source; and what else has to go, by the source that stays."""
+    given = sources(args)
+    if len(given) < 2 or set(given) <= set(DATA[1:]):
+        return None
+    too = [f", with {name} {' and '.join(words)} too" for name in given if (words := without(args, name))]
+    return f"{' and '.join(given)} are each the data of a run: leave all but one out{''.join(too)}."
+
+
+def without(args: argparse.Namespace, source: str) -> list[str]:
+    """Of what the words say, with values, what does not go with a source: it has that already."""
+    split = value(args, "--split") is not None and source not in SPLIT
+    tokenizer = source == "--text-data" and args.tokenizer_type != "NullTokenizer"
+    return [f"{name} {value(args, name)}" for name, wrong in (("--split", split), ("--tokenizer-type", tokenizer)) if wrong]
 
 
 def remote(path: str) -> bool:

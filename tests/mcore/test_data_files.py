@@ -129,10 +129,23 @@ def test_every_list_of_data_is_read(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert f"--data-args-path {tmp_path} cannot be read (Is a directory)" in capsys.readouterr().err
 
 
-def test_an_odd_number_of_words_has_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As Megatron reads it: 0.5 is the prefix of a dataset then."""
-    assert checked("--data-path", "0.5", write(tmp_path / "x"), "0.5") == 1
-    assert "--data-path 0.5 has no 0.5.bin" in capsys.readouterr().err
+def test_weights_and_prefixes_come_in_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Megatron would read a number as the prefix of a dataset."""
+    one, other = write(tmp_path / "x"), write(tmp_path / "y")
+    for blend in (("0.5", one, "0.5"), (one, "0.5"), (one, ".5", other, "5e-1"), ("0.5", "0.5", one, other), ("1", one, other)):
+        assert checked("--data-path", *blend) == 1
+        says = f"--data-path {' '.join(blend)} has a number where Megatron reads a prefix: weights and prefixes come in pairs"
+        assert says in capsys.readouterr().err
+    for blend in (("0.5", one, "0.5", other), (one, other), (one,), (write(tmp_path / "nan"), one, other)):
+        assert checked("--data-path", *blend) == 0, capsys.readouterr().err
+
+
+def test_a_dataset_may_be_called_as_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "2024")
+    write(tmp_path / "nan")
+    for blend in (("./2024", "nan", "nan"), ("1", "./2024", "2", "nan"), ("2024",)):
+        assert checked("--data-path", *blend) == 0
 
 
 def test_what_the_data_options_ask_of_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ SPLIT = ("--data-path", "--data-args-path", "--mock-data")
 """Sources that --split shares out: the others have their parts already."""
 TOKENIZERS = ("--tokenizer-model", "--vocab-file", "--merge-file")
 REMOTE = ("s3://", "msc://")
+WEIGHT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
+"""Of a dataset, in digits: one may be called nan, or infinity."""
 
 type Here = Callable[[str], Path]
 """Where a path is on this machine."""
@@ -110,14 +113,21 @@ def prefixes(name: str, words: Sequence[str]) -> list[str]:
     if not words:
         raise ValueError(f"{name} names no dataset: give the prefix of an indexed dataset.")
     numbers = [_number(word) for word in words[::2]]
-    if len(words) % 2 or all(number is None for number in numbers):  # an odd number of words is without weights
-        return [word.strip() for word in words]
+    weighted = len(words) % 2 == 0 and any(number is not None for number in numbers)  # as Megatron tells
+    found = [word.strip() for word in (words[1::2] if weighted else words)]
+    if len(words) > 1 and any(map(WEIGHT.fullmatch, found)):
+        raise ValueError(
+            f"{name} {' '.join(words)} has a number where Megatron reads a prefix: weights and prefixes come in pairs, so give "
+            "one weight before each prefix, or none (a dataset whose name is a number as ./1)."
+        )
+    if not weighted:
+        return found
     weights = [number for number in numbers if number is not None]
     if len(weights) < len(numbers):
         raise ValueError(f"{name} {' '.join(words)} has weights for some datasets: give one before each prefix, or none.")
     if not all(0 <= weight < math.inf for weight in weights) or not sum(weights):
         raise ValueError(f"{name} {' '.join(words)} has weights that are no shares: give numbers from 0 on, one above it.")
-    return [word.strip() for word in words[1::2]]
+    return found
 
 
 def _number(word: str) -> float | None:

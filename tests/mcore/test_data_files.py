@@ -129,10 +129,23 @@ def test_every_list_of_data_is_read(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert f"--data-args-path {tmp_path} cannot be read (Is a directory)" in capsys.readouterr().err
 
 
-def test_an_odd_number_of_words_has_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As Megatron reads it: 0.5 is the prefix of a dataset then."""
-    assert checked("--data-path", "0.5", write(tmp_path / "x"), "0.5") == 1
-    assert "--data-path 0.5 has no 0.5.bin" in capsys.readouterr().err
+def test_weights_and_prefixes_come_in_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Megatron would read a number as the prefix of a dataset."""
+    one, other = write(tmp_path / "x"), write(tmp_path / "y")
+    for blend in (("0.5", one, "0.5"), (one, "0.5"), (one, ".5", other, "5e-1"), ("0.5", "0.5", one, other), ("1", one, other)):
+        assert checked("--data-path", *blend) == 1
+        says = f"--data-path {' '.join(blend)} has a number where Megatron reads a prefix: weights and prefixes come in pairs"
+        assert says in capsys.readouterr().err
+    for blend in (("0.5", one, "0.5", other), (one, other), (one,), (write(tmp_path / "nan"), one, other)):
+        assert checked("--data-path", *blend) == 0, capsys.readouterr().err
+
+
+def test_a_dataset_may_be_called_as_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "2024")
+    write(tmp_path / "nan")
+    for blend in (("./2024", "nan", "nan"), ("1", "./2024", "2", "nan"), ("2024",)):
+        assert checked("--data-path", *blend) == 0
 
 
 def test_what_the_data_options_ask_of_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,3 +206,54 @@ def test_text_and_tokenizers_are_not_empty(tmp_path: Path, capsys: pytest.Captur
         own = ["--nodes", "2", "--gpus-per-node", "1", "--", *words("cpu-test")]
         assert check.main([*own, *arguments]) == 1, arguments
         assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["Llama2Tokenizer", "SentencePieceTokenizer"])
+def test_a_folder_where_a_tokenizer_reads_a_file(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(path: Path) -> str:
+        assert checked("--mock-data", "--tokenizer-type", kind, "--tokenizer-model", str(path)) == 1
+        return capsys.readouterr().err
+
+    model = tmp_path / "tokenizer.model"
+    (tmp_path / "config.json").write_text("{}")
+    assert f"is a folder without *.model, and --tokenizer-type {kind} reads a file: give the model's." in said(tmp_path)
+    whole = tmp_path / "tokenizer.json"
+    whole.write_text("{}")
+    assert "reads: use --tokenizer-type HuggingFaceTokenizer.\n" in said(tmp_path)
+    assert f"use --tokenizer-type HuggingFaceTokenizer --tokenizer-model {tmp_path}.\n" in said(whole)
+    model.write_text("x")
+    assert f"reads a file: give {model}.\n" in said(tmp_path)
+    assert checked("--mock-data", "--tokenizer-type", kind, "--tokenizer-model", str(model)) == 0
+    assert checked("--mock-data", "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tmp_path)) == 0
+
+
+def test_a_tokenizer_of_ranks_is_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As Megatron asserts once it builds it."""
+    own = ["--mock-data", "--tokenizer-type", "TikTokenizer", "--tokenizer-model"]
+    for name in ("x.tiktoken", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
+    assert checked(*own, str(tmp_path / "x.tiktoken")) == 1
+    assert "must be a .json of ranks with --tokenizer-type TikTokenizer: give that file.\n" in capsys.readouterr().err
+    assert checked(*own, str(tmp_path)) == 1
+    assert "give that file, or use --tokenizer-type HuggingFaceTokenizer.\n" in capsys.readouterr().err
+
+
+def test_two_sources_are_said_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With what else would have to go: bytes are no vocabulary of other data, and a second round would say the rest."""
+    prefix, text = write(tmp_path / "x", (3, 4000)), tmp_path / "a.txt"
+    text.write_bytes(b"a" * 4000)
+    both = ["--data-path", prefix, "--text-data", str(text)]
+    for more, too in (
+        ([], "--split 1,0,0"),
+        (["--tokenizer-type", "SFTTokenizer"], "--split 1,0,0 and --tokenizer-type SFTTokenizer"),
+    ):
+        assert checked(*both, *more) == 1
+        said = capsys.readouterr().err
+        assert (
+            f"--data-path and --text-data are each the data of a run: leave all but one out, with --text-data {too} too."
+            in said
+        )
+        assert "--padded-vocab-size" not in said
+    own = ["--nodes", "2", "--gpus-per-node", "1", "--", *words("cpu-test")]
+    assert check.main([*own, *both[2:]]) == 0, capsys.readouterr().err
+    assert checked(*both[:2]) == 0, capsys.readouterr().err

@@ -11,7 +11,7 @@ from megatron_lighthouse.mcore.command_line.checks import PACKED, cp_layout_prob
 from megatron_lighthouse.mcore.command_line.own_parts import norm_problem
 from megatron_lighthouse.mcore.command_line.unread import unread_problems
 from megatron_lighthouse.mcore.data import tokenizers
-from megatron_lighthouse.mcore.data.blends import sources
+from megatron_lighthouse.mcore.data.blends import exclusion
 
 ELSEWHERE = "use Megatron-LM's own pretrain_gpt.py for it (patches/patch.py gives that --attention lighthouse)"
 
@@ -129,9 +129,9 @@ def problems(args: Namespace, model_is_known: bool = True) -> Iterator[str]:
     yield from cp_layout_problems(args)
     yield from _wrong_in_megatron(args)
     if args.text_data:
-        if len(given := sources(args)) > 1:  # in the words of `data.files`, which is asked before a job is queued
-            yield f"{' and '.join(given)} are each the data of a run: leave all but one out."
-        if args.tokenizer_type != "NullTokenizer":
+        if problem := exclusion(args):
+            yield problem
+        elif args.tokenizer_type != "NullTokenizer":
             yield (
                 f"--tokenizer-type {args.tokenizer_type} does not go with --text-data, whose tokens are bytes: leave it out."
             )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_lighthouse.mcore.command_line import conversations
 from megatron_lighthouse.mcore.data import blends, conversation_files, indexed, text, tokenizers, vocabulary
-from megatron_lighthouse.mcore.data.blends import DATA, Here, remote
+from megatron_lighthouse.mcore.data.blends import Here, remote
 
 
 def check_data(args: argparse.Namespace, whole: bool) -> None:
@@ -31,7 +31,19 @@ def check_data(args: argparse.Namespace, whole: bool) -> None:
 
 def problems(args: argparse.Namespace, here: Here, whole: bool = True) -> Iterator[str]:
     """What is wrong with the options and the files that name data, each in a sentence."""
-    yield from _sources(args)
+    if problem := blends.exclusion(args):  # what else is wrong with the data depends on which stays
+        yield problem
+    else:
+        yield from _of_source(args, here, whole)
+    yield from tokenizers.problems(args, here)
+    yield from vocabulary.size_problems(args)
+
+
+def _of_source(args: argparse.Namespace, here: Here, whole: bool) -> Iterator[str]:
+    """What is wrong with the data, of which there is one source at most."""
+    source = next(iter(blends.sources(args)), None)
+    if source and args.split is not None and source not in blends.SPLIT:
+        yield f"--split {args.split} does not go with {source}, which has its parts already: leave it out."
     counts: dict[str, tuple[int, int]] = {}
     rows: dict[str, int] = {}
     filled: list[str] = []
@@ -62,16 +74,6 @@ def problems(args: argparse.Namespace, here: Here, whole: bool = True) -> Iterat
             yield from _text(args.text_data, here)
     except ValueError as error:
         yield str(error)
-    yield from tokenizers.problems(args, here)
-    yield from vocabulary.size_problems(args)
-
-
-def _sources(args: argparse.Namespace) -> Iterator[str]:
-    given = blends.sources(args)
-    if len(given) > 1 and not set(given) <= set(DATA[1:]):
-        yield f"{' and '.join(given)} are each the data of a run: leave all but one out."
-    elif given and args.split is not None and given[0] not in ("--data-path", "--data-args-path", "--mock-data"):
-        yield f"--split {args.split} does not go with {given[0]}, which has its parts already: leave it out."
 
 
 def _dataset(name: str, prefix: str, here: Here, whole: bool) -> str | None:

@@ -24,7 +24,8 @@ DOWNLOADED = {
 }
 """Of tokenizers that Megatron knows by name."""
 NULL = ("NullTokenizer", "NullMultimodalTokenizer")
-OF_A_FOLDER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
+OF_HUGGING_FACE = "tokenizer.json"
+OF_A_FOLDER = (OF_HUGGING_FACE, "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
 """Of these one at least is in a folder that transformers makes a tokenizer of; *.tiktoken too."""
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
@@ -91,5 +92,24 @@ def _file(name: str, path: str, here: Here, kind: str | None) -> Iterator[str]:
             yield f"{name} {path} is a file, and --tokenizer-type {kind} reads a folder: give {Path(path).parent}."
         elif not any((found / one).is_file() for one in OF_A_FOLDER) and not [*found.glob("*.tiktoken")]:
             yield f"{name} {path} holds no tokenizer (none of {', '.join(OF_A_FOLDER)}): give the folder of one."
-    elif kind in (*SENTENCE_PIECE, "TikTokenizer") and found.is_dir():
-        yield f"{name} {path} is a folder, and --tokenizer-type {kind} reads a file: give the model's file in it."
+    elif kind == "TikTokenizer" and found.suffix != ".json":
+        other = f", or use --tokenizer-type {HUGGING_FACE[0]}" if (found / OF_HUGGING_FACE).is_file() else ""
+        yield f"{name} {path} must be a .json of ranks with --tokenizer-type {kind}: give that file{other}."
+    elif kind in SENTENCE_PIECE:
+        yield from _sentence_piece(name, path, found, kind)
+
+
+def _sentence_piece(name: str, path: str, found: Path, kind: str | None) -> Iterator[str]:
+    """Whether a path may be a file of SentencePiece's; of a folder, which in it is, or who reads the folder."""
+    models = sorted(str(Path(path) / file.name) for file in found.glob("*.model"))
+    if found.is_dir() and models:
+        yield f"{name} {path} is a folder, and --tokenizer-type {kind} reads a file: give {' or '.join(models)}."
+    elif (found / OF_HUGGING_FACE).is_file():
+        yield (
+            f"{name} {path} holds {OF_HUGGING_FACE}, and no *.model that --tokenizer-type {kind} reads: use "
+            f"--tokenizer-type {HUGGING_FACE[0]}."
+        )
+    elif found.is_dir():
+        yield f"{name} {path} is a folder without *.model, and --tokenizer-type {kind} reads a file: give the model's."
+    elif found.name == OF_HUGGING_FACE:
+        yield f"{name} {path} is no *.model: use --tokenizer-type {HUGGING_FACE[0]} {name} {Path(path).parent}."

@@ -37,10 +37,16 @@ def documents() -> list[list[str]]:
         if row["direction"] == "fwd+bwd":
             found.setdefault(row["mix"], {})[row["what"]] = row
     return [
-        [mix, one["lighthouse"]["documents"], ms(ours), ms(dense), f"{dense / ours:.1f}×"]
+        [mix, one["lighthouse"]["documents"], ms(ours), *map(ms, dense), f"{min(dense) / ours:.1f}×"]
         for mix, one in found.items()
-        for ours, dense in [(float(one["lighthouse"]["ms"]), min(float(one[what]["ms"]) for what in one if "dense" in what))]
+        for ours, *dense in [[float(one[what]["ms"]) for what in ("lighthouse", "dense sdpa", "dense fa2")]]
     ]
+
+
+def fp8_training() -> list[list[str]]:
+    found = json.loads((RESULTS / "fp8/train.json").read_text())
+    above = {run: f"{nats:+.4f}".replace("-", "−") if nats else "" for run, nats in found["above bf16"].items()}
+    return [[run, f"{loss:.4f}", above[run]] for run, loss in found["mean of the last 50"].items()]
 
 
 def models() -> list[list[str]]:
@@ -90,6 +96,13 @@ def rings() -> list[list[str]]:
     ]
 
 
+def flash_blocks() -> list[list[str]]:
+    found: dict[str, list[str]] = {}
+    for row in rows_of("flash_blocks/flash_blocks.csv"):
+        found.setdefault(f"{int(row['rows']):,}, {row['groups']}", []).append(ms(float(row["both_ms"])))
+    return [[title, *times] for title, times in found.items()]
+
+
 KINDS = ("ours", "fla", "dense", "around")
 
 
@@ -98,11 +111,13 @@ KINDS = ("ours", "fla", "dense", "around")
     [
         pytest.param(0, lambda: layers("parallax/parallax.csv", KINDS, True), id="Parallax"),
         pytest.param(1, lambda: layers("wall/wall.csv", KINDS, False), id="Wall"),
-        pytest.param(2, documents, id="documents"),
-        pytest.param(3, models, id="models"),
-        pytest.param(4, million, id="a million tokens"),
-        pytest.param(5, layers_of_8b, id="layers of 8B"),
-        pytest.param(6, rings, id="two GPUs"),
+        pytest.param(2, fp8_training, id="FP8"),
+        pytest.param(3, documents, id="documents"),
+        pytest.param(4, models, id="models"),
+        pytest.param(5, million, id="a million tokens"),
+        pytest.param(6, layers_of_8b, id="layers of 8B"),
+        pytest.param(7, rings, id="two GPUs"),
+        pytest.param(8, flash_blocks, id="blocks over shards"),
     ],
 )
 def test_a_table_is_its_files(number: int, expected: object) -> None:
@@ -136,14 +151,59 @@ def test_the_errors_of_wall_are_its_file() -> None:
         cases = [case for shape, case in found["errors"].items() if shape.endswith(kind)]
         return max(case[gate][name] for case in cases for gate in gates for name in names)
 
+    scalar = worst("scalar", "out"), worst("scalar", "dq", "dk", "dv"), worst("scalar", "dg", "dγ")
+    assert "{:.2f}, {:.2f} and {:.2f}%".format(*(100 * error for error in scalar)) in words
     of_gates = worst("bfloat16", "dg"), worst("bfloat16", "dg", gates=("g -2.0",))
     assert f"most {worst('bfloat16', 'out'):.2%} of outputs, {worst('bfloat16', 'dq', 'dk', 'dv'):.2%} of grad" in words
     assert f"{of_gates[0]:.2%} of those of gates (at gates of -2, {of_gates[1]:.2%})" in words
     assert worst("float32", "out", "dq", "dk", "dv", "dg") == 1e-6
-    wrong = [case[name] for case in found["errors"]["H=4 G=2 K=64 V=64 float16"].values() for name in ("dq", "dk", "dg")]
-    assert f"off by {min(wrong):.0f} to {max(wrong):.0f} times their norm" in words
     assert found["repeats"] is True
-    assert "illegal memory access" in found["errors"]["H=4 G=2 K=128 V=128 float16"]
+    in_fp16 = json.loads((RESULTS / "wall/fp16.json").read_text())["errors"]
+    wrong = [case[name] for case in in_fp16["H=4 G=2 K=64 V=64 float16"].values() for name in ("dq", "dk", "dg")]
+    assert f"off by {min(wrong):.0f} to {max(wrong):.0f} times their norm" in words
+    assert "illegal memory access" in in_fp16["H=4 G=2 K=128 V=128 float16"]
+
+
+def test_the_errors_of_parallax_are_its_file() -> None:
+    words, found = " ".join(PAGE.split()), json.loads((RESULTS / "parallax/errors.json").read_text())
+    for mean, wording in (
+        (0.0, "{:.3f}% of the output, {:.2f} times dense attention's, and {:.3f} to {:.3f}% of the"),
+        (10.0, "10 spreads: {0:.3f}%, and {2:.3f} to {3:.3f}%"),
+    ):
+        case = found["errors"][f"D=128, r=0.3, mean {mean}"]
+        ours = case["ours"]
+        gradients = [100 * ours[name] for name in ("dq", "dr", "dk", "dv")]
+        assert wording.format(100 * ours["out"], ours["out"] / case["dense"]["out"], min(gradients), max(gradients)) in words
+    assert found["repeats"] is True
+
+
+def test_bars_of_documents_and_a_call_each_are_their_files() -> None:
+    words, found = " ".join(PAGE.split()), json.loads((RESULTS / "documents/documents.json").read_text())
+    bars = found["bars"]
+    times = {mix: bars[mix]["times as fast"] for mix in bars}
+    assert all(bar["met"] for bar in bars.values())
+    assert f"the corpus is {times['corpus']:.2f} times as fast as one document" in words
+    means = [f"{times[f'mean {n}K']:.1f}" for n in (4, 16, 64)]
+    assert f"4K, 16K and 64K {means[0]}, {means[1]} and {means[2]} times as fast as dense" in words
+    assert f"512 documents take {1 / times['of 192 tokens'] - 1:.1%} longer" in words
+    assert f"were {max(found['dense errors'].values()):.2%} at most" in words
+    before = {
+        row["mix"]: row["ms"]
+        for row in rows_of("documents/a_call_each.csv")
+        if row["direction"] == "fwd+bwd" and row["what"] == "lighthouse"
+    }
+    each = {mix: ms(float(time)) for mix, time in before.items()}
+    assert (
+        f"One document took {each['one document']} then, the mean of 64K {each['mean 64K']}, that of 16K {each['mean 16K']}"
+        in words
+    )
+    assert f"The corpus took {each['corpus']}, and 512 documents {each['of 192 tokens']}" in words
+    now = next(
+        float(row["ms"])
+        for row in rows_of("documents/documents.csv")
+        if (row["mix"], row["what"], row["direction"]) == ("corpus", "lighthouse", "fwd+bwd")
+    )
+    assert f"against {each['one document']} it would be {float(before['one document']) / now:.1f}" in words
 
 
 def test_the_parts_of_lighthouse_around_wall_are_their_file() -> None:
@@ -174,10 +234,13 @@ def test_documents_over_two_ranks_are_their_file() -> None:
 def test_the_steps_of_models_are_their_file() -> None:
     words = " ".join(PAGE.split())
     step = {(row["model"], row["attention"]): row["seconds a step"] for row in rows_of("model_steps/model_steps.csv")}
-    for model, name in (("DeepSeek", "DeepSeek's architecture"), ("gpt-oss", "gpt-oss")):
+    gains = []
+    for model, name in (("DeepSeek", "DeepSeek's architecture"), ("gpt-oss", "gpt-oss"), ("Qwen3", "Qwen3-8B")):
         ours, dense = float(step[model, "lighthouse"]), float(step[model, "dense"])
+        gains.append(dense / ours)
         assert f"{name}: {ours:.2f} s" in words
         assert f"dense {dense:.2f} s" in words
+    assert "So Lighthouse is {:.1f}, {:.1f} and {:.1f} times as fast".format(*gains) in words
 
 
 def test_the_way_of_a_checkpoint_is_its_file() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from megatron_lighthouse import LighthouseConfig
 from megatron_lighthouse.mcore.command_line import fp8
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
 from megatron_lighthouse.variants import VARIANTS
+from tests.mcore.harness import ROOT
 from tests.mcore.test_checks import problems
 from tests.mcore.test_spec import transformer_config
 
@@ -211,3 +213,11 @@ def test_the_flag() -> None:
     assert parser.parse_args([fp8.FLAG]).fp8_dot_product_attention
     assert not parser.parse_args([]).fp8_dot_product_attention
     assert fp8.add_arguments(parser) is parser
+
+
+def test_the_run_is_told_what_training_in_it_gave() -> None:
+    found = json.loads((ROOT / "benchmarks/results/fp8/train.json").read_text())
+    from_bf16, linear = (abs(found["above bf16"][run]) for run in ("FP8 attention too", "FP8 linear layers"))
+    assert not found["held"]
+    assert f"it was {from_bf16:.3f} nats from bf16's loss, where {found['nats allowed']} was the bar" in fp8.EXPERIMENTAL
+    assert f"{abs(from_bf16 - linear):.3f} from that of FP8 linear layers alone" in fp8.EXPERIMENTAL

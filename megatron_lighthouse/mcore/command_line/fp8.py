@@ -32,8 +32,9 @@ NEWEST_LIMIT, STEP = 128, 16
 LEAST_CUDNN, LEAST_TO_REPEAT = 90700, 91900
 """From which on rows need not come in blocks of 128; whose backward repeats to the bit."""
 EXPERIMENTAL = (
-    f"lighthouse: {FLAG} is experimental: what it costs in loss has not been measured here. The attention is Transformer "
-    "Engine's, cuDNN's in FP8, with the scales of the step before; at the first step these are 1."
+    f"lighthouse: {FLAG} is experimental: what it costs in loss is not settled. After 300 steps of a small model it was 0.068 "
+    "nats from bf16's loss, where 0.01 was the bar, and 0.001 from that of FP8 linear layers alone. The attention is "
+    "Transformer Engine's, cuDNN's in FP8, with the scales of the step before; at the first step these are 1."
 )
 
 

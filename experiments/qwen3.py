@@ -18,6 +18,7 @@ _FIRST = {
     REFERENCE: Run("dense from scratch", against=()),
     "mass": Run("60% scorer mass, then dense", 60, scorer="mass", against=(REFERENCE, "dilated")),
     "dilated": Run("60% scorer dilated, then dense", 60, scorer="dilated"),
+    "mass-40": Run("40% scorer mass, then dense", 40, scorer="mass", against=(REFERENCE, "mass")),
 }
 RUNS = {
     **_FIRST,

@@ -30,8 +30,11 @@ def test_what_is_kept_is_what_the_archive_makes(experiment: str, tmp_path: Path)
 
 
 def test_every_experiment_keeps_its_archive() -> None:
-    assert {"pilot", "recipe", "short", "variants", "parallax", "parallax-normed", "qwen3", "wall"} <= {*ARCHIVED}
-    assert {*ARCHIVED} <= {*EXPERIMENTS}
+    kept = {"pilot", "recipe", "short", "variants", "parallax", "parallax-normed", "qwen3", "qwen3-3000", "wall"}
+    assert kept <= {*ARCHIVED}
+    assert {re.sub(r"-\d+$", "", name) for name in ARCHIVED} <= {
+        *EXPERIMENTS
+    }  # a longer run of one has its iterations in its name
 
 
 @pytest.mark.parametrize(
@@ -143,6 +146,59 @@ def test_docs_say_what_a_qwen3_like_model_gave() -> None:
     assert not missing_in_docs(
         [f"`mass`: loss | `qwen3`, 16K, 49 MB | {' | '.join(above for _, above in mass)} |"], "quality.md"
     )
+
+
+def test_docs_say_what_twice_the_iterations_gave() -> None:
+    """A Qwen3-like model's losses, passkeys of both kinds, and how far its training loss is above dense after the switch."""
+    runs, shorter = ({row["run"]: row for row in kept(name, "runs")} for name in ("qwen3-3000", "qwen3"))
+    above = {(row["run"], row["against"]): row for row in kept("qwen3-3000", "pairs")}
+    judged = {seed: above[f"mass{seed}", f"dense{seed}"] for seed in ("", "-2")}
+
+    def of(pair: Row, form: str, what: str = "") -> str:
+        names = (f"{what}_accuracy_difference", f"{what}_accuracy_error") if what else ("difference", "standard_error")
+        return " ± ".join((f"{pair[names[0]]:{form}}", f"{pair[names[1]]:{form.lstrip('+')}}"))
+
+    rows = []
+    for seed, pair in judged.items():
+        dense, mass = runs[f"dense{seed}"], runs[f"mass{seed}"]
+        right = [f"{mass[f'{kind}_accuracy']:.1%} ({of(pair, '+.1%', kind)})" for kind in ("noise", "classic")]
+        found = " | ".join(f"{dense[f'{kind}_accuracy']:.1%}" for kind in ("noise", "classic"))
+        rows.append(f"| `dense{seed}` | {dense['held_out_loss']:.4f} | | {found} |")
+        rows.append(f"| `mass{seed}` | {mass['held_out_loss']:.4f} | {of(pair, '+.4f')} | {' | '.join(right)} |")
+    rows.append(f"It ends {sum(pair['difference'] for pair in judged.values()) / 2:.3f} above, in the mean of two seeds. This")
+    rows.append(f"those end\n{-above['dense-2', 'dense']['difference']:.4f} apart")
+    assert all(pair["iterations_to_catch_up"] is None and pair["noise_accuracy_difference"] < 0 for pair in judged.values())
+    before = {run: f"{row['classic_accuracy'] * 100:.1f}" for run, row in shorter.items()}
+    now = {run: f"{row['classic_accuracy'] * 100:.1f}" for run, row in runs.items()}
+    rows.append(f"from {before['dense']} and {before['dense-2']}% to {now['dense']} and {now['dense-2']}%. `mass`")
+    for run in ("mass", "mass-2"):
+        rows.append(f"from {before[run]} to {now[run]}%")
+    assert not missing_in_docs(rows)
+    pairs_of = judged.values()
+    short = [
+        f"| … for 3,000 iterations: loss | `qwen3-3000`, 98 MB | {' | '.join(of(pair, '+.4f') for pair in pairs_of)} |",
+        *(
+            f"| … {title} | | {' | '.join(of(pair, '+.1%', kind) for pair in pairs_of)} |"
+            for title, kind in (("passkey", "noise"), ("classic passkey", "classic"))
+        ),
+    ]
+    assert not missing_in_docs(short, "quality.md")
+
+
+def test_docs_say_how_the_distance_falls_after_the_switch() -> None:
+    """Of a Qwen3-like model's two lengths: training losses above dense's, means of 200 iterations."""
+    distances = []
+    for experiment, steps in (("qwen3", 1500), ("qwen3-3000", 3000)):
+        results = archive.read(RESULTS / experiment / "work.tgz")
+        for seed in ("", "-2"):
+            mass, dense = (results.losses(f"{run}{seed}") for run in ("mass", "dense"))
+            distances.append([mass[i] - dense[i] for i in range(steps * 3 // 5 + 1, steps + 1)])
+    rows = []
+    for start in range(0, 1200, 200):
+        means = [sum(of[start : start + 200]) / 200 for of in distances if len(of) > start]
+        cells = " |" * (len(distances) - len(means)) + "".join(f" {mean:.3f} |" for mean in means)
+        rows.append(f"| {start + 1:,} to {start + 200:,} |{cells}")
+    assert not missing_in_docs(rows)
 
 
 def test_docs_say_what_wall_gave() -> None:

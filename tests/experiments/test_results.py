@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -165,8 +166,12 @@ def test_docs_say_what_twice_the_iterations_gave() -> None:
         found = " | ".join(f"{dense[f'{kind}_accuracy']:.1%}" for kind in ("noise", "classic"))
         rows.append(f"| `dense{seed}` | {dense['held_out_loss']:.4f} | | {found} |")
         rows.append(f"| `mass{seed}` | {mass['held_out_loss']:.4f} | {of(pair, '+.4f')} | {' | '.join(right)} |")
-    rows.append(f"It ends {sum(pair['difference'] for pair in judged.values()) / 2:.3f} above, in the mean of two seeds. This")
-    rows.append(f"those end\n{-above['dense-2', 'dense']['difference']:.4f} apart")
+    rows.append(
+        f"It ends {sum(pair['difference'] for pair in judged.values()) / 2:.3f} above, in the mean of two seeds. Chance"
+    )
+    apart = above["dense-2", "dense"]
+    rows.append(f"those end {-apart['difference']:.4f} apart")
+    rows.append(f"the dense seeds lie {apart['noise_accuracy_difference'] * 100:.1f} points apart")
     assert all(pair["iterations_to_catch_up"] is None and pair["noise_accuracy_difference"] < 0 for pair in judged.values())
     before = {run: f"{row['classic_accuracy'] * 100:.1f}" for run, row in shorter.items()}
     now = {run: f"{row['classic_accuracy'] * 100:.1f}" for run, row in runs.items()}
@@ -194,10 +199,14 @@ def test_docs_say_how_the_distance_falls_after_the_switch() -> None:
             mass, dense = (results.losses(f"{run}{seed}") for run in ("mass", "dense"))
             distances.append([mass[i] - dense[i] for i in range(steps * 3 // 5 + 1, steps + 1)])
     rows = []
-    for start in range(0, 1200, 200):
-        means = [sum(of[start : start + 200]) / 200 for of in distances if len(of) > start]
-        cells = " |" * (len(distances) - len(means)) + "".join(f" {mean:.3f} |" for mean in means)
-        rows.append(f"| {start + 1:,} to {start + 200:,} |{cells}")
+    means = [[sum(of[start : start + 200]) / 200 for start in range(0, len(of), 200)] for of in distances]
+    for i in range(6):
+        cells = "".join(f" {of[i]:.3f} |" if i < len(of) else " |" for of in means)
+        rows.append(f"| {200 * i + 1:,} to {200 * (i + 1):,} |{cells}")
+    halves = [800 / math.log2(of[1] / of[5]) for of in means[2:]]
+    rows.append("it halves in {:.0f}0 and {:.0f}0 iterations".format(*(x / 10 for x in halves)))
+    more = [half * math.log2(of[5] / 0.005) for half, of in zip(halves, means[2:], strict=True)]
+    rows.append("would take some {:,.0f} and {:,.0f} dense iterations more".format(*(round(x, -2) for x in more)))
     assert not missing_in_docs(rows)
 
 

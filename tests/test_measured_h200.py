@@ -194,7 +194,7 @@ def test_bars_of_documents_and_a_call_each_are_their_files() -> None:
     }
     each = {mix: ms(float(time)) for mix, time in before.items()}
     assert (
-        f"One document took {each['one document']} then, the mean of 64K {each['mean 64K']}, that of 16K {each['mean 16K']}"
+        f"One document took {each['one document']} then, means of 64K and 16K {each['mean 64K']} and {each['mean 16K']}"
         in words
     )
     assert f"The corpus took {each['corpus']}, and 512 documents {each['of 192 tokens']}" in words

@@ -215,7 +215,7 @@ def main() -> None:
     torch.manual_seed(1)
     config = LighthouseConfig.for_length(TOKENS, whole_below=options.whole_below)
     given = [int(line) for line in options.lengths.read_text().split()] if options.lengths else []
-    short = [700, 1, 64, 2048, 333]
+    short = [700, 1, 64, 5120, 333]  # the longest has a call of its own, of cuDNN's
     error = largest_error(config, short, inputs_of(sum(short), options.device, torch.float32))
     print(f"a row of documents and each alone differ by {error:.1e} at most, in fp32", flush=True)
     how = (short, options.device, torch.bfloat16 if options.device == "cuda" else torch.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from functools import cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from types import ModuleType
 from typing import Any
 
@@ -180,6 +180,45 @@ def test_torchs_own_attention_over_documents_is_told_to_be_causal(told: bool, mo
     documents = Documents.of(bounds(packed), packed.seq_length)
     out = documents_attention("fa2", query, key, 0.3)(query, key, value, documents)
     assert_close(out, documents_attention("sdpa", query, key, 0.3)(query, key, value, documents), "float64")
+
+
+@pytest.mark.parametrize(
+    ("lengths", "calls"),
+    [
+        ((9, 3, 20, 1, 1, 32, 15), [(9, 3), (20,), (1, 1), (32,), (15,)]),
+        ((16, 17), [(16,), (17,)]),
+        ((40,), [(40,)]),
+        ((15, 4), [(15, 4)]),
+    ],
+    ids=["mixed", "long", "one", "short"],
+)
+def test_long_documents_have_a_call_each_and_those_between_one(
+    lengths: tuple[int, ...], calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 4 heads, those of 16 tokens and more. Both kernels need a GPU: stand-ins that note their documents."""
+    called: list[tuple[int, ...]] = []
+
+    def alone(*rows: Any) -> Tensor:
+        called.append((len(rows[0]),))
+        return BACKENDS["sdpa"].attend(*rows)
+
+    def together(query: Tensor, key: Tensor, value: Tensor, scale: float | None, documents: Documents) -> Tensor:
+        assert documents.cu_seqlens.tolist() == [0, *accumulate(documents.lengths)]
+        called.append(documents.lengths)
+        return documents_attention("sdpa", query, key, scale)(query, key, value, documents)
+
+    monkeypatch.setattr(softmax_documents, "LONG", 4 * 16**2)
+    monkeypatch.setattr(softmax_documents, "_torch", together)
+    monkeypatch.setattr(softmax_documents, "_torch_problem", lambda rows: None)
+    monkeypatch.setitem(BACKENDS, "cudnn", replace(BACKENDS["cudnn"], problem=lambda rows: None, attend=alone))
+    packed = of(lengths, dim=8)
+    inputs = [x.requires_grad_() for x in tensors(packed, "float64")]
+    documents = Documents.of(bounds(packed), packed.seq_length)
+    outs = [documents_attention(name, inputs[0], inputs[1], 0.3)(*inputs, documents) for name in ("cudnn", "sdpa")]
+    assert called == calls
+    grad = torch.randn_like(outs[0])
+    for ours, theirs in zip(*([out, *torch.autograd.grad(out, inputs, grad)] for out in outs), strict=True):
+        assert_close(ours, theirs, "float64")
 
 
 def test_what_cannot_attend_over_documents_is_refused_or_passed_over_and_said(

@@ -74,6 +74,19 @@ class Documents:
         bounds = self.cu_seqlens.long()
         return runs(torch.zeros_like(bounds[1:]), bounds, self.tokens)
 
+    def long_alone(self, long: int) -> list[Documents]:
+        """The row in parts, end to end: each document of `long` tokens or more alone, all between two of them together; made
+        once for all layers."""
+        made: dict[int, list[Documents]] = vars(self).setdefault("parts", {})
+        if long not in made:
+            ends = [i + end for i, length in enumerate(self.lengths) if length >= long for end in (0, 1)]
+            bounds = sorted({0, *ends, len(self.lengths)})
+            made[long] = [self if b - a == len(self.lengths) else self._some(a, b) for a, b in pairwise(bounds)]
+        return made[long]
+
+    def _some(self, first: int, last: int) -> Documents:
+        return Documents(self.cu_seqlens[first : last + 1] - self.cu_seqlens[first], self.lengths[first:last])
+
     def cu_seqlens_of(self, chunk: int, ranks: int) -> Tensor:
         """[n + 1], int32: the boundaries of all documents' chunks of this number, of 2 * ranks, laid end to end."""
         return chunk_bounds(self.cu_seqlens, chunk, ranks)

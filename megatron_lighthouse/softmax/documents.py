@@ -1,12 +1,14 @@
 """The inner attention over documents, end to end in one row: plain causal attention within each, by the fastest backend.
 
 The backends are those of `softmax.backends`, by the same names, where they take documents of unequal lengths in one call.
-cuDNN's does not: torch hands it whole rows, and documents only without the causal mask.
+cuDNN's does not: torch hands it whole rows, and documents only without the causal mask. It is the faster of the two that torch
+has, so long documents have a call of it each, and those between two of them one of FlashAttention 2's.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -29,6 +31,10 @@ from megatron_lighthouse.softmax.base import scale_of
 from megatron_lighthouse.softmax.names import FLASH_DIMS
 from megatron_lighthouse.softmax.rows import DOCUMENTS, SINKS, WINDOWS, Rows
 from megatron_lighthouse.softmax.windowed_documents import DocumentsAlone, within_documents
+
+LONG = 8 * 4096**2
+"""Rows squared, times heads, from which a document has a call of its own: cuDNN's lead over FlashAttention 2 is longer than the
+launches of a call then. Ours, by `benchmarks/documents.py` on an H200."""
 
 AttendDocuments = Callable[[Tensor, Tensor, Tensor, Documents], Tensor]
 """Causal attention within each document: ([S, 1, H, D], [S, 1, G, D], [S, 1, G, D], documents) -> [S, 1, H, D]."""
@@ -107,6 +113,17 @@ def _torch(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | Non
     return out.unsqueeze(1)
 
 
+def _long_alone(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None, documents: Documents) -> Tensor:
+    """Which documents are long goes by lengths and heads alone: all layers and repeats choose alike."""
+    parts = documents.long_alone(math.isqrt((LONG - 1) // query.shape[2]) + 1)
+    sizes, alone = [part.tokens for part in parts], BACKENDS["cudnn"].attend
+    out = [
+        alone(q, k, v, softmax_scale) if len(part.lengths) == 1 else _torch(q, k, v, softmax_scale, part)
+        for q, k, v, part in zip(query.split(sizes), key.split(sizes), value.split(sizes), parts, strict=True)
+    ]
+    return torch.cat(out) if len(out) > 1 else out[0]
+
+
 def _one_by_one(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None, documents: Documents) -> Tensor:
     attend = BACKENDS["sdpa"].attend
     q, k, v = (x.split(documents.lengths) for x in (query, key, value))
@@ -128,7 +145,10 @@ FAMILIES[DOCUMENTS] = {
         BACKENDS["fa3"].repeats,
     ),
     "cudnn": Backend(
-        BACKENDS["cudnn"].title, lambda rows: "takes no documents that are masked causally", BACKENDS["cudnn"].attend
+        f"{BACKENDS['cudnn'].title}, and FlashAttention 2 for short documents together",
+        lambda rows: BACKENDS["cudnn"].problem(rows) or _torch_problem(rows),
+        _long_alone,
+        BACKENDS["cudnn"].repeats,
     ),
     "fa2": Backend(BACKENDS["fa2"].title, _torch_problem, _torch),
     "sdpa": Backend("torch's scaled_dot_product_attention, document by document", lambda rows: None, _one_by_one),

@@ -47,17 +47,12 @@ def te_problem(name: str) -> str | None:
     )
 
 
-def documents_problem(name: str, sinks: bool = False) -> str | None:
-    """Why a backend does not attend over packed documents, with sinks or without."""
-    if sinks and name not in ("auto", "te", *OVER_SHARDED_DOCUMENTS):
-        fits = " or ".join(["auto", *OVER_SHARDED_DOCUMENTS])
-        return f"config.inner {name} takes no sinks over packed documents: use config.inner {fits}."
-    if name != "cudnn":
+def document_sinks_problem(name: str) -> str | None:
+    """Why a backend does not attend with sinks over packed documents."""
+    if name in ("auto", "te", *OVER_SHARDED_DOCUMENTS):
         return None
-    return (
-        "config.inner cudnn takes no documents that are masked causally: for packed documents use config.inner auto, fa4, fa3, "
-        "fa2 or sdpa."
-    )
+    fits = " or ".join(["auto", *OVER_SHARDED_DOCUMENTS])
+    return f"config.inner {name} takes no sinks over packed documents: use config.inner {fits}."
 
 
 def device_problem(name: str, major: int, dims: tuple[int, int], half: bool) -> str | None:

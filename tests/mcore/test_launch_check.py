@@ -89,10 +89,6 @@ WRONG = {
         "--lighthouse-inner cudnn --dataloader-inter-document-masking --transformer-impl local",
         "cudnn does not attend over shards of packed documents: over several ranks use --lighthouse-inner auto or fa2 or sdpa",
     ),
-    "documents": (
-        "--lighthouse-inner cudnn --dataloader-inter-document-masking --transformer-impl local --context-parallel-size 1",
-        "cudnn takes no documents that are masked causally: .* fa2 or sdpa",
-    ),
     "schemes": ("--cp-comm-type p2p all_gather", "names 2, and --num-layers is 32: give one for all, such as p2p"),
     "schemes of windows": ("--window-size 9,0 --window-attn-skip-freq 2 --cp-comm-type a2a p2p", "names 2, and --num-layers"),
     "heads": ("--num-attention-heads 36", "must be a multiple of --num-query-groups 8: use --num-attention-heads 40"),

@@ -29,7 +29,10 @@ def problems(config: Any, settings: LighthouseSettings, documents: bool = False)
     dim = head_dims(config)[0] if hasattr(config, "hidden_size") else 8
     sinks = getattr(config, "softmax_type", "vanilla") != "vanilla"
     found = [names.te_problem(name)]
-    found += [names.shards_problem(name, known, dim)] if kinds else [names.documents_problem(name, sinks)] if documents else []
+    if kinds:
+        found.append(names.shards_problem(name, known, dim))
+    elif documents and sinks:
+        found.append(names.document_sinks_problem(name))
     yield from map(in_flags, filter(None, found))
 
 

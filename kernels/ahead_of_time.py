@@ -179,7 +179,7 @@ def compile_wall(capability: int, dtype: str, key_dim: int, value_dim: int, scal
     yield _compile(prepare_kernel, capability, dtype, {**own_channels, **wall_tiles.rows_of(blocks.rows)}, blocks.warps)
     for kernel in (totals_kernel, suffix_kernel):
         blocks = wall_tiles.blocks_of("sums", widest, BYTES[dtype])
-        yield _compile(kernel, capability, dtype, {**own, "ROWS": blocks.rows}, blocks.warps)
+        yield _compile(kernel, capability, dtype, {**own_channels, "ROWS": blocks.rows}, blocks.warps)
     how: dict[str, bool]
     for kernel, how in (
         (decays.totals_kernel, {"PRODUCT": True}),

@@ -206,14 +206,14 @@ def compile_wall(capability: int, dtype: str, key_dim: int, value_dim: int, scal
 
 
 def _compile_halves(capability: int, dtype: str, key_dim: int, value_dim: int) -> Iterator[Report]:
-    for kernel, dim, how in (
-        (halving.halves_kernel, key_dim, halving.HELD),
-        (halving_backward.backward_kernel, key_dim, halving.HELD),
-        (halving_backward.gates_kernel, key_dim, {"num_warps": 4}),
-        (halving_backward.values_kernel, value_dim, {"num_warps": 4}),
+    for kernel, dim in (
+        (halving.halves_kernel, key_dim),
+        (halving_backward.backward_kernel, key_dim),
+        (halving_backward.gates_kernel, key_dim),
+        (halving_backward.values_kernel, value_dim),
     ):
-        options = dict(how)
-        yield _compile(kernel, capability, dtype, halving.constants_of(dim, SIZES), options.pop("num_warps"), **options)
+        warps = wall_tiles.blocks_of("decay", dim, 4).warps
+        yield _compile(kernel, capability, dtype, halving.constants_of(dim, SIZES), warps)
     constants = {name: x for name, x in halving.constants_of(key_dim, SIZES).items() if name != "SIZES"}
     for factors in (True, False):
         yield _compile(halving_sums.sums_kernel, capability, dtype, {"FACTORS": factors, **constants}, 1)

@@ -118,12 +118,8 @@ def halves(query: Tensor, key: Tensor, gate: Tensor, tile_sums: Tensor, step: in
     near = torch.empty(later, *query.shape[1:], dtype=query.dtype, device=query.device)
     far = torch.empty(earlier, *gate.shape[1:], dtype=key.dtype, device=key.device)
     given = [*map(last_contiguous, (query, key, gate)), factors_by(tile_sums, gate, step)]
-    launch(halves_kernel, [*given, near, far], gate, ratios_of(query, key, gate), step, HELD)
+    launch(halves_kernel, [*given, near, far], gate, ratios_of(query, key, gate), step)
     return near, far
-
-
-HELD = {"num_warps": 8, "maxnreg": 128}
-"""Of kernels that hold much: two of their programs run at a time."""
 
 
 def factors_by(tile_sums: Tensor, gate: Tensor, step: int) -> Tensor:
@@ -136,20 +132,18 @@ def ratios_of(query: Tensor, key: Tensor, gate: Tensor) -> tuple[int, int]:
     return query.shape[2] // gate.shape[2], gate.shape[2] // key.shape[2]
 
 
-def launch(
-    kernel: object, tensors: list[Tensor], like: Tensor, ratios: tuple[int, ...], step: int, how: dict[str, int] | None = None
-) -> None:
+def launch(kernel: object, tensors: list[Tensor], like: Tensor, ratios: tuple[int, ...], step: int) -> None:
     """Programs of each tile, batch and head of `like`, and some channels."""
     assert all(x.stride(-1) == 1 for x in tensors), "some are written in place"
     rows, batch, heads, dim = like.shape
-    tile = blocks_of("decay", dim, 4).rows
+    blocks = blocks_of("decay", dim, 4)
     enqueue(
         kernel,
-        (cdiv(rows, step) * cdiv(step, tile) * batch * heads, cdiv(dim, channels_of(dim)), 1),
+        (cdiv(rows, step) * cdiv(step, blocks.rows) * batch * heads, cdiv(dim, channels_of(dim)), 1),
         tensors,
         (*(strides(x) for x in tensors), heads, *ratios, rows, step),
         constants_of(dim, sizes_of(rows, step)),
-        **(how or {"num_warps": 4}),
+        num_warps=blocks.warps,
     )
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from megatron_lighthouse.kernels.launch import last_contiguous
 from megatron_lighthouse.kernels.wall.decays import place
 from megatron_lighthouse.kernels.wall.halving import (
-    HELD,
     decays_of,
     factor_of,
     factors_by,
@@ -75,6 +74,8 @@ def backward_kernel(
     p_dk += i_b * strides_dk[1] + i_h * strides_dk[2]
     p_dg += i_b * strides_dg[1] + i_h * strides_dg[2]
     k = read(p_k + i_b * strides_k[1] + i_h // S * strides_k[2], strides_k[0], i_m, m_row, i_k, K)
+    dk = read(p_dk, strides_dk[0], i_m, m_row, i_k, K)
+    of_gate = read(p_dg, strides_dg[0], i_m, m_row, i_k, K)
     zero = tl.zeros([ROWS, CHANNELS], tl.float32)
     of_k, products, after = zero, zero, zero
     for i in range(R):
@@ -87,6 +88,7 @@ def backward_kernel(
             p_of = tl.where(later[l], p_of_q, p_of_far)
             stride = tl.where(later[l], strides_of_near[0], strides_of_far[0])
             grads += (read(p_of, stride, begins[l] + i_m, m_row & meets[l] & (later[l] | (i == 0)), i_k, K),)
+        dq = read(p_dq_q, strides_dq[0], i_m, m_row, i_k, K)
         before, after = decays_of(p_gate, strides_gate[0], i_m, end, i_k, K)
         of_q = zero
         for l in tl.static_range(SIZES):
@@ -101,12 +103,12 @@ def backward_kernel(
                     grad = k * after * grad
                 tl.store(p_total, tl.sum(grad, 0), mask=i_k < K)
         products += q * before * of_q
-        write(p_dq_q, strides_dq[0], i_m, m_row, read(p_dq_q, strides_dq[0], i_m, m_row, i_k, K) + of_q * before, i_k, K)
-    write(p_dk, strides_dk[0], i_m, m_row, read(p_dk, strides_dk[0], i_m, m_row, i_k, K) + of_k * after, i_k, K)
-    of_gate = tl.cumsum(products, 0, reverse=True)
+        write(p_dq_q, strides_dq[0], i_m, m_row, dq + of_q * before, i_k, K)
+    write(p_dk, strides_dk[0], i_m, m_row, dk + of_k * after, i_k, K)
+    of_gate += tl.cumsum(products, 0, reverse=True)
     products = k * after * of_k
     of_gate += tl.cumsum(products, 0) - products  # within a tile, in fp32
-    write(p_dg, strides_dg[0], i_m, m_row, read(p_dg, strides_dg[0], i_m, m_row, i_k, K) + of_gate, i_k, K)
+    write(p_dg, strides_dg[0], i_m, m_row, of_gate, i_k, K)
 
 
 @triton.jit(repr=lambda _: "wall_halves_gates", do_not_specialize=["rows", "step"])
@@ -181,7 +183,7 @@ def halves_backward(
     tiles = tile_sums.shape[0] * tile_sums.shape[1]
     totals = torch.empty(sizes_of(len(gate), step) * tiles, *query.shape[1:], dtype=torch.float32, device=query.device)
     given, ratios = [*map(last_contiguous, (query, key, gate)), factors_by(tile_sums, gate, step)], ratios_of(query, key, gate)
-    launch(backward_kernel, [*given, of_near, of_far, dq, of_key, dg, totals], gate, ratios, step, HELD)
+    launch(backward_kernel, [*given, of_near, of_far, dq, of_key, dg, totals], gate, ratios, step)
     launch(gates_kernel, [sums_beside(totals, gate, ratios[0], step), dg], gate, (), step)
     launch(values_kernel, [of_value, dv], dv, (), step)
     if shared:

@@ -35,7 +35,7 @@ from megatron_lighthouse.kernels.parallax.forward import forward_kernel
 from megatron_lighthouse.kernels.parallax.keys import keys_kernel
 from megatron_lighthouse.kernels.parallax.queries import queries_kernel
 from megatron_lighthouse.kernels.placed import placed_kernel
-from megatron_lighthouse.kernels.wall import crossing, decays, gathered, halving, halving_backward
+from megatron_lighthouse.kernels.wall import crossing, decays, gathered, halving, halving_backward, halving_sums
 from megatron_lighthouse.kernels.wall import tiles as wall_tiles
 from megatron_lighthouse.kernels.wall.forward import forward_kernel as wall_forward_kernel
 from megatron_lighthouse.kernels.wall.keys import keys_kernel as wall_keys_kernel
@@ -51,7 +51,7 @@ FP32 = {
     *("p_peak", "p_mass"),
     *("p_lse", "p_part_lse", "p_mean", "p_terms"),
     *("p_gate", "p_scalar", "p_totals", "p_delta", "p_sums", "p_sum_dq", "p_sum_dk", "p_sum_dv", "p_scalar_sums"),
-    *("p_factor", "p_tile_sums"),
+    *("p_factor", "p_factors"),
     *("p_row_gates", "p_grad_gates", "p_dg"),
 }
 OF_ROWS = ("strides_lse", "strides_delta", "strides_scalar_sums")
@@ -60,12 +60,14 @@ EXACT = (wall_forward_kernel, near_kernel, wall_queries_kernel, wall_keys_kernel
 """Compiled as they are launched, for ptxas once erred: numbers are no multiples of 16, rows of [B, H, n] lie side by side."""
 NEAR_SUMS = ("p_dq", "p_dk", "p_dv")
 """What the near kernel leaves for the others to add to, in fp32."""
-FP64 = {"p_between", "p_piece_sums"}
+FP64 = {"p_between"}
 INT32 = {
     *("p_first", "p_ranks", "p_places", "p_documents", "p_tiles", "p_starts", "p_blocks"),
     *("p_bounds", "p_ends", "p_begin", "p_begun"),
 }
 INT64 = {"p_slots"}
+SIZES = 5
+"""Of halves in Wall: what Lighthouse gathers of 98,304 tokens."""
 TENSOR_MEMORY = 512
 """Columns that Blackwell has for a program."""
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -173,10 +175,11 @@ def compile_wall(capability: int, dtype: str, key_dim: int, value_dim: int, scal
     """Compile the kernels of Wall likewise; `scalar`: with scalar gates."""
     widest, own = max(key_dim, value_dim), {"K": key_dim, "BLOCK_K": padded(key_dim)}
     blocks = wall_tiles.blocks_of("prepare", widest, BYTES[dtype])
-    yield _compile(prepare_kernel, capability, dtype, halving.constants_of(key_dim, blocks.rows, True), blocks.warps)
+    own_channels = {"K": key_dim, "CHANNELS": wall_tiles.channels_of(key_dim)}
+    yield _compile(prepare_kernel, capability, dtype, {**own_channels, **wall_tiles.rows_of(blocks.rows)}, blocks.warps)
     for kernel in (totals_kernel, suffix_kernel):
         blocks = wall_tiles.blocks_of("sums", widest, BYTES[dtype])
-        yield _compile(kernel, capability, dtype, {**own, "ROWS": blocks.rows}, blocks.warps)
+        yield _compile(kernel, capability, dtype, {**own_channels, "ROWS": blocks.rows}, blocks.warps)
     how: dict[str, bool]
     for kernel, how in (
         (decays.totals_kernel, {"PRODUCT": True}),
@@ -203,16 +206,17 @@ def compile_wall(capability: int, dtype: str, key_dim: int, value_dim: int, scal
 
 
 def _compile_halves(capability: int, dtype: str, key_dim: int, value_dim: int) -> Iterator[Report]:
-    for kernel, dim, power in (
-        (halving.halves_kernel, key_dim, True),
-        (halving_backward.backward_kernel, key_dim, True),
-        (halving_backward.gates_kernel, key_dim, False),
-        (halving_backward.values_kernel, value_dim, False),
+    for kernel, dim in (
+        (halving.halves_kernel, key_dim),
+        (halving_backward.backward_kernel, key_dim),
+        (halving_backward.gates_kernel, key_dim),
+        (halving_backward.values_kernel, value_dim),
     ):
-        how, rows = halving.how_of(power), wall_tiles.blocks_of("decay", dim, 4).rows
-        yield _compile(kernel, capability, dtype, halving.constants_of(dim, rows, power), how.pop("num_warps"), **how)
-    constants = halving.constants_of(key_dim, wall_tiles.blocks_of("decay", key_dim, 4).rows, False)
-    yield _compile(halving_backward.totals_kernel, capability, dtype, constants, 1)
+        warps = wall_tiles.blocks_of("decay", dim, 4).warps
+        yield _compile(kernel, capability, dtype, halving.constants_of(dim, SIZES), warps)
+    constants = {name: x for name, x in halving.constants_of(key_dim, SIZES).items() if name != "SIZES"}
+    for factors in (True, False):
+        yield _compile(halving_sums.sums_kernel, capability, dtype, {"FACTORS": factors, **constants}, 1)
 
 
 def compile_wall_rows(capability: int, geometry: Geometry, dtype: str, dim: int) -> Iterator[Report]:

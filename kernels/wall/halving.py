@@ -1,7 +1,8 @@
 """Halves of a chunk that meet at anchors, of all sizes at once: `megatron_lighthouse.wall.decay`. Back: `halving_backward`.
 
 A program has a tile of rows of a piece. With 2^l pieces to a half, its piece lies in a later or an earlier one; its row there
-is decayed within the piece by the tile, to the half's anchor by the sums of the pieces between.
+is decayed within the tile by the program, and between the tile and the half's anchor by a factor of `halving_sums`. No size
+waits for another, and what is read from far is asked for first: the loops over sizes are unrolled.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from megatron_lighthouse.kernels.launch import cdiv, enqueue, last_contiguous, strides
 from megatron_lighthouse.kernels.wall.decays import place
-from megatron_lighthouse.kernels.wall.tiles import blocks_of, bounded, channels_of, from_first, parts, rows_of, to_last
+from megatron_lighthouse.kernels.wall.halving_sums import sizes_of, sums_beside
+from megatron_lighthouse.kernels.wall.tiles import blocks_of, bounded, channels_of
 from megatron_lighthouse.wall.cut import rows_of_halves
 
 
@@ -33,60 +35,34 @@ def write(p_x, stride, i_row, m_row, x, i_k, K: tl.constexpr):
 
 
 @triton.jit
-def added_up(p_sums, stride, begin, end, i_k, K: tl.constexpr):
-    """[CHANNELS] fp64: the sums numbered begin..end - 1 together."""
-    total = tl.zeros([i_k.shape[0]], tl.float64)
-    for first in range(begin, end, 16):
-        i = first + tl.arange(0, 16)
-        total += tl.sum(read(p_sums, stride, i, i < end, i_k, K).to(tl.float64), 0)
-    return total
+def halves_of(i_piece, rows, step, SIZES: tl.constexpr):
+    """Of each size: whether the piece's half is a later one, whether that meets another, and what takes its rows in the chunk
+    to those among all later, or all earlier, halves."""
+    later, meets, begins, near, far, pieces = (), (), (), 0, 0, rows // step
+    for l in tl.static_range(SIZES):
+        half, i_half, blocks = step << l, i_piece >> l, pieces >> (l + 1)
+        rest = rows - blocks * 2 * half
+        later += (i_half % 2 == 1,)
+        meets += ((i_half % 2 == 1) | ((i_half + 1) * half < rows),)
+        begins += (tl.where(i_half % 2 == 1, near, far) + i_half // 2 * half - i_half * half,)
+        near += blocks * half + tl.maximum(rest - half, 0)
+        far += (blocks + (rest > half).to(tl.int32)) * half
+    return later, meets, begins
 
 
 @triton.jit
-def half_of(i_piece, pieces, half, rows, LATER: tl.constexpr):
-    """(its half, whether that is a later (or an earlier) one of two, rows in such halves) for halves of so many pieces."""
-    i_half = i_piece // pieces
-    blocks, rest = rows // (2 * half), rows % (2 * half)
-    if LATER:
-        meets = i_half % 2 == 1
-        there = blocks * half + tl.maximum(rest - half, 0)
-    else:
-        meets = (i_half % 2 == 0) & ((i_half + 1) * half < rows)
-        there = (blocks + (rest > half).to(tl.int32)) * half
-    return i_half, meets, there
+def decays_of(p_gate, stride, i_m, end, i_k, K: tl.constexpr):
+    """[ROWS, CHANNELS] from the tile's first row up to each, and from each to the tile's end: nothing is a difference."""
+    g = bounded(read(p_gate, stride, i_m, i_m < end, i_k, K))
+    last = tl.arange(0, i_m.shape[0]) == i_m.shape[0] - 1
+    after = bounded(read(p_gate, stride, i_m + 1, (i_m + 1 < end) & ~last, i_k, K))
+    return tl.exp(tl.cumsum(g, 0)), tl.exp(tl.cumsum(after, 0, reverse=True))
 
 
 @triton.jit
-def exponents(p_gate, stride, p_tile_sums, stride_tile_sums, i_tile, i_m, m_row, rows, step, i_k, dtype: tl.constexpr,
-              K: tl.constexpr, POWER: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """[ROWS, CHANNELS] sums of gates from the piece's first row up to each, and of those after each row of the piece."""
-    tiles = (step + ROWS - 1) // ROWS
-    g = parts(bounded(read(p_gate, stride, i_m, m_row, i_k, K)), dtype)
-    before = added_up(p_tile_sums, stride_tile_sums, i_tile // tiles * tiles, i_tile, i_k, K).to(tl.float32)
-    after = added_up(p_tile_sums, stride_tile_sums, i_tile + 1, (i_tile // tiles + 1) * tiles, i_k, K).to(tl.float32)
-    return from_first(g, POWER, ROWS) + before[None, :], to_last(g, POWER, ROWS) + after[None, :]
-
-
-@triton.jit
-def put_halves(p_out, stride, x, p_piece_sums, stride_piece_sums, i_piece, i_m, m_row, rows, step, i_k,
-               LATER: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    """Write rows, decayed within their piece, decayed to the anchor of each half that they lie in."""
-    half, pieces, at, known = step, 1, 0, i_piece
-    between = tl.zeros([i_k.shape[0]], tl.float64)
-    while half < rows:
-        i_half, meets, there = half_of(i_piece, pieces, half, rows, LATER)
-        if meets:
-            if LATER:
-                between += added_up(p_piece_sums, stride_piece_sums, i_half * pieces, known, i_k, K)
-                known = i_half * pieces
-            else:
-                between += added_up(p_piece_sums, stride_piece_sums, known + 1, (i_half + 1) * pieces, i_k, K)
-                known = (i_half + 1) * pieces - 1
-            i_row = at + i_half // 2 * half + i_m - i_half * half
-            write(p_out, stride, i_row, m_row, x * tl.exp(between.to(tl.float32))[None, :], i_k, K)
-        at += there
-        half *= 2
-        pieces *= 2
+def factor_of(p_factors, stride, i_tile, i_k, K: tl.constexpr):
+    """[1, CHANNELS], by which the tile's rows are multiplied."""
+    return tl.load(p_factors + i_tile.to(tl.int64) * stride + i_k, mask=i_k < K, other=0.0)[None, :]
 
 
 @triton.jit(repr=lambda _: "wall_halves", do_not_specialize=["rows", "step"])
@@ -94,15 +70,13 @@ def halves_kernel(
     p_q,
     p_k,
     p_gate,
-    p_tile_sums,
-    p_piece_sums,
+    p_factors,
     p_near,
     p_far,
     strides_q,
     strides_k,
     strides_gate,
-    strides_tile_sums,
-    strides_piece_sums,
+    strides_factors,
     strides_near,
     strides_far,
     H,
@@ -112,29 +86,30 @@ def halves_kernel(
     step,
     K: tl.constexpr,
     CHANNELS: tl.constexpr,
+    SIZES: tl.constexpr,
     ROWS: tl.constexpr,
-    POWER: tl.constexpr,
 ):
     """Program (b * H + h, of a gate's head, of each tile; some channels). R heads of queries share a gate, S gates a key."""
     i_tile, i_b, i_h, i_m, end = place(rows, step, H, ROWS)
-    i_piece, i_k, m_row = i_tile // ((step + ROWS - 1) // ROWS), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS), i_m < end
-    p_piece_sums += i_b * strides_piece_sums[1] + i_h * strides_piece_sums[2]
-    before, after = exponents(
-        p_gate + i_b * strides_gate[1] + i_h * strides_gate[2], strides_gate[0],
-        p_tile_sums + i_b * strides_tile_sums[1] + i_h * strides_tile_sums[2], strides_tile_sums[0],
-        i_tile, i_m, m_row, rows, step, i_k, p_q.dtype.element_ty, K, POWER, ROWS,
-    )  # fmt: skip
-    for i_q in range(i_h * R, i_h * R + R):
-        q = read(p_q + i_b * strides_q[1] + i_q * strides_q[2], strides_q[0], i_m, m_row, i_k, K) * tl.exp(before)
-        put_halves(
-            p_near + i_b * strides_near[1] + i_q * strides_near[2], strides_near[0], q, p_piece_sums, strides_piece_sums[0],
-            i_piece, i_m, m_row, rows, step, i_k, True, K,
-        )  # fmt: skip
-    k = read(p_k + i_b * strides_k[1] + i_h // S * strides_k[2], strides_k[0], i_m, m_row, i_k, K) * tl.exp(after)
-    put_halves(
-        p_far + i_b * strides_far[1] + i_h * strides_far[2], strides_far[0], k, p_piece_sums, strides_piece_sums[0],
-        i_piece, i_m, m_row, rows, step, i_k, False, K,
-    )  # fmt: skip
+    tiles = (step + ROWS - 1) // ROWS
+    all_tiles = (rows + step - 1) // step * tiles
+    i_k, m_row = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS), i_m < end
+    later, meets, begins = halves_of(i_tile // tiles, rows, step, SIZES)
+    p_factors += i_b * strides_factors[1] + i_h * strides_factors[2]
+    p_far += i_b * strides_far[1] + i_h * strides_far[2]
+    k = read(p_k + i_b * strides_k[1] + i_h // S * strides_k[2], strides_k[0], i_m, m_row, i_k, K)
+    p_gate += i_b * strides_gate[1] + i_h * strides_gate[2]
+    for i in range(R):
+        i_q = i_h * R + i
+        q = read(p_q + i_b * strides_q[1] + i_q * strides_q[2], strides_q[0], i_m, m_row, i_k, K)
+        before, after = decays_of(p_gate, strides_gate[0], i_m, end, i_k, K)
+        p_near_q = p_near + i_b * strides_near[1] + i_q * strides_near[2]
+        x_q, x_k = q * before, k * after
+        for l in tl.static_range(SIZES):
+            x = tl.where(later[l], x_q, x_k) * factor_of(p_factors, strides_factors[0], l * all_tiles + i_tile, i_k, K)
+            p_out = tl.where(later[l], p_near_q, p_far)
+            stride = tl.where(later[l], strides_near[0], strides_far[0])
+            write(p_out, stride, begins[l] + i_m, m_row & meets[l] & (later[l] | (i == 0)), x, i_k, K)
 
 
 def halves(query: Tensor, key: Tensor, gate: Tensor, tile_sums: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -142,14 +117,14 @@ def halves(query: Tensor, key: Tensor, gate: Tensor, tile_sums: Tensor, step: in
     later, earlier = rows_of_halves(len(query), step)
     near = torch.empty(later, *query.shape[1:], dtype=query.dtype, device=query.device)
     far = torch.empty(earlier, *gate.shape[1:], dtype=key.dtype, device=key.device)
-    given = [*map(last_contiguous, (query, key, gate)), *sums_of(tile_sums)]
-    launch(halves_kernel, [*given, near, far], gate, ratios_of(query, key, gate), step, power=True)
+    given = [*map(last_contiguous, (query, key, gate)), factors_by(tile_sums, gate, step)]
+    launch(halves_kernel, [*given, near, far], gate, ratios_of(query, key, gate), step)
     return near, far
 
 
-def sums_of(tile_sums: Tensor) -> tuple[Tensor, Tensor]:
-    """[tiles, B, heads, K] of tiles, and of pieces in float64."""
-    return tile_sums.flatten(0, 1), tile_sums.sum(1, dtype=torch.float64)
+def factors_by(tile_sums: Tensor, gate: Tensor, step: int) -> Tensor:
+    """[sizes * tiles, B, heads, K] fp32: what rows keep between their tile and the anchor of its half of each size."""
+    return sums_beside(tile_sums.flatten(0, 1), gate, 1, step, factors=True)
 
 
 def ratios_of(query: Tensor, key: Tensor, gate: Tensor) -> tuple[int, int]:
@@ -157,10 +132,8 @@ def ratios_of(query: Tensor, key: Tensor, gate: Tensor) -> tuple[int, int]:
     return query.shape[2] // gate.shape[2], gate.shape[2] // key.shape[2]
 
 
-def launch(
-    kernel: object, tensors: list[Tensor], like: Tensor, ratios: tuple[int, ...], step: int, *counts: int, power: bool = False
-) -> None:
-    """Programs of each tile, batch and head of `like`, and some channels; `power`: of a kernel that sums gates within tiles."""
+def launch(kernel: object, tensors: list[Tensor], like: Tensor, ratios: tuple[int, ...], step: int) -> None:
+    """Programs of each tile, batch and head of `like`, and some channels."""
     assert all(x.stride(-1) == 1 for x in tensors), "some are written in place"
     rows, batch, heads, dim = like.shape
     blocks = blocks_of("decay", dim, 4)
@@ -168,17 +141,12 @@ def launch(
         kernel,
         (cdiv(rows, step) * cdiv(step, blocks.rows) * batch * heads, cdiv(dim, channels_of(dim)), 1),
         tensors,
-        (*(strides(x) for x in tensors), heads, *ratios, rows, step, *counts),
-        constants_of(dim, blocks.rows, power),
-        **how_of(power),
+        (*(strides(x) for x in tensors), heads, *ratios, rows, step),
+        constants_of(dim, sizes_of(rows, step)),
+        num_warps=blocks.warps,
     )
 
 
-def how_of(power: bool) -> dict[str, int]:
-    """Of such a kernel: for what it holds more warps, of so few registers that two of its programs run at a time."""
-    return {"num_warps": 8, "maxnreg": 128} if power else {"num_warps": 4}
-
-
-def constants_of(dim: int, rows: int, power: bool) -> dict[str, int]:
-    """In the kernels' order; `power`: of those that sum gates within tiles."""
-    return {"K": dim, "CHANNELS": channels_of(dim), **(rows_of(rows) if power else {"ROWS": rows})}
+def constants_of(dim: int, sizes: int) -> dict[str, int]:
+    """In the kernels' order."""
+    return {"K": dim, "CHANNELS": channels_of(dim), "SIZES": sizes, "ROWS": blocks_of("decay", dim, 4).rows}

@@ -110,12 +110,10 @@ def keys_kernel(
             exponent += tl.load(p_totals_h + i_k, mask=i_k < K, other=0.0)
             p_totals_h += strides_totals[0]
         of_k *= scale
-        p_gate_h = p_gate + i_b * strides_gate[1] + i_h * strides_gate[2]
-        g = parts(gates(p_gate_h, strides_gate[0], i_n, rows, K, BLOCK_K), p_near.dtype.element_ty)
         p_sum_dv_h = p_sum_dv + i_b * strides_sum_dv[1] + i_h * strides_sum_dv[2]
         dv += tile(p_sum_dv_h, strides_sum_dv[0], i_n, rows, V, BLOCK_V)
-        p_sum_dk_h = p_sum_dk + i_b * strides_sum_dk[1] + i_h * strides_sum_dk[2]
-        dk += of_k * tl.exp(to_last(g, POWER, ROWS)) + tile(p_sum_dk_h, strides_sum_dk[0], i_n, rows, K, BLOCK_K)
+        if i_of_group == R - 1:  # what is done is written before the next is read, for which there is no room
+            put(p_dv + i_b * strides_dv[1] + i_g * strides_dv[2], strides_dv[0], i_n, rows, dv, V, BLOCK_V)
         p_sums_h = p_sums + i_b * strides_sums[1] + i_h * strides_sums[2]
         sums = tile(p_sums_h, strides_sums[0], i_n, rows, K, BLOCK_K) - of_k * k.to(tl.float32)
         put(p_sums_h, strides_sums[0], i_n, rows, sums, K, BLOCK_K)
@@ -123,5 +121,8 @@ def keys_kernel(
             p_scalar_sums_h = p_scalar_sums + i_b * strides_scalar_sums[0] + i_h * strides_scalar_sums[1]
             p_scalar_sums_h += i_n64 * strides_scalar_sums[2]
             tl.store(p_scalar_sums_h, tl.load(p_scalar_sums_h, mask=n_row, other=0.0) - scalar_sums, mask=n_row)
+        p_gate_h = p_gate + i_b * strides_gate[1] + i_h * strides_gate[2]
+        g = parts(gates(p_gate_h, strides_gate[0], i_n, rows, K, BLOCK_K), p_near.dtype.element_ty)
+        p_sum_dk_h = p_sum_dk + i_b * strides_sum_dk[1] + i_h * strides_sum_dk[2]
+        dk += of_k * tl.exp(to_last(g, POWER, ROWS)) + tile(p_sum_dk_h, strides_sum_dk[0], i_n, rows, K, BLOCK_K)
     put(p_dk + i_b * strides_dk[1] + i_g * strides_dk[2], strides_dk[0], i_n, rows, dk, K, BLOCK_K)
-    put(p_dv + i_b * strides_dv[1] + i_g * strides_dv[2], strides_dv[0], i_n, rows, dv, V, BLOCK_V)

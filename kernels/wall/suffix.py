@@ -7,9 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_lighthouse.kernels.launch import cdiv, enqueue, padded, strides
-from megatron_lighthouse.kernels.parallax.tiles import put, tile
-from megatron_lighthouse.kernels.wall.tiles import blocks_of
+from megatron_lighthouse.kernels.launch import cdiv, enqueue, strides
+from megatron_lighthouse.kernels.wall.tiles import blocks_of, channels, channels_of, put_channels
 
 
 @triton.jit
@@ -29,18 +28,21 @@ def totals_kernel(
     rows,
     H,
     K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    CHANNELS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Program b * H + h of each tile: the sum of its rows of the document that began before it. p_begun: documents in it."""
+    """Program (b * H + h of each tile, some channels): the sum of its rows of the document that began before it.
+
+    p_begun: documents in it.
+    """
     tiles = (rows + ROWS - 1) // ROWS
     heads = tl.num_programs(0) // tiles
     i_tile, i_head = tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
     i_b, i_h = i_head // H, i_head % H
-    i_m, i_k = i_tile * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
+    i_m, i_k = i_tile * ROWS + tl.arange(0, ROWS), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     documents = begun(p_first, i_m, rows)
-    tl.store(p_begun + i_tile, tl.max(documents, 0), mask=i_head == 0)
-    sums = tile(p_sums + i_b * strides_sums[1] + i_h * strides_sums[2], strides_sums[0], i_m, rows, K, BLOCK_K)
+    tl.store(p_begun + i_tile, tl.max(documents, 0), mask=(i_head == 0) & (tl.program_id(1) == 0))
+    sums = channels(p_sums + i_b * strides_sums[1] + i_h * strides_sums[2], strides_sums[0], i_m, rows, i_k, K)
     total = tl.sum(tl.where((documents == 0)[:, None], sums, 0.0), 0)
     p_totals += i_tile.to(tl.int64) * strides_totals[0] + i_b * strides_totals[1] + i_h * strides_totals[2]
     tl.store(p_totals + i_k, total, mask=i_k < K)
@@ -57,7 +59,7 @@ def suffix_kernel(
     rows,
     H,
     K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    CHANNELS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Likewise, in place: a tile's last document goes on up to the tile in which another begins."""
@@ -65,10 +67,10 @@ def suffix_kernel(
     heads = tl.num_programs(0) // tiles
     i_tile, i_head = tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
     i_b, i_h = i_head // H, i_head % H
-    i, i_k = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
+    i, i_k = tl.arange(0, ROWS), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     i_m = i_tile * ROWS + i
     p_totals += i_b * strides_totals[1] + i_h * strides_totals[2] + i_k[None, :]
-    later = tl.zeros([BLOCK_K], tl.float64)
+    later = tl.zeros([CHANNELS], tl.float64)
     i_first, ended = i_tile + 1, 0
     while ended == 0:
         i_t = i_first + tl.arange(0, 32)
@@ -81,10 +83,10 @@ def suffix_kernel(
     p_sums += i_b * strides_sums[1] + i_h * strides_sums[2]
     documents = begun(p_first, i_m, rows)
     summed = (i[None, :] >= i[:, None]) & (documents[None, :] == documents[:, None])
-    sums = tl.dot(summed.to(tl.float32), tile(p_sums, strides_sums[0], i_m, rows, K, BLOCK_K), input_precision="tf32x3")
+    sums = tl.dot(summed.to(tl.float32), channels(p_sums, strides_sums[0], i_m, rows, i_k, K), input_precision="tf32x3")
     sums += tl.where((documents == tl.max(documents, 0))[:, None], later.to(tl.float32)[None, :], 0.0)
     begins = tl.load(p_first + i_m, mask=i_m < rows, other=-1) == i_m
-    put(p_sums, strides_sums[0], i_m, rows, tl.where(begins[:, None], 0.0, sums), K, BLOCK_K)
+    put_channels(p_sums, strides_sums[0], i_m, rows, tl.where(begins[:, None], 0.0, sums), i_k, K)
 
 
 def suffix_sums(sums: Tensor, first: Tensor) -> Tensor:
@@ -99,11 +101,11 @@ def suffix_sums(sums: Tensor, first: Tensor) -> Tensor:
     tiles = cdiv(rows, blocks.rows)
     totals = torch.empty(tiles, batch, heads, dim, dtype=torch.float32, device=sums.device)
     documents = torch.empty(tiles, dtype=torch.int32, device=sums.device)
-    shape = {"K": dim, "BLOCK_K": padded(dim), "ROWS": blocks.rows}
+    shape = {"K": dim, "CHANNELS": channels_of(dim), "ROWS": blocks.rows}
     for kernel in (totals_kernel, suffix_kernel):
         enqueue(
             kernel,
-            (tiles * batch * heads, 1, 1),
+            (tiles * batch * heads, cdiv(dim, channels_of(dim)), 1),
             [sums, totals, documents, first],
             (strides(sums), strides(totals), rows, heads),
             shape,

@@ -16,7 +16,7 @@ NAMES = [
     *("wall_prepare", "wall_suffix_totals", "wall_suffix_sums"),
     *("wall_decay_totals", "wall_decay", "wall_decay_backward", "wall_crossing", "wall_crossing_backward"),
     *("wall_between", "wall_between_backward"),
-    *("wall_halves", "wall_halves_backward", "wall_halves_gates", "wall_halves_values", "wall_halves_totals"),
+    *("wall_halves", "wall_halves_backward", "wall_halves_gates", "wall_halves_values", "wall_halves_sums", "wall_halves_sums"),
     *("wall_forward", "wall_near_backward", "wall_queries_backward", "wall_keys_backward"),
 ]
 

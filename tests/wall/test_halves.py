@@ -70,6 +70,7 @@ def test_without_documents_a_size_of_halves_is_one_call() -> None:
         pytest.param(150, 2, 2, 2, (16, 16), 20, 0.01, id="pieces within a tile"),
         pytest.param(100, 4, 2, 2, (24, 8), 70, 3.0, id="shared gates, two tiles a piece, V is not K"),
         pytest.param(64, 4, 4, 2, (40, 16), 24, 0.3, id="shared keys, some channels at a time"),
+        pytest.param(150, 4, 2, 1, (16, 16), 20, 0.3, id="shared gates and keys, three sizes, the last half shorter"),
         pytest.param(7, 4, 4, 1, (8, 16), 1, 0.3, id="rows alone"),
         pytest.param(5000, 1, 1, 1, (2, 2), 70, 0.03, marks=pytest.mark.slow, id="more tiles than are summed at a time"),
     ],

@@ -24,7 +24,8 @@ from megatron_lighthouse.sequence.layout import Layout
 
 OF_ROW = "bounds tiles budget unit_table window_starts rows gathered_length".split()
 OF_RANK = """
-    align own_at entry_at owns owners chunks_at wanted wants rows row_rank own_rows own_windows most_windows window_places
+    align own_at entry_at owns owners chunks_at wanted gathers_at scatters_at rows row_at own_rows own_windows
+    most_windows window_places
 """.split()
 """What the scorer `norm` and the steps read."""
 

@@ -20,6 +20,7 @@ from megatron_lighthouse.kernels.lighthouse.edge import edge_kernel
 from megatron_lighthouse.kernels.lighthouse.gather import gather_backward_kernel, gather_forward_kernel
 from megatron_lighthouse.kernels.lighthouse.mass import column_blocks_of, columns_kernel, rows_kernel
 from megatron_lighthouse.kernels.lighthouse.mass_finer import finer_kernel
+from megatron_lighthouse.kernels.lighthouse.packed import deal
 from megatron_lighthouse.kernels.lighthouse.packed.attended import packed_attended_kernel, stages_on
 from megatron_lighthouse.kernels.lighthouse.packed.gather import packed_gather_backward_kernel, packed_gather_forward_kernel
 from megatron_lighthouse.kernels.lighthouse.packed.scatter import packed_scatter_backward_kernel, packed_scatter_forward_kernel
@@ -64,8 +65,11 @@ FP64 = {"p_between", "p_piece_sums"}
 INT32 = {
     *("p_first", "p_ranks", "p_places", "p_documents", "p_tiles", "p_starts", "p_blocks"),
     *("p_bounds", "p_ends", "p_begin", "p_begun"),
+    *("p_row_at", "p_gathers_at", "p_scatters_at", "p_flags", "p_before", "p_gathered", "p_scattered"),
+    *(f"p_{way}_{table}" for way in ("out", "back") for table in ("leaving", "slots", "returning", "back_slots")),
 }
 INT64 = {"p_slots"}
+INT16 = {"p_owners", "p_wanted"}
 TENSOR_MEMORY = 512
 """Columns that Blackwell has for a program."""
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -152,6 +156,8 @@ def compile_packed(capability: int, geometry: Geometry, dtype: str, dim: int) ->
     constants = {**levels, "PIN_FIRST": True, "BLOCK": block, "ONE": one}
     yield _compile(packed_refine_kernel, capability, dtype, constants, warps_of(block), **limit_of(capability))
     yield _compile(packed_place_kernel, capability, dtype, {**levels, "BLOCK": 256}, 4)
+    for kernel in (deal.flags_kernel, deal.tables_kernel):
+        yield _compile(kernel, capability, dtype, {"COPIES": 2, "BLOCK": deal.BLOCK}, 4)
     blocks = attended.blocks_of(dim, BYTES[dtype])
     constants = {**shape, "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
     yield _compile(packed_attended_kernel, capability, dtype, constants, blocks.warps, num_stages=stages_on(capability, blocks))
@@ -242,7 +248,7 @@ def _compile(kernel: Any, capability: int, dtype: str, constants: Mapping[str, A
         elif exact and not name.startswith("p_"):
             signature[name] = "i32"
         else:
-            wider = {"fp64": FP64, "i32": INT32, "i64": INT64}
+            wider = {"fp64": FP64, "i32": INT32, "i64": INT64, "i16": INT16}
             kind = "fp32" if name in FP32 or name in sums else next((k for k, names in wider.items() if name in names), dtype)
             signature[name] = f"*{kind}" if name.startswith("p_") else "i32"
             aligned[i,] = [["tt.divisibility", 16]]

@@ -18,7 +18,6 @@ def placed_kernel(
     p_others,
     p_slots,
     p_out,
-    own,
     stride_own,
     stride_others,
     length,
@@ -35,9 +34,10 @@ def placed_kernel(
     for _ in tl.static_range(COPIES):
         slot = tl.load(p_slots + i_row, mask=m_row, other=-1)
         p_slots += length
-        m_own, m_other = (slot >= 0) & (slot < own), slot >= own
+        slot = slot.to(tl.int64)
+        m_own, m_other = slot >= 0, slot < -1
         row = tl.load(p_own + slot[:, None] * stride_own + i_w[None, :], mask=m_own[:, None] & m_w, other=0.0)
-        other = (slot - own)[:, None] * stride_others
+        other = (-2 - slot)[:, None] * stride_others
         other_row = tl.load(p_others + other + i_w[None, :], mask=m_other[:, None] & m_w, other=0.0)
         total += tl.where(m_own[:, None], row, other_row).to(tl.float32)
     p_out += i_row.to(tl.int64)[:, None] * W + i_w[None, :]
@@ -55,7 +55,7 @@ def placed(own: Tensor, others: Tensor, slots: Tensor) -> Tensor:
         placed_kernel,
         (cdiv(length, how.rows), cdiv(width, block), 1),
         (own, others, slots, out),
-        (len(own), own.stride(0), others.stride(0), length, width),
+        (own.stride(0), others.stride(0), length, width),
         {"COPIES": copies, "BLOCK_W": block, "BLOCK": how.rows},
         num_warps=how.warps,
     )

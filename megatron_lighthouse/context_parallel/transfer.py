@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,42 +38,74 @@ class End:
         return slice(begin, begin + self.counts[rank])
 
 
+class Way(Protocol):
+    """From the rows of this rank at one end, here, to those at the other, there. What stays on a rank is in no message."""
+
+    @property
+    def leaving(self) -> Tensor:
+        """[·] integers: the rows that go to other ranks, in order."""
+
+    @property
+    def slots(self) -> Tensor:
+        """[copies, rows there] integers: where each copy of each row comes from. A row here has its number, row i of what other
+        ranks send is -2 - i; -1 where none comes."""
+
+    @property
+    def counts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Rows to every other rank, and from it."""
+
+    @property
+    def back(self) -> Way:
+        """From there to here."""
+
+
 @dataclass(frozen=True, eq=False)
-class Way:
-    """From the rows at this end, here, to those at this end, there. What stays on a rank is in no message."""
+class Between:
+    """A way as its ends list it. Only the rows of one of both may travel to several places."""
 
     here: End
     there: End
-    """Only the rows of one of both may travel to several places."""
     rank: int
 
     @cached_property
-    def back(self) -> Way:
-        """From there to here."""
-        return Way(self.there, self.here, self.rank)
+    def back(self) -> Between:
+        return Between(self.there, self.here, self.rank)
 
     @cached_property
     def leaving(self) -> Tensor:
-        """[·] int64: the rows that go to other ranks, in order."""
         kept = self.here.kept(self.rank)
         return torch.cat([self.here.rows[: kept.start], self.here.rows[kept.stop :]])
 
     @cached_property
     def counts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """To every other rank, and from it."""
         to, by = ([n * (rank != self.rank) for rank, n in enumerate(end.counts)] for end in (self.here, self.there))
         return tuple(to), tuple(by)
 
     @cached_property
     def slots(self) -> Tensor:
-        """[copies, rows there] int64: where each copy of each row is, among the rows here and then those of other ranks; -1
-        where none comes."""
         here, there, kept = self.here, self.there, self.there.kept(self.rank)
-        others = torch.arange(here.length, here.length + len(there.rows) - there.counts[self.rank], device=there.rows.device)
+        others = -2 - torch.arange(len(there.rows) - there.counts[self.rank], device=there.rows.device)
         come = torch.cat([others[: kept.start], here.rows[here.kept(self.rank)], others[kept.start :]])
         place = there.rows if there.copy is None else there.copy * there.length + there.rows
         slots = come.new_full((there.copies * there.length,), -1)
         return slots.scatter_(0, place, come).view(there.copies, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A way whose tables are there."""
+
+    leaving: Tensor
+    slots: Tensor
+    counts: tuple[tuple[int, ...], tuple[int, ...]]
+    returning: Tensor
+    """`leaving` of the way back."""
+    back_slots: Tensor
+    """`slots` of the way back."""
+
+    @property
+    def back(self) -> Found:
+        return Found(self.returning, self.back_slots, (self.counts[1], self.counts[0]), self.leaving, self.slots)
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +184,8 @@ def _move(rows: Sequence[Tensor], transfer: Transfer, way: Way) -> tuple[Tensor,
 
 
 def placed(own: Tensor, others: Tensor, slots: Tensor) -> Tensor:
-    """[n, W]: of [copies, n] slots among `own` rows and then `others`, [·, W] each; the sum of a row's copies, in order.
+    """[n, W]: of [copies, n] slots (see `Way.slots`) among `own` rows and those of `others`, [·, W] each; the sum of a row's
+    copies, in order.
 
     Sums of several are in fp32, or as rows are where these are wider.
     """
@@ -161,6 +194,7 @@ def placed(own: Tensor, others: Tensor, slots: Tensor) -> Tensor:
 
         return kernel(own, others, slots)
     rows = torch.cat([own, others, own.new_zeros(1, own.shape[1])])
+    slots = torch.where(slots < -1, len(own) - 2 - slots, slots)
     if len(slots) == 1:
         return rows[slots[0]]
     total = torch.zeros(slots.shape[1], own.shape[1], dtype=torch.promote_types(own.dtype, torch.float32), device=own.device)

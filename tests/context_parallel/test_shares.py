@@ -90,9 +90,8 @@ def test_tables_ask_the_device_of_the_row_nothing(drawn: tuple[Packing, list[Sha
 
     def tables(x: Shares) -> dict[str, torch.Tensor]:
         of_pieces = {"unit_table": x.pieces.unit_table, "window_starts": x.pieces.window_starts}
-        names = (
-            "own_at entry_at owns owners chunks_at wanted wants row_rank own_rows own_windows window_places own_inside".split()
-        )
+        names = "own_at entry_at owns owners chunks_at wanted wants gathers_at scatters_at row_at own_rows own_windows".split()
+        names += "window_places own_inside".split()
         return of_pieces | {"there": x.align.slots, "here": x.align.back.slots} | {name: getattr(x, name) for name in names}
 
     for rank, x in enumerate(ranks):

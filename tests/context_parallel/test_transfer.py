@@ -19,12 +19,12 @@ def test_rows_are_placed_and_copies_are_added_up(way: object, copies: int, width
     """Whole numbers, whose sums are exact; rows are slices of wider ones."""
     torch.manual_seed(1)
     mine, theirs = (torch.randint(-9, 9, (n, 2 * width), device=DEVICE).bfloat16() for n in (own, others))
-    slots = torch.randint(-1, own + others, (copies, 70), device=DEVICE)
+    slots = torch.randint(-1 - others, own, (copies, 70), device=DEVICE)
     expected = torch.zeros(70, width, dtype=torch.float64)
     for row in slots.tolist():
         for i, slot in enumerate(row):
-            if slot >= 0:
-                source: Tensor = mine[slot] if slot < own else theirs[slot - own]
+            if slot != -1:
+                source: Tensor = mine[slot] if slot >= 0 else theirs[-2 - slot]
                 expected[i] += source[width:].double().cpu()
     found = way(mine[:, width:], theirs[:, width:], slots)  # type: ignore[operator]
     assert found.dtype == torch.bfloat16

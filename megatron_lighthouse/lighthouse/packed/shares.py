@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.context_parallel.transfer import Way
+from megatron_lighthouse.context_parallel.transfer import Between
 from megatron_lighthouse.lighthouse.packed.align import arriving, leaving
 from megatron_lighthouse.lighthouse.packed.maps import Maps
 from megatron_lighthouse.lighthouse.packed.packing import Packing, bounds_of, integers
@@ -89,10 +89,10 @@ class Shares:
         return self._rank(self.chunk).scatter_(0, self.maps.inside, owner)
 
     @cached_property
-    def align(self) -> Way:
+    def align(self) -> Between:
         """From tokens as this rank holds them to tokens of its pieces: those that it owns travel there."""
         given = self.cut_here, self.sizes, self.layout, self.device
-        return Way(leaving(*given), arriving(*given), self.layout.rank)
+        return Between(leaving(*given), arriving(*given), self.layout.rank)
 
     @property
     def own_at(self) -> Tensor:
@@ -157,6 +157,19 @@ class Shares:
         return chunk.where(there, -1)
 
     @cached_property
+    def gathers_at(self) -> Tensor:
+        """[entries of the row] int32: which entry of the pieces each is that this rank gathers; -1 of the others."""
+        number = torch.arange(len(self.owns), device=self.device)
+        return _inverse(self.entry_at.where(self.owns, len(self.owners)), number, len(self.owners))
+
+    @cached_property
+    def scatters_at(self) -> Tensor:
+        """[2, entries of the row] int32: likewise, of those that this rank scatters over its early and over its late chunk."""
+        number, entries = torch.arange(len(self.wants), device=self.device), len(self.owners)
+        place = (self.chunks_at >= self.layout.size) * entries + self.entry_at
+        return _inverse(place.where(self.wants, 2 * entries), number, 2 * entries).view(2, -1)
+
+    @cached_property
     def wants(self) -> Tensor:
         """[entries of the pieces]: whether they spill into the piece's chunk."""
         first, last = (x.index_select(0, self.entry_at) for x in self.spilled)
@@ -171,9 +184,11 @@ class Shares:
         return Documents(self._on_device(bounds_of(integers(lengths))), lengths)
 
     @cached_property
-    def row_rank(self) -> Tensor:
-        """[S filled up]: the rank that attends to each row."""
-        return self._rank(_chunks(self.rows.chunk_sizes(self.layout.size), self.rows.tokens))
+    def row_at(self) -> Tensor:
+        """[S filled up] int32: where each row is among those of all ranks, as they attend to them: first those of rank 0."""
+        chunk = _chunks(self.rows.chunk_sizes(self.layout.size), self.rows.tokens)
+        order = (2 * self._rank(chunk) + (chunk >= self.layout.size)).sort(stable=True).indices
+        return _inverse(order, torch.arange(len(order), device=self.device), len(order))
 
     @cached_property
     def own_rows(self) -> Tensor:
@@ -257,6 +272,11 @@ class Shares:
         trees = torch.cat([x.unflatten(-1, (-1, n)) for x, n in zip(levels, each, strict=True)], -1)
         whole = self.whole(trees.movedim(3, 0), exchange, "select").movedim(0, 3)
         return torch.cat([x.flatten(3) for x in whole.split(each, -1)], -1)
+
+
+def _inverse(places: Tensor, numbers: Tensor, length: int) -> Tensor:
+    """[length] int32: the number that belongs to each place; -1 where none does. Those at `length` are left out."""
+    return places.new_full((length + 1,), -1).scatter_(0, places, numbers)[:length].int()
 
 
 def _chunks(sizes: Tensor, length: int) -> Tensor:

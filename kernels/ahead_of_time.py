@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_lighthouse.kernels import descriptors
+from megatron_lighthouse.kernels import descriptors, placed
 from megatron_lighthouse.kernels.launch import launch, padded
 from megatron_lighthouse.kernels.lighthouse import attended, causal
 from megatron_lighthouse.kernels.lighthouse.edge import edge_kernel
@@ -35,7 +35,6 @@ from megatron_lighthouse.kernels.parallax import tiles
 from megatron_lighthouse.kernels.parallax.forward import forward_kernel
 from megatron_lighthouse.kernels.parallax.keys import keys_kernel
 from megatron_lighthouse.kernels.parallax.queries import queries_kernel
-from megatron_lighthouse.kernels.placed import placed_kernel
 from megatron_lighthouse.kernels.wall import crossing, decays, gathered, halving, halving_backward
 from megatron_lighthouse.kernels.wall import tiles as wall_tiles
 from megatron_lighthouse.kernels.wall.forward import forward_kernel as wall_forward_kernel
@@ -68,7 +67,7 @@ INT32 = {
     *("p_row_at", "p_gathers_at", "p_scatters_at", "p_flags", "p_before", "p_gathered", "p_scattered"),
     *(f"p_{way}_{table}" for way in ("out", "back") for table in ("leaving", "slots", "returning", "back_slots")),
 }
-INT64 = {"p_slots"}
+INT64 = {"p_slots", "p_leaving"}
 INT16 = {"p_owners", "p_wanted"}
 TENSOR_MEMORY = 512
 """Columns that Blackwell has for a program."""
@@ -107,8 +106,9 @@ def compile_all(capability: int, geometry: Geometry, dtype: str, dim: int) -> It
     how = launch("spread", dim, BYTES[dtype])
     shape = {"D": dim, "BLOCK_D": padded(dim)}
     yield _compile(merge_kernel, capability, dtype, {**shape, "BLOCK": how.rows}, how.warps)
-    constants = {"COPIES": 2, "BLOCK_W": padded(dim), "BLOCK": how.rows}
-    yield _compile(placed_kernel, capability, dtype, constants, how.warps)
+    constants = {"BLOCK_W": padded(dim), "BLOCK": how.rows}
+    yield _compile(placed.taken_kernel, capability, dtype, constants, how.warps)
+    yield _compile(placed.placed_kernel, capability, dtype, {**constants, "COPIES": 2}, how.warps)
     yield _compile(edge_kernel, capability, dtype, {**size, "ADD": True}, 1)
     how = launch("score", dim, BYTES[dtype])
     block, digit, fused = blocks_of(geometry, how.rows)
@@ -242,7 +242,7 @@ def _compile(kernel: Any, capability: int, dtype: str, constants: Mapping[str, A
             signature[name] = ("i32", "i32", "constexpr")
             given[i, 2] = 1
             aligned |= {(i, j): [["tt.divisibility", 16]] for j in range(2)}
-        elif name.startswith("strides"):
+        elif name.startswith("strides") or name == "widths":
             signature[name] = ("i32", "i32", "i32")
             aligned |= {(i, j): [["tt.divisibility", 16]] for j in range(3)}
         elif exact and not name.startswith("p_"):

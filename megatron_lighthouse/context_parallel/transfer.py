@@ -175,29 +175,45 @@ def _move(rows: Sequence[Tensor], transfer: Transfer, way: Way) -> tuple[Tensor,
     moved: list[Tensor] = [*rows]
     for dtype in {x.dtype: None for x in rows}:
         alike = [i for i, x in enumerate(rows) if x.dtype == dtype]
-        message = torch.cat([rows[i].index_select(0, way.leaving).flatten(1) for i in alike], 1)
-        message = transfer.exchange.all_to_all(message, transfer.purpose, *way.counts)
-        others = message.split([rows[i][0].numel() for i in alike], 1)
-        for i, other in zip(alike, others, strict=True):
-            moved[i] = placed(rows[i].flatten(1), other, way.slots).unflatten(1, rows[i].shape[1:])
+        flat = [rows[i].flatten(1) for i in alike]
+        message = transfer.exchange.all_to_all(taken(flat, way.leaving), transfer.purpose, *way.counts)
+        for i, x in zip(alike, placed(flat, message, way.slots), strict=True):
+            moved[i] = x.unflatten(1, rows[i].shape[1:])
     return tuple(moved)
 
 
-def placed(own: Tensor, others: Tensor, slots: Tensor) -> Tensor:
-    """[n, W]: of [copies, n] slots (see `Way.slots`) among `own` rows and those of `others`, [·, W] each; the sum of a row's
-    copies, in order.
+def taken(rows: Sequence[Tensor], leaving: Tensor) -> Tensor:
+    """[n, W]: the rows [n] `leaving` of tensors [·, W_i] of one dtype, side by side."""
+    if _by_triton(rows[0]):
+        from megatron_lighthouse.kernels.placed import taken as kernel
+
+        return kernel(rows, leaving)
+    return torch.cat([x.index_select(0, leaving) for x in rows], 1)
+
+
+def placed(rows: Sequence[Tensor], message: Tensor, slots: Tensor) -> list[Tensor]:
+    """[n, W_i] of each tensor, of [copies, n] slots (see `Way.slots`) among its `rows` [·, W_i] and its part of those of a
+    `message` as `taken` makes it; the sum of a row's copies, in order.
 
     Sums of several are in fp32, or as rows are where these are wider.
     """
-    if triton_takes(own) and own.is_floating_point():
+    if _by_triton(message):
         from megatron_lighthouse.kernels.placed import placed as kernel
 
-        return kernel(own, others, slots)
-    rows = torch.cat([own, others, own.new_zeros(1, own.shape[1])])
-    slots = torch.where(slots < -1, len(own) - 2 - slots, slots)
-    if len(slots) == 1:
-        return rows[slots[0]]
-    total = torch.zeros(slots.shape[1], own.shape[1], dtype=torch.promote_types(own.dtype, torch.float32), device=own.device)
-    for copy in slots:
-        total += rows[copy]
-    return total.to(own.dtype)
+        return kernel(rows, message, slots)
+    made = []
+    for own, others in zip(rows, message.split([x.shape[1] for x in rows], 1), strict=True):
+        among = torch.cat([own, others, own.new_zeros(1, own.shape[1])])
+        index = torch.where(slots < -1, len(own) - 2 - slots, slots)
+        if len(slots) == 1:
+            made.append(among[index[0]])
+            continue
+        total = torch.zeros_like(among[index[0]], dtype=torch.promote_types(own.dtype, torch.float32))
+        for copy in index:
+            total += among[copy]
+        made.append(total.to(own.dtype))
+    return made
+
+
+def _by_triton(x: Tensor) -> bool:
+    return triton_takes(x) and x.is_floating_point()

@@ -7,6 +7,8 @@ document zigzag, as their tokens are. All rows of all documents that pass betwee
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
 import numpy
 from torch import Tensor
@@ -14,23 +16,19 @@ from torch import Tensor
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.transfer import Found, Transfer
 from megatron_lighthouse.lighthouse.packed.shares import Shares
-from megatron_lighthouse.lighthouse.packed.tables import SECTIONS, WayTables, tables_of
+from megatron_lighthouse.lighthouse.packed.tables import SECTIONS, Tables, WayTables, tables_of
 from megatron_lighthouse.lighthouse.selection import Selection
 
 
 @dataclass(frozen=True)
 class DocumentDeal:
-    """Of one selection."""
+    """Of one selection. What is found late, is found while the device gathers."""
 
-    gathered: Selection
-    """The rows that this rank gathers, among the entries of its pieces."""
-    scattered: Selection
-    """The rows that it scatters, likewise."""
-    out: Transfer
-    """From the rank that gathers a row to the one that attends to it."""
-    back: Transfer
-    """From there to those that scatter it."""
-    groups: int
+    shares: Shares
+    exchange: Exchange
+    tables: Tables
+    before: list[int]
+    """Flags before each block of S / C of them (see `packed.tables`)."""
 
     @staticmethod
     def of(selection: Selection, shares: Shares, exchange: Exchange) -> DocumentDeal:
@@ -38,29 +36,52 @@ class DocumentDeal:
 
         Waits for the device once: how much is sent must be known to the host.
         """
-        size, groups = exchange.size, selection.places.shape[1]
         tables, before = tables_of(selection.places[0], shares)
-        flags, blocks = numpy.diff(before.tolist()), size * groups
-        gathers, comes, goes, scatters = (
-            flags[begin * blocks : (begin + each) * blocks].reshape(size, groups, each).sum(2) for begin, each in SECTIONS
-        )
-        gathered, scattered = (max(1, int(found.sum(0).max())) for found in (gathers, scatters))
+        return DocumentDeal(shares, exchange, tables, before.tolist())
 
-        def transfer(found: WayTables, to: numpy.ndarray, by: numpy.ndarray) -> Transfer:
-            others = numpy.arange(size) != exchange.rank
-            goes, comes = (tuple((x.sum(1) * others).tolist()) for x in (to, by))
-            lists = found.leaving[: sum(goes)], found.slots, (goes, comes), found.returning[: sum(comes)], found.back_slots
-            return Transfer(exchange, "deal", Found(*lists))
+    @property
+    def groups(self) -> int:
+        return len(self.tables.gathered)
 
-        out = tables.out._replace(back_slots=tables.out.back_slots[:, : gathered * groups])
-        back = tables.back._replace(slots=tables.back.slots[:, : scattered * groups])
-        return DocumentDeal(
-            Selection(shares.pieces, tables.gathered.unsqueeze(0), gathered),
-            Selection(shares.pieces, tables.scattered.unsqueeze(0), scattered),
-            transfer(out, gathers, comes),
-            transfer(back, goes, scatters),
-            groups,
-        )
+    @cached_property
+    def gathered(self) -> Selection:
+        """The rows that this rank gathers, among the entries of its pieces."""
+        return Selection(self.shares.pieces, self.tables.gathered.unsqueeze(0), self._most(0))
+
+    @cached_property
+    def scattered(self) -> Selection:
+        """The rows that it scatters, likewise."""
+        return Selection(self.shares.pieces, self.tables.scattered.unsqueeze(0), self._most(3))
+
+    @cached_property
+    def out(self) -> Transfer:
+        """From the rank that gathers a row to the one that attends to it."""
+        out = self.tables.out
+        back_slots = out.back_slots[:, : self.gathered.length * self.groups]
+        return self._transfer(out._replace(back_slots=back_slots), self._counts(0), self._counts(1))
+
+    @cached_property
+    def back(self) -> Transfer:
+        """From there to those that scatter it."""
+        back = self.tables.back
+        slots = back.slots[:, : self.scattered.length * self.groups]
+        return self._transfer(back._replace(slots=slots), self._counts(2), self._counts(3))
+
+    def _transfer(self, way: WayTables, to: tuple[int, ...], by: tuple[int, ...]) -> Transfer:
+        lists = way.leaving[: sum(to)], way.slots, (to, by), way.returning[: sum(by)], way.back_slots
+        return Transfer(self.exchange, "deal", Found(*lists))
+
+    def _counts(self, section: int) -> tuple[int, ...]:
+        """Rows of each rank but this one."""
+        (begin, each), blocks = SECTIONS[section], self.exchange.size * self.groups
+        bounds = self.before[begin * blocks : (begin + each) * blocks + 1 : self.groups * each]
+        return tuple((end - start) * (rank != self.exchange.rank) for rank, (start, end) in enumerate(pairwise(bounds)))
+
+    def _most(self, section: int) -> int:
+        """Rows of the group that has most; 1 at least."""
+        (begin, each), blocks = SECTIONS[section], self.exchange.size * self.groups
+        of_blocks = numpy.diff(self.before[begin * blocks : (begin + each) * blocks + 1 : each])
+        return max(1, int(of_blocks.reshape(-1, self.groups).sum(0).max()))
 
     def deal(self, *rows: Tensor) -> tuple[Tensor, ...]:
         """Rows as gathered, [·, 1, ·, D] each, to rows as attended to, [S filled up / C, 1, ·, D]; differentiable."""

@@ -138,5 +138,4 @@ class _Own(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         out = grad.new_zeros(ctx.length, *grad.shape[1:])
-        out[ctx.rows] = grad
-        return out, None
+        return out.index_copy_(0, ctx.rows, grad), None

@@ -58,9 +58,8 @@ class Tables:
         rows, own, pieces = len(shares.row_at), len(shares.own_rows), shares.pieces.pyramid_length
         gathered, scattered, copies = min(rows, pieces), min(2 * rows, pieces), shares.copies
         sizes = [pieces, pieces, gathered, own, own, gathered, copies * own, scattered, scattered, copies * own]
-        rooms = [-(-size * groups // 4) * 4 for size in sizes]  # so that all are aligned to 16 bytes
-        filled = torch.full((sum(rooms),), -1, dtype=torch.int32, device=shares.device).split(rooms)
-        tables = [x[: size * groups] for x, size in zip(filled, sizes, strict=True)]
+        parts = [n for size in sizes for n in (size * groups, -size * groups % 4)]  # so that all are aligned to 16 bytes
+        tables = torch.full((sum(parts),), -1, dtype=torch.int32, device=shares.device).split(parts)[::2]
         out, back = (WayTables(a, b.view(1, -1), c, d.view(1, -1)) for a, b, c, d in (tables[2:6], tables[6:]))
         back = back._replace(back_slots=back.back_slots.view(copies, -1))
         gathers, scatters = (x.view(groups, -1) for x in tables[:2])

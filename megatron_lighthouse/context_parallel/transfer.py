@@ -178,7 +178,7 @@ def _move(rows: Sequence[Tensor], transfer: Transfer, way: Way) -> tuple[Tensor,
         flat = [rows[i].flatten(1) for i in alike]
         message = transfer.exchange.all_to_all(taken(flat, way.leaving), transfer.purpose, *way.counts)
         for i, x in zip(alike, placed(flat, message, way.slots), strict=True):
-            moved[i] = x.unflatten(1, rows[i].shape[1:])
+            moved[i] = x.view(len(x), *rows[i].shape[1:])
     return tuple(moved)
 
 

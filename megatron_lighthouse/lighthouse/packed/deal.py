@@ -34,7 +34,8 @@ class DocumentDeal:
     def of(selection: Selection, shares: Shares, exchange: Exchange) -> DocumentDeal:
         """The deal of a selection among the whole row, which all ranks know.
 
-        Waits for the device once: how much is sent must be known to the host.
+        Waits for the device once: how much is sent must be known to the host. Messages of one size whatever is selected would
+        be twenty times as long, and longer than those of attention: all that a tile refines may lie before the end of a chunk.
         """
         tables, before = tables_of(selection.places[0], shares)
         return DocumentDeal(shares, exchange, tables, before.tolist())

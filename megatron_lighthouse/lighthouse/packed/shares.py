@@ -126,10 +126,12 @@ class Shares:
 
     @cached_property
     def copies(self) -> int:
-        """Chunks that an entry spills into at most: F tokens cross as many ends as chunks of so few tokens can have in them."""
+        """Chunks that an entry spills into at most: F tokens cross as many ends as chunks of so few tokens can have in them. A
+        power of two where there are so many chunks, so that batches have few numbers of them: each compiles kernels."""
         pooled = self.sizes[:, self.packing.counts[0] > 0]
-        least, others = int(pooled.min()) if pooled.numel() else self.window, len(self.sizes) - 1
-        return 1 + min((self.window - 2) // least + 1 if least else others, others)
+        least, chunks = int(pooled.min()) if pooled.numel() else self.window, len(self.sizes)
+        crossed = (self.window - 2) // least + 1 if least else chunks - 1
+        return min(1 << crossed.bit_length(), chunks)
 
     @cached_property
     def wanted(self) -> Tensor:

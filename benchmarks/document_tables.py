@@ -24,7 +24,8 @@ from megatron_lighthouse.sequence.layout import Layout
 
 OF_ROW = "bounds tiles budget unit_table window_starts rows gathered_length".split()
 OF_RANK = """
-    align own_at entry_at owns owners chunks_at wanted wants rows row_rank own_rows own_windows most_windows window_places
+    align entry_at owns owners chunks_at wanted gathers_at scatters_at rows row_at own_rows own_windows
+    most_windows window_places
 """.split()
 """What the scorer `norm` and the steps read."""
 
@@ -37,7 +38,13 @@ def make(lengths: list[int], ranks: int, device: str) -> None:
     if ranks > 1 and not packing.is_whole:
         shares = Shares.of(packing, Layout(ranks, 0))
         made += [getattr(shares, name) for name in OF_RANK]
-        made += [shares.pieces.unit_table, shares.pieces.window_starts, shares.align.slots, shares.align.back.slots]
+        made += [
+            shares.cut.own_at,
+            shares.pieces.unit_table,
+            shares.pieces.window_starts,
+            shares.align.slots,
+            shares.align.back.slots,
+        ]
 
 
 def main() -> None:

@@ -3,8 +3,9 @@
 One process a GPU, over NCCL, bf16, 8 heads of 128. Of each case first the equality: output and gradients of all ranks against
 those of one, error by norm, and the greatest of any element beside the greatest element. Then the bytes that a rank sent beside
 those of the plan, whether three repeats give the same bits (the copies and our kernels do, cuDNN's backward does not), and the
-times on one rank and on all: efficiency is one rank's over as many times that of all. Documents stand beside one document of
-their row. Leaves rings.csv and rings.json, as far as it came, after every case.
+times on one rank and on all: efficiency is one rank's over as many times that of all; and what a call takes the host from an
+idle GPU on. Documents stand beside one document of their row. Leaves rings.csv and rings.json, as far as it came, after every
+case.
 
 `--warm` runs every case once and times nothing: several of them side by side, each with its `--cases`, fill Triton's cache.
 `--device cpu` goes the whole way over gloo at a 128th of the length, and times nothing.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -50,6 +52,7 @@ from megatron_lighthouse.versions import environment
 from megatron_lighthouse.wall.attention import wall_attention
 
 HEADS, DIM = 8, 128
+LENGTHS = (32768, 98304)
 SHORTER = 128
 """How much shorter rows are on a CPU."""
 MEANS = {"documents, mean 8K": 8192, "documents, mean 32K": 32768}
@@ -116,8 +119,8 @@ class Case:
 
 
 CASES = [
-    *(Case(what, n) for what in ("parallax", "wall", "dense", "lighthouse") for n in (32768, 98304)),
-    *(Case(what, n) for what in MEANS for n in (32768, 98304)),
+    *(Case(what, n) for what in ("parallax", "wall", "dense", "lighthouse") for n in LENGTHS),
+    *(Case(what, n) for what in MEANS for n in LENGTHS),
 ]
 
 
@@ -157,8 +160,21 @@ def measure(case: Case, exchange: Exchange, device: str, warm: bool) -> dict[str
     if device == "cuda":
         one, many = times_of(alone, inputs), times_of(together, shards)
         row |= {f"{name}, one rank": x for name, x in one.items()} | {f"{name}, all": x for name, x in many.items()}
+        row["host ms"] = max(gathered(host_ms(partial(both, together, shards)), exchange))
         row["efficiency"] = round(one["fwd+bwd_ms"] / many["fwd+bwd_ms"] / exchange.size, 4)
     return row
+
+
+def host_ms(call: Callable[[], object]) -> float:
+    """Of one call on an idle GPU: waits for counts are in it, and the queue never fills up. The median of ten."""
+    spent = []
+    for _ in range(10):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        spent.append(1e3 * (time.perf_counter() - start))
+    torch.cuda.synchronize()
+    return round(statistics.median(spent), 3)
 
 
 def gathered(x: float, exchange: Exchange) -> list[float]:
@@ -178,7 +194,7 @@ def _rank(rank: int, options: argparse.Namespace, store: str) -> None:
     exchange = Exchange.over(dist.group.WORLD)
     assert exchange is not None
     rows: list[dict[str, Any]] = []
-    for case in (case for case in CASES if case.what in options.cases):
+    for case in (case for case in CASES if case.what in options.cases and case.tokens in options.lengths):
         if options.device == "cpu":
             case = Case(case.what, case.tokens // SHORTER)
         begun = time.monotonic()
@@ -212,6 +228,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2, choices=(2, 4, 8))
     names = list(dict.fromkeys(case.what for case in CASES))
     parser.add_argument("--cases", nargs="+", default=names, choices=names)
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, choices=LENGTHS)
     parser.add_argument("--warm", action="store_true")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     options = parser.parse_args()

@@ -13,13 +13,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_lighthouse.kernels import descriptors
+from megatron_lighthouse.kernels import descriptors, placed
 from megatron_lighthouse.kernels.launch import launch, padded
 from megatron_lighthouse.kernels.lighthouse import attended, causal
 from megatron_lighthouse.kernels.lighthouse.edge import edge_kernel
 from megatron_lighthouse.kernels.lighthouse.gather import gather_backward_kernel, gather_forward_kernel
 from megatron_lighthouse.kernels.lighthouse.mass import column_blocks_of, columns_kernel, rows_kernel
 from megatron_lighthouse.kernels.lighthouse.mass_finer import finer_kernel
+from megatron_lighthouse.kernels.lighthouse.packed import deal
 from megatron_lighthouse.kernels.lighthouse.packed.attended import packed_attended_kernel, stages_on
 from megatron_lighthouse.kernels.lighthouse.packed.gather import packed_gather_backward_kernel, packed_gather_forward_kernel
 from megatron_lighthouse.kernels.lighthouse.packed.scatter import packed_scatter_backward_kernel, packed_scatter_forward_kernel
@@ -34,7 +35,6 @@ from megatron_lighthouse.kernels.parallax import tiles
 from megatron_lighthouse.kernels.parallax.forward import forward_kernel
 from megatron_lighthouse.kernels.parallax.keys import keys_kernel
 from megatron_lighthouse.kernels.parallax.queries import queries_kernel
-from megatron_lighthouse.kernels.placed import placed_kernel
 from megatron_lighthouse.kernels.wall import crossing, decays, gathered, halving, halving_backward, halving_sums
 from megatron_lighthouse.kernels.wall import tiles as wall_tiles
 from megatron_lighthouse.kernels.wall.forward import forward_kernel as wall_forward_kernel
@@ -64,8 +64,11 @@ FP64 = {"p_between"}
 INT32 = {
     *("p_first", "p_ranks", "p_places", "p_documents", "p_tiles", "p_starts", "p_blocks"),
     *("p_bounds", "p_ends", "p_begin", "p_begun"),
+    *("p_row_at", "p_gathers_at", "p_scatters_at", "p_flags", "p_before", "p_gathered", "p_scattered"),
+    *(f"p_{way}_{table}" for way in ("out", "back") for table in ("leaving", "slots", "returning", "back_slots")),
 }
-INT64 = {"p_slots"}
+INT64 = {"p_slots", "p_leaving"}
+INT16 = {"p_owners", "p_wanted"}
 SIZES = 5
 """Of halves in Wall: what Lighthouse gathers of 98,304 tokens."""
 TENSOR_MEMORY = 512
@@ -105,8 +108,9 @@ def compile_all(capability: int, geometry: Geometry, dtype: str, dim: int) -> It
     how = launch("spread", dim, BYTES[dtype])
     shape = {"D": dim, "BLOCK_D": padded(dim)}
     yield _compile(merge_kernel, capability, dtype, {**shape, "BLOCK": how.rows}, how.warps)
-    constants = {"COPIES": 2, "BLOCK_W": padded(dim), "BLOCK": how.rows}
-    yield _compile(placed_kernel, capability, dtype, constants, how.warps)
+    constants = {"BLOCK_W": padded(dim), "BLOCK": how.rows}
+    yield _compile(placed.taken_kernel, capability, dtype, constants, how.warps)
+    yield _compile(placed.placed_kernel, capability, dtype, {**constants, "COPIES": 2}, how.warps)
     yield _compile(edge_kernel, capability, dtype, {**size, "ADD": True}, 1)
     how = launch("score", dim, BYTES[dtype])
     block, digit, fused = blocks_of(geometry, how.rows)
@@ -154,6 +158,8 @@ def compile_packed(capability: int, geometry: Geometry, dtype: str, dim: int) ->
     constants = {**levels, "PIN_FIRST": True, "BLOCK": block, "ONE": one}
     yield _compile(packed_refine_kernel, capability, dtype, constants, warps_of(block), **limit_of(capability))
     yield _compile(packed_place_kernel, capability, dtype, {**levels, "BLOCK": 256}, 4)
+    for kernel in (deal.flags_kernel, deal.tables_kernel):
+        yield _compile(kernel, capability, dtype, {"COPIES": 2, "BLOCK": deal.BLOCK}, 4)
     blocks = attended.blocks_of(dim, BYTES[dtype])
     constants = {**shape, "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
     yield _compile(packed_attended_kernel, capability, dtype, constants, blocks.warps, num_stages=stages_on(capability, blocks))
@@ -240,13 +246,13 @@ def _compile(kernel: Any, capability: int, dtype: str, constants: Mapping[str, A
             signature[name] = ("i32", "i32", "constexpr")
             given[i, 2] = 1
             aligned |= {(i, j): [["tt.divisibility", 16]] for j in range(2)}
-        elif name.startswith("strides"):
+        elif name.startswith("strides") or name == "widths":
             signature[name] = ("i32", "i32", "i32")
             aligned |= {(i, j): [["tt.divisibility", 16]] for j in range(3)}
         elif exact and not name.startswith("p_"):
             signature[name] = "i32"
         else:
-            wider = {"fp64": FP64, "i32": INT32, "i64": INT64}
+            wider = {"fp64": FP64, "i32": INT32, "i64": INT64, "i16": INT16}
             kind = "fp32" if name in FP32 or name in sums else next((k for k, names in wider.items() if name in names), dtype)
             signature[name] = f"*{kind}" if name.startswith("p_") else "i32"
             aligned[i,] = [["tt.divisibility", 16]]

@@ -1,6 +1,12 @@
-"""Placed: rows put together from those of this rank and those that others sent; see `context_parallel.transfer`."""
+"""Rows of this rank taken for others, and put together from its own and what others sent; see `context_parallel.transfer`.
+
+Of up to three tensors in one launch.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -10,53 +16,132 @@ from megatron_lighthouse.kernels.launch import cdiv, enqueue, last_contiguous, l
 
 MOST = 1024
 """Elements of a row that one program holds at a time."""
+TOGETHER = 3
+"""Tensors of a launch."""
 
 
-@triton.jit(repr=lambda _: "lighthouse_placed")
-def placed_kernel(
-    p_own,
-    p_others,
-    p_slots,
-    p_out,
-    own,
-    stride_own,
-    stride_others,
+@triton.jit
+def _tensor_of(p_a, p_b, p_c, strides, widths):
+    """The tensor of this program: pointer, stride and width; and the elements of a message before its own."""
+    if tl.program_id(2) == 0:
+        p_x, stride, width, before = p_a, strides[0], widths[0], widths[0] * 0
+    elif tl.program_id(2) == 1:
+        p_x, stride, width, before = p_b, strides[1], widths[1], widths[0]
+    else:
+        p_x, stride, width, before = p_c, strides[2], widths[2], widths[0] + widths[1]
+    return p_x, stride, width, before
+
+
+@triton.jit(repr=lambda _: "lighthouse_taken", do_not_specialize=["length"])
+def taken_kernel(
+    p_a,
+    p_b,
+    p_c,
+    p_leaving,
+    p_message,
+    strides,
+    widths,
+    stride_message,
     length,
-    W,
+    BLOCK_W: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program (block of rows, block of their elements, tensor)."""
+    i_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i_w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    p_x, stride, width, before = _tensor_of(p_a, p_b, p_c, strides, widths)
+    m_row, m_w = i_row < length, (i_w < width)[None, :]
+    row = tl.load(p_leaving + i_row, mask=m_row, other=0).to(tl.int64)
+    x = tl.load(p_x + row[:, None] * stride + i_w[None, :], mask=m_row[:, None] & m_w, other=0.0)
+    p_message += i_row.to(tl.int64)[:, None] * stride_message + before + i_w[None, :]
+    tl.store(p_message, x, mask=m_row[:, None] & m_w)
+
+
+@triton.jit(repr=lambda _: "lighthouse_placed", do_not_specialize=["length"])
+def placed_kernel(
+    p_a,
+    p_b,
+    p_c,
+    p_message,
+    p_slots,
+    p_out_a,
+    p_out_b,
+    p_out_c,
+    strides,
+    widths,
+    stride_message,
+    length,
     COPIES: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program (block of rows, block of their elements)."""
+    """Program (block of rows, block of their elements, tensor)."""
     i_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     i_w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
-    m_row, m_w = i_row < length, (i_w < W)[None, :]
+    p_own, stride, width, before = _tensor_of(p_a, p_b, p_c, strides, widths)
+    p_out, _, _, _ = _tensor_of(p_out_a, p_out_b, p_out_c, strides, widths)
+    m_row, m_w = i_row < length, (i_w < width)[None, :]
     total = tl.zeros([BLOCK, BLOCK_W], tl.float32)
     for _ in tl.static_range(COPIES):
-        slot = tl.load(p_slots + i_row, mask=m_row, other=-1)
+        slot = tl.load(p_slots + i_row, mask=m_row, other=-1).to(tl.int64)
         p_slots += length
-        m_own, m_other = (slot >= 0) & (slot < own), slot >= own
-        row = tl.load(p_own + slot[:, None] * stride_own + i_w[None, :], mask=m_own[:, None] & m_w, other=0.0)
-        other = (slot - own)[:, None] * stride_others
-        other_row = tl.load(p_others + other + i_w[None, :], mask=m_other[:, None] & m_w, other=0.0)
-        total += tl.where(m_own[:, None], row, other_row).to(tl.float32)
-    p_out += i_row.to(tl.int64)[:, None] * W + i_w[None, :]
+        m_own, m_other = slot >= 0, slot < -1
+        row = tl.load(p_own + slot[:, None] * stride + i_w[None, :], mask=m_own[:, None] & m_w, other=0.0)
+        p_other = p_message + (-2 - slot)[:, None] * stride_message + before + i_w[None, :]
+        other = tl.load(p_other, mask=m_other[:, None] & m_w, other=0.0)
+        total += tl.where(m_own[:, None], row, other).to(tl.float32)
+    p_out += i_row.to(tl.int64)[:, None] * width + i_w[None, :]
     tl.store(p_out, total.to(p_out.dtype.element_ty), mask=m_row[:, None] & m_w)
 
 
-def placed(own: Tensor, others: Tensor, slots: Tensor) -> Tensor:
+def taken(rows: Sequence[Tensor], leaving: Tensor) -> Tensor:
+    """See `megatron_lighthouse.context_parallel.transfer.taken`."""
+    message = rows[0].new_empty(len(leaving), sum(x.shape[1] for x in rows))
+    for few, part in _parts(rows, message):
+        _launch(taken_kernel, few, (leaving, part), len(leaving), part)
+    return message
+
+
+def placed(rows: Sequence[Tensor], message: Tensor, slots: Tensor) -> list[Tensor]:
     """See `megatron_lighthouse.context_parallel.transfer.placed`."""
-    own, others = last_contiguous(own), last_contiguous(others)
-    (copies, length), width = slots.shape, own.shape[1]
-    out = own.new_empty(length, width)
-    block = min(MOST, padded(width))
-    how = launch("spread", block, own.element_size())
+    copies, length = slots.shape
+    made = list[Tensor]()
+    for few, part in _parts(rows, message):
+        out = [x.new_empty(length, x.shape[1]) for x in few]
+        _launch(placed_kernel, few, (part, slots, *_three(out)), length, part, COPIES=copies)
+        made += out
+    return made
+
+
+def _parts(rows: Sequence[Tensor], message: Tensor) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """A few tensors at a time, and what is theirs of the rows of a message."""
+    before = 0
+    for first in range(0, len(rows), TOGETHER):
+        few = [last_contiguous(x) for x in rows[first : first + TOGETHER]]
+        yield few, message[:, before:]
+        before += sum(x.shape[1] for x in few)
+
+
+def _three(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """As a kernel takes them: the last again in place of those that are not there."""
+    return [*tensors, *[tensors[-1]] * (TOGETHER - len(tensors))]
+
+
+def _launch(
+    kernel: Any, rows: Sequence[Tensor], others: Sequence[Tensor], length: int, message: Tensor, **constants: int
+) -> None:
+    """Over `length` rows of each tensor."""
+    if length == 0:
+        return
+    three = _three(rows)
+    widths = [x.shape[1] for x in three]
+    block = min(MOST, padded(max(widths)))
+    how = launch("spread", block, rows[0].element_size())
     enqueue(
-        placed_kernel,
-        (cdiv(length, how.rows), cdiv(width, block), 1),
-        (own, others, slots, out),
-        (len(own), own.stride(0), others.stride(0), length, width),
-        {"COPIES": copies, "BLOCK_W": block, "BLOCK": how.rows},
+        kernel,
+        (cdiv(length, how.rows), cdiv(max(widths), block), len(rows)),
+        (*three, *others),
+        (tuple(x.stride(0) for x in three), tuple(widths), message.stride(0), length),
+        {**constants, "BLOCK_W": block, "BLOCK": how.rows},
         num_warps=how.warps,
     )
-    return out

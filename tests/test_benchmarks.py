@@ -72,6 +72,14 @@ def test_a_case_runs(case: str) -> None:
 
 
 @pytest.mark.slow
+def test_documents_over_ranks_launch_little() -> None:
+    """Of the host's time most is spent on launches: the deal alone once had a hundred."""
+    words = printed("document_host.py", "--only-count")
+    forward, backward = (int(words[words.index(way) - 3]) for way in ("forward", "backward"))
+    assert 10 < forward <= 28
+    assert 10 < backward <= 25
+
+
 def test_lighthouse_around_wall_launches_little() -> None:
     """Launches are the host's time: with 225 it was busier than an H200."""
     *_, count, _, _ = printed("launches.py")

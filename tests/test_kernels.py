@@ -163,7 +163,7 @@ CAPABILITIES = (90, 100)
 def test_compiles_for_hopper_and_blackwell_without_spills(capability: int, layer: str) -> None:
     calls = [("compile_all", c, *LAYERS[one]) for one in ([FIRST] if layer == FIRST else REST) for c in CAPABILITIES]
     reports = compiled(*calls)["compile_all", capability, *LAYERS[layer]]
-    assert len(reports) == 20
+    assert len(reports) == 21
     for kernel, registers, shared_bytes, spilled_bytes in reports:
         print(f"sm_{capability} {kernel}: {registers} registers, {shared_bytes} bytes shared, {spilled_bytes} spilled")
         assert spilled_bytes == 0, kernel

@@ -13,7 +13,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from megatron_lighthouse.context_parallel.transfer import Queue, Way
+from megatron_lighthouse.context_parallel.transfer import Between, Queue
 from megatron_lighthouse.sequence.documents import Documents, repeated, runs
 from megatron_lighthouse.sequence.layout import Layout
 
@@ -62,7 +62,7 @@ class Windows:
         return self._runs(own + halo)
 
     @cached_property
-    def way(self) -> Way:
+    def way(self) -> Between:
         """From this rank's tokens to the far rows of all ranks."""
         size, rank = self.layout.size, self.layout.rank
         rows = [self.documents.rows_of_rank(Layout(size, other)) for other in range(size)]
@@ -79,7 +79,7 @@ class Windows:
         receives = Queue.of(owner[tokens[rank]], places[rank], span, size)
         to, came = torch.stack([sends.counts, receives.counts]).tolist()  # which the host reads once a micro-batch
         away = sends.end(to, place[wanted], held, copy, self.copies)
-        return Way(away, receives.end(came, places[rank], len(tokens[rank])), rank)
+        return Between(away, receives.end(came, places[rank], len(tokens[rank])), rank)
 
     @cached_property
     def copies(self) -> int:

@@ -188,14 +188,14 @@ class _Sum:
         if self.total is None:
             self.part = rows, part
         else:
-            self.total[rows] += part
+            self.total[rows].add_(part)
 
     def with_own(self, own: Tensor) -> Tensor:
         if self.total is not None:
             return (self.total + own).to(self.like.dtype)
         if self.part is not None:
             rows, part = self.part
-            own[rows] += part
+            own[rows].add_(part)
         return own
 
 

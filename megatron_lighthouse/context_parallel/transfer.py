@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,42 +38,74 @@ class End:
         return slice(begin, begin + self.counts[rank])
 
 
+class Way(Protocol):
+    """From the rows of this rank at one end, here, to those at the other, there. What stays on a rank is in no message."""
+
+    @property
+    def leaving(self) -> Tensor:
+        """[·] integers: the rows that go to other ranks, in order."""
+
+    @property
+    def slots(self) -> Tensor:
+        """[copies, rows there] integers: where each copy of each row comes from. A row here has its number, row i of what other
+        ranks send is -2 - i; -1 where none comes."""
+
+    @property
+    def counts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Rows to every other rank, and from it."""
+
+    @property
+    def back(self) -> Way:
+        """From there to here."""
+
+
 @dataclass(frozen=True, eq=False)
-class Way:
-    """From the rows at this end, here, to those at this end, there. What stays on a rank is in no message."""
+class Between:
+    """A way as its ends list it. Only the rows of one of both may travel to several places."""
 
     here: End
     there: End
-    """Only the rows of one of both may travel to several places."""
     rank: int
 
     @cached_property
-    def back(self) -> Way:
-        """From there to here."""
-        return Way(self.there, self.here, self.rank)
+    def back(self) -> Between:
+        return Between(self.there, self.here, self.rank)
 
     @cached_property
     def leaving(self) -> Tensor:
-        """[·] int64: the rows that go to other ranks, in order."""
         kept = self.here.kept(self.rank)
         return torch.cat([self.here.rows[: kept.start], self.here.rows[kept.stop :]])
 
     @cached_property
     def counts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """To every other rank, and from it."""
         to, by = ([n * (rank != self.rank) for rank, n in enumerate(end.counts)] for end in (self.here, self.there))
         return tuple(to), tuple(by)
 
     @cached_property
     def slots(self) -> Tensor:
-        """[copies, rows there] int64: where each copy of each row is, among the rows here and then those of other ranks; -1
-        where none comes."""
         here, there, kept = self.here, self.there, self.there.kept(self.rank)
-        others = torch.arange(here.length, here.length + len(there.rows) - there.counts[self.rank], device=there.rows.device)
+        others = -2 - torch.arange(len(there.rows) - there.counts[self.rank], device=there.rows.device)
         come = torch.cat([others[: kept.start], here.rows[here.kept(self.rank)], others[kept.start :]])
         place = there.rows if there.copy is None else there.copy * there.length + there.rows
         slots = come.new_full((there.copies * there.length,), -1)
         return slots.scatter_(0, place, come).view(there.copies, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A way whose tables are there."""
+
+    leaving: Tensor
+    slots: Tensor
+    counts: tuple[tuple[int, ...], tuple[int, ...]]
+    returning: Tensor
+    """`leaving` of the way back."""
+    back_slots: Tensor
+    """`slots` of the way back."""
+
+    @property
+    def back(self) -> Found:
+        return Found(self.returning, self.back_slots, (self.counts[1], self.counts[0]), self.leaving, self.slots)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,27 +175,45 @@ def _move(rows: Sequence[Tensor], transfer: Transfer, way: Way) -> tuple[Tensor,
     moved: list[Tensor] = [*rows]
     for dtype in {x.dtype: None for x in rows}:
         alike = [i for i, x in enumerate(rows) if x.dtype == dtype]
-        message = torch.cat([rows[i].index_select(0, way.leaving).flatten(1) for i in alike], 1)
-        message = transfer.exchange.all_to_all(message, transfer.purpose, *way.counts)
-        others = message.split([rows[i][0].numel() for i in alike], 1)
-        for i, other in zip(alike, others, strict=True):
-            moved[i] = placed(rows[i].flatten(1), other, way.slots).unflatten(1, rows[i].shape[1:])
+        flat = [rows[i].flatten(1) for i in alike]
+        message = transfer.exchange.all_to_all(taken(flat, way.leaving), transfer.purpose, *way.counts)
+        for i, x in zip(alike, placed(flat, message, way.slots), strict=True):
+            moved[i] = x.view(len(x), *rows[i].shape[1:])
     return tuple(moved)
 
 
-def placed(own: Tensor, others: Tensor, slots: Tensor) -> Tensor:
-    """[n, W]: of [copies, n] slots among `own` rows and then `others`, [·, W] each; the sum of a row's copies, in order.
+def taken(rows: Sequence[Tensor], leaving: Tensor) -> Tensor:
+    """[n, W]: the rows [n] `leaving` of tensors [·, W_i] of one dtype, side by side."""
+    if _by_triton(rows[0]):
+        from megatron_lighthouse.kernels.placed import taken as kernel
+
+        return kernel(rows, leaving)
+    return torch.cat([x.index_select(0, leaving) for x in rows], 1)
+
+
+def placed(rows: Sequence[Tensor], message: Tensor, slots: Tensor) -> list[Tensor]:
+    """[n, W_i] of each tensor, of [copies, n] slots (see `Way.slots`) among its `rows` [·, W_i] and its part of those of a
+    `message` as `taken` makes it; the sum of a row's copies, in order.
 
     Sums of several are in fp32, or as rows are where these are wider.
     """
-    if triton_takes(own) and own.is_floating_point():
+    if _by_triton(message):
         from megatron_lighthouse.kernels.placed import placed as kernel
 
-        return kernel(own, others, slots)
-    rows = torch.cat([own, others, own.new_zeros(1, own.shape[1])])
-    if len(slots) == 1:
-        return rows[slots[0]]
-    total = torch.zeros(slots.shape[1], own.shape[1], dtype=torch.promote_types(own.dtype, torch.float32), device=own.device)
-    for copy in slots:
-        total += rows[copy]
-    return total.to(own.dtype)
+        return kernel(rows, message, slots)
+    made = []
+    for own, others in zip(rows, message.split([x.shape[1] for x in rows], 1), strict=True):
+        among = torch.cat([own, others, own.new_zeros(1, own.shape[1])])
+        index = torch.where(slots < -1, len(own) - 2 - slots, slots)
+        if len(slots) == 1:
+            made.append(among[index[0]])
+            continue
+        total = torch.zeros_like(among[index[0]], dtype=torch.promote_types(own.dtype, torch.float32))
+        for copy in index:
+            total += among[copy]
+        made.append(total.to(own.dtype))
+    return made
+
+
+def _by_triton(x: Tensor) -> bool:
+    return triton_takes(x) and x.is_floating_point()

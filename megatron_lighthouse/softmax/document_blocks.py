@@ -133,7 +133,7 @@ class AllAtOnce:
         self, grad: Tensor, near: Tensors, far: Tensors, part: Part, nears: Lengths, fars: Lengths
     ) -> tuple[Tensors, Tensors]:
         g, q, k, v, o = (x.squeeze(1) for x in (grad, *near, *far, *part.averages))
-        none = torch.zeros(2, dtype=torch.uint64, device=q.device)  # no dropout, so its seed and offset are not read
+        none = torch.empty(2, dtype=torch.uint64, device=q.device)  # no dropout, so its seed and offset are not read
         given = (g.contiguous(), q, k, v, o.contiguous(), part.lse.squeeze(0).contiguous(), *self._how(nears, fars))
         dq, dk, dv = aten._flash_attention_backward(*given, none, none, **self._options)
         return (dq.unsqueeze(1),), (dk.unsqueeze(1), dv.unsqueeze(1))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.context_parallel.transfer import Queue, Transfer, Way
+from megatron_lighthouse.context_parallel.transfer import Between, Queue, Transfer
 from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.wall.pieces import Sight
 
@@ -75,6 +75,6 @@ def ways(documents: Documents, exchange: Exchange) -> tuple[Transfer, Transfer]:
         goes, comes = (Queue.of(partner[x], x, len(row), size) for partner, x in ((of_sequence, own), (of_documents, wanted)))
         counts, number = torch.cat([goes.counts, comes.counts]).tolist(), torch.arange(len(own), device=row.device)
         here, there = (queue.end(n, number, len(own)) for queue, n in ((goes, counts[:size]), (comes, counts[size:])))
-        way = Way(here, there, exchange.rank)
+        way = Between(here, there, exchange.rank)
         made[exchange] = Transfer(exchange, PURPOSE, way), Transfer(exchange, PURPOSE, way.back)
     return made[exchange]

@@ -138,7 +138,10 @@ def test_as_many_rows_are_dealt_as_are_expected(size: int) -> None:
     packing, (query, key, _) = Packing.of(documents, config.rule), tensors(packed)
     (entries,) = lighthouse_select(query, key, config, cu_seqlens=documents)
     shares = Shares.of(packing, Layout(size, 0))
-    gathers, attends = shares.owners[entries].long(), shares.row_rank[: entries.shape[1]].long().expand_as(entries)
+    gathers, attends = (
+        shares.owners[entries].long(),
+        (shares.row_at[: entries.shape[1]] // len(shares.own_rows)).expand_as(entries),
+    )
     moved = gathers != attends
     expected = torch.tensor([dealt(packing, Layout(size, rank)) for rank in range(size)])
     for ways, rank in zip(expected.t(), (gathers, attends), strict=True):

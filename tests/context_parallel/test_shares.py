@@ -39,7 +39,7 @@ def test_each_token_and_window_has_one_rank(drawn: tuple[Packing, list[Shares]])
     assert torch.equal(entries.sort().values, torch.arange(packing.pyramid_length))
     for rank, x in enumerate(ranks):
         assert (x.owners[x.entry_at[x.owns]] == rank).all()
-        assert torch.equal(x.cut.token_at[x.own_at], rows_of_ranks(row_of(packing.lengths), len(ranks))[rank])
+        assert torch.equal(x.cut.token_at[x.cut.own_at], rows_of_ranks(row_of(packing.lengths), len(ranks))[rank])
     if sum(packing.windows):
         most = ranks[0].most_windows
         for x in ranks:
@@ -90,9 +90,9 @@ def test_tables_ask_the_device_of_the_row_nothing(drawn: tuple[Packing, list[Sha
 
     def tables(x: Shares) -> dict[str, torch.Tensor]:
         of_pieces = {"unit_table": x.pieces.unit_table, "window_starts": x.pieces.window_starts}
-        names = (
-            "own_at entry_at owns owners chunks_at wanted wants row_rank own_rows own_windows window_places own_inside".split()
-        )
+        names = "entry_at owns owners chunks_at wanted wants gathers_at scatters_at row_at own_rows own_windows".split()
+        names += "window_places own_inside".split()
+        of_pieces["own_at"] = x.cut.own_at
         return of_pieces | {"there": x.align.slots, "here": x.align.back.slots} | {name: getattr(x, name) for name in names}
 
     for rank, x in enumerate(ranks):

@@ -7,80 +7,82 @@ document zigzag, as their tokens are. All rows of all documents that pass betwee
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
-import torch
+import numpy
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.context_parallel.transfer import Queue, Transfer, Way
+from megatron_lighthouse.context_parallel.transfer import Found, Transfer
 from megatron_lighthouse.lighthouse.packed.shares import Shares
+from megatron_lighthouse.lighthouse.packed.tables import SECTIONS, Tables, WayTables, tables_of
 from megatron_lighthouse.lighthouse.selection import Selection
 
 
 @dataclass(frozen=True)
 class DocumentDeal:
-    """Of one selection."""
+    """Of one selection. What is found late, is found while the device gathers."""
 
-    gathered: Selection
-    """The rows that this rank gathers, among the entries of its pieces."""
-    scattered: Selection
-    """The rows that it scatters, likewise."""
-    out: Transfer
-    """From the rank that gathers a row to the one that attends to it."""
-    back: Transfer
-    """From there to those that scatter it."""
-    groups: int
+    shares: Shares
+    exchange: Exchange
+    tables: Tables
+    before: list[int]
+    """Flags before each block of S / C of them (see `packed.tables`)."""
 
     @staticmethod
     def of(selection: Selection, shares: Shares, exchange: Exchange) -> DocumentDeal:
         """The deal of a selection among the whole row, which all ranks know.
 
-        Waits for the device once: how much is sent must be known to the host.
+        Waits for the device once: how much is sent must be known to the host. Messages of one size whatever is selected would
+        be twenty times as long, and longer than those of attention: all that a tile refines may lie before the end of a chunk.
         """
-        size, chunks, device = exchange.size, 2 * exchange.size, selection.places.device
-        places, groups, attended = selection.places[0].long(), selection.places.shape[1], len(shares.own_rows)
-        group = torch.arange(groups, device=device).unsqueeze(1)
-        span = groups * shares.rows.tokens * chunks
+        tables, before = tables_of(selection.places[0], shares)
+        return DocumentDeal(shares, exchange, tables, before.tolist())
 
-        # of each entry of this rank's pieces: its row among all, and whether that is gathered or scattered here
-        row = places[:, shares.entry_at]
-        owns, wants = ((x & (row >= 0)) for x in (shares.owns, shares.wants))
-        attends = shares.row_rank[row.clamp(min=0)]
-        key = (group * shares.rows.tokens + row.clamp(min=0)) * chunks
-        gathers = Queue.of(attends.where(owns, size), key, span, size)
-        scatters = Queue.of(attends.where(wants, size), key + shares.chunks_at, span, size)
+    @property
+    def groups(self) -> int:
+        return len(self.tables.gathered)
 
-        # of each row that this rank attends to: the rank that gathers it, and the chunks that it spills into
-        real = shares.own_rows < selection.length
-        entry = selection.indices[0][:, shares.own_rows.clamp(max=selection.length - 1)]
-        key = (group * shares.rows.tokens + shares.own_rows) * chunks
-        comes = Queue.of(shares.owners[entry].where(real, size), key, span, size)
-        chunk = shares.wanted[:, entry].long()
-        target = torch.minimum(chunk, chunks - 1 - chunk).where((chunk >= 0) & real, size)
-        goes = Queue.of(target, key + chunk.clamp(min=0), span, size)
+    @cached_property
+    def gathered(self) -> Selection:
+        """The rows that this rank gathers, among the entries of its pieces."""
+        return Selection(self.shares.pieces, self.tables.gathered.unsqueeze(0), self._most(0))
 
-        queues = (gathers, comes, goes, scatters)
-        most = torch.stack([x.sum(1).max() for x in (owns, wants)])
-        numbers = torch.cat([*(queue.counts for queue in queues), most]).tolist()
-        counts = [numbers[i * size : (i + 1) * size] for i in range(len(queues))]
-        gathered, scattered = (max(1, n) for n in numbers[-2:])
-        number = torch.arange(attended, device=device) * groups + group
-        copies = len(chunk)
-        copy = torch.arange(copies, device=device).view(-1, 1, 1).expand_as(chunk)
-        own, wanted = (x.cumsum(1) - 1 for x in (owns, wants))
-        ends = (
-            gathers.end(counts[0], own * groups + group, groups * gathered),
-            comes.end(counts[1], number, groups * attended),
-            goes.end(counts[2], number.expand_as(chunk), groups * attended, copy, copies),
-            scatters.end(counts[3], wanted * groups + group, groups * scattered),
-        )
-        return DocumentDeal(
-            Selection(shares.pieces, own.where(owns, -1).int().unsqueeze(0), gathered),
-            Selection(shares.pieces, wanted.where(wants, -1).int().unsqueeze(0), scattered),
-            Transfer(exchange, "deal", Way(ends[0], ends[1], exchange.rank)),
-            Transfer(exchange, "deal", Way(ends[2], ends[3], exchange.rank)),
-            groups,
-        )
+    @cached_property
+    def scattered(self) -> Selection:
+        """The rows that it scatters, likewise."""
+        return Selection(self.shares.pieces, self.tables.scattered.unsqueeze(0), self._most(3))
+
+    @cached_property
+    def out(self) -> Transfer:
+        """From the rank that gathers a row to the one that attends to it."""
+        out = self.tables.out
+        back_slots = out.back_slots[:, : self.gathered.length * self.groups]
+        return self._transfer(out._replace(back_slots=back_slots), self._counts(0), self._counts(1))
+
+    @cached_property
+    def back(self) -> Transfer:
+        """From there to those that scatter it."""
+        back = self.tables.back
+        slots = back.slots[:, : self.scattered.length * self.groups]
+        return self._transfer(back._replace(slots=slots), self._counts(2), self._counts(3))
+
+    def _transfer(self, way: WayTables, to: tuple[int, ...], by: tuple[int, ...]) -> Transfer:
+        lists = way.leaving[: sum(to)], way.slots, (to, by), way.returning[: sum(by)], way.back_slots
+        return Transfer(self.exchange, "deal", Found(*lists))
+
+    def _counts(self, section: int) -> tuple[int, ...]:
+        """Rows of each rank but this one."""
+        (begin, each), blocks = SECTIONS[section], self.exchange.size * self.groups
+        bounds = self.before[begin * blocks : (begin + each) * blocks + 1 : self.groups * each]
+        return tuple((end - start) * (rank != self.exchange.rank) for rank, (start, end) in enumerate(pairwise(bounds)))
+
+    def _most(self, section: int) -> int:
+        """Rows of the group that has most; 1 at least."""
+        (begin, each), blocks = SECTIONS[section], self.exchange.size * self.groups
+        of_blocks = numpy.diff(self.before[begin * blocks : (begin + each) * blocks + 1 : each])
+        return max(1, int(of_blocks.reshape(-1, self.groups).sum(0).max()))
 
     def deal(self, *rows: Tensor) -> tuple[Tensor, ...]:
         """Rows as gathered, [·, 1, ·, D] each, to rows as attended to, [S filled up / C, 1, ·, D]; differentiable."""

@@ -98,7 +98,7 @@ class ShardedPackedLayer:
         query, key, value = deal.deal(*self.steps.gather(query, key, value, deal.gathered, self.rotary))
         with profiled("attend"):
             attended = attend(query, key, value, shares.rows, *own)
-        return ShardedAttended(deal.deal_back(attended), deal.scattered, shares.own_at, self.steps)
+        return ShardedAttended(deal.deal_back(attended), deal.scattered, shares.cut.own_at, self.steps)
 
     def select(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
         """[1, G, S / C] int64: the entries whose rows this rank attends to, as numbered without ranks; -1 for rows that fill
@@ -138,5 +138,4 @@ class _Own(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         out = grad.new_zeros(ctx.length, *grad.shape[1:])
-        out[ctx.rows] = grad
-        return out, None
+        return out.index_copy_(0, ctx.rows, grad), None

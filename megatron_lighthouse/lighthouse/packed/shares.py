@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.context_parallel.transfer import Way
+from megatron_lighthouse.context_parallel.transfer import Between
 from megatron_lighthouse.lighthouse.packed.align import arriving, leaving
 from megatron_lighthouse.lighthouse.packed.maps import Maps
 from megatron_lighthouse.lighthouse.packed.packing import Packing, bounds_of, integers
@@ -39,7 +39,7 @@ class Shares:
         self.cut_here = Cut.of(here, self.sizes, layout)
         """The pieces of this rank, on the CPU."""
         self.cut = self.cut_here.on(packing)
-        self.pieces = self.cut.pieces
+        self.pieces, self.maps = self.cut.pieces, Maps.of(packing)
 
     @staticmethod
     def of(packing: Packing, layout: Layout) -> Shares:
@@ -51,10 +51,7 @@ class Shares:
 
     def _by_entry(self, tokens: Tensor, windows: Tensor) -> Tensor:
         """[..., entries of all levels], from what tokens and coarsest windows have."""
-        pooling, top = self.packing.pooling, self.packing.levels - 1
-        return torch.cat(
-            [tokens, *(windows.repeat_interleave(pooling ** (top - level), -1) for level in range(1, top + 1))], -1
-        )
+        return torch.cat([tokens, *(windows.repeat_interleave(each, -1) for each in self._each)], -1)
 
     def _on_device(self, x: Tensor) -> Tensor:
         return x.to(self.device, non_blocking=True)
@@ -66,11 +63,6 @@ class Shares:
     def _sizes(self) -> Tensor:
         """`sizes`, on the device."""
         return self._on_device(self.sizes)
-
-    @cached_property
-    def maps(self) -> Maps:
-        """Of the row."""
-        return Maps.of(self.packing)
 
     @cached_property
     def chunk(self) -> Tensor:
@@ -89,15 +81,10 @@ class Shares:
         return self._rank(self.chunk).scatter_(0, self.maps.inside, owner)
 
     @cached_property
-    def align(self) -> Way:
+    def align(self) -> Between:
         """From tokens as this rank holds them to tokens of its pieces: those that it owns travel there."""
         given = self.cut_here, self.sizes, self.layout, self.device
-        return Way(leaving(*given), arriving(*given), self.layout.rank)
-
-    @property
-    def own_at(self) -> Tensor:
-        """[t / C]: this rank's tokens, as it holds them, among those of its pieces."""
-        return self.cut.own_at
+        return Between(leaving(*given), arriving(*given), self.layout.rank)
 
     @cached_property
     def entry_at(self) -> Tensor:
@@ -139,10 +126,12 @@ class Shares:
 
     @cached_property
     def copies(self) -> int:
-        """Chunks that an entry spills into at most: F tokens cross as many ends as chunks of so few tokens can have in them."""
+        """Chunks that an entry spills into at most: F tokens cross as many ends as chunks of so few tokens can have in them. A
+        power of two where there are so many chunks, so that batches have few numbers of them: each compiles kernels."""
         pooled = self.sizes[:, self.packing.counts[0] > 0]
-        least, others = int(pooled.min()) if pooled.numel() else self.window, len(self.sizes) - 1
-        return 1 + min((self.window - 2) // least + 1 if least else others, others)
+        least, chunks = int(pooled.min()) if pooled.numel() else self.window, len(self.sizes)
+        crossed = (self.window - 2) // least + 1 if least else chunks - 1
+        return min(1 << crossed.bit_length(), chunks)
 
     @cached_property
     def wanted(self) -> Tensor:
@@ -155,6 +144,19 @@ class Shares:
             document = self._by_entry(self.maps.document, self.maps.window_document)
             there &= self._sizes[chunk.clamp(max=len(self.sizes) - 1).long(), document] > 0
         return chunk.where(there, -1)
+
+    @cached_property
+    def gathers_at(self) -> Tensor:
+        """[entries of the row] int32: which entry of the pieces each is that this rank gathers; -1 of the others."""
+        number = torch.arange(len(self.owns), device=self.device)
+        return _inverse(self.entry_at.where(self.owns, len(self.owners)), number, len(self.owners))
+
+    @cached_property
+    def scatters_at(self) -> Tensor:
+        """[2, entries of the row] int32: likewise, of those that this rank scatters over its early and over its late chunk."""
+        number, entries = torch.arange(len(self.wants), device=self.device), len(self.owners)
+        place = (self.chunks_at >= self.layout.size) * entries + self.entry_at
+        return _inverse(place.where(self.wants, 2 * entries), number, 2 * entries).view(2, -1)
 
     @cached_property
     def wants(self) -> Tensor:
@@ -171,9 +173,11 @@ class Shares:
         return Documents(self._on_device(bounds_of(integers(lengths))), lengths)
 
     @cached_property
-    def row_rank(self) -> Tensor:
-        """[S filled up]: the rank that attends to each row."""
-        return self._rank(_chunks(self.rows.chunk_sizes(self.layout.size), self.rows.tokens))
+    def row_at(self) -> Tensor:
+        """[S filled up] int32: where each row is among those of all ranks, as they attend to them: first those of rank 0."""
+        chunk = _chunks(self.rows.chunk_sizes(self.layout.size), self.rows.tokens)
+        order = (2 * self._rank(chunk) + (chunk >= self.layout.size)).sort(stable=True).indices
+        return _inverse(order, torch.arange(len(order), device=self.device), len(order))
 
     @cached_property
     def own_rows(self) -> Tensor:
@@ -196,11 +200,16 @@ class Shares:
         ends = torch.minimum(self.sizes.cumsum(0) // self.window, self.packing.counts[0])
         return ends.diff(dim=0, prepend=torch.zeros_like(ends[:1]))
 
+    @property
+    def _of_ranks(self) -> Tensor:
+        """[C], on the CPU: windows that each rank owns."""
+        each = self._owned.sum(1)
+        return (each + each.flip(0))[: self.layout.size]
+
     @cached_property
     def most_windows(self) -> int:
         """That any rank owns."""
-        each = self._owned.sum(1)
-        return int((each + each.flip(0)).max())
+        return int(self._of_ranks.max())
 
     @cached_property
     def window_places(self) -> Tensor:
@@ -236,27 +245,52 @@ class Shares:
         out[inside] = self.whole(x[self.own_inside].unflatten(0, (-1, self.window)), exchange, purpose).flatten(0, 1)
         return out
 
-    def own_scores(self, scores: Tensor) -> Tensor:
-        """[2, 1, G, coarse length] of the windows that this rank owns, from those of its pieces."""
-        pooling, top = self.packing.pooling, self.packing.levels - 1
-        each = [pooling ** (top - level) for level in range(1, top + 1)]
-        levels = scores.split([sum(self.pieces.given) * n for n in each], -1)
-        own = (x.unflatten(-1, (-1, n))[..., self.own_windows, :] for x, n in zip(levels, each, strict=True))
-        return torch.cat([x.flatten(3) for x in own], -1)
-
     def whole(self, x: Tensor, exchange: Exchange, purpose: str) -> Tensor:
         """[own, ...] of the windows that each rank owns -> [W, ...] of all, in order."""
         filled = torch.cat([x, x.new_zeros(self.most_windows - len(x), *x.shape[1:])])
         return exchange.all_gather(filled, purpose).flatten(0, 1)[self.window_places]
 
+    @cached_property
+    def _each(self) -> list[int]:
+        """Entries of a coarsest window at levels 1 and up."""
+        top = self.packing.levels - 1
+        return [self.packing.pooling ** (top - level) for level in range(1, top + 1)]
+
+    def _coarse(self, windows: Tensor, among: Tensor | int, begin: Tensor | int = 0) -> Tensor:
+        """The entries of windows at levels 1 and up, level by level, in a list of those of so many, which begins at `begin`."""
+        levels, before = [], 0
+        for each in self._each:
+            first = begin + among * before + windows * each
+            levels.append((first.unsqueeze(1) + torch.arange(each, device=self.device)).flatten())
+            before += each
+        return torch.cat(levels)
+
+    @cached_property
+    def _own_coarse(self) -> Tensor:
+        """[own coarse length] int64: the entries of the windows that this rank owns, among those of its pieces."""
+        return self._coarse(self.own_windows, sum(self.pieces.given))
+
+    @cached_property
+    def _whole_coarse(self) -> Tensor:
+        """[coarse length] int64: the entries of the row, among those that all ranks send."""
+        rank, place = self.window_places // self.most_windows, self.window_places % self.most_windows
+        owned = self._on_device(self._of_ranks)
+        return self._coarse(place, owned[rank], rank * (self.most_windows * sum(self._each)))
+
+    def own_scores(self, scores: Tensor) -> Tensor:
+        """[2, 1, G, coarse length] of the windows that this rank owns, from those of its pieces."""
+        return scores.index_select(-1, self._own_coarse)
+
     def whole_scores(self, scores: Tensor, exchange: Exchange) -> Tensor:
         """[2, 1, G, coarse length] of the row, from those of the windows that each rank owns; all in one message."""
-        pooling, top = self.packing.pooling, self.packing.levels - 1
-        each = [pooling ** (top - level) for level in range(1, top + 1)]
-        levels = scores.split([self.cut.owned * n for n in each], -1)
-        trees = torch.cat([x.unflatten(-1, (-1, n)) for x, n in zip(levels, each, strict=True)], -1)
-        whole = self.whole(trees.movedim(3, 0), exchange, "select").movedim(0, 3)
-        return torch.cat([x.flatten(3) for x in whole.split(each, -1)], -1)
+        filler = self.most_windows * sum(self._each) - scores.shape[-1]
+        scores = torch.nn.functional.pad(scores, (0, filler)) if filler else scores
+        return exchange.all_gather(scores, "select").movedim(0, -2).flatten(-2).index_select(-1, self._whole_coarse)
+
+
+def _inverse(places: Tensor, numbers: Tensor, length: int) -> Tensor:
+    """[length] int32: the number that belongs to each place; -1 where none does. Those at `length` are left out."""
+    return places.new_full((length + 1,), -1).scatter_(0, places, numbers)[:length].int()
 
 
 def _chunks(sizes: Tensor, length: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.context_parallel.transfer import End, Transfer, Way
+from megatron_lighthouse.context_parallel.transfer import Between, End, Transfer
 from megatron_lighthouse.sequence.layout import Layout
 
 
@@ -51,7 +51,7 @@ class Deal:
         source = torch.searchsorted(starts[..., 1:].contiguous(), number.contiguous(), right=True)
         source = torch.minimum(source, 2 * size - 1 - source)
         to, by = _rows_between(table, size, share, exchange.rank)
-        way = Way(_end(target, to), _end(source, by), exchange.rank)
+        way = Between(_end(target, to), _end(source, by), exchange.rank)
         return Deal(held, Transfer(exchange, "deal", way), Transfer(exchange, "deal", way.back))
 
 

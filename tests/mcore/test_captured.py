@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from megatron.core import full_cuda_graph
 from megatron.core.full_cuda_graph import FullCudaGraphWrapper
 from megatron.core.transformer import cuda_graphs
 from megatron.core.transformer.cuda_graphs import CudaGraphManager, _CudaGraphRunner
@@ -103,6 +104,31 @@ def test_at_a_switch_layers_are_captured_again(stand_in: list[str], monkeypatch:
     assert len(said) == 2
 
 
+def test_an_evaluation_repeats_what_trains(stand_in: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of before a capture nothing is noted, and after it nothing is captured; training goes on."""
+    monkeypatch.setattr(captured, "say_once", lambda line: None)
+    layer = Layer()
+
+    def evaluate() -> float:
+        layer.eval()
+        with torch.no_grad():
+            out = layer(torch.ones(2))
+        captured.of_layers(cuda_graphs.create_cudagraphs)  # at the end of its schedule too
+        layer.train()
+        return float(out[0])
+
+    monkeypatch.setattr(Layer, "stage", 1.0)
+    assert evaluate() == 1.0
+    assert stand_in == []
+    assert step(layer) == 1.0
+    monkeypatch.setattr(Layer, "stage", 3.0)
+    assert [evaluate(), evaluate(), step(layer), evaluate()] == [1.0] * 4
+    assert stand_in == ["forward", "backward"]
+    captured.forget([layer])
+    assert [step(layer), evaluate(), step(layer)] == [3.0] * 3
+    assert stand_in == ["forward", "backward"] * 2
+
+
 def test_nothing_is_forgotten_before_a_capture(stand_in: list[str]) -> None:
     """As where a job begins after the switch."""
     layer = Layer()
@@ -146,7 +172,9 @@ def test_at_a_switch_whole_iterations_are_captured_again(monkeypatch: pytest.Mon
         ]
         monkeypatch.setattr(Layer, "stage", 2.0)
         assert [run(), run(forward_only=True)] == [1.0, 1.0]
+        monkeypatch.setattr(full_cuda_graph, "_shared_graph_pool", "theirs")
         captured.forget([])
+        assert full_cuda_graph._shared_graph_pool is None, "torch captures into no pool whose graphs are gone"
         assert [run() for _ in range(3)] == [2.0] * 3
         assert [run(forward_only=True) for _ in range(2)] == [2.0] * 2
         assert len(said) == 4

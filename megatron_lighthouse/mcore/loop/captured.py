@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from megatron.core import full_cuda_graph
 from megatron.core.full_cuda_graph import FullCudaGraphWrapper
 from megatron.core.transformer import cuda_graphs
 from megatron.core.transformer.cuda_graphs import CudaGraphManager
@@ -55,6 +56,7 @@ def forget(model: Sequence[torch.nn.Module]) -> None:
     if any(graph is not None for graph in FullCudaGraphWrapper.cuda_graph.values()):
         torch.cuda.synchronize()
         FullCudaGraphWrapper.reset_cuda_graph(FullCudaGraphWrapper)  # what it resets is the class's
+        full_cuda_graph._shared_graph_pool = None  # torch captures into no pool all of whose graphs are gone
 
 
 def _timed(what: str, captured: Callable[[], bool], work: Callable[[], Any]) -> Any:

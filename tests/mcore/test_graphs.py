@@ -10,7 +10,7 @@ import pytest
 import torch
 from megatron.core.rerun_state_machine import RerunMode, RerunStateMachine
 
-from megatron_lighthouse.mcore.command_line import before, flags, graphs
+from megatron_lighthouse.mcore.command_line import before, flags, graphs, optimizer_graph, run_options
 from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
 from megatron_lighthouse.mcore.loop import finite
 from megatron_lighthouse.recipe.presets import preset_for
@@ -121,6 +121,11 @@ def test_why_they_are_left_off(words: str, because: str, said: list[str]) -> Non
         ("--cuda-graph-impl local --eval-iters 2 --eval-micro-batch-size 2", "use --eval-micro-batch-size 1"),
         ("--cuda-graph-impl full_iteration --step-batch-size-schedule 0:8", "--step-batch-size-schedule"),
         ("--cuda-graph-impl full_iteration --check-for-large-grads", "--check-for-large-grads with"),
+        ("--cuda-graph-impl local --eval-iters 2 --hidden-dropout 0.1", "drop out in evaluations too: use --hidden-dropout 0,"),
+        ("--cuda-graph-impl local --save-dgrads-interval 5", "--save-dgrads-interval 5 with"),
+        ("--cuda-graph-impl full_iteration --save-activations-interval 5", "it sees nothing: leave one of them out"),
+        ("--cuda-graph-impl full_iteration --timing-log-level 1", "leave it out, or use --cuda-graph-impl local"),
+        ("--cuda-graph-impl full_iteration --log-straggler", "--log-straggler True with"),
     ],
 )
 def test_what_cannot_be_is_refused(words: str, message: str) -> None:
@@ -128,16 +133,40 @@ def test_what_cannot_be_is_refused(words: str, message: str) -> None:
     assert message in problem
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--optimizer muon", "is for Adam, and --optimizer is muon: use --optimizer adam"),
+        ("--weight-decay-incr-style cosine --start-weight-decay 0 --end-weight-decay 0.1", "the weight decay would stay"),
+        ("--log-num-zeros-in-grad", "--log-num-zeros-in-grad True, which a graph cannot hold"),
+    ],
+)
+def test_what_an_optimizer_in_a_graph_does_not_go_with(words: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = parsed(f"{words} --optimizer-cuda-graph")
+    (problem,) = optimizer_graph.problems(given)
+    assert message in problem
+    assert problem in run_options.problems(given)
+    assert not [*optimizer_graph.problems(parsed(words))]
+    assert not [*optimizer_graph.problems(parsed("--optimizer-cuda-graph"))]
+    monkeypatch.setattr(optimizer_graph, "find_spec", lambda name: None)
+    assert optimizer_graph.missing(given)
+    assert not optimizer_graph.missing(parsed(words))
+    monkeypatch.setattr(optimizer_graph, "find_spec", lambda name: name == "apex")
+    assert not optimizer_graph.missing(given)
+
+
 def test_what_can_be_is_not() -> None:
     for words in ("", "--graphs auto", "--cuda-graph-impl local --recompute-granularity selective"):
         assert not [*graphs.problems(parsed(words))]
     assert not [*graphs.problems(parsed("--cuda-graph-impl full_iteration --recompute-granularity full"))]
+    assert not [*graphs.problems(parsed("--cuda-graph-impl local --timing-log-level 2 --hidden-dropout 0.1"))]  # no evaluation
+    assert not [*graphs.problems(parsed("--cuda-graph-impl full_iteration --eval-iters 2 --hidden-dropout 0.1"))]
     assert not [*before.problems(parsed("--graphs auto --eval-interval 9"))]
 
 
 @pytest.mark.parametrize("loss", [1.0, float("nan")])
 def test_losses_of_a_captured_iteration_are_checked(loss: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By Megatron's machine, as it does without graphs: an iteration that is not finite does not step."""
+    """By Megatron's machine, as it does without graphs: an iteration that is not finite does not step, an evaluation ends."""
     found: list[bool] = []
 
     def validate(result: torch.Tensor, rejection_func: Any, **named: Any) -> None:
@@ -153,7 +182,7 @@ def test_losses_of_a_captured_iteration_are_checked(loss: float, monkeypatch: py
     assert len(finite.whole_iteration(replay, None, forward_only=False)) == 2
     assert found == [False, loss != loss]
     finite.whole_iteration(replay, None, forward_only=True)
-    assert len(found) == 2
+    assert found == [False, loss != loss] * 2
 
 
 def test_the_check_stays_where_megatron_wants_its_own_off() -> None:

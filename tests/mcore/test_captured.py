@@ -144,7 +144,7 @@ class Iterations(FullCudaGraphWrapper):  # type: ignore[misc]
     def __init__(self) -> None:
         self.cuda_graph_warmup_steps = 1
 
-    def __call__(self, forward_only: bool) -> float:
+    def __call__(self, forward_only: bool, model: list[Any]) -> float:
         kind = "validation" if forward_only else "training"
         if self.curr_iter(kind) == self.cuda_graph_warmup_steps:
             FullCudaGraphWrapper.cuda_graph[kind] = Layer.stage
@@ -161,7 +161,7 @@ def test_at_a_switch_whole_iterations_are_captured_again(monkeypatch: pytest.Mon
     graph = Iterations()
 
     def run(forward_only: bool = False) -> float:
-        found: float = captured.of_iteration(Iterations.__call__, graph, forward_only=forward_only)
+        found: float = captured.of_iteration(Iterations.__call__, graph, forward_only=forward_only, model=[])
         return found
 
     try:
@@ -178,6 +178,52 @@ def test_at_a_switch_whole_iterations_are_captured_again(monkeypatch: pytest.Mon
         assert [run() for _ in range(3)] == [2.0] * 3
         assert [run(forward_only=True) for _ in range(2)] == [2.0] * 2
         assert len(said) == 4
+    finally:
+        FullCudaGraphWrapper.reset_cuda_graph(graph)
+
+
+class Weights:
+    """Megatron's notes of weights that are gathered while the forward pass begins (`_ParamAndGradBucketGroup`)."""
+
+    use_forward_hook, overlap_param_gather_with_optimizer_step = True, False
+
+    def __init__(self) -> None:
+        self.dispatched, self.gathered = False, list[int]()
+
+    def reset_param_sync_dispatch_state(self) -> None:
+        self.dispatched = False
+
+    def evaluate(self) -> None:
+        """Megatron gathers them before, and notes it (`disable_forward_pre_hook`)."""
+        self.dispatched = True
+
+    def iterate(self, iteration: int) -> None:
+        """A forward pass gathers what is not; the end of an iteration takes the note back (`finish_grad_sync`)."""
+        if not self.dispatched:
+            self.gathered.append(iteration)
+        self.dispatched = False
+
+
+@pytest.mark.parametrize("evaluated", [1, 2, 3])
+def test_what_is_captured_gathers_the_weights(evaluated: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an evaluation or a checkpoint too, which gathered them: else no replay would, and ranks would drift apart."""
+    monkeypatch.setattr(captured, "say_once", lambda line: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", mock.Mock())
+    weights, graph = Weights(), Iterations()
+    graph.cuda_graph_warmup_steps = 2
+
+    def call(graph: Iterations, *, forward_only: bool, model: list[Any]) -> float:
+        model[0].iterate(graph.curr_iter("training"))
+        return Iterations.__call__(graph, forward_only=forward_only, model=model)
+
+    try:
+        for iteration in range(3):
+            if iteration == evaluated - 1:
+                weights.evaluate()
+            captured.of_iteration(call, graph, forward_only=False, model=[weights])
+        assert graph.cuda_graph["training"] is not None
+        assert 2 in weights.gathered, "what is repeated"
+        assert (evaluated - 1 in weights.gathered) == (evaluated == 3), "an eager iteration goes by the note"
     finally:
         FullCudaGraphWrapper.reset_cuda_graph(graph)
 

@@ -33,9 +33,22 @@ def of_iteration(call: Callable[..., Any], graph: Any, *rest: Any, **named: Any)
     """Around Megatron's graph of whole iterations (`full_iteration`), which is captured after some without it."""
     kind = "validation" if named["forward_only"] else "training"
     missing = graph.cuda_graph[kind] is None
+    if missing and graph.curr_iter(kind) == graph.cuda_graph_warmup_steps:
+        _gather_again(named["model"])
     return _timed(
         f"iterations of {kind}", lambda: missing and graph.cuda_graph[kind] is not None, lambda: call(graph, *rest, **named)
     )
+
+
+def _gather_again(model: Any) -> None:
+    """Have the iteration that is captured now gather the weights (--overlap-param-gather).
+
+    Else it would not where they were gathered just before it, for an evaluation or a checkpoint: nor would any replay.
+    """
+    for chunk in model if isinstance(model, list) else [model]:
+        # of --overlap-param-gather-with-optimizer-step they are under way already
+        if getattr(chunk, "use_forward_hook", False) and not chunk.overlap_param_gather_with_optimizer_step:
+            chunk.reset_param_sync_dispatch_state()
 
 
 def forget(model: Sequence[torch.nn.Module]) -> None:

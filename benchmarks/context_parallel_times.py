@@ -19,7 +19,6 @@ from torch import Tensor
 from megatron_lighthouse import LighthouseConfig
 from megatron_lighthouse.context_parallel import exchange as exchange_module
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.lighthouse.sharded.select import is_local
 from megatron_lighthouse.softmax.backends import Attend, inner_attention
 from megatron_lighthouse.softmax.sharded import sharded_attention
 
@@ -67,7 +66,7 @@ def time_case(name: str, group: dist.ProcessGroup, quick: bool, out: Path) -> li
         with silent(exchange):
             alone = times_of(layer, shards)
         row = add(f"lighthouse {comm_type}", exchange.size, layer, shards)
-        if is_local(config.geometry(length, exchange.size), exchange.size):  # else the host waits for the GPU
+        if config.geometry(length, exchange.size).is_local(exchange.size):  # else the host waits for the GPU
             row["host_ms"] = _host_ms(partial(both, layer, shards))
         row["exposed_communication"] = round(1 - alone["fwd+bwd_ms"] / row["fwd+bwd_ms"], 4)
         row["efficiency"] = round(one["fwd+bwd_ms"] / row["fwd+bwd_ms"] / exchange.size, 4)

@@ -109,6 +109,10 @@ class Geometry(Pyramid):
     def tile(self) -> int:
         return self.entries(self.levels - 1) // self.tiles
 
+    def is_local(self, ranks: int) -> bool:
+        """Whether every tile lies in one of the 2C chunks of `ranks` ranks."""
+        return self.tiles % (2 * ranks) == 0
+
     @property
     def gathered_length(self) -> int:
         """S = N/p^(L-1) + (L-1)*p*k: every coarsest entry, and p children of each refined entry."""

@@ -142,9 +142,7 @@ class Lighthouse(Variant):
 
     def graph_problems(self, config: LighthouseConfig, seq_length: int, ranks: int, graphs: str) -> Iterator[str]:
         """How many rows go to which rank is read by the host, in every layer."""
-        from megatron_lighthouse.lighthouse.sharded.select import is_local
-
-        if ranks == 1 or is_local(config.geometry(seq_length, ranks), ranks):
+        if ranks == 1 or config.geometry(seq_length, ranks).is_local(ranks):
             return
         fits = config.budget // (2 * ranks)
         other = f" (such as {fits})" if config.budget % (4 * ranks) == 0 else ""  # tile budgets are even

@@ -103,6 +103,31 @@ def test_at_a_switch_layers_are_captured_again(stand_in: list[str], monkeypatch:
     assert len(said) == 2
 
 
+def test_an_evaluation_repeats_what_trains(stand_in: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of before a capture nothing is noted, and after it nothing is captured; training goes on."""
+    monkeypatch.setattr(captured, "say_once", lambda line: None)
+    layer = Layer()
+
+    def evaluate() -> float:
+        layer.eval()
+        with torch.no_grad():
+            out = layer(torch.ones(2))
+        captured.of_layers(cuda_graphs.create_cudagraphs)  # at the end of its schedule too
+        layer.train()
+        return float(out[0])
+
+    monkeypatch.setattr(Layer, "stage", 1.0)
+    assert evaluate() == 1.0
+    assert stand_in == []
+    assert step(layer) == 1.0
+    monkeypatch.setattr(Layer, "stage", 3.0)
+    assert [evaluate(), evaluate(), step(layer), evaluate()] == [1.0] * 4
+    assert stand_in == ["forward", "backward"]
+    captured.forget([layer])
+    assert [step(layer), evaluate(), step(layer)] == [3.0] * 3
+    assert stand_in == ["forward", "backward"] * 2
+
+
 def test_nothing_is_forgotten_before_a_capture(stand_in: list[str]) -> None:
     """As where a job begins after the switch."""
     layer = Layer()
@@ -118,7 +143,7 @@ class Iterations(FullCudaGraphWrapper):  # type: ignore[misc]
     def __init__(self) -> None:
         self.cuda_graph_warmup_steps = 1
 
-    def __call__(self, forward_only: bool) -> float:
+    def __call__(self, forward_only: bool, model: list[Any]) -> float:
         kind = "validation" if forward_only else "training"
         if self.curr_iter(kind) == self.cuda_graph_warmup_steps:
             FullCudaGraphWrapper.cuda_graph[kind] = Layer.stage
@@ -135,7 +160,7 @@ def test_at_a_switch_whole_iterations_are_captured_again(monkeypatch: pytest.Mon
     graph = Iterations()
 
     def run(forward_only: bool = False) -> float:
-        found: float = captured.of_iteration(Iterations.__call__, graph, forward_only=forward_only)
+        found: float = captured.of_iteration(Iterations.__call__, graph, forward_only=forward_only, model=[])
         return found
 
     try:
@@ -146,10 +171,60 @@ def test_at_a_switch_whole_iterations_are_captured_again(monkeypatch: pytest.Mon
         ]
         monkeypatch.setattr(Layer, "stage", 2.0)
         assert [run(), run(forward_only=True)] == [1.0, 1.0]
+        pools = iter(["one", "another"])
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
+        assert [captured.pool(str, True), captured.pool(str, True), captured.pool(str, False)] == ["one", "one", "False"]
         captured.forget([])
+        assert captured.pool(str, True) == "another", "torch captures into no pool whose graphs are gone"
         assert [run() for _ in range(3)] == [2.0] * 3
         assert [run(forward_only=True) for _ in range(2)] == [2.0] * 2
         assert len(said) == 4
+    finally:
+        captured.forget([])
+
+
+class Weights:
+    """Megatron's notes of weights that are gathered while the forward pass begins (`_ParamAndGradBucketGroup`)."""
+
+    use_forward_hook, overlap_param_gather_with_optimizer_step = True, False
+
+    def __init__(self) -> None:
+        self.dispatched, self.gathered = False, list[int]()
+
+    def reset_param_sync_dispatch_state(self) -> None:
+        self.dispatched = False
+
+    def evaluate(self) -> None:
+        """Megatron gathers them before, and notes it (`disable_forward_pre_hook`)."""
+        self.dispatched = True
+
+    def iterate(self, iteration: int) -> None:
+        """A forward pass gathers what is not; the end of an iteration takes the note back (`finish_grad_sync`)."""
+        if not self.dispatched:
+            self.gathered.append(iteration)
+        self.dispatched = False
+
+
+@pytest.mark.parametrize("evaluated", [1, 2, 3])
+def test_what_is_captured_gathers_the_weights(evaluated: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an evaluation or a checkpoint too, which gathered them: else no replay would, and ranks would drift apart."""
+    monkeypatch.setattr(captured, "say_once", lambda line: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", mock.Mock())
+    weights, graph = Weights(), Iterations()
+    graph.cuda_graph_warmup_steps = 2
+
+    def call(graph: Iterations, *, forward_only: bool, model: list[Any]) -> float:
+        model[0].iterate(graph.curr_iter("training"))
+        return Iterations.__call__(graph, forward_only=forward_only, model=model)
+
+    try:
+        for iteration in range(3):
+            if iteration == evaluated - 1:
+                weights.evaluate()
+            captured.of_iteration(call, graph, forward_only=False, model=[weights])
+        assert graph.cuda_graph["training"] is not None
+        assert 2 in weights.gathered, "what is repeated"
+        assert (evaluated - 1 in weights.gathered) == (evaluated == 3), "an eager iteration goes by the note"
     finally:
         FullCudaGraphWrapper.reset_cuda_graph(graph)
 

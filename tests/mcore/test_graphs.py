@@ -10,7 +10,7 @@ import pytest
 import torch
 from megatron.core.rerun_state_machine import RerunMode, RerunStateMachine
 
-from megatron_lighthouse.mcore.command_line import before, flags, graphs
+from megatron_lighthouse.mcore.command_line import before, flags, graphs, optimizer_graph, run_options
 from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
 from megatron_lighthouse.mcore.loop import finite
 from megatron_lighthouse.recipe.presets import preset_for
@@ -48,37 +48,31 @@ def test_auto_takes_them_where_they_save_time(said: list[str], monkeypatch: pyte
     assert "full_iteration is taken" in said[0]
     assert os.environ["NCCL_GRAPH_REGISTER"] == "0"
     assert graphs.taken(parsed("--graphs auto"), gpu=False) == []
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert graphs.taken(parsed("--graphs auto"), gpu=True) == ["--cuda-graph-impl", "local"]
     assert graphs.taken(parsed("--graphs auto --cuda-graph-impl transformer_engine"), gpu=True) == []
     assert graphs.taken(parsed("--cuda-graph-impl full_iteration"), gpu=True) == [graphs.CHECK]
     with pytest.raises(ValueError, match="--cuda-graph-impl local needs a GPU"):
         graphs.taken(parsed("--cuda-graph-impl local"), gpu=False)
 
 
-def test_make_train_on_one_gpu_can_take_them(said: list[str]) -> None:
-    words = [
-        *preset_for(1).arguments,
-        "--graphs",
-        "auto",
-        "--attention",
-        "lighthouse",
-        "--train-iters",
-        "9",
-        "--eval-interval",
-        "9",
-    ]
+def test_make_train_on_one_gpu_takes_them(said: list[str]) -> None:
+    words = [*preset_for(1).arguments, "--attention", "lighthouse", "--train-iters", "9", "--eval-interval", "9"]
     given = flags.parse(words, with_all_arguments, strict=False)[0]
     given.recompute_granularity = None  # what it is with Transformer Engine
     assert given.graphs == "auto"
     assert graphs.choice(given) == ("full_iteration", None)
+    dense = flags.parse([*words, "--attention", "dense"], with_all_arguments, strict=False)[0]
+    assert "--attention lighthouse alone" in str(graphs.remark(dense, 1))  # its stage 2
+    assert "--graphs" not in preset_for(0).arguments
 
 
-def test_where_one_kind_is_forbidden_another_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+def test_where_one_kind_is_forbidden_another_is_taken() -> None:
     schedule = parsed("--step-batch-size-schedule 0:8")
     assert graphs.choice(schedule) == ("local", None)
-    monkeypatch.setenv("WORLD_SIZE", "2")  # whose gradients are reduced beside the layers
-    assert graphs.choice(parsed("")) == ("local", None)
-    best, because = graphs.choice(parsed("--eval-iters 2 --eval-micro-batch-size 2"))
+    two = 2  # whose gradients are reduced beside the layers
+    assert graphs.choice(parsed(""), two) == ("local", None)
+    best, because = graphs.choice(parsed("--eval-iters 2 --eval-micro-batch-size 2"), two)
     assert best is None
     assert "--eval-micro-batch-size 2 with --cuda-graph-impl local" in str(because)
 
@@ -95,7 +89,10 @@ def test_where_one_kind_is_forbidden_another_is_taken(monkeypatch: pytest.Monkey
         ("--use-checkpoint-args", "--use-checkpoint-args"),
         ("--dataloader-inter-document-masking", "each batch has other documents"),
         ("--lighthouse-telemetry-interval 5 --tensorboard-dir t", "cannot look into the graphs"),
-        ("--lighthouse-stage2-at 5", "not tried with --lighthouse-stage2-at 5"),
+        (
+            "--lighthouse-stage2-at 5 --lighthouse-return layers --lighthouse-return-iters 2",
+            "would be captured anew for each of",
+        ),
         ("--mlp-tile-tokens 512", "not tried in a graph"),
         ("--cpu-offloading-num-layers 2", "not tried with --cpu-offloading-num-layers 2"),
         ("--fine-grained-activation-offloading --offload-modules core_attn", "--fine-grained-activation-offloading True"),
@@ -121,6 +118,11 @@ def test_why_they_are_left_off(words: str, because: str, said: list[str]) -> Non
         ("--cuda-graph-impl local --eval-iters 2 --eval-micro-batch-size 2", "use --eval-micro-batch-size 1"),
         ("--cuda-graph-impl full_iteration --step-batch-size-schedule 0:8", "--step-batch-size-schedule"),
         ("--cuda-graph-impl full_iteration --check-for-large-grads", "--check-for-large-grads with"),
+        ("--cuda-graph-impl local --eval-iters 2 --hidden-dropout 0.1", "drop out in evaluations too: use --hidden-dropout 0,"),
+        ("--cuda-graph-impl local --save-dgrads-interval 5", "--save-dgrads-interval 5 with"),
+        ("--cuda-graph-impl full_iteration --save-activations-interval 5", "it sees nothing: leave one of them out"),
+        ("--cuda-graph-impl full_iteration --timing-log-level 1", "leave it out, or use --cuda-graph-impl local"),
+        ("--cuda-graph-impl full_iteration --log-straggler", "--log-straggler True with"),
     ],
 )
 def test_what_cannot_be_is_refused(words: str, message: str) -> None:
@@ -128,16 +130,40 @@ def test_what_cannot_be_is_refused(words: str, message: str) -> None:
     assert message in problem
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--optimizer muon", "is for Adam, and --optimizer is muon: use --optimizer adam"),
+        ("--weight-decay-incr-style cosine --start-weight-decay 0 --end-weight-decay 0.1", "the weight decay would stay"),
+        ("--log-num-zeros-in-grad", "--log-num-zeros-in-grad True, which a graph cannot hold"),
+    ],
+)
+def test_what_an_optimizer_in_a_graph_does_not_go_with(words: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = parsed(f"{words} --optimizer-cuda-graph")
+    (problem,) = optimizer_graph.problems(given)
+    assert message in problem
+    assert problem in run_options.problems(given)
+    assert not [*optimizer_graph.problems(parsed(words))]
+    assert not [*optimizer_graph.problems(parsed("--optimizer-cuda-graph"))]
+    monkeypatch.setattr(optimizer_graph, "find_spec", lambda name: None)
+    assert optimizer_graph.missing(given)
+    assert not optimizer_graph.missing(parsed(words))
+    monkeypatch.setattr(optimizer_graph, "find_spec", lambda name: name == "apex")
+    assert not optimizer_graph.missing(given)
+
+
 def test_what_can_be_is_not() -> None:
     for words in ("", "--graphs auto", "--cuda-graph-impl local --recompute-granularity selective"):
         assert not [*graphs.problems(parsed(words))]
     assert not [*graphs.problems(parsed("--cuda-graph-impl full_iteration --recompute-granularity full"))]
+    assert not [*graphs.problems(parsed("--cuda-graph-impl local --timing-log-level 2 --hidden-dropout 0.1"))]  # no evaluation
+    assert not [*graphs.problems(parsed("--cuda-graph-impl full_iteration --eval-iters 2 --hidden-dropout 0.1"))]
     assert not [*before.problems(parsed("--graphs auto --eval-interval 9"))]
 
 
 @pytest.mark.parametrize("loss", [1.0, float("nan")])
 def test_losses_of_a_captured_iteration_are_checked(loss: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By Megatron's machine, as it does without graphs: an iteration that is not finite does not step."""
+    """By Megatron's machine, as it does without graphs: an iteration that is not finite does not step, an evaluation ends."""
     found: list[bool] = []
 
     def validate(result: torch.Tensor, rejection_func: Any, **named: Any) -> None:
@@ -153,7 +179,7 @@ def test_losses_of_a_captured_iteration_are_checked(loss: float, monkeypatch: py
     assert len(finite.whole_iteration(replay, None, forward_only=False)) == 2
     assert found == [False, loss != loss]
     finite.whole_iteration(replay, None, forward_only=True)
-    assert len(found) == 2
+    assert found == [False, loss != loss] * 2
 
 
 def test_the_check_stays_where_megatron_wants_its_own_off() -> None:

@@ -20,14 +20,9 @@ from megatron_lighthouse.lighthouse.steps import Steps
 from megatron_lighthouse.sequence.layout import Layout
 
 
-def is_local(geometry: Geometry, size: int) -> bool:
-    """Whether every tile lies in one of the 2C chunks of `size` ranks."""
-    return geometry.tiles % (2 * size) == 0
-
-
 def own_tiles(geometry: Geometry, size: int) -> Geometry | None:
     """The geometry of one rank's tiles where they are local; else None."""
-    if not is_local(geometry, size):
+    if not geometry.is_local(size):
         return None
     length, levels, pooling = geometry.pyramid
     return Geometry(length // size, levels, pooling, geometry.budget // size, geometry.tile_budget)

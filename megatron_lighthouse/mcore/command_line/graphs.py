@@ -42,12 +42,16 @@ UNTRIED = (
     "recompute_granularity",
     "use_megatron_fsdp",
     "use_torch_fsdp2",
-    "lighthouse_stage2_at",
 )
 """Options with which graphs have not been tried: `--graphs auto` leaves them off."""
 OLDER = {"enable_cuda_graph": "local", "external_cuda_graph": "transformer_engine"}
 """What --cuda-graph-impl was called."""
 CHECK = "--no-check-for-nan-in-loss-and-grad"
+UNSEEN = ("save_activations_interval", "save_dgrads_interval", "save_tokens_per_expert_interval")
+"""What Megatron sees by hooks on modules, of which a graph that is repeated calls none."""
+TIMED = ("timing_log_level", "log_straggler")
+"""For what Megatron waits, or records events, within an iteration."""
+DROPOUT = ("hidden_dropout", "attention_dropout")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -59,6 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         f"nothing forbids them, and says why where they are left off. Default: {BY_DEFAULT}. --cuda-graph-impl goes before it.",
     )
     return parser
+
+
+def flag_named(name: str) -> str:
+    """Megatron's flag of an argument."""
+    return f"--{name.replace('_', '-')}"
 
 
 def kind_of(args: Any) -> str:
@@ -87,16 +96,14 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
                 f"--cuda-graph-impl full_iteration {CHECK}" if name in OFFLOADS[:2] else "--cuda-graph-impl transformer_engine"
             )
             yield (
-                f"--{name.replace('_', '-')} with {asked}: a graph never gives back memory, and offloading does: "
+                f"{flag_named(name)} with {asked}: a graph never gives back memory, and offloading does: "
                 f"use {use}, or leave one of them out."
             )
-    rows = args.micro_batch_size
-    evaluated = getattr(args, "eval_micro_batch_size", None) or rows
-    if kind == "local" and args.eval_iters and evaluated != rows:
-        yield (
-            f"--eval-micro-batch-size {evaluated} with {asked}, whose graphs are of --micro-batch-size {rows}: use "
-            f"--eval-micro-batch-size {rows}, or --eval-iters 0."
-        )
+    for name in UNSEEN + (TIMED if kind == "full_iteration" else ()):
+        if value := getattr(args, name, None):
+            instead = "leave one of them out" if name in UNSEEN else "leave it out, or use --cuda-graph-impl local"
+            yield f"{flag_named(name)} {value} with {asked}: within a graph it sees nothing: {instead}."
+    yield from _evaluated(args, kind)
     if kind == "full_iteration" and getattr(args, "check_for_large_grads", False):
         yield f"--check-for-large-grads with {asked}: within a graph nothing can be looked at: leave it out, or use local."
     schedule = getattr(args, "step_batch_size_schedule", None)
@@ -104,6 +111,24 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
         yield (
             f"--step-batch-size-schedule {schedule} with {asked}, which captures as many micro-batches as the first iterations "
             "have: use --cuda-graph-impl local, or leave one of them out."
+        )
+
+
+def _evaluated(args: argparse.Namespace, kind: str) -> Iterator[str]:
+    """What an evaluation would not be as without graphs: `local` repeats in it the graphs that train, with what these do."""
+    if kind != "local" or not args.eval_iters:
+        return
+    asked, rows = f"--cuda-graph-impl {kind}", args.micro_batch_size
+    evaluated = getattr(args, "eval_micro_batch_size", None) or rows
+    if evaluated != rows:
+        yield (
+            f"--eval-micro-batch-size {evaluated} with {asked}, whose graphs are of --micro-batch-size {rows}: use "
+            f"--eval-micro-batch-size {rows}, or --eval-iters 0."
+        )
+    if dropout := [name for name in DROPOUT if getattr(args, name, 0)]:
+        yield (
+            f"{flag_named(dropout[0])} {getattr(args, dropout[0])} with {asked}, whose graphs drop out in evaluations too: use "
+            f"{flag_named(dropout[0])} 0, --eval-iters 0, or --cuda-graph-impl full_iteration {CHECK}."
         )
 
 
@@ -133,7 +158,7 @@ def beside_copies(args: argparse.Namespace, config: Any, comm_types: Sequence[st
         beside.append("pipeline_model_parallel_size")
     if kind_of(config) == "full_iteration" and copied(comm_types) and beside:
         yield (
-            f"--cuda-graph-impl full_iteration with --{beside[0].replace('_', '-')} and --cp-comm-type p2p, which copies "
+            f"--cuda-graph-impl full_iteration with {flag_named(beside[0])} and --cp-comm-type p2p, which copies "
             "between GPUs, could have ranks wait for each other in a circle: use --cuda-graph-impl local, or set "
             f"{SWITCH}=0 in the environment."
         )
@@ -177,15 +202,22 @@ def taken(args: argparse.Namespace, gpu: bool) -> list[str]:
         return _prepared(args, kind)
     if not gpu or args.skip_train:
         return []
-    asked, (best, because) = args.graphs or BY_DEFAULT, choice(args)
-    if best and asked == AUTO:
-        say_once(f"{FLAG} {AUTO}: --cuda-graph-impl {best} is taken.")
-        return ["--cuda-graph-impl", best, *_prepared(args, best)]
-    if best and args.graphs is None:
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if line := remark(args, ranks):
+        say_once(line)
+        best = choice(args, ranks)[0]
+        return ["--cuda-graph-impl", best, *_prepared(args, best)] if best else []
+    if args.graphs is None and choice(args, ranks)[0]:
         say_once(f"CUDA graphs are off: {SAVE}. {FLAG} {AUTO} turns them on.")
-    elif because and asked == AUTO:
-        say_once(f"{FLAG} {AUTO}: CUDA graphs are left off: {because}")
     return []
+
+
+def remark(args: argparse.Namespace, ranks: int) -> str | None:
+    """What `--graphs auto` makes of a run on so many ranks with GPUs; None where it is not asked, or not of training."""
+    if (args.graphs or BY_DEFAULT) != AUTO or kind_of(args) != "none" or args.skip_train:
+        return None
+    best, because = choice(args, ranks)
+    return f"{FLAG} {AUTO}: " + (f"--cuda-graph-impl {best} is taken." if best else f"CUDA graphs are left off: {because}")
 
 
 def _prepared(args: argparse.Namespace, kind: str) -> list[str]:
@@ -195,11 +227,11 @@ def _prepared(args: argparse.Namespace, kind: str) -> list[str]:
     return [CHECK] if kind == "full_iteration" and args.check_for_nan_in_loss_and_grad else []
 
 
-def choice(args: argparse.Namespace) -> tuple[str | None, str | None]:
-    """The kind that `--graphs auto` takes; or why it leaves them off."""
+def choice(args: argparse.Namespace, ranks: int = 1) -> tuple[str | None, str | None]:
+    """The kind that `--graphs auto` takes on so many ranks; or why it leaves them off."""
     if because := _left_off(args):
         return None, because
-    kinds = KINDS if int(os.environ.get("WORLD_SIZE", "1")) == 1 else KINDS[1:]
+    kinds = KINDS if ranks == 1 else KINDS[1:]
     rules = {kind: _forbidden(args, kind) for kind in kinds}
     best = next((kind for kind, rule in rules.items() if rule is None), None)
     return best, None if best else rules[kinds[0]]
@@ -223,7 +255,7 @@ def _left_off(args: argparse.Namespace) -> str | None:
     if hybrid_pattern(args):
         named["hybrid_layer_pattern"] = args.hybrid_layer_pattern
     for name, value in named.items():
-        return f"they are not tried with --{name.replace('_', '-')} {value}."
+        return f"they are not tried with {flag_named(name)} {value}."
     return None
 
 

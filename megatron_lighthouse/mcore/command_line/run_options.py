@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-from megatron_lighthouse.mcore.command_line import conversations, graphs, hybrid, positions, tiles
+from megatron_lighthouse.mcore.command_line import conversations, graphs, hybrid, optimizer_graph, positions, tiles
 from megatron_lighthouse.mcore.command_line.checks import PACKED, cp_layout_problems, packed_problems
 from megatron_lighthouse.mcore.command_line.own_parts import norm_problem
 from megatron_lighthouse.mcore.command_line.unread import unread_problems
@@ -67,6 +67,8 @@ def _asked_for(args: Namespace) -> Iterator[tuple[str, str, str]]:
         return
     if (optimizer := getattr(args, "optimizer", "adam")) not in ("adam", "sgd"):
         yield f"--optimizer {optimizer}", "emerging_optimizers", "emerging-optimizers"
+    if optimizer_graph.missing(args):
+        yield optimizer_graph.FLAG, "transformer_engine", "'transformer-engine[core_cu13,pytorch]'"
     if getattr(args, "non_persistent_ckpt_type", None) == "local":
         yield "--non-persistent-ckpt-type local", "nvidia_resiliency_ext", "nvidia-resiliency-ext"
     if getattr(args, "async_save", False) and getattr(args, "use_persistent_ckpt_worker", False):
@@ -121,6 +123,7 @@ def problems(args: Namespace, model_is_known: bool = True) -> Iterator[str]:
     yield from unread_problems(args)
     yield from tiles.problems(args)
     yield from graphs.problems(args)
+    yield from optimizer_graph.problems(args)
     yield from hybrid.problems(args)
     yield from conversations.problems(args)
     if model_is_known:

@@ -14,6 +14,9 @@ from megatron.core.utils import get_model_config
 
 from megatron_lighthouse.notice import say_once
 
+_pool: list[Any] = []
+"""Where graphs of whole iterations have their memory, once there is one."""
+
 
 def of_layers(create: Callable[[], dict[str, float] | None]) -> dict[str, float] | None:
     """Around what Megatron does at the end of every schedule (`local`): it captures in the first iteration."""
@@ -32,9 +35,32 @@ def of_iteration(call: Callable[..., Any], graph: Any, *rest: Any, **named: Any)
     """Around Megatron's graph of whole iterations (`full_iteration`), which is captured after some without it."""
     kind = "validation" if named["forward_only"] else "training"
     missing = graph.cuda_graph[kind] is None
+    if missing and graph.curr_iter(kind) == graph.cuda_graph_warmup_steps:
+        _gather_again(named["model"])
     return _timed(
         f"iterations of {kind}", lambda: missing and graph.cuda_graph[kind] is not None, lambda: call(graph, *rest, **named)
     )
+
+
+def pool(get: Callable[[bool], Any], single: bool) -> Any:
+    """Around what tells Megatron's graphs of whole iterations their pool: `forget` ends it, and its is for ever.
+
+    torch captures into no pool all of whose graphs are gone.
+    """
+    if single and not _pool:
+        _pool.append(torch.cuda.graph_pool_handle())
+    return _pool[0] if single else get(single)
+
+
+def _gather_again(model: Any) -> None:
+    """Have the iteration that is captured now gather the weights (--overlap-param-gather).
+
+    Else it would not where they were gathered just before it, for an evaluation or a checkpoint: nor would any replay.
+    """
+    for chunk in model if isinstance(model, list) else [model]:
+        # of --overlap-param-gather-with-optimizer-step they are under way already
+        if getattr(chunk, "use_forward_hook", False) and not chunk.overlap_param_gather_with_optimizer_step:
+            chunk.reset_param_sync_dispatch_state()
 
 
 def forget(model: Sequence[torch.nn.Module]) -> None:
@@ -55,6 +81,7 @@ def forget(model: Sequence[torch.nn.Module]) -> None:
     if any(graph is not None for graph in FullCudaGraphWrapper.cuda_graph.values()):
         torch.cuda.synchronize()
         FullCudaGraphWrapper.reset_cuda_graph(FullCudaGraphWrapper)  # what it resets is the class's
+        _pool.clear()
 
 
 def _timed(what: str, captured: Callable[[], bool], work: Callable[[], Any]) -> Any:

@@ -43,17 +43,16 @@ def train_step(step: Step, forward: Any, data: Any, model: Any, *rest: Any, iter
 
 
 def whole_iteration(call: Step, graph: Any, *rest: Any, **named: Any) -> Any:
-    """Around Megatron's graph of an iteration, within which nothing is checked: its losses are, after each replay."""
+    """Around Megatron's graph of an iteration or evaluation, within which nothing is checked: losses are, after each replay."""
     results = call(graph, *rest, **named)
-    if not named["forward_only"]:
-        for losses in results:
-            get_rerun_state_machine().validate_result(
-                result=losses["lm loss"][0],
-                rejection_func=lambda value: ~torch.isfinite(value),
-                message=LOSS,
-                tolerance=0.0,
-                fatal=True,
-            )
+    for losses in results:
+        get_rerun_state_machine().validate_result(
+            result=losses["lm loss"][0],
+            rejection_func=lambda value: ~torch.isfinite(value),
+            message=LOSS,
+            tolerance=0.0,
+            fatal=True,
+        )
     return results
 
 

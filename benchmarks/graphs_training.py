@@ -1,10 +1,11 @@
 """`python benchmarks/graphs_training.py --out FOLDER`: does a whole run train under CUDA graphs as it does without?
 
 A GPT of 12 layers, 8,192 tokens, two micro-batches, 30 iterations with Transformer Engine: eager, and with each of Megatron's
-graphs, once with the optimizer's step in a graph too. All evaluate every five iterations, switch to dense after 20, and save
-after 15, where further runs go on: under the same graphs, from eager under graphs, and from graphs eager. Losses and losses of
-evaluations are held to those of the eager run that nothing stopped, to the bit, for --deterministic-mode is on. With
-`--rounded` it is off, and distances are printed alone, as always for the optimizer's graph, which computes its step otherwise.
+graphs, once with the optimizer's step in a graph too. All evaluate every three iterations, so just before a whole iteration is
+captured too, switch to dense after 20, and save after 15, where further runs go on: under the same graphs, from eager under
+graphs, and from graphs eager. Losses and losses of evaluations are held to those of the eager run that nothing stopped, to the
+bit, for --deterministic-mode is on. With `--rounded` it is off, and distances are printed alone, as always for the optimizer's
+graph, which computes its step otherwise.
 
 All share the GPU, so that their times say how long a capture took and little else; `--kinds` takes some. `--ranks 2` has each
 run's sequences over two GPUs, where whole iterations are left out. Ends within `--within` seconds. Leaves graphs_training.csv,
@@ -51,9 +52,11 @@ CROSSED = (("eager", "local"), ("full_iteration", "eager"))
 STEPS, SAVED, SWITCHED = 30, 15, 20
 RUN = f"""
     --num-layers 12 --seq-length 8192 --max-position-embeddings 8192 --lighthouse-budget 128 --train-iters {STEPS}
-    --eval-interval 5 --eval-iters 2 --save-interval {SAVED} --lighthouse-stage2-at {SWITCHED}
+    --eval-interval 3 --eval-iters 2 --save-interval {SAVED} --lighthouse-stage2-at {SWITCHED}
     --tensorboard-log-interval 1 --log-memory-to-tensorboard --num-workers 1
 """
+ON_GPU = [*TE, *"--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather".split()]
+"""As recipes have it. Megatron's sharded optimizer does not go on without Transformer Engine."""
 TOY = f"{TINY} --num-layers 4 --seq-length 256 --max-position-embeddings 256 --lighthouse-budget 8 --lighthouse-dense-last 1"
 LOSSES = ("lm loss", "lm loss validation")
 
@@ -82,7 +85,7 @@ class Run:
         """Where a flag stands twice, the last counts."""
         folder, first = self.folder(options), Run(self.begun).folder(options)
         start = [sys.executable] if options.ranks == 1 else torchrun(options.ranks)
-        how = TOY if options.tiny else " ".join([*TE, KINDS[self.kind], "" if options.rounded else "--deterministic-mode"])
+        how = TOY if options.tiny else " ".join([*ON_GPU, KINDS[self.kind], "" if options.rounded else "--deterministic-mode"])
         load = ("--load", str(first / "checkpoints"), "--ckpt-step", str(SAVED)) if self.begun else ()
         return [
             *start,
@@ -123,20 +126,25 @@ def trained(runs: Sequence[Run], options: argparse.Namespace) -> dict[Run, int |
     end = time.monotonic() + options.within
     going: dict[Run, subprocess.Popen[bytes]] = {}
     found: dict[Run, int | str] = {}
-    while len(found) < len(runs) and time.monotonic() < end:
+    while time.monotonic() < end:
         for run in runs:
             if run not in going and run.may_start(options):
                 going[run] = started(run, options)
             if run in going and run not in found and (status := going[run].poll()) is not None:
                 found[run] = status
                 print(f"{run.name}: status {status}, {end - time.monotonic():.0f} s are left", flush=True)
+        if len(found) == len(going):  # the others' checkpoints will never come
+            break
         time.sleep(0.2)
-        if not any(process.poll() is None for process in going.values()):
-            break  # those whose checkpoint never came
-    for run, process in going.items():
-        if run not in found:
-            os.killpg(process.pid, signal.SIGKILL)
-            found[run] = process.wait()
+    late = [run for run in going if run not in found]
+    for run in late:
+        os.killpg(going[run].pid, signal.SIGTERM)  # torchrun ends its ranks, which are in sessions of their own
+    for run in late:
+        try:
+            found[run] = going[run].wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(going[run].pid, signal.SIGKILL)
+            found[run] = going[run].wait()
     return {run: found.get(run, "never began") for run in runs}
 
 

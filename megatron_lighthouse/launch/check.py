@@ -27,7 +27,7 @@ KINDS = {"hopper": ("h100", "h200"), "blackwell": ("b200", "gb200"), "cpu": ()}
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the command line; answers an exit status."""
     from megatron_lighthouse.launch.data_files import here
-    from megatron_lighthouse.mcore.command_line import flags, ignored, kept
+    from megatron_lighthouse.mcore.command_line import flags, graphs, ignored, kept
     from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
 
     parser = Parser(prog="python -m megatron_lighthouse.launch.check", description=__doc__)
@@ -68,7 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         wrong += [(name, problem) for problem in problems]
         if not problems:
             lines.append(f"{name}: {line}" if name else line)
-            notes += [(name, f"note: {remark}") for remark in ignored.remarks(flags.parse(runs[name], with_all_arguments)[0])]
+            args = flags.parse(runs[name], with_all_arguments)[0]
+            notes += [(name, f"note: {remark}") for remark in ignored.remarks(args)]
+            if options.arch != "cpu" and (remark := graphs.remark(args, world_of(args, options))):
+                notes.append((name, f"note: {remark}"))
     how = ""
     if not wrong:
         found, how = asked_of_megatron(options, runs)
@@ -86,7 +89,6 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
     from megatron_lighthouse.launch.data_files import data, descriptions, here, unseen
     from megatron_lighthouse.launch.fits import counted, names_vocabulary, needs, too_much, without_logits
     from megatron_lighthouse.launch.layout import enough, layout
-    from megatron_lighthouse.launch.offered import one_sequence
     from megatron_lighthouse.launch.sizes import sizes
     from megatron_lighthouse.mcore.command_line import (
         causal,
@@ -118,9 +120,8 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
     args.lighthouse_scorer, _ = scorer.choice(args, load, base)
     args.lighthouse_causal_selection, _ = causal.choice(args, load, base)
     device = DEVICES[options.device if options.device in kinds else kinds[0]] if kinds else None
-    world = options.nodes * options.gpus_per_node
-    problems = [*unknown, *(enough(args, world) if options.exact else ())]
-    world = one_sequence(args) if options.exact else world
+    world = world_of(args, options)
+    problems = [*unknown, *(enough(args, options.nodes * options.gpus_per_node) if options.exact else ())]
     nodes, gpus_per_node = (1, world) if options.exact else (options.nodes, options.gpus_per_node)
     args.world_size = None if options.exact else world  # a study takes as many as a point needs
 
@@ -148,7 +149,6 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
 def asked_of_megatron(options: argparse.Namespace, points: dict[str, list[str]]) -> tuple[list[tuple[str, str]], str]:
     """What Megatron and the run itself refuse, each behind the point's name; and how that was found out."""
     from megatron_lighthouse.launch import megatron
-    from megatron_lighthouse.launch.offered import one_sequence
     from megatron_lighthouse.mcore.command_line import flags
 
     by_list = f"flags, layout, sizes, files and this project's rules, by the flags of Megatron-core {flags.VERSION}"
@@ -159,10 +159,18 @@ def asked_of_megatron(options: argparse.Namespace, points: dict[str, list[str]])
         return [], f"{by_list}; Megatron is not installed here ({sys.executable}), so its own rules were not asked."
     begun, wrong = time.monotonic(), list[tuple[str, str]]()
     for name, words in points.items():
-        world = one_sequence(parse(words)) if options.exact else options.nodes * options.gpus_per_node
-        found = megatron.problems(words, world, CAPABILITY[options.arch], options.sees, options.runs_here)
+        found = megatron.problems(
+            words, world_of(parse(words), options), CAPABILITY[options.arch], options.sees, options.runs_here
+        )
         wrong += [(name, problem) for problem in found]
     return wrong, f"Megatron-core {flags.installed()} reads it, and nothing is refused ({time.monotonic() - begun:.0f} s)."
+
+
+def world_of(args: argparse.Namespace, options: argparse.Namespace) -> int:
+    """How many processes a run has."""
+    from megatron_lighthouse.launch.offered import one_sequence
+
+    return one_sequence(args) if options.exact else int(options.nodes * options.gpus_per_node)
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:

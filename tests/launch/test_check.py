@@ -147,3 +147,24 @@ def test_memory_that_is_not_counted_is_said(more: str, capsys: pytest.CaptureFix
 def test_the_telemetry_of_parallax_needs_a_place(capsys: pytest.CaptureFixture[str]) -> None:
     assert checked("530m-98k", 8, "--attention parallax --parallax-telemetry-interval 5") == 1
     assert "--parallax-telemetry-interval 5 has nowhere to log to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("gpus", "more", "note"),
+    [
+        (1, "--graphs auto --seq-length 32768 --max-position-embeddings 32768", "--cuda-graph-impl full_iteration is taken."),
+        (2, "--graphs auto --seq-length 32768 --max-position-embeddings 32768", "--cuda-graph-impl local is taken."),
+        (2, "--graphs auto", "CUDA graphs are left off: at 98,304 tokens a rank"),
+        (2, "", None),
+        (2, "--graphs auto --skip-train", None),
+    ],
+)
+def test_what_is_made_of_graphs_is_said(gpus: int, more: str, note: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert checked("530m-98k", gpus, more, "--arch", "hopper", "--device", "h200", "--without-megatron") == 0
+    out = capsys.readouterr().out
+    assert (f"note: --graphs auto: {note}" in out) if note else ("--graphs auto:" not in out)
+
+
+def test_graphs_are_not_spoken_of_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert checked("530m-98k", 1, "--graphs auto", "--without-megatron") == 0
+    assert "--graphs auto:" not in capsys.readouterr().out

@@ -48,6 +48,8 @@ def test_auto_takes_them_where_they_save_time(said: list[str], monkeypatch: pyte
     assert "full_iteration is taken" in said[0]
     assert os.environ["NCCL_GRAPH_REGISTER"] == "0"
     assert graphs.taken(parsed("--graphs auto"), gpu=False) == []
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert graphs.taken(parsed("--graphs auto"), gpu=True) == ["--cuda-graph-impl", "local"]
     assert graphs.taken(parsed("--graphs auto --cuda-graph-impl transformer_engine"), gpu=True) == []
     assert graphs.taken(parsed("--cuda-graph-impl full_iteration"), gpu=True) == [graphs.CHECK]
     with pytest.raises(ValueError, match="--cuda-graph-impl local needs a GPU"):
@@ -72,13 +74,12 @@ def test_make_train_on_one_gpu_can_take_them(said: list[str]) -> None:
     assert graphs.choice(given) == ("full_iteration", None)
 
 
-def test_where_one_kind_is_forbidden_another_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+def test_where_one_kind_is_forbidden_another_is_taken() -> None:
     schedule = parsed("--step-batch-size-schedule 0:8")
     assert graphs.choice(schedule) == ("local", None)
-    monkeypatch.setenv("WORLD_SIZE", "2")  # whose gradients are reduced beside the layers
-    assert graphs.choice(parsed("")) == ("local", None)
-    best, because = graphs.choice(parsed("--eval-iters 2 --eval-micro-batch-size 2"))
+    two = 2  # whose gradients are reduced beside the layers
+    assert graphs.choice(parsed(""), two) == ("local", None)
+    best, because = graphs.choice(parsed("--eval-iters 2 --eval-micro-batch-size 2"), two)
     assert best is None
     assert "--eval-micro-batch-size 2 with --cuda-graph-impl local" in str(because)
 

@@ -203,15 +203,22 @@ def taken(args: argparse.Namespace, gpu: bool) -> list[str]:
         return _prepared(args, kind)
     if not gpu or args.skip_train:
         return []
-    asked, (best, because) = args.graphs or BY_DEFAULT, choice(args)
-    if best and asked == AUTO:
-        say_once(f"{FLAG} {AUTO}: --cuda-graph-impl {best} is taken.")
-        return ["--cuda-graph-impl", best, *_prepared(args, best)]
-    if best and args.graphs is None:
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if line := remark(args, ranks):
+        say_once(line)
+        best = choice(args, ranks)[0]
+        return ["--cuda-graph-impl", best, *_prepared(args, best)] if best else []
+    if args.graphs is None and choice(args, ranks)[0]:
         say_once(f"CUDA graphs are off: {SAVE}. {FLAG} {AUTO} turns them on.")
-    elif because and asked == AUTO:
-        say_once(f"{FLAG} {AUTO}: CUDA graphs are left off: {because}")
     return []
+
+
+def remark(args: argparse.Namespace, ranks: int) -> str | None:
+    """What `--graphs auto` makes of a run on so many ranks with GPUs; None where it is not asked, or not of training."""
+    if (args.graphs or BY_DEFAULT) != AUTO or kind_of(args) != "none" or args.skip_train:
+        return None
+    best, because = choice(args, ranks)
+    return f"{FLAG} {AUTO}: " + (f"--cuda-graph-impl {best} is taken." if best else f"CUDA graphs are left off: {because}")
 
 
 def _prepared(args: argparse.Namespace, kind: str) -> list[str]:
@@ -221,11 +228,11 @@ def _prepared(args: argparse.Namespace, kind: str) -> list[str]:
     return [CHECK] if kind == "full_iteration" and args.check_for_nan_in_loss_and_grad else []
 
 
-def choice(args: argparse.Namespace) -> tuple[str | None, str | None]:
-    """The kind that `--graphs auto` takes; or why it leaves them off."""
+def choice(args: argparse.Namespace, ranks: int = 1) -> tuple[str | None, str | None]:
+    """The kind that `--graphs auto` takes on so many ranks; or why it leaves them off."""
     if because := _left_off(args):
         return None, because
-    kinds = KINDS if int(os.environ.get("WORLD_SIZE", "1")) == 1 else KINDS[1:]
+    kinds = KINDS if ranks == 1 else KINDS[1:]
     rules = {kind: _forbidden(args, kind) for kind in kinds}
     best = next((kind for kind, rule in rules.items() if rule is None), None)
     return best, None if best else rules[kinds[0]]

@@ -3,21 +3,25 @@
 Megatron with Transformer Engine, bf16, no recompute: dense attention, 26 of 30 layers Lighthouse, these and the other four with
 twice the budget, and all 30 alike, each in a process of its own through `megatron_lighthouse.pretrain_gpt`. Reads step time and
 peak memory from Megatron's log. Leaves training_step.csv, summary.json and the logs. `--budget`, `--seq-length` and `--layers`
-change the model; `--ranks 2` shares the sequence between two GPUs by context parallelism.
+change the model; `--ranks 2` shares the sequence between two GPUs by context parallelism. `--against CHECKOUT` times another
+build's step after each. What else is given goes to every run: `--cuda-graph-impl full_iteration --optimizer-cuda-graph`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 from csv_tables import write_csv
 
-from megatron_lighthouse.launch.torchrun import one_rank, torchrun
+from megatron_lighthouse.launch.torchrun import ROOT, one_rank, torchrun
 from megatron_lighthouse.recipe.presets import default_text
 from megatron_lighthouse.versions import environment
 
@@ -47,30 +51,39 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=1536)
     parser.add_argument("--steps", type=int, default=10, help="iterations a run; the first three are not counted")
     parser.add_argument("--ranks", type=int, default=1, help="GPUs, by context parallelism")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="time another build too")
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS), help="which of them")
     options, more = parser.parse_known_args()
+    options.out = options.out.resolve()  # a run starts in its build's folder
     options.out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for name in options.runs:
-        rows.append({"run": name, "GPUs": options.ranks, **measure(name, RUNS[name], options, more)})
+    builds = {"": ROOT, **({"against": options.against.resolve()} if options.against else {})}
+    for name, (build, code) in product(options.runs, builds.items()):
+        found = measure(name, RUNS[name], options, more, code, f"-{build}" if build else "")
+        rows.append({"run": name, **({"build": build or "this"} if options.against else {}), "GPUs": options.ranks, **found})
         print(rows[-1], flush=True)
-    dense = next((row["seconds a step"] for row in rows if row["run"] == "dense"), None)
+    dense = {row.get("build"): row["seconds a step"] for row in rows if row["run"] == "dense"}
     for row in rows:
-        ours = row["seconds a step"]
-        row["times dense"] = round(dense / ours, 2) if dense and ours else None
+        ours, theirs = row["seconds a step"], dense.get(row.get("build"))
+        row["times dense"] = round(theirs / ours, 2) if theirs and ours else None
     write_csv(options.out / "training_step.csv", rows)
     (options.out / "summary.json").write_text(json.dumps({**environment(), "runs": rows}, indent=2) + "\n")
     print(json.dumps(rows, indent=2))
 
 
-def measure(name: str, arguments: list[str], options: argparse.Namespace, more: list[str]) -> dict[str, object]:
-    """Median step time after three warm-up steps, and peak memory, as Megatron logs them; None for a run that failed."""
-    log = options.out / (re.sub(r"\W+", "-", name) + ".log")
+def measure(
+    name: str, arguments: list[str], options: argparse.Namespace, more: list[str], code: Path = ROOT, mark: str = ""
+) -> dict[str, Any]:
+    """Median step time of the build in `code` after three warm-up steps, and peak memory, as Megatron logs them; None for a run
+    that failed."""
+    log = options.out / (re.sub(r"\W+", "-", name) + mark + ".log")
+    given = one_rank()
+    given["PYTHONPATH"] = os.pathsep.join([str(code), given["PYTHONPATH"]])
     if name == EDGES:
         arguments = [*arguments, "--lighthouse-edge-budget", str(2 * options.budget)]
     with log.open("w") as file:
         status = subprocess.run(
-            command(arguments, options, more), stdout=file, stderr=subprocess.STDOUT, env=one_rank()
+            command(arguments, options, more), stdout=file, stderr=subprocess.STDOUT, env=given, cwd=code
         ).returncode
     text = log.read_text(errors="replace")
     if status:

@@ -47,7 +47,7 @@ KINDS = {
 }
 OTHERWISE = ("optimizer too",)
 """Whose steps are rounded otherwise than eager ones."""
-CROSSED = (("eager", "local"), ("full_iteration", "eager"))
+CROSSED = (("eager", "local"), ("full_iteration", "eager"), ("optimizer too", "eager"))
 """Runs that go on from the checkpoint of another kind's."""
 STEPS, SAVED, SWITCHED = 30, 15, 20
 RUN = f"""

@@ -1,7 +1,8 @@
 """A resume with another learning rate: the checkpoint's groups of parameters keep their moments and take the run's rates.
 
 Megatron 0.19 pairs the optimizer's groups with the checkpoint's by what is set for each, the rates among it, so that with
-another `--lr` none is found, whatever `--override-opt-param-scheduler` says.
+another `--lr` none is found, whatever `--override-opt-param-scheduler` says. And where a graph holds the optimizer's step
+(`--optimizer-cuda-graph`) the rate is on the GPU, where it does not come back to from a checkpoint.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
 
+import torch
 from megatron.training import get_args
 
 RATES = ("max_lr", "min_lr")
@@ -24,7 +26,25 @@ def load_checkpoint(load: Callable[..., Any], model: Any, optimizer: Any, *rest:
     if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:  # else Megatron asks for the same rates
         for one in _single(optimizer):
             one.load_state_dict = _pairing(one, keep=args.use_checkpoint_opt_param_scheduler)
-    return load(model, optimizer, *rest, **named)
+    answer = load(model, optimizer, *rest, **named)
+    for one in _single(optimizer):
+        place(one.optimizer.param_groups, getattr(args, "optimizer_cuda_graph", False))
+    return answer
+
+
+def place(groups: Iterable[Group], captured: bool) -> None:
+    """Have the learning rate and the number of steps where this run's Adam reads them. Changes them in place.
+
+    Args:
+        captured: whether a graph holds the step: then the rate is a tensor on the GPU of the group's parameters, else a number.
+    """
+    for group in groups:
+        if group.get("step") is not None:
+            group["step"] = int(group["step"])  # which Transformer Engine's counts on from, on the GPU too
+        if isinstance(group["lr"], torch.Tensor) or captured:
+            rate = float(group["lr"])
+            device = next((one.device for one in group["params"]), None)
+            group["lr"] = torch.tensor(rate, dtype=torch.float32, device=device) if captured else rate
 
 
 def _single(optimizer: Any) -> list[Any]:

@@ -9,7 +9,6 @@ from unittest import mock
 
 import pytest
 import torch
-from megatron.core import full_cuda_graph
 from megatron.core.full_cuda_graph import FullCudaGraphWrapper
 from megatron.core.transformer import cuda_graphs
 from megatron.core.transformer.cuda_graphs import CudaGraphManager, _CudaGraphRunner
@@ -172,14 +171,16 @@ def test_at_a_switch_whole_iterations_are_captured_again(monkeypatch: pytest.Mon
         ]
         monkeypatch.setattr(Layer, "stage", 2.0)
         assert [run(), run(forward_only=True)] == [1.0, 1.0]
-        monkeypatch.setattr(full_cuda_graph, "_shared_graph_pool", "theirs")
+        pools = iter(["one", "another"])
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
+        assert [captured.pool(str, True), captured.pool(str, True), captured.pool(str, False)] == ["one", "one", "False"]
         captured.forget([])
-        assert full_cuda_graph._shared_graph_pool is None, "torch captures into no pool whose graphs are gone"
+        assert captured.pool(str, True) == "another", "torch captures into no pool whose graphs are gone"
         assert [run() for _ in range(3)] == [2.0] * 3
         assert [run(forward_only=True) for _ in range(2)] == [2.0] * 2
         assert len(said) == 4
     finally:
-        FullCudaGraphWrapper.reset_cuda_graph(graph)
+        captured.forget([])
 
 
 class Weights:

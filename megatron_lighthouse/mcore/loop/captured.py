@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from megatron.core import full_cuda_graph
 from megatron.core.full_cuda_graph import FullCudaGraphWrapper
 from megatron.core.transformer import cuda_graphs
 from megatron.core.transformer.cuda_graphs import CudaGraphManager
 from megatron.core.utils import get_model_config
 
 from megatron_lighthouse.notice import say_once
+
+_pool: list[Any] = []
+"""Where graphs of whole iterations have their memory, once there is one."""
 
 
 def of_layers(create: Callable[[], dict[str, float] | None]) -> dict[str, float] | None:
@@ -38,6 +40,16 @@ def of_iteration(call: Callable[..., Any], graph: Any, *rest: Any, **named: Any)
     return _timed(
         f"iterations of {kind}", lambda: missing and graph.cuda_graph[kind] is not None, lambda: call(graph, *rest, **named)
     )
+
+
+def pool(get: Callable[[bool], Any], single: bool) -> Any:
+    """Around what tells Megatron's graphs of whole iterations their pool: `forget` ends it, and its is for ever.
+
+    torch captures into no pool all of whose graphs are gone.
+    """
+    if single and not _pool:
+        _pool.append(torch.cuda.graph_pool_handle())
+    return _pool[0] if single else get(single)
 
 
 def _gather_again(model: Any) -> None:
@@ -69,7 +81,7 @@ def forget(model: Sequence[torch.nn.Module]) -> None:
     if any(graph is not None for graph in FullCudaGraphWrapper.cuda_graph.values()):
         torch.cuda.synchronize()
         FullCudaGraphWrapper.reset_cuda_graph(FullCudaGraphWrapper)  # what it resets is the class's
-        full_cuda_graph._shared_graph_pool = None  # torch captures into no pool all of whose graphs are gone
+        _pool.clear()
 
 
 def _timed(what: str, captured: Callable[[], bool], work: Callable[[], Any]) -> Any:

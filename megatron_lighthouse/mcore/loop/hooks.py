@@ -11,6 +11,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+from megatron.core import full_cuda_graph
 from megatron.core.models.gpt import gpt_model
 from megatron.core.models.hybrid import hybrid_block, hybrid_model
 from megatron.core.pipeline_parallel import schedules
@@ -80,6 +81,7 @@ def follow_training() -> None:
     wrap(schedules, "create_cudagraphs", "captured", captured.of_layers)
     wrap(loop.TECudaGraphHelper, "create_cudagraphs", "captured", captured.by_helper)
     wrap(loop.FullCudaGraphWrapper, "__call__", "captured", captured.of_iteration)
+    wrap(full_cuda_graph, "get_graph_pool", "captured", captured.pool)
     wrap(loop.FullCudaGraphWrapper, "__call__", "finite", finite.whole_iteration)
 
 

@@ -116,7 +116,7 @@ def host_lines(run: Run, speed: Coefficients) -> str:
     ]
     if time.step_parts(run, speed)["host, exposed"]:
         lines += [
-            f"by the GPU alone: {1e3 * step:.1f} ms, {rate:,.0f} tokens/s/GPU; a faster host or CUDA graphs come closer to it"
+            f"by the GPU alone: {1e3 * step:.1f} ms, {rate:,.0f} tokens/s/GPU; a faster host or --graphs auto comes closer"
         ]
     else:
         lines[0] += "; the GPU does not wait for it"

@@ -187,10 +187,11 @@ read_recipe() {
     done <"$file"
 }
 
-# the run's whole command line in ARGUMENTS: the recipe, the folders of --run, what stood after --, and what --as and --profile add
+# the run's whole command line in ARGUMENTS: the recipe, the folders of --run, what stood after --, and what --as and --profile add:
+# a run takes CUDA graphs where they are right; a study's point, which is compared with the plan, and an evaluation do not
 # shellcheck disable=SC2034 # the scripts run MODULE
 run_arguments() {
-    local word folders=(--tensorboard-dir "$RUN/tensorboard" --data-cache-path "$RUN/data") last=()
+    local word first=() folders=(--tensorboard-dir "$RUN/tensorboard" --data-cache-path "$RUN/data") last=()
     for word in "${RECIPE_ARGUMENTS[@]}" "${MEGATRON[@]}"; do
         case $word in
             --save | --load | --save=* | --load=*)
@@ -202,7 +203,10 @@ run_arguments() {
         esac
     done
     case $AS in
-        train) folders+=(--save "$RUN/checkpoints" --load "$RUN/checkpoints" --exit-signal-handler) ;;
+        train)
+            first=(--graphs auto) # the recipe may say otherwise
+            folders+=(--save "$RUN/checkpoints" --load "$RUN/checkpoints" --exit-signal-handler)
+            ;;
         point) last=(--log-interval 1 --log-throughput) ;; # no checkpoint: it is short, and begins again
         evaluation)
             folders+=(--load "$RUN/checkpoints" --exit-on-missing-checkpoint)
@@ -213,7 +217,7 @@ run_arguments() {
     esac
     # an --evaluate that asks for more than the validation loss would name megatron_lighthouse.recipe.evaluate here
     MODULE=megatron_lighthouse.pretrain_gpt
-    ARGUMENTS=("${RECIPE_ARGUMENTS[@]}" "${folders[@]}" "${MEGATRON[@]}" "${last[@]}")
+    ARGUMENTS=("${first[@]}" "${RECIPE_ARGUMENTS[@]}" "${folders[@]}" "${MEGATRON[@]}" "${last[@]}")
     profiler_arguments
 }
 

@@ -65,7 +65,7 @@ def preset_for(gpus: int) -> Preset:
     if not gpus:
         return Preset(2, 2, 120, 40, tuple((COMMON + ON_CPU + CPU).split()))
     context_parallel = 2 if gpus % 2 == 0 else 1
-    arguments = [*(COMMON + GPU).split(), "--context-parallel-size", str(context_parallel)]
+    arguments = [*(COMMON + GPU).split(), "--graphs", "auto", "--context-parallel-size", str(context_parallel)]
     arguments += ["--global-batch-size", str(2 * gpus // context_parallel)]
     arguments += ["--transformer-impl", "transformer_engine"] if find_spec("transformer_engine") else LOCAL.split()
     if not find_spec("fused_weight_gradient_mlp_cuda"):  # an extension of NVIDIA Apex

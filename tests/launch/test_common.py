@@ -133,6 +133,20 @@ def test_an_evaluation_says_what_attended(recipe: str, attention: str, tmp_path:
     assert (found["iteration"], found["attention"], found["validation_loss"]) == (4, attention, 2.5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "recipe", "graphs"),
+    [
+        ("train", "--attention lighthouse", "auto"),
+        ("train", "--graphs off", "off"),
+        ("point", "--attention lighthouse", "none"),
+        ("evaluation", "--attention lighthouse", "none"),
+    ],
+)
+def test_a_run_takes_graphs_unless_its_recipe_says_otherwise(kind: str, recipe: str, graphs: str, tmp_path: Path) -> None:
+    script = 'RECIPE_ARGUMENTS=($2) MEGATRON=() PROFILE="" AS=$1; run_arguments; argument --graphs none'
+    assert common(script, kind, recipe, RUN=str(tmp_path)).strip() == graphs
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_explains_itself(script: str) -> None:
     done = subprocess.run(["bash", LAUNCH / script, "--help"], capture_output=True, text=True)

@@ -56,22 +56,15 @@ def test_auto_takes_them_where_they_save_time(said: list[str], monkeypatch: pyte
         graphs.taken(parsed("--cuda-graph-impl local"), gpu=False)
 
 
-def test_make_train_on_one_gpu_can_take_them(said: list[str]) -> None:
-    words = [
-        *preset_for(1).arguments,
-        "--graphs",
-        "auto",
-        "--attention",
-        "lighthouse",
-        "--train-iters",
-        "9",
-        "--eval-interval",
-        "9",
-    ]
+def test_make_train_on_one_gpu_takes_them(said: list[str]) -> None:
+    words = [*preset_for(1).arguments, "--attention", "lighthouse", "--train-iters", "9", "--eval-interval", "9"]
     given = flags.parse(words, with_all_arguments, strict=False)[0]
     given.recompute_granularity = None  # what it is with Transformer Engine
     assert given.graphs == "auto"
     assert graphs.choice(given) == ("full_iteration", None)
+    dense = flags.parse([*words, "--attention", "dense"], with_all_arguments, strict=False)[0]
+    assert "--attention lighthouse alone" in str(graphs.remark(dense, 1))  # its stage 2
+    assert "--graphs" not in preset_for(0).arguments
 
 
 def test_where_one_kind_is_forbidden_another_is_taken() -> None:
@@ -96,7 +89,10 @@ def test_where_one_kind_is_forbidden_another_is_taken() -> None:
         ("--use-checkpoint-args", "--use-checkpoint-args"),
         ("--dataloader-inter-document-masking", "each batch has other documents"),
         ("--lighthouse-telemetry-interval 5 --tensorboard-dir t", "cannot look into the graphs"),
-        ("--lighthouse-stage2-at 5", "not tried with --lighthouse-stage2-at 5"),
+        (
+            "--lighthouse-stage2-at 5 --lighthouse-return layers --lighthouse-return-iters 2",
+            "would be captured anew for each of",
+        ),
         ("--mlp-tile-tokens 512", "not tried in a graph"),
         ("--cpu-offloading-num-layers 2", "not tried with --cpu-offloading-num-layers 2"),
         ("--fine-grained-activation-offloading --offload-modules core_attn", "--fine-grained-activation-offloading True"),

@@ -42,7 +42,6 @@ UNTRIED = (
     "recompute_granularity",
     "use_megatron_fsdp",
     "use_torch_fsdp2",
-    "lighthouse_stage2_at",
 )
 """Options with which graphs have not been tried: `--graphs auto` leaves them off."""
 OLDER = {"enable_cuda_graph": "local", "external_cuda_graph": "transformer_engine"}

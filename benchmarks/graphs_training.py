@@ -136,10 +136,15 @@ def trained(runs: Sequence[Run], options: argparse.Namespace) -> dict[Run, int |
         if len(found) == len(going):  # the others' checkpoints will never come
             break
         time.sleep(0.2)
-    for run, process in going.items():
-        if run not in found:
-            os.killpg(process.pid, signal.SIGKILL)
-            found[run] = process.wait()
+    late = [run for run in going if run not in found]
+    for run in late:
+        os.killpg(going[run].pid, signal.SIGTERM)  # torchrun ends its ranks, which are in sessions of their own
+    for run in late:
+        try:
+            found[run] = going[run].wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(going[run].pid, signal.SIGKILL)
+            found[run] = going[run].wait()
     return {run: found.get(run, "never began") for run in runs}
 
 

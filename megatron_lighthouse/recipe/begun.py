@@ -49,9 +49,11 @@ def check_begun(run: Path, commands: Mapping[str, Sequence[str]], steps: tuple[i
     left = {attention: kept.read(log) for attention, log in logs.items() if (log / kept.NAME).is_file()}
     for attention, before in left.items():
         lines += _words(commands[attention], before)
-    if left:
+    # a run of one stage that has gone on since left the arguments of that job, not those that it was begun with
+    went_on = len(commands) == 1 and iteration >= sum(steps)
+    if left and not went_on:
         lines += _steps(next(iter(left.values())), steps)
-    else:
+    if not left:
         state = stored.common_state(run / "checkpoints", iteration)
         lines += _stored([*commands.values()][-1], (state or {}).get("args"))
     if lines := [*dict.fromkeys(lines)]:

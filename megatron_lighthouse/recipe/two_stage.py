@@ -249,7 +249,8 @@ def _selects(attention: str) -> bool:
 def _next(run: Path, arguments: Sequence[str], preset: Preset, more: int, switches: bool) -> str:
     """Commands for what the run has left, to paste: its evaluation, its recovery where it `switches`, and `more` iterations."""
     recipe, folder = [sys.executable, "-m", "megatron_lighthouse.recipe"], [kept.RUN, str(run)]
-    total = str(int(kept.value(arguments, "--train-iters") or 0) + more)
+    # commands that were printed before may have trained it further than it was begun for
+    total = str(max(int(kept.value(arguments, "--train-iters") or 0), _iterations_done(run)) + more)
     held_out = [] if _held_out(run) > int(kept.value(arguments, "--seq-length") or 0) else ["--held-out", "YOUR_TEXT"]
     further = ["--train-iters", total, "--exit-interval", total, "--override-opt-param-scheduler"]
     evaluation = [*recipe[:2], f"{recipe[2]}.evaluate", *folder, *held_out, "--out", str(run / "evaluation")]

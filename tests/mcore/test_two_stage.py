@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from megatron_lighthouse.mcore.loop import progress
 from megatron_lighthouse.mcore.loop.progress import last_iteration
 from megatron_lighthouse.plots import read_scalars
 from megatron_lighthouse.recipe import recovery, two_stage
+from megatron_lighthouse.recipe.begun import check_begun
 from megatron_lighthouse.recipe.presets import default_text, preset_for
 from tests.mcore.forks import warm
 from tests.mcore.harness import ROOT, Processes
@@ -122,6 +124,12 @@ def what_was_printed_runs(printed: str, folder: Path) -> None:
     summary = json.loads((folder / "short" / "evaluation" / "evaluation.json").read_text())
     assert (summary["iteration"], summary["attention"], summary["loss"]["unit"]) == (3, "dense", "byte")
     assert last_checkpoint(folder / "short" / "checkpoints") == 4
+    assert "nothing is left to train" not in processes.log.read_text()
+    processes = Processes(folder / "again", 2, given[2], modules[2])
+    assert processes.wait() == [0, 0], processes.log.read_text()[-3000:]
+    assert (
+        processes.log.read_text().count("nothing is left to train: the checkpoint is of iteration 4, and --train-iters 4") == 1
+    )
 
 
 @pytest.mark.slow
@@ -137,17 +145,43 @@ def test_an_attention_that_never_becomes_dense_has_one_stage(tmp_path: Path) -> 
     assert "selection.png" not in done.stdout
 
 
-def test_a_stage_without_a_logged_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As --tensorboard-log-interval leaves a stage that is shorter."""
-    checkpoints, logs = tmp_path / "short" / "checkpoints", tmp_path / "short" / "tensorboard"
-    checkpoints.mkdir(parents=True)
-    (checkpoints / "latest_checkpointed_iteration.txt").write_text("3")
+def trained(run: Path, iteration: int) -> None:
+    """What a run leaves that the recipe looks at, of `iteration` iterations."""
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(iteration))
     for attention in ("lighthouse", "dense"):
-        with SummaryWriter(str(logs / attention)) as log:
+        with SummaryWriter(str(run / "tensorboard" / attention)) as log:
             log.add_text("seq_length", "64")
             if attention == "lighthouse":
                 log.add_scalar("lm loss", 2.5, 2)
                 log.add_scalar("lm loss validation", 2.25, 2)
+
+
+@pytest.mark.parametrize(("iteration", "goes_on_to"), [(3, 4), (4, 5), (7, 8)])
+def test_the_command_that_goes_on_trains_however_often_it_was_run(
+    iteration: int, goes_on_to: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(tmp_path / "short", iteration)
+    assert two_stage.main(["--runs", str(tmp_path), "--name", "short", "--steps", "2", "--dense-steps", "1"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert f"--train-iters {goes_on_to} --exit-interval {goes_on_to} " in last
+
+
+def test_one_stage_that_went_on_is_not_begun_otherwise(tmp_path: Path) -> None:
+    """The job that went on left its own arguments, of one iteration more."""
+    run, asked = tmp_path / "one", ["--attention", "parallax", "--train-iters", "4", "--exit-interval", "4"]
+    trained(run, 5)
+    there = [*asked, "--train-iters", "5", "--exit-interval", "5", "--override-opt-param-scheduler"]
+    log = run / "tensorboard" / "parallax"
+    kept.keep(Namespace(rank=0, world_size=2, skip_train=False, save=None, tensorboard_dir=str(log)), there)
+    check_begun(run, {"parallax": asked}, (4, 0))
+    with pytest.raises(ValueError, match="--steps 6, there 5"):
+        check_begun(run, {"parallax": asked}, (6, 0))
+
+
+def test_a_stage_without_a_logged_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As --tensorboard-log-interval leaves a stage that is shorter."""
+    trained(tmp_path / "short", 3)
     assert two_stage.main(["--runs", str(tmp_path), "--name", "short", "--steps", "2", "--dense-steps", "1"]) == 0
     printed = capsys.readouterr().out
     assert "lighthouse: loss 2.500 at iteration 2; validation loss 2.250 at iteration 2" in printed

@@ -80,7 +80,7 @@ def held_out(args: argparse.Namespace, reader: Reader) -> tuple[list[Path], Arra
     if not args.text_data:
         raise ValueError("--held-out PATH is missing: name text that the run did not train on.")
     folder = args.data_cache_path or os.path.join(args.load, "data")
-    _, valid = text.names_of(text.training_files(args.text_data), folder)
+    _, valid = text.names_of(text.text_files(args.text_data), folder)
     if not os.path.exists(f"{valid}.idx"):
         raise ValueError(
             f"--held-out PATH is missing, and {folder} no longer holds what the run held out of --text-data, or the text has "

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import subprocess
 import sys
 from collections import deque
@@ -20,11 +19,12 @@ from pathlib import Path
 from megatron_lighthouse.launch.torchrun import own_environment, torchrun
 from megatron_lighthouse.mcore.command_line import flags, kept
 from megatron_lighthouse.needed import ask_for_megatron
+from megatron_lighthouse.recipe import next_commands
 from megatron_lighthouse.recipe.begun import check_begun
 from megatron_lighthouse.recipe.presets import Preset, default_text, preset_for
 from megatron_lighthouse.usage import WRONG, Parser
 
-SHOWN = ("tokens/s=", "validation loss", "saving checkpoint", "loaded checkpoint")
+SHOWN = ("tokens/s=", "validation loss", "saving checkpoint", "loaded checkpoint", "--text-data has ")
 """Lines of Megatron's log that the terminal shows; the log file has all."""
 
 
@@ -85,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if status := _train(run, stages, arguments, preset):
         return status
     _draw(run, where, list(stages))
-    print(_next(run, arguments[list(stages)[-1]], preset, dense_steps, len(stages) > 1))
+    start, last = torchrun(preset.processes), arguments[list(stages)[-1]]
+    print(next_commands.told(run, last, start, _iterations_done(run), dense_steps, len(stages) > 1))
     return 0
 
 
@@ -244,27 +245,6 @@ def _selects(attention: str) -> bool:
     from megatron_lighthouse.variants import VARIANTS
 
     return VARIANTS[attention].selects or VARIANTS[attention].native
-
-
-def _next(run: Path, arguments: Sequence[str], preset: Preset, more: int, switches: bool) -> str:
-    """Commands for what the run has left, to paste: its evaluation, its recovery where it `switches`, and `more` iterations."""
-    recipe, folder = [sys.executable, "-m", "megatron_lighthouse.recipe"], [kept.RUN, str(run)]
-    # commands that were printed before may have trained it further than it was begun for
-    total = str(max(int(kept.value(arguments, "--train-iters") or 0), _iterations_done(run)) + more)
-    held_out = [] if _held_out(run) > int(kept.value(arguments, "--seq-length") or 0) else ["--held-out", "YOUR_TEXT"]
-    further = ["--train-iters", total, "--exit-interval", total, "--override-opt-param-scheduler"]
-    evaluation = [*recipe[:2], f"{recipe[2]}.evaluate", *folder, *held_out, "--out", str(run / "evaluation")]
-    commands = {
-        "what it has learnt of long text": evaluation,
-        **({"what the switch cost": [*recipe[:2], f"{recipe[2]}.recovery", *folder]} if switches else {}),
-        f"{more} iterations more": _command(preset, [*folder, *further]),
-    }
-    return "\n".join(["Next:", *(f"# {title}\n{shlex.join(words)}" for title, words in commands.items())])
-
-
-def _held_out(run: Path) -> int:
-    """Tokens of the text that no stage was trained on."""
-    return max((path.stat().st_size // 2 for path in (run / "data").glob("text-*-valid.bin")), default=0)
 
 
 def _draw(run: Path, where: str, stages: Sequence[str]) -> None:

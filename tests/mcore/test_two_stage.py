@@ -163,8 +163,9 @@ def test_the_command_that_goes_on_trains_however_often_it_was_run(
 ) -> None:
     trained(tmp_path / "short", iteration)
     assert two_stage.main(["--runs", str(tmp_path), "--name", "short", "--steps", "2", "--dense-steps", "1"]) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert f"--train-iters {goes_on_to} --exit-interval {goes_on_to} " in last
+    printed = capsys.readouterr().out
+    assert f"--train-iters {goes_on_to} --exit-interval {goes_on_to} " in printed.splitlines()[-1]
+    assert "long text (YOUR_TEXT is any it has not read: it held out 0 tokens, less than a sequence of 2,048)" in printed
 
 
 def test_one_stage_that_went_on_is_not_begun_otherwise(tmp_path: Path) -> None:

@@ -85,6 +85,31 @@ def test_what_is_refused(line: str, more: str, says: str, tmp_path: Path, capsys
     assert [path.name for path in tmp_path.iterdir()] == ["b.jsonl"]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("b.jsonl", "", "b.jsonl holds no text: give files that hold some. Nothing is written."),
+        ("b.jsonl", '{"text": ""}\n' * 3, "b.jsonl holds no text"),
+        ("b.txt", "", "b.txt holds no text"),
+        (
+            "b.txt",
+            '{"text": "1"}\n' * 3,
+            "b.txt holds JSON lines, and would be one document by its name: let it end in .jsonl or",
+        ),
+    ],
+)
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_dataset_of_nothing_is_not_written(
+    name: str, content: str, says: str, workers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor one of JSON's own syntax."""
+    (tmp_path / name).write_text(content)
+    given = ["--input", str(tmp_path / name), "--output", str(tmp_path / "out"), "--workers", workers, *NUMBERS]
+    assert prepare.main(given) == 2
+    assert says in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_the_check_takes_it(files: list[str], tmp_path: Path) -> None:
     prefix = str(tmp_path / "new" / "folder" / "out")
     assert prepare.main(["--input", *files, "--output", prefix, *NUMBERS]) == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 LINES = (".jsonl", ".ndjson")
@@ -26,13 +26,13 @@ def problems(name: str, files: Iterable[Path]) -> Iterator[str]:
             lines.append(file)
     if lines:
         yield (
-            f"{name} {_names(lines)}: JSON lines, whose braces and keys would be read as text. Give their texts alone; to "
+            f"{name} {named(lines)}: JSON lines, whose braces and keys would be read as text. Give their texts alone; to "
             "train on them, `python -m megatron_lighthouse.mcore.data.prepare` makes a dataset of them for --data-path."
         )
     if others:
         prefixes = [str(file.with_suffix("")) for file in others if file.with_suffix(".idx").is_file()]
         dataset = f" (of an indexed dataset: --data-path {prefixes[0]} reads it, with its tokenizer)" if prefixes else ""
-        yield f"{name} {_names(others)}: no plain text, for it has bytes of 0{dataset}. Give text in UTF-8, not packed."
+        yield f"{name} {named(others)}: no plain text, for it has bytes of 0{dataset}. Give text in UTF-8, not packed."
 
 
 def are_json_lines(name: str, start: bytes) -> bool:
@@ -51,6 +51,7 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
-def _names(files: list[Path]) -> str:
+def named(files: Sequence[Path | str]) -> str:
+    """The first few of files."""
     more = f" and {len(files) - NAMED} more" if len(files) > NAMED else ""
     return ", ".join(map(str, files[:NAMED])) + more

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy
 
+from megatron_lighthouse.mcore.data.plain import START, are_json_lines, named
 from megatron_lighthouse.usage import WRONG, Parser
 
 LINES = (".jsonl", ".ndjson", ".json")
@@ -110,7 +111,7 @@ def prepare(options: argparse.Namespace, args: argparse.Namespace) -> tuple[int,
     """Write the dataset; answers its documents and tokens, and how many documents had no text.
 
     Raises:
-        ValueError: a tokenizer that ends no document, or a line that is none of JSON.
+        ValueError: a tokenizer that ends no document, a line that is none of JSON, or no text at all.
     """
     from megatron_lighthouse.mcore.data.write import write_dataset
     from megatron_lighthouse.quiet import quiet_imports
@@ -123,18 +124,21 @@ def prepare(options: argparse.Namespace, args: argparse.Namespace) -> tuple[int,
     end = None if options.no_end_of_document else getattr(_tokenizer, "eod", None)
     if end is None and not options.no_end_of_document:
         raise ValueError(f"--tokenizer-type {args.tokenizer_type} has no end-of-document token: add --no-end-of-document.")
-    empty = 0
+    empty = written = 0
 
     def tokens() -> Iterator[numpy.ndarray[Any, Any]]:
-        nonlocal empty
+        nonlocal empty, written
         for number, ids in enumerate(_ids(documents(options.input, options.json_key), options.workers), 1):
             if ids and not 0 <= min(ids) <= max(ids) < _tokenizer.vocab_size:
                 raise ValueError(f"document {number} has token {max(ids)}, and the tokenizer {_tokenizer.vocab_size} of them.")
             if ids:
                 yield numpy.array([*ids, *([] if end is None else [end])])
             empty += not ids
+            written += bool(ids)
             if number % EVERY == 0:
                 print(f"{number:,} documents", flush=True)
+        if not written:  # a run would refuse such a dataset
+            raise ValueError(f"--input {named(options.input)} holds no text: give files that hold some. Nothing is written.")
 
     return *write_dataset(options.output, tokens(), DType.optimal_dtype(_tokenizer.vocab_size)), empty
 
@@ -143,14 +147,20 @@ def documents(paths: Iterable[str], key: str) -> Iterator[str]:
     """The texts of files, one after another.
 
     Raises:
-        ValueError: a file that is no UTF-8, or a line that is no object with such a text.
+        ValueError: a file that is no UTF-8, JSON lines by another name, or a line that is no object with such a text.
     """
     for path in paths:
         name = path.removesuffix(".gz")
         with (gzip.open if path != name else open)(path, "rt", encoding="utf-8") as file:
             try:
                 if not name.endswith(LINES):
-                    yield file.read()
+                    text = file.read()
+                    if are_json_lines(name, text[:START].encode()):
+                        raise ValueError(
+                            f"--input {path} holds JSON lines, and would be one document by its name: let it end in "
+                            f"{' or '.join(LINES)}, or give plain text."
+                        )
+                    yield text
                     continue
                 for number, line in enumerate(file, 1):
                     if line.strip():

@@ -121,6 +121,12 @@ def what_was_printed_runs(printed: str, folder: Path) -> None:
     for ranks, words, module in ((1, [*given[0], *few], modules[0]), (2, given[2], modules[2])):
         processes = Processes(folder / module, ranks, words, module)
         assert processes.wait() == [0] * ranks, processes.log.read_text()[-3000:]
+    asked = [*given[0], "--ckpt-step", "3", "--attention", "lighthouse", "--hindsight-samples", "1"]  # of the second job
+    processes = Processes(folder / "hindsight", 1, [*asked, *few, "--out", str(folder / "out")], modules[0])
+    assert processes.wait() == [2]
+    assert (
+        "all are dense (as they were trained): give --ckpt-step 1 or 2, or --hindsight-samples 0." in processes.log.read_text()
+    )
     summary = json.loads((folder / "short" / "evaluation" / "evaluation.json").read_text())
     assert (summary["iteration"], summary["attention"], summary["loss"]["unit"]) == (3, "dense", "byte")
     assert last_checkpoint(folder / "short" / "checkpoints") == 4

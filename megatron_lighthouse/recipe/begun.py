@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lighthouse.mcore.command_line import kept, stored
+from megatron_lighthouse.recipe.comparable import from_where_they_differ
 from megatron_lighthouse.variants import VARIANTS
 
 MAY_CHANGE = """
@@ -69,7 +70,8 @@ def _words(asked: Sequence[str], before: Sequence[str]) -> Iterator[str]:
     now, then = (dict(kept.options(words)) for words in (asked, before))
     for flag in {**now, **then}:
         if _compared(flag) and now.get(flag) != then.get(flag):
-            yield f"{flag} {_shown(now.get(flag))}, there {_shown(then.get(flag))}"
+            asked, there = from_where_they_differ(now.get(flag) or [], then.get(flag) or [])
+            yield f"{flag} {asked or _absent(flag, now)}, there {there or _absent(flag, then)}"
 
 
 def _steps(before: Sequence[str], steps: tuple[int, int]) -> Iterator[str]:
@@ -90,7 +92,7 @@ def _stored(asked: Sequence[str], args: Any) -> Iterator[str]:
         if not values or there is None or (not _compared(flag) and flag != "--train-iters"):
             continue
         if [*map(_number, values)] != [*map(_number, known)]:
-            yield f"{flag} {_shown(values)}, there {_shown(known)}"
+            yield "{} {}, there {}".format(flag, *from_where_they_differ(values, known))
 
 
 def _number(word: str) -> float | str:
@@ -100,7 +102,6 @@ def _number(word: str) -> float | str:
         return word
 
 
-def _shown(values: Sequence[str] | None) -> str:
-    if values is None:
-        return "not given"
-    return " ".join([*values[:3], *["…"] * (len(values) > 3)]) or "given"
+def _absent(flag: str, words: Mapping[str, Sequence[str]]) -> str:
+    """Of a flag without values."""
+    return "given" if flag in words else "not given"

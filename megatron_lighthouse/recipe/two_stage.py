@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import signal
 import subprocess
 import sys
 from collections import deque
@@ -26,6 +28,10 @@ from megatron_lighthouse.usage import WRONG, Parser
 
 SHOWN = ("tokens/s=", "validation loss", "saving checkpoint", "loaded checkpoint", "--text-data has ")
 """Lines of Megatron's log that the terminal shows; the log file has all."""
+STOPPED = re.compile(r"SignalException: Process \d+ got signal: ")
+"""How torchrun ends that is told to, as by Ctrl-C in its terminal, or by the machine."""
+INTERRUPTED = 130
+"""The exit status that shells give for it."""
 
 
 OF_OURS = {
@@ -83,6 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if _iterations_done(run) >= total:
         print("Nothing was left to train: the last command below goes on, and --name NAME (NAME= of make) begins another run.")
     if status := _train(run, stages, arguments, preset):
+        if status == INTERRUPTED:
+            done = _iterations_done(run)
+            goes_on = f": the same command goes on from iteration {done}." if done else ", before a checkpoint: it begins anew."
+            print(f"Interrupted{goes_on}", file=sys.stderr)
         return status
     _draw(run, where, list(stages))
     start, last = torchrun(preset.processes), arguments[list(stages)[-1]]
@@ -203,9 +213,13 @@ def _arguments(
 
 
 def _follow(command: Sequence[str], log: Path, environment: dict[str, str]) -> int:
-    """Run `command`, all its output in `log`, the progress on the terminal. The last lines too, if it fails."""
+    """Run `command`, all its output in `log`, the progress on the terminal. The last lines too, if it fails.
+
+    Answers its status, or INTERRUPTED where it was told to stop, or this process was.
+    """
     last: deque[str] = deque(maxlen=40)
     failed = False  # torchrun's own report follows, which hides the error that caused it
+    stopped = False
     in_place, drawn = sys.stdout.isatty(), False
     with log.open("a") as file:
         process = subprocess.Popen(
@@ -217,6 +231,7 @@ def _follow(command: Sequence[str], log: Path, environment: dict[str, str]) -> i
                 file.write(line)
                 file.flush()
                 failed = failed or "torch/distributed/elastic" in line
+                stopped = stopped or STOPPED.search(line) is not None
                 if not failed:
                     last.append(line)
                 if any(mark in line for mark in SHOWN):
@@ -225,10 +240,17 @@ def _follow(command: Sequence[str], log: Path, environment: dict[str, str]) -> i
                     print(before + line.strip(), end="" if over else "\n", flush=True)
                     drawn = over
             status = process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            file.writelines(process.stdout)  # its last words: where none reads them, it cannot end
+            process.wait()
+            return INTERRUPTED
         except BaseException:
             process.terminate()  # torchrun passes it on to its workers
             process.wait()
             raise
+    if stopped:
+        return INTERRUPTED
     if status:
         print("".join(last), f"\nThe run failed; its whole log is in {log}.", file=sys.stderr)
     return status
@@ -272,4 +294,5 @@ def _draw(run: Path, where: str, stages: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else torchrun would be left behind
     sys.exit(main())

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -172,6 +175,37 @@ def test_the_command_that_goes_on_trains_however_often_it_was_run(
     printed = capsys.readouterr().out
     assert f"--train-iters {goes_on_to} --exit-interval {goes_on_to} " in printed.splitlines()[-1]
     assert "long text (YOUR_TEXT is any it has not read: it held out 0 tokens, less than a sequence of 2,048)" in printed
+
+
+TOLD = "raise SystemExit('torch.distributed.elastic.multiprocessing.api.SignalException: Process 7 got signal: 2')"
+LONG = "import time; print('x' * 200_000, flush=True); time.sleep(600)"
+
+
+@pytest.mark.parametrize(
+    ("iteration", "says"),
+    [
+        (60, "Interrupted: the same command goes on from iteration 60.\n"),
+        (0, "Interrupted, before a checkpoint: it begins anew.\n"),
+    ],
+)
+@pytest.mark.parametrize("program", [TOLD, LONG], ids=["torchrun is told", "this process is"])
+def test_interrupted(
+    program: str, iteration: int, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "demo"
+    trained(run, iteration)
+    monkeypatch.setattr(two_stage, "_gpus", lambda: 0)
+    monkeypatch.setattr(two_stage, "_command", lambda *_: [sys.executable, "-c", program])
+
+    def press() -> None:
+        while not (run / "lighthouse.log").exists() or not (run / "lighthouse.log").stat().st_size:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    if program == LONG:
+        Thread(target=press, daemon=True).start()
+    assert two_stage.main(["--runs", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == says
 
 
 def test_one_stage_that_went_on_is_not_begun_otherwise(tmp_path: Path) -> None:

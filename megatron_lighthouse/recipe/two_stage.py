@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if status == INTERRUPTED:
             done = _iterations_done(run)
             goes_on = f": the same command goes on from iteration {done}." if done else ", before a checkpoint: it begins anew."
-            print(f"Interrupted{goes_on}", file=sys.stderr)
+            print(f"\nInterrupted{goes_on}", file=sys.stderr)
         return status
     _draw(run, where, list(stages))
     start, last = torchrun(preset.processes), arguments[list(stages)[-1]]

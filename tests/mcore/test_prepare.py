@@ -110,6 +110,33 @@ def test_a_dataset_of_nothing_is_not_written(
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--worker 2", "--worker is not a known flag: did you mean --workers?"),
+        ("--json-keys content", "--json-keys is not a known flag: did you mean --json-key?"),
+        ("--tokenizer-modl x", "--tokenizer-modl is not a known flag: did you mean --tokenizer-model?"),
+        ("--vocab-size 300k", "--vocab-size 300k must be a whole number, in digits alone: write 300000."),
+        ("--num-layers 4", "--num-layers is no flag of a tokenizer: leave it out."),
+        ("--worker 2 --num-layers 4", "--num-layers is no flag of a tokenizer: leave it out."),
+    ],
+)
+def test_all_that_is_wrong_is_said_at_once(words: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A flag may be one of this command's own; and no wrong word hides files and folders that cannot be."""
+    given = ["--input", str(tmp_path / "nowhere"), "--output", f"{__file__}/out", *NUMBERS, *words.split()]
+    assert prepare.main(given) == 2
+    said = capsys.readouterr().err
+    assert all(line in said for line in (says, f"{__file__} is no folder", "nowhere is no file"))
+
+
+def test_a_folder_that_nobody_may_write_to(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare.os, "access", lambda *_: False)  # root may write anywhere
+    assert prepare.main(["--input", *files, "--output", str(tmp_path / "new" / "out"), *NUMBERS]) == 2
+    assert f"nothing can be written in {tmp_path}: name another folder" in capsys.readouterr().err
+
+
 def test_the_check_takes_it(files: list[str], tmp_path: Path) -> None:
     prefix = str(tmp_path / "new" / "folder" / "out")
     assert prepare.main(["--input", *files, "--output", prefix, *NUMBERS]) == 0

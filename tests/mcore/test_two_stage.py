@@ -205,7 +205,7 @@ def test_interrupted(
     if program == LONG:
         Thread(target=press, daemon=True).start()
     assert two_stage.main(["--runs", str(tmp_path)]) == 130
-    assert capsys.readouterr().err == says
+    assert capsys.readouterr().err == f"\n{says}"
 
 
 def test_one_stage_that_went_on_is_not_begun_otherwise(tmp_path: Path) -> None:

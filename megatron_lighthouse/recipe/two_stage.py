@@ -195,6 +195,8 @@ def _arguments(
     extra: Sequence[str],
 ) -> list[str]:
     """Megatron's, paths as `kept` writes them; of the position embedding that is not the preset's."""
+    from megatron_lighthouse.variants import VARIANTS
+
     run = run.absolute()
     checkpoints = str(run / "checkpoints")
     every = max(1, stop // 2)
@@ -206,7 +208,7 @@ def _arguments(
         *("--train-iters", str(total), "--exit-interval", str(stop), "--eval-interval", str(stop)),
         *("--save", checkpoints, "--load", checkpoints, "--save-interval", str(every)),
         *("--data-cache-path", str(run / "data"), "--tensorboard-dir", str(run / "tensorboard" / attention)),
-        *(("--lighthouse-selection-map", str(run / "selection.png")) if _selects(attention) else ()),
+        *(("--lighthouse-selection-map", str(run / "selection.png")) if VARIANTS[attention].selects else ()),
         *extra,
         *("--text-data", *(os.path.realpath(path) for path in text)),
     ]
@@ -260,13 +262,6 @@ def _iterations_done(run: Path) -> int:
     """The iteration of the last whole checkpoint."""
     tracker = run / "checkpoints" / "latest_checkpointed_iteration.txt"
     return int(tracker.read_text()) if tracker.exists() else 0
-
-
-def _selects(attention: str) -> bool:
-    """Whether a run of it may draw what its layers select: a dense one says that it has none."""
-    from megatron_lighthouse.variants import VARIANTS
-
-    return VARIANTS[attention].selects or VARIANTS[attention].native
 
 
 def _draw(run: Path, where: str, stages: Sequence[str]) -> None:

@@ -107,7 +107,7 @@ def test_a_model_that_looks_three_tokens_ahead() -> None:
     [
         ({"samples": -1}, "--hindsight-samples -1 must be at least 1, or 0 for no hindsight"),
         ({"seed": -5}, "--hindsight-seed -5 must be at least 0"),
-        ({"text": 199}, "--held-out has 199 tokens: --hindsight-samples needs at least 200, twice --seq-length 100"),
+        ({"text": 199}, "the held-out text has 199 tokens: --hindsight-samples needs at least 200, twice --seq-length 100"),
     ],
 )
 def test_refused(change: dict[str, int], error: str) -> None:

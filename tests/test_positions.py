@@ -69,7 +69,7 @@ def test_sequences_share_their_ends_and_are_spread_evenly() -> None:
     assert sequence_starts(1025, 256, 64) == [0, 256, 512, 768]
     assert sequence_starts(1024, 256, 64) == [0, 256, 512]
     assert sequence_starts(10_000, 256, 3) == [0, 256 * 13, 256 * 26]  # of 39
-    with pytest.raises(ValueError, match="--held-out has 256 tokens: give more than --seq-length 256"):
+    with pytest.raises(ValueError, match="the held-out text has 256 tokens: the loss needs more than --seq-length 256"):
         sequence_starts(256, 256, 1)
     with pytest.raises(ValueError, match="--loss-sequences -1 must be at least 1"):
         sequence_starts(1000, 256, -1)

@@ -102,7 +102,7 @@ def test_who_finds_nothing_is_right_once_in_ten() -> None:
     [
         ({"samples": 0}, "--variables-samples 0 must be at least 1"),
         ({"lengths": [100]}, "--variables-lengths 100 must be at least 129"),
-        ({"lengths": [8000]}, "--variables-lengths 8000 needs as much text in --held-out, which has 5000"),
+        ({"lengths": [8000]}, "the held-out text has 5000 tokens: the variable tracking in 8000 needs as many. Give more by"),
         ({"values": [6]}, "--variables-hops 6 must be from 0 to 5"),
     ],
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lighthouse.mcore.command_line import kept, stored
+from megatron_lighthouse.recipe.comparable import from_where_they_differ
 from megatron_lighthouse.variants import VARIANTS
 
 MAY_CHANGE = """
@@ -49,9 +50,11 @@ def check_begun(run: Path, commands: Mapping[str, Sequence[str]], steps: tuple[i
     left = {attention: kept.read(log) for attention, log in logs.items() if (log / kept.NAME).is_file()}
     for attention, before in left.items():
         lines += _words(commands[attention], before)
-    if left:
+    # a run of one stage that has gone on since left the arguments of that job, not those that it was begun with
+    went_on = len(commands) == 1 and iteration >= sum(steps)
+    if left and not went_on:
         lines += _steps(next(iter(left.values())), steps)
-    else:
+    if not left:
         state = stored.common_state(run / "checkpoints", iteration)
         lines += _stored([*commands.values()][-1], (state or {}).get("args"))
     if lines := [*dict.fromkeys(lines)]:
@@ -67,7 +70,8 @@ def _words(asked: Sequence[str], before: Sequence[str]) -> Iterator[str]:
     now, then = (dict(kept.options(words)) for words in (asked, before))
     for flag in {**now, **then}:
         if _compared(flag) and now.get(flag) != then.get(flag):
-            yield f"{flag} {_shown(now.get(flag))}, there {_shown(then.get(flag))}"
+            asked, there = from_where_they_differ(now.get(flag) or [], then.get(flag) or [])
+            yield f"{flag} {asked or _absent(flag, now)}, there {there or _absent(flag, then)}"
 
 
 def _steps(before: Sequence[str], steps: tuple[int, int]) -> Iterator[str]:
@@ -88,7 +92,7 @@ def _stored(asked: Sequence[str], args: Any) -> Iterator[str]:
         if not values or there is None or (not _compared(flag) and flag != "--train-iters"):
             continue
         if [*map(_number, values)] != [*map(_number, known)]:
-            yield f"{flag} {_shown(values)}, there {_shown(known)}"
+            yield "{} {}, there {}".format(flag, *from_where_they_differ(values, known))
 
 
 def _number(word: str) -> float | str:
@@ -98,7 +102,6 @@ def _number(word: str) -> float | str:
         return word
 
 
-def _shown(values: Sequence[str] | None) -> str:
-    if values is None:
-        return "not given"
-    return " ".join([*values[:3], *["…"] * (len(values) > 3)]) or "given"
+def _absent(flag: str, words: Mapping[str, Sequence[str]]) -> str:
+    """Of a flag without values."""
+    return "given" if flag in words else "not given"

@@ -32,7 +32,9 @@ from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.quiet import quiet_imports
 from megatron_lighthouse.recipe import evaluation_files, held_out_loss, hindsight, positions, probes
 from megatron_lighthouse.recipe.readers import Reader
+from megatron_lighthouse.recipe.which_attention import selecting, trained_with
 from megatron_lighthouse.usage import Parser
+from megatron_lighthouse.variants import VARIANTS
 
 if TYPE_CHECKING:
     from megatron_lighthouse.recipe.probe import Grid
@@ -80,7 +82,7 @@ def held_out(args: argparse.Namespace, reader: Reader) -> tuple[list[Path], Arra
     if not args.text_data:
         raise ValueError("--held-out PATH is missing: name text that the run did not train on.")
     folder = args.data_cache_path or os.path.join(args.load, "data")
-    _, valid = text.names_of(text.training_files(args.text_data), folder)
+    _, valid = text.names_of(text.text_files(args.text_data), folder)
     if not os.path.exists(f"{valid}.idx"):
         raise ValueError(
             f"--held-out PATH is missing, and {folder} no longer holds what the run held out of --text-data, or the text has "
@@ -90,7 +92,7 @@ def held_out(args: argparse.Namespace, reader: Reader) -> tuple[list[Path], Arra
 
 
 def check_hindsight(args: argparse.Namespace, tokens: int, iteration: int) -> None:
-    """Refuse hindsight that cannot be measured on `tokens` tokens, or with layers that have switched by `iteration`.
+    """Refuse hindsight that cannot be measured on `tokens` tokens, or of layers that were dense in `iteration`.
 
     Raises:
         ValueError: the argument, and what would work.
@@ -101,11 +103,14 @@ def check_hindsight(args: argparse.Namespace, tokens: int, iteration: int) -> No
             f"--hindsight-samples {args.hindsight_samples} puts other text after a position, which with {FLAG} would end its "
             "document elsewhere, and the budget goes by that length: use --hindsight-samples 0."
         )
-    if args.switched_at is not None:
+    trained = trained_with(args, iteration) if VARIANTS[args.attention].selects else None
+    if args.switched_at is not None or (trained and not VARIANTS[trained].selects):
+        why = f"--lighthouse-stage2-at {args.switched_at}" if trained is None else "as they were trained"
+        steps = " or ".join(map(str, selecting(args)[-3:]))
         raise ValueError(
             f"--hindsight-samples {args.hindsight_samples} asks what Lighthouse layers owe to later tokens, and in iteration "
-            f"{iteration} of --load {args.load} all are dense (--lighthouse-stage2-at {args.switched_at}): give --ckpt-step an "
-            f"iteration up to {args.switched_at}, of which there is a checkpoint, or --hindsight-samples 0."
+            f"{iteration} of --load {args.load} all are dense ({why}): "
+            f"{f'give --ckpt-step {steps}' if steps else 'name a checkpoint of stage 1'}, or --hindsight-samples 0."
         )
 
 

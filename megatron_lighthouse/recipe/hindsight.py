@@ -44,8 +44,9 @@ def check(text: int, length: int, samples: int, seed: int) -> None:
         raise ValueError(f"--hindsight-seed {seed} must be at least 0, such as 1234.")
     if text < 2 * length:
         raise ValueError(
-            f"--held-out has {text} tokens: --hindsight-samples needs at least {2 * length}, twice --seq-length {length}, for "
-            "what is replaced is replaced by text from elsewhere. Give more text, or --hindsight-samples 0."
+            f"the held-out text has {text} tokens: --hindsight-samples needs at least {2 * length}, twice --seq-length "
+            f"{length}, for what is replaced is replaced by text from elsewhere. Give more by --held-out, or "
+            "--hindsight-samples 0."
         )
 
 

@@ -90,7 +90,10 @@ def sequence_starts(tokens: int, length: int, most: int) -> list[int]:
         raise ValueError(f"--loss-sequences {most} must be at least 1, or 0 for no loss.")
     there = (tokens - 1) // length
     if there < 1:
-        raise ValueError(f"--held-out has {tokens} tokens: give more than --seq-length {length}.")
+        raise ValueError(
+            f"the held-out text has {tokens} tokens: the loss needs more than --seq-length {length}. Give more by --held-out, "
+            "or --loss-sequences 0."
+        )
     taken = min(most, there)
     return [length * (there * i // taken) for i in range(taken)]
 

@@ -182,8 +182,12 @@ class Grid:
         for length in self.lengths:
             if length < shortest:
                 raise ValueError(f"{flag}-lengths {length} must be at least {shortest}.")
-            if length > text and "noise" in self.fillers:
-                raise ValueError(f"{flag}-lengths {length} needs as much text in --held-out, which has {text} tokens.")
+        if (longest := max(self.lengths)) > text and "noise" in self.fillers:
+            fits = f"{flag}-lengths up to {text}, " if text >= shortest else ""
+            raise ValueError(
+                f"the held-out text has {text} tokens: the {self.probe.title} in {longest} needs as many. Give more by "
+                f"--held-out, {fits}{flag}-fillers classic or {flag}-samples 0."
+            )
 
     def prompt(self, sample: Sample, text: Array) -> Prompt:
         """The question as tokens: the same for the same sample, seed and text.

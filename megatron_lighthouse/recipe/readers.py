@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy
 
-from megatron_lighthouse.mcore.data import text
+from megatron_lighthouse.mcore.data import plain, text
 
 type Array = numpy.ndarray[Any, Any]
 
@@ -31,12 +31,14 @@ class Reader:
         """The files, and their tokens, one document after the other.
 
         Raises:
-            ValueError: a path that does not exist, or no text.
+            ValueError: a path that does not exist, or no plain text.
         """
         try:
             files = text.text_files(paths)
         except ValueError as error:
             raise ValueError(str(error).replace("--text-data", "--held-out")) from None
+        if found := [*plain.problems("--held-out", files)]:
+            raise ValueError("\n".join(found))
         return files, numpy.concatenate([self.document(file.read_bytes()) for file in files])
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import numpy
 
 from megatron_lighthouse.needed import ask_for_megatron
-from megatron_lighthouse.recipe.comparable import check_comparable, told, unit
+from megatron_lighthouse.recipe.comparable import check_comparable, check_switches, told, unit
 from megatron_lighthouse.recipe.of_run import log_folder
 from megatron_lighthouse.recipe.whole_log import Losses, check_around, check_finite, check_since, said_of, width_of
 from megatron_lighthouse.usage import Parser
@@ -144,11 +144,12 @@ def read_run(folder: Path, switch: int | None = None) -> Run:
     which not every iteration is logged, else between its two logs.
 
     Raises:
-        ValueError: a log without losses, or one that does not say where the switch was.
+        ValueError: a log without losses, of a run that had none to switch, or one that does not say where the switch was.
     """
     folders = logs(folder)
     losses, starts, layers = read_losses(folders)
     layers = {i: n for i, n in layers.items() if i in losses}
+    check_switches(folders, layers.values())
     said, full = arguments(folders[-1]), max(layers.values(), default=0)
     if switch is None:
         switch = said.get(STAGE2_AT)

@@ -33,7 +33,7 @@ from megatron_lighthouse.bars import bar
 from megatron_lighthouse.mcore.attention.document_rotary import rotate_by
 from megatron_lighthouse.mcore.attention.fused_spec import with_fused_attention
 from megatron_lighthouse.mcore.attention.packed import packed
-from megatron_lighthouse.mcore.command_line import conversations, pyramid, settings
+from megatron_lighthouse.mcore.command_line import conversations, pyramid
 from megatron_lighthouse.mcore.command_line.arguments import (
     ArgumentsProvider,
     model_config,
@@ -50,11 +50,9 @@ from megatron_lighthouse.mcore.loop.further_tokens import ends_of
 from megatron_lighthouse.recipe.of_run import of_one_sequence
 from megatron_lighthouse.recipe.readers import BYTES, Reader, reader_of
 from megatron_lighthouse.recipe.same_model import check_same_model
-from megatron_lighthouse.variants import LIGHTHOUSE, VARIANTS
+from megatron_lighthouse.recipe.which_attention import settle_attention
 
 type Array = numpy.ndarray[Any, Any]
-BY_SPEC = ["megatron_lighthouse.mcore.spec", "lighthouse"]
-"""As --spec, the same as --attention lighthouse."""
 
 
 @dataclass(frozen=True)
@@ -161,23 +159,6 @@ def _leave_training(args: argparse.Namespace) -> None:
     args.lighthouse_telemetry_layers = None
     for name in [name for name in vars(args) if name.endswith("_telemetry_interval")]:
         setattr(args, name, 0)
-
-
-def settle_attention(args: argparse.Namespace, iteration: int) -> None:
-    """Make `attention` what the layers do at the checkpoint's iteration: what they select for, where all have switched by then.
-
-    Sets `lighthouse_layers`, how many have not, and `switched_at`: --lighthouse-stage2-at where none is left, else None.
-    """
-    if args.spec == BY_SPEC:
-        args.spec, args.attention = None, LIGHTHOUSE.name
-    args.lighthouse_layers, args.switched_at = 0, None
-    if VARIANTS[args.attention].selects:
-        given, layers = settings.settings_from(args), args.num_layers
-        args.lighthouse_layers = given.lighthouse_layers(layers) - given.dense_by_now(layers, iteration)
-        if given.stage2 and not args.lighthouse_layers:
-            args.attention, args.switched_at = given.base.name, given.stage2.at
-    if not VARIANTS[args.attention].switches:
-        args.lighthouse_stage2_at = None  # there is nothing to switch
 
 
 def _with(add_arguments: ArgumentsProvider) -> ArgumentsProvider:

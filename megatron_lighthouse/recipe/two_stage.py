@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
+import re
+import signal
 import subprocess
 import sys
 from collections import deque
@@ -20,12 +21,17 @@ from pathlib import Path
 from megatron_lighthouse.launch.torchrun import own_environment, torchrun
 from megatron_lighthouse.mcore.command_line import flags, kept
 from megatron_lighthouse.needed import ask_for_megatron
+from megatron_lighthouse.recipe import next_commands
 from megatron_lighthouse.recipe.begun import check_begun
 from megatron_lighthouse.recipe.presets import Preset, default_text, preset_for
 from megatron_lighthouse.usage import WRONG, Parser
 
-SHOWN = ("tokens/s=", "validation loss", "saving checkpoint", "loaded checkpoint")
+SHOWN = ("tokens/s=", "validation loss", "saving checkpoint", "loaded checkpoint", "--text-data has ")
 """Lines of Megatron's log that the terminal shows; the log file has all."""
+STOPPED = re.compile(r"SignalException: Process \d+ got signal: ")
+"""How torchrun ends that is told to, as by Ctrl-C in its terminal, or by the machine."""
+INTERRUPTED = 130
+"""The exit status that shells give for it."""
 
 
 OF_OURS = {
@@ -83,9 +89,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if _iterations_done(run) >= total:
         print("Nothing was left to train: the last command below goes on, and --name NAME (NAME= of make) begins another run.")
     if status := _train(run, stages, arguments, preset):
+        if status == INTERRUPTED:
+            done = _iterations_done(run)
+            goes_on = f": the same command goes on from iteration {done}." if done else ", before a checkpoint: it begins anew."
+            print(f"\nInterrupted{goes_on}", file=sys.stderr)
         return status
     _draw(run, where, list(stages))
-    print(_next(run, arguments[list(stages)[-1]], preset, dense_steps, len(stages) > 1))
+    start, last = torchrun(preset.processes), arguments[list(stages)[-1]]
+    print(next_commands.told(run, last, start, _iterations_done(run), dense_steps, len(stages) > 1))
     return 0
 
 
@@ -184,6 +195,8 @@ def _arguments(
     extra: Sequence[str],
 ) -> list[str]:
     """Megatron's, paths as `kept` writes them; of the position embedding that is not the preset's."""
+    from megatron_lighthouse.variants import VARIANTS
+
     run = run.absolute()
     checkpoints = str(run / "checkpoints")
     every = max(1, stop // 2)
@@ -195,16 +208,20 @@ def _arguments(
         *("--train-iters", str(total), "--exit-interval", str(stop), "--eval-interval", str(stop)),
         *("--save", checkpoints, "--load", checkpoints, "--save-interval", str(every)),
         *("--data-cache-path", str(run / "data"), "--tensorboard-dir", str(run / "tensorboard" / attention)),
-        *(("--lighthouse-selection-map", str(run / "selection.png")) if _selects(attention) else ()),
+        *(("--lighthouse-selection-map", str(run / "selection.png")) if VARIANTS[attention].selects else ()),
         *extra,
         *("--text-data", *(os.path.realpath(path) for path in text)),
     ]
 
 
 def _follow(command: Sequence[str], log: Path, environment: dict[str, str]) -> int:
-    """Run `command`, all its output in `log`, the progress on the terminal. The last lines too, if it fails."""
+    """Run `command`, all its output in `log`, the progress on the terminal. The last lines too, if it fails.
+
+    Answers its status, or INTERRUPTED where it was told to stop, or this process was.
+    """
     last: deque[str] = deque(maxlen=40)
     failed = False  # torchrun's own report follows, which hides the error that caused it
+    stopped = False
     in_place, drawn = sys.stdout.isatty(), False
     with log.open("a") as file:
         process = subprocess.Popen(
@@ -216,6 +233,7 @@ def _follow(command: Sequence[str], log: Path, environment: dict[str, str]) -> i
                 file.write(line)
                 file.flush()
                 failed = failed or "torch/distributed/elastic" in line
+                stopped = stopped or STOPPED.search(line) is not None
                 if not failed:
                     last.append(line)
                 if any(mark in line for mark in SHOWN):
@@ -224,10 +242,17 @@ def _follow(command: Sequence[str], log: Path, environment: dict[str, str]) -> i
                     print(before + line.strip(), end="" if over else "\n", flush=True)
                     drawn = over
             status = process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            file.writelines(process.stdout)  # its last words: where none reads them, it cannot end
+            process.wait()
+            return INTERRUPTED
         except BaseException:
             process.terminate()  # torchrun passes it on to its workers
             process.wait()
             raise
+    if stopped:
+        return INTERRUPTED
     if status:
         print("".join(last), f"\nThe run failed; its whole log is in {log}.", file=sys.stderr)
     return status
@@ -237,33 +262,6 @@ def _iterations_done(run: Path) -> int:
     """The iteration of the last whole checkpoint."""
     tracker = run / "checkpoints" / "latest_checkpointed_iteration.txt"
     return int(tracker.read_text()) if tracker.exists() else 0
-
-
-def _selects(attention: str) -> bool:
-    """Whether a run of it may draw what its layers select: a dense one says that it has none."""
-    from megatron_lighthouse.variants import VARIANTS
-
-    return VARIANTS[attention].selects or VARIANTS[attention].native
-
-
-def _next(run: Path, arguments: Sequence[str], preset: Preset, more: int, switches: bool) -> str:
-    """Commands for what the run has left, to paste: its evaluation, its recovery where it `switches`, and `more` iterations."""
-    recipe, folder = [sys.executable, "-m", "megatron_lighthouse.recipe"], [kept.RUN, str(run)]
-    total = str(int(kept.value(arguments, "--train-iters") or 0) + more)
-    held_out = [] if _held_out(run) > int(kept.value(arguments, "--seq-length") or 0) else ["--held-out", "YOUR_TEXT"]
-    further = ["--train-iters", total, "--exit-interval", total, "--override-opt-param-scheduler"]
-    evaluation = [*recipe[:2], f"{recipe[2]}.evaluate", *folder, *held_out, "--out", str(run / "evaluation")]
-    commands = {
-        "what it has learnt of long text": evaluation,
-        **({"what the switch cost": [*recipe[:2], f"{recipe[2]}.recovery", *folder]} if switches else {}),
-        f"{more} iterations more": _command(preset, [*folder, *further]),
-    }
-    return "\n".join(["Next:", *(f"# {title}\n{shlex.join(words)}" for title, words in commands.items())])
-
-
-def _held_out(run: Path) -> int:
-    """Tokens of the text that no stage was trained on."""
-    return max((path.stat().st_size // 2 for path in (run / "data").glob("text-*-valid.bin")), default=0)
 
 
 def _draw(run: Path, where: str, stages: Sequence[str]) -> None:
@@ -291,4 +289,5 @@ def _draw(run: Path, where: str, stages: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else torchrun would be left behind
     sys.exit(main())

@@ -112,7 +112,7 @@ def test_a_run_of_another_experiment_is_refused(capsys: pytest.CaptureFixture[st
         ("--at-once 0", "--at-once 0 must be at least 1."),
         ("--within 40", "--within 40 leaves no time: give more than the 40 s that saving may take."),
         ("--hindsight-samples -1", "--hindsight-samples -1 must be at least 1, or 0 for no hindsight."),
-        ("--seq-length 1024", "--held-out has 513 tokens: --hindsight-samples needs at least 2048"),
+        ("--seq-length 1024", "the held-out text has 513 tokens: --hindsight-samples needs at least 2048"),
     ],
 )
 def test_refused_before_a_run_is_trained(

@@ -17,7 +17,7 @@ from megatron_lighthouse.mcore.command_line.stored import common_state
 from megatron_lighthouse.parallax.attention import parallax_attention
 from megatron_lighthouse.parallax.config import ParallaxConfig
 from megatron_lighthouse.plots import read_scalars
-from megatron_lighthouse.recipe.trained import settle_attention
+from megatron_lighthouse.recipe.which_attention import settle_attention
 from megatron_lighthouse.variants import DENSE, LIGHTHOUSE, PARALLAX, base_in, named_in
 from tests.mcore.harness import Run, run, some_slow
 from tests.mcore.test_checkpoints import keys, save_interval

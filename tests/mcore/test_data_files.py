@@ -15,6 +15,7 @@ from megatron_lighthouse.launch.check import parse
 from megatron_lighthouse.mcore.data import files, indexed
 from tests.launch.test_submit import words
 
+LITTLE = "--text-data has 1,710 bytes for training, and a sequence of --seq-length 2048 takes more: give more text, or"
 HEADER = 34
 """Bytes before the lengths in an .idx."""
 
@@ -189,10 +190,12 @@ def test_text_and_tokenizers_are_not_empty(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "empty").touch()
     (tmp_path / "folder").mkdir()
     (tmp_path / "short").write_text("short")
+    (tmp_path / "little").write_text("words " * 300)
     for arguments, says in (
         (("--text-data", f"{tmp_path}/empty"), "holds no text"),
         (("--text-data", f"{tmp_path}/folder"), "holds no text"),
         (("--text-data", f"{tmp_path}/short"), "holds 5 bytes of text: give at least 1000"),
+        (("--text-data", f"{tmp_path}/little", "--seq-length", "2048", "--max-position-embeddings", "2048"), LITTLE),
         (("--text-data", f"{tmp_path}/no"), f"--text-data {tmp_path}/no is not there"),
         (("--mock-data", "--tokenizer-model", f"{tmp_path}/empty"), f"--tokenizer-model {tmp_path}/empty is empty"),
         (("--mock-data", "--tokenizer-model", f"{tmp_path}/folder"), f"--tokenizer-model {tmp_path}/folder is empty"),

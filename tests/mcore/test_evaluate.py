@@ -256,7 +256,7 @@ def test_hindsight_is_refused_before_the_model_is_built(evaluated: Evaluated, tm
     others = ["--loss-sequences", "0", "--passkey-samples", "0", "--hindsight-samples", "1"]
     result = evaluate(1, "--load", str(evaluated.checkpoint), "--out", str(tmp_path), "--held-out", str(short), *others)
     assert result.returncode != 0
-    assert "--held-out has 511 tokens: --hindsight-samples needs at least 512, twice --seq-length 256" in result.stderr
+    assert "the held-out text has 511 tokens: --hindsight-samples needs at least 512, twice --seq-length 256" in result.stderr
     built = "number of parameters on"  # Megatron's word of a model
     assert built in evaluated.printed
     assert built not in result.stdout

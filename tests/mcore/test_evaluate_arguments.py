@@ -83,7 +83,7 @@ def test_up_to_the_switch_it_is_lighthouse(switched: Path, tmp_path: Path) -> No
     [
         (
             [*NOTHING, "--hindsight-samples", "2"],
-            ["in iteration 3 of --load", "all are dense (--lighthouse-stage2-at 2): give --ckpt-step an iteration up to 2"],
+            ["in iteration 3 of --load", "all are dense (--lighthouse-stage2-at 2): give --ckpt-step 2, or --hindsight"],
         ),
         (
             ["--rotary-base", "500000", "--num-layers", "3", "--ffn-hidden-size", "64"],
@@ -130,7 +130,7 @@ def lighthouse(*words: str, **more: Any) -> Namespace:
     ],
 )
 def test_attention_is_that_of_the_iteration(words: list[str], iteration: int, expected: tuple[Any, ...]) -> None:
-    from megatron_lighthouse.recipe.trained import BY_SPEC, settle_attention
+    from megatron_lighthouse.recipe.which_attention import BY_SPEC, settle_attention
 
     given = [lighthouse(*words)]
     if words[:1] == ["--attention"]:
@@ -140,6 +140,15 @@ def test_attention_is_that_of_the_iteration(words: list[str], iteration: int, ex
         assert (args.attention, args.lighthouse_layers, args.switched_at) == expected
         assert args.spec is None
         assert args.lighthouse_stage2_at is None or args.attention == "lighthouse"
+
+
+def test_what_the_layers_did_in_training_is_asked_of_the_checkpoint(switched: Path) -> None:
+    """Here the command line names no switch."""
+    from megatron_lighthouse.recipe.which_attention import selecting, trained_with
+
+    args = lighthouse("--attention", "lighthouse", load=str(switched / "checkpoints"))
+    assert [trained_with(args, iteration) for iteration in (2, 3, 4)] == ["lighthouse", "dense", None]
+    assert selecting(args) == [2]
 
 
 def test_default_lengths_that_do_not_fit_are_left_out_and_others_refused() -> None:

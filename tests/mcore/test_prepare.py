@@ -85,6 +85,58 @@ def test_what_is_refused(line: str, more: str, says: str, tmp_path: Path, capsys
     assert [path.name for path in tmp_path.iterdir()] == ["b.jsonl"]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("b.jsonl", "", "b.jsonl holds no text: give files that hold some. Nothing is written."),
+        ("b.jsonl", '{"text": ""}\n' * 3, "b.jsonl holds no text"),
+        ("b.txt", "", "b.txt holds no text"),
+        (
+            "b.txt",
+            '{"text": "1"}\n' * 3,
+            "b.txt holds JSON lines, and would be one document by its name: let it end in .jsonl or",
+        ),
+    ],
+)
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_dataset_of_nothing_is_not_written(
+    name: str, content: str, says: str, workers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor one of JSON's own syntax."""
+    (tmp_path / name).write_text(content)
+    given = ["--input", str(tmp_path / name), "--output", str(tmp_path / "out"), "--workers", workers, *NUMBERS]
+    assert prepare.main(given) == 2
+    assert says in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--worker 2", "--worker is not a known flag: did you mean --workers?"),
+        ("--json-keys content", "--json-keys is not a known flag: did you mean --json-key?"),
+        ("--tokenizer-modl x", "--tokenizer-modl is not a known flag: did you mean --tokenizer-model?"),
+        ("--vocab-size 300k", "--vocab-size 300k must be a whole number, in digits alone: write 300000."),
+        ("--num-layers 4", "--num-layers is no flag of a tokenizer: leave it out."),
+        ("--worker 2 --num-layers 4", "--num-layers is no flag of a tokenizer: leave it out."),
+    ],
+)
+def test_all_that_is_wrong_is_said_at_once(words: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A flag may be one of this command's own; and no wrong word hides files and folders that cannot be."""
+    given = ["--input", str(tmp_path / "nowhere"), "--output", f"{__file__}/out", *NUMBERS, *words.split()]
+    assert prepare.main(given) == 2
+    said = capsys.readouterr().err
+    assert all(line in said for line in (says, f"{__file__} is no folder", "nowhere is no file"))
+
+
+def test_a_folder_that_nobody_may_write_to(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare.os, "access", lambda *_: False)  # root may write anywhere
+    assert prepare.main(["--input", *files, "--output", str(tmp_path / "new" / "out"), *NUMBERS]) == 2
+    assert f"nothing can be written in {tmp_path}: name another folder" in capsys.readouterr().err
+
+
 def test_the_check_takes_it(files: list[str], tmp_path: Path) -> None:
     prefix = str(tmp_path / "new" / "folder" / "out")
     assert prepare.main(["--input", *files, "--output", prefix, *NUMBERS]) == 0

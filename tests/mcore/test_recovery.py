@@ -173,6 +173,28 @@ def test_a_log_that_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "no TensorBoard log with training losses" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("attention", ["wall", "dense"])
+@pytest.mark.parametrize("more", [[], ["--switch", "3"]], ids=["", "switch"])
+def test_a_run_that_had_nothing_to_switch(
+    attention: str, more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, SPIKE, dict.fromkeys(SPIKE, 0))
+    with SummaryWriter(str(tmp_path)) as log:
+        log.add_text("attention", attention)
+    assert main([str(tmp_path), *more]) == 1
+    assert f"is of --attention {attention} alone: none of its layers became dense, so no" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("first", [("lighthouse", "None"), ("dense", "['megatron_lighthouse.mcore.spec', 'lighthouse']")])
+def test_two_jobs_of_which_the_first_selected(first: tuple[str, str], tmp_path: Path) -> None:
+    for (attention, spec), iterations in ((first, (1, 2, 3)), (("dense", "None"), (4, 5, 6))):
+        write(tmp_path, {i: SPIKE[i] for i in iterations})
+        with SummaryWriter(str(tmp_path)) as log:
+            log.add_text("attention", attention, iterations[0] - 1)
+            log.add_text("spec", spec, iterations[0] - 1)
+    assert read_run(tmp_path, 3).switch == 3
+
+
 def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "run", SPIKE, curve(4, 4, 4, 0, 0, 0, 0, 0, 0))
     write(tmp_path / "scratch", curve(7.0, 3.0, 3.0, 3.0, 3.0, 2.0, 2.0, 1.0, 0.5))

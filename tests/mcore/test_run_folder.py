@@ -189,6 +189,23 @@ def test_a_dense_run_of_other_data_or_model_is_not_compared(tmp_path: Path) -> N
         check_comparable(ours, [tmp_path / "experts"])
 
 
+def test_of_a_long_list_of_files_little_is_shown(tmp_path: Path) -> None:
+    """The files of Python's library fill ten thousand characters. What is shown is where they differ."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    files = [f"/usr/lib/python/{number}.py" for number in range(200)]
+    for name, texts in (("ours", files), ("dense", [*files[:100], "/x/own.txt", *files[100:]])):
+        with SummaryWriter(str(tmp_path / name)) as log:
+            log.add_text("text_data", str(texts))
+    with pytest.raises(ValueError, match="cannot be compared") as refused:
+        check_comparable([tmp_path / "ours"], [tmp_path / "dense"])
+    shown = "--text-data … '/x/own.txt', '/usr/lib/python/100.py', '/usr/lib/python/101.py', … (201 in all), of the run "
+    assert shown + "… '/usr/lib/python/100.py'" in str(refused.value)
+    assert len(str(refused.value)) < 600
+    (line,) = begun._words(["--text-data", *files], ["--text-data", *files[:-1]])
+    assert line == f"--text-data … {files[-1]} (200 in all), there … (199 in all)"
+
+
 @pytest.mark.usefixtures("megatron")
 def test_what_decides_which_tokens_are_read_is_compared() -> None:
     """All that the datasets are made of, but where their files are and how they are read; and all of the model."""

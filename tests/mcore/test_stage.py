@@ -234,9 +234,11 @@ def validation(folder: Path) -> list[tuple[int, float]]:
 def test_one_job_is_the_same_run_as_two(folder: Path, in_one_job: Run) -> None:
     first = run(folder / "first", *SHARED, "--attention", "lighthouse", "--exit-interval", str(ITER), ranks=2)
     load = ["--load", str(folder / "checkpoint"), "--ckpt-step", str(ITER)]
-    picture = ["--lighthouse-selection-map", str(folder / "map.png")]
+    (folder / "map-3.png").touch()
+    picture = ["--lighthouse-selection-map", str(folder / "map-{layer}.png"), "--lighthouse-telemetry-layers", "2", "3"]
     second = run(folder / "second", *SHARED, "--attention", "dense", *load, *picture, ranks=2)
-    assert second.log.count(f"{folder / 'map.png'} is not drawn: layer 2 selected nothing here.") == 1
+    assert second.log.count(f"{folder / 'map-2.png'} is not drawn: layer 2 selected nothing here.") == 1
+    assert second.log.count(f"{folder / 'map-3.png'} stays as an earlier job drew it: layer 3 selected nothing here.") == 1
     assert list(first.losses) == [1, 2, 3]
     assert {**first.losses, **second.losses} == in_one_job.losses
     assert {**first.gradient_norms, **second.gradient_norms} == in_one_job.gradient_norms

@@ -79,8 +79,15 @@ def test_a_short_text_trains_where_nothing_validates(tmp_path: Path) -> None:
     """A twentieth of the text, which is for validation, is less than one sequence."""
     file = tmp_path / "short.txt"
     file.write_bytes((ROOT / "LICENSE").read_bytes()[:4000])
-    one = run(tmp_path / "run", "--train-iters", "1", "--attention", "dense", data=["--text-data", str(file)])
+    data = ["--text-data", str(file)]
+    one = run(tmp_path / "run", "--train-iters", "1", "--attention", "dense", data=data)
     assert list(one.losses) == [1]
+    assert "each is read about" not in one.log
+    two = run(
+        tmp_path / "two", "--train-iters", "40", "--exit-interval", "1", "--eval-iters", "1", "--attention", "dense", data=data
+    )
+    assert two.log.count("--text-data has 3,801 tokens for training: each is read about 5 times.") == 1
+    assert two.log.count("--text-data has 201 tokens for validation: each is read about ") == 1
 
 
 def test_byte_entropy(tmp_path: Path) -> None:

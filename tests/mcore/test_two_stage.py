@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
+from argparse import Namespace
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +23,7 @@ from megatron_lighthouse.mcore.loop import progress
 from megatron_lighthouse.mcore.loop.progress import last_iteration
 from megatron_lighthouse.plots import read_scalars
 from megatron_lighthouse.recipe import recovery, two_stage
+from megatron_lighthouse.recipe.begun import check_begun
 from megatron_lighthouse.recipe.presets import default_text, preset_for
 from tests.mcore.forks import warm
 from tests.mcore.harness import ROOT, Processes
@@ -119,9 +124,21 @@ def what_was_printed_runs(printed: str, folder: Path) -> None:
     for ranks, words, module in ((1, [*given[0], *few], modules[0]), (2, given[2], modules[2])):
         processes = Processes(folder / module, ranks, words, module)
         assert processes.wait() == [0] * ranks, processes.log.read_text()[-3000:]
+    asked = [*given[0], "--ckpt-step", "3", "--attention", "lighthouse", "--hindsight-samples", "1"]  # of the second job
+    processes = Processes(folder / "hindsight", 1, [*asked, *few, "--out", str(folder / "out")], modules[0])
+    assert processes.wait() == [2]
+    assert (
+        "all are dense (as they were trained): give --ckpt-step 1 or 2, or --hindsight-samples 0." in processes.log.read_text()
+    )
     summary = json.loads((folder / "short" / "evaluation" / "evaluation.json").read_text())
     assert (summary["iteration"], summary["attention"], summary["loss"]["unit"]) == (3, "dense", "byte")
     assert last_checkpoint(folder / "short" / "checkpoints") == 4
+    assert all(said not in processes.log.read_text() for said in ("nothing is left to train", "selected nothing here"))
+    processes = Processes(folder / "again", 2, given[2], modules[2])
+    assert processes.wait() == [0, 0], processes.log.read_text()[-3000:]
+    assert (
+        processes.log.read_text().count("nothing is left to train: the checkpoint is of iteration 4, and --train-iters 4") == 1
+    )
 
 
 @pytest.mark.slow
@@ -137,17 +154,75 @@ def test_an_attention_that_never_becomes_dense_has_one_stage(tmp_path: Path) -> 
     assert "selection.png" not in done.stdout
 
 
-def test_a_stage_without_a_logged_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As --tensorboard-log-interval leaves a stage that is shorter."""
-    checkpoints, logs = tmp_path / "short" / "checkpoints", tmp_path / "short" / "tensorboard"
-    checkpoints.mkdir(parents=True)
-    (checkpoints / "latest_checkpointed_iteration.txt").write_text("3")
+def trained(run: Path, iteration: int) -> None:
+    """What a run leaves that the recipe looks at, of `iteration` iterations."""
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(iteration))
     for attention in ("lighthouse", "dense"):
-        with SummaryWriter(str(logs / attention)) as log:
+        with SummaryWriter(str(run / "tensorboard" / attention)) as log:
             log.add_text("seq_length", "64")
             if attention == "lighthouse":
                 log.add_scalar("lm loss", 2.5, 2)
                 log.add_scalar("lm loss validation", 2.25, 2)
+
+
+@pytest.mark.parametrize(("iteration", "goes_on_to"), [(3, 4), (4, 5), (7, 8)])
+def test_the_command_that_goes_on_trains_however_often_it_was_run(
+    iteration: int, goes_on_to: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(tmp_path / "short", iteration)
+    assert two_stage.main(["--runs", str(tmp_path), "--name", "short", "--steps", "2", "--dense-steps", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert f"--train-iters {goes_on_to} --exit-interval {goes_on_to} " in printed.splitlines()[-1]
+    assert "long text (YOUR_TEXT is any it has not read: it held out 0 tokens, less than a sequence of 2,048)" in printed
+
+
+TOLD = "raise SystemExit('torch.distributed.elastic.multiprocessing.api.SignalException: Process 7 got signal: 2')"
+LONG = "import time; print('x' * 200_000, flush=True); time.sleep(600)"
+
+
+@pytest.mark.parametrize(
+    ("iteration", "says"),
+    [
+        (60, "Interrupted: the same command goes on from iteration 60.\n"),
+        (0, "Interrupted, before a checkpoint: it begins anew.\n"),
+    ],
+)
+@pytest.mark.parametrize("program", [TOLD, LONG], ids=["torchrun is told", "this process is"])
+def test_interrupted(
+    program: str, iteration: int, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "demo"
+    trained(run, iteration)
+    monkeypatch.setattr(two_stage, "_gpus", lambda: 0)
+    monkeypatch.setattr(two_stage, "_command", lambda *_: [sys.executable, "-c", program])
+
+    def press() -> None:
+        while not (run / "lighthouse.log").exists() or not (run / "lighthouse.log").stat().st_size:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    if program == LONG:
+        Thread(target=press, daemon=True).start()
+    assert two_stage.main(["--runs", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == f"\n{says}"
+
+
+def test_one_stage_that_went_on_is_not_begun_otherwise(tmp_path: Path) -> None:
+    """The job that went on left its own arguments, of one iteration more."""
+    run, asked = tmp_path / "one", ["--attention", "parallax", "--train-iters", "4", "--exit-interval", "4"]
+    trained(run, 5)
+    there = [*asked, "--train-iters", "5", "--exit-interval", "5", "--override-opt-param-scheduler"]
+    log = run / "tensorboard" / "parallax"
+    kept.keep(Namespace(rank=0, world_size=2, skip_train=False, save=None, tensorboard_dir=str(log)), there)
+    check_begun(run, {"parallax": asked}, (4, 0))
+    with pytest.raises(ValueError, match="--steps 6, there 5"):
+        check_begun(run, {"parallax": asked}, (6, 0))
+
+
+def test_a_stage_without_a_logged_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As --tensorboard-log-interval leaves a stage that is shorter."""
+    trained(tmp_path / "short", 3)
     assert two_stage.main(["--runs", str(tmp_path), "--name", "short", "--steps", "2", "--dense-steps", "1"]) == 0
     printed = capsys.readouterr().out
     assert "lighthouse: loss 2.500 at iteration 2; validation loss 2.250 at iteration 2" in printed

@@ -32,6 +32,7 @@ def train_valid_test_datasets(sample_counts: list[int], vp_stage: int | None = N
         train, valid = _on_first_rank("--text-data", lambda: text.write_datasets(args.text_data, _text_folder(args)))
         args.train_data_path, args.valid_data_path = [train], [valid]
         _say_where_text_changed(args)
+        _say_where_text_is_short(args, sample_counts)
     kind = ConversationDataset if conversations.asked(args) else MockGPTDataset if args.mock_data else GPTDataset
     # one of the tensor-parallel ranks reads, and broadcasts what it read
     reads = partial(_reads_data, vp_stage)
@@ -111,6 +112,15 @@ def _say_where_text_changed(args: Namespace) -> None:
     was = getattr(start and start.args, "train_data_path", None)
     if was and Path(was[0]).name != Path(args.train_data_path[0]).name:
         say_once(f"--text-data has other files, sizes or times than when the checkpoint was saved: {_goes_on(args)}")
+
+
+def _say_where_text_is_short(args: Namespace, sample_counts: list[int]) -> None:
+    """Of each part: Megatron reads it as often as it takes, and a loss on few tokens says little of others."""
+    parts = (("training", args.train_data_path, sample_counts[0]), ("validation", args.valid_data_path, sample_counts[1]))
+    for part, prefixes, samples in parts:
+        tokens, asked = text.tokens_of(prefixes[0]), samples * args.seq_length
+        if asked >= 2 * tokens:
+            say_once(f"--text-data has {tokens:,} tokens for {part}: each is read about {asked / tokens:,.0f} times.")
 
 
 def _trains_on(args: Namespace) -> bool:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_lighthouse.mcore.command_line import conversations
-from megatron_lighthouse.mcore.data import blends, conversation_files, indexed, text, tokenizers, vocabulary
+from megatron_lighthouse.mcore.data import blends, conversation_files, indexed, plain, text, tokenizers, vocabulary
 from megatron_lighthouse.mcore.data.blends import Here, remote
 
 
@@ -71,7 +71,7 @@ def _of_source(args: argparse.Namespace, here: Here, whole: bool) -> Iterator[st
         yield from _splits(args, {prefix: rows[prefix] for prefix in filled if prefix in rows})
         yield from _sequences(args, counts, here)
         if args.text_data is not None:
-            yield from _text(args.text_data, here)
+            yield from _text(args, here, whole)
     except ValueError as error:
         yield str(error)
 
@@ -149,8 +149,17 @@ def _sequences(args: argparse.Namespace, counts: dict[str, tuple[int, int]], her
         yield from (f"{name} {path} has other counts of {prefix} than its .idx: write it again." for prefix in wrong)
 
 
-def _text(paths: Sequence[str], here: Here) -> Iterator[str]:
-    if missing := [path for path in paths if not here(path).exists()]:
+def _text(args: argparse.Namespace, here: Here, whole: bool) -> Iterator[str]:
+    """Whether plain text is there, and enough of it for a sequence."""
+    if missing := [path for path in args.text_data if not here(path).exists()]:
         yield from (f"--text-data {path} is not there: give a path that all nodes see." for path in missing)
         return
-    text.training_files([here(path) for path in paths])
+    found = text.training_files([here(path) for path in args.text_data])
+    if whole:
+        yield from plain.problems("--text-data", found)
+    total = sum(file.stat().st_size for file in found)
+    if args.seq_length and (trained := total - total // text.HELD_OUT) <= args.seq_length:
+        yield (
+            f"--text-data has {trained:,} bytes for training, and a sequence of --seq-length {args.seq_length} takes more: "
+            "give more text, or a smaller --seq-length."
+        )

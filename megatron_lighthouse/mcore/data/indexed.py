@@ -85,7 +85,7 @@ def problem(idx: Path, data: Path, whole: bool = True) -> str | None:
     try:
         header = read_header(idx)
         if not header.sequences or not header.documents:
-            return ".idx counts no sequence"
+            return ".idx counts no sequence, as of files that hold no text"
         ends = _numbers(idx, "<i8", header.ends, header.documents, whole)
         if ends[-1] != header.sequences:
             return f".idx counts {header.sequences:,} sequences, and its last document ends with sequence {ends[-1]:,}"

@@ -13,7 +13,7 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy
 
-from megatron_lighthouse.usage import WRONG, Parser
+from megatron_lighthouse.mcore.data.plain import START, are_json_lines, named
+from megatron_lighthouse.usage import WRONG, Parser, as_flag, unknown_flag
 
 LINES = (".jsonl", ".ndjson", ".json")
 OF_TOKENIZERS = (
@@ -48,9 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-end-of-document", action="store_true", help="end no document with that token")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that make tokens; default: %(default)s")
     options, words = parser.parse_known_args(argv)
+    args, wrong = tokenizer_arguments(words, parser._option_string_actions)
+    wrong += problems(options, args)
     try:
-        args = tokenizer_arguments(words)
-        check(options, args)
+        if args is None or wrong:
+            raise ValueError("\n".join(wrong))
         count, tokens, empty = prepare(options, args)
     except ValueError as error:
         print(f"prepare: {error}", file=sys.stderr)
@@ -62,55 +65,68 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def tokenizer_arguments(words: Sequence[str]) -> argparse.Namespace:
-    """Megatron's arguments, of which the words may name those of tokenizers alone.
+def tokenizer_arguments(
+    words: Sequence[str], own: Mapping[str, argparse.Action]
+) -> tuple[argparse.Namespace | None, list[str]]:
+    """Megatron's arguments, of which the words may name those of tokenizers alone; and what is wrong with the words.
 
-    Raises:
-        ValueError: other words.
+    Args:
+        own: by flag, what this command's parser does with it: one of these may be meant.
     """
     from megatron_lighthouse.mcore.command_line import flags
 
-    args, wrong = flags.parse(words, lambda parser: parser)
+    made = flags.parser(lambda parser: parser)
+    try:
+        rest = made.parse_known_args(words)[1]
+        args, _ = flags.parse(words, lambda parser: parser, strict=False)
+    except flags.WordsError as error:
+        return None, [str(error)]
+    of_tokenizers = {flag: how for flag, how in made._option_string_actions.items() if how.dest.startswith(OF_TOKENIZERS)}
+    wrong = [unknown_flag(word, {**own, **of_tokenizers}) for word in rest if word.startswith("-")]
+    if rest and not wrong:
+        wrong = [f"{' '.join(rest)} follows no flag that takes it: leave it out."]
     wrong += [
-        f"--{name.replace('_', '-')} is no flag of a tokenizer: leave it out."
+        f"{as_flag(name)} is no flag of a tokenizer: leave it out."
         for name in sorted(args.said)
         if not name.startswith(OF_TOKENIZERS)
     ]
-    if wrong:
-        raise ValueError("\n".join(wrong))
     args.rank, args.text_data = 0, None
-    return args
+    return args, wrong
 
 
-def check(options: argparse.Namespace, args: argparse.Namespace) -> None:
-    """Raises ValueError: files that are not there, or one that is, a tokenizer that cannot be built."""
+def problems(options: argparse.Namespace, args: argparse.Namespace | None) -> Iterator[str]:
+    """Files that are not there, or one that is, a folder that cannot be made, a tokenizer that cannot be built.
+
+    Args:
+        args: Megatron's; None where their words cannot be read.
+    """
     from importlib.util import find_spec
 
     from megatron_lighthouse.mcore.data import tokenizers
 
-    found = [f"--input {path} is no file: give text, or JSON lines." for path in options.input if not Path(path).is_file()]
+    yield from (f"--input {path} is no file: give text, or JSON lines." for path in options.input if not Path(path).is_file())
     if Path(f"{options.output}.idx").exists():
-        found.append(f"--output {options.output}: {options.output}.idx is there already: name another, or remove it.")
+        yield f"--output {options.output}: {options.output}.idx is there already: name another, or remove it."
     above = next(path for path in Path(options.output).absolute().parents if path.exists())
     if not above.is_dir():
-        found.append(f"--output {options.output}: {above} is no folder: name another.")
+        yield f"--output {options.output}: {above} is no folder: name another."
+    elif not os.access(above, os.W_OK):
+        yield f"--output {options.output}: nothing can be written in {above}: name another folder."
     if options.workers < 1:
-        found.append(f"--workers {options.workers} must be at least 1.")
-    found += tokenizers.problems(args, Path)
-    found += [
-        f"--tokenizer-type {args.tokenizer_type} needs the package {name}: pip install {name}."
-        for name in tokenizers.packages(args.tokenizer_type)
-        if not find_spec(name)
-    ]
-    if found:
-        raise ValueError("\n".join(found))
+        yield f"--workers {options.workers} must be at least 1."
+    if args is None:
+        return
+    yield from tokenizers.problems(args, Path)
+    for name in tokenizers.packages(args.tokenizer_type):
+        if not find_spec(name):
+            yield f"--tokenizer-type {args.tokenizer_type} needs the package {name}: pip install {name}."
 
 
 def prepare(options: argparse.Namespace, args: argparse.Namespace) -> tuple[int, int, int]:
     """Write the dataset; answers its documents and tokens, and how many documents had no text.
 
     Raises:
-        ValueError: a tokenizer that ends no document, or a line that is none of JSON.
+        ValueError: a tokenizer that ends no document, a line that is none of JSON, or no text at all.
     """
     from megatron_lighthouse.mcore.data.write import write_dataset
     from megatron_lighthouse.quiet import quiet_imports
@@ -123,18 +139,21 @@ def prepare(options: argparse.Namespace, args: argparse.Namespace) -> tuple[int,
     end = None if options.no_end_of_document else getattr(_tokenizer, "eod", None)
     if end is None and not options.no_end_of_document:
         raise ValueError(f"--tokenizer-type {args.tokenizer_type} has no end-of-document token: add --no-end-of-document.")
-    empty = 0
+    empty = written = 0
 
     def tokens() -> Iterator[numpy.ndarray[Any, Any]]:
-        nonlocal empty
+        nonlocal empty, written
         for number, ids in enumerate(_ids(documents(options.input, options.json_key), options.workers), 1):
             if ids and not 0 <= min(ids) <= max(ids) < _tokenizer.vocab_size:
                 raise ValueError(f"document {number} has token {max(ids)}, and the tokenizer {_tokenizer.vocab_size} of them.")
             if ids:
                 yield numpy.array([*ids, *([] if end is None else [end])])
             empty += not ids
+            written += bool(ids)
             if number % EVERY == 0:
                 print(f"{number:,} documents", flush=True)
+        if not written:  # a run would refuse such a dataset
+            raise ValueError(f"--input {named(options.input)} holds no text: give files that hold some. Nothing is written.")
 
     return *write_dataset(options.output, tokens(), DType.optimal_dtype(_tokenizer.vocab_size)), empty
 
@@ -143,14 +162,20 @@ def documents(paths: Iterable[str], key: str) -> Iterator[str]:
     """The texts of files, one after another.
 
     Raises:
-        ValueError: a file that is no UTF-8, or a line that is no object with such a text.
+        ValueError: a file that is no UTF-8, JSON lines by another name, or a line that is no object with such a text.
     """
     for path in paths:
         name = path.removesuffix(".gz")
         with (gzip.open if path != name else open)(path, "rt", encoding="utf-8") as file:
             try:
                 if not name.endswith(LINES):
-                    yield file.read()
+                    text = file.read()
+                    if are_json_lines(name, text[:START].encode()):
+                        raise ValueError(
+                            f"--input {path} holds JSON lines, and would be one document by its name: let it end in "
+                            f"{' or '.join(LINES)}, or give plain text."
+                        )
+                    yield text
                     continue
                 for number, line in enumerate(file, 1):
                     if line.strip():

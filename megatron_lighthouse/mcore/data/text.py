@@ -141,6 +141,11 @@ def _tokens(document: bytes) -> numpy.ndarray[Any, Any]:
     return numpy.append(numpy.frombuffer(document, dtype=numpy.uint8).astype(numpy.uint16), END_OF_DOCUMENT)
 
 
+def tokens_of(prefix: str) -> int:
+    """How many a written dataset has."""
+    return os.path.getsize(f"{prefix}.bin") // numpy.dtype(numpy.uint16).itemsize
+
+
 def byte_entropy(prefix: str) -> float:
     """Entropy, in nats a token, of a written dataset's token frequencies: what a model that reads no context reaches."""
     tokens = numpy.memmap(f"{prefix}.bin", dtype=numpy.uint16, mode="r")

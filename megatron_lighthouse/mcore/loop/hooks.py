@@ -73,6 +73,7 @@ def follow_training() -> None:
     keep_documents_apart()
     tile()  # what it sees of moved masks is what documents made of them
     wrap(loop, "training_log", "progress", progress.Progress().training_log)
+    wrap(loop, "train", "progress", progress.train)
     wrap(loop, "load_checkpoint", "rates", rates.load_checkpoint)
     wrap(loop, "evaluate", "conversations", validation.evaluate)
     wrap(loop, "dummy_train_step", "skip", skip.skip_step)

@@ -111,4 +111,5 @@ def _say_what_is_not_drawn(pictures: dict[int, Path]) -> None:
     torch.distributed.all_reduce(selected)
     for (layer_number, path), ranks in zip(pictures.items(), selected.tolist(), strict=True):
         if not ranks and not torch.distributed.get_rank():
-            print(f"lighthouse: --lighthouse-selection-map {path} is not drawn: layer {layer_number} selected nothing here.")
+            what = "stays as an earlier job drew it" if path.is_file() else "is not drawn"
+            print(f"lighthouse: --lighthouse-selection-map {path} {what}: layer {layer_number} selected nothing here.")

@@ -16,6 +16,7 @@ from megatron.training import get_args
 from megatron_lighthouse.bars import SECONDS, bar
 from megatron_lighthouse.mcore.command_line.stage import stage2_from
 from megatron_lighthouse.mcore.loop.forward_step import ROW_TOKENS
+from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.variants import VARIANTS, base_in
 
 
@@ -75,6 +76,17 @@ class Progress:
             self.drawn, self.tokens = self.drawn + seconds, 0
         if last:
             self.bar.close()
+
+
+def train(inner: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    """Around Megatron's, which says nothing where the checkpoint is of the last iteration, or of a later one."""
+    args = get_args()
+    if args.iteration >= args.train_iters:
+        say_once(
+            f"nothing is left to train: the checkpoint is of iteration {args.iteration}, and --train-iters {args.train_iters} "
+            "ends there or before. To go on, give more."
+        )
+    return inner(*given, **named)
 
 
 def attention_in(args: argparse.Namespace, iteration: int) -> str:

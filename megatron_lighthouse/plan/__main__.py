@@ -45,6 +45,7 @@ RUN_FLAGS = {
     "global_batch": "--global-batch-size",
     "edge_budget": "--lighthouse-edge-budget",
 }
+BF16_GRADIENTS = "--grad-reduce-in-bf16"
 NOT_OF_LONGEST = {name: f"--{name.replace('_', '-')}" for name in ("tokens", "stage1_fraction", "seq_length", "details")}
 NOT_OF_LONGEST |= {"global_batch": "--global-batch-size", "document_lengths": FLAG}
 """What means nothing beside --longest."""
@@ -80,11 +81,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(flag("scorer"), dest="scorer", help=f"{', '.join((AUTO, *SCORERS))}")
     made.add_argument("--qk-layernorm", action="store_true", help="the model norms queries and keys")
     made.add_argument("--cross-entropy-loss-fusion", dest="loss_fusion", action="store_true", help="as Megatron's")
+    made.add_argument(BF16_GRADIENTS, dest="gradient_bytes", action="store_const", const=2, help="as Megatron's")
     made.add_argument(UNTIED, dest="untied", action="store_true", help="as Megatron's; default: as the model or recipe has it")
     for flags in (FLAGS, RUN_FLAGS, CONFIG_FLAGS):
         for name, one in flags.items():
             kind = numbers.length if name == "seq_length" else int
             made.add_argument(one, dest=name, type=kind, metavar="N", help="instead of the recipe's")
+    made.add_argument("--nodes", "--nnodes", "--num-nodes", dest="nodes", type=int, help=argparse.SUPPRESS)
     made.add_argument("--longest", action="store_true", help="the longest context that these GPUs train, and stop")
     made.add_argument("--list", action="store_true", help="show models and recipes, and stop")
     made.add_argument("--errors", action="store_true", help="show the model beside every measured point and stop")
@@ -96,7 +99,7 @@ def run_from(options: argparse.Namespace) -> Run:
     given = {name: value for name, value in vars(options).items() if value is not None and value is not False}
     if given.get("scorer") == AUTO:
         del given["scorer"]
-    names = (*RUN_FLAGS, "attention", "recompute", "cp_comm_type", "loss_fusion")
+    names = (*RUN_FLAGS, "attention", "recompute", "cp_comm_type", "loss_fusion", "gradient_bytes")
     changes = {name: given[name] for name in names if name in given}
     lighthouse = {name: given[name] for name in (*CONFIG_FLAGS, "scorer") if name in given}
     for flags in (FLAGS, RUN_FLAGS, CONFIG_FLAGS):
@@ -105,6 +108,9 @@ def run_from(options: argparse.Namespace) -> Run:
             if (value := given.get(name)) is not None and value < least:
                 raise ValueError(f"{one} {value} must be at least {least}: use {least} or more.")
     device = device_of(options.device)
+    if (nodes := options.nodes) is not None:
+        use = f"--gpus {max(1, nodes) * device.node}"
+        raise ValueError(f"--nodes {nodes}: the plan counts GPUs, {device.node} to a node of {device.name}: use {use}.")
     check_names(options.attention, options.recompute, options.cp_comm_type)  # before they are read as words of a file
     recipe = options.recipe or RECIPE
     if options.model and options.recipe:
@@ -119,7 +125,7 @@ def run_from(options: argparse.Namespace) -> Run:
         flags |= {"cp_comm_type": "--cp-comm-type"}
         own = [word for name, one in flags.items() if name in given and name != "gpus" for word in (one, str(given[name]))]
         run = run_of_words([*recipe_words(Path(recipe)), *own], device, options.gpus)
-        run = run.change(recompute=options.recompute or run.recompute, loss_fusion=run.loss_fusion or options.loss_fusion)
+        run = run.change(**{name: given[name] for name in ("recompute", "loss_fusion", "gradient_bytes") if name in given})
     if options.document_lengths:
         run = run.change(documents=Mix.read(options.document_lengths))
     if options.qk_layernorm:

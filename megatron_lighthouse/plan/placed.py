@@ -93,7 +93,10 @@ def _check_held(run: Run, held: Held) -> None:
 
 
 def remedies(run: Run, fraction: float, held: Held, batch: int | None) -> list[tuple[str, Run]]:
-    """Single changes near what was asked with which a layout fits, and such a layout."""
+    """Single changes near what was asked with which a layout fits, and such a layout.
+
+    A length of less than half is among them only where nothing else will do.
+    """
 
     def first(one: Run, held: Held = held) -> Run | None:
         return _first(one, fraction, held, [batch] if batch else batches(one.global_batch, one.gpus))
@@ -107,9 +110,8 @@ def remedies(run: Run, fraction: float, held: Held, batch: int | None) -> list[t
     power = run.gpus.bit_length()  # of two, above the GPUs
     if one := next(filter(None, (first(run.change(gpus=2**n)) for n in range(power, power + 4))), None):
         found.append((f"--gpus {one.gpus}", one))
-    longest = lengths.of_gpus(run, fraction)
-    near_it = longest and (not found or 2 * longest.seq_length >= run.seq_length) and longest.seq_length < run.seq_length
-    if longest and near_it and (one := first(lengths.at(run, longest.seq_length))):
+    longest, least = lengths.of_gpus(run, fraction), run.seq_length / 2 if found else 0
+    if longest and least <= longest.seq_length < run.seq_length and (one := first(lengths.at(run, longest.seq_length))):
         found.append((f"--seq-length {one.seq_length}", one))
     return found
 

@@ -4,7 +4,8 @@ Leaves attention.csv (a layer, by scheme), training.csv (the points of scaling_p
 predicted.png. The plan was fitted to one and two H100s: what is said of more is extrapolated, and marked so. Efficiency is over
 one GPU at the same length; where that GPU's memory would not hold the model, over what the plan says that it would do.
 
-Measured are the `scaling.csv` and `times.csv` under `--measured`: leave there what scaling.sh left in its --out, and run again.
+Each call writes them again. The figures stay the same until the plan counts otherwise, or more is measured: that are the
+`scaling.csv` and `times.csv` under `--measured`. Leave there what scaling.sh left in its --out, and run again.
 """
 
 from __future__ import annotations
@@ -198,9 +199,13 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     layers = list(attention_rows(measured_layers(options.measured)))
     runs = list(training_rows(measured_runs(options.measured)))
-    write(options.out / "attention.csv", layers)
-    write(options.out / "training.csv", runs)
-    draw(options.out / "predicted.png", layers, runs)
+    written = [options.out / name for name in ("attention.csv", "training.csv", "predicted.png")]
+    write(written[0], layers)
+    write(written[1], runs)
+    draw(written[2], layers, runs)
+    measured = sum(bool(row["measured_on"]) for row in [*layers, *runs])
+    print(f"{len(layers)} layers and {len(runs)} runs predicted, {measured} of them measured too")
+    print(f"written: {', '.join(map(str, written))}")
 
 
 if __name__ == "__main__":

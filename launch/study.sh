@@ -16,6 +16,11 @@ study_points() {
                 "use \"CP=1:2 SEQ=32768:98304 ATTENTION=dense:lighthouse\"."
         declare "${BASH_REMATCH[1]}=${BASH_REMATCH[2]}"
     done
+    for name in --train-iters --exit-interval; do
+        value=$(argument $name '')
+        [[ ! $value =~ ^0*[12]$ ]] || die "$name $value ends a point before its third iteration, the first that has a time of its own" \
+            "in the table: use $name 10, or 3 at least."
+    done
     [[ -n $SEQ ]] || die "--study '$study': neither it nor the recipe names a length: add SEQ=32768:98304."
     for name in CP SEQ ATTENTION; do # a point's folder is named by its values
         value=$(words "$(tr : '\n' <<<"${!name}" | sort | uniq -d)")

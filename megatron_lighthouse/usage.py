@@ -38,6 +38,7 @@ ELSEWHERE = {
     **dict.fromkeys(("--pp", "--pp-size"), "--pipeline-model-parallel-size"),
     **dict.fromkeys(("--cp", "--cp-size"), "--context-parallel-size"),
     **dict.fromkeys(("--ep", "--ep-size"), "--expert-model-parallel-size"),
+    **dict.fromkeys(("--num-gpus", "--n-gpus", "--ngpus", "--world-size"), "--gpus"),
     **dict.fromkeys(("--learning-rate", "--max-lr"), "--lr"),
     **dict.fromkeys(("--lr-schedule", "--lr-scheduler", "--lr-scheduler-type"), "--lr-decay-style"),
     **dict.fromkeys(("--lr-warmup", "--warmup-steps", "--warmup-iters"), "--lr-warmup-iters"),

@@ -6,7 +6,9 @@ import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from megatron_lighthouse.mcore.data.blends import Here
 from megatron_lighthouse.mcore.data.text import PADDED_VOCABULARY
+from megatron_lighthouse.mcore.data.tokenizers import tokens_of_folder
 from megatron_lighthouse.plan import memory
 from megatron_lighthouse.plan.device import Device
 from megatron_lighthouse.plan.run import Run
@@ -28,10 +30,21 @@ def counted(words: Sequence[str], args: argparse.Namespace, device: Device, worl
     return max([run, run.change(attention=run.base.name)] if args.lighthouse_stage2_at else [run], key=memory.total)
 
 
-def needs(run: Run) -> str:
-    """The memory of a GPU, in words."""
+def with_vocabulary(words: Sequence[str], args: argparse.Namespace, here: Here) -> list[str]:
+    """The words, with the size of the vocabulary where the tokenizer's folder says it: it wins over --vocab-size in a run."""
+    tokens = tokens_of_folder(args, here) if args.text_data is None else None
+    return [*words, *(["--vocab-size", str(tokens)] if tokens else [])]
+
+
+def needs(run: Run, named: bool) -> str:
+    """The memory of a GPU, in words.
+
+    Args:
+        named: as `too_much`.
+    """
     total, usable = memory.total(run), run.device.usable_bytes
-    found = f"{total / 2**30:.1f} of {usable / 2**30:.1f} GiB by the plan ({run.device.name}, vocabulary {run.model.vocab:,})"
+    vocabulary = f"vocabulary {run.model.vocab:,}{'' if named else ', which is assumed'}"
+    found = f"{total / 2**30:.1f} of {usable / 2**30:.1f} GiB by the plan ({run.device.name}, {vocabulary})"
     return found if total <= usable else f"{found}: IT MAY RUN OUT OF MEMORY"
 
 

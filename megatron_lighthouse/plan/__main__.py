@@ -23,13 +23,15 @@ from megatron_lighthouse.lighthouse.config import AUTO, flag
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.mcore.command_line import scorer
 from megatron_lighthouse.options import in_flags
-from megatron_lighthouse.plan import gains, longest, numbers, report, scaling, search
+from megatron_lighthouse.plan import gains, longest, memory, numbers, report, scaling, search
 from megatron_lighthouse.plan.answer import answer
 from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import DEVICES, device_of
 from megatron_lighthouse.plan.documents import FLAG, Mix
 from megatron_lighthouse.plan.model import FLAGS, UNTIED
-from megatron_lighthouse.plan.models import models, placed, run_of_model
+from megatron_lighthouse.plan.models import models, run_of_model
+from megatron_lighthouse.plan.placed import FLAGS as LAYOUT
+from megatron_lighthouse.plan.placed import does_not_fit, near, placed
 from megatron_lighthouse.plan.run import RECOMPUTE, Run, check_names, recipes, run_of
 from megatron_lighthouse.plan.stages import FRACTION, Stages
 from megatron_lighthouse.plan.words import recipe_words, run_of_words
@@ -39,13 +41,11 @@ from megatron_lighthouse.variants import LIGHTHOUSE, counted
 RUN_FLAGS = {
     "seq_length": "--seq-length",
     "gpus": "--gpus",
-    "tensor_parallel": "--tensor-model-parallel-size",
-    "context_parallel": "--context-parallel-size",
-    "pipeline_parallel": "--pipeline-model-parallel-size",
+    **{name: one for name, one in LAYOUT.items() if name.endswith("parallel")},
     "global_batch": "--global-batch-size",
     "edge_budget": "--lighthouse-edge-budget",
 }
-LAYOUT = ("tensor_parallel", "context_parallel", "pipeline_parallel", "cp_comm_type", "recompute")
+BF16_GRADIENTS = "--grad-reduce-in-bf16"
 NOT_OF_LONGEST = {name: f"--{name.replace('_', '-')}" for name in ("tokens", "stage1_fraction", "seq_length", "details")}
 NOT_OF_LONGEST |= {"global_batch": "--global-batch-size", "document_lengths": FLAG}
 """What means nothing beside --longest."""
@@ -81,11 +81,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(flag("scorer"), dest="scorer", help=f"{', '.join((AUTO, *SCORERS))}")
     made.add_argument("--qk-layernorm", action="store_true", help="the model norms queries and keys")
     made.add_argument("--cross-entropy-loss-fusion", dest="loss_fusion", action="store_true", help="as Megatron's")
+    made.add_argument(BF16_GRADIENTS, dest="gradient_bytes", action="store_const", const=2, help="as Megatron's")
     made.add_argument(UNTIED, dest="untied", action="store_true", help="as Megatron's; default: as the model or recipe has it")
     for flags in (FLAGS, RUN_FLAGS, CONFIG_FLAGS):
         for name, one in flags.items():
             kind = numbers.length if name == "seq_length" else int
             made.add_argument(one, dest=name, type=kind, metavar="N", help="instead of the recipe's")
+    made.add_argument("--nodes", "--nnodes", "--num-nodes", dest="nodes", type=int, help=argparse.SUPPRESS)
     made.add_argument("--longest", action="store_true", help="the longest context that these GPUs train, and stop")
     made.add_argument("--list", action="store_true", help="show models and recipes, and stop")
     made.add_argument("--errors", action="store_true", help="show the model beside every measured point and stop")
@@ -97,7 +99,7 @@ def run_from(options: argparse.Namespace) -> Run:
     given = {name: value for name, value in vars(options).items() if value is not None and value is not False}
     if given.get("scorer") == AUTO:
         del given["scorer"]
-    names = (*RUN_FLAGS, "attention", "recompute", "cp_comm_type", "loss_fusion")
+    names = (*RUN_FLAGS, "attention", "recompute", "cp_comm_type", "loss_fusion", "gradient_bytes")
     changes = {name: given[name] for name in names if name in given}
     lighthouse = {name: given[name] for name in (*CONFIG_FLAGS, "scorer") if name in given}
     for flags in (FLAGS, RUN_FLAGS, CONFIG_FLAGS):
@@ -106,6 +108,9 @@ def run_from(options: argparse.Namespace) -> Run:
             if (value := given.get(name)) is not None and value < least:
                 raise ValueError(f"{one} {value} must be at least {least}: use {least} or more.")
     device = device_of(options.device)
+    if (nodes := options.nodes) is not None:
+        use = f"--gpus {max(1, nodes) * device.node}"
+        raise ValueError(f"--nodes {nodes}: the plan counts GPUs, {device.node} to a node of {device.name}: use {use}.")
     check_names(options.attention, options.recompute, options.cp_comm_type)  # before they are read as words of a file
     recipe = options.recipe or RECIPE
     if options.model and options.recipe:
@@ -114,12 +119,13 @@ def run_from(options: argparse.Namespace) -> Run:
         run = run_of_model(options.model, **{"seq_length": LENGTH, "gpus": 8, **changes}, device=device, lighthouse=lighthouse)
     elif recipe in recipes() or not (recipe.endswith(".args") or Path(recipe).is_file()):
         run = run_of(recipe, device=device, lighthouse=lighthouse, **changes)
+        run = run if "global_batch" in given else near(run)
     else:  # what is given comes last, where it wins and sizes that follow from it do so
         flags = {**RUN_FLAGS, **CONFIG_FLAGS, "scorer": flag("scorer"), "attention": "--attention"}
         flags |= {"cp_comm_type": "--cp-comm-type"}
         own = [word for name, one in flags.items() if name in given and name != "gpus" for word in (one, str(given[name]))]
         run = run_of_words([*recipe_words(Path(recipe)), *own], device, options.gpus)
-        run = run.change(recompute=options.recompute or run.recompute, loss_fusion=run.loss_fusion or options.loss_fusion)
+        run = run.change(**{name: given[name] for name in ("recompute", "loss_fusion", "gradient_bytes") if name in given})
     if options.document_lengths:
         run = run.change(documents=Mix.read(options.document_lengths))
     if options.qk_layernorm:
@@ -128,6 +134,12 @@ def run_from(options: argparse.Namespace) -> Run:
             run = run.change(config=run.config.replace(scorer=scorer.of_model(options)))
     sizes = {name: given[name] for name in FLAGS if name in given} | ({"tied": False} if options.untied else {})
     return run.change(model=replace(run.model, **sizes))
+
+
+def chose_batch(options: argparse.Namespace, run: Run) -> bool:
+    """Whether the sequences of a step are the plan's choice, neither given nor the recipe's."""
+    own = recipes().get(options.recipe or RECIPE, {}).get("global_batch", run.global_batch)
+    return options.global_batch is None and (options.model is not None or run.global_batch != own)
 
 
 def plan(options: argparse.Namespace) -> str:
@@ -144,22 +156,15 @@ def plan(options: argparse.Namespace) -> str:
     run, speed = run_from(options), coefficients()
     fraction = FRACTION if options.stage1_fraction is None else options.stage1_fraction
     name = options.model or (options.recipe or RECIPE).removesuffix(".args").rpartition("/")[2]
+    held = {field: value for field in LAYOUT if (value := getattr(options, field)) is not None}
     if options.longest:
-        given = {field: value for field in LAYOUT if (value := getattr(options, field)) is not None}
-        scheme = given.pop("cp_comm_type", None)  # of any layout, and of none that is tried alone
-        tried = (
-            one if scheme is None else one.change(cp_comm_type=scheme)
-            for one in longest.layouts(run)
-            if scheme is None or one.cp_comm_type == search.SCHEMES[0]
-        )
-        found = [one for one in tried if all(getattr(one, field) == value for field, value in given.items())]
-        if not found:
-            asked = " ".join(f"{RUN_FLAGS.get(field, '--' + field)} {value}" for field, value in given.items())
+        if not (found := [*longest.layouts(run, held)]):
+            asked = " ".join(f"{LAYOUT[field]} {value}" for field, value in held.items())
             raise ValueError(f"--gpus {run.gpus}: no layout that shares one sequence among them has {asked}: leave that out.")
         own = [field for field in NAMES if getattr(options, field) is not None]
         return longest.answer(name, run, found, own, speed)
-    if options.model and all(getattr(options, name) is None for name in LAYOUT):
-        ranking = placed(run, speed, fraction)
+    if options.model:
+        ranking = placed(run, speed, fraction, held, options.global_batch)
         run = ranking.recommended[0]
     else:
         run.check()
@@ -167,8 +172,10 @@ def plan(options: argparse.Namespace) -> str:
     if tokens < (step := run.global_batch * run.seq_length):
         raise ValueError(f"--tokens {tokens:g} are fewer than the {step:,} of one step: give more, such as 20B.")
     stages = Stages(run, fraction).check()
-    said = answer(name, stages, ranking, tokens, speed)
-    return f"{said}\n\n{report.whole(stages, ranking, speed)}" if options.details else said
+    details = [report.whole(stages, ranking, speed)] if options.details else []
+    if not memory.fits(stages.fullest):
+        raise ValueError("\n\n".join([does_not_fit(stages, ranking), *details]))
+    return "\n\n".join([answer(name, stages, ranking, tokens, speed, chose_batch(options, run)), *details])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

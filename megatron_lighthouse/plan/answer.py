@@ -16,8 +16,12 @@ DAY = 86400.0
 MORE = "--details: memory and time by part, links, all layouts, and what the model was held to"
 
 
-def answer(name: str, stages: Stages, ranking: Ranking, tokens: float, speed: Coefficients) -> str:
-    """The answer for these stages in their layout, and the layout of `ranking` where that is sooner done."""
+def answer(name: str, stages: Stages, ranking: Ranking, tokens: float, speed: Coefficients, chose: bool) -> str:
+    """The answer for these stages in their layout, which they fit, and the layout of `ranking` where that is sooner done.
+
+    Args:
+        chose: whether the plan chose how many sequences a step has.
+    """
     run, seconds = stages.run, sum(stages.seconds(tokens, speed))
     size = f"{tokens / 1e9:,.3g}B tokens of {name} ({run.parameters / 1e6:,.0f}M parameters)"
     mark = extrapolated(run).replace("[", "[predicted, ") or " [predicted]"
@@ -28,7 +32,7 @@ def answer(name: str, stages: Stages, ranking: Ranking, tokens: float, speed: Co
         f"documents: {run.documents.row(run.seq_length).words()}" if run.documents else "",
         f"gain: stage 1 {stage1:.1f} x {run.base.name}, the whole run {whole:.1f} x" if selects else "",
         f"{run.base.name} [predicted: {assumed}]" if assumed else "",
-        f"layout: {layout(run)}, {run.global_batch} sequences a step",
+        f"layout: {layout(run)}, {run.global_batch} sequences a step{_chosen(run) if chose else ''}",
         f"steps: {_steps(stages, tokens)}",
         f"flags: {layout_words(run)}",
         *(f"stage {number}: {text}" for number, text in enumerate(map(_verdict, stages.runs), 1) if text),
@@ -39,6 +43,10 @@ def answer(name: str, stages: Stages, ranking: Ranking, tokens: float, speed: Co
     first = f"{duration(seconds)}, {seconds * run.gpus / 3600:,.0f} GPU-hours{mark}"
     head = f"{size} at {run.seq_length:,} on {run.gpus} x {run.device.name}:\n{first}\n\n{_table(stages, tokens, speed)}\n"
     return "\n".join([head, *filter(None, lines)])
+
+
+def _chosen(run: Run) -> str:
+    return f" ({run.global_batch * run.seq_length / 1e6:,.1f}M tokens; chosen, for no --global-batch-size is given)"
 
 
 def gains(stages: Stages, speed: Coefficients) -> tuple[float, float]:
@@ -78,20 +86,19 @@ def _table(stages: Stages, tokens: float, speed: Coefficients) -> str:
     cells: list[tuple[str, ...]] = []
     for title, share, run in rows:
         hours, need = share * tokens / time.tokens_per_gpu(run, speed) / 3600, memory.total(run) / 2**30
-        cells.append((title, f"{share:.0%}", f"{hours / run.gpus / 24:,.2f}", f"{hours:,.0f}", f"{need:.1f}"))
+        room = f"{need:.1f}" + ("" if memory.fits(run) else ", does not fit")
+        cells.append((title, f"{share:.0%}", f"{hours / run.gpus / 24:,.2f}", f"{hours:,.0f}", room))
     usable = stages.run.device.usable_bytes / 2**30
     return table(["", "tokens", "days", "GPU-hours", f"GiB of {usable:.0f}"], cells)
 
 
 def _verdict(run: Run) -> str:
-    if not memory.fits(run):
-        return "DOES NOT FIT" + (f", {memory.stage_name(run)} pipeline stage" if run.pipeline_parallel > 1 else "")
     return f"fits, but {TIGHT}" if memory.tight(run) else ""
 
 
 def _better(stages: Stages, ranking: Ranking, tokens: float, speed: Coefficients) -> list[str]:
-    if not ranking.layouts:
-        return ["no layout of these GPUs fits both stages: use more --gpus, or a shorter --seq-length"]
+    if not ranking.layouts:  # it has what the ranking does not try, such as --cp-comm-type all_gather
+        return []
     best, rate = ranking.recommended
     if best == stages.run:
         return []

@@ -38,27 +38,31 @@ def of_gpus(run: Run, fraction: float = FRACTION, most: int = 2**27) -> Run | No
 
     Levels and budgets are those of each length. Lengths go by eighths from one power of two to the next.
     """
-    lengths = [2**n * (EIGHTHS + part) // EIGHTHS for n in range(12, most.bit_length() - 1) for part in range(EIGHTHS)]
-    low, high, found = 0, len(lengths), None
+    powers = [2**n for n in range(12, most.bit_length())]
+    low, high = 0, len(powers)
     while low < high:  # memory grows with length
         middle = (low + high) // 2
-        if holds := _held(run, lengths[middle], fraction):
-            low, found = middle + 1, holds
-        else:
-            high = middle
-    return found
+        low, high = (middle + 1, high) if _held(run, powers[middle], fraction) else (low, middle)
+    # powers are not shared by an odd number of ranks: other lengths may be, and be as many times as long
+    least, octaves = powers[max(0, low - 1)], _odd(run.gpus).bit_length()
+    lengths = [least * 2**n * (EIGHTHS + part) // EIGHTHS for n in range(octaves) for part in range(EIGHTHS)]
+    return next(filter(None, (_held(run, length, fraction) for length in reversed(lengths) if length <= most)), None)
+
+
+def _odd(number: int) -> int:
+    """What is left of it, halved while that can be."""
+    return number // (number & -number)
 
 
 def _held(run: Run, length: int, fraction: float) -> Run | None:
-    """One of the layouts that spread a sequence over all GPUs, where it fits."""
-    run = at(run, length).change(recompute="full", cp_comm_type=search.SCHEMES[0])
-    for layout in search.layouts(run.change(global_batch=1)):
-        one = layout.tensor_parallel * layout.context_parallel * layout.pipeline_parallel
-        if (layout.recompute, layout.cp_comm_type, one) != (run.recompute, run.cp_comm_type, run.gpus):
-            continue
-        stages = Stages(layout, fraction)
+    """A layout with a sequence for each data-parallel rank, where it fits; of as few of these as may be."""
+    run = at(run, length)
+    held = {"recompute": "full", "cp_comm_type": search.SCHEMES[0]}
+    layouts = [one for one in search.layouts(run, held) if _odd(run.gpus) % one.data_parallel == 0]
+    for layout in sorted(layouts, key=lambda one: one.data_parallel):
+        stages = Stages(layout.change(global_batch=layout.data_parallel), fraction)
         if all(map(_works, stages.runs)):
-            return layout
+            return stages.run
     return None
 
 

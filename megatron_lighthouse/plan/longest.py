@@ -60,8 +60,8 @@ def _cells(one: Run, given: Collection[str], speed: Coefficients) -> tuple[str, 
     return again(one), f"{one.seq_length:,}", f"{most.seq_length:,}", *(f"{x:.1f}" for x in numbers)
 
 
-def layouts(run: Run) -> Iterator[Run]:
-    """Those in which all GPUs share one sequence."""
-    for one in search.layouts(run.change(global_batch=1, seq_length=MOST)):
+def layouts(run: Run, held: search.Held = search.NOTHING) -> Iterator[Run]:
+    """Those in which all GPUs share one sequence, with the parts that are held."""
+    for one in search.layouts(run.change(global_batch=1, seq_length=MOST), held):
         if one.data_parallel == 1:
             yield one

@@ -104,7 +104,7 @@ def parts(run: Run, stage: int | None = None) -> dict[str, float]:
     logits = _logits(run) if stage == pp - 1 else 0.0
     return {
         "parameters (bf16)": BF16 * parameters,
-        "gradients (fp32)": FP32 * parameters,
+        f"gradients ({'fp32' if run.gradient_bytes == FP32 else 'bf16'})": run.gradient_bytes * parameters,
         "optimizer (fp32 master, two moments)": 3 * FP32 * parameters / shards,
         "activations": kept * flight,
         "backward of a layer": backward,

@@ -51,6 +51,8 @@ class Run:
     """Of a Lighthouse run's first and last layers, where they are not dense."""
     loss_fusion: bool = False
     """--cross-entropy-loss-fusion."""
+    gradient_bytes: int = 4
+    """Of a parameter's gradient, as it is kept and summed over ranks: 2 with --grad-reduce-in-bf16."""
     loss_tile_tokens: int | None = None
     mlp_tile_tokens: int = 0
     documents: Mix | None = None
@@ -146,13 +148,10 @@ class Run:
             raise ValueError(
                 f"--pipeline-model-parallel-size {pp} must divide --num-layers {model.layers}: use {_divisors(model.layers)}."
             )
-        if self.gpus % (tp * cp * pp):
-            raise ValueError(
-                f"--gpus {self.gpus} must be a multiple of TP {tp} x CP {cp} x PP {pp} = {tp * cp * pp}: "
-                f"use {max(1, self.gpus // (tp * cp * pp)) * tp * cp * pp}."
-            )
-        if self.global_batch % self.data_parallel:
-            dp = self.data_parallel
+        if self.gpus % (one := tp * cp * pp):
+            use = max(1, self.gpus // one) * one
+            raise ValueError(f"--gpus {self.gpus} must be a multiple of TP {tp} x CP {cp} x PP {pp} = {one}: use {use}.")
+        if self.global_batch % (dp := self.data_parallel):
             raise ValueError(
                 f"--global-batch-size {self.global_batch} must be a multiple of the {dp} data-parallel ranks: "
                 f"use {-(-self.global_batch // dp) * dp}."

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.mcore.command_line.tiles import mlp_tile_tokens
@@ -16,6 +17,10 @@ from megatron_lighthouse.plan.stages import FRACTION, Stages
 
 SCHEMES = ("p2p", "a2a")
 """What the ranking tries: all_gather holds the keys of all ranks and hides nothing (docs/context_parallel.md)."""
+
+type Held = Mapping[str, Any]
+"""Fields of a layout that are given, by their names in `Run`."""
+NOTHING: Held = {}
 
 
 @dataclass(frozen=True)
@@ -33,34 +38,45 @@ class Ranking:
         return next(fit, self.layouts[0])
 
 
-def rank(run: Run, speed: Coefficients, fraction: float = FRACTION) -> Ranking:
+def rank(run: Run, speed: Coefficients, fraction: float = FRACTION, held: Held = NOTHING) -> Ranking:
     """All layouts of the run's GPUs, length and batch, by how soon both stages are done."""
-    found, refused = [], Counter[str]()
-    for layout in layouts(run):
-        stages = Stages(layout, fraction)
-        try:
-            stages.check()
-        except ValueError as error:
-            refused[str(error).split()[0]] += 1
-            continue
-        if memory.fits(stages.fullest):
-            found.append((layout, stages.tokens_per_gpu(speed)))
-        else:
-            refused["memory"] += 1
+    refused = Counter[str]()
+    found = [(stages.run, stages.tokens_per_gpu(speed)) for stages in fitting(run, fraction, held, refused)]
     # where the speed is the same, the layout that needs less memory
     return Ranking(sorted(found, key=lambda x: (-round(x[1], 3), memory.total(x[0]))), refused, fraction)
 
 
-def layouts(run: Run) -> Iterator[Run]:
+def fitting(run: Run, fraction: float, held: Held = NOTHING, refused: Counter[str] | None = None) -> Iterator[Stages]:
+    """Those of the layouts in which both stages are accepted and fit; what refuses the others is counted in `refused`."""
+    for layout in layouts(run, held):
+        stages, why = Stages(layout, fraction), "memory"
+        try:
+            if memory.fits(stages.check().fullest):
+                yield stages
+                continue
+        except ValueError as error:
+            why = str(error).split()[0]
+        if refused is not None:
+            refused[why] += 1
+
+
+def layouts(run: Run, held: Held = NOTHING) -> Iterator[Run]:
+    """All of the run's GPUs; of a field that is held, such as have its value."""
+
+    def tried(name: str, values: Iterable[Any]) -> Iterable[Any]:
+        return (value for value in values if value == held.get(name, value))
+
     model = run.model
-    for tp in _divisors(math.gcd(model.groups, run.gpus)):
-        if not run.device.holds(run.change(tensor_parallel=tp).spans["tensor parallel"]):
+    for tp in tried("tensor_parallel", _divisors(math.gcd(model.groups, run.gpus))):
+        if not run.device.holds(run.change(tensor_parallel=tp).spans["tensor parallel"]) and "tensor_parallel" not in held:
             continue  # tensor parallelism stays within an NVLink domain
-        for pp in _divisors(math.gcd(model.layers, run.gpus // tp)):
-            for cp in _divisors(run.gpus // (tp * pp)):
-                for scheme in SCHEMES[: 1 if cp == 1 else None]:
+        for pp in tried("pipeline_parallel", _divisors(math.gcd(model.layers, run.gpus // tp))):
+            for cp in tried("context_parallel", _divisors(run.gpus // (tp * pp))):
+                for scheme in [held["cp_comm_type"]] if "cp_comm_type" in held else SCHEMES[: 1 if cp == 1 else None]:
                     sizes = {"tensor_parallel": tp, "pipeline_parallel": pp, "context_parallel": cp}
-                    yield from ways(run.change(**sizes, cp_comm_type=scheme))
+                    for way in ways(run.change(**sizes, cp_comm_type=scheme)):
+                        if way.recompute == held.get("recompute", way.recompute):
+                            yield way
 
 
 def ways(run: Run) -> Iterator[Run]:

@@ -255,14 +255,14 @@ def link_bytes(run: Run) -> tuple[float, float, float]:
     """Bytes that a rank sends, by tensor and by pipeline parallelism in a micro batch, and by data parallelism in a step.
 
     Tensor: with sequence parallelism a layer gathers and scatters its input twice forward; backward once more gathers each.
-    Data: fp32 gradients scattered and bf16 parameters gathered, over data- and context-parallel ranks (ring).
+    Data: gradients scattered and bf16 parameters gathered, over data- and context-parallel ranks (ring).
     """
     tp, pp, dp = run.tensor_parallel, run.pipeline_parallel, run.data_parallel * run.context_parallel
     activation = run.tokens * run.model.hidden * 2.0
     calls = 10 + 4 * (run.recompute == "full") + 2 * (run.recompute == "mlp")
     tensor = run.model.layers / pp * calls * activation * (tp - 1) / tp
     between = 2 * activation / tp if pp > 1 else 0.0
-    return tensor, between, rank_parameters(run) * 6 * (dp - 1) / dp
+    return tensor, between, rank_parameters(run) * (run.gradient_bytes + 2) * (dp - 1) / dp
 
 
 def rank_parameters(run: Run) -> float:

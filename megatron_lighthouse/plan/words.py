@@ -27,7 +27,7 @@ NOT_COUNTED = (
     "--yaml-cfg",
     *("--is-hybrid-model", "--hybrid-layer-pattern", "--hybrid-override-pattern", "--heterogeneous-layers-config-path"),
     "--heterogeneous-layers-config-encoded-json",
-    *("--fp8-format", "--fp4-format", "--use-precision-aware-optimizer", "--grad-reduce-in-bf16", "--optimizer-cpu-offload"),
+    *("--fp8-format", "--fp4-format", "--use-precision-aware-optimizer", "--optimizer-cpu-offload"),
     *("--use-megatron-fsdp", "--use-torch-fsdp2", "--cpu-offloading-num-layers", "--fine-grained-activation-offloading"),
     *("--num-layers-per-virtual-pipeline-stage", "--num-virtual-stages-per-pipeline-rank", "--skip-train"),
     *("--pipeline-model-parallel-layout", "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"),
@@ -105,6 +105,7 @@ def run_of_words(words: Sequence[str], device: Device, gpus: int | None = None) 
         discard_output=settings.discard_output,
         edge_budget=settings.edge_budget,
         loss_fusion=args.cross_entropy_loss_fusion,
+        gradient_bytes=2 if args.grad_reduce_in_bf16 else 4,
         loss_tile_tokens=args.loss_tile_tokens,
         mlp_tile_tokens=args.mlp_tile_tokens,
         around=settings.base_config if settings.base.config else None,
@@ -156,7 +157,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     for flag in ("--group-query-attention", "--sequence-parallel", "--recompute-activations", UNTIED):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--attention-dropout", type=float, default=0.1)  # Megatron's
-    for name in (*OPTIONS, *REFUSED, "cross_entropy_loss_fusion"):
+    for name in (*OPTIONS, *REFUSED, "cross_entropy_loss_fusion", "grad_reduce_in_bf16"):
         flag, default = f"--{name.replace('_', '-')}", OPTIONS.get(name, False)
         if default is False:
             parser.add_argument(flag, action="store_true")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -35,7 +36,10 @@ def checked(recipe: str, gpus: int, more: str = "", *options: str, logits: str =
 def test_a_recipe_fits_by_the_plan(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert checked(recipe, CLUSTERS[recipe], "", "--arch", "blackwell", logits="") == 0
     found = memory.total(run_of(recipe, device=DEVICES["b200"])) / 2**30
-    assert f"; {found:.1f} of 171.0 GiB by the plan (HGX B200 180GB, vocabulary 128,256)\n" in capsys.readouterr().out
+    assert (
+        f"; {found:.1f} of 171.0 GiB by the plan (HGX B200 180GB, vocabulary 128,256, which is assumed)\n"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_point_that_cannot_fit_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,7 +96,7 @@ def test_what_is_said(more: str, options: tuple[str, ...], says: str, capsys: py
 
 def test_no_run_is_refused_for_an_assumed_vocabulary(capsys: pytest.CaptureFixture[str]) -> None:
     assert checked("530m-98k", 8, "", *H100) == 0
-    assert "vocabulary 128,256): IT MAY RUN OUT OF MEMORY" in capsys.readouterr().out
+    assert "vocabulary 128,256, which is assumed): IT MAY RUN OUT OF MEMORY" in capsys.readouterr().out
     assert checked("530m-98k", 8, "--vocab-size 128256", *H100) == 1
 
 
@@ -133,6 +137,25 @@ def test_the_scripts_say_which_gpus(script: str, study: tuple[str, ...], tmp_pat
     done = subprocess.run([*command, *gpus, "--", "--mock-data"], env={**environment, **own, "LIGHTHOUSE_ARCH": "cpu"})
     assert done.returncode != 0
     assert re.search(r"launch\.check (--point .* )?--arch hopper --device h200 --nodes", (tmp_path / "noted").read_text())
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ({"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 1}, {"id": 2}]}, "vocabulary 3)"),
+        ({"model": {"vocab": [["a", -1.0], ["b", -2.0]]}}, "vocabulary 2)"),
+        ({"model": None}, "vocabulary 128,256, which is assumed)"),
+    ],
+)
+def test_the_vocabulary_is_the_tokenizer_s_where_it_is_here(
+    table: dict[str, object], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whose size --vocab-size does not change."""
+    (tmp_path / "tokenizer.json").write_text(json.dumps(table))
+    given = "" if "assumed" in says else "--vocab-size 500 "
+    own = ["--nodes", "8", "--gpus-per-node", "1", "--without-megatron", *H100, "--", *words("530m-98k"), "--mock-data"]
+    assert check.main([*own, *given.split(), "--tokenizer-model", str(tmp_path)]) == 0
+    assert says in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,16 @@ def test_an_attention_of_neither_stage_is_not_passed_over(words: str, says: str,
     assert says in done.stderr
 
 
+@pytest.mark.parametrize("words", ["--train-iters 2", "--train-iters 1", "--train-iters 10 --exit-interval 2"])
+@pytest.mark.parametrize("script", ["submit.sh", "local.sh"])
+def test_a_point_has_an_iteration_that_is_timed(script: str, words: str, tmp_path: Path) -> None:
+    """Else its row of the table is empty, when the GPUs have been had."""
+    study = ("--cluster", "cpu-test", "--recipe", "cpu-test", "--study", "CP=2 SEQ=256", "--", "--mock-data")
+    done = submit(tmp_path, *study, *words.split(), script=script)
+    assert done.returncode == 2
+    assert f"{' '.join(words.split()[-2:])} ends a point before its third iteration" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("study", "says"),
     [

@@ -201,7 +201,7 @@ def test_the_answer_says_the_longest_context_and_a_refusal_offers_it(capsys: pyt
     words = "--model llama3-8b --gpus 4 --device h100 --seq-length".split()
     assert main([*words, "128K"]) == 0
     (length,) = re.findall(r"^longest context of these GPUs: ([\d,]+) tokens", capsys.readouterr().out, re.MULTILINE)
-    assert main([*words, "8M"]) == 2
+    assert main([*words, str(int(length.replace(",", "")) * 3 // 2)]) == 2
     (offered,) = re.findall(r"or --seq-length (\d+)\.$", capsys.readouterr().err.strip())
     assert length.replace(",", "") == offered
     assert main([*words, offered]) == 0

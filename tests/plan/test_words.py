@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lighthouse.plan import memory, report
+from megatron_lighthouse.plan import memory, report, time
 from megatron_lighthouse.plan.__main__ import main, parser, run_from
 from megatron_lighthouse.plan.device import DEVICES
 from megatron_lighthouse.plan.model import UNTIED
@@ -51,6 +51,21 @@ def test_what_megatron_takes_where_nothing_is_given() -> None:
 )
 def test_recompute(more: str, expected: str) -> None:
     assert of("530m-98k", more).recompute == expected
+
+
+def test_gradients_in_bf16_take_half_of_memory_and_link(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a parameter: of a file, of a name, and of a model; a data-parallel rank sends them, and gets parameters in bf16."""
+    flag = "--grad-reduce-in-bf16"
+    plain, less = of("530m-98k", gpus=8), of("530m-98k", flag, gpus=8)
+    assert memory.parts(less)["gradients (bf16)"] * 2 == memory.parts(plain)["gradients (fp32)"] == 4 * plain.parameters
+    assert memory.total(plain) - memory.total(less) == 2 * plain.parameters
+    sent = [time.link_bytes(run)[2] for run in (less, plain)]
+    assert sent == pytest.approx([n * plain.parameters * 7 / 8 for n in (2 + 2, 4 + 2)])
+    for start in ("--recipe 530m-98k", f"--recipe {FILES / '530m-98k.args'}", "--model llama3-8b"):
+        assert run_from(parser().parse_args([*start.split(), flag])).gradient_bytes == 2
+        assert run_from(parser().parse_args(start.split())).gradient_bytes == 4
+    assert main(["--recipe", "530m-98k", "--details", flag]) == 0
+    assert "gradients (bf16)" in capsys.readouterr().out
 
 
 def test_a_causal_selection_gathers_as_many_rows_and_keeps_a_second_map() -> None:

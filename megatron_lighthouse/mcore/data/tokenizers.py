@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,18 @@ def file_of(args: argparse.Namespace, name: str, here: Here) -> str | None:
     if path is None or (_may_be_of_the_hub(args, name, path) and not here(path).exists()):
         return None
     return path
+
+
+def tokens_of_folder(args: argparse.Namespace, here: Here) -> int | None:
+    """How many tokens a Hugging Face tokenizer has, by its tokenizer.json; None where that is not here or does not say."""
+    path = file_of(args, "--tokenizer-model", here) if args.tokenizer_type in HUGGING_FACE else None
+    try:
+        table = json.loads((here(path) / OF_HUGGING_FACE).read_text()) if path else {}
+        tokens = table["model"]["vocab"]  # the number of each, or with its score in their order
+        numbers = set(tokens.values() if isinstance(tokens, dict) else range(len(tokens)))
+        return len(numbers | {token["id"] for token in table.get("added_tokens", ())})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def _may_be_of_the_hub(args: argparse.Namespace, name: str, path: str) -> bool:

@@ -71,9 +71,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     cuda_graphs.delete_cuda_graphs()
 
 
-def step(layer: Layer) -> float:
+def step(layer: Layer, x: Tensor | None = None) -> float:
     """An iteration of Megatron's schedule: forward, backward, and at its end what there is to capture."""
-    x = torch.ones(2, requires_grad=True)
+    x = torch.ones(2, requires_grad=True) if x is None else x
     out = layer(x)
     (grad,) = torch.autograd.grad(out.sum(), x)
     for runner in layer.cudagraph_manager.cudagraph_runners:
@@ -101,6 +101,17 @@ def test_at_a_switch_layers_are_captured_again(stand_in: list[str], monkeypatch:
     assert stand_in == ["forward", "backward"] * 2
     assert layer.cudagraph_manager.cudagraph_runners[0].mempool is torch.cuda.graph_pool_handle.return_value  # type: ignore[attr-defined]
     assert len(said) == 2
+
+
+def test_what_lives_on_is_counted_anew_at_a_switch(stand_in: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the rotary angles that Megatron caches: its capture asserts as many reads as are noted."""
+    monkeypatch.setattr(captured, "say_once", lambda line: None)
+    monkeypatch.setattr(Layer, "stage", 1.0)
+    layer, kept = Layer(), torch.ones(2, requires_grad=True)
+    for _ in range(2):
+        step(layer, kept)
+        assert kept.cg_buffer_metadata.input_use_count == 1  # type: ignore[attr-defined]
+        captured.forget([layer])
 
 
 def test_an_evaluation_repeats_what_trains(stand_in: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

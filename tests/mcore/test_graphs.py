@@ -49,7 +49,8 @@ def test_auto_takes_them_where_they_save_time(said: list[str], monkeypatch: pyte
     assert os.environ["NCCL_GRAPH_REGISTER"] == "0"
     assert graphs.taken(parsed("--graphs auto"), gpu=False) == []
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert graphs.taken(parsed("--graphs auto"), gpu=True) == ["--cuda-graph-impl", "local"]
+    assert graphs.taken(parsed("--graphs auto"), gpu=True) == []
+    assert "not tried with evaluations over 4 ranks" in said[-1]
     assert graphs.taken(parsed("--graphs auto --cuda-graph-impl transformer_engine"), gpu=True) == []
     assert graphs.taken(parsed("--cuda-graph-impl full_iteration"), gpu=True) == [graphs.CHECK]
     with pytest.raises(ValueError, match="--cuda-graph-impl local needs a GPU"):
@@ -65,16 +66,6 @@ def test_make_train_on_one_gpu_takes_them(said: list[str]) -> None:
     dense = flags.parse([*words, "--attention", "dense"], with_all_arguments, strict=False)[0]
     assert "--attention lighthouse alone" in str(graphs.remark(dense, 1))  # its stage 2
     assert "--graphs" not in preset_for(0).arguments
-
-
-def test_where_one_kind_is_forbidden_another_is_taken() -> None:
-    schedule = parsed("--step-batch-size-schedule 0:8")
-    assert graphs.choice(schedule) == ("local", None)
-    two = 2  # whose gradients are reduced beside the layers
-    assert graphs.choice(parsed(""), two) == ("local", None)
-    best, because = graphs.choice(parsed("--eval-iters 2 --eval-micro-batch-size 2"), two)
-    assert best is None
-    assert "--eval-micro-batch-size 2 with --cuda-graph-impl local" in str(because)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +85,7 @@ def test_where_one_kind_is_forbidden_another_is_taken() -> None:
             "would be captured anew for each of",
         ),
         ("--mlp-tile-tokens 512", "not tried in a graph"),
+        ("--step-batch-size-schedule 0:8", "captures as many micro-batches as the first"),
         ("--cpu-offloading-num-layers 2", "not tried with --cpu-offloading-num-layers 2"),
         ("--fine-grained-activation-offloading --offload-modules core_attn", "--fine-grained-activation-offloading True"),
     ],
@@ -135,6 +127,7 @@ def test_what_cannot_be_is_refused(words: str, message: str) -> None:
     [
         ("--optimizer muon", "is for Adam, and --optimizer is muon: use --optimizer adam"),
         ("--weight-decay-incr-style cosine --start-weight-decay 0 --end-weight-decay 0.1", "the weight decay would stay"),
+        ("--use-distributed-optimizer --save c", "use --no-save-optim, or leave --optimizer-cuda-graph out"),
         ("--log-num-zeros-in-grad", "--log-num-zeros-in-grad True, which a graph cannot hold"),
     ],
 )

@@ -32,6 +32,12 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
         if value := getattr(args, name, None):
             yield f"{FLAG} with {flag_named(name)} {value}, which a graph cannot hold: leave one of them out."
 
+    if getattr(args, "save", None) and args.use_distributed_optimizer and not args.no_save_optim:
+        yield (
+            f"{FLAG} with --use-distributed-optimizer and --save {args.save}: Megatron's checkpoint compares the steps of the "
+            f"groups, which are tensors then, and ends: use --no-save-optim, or leave {FLAG} out."
+        )
+
 
 def missing(args: argparse.Namespace) -> bool:
     """Whether it is asked for, and no Adam here holds the learning rate on the GPU."""

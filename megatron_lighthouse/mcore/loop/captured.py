@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -76,12 +77,23 @@ def forget(model: Sequence[torch.nn.Module]) -> None:
             manager.cudagraph_runners.clear()
             manager.custom_cudagraphs_lookup_table.clear()
         cuda_graphs.delete_cuda_graphs()
+        _forget_uses()
         # a first manager makes for all a pool, a stream for what comes before a capture, and notes of what is kept
         CudaGraphManager(get_model_config(model[0]), pg_collection=managers[0].pg_collection)
     if any(graph is not None for graph in FullCudaGraphWrapper.cuda_graph.values()):
         torch.cuda.synchronize()
         FullCudaGraphWrapper.reset_cuda_graph(FullCudaGraphWrapper)  # what it resets is the class's
         _pool.clear()
+
+
+def _forget_uses() -> None:
+    """Take Megatron's notes from tensors that live on, as the rotary angles that it caches.
+
+    It counts on each how often a recording reads it, and asserts while capturing that each of these reads came.
+    """
+    for one in gc.get_objects():
+        if issubclass(type(one), torch.Tensor) and hasattr(one, "cg_buffer_metadata"):
+            del one.cg_buffer_metadata
 
 
 def _timed(what: str, captured: Callable[[], bool], work: Callable[[], Any]) -> Any:

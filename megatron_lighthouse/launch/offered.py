@@ -40,8 +40,9 @@ def left(found: list[str], args: argparse.Namespace, world: int, problems: Probl
     return [found[0], *(problem for problem in found[1:] if problem in still)]
 
 
-def gpus(args: argparse.Namespace, nodes: int, gpus_per_node: int, one_machine: bool) -> Iterator[str]:
+def gpus(args: argparse.Namespace, nodes: int, gpus_per_node: int, asked_by: str) -> Iterator[str]:
     """Other numbers of nodes, or of GPUs of one machine, where only these do not fit: no more than given if some do."""
+    one_machine = asked_by != "--nodes"
     unit, given = (1, nodes * gpus_per_node) if one_machine else (gpus_per_node, nodes)
     one = one_sequence(args)
     counts = [n for n in range(1, 4 * max(one, given) + 1) if n * unit % one == 0]
@@ -49,7 +50,7 @@ def gpus(args: argparse.Namespace, nodes: int, gpus_per_node: int, one_machine: 
         counts = [n for n in counts if n <= given]
     fits = sorted((n for n in counts if _works(args, n * unit)), key=lambda n: abs(n - given))
     if fits:
-        yield f"{'--gpus' if one_machine else '--nodes'} {' or '.join(map(str, sorted(fits[:2])))}"
+        yield f"{asked_by} {' or '.join(map(str, sorted(fits[:2])))}"
 
 
 def one_sequence(args: argparse.Namespace) -> int:

@@ -33,10 +33,15 @@ def sizes(args: argparse.Namespace, runs_here: str | None = None) -> Iterator[st
     elif not args.train_iters:
         given = "is missing" if args.train_iters is None else f"{args.train_iters} trains nothing"
         yield f"--train-iters {given}: give the iterations at which the job is done, such as --train-iters 20000."
-    yield from before.problems(args)
-    yield from run_options.problems(args, not args.use_checkpoint_args)
     if runs_here and (found := [*run_options.missing_packages(args)]):
         yield from found
         yield ELSEWHERE[runs_here]
+    yield from of_run(args)
+
+
+def of_run(args: argparse.Namespace) -> Iterator[str]:
+    """What the run refuses of its options, its model and its attention, packages apart."""
+    yield from before.problems(args)
+    yield from run_options.problems(args, not args.use_checkpoint_args)
     if args.num_layers and args.num_attention_heads and args.seq_length and not args.use_checkpoint_args:
         yield from attention_problems(args, config_of(args), args.spec == SPEC, args.spec is not None)

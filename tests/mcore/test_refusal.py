@@ -96,10 +96,7 @@ def test_a_run_that_megatron_refuses_late(tmp_path: Path) -> None:
 
 def test_the_run_says_all_of_it_once(tmp_path: Path) -> None:
     """On two ranks, one of which speaks; what they cannot share out hides nothing else."""
-    wrong = (
-        "--context-parallel-size 3 --lr abc --lighthouse-bugdet 8 --attention-dropout 0.1 --clip-grad -1"
-    wrong += " --rotary-base 5e5"
-    )
+    wrong = "--context-parallel-size 3 --lr abc --lighthouse-bugdet 8 --attention-dropout 0.1 --clip-grad -1 --rotary-base 5e5"
     processes = Processes(tmp_path / "run", 2, [*MODEL, "--attention", "lighthouse", *TEXT, *wrong.split()])
     statuses = processes.wait()
     log = processes.log.read_text()

@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--point", action="append", default=[], metavar="'NAME WORDS'", help="one of several runs: its name, and what it adds"
     )
+    parser.add_argument("--wrong", action="append", default=[], help="what a script refuses: said with what is found here")
     parser.add_argument("--arch", choices=KINDS, default="cpu", help="of the GPUs; with cpu memory is not looked at")
     parser.add_argument("--device", default="", help="which GPU of that architecture; another is not heeded")
     parser.add_argument(
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     points = [point.split() for point in options.point] or [[""]]
     folders = (folder.partition("=") for folder in options.sees.split(":") if folder)
     options.sees = {inside: outside or inside for inside, _, outside in folders}
-    wrong: list[tuple[str, str]] = []
+    wrong = [("", problem) for problem in options.wrong]
     lines, notes = list[str](), list[tuple[str, str]]()
     runs: dict[str, list[str]] = {}
     for name, *more in points:

@@ -112,7 +112,7 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
     def of_sizes(tried: argparse.Namespace) -> list[str]:
         return [
             *layout(tried, nodes, gpus_per_node, asked_by),
-            *sizes(tried, options.runs_here),
+            *sizes(tried, options.runs_here, options.arch != "cpu"),
         ]
 
     problems += offered.left(of_sizes(args), args, world, of_sizes)

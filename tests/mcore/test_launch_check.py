@@ -220,29 +220,6 @@ LATE = {
 """What Megatron refuses by rules of its own."""
 
 
-def test_all_problems_are_named_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    """However malformed some values are: rules that these have no part in are asked all the same."""
-    nine = """--rotary-base 500k --lr abc --lighthouse-bugdet 2048 --context-parallel-size 3 --attention-dropout 0.1
-    --lighthouse-budget 2k --save-interval 0 --kv-channels 0 --fp8-format hybrid=x --train-iters 1e3"""
-    assert check.main([*GPUS, "--without-megatron", "--", *LLAMA, *nine.split()]) == 1
-    error = capsys.readouterr().err
-    for says in (
-        "--rotary-base 500k must be a whole number, in digits alone: write 500000.",
-        "--lr abc must be a number: give one.",
-        "did you mean --lighthouse-budget?",
-        "--context-parallel-size 3 x",
-        "--attention-dropout 0.1",
-        "--lighthouse-budget 2k must be a whole number, in digits alone: write 2048.",
-        "--save-interval 0",
-        "--kv-channels 0 must be at least 1",
-        "--fp8-format: invalid choice",
-        "--train-iters 1e3 must be a whole number, in digits alone: write 1000.",
-    ):
-        assert error.count(says) == 1, (says, error)
-    assert error.count("--lr ") == 1, error  # with its default, none, the rate would be missing
-    assert error.count("\n  - ") == 10, error
-
-
 def test_megatron_reads_the_words(tmp_path: Path) -> None:
     """A realistic line and every recipe is taken; wrong ones are refused, all in one go, as Megatron or the run puts it."""
     lines = {"llama": LLAMA[: LLAMA.index("--mock-data")]} | {name: launch_words(name)[:-4] for name in RECIPES}

@@ -90,7 +90,7 @@ def test_the_check_refuses_it(words: str, says: str, capsys: pytest.CaptureFixtu
 def test_the_run_refuses_it_too() -> None:
     """Before Megatron reads the words."""
     with pytest.raises(ValueError, match="--rotary-base 0 must be at least 1") as error:
-        start.check([*LLAMA, "--rotary-base", "0", "--kv-channels", "-8"], 64, whole=True)
+        start.check([*LLAMA, "--rotary-base", "0", "--kv-channels", "-8"], 64, gpus=True, whole=True)
     assert "--kv-channels -8 must be at least 1" in str(error.value)
 
 

@@ -19,6 +19,8 @@ NOT_READ = {
     "--position-embedding-type none": "are not read with --position-embedding-type none.",
     "--moe-router-topk 2 --moe-grouped-gemm": "--moe-router-topk, --moe-grouped-gemm are not read without --num-experts.",
     "--fp8-recipe delayed": "--fp8-recipe is not read without --fp8-format.",
+    "--attention parallax": "--lighthouse-budget is not read without --attention lighthouse, or what --lighthouse-around names "
+    "for its stage 2.",
     "--loss-scale 1024": "--loss-scale is not read without --fp16.",
     "--muon-momentum 0.95": "--muon-momentum is not read without --optimizer muon.",
     "--hierarchical-context-parallel-sizes 2 2": "is not read without --cp-comm-type a2a+p2p.",
@@ -35,6 +37,13 @@ def test_what_is_not_read_is_said(words: str, capsys: pytest.CaptureFixture[str]
     assert said.endswith(NOT_READ[words])
     assert check.main([*GPUS, "--without-megatron", "--", *LLAMA]) == 0
     assert "note: " not in capsys.readouterr().out
+
+
+def test_stage_2_is_told_nothing_of_stage_1(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whose recipe it has."""
+    for words in ("--attention dense", "--attention parallax --lighthouse-around parallax"):
+        assert check.main([*GPUS, "--without-megatron", "--", *line(words)]) == 0, capsys.readouterr().err
+        assert "note: " not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

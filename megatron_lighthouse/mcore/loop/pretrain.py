@@ -42,7 +42,7 @@ def run(program_start: float | None = None) -> None:
         words = sys.argv[1:] = kept.resumed(sys.argv[1:])
         if (given := before.given(sys.argv[1:])) and given.yaml_cfg is None:
             ranks, whole = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
-            start.check(words, ranks, whole)
+            start.check(words, ranks, torch.cuda.is_available(), whole)
             ignored.say(given)
             sys.argv[1:] = [*words, *graphs.taken(given, torch.cuda.is_available())]
         args = parse_and_validate_args(extra_args_provider=with_all_arguments)

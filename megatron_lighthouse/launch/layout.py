@@ -41,6 +41,7 @@ def layout(args: argparse.Namespace, nodes: int, gpus_per_node: int, asked_by: s
     if world % one:
         gpus = f"the GPUs of the job, {nodes} node{'s' * (nodes != 1)} x {gpus_per_node} = {world}"
         offers = [*offered.in_words(offered.sizes(args, world)), *offered.gpus(args, nodes, gpus_per_node, asked_by)]
+        offers = offers or offered.in_words(offered.sizes(args, world, alone=True))  # where something else is wrong
         yield (
             f"{product} = {one} must divide {gpus if asked_by == '--nodes' else f'{asked_by} {world}'}: use "
             f"{', or '.join(offers) or 'smaller sizes'}."

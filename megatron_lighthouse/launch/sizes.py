@@ -44,7 +44,11 @@ def sizes(args: argparse.Namespace, runs_here: str | None = None, gpus: bool = F
 
 def of_run(args: argparse.Namespace) -> Iterator[str]:
     """What the run refuses of its options, its model and its attention, packages apart."""
-    yield from before.problems(args)
+    known = args.num_layers and args.num_attention_heads and args.seq_length and not args.use_checkpoint_args
+    own = [*attention_problems(args, config_of(args), args.spec == SPEC, args.spec is not None)] if known else []
+    # what the attention offers of a length, other rules take too
+    length = f"--seq-length {args.seq_length} "
+    spoken = any(problem.startswith(length) for problem in own)
+    yield from (problem for problem in before.problems(args) if not (spoken and problem.startswith(length)))
     yield from run_options.problems(args, not args.use_checkpoint_args)
-    if args.num_layers and args.num_attention_heads and args.seq_length and not args.use_checkpoint_args:
-        yield from attention_problems(args, config_of(args), args.spec == SPEC, args.spec is not None)
+    yield from own

@@ -69,3 +69,24 @@ def test_a_softmax_that_apex_would_bring(capsys: pytest.CaptureFixture[str]) -> 
     assert check.main([*own, *words]) == 0, capsys.readouterr().err  # in 32 bits none is fused
     assert check.main([*own, *words, "--bf16"]) == 1
     assert "needs scaled_masked_softmax_cuda of NVIDIA Apex, which is not installed: add --no-masked" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ("--seq-length 131071", ["--seq-length 131071 must be a multiple of 256 ", "use --seq-length 130816 or 131072."]),
+        ("--seq-length 131071 --attention dense", ["--seq-length 131071 must be a multiple of 8", "use 131064."]),
+        (
+            "--context-parallel-size 3 --seq-length 131070 --attention-dropout 0.1",
+            ["8 nodes x 8 = 64: use --context-parallel-size 2 or 4", "--attention-dropout 0.1"],
+        ),
+    ],
+)
+def test_remedies_do_not_contradict(more: str, says: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a length, the one that all rules take; of ranks, what works, whatever else is wrong."""
+    assert check.main([*GPUS, "--without-megatron", "--", *LLAMA, *more.split()]) == 1
+    error = capsys.readouterr().err
+    for text in says:
+        assert text in error, error
+    assert error.count("\n  - --seq-length") <= 1, error
+    assert "smaller sizes" not in error

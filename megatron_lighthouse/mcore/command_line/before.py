@@ -153,7 +153,8 @@ def _batch(args: argparse.Namespace) -> Iterator[str]:
         yield "--dataloader-type external is for loaders of one's own, and this entry point has none: use single or cyclic."
     # Megatron divides by it
     if args.eval_interval is None and not (args.skip_train or args.full_validation):
-        yield "--eval-interval is missing: give a number of iterations, such as 1000. To evaluate never, add --eval-iters 0."
+        never = "" if args.eval_iters == 0 else " To evaluate never, add --eval-iters 0 too."
+        yield f"--eval-interval is missing, by which Megatron divides: add --eval-interval 1000.{never}"
 
 
 def _saves(args: argparse.Namespace) -> Iterator[str]:

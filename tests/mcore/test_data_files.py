@@ -222,7 +222,14 @@ def test_a_folder_where_a_tokenizer_reads_a_file(kind: str, tmp_path: Path, caps
     assert f"use --tokenizer-type HuggingFaceTokenizer --tokenizer-model {tmp_path}.\n" in said(whole)
     model.write_text("x")
     assert f"reads a file: give {model}.\n" in said(tmp_path)
+    assert "is no model of SentencePiece's" in said(model)
+    model.write_bytes(b"\n\x0e\n\x05<unk>" + bytes(12))  # its first piece
     assert checked("--mock-data", "--tokenizer-type", kind, "--tokenizer-model", str(model)) == 0
+    assert "is not there: give a path that all nodes see.\n" in said(tmp_path / "none")  # the hub has none for it
+    whole.write_text('{"model": ')
+    assert checked("--mock-data", "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tmp_path)) == 1
+    assert f"--tokenizer-model {tmp_path}: its tokenizer.json is no JSON (" in capsys.readouterr().err
+    whole.write_text("{}")
     assert checked("--mock-data", "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tmp_path)) == 0
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megatron_lighthouse.mcore.command_line.flags import listed
+from megatron_lighthouse.mcore.data.tokenizers import HUGGING_FACE, SENTENCE_PIECE
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.usage import as_flag
 from megatron_lighthouse.variants import VARIANTS
@@ -30,6 +31,11 @@ class Rule:
 
 
 RULES = (
+    Rule(
+        "vocab_size",
+        lambda args: args.tokenizer_type not in (*HUGGING_FACE, *SENTENCE_PIECE),
+        "with such a --tokenizer-type, whose own size the model has (memory is counted by it all the same)",
+    ),
     Rule(
         "lighthouse_.*",
         lambda args: (of := VARIANTS[args.attention]).switches or of.around == args.lighthouse_around,

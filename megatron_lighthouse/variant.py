@@ -12,6 +12,7 @@ from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
 from megatron_lighthouse.lighthouse.remedies import Allowed, anything
 from megatron_lighthouse.lighthouse.rows import TakesRows
 from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
+from megatron_lighthouse.options import as_words
 from megatron_lighthouse.sequence.layout import Layout
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from megatron_lighthouse.softmax.backends import Attend
     from megatron_lighthouse.softmax.documents import AttendDocuments
     from megatron_lighthouse.softmax.inputs import Inputs
+from megatron_lighthouse.usage import as_flag
 from megatron_lighthouse.work import Work
 
 
@@ -145,7 +147,7 @@ def beyond_softmax(model: Any, windows: bool = False) -> Iterator[str]:
     """Options of a model (a TransformerConfig) by which its attention is more than a causal softmax over all tokens."""
     for name in (*([] if windows else ["window_size"]), "qk_clip", "log_max_attention_logit"):
         if value := getattr(model, name, None):
-            yield f"--{name.replace('_', '-')} {value}".removesuffix(" True")
+            yield as_words(as_flag(name), value)
 
 
 def shared_out_problem(flag: str, heads: int, ranks: int, common: int | None = None) -> str | None:

@@ -5,7 +5,9 @@ UNREACHABLE=75 # the status where Slurm does not answer: EX_TEMPFAIL, as another
 
 # check ARGUMENTS, or the points of STUDY, on NODES x GPUS_PER_NODE by PYTHON; "$@" are more options of the check
 check_arguments() {
+    local found
     [[ $CHECK != quick ]] || set -- "$@" --without-megatron
+    for found in "${WRONG[@]}"; do set -- "$@" "--wrong=$found"; done
     (
         architecture_environment # Megatron's rules read it
         if [[ -n ${STUDY:-} ]]; then
@@ -43,6 +45,11 @@ ask_slurm() {
         exit "$UNREACHABLE"
     fi
     die "Nothing was queued: Slurm refuses the flags above."
+}
+
+nothing_queued() {
+    echo "Nothing was queued." >&2
+    exit 2
 }
 
 # for --only-check

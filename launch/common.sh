@@ -6,16 +6,23 @@ ROOT=$(dirname "$LAUNCH")
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 # shellcheck source=launch/environment.sh
 source "$LAUNCH/environment.sh"
+# shellcheck source=launch/cluster.sh
+source "$LAUNCH/cluster.sh"
 # shellcheck source=launch/profiler.sh
 source "$LAUNCH/profiler.sh"
 
-# what the scripts need of a cluster file; it may set variables too: environment.sh
-CLUSTER_KEYS="NODES GPUS_PER_NODE ARCH GPU PARTITION ACCOUNT QOS TIME SIGNAL_SECONDS MAX_REQUEUES SEGMENT EXCLUSIVE CPUS_PER_TASK
-    IMAGE MOUNTS PYTHON CHECK_PYTHON PREFLIGHT PREFLIGHT_SECONDS NUMA"
+# what is refused while more can be found: the check says it with all that it finds
+WRONG=()
+wrong() { WRONG+=("$*"); }
 
 die() {
-    printf '%s\n' "$*" >&2
+    printf '%s\n' "${WRONG[@]}" "$*" >&2
     exit 2
+}
+
+# where nothing asks the check
+die_if_wrong() {
+    ((${#WRONG[@]} == 0)) || { printf '%s\n' "${WRONG[@]}" >&2 && exit 2; }
 }
 
 # what a script's first comment says
@@ -28,9 +35,10 @@ names() { words "${@##*/}" | sed -E 's/\.(env|args)( |$)/\2/g'; }
 
 # options that all scripts share; what follows -- goes to Megatron. A script's own are in OWN: "--flag=VARIABLE …"
 parse_options() {
-    local script=$1 pair
+    local script=$1 pair own="--cluster=CLUSTER --recipe=RECIPE --run=RUN --nodes=OVER_NODES --time=OVER_TIME --as=AS"
+    own+=" --profile=PROFILE --profile-steps=PROFILE_STEPS --profile-ranks=PROFILE_RANKS ${OWN:-}"
     shift
-    CLUSTER='' RECIPE='' RUN='' OVER_NODES='' OVER_TIME='' MEGATRON=() AS=train
+    CLUSTER='' RECIPE='' RUN='' LOST='' OVER_NODES='' OVER_TIME='' MEGATRON=() AS=train
     PROFILE='' PROFILE_STEPS=11-12 PROFILE_RANKS=0
     while (($#)); do
         case $1 in
@@ -41,10 +49,10 @@ parse_options() {
                 break
                 ;;
         esac
-        for pair in --cluster=CLUSTER --recipe=RECIPE --run=RUN --nodes=OVER_NODES --time=OVER_TIME --as=AS \
-            --profile=PROFILE --profile-steps=PROFILE_STEPS --profile-ranks=PROFILE_RANKS ${OWN:-}; do
+        for pair in $own; do
             [[ $1 == "${pair%%=*}" ]] || continue
-            (($# > 1)) || die "$1 needs a value."
+            [[ -n ${2:-} && $2 != -- && ($1 == --sbatch || $2 != --*) ]] ||
+                die "$1 needs a value${2:+, and $2 follows it}: see --help."
             declare -g "${pair#*=}=$2"
             shift 2
             continue 2
@@ -52,21 +60,65 @@ parse_options() {
         die "$1 is not an option of $(basename "$script"): see --help. Megatron's arguments come after a --."
     done
     for pair in --cluster=CLUSTER --recipe=RECIPE --run=RUN; do
-        [[ -n $(declare -n value=${pair#*=} && echo "$value") ]] || die "${pair%%=*} is missing: see --help."
+        [[ -n $(declare -n value=${pair#*=} && echo "$value") ]] || wrong "${pair%%=*} is missing: see --help."
     done
-    [[ -z $OVER_NODES || $OVER_NODES =~ ^[1-9][0-9]*$ ]] || die "--nodes $OVER_NODES must be a whole number of at least 1."
+    die_if_wrong
+    keep_out_own "$own"
+    [[ -z $OVER_NODES || $OVER_NODES =~ ^[1-9][0-9]*$ ]] || {
+        wrong "--nodes $OVER_NODES must be a whole number of at least 1."
+        OVER_NODES=''
+    }
     [[ $AS =~ ^(train|point|evaluation)$ ]] || die "--as $AS is not known: use train, point or evaluation."
-    [[ -e $CLUSTER || $CLUSTER == */* ]] || CLUSTER=$LAUNCH/clusters/$CLUSTER.env
-    [[ -e $RECIPE || $RECIPE == */* ]] || RECIPE=$LAUNCH/recipes/$RECIPE.args
-    read_cluster "$CLUSTER"
-    NODES=${OVER_NODES:-$NODES} TIME=${OVER_TIME:-$TIME}
-    check_cluster
-    [[ $ARCH == cpu ]] || say_allocator
-    check_profiler
-    read_recipe "$RECIPE"
+    CLUSTER=$(file_of --cluster "$CLUSTER" "$LAUNCH/clusters" env) RECIPE=$(file_of --recipe "$RECIPE" "$LAUNCH/recipes" args)
     RUN=$(realpath -ms "$RUN") # whoever runs or queues something makes the folder
     check_run
+    if can_be_read --recipe "$RECIPE"; then read_recipe "$RECIPE"; else LOST=1; fi
+    if can_be_read --cluster "$CLUSTER"; then
+        read_cluster "$CLUSTER"
+        NODES=${OVER_NODES:-$NODES} TIME=${OVER_TIME:-$TIME}
+        check_cluster
+    else
+        LOST=1
+    fi
+    [[ -z $LOST ]] || die_if_wrong
+    [[ $ARCH == cpu ]] || say_allocator
+    check_profiler
     CLUSTER=$(realpath "$CLUSTER") RECIPE=$(realpath "$RECIPE")
+}
+
+# take options of the script, "--flag=VARIABLE …" in $1, out of MEGATRON, but those of which Megatron has one too
+keep_out_own() {
+    local word kept=() skip='' own
+    own=" $(words "$1" | sed -E 's/=[A-Z_]+//g') "
+    for word in "${MEGATRON[@]}"; do
+        if [[ $word == --* && $own == *" ${word%%=*} "* ]] &&
+            ! grep -q "\"${word%%=*}\"" "$ROOT/megatron_lighthouse/mcore/command_line/megatron_flags.jsonl"; then
+            wrong "$word after the -- is an option of this script: put it before the --."
+            [[ $word == *=* ]] || skip=1
+        elif [[ -n $skip && $word != --* ]]; then
+            skip=''
+        else
+            skip='' kept+=("$word")
+        fi
+    done
+    MEGATRON=("${kept[@]}")
+}
+
+# the file that $1 names as $2: itself, or one of folder $3, without its ending $4
+file_of() {
+    if [[ ! -f $2 && $2 != */* && -f $3/${2%."$4"}.$4 ]]; then
+        echo "$3/${2%."$4"}.$4"
+    else
+        echo "$2"
+    fi
+}
+
+can_be_read() {
+    local folder=$LAUNCH/clusters ending=env
+    [[ $1 == --cluster ]] || folder=$LAUNCH/recipes ending=args
+    [[ ! -d $2 && -r $2 ]] && return
+    wrong "$1 $2 $([[ -d $2 ]] && echo "is a folder" || echo "cannot be read"): give a file, or one of $(names "$folder"/*."$ending")."
+    return 1
 }
 
 # RUN is a folder that may be written, or can be made
@@ -80,8 +132,9 @@ check_run() {
     else
         return 0
     fi
-    die "--run $RUN $([[ $at == "$RUN" ]] || echo "cannot be made: $at ")$why: name a folder that you may write, on a file system that" \
+    wrong "--run $RUN $([[ $at == "$RUN" ]] || echo "cannot be made: $at ")$why: name a folder that you may write, on a file system that" \
         "all nodes share."
+    RUN=$ROOT # for the rest of the check
 }
 
 # line $2 of file $1, which the caller has in its variable line, as text from any editor: without a byte order mark or a DOS line end
@@ -93,90 +146,9 @@ clean_line() {
         die "$1, line $2: $(printf %q "$line") has a character that no blank or word has: write plain blanks, and UTF-8."
 }
 
-read_cluster() {
-    local file=$1 line key value number=0
-    [[ -r $file ]] || die "--cluster $file cannot be read: give a file, or one of $(names "$LAUNCH"/clusters/*.env)."
-    local python=${PYTHON:-} check_python=${CHECK_PYTHON:-} # the environment wins
-    for key in $CLUSTER_KEYS; do declare -g "$key="; done
-    read_environment
-    # shellcheck disable=SC2094 # clean_line names the file, and writes none
-    while IFS= read -r line || [[ -n $line ]]; do
-        number=$((number + 1))
-        clean_line "$file" $number
-        line=${line%%[[:space:]]#*}
-        line=${line%"${line##*[![:space:]]}"}
-        [[ -z $line || $line == \#* ]] && continue
-        [[ $line =~ ^([A-Za-z_0-9]+)=(.*)$ ]] || die "$file, line $number: '$line' is not KEY=VALUE."
-        key=${BASH_REMATCH[1]} value=${BASH_REMATCH[2]}
-        if [[ " $(words "$CLUSTER_KEYS") " == *" $key "* ]]; then
-            declare -g "$key=$value"
-        elif is_ranks_variable "$key"; then
-            ranks_variable "$key" "$value"
-        else
-            die "$file, line $number: $key is not a key of a cluster file: use one of $(words "$CLUSTER_KEYS" "$ENVIRONMENT_KEYS")," \
-                "or a variable that begins with one of $ENVIRONMENT_PREFIXES."
-        fi
-    done <"$file"
-    PYTHON=${python:-$PYTHON} CHECK_PYTHON=${check_python:-$CHECK_PYTHON}
-}
-
-check_cluster() {
-    local key n fit
-    : "${TIME:=4:00:00}" "${SIGNAL_SECONDS:=600}" "${MAX_REQUEUES:=10}" "${EXCLUSIVE:=0}" "${NUMA:=1}"
-    : "${PREFLIGHT:=1}" "${PREFLIGHT_SECONDS:=600}"
-    for key in NODES GPUS_PER_NODE SIGNAL_SECONDS MAX_REQUEUES PREFLIGHT_SECONDS; do
-        [[ ${!key} =~ ^[0-9]+$ ]] || die "$key='${!key}' in $CLUSTER must be a whole number."
-    done
-    ((NODES > 0 && GPUS_PER_NODE > 0)) || die "NODES=$NODES and GPUS_PER_NODE=$GPUS_PER_NODE in $CLUSTER must be at least 1."
-    for key in EXCLUSIVE PREFLIGHT NUMA; do
-        [[ ${!key} =~ ^[01]$ ]] || die "$key='${!key}' in $CLUSTER must be 0 or 1."
-    done
-    [[ $ARCH =~ ^(blackwell|hopper|cpu)$ ]] || die "ARCH='$ARCH' in $CLUSTER is not known: use blackwell, hopper or cpu."
-    [[ -z $GPU || "$ARCH $GPU" =~ ^(hopper h[12]00|blackwell g?b200)$ ]] ||
-        die "GPU='$GPU' in $CLUSTER is no GPU of ARCH=$ARCH: use h100 or h200 with hopper, b200 or gb200 with blackwell, or leave it out."
-    [[ -z $SEGMENT ]] || { [[ $SEGMENT =~ ^[0-9]+$ ]] && ((SEGMENT >= 1 && SEGMENT <= 18)); } ||
-        die "SEGMENT='$SEGMENT' in $CLUSTER must be 1 to 18: an NVLink domain has 18 trays."
-    if [[ -n $SEGMENT ]] && ((NODES % SEGMENT)); then
-        fit=$(for ((n = 1; n <= 18 && n <= NODES; n++)); do ((NODES % n)) || echo "$n"; done)
-        n=$((NODES / SEGMENT * SEGMENT))
-        die "SEGMENT=$SEGMENT in $CLUSTER must divide the $NODES nodes: use SEGMENT=$(words "$fit" | sed 's/ / or /g')," \
-            "or --nodes $( ((n == 0)) || echo "$n or ")$((n + SEGMENT))."
-    fi
-    [[ -z $MOUNTS || -n $IMAGE ]] || die "MOUNTS=$MOUNTS in $CLUSTER is for a container: set IMAGE too, or leave it out."
-    if [[ -z $PYTHON ]]; then
-        PYTHON=python3
-        [[ -n $IMAGE || ! -x $ROOT/.venv/bin/python ]] || PYTHON=$ROOT/.venv/bin/python
-    fi
-}
-
-# seconds of a time limit as Slurm writes it; 0 is none
-seconds() {
-    local days=0 hours=0 minutes=0 rest=0
-    if [[ $1 =~ ^([0-9]+)-([0-9]+)(:([0-9]+))?(:([0-9]+))?$ ]]; then
-        days=${BASH_REMATCH[1]} hours=${BASH_REMATCH[2]} minutes=${BASH_REMATCH[4]} rest=${BASH_REMATCH[6]}
-    elif [[ $1 =~ ^(([0-9]+):)?([0-9]+):([0-9]+)$ ]]; then
-        hours=${BASH_REMATCH[2]} minutes=${BASH_REMATCH[3]} rest=${BASH_REMATCH[4]}
-    elif [[ $1 =~ ^[0-9]+$ ]]; then
-        minutes=$1
-    elif [[ ! ${1,,} =~ ^(infinite|unlimited)$ ]]; then
-        die "TIME='$1' (--time, or $CLUSTER) is no time limit of Slurm's: use minutes, hours:minutes:seconds or days-hours."
-    fi
-    echo $(((10#$days * 24 + 10#${hours:-0}) * 3600 + 10#${minutes:-0} * 60 + 10#${rest:-0})) # 10#: 08 is eight
-}
-
-# the ranks are told to save SIGNAL_SECONDS before the time limit, which must leave time to train
-check_time() {
-    local limit
-    limit=$(seconds "$TIME")
-    ((limit == 0 || limit > SIGNAL_SECONDS)) ||
-        die "TIME=$TIME (--time, or $CLUSTER) must be longer than SIGNAL_SECONDS=$SIGNAL_SECONDS in $CLUSTER, when the ranks save:" \
-            "use --time $((SIGNAL_SECONDS / 60 + 10)) or longer, or fewer SIGNAL_SECONDS."
-}
-
 # a recipe: Megatron's arguments, words apart by blanks, # begins a comment
 read_recipe() {
     local file=$1 line found=() number=0
-    [[ -r $file ]] || die "--recipe $file cannot be read: give a file, or one of $(names "$LAUNCH"/recipes/*.args)."
     RECIPE_ARGUMENTS=()
     # shellcheck disable=SC2094 # clean_line names the file, and writes none
     while IFS= read -r line || [[ -n $line ]]; do
@@ -195,10 +167,10 @@ run_arguments() {
     for word in "${RECIPE_ARGUMENTS[@]}" "${MEGATRON[@]}"; do
         case $word in
             --save | --load | --save=* | --load=*)
-                die "$word is set by --run, so that a requeued job finds its checkpoint: leave it out (--pretrained-checkpoint starts from another)."
+                wrong "$word is set by --run, so that a requeued job finds its checkpoint: leave it out (--pretrained-checkpoint starts from another)."
                 ;;
             --profile)
-                die "--profile after the -- is Megatron's: give this script --profile nsys or --profile torch before it."
+                wrong "--profile after the -- is Megatron's: give this script --profile nsys or --profile torch before it."
                 ;;
         esac
     done

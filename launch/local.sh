@@ -45,6 +45,8 @@ gpus_here() {
         echo "${#seen[@]}"
     elif command -v nvidia-smi >/dev/null; then
         nvidia-smi -L | grep -c '^GPU' || true
+    elif ! compgen -G "/dev/nvidia[0-9]*" >/dev/null && [[ ! -e /dev/dxg ]]; then # WSL's
+        echo 0
     fi
 }
 

@@ -73,6 +73,7 @@ enter_point() {
     RUN=$RUN/$NAME AS=point MEGATRON+=("${POINT[@]}")
     mkdir -p "$RUN/logs"
     run_arguments
+    die_if_wrong
 }
 
 # GPUs that one sequence takes

@@ -47,10 +47,10 @@ fi
 check_alone() {
     local last flag=" $SBATCH "
     [[ -n $STUDY || ! $flag =~ \ (--array[=\ ]|-a\ ?)([^\ ]*) || ${BASH_REMATCH[2]} == *%1 ]] ||
-        die "--sbatch \"$SBATCH\": the array's jobs would train into one --run side by side: let one run at a time, as --array=0-3%1 does."
+        wrong "--sbatch \"$SBATCH\": the array's jobs would train into one --run side by side: let one run at a time, as --array=0-3%1 does."
     last=$(job_under_way "${names[@]}")
     [[ -z $last || $flag =~ (singleton|after[a-z]+(:[0-9_]+)*:($last|${last%_*}))[^0-9_] ]] ||
-        die "--run $RUN: its job $last ($AS) is queued or runs. Nothing was queued: scancel $last, wait for its end, or add" \
+        wrong "--run $RUN: its job $last ($AS) is queued or runs. Nothing was queued: scancel $last, wait for its end, or add" \
             "--sbatch \"--dependency=afterok:${last%_*}\"."
 }
 
@@ -69,7 +69,7 @@ say_what_stays() {
 # without either, Slurm gives a task one core
 check_cores() {
     [[ $ARCH == cpu || $EXCLUSIVE == 1 || -n $CPUS_PER_TASK || $SBATCH =~ (--(exclusive|cpus-per-)|-c\ ) ]] ||
-        die "EXCLUSIVE=0 and no CPUS_PER_TASK in $CLUSTER is one core for each GPU: set EXCLUSIVE=1, or CPUS_PER_TASK to a node's" \
+        wrong "EXCLUSIVE=0 and no CPUS_PER_TASK in $CLUSTER is one core for each GPU: set EXCLUSIVE=1, or CPUS_PER_TASK to a node's" \
             "cores / GPUS_PER_NODE=$GPUS_PER_NODE, such as 8."
 }
 
@@ -80,7 +80,9 @@ check_alone
 if [[ $CHECK != 0 ]]; then
     [[ -n $IMAGE ]] || find_profiler env
     # shellcheck disable=SC2119 # the script's own are not its
-    check_here >&2 || die "Nothing was queued."
+    check_here >&2 || nothing_queued
+else
+    die_if_wrong
 fi
 
 flags=(--job-name="$(basename "$RUN")" --nodes="$NODES" --ntasks-per-node="$GPUS_PER_NODE" --time="$TIME"

@@ -25,30 +25,37 @@ OWN="--stage1=STAGE1 --total=TOTAL --eval-iters=EVAL_ITERS --sbatch=SBATCH --che
     parse_options "${BASH_SOURCE[0]}" "$@"
 check_check
 for pair in --stage1=STAGE1 --total=TOTAL; do
-    [[ $(declare -n value=${pair#*=} && echo "$value") =~ ^[1-9][0-9]*$ ]] ||
-        die "${pair%%=*} must be a number of iterations, at least 1: give both, as --stage1 12000 --total 20000."
+    declare -n value=${pair#*=}
+    [[ $value =~ ^[1-9][0-9]*$ ]] || {
+        wrong "${pair%%=*} $value must be a number of iterations, at least 1: give both, as --stage1 12000 --total 20000."
+        value='' STAGE1=${STAGE1:-1}
+    }
 done
-((STAGE1 < TOTAL)) || die "--stage1 $STAGE1 must be less than --total $TOTAL: what is left is stage 2."
+TOTAL=${TOTAL:-$((STAGE1 + 1))}
+((STAGE1 < TOTAL)) || wrong "--stage1 $STAGE1 must be less than --total $TOTAL: what is left is stage 2."
 for word in "${MEGATRON[@]}"; do
     [[ ! $word =~ ^--(train-iters|train-samples|exit-interval)(=|$) ]] ||
-        die "${word%%=*} after the -- is what --stage1 and --total say of each job: leave it out."
+        wrong "${word%%=*} after the -- is what --stage1 and --total say of each job: leave it out."
 done
 MEGATRON+=(--train-iters "$TOTAL")
 run_arguments
 at=$(argument --lighthouse-stage2-at '')
-[[ -z $at ]] || die "--lighthouse-stage2-at $at is both stages in one job, and two_stage.sh queues a job for each: leave it out, or use" \
+[[ -z $at ]] || wrong "--lighthouse-stage2-at $at is both stages in one job, and two_stage.sh queues a job for each: leave it out, or use" \
     "launch/submit.sh for the one job."
 STAGE2=$(stage2_attention)
 attention=$(argument --attention lighthouse)
 stages="lighthouse $STAGE2"
-[[ " $stages " == *" $attention "* ]] || die "--attention $attention is neither stage's, which are lighthouse and" \
+[[ " $stages " == *" $attention "* ]] || wrong "--attention $attention is neither stage's, which are lighthouse and" \
     "$STAGE2 (--lighthouse-around): leave it out, or use launch/submit.sh, which trains one stage of it."
 EVAL_ITERS=${EVAL_ITERS:-$(argument --eval-iters 100)}
-[[ $EVAL_ITERS =~ ^[0-9]+$ ]] || die "--eval-iters $EVAL_ITERS must be a number of batches: use 32, or 0 for no evaluation."
+[[ $EVAL_ITERS =~ ^[0-9]+$ ]] || {
+    wrong "--eval-iters $EVAL_ITERS must be a number of batches: use 32, or 0 for no evaluation."
+    EVAL_ITERS=0
+}
 
 # a job that waits for that one would go on from where it ends, whichever stage that is
 under_way=$(job_under_way train)
-[[ -z $under_way ]] || die "--run $RUN: its job $under_way (train) is queued or runs. Nothing was queued: scancel $under_way, or wait for its end."
+[[ -z $under_way ]] || wrong "--run $RUN: its job $under_way (train) is queued or runs. Nothing was queued: scancel $under_way, or wait for its end."
 
 after='' queued=() points=() asked=quietly unreachable=''
 # one of the jobs: its label, its name, options of submit.sh, what Megatron is given beyond all stages'. At first Slurm is asked, and its
@@ -91,14 +98,18 @@ jobs_left() {
 
 profile=()
 [[ -z $PROFILE ]] || profile=(--profile "$PROFILE" --profile-steps "$PROFILE_STEPS" --profile-ranks "$PROFILE_RANKS")
+((${#WRONG[@]} == 0)) || unreachable=1 # Slurm is not asked for what is refused anyway
 jobs_left # all are checked before one is queued
+((${#points[@]})) || die_if_wrong
 if ((${#points[@]} == 0)); then
     echo "$RUN is at iteration $(iteration), and evaluated: there is nothing to queue"
     exit
 fi
 if [[ $CHECK != 0 ]]; then
     [[ -n $IMAGE ]] || find_profiler env
-    check_here "${points[@]}" >&2 || die "Nothing was queued."
+    check_here "${points[@]}" >&2 || nothing_queued
+else
+    die_if_wrong
 fi
 [[ -z $unreachable ]] || exit "$UNREACHABLE"
 if ((ONLY_CHECK)); then

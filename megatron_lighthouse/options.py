@@ -37,6 +37,13 @@ def flag_of(prefix: str, name: str) -> str:
     return f"--{prefix}-{name.replace('_', '-')}"
 
 
+def as_words(flag: str, value: Any) -> str:
+    """A flag and its value as a command line has them: of a switch the flag alone, of a window 128,0."""
+    if value is True:
+        return flag
+    return f"{flag} {','.join(map(str, value)) if isinstance(value, tuple) else value}"
+
+
 SAID = {
     "query's N": "--seq-length",
     "cp_group.size()": "--context-parallel-size",

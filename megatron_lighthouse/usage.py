@@ -126,14 +126,18 @@ def as_sentence(message: str) -> str:
     found = NUMBER.fullmatch(message)
     if found is None:
         return f"{message}."
-    kind, word = found["kind"], found["word"]
-    number = _meant(word, UNITS | BINARY if LENGTH.search(found["flag"]) else UNITS)
-    example = "" if number is None else f" {number:.0f}" if kind == "int" else f" {number:g}"
-    if kind == "int" and number is not None and number != int(number):
-        example = ""
-    rule = "a whole number" if kind == "int" else "a number"
-    plainly = ", in digits alone" if kind == "int" else ""
-    return f"{found['flag']} {word} must be {rule}{plainly}: {f'write{example}' if example else 'give one'}."
+    rule = "a whole number, in digits alone" if found["kind"] == "int" else "a number"
+    digits = digits_meant(message)
+    return f"{found['flag']} {found['word']} must be {rule}: {f'write {digits}' if digits else 'give one'}."
+
+
+def digits_meant(message: str) -> str | None:
+    """How the number is written that a word may stand for which argparse does not read; None where nothing can be told."""
+    found = NUMBER.fullmatch(message.removeprefix("argument ").rstrip("."))
+    number = _meant(found["word"], UNITS | BINARY if LENGTH.search(found["flag"]) else UNITS) if found else None
+    if found is None or number is None or (found["kind"] == "int" and number != int(number)):
+        return None
+    return f"{number:.0f}" if found["kind"] == "int" else f"{number:g}"
 
 
 def _meant(word: str, units: Mapping[str, int]) -> float | None:

@@ -12,6 +12,7 @@ from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
 from megatron_lighthouse.lighthouse.remedies import Allowed, anything
 from megatron_lighthouse.lighthouse.rows import TakesRows
 from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
+from megatron_lighthouse.options import as_words
 from megatron_lighthouse.sequence.layout import Layout
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from megatron_lighthouse.softmax.backends import Attend
     from megatron_lighthouse.softmax.documents import AttendDocuments
     from megatron_lighthouse.softmax.inputs import Inputs
+from megatron_lighthouse.usage import as_flag
 from megatron_lighthouse.work import Work
 
 
@@ -143,9 +145,8 @@ class Telemetry(Protocol):
 
 def beyond_softmax(model: Any, windows: bool = False) -> Iterator[str]:
     """Options of a model (a TransformerConfig) by which its attention is more than a causal softmax over all tokens."""
-    for name in (*([] if windows else ["window_size"]), "qk_clip", "log_max_attention_logit"):
-        if value := getattr(model, name, None):
-            yield f"--{name.replace('_', '-')} {value}".removesuffix(" True")
+    names = (*([] if windows else ["window_size"]), "qk_clip", "log_max_attention_logit")
+    yield from (as_words(as_flag(name), value) for name in names if (value := getattr(model, name, None)))
 
 
 def shared_out_problem(flag: str, heads: int, ranks: int, common: int | None = None) -> str | None:
@@ -282,11 +283,8 @@ class Variant(TakesRows):
     def sent(
         self, config: Any, seq_length: int, shape: Shape, layout: Layout, comm_type: str, around: Any = None
     ) -> dict[str, tuple[int, int]]:
-        """(forward, backward) bytes that a rank sends in one layer, by purpose.
-
-        Args:
-            around: the config of the attention that it gathers rows for; None for its defaults.
-        """
+        """(forward, backward) bytes that a rank sends in one layer, by purpose; `around` is the config of the attention that it
+        gathers rows for, None for its defaults."""
         return {"attend": attend_bytes(comm_type, seq_length, shape, layout)}
 
     def rows_sent(self, config: Any, rows: int, shape: Shape, layout: Layout, comm_type: str) -> dict[str, tuple[int, int]]:

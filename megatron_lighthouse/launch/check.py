@@ -13,8 +13,13 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_lighthouse.usage import Parser, once
+
+if TYPE_CHECKING:
+    from megatron_lighthouse.mcore.data.blends import Here
 
 # torch takes seconds, which --help and a wrong option need not wait for: what imports it is imported late
 
@@ -29,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_lighthouse.launch.data_files import here
     from megatron_lighthouse.mcore.command_line import flags, graphs, ignored, kept
     from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
+    from megatron_lighthouse.mcore.refusal import HEADER
 
     parser = Parser(prog="python -m megatron_lighthouse.launch.check", description=__doc__)
     parser.add_argument("--nodes", type=int, required=True, help="nodes of the job")
@@ -36,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--point", action="append", default=[], metavar="'NAME WORDS'", help="one of several runs: its name, and what it adds"
     )
+    parser.add_argument("--wrong", action="append", default=[], help="what a script refuses: said with what is found here")
     parser.add_argument("--arch", choices=KINDS, default="cpu", help="of the GPUs; with cpu memory is not looked at")
     parser.add_argument("--device", default="", help="which GPU of that architecture; another is not heeded")
     parser.add_argument(
@@ -55,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     points = [point.split() for point in options.point] or [[""]]
     folders = (folder.partition("=") for folder in options.sees.split(":") if folder)
     options.sees = {inside: outside or inside for inside, _, outside in folders}
-    wrong: list[tuple[str, str]] = []
+    wrong = [("", problem) for problem in options.wrong]
     lines, notes = list[str](), list[tuple[str, str]]()
     runs: dict[str, list[str]] = {}
     for name, *more in points:
@@ -77,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found, how = asked_of_megatron(options, runs)
         wrong = found
     if wrong:
-        print("The run cannot start as asked:\n  - " + "\n  - ".join(once(wrong)), file=sys.stderr)
+        print(f"{HEADER}\n  - " + "\n  - ".join(once(wrong)), file=sys.stderr)
         return 1
     print("\n".join([*lines, *once(notes), f"check: passed: {how}"]))
     return 0
@@ -90,43 +97,24 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
     from megatron_lighthouse.launch.fits import counted, names_vocabulary, needs, too_much, with_vocabulary, without_logits
     from megatron_lighthouse.launch.layout import enough, layout
     from megatron_lighthouse.launch.sizes import sizes
-    from megatron_lighthouse.mcore.command_line import (
-        causal,
-        flags,
-        fp8,
-        hybrid,
-        inner,
-        numbers,
-        places,
-        precision,
-        pyramid,
-        scorer,
-    )
-    from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
+    from megatron_lighthouse.mcore.command_line import flags, fp8, inner, places, precision
     from megatron_lighthouse.plan.device import DEVICES
 
-    try:
-        args, unknown = flags.parse(words, with_all_arguments, strict=flags.installed() in (None, flags.VERSION))
-    except flags.WordsError as error:
-        return [str(error)], ""
-    unknown += [] if args.use_checkpoint_args else [*hybrid.word_problems(args)]  # of what is settled next
-    args = settled(args)
-    if found := [*numbers.problems(args)]:  # with which no other rule can reckon
-        return [*unknown, *found], ""
-    unknown += pyramid.budget_problems(args)
     sees, kinds = options.sees, KINDS[options.arch]
-    load, base = (here(sees, path) if path else None for path in (args.load, args.pretrained_checkpoint))
-    vars(args).update(pyramid.choice(args, load, base)[0])
-    args.lighthouse_scorer, _ = scorer.choice(args, load, base)
-    args.lighthouse_causal_selection, _ = causal.choice(args, load, base)
+    args, wrong, load, base = read(words, partial(here, sees))
     device = DEVICES[options.device if options.device in kinds else kinds[0]] if kinds else None
     world = world_of(args, options)
-    problems = [*unknown, *(enough(args, options.nodes * options.gpus_per_node) if options.exact else ())]
+    problems = [*(enough(args, options.nodes * options.gpus_per_node) if options.exact else ())]
     nodes, gpus_per_node = (1, world) if options.exact else (options.nodes, options.gpus_per_node)
     args.world_size = None if options.exact else world  # a study takes as many as a point needs
 
+    asked_by = "--gpus" if options.runs_here == "now" else "--nodes"
+
     def of_sizes(tried: argparse.Namespace) -> list[str]:
-        return [*layout(tried, nodes, gpus_per_node, options.runs_here == "now"), *sizes(tried, options.runs_here)]
+        return [
+            *layout(tried, nodes, gpus_per_node, asked_by),
+            *sizes(tried, options.runs_here, options.arch != "cpu"),
+        ]
 
     problems += offered.left(of_sizes(args), args, world, of_sizes)
     problems += [*data(args, sees), *descriptions(args, sees), *places.problems(args, partial(here, sees)), *unseen(args, sees)]
@@ -134,7 +122,7 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
     problems += inner.device_problems(args, CAPABILITY[options.arch])
     problems += precision.device_problems(args, CAPABILITY[options.arch])
     problems += fp8.device_problems(args, CAPABILITY[options.arch])
-    if problems:
+    if problems := [*wrong, *flags.apart(problems, args.malformed)]:
         return [*dict.fromkeys(problems)], ""
     if not device or args.skip_train:  # an evaluation needs less than the training that it is of
         return [], summary(args, world)
@@ -167,6 +155,29 @@ def asked_of_megatron(options: argparse.Namespace, points: dict[str, list[str]])
     return wrong, f"Megatron-core {flags.installed()} reads it, and nothing is refused ({time.monotonic() - begun:.0f} s)."
 
 
+def read(words: Sequence[str], here: Here) -> tuple[argparse.Namespace, list[str], Path | None, Path | None]:
+    """A command line as the rules read it, settled by its length and its checkpoint; and what its words say amiss.
+
+    Args:
+        here: where a path that it names is on this machine.
+
+    Returns:
+        The arguments, what is wrong, each in a sentence, and --load and --pretrained-checkpoint as they are here.
+    """
+    from megatron_lighthouse.mcore.command_line import causal, flags, hybrid, numbers, pyramid, scorer
+    from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
+
+    args, wrong = flags.parse(words, with_all_arguments, strict=flags.installed() in (None, flags.VERSION))
+    wrong += [] if args.use_checkpoint_args else hybrid.word_problems(args)  # of what is settled next
+    args = settled(args)
+    wrong += [*numbers.settle(args), *flags.apart(pyramid.budget_problems(args), args.malformed)]
+    load, base = (here(path) if path else None for path in (args.load, args.pretrained_checkpoint))
+    vars(args).update(pyramid.choice(args, load, base)[0])
+    args.lighthouse_scorer, _ = scorer.choice(args, load, base)
+    args.lighthouse_causal_selection, _ = causal.choice(args, load, base)
+    return args, wrong, load, base
+
+
 def world_of(args: argparse.Namespace, options: argparse.Namespace) -> int:
     """How many processes a run has."""
     from megatron_lighthouse.launch.offered import one_sequence
@@ -175,7 +186,7 @@ def world_of(args: argparse.Namespace, options: argparse.Namespace) -> int:
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Megatron's arguments and ours, by the list of its flags. Raises `flags.WordsError`."""
+    """Megatron's arguments and ours, by the list of its flags."""
     from megatron_lighthouse.mcore.command_line import flags
     from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
 

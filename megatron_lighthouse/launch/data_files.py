@@ -10,11 +10,17 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from megatron_lighthouse.mcore.command_line.kept import WRITTEN
 from megatron_lighthouse.mcore.data import blends, files, tokenizers
 from megatron_lighthouse.mcore.data.blends import LISTS, TOKENIZERS, remote, value
 
 DESCRIPTIONS = ("--heterogeneous-layers-config-path", "--te-precision-config-file", "--tp-comm-overlap-cfg")
 """Files that say what the model is, or how it is run."""
+LEFT = """
+    --memory-snapshot-path --flight-recorder-dump-path --moe-routing-trace-path --non-persistent-global-ckpt-dir
+    --nccl-communicator-config-path --config-logger-dir
+""".split()
+"""Paths beside `WRITTEN` of which something is left, or read. In a container of its own it would be lost."""
 type Sees = dict[str, str]
 """A container's folders, and what they are on this machine; none without a container."""
 
@@ -59,6 +65,9 @@ def _paths(args: argparse.Namespace, sees: Sees) -> Iterator[tuple[str, str]]:
     yield from (("--text-data", path) for path in args.text_data or ())
     for name in (*LISTS, "--per-dataset-sequences-path", "--pretrained-checkpoint", *DESCRIPTIONS):
         if path := value(args, name):
+            yield name, path
+    for name in (*WRITTEN, *LEFT):
+        if name[2:].replace("-", "_") in args.said and (path := value(args, name)):
             yield name, path
     for name in TOKENIZERS:
         if path := tokenizers.file_of(args, name, partial(here, sees)):

@@ -26,11 +26,11 @@ def enough(args: argparse.Namespace, gpus: int) -> Iterator[str]:
         )
 
 
-def layout(args: argparse.Namespace, nodes: int, gpus_per_node: int, one_machine: bool = False) -> Iterator[str]:
+def layout(args: argparse.Namespace, nodes: int, gpus_per_node: int, asked_by: str = "--nodes") -> Iterator[str]:
     """The arithmetic of tensor, context, pipeline and data parallel ranks.
 
     Args:
-        one_machine: whether the GPUs are those of --gpus, and no job's.
+        asked_by: the flag that says how many GPUs: a job's --nodes, or of one machine --gpus, or torchrun's --nproc-per-node.
     """
     tensor, context = args.tensor_model_parallel_size, args.context_parallel_size
     pipeline, world = args.pipeline_model_parallel_size, nodes * gpus_per_node
@@ -40,9 +40,10 @@ def layout(args: argparse.Namespace, nodes: int, gpus_per_node: int, one_machine
     batch, micro = args.global_batch_size, args.micro_batch_size or 1
     if world % one:
         gpus = f"the GPUs of the job, {nodes} node{'s' * (nodes != 1)} x {gpus_per_node} = {world}"
-        offers = [*offered.in_words(offered.sizes(args, world)), *offered.gpus(args, nodes, gpus_per_node, one_machine)]
+        offers = [*offered.in_words(offered.sizes(args, world)), *offered.gpus(args, nodes, gpus_per_node, asked_by)]
+        offers = offers or offered.in_words(offered.sizes(args, world, alone=True))  # where something else is wrong
         yield (
-            f"{product} = {one} must divide {f'--gpus {world}' if one_machine else gpus}: use "
+            f"{product} = {one} must divide {gpus if asked_by == '--nodes' else f'{asked_by} {world}'}: use "
             f"{', or '.join(offers) or 'smaller sizes'}."
         )
     elif batch and batch % (unit := micro * (world // one)):

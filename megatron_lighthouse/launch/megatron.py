@@ -20,7 +20,7 @@ from megatron_lighthouse.launch.data_files import Sees, here
 from megatron_lighthouse.mcore.command_line import flags
 from megatron_lighthouse.mcore.data import tokenizers
 from megatron_lighthouse.mcore.data.blends import TOKENIZERS
-from megatron_lighthouse.mcore.refusal import bare_assertion
+from megatron_lighthouse.mcore.refusal import sentences
 
 LOCAL_SAVES = "nvidia_resiliency_ext.checkpointing.local.ckpt_managers.local_manager"
 """Whose LocalCheckpointManager is asked for by --non-persistent-ckpt-type local."""
@@ -68,7 +68,7 @@ def problems(words: Sequence[str], world: int, major: int, sees: Sees, runs_here
         except SystemExit:  # its parser's, and for one option that is no longer
             return [said.getvalue().strip().splitlines()[-1]]
         except Exception as error:  # what Megatron meets while it parses: of any kind, as for a run
-            return _sentences(error)
+            return sentences(error)
     return []
 
 
@@ -102,15 +102,6 @@ def _settle_vocabulary(args: Namespace) -> None:
         build_tokenizer(args)
     if args.padded_vocab_size is None and args.vocab_size is None:
         args.padded_vocab_size = PLACE
-
-
-def _sentences(error: Exception) -> list[str]:
-    """What an error says, a line of ours each; of a bare assertion, what it asserts."""
-    if rule := bare_assertion(error):
-        return [rule]
-    text = flags.in_flags(str(error)) or type(error).__name__
-    lines = [line.strip().removeprefix("- ") for line in text.splitlines() if not line.endswith("cannot run as asked:")]
-    return [f"Megatron: {lines[0]}", *lines[1:]] if isinstance(error, AssertionError) else lines
 
 
 def _layers_are_shared(words: Sequence[str]) -> bool:

@@ -29,11 +29,10 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from megatron_lighthouse.mcore.command_line import flags
+from megatron_lighthouse.mcore.command_line import flags, run_options
 from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
 from megatron_lighthouse.mcore.data import tokenizers
 from megatron_lighthouse.usage import Parser
-from megatron_lighthouse.variants import VARIANTS
 
 UNMET = 75
 """The exit status where nodes did not meet, which pretrain.sbatch knows: EX_TEMPFAIL."""
@@ -105,8 +104,7 @@ def needs(words: Sequence[str], arch: str) -> list[str]:
         return found
     if args.transformer_impl == "transformer_engine":
         found.append("transformer_engine.pytorch")
-    if not VARIANTS[args.attention].native and args.lighthouse_scorer == "gla":
-        found.append("fla.ops.simple_gla")
+    found += [module for _, module, _ in run_options.of_kernels(args)]
     return ["megatron.training", "triton", *found]
 
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import socket
+import sys
+import time
 import traceback
+
+from megatron_lighthouse.mcore.command_line import flags
 
 REFUSED = 2
 """Exit status of a command line or data that cannot run, as argparse's: pretrain.sbatch does not queue such a job again."""
@@ -12,6 +18,10 @@ LASTING = (errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.EACCES
 """Those errors of files that the next start meets too."""
 STATED = (AssertionError, ValueError, NotImplementedError, RuntimeError)
 """As which Megatron, and Lighthouse, state their rules."""
+
+HEADER = "The run cannot start as asked:"
+WAIT = 5.0
+"""Seconds in which the first rank says why a run is refused, and its launcher ends the others."""
 
 OTHER_SHAPES = "Global shape mismatch for loaded"
 """How Megatron begins to say that a checkpoint is another model's; torch passes it on in a class of its own."""
@@ -51,6 +61,32 @@ def bare_assertion(error: BaseException) -> str | None:
         return None
     where = traceback.extract_tb(error.__traceback__)[-1:]
     return f"Megatron refuses the arguments: {where[0].line} ({where[0].filename}, line {where[0].lineno})." if where else None
+
+
+def sentences(error: BaseException) -> list[str]:
+    """What an error says, a line of ours each; of a bare assertion, what it asserts."""
+    if rule := bare_assertion(error):
+        return [rule]
+    text = flags.in_flags(str(error)) or type(error).__name__
+    lines = [line.strip().removeprefix("- ") for line in text.splitlines() if not line.endswith("as asked:")]
+    return [f"Megatron: {lines[0]}", *lines[1:]] if isinstance(error, AssertionError) else lines
+
+
+def say(error: BaseException) -> None:
+    """What a refused run prints, once: the first rank all of it, and no trace of what is stated.
+
+    Another rank waits, for the first one's end is its own. Where it alone is refused, as by a file that its node has not, it
+    says one line.
+    """
+    found, rank = sentences(error), os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(WAIT)
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        print(f"rank {rank} on {socket.gethostname()}: refused: {found[0]}{more}", file=sys.stderr, flush=True)
+        return
+    if not (type(error) in STATED and _raised_in(error, "megatron", "megatron_lighthouse")):
+        traceback.print_exception(error)
+    print(f"{HEADER}\n  - " + "\n  - ".join(found), file=sys.stderr, flush=True)
 
 
 def _raised_in(error: BaseException, *packages: str) -> bool:

@@ -133,16 +133,15 @@ def _problems(words: Sequence[str], run: Path, preset: Preset) -> list[str]:
     from megatron_lighthouse.launch.data_files import data
     from megatron_lighthouse.launch.layout import layout
     from megatron_lighthouse.launch.sizes import sizes
-    from megatron_lighthouse.mcore.command_line import pyramid
+    from megatron_lighthouse.mcore.command_line import numbers, pyramid
     from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
 
-    try:
-        args, unknown = flags.parse(words, with_all_arguments, strict=flags.installed() == flags.VERSION)
-    except flags.WordsError as error:
-        return [str(error)]
+    args, wrong = flags.parse(words, with_all_arguments, strict=flags.installed() == flags.VERSION)
     args = settled(args)
+    wrong += numbers.settle(args)
     vars(args).update(pyramid.choice(args, run / "checkpoints")[0])
-    return [*unknown, *layout(args, 1, preset.processes), *sizes(args, runs_here="now"), *data(args, {})]
+    found = [*layout(args, 1, preset.processes), *sizes(args, runs_here="now"), *data(args, {})]
+    return [*wrong, *flags.apart(found, args.malformed)]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 INNER = ("auto", "te", "fa4", "fa3", "cudnn", "fa2", "sdpa")
 """Those of `backends.BACKENDS`, and before them 'auto' and 'te' (Transformer Engine's, in its own layer spec)."""
+MODULES = {"fa4": ("flash_attn.cute", "flash-attn-4"), "fa3": ("flash_attn_interface", "flash-attn-3")}
+"""Of those that are no part of torch: what is imported, and what pip knows it by."""
 OVER_SHARDS = ("fa4", "fa3", "cudnn", "fa2", "sdpa")
 """Those that return their log-sum-exp, by which shards are merged: `blocks.BLOCKS`."""
 UNTRIED = ("fa4", "fa3")

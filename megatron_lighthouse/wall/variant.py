@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.lighthouse.rows import number_problem
+from megatron_lighthouse.options import as_words
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.variant import Place, Stream, Telemetry, Variant, beyond_softmax, shared_out_problem
 from megatron_lighthouse.wall.config import PAIRED, TURNED, WRONG_IN_FP16, WallConfig
@@ -78,7 +79,8 @@ class Wall(Variant):
         yield from self.dropout_problems(model.attention_dropout)
         if (size := model.window_size) and (size[0] < 0 or size[1] != 0):
             ours = f"--attention {self.name}"
-            yield f"--window-size {size} must be n,0 with {ours}, of n >= 0 tokens before a token: use such as 127,0."
+            given = as_words("--window-size", size)
+            yield f"{given} must be n,0 with {ours}, of n >= 0 tokens before a token: use such as 127,0."
         for option in beyond_softmax(model, self.windows):
             yield f"{option} is not done by --attention {self.name}: leave it out, or use --attention dense."
         if config.kernels == "triton" and getattr(model, "fp16", False):

@@ -184,5 +184,6 @@ def test_a_folder_that_cannot_be_made_is_refused_at_once(script: str, tmp_path: 
         words = ["--cluster", "cpu-test", "--recipe", "cpu-test", "--run", str(tmp_path / run), *more, "--", "--mock-data"]
         done = subprocess.run([str(LAUNCH / name), *words], capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.startswith(f"--run {tmp_path / run} ")
+        assert done.stderr.startswith(f"The run cannot start as asked:\n  - --run {tmp_path / run} ")
+        assert done.stderr.count("\n  - ") == 1, done.stderr
         assert says in done.stderr

@@ -70,3 +70,90 @@ def test_a_study_is_of_the_recipe_s_length(study: str, more: str, points: str) -
     """And of its context-parallel size, unless the study names others."""
     made = f'read_recipe {LAUNCH}/recipes/cpu-test.args; MEGATRON=("$@"); study_points "{study}"; echo "${{POINTS[@]}}"'
     assert common(f'source "{LAUNCH}/study.sh"; {made}', *more.split()).strip() == points
+
+
+CHECKED = ("--only-check", "1", "--check", "quick")
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "after", "says"),
+    [
+        (
+            "submit.sh",
+            (),
+            "--save /x --lighthouse-bugdet 1 --context-parallel-size 3",
+            ["--save is set by --run", "did you mean --lighthouse-budget?", "--context-parallel-size 3 x"],
+        ),
+        (
+            "two_stage.sh",
+            ("--stage1", "1x", "--total", "20", "--eval-iters", "some"),
+            "--train-iters 5 --lighthouse-stage2-at 3 --lr abc",
+            [
+                "--stage1 1x must be a number of iterations",
+                "--train-iters after the --",
+                "--lighthouse-stage2-at 3 is both stages in one job",
+                "--eval-iters some must be",
+                "--lr abc must be a number",
+            ],
+        ),
+        (
+            "submit.sh",
+            ("--nodes", "x", "--time", "4h"),
+            "--study CP=1 --nodes=3 --lr abc",
+            [
+                "--study after the -- is an option of this script: put it before the --.",
+                "--nodes=3 after the -- is an option of this script: put it before the --.",
+                "--nodes x must be a whole number",
+                "TIME='4h'",
+                "--lr abc must be a number",
+            ],
+        ),
+    ],
+)
+def test_what_a_script_refuses_hides_nothing(
+    script: str, options: tuple[str, ...], after: str, says: list[str], tmp_path: Path
+) -> None:
+    done = submit(tmp_path, *OURS, *options, *CHECKED, "--", "--mock-data", *after.split(), script=script)
+    assert (done.returncode, done.stderr.count("The run cannot start as asked:")) == (2, 1), done.stderr
+    for text in says:
+        assert done.stderr.count(text) == 1, (text, done.stderr)
+    assert "not a known flag: leave it out" not in done.stderr
+    assert not (tmp_path / "queued").exists()
+
+
+def test_without_the_check_it_is_said_too(tmp_path: Path) -> None:
+    for script, stages in (("submit.sh", ()), ("two_stage.sh", STAGES)):
+        done = submit(tmp_path, *OURS, *stages, "--check", "0", "--", "--mock-data", "--save", "x", script=script)
+        assert (done.returncode, "--save is set by --run" in done.stderr) == (2, True), done.stderr
+    assert not (tmp_path / "queued").exists()
+
+
+def test_all_that_is_wrong_with_a_cluster_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.env"
+    file.write_text("PARTION=x\nNODES=2\nGPUS_PER_NODE=eight\nARCH=ampere\nNUMA=2\n")
+    done = submit(tmp_path, "--cluster", str(file), "--recipe", "moon", *CHECKED, "--", "--mock-data")
+    assert done.returncode == 2
+    for says in ("PARTION is not a key", "GPUS_PER_NODE='eight'", "ARCH='ampere'", "NUMA='2'", "--recipe moon cannot be read"):
+        assert done.stderr.count(says) == 1, (says, done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--cluster our.env --recipe cpu-test", "--cluster our.env cannot be read"),
+        ("--cluster {folder} --recipe cpu-test", "--cluster {folder} is a folder: give a file"),
+        ("--cluster cpu-test --recipe {folder}", "--recipe {folder} is a folder: give a file"),
+        ("--cluster cpu-test --recipe cpu-test --only-check", "--only-check needs a value, and -- follows it"),
+        ("--cluster cpu-test --recipe cpu-test --time --nodes", "--time needs a value, and --nodes follows it"),
+        ("--recipe cpu-test --nodes 1", "--cluster is missing"),
+    ],
+)
+def test_a_name_or_a_value_that_is_none(words: str, says: str, tmp_path: Path) -> None:
+    done = submit(tmp_path, *words.format(folder=tmp_path).split(), "--", "--mock-data")
+    assert done.returncode == 2
+    assert done.stderr.startswith(says.format(folder=tmp_path)), done.stderr
+
+
+def test_a_name_with_its_ending(tmp_path: Path) -> None:
+    done = submit(tmp_path, "--cluster", "cpu-test.env", "--recipe", "cpu-test.args", *CHECKED, "--", "--mock-data")
+    assert done.returncode == 0, done.stderr

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lighthouse.launch import check
+from megatron_lighthouse.launch import check, data_files
+from megatron_lighthouse.mcore.command_line import kept
 from megatron_lighthouse.mcore.command_line.stored import TRACKER
 from tests.launch.scripts import LAUNCH, ROOT, refused, submit, words
 from tests.launch.slurm import Slurm
@@ -126,6 +127,15 @@ def test_what_the_container_does_not_see_is_not_queued(tmp_path: Path, capsys: p
     assert check.main(["--sees", f"{sees}:/in={tmp_path}", *ours]) == 0
     assert check.main(["--sees", f"{sees}:/in={tmp_path}/not", *ours]) == 1
     assert "--tokenizer-model /in/model is not there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [*kept.WRITTEN, *data_files.LEFT])
+def test_what_a_container_would_lose(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    ours = ["--nodes", "2", "--gpus-per-node", "1", "--sees", "/data:/runs", "--", *words("cpu-test"), "--mock-data"]
+    assert check.main([*ours, name, "/elsewhere/x"]) == 1
+    assert f"{name} /elsewhere/x is not in the container (IMAGE), which sees /data /runs: " in capsys.readouterr().err
+    check.main([*ours, name, "/runs/x"])
+    assert "is not in the container" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

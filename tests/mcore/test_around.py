@@ -171,10 +171,10 @@ def test_which_checkpoints_go_on(
         ({"fused_single_qkv_rope": True}, "fused_single_qkv_rope rotates q, k and v alone"),
         ({"qk_clip": True}, "--qk-clip rescales the rows of q and k alone"),
         ({"mtp_num_layers": 1}, "--mtp-num-layers 1 makes layers that are to stay dense"),
-        ({"window_size": (8, 0)}, "--window-size (8, 0) makes all layers see a window alone"),
+        ({"window_size": (8, 0)}, "--window-size 8,0 makes all layers see a window alone"),
         (
             {"window_size": (8, 0), "window_attn_skip_freq": 2},
-            "--window-size (8, 0) is not done by --lighthouse-around parallax",
+            "--window-size 8,0 is not done by --lighthouse-around parallax",
         ),
         ({"softmax_type": "learnable"}, "--softmax-type learnable is not done by --lighthouse-around parallax"),
         ({}, ""),

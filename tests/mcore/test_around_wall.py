@@ -131,7 +131,7 @@ def test_packed_documents_are_as_the_library_has_them() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"window_size": (8, 0), "window_attn_skip_freq": 2}, "--window-size (8, 0) is not done by --lighthouse-around wall"),
+        ({"window_size": (8, 0), "window_attn_skip_freq": 2}, "--window-size 8,0 is not done by --lighthouse-around wall"),
         ({"qk_clip": True}, "--qk-clip rescales the rows of q and k alone"),
         ({"softmax_type": "learnable"}, ""),
     ],

@@ -51,14 +51,14 @@ REFUSED = [
         "a multiple of 4 (such as 2)",
     ),
     ({"attention_dropout": 0.1}, "--attention-dropout 0.1", "--attention-dropout 0"),
-    ({"window_size": (128, 0)}, "--window-size (128, 0)", "--window-attn-skip-freq N"),
+    ({"window_size": (128, 0)}, "--window-size 128,0", "--window-attn-skip-freq N"),
     (
         {"window_size": (128, 0), "window_attn_skip_freq": [1] * 6},
-        "--window-size (128, 0) with --window-attn-skip-freq [1, 1, 1, 1, 1, 1] makes all layers see a window alone",
+        "--window-size 128,0 with --window-attn-skip-freq [1, 1, 1, 1, 1, 1] makes all layers see a window alone",
         "or a list, by which some that attend see all tokens",
     ),
     ({"window_size": (128, 0), "window_attn_skip_freq": [1, 0]}, "is of 2 layers, and --num-layers is 6", "one number a layer"),
-    ({**WINDOWS, "context_parallel_size": 2}, "--window-size (128, 0) with --cp-comm-type p2p", "a2a or all_gather"),
+    ({**WINDOWS, "context_parallel_size": 2}, "--window-size 128,0 with --cp-comm-type p2p", "a2a or all_gather"),
     (
         {**SINKS, "context_parallel_size": 2, "cp_comm_type": "all_gather"},
         "--softmax-type learnable with",

@@ -72,8 +72,7 @@ def test_a_damaged_dataset(
     assert checked("--data-path", prefix) == 1
     error = capsys.readouterr().err
     assert f"--data-path {prefix}: {prefix}{says}" in error
-    with pytest.raises(ValueError, match="--train-data-path"):
-        files.check_data(parse(["--train-data-path", prefix]), whole=True)
+    assert any("--train-data-path" in said for said in files.problems(parse(["--train-data-path", prefix]), Path))
 
 
 def test_great_indices_are_held_to_their_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +225,14 @@ def test_a_folder_where_a_tokenizer_reads_a_file(kind: str, tmp_path: Path, caps
     assert f"use --tokenizer-type HuggingFaceTokenizer --tokenizer-model {tmp_path}.\n" in said(whole)
     model.write_text("x")
     assert f"reads a file: give {model}.\n" in said(tmp_path)
+    assert "is no model of SentencePiece's" in said(model)
+    model.write_bytes(b"\n\x0e\n\x05<unk>" + bytes(12))  # its first piece
     assert checked("--mock-data", "--tokenizer-type", kind, "--tokenizer-model", str(model)) == 0
+    assert "is not there: give a path that all nodes see.\n" in said(tmp_path / "none")  # the hub has none for it
+    whole.write_text('{"model": ')
+    assert checked("--mock-data", "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tmp_path)) == 1
+    assert f"--tokenizer-model {tmp_path}: its tokenizer.json is no JSON (" in capsys.readouterr().err
+    whole.write_text("{}")
     assert checked("--mock-data", "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tmp_path)) == 0
 
 

@@ -52,9 +52,27 @@ def test_what_is_not_listed(words: str, says: str) -> None:
     ],
 )
 def test_a_value_that_a_flag_does_not_take(words: str, says: str) -> None:
-    with pytest.raises(flags.WordsError) as error:
-        flags.parse(words.split(), with_all_arguments)
-    assert says in str(error.value)
+    _, wrong = flags.parse(words.split(), with_all_arguments)
+    assert [says in one for one in wrong] == [True], wrong
+
+
+def test_a_malformed_value_hides_nothing() -> None:
+    """Each is said; the number that may be meant is taken, else the flag's default, and what follows from that is left out."""
+    words = "--lr abc --lighthouse-budget 2k --train-iters 1e3 --bf16=yes --swiglu --seq-length --window-size 128,x"
+    words += " --profile-ranks 1 2e0 --attention sparse --lighthouse-bugdet 5"
+    args, wrong = flags.parse(words.split(), with_all_arguments)
+    said = " ".join(wrong)
+    for flag in ("--lr abc", "--lighthouse-budget 2k", "--train-iters 1e3", "--seq-length", "--window-size", "--attention"):
+        assert said.count(f"{flag} ") + said.count(f"{flag}:") == 1, wrong
+    assert "--bf16 takes no value: leave =yes out." in wrong
+    assert "--profile-ranks 2e0 must be a whole number, in digits alone: write 2." in wrong
+    assert "--lighthouse-bugdet is not a known flag: did you mean --lighthouse-budget?" in wrong
+    assert (args.lr, args.lighthouse_budget, args.train_iters, args.seq_length) == (None, 2048, 1000, None)
+    assert (args.bf16, args.swiglu, args.window_size, args.profile_ranks, args.attention) == (True, True, None, [1, 2], "dense")
+    assert args.malformed == {"--lr", "--seq-length", "--window-size", "--attention"}
+    found = ["--lr is missing: add it.", "use --lr-decay-iters 3.", "--min-lr 3: use --lr 4."]
+    assert flags.apart(found, args.malformed) == ["use --lr-decay-iters 3."]
+    assert flags.apart(found, ()) == found
 
 
 def test_what_is_parsed_without_megatron() -> None:

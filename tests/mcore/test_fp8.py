@@ -42,7 +42,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"fp8_recipe": "blockwise"}, "--fp8-recipe blockwise", "use --fp8-recipe delayed"),
         ({"fp8_recipe": "mxfp8"}, "--fp8-recipe mxfp8", "use --fp8-recipe delayed"),
         ({"softmax_type": "off-by-one"}, "--softmax-type off-by-one", "leave one of them out"),
-        ({"window_size": (128, 0), "window_attn_skip_freq": 2}, "--window-size (128, 0)", "leave one of them out"),
+        ({"window_size": (128, 0), "window_attn_skip_freq": 2}, "--window-size 128,0", "leave one of them out"),
         ({"attention_backend": SimpleNamespace(name="flash")}, "--attention-backend flash", "use fused or auto"),
         ({"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}, "core_attn", "full"),
         ({"cuda_graph_impl": "local"}, "--cuda-graph-impl local", "leave one of them out"),

@@ -41,7 +41,7 @@ WRONG = {
     "a value": ("--normalization rmsnorm", "--normalization: invalid choice: 'rmsnorm'"),
     "QK-norm": ("--qk-layernorm --lighthouse-scorer norm", "use --lighthouse-scorer mass, dilated or gla"),
     "MLA": ("--multi-latent-attention --lighthouse-scorer dilated", "reads values .* use --lighthouse-scorer norm"),
-    "a window": ("--window-size 4096,0", r"--window-size \(4096, 0\) .* give --window-attn-skip-freq N"),
+    "a window": ("--window-size 4096,0", r"--window-size 4096,0 .* give --window-attn-skip-freq N"),
     "windows over ranks": ("--window-size 4096,0 --window-attn-skip-freq 2", r"with --cp-comm-type p2p: .* a2a or all_gather"),
     "a scheme of other layers": (
         "--transformer-impl local --cp-comm-type a2a+p2p",
@@ -62,11 +62,11 @@ WRONG = {
     "what nothing reads": ("--use-flash-attn", "use --attention-backend flash"),
     "dense over shards": (
         "--attention dense --transformer-impl local --window-size 128,128",
-        r"--window-size \(128, 128\) with --transformer-impl local is none of a causal model: use 128,0",
+        r"--window-size 128,128 with --transformer-impl local is none of a causal model: use 128,0",
     ),
     "a window of later tokens": (
         "--transformer-impl local --window-size (-1,0) --window-attn-skip-freq 2 --context-parallel-size 1",
-        r"--window-size \(-1, 0\) with --transformer-impl local is none of a causal model: use 127,0",
+        r"--window-size -1,0 with --transformer-impl local is none of a causal model: use 127,0",
     ),
     "a scheme": (
         "--attention dense --transformer-impl local --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2",
@@ -132,7 +132,11 @@ def test_an_interval_of_evaluations_is_asked_for(capsys: pytest.CaptureFixture[s
     at = LLAMA.index("--eval-interval")
     without = [*LLAMA[:at], *LLAMA[at + 2 :]]
     assert check.main([*GPUS, "--without-megatron", "--", *without]) == 1
-    assert "--eval-interval is missing: give a number of iterations" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--eval-interval is missing, by which Megatron divides" in error
+    assert "To evaluate never, add --eval-iters 0 too." in error
+    assert check.main([*GPUS, "--without-megatron", "--", *without, "--eval-iters", "0"]) == 1
+    assert "add --eval-interval 1000.\n" in capsys.readouterr().err  # and not what is there already
 
 
 def test_an_attention_that_the_gpus_do_not_run(capsys: pytest.CaptureFixture[str]) -> None:

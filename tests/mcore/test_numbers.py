@@ -7,8 +7,8 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_lighthouse.launch import check
-from megatron_lighthouse.mcore.command_line import before, flags, numbers, unread
+from megatron_lighthouse.launch import check, start
+from megatron_lighthouse.mcore.command_line import flags, numbers, unread
 from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
 from megatron_lighthouse.usage import as_sentence
 from tests.mcore.test_launch_check import GPUS, LLAMA
@@ -90,7 +90,7 @@ def test_the_check_refuses_it(words: str, says: str, capsys: pytest.CaptureFixtu
 def test_the_run_refuses_it_too() -> None:
     """Before Megatron reads the words."""
     with pytest.raises(ValueError, match="--rotary-base 0 must be at least 1") as error:
-        before.check(parsed("--rotary-base", "0", "--kv-channels", "-8"))
+        start.check([*LLAMA, "--rotary-base", "0", "--kv-channels", "-8"], 64, gpus=True, whole=True)
     assert "--kv-channels -8 must be at least 1" in str(error.value)
 
 

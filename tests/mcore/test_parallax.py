@@ -192,7 +192,7 @@ class TestLayers:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"window_size": (8, 0)}, "--window-size (8, 0) is not done by --attention parallax"),
+        ({"window_size": (8, 0)}, "--window-size 8,0 is not done by --attention parallax"),
         ({"attention_dropout": 0.1}, "--attention-dropout 0.1 is not done by --attention parallax: use --attention-dropout 0"),
         ({"softmax_type": "learnable"}, "--softmax-type learnable is not done by --attention parallax"),
         ({"fused_single_qkv_rope": True}, "fused_single_qkv_rope rotates q, k and v alone"),

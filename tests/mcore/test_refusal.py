@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -10,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 
+from megatron_lighthouse.mcore import refusal
 from megatron_lighthouse.mcore.refusal import REFUSED, RefusedError, repeats
 from tests.mcore.harness import MODEL, TEXT, Processes
 
@@ -90,3 +92,40 @@ def test_a_run_that_megatron_refuses_late(tmp_path: Path) -> None:
     assert {name: statuses for name, (statuses, _) in ended.items()} == {"data": [2], "first": [0], "checkpoint": [2]}
     assert "the datasets cannot be built: AssertionError: --data-cache-path must be provided" in ended["data"][1]
     assert "Global shape mismatch for loaded" in ended["checkpoint"][1]
+
+
+def test_the_run_says_all_of_it_once(tmp_path: Path) -> None:
+    """On two ranks, one of which speaks; what they cannot share out hides nothing else."""
+    wrong = "--context-parallel-size 3 --lr abc --lighthouse-bugdet 8 --attention-dropout 0.1 --clip-grad -1 --rotary-base 5e5"
+    processes = Processes(tmp_path / "run", 2, [*MODEL, "--attention", "lighthouse", *TEXT, *wrong.split()])
+    statuses = processes.wait()
+    log = processes.log.read_text()
+    assert statuses[0] == REFUSED, log
+    for says in (
+        "--context-parallel-size 3 x --pipeline-model-parallel-size 1 = 3 must divide --nproc-per-node 2: use",
+        "--lr abc must be a number",
+        "did you mean --lighthouse-budget?",
+        "--attention-dropout 0.1",
+        "--clip-grad -1.0 must be at least 0",
+        "--rotary-base 5e5 must be a whole number, in digits alone: write 500000.",
+    ):
+        assert log.count(says) == 1, (says, log)
+    assert (log.count("The run cannot start as asked:"), "Traceback" in log) == (1, False), log
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "says"),
+    [
+        ("0", ValueError("one\ntwo"), r"The run cannot start as asked:\n  - one\n  - two\n"),
+        ("0", KeyError("x"), r"(?s).*KeyError: 'x'.*The run cannot start as asked:\n  - 'x'\n"),
+        ("3", ValueError("one\ntwo"), r"rank 3 on \S+: refused: one \(and 1 more\)\n"),
+    ],
+)
+def test_how_a_refusal_is_said(
+    rank: str, error: Exception, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(refusal, "WAIT", 0)
+    monkeypatch.setattr(refusal, "_raised_in", lambda error, *packages: isinstance(error, ValueError))
+    refusal.say(error)
+    assert re.fullmatch(says, said := capsys.readouterr().err), said

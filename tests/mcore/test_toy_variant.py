@@ -133,7 +133,7 @@ def toy() -> Iterator[LighthouseSettings]:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"window_size": (8, 0)}, "--window-size (8, 0) is not done by --attention toy"),
+        ({"window_size": (8, 0)}, "--window-size 8,0 is not done by --attention toy"),
         ({"attention_dropout": 0.1}, "--attention-dropout 0.1 is not done by --attention toy: use --attention-dropout 0"),
         ({"softmax_type": "learnable"}, "--softmax-type learnable is not done by --attention toy"),
         ({"fused_single_qkv_rope": True}, "fused_single_qkv_rope rotates q, k and v alone"),

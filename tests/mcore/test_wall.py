@@ -164,8 +164,8 @@ class TestLayers:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"window_size": (8, 1)}, "--window-size (8, 1) must be n,0 with --attention wall"),
-        ({"window_size": (-1, 0)}, "--window-size (-1, 0) must be n,0 with --attention wall"),
+        ({"window_size": (8, 1)}, "--window-size 8,1 must be n,0 with --attention wall"),
+        ({"window_size": (-1, 0)}, "--window-size -1,0 must be n,0 with --attention wall"),
         ({"window_size": (0, 0)}, ""),
         ({"transformer_impl": "transformer_engine", "context_parallel_size": 2, "window_size": (8, 0)}, ""),
         ({"attention_dropout": 0.1}, "--attention-dropout 0.1 is not done by --attention wall: use --attention-dropout 0"),

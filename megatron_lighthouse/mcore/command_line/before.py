@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
-from megatron_lighthouse.mcore.command_line import evenly, flags, hybrid, ignored, numbers, precision, schedule, together
+from megatron_lighthouse.mcore.command_line import evenly, flags, hybrid, numbers, precision, schedule, together
 from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
 from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern, is_latent, local_window_problem
 from megatron_lighthouse.usage import GONE, as_flag
@@ -22,35 +22,21 @@ ROTATED = ("rope", "yarn", "mrope")
 
 
 def given(words: Sequence[str]) -> argparse.Namespace | None:
-    """The arguments of a command line as it says them; None where Megatron's parser will refuse it, or tell what it takes."""
-    if {"-h", "--help"} & {*words}:
-        return None
-    try:
-        return flags.parse(words, with_all_arguments, strict=False)[0]
-    except flags.WordsError:
-        return None
-
-
-def check(args: argparse.Namespace) -> None:
-    """Of a run, before Megatron validates; says what it does not read.
-
-    Raises:
-        ValueError: what Megatron would refuse without saying why.
-    """
-    if found := [*problems(args)]:
-        raise ValueError("\n".join(found))
-    ignored.say(args)
+    """The arguments of a command line as it says them; None where it asks for help."""
+    return None if {"-h", "--help"} & {*words} else flags.parse(words, with_all_arguments, strict=False)[0]
 
 
 def problems(args: argparse.Namespace) -> Iterator[str]:
     """Why Megatron would not train.
 
     Args:
-        args: as the words say, not validated.
+        args: as the words say, not validated; numbers that mean nothing are Megatron's defaults afterwards.
     """
-    if found := [*numbers.problems(args)]:  # with which no other rule can reckon
-        yield from found
-        return
+    yield from numbers.settle(args)
+    yield from flags.apart(_rules(args), args.malformed)
+
+
+def _rules(args: argparse.Namespace) -> Iterator[str]:
     if not args.use_checkpoint_args:  # else they may be the checkpoint's
         yield from hybrid.word_problems(args)
         yield from _model(args)
@@ -167,7 +153,8 @@ def _batch(args: argparse.Namespace) -> Iterator[str]:
         yield "--dataloader-type external is for loaders of one's own, and this entry point has none: use single or cyclic."
     # Megatron divides by it
     if args.eval_interval is None and not (args.skip_train or args.full_validation):
-        yield "--eval-interval is missing: give a number of iterations, such as 1000. To evaluate never, add --eval-iters 0."
+        never = "" if args.eval_iters == 0 else " To evaluate never, add --eval-iters 0 too."
+        yield f"--eval-interval is missing, by which Megatron divides: add --eval-interval 1000.{never}"
 
 
 def _saves(args: argparse.Namespace) -> Iterator[str]:

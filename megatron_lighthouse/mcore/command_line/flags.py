@@ -11,14 +11,14 @@ import ast
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from enum import Enum
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from megatron_lighthouse.usage import as_sentence, unknown_flag
+from megatron_lighthouse.usage import as_sentence, digits_meant, unknown_flag
 
 VERSION = "0.19.2"
 """Of the Megatron-core whose flags are listed."""
@@ -55,10 +55,6 @@ def listed() -> tuple[dict[str, Any], ...]:
     return tuple(json.loads(line) for line in LIST.read_text().splitlines())
 
 
-class WordsError(ValueError):
-    """What argparse has against a command line."""
-
-
 class _Said(argparse.Namespace):
     """Holds what words say, and no default: to argparse all that is missing looks set."""
 
@@ -67,37 +63,84 @@ class _Said(argparse.Namespace):
             raise AttributeError(name)
 
 
-class _Strict(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise WordsError(as_sentence(message))
+class _Collecting(argparse.ArgumentParser):
+    """Keeps what is wrong with values, and goes on with what may be meant, or with the flag's default."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_abbrev=False, add_help=False)
+        self.wrong: list[str] = []
+        self.malformed: set[str] = set()
+
+    def _match_argument(self, action: argparse.Action, arg_strings_pattern: str) -> int:
+        try:
+            return super()._match_argument(action, arg_strings_pattern)
+        except argparse.ArgumentError as error:
+            self._keep(action, error)
+            return 0
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if not arg_strings and action.nargs not in (0, "*", "?"):  # as `_match_argument` has kept
+            return action.default
+        words = [*arg_strings]
+        while True:
+            try:
+                return super()._get_values(action, words)
+            except argparse.ArgumentError as error:
+                digits, word = digits_meant(str(error)), str(error).rpartition(": ")[2].strip("'")
+                self._keep(action, error, guessed=digits is not None)
+                if digits is None:
+                    return action.default
+                words[words.index(word)] = digits
+
+    def _keep(self, action: argparse.Action, error: argparse.ArgumentError, guessed: bool = False) -> None:
+        self.wrong.append(as_sentence(str(error)))
+        self.malformed |= set() if guessed else {*action.option_strings}
+
+    def without_values(self, words: Sequence[str]) -> Iterator[str]:
+        """The words, of which switches have no value: argparse would end with that error alone."""
+        for word in words:
+            flag, equals, value = word.partition("=")
+            action = self._option_string_actions.get(flag) if equals else None
+            if action is not None and action.nargs == 0:
+                self.wrong.append(f"{flag} takes no value: leave ={value} out.")
+                word = flag
+            yield word
 
 
-def parser(add_arguments: Add) -> argparse.ArgumentParser:
-    """A parser of Megatron's flags, and of what `add_arguments` adds; its errors are `WordsError`s."""
-    made = _Strict(allow_abbrev=False, add_help=False)
+def parser(add_arguments: Add) -> _Collecting:
+    """A parser of Megatron's flags, and of what `add_arguments` adds."""
+    made = _Collecting()
     for flag in listed():
         made.add_argument(*flag["flags"], **_how(flag))
-    return add_arguments(made)
+    add_arguments(made)
+    return made
 
 
 def parse(words: Sequence[str], add_arguments: Add, strict: bool = True) -> tuple[argparse.Namespace, list[str]]:
-    """The arguments, and what is wrong with the words, each in a sentence.
+    """The arguments, and all that is wrong with the words, each in a sentence.
 
-    The arguments' `said` holds the names of those that the words give, be it their default.
+    A value that its flag does not take hides nothing: the argument is the number that may be meant, as 2048 by 2k, or else the
+    default, and its flag in the arguments' `malformed` (`apart`). Their `said` holds the names of those that the words give,
+    be it their default.
 
     Args:
         strict: whether a flag that is not listed is wrong: a Megatron of another release may know it.
-
-    Raises:
-        WordsError: a value that its flag does not take.
     """
     made = parser(add_arguments)
+    words = [*made.without_values(words)]
     args, rest = made.parse_known_args(words)
+    wrong, args.malformed = [*made.wrong], frozenset(made.malformed)
     args.said = frozenset(vars(made.parse_known_args(words, _Said())[0]))
-    wrong = [unknown_flag(word, made._option_string_actions) for word in rest if word.startswith("-")]
-    if rest and not wrong:
-        wrong = [f"{' '.join(rest)} follows no flag that takes it: leave it out."]
-    return args, wrong if strict else []
+    if strict:
+        unknown = [unknown_flag(word, made._option_string_actions) for word in rest if word.startswith("-")]
+        wrong += unknown or ([f"{' '.join(rest)} follows no flag that takes it: leave it out."] if rest else [])
+    return args, wrong
+
+
+def apart(problems: Iterable[str], malformed: Collection[str]) -> list[str]:
+    """Those of the problems that name no flag whose value was not read: with the right value there may be none."""
+    named = re.compile(rf"(?<![\w-])({'|'.join(map(re.escape, malformed)) or '$^'})(?![\w-])")
+    return [problem for problem in problems if not named.search(problem)]
 
 
 def in_flags(text: str) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_lighthouse.lighthouse.config import flag
 from megatron_lighthouse.mcore.command_line import documents, named
 from megatron_lighthouse.mcore.command_line.settings import head_dims
+from megatron_lighthouse.options import as_words
 
 if TYPE_CHECKING:
     from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
@@ -168,7 +169,7 @@ def _attention(config: Any) -> Iterator[str]:
     if (softmax := getattr(config, "softmax_type", "vanilla")) != "vanilla":
         yield f"{FLAG} with --softmax-type {softmax}: there are no sinks in FP8: leave one of them out."
     if window := getattr(config, "window_size", None):
-        yield f"{FLAG} with --window-size {window}: there are no windows in FP8: leave one of them out."
+        yield f"{FLAG} with {as_words('--window-size', window)}: there are no windows in FP8: leave one of them out."
     backend = getattr(config, "attention_backend", None)
     backend = getattr(backend, "name", backend)
     if backend in ("flash", "unfused"):

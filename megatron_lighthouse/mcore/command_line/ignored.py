@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megatron_lighthouse.mcore.command_line.flags import listed
+from megatron_lighthouse.mcore.data.tokenizers import HUGGING_FACE, SENTENCE_PIECE
 from megatron_lighthouse.notice import say_once
+from megatron_lighthouse.usage import as_flag
+from megatron_lighthouse.variants import VARIANTS
 
 type Args = argparse.Namespace
 
@@ -28,6 +31,16 @@ class Rule:
 
 
 RULES = (
+    Rule(
+        "vocab_size",
+        lambda args: args.tokenizer_type not in (*HUGGING_FACE, *SENTENCE_PIECE),
+        "with such a --tokenizer-type, whose own size the model has (memory is counted by it all the same)",
+    ),
+    Rule(
+        "lighthouse_.*",
+        lambda args: (of := VARIANTS[args.attention]).switches or of.around == args.lighthouse_around,
+        "without --attention lighthouse, or what --lighthouse-around names for its stage 2",
+    ),
     Rule("num_query_groups", lambda args: args.group_query_attention, "without --group-query-attention"),
     Rule("lr_wsd_decay_(iters|samples|style)", lambda args: args.lr_decay_style == "WSD", "without --lr-decay-style WSD"),
     Rule(
@@ -70,6 +83,7 @@ def remarks(args: Args) -> Iterator[str]:
     if args.use_checkpoint_args or args.hybrid_layer_pattern or args.hybrid_override_pattern:
         return  # which say more of the model than the words do
     flag_of = {flag["dest"]: flag["flags"][0] for flag in listed()}
+    flag_of |= {name: as_flag(name) for name in sorted(args.said - flag_of.keys())}  # ours
     for rule in RULES:
         if not rule.read(args) and (unread := [flag_of[n] for n in flag_of if n in args.said and re.fullmatch(rule.names, n)]):
             yield f"{', '.join(unread)} {'is' if len(unread) == 1 else 'are'} not read {rule.because}."

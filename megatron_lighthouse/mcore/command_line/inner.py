@@ -54,6 +54,14 @@ def device_problems(args: Namespace, major: int) -> Iterator[str]:
         yield from [in_flags(found)] if found else []
 
 
+def is_forced(args: Namespace) -> bool:
+    """Whether a run's layers have the inner attention that it names, by arguments that Megatron has not validated."""
+    try:
+        return _forced(args, settings_from(args))
+    except ValueError:  # said elsewhere
+        return False
+
+
 def _forced(config: Any, settings: LighthouseSettings) -> bool:
     """Whether layers have an inner attention of this project's own, and its name is given."""
     if not settings.attention.selects or not settings.base.native or settings.config.inner == "auto":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lighthouse.lighthouse.config import flag
+from megatron_lighthouse.options import as_words
 
 LATENT = "+D"
 """The symbols of layers with multi-latent attention, in a hybrid model's pattern."""
@@ -122,7 +123,8 @@ def local_window_problem(size: tuple[int, int] | None) -> str | None:
         return None
     fits = f"{size[0]},0" if size[0] >= 0 else "127,0, or so"
     return (
-        f"--window-size {size} with --transformer-impl local is none of a causal model: use {fits}, tokens before a token and "
+        f"{as_words('--window-size', size)} with --transformer-impl local is none of a causal model: use {fits}, tokens "
+        "before a token and "
         "none after it, or leave it out."
     )
 
@@ -130,7 +132,7 @@ def local_window_problem(size: tuple[int, int] | None) -> str | None:
 def window_problem(model: Any) -> str:
     """Of a model whose layers see a window alone, all that attend."""
     every = getattr(model, "window_attn_skip_freq", None)
-    given = f"--window-size {model.window_size}" + ("" if every is None else f" with --window-attn-skip-freq {every}")
+    given = as_words("--window-size", model.window_size) + ("" if every is None else f" with --window-attn-skip-freq {every}")
     return (
         f"{given} makes all layers see a window alone, and Lighthouse has no meaning in one: give --window-attn-skip-freq N or "
         "a list, by which some that attend see all tokens and take Lighthouse, leave it out, or use --attention dense."

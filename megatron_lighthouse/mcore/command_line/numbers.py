@@ -100,6 +100,20 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
     Args:
         args: as the words say, not validated.
     """
+    yield from (problem for _, problem in _broken(args))
+
+
+def settle(args: argparse.Namespace) -> list[str]:
+    """`problems`, after which other rules can reckon: `args` have Megatron's defaults there, and the flags as `malformed`."""
+    found, known = [*_broken(args)], _flags()
+    for name, _ in found:
+        setattr(args, name, known[name][1])
+    args.malformed = frozenset({*getattr(args, "malformed", ()), *(known[name][0] for name, _ in found)})
+    return [problem for _, problem in found]
+
+
+def _broken(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Each number that breaks its rule: the argument, and the problem."""
     for name, (flag, default) in _flags().items():
         given = getattr(args, name, default)
         if given == default:
@@ -107,12 +121,12 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
         rule, keeps = RULES.get(name, ANY)
         for value in given if isinstance(given, (list, tuple)) and not name.endswith("_freq") else [given]:
             if isinstance(value, float) and not math.isfinite(value):
-                yield f"{flag} {value} must be finite: {_use(name, default, rule)}"
+                yield name, f"{flag} {value} must be finite: {_use(name, default, rule)}"
             elif isinstance(value, (int, float)) and not keeps(value):
-                yield f"{flag} {value} must be {rule}: {_use(name, default, rule)}"
+                yield name, f"{flag} {value} must be {rule}: {_use(name, default, rule)}"
     if (window := getattr(args, "window_size", None)) is not None and len(window) != 2:
         given = ",".join(map(str, window))
-        yield f"--window-size {given} must be two numbers, of tokens before and after: use {window[0]},0."
+        yield "window_size", f"--window-size {given} must be two numbers, of tokens before and after: use {window[0]},0."
 
 
 def _use(name: str, default: object, rule: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem
 from megatron_lighthouse.mcore.command_line.layers import is_windowed, local_window_problem
 from megatron_lighthouse.mcore.command_line.settings import comm_types_of, heads_of_rank
-from megatron_lighthouse.options import in_flags
+from megatron_lighthouse.options import as_words, in_flags
 
 NORMS = ("LayerNorm", "RMSNorm")
 
@@ -57,7 +57,8 @@ def engine_problems(config: Any) -> Iterator[str]:
     of_windows = {kinds[n - 1] for n in numbers if n <= len(kinds)} if isinstance(kinds, list) else {kinds or "p2p"}
     for kind in sorted(of_windows - {"a2a", "all_gather"}) if numbers else ():
         yield (
-            f"--window-size {window} with --cp-comm-type {kind}: Transformer Engine's attention has no windows over ranks by "
+            f"{as_words('--window-size', window)} with --cp-comm-type {kind}: Transformer Engine's attention "
+            "has no windows over ranks by "
             "it: use --cp-comm-type a2a or all_gather, or --transformer-impl local."
         )
     for kind in comm_types_of(config) if softmax != "vanilla" else ():

@@ -11,16 +11,6 @@ from megatron_lighthouse.mcore.command_line.stored import TRACKER
 from megatron_lighthouse.mcore.data.blends import Here, value
 
 
-def check(args: argparse.Namespace) -> None:
-    """Of a run, by its own command line, as this rank sees its folders.
-
-    Raises:
-        ValueError: which of them cannot be, and why.
-    """
-    if found := [*problems(args, Path)]:
-        raise ValueError("\n".join(found))
-
-
 def problems(args: argparse.Namespace, here: Here) -> Iterator[str]:
     """What is wrong with the folders that are named, each in a sentence. Who may write where is not asked."""
     for flag in FOLDERS:

@@ -6,12 +6,14 @@ from argparse import Namespace
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-from megatron_lighthouse.mcore.command_line import conversations, graphs, hybrid, optimizer_graph, positions, tiles
+from megatron_lighthouse.mcore.command_line import conversations, graphs, hybrid, inner, optimizer_graph, positions, tiles
 from megatron_lighthouse.mcore.command_line.checks import PACKED, cp_layout_problems, packed_problems
 from megatron_lighthouse.mcore.command_line.own_parts import norm_problem
 from megatron_lighthouse.mcore.command_line.unread import unread_problems
 from megatron_lighthouse.mcore.data import tokenizers
 from megatron_lighthouse.mcore.data.blends import exclusion
+from megatron_lighthouse.softmax.names import MODULES
+from megatron_lighthouse.variants import VARIANTS
 
 ELSEWHERE = "use Megatron-LM's own pretrain_gpt.py for it (patches/patch.py gives that --attention lighthouse)"
 
@@ -38,8 +40,21 @@ def check_run_options(args: Namespace) -> None:
         raise ValueError("\n".join(found))
 
 
-def missing_packages(args: Namespace) -> Iterator[str]:
-    """What the run needs and this Python lacks."""
+def without_gpus(args: Namespace) -> Iterator[str]:
+    """Why ranks could not meet that have no GPUs."""
+    if args.distributed_backend == "nccl":
+        yield (
+            "--distributed-backend nccl (Megatron's default) is for GPUs, and the ranks have none: add "
+            "--distributed-backend gloo, or start them where GPUs are."
+        )
+
+
+def missing_packages(args: Namespace, gpus: bool = False) -> Iterator[str]:
+    """What the run needs and this Python lacks.
+
+    Args:
+        gpus: whether its ranks have GPUs, which some kernels of packages are for.
+    """
     if args.transformer_impl == "transformer_engine" and not find_spec("transformer_engine"):
         more = "".join(f" {flag}" for flag in _of_local_layers(args))
         yield (
@@ -49,8 +64,8 @@ def missing_packages(args: Namespace) -> Iterator[str]:
         )
     yield from _missing_fusions(args)
     yield from hybrid.missing_packages(args)
-    for option, module, package in _asked_for(args):
-        if not find_spec(module):
+    for option, module, package in [*_asked_for(args), *(of_kernels(args) if gpus else ())]:
+        if not find_spec(module.partition(".")[0]):
             yield f"{option} needs the package {module}, which is not installed: install it (pip install {package})."
 
 
@@ -77,6 +92,17 @@ def _asked_for(args: Namespace) -> Iterator[tuple[str, str, str]]:
         yield f"--num-distributed-optimizer-instances {instances}", "einops", "einops"
 
 
+def of_kernels(args: Namespace) -> Iterator[tuple[str, str, str]]:
+    """Options that ask a package for a GPU's kernels, once a layer is built: with the module, and what pip knows it by."""
+    if not VARIANTS[args.attention].selects:
+        return
+    if args.lighthouse_scorer == "gla":
+        yield "--lighthouse-scorer gla", "fla.ops.simple_gla", "'flash-linear-attention>=0.6.0'"
+    name = args.lighthouse_inner
+    if name in MODULES and inner.is_forced(args):
+        yield f"--lighthouse-inner {name} (or use auto)", *MODULES[name]
+
+
 def _of_local_layers(args: Namespace) -> Iterator[str]:
     """What Megatron's local layers then need besides."""
     rotary = args.position_embedding_type == "rope" or args.use_rotary_position_embeddings
@@ -84,6 +110,15 @@ def _of_local_layers(args: Namespace) -> Iterator[str]:
         yield "--no-rope-fusion"
     if not (find_spec("apex") or args.no_persist_layer_norm or args.sequence_parallel):
         yield "--no-persist-layer-norm"
+    if _fuses_softmax(args):
+        yield "--no-masked-softmax-fusion"
+
+
+def _fuses_softmax(args: Namespace) -> bool:
+    """Whether Megatron's local attention asks Apex for a softmax that is not installed: of up to 4,096 tokens in 16 bits."""
+    length, of_16_bits = getattr(args, "seq_length", None) or 0, args.bf16 or args.fp16
+    short = 16 < length <= 4096 and length % 4 == 0 and args.context_parallel_size == 1
+    return bool(args.masked_softmax_fusion and of_16_bits and short and not find_spec("scaled_masked_softmax_cuda"))
 
 
 def _missing_fusions(args: Namespace) -> Iterator[str]:
@@ -94,6 +129,11 @@ def _missing_fusions(args: Namespace) -> Iterator[str]:
         yield (
             "gradient accumulation fusion (Megatron's default) needs fused_weight_gradient_mlp_cuda of NVIDIA Apex, which is "
             "not installed: add --no-gradient-accumulation-fusion."
+        )
+    if args.transformer_impl == "local" and _fuses_softmax(args):
+        yield (
+            "masked softmax fusion (Megatron's default) needs scaled_masked_softmax_cuda of NVIDIA Apex, which is not "
+            "installed: add --no-masked-softmax-fusion."
         )
     if args.transformer_impl != "local" or engine:
         return

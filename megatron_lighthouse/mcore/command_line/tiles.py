@@ -6,6 +6,8 @@ import argparse
 import math
 from collections.abc import Iterator
 
+from megatron_lighthouse.options import as_words
+
 LOSS, MLP = "--loss-tile-tokens", "--mlp-tile-tokens"
 BYTES = 2**30
 """Of fp32 logits that a rank holds at once, unless it is told otherwise (ours)."""
@@ -82,4 +84,4 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
     for name, because in WITHOUT_MLP_TILES.items():
         if mlp and (value := getattr(args, name, None)) and value != "none":
             other = f"--{name.replace('_', '-')}" + ("-format" if name in ("fp8", "fp4") else "")
-            yield f"{MLP} {mlp} with {other} {value}: {because}: leave one of them out."
+            yield f"{MLP} {mlp} with {as_words(other, value)}: {because}: leave one of them out."

@@ -9,6 +9,7 @@ import argparse
 import math
 from collections.abc import Iterator
 
+from megatron_lighthouse.options import as_words
 from megatron_lighthouse.usage import as_flag
 
 ENGINE = "--transformer-impl transformer_engine"
@@ -38,7 +39,7 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
         )
     for flag, value in (("--fp8-format", args.fp8), ("--fp4-format", args.fp4)):
         if value and args.transformer_impl == "local":
-            yield f"{flag} {value} is read by Transformer Engine's layers alone: leave it out, or use {ENGINE}."
+            yield f"{as_words(flag, value)} is read by Transformer Engine's layers alone: leave it out, or use {ENGINE}."
     if args.cross_entropy_loss_fusion and args.cross_entropy_fusion_impl == "te":
         yield "--cross-entropy-fusion-impl te is turned off in Megatron 0.19, for it was not stable: use native."
     if args.cuda_graph_impl == "full_iteration" and args.check_for_nan_in_loss_and_grad:
@@ -99,7 +100,7 @@ def _recompute(args: argparse.Namespace) -> Iterator[str]:
         yield f"--recompute-granularity full needs a method and a number of layers: add {FULL}."
         return
     selects = args.recompute_granularity == "selective" or args.recompute_activations
-    of_full = [f"{as_flag(name)} {value}" for name in OF_FULL if (value := getattr(args, name))]
+    of_full = [as_words(as_flag(name), value) for name in OF_FULL if (value := getattr(args, name))]
     if of_full and selects:
         are, them = ("is", "it") if len(of_full) == 1 else ("are", "them")
         yield f"{' '.join(of_full)} {are} of --recompute-granularity full: leave {them} out, or use that."

@@ -9,28 +9,18 @@ import argparse
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from megatron_lighthouse.mcore.command_line import conversations
 from megatron_lighthouse.mcore.data import blends, conversation_files, indexed, plain, text, tokenizers, vocabulary
 from megatron_lighthouse.mcore.data.blends import Here, remote
 
 
-def check_data(args: argparse.Namespace, whole: bool) -> None:
-    """Of a run, by its own command line, as this rank sees its files.
+def problems(args: argparse.Namespace, here: Here, whole: bool = True) -> Iterator[str]:
+    """What is wrong with the options and the files that name data, each in a sentence.
 
     Args:
         whole: see `indexed.problem`.
-
-    Raises:
-        ValueError: what is wrong with them, all of it.
     """
-    if found := list(problems(args, Path, whole)):
-        raise ValueError("the data cannot be read as asked:\n  - " + "\n  - ".join(found))
-
-
-def problems(args: argparse.Namespace, here: Here, whole: bool = True) -> Iterator[str]:
-    """What is wrong with the options and the files that name data, each in a sentence."""
     if problem := blends.exclusion(args):  # what else is wrong with the data depends on which stays
         yield problem
     else:

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, wrong = tokenizer_arguments(words, parser._option_string_actions)
     wrong += problems(options, args)
     try:
-        if args is None or wrong:
+        if wrong:
             raise ValueError("\n".join(wrong))
         count, tokens, empty = prepare(options, args)
     except ValueError as error:
@@ -65,9 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def tokenizer_arguments(
-    words: Sequence[str], own: Mapping[str, argparse.Action]
-) -> tuple[argparse.Namespace | None, list[str]]:
+def tokenizer_arguments(words: Sequence[str], own: Mapping[str, argparse.Action]) -> tuple[argparse.Namespace, list[str]]:
     """Megatron's arguments, of which the words may name those of tokenizers alone; and what is wrong with the words.
 
     Args:
@@ -76,15 +74,13 @@ def tokenizer_arguments(
     from megatron_lighthouse.mcore.command_line import flags
 
     made = flags.parser(lambda parser: parser)
-    try:
-        rest = made.parse_known_args(words)[1]
-        args, _ = flags.parse(words, lambda parser: parser, strict=False)
-    except flags.WordsError as error:
-        return None, [str(error)]
+    rest = made.parse_known_args(words)[1]
+    args, wrong = flags.parse(words, lambda parser: parser, strict=False)
     of_tokenizers = {flag: how for flag, how in made._option_string_actions.items() if how.dest.startswith(OF_TOKENIZERS)}
-    wrong = [unknown_flag(word, {**own, **of_tokenizers}) for word in rest if word.startswith("-")]
-    if rest and not wrong:
-        wrong = [f"{' '.join(rest)} follows no flag that takes it: leave it out."]
+    unknown = [unknown_flag(word, {**own, **of_tokenizers}) for word in rest if word.startswith("-")]
+    wrong += unknown
+    if rest and not unknown:
+        wrong += [f"{' '.join(rest)} follows no flag that takes it: leave it out."]
     wrong += [
         f"{as_flag(name)} is no flag of a tokenizer: leave it out."
         for name in sorted(args.said)
@@ -94,12 +90,8 @@ def tokenizer_arguments(
     return args, wrong
 
 
-def problems(options: argparse.Namespace, args: argparse.Namespace | None) -> Iterator[str]:
-    """Files that are not there, or one that is, a folder that cannot be made, a tokenizer that cannot be built.
-
-    Args:
-        args: Megatron's; None where their words cannot be read.
-    """
+def problems(options: argparse.Namespace, args: argparse.Namespace) -> Iterator[str]:
+    """Files that are not there, or one that is, a folder that cannot be made, a tokenizer that cannot be built."""
     from importlib.util import find_spec
 
     from megatron_lighthouse.mcore.data import tokenizers
@@ -114,8 +106,6 @@ def problems(options: argparse.Namespace, args: argparse.Namespace | None) -> It
         yield f"--output {options.output}: nothing can be written in {above}: name another folder."
     if options.workers < 1:
         yield f"--workers {options.workers} must be at least 1."
-    if args is None:
-        return
     yield from tokenizers.problems(args, Path)
     for name in tokenizers.packages(args.tokenizer_type):
         if not find_spec(name):

@@ -90,7 +90,7 @@ def _file(name: str, path: str, here: Here, kind: str | None) -> Iterator[str]:
     """Whether a file is there, or a folder of a tokenizer's files, and not empty."""
     found = here(path)
     if not found.exists():
-        use = ", or a name of Hugging Face's hub" if name == "--tokenizer-model" else ""
+        use = ", or a name of Hugging Face's hub" if name == "--tokenizer-model" and kind in HUGGING_FACE else ""
         yield f"{name} {path} is not there: give a path that all nodes see{use}."
         return
     try:
@@ -105,11 +105,29 @@ def _file(name: str, path: str, here: Here, kind: str | None) -> Iterator[str]:
             yield f"{name} {path} is a file, and --tokenizer-type {kind} reads a folder: give {Path(path).parent}."
         elif not any((found / one).is_file() for one in OF_A_FOLDER) and not [*found.glob("*.tiktoken")]:
             yield f"{name} {path} holds no tokenizer (none of {', '.join(OF_A_FOLDER)}): give the folder of one."
+        elif (found / OF_HUGGING_FACE).is_file() and (why := _no_json(found / OF_HUGGING_FACE)):
+            yield f"{name} {path}: its {OF_HUGGING_FACE} is no JSON ({why}): copy or write it again."
     elif kind == "TikTokenizer" and found.suffix != ".json":
         other = f", or use --tokenizer-type {HUGGING_FACE[0]}" if (found / OF_HUGGING_FACE).is_file() else ""
         yield f"{name} {path} must be a .json of ranks with --tokenizer-type {kind}: give that file{other}."
     elif kind in SENTENCE_PIECE:
         yield from _sentence_piece(name, path, found, kind)
+
+
+def _no_json(path: Path) -> str | None:
+    """Why a file is no JSON, in one line."""
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _is_sentence_piece(path: Path) -> bool:
+    """Whether a file begins as a model of SentencePiece's does: with its first piece, field 1 of the message."""
+    with path.open("rb") as file:
+        start = file.read(2)
+    return len(start) == 2 and start[:1] == b"\n" and path.stat().st_size > 2 + start[1]
 
 
 def _sentence_piece(name: str, path: str, found: Path, kind: str | None) -> Iterator[str]:
@@ -126,3 +144,5 @@ def _sentence_piece(name: str, path: str, found: Path, kind: str | None) -> Iter
         yield f"{name} {path} is a folder without *.model, and --tokenizer-type {kind} reads a file: give the model's."
     elif found.name == OF_HUGGING_FACE:
         yield f"{name} {path} is no *.model: use --tokenizer-type {HUGGING_FACE[0]} {name} {Path(path).parent}."
+    elif not _is_sentence_piece(found):
+        yield f"{name} {path} is no model of SentencePiece's, as --tokenizer-type {kind} reads: copy it again, or give another."

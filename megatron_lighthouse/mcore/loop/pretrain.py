@@ -17,14 +17,14 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_lighthouse.launch import start
 from megatron_lighthouse.lighthouse import telemetry
-from megatron_lighthouse.mcore.command_line import before, graphs, kept, places
+from megatron_lighthouse.mcore.command_line import before, graphs, ignored, kept
 from megatron_lighthouse.mcore.command_line.entry import LAYER, add_arguments, checked_model, with_all_arguments
 from megatron_lighthouse.mcore.data.datasets import train_valid_test_datasets
-from megatron_lighthouse.mcore.data.files import check_data
 from megatron_lighthouse.mcore.loop import hooks, selection_log
 from megatron_lighthouse.mcore.loop.forward_step import forward_step
-from megatron_lighthouse.mcore.refusal import REFUSED, bare_assertion, repeats
+from megatron_lighthouse.mcore.refusal import REFUSED, repeats, say
 
 __all__ = ["add_arguments", "pictures_of", "run"]
 
@@ -41,9 +41,9 @@ def run(program_start: float | None = None) -> None:
     try:
         words = sys.argv[1:] = kept.resumed(sys.argv[1:])
         if (given := before.given(sys.argv[1:])) and given.yaml_cfg is None:
-            before.check(given)
-            places.check(given)
-            check_data(given, whole=os.environ.get("RANK", "0") == "0")  # others must not read great indices again
+            ranks, whole = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
+            start.check(words, ranks, torch.cuda.is_available(), whole)
+            ignored.say(given)
             sys.argv[1:] = [*words, *graphs.taken(given, torch.cuda.is_available())]
         args = parse_and_validate_args(extra_args_provider=with_all_arguments)
         model_cfg = checked_model(args)
@@ -56,9 +56,7 @@ def run(program_start: float | None = None) -> None:
     except Exception as error:
         if not repeats(error, parsed=False):
             raise
-        traceback.print_exc()
-        if rule := bare_assertion(error):
-            print(rule, file=sys.stderr)
+        say(error)
         raise SystemExit(REFUSED) from error
     try:
         pretrain(container, train_valid_test_datasets, ModelType.encoder_or_decoder, forward_step)

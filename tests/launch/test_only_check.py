@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,11 @@ def test_a_name_or_a_value_that_is_none(words: str, says: str, tmp_path: Path) -
 def test_a_name_with_its_ending(tmp_path: Path) -> None:
     done = submit(tmp_path, "--cluster", "cpu-test.env", "--recipe", "cpu-test.args", *CHECKED, "--", "--mock-data")
     assert done.returncode == 0, done.stderr
+
+
+def test_a_machine_without_gpus_is_told_so(tmp_path: Path) -> None:
+    """Where nvidia-smi does not say it."""
+    if list(Path("/dev").glob("nvidia[0-9]*")) or shutil.which("nvidia-smi"):
+        pytest.skip("this machine may have a GPU")
+    done = submit(tmp_path, "--cluster", "hgx-h100", "--recipe", "530m-98k", "--only-check", "1", "--", script="local.sh")
+    assert (done.returncode, "needs a GPU, and this process sees none" in done.stderr) == (2, True), done.stderr

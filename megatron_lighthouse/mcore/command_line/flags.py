@@ -63,7 +63,7 @@ class _Said(argparse.Namespace):
             raise AttributeError(name)
 
 
-class _Collecting(argparse.ArgumentParser):
+class Collecting(argparse.ArgumentParser):
     """Keeps what is wrong with values, and goes on with what may be meant, or with the flag's default."""
 
     def __init__(self) -> None:
@@ -107,9 +107,9 @@ class _Collecting(argparse.ArgumentParser):
             yield word
 
 
-def parser(add_arguments: Add) -> _Collecting:
+def parser(add_arguments: Add) -> Collecting:
     """A parser of Megatron's flags, and of what `add_arguments` adds."""
-    made = _Collecting()
+    made = Collecting()
     for flag in listed():
         made.add_argument(*flag["flags"], **_how(flag))
     add_arguments(made)

@@ -116,9 +116,11 @@ def _of_local_layers(args: Namespace) -> Iterator[str]:
 
 def _fuses_softmax(args: Namespace) -> bool:
     """Whether Megatron's local attention asks Apex for a softmax that is not installed: of up to 4,096 tokens in 16 bits."""
-    length, of_16_bits = getattr(args, "seq_length", None) or 0, args.bf16 or args.fp16
-    short = 16 < length <= 4096 and length % 4 == 0 and args.context_parallel_size == 1
-    return bool(args.masked_softmax_fusion and of_16_bits and short and not find_spec("scaled_masked_softmax_cuda"))
+    if not getattr(args, "masked_softmax_fusion", False) or find_spec("scaled_masked_softmax_cuda"):
+        return False
+    length = getattr(args, "seq_length", None) or 0
+    of_16_bits = getattr(args, "bf16", False) or getattr(args, "fp16", False)
+    return bool(of_16_bits and 16 < length <= 4096 and length % 4 == 0 and args.context_parallel_size == 1)
 
 
 def _missing_fusions(args: Namespace) -> Iterator[str]:

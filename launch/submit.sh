@@ -81,9 +81,8 @@ if [[ $CHECK != 0 ]]; then
     [[ -n $IMAGE ]] || find_profiler env
     # shellcheck disable=SC2119 # the script's own are not its
     check_here >&2 || nothing_queued
-else
-    die_if_wrong
 fi
+die_if_wrong # which the check has said, unless it is none of ours
 
 flags=(--job-name="$(basename "$RUN")" --nodes="$NODES" --ntasks-per-node="$GPUS_PER_NODE" --time="$TIME"
     --output="$RUN/logs/$([[ -n $STUDY ]] && echo %A_%a || echo %j).log" --requeue --open-mode=append)

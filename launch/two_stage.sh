@@ -108,9 +108,8 @@ fi
 if [[ $CHECK != 0 ]]; then
     [[ -n $IMAGE ]] || find_profiler env
     check_here "${points[@]}" >&2 || nothing_queued
-else
-    die_if_wrong
 fi
+die_if_wrong # which the check has said, unless it is none of ours
 [[ -z $unreachable ]] || exit "$UNREACHABLE"
 if ((ONLY_CHECK)); then
     say_only_checked

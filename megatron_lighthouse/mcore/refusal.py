@@ -86,7 +86,8 @@ def say(error: BaseException) -> None:
         return
     if not (type(error) in STATED and _raised_in(error, "megatron", "megatron_lighthouse")):
         traceback.print_exception(error)
-    print(f"{HEADER}\n  - " + "\n  - ".join(found), file=sys.stderr, flush=True)
+    text = "".join(f"\n  - {sentence}" for sentence in found) if len(found) > 1 else f" {found[0]}"
+    print(HEADER + text, file=sys.stderr, flush=True)
 
 
 def _raised_in(error: BaseException, *packages: str) -> bool:

@@ -20,7 +20,15 @@ DIRECTIONS = ("forward", "recompute", "backward")
 
 RANGES = {"attended_norms": "score", "gla": "score", "mass": "score"}
 """Ranges `lighthouse/…` that are part of a step of another name."""
-KERNELS = {"attended": "score", "mass": "score", "earlier": "select", "edge": BETWEEN, "placed": BETWEEN}
+KERNELS = {
+    "attended": "score",
+    "mass": "score",
+    "earlier": "select",
+    "edge": BETWEEN,
+    "placed": BETWEEN,
+    "taken": BETWEEN,
+    "deal": BETWEEN,
+}
 """Kernels `lighthouse_…` likewise."""
 ATTEND = tuple(f"{name}_" for name, variant in VARIANTS.items() if not variant.selects)
 """How the kernels of those begin that are attentions whole."""

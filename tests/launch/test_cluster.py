@@ -259,7 +259,7 @@ def test_two_stages_and_their_evaluation(cluster: Slurm, tmp_path: Path) -> None
     ]
     first, second, last = re.findall(r": job (\d+)", done.stdout)
     again = cluster.run(*command, "4", "--", "--mock-data")
-    assert (again.returncode, again.stdout) == (2, "")
+    assert (again.returncode, again.stdout) == (2, ""), again.stderr
     assert f"its job {second} (train) is queued or runs" in again.stderr
 
     assert cluster.wait(last, 120)["JobState"] == "COMPLETED"

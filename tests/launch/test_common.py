@@ -12,7 +12,7 @@ import pytest
 
 from tests.launch.scripts import LAUNCH, ROOT, common
 
-PARTS = {"check.sh", "common.sh", "environment.sh", "profiler.sh", "requeue.sh", "study.sh", "task.sh", "wait.sh"}
+PARTS = {"check.sh", "cluster.sh", "common.sh", "environment.sh", "profiler.sh", "requeue.sh", "study.sh", "task.sh", "wait.sh"}
 SCRIPTS = sorted({path.name for path in LAUNCH.glob("*.s*")} - PARTS)
 
 
@@ -171,7 +171,7 @@ def test_shellcheck() -> None:
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("script", ["submit.sh", "two_stage.sh --stage1 1 --total 2", "local.sh"])
+@pytest.mark.parametrize("script", ["submit.sh", "two_stage.sh --stage1 1 --total 2", "local.sh --gpus 2"])
 def test_a_folder_that_cannot_be_made_is_refused_at_once(script: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")

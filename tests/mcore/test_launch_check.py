@@ -257,8 +257,8 @@ def test_the_check_says_what_the_run_says(more: Sequence[str], tmp_path: Path, c
 
 def test_a_usage_error_is_one_line(tmp_path: Path) -> None:
     for name, more, says in (
-        ("flag", "--num-layer", "--num-layer is not a known flag: did you mean --num-layers? See --help."),
-        ("value", "--lr=x", "--lr x must be a number: give one. See --help."),
+        ("flag", "--num-layer", "--num-layer is not a known flag: did you mean --num-layers?"),
+        ("value", "--lr=x", "--lr x must be a number: give one."),
     ):
         run = Processes(tmp_path / name, 1, [*MODEL, *TEXT, more])
         assert run.wait() == [2]

@@ -117,7 +117,7 @@ def test_the_run_says_all_of_it_once(tmp_path: Path) -> None:
     ("rank", "error", "says"),
     [
         ("0", ValueError("one\ntwo"), r"The run cannot start as asked:\n  - one\n  - two\n"),
-        ("0", KeyError("x"), r"(?s).*KeyError: 'x'.*The run cannot start as asked:\n  - 'x'\n"),
+        ("0", KeyError("x"), r"(?s).*KeyError: 'x'.*The run cannot start as asked: 'x'\n"),
         ("3", ValueError("one\ntwo"), r"rank 3 on \S+: refused: one \(and 1 more\)\n"),
     ],
 )

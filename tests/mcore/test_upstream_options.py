@@ -111,7 +111,7 @@ def test_what_we_read_is_there() -> None:
 
     parser = with_lighthouse_arguments(pretrain.add_arguments)(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
     by_the_loop = {"consumed_train_samples", "curr_iteration", "data_parallel_size", "iteration", "rank", "world_size"}
-    by_us = {"lighthouse_environment", "said", "sizes_settled", "validates_conversations"}
+    by_us = {"lighthouse_environment", "malformed", "said", "sizes_settled", "validates_conversations"}
     assert ours() - {action.dest for action in parser._actions} == by_the_loop | by_us
     package = ROOT / "megatron_lighthouse"
     of_model = reads((package / "mcore/command_line/checks.py").read_text(), "config")

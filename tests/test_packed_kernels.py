@@ -208,8 +208,8 @@ def test_torchs_own_attention_over_documents_is_told_to_be_causal(told: bool, mo
 @pytest.mark.parametrize(
     ("lengths", "calls"),
     [
-        ((9, 3, 20, 1, 1, 32, 15), [(9, 3), (20,), (1, 1), (32,), (15,)]),
-        ((16, 17), [(16,), (17,)]),
+        ((9, 3, 20, 1, 1, 32, 15), [(9, 3), (24,), (1, 1), (32,), (16,)]),
+        ((16, 17), [(16,), (24,)]),
         ((40,), [(40,)]),
         ((15, 4), [(15, 4)]),
     ],
@@ -218,7 +218,10 @@ def test_torchs_own_attention_over_documents_is_told_to_be_causal(told: bool, mo
 def test_long_documents_have_a_call_each_and_those_between_one(
     lengths: tuple[int, ...], calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With 4 heads, those of 16 tokens and more. Both kernels need a GPU: stand-ins that note their documents."""
+    """With 4 heads, those of 16 tokens and more, filled up to a multiple of 8.
+
+    Both kernels need a GPU: stand-ins that note their documents.
+    """
     called: list[tuple[int, ...]] = []
 
     def alone(*rows: Any) -> Tensor:
@@ -231,6 +234,7 @@ def test_long_documents_have_a_call_each_and_those_between_one(
         return documents_attention("sdpa", query, key, scale)(query, key, value, documents)
 
     monkeypatch.setattr(softmax_documents, "LONG", 4 * 16**2)
+    monkeypatch.setattr(softmax_documents, "PLANNED", 8)
     monkeypatch.setattr(softmax_documents, "_torch", together)
     monkeypatch.setattr(softmax_documents, "_torch_problem", lambda rows: None)
     monkeypatch.setitem(BACKENDS, "cudnn", replace(BACKENDS["cudnn"], problem=lambda rows: None, attend=alone))

@@ -46,7 +46,7 @@ def layout(args: argparse.Namespace, nodes: int, gpus_per_node: int, asked_by: s
             f"{product} = {one} must divide {gpus if asked_by == '--nodes' else f'{asked_by} {world}'}: use "
             f"{', or '.join(offers) or 'smaller sizes'}."
         )
-    elif batch and batch % (unit := micro * (world // one)):
+    elif batch and batch % (unit := micro * (world // one)) and not args.decrease_batch_size_if_needed:
         yield (
             f"--global-batch-size {batch} must be a multiple of {unit} (--micro-batch-size {micro} x {world // one} "
             f"data-parallel ranks): use --global-batch-size {-(-batch // unit) * unit}."
@@ -61,7 +61,12 @@ def layout(args: argparse.Namespace, nodes: int, gpus_per_node: int, asked_by: s
             f"--num-distributed-optimizer-instances {instances} must divide the {world // tensor // pipeline} data- and "
             f"context-parallel ranks: use {math.gcd(instances, world // tensor // pipeline)}."
         )
-    if args.profile and (beyond := [rank for rank in args.profile_ranks or () if rank >= world]):
+    # torchrun's Megatron only profiles none of them
+    if (
+        asked_by != "--nproc-per-node"
+        and args.profile
+        and (beyond := [rank for rank in args.profile_ranks or () if rank >= world])
+    ):
         yield f"--profile-ranks {' '.join(map(str, beyond))} is beyond the last of {world} ranks: use 0 to {world - 1}."
     yield from stages(args)
     heads, groups = args.num_attention_heads, args.num_query_groups or args.num_attention_heads

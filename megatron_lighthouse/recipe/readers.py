@@ -37,7 +37,7 @@ class Reader:
             files = text.text_files(paths)
         except ValueError as error:
             raise ValueError(str(error).replace("--text-data", "--held-out")) from None
-        if found := [*plain.problems("--held-out", files)]:
+        if found := [*plain.problems("--held-out", map(Path, paths))]:
             raise ValueError("\n".join(found))
         return files, numpy.concatenate([self.document(file.read_bytes()) for file in files])
 

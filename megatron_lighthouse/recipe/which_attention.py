@@ -44,5 +44,5 @@ def trained_with(args: argparse.Namespace, iteration: int) -> str | None:
 
 def selecting(args: argparse.Namespace) -> list[int]:
     """The iterations of --load of which there is a checkpoint whose layers selected in training."""
-    there = sorted(int(path.name.removeprefix("iter_")) for path in Path(args.load).glob("iter_*"))
+    there = sorted(int(path.name.removeprefix("iter_")) for path in Path(args.load).glob("iter_*") if path.name[5:].isdigit())
     return [iteration for iteration in there if (name := trained_with(args, iteration)) and VARIANTS[name].selects]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.softmax.backends import (
@@ -35,6 +36,9 @@ from megatron_lighthouse.softmax.windowed_documents import DocumentsAlone, withi
 LONG = 8 * 4096**2
 """Rows squared, times heads, from which a document has a call of its own: cuDNN's lead over FlashAttention 2 is longer than the
 launches of a call then. Ours, by `benchmarks/documents.py` on an H200."""
+
+PLANNED = 512
+"""What a long document's rows are filled up to a multiple of: documents come in all lengths, and so in few numbers of rows."""
 
 AttendDocuments = Callable[[Tensor, Tensor, Tensor, Documents], Tensor]
 """Causal attention within each document: ([S, 1, H, D], [S, 1, G, D], [S, 1, G, D], documents) -> [S, 1, H, D]."""
@@ -116,12 +120,20 @@ def _torch(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | Non
 def _long_alone(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None, documents: Documents) -> Tensor:
     """Which documents are long goes by lengths and heads alone: all layers and repeats choose alike."""
     parts = documents.long_alone(math.isqrt((LONG - 1) // query.shape[2]) + 1)
-    sizes, alone = [part.tokens for part in parts], BACKENDS["cudnn"].attend
+    sizes = [part.tokens for part in parts]
+    alone = _padded if len(parts) > 1 else BACKENDS["cudnn"].attend
     out = [
         alone(q, k, v, softmax_scale) if len(part.lengths) == 1 else _torch(q, k, v, softmax_scale, part)
         for q, k, v, part in zip(query.split(sizes), key.split(sizes), value.split(sizes), parts, strict=True)
     ]
     return torch.cat(out) if len(out) > 1 else out[0]
+
+
+def _padded(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None) -> Tensor:
+    """A document with rows of zeros behind it, which no row of its own sees: cuDNN makes a plan for each number of rows."""
+    rows = len(query)
+    given = (pad(x, (0, 0, 0, 0, 0, 0, 0, -rows % PLANNED)) for x in (query, key, value))
+    return BACKENDS["cudnn"].attend(*given, softmax_scale)[:rows]
 
 
 def _one_by_one(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None, documents: Documents) -> Tensor:

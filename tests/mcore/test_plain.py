@@ -24,6 +24,7 @@ JSON_LINES = (
 )
 BINARY = ": no plain text, for it has bytes of 0"
 NO_TEXT = {
+    "sets.txt": b'{}\n{"quoted"} is a set\n' * 99,
     "a.jsonl": (LINES, JSON_LINES),
     "a.ndjson": (b"not even JSON" * 99, JSON_LINES),
     "a.txt": (LINES, JSON_LINES),
@@ -58,8 +59,10 @@ def test_the_check_refuses_it_wherever_it_is_named(name: str, tmp_path: Path, ca
 def test_a_folder_is_looked_through(tmp_path: Path) -> None:
     for number in range(5):
         (tmp_path / f"{number}.jsonl").write_bytes(LINES)
-    (said,) = plain.problems("--text-data", sorted(tmp_path.iterdir()))
+    (said,) = plain.problems("--text-data", [tmp_path])
     assert f"{tmp_path}/2.jsonl and 2 more: JSON lines" in said
+    (tmp_path / "program.py").write_bytes(b"words " * 300)  # whose data the others are
+    assert not [*plain.problems("--text-data", [tmp_path])]
 
 
 def test_the_files_of_a_dataset_name_it(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from enum import Enum
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_lighthouse.usage import as_sentence, digits_meant, unknown_flag
 
@@ -63,6 +63,10 @@ class _Said(argparse.Namespace):
             raise AttributeError(name)
 
 
+class _UnreadError(Exception):
+    """Words that argparse cannot read at all."""
+
+
 class Collecting(argparse.ArgumentParser):
     """Keeps what is wrong with values, and goes on with what may be meant, or with the flag's default."""
 
@@ -91,6 +95,11 @@ class Collecting(argparse.ArgumentParser):
                 if digits is None:
                     return action.default
                 words[words.index(word)] = digits
+
+    def error(self, message: str) -> NoReturn:
+        """What argparse says of a whole command line: nothing of it is read."""
+        self.wrong.append(as_sentence(message))
+        raise _UnreadError
 
     def _keep(self, action: argparse.Action, error: argparse.ArgumentError, guessed: bool = False) -> None:
         self.wrong.append(as_sentence(str(error)))
@@ -128,7 +137,10 @@ def parse(words: Sequence[str], add_arguments: Add, strict: bool = True) -> tupl
     """
     made = parser(add_arguments)
     words = [*made.without_values(words)]
-    args, rest = made.parse_known_args(words)
+    try:
+        args, rest = made.parse_known_args(words)
+    except _UnreadError:
+        words, (args, rest) = [], made.parse_known_args([])
     wrong, args.malformed = [*made.wrong], frozenset(made.malformed)
     args.said = frozenset(vars(made.parse_known_args(words, _Said())[0]))
     if strict:
@@ -167,7 +179,10 @@ def _integers(text: str) -> tuple[int, ...]:
 
 def _frequency(text: str) -> int | list[int]:
     """A period; or the list, a number a layer, that an expression such as ([0]+[1]*31) comes to, as Megatron evaluates it."""
-    return _listed(ast.parse(text.strip(), mode="eval").body) if "[" in text else int(text)
+    try:
+        return _listed(ast.parse(text.strip(), mode="eval").body) if "[" in text else int(text)
+    except SyntaxError as error:
+        raise ValueError(text) from error
 
 
 def _listed(node: ast.expr) -> Any:

@@ -103,6 +103,11 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
         if value := getattr(args, name, None):
             instead = "leave one of them out" if name in UNSEEN else "leave it out, or use --cuda-graph-impl local"
             yield f"{flag_named(name)} {value} with {asked}: within a graph it sees nothing: {instead}."
+    if kind == "full_iteration" and getattr(args, "fp16", False) and not getattr(args, "loss_scale", None):
+        yield (
+            f"--fp16 with {asked}, which would go on with the loss scale that it captured: use --bf16, a constant "
+            "--loss-scale, or --cuda-graph-impl local."
+        )
     yield from _evaluated(args, kind)
     if kind == "full_iteration" and getattr(args, "check_for_large_grads", False):
         yield f"--check-for-large-grads with {asked}: within a graph nothing can be looked at: leave it out, or use local."
@@ -126,9 +131,11 @@ def _evaluated(args: argparse.Namespace, kind: str) -> Iterator[str]:
             f"--eval-micro-batch-size {rows}, or --eval-iters 0."
         )
     if dropout := [name for name in DROPOUT if getattr(args, name, 0)]:
+        given = " and ".join(f"{flag_named(name)} {getattr(args, name)}" for name in dropout)
+        none = " ".join(f"{flag_named(name)} 0" for name in dropout)
         yield (
-            f"{flag_named(dropout[0])} {getattr(args, dropout[0])} with {asked}, whose graphs drop out in evaluations too: use "
-            f"{flag_named(dropout[0])} 0, --eval-iters 0, or --cuda-graph-impl full_iteration {CHECK}."
+            f"{given} with {asked}, whose graphs drop out in evaluations too: use {none}, --eval-iters 0, or --cuda-graph-impl "
+            f"full_iteration {CHECK}."
         )
 
 

@@ -42,7 +42,7 @@ def check_run_options(args: Namespace) -> None:
 
 def without_gpus(args: Namespace) -> Iterator[str]:
     """Why ranks could not meet that have no GPUs."""
-    if args.distributed_backend == "nccl":
+    if args.distributed_backend == "nccl" and not getattr(args, "fake_process_group", False):
         yield (
             "--distributed-backend nccl (Megatron's default) is for GPUs, and the ranks have none: add "
             "--distributed-backend gloo, or start them where GPUs are."
@@ -115,8 +115,16 @@ def _of_local_layers(args: Namespace) -> Iterator[str]:
 
 
 def _fuses_softmax(args: Namespace) -> bool:
-    """Whether Megatron's local attention asks Apex for a softmax that is not installed: of up to 4,096 tokens in 16 bits."""
+    """Whether a layer of Megatron's own attention asks Apex for a softmax that is not installed.
+
+    Megatron does for up to 4,096 tokens in 16 bits, where a rank's rows and heads are a multiple of four.
+    """
     if not getattr(args, "masked_softmax_fusion", False) or find_spec("scaled_masked_softmax_cuda"):
+        return False
+    variant, heads = VARIANTS[args.attention], args.num_attention_heads or 0
+    if not (variant.native or (variant.selects and (args.lighthouse_dense_first or args.lighthouse_dense_last))):
+        return False
+    if (args.micro_batch_size or 1) * (heads // args.tensor_model_parallel_size) % 4:
         return False
     length = getattr(args, "seq_length", None) or 0
     of_16_bits = getattr(args, "bf16", False) or getattr(args, "fp16", False)

@@ -146,7 +146,7 @@ def _text(args: argparse.Namespace, here: Here, whole: bool) -> Iterator[str]:
         return
     found = text.training_files([here(path) for path in args.text_data])
     if whole:
-        yield from plain.problems("--text-data", found)
+        yield from plain.problems("--text-data", [here(path) for path in args.text_data])
     total = sum(file.stat().st_size for file in found)
     if args.seq_length and (trained := total - total // text.HELD_OUT) <= args.seq_length:
         yield (

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from megatron_lighthouse.mcore.data.text import text_files
+
 LINES = (".jsonl", ".ndjson")
 """How the name of a file ends that has a JSON object a line, whatever the lines say."""
 START = 2**16
@@ -14,16 +16,18 @@ NAMED = 3
 """Files of which the same is said, named at most."""
 
 
-def problems(name: str, files: Iterable[Path]) -> Iterator[str]:
-    """What is wrong with the files behind an option that takes plain text, each in a sentence."""
+def problems(name: str, paths: Iterable[Path]) -> Iterator[str]:
+    """What is wrong with the files behind an option that takes plain text, each in a sentence.
+
+    Of a folder, which may hold a program's data beside its sources, nothing is unless all files are.
+    """
     lines, others = [], []
-    for file in files:
-        with file.open("rb") as opened:
-            start = opened.read(START)
-        if b"\0" in start:
-            others.append(file)
-        elif are_json_lines(file.name, start):
-            lines.append(file)
+    for path in paths:
+        files = text_files([path]) if path.is_dir() else [path]
+        kinds = [_kind(file) for file in files]
+        if None not in kinds:
+            lines += [file for file, kind in zip(files, kinds, strict=True) if kind == "lines"]
+            others += [file for file, kind in zip(files, kinds, strict=True) if kind == "bytes"]
     if lines:
         yield (
             f"{name} {named(lines)}: JSON lines, whose braces and keys would be read as text. Give their texts alone; to "
@@ -35,18 +39,27 @@ def problems(name: str, files: Iterable[Path]) -> Iterator[str]:
         yield f"{name} {named(others)}: no plain text, for it has bytes of 0{dataset}. Give text in UTF-8, not packed."
 
 
+def _kind(file: Path) -> str | None:
+    """What a file is in place of plain text."""
+    with file.open("rb") as opened:
+        start = opened.read(START)
+    return "bytes" if b"\0" in start else "lines" if are_json_lines(file.name, start) else None
+
+
 def are_json_lines(name: str, start: bytes) -> bool:
     """Whether a file of this name that begins with these bytes has a JSON object a line.
 
     One by another name has if its first two lines say so: a single one may be a program's settings.
     """
-    first = [line for line in start.split(b"\n", 8) if line.strip()][:2]
-    return name.endswith(LINES) or (len(first) == 2 and _is_object(first[0]) and first[1].lstrip().startswith(b'{"'))
+    first = [line for line in start.split(b"\n") if line.strip()][:2]
+    whole = len(start) < START or start.count(b"\n") > 1  # else the second line is cut
+    second = len(first) == 2 and (_is_object(first[1]) if whole else first[1].lstrip().startswith(b'{"'))
+    return name.endswith(LINES) or (second and _is_object(first[0]))
 
 
 def _is_object(line: bytes) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
+        return isinstance(found := json.loads(line), dict) and bool(found)
     except ValueError:
         return False
 

@@ -48,9 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json-key", default="text", help="what of an object is the text; default: %(default)s")
     parser.add_argument("--no-end-of-document", action="store_true", help="end no document with that token")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that make tokens; default: %(default)s")
+    from megatron_lighthouse.mcore.command_line import flags
+
     options, words = parser.parse_known_args(argv)
     args, wrong = tokenizer_arguments(words, parser._option_string_actions)
-    wrong += problems(options, args)
+    wrong += flags.apart(problems(options, args), args.malformed)
     try:
         if wrong:
             raise ValueError("\n".join(wrong))

@@ -30,6 +30,8 @@ class TextData(argparse.Action):
     """`--text-data`: also chooses the tokenizer, before Megatron looks at it."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        if values is None:  # of a flag without its value, which the parser has kept
+            return
         # the checkpoint keeps these, and an evaluation anywhere has to know by them what was read
         namespace.text_data = [str(Path(path).resolve()) for path in values]
         use_bytes(namespace)

@@ -69,6 +69,28 @@ def test_a_softmax_that_apex_would_bring(capsys: pytest.CaptureFixture[str]) -> 
     assert check.main([*own, *words]) == 0, capsys.readouterr().err  # in 32 bits none is fused
     assert check.main([*own, *words, "--bf16"]) == 1
     assert "needs scaled_masked_softmax_cuda of NVIDIA Apex, which is not installed: add --no-masked" in capsys.readouterr().err
+    for taken in (
+        "--num-attention-heads 2",
+        "--lighthouse-dense-first 0 --lighthouse-dense-last 0",
+    ):  # where Megatron fuses none
+        assert check.main([*own, *words, "--bf16", *taken.split()]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", ["--text-data", "--rampup-batch-size=8", "--moe-layer-freq ([0]+[1]*15"])
+def test_words_that_cannot_be_read_hide_nothing_else(more: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check.main([*GPUS, "--without-megatron", "--", *LLAMA, *more.split(), "--lighthouse-bugdet", "2"]) == 1
+    error = capsys.readouterr().err
+    flag = more.partition("=")[0].split()[0]
+    assert re.search(rf"  - .*{flag}", error), error
+    assert "did you mean --lighthouse-budget?" in error or flag == "--rampup-batch-size"  # argparse ends with that alone
+
+
+def test_a_batch_that_may_shrink_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--nodes", "2", "--gpus-per-node", "1", "--without-megatron", "--", *launch_words("cpu-test"), "--mock-data"]
+    words += "--context-parallel-size 1 --global-batch-size 3".split()
+    assert check.main(words) == 1
+    assert "--global-batch-size 3 must be a multiple of 2" in capsys.readouterr().err
+    assert check.main([*words, "--decrease-batch-size-if-needed"]) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

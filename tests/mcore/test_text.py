@@ -90,6 +90,18 @@ def test_a_short_text_trains_where_nothing_validates(tmp_path: Path) -> None:
     assert two.log.count("--text-data has 201 tokens for validation: each is read about ") == 1
 
 
+def test_a_run_goes_on_behind_more_validation_than_it_asks_for(tmp_path: Path) -> None:
+    """Jobs that evaluated more often than the next is to: Megatron would find no sample left, and assert one."""
+    file = tmp_path / "short.txt"
+    file.write_bytes((ROOT / "LICENSE").read_bytes()[:4000])
+    data, kept = ["--text-data", str(file)], str(tmp_path / "checkpoints")
+    often = ["--train-iters", "2", "--eval-interval", "1", "--eval-iters", "20", "--attention", "dense"]
+    run(tmp_path / "first", *often, "--save", kept, "--save-interval", "2", data=data)
+    on = ["--train-iters", "4", "--eval-interval", "100", "--eval-iters", "20", "--attention", "dense"]
+    on += ["--override-opt-param-scheduler"]
+    assert [*run(tmp_path / "on", *on, "--load", kept, data=data).losses] == [3, 4]
+
+
 def test_byte_entropy(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"abcd" * 5000)
     train, _ = text.write_datasets([str(tmp_path)], str(tmp_path / "out"))

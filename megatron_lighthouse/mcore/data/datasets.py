@@ -33,6 +33,7 @@ def train_valid_test_datasets(sample_counts: list[int], vp_stage: int | None = N
         args.train_data_path, args.valid_data_path = [train], [valid]
         _say_where_text_changed(args)
         _say_where_text_is_short(args, sample_counts)
+    sample_counts = _beyond_the_validated(args, sample_counts)
     kind = ConversationDataset if conversations.asked(args) else MockGPTDataset if args.mock_data else GPTDataset
     # one of the tensor-parallel ranks reads, and broadcasts what it read
     reads = partial(_reads_data, vp_stage)
@@ -54,6 +55,18 @@ def train_valid_test_datasets(sample_counts: list[int], vp_stage: int | None = N
     # Megatron would read one sequence of validation even where it never validates, which a short text has not
     never = args.eval_iters == 0 and not args.full_validation
     return (datasets[0], None, None) if never else tuple(datasets)
+
+
+def _beyond_the_validated(args: Namespace, counts: list[int]) -> list[int]:
+    """The counts, with samples of validation beyond those that earlier jobs of the run used.
+
+    Megatron asks for as many as there are evaluations to --train-iters, and starts behind those used: jobs that end between
+    evaluations have one more each, and then none would be left, which it asserts.
+    """
+    train, valid, *rest = counts
+    used = args.consumed_valid_samples or 0
+    short = not args.skip_train and valid and valid <= used
+    return [train, valid + used if short else valid, *rest]
 
 
 def _reads_data(vp_stage: int | None) -> bool:

@@ -30,7 +30,7 @@ def told(run: Path, arguments: Sequence[str], start: Sequence[str], done: int, m
     evaluation = [*module, "megatron_lighthouse.recipe.evaluate", *folder, *held_out, "--out", str(run / "evaluation")]
     recovery = [*module, "megatron_lighthouse.recipe.recovery", *folder]
     commands = {
-        f"what it has learnt of long text{why}; on a CPU this takes minutes, and less with --passkey-samples 20": evaluation,
+        f"what it has learnt of long text{why}; on a CPU this takes minutes, and less with --passkey-samples 5": evaluation,
         **({"what the switch cost": recovery} if switches else {}),
         f"{more} iterations more": [*start, "-m", "megatron_lighthouse.pretrain_gpt", *folder, *further],
     }

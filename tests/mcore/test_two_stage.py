@@ -11,7 +11,7 @@ import sys
 import time
 from argparse import Namespace
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from types import SimpleNamespace
 
 import pytest
@@ -200,11 +200,14 @@ def test_interrupted(
     def press() -> None:
         while not (run / "lighthouse.log").exists() or not (run / "lighthouse.log").stat().st_size:
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
+        while not over.wait(2):  # once more where it came just before a read, which then went on
+            os.kill(os.getpid(), signal.SIGINT)
 
+    over = Event()
     if program == LONG:
         Thread(target=press, daemon=True).start()
     assert two_stage.main(["--runs", str(tmp_path)]) == 130
+    over.set()
     assert capsys.readouterr().err == f"\n{says}"
 
 

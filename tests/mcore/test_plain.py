@@ -24,7 +24,6 @@ JSON_LINES = (
 )
 BINARY = ": no plain text, for it has bytes of 0"
 NO_TEXT = {
-    "sets.txt": b'{}\n{"quoted"} is a set\n' * 99,
     "a.jsonl": (LINES, JSON_LINES),
     "a.ndjson": (b"not even JSON" * 99, JSON_LINES),
     "a.txt": (LINES, JSON_LINES),
@@ -33,6 +32,7 @@ NO_TEXT = {
     "utf-16.txt": ("words ".encode("utf-16") * 200, BINARY),
 }
 TEXT = {
+    "sets.txt": b'{}\n{"quoted"} is a set\n' * 99,
     "settings.json": json.dumps({"text": "words " * 300}).encode(),
     "pretty.json": json.dumps([json.loads(line) for line in LINES.splitlines()], indent=1).encode(),
     "readme.md": b"# Words\n\n" + LINES,

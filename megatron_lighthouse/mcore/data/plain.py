@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 from megatron_lighthouse.mcore.data.text import text_files
@@ -21,13 +22,14 @@ def problems(name: str, paths: Iterable[Path]) -> Iterator[str]:
 
     Of a folder, which may hold a program's data beside its sources, nothing is unless all files are.
     """
-    lines, others = [], []
+    lines: list[Path] = []
+    others: list[Path] = []
     for path in paths:
         files = text_files([path]) if path.is_dir() else [path]
-        kinds = [_kind(file) for file in files]
-        if None not in kinds:
-            lines += [file for file, kind in zip(files, kinds, strict=True) if kind == "lines"]
-            others += [file for file, kind in zip(files, kinds, strict=True) if kind == "bytes"]
+        kinds = [*takewhile(bool, map(_kind, files))]  # the first text settles a folder: no more of it is read
+        if len(kinds) == len(files):
+            for file, kind in zip(files, kinds, strict=True):
+                (lines if kind == "lines" else others).append(file)
     if lines:
         yield (
             f"{name} {named(lines)}: JSON lines, whose braces and keys would be read as text. Give their texts alone; to "

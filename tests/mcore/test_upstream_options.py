@@ -110,7 +110,15 @@ def test_what_we_read_is_there() -> None:
     from megatron_lighthouse.plan import words
 
     parser = with_lighthouse_arguments(pretrain.add_arguments)(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
-    by_the_loop = {"consumed_train_samples", "curr_iteration", "data_parallel_size", "iteration", "rank", "world_size"}
+    by_the_loop = {
+        "consumed_train_samples",
+        "consumed_valid_samples",
+        "curr_iteration",
+        "data_parallel_size",
+        "iteration",
+        "rank",
+        "world_size",
+    }
     by_us = {"lighthouse_environment", "malformed", "said", "sizes_settled", "validates_conversations"}
     assert ours() - {action.dest for action in parser._actions} == by_the_loop | by_us
     package = ROOT / "megatron_lighthouse"

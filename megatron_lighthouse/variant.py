@@ -14,6 +14,8 @@ from megatron_lighthouse.lighthouse.rows import TakesRows
 from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
 from megatron_lighthouse.options import as_words
 from megatron_lighthouse.sequence.layout import Layout
+from megatron_lighthouse.usage import as_flag
+from megatron_lighthouse.work import Work
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
     from megatron_lighthouse.softmax.backends import Attend
     from megatron_lighthouse.softmax.documents import AttendDocuments
     from megatron_lighthouse.softmax.inputs import Inputs
-from megatron_lighthouse.usage import as_flag
-from megatron_lighthouse.work import Work
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def norm_of(stream: Stream) -> str:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer stands: all that is known of it when the model is built."""
+    """Where a layer stands: all that is known of it when it is built, besides its variant's config and its inputs' shapes."""
 
     number: int = 1
     """Of the whole model, from 1."""
@@ -92,6 +92,10 @@ class Place:
     """Tokens that a token sees, itself among them, of a variant that has `windows`; None: all."""
     sinks: bool = False
     """Whether every call brings a sink for each head, [H], which only a variant that takes them is asked for."""
+
+
+DEFAULT_PLACE = Place()
+"""One rank, and every default."""
 
 
 class Layer(Protocol):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ from megatron_lighthouse.lighthouse.sharded.halo import with_halo
 from megatron_lighthouse.lighthouse.sharded.select import own_tiles, select_shard
 from megatron_lighthouse.lighthouse.steps import HaloTravel, Steps
 from megatron_lighthouse.ranges import profiled
+from megatron_lighthouse.variant import DEFAULT_PLACE, Place
 
 
 @dataclass(frozen=True)
@@ -144,47 +144,38 @@ class Layer:
         return selection, deal
 
 
-def build(
-    config: LighthouseConfig,
-    query: Tensor,
-    key: Tensor,
-    exchange: Exchange | None = None,
-    comm_type: str = "p2p",
-    softmax_scale: float | None = None,
-    own_attend: bool = False,
-    rotary: Rotary | None = None,
-    sinks: bool = False,
-    value_dim: int | None = None,
-    around: Any = None,
-) -> Layer:
+def build(config: LighthouseConfig, query: Tensor, key: Tensor, place: Place = DEFAULT_PLACE) -> Layer:
     """The layer for inputs like these.
 
     Args:
         query: [N/C, B, H, D]; key: [N/C, B, G, D]; of these only shapes, dtype and device count.
-        own_attend: every call brings its inner attention.
-        rotary: what queries and keys are rotated by, where pooled rows are to stand at their window's last token.
-        sinks: every call brings a sink for each head.
-        value_dim: of the values, where it is not D.
-        around: the config of the attention that `config.around` names; None for its defaults.
-
+        place: its ranks, its softmax, and what queries and keys are rotated by.
 
     Raises:
         ValueError: as `lighthouse_attention`.
     """
-    base = AROUND[config.around]
+    base, rotary = AROUND[config.around], place.rotary
     if rotary is not None and (problem := rotary.problem(query.shape[3]) or base.rotary_problem()):
         raise ValueError(problem)
-    if problem := heads_problem(config, key.shape[2], query.shape[3], value_dim):
+    if problem := heads_problem(config, key.shape[2], query.shape[3], place.value_dim):
         raise ValueError(problem)
-    size = exchange.size if exchange else 1
+    size = place.exchange.size if place.exchange else 1
     geometry = config.geometry(query.shape[0] * size, size)
     attend: RowAttention | None = None
-    if not own_attend:
-        how = (exchange, comm_type, softmax_scale, sinks, value_dim)
+    if not place.base_attends:
         rows_q, rows_k = (x[:1].expand(geometry.gathered_length // size, -1, -1, -1) for x in (query, key))
-        attend = base.build_rows(around, config.inner, rows_q, rows_k, *how)
-    steps = steps_for(config.steps, query, config.pooling)
-    own, tiles = Tiled(query.shape[0], config.levels, config.pooling, geometry.tile), own_tiles(geometry, size)
-    scorer, shared = SCORERS[config.scorer], config.heads_per_selection or 1
-    rule = (config.pin_first, config.causal_selection)
-    return Layer(geometry, own, tiles, *rule, steps, scorer, exchange, base.gather, attend, shared, rotary)
+        attend = base.build_rows(config.inner, rows_q, rows_k, place)
+    return Layer(
+        geometry=geometry,
+        own=Tiled(query.shape[0], config.levels, config.pooling, geometry.tile),
+        own_tiles=own_tiles(geometry, size),
+        pin_first=config.pin_first,
+        causal=config.causal_selection,
+        steps=steps_for(config.steps, query, config.pooling),
+        scorer=SCORERS[config.scorer],
+        exchange=place.exchange,
+        gather=base.gather,
+        attend=attend,
+        heads_per_selection=config.heads_per_selection or 1,
+        rotary=rotary,
+    )

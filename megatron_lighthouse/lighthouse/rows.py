@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from megatron_lighthouse.lighthouse.geometry import Shape
     from megatron_lighthouse.lighthouse.rotary import Rotary
     from megatron_lighthouse.lighthouse.selection import Selection
-    from megatron_lighthouse.variant import Stream
+    from megatron_lighthouse.variant import Place, Stream
 
 
 class RowAttention(Protocol):
@@ -91,39 +91,21 @@ class TakesRows:
         queries = shape.heads * (1 + len(self.streams)) * shape.dim
         return shape.batch * shape.itemsize * (queries + shape.groups * (shape.dim + shape.values))
 
-    def build_rows(
-        self,
-        config: Any,
-        inner: str,
-        query: Tensor,
-        key: Tensor,
-        exchange: Exchange | None,
-        comm_type: str,
-        scale: float | None,
-        sinks: bool = False,
-        value_dim: int | None = None,
-    ) -> RowAttention:
-        """What attends to Lighthouse's rows, where it is `around`. Raises ValueError where it cannot be.
+    def build_rows(self, inner: str, query: Tensor, key: Tensor, place: Place) -> RowAttention:
+        """What attends to Lighthouse's rows, where it is `around`.
 
         Args:
-            config: None for its defaults.
-            query: [S, B, H, D]; key: [S, B, G, D], this rank's; of these shapes, dtype and device count.
-            exchange: of the ranks that share the rows.
-            sinks: whether every call brings a sink for each head, [H], behind the streams.
-            value_dim: of the values, where it is not D.
+            inner: the backend that `--lighthouse-inner` names.
+            query: [S/C, B, H, D]; key: [S/C, B, G, D], this rank's rows; of these only shapes, dtype and device count.
+            place: of the Lighthouse layer; `place.around` is this attention's config, None for its defaults. A call brings
+                sinks, [H], behind the streams.
+
+        Raises:
+            ValueError: what it cannot do.
         """
         raise NotImplementedError
 
-    def build_document_rows(
-        self,
-        config: Any,
-        inner: str,
-        query: Tensor,
-        key: Tensor,
-        scale: float | None,
-        value_dim: int | None = None,
-        sinks: bool = False,
-    ) -> Callable[..., Tensor]:
+    def build_document_rows(self, inner: str, query: Tensor, key: Tensor, place: Place) -> Callable[..., Tensor]:
         """As `build_rows`, over the rows of packed documents: an `AttendDocuments`, with streams and sinks behind."""
         raise NotImplementedError
 

@@ -17,7 +17,6 @@ from megatron_lighthouse.work import Work
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_lighthouse.context_parallel.exchange import Exchange
     from megatron_lighthouse.context_parallel.ring import Passage
     from megatron_lighthouse.parallax.layer import Attend
     from megatron_lighthouse.sequence.documents import Documents
@@ -130,10 +129,7 @@ class Parallax(Variant):
                 )
 
     def build(self, config: ParallaxConfig, query: Tensor, key: Tensor, place: Place) -> Layer:
-        from megatron_lighthouse.parallax.layer import build
-
-        how = (place.exchange, place.comm_type, place.scale)
-        return Layer(build(query, key, *how, kernels=config.kernels), place.number)
+        return Layer(_attend(config, query, key, place), place.number)
 
     def rows_problem(self, inner: str) -> str | None:
         if inner == "auto":
@@ -143,43 +139,20 @@ class Parallax(Variant):
             "config.inner auto, and --parallax-kernels to choose them."
         )
 
-    def build_rows(
-        self,
-        config: ParallaxConfig | None,
-        inner: str,
-        query: Tensor,
-        key: Tensor,
-        exchange: Exchange | None,
-        comm_type: str,
-        scale: float | None,
-        sinks: bool = False,
-        value_dim: int | None = None,
-    ) -> Rows:
-        if sinks:
+    def build_rows(self, inner: str, query: Tensor, key: Tensor, place: Place) -> Rows:
+        if place.sinks:
             raise ValueError(
                 f"sinks are not done by config.around {self.around}: leave them out, or use config.around softmax."
             )
-        if value_dim not in (None, query.shape[3]):
+        if place.value_dim not in (None, query.shape[3]):
             raise ValueError(
-                f"values of {value_dim} channels beside keys of {query.shape[3]} are not done by config.around {self.around}: "
-                "use config.around softmax."
+                f"values of {place.value_dim} channels beside keys of {query.shape[3]} are not done by config.around "
+                f"{self.around}: use config.around softmax."
             )
-        from megatron_lighthouse.parallax.layer import build
+        return Rows(_attend(place.around or ParallaxConfig(), query, key, place))
 
-        kernels = (config or ParallaxConfig()).kernels
-        return Rows(build(query, key, exchange, comm_type, scale, kernels=kernels))
-
-    def build_document_rows(
-        self,
-        config: ParallaxConfig | None,
-        inner: str,
-        query: Tensor,
-        key: Tensor,
-        scale: float | None,
-        value_dim: int | None = None,
-        sinks: bool = False,
-    ) -> Callable[..., Tensor]:
-        return WithinDocuments((config or ParallaxConfig()).kernels, scale).over_rows
+    def build_document_rows(self, inner: str, query: Tensor, key: Tensor, place: Place) -> Callable[..., Tensor]:
+        return WithinDocuments((place.around or ParallaxConfig()).kernels, place.scale).over_rows
 
     def document_problems(self, config: ParallaxConfig, ranks: int) -> Iterator[str]:
         """One rank holds whole documents; several would have to share them."""
@@ -208,6 +181,12 @@ class Parallax(Variant):
             forward, backward = forward + more, backward + more
         centre = 2 * 2 * shape.batch * shape.groups * shape.dim * FLOAT64 * (layout.size - 1)
         return {"attend": (forward, backward), "centre": (centre, 0)}
+
+
+def _attend(config: ParallaxConfig, query: Tensor, key: Tensor, place: Place) -> Attend:
+    from megatron_lighthouse.parallax.layer import build
+
+    return build(query, key, place.exchange, place.comm_type, place.scale, kernels=config.kernels)
 
 
 PARALLAX = Parallax()

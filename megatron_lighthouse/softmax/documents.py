@@ -49,6 +49,7 @@ def documents_attention(
     query: Tensor,
     key: Tensor,
     softmax_scale: float | None = None,
+    *,
     value_dim: int | None = None,
     window: int | None = None,
     sinks: bool = False,

@@ -95,6 +95,7 @@ def build(
     exchange: Exchange | None = None,
     comm_type: str = "p2p",
     softmax_scale: float | None = None,
+    *,
     sight: Sight | None = None,
     kernels: str = "auto",
     biased: bool = False,

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from megatron_lighthouse import running
-from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.ring import Passage
 from megatron_lighthouse.softmax import backends
 from megatron_lighthouse.variant import Place
@@ -61,22 +60,36 @@ class Rows:
 def layer(config: WallConfig, query: Tensor, key: Tensor, place: Place, sight: Sight | None = None) -> Layer:
     """For inputs like these, of which shapes, dtype and device count; gates come as logits. Raises as `build`."""
     heads, sight = key.shape[2] if config.tied_gates else query.shape[2], replace(sight or Sight(), window=place.window)
-    how = (place.exchange, place.comm_type, place.scale, sight, config.kernels, config.scalar_gate)
-    gates = of_channels(config, place.rotary), LogSigmoid()
-    return Layer(build(query, key, key, heads, *how, *gates), place.number)
+    attend = build(
+        query,
+        key,
+        key,
+        heads,
+        place.exchange,
+        place.comm_type,
+        place.scale,
+        sight=sight,
+        kernels=config.kernels,
+        biased=config.scalar_gate,
+        gates=of_channels(config, place.rotary),
+        scalar_gates=LogSigmoid(),
+    )
+    return Layer(attend, place.number)
 
 
-def rows(
-    config: WallConfig,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    exchange: Exchange | None,
-    comm_type: str,
-    scale: float | None,
-    sight: Sight | None = None,
-) -> Rows:
-    """Over gathered rows, of gates; key and value are of as many heads as the model has."""
-    heads = key.shape[2] if config.tied_gates else query.shape[2]
-    made = build(query, key, value, heads, exchange, comm_type, scale, sight, config.kernels, config.scalar_gate)
-    return Rows(made, config.scalar_gate)
+def rows(query: Tensor, key: Tensor, value: Tensor, place: Place, sight: Sight | None = None) -> Rows:
+    """Over the rows that a Lighthouse layer in this place gathers, of gates; key and value have the model's G heads."""
+    config = place.around or WallConfig()
+    attend = build(
+        query,
+        key,
+        value,
+        key.shape[2] if config.tied_gates else query.shape[2],
+        place.exchange,
+        place.comm_type,
+        place.scale,
+        sight=sight,
+        kernels=config.kernels,
+        biased=config.scalar_gate,
+    )
+    return Rows(attend, config.scalar_gate)

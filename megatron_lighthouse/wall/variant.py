@@ -219,41 +219,18 @@ class Wall(Variant):
         config, wide = config or WallConfig(), max(4, shape.itemsize)
         return sent(comm_type, rows, shape, layout, config.tied_gates, config.scalar_gate, wide, gathered=True)
 
-    def build_rows(
-        self,
-        config: WallConfig | None,
-        inner: str,
-        query: Tensor,
-        key: Tensor,
-        exchange: Exchange | None,
-        comm_type: str,
-        scale: float | None,
-        sinks: bool = False,
-        value_dim: int | None = None,
-    ) -> Rows:
+    def build_rows(self, inner: str, query: Tensor, key: Tensor, place: Place) -> Rows:
         from megatron_lighthouse.wall.placed import rows
 
-        value = key[..., :1].expand(*key.shape[:3], value_dim or key.shape[3])
-        return rows(config or WallConfig(), query, key, value, exchange, comm_type, scale)
+        value = key[..., :1].expand(*key.shape[:3], place.value_dim or key.shape[3])
+        return rows(query, key, value, place)
 
-    def build_document_rows(
-        self,
-        config: WallConfig | None,
-        inner: str,
-        query: Tensor,
-        key: Tensor,
-        scale: float | None,
-        value_dim: int | None = None,
-        sinks: bool = False,
-    ) -> Callable[..., Tensor]:
+    def build_document_rows(self, inner: str, query: Tensor, key: Tensor, place: Place) -> Callable[..., Tensor]:
         from megatron_lighthouse.wall.over_documents import sight_of
         from megatron_lighthouse.wall.placed import rows
 
-        given = config or WallConfig()
-
         def attend(query: Tensor, key: Tensor, value: Tensor, documents: Documents, *streams: Tensor) -> Tensor:
-            made = rows(given, query, value, value, None, "p2p", scale, sight_of(documents))
-            return made(query, key, value, *streams)
+            return rows(query, value, value, place, sight_of(documents))(query, key, value, *streams)
 
         return attend
 

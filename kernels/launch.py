@@ -18,6 +18,8 @@ import triton
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
+from megatron_lighthouse.sums import next_power_of_two
+
 
 class Launch(NamedTuple):
     """One launch configuration."""
@@ -41,16 +43,11 @@ def launch(step_name: str, dim: int, itemsize: int) -> Launch:
 
 def padded(n: int) -> int:
     """The power of two that a kernel's block holds `n` elements in: at least 16."""
-    return max(16, power_of_2(n))
-
-
-def power_of_2(n: int) -> int:
-    """The least power of two that is not below `n`. Triton's own is made for kernels, and slow on the host."""
-    return 1 << (n - 1).bit_length()
+    return max(16, next_power_of_two(n))
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up; likewise."""
+    """a / b, rounded up. Triton's own is made for kernels, and slow on the host."""
     return -(-a // b)
 
 

@@ -34,14 +34,21 @@ class Watched[T]:
     def __init__(self) -> None:
         self.records: dict[int, T | None] = {}
 
+    def watch(self, layer_number: int) -> None:
+        """Keep what the layer with this global, 1-based number records from now on."""
+        self.records.setdefault(layer_number, None)
+
     @contextmanager
     def watching(self, layer_numbers: Iterable[int]) -> Iterator[None]:
-        """Watch the layers with these global, 1-based numbers inside."""
-        self.records.update(dict.fromkeys(layer_numbers))
+        """Watch these layers inside, and forget what they recorded afterwards; those that were watched before stay so."""
+        added = [number for number in layer_numbers if number not in self.records]
+        for number in added:
+            self.watch(number)
         try:
             yield
         finally:
-            self.records.clear()
+            for number in added:
+                del self.records[number]
 
     def found(self) -> dict[int, T]:
         """Of each watched layer that ran in this process."""

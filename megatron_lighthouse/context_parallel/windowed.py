@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from megatron_lighthouse.context_parallel.exchange import Exchange, finish
 from megatron_lighthouse.context_parallel.parts import Block, Mask, Part, Tensors, sinks_gradient
 from megatron_lighthouse.sequence.layout import Layout
+from megatron_lighthouse.sums import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Windowed:
     def returned(self, grads: list[Tensors], length: int) -> Tensors:
         """The gradients of this rank's far rows, from those of what it and others fetched; sums in the dtype of sums."""
         own, like = self.exchange.layout.chunks, grads[0]
-        wide = torch.promote_types(like[0].dtype, torch.float32)
+        wide = accumulation_dtype(like[0])
         sums = tuple(torch.cat([x[-length:] for x in parts]).to(wide) for parts in zip(*grads, strict=True))
 
         def part(chunk: int, rows: int, later: int) -> Tensors:

@@ -17,10 +17,9 @@ def summed(scores: Tensor, heads: int) -> Tensor:
     """Scores [2, B, G, n], summed over so many heads at a time: [2, B, G / heads, n], in the order of the heads."""
     if heads == 1:
         return scores
-    total, *rest = scores.unflatten(2, (-1, heads)).unbind(3)
-    for other in rest:
-        total = total + other
-    return total
+    from megatron_lighthouse.sums import one_by_one
+
+    return one_by_one(scores.unflatten(2, (-1, heads)), 3)
 
 
 def heads_problem(config: LighthouseConfig, groups: int, dim: int, value_dim: int | None = None) -> str | None:

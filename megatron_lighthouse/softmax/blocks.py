@@ -16,6 +16,7 @@ from megatron_lighthouse.softmax.backends import choose_for_blocks
 from megatron_lighthouse.softmax.base import Softmax, batch_first
 from megatron_lighthouse.softmax.flash_blocks import Flash3, Flash4
 from megatron_lighthouse.softmax.rows import SHARDS
+from megatron_lighthouse.sums import accumulation_dtype
 
 aten = torch.ops.aten
 
@@ -163,7 +164,7 @@ def heads_first(*tensors: Tensor) -> list[Tensor]:
 
 def for_each_head(*tensors: Tensor) -> list[Tensor]:
     """`heads_first` in the dtype of sums, [B, H, n, D], a key/value head repeated for each head of the first, the queries."""
-    wide, heads = torch.promote_types(tensors[0].dtype, torch.float32), tensors[0].shape[2]
+    wide, heads = accumulation_dtype(tensors[0]), tensors[0].shape[2]
     return [x.to(wide).repeat_interleave(heads // x.shape[1], 1) for x in heads_first(*tensors)]
 
 

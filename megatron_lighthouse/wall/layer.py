@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.alone import WHOLE, Alone
@@ -16,6 +15,7 @@ from megatron_lighthouse.context_parallel.schemes import check_scheme, scheme
 from megatron_lighthouse.lighthouse.transforms import refuse_transforms
 from megatron_lighthouse.ranges import profiled
 from megatron_lighthouse.softmax.base import scale_of
+from megatron_lighthouse.sums import accumulation_dtype
 from megatron_lighthouse.wall.blocks import Attention
 from megatron_lighthouse.wall.cut import Cut, Step
 from megatron_lighthouse.wall.implementations import earlier_for, makers_for
@@ -68,7 +68,7 @@ class Attend:
     ) -> Tensor:
         """Of the heads that are here: over the rows that are, or those of all ranks."""
         exchange = None if self.comm_type == "a2a" else self.exchange
-        wide = torch.promote_types(query.dtype, torch.float32)
+        wide = accumulation_dtype(query)
         gate = self.gates(gate) if self.gates else gate.to(wide)
         if scalar is not None:
             scalar = self.scalar_gates(scalar) if self.scalar_gates else scalar.to(wide)

@@ -22,6 +22,7 @@ from megatron_lighthouse.mcore.command_line.tiles import LOSS, SHARDED, tile_tok
 from megatron_lighthouse.mcore.global_args import global_args
 from megatron_lighthouse.mcore.loop import loss_weights
 from megatron_lighthouse.notice import say_once
+from megatron_lighthouse.sums import accumulation_dtype
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Megatron's compute_language_model_loss: labels [b, n] and logits [n, b, V/tp] -> [b, n], fp32, in nats."""
@@ -104,7 +105,7 @@ class Output:
 
 
 def _plus(total: Tensor | None, grad: Tensor) -> Tensor:
-    return grad.to(torch.promote_types(grad.dtype, torch.float32)) if total is None else total.add_(grad)
+    return grad.to(accumulation_dtype(grad)) if total is None else total.add_(grad)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megatron_lighthouse.context_parallel.ring import Passage
-    from megatron_lighthouse.parallax.layer import Attend
+    from megatron_lighthouse.parallax.layer import Layer
     from megatron_lighthouse.sequence.documents import Documents
     from megatron_lighthouse.softmax import backends
     from megatron_lighthouse.softmax.documents import AttendDocuments
@@ -29,10 +29,10 @@ FLOAT64 = 8
 
 
 @dataclass(frozen=True)
-class Layer:
+class Placed:
     """A layer in its place in the model."""
 
-    attend: Attend
+    layer: Layer
     number: int
 
     def __call__(
@@ -40,12 +40,12 @@ class Layer:
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
         (r,) = streams
         with running.layer(self.number):
-            return self.attend(query, r, key, value), None
+            return self.layer(query, r, key, value), None
 
 
 @dataclass(frozen=True)
-class WithinDocuments:
-    """As `Layer`, over packed documents, each as if it were alone."""
+class PlacedDocuments:
+    """As `Placed`, over packed documents, each as if it were alone."""
 
     kernels: str
     scale: float | None
@@ -70,22 +70,22 @@ class WithinDocuments:
         """[t, 1, H, D]."""
         from megatron_lighthouse.parallax.layer import build
 
-        within = build(query, key, softmax_scale=self.scale, cu_seqlens=documents.cu_seqlens, kernels=self.kernels)
-        return within.over_rows(query, r, key, value)
+        layer = build(query, key, softmax_scale=self.scale, cu_seqlens=documents.cu_seqlens, kernels=self.kernels)
+        return layer.over_rows(query, r, key, value)
 
 
 @dataclass(frozen=True)
 class Rows:
     """Over the rows that Lighthouse gathers. Keys are centred before they travel, so none sets out as it is gathered."""
 
-    attend: Attend
+    layer: Layer
 
     def passage(self) -> None:
         return None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *streams: Tensor, passage: Passage | None = None) -> Tensor:
         (r,) = streams
-        return self.attend.over_rows(query, r, key, value)
+        return self.layer.over_rows(query, r, key, value)
 
 
 class Parallax(Variant):
@@ -128,8 +128,8 @@ class Parallax(Variant):
                     "rate."
                 )
 
-    def build(self, config: ParallaxConfig, query: Tensor, key: Tensor, place: Place) -> Layer:
-        return Layer(_attend(config, query, key, place), place.number)
+    def build(self, config: ParallaxConfig, query: Tensor, key: Tensor, place: Place) -> Placed:
+        return Placed(_layer(config, query, key, place), place.number)
 
     def rows_problem(self, inner: str) -> str | None:
         if inner == "auto":
@@ -149,10 +149,10 @@ class Parallax(Variant):
                 f"values of {place.value_dim} channels beside keys of {query.shape[3]} are not done by config.around "
                 f"{self.around}: use config.around softmax."
             )
-        return Rows(_attend(place.around or ParallaxConfig(), query, key, place))
+        return Rows(_layer(place.around or ParallaxConfig(), query, key, place))
 
     def build_document_rows(self, inner: str, query: Tensor, key: Tensor, place: Place) -> Callable[..., Tensor]:
-        return WithinDocuments((place.around or ParallaxConfig()).kernels, place.scale).over_rows
+        return PlacedDocuments((place.around or ParallaxConfig()).kernels, place.scale).over_rows
 
     def document_problems(self, config: ParallaxConfig, ranks: int) -> Iterator[str]:
         """One rank holds whole documents; several would have to share them."""
@@ -162,8 +162,8 @@ class Parallax(Variant):
                 f"{self.name}: use --context-parallel-size 1, or --attention dense."
             )
 
-    def build_documents(self, config: ParallaxConfig, query: Tensor, key: Tensor, place: Place) -> WithinDocuments:
-        return WithinDocuments(config.kernels, place.scale, place.number)
+    def build_documents(self, config: ParallaxConfig, query: Tensor, key: Tensor, place: Place) -> PlacedDocuments:
+        return PlacedDocuments(config.kernels, place.scale, place.number)
 
     def check_installed(self, config: ParallaxConfig, inputs: Inputs, place: Place) -> None:
         from megatron_lighthouse.parallax.implementations import implementation_for
@@ -183,7 +183,7 @@ class Parallax(Variant):
         return {"attend": (forward, backward), "centre": (centre, 0)}
 
 
-def _attend(config: ParallaxConfig, query: Tensor, key: Tensor, place: Place) -> Attend:
+def _layer(config: ParallaxConfig, query: Tensor, key: Tensor, place: Place) -> Layer:
     from megatron_lighthouse.parallax.layer import build
 
     return build(query, key, place.exchange, place.comm_type, place.scale, kernels=config.kernels)

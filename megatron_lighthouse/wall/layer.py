@@ -29,7 +29,7 @@ Gates = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Attend:
+class Layer:
     """Wall over the tokens of all ranks."""
 
     attention: Attention
@@ -101,7 +101,7 @@ def build(
     biased: bool = False,
     gates: Gates | None = None,
     scalar_gates: Gates | None = None,
-) -> Attend:
+) -> Layer:
     """The layer for inputs like these, of which shapes, dtype and device count; see `wall_attention`.
 
     Args:
@@ -129,4 +129,4 @@ def build(
         first_rows(Cut(cut.chunk, step), sight, chunks, query.device),
     )
     attention = Attention(diagonal, decays, earlier, scale, cut, within, sight, first)
-    return Attend(attention, exchange, comm_type, gates, scalar_gates)
+    return Layer(attention, exchange, comm_type, gates, scalar_gates)

@@ -14,15 +14,15 @@ from megatron_lighthouse.variant import Place
 from megatron_lighthouse.wall import telemetry
 from megatron_lighthouse.wall.config import WallConfig
 from megatron_lighthouse.wall.gates import LogSigmoid, of_channels
-from megatron_lighthouse.wall.layer import Attend, build
+from megatron_lighthouse.wall.layer import Layer, build
 from megatron_lighthouse.wall.pieces import Sight
 
 
 @dataclass(frozen=True)
-class Layer:
+class Placed:
     """A layer in its place in the model."""
 
-    attend: Attend
+    layer: Layer
     number: int
 
     def __call__(
@@ -36,15 +36,15 @@ class Layer:
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
         gate, *scalar = streams
         with running.layer(self.number):
-            telemetry.record(gate, self.attend.gates)
-            return self.attend(query, key, value, gate, scalar[0] if scalar else None, sinks), None
+            telemetry.record(gate, self.layer.gates)
+            return self.layer(query, key, value, gate, scalar[0] if scalar else None, sinks), None
 
 
 @dataclass(frozen=True)
 class Rows:
     """Over the rows that Lighthouse gathers. Keys have decayed to the end of their piece before they travel."""
 
-    attend: Attend
+    layer: Layer
     scalar: bool
     """Whether there are scalar gates; what follows them is the sink."""
 
@@ -54,13 +54,13 @@ class Rows:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *streams: Tensor, passage: Passage | None = None) -> Tensor:
         gate, *more = streams
         scalar = more.pop(0) if self.scalar else None
-        return self.attend.over_rows(query, key, value, gate, scalar, more[0] if more else None)
+        return self.layer.over_rows(query, key, value, gate, scalar, more[0] if more else None)
 
 
-def layer(config: WallConfig, query: Tensor, key: Tensor, place: Place, sight: Sight | None = None) -> Layer:
+def placed(config: WallConfig, query: Tensor, key: Tensor, place: Place, sight: Sight | None = None) -> Placed:
     """For inputs like these, of which shapes, dtype and device count; gates come as logits. Raises as `build`."""
     heads, sight = key.shape[2] if config.tied_gates else query.shape[2], replace(sight or Sight(), window=place.window)
-    attend = build(
+    made = build(
         query,
         key,
         key,
@@ -74,13 +74,13 @@ def layer(config: WallConfig, query: Tensor, key: Tensor, place: Place, sight: S
         gates=of_channels(config, place.rotary),
         scalar_gates=LogSigmoid(),
     )
-    return Layer(attend, place.number)
+    return Placed(made, place.number)
 
 
 def rows(query: Tensor, key: Tensor, value: Tensor, place: Place, sight: Sight | None = None) -> Rows:
     """Over the rows that a Lighthouse layer in this place gathers, of gates; key and value have the model's G heads."""
     config = place.around or WallConfig()
-    attend = build(
+    made = build(
         query,
         key,
         value,
@@ -92,4 +92,4 @@ def rows(query: Tensor, key: Tensor, value: Tensor, place: Place, sight: Sight |
         kernels=config.kernels,
         biased=config.scalar_gate,
     )
-    return Rows(attend, config.scalar_gate)
+    return Rows(made, config.scalar_gate)

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from megatron_lighthouse.lighthouse.selection import Selection
     from megatron_lighthouse.sequence.documents import Documents
     from megatron_lighthouse.softmax.inputs import Inputs
-    from megatron_lighthouse.wall.over_documents import OverDocuments
+    from megatron_lighthouse.wall.over_documents import PlacedDocuments
     from megatron_lighthouse.wall.pieces import Sight
-    from megatron_lighthouse.wall.placed import Layer, Rows
+    from megatron_lighthouse.wall.placed import Placed, Rows
 
 
 class Wall(Variant):
@@ -118,19 +118,19 @@ class Wall(Variant):
             f"{math.exp(-each * args.seq_length):.2g} over --seq-length {args.seq_length}."
         )
 
-    def build(self, config: WallConfig, query: Tensor, key: Tensor, place: Place) -> Layer:
-        from megatron_lighthouse.wall.placed import layer
+    def build(self, config: WallConfig, query: Tensor, key: Tensor, place: Place) -> Placed:
+        from megatron_lighthouse.wall.placed import placed
 
-        return layer(config, query, key, place)
+        return placed(config, query, key, place)
 
-    def build_documents(self, config: WallConfig, query: Tensor, key: Tensor, place: Place) -> OverDocuments:
-        from megatron_lighthouse.wall.over_documents import OverDocuments
-        from megatron_lighthouse.wall.placed import layer
+    def build_documents(self, config: WallConfig, query: Tensor, key: Tensor, place: Place) -> PlacedDocuments:
+        from megatron_lighthouse.wall.over_documents import PlacedDocuments
+        from megatron_lighthouse.wall.placed import placed
 
         def attend(sight: Sight, query: Tensor, key: Tensor, *rows: Tensor, sinks: Tensor | None) -> Any:
-            return layer(config, query, key, place, sight)(query, key, *rows, sinks=sinks)
+            return placed(config, query, key, place, sight)(query, key, *rows, sinks=sinks)
 
-        return OverDocuments(attend, place.exchange)
+        return PlacedDocuments(attend, place.exchange)
 
     def check_installed(self, config: WallConfig, inputs: Inputs, place: Place) -> None:
         from megatron_lighthouse.wall.implementations import makers_for

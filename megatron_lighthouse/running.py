@@ -1,4 +1,4 @@
-"""Which layer's attention runs, by its global, 1-based number: what is recorded of it is told apart so."""
+"""The layer whose attention runs now, by its global, 1-based number; and what watched layers record of themselves."""
 
 from __future__ import annotations
 

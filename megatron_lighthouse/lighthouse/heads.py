@@ -1,4 +1,4 @@
-"""Key/value heads that share a selection (ours): many heads, as those of MLA, need not choose each for itself."""
+"""Key/value heads that share one selection (ours), for models with many of them, such as MLA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A layer: everything about Lighthouse that its inputs' shapes decide, decided once; its calls only compute."""
+"""One Lighthouse layer. `build` decides once all that the inputs' shapes decide; a call runs the steps in their order."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from megatron_lighthouse.variant import DEFAULT_PLACE, Place
 
 @dataclass(frozen=True)
 class Attended:
-    """What the last step needs: all of a layer but its output."""
+    """A layer's state after the inner attention: what the last step, scatter, needs."""
 
     rows: Tensor
-    """[S, B, H, D], attended to."""
+    """[S, B, H, D], the attention's output for the rows whose entries this rank holds."""
     dealt: Tensor
-    """The same as the inner attention gave them: before they were dealt back to the ranks that hold their entries."""
+    """The inner attention's own output, of which `rows` is what was dealt back; the same tensor where nothing is dealt."""
     selection: Selection
     steps: Steps
     halo: Tensor | None = None
-    """Under context parallelism, the rows that spill into this rank's chunks."""
+    """[2, L-1, B, H, D], under context parallelism: the rows that spill into this rank's chunks."""
     travel: HaloTravel | None = None
-    """By which the halo comes."""
+    """The halo on its way here."""
     passage: Passage | None = None
-    """What is under way where the inner attention is a ring."""
+    """Keys and values on their way, where the inner attention is a ring."""
 
     def scatter(self) -> Tensor:
         """[N, B, H, D]: the layer's output."""
@@ -64,7 +64,7 @@ class Layer:
     own: Tiled
     """Of this rank's tokens, in the tiles of the whole sequence."""
     own_tiles: Geometry | None
-    """Where context-parallel ranks select alone: of this rank's tiles. Else rows are dealt."""
+    """Of this rank's tiles, where each lies on one rank, so that ranks select alone. None: rows are dealt."""
     pin_first: bool
     causal: bool
     """Whether the selection rests on no later token."""
@@ -72,13 +72,13 @@ class Layer:
     scorer: Scorer
     exchange: Exchange | None
     gather: Callable[..., tuple[Tensor, ...]]
-    """What rows are, of what is around: see `Variant.gather`."""
+    """Makes rows of queries, keys, values and streams: `TakesRows.gather` of the attention that `config.around` names."""
     attend: RowAttention | None
     """The inner attention; None where every call brings its own."""
     heads_per_selection: int
     """Key/value heads that share a selection."""
     rotary: Rotary | None
-    """By which rows are turned on to their window's last token while they are pooled."""
+    """Rotates rows on to their window's last token while they are pooled; None: rows are averaged as they come."""
 
     @property
     def rule(self) -> tuple[bool, bool]:

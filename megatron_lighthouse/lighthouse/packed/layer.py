@@ -1,4 +1,4 @@
-"""A layer over packed documents: what their number and lengths do not decide, decided once; its calls only compute."""
+"""A Lighthouse layer over packed documents. `build_packed` decides once all that does not depend on the documents."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from megatron_lighthouse.variant import DEFAULT_PLACE, Place
 
 @dataclass(frozen=True)
 class PackedAttended:
-    """What the last step needs: all of a layer but its output."""
+    """A layer's state after the inner attention: what the last step, scatter, needs."""
 
     rows: Tensor
-    """[S, 1, H, D], attended to."""
+    """[S, 1, H, D], the inner attention's output."""
     selection: Selection
     steps: PackedSteps
 
@@ -59,11 +59,11 @@ class PackedLayer:
     steps: PackedSteps
     scorer: Scorer
     gather: Callable[..., tuple[Tensor, ...]]
-    """What rows are, of what is around: see `Variant.gather`."""
+    """Makes rows of queries, keys, values and streams: `TakesRows.gather` of the attention that `config.around` names."""
     attend: Callable[..., Tensor] | None
     """The inner attention, of rows, documents and the rows of streams; None where every call brings its own."""
     rotary: Rotary | None
-    """By which rows are turned on to their window's last token while they are pooled."""
+    """Rotates rows on to their window's last token while they are pooled; None: rows are averaged as they come."""
 
     def __call__(
         self,

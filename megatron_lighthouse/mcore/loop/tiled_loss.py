@@ -1,9 +1,9 @@
-"""The loss, a tile of the sequence at a time: logits of a tile alone are there.
+"""The loss, one tile of the sequence at a time, so that only a tile's logits are held.
 
-Megatron's own output layer and cross entropy make them, so each token's loss is that of the whole, but for what a product of
-other sizes rounds. Their gradients are taken in forward, while the tile is there, of losses weighted as is expected
-(`loss_weights`); backward multiplies by what it is given. Where that is no multiple of those weights, it takes all again.
-Gradients of the output weight are summed over tiles in fp32, and rounded once.
+Megatron's own output layer and cross entropy compute each tile. So each token's loss is that of the whole, up to how products
+of other sizes round. A tile's gradients are computed in forward, while its logits are there, for losses weighted as expected
+(`loss_weights`). Backward multiplies them by the gradient that it is given; where that is no multiple of those weights, it
+computes all again. Gradients of the output weight are summed over tiles in fp32, and rounded once.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def calls() -> tuple[Callable[[], Any], Callable[[Any], Any]]:
 
     def forward() -> Any:
         leaves = [x.detach().requires_grad_() for x in inputs]
-        return made(*leaves, documents=documents), leaves
+        return made.attended(*leaves, documents=documents).scatter(), leaves
 
     return forward, lambda found: torch.autograd.grad(found[0], found[1], grad)
 

@@ -85,18 +85,6 @@ class Layer:
         """(pin_first, causal), as `Steps.select` takes them."""
         return self.pin_first, self.causal
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *streams: Tensor,
-        attend: Callable[..., Tensor] | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        """[N, B, H, D]: see `lighthouse_attention`."""
-        return self.attended(query, key, value, *streams, attend=attend, sinks=sinks).scatter()
-
     def attended(
         self,
         query: Tensor,
@@ -107,7 +95,14 @@ class Layer:
         selection: Selection | None = None,
         sinks: Tensor | None = None,
     ) -> Attended:
-        """All steps but the last, which must follow: the halo is under way until then."""
+        """All steps but the last, `Attended.scatter`, which must follow: until then the halo is under way.
+
+        Args:
+            query, key, value, streams: see `lighthouse_attention`.
+            attend: the inner attention of this call, where the layer has none.
+            selection: attend to these entries instead of selecting.
+            sinks: [H], where the place says that each call brings them.
+        """
         deal = None
         if selection is None:
             selection, deal = self.select(query, key, value)

@@ -65,18 +65,6 @@ class PackedLayer:
     rotary: Rotary | None
     """Rotates rows on to their window's last token while they are pooled; None: rows are averaged as they come."""
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *streams: Tensor,
-        documents: Documents,
-        attend: Callable[..., Tensor] | None = None,
-    ) -> Tensor:
-        """[t, 1, H, D]: see `lighthouse_attention`."""
-        return self.attended(query, key, value, *streams, documents=documents, attend=attend).scatter()
-
     def attended(
         self,
         query: Tensor,
@@ -88,7 +76,7 @@ class PackedLayer:
         selection: Selection | None = None,
         sinks: Tensor | None = None,
     ) -> PackedAttended:
-        """All steps but the last."""
+        """All steps but the last, `PackedAttended.scatter`, of [t, 1, ·, D]; see `Layer.attended`."""
         attend, packing = attend or self.attend, Packing.of(documents, self.rule)
         assert attend is not None
         if selection is None:

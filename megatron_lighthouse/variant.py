@@ -95,7 +95,6 @@ class Place:
 
 
 DEFAULT_PLACE = Place()
-"""One rank, and every default."""
 
 
 class Layer(Protocol):
@@ -104,8 +103,7 @@ class Layer(Protocol):
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, *streams: Tensor, attend: Attend | None = None
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
-        """[N, B, H, D] of queries, [N, B, G, D] of keys and values, and of streams what they say; and `sinks` [H], if the place
-        says that there are.
+        """Queries [N, B, H, D], keys and values [N, B, G, D], streams as each says; and `sinks` [H], where the place has any.
 
         Returns:
             [N, B, H, D]; and what makes it again, without autograd, where it need not be kept for backward: else None.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
 
     from megatron_lighthouse.context_parallel.exchange import Exchange
     from megatron_lighthouse.lighthouse.rotary import Rotary
+    from megatron_lighthouse.running import Telemetry
     from megatron_lighthouse.sequence.documents import Documents
     from megatron_lighthouse.softmax.backends import Attend
     from megatron_lighthouse.softmax.documents import AttendDocuments
@@ -123,26 +122,6 @@ class DocumentLayer(Protocol):
         attend: AttendDocuments | None = None,
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
         """As a `Layer`, of one row: N is the tokens of all documents, B = 1."""
-
-
-class Telemetry(Protocol):
-    """What layers record of themselves while they are watched, and what is logged of it."""
-
-    def watching(self, layers: Iterable[int]) -> AbstractContextManager[None]:
-        """Inside, the layers with these global, 1-based numbers are watched."""
-
-    def sums(self, layers: Sequence[int], shape: Shape, rank: int, ranks: int) -> Tensor:
-        """What this tensor-parallel rank of so many recorded: float64, on any device, which adds up over all ranks of a run.
-
-        Args:
-            shape: of the layers' inputs, all ranks' heads together.
-        """
-
-    def scalars(self, layers: Sequence[int], sums: Tensor) -> dict[str, float]:
-        """By name, of the sums of all ranks, on the CPU."""
-
-    def draw(self, scalars: dict[str, float], folder: Path, iteration: int) -> None:
-        """A picture of these at the end of a run, where one says more than its curves."""
 
 
 def beyond_softmax(model: Any, windows: bool = False) -> Iterator[str]:

@@ -10,7 +10,7 @@ from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.lighthouse.rows import number_problem
 from megatron_lighthouse.options import as_words
 from megatron_lighthouse.sequence.layout import Layout
-from megatron_lighthouse.variant import Place, Stream, Telemetry, Variant, beyond_softmax, shared_out_problem
+from megatron_lighthouse.variant import Place, Stream, Variant, beyond_softmax, shared_out_problem
 from megatron_lighthouse.wall.config import PAIRED, TURNED, WRONG_IN_FP16, WallConfig
 from megatron_lighthouse.work import Work
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from megatron_lighthouse.context_parallel.exchange import Exchange
     from megatron_lighthouse.lighthouse.rotary import Rotary
     from megatron_lighthouse.lighthouse.selection import Selection
+    from megatron_lighthouse.running import Telemetry
     from megatron_lighthouse.sequence.documents import Documents
     from megatron_lighthouse.softmax.inputs import Inputs
     from megatron_lighthouse.wall.over_documents import PlacedDocuments

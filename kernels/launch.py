@@ -99,7 +99,7 @@ class Prepared:
         if self.compiled is None:
             self.compiled = self._known(tensors)
         compiled = self.compiled.get(where)
-        if compiled is not None and not _told():
+        if compiled is not None and not _has_hooks():
             stream = triton.runtime.driver.active.get_current_stream(device)
             how = stream, compiled.function, compiled.packed_metadata, None, None, None  # what hooks are told, and hooks: none
             compiled.run(*self.grid, *how, *pointers, *self.behind)
@@ -142,7 +142,7 @@ def _kinds(numbers: tuple[int | tuple[int, ...], ...]) -> str:
     return str([1 if n == 1 else (n % 16 == 0, n.bit_length() > 31) for n in flat])
 
 
-def _told() -> bool:
+def _has_hooks() -> bool:
     """Whether something, such as Triton's profiler, asks to be told of launches."""
     enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))

@@ -151,7 +151,7 @@ class Launches(NamedTuple):
 def _launches(
     step: str, given: Tensor, halo: Tensor | None, places: Tensor, sizes: Sequence[int]
 ) -> tuple[Launches, Sequence[Tensor]]:
-    """The launches that spread or collect `given`; and the tensors that they take: it, and the halo (any, where there is none)."""
+    """The launches that spread or collect `given`, and the tensors that they take: it, and the halo (any, if there is none)."""
     found, strides = laid_out((given, given if halo is None else halo.flatten(0, 1)))
     return _settled(step, given.shape, strides, given.dtype, places.shape, tuple(sizes), halo is not None), found
 

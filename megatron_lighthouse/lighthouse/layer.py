@@ -80,11 +80,6 @@ class Layer:
     rotary: Rotary | None
     """Rotates rows on to their window's last token while they are pooled; None: rows are averaged as they come."""
 
-    @property
-    def rule(self) -> tuple[bool, bool]:
-        """(pin_first, causal), as `Steps.select` takes them."""
-        return self.pin_first, self.causal
-
     def attended(
         self,
         query: Tensor,
@@ -129,13 +124,14 @@ class Layer:
         """The entries of this rank; and, where the ranks hold different numbers of rows, how these are dealt."""
         # no decorator, which torch.compile cannot follow on a method; and not no_grad, which costs the host twice as much
         with torch.set_grad_enabled(False):
-            scores, deal = self.scorer(query, key, value, self.own, self.steps, self.exchange, self.rotary), None
+            scores = self.scorer(query, key, value, self.own, self.steps, self.exchange, self.rotary)
             scores = summed(scores, self.heads_per_selection)
+            how, deal = (self.pin_first, self.causal), None
             if self.exchange is None:
-                selection = self.steps.select(scores, self.geometry, *self.rule)
+                selection = self.steps.select(scores, self.geometry, *how)
             else:
-                selection, deal = select_shard(scores, self.geometry, self.own_tiles, *self.rule, self.steps, self.exchange)
-            telemetry.record(selection, scores, self.geometry, *self.rule, self.steps, self.scorer.causal)
+                selection, deal = select_shard(scores, self.geometry, self.own_tiles, *how, self.steps, self.exchange)
+            telemetry.record(selection, scores, self.geometry, *how, self.steps, self.scorer.causal)
         return selection, deal
 
 

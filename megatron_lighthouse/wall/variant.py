@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_lighthouse.lighthouse.geometry import Shape
@@ -230,8 +231,10 @@ class Wall(Variant):
         from megatron_lighthouse.wall.over_documents import sight_of
         from megatron_lighthouse.wall.placed import rows
 
+        alone = replace(place, comm_type="p2p")  # for one rank, which no scheme concerns
+
         def attend(query: Tensor, key: Tensor, value: Tensor, documents: Documents, *streams: Tensor) -> Tensor:
-            return rows(query, value, value, place, sight_of(documents))(query, key, value, *streams)
+            return rows(query, value, value, alone, sight_of(documents))(query, key, value, *streams)
 
         return attend
 

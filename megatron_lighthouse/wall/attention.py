@@ -74,8 +74,8 @@ def wall_attention(
     if exchange is not None and query.shape[0] % 2:
         raise ValueError(f"a rank holds two chunks of equal length, got {query.shape[0]} tokens: pad the sequence.")
     bounds = () if cu_seqlens is None else _bounds(cu_seqlens, query, exchange.size if exchange else 1)
-    given = (query, key, value, gate.shape[2], exchange, cp_comm_type, softmax_scale)
-    attend = build(*given, sight=Sight(bounds, window), biased=scalar_gate is not None)
+    how = (exchange, cp_comm_type, softmax_scale, Sight(bounds, window))
+    attend = build(query, key, value, gate.shape[2], *how, biased=scalar_gate is not None)
     return attend(query, key, value, gate, None if scalar_gate is None else scalar_gate.unsqueeze(-1), sink)
 
 

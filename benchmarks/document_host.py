@@ -29,6 +29,7 @@ from megatron_lighthouse.lighthouse.packed import layer, reference, tables
 from megatron_lighthouse.lighthouse.packed.packing import Packing
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.softmax import document_blocks, sharded_documents
+from megatron_lighthouse.variant import Place
 
 CASE, DIM, CALLS = rings.Case("documents, mean 8K", 98304 // rings.SHORTER), 16, 200
 
@@ -81,7 +82,7 @@ def calls() -> tuple[Callable[[], Any], Callable[[Any], Any]]:
     assert documents is not None
     tokens = documents.tokens // 2
     *inputs, grad = torch.randn(4, tokens, 1, rings.HEADS, DIM, dtype=torch.bfloat16).unbind()
-    made = layer.build_packed(CASE.config, inputs[0], inputs[1], exchange=exchange)
+    made = layer.build_packed(CASE.config, inputs[0], inputs[1], Place(exchange=exchange))
     packing = Packing.of(documents, CASE.config.rule)
     scores = torch.rand(2, 1, rings.HEADS, packing.coarse_length)
     selection, select = reference.select(scores, packing, True), kernels.select
@@ -89,7 +90,7 @@ def calls() -> tuple[Callable[[], Any], Callable[[Any], Any]]:
 
     def forward() -> Any:
         leaves = [x.detach().requires_grad_() for x in inputs]
-        return made(*leaves, documents=documents), leaves
+        return made.attended(*leaves, documents=documents).scatter(), leaves
 
     return forward, lambda found: torch.autograd.grad(found[0], found[1], grad)
 

@@ -35,6 +35,7 @@ from megatron_lighthouse import lighthouse_attention
 from megatron_lighthouse.launch.torchrun import one_rank, torchrun
 from megatron_lighthouse.lighthouse.attention import attended_rows
 from megatron_lighthouse.softmax.backends import inner_attention
+from megatron_lighthouse.variant import Place
 from megatron_lighthouse.versions import environment
 
 CASES = [Case(98304, 1536), Case(524288, 4096)]
@@ -155,7 +156,7 @@ def rows_of(case: Case, inputs: QKV) -> QKV:
         return query
 
     with torch.no_grad():
-        attended_rows(*inputs, case.config, attend=attend)
+        attended_rows(*inputs, case.config, Place(base_attends=True), attend=attend)
     return kept[0], kept[1], kept[2]
 
 

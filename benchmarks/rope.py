@@ -22,6 +22,7 @@ from megatron_lighthouse import LighthouseConfig, lighthouse_attention
 from megatron_lighthouse.lighthouse.attention import attended_rows
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.selection import Selection
+from megatron_lighthouse.variant import Place
 from megatron_lighthouse.versions import environment
 
 HEADS, DIM, BASE = 8, 128, 500_000
@@ -85,7 +86,7 @@ def check(device: str = "cuda") -> dict[str, float]:
         wide, reference = [x.double() for x in tensors], config.replace(steps="reference", inner="sdpa")
         # float64 scores may rank near ties otherwise: both attend to what the reference selects
         query, key, value, _ = wide
-        selection = attended_rows(query, key, value, reference, rotary=rotary).selection
+        selection = attended_rows(query, key, value, reference, Place(rotary=rotary)).selection
         pairs = zip(both(tensors, config, rotary, selection), both(wide, reference, rotary, selection), strict=True)
         found[name] = max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
         if not found[name] <= TOLERANCE:

@@ -26,6 +26,7 @@ from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.plan import memory, time
 from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import DEVICES
+from megatron_lighthouse.plan.layer_time import Setup, dense_layer, lighthouse_layer
 
 RESULTS = Path(__file__).parent / "results"
 KIND = "h100"
@@ -47,9 +48,9 @@ def attention_rows(measured: dict[tuple[str, str, int], Row]) -> Iterator[Row]:
                     geometry = config.geometry(length, ranks)
                 except ValueError:
                     continue
-                ours = time.lighthouse_layer(geometry, layer, ranks, scheme, ranks, DEVICE, speed)
-                one = time.lighthouse_layer(config.geometry(length), layer, 1, scheme, 1, DEVICE, speed)
-                dense = time.dense_layer(length, layer, ranks, scheme, ranks, DEVICE, speed)
+                setup = Setup(layer, DEVICE, speed, ranks, scheme, ranks)
+                ours, dense = lighthouse_layer(geometry, setup), dense_layer(length, setup)
+                one = lighthouse_layer(config.geometry(length), Setup(layer, DEVICE, speed))
                 what = "lighthouse" if ranks == 1 else f"lighthouse {scheme}"
                 found = measured.get((case, what, ranks), {})
                 yield {

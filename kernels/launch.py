@@ -18,6 +18,8 @@ import triton
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
+from megatron_lighthouse.sums import next_power_of_two
+
 
 class Launch(NamedTuple):
     """One launch configuration."""
@@ -41,16 +43,11 @@ def launch(step_name: str, dim: int, itemsize: int) -> Launch:
 
 def padded(n: int) -> int:
     """The power of two that a kernel's block holds `n` elements in: at least 16."""
-    return max(16, power_of_2(n))
-
-
-def power_of_2(n: int) -> int:
-    """The least power of two that is not below `n`. Triton's own is made for kernels, and slow on the host."""
-    return 1 << (n - 1).bit_length()
+    return max(16, next_power_of_two(n))
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up; likewise."""
+    """a / b, rounded up. Triton's own is made for kernels, and slow on the host."""
     return -(-a // b)
 
 
@@ -102,7 +99,7 @@ class Prepared:
         if self.compiled is None:
             self.compiled = self._known(tensors)
         compiled = self.compiled.get(where)
-        if compiled is not None and not _told():
+        if compiled is not None and not _has_hooks():
             stream = triton.runtime.driver.active.get_current_stream(device)
             how = stream, compiled.function, compiled.packed_metadata, None, None, None  # what hooks are told, and hooks: none
             compiled.run(*self.grid, *how, *pointers, *self.behind)
@@ -145,7 +142,7 @@ def _kinds(numbers: tuple[int | tuple[int, ...], ...]) -> str:
     return str([1 if n == 1 else (n % 16 == 0, n.bit_length() > 31) for n in flat])
 
 
-def _told() -> bool:
+def _has_hooks() -> bool:
     """Whether something, such as Triton's profiler, asks to be told of launches."""
     enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))

@@ -1,4 +1,4 @@
-"""What the library's functions are given: of the type that they name, and said by the argument where it is not."""
+"""Arguments of the library's functions: whether each is of the type that the function names."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ def check_types(**given: Any) -> None:
 
 
 def check_sinks(sinks: Tensor | None, query: Tensor, attend: object, cu_seqlens: object) -> None:
+    """Raises ValueError where sinks, [H], do not fit the query [N, B, H, D], or come beside what takes none."""
     if sinks is None:
         return
     if attend is not None or cu_seqlens is not None:

@@ -1,4 +1,4 @@
-"""Imports that say nothing: what libraries warn of while they are imported, each rank would, before anything of the run."""
+"""Imports without the warnings that libraries print while they are imported: every rank would print them."""
 
 from __future__ import annotations
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
@@ -14,18 +12,19 @@ from megatron_lighthouse.lighthouse.rows import TakesRows
 from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
 from megatron_lighthouse.options import as_words
 from megatron_lighthouse.sequence.layout import Layout
+from megatron_lighthouse.usage import as_flag
+from megatron_lighthouse.work import Work
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from megatron_lighthouse.context_parallel.exchange import Exchange
     from megatron_lighthouse.lighthouse.rotary import Rotary
+    from megatron_lighthouse.running import Telemetry
     from megatron_lighthouse.sequence.documents import Documents
     from megatron_lighthouse.softmax.backends import Attend
     from megatron_lighthouse.softmax.documents import AttendDocuments
     from megatron_lighthouse.softmax.inputs import Inputs
-from megatron_lighthouse.usage import as_flag
-from megatron_lighthouse.work import Work
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def norm_of(stream: Stream) -> str:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer stands: all that is known of it when the model is built."""
+    """Where a layer stands: all that is known of it when it is built, besides its variant's config and its inputs' shapes."""
 
     number: int = 1
     """Of the whole model, from 1."""
@@ -94,14 +93,16 @@ class Place:
     """Whether every call brings a sink for each head, [H], which only a variant that takes them is asked for."""
 
 
+DEFAULT_PLACE = Place()
+
+
 class Layer(Protocol):
     """What a variant builds: it decides nothing, and only computes."""
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, *streams: Tensor, attend: Attend | None = None
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
-        """[N, B, H, D] of queries, [N, B, G, D] of keys and values, and of streams what they say; and `sinks` [H], if the place
-        says that there are.
+        """Queries [N, B, H, D], keys and values [N, B, G, D], streams as each says; and `sinks` [H], where the place has any.
 
         Returns:
             [N, B, H, D]; and what makes it again, without autograd, where it need not be kept for backward: else None.
@@ -121,26 +122,6 @@ class DocumentLayer(Protocol):
         attend: AttendDocuments | None = None,
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
         """As a `Layer`, of one row: N is the tokens of all documents, B = 1."""
-
-
-class Telemetry(Protocol):
-    """What layers record of themselves while they are watched, and what is logged of it."""
-
-    def watching(self, layers: Iterable[int]) -> AbstractContextManager[None]:
-        """Inside, the layers with these global, 1-based numbers are watched."""
-
-    def sums(self, layers: Sequence[int], shape: Shape, rank: int, ranks: int) -> Tensor:
-        """What this tensor-parallel rank of so many recorded: float64, on any device, which adds up over all ranks of a run.
-
-        Args:
-            shape: of the layers' inputs, all ranks' heads together.
-        """
-
-    def scalars(self, layers: Sequence[int], sums: Tensor) -> dict[str, float]:
-        """By name, of the sums of all ranks, on the CPU."""
-
-    def draw(self, scalars: dict[str, float], folder: Path, iteration: int) -> None:
-        """A picture of these at the end of a run, where one says more than its curves."""
 
 
 def beyond_softmax(model: Any, windows: bool = False) -> Iterator[str]:

@@ -20,7 +20,7 @@ from megatron_lighthouse.options import in_flags
 from megatron_lighthouse.softmax import backends as inner
 from megatron_lighthouse.softmax.backends import BACKENDS, choose
 from megatron_lighthouse.softmax.names import INNER
-from megatron_lighthouse.softmax.rows import Rows
+from megatron_lighthouse.softmax.rows import RowKind
 from tests.oracle import Problem, attention
 from tests.tolerances import assert_close
 
@@ -44,7 +44,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def pretend(monkeypatch: pytest.MonkeyPatch, capability: int, problems: dict[str, str]) -> None:
     """A device of this capability on which every backend runs but those with a problem."""
     inner._choose.cache_clear()
-    monkeypatch.setattr(Rows, "capability", capability)
+    monkeypatch.setattr(RowKind, "capability", capability)
     for name, backend in list(BACKENDS.items()):
         monkeypatch.setitem(BACKENDS, name, replace(backend, problem=lambda rows, name=name: problems.get(name)))
 
@@ -145,9 +145,9 @@ TO_128, TO_256 = [*range(8, 129, 8)], [*range(8, 257, 8)]
 )
 def test_what_flash_attention_takes(name: str, device: int, takes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, MODULES[name], FlashAttention())
-    monkeypatch.setattr(Rows, "capability", device)
+    monkeypatch.setattr(RowKind, "capability", device)
     problem = BACKENDS[name].problem
-    rows = [Rows(torch.device("cpu"), torch.float16, 4, 2, dim, dim) for dim in range(1, 300)]
+    rows = [RowKind(torch.device("cpu"), torch.float16, 4, 2, dim, dim) for dim in range(1, 300)]
     assert [one.dim for one in rows if problem(one) is None] == takes
     if not takes:
         assert "does not run on this device" in refusal(name)
@@ -186,7 +186,7 @@ def test_a_release_with_a_wrong_backward_is_refused(
     monkeypatch.setattr(versions, "_installed", lambda package: release)
     for name in BACKENDS.keys() - {"fa4", "sdpa"}:
         monkeypatch.setitem(BACKENDS, name, replace(BACKENDS[name], problem=lambda rows: "is lost"))
-    monkeypatch.setattr(Rows, "capability", 100)
+    monkeypatch.setattr(RowKind, "capability", 100)
     if reason is None:
         assert chosen() == "fa4"
         return
@@ -201,7 +201,7 @@ def test_an_early_flash_attention_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     early = ModuleType("flash_attn.cute")
     early.flash_attn_func = lambda q, k, v, softmax_scale=None, causal=False: q  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn.cute", early)
-    monkeypatch.setattr(Rows, "capability", 100)
+    monkeypatch.setattr(RowKind, "capability", 100)
     assert "FlashAttention 4 is installed, but too old" in refusal("fa4")
 
 
@@ -233,7 +233,7 @@ def test_packages_that_do_not_import(
         file.parent.mkdir(parents=True)
         file.write_text(source)
         monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(Rows, "capability", 90)
+    monkeypatch.setattr(RowKind, "capability", 90)
     assert f"cannot run: {BACKENDS[name].title} {reason}" in refusal(name)
 
 

@@ -28,7 +28,7 @@ from megatron_lighthouse.softmax import backends
 from megatron_lighthouse.softmax import documents as softmax_documents
 from megatron_lighthouse.softmax.backends import BACKENDS, FAMILIES
 from megatron_lighthouse.softmax.documents import documents_attention
-from megatron_lighthouse.softmax.rows import DOCUMENTS, Rows
+from megatron_lighthouse.softmax.rows import DOCUMENTS, RowKind
 from tests.compiled import compiled
 from tests.packed_oracle import Packed, of
 from tests.steps import DEVICE, poisoned, random_like, restride, tensors
@@ -160,7 +160,7 @@ def test_flash_attention_is_told_the_documents_by_name(
     for part in range(1, module.count(".") + 1):
         monkeypatch.setitem(sys.modules, module.rsplit(".", part)[0], ModuleType(module.rsplit(".", part)[0]))
     monkeypatch.setitem(sys.modules, module, stand_in)
-    monkeypatch.setattr(Rows, "capability", 90)
+    monkeypatch.setattr(RowKind, "capability", 90)
     monkeypatch.setattr(backends, "too_old", lambda package: None)
     packed = of((9, 3, 20), dim=8)
     query, key, value = tensors(packed, "bfloat16")
@@ -257,7 +257,7 @@ def test_what_cannot_attend_over_documents_is_refused_or_passed_over_and_said(
         documents_attention("cudnn", query, key)
     with pytest.raises(ValueError, match=r"config\.inner te is the attention of Transformer Engine"):
         documents_attention("te", query, key)
-    monkeypatch.setattr(Rows, "capability", 90)
+    monkeypatch.setattr(RowKind, "capability", 90)
     for _ in range(2):
         documents_attention("auto", query, key)
     (said,) = caplog.messages

@@ -66,7 +66,9 @@ def on_rank(group: Group, inputs: list[Tensor], sinks: Tensor, comm_type: str) -
 def windowed_on_rank(group: Group, inputs: list[Tensor], sinks: Tensor, window: int, comm_type: str) -> list[Tensor]:
     shards, exchange = shards_of(group, inputs), Exchange.over(group)
     assert exchange is not None
-    return answers(sharded_attention("auto", *shards[:2], exchange, comm_type, SCALE, window, True), *shards, sinks)
+    return answers(
+        sharded_attention("auto", *shards[:2], exchange, comm_type, SCALE, window=window, sinks=True), *shards, sinks
+    )
 
 
 def assert_same(by_rank: list[list[Tensor]], expected: list[Tensor]) -> None:

@@ -50,7 +50,7 @@ def by_hand(geometry: Geometry, *heads: Sequence[int]) -> Choice:
 
 
 def test_the_latest_choice_of_watched_layers_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(telemetry, "_watched", {})
+    monkeypatch.setattr(telemetry._layers, "records", {})
     query, key, value = tensors(Problem(96, 2, 2, 4, 2))
     config = LighthouseConfig(levels=2, pooling=2, budget=4, tile_budget=2)
     telemetry.watch(3)
@@ -73,7 +73,7 @@ def test_the_latest_choice_of_watched_layers_is_kept(monkeypatch: pytest.MonkeyP
 
 
 def test_watching_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(telemetry, "_watched", {})
+    monkeypatch.setattr(telemetry._layers, "records", {})
     inputs, config = tensors(Problem(96, 2, 2, 4, 2)), LighthouseConfig(levels=2, pooling=2, budget=4, tile_budget=2)
     telemetry.watch(3)
 

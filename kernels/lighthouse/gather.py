@@ -167,9 +167,9 @@ def _gather(
 
 
 def _gather_backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
     places: Tensor,
     sizes: Sequence[int],
     turns: Tensor | None,
@@ -178,24 +178,26 @@ def _gather_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the tokens [N, B, ·, D], from those of the rows [S, B, ·, D]."""
     with profiled("gather backward"):
-        tokens = _empty(query, key, value, sizes[0])
-        launches, given = _launches("spread", (query, key, value), places, sizes, pairing)
+        tokens = _empty(grad_q, grad_k, grad_v, sizes[0])
+        launches, given = _launches("spread", (grad_q, grad_k, grad_v), places, sizes, pairing)
         behind = (*tokens, places, places if turns is None else turns)
         if travel is None:
             start(launches.all, (*given, *behind))
         else:
             start(launches.near, (*given, *behind))
-            far = travel.come_home((key, value))
-            launches, given = _launches("spread", (query, *far), places, sizes, pairing)
+            far = travel.come_home((grad_k, grad_v))
+            launches, given = _launches("spread", (grad_q, *far), places, sizes, pairing)
             start(launches.far, (*given, *behind))
         return tokens
 
 
 class Launches(NamedTuple):
-    """Of the queries; of keys and values, apart where their channels differ; and of all, in as few. None of no heads."""
+    """The launches for queries alone, for keys and values alone, and for all three, in as few as their channels allow."""
 
     near: list[Prepared]
+    """Of the queries."""
     far: list[Prepared]
+    """Of keys and values: two where their channels differ; none of values without heads."""
     all: list[Prepared]
 
 
@@ -218,6 +220,7 @@ def _settled(
     sizes: tuple[int, ...],
     pairing: tuple[int, ...],
 ) -> Launches:
+    """What shapes and strides settle: made once for each."""
     length, levels, pooling, _, chunks = sizes
     (heads, dim), (others, key_dim), (more, value_dim) = (shape[2:] for shape in shapes)
     kernel = gather_forward_kernel if step == "collect" else gather_backward_kernel
@@ -243,6 +246,7 @@ def _empty(query: Tensor, key: Tensor, value: Tensor, length: int) -> tuple[Tens
     return new_rows(query, length), new_rows(key, length), new_rows(value, length)
 
 
+# custom ops, whose types torch reads: a `travel` is none that it knows
 def _gather_whole(
     query: Tensor,
     key: Tensor,
@@ -256,15 +260,15 @@ def _gather_whole(
 
 
 def _gather_backward_whole(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
     places: Tensor,
     sizes: Sequence[int],
     turns: Tensor | None,
     pairing: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _gather_backward(query, key, value, places, sizes, turns, pairing)
+    return _gather_backward(grad_q, grad_k, grad_v, places, sizes, turns, pairing)
 
 
 gather_op = torch.library.custom_op("lighthouse::gather", _gather_whole, mutates_args=())

@@ -140,16 +140,18 @@ def _scatter_backward(
 
 
 class Launches(NamedTuple):
-    """Of the blocks of each chunk that the halo reaches, and of all others; one, or none."""
+    """One launch or none for each part of the chunks."""
 
     edge: list[Prepared]
+    """The blocks that the halo reaches, at the beginning of each chunk."""
     inner: list[Prepared]
+    """All other blocks."""
 
 
 def _launches(
     step: str, given: Tensor, halo: Tensor | None, places: Tensor, sizes: Sequence[int]
 ) -> tuple[Launches, Sequence[Tensor]]:
-    """The launches that spread or collect the tensor given. And it and the halo, as they take them: any tensor for none."""
+    """The launches that spread or collect `given`, and the tensors that they take: it, and the halo (any, if there is none)."""
     found, strides = laid_out((given, given if halo is None else halo.flatten(0, 1)))
     return _settled(step, given.shape, strides, given.dtype, places.shape, tuple(sizes), halo is not None), found
 
@@ -164,6 +166,7 @@ def _settled(
     sizes: tuple[int, ...],
     has_halo: bool,
 ) -> Launches:
+    """What shapes and strides settle: made once for each."""
     (length, levels, pooling, _, chunks), (_, _, heads, dim) = sizes, shape
     coarsest, how = pooling ** (levels - 1), launch(step, dim, dtype.itemsize)
     kernel, window = (scatter_backward_kernel, coarsest) if step == "collect" else (scatter_forward_kernel, pooling)

@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_lighthouse.kernels.launch import Prepared, cdiv, enqueue, laid_out, launch, padded, power_of_2
+from megatron_lighthouse.kernels.launch import Prepared, cdiv, enqueue, laid_out, launch, padded
 from megatron_lighthouse.lighthouse.geometry import Pyramid
 from megatron_lighthouse.ranges import profiled
+from megatron_lighthouse.sums import next_power_of_two
 
 
 @triton.jit
@@ -150,7 +151,7 @@ def coarsen(scores: Tensor, geometry: Pyramid, fused: int) -> None:
 @cache
 def blocks_of(geometry: Pyramid, rows: int) -> tuple[int, int, int]:
     """Tokens a program scores, the power of two from p on, and how many levels of windows fit in those tokens."""
-    digit = power_of_2(geometry.pooling)
+    digit = next_power_of_two(geometry.pooling)
     block = max(rows, digit)
     return block, digit, max(level for level in range(1, geometry.levels) if digit**level <= block)
 

@@ -15,10 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_lighthouse.gpu import capability_of
-from megatron_lighthouse.kernels.launch import Prepared, cdiv, power_of_2
+from megatron_lighthouse.kernels.launch import Prepared, cdiv
 from megatron_lighthouse.kernels.lighthouse.windows import level_offset
 from megatron_lighthouse.lighthouse.geometry import Geometry
 from megatron_lighthouse.ranges import profiled
+from megatron_lighthouse.sums import next_power_of_two
 
 BLOCK = 2048
 """Scores that a program holds at most at a time; a longer tile is read in parts."""
@@ -239,7 +240,7 @@ def place_launch(geometry: Geometry, rows: int) -> Prepared:
 def block_of(geometry: Geometry) -> tuple[int, bool]:
     """Scores that a program holds at a time, and whether that is all of a tile's level 1, the longest."""
     longest = geometry.entries(1) // geometry.tiles
-    block = min(BLOCK, power_of_2(longest))
+    block = min(BLOCK, next_power_of_two(longest))
     return block, longest <= block
 
 

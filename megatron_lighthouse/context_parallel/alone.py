@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from megatron_lighthouse.context_parallel.parts import Block, Mask, Part, Tensors, sinks_gradient
 
 WHOLE = Mask((0,), (0,))
+"""Near rows see far ones up to their own, and the last of both is the same row."""
 
 
 @dataclass(frozen=True)

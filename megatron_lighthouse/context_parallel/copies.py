@@ -1,20 +1,23 @@
 """Copies: tensors straight into the memory of another GPU of this machine, by its copy engines.
 
 NCCL's kernels take SMs. Attention kernels are one persistent block an SM, so what NCCL sends beside them costs about its own
-time, which a copy engine does not. Each rank has slots and flags in memory that its peers can write (torch's symmetric memory).
-The sender takes the flag that says that the slot is free, writes the tensors, and gives the receiver a flag, which the
-receiver's stream takes; when that has read the slot, it gives a flag to who fills the slot next. To take is to wait until a
-flag is 1, and to make it 0. No kernel spins for that: it is streams that wait.
+time. What a copy engine sends does not.
+
+Each rank has slots and flags in memory that its peers can write (torch's symmetric memory). To take a flag is to wait until it
+is 1, and to make it 0. No kernel spins for that: streams wait. A message goes so:
+
+1. The sender's stream takes the flag that the slot is free, writes the tensors, and gives the receiver the flag that they came.
+2. The receiver's stream takes that flag and reads the slot.
+3. Then it gives the flag that the slot is free to the rank that fills it next.
 
 A pass is one message a hop, in turn: in hop h each rank sends to the rank h places after it (or before it). It takes as many
-flags as it gives, and leaves them all as it found them; so a CUDA graph of whole passes can be repeated, between others and
-between calls without a graph.
+flags as it gives, and leaves them all as it found them. So a CUDA graph of whole passes can be replayed, also between calls
+without a graph.
 
-What a rank waits for, the others have been given before by the order of the program, which is one on all ranks: so nobody waits
-for what comes later, even where all streams share one queue (CUDA_DEVICE_MAX_CONNECTIONS=1). A graph keeps no order but that of
-what depends on each other. So a message is waited for only after the own one of that hop has left, and what NCCL sends in a
-layer (its halo) before a message is: all that a wait comes after in a layer it comes after in its graph too, in whatever order
-the branches are run.
+Nobody waits for ever. All ranks run one program, so what a rank waits for was queued on the others before what they wait for,
+even where all streams share one queue (CUDA_DEVICE_MAX_CONNECTIONS=1). A graph keeps only the order of what depends on each
+other. So a message is waited for only after this rank's own one of that hop has left, and what NCCL sends in a layer (its halo)
+is waited for before a message is. What a wait comes after in a layer, it then comes after in its graph too.
 """
 
 from __future__ import annotations

@@ -113,6 +113,10 @@ class Exchange:
         copies = copies_over(self.group, device)
         return copies if isinstance(copies, Copies) else None
 
+    def whole(self, x: Tensor, purpose: str) -> Tensor:
+        """The whole sequence [C * n, ...], of which each rank gives its own tokens `x` [n, ...]."""
+        return self.in_order(self.all_gather(x, purpose))
+
     def in_order(self, x: Tensor) -> Tensor:
         """`x` [C, n, ...] with the tokens of each rank, as one sequence [C * n, ...]."""
         chunks = x.unflatten(1, (2, -1)).flatten(0, 1)

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.parts import Block, Mask, Part, Tensors, sinks_gradient
 from megatron_lighthouse.sequence.layout import Layout
+from megatron_lighthouse.sums import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class _Gathered(torch.autograd.Function):
         exchange: Exchange = scheme.exchange
         wholes = tuple(exchange.all_gather(x, "attend") for x in far)
         d_near, d_far = scheme.block.backward(grad, near, far, part, scheme.own)
-        wide = torch.promote_types(grad.dtype, torch.float32)
+        wide = accumulation_dtype(grad)
         sums, d_wholes = [x.to(wide) for x in d_near], [torch.zeros_like(x) for x in wholes]
         for i, rows, theirs, mask in scheme.parts(wholes):
             given = grad[rows], tuple(x[rows] for x in near), theirs, part[rows]

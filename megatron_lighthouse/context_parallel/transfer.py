@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.gpu import triton_takes
+from megatron_lighthouse.sums import accumulation_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +209,7 @@ def placed(rows: Sequence[Tensor], message: Tensor, slots: Tensor) -> list[Tenso
         if len(slots) == 1:
             made.append(among[index[0]])
             continue
-        total = torch.zeros_like(among[index[0]], dtype=torch.promote_types(own.dtype, torch.float32))
+        total = torch.zeros_like(among[index[0]], dtype=accumulation_dtype(own))
         for copy in index:
             total += among[copy]
         made.append(total.to(own.dtype))

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_lighthouse.context_parallel.alone import WHOLE
 from megatron_lighthouse.context_parallel.exchange import Exchange, finish
-from megatron_lighthouse.context_parallel.parts import Block, Mask, Part, Tensors, sinks_gradient
+from megatron_lighthouse.context_parallel.parts import Block, Part, Tensors, sinks_gradient
 from megatron_lighthouse.sequence.layout import Layout
+from megatron_lighthouse.sums import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Windowed:
     def returned(self, grads: list[Tensors], length: int) -> Tensors:
         """The gradients of this rank's far rows, from those of what it and others fetched; sums in the dtype of sums."""
         own, like = self.exchange.layout.chunks, grads[0]
-        wide = torch.promote_types(like[0].dtype, torch.float32)
+        wide = accumulation_dtype(like[0])
         sums = tuple(torch.cat([x[-length:] for x in parts]).to(wide) for parts in zip(*grads, strict=True))
 
         def part(chunk: int, rows: int, later: int) -> Tensors:
@@ -101,7 +103,7 @@ class _Windowed(torch.autograd.Function):
         near, far = rows[:count], rows[count:]
         fetched, outputs, saved = scheme.fetched(far), [], []
         for seeing, seen in zip(_chunks(near), fetched, strict=True):
-            part = scheme.block.forward(seeing, seen, WITHIN).with_sinks(sinks)
+            part = scheme.block.forward(seeing, seen, WHOLE).with_sinks(sinks)
             outputs.append(scheme.block.output(part))
             saved.append((*seeing, *seen, *part.averages, part.lse))
         ctx.scheme, ctx.near, ctx.far = scheme, len(near), len(far)
@@ -118,7 +120,7 @@ class _Windowed(torch.autograd.Function):
             kept = tuple(saved[i * each : (i + 1) * each])
             near, far = kept[: ctx.near], kept[ctx.near : ctx.near + ctx.far]
             part = Part(kept[ctx.near + ctx.far : -1], kept[-1])
-            of_near, of_far = scheme.block.backward(given, near, far, part, WITHIN)
+            of_near, of_far = scheme.block.backward(given, near, far, part, WHOLE)
             d_near.append(of_near)
             d_fetched.append(of_far)
             d_sinks.append(sinks_gradient(sinks, given, scheme.block.output(part), part.lse))
@@ -130,10 +132,6 @@ class _Windowed(torch.autograd.Function):
             *(torch.cat(x) for x in zip(*d_near, strict=True)),
             *scheme.returned(d_fetched, grad.shape[0] // 2),
         )
-
-
-WITHIN = Mask((0,), (0,))
-"""Of near rows and of far rows that end with them."""
 
 
 def _chunks(rows: Tensors) -> list[Tensors]:

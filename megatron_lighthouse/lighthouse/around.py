@@ -1,8 +1,9 @@
-"""The attentions that Lighthouse gathers rows for (`--lighthouse-around`): those of the registry that offer themselves.
+"""The attentions that Lighthouse can gather rows for (`--lighthouse-around`): the registered ones with an `around` name.
 
-Gathered rows stand in the order of their last token, and each sees those up to its own: they are a shorter sequence, over which
-any causal attention runs. What it reads besides queries, keys and values, its streams, goes with the queries: pooled and
-gathered as further heads of theirs, unless it says otherwise (`rows.TakesRows.gather`). Nothing else of Lighthouse knows of it.
+Gathered rows stand in the order of their last token, and each row sees those up to itself. So they are a shorter sequence, and
+any causal attention can run over it. What it reads besides queries, keys and values are its streams. These are pooled and
+gathered as further heads of the queries, unless the attention overrides `rows.TakesRows.gather`. No other file of Lighthouse
+knows which attention it is.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from megatron_lighthouse.variant import Variant
 
 
 class Around(Mapping[str, Variant]):
-    """By the names that they offer themselves by."""
+    """By their `around` names."""
 
     def __getitem__(self, name: str) -> Variant:
         return self._offered()[name]

@@ -15,7 +15,7 @@ from megatron_lighthouse.given import check_sinks, check_types
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.geometry import Pyramid
 from megatron_lighthouse.lighthouse.given import check_own, check_selection
-from megatron_lighthouse.lighthouse.layer import Attended, Layer, build
+from megatron_lighthouse.lighthouse.layer import Attended, build
 from megatron_lighthouse.lighthouse.packed.layer import PackedAttended, PackedLayer, build_packed
 from megatron_lighthouse.lighthouse.packed.packing import Packing
 from megatron_lighthouse.lighthouse.packed.sharded import ShardedAttended, ShardedPackedLayer
@@ -27,6 +27,7 @@ from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.softmax.backends import Attend
 from megatron_lighthouse.softmax.inputs import check, made_from
+from megatron_lighthouse.variant import DEFAULT_PLACE, Place
 
 MOST_BUILT = 64
 _built: dict[tuple[Any, ...], Any] = {}
@@ -95,25 +96,23 @@ def lighthouse_attention(
     # by name alone, here: under Transformer Engine's attention `attended_rows` may be given a scheme of its own
     if problem := comm_type_problem(cp_comm_type, 1, 1, 1):
         raise ValueError(problem)
-    exchange = Exchange.over(cp_group)
     check_sinks(sinks, query, attend, cu_seqlens)
-    if cu_seqlens is not None:
-        how = (softmax_scale, rotary, attend, selection, streams, around, exchange, cp_comm_type)
-        return packed_rows(query, key, value, config, cu_seqlens, *how).scatter()
-    return attended_rows(
-        query,
-        key,
-        value,
-        config,
-        streams=streams,
-        around=around,
-        softmax_scale=softmax_scale,
+    place = Place(
+        exchange=Exchange.over(cp_group),
+        comm_type=cp_comm_type,
+        scale=softmax_scale,
+        base_attends=attend is not None,
         rotary=rotary,
-        exchange=exchange,
-        cp_comm_type=cp_comm_type,
-        attend=attend,
-        selection=selection,
-        sinks=sinks,
+        around=around,
+        value_dim=value.shape[-1],
+        sinks=sinks is not None,
+    )
+    if cu_seqlens is not None:
+        return packed_rows(
+            query, key, value, config, cu_seqlens, place, streams=streams, attend=attend, selection=selection
+        ).scatter()
+    return attended_rows(
+        query, key, value, config, place, streams=streams, attend=attend, selection=selection, sinks=sinks
     ).scatter()
 
 
@@ -122,24 +121,23 @@ def attended_rows(
     key: Tensor,
     value: Tensor,
     config: LighthouseConfig,
+    place: Place = DEFAULT_PLACE,
     *,
     streams: Sequence[Tensor] = (),
-    around: Any = None,
-    softmax_scale: float | None = None,
-    rotary: Rotary | None = None,
-    exchange: Exchange | None = None,
-    cp_comm_type: str = "p2p",
     attend: Attend | None = None,
     selection: Selection | None = None,
     sinks: Tensor | None = None,
 ) -> Attended:
-    """All steps of `lighthouse_attention` but the last, which must follow: the halo is under way until then."""
+    """All steps of `lighthouse_attention` but the last, which must follow: the halo is under way until then.
+
+    Args:
+        place: says whether there are `attend` (`base_attends`) and `sinks`, and which D the values have.
+    """
     refuse_transforms(query, key, value, *streams)
-    check_own(query, key, value, config, streams, softmax_scale, around, attend, exchange)
-    how = (exchange, cp_comm_type, softmax_scale, attend is not None, rotary, sinks is not None, value.shape[-1], around)
-    layer = layer_for(config, query, key, value, *how)
+    check_own(query, key, value, config, streams, place)
+    layer = _layer_for(build, config, query, key, value, place)
     if selection is not None:
-        check_selection(selection, query, key.shape[2] // layer.heads_per_selection, layer.geometry, exchange)
+        check_selection(selection, query, key.shape[2] // layer.heads_per_selection, layer.geometry, place.exchange)
     once = differentiable_once(query, key, value, *streams)
     return layer.attended(*once, attend=attend, selection=selection, sinks=sinks)
 
@@ -150,22 +148,18 @@ def packed_rows(
     value: Tensor,
     config: LighthouseConfig,
     cu_seqlens: Tensor | Documents,
-    softmax_scale: float | None = None,
-    rotary: Rotary | None = None,
+    place: Place = DEFAULT_PLACE,
+    *,
+    streams: Sequence[Tensor] = (),
     attend: Callable[..., Tensor] | None = None,
     selection: Selection | None = None,
-    streams: Sequence[Tensor] = (),
-    around: Any = None,
-    exchange: Exchange | None = None,
-    cp_comm_type: str = "p2p",
 ) -> PackedAttended | ShardedAttended:
     """As `attended_rows`, of a row of documents."""
     refuse_transforms(query, key, value, *streams)
-    check_own(query, key, value, config, streams, softmax_scale, around, attend, exchange)
-    how = (softmax_scale, attend is not None, rotary, around, exchange, cp_comm_type, value.shape[-1])
-    layer, documents = _packed(config, query, key, value, cu_seqlens, exchange, *how)
+    check_own(query, key, value, config, streams, place)
+    layer, documents = _packed(config, query, key, value, cu_seqlens, place)
     if selection is not None:
-        check_selection(selection, query, key.shape[2], Packing.of(documents, layer.rule), exchange)
+        check_selection(selection, query, key.shape[2], Packing.of(documents, layer.rule), place.exchange)
     query, key, value, *streams = differentiable_once(query, key, value, *streams)
     if isinstance(layer, ShardedPackedLayer):
         return layer.attended(query, key, value, documents=documents, attend=attend)
@@ -178,16 +172,16 @@ def _packed(
     key: Tensor,
     value: Tensor,
     cu_seqlens: Tensor | Documents,
-    exchange: Exchange | None,
-    *how: Any,
+    place: Place,
 ) -> tuple[PackedLayer | ShardedPackedLayer, Documents]:
-    layer = _built_by(build_packed, config, query, key, value, *how)
+    """The layer for such rows, and the documents of this one. Raises ValueError: see `lighthouse_attention`."""
+    layer = _layer_for(build_packed, config, query, key, value, place)
     if query.shape[1] != 1:
         raise ValueError(
             f"cu_seqlens is of one row, and the batch (dimension 1) is {query.shape[1]}: lay rows end to end, "
             "[N * B, 1, H, D], and their documents likewise."
         )
-    size = exchange.size if exchange else 1
+    size = place.exchange.size if place.exchange else 1
     tokens = len(query) * size
     if isinstance(cu_seqlens, Tensor):
         documents = Documents.known(cu_seqlens, tokens, query.device)
@@ -202,24 +196,23 @@ def _packed(
     return layer, documents
 
 
-def layer_for(config: LighthouseConfig, query: Tensor, key: Tensor, value: Tensor, *how: Any) -> Layer:
-    """The layer of inputs like these, built the first time that they come; `how` is what else `build` takes.
-
-    Raises:
-        ValueError: as `lighthouse_attention`.
-    """
-    return _built_by(build, config, query, key, value, *how)
-
-
-def _built_by[T](build: Callable[..., T], config: LighthouseConfig, query: Tensor, key: Tensor, value: Tensor, *how: Any) -> T:
+def _layer_for[T](
+    build: Callable[[LighthouseConfig, Tensor, Tensor, Place], T],
+    config: LighthouseConfig,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    place: Place,
+) -> T:
+    """What `build` makes of inputs like these, built the first time that they come. Raises ValueError as `build`."""
     if torch.compiler.is_compiling():  # guards do what the table does
         check(query, key, value)
-        return build(config, query, key, *how)
-    made = (build, config, *made_from(query, key, value), *how)
+        return build(config, query, key, place)
+    made = (build, config, place, *made_from(query, key, value))
     layer: T | None = _built.get(made)
     if layer is None:
         check(query, key, value)
-        layer = build(config, query, key, *how)
+        layer = build(config, query, key, place)
         if len(_built) >= MOST_BUILT:
             _built.clear()
         _built[made] = layer
@@ -264,14 +257,13 @@ def lighthouse_select(
     check_types(value=value)
     refuse_transforms(query, key, value)
     exchange = Exchange.over(cp_group)
+    place = Place(exchange=exchange, base_attends=True, rotary=rotary, value_dim=value.shape[-1])
     if cu_seqlens is not None:
-        how = (None, True, rotary, None, exchange, "p2p", value.shape[-1])
-        packed, documents = _packed(config, query, key, value, cu_seqlens, exchange, *how)
+        packed, documents = _packed(config, query, key, value, cu_seqlens, place)
         if isinstance(packed, ShardedPackedLayer):
             return packed.select(query, key, value, documents)
         return packed.select(query, key, value, documents).indices
-    selects = (exchange, "p2p", None, True, rotary, False, value.shape[-1])
-    selection, deal = layer_for(config, query, key, value, *selects).select(query, key, value)
+    selection, deal = _layer_for(build, config, query, key, value, place).select(query, key, value)
     if exchange is None:
         return selection.indices
     entries = _numbered_in_whole(selection.indices, selection.geometry, exchange.layout)

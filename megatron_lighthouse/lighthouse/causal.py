@@ -1,16 +1,20 @@
-"""A causal selection (ours): whether a window is refined rests on no token that a position which sees it does not see.
+"""A causal selection (ours): the output at a position depends on no later token, not even through which windows are refined.
 
-As in the paper m windows of a tile are refined at each level, half of them by queries, half of the rest by keys. But
+As in the paper, m windows of a tile are refined at each level: half of them chosen by queries, half of the rest by keys. What
+differs is when each choice is made, and from what:
 
-1. by queries, for the tokens in it, before its first token: by s^Q of the window before it. Its children are as in the paper.
-2. by keys, when it has ended: by its own s^K. Its children, and all that they are refined into, are gathered as they were, and
-   seen as keys from the window's last token on. Rows of theirs that end before it would be outputs too early: they are silent.
+1. By queries a window is refined for the tokens in it. So this is decided before its first token, by s^Q of the window before
+   it. Its children are used as in the paper.
+2. By keys a window is refined for the tokens after it. So this is decided at its last token, by its own s^K. Its children, and
+   all that these are refined into, are gathered as in the paper, but as keys alone until the window has ended: the output of a
+   row that ends earlier would come too early, so that row is silent (not scattered).
 
-Either choice is made window by window. One is refined if, of the windows of its tile so far, fewer score as high than the share
-of them that the tile refines; until that is spent, and the last ones where else some were left. So S is the paper's.
+Either choice goes window by window. A window is refined if, of the windows of its tile so far, those that score as high are
+fewer than the tile's share. When the share is spent none are refined any more; when as many windows are left as are still
+wanted, all are. So S is the paper's.
 
-The order of rows stays the paper's: within a window that was refined by keys no row is seen by any query before its last token,
-and those of its children stand just before its own.
+The order of rows is the paper's too: inside a window that keys refined, no query sees anything before the window's last token,
+and the rows of its children stand just before its own.
 """
 
 from __future__ import annotations
@@ -45,7 +49,7 @@ def select_causally(
     by_level = scores.split([geometry.entries(level) for level in range(1, geometry.levels)], -1)
     shape = (*scores.shape[1:3], geometry.tiles, geometry.tile)
     candidates = torch.arange(geometry.entries(top), device=scores.device).view(shape[2:]).expand(shape)
-    # in no window that was refined by keys; and not silent
+    # live: in no window that keys refined; heard: the row is scattered, not silent
     live = heard = torch.ones(shape, dtype=torch.bool, device=scores.device)
     gathered, audible = [torch.empty(0)] * geometry.levels, [torch.empty(0)] * geometry.levels
     of_queries, child = geometry.tile, torch.arange(pooling, device=scores.device)

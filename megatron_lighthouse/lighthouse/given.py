@@ -12,6 +12,7 @@ from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.geometry import Pyramid
 from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.softmax.inputs import check
+from megatron_lighthouse.variant import Place
 
 
 def check_own(
@@ -20,18 +21,14 @@ def check_own(
     value: Tensor,
     config: LighthouseConfig,
     streams: Sequence[Tensor],
-    softmax_scale: float | None,
-    around: object,
-    attend: object,
-    exchange: Exchange | None,
+    place: Place,
 ) -> None:
     """Raises ValueError for what is of the default inner attention beside another, and for streams that it does not read."""
-    if attend is not None and (softmax_scale is not None or around is not None):
+    if place.base_attends and (place.scale is not None or place.around is not None):
         check(query, key, value)
-        name = "around" if softmax_scale is None else "softmax_scale"
-        own = "options" if softmax_scale is None else "scale"
+        name, own = ("around", "options") if place.scale is None else ("softmax_scale", "scale")
         raise ValueError(f"{name} belongs to the default inner attention: give `attend` its own {own} instead.")
-    if problem := AROUND[config.around].streams_problem(around, query, key, streams, exchange):
+    if problem := AROUND[config.around].streams_problem(place.around, query, key, streams, place.exchange):
         check(query, key, value)
         raise ValueError(problem)
 

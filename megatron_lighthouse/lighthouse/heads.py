@@ -1,4 +1,4 @@
-"""Key/value heads that share a selection (ours): many heads, as those of MLA, need not choose each for itself."""
+"""Key/value heads that share one selection (ours), for models with many of them, such as MLA."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ def summed(scores: Tensor, heads: int) -> Tensor:
     """Scores [2, B, G, n], summed over so many heads at a time: [2, B, G / heads, n], in the order of the heads."""
     if heads == 1:
         return scores
-    total, *rest = scores.unflatten(2, (-1, heads)).unbind(3)
-    for other in rest:
-        total = total + other
-    return total
+    from megatron_lighthouse.sums import one_by_one
+
+    return one_by_one(scores.unflatten(2, (-1, heads)), 3)
 
 
 def heads_problem(config: LighthouseConfig, groups: int, dim: int, value_dim: int | None = None) -> str | None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
-import torch
 from torch import Tensor
 
-from megatron_lighthouse.gpu import HAS_TRITON
+from megatron_lighthouse.gpu import kernels_problem
 from megatron_lighthouse.lighthouse import reference
 from megatron_lighthouse.lighthouse.packed import reference as packed_reference
 from megatron_lighthouse.lighthouse.packed.steps import PackedSteps
@@ -29,7 +26,7 @@ def steps_for(name: str, query: Tensor, pooling: int = 2) -> Steps:
     """
     if name == "reference" or (name == "auto" and query.device.type != "cuda"):
         return reference
-    problem = missing(query.device.type, query.dtype, query.shape[-1])
+    problem = kernels_problem(query.device.type, query.dtype, query.shape[-1])
     if problem is None:
         from megatron_lighthouse.kernels import lighthouse as kernels
 
@@ -52,16 +49,3 @@ def packed_steps_for(name: str, query: Tensor, pooling: int = 2) -> PackedSteps:
     from megatron_lighthouse.kernels.lighthouse import packed as packed_kernels
 
     return packed_kernels
-
-
-def missing(device: str, dtype: torch.dtype, dim: int) -> str | None:
-    """Why the kernels cannot run, and what would let them; None where they can."""
-    if not HAS_TRITON:
-        return "the package triton is not installed (torch's CUDA builds for Linux bring it)"
-    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"they run on GPUs, not on the device {device!r} (but with TRITON_INTERPRET=1 in the environment, slowly)"
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"they take bf16, fp16 and fp32, not {dtype}"
-    if dim > 256:
-        return f"they take head dimensions up to 256, not {dim}"
-    return None

@@ -1,11 +1,10 @@
-"""A layer: everything about Lighthouse that its inputs' shapes decide, decided once; its calls only compute."""
+"""One Lighthouse layer. `build` decides once all that the inputs' shapes decide; a call runs the steps in their order."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,24 +27,25 @@ from megatron_lighthouse.lighthouse.sharded.halo import with_halo
 from megatron_lighthouse.lighthouse.sharded.select import own_tiles, select_shard
 from megatron_lighthouse.lighthouse.steps import HaloTravel, Steps
 from megatron_lighthouse.ranges import profiled
+from megatron_lighthouse.variant import DEFAULT_PLACE, Place
 
 
 @dataclass(frozen=True)
 class Attended:
-    """What the last step needs: all of a layer but its output."""
+    """A layer's state after the inner attention: what the last step, scatter, needs."""
 
     rows: Tensor
-    """[S, B, H, D], attended to."""
+    """[S, B, H, D], the attention's output for the rows whose entries this rank holds."""
     dealt: Tensor
-    """The same as the inner attention gave them: before they were dealt back to the ranks that hold their entries."""
+    """The inner attention's own output, of which `rows` is what was dealt back; the same tensor where nothing is dealt."""
     selection: Selection
     steps: Steps
     halo: Tensor | None = None
-    """Under context parallelism, the rows that spill into this rank's chunks."""
+    """[2, L-1, B, H, D], under context parallelism: the rows that spill into this rank's chunks."""
     travel: HaloTravel | None = None
-    """By which the halo comes."""
+    """The halo on its way here."""
     passage: Passage | None = None
-    """What is under way where the inner attention is a ring."""
+    """Keys and values on their way, where the inner attention is a ring."""
 
     def scatter(self) -> Tensor:
         """[N, B, H, D]: the layer's output."""
@@ -64,7 +64,7 @@ class Layer:
     own: Tiled
     """Of this rank's tokens, in the tiles of the whole sequence."""
     own_tiles: Geometry | None
-    """Where context-parallel ranks select alone: of this rank's tiles. Else rows are dealt."""
+    """Of this rank's tiles, where each lies on one rank, so that ranks select alone. None: rows are dealt."""
     pin_first: bool
     causal: bool
     """Whether the selection rests on no later token."""
@@ -72,30 +72,13 @@ class Layer:
     scorer: Scorer
     exchange: Exchange | None
     gather: Callable[..., tuple[Tensor, ...]]
-    """What rows are, of what is around: see `Variant.gather`."""
+    """Makes rows of queries, keys, values and streams: `TakesRows.gather` of the attention that `config.around` names."""
     attend: RowAttention | None
     """The inner attention; None where every call brings its own."""
     heads_per_selection: int
     """Key/value heads that share a selection."""
     rotary: Rotary | None
-    """By which rows are turned on to their window's last token while they are pooled."""
-
-    @property
-    def rule(self) -> tuple[bool, bool]:
-        """(pin_first, causal), as `Steps.select` takes them."""
-        return self.pin_first, self.causal
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *streams: Tensor,
-        attend: Callable[..., Tensor] | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        """[N, B, H, D]: see `lighthouse_attention`."""
-        return self.attended(query, key, value, *streams, attend=attend, sinks=sinks).scatter()
+    """Rotates rows on to their window's last token while they are pooled; None: rows are averaged as they come."""
 
     def attended(
         self,
@@ -107,7 +90,14 @@ class Layer:
         selection: Selection | None = None,
         sinks: Tensor | None = None,
     ) -> Attended:
-        """All steps but the last, which must follow: the halo is under way until then."""
+        """All steps but the last, `Attended.scatter`, which must follow: until then the halo is under way.
+
+        Args:
+            query, key, value, streams: see `lighthouse_attention`.
+            attend: the inner attention of this call, where the layer has none.
+            selection: attend to these entries instead of selecting.
+            sinks: [H], where the place says that each call brings them.
+        """
         deal = None
         if selection is None:
             selection, deal = self.select(query, key, value)
@@ -134,57 +124,49 @@ class Layer:
         """The entries of this rank; and, where the ranks hold different numbers of rows, how these are dealt."""
         # no decorator, which torch.compile cannot follow on a method; and not no_grad, which costs the host twice as much
         with torch.set_grad_enabled(False):
-            scores, deal = self.scorer(query, key, value, self.own, self.steps, self.exchange, self.rotary), None
+            scores = self.scorer(query, key, value, self.own, self.steps, self.exchange, self.rotary)
             scores = summed(scores, self.heads_per_selection)
+            how, deal = (self.pin_first, self.causal), None
             if self.exchange is None:
-                selection = self.steps.select(scores, self.geometry, *self.rule)
+                selection = self.steps.select(scores, self.geometry, *how)
             else:
-                selection, deal = select_shard(scores, self.geometry, self.own_tiles, *self.rule, self.steps, self.exchange)
-            telemetry.record(selection, scores, self.geometry, *self.rule, self.steps, self.scorer.causal)
+                selection, deal = select_shard(scores, self.geometry, self.own_tiles, *how, self.steps, self.exchange)
+            telemetry.record(selection, scores, self.geometry, *how, self.steps, self.scorer.causal)
         return selection, deal
 
 
-def build(
-    config: LighthouseConfig,
-    query: Tensor,
-    key: Tensor,
-    exchange: Exchange | None = None,
-    comm_type: str = "p2p",
-    softmax_scale: float | None = None,
-    own_attend: bool = False,
-    rotary: Rotary | None = None,
-    sinks: bool = False,
-    value_dim: int | None = None,
-    around: Any = None,
-) -> Layer:
+def build(config: LighthouseConfig, query: Tensor, key: Tensor, place: Place = DEFAULT_PLACE) -> Layer:
     """The layer for inputs like these.
 
     Args:
         query: [N/C, B, H, D]; key: [N/C, B, G, D]; of these only shapes, dtype and device count.
-        own_attend: every call brings its inner attention.
-        rotary: what queries and keys are rotated by, where pooled rows are to stand at their window's last token.
-        sinks: every call brings a sink for each head.
-        value_dim: of the values, where it is not D.
-        around: the config of the attention that `config.around` names; None for its defaults.
-
+        place: its ranks, its softmax, and what queries and keys are rotated by.
 
     Raises:
         ValueError: as `lighthouse_attention`.
     """
-    base = AROUND[config.around]
+    base, rotary = AROUND[config.around], place.rotary
     if rotary is not None and (problem := rotary.problem(query.shape[3]) or base.rotary_problem()):
         raise ValueError(problem)
-    if problem := heads_problem(config, key.shape[2], query.shape[3], value_dim):
+    if problem := heads_problem(config, key.shape[2], query.shape[3], place.value_dim):
         raise ValueError(problem)
-    size = exchange.size if exchange else 1
+    size = place.exchange.size if place.exchange else 1
     geometry = config.geometry(query.shape[0] * size, size)
     attend: RowAttention | None = None
-    if not own_attend:
-        how = (exchange, comm_type, softmax_scale, sinks, value_dim)
+    if not place.base_attends:
         rows_q, rows_k = (x[:1].expand(geometry.gathered_length // size, -1, -1, -1) for x in (query, key))
-        attend = base.build_rows(around, config.inner, rows_q, rows_k, *how)
-    steps = steps_for(config.steps, query, config.pooling)
-    own, tiles = Tiled(query.shape[0], config.levels, config.pooling, geometry.tile), own_tiles(geometry, size)
-    scorer, shared = SCORERS[config.scorer], config.heads_per_selection or 1
-    rule = (config.pin_first, config.causal_selection)
-    return Layer(geometry, own, tiles, *rule, steps, scorer, exchange, base.gather, attend, shared, rotary)
+        attend = base.build_rows(config.inner, rows_q, rows_k, place)
+    return Layer(
+        geometry=geometry,
+        own=Tiled(query.shape[0], config.levels, config.pooling, geometry.tile),
+        own_tiles=own_tiles(geometry, size),
+        pin_first=config.pin_first,
+        causal=config.causal_selection,
+        steps=steps_for(config.steps, query, config.pooling),
+        scorer=SCORERS[config.scorer],
+        exchange=place.exchange,
+        gather=base.gather,
+        attend=attend,
+        heads_per_selection=config.heads_per_selection or 1,
+        rotary=rotary,
+    )

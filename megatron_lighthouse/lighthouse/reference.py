@@ -6,7 +6,7 @@ trailing dimensions; sums are in fp32, or in fp64 for fp64 inputs. Sources: arXi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,10 +19,7 @@ from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.lighthouse.steps import FarTravel, HaloTravel
 from megatron_lighthouse.ranges import profiled
 from megatron_lighthouse.sequence.layout import Layout
-
-
-def accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+from megatron_lighthouse.sums import accumulation_dtype, by_neighbours, one_by_one
 
 
 def pool(x: Tensor, geometry: Pyramid, rotary: Rotary | None = None) -> list[Tensor]:
@@ -49,14 +46,8 @@ def score(query: Tensor, key: Tensor, geometry: Pyramid) -> Tensor:
     """See `Steps.score`. The sums are made in a fixed order, so that every device ranks alike to the last bit."""
     scores = []
     for x in (query.unflatten(2, (key.shape[2], -1)), key.unsqueeze(3)):
-        squares = x.to(accumulation_dtype(x)).square()
-        squares = torch.nn.functional.pad(squares, (0, next_power_of_two(x.shape[-1]) - x.shape[-1]))
-        while squares.shape[-1] > 1:
-            squares = squares[..., 0::2] + squares[..., 1::2]
-        total = squares[..., 0, 0]
-        for r in range(1, squares.shape[3]):
-            total = total + squares[..., r, 0]
-        scores.append(window_maxima(_sqrt(total).permute(1, 2, 0), geometry))
+        squares = one_by_one(by_neighbours(x.to(accumulation_dtype(x)).square(), -1), 3)
+        scores.append(window_maxima(_sqrt(squares).permute(1, 2, 0), geometry))
     return torch.stack(scores)
 
 
@@ -89,20 +80,28 @@ def norms_of_chunks(chunks: Sequence[Tensor], begins: Sequence[int], key: Tensor
     groups, (heads, dim), query = key.shape[2], chunks[0].shape[2:], chunks[0]
     kind, squares = accumulation_dtype(query), []
     keys, values = (x.permute(1, 2, 0, 3) for x in (key, value))
-    for begin, chunk in zip(begins, chunks, strict=True):
-        before = begin % QUERIES  # a chunk may begin within a block: rows that another rank has are zero here
-        rows = torch.nn.functional.pad(chunk, (0, 0, 0, 0, 0, 0, before, -(before + chunk.shape[0]) % QUERIES))
-        for i, block in enumerate(rows.split(QUERIES)):
-            position = begin - before + i * QUERIES + torch.arange(QUERIES, device=query.device)
-            end = begin - before + (i + 1) * QUERIES
-            k, v = (x[:, :, :end].to(kind) for x in (keys, values))
-            q = block.to(kind).unflatten(2, (groups, -1)).permute(1, 2, 3, 0, 4).flatten(2, 3)
-            logits = (q @ k.mT / dim**0.5).unflatten(2, (-1, QUERIES))
-            hidden = torch.arange(k.shape[2], device=query.device) > position.unsqueeze(-1)
-            weights = logits.masked_fill_(hidden, -torch.inf).softmax(-1).flatten(2, 3)
-            mine = slice(max(0, before - i * QUERIES), before + chunk.shape[0] - i * QUERIES)
-            squares.append((weights @ v).square().sum(-1).unflatten(2, (heads // groups, QUERIES))[..., mine])
+    for first, block, own in blocks_of(chunks, begins, QUERIES):
+        position = first + torch.arange(QUERIES, device=query.device)
+        k, v = (x[:, :, : first + QUERIES].to(kind) for x in (keys, values))
+        q = block.to(kind).unflatten(2, (groups, -1)).permute(1, 2, 3, 0, 4).flatten(2, 3)
+        logits = (q @ k.mT / dim**0.5).unflatten(2, (-1, QUERIES))
+        hidden = torch.arange(k.shape[2], device=query.device) > position.unsqueeze(-1)
+        weights = logits.masked_fill_(hidden, -torch.inf).softmax(-1).flatten(2, 3)
+        squares.append((weights @ v).square().sum(-1).unflatten(2, (heads // groups, QUERIES))[..., own])
     return group_norms(torch.cat(squares, -1))
+
+
+def blocks_of(chunks: Sequence[Tensor], begins: Sequence[int], size: int) -> Iterator[tuple[int, Tensor, slice]]:
+    """Blocks of `size` rows that begin at its multiples, so that a position settles what shape its products have.
+
+    Yields the position of a block's first row; its rows, zero where they are not the chunk's; and which rows are the chunk's.
+    """
+    for begin, chunk in zip(begins, chunks, strict=True):
+        before = begin % size
+        rows = torch.nn.functional.pad(chunk, (0, 0) * 3 + (before, -(before + chunk.shape[0]) % size))
+        for i, block in enumerate(rows.split(size)):
+            skipped = before - i * size
+            yield begin - skipped, block, slice(max(0, skipped), skipped + chunk.shape[0])
 
 
 def chunk_starts(rows: int, layout: Layout | None) -> list[int]:
@@ -112,19 +111,12 @@ def chunk_starts(rows: int, layout: Layout | None) -> list[int]:
 
 def group_norms(squares: Tensor) -> Tensor:
     """The norms [B, G, n] of a group's rows taken as one vector, from their squared norms [B, G, R, n]; in a fixed order."""
-    total = squares[:, :, 0]
-    for r in range(1, squares.shape[2]):
-        total = total + squares[:, :, r]
-    return _sqrt(total)
+    return _sqrt(one_by_one(squares, 2))
 
 
 def _sqrt(x: Tensor) -> Tensor:
     # by way of fp64 because torch's sqrt in fp32 is not correctly rounded on every CPU
     return x.double().sqrt().to(x.dtype)
-
-
-def next_power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 @torch.no_grad()
@@ -294,7 +286,7 @@ def read(source: Tensor, places: Tensor) -> Tensor:
 
 
 def read_or_zero(source: Tensor, places: Tensor) -> Tensor:
-    """As `_read` in the accumulation dtype, with zero rows where a place is -1."""
+    """As `read`, in the dtype of sums, with zero rows where a place is -1."""
     found = read(source, places.clamp(min=0)).to(accumulation_dtype(source))
     missing = (places < 0).permute(2, 0, 1).view(*found.shape[:3], *[1] * (found.dim() - 3))
     return found.masked_fill_(missing, 0)

@@ -1,4 +1,4 @@
-"""Rows for another attention than softmax: what it says of itself, so that Lighthouse can be around it."""
+"""What an attention must offer so that Lighthouse can gather rows for it (`--lighthouse-around`)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from megatron_lighthouse.lighthouse.geometry import Shape
     from megatron_lighthouse.lighthouse.rotary import Rotary
     from megatron_lighthouse.lighthouse.selection import Selection
-    from megatron_lighthouse.variant import Stream
+    from megatron_lighthouse.variant import Place, Stream
 
 
 class RowAttention(Protocol):
-    """What a variant builds for Lighthouse: causal attention over rows in their order.
+    """Causal attention over gathered rows in their order, as a variant builds it for Lighthouse.
 
-    Of several context-parallel ranks each gives its rows in zigzag order, and gets their output over the rows of all.
+    Over context-parallel ranks, each gives its own rows in zigzag order, and gets their output over the rows of all ranks.
     """
 
     def passage(self) -> Passage | None:
@@ -30,7 +30,7 @@ class RowAttention(Protocol):
 
 
 class TakesRows:
-    """The part of a `Variant` that Lighthouse asks, where it can gather rows for it."""
+    """The part of a `Variant` that Lighthouse calls when it gathers rows for it."""
 
     name: str
     streams: tuple[Stream, ...]
@@ -64,7 +64,11 @@ class TakesRows:
         return None
 
     def of_projections(self, config: Any, streams: tuple[Tensor, ...], rotary: Rotary | None = None) -> tuple[Tensor, ...]:
-        """Its streams in `lighthouse_attention`, of what its projections gave, beside queries that come so rotated."""
+        """The streams that `lighthouse_attention` reads, from what the layer's projections gave.
+
+        Args:
+            rotary: what the queries and keys come rotated by.
+        """
         return streams
 
     def gather(
@@ -76,7 +80,7 @@ class TakesRows:
         value: Tensor,
         *streams: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Lighthouse's rows of queries, keys, values and streams, where it is `around`: streams are averaged as the queries.
+        """Rows of queries, keys, values and streams: [S, B, heads, D] each. Here streams are averaged as the queries are.
 
         Args:
             take: `Steps.gather` of this selection.
@@ -87,43 +91,25 @@ class TakesRows:
         return rows_q, rows_k, rows_v, *others
 
     def row_bytes(self, config: Any, shape: Shape) -> int:
-        """Of one row of queries, keys, values and streams, as `gather` gives them."""
+        """Bytes of one row of queries, keys, values and streams, as `gather` gives them."""
         queries = shape.heads * (1 + len(self.streams)) * shape.dim
         return shape.batch * shape.itemsize * (queries + shape.groups * (shape.dim + shape.values))
 
-    def build_rows(
-        self,
-        config: Any,
-        inner: str,
-        query: Tensor,
-        key: Tensor,
-        exchange: Exchange | None,
-        comm_type: str,
-        scale: float | None,
-        sinks: bool = False,
-        value_dim: int | None = None,
-    ) -> RowAttention:
-        """What attends to Lighthouse's rows, where it is `around`. Raises ValueError where it cannot be.
+    def build_rows(self, inner: str, query: Tensor, key: Tensor, place: Place) -> RowAttention:
+        """What attends to Lighthouse's rows, where it is `around`.
 
         Args:
-            config: None for its defaults.
-            query: [S, B, H, D]; key: [S, B, G, D], this rank's; of these shapes, dtype and device count.
-            exchange: of the ranks that share the rows.
-            sinks: whether every call brings a sink for each head, [H], behind the streams.
-            value_dim: of the values, where it is not D.
+            inner: the backend that `--lighthouse-inner` names.
+            query: [S/C, B, H, D]; key: [S/C, B, G, D], this rank's rows; of these only shapes, dtype and device count.
+            place: of the Lighthouse layer; `place.around` is this attention's config, None for its defaults. A call brings
+                sinks, [H], behind the streams.
+
+        Raises:
+            ValueError: what it cannot do.
         """
         raise NotImplementedError
 
-    def build_document_rows(
-        self,
-        config: Any,
-        inner: str,
-        query: Tensor,
-        key: Tensor,
-        scale: float | None,
-        value_dim: int | None = None,
-        sinks: bool = False,
-    ) -> Callable[..., Tensor]:
+    def build_document_rows(self, inner: str, query: Tensor, key: Tensor, place: Place) -> Callable[..., Tensor]:
         """As `build_rows`, over the rows of packed documents: an `AttendDocuments`, with streams and sinks behind."""
         raise NotImplementedError
 

@@ -1,4 +1,4 @@
-"""Selection: which entries of the pyramid a layer attends to, in both directions."""
+"""Selection: which entries of the pyramid a layer gathers, as the map from each entry to its row."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from megatron_lighthouse.lighthouse.geometry import Pyramid
 class Selection:
     """The gathered entries of one layer, as the inverse map from entries to rows. Carries no gradient.
 
-    With the inverse map both directions of gather and of scatter are gathers: no atomics, and every element is
-    written once. Under context parallelism it holds the entries of this rank's two chunks, numbered as if these were one
-    sequence.
+    By this map gather and scatter are gathers, forward and backward: no atomics, and every element is written once. Under
+    context parallelism it holds the entries of this rank's two chunks, numbered as if the two were one sequence.
     """
 
     geometry: Pyramid
@@ -30,8 +29,7 @@ class Selection:
     """Contiguous runs of the sequence, equally long, that the tokens are made of: what spills past the end of one goes to
     the chunk that follows it in the whole sequence, not to the next one here."""
     spills: Tensor | None = None
-    """As `places`, of the entries whose rows are scattered: -1 for those whose rows are keys and values alone too. None: all
-    are scattered."""
+    """As `places`, but -1 also for rows that are keys and values alone and not scattered (`causal`). None: all are."""
 
     @property
     def scattered(self) -> Tensor:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,30 +41,9 @@ class Choice:
     """Whether the selection does not either, as `Steps.select` takes it."""
 
 
-_watched: dict[int, Choice | None] = {}
-
-
-def watch(layer_number: int) -> None:
-    """Keep the latest choice of the layer with this global, 1-based number."""
-    _watched.setdefault(layer_number, None)
-
-
-@contextmanager
-def watching(layer_numbers: Iterable[int]) -> Iterator[None]:
-    """Watch these layers inside, and forget what they chose afterwards; those that were watched before stay so."""
-    added = [number for number in layer_numbers if number not in _watched]
-    for number in added:
-        watch(number)
-    try:
-        yield
-    finally:
-        for number in added:
-            del _watched[number]
-
-
-def watched() -> dict[int, Choice]:
-    """The latest choice of each watched layer that ran in this process."""
-    return {number: choice for number, choice in _watched.items() if choice is not None}
+_layers: running.Watched[Choice] = running.Watched()
+watch, watching, watched = _layers.watch, _layers.watching, _layers.found
+"""Of each watched layer that ran in this process, its latest choice is kept."""
 
 
 def record(
@@ -79,8 +56,8 @@ def record(
     scores_are_causal: bool = True,
 ) -> None:
     """Called by the attention with every selection that it makes, and what it made it from: see `Choice`."""
-    if (number := running.current()) in _watched:
-        _watched[number] = Choice(selection, scores, geometry, pin_first, steps, scores_are_causal, causal)
+    if (number := running.current()) in _layers.records:
+        _layers.records[number] = Choice(selection, scores, geometry, pin_first, steps, scores_are_causal, causal)
 
 
 def whole(choice: Choice, sequence: Exchange | None, heads: Exchange | None = None) -> Choice:
@@ -104,8 +81,8 @@ def whole(choice: Choice, sequence: Exchange | None, heads: Exchange | None = No
 
 def _in_order(x: Tensor, counts: list[int], exchange: Exchange) -> Tensor:
     """x [..., entries of this rank], level after level, `counts` in each -> the same for the whole sequence."""
-    levels = [exchange.all_gather(level.movedim(-1, 0), "telemetry") for level in x.split(counts, -1)]
-    return torch.cat([exchange.in_order(level).movedim(0, -1) for level in levels], -1)
+    levels = [exchange.whole(level.movedim(-1, 0), "telemetry") for level in x.split(counts, -1)]
+    return torch.cat([level.movedim(0, -1) for level in levels], -1)
 
 
 def entries_by_level(selection: Selection) -> list[float]:

@@ -1,4 +1,4 @@
-"""What cannot be done to the attention: second derivatives, forward-mode derivatives, torch.func. Refused by name."""
+"""Refusals of what has no derivative here: second derivatives, forward-mode derivatives, and transforms of torch.func."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def differentiable_once(*inputs: Tensor) -> tuple[Tensor, ...]:
 
 
 class _Path(torch.autograd.Function):
-    """Nothing, by a path to the inputs that does not keep them."""
+    """An empty tensor that depends on the inputs without keeping them: the path that a second derivative would take."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
@@ -70,6 +70,8 @@ class _Path(torch.autograd.Function):
 
 
 class _Once(torch.autograd.Function):
+    """(*inputs, path) -> the inputs. Where backward makes a graph, gradients go through `_Twice`, which depends on the path."""
+
     @staticmethod
     def forward(ctx: Any, *given: Tensor) -> tuple[Tensor, ...]:
         *inputs, path = given
@@ -86,6 +88,8 @@ class _Once(torch.autograd.Function):
 
 
 class _Twice(torch.autograd.Function):
+    """A gradient as it is; raises when it is differentiated."""
+
     @staticmethod
     def forward(ctx: Any, grad: Tensor, path: Tensor) -> Tensor:
         return grad.view_as(grad)

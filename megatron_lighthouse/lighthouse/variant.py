@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from megatron_lighthouse.lighthouse.layer import Layer
     from megatron_lighthouse.lighthouse.packed.layer import PackedLayer
     from megatron_lighthouse.lighthouse.packed.sharded import ShardedPackedLayer
-    from megatron_lighthouse.lighthouse.rotary import Rotary
     from megatron_lighthouse.sequence.documents import Documents
     from megatron_lighthouse.softmax.backends import Attend
     from megatron_lighthouse.softmax.documents import AttendDocuments
@@ -194,24 +193,20 @@ class Lighthouse(Variant):
     def build(self, config: LighthouseConfig, query: Tensor, key: Tensor, place: Place) -> Placed:
         from megatron_lighthouse.lighthouse.layer import build
 
-        own = (place.base_attends, self._turned_by(config, place), place.sinks, place.value_dim, place.around)
-        how = (place.exchange, place.comm_type, place.scale, *own)
         try:
-            return Placed(build(config, query, key, *how), place, self.base(config))
+            return Placed(build(config, query, key, self._for_rows(config, place)), place, self.base(config))
         except ValueError as error:
             raise ValueError(in_flags(str(error))) from None
 
-    def _turned_by(self, config: LighthouseConfig, place: Place) -> Rotary | None:
-        """Nothing, around what reads the rotation for itself: then --lighthouse-rope is mean."""
-        return None if self.base(config).rotary_problem() else place.rotary
+    def _for_rows(self, config: LighthouseConfig, place: Place) -> Place:
+        """Less the rotation, around what reads that for itself: then --lighthouse-rope is mean."""
+        return replace(place, rotary=None) if self.base(config).rotary_problem() else place
 
     def build_documents(self, config: LighthouseConfig, query: Tensor, key: Tensor, place: Place) -> PlacedDocuments:
         from megatron_lighthouse.lighthouse.packed.layer import build_packed
 
-        own = (place.scale, place.base_attends, self._turned_by(config, place), place.around)
-        how = (*own, place.exchange, place.comm_type, place.value_dim, place.sinks)
         try:
-            return PlacedDocuments(build_packed(config, query, key, *how), place, self.base(config))
+            return PlacedDocuments(build_packed(config, query, key, self._for_rows(config, place)), place, self.base(config))
         except ValueError as error:
             raise ValueError(in_flags(str(error))) from None
 

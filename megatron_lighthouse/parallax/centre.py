@@ -34,7 +34,7 @@ def centred(key: Tensor, exchange: Exchange | None = None, cu_seqlens: Tensor | 
         return key - _mean(total, squares, key.shape[0], key.dtype)
     # chunk by chunk in the order of the sequence, so that all ranks have the same bits
     of_chunks = torch.stack(_sums(key.detach().unflatten(0, (2, -1)), 1), 1)
-    total, squares = exchange.in_order(exchange.all_gather(of_chunks, "centre")).sum(0)
+    total, squares = exchange.whole(of_chunks, "centre").sum(0)
     return key - _mean(total, squares, key.shape[0] * exchange.size, key.dtype)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.parts import Block
-from megatron_lighthouse.lighthouse.implementations import missing
+from megatron_lighthouse.gpu import kernels_problem
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.parallax.blocks import Kernels, Plain
 
@@ -24,7 +24,7 @@ def implementation_for(
     """
     if name == "reference" or (name == "auto" and device.type != "cuda"):
         return Plain
-    problem = problem or missing(device.type, dtype, dim)
+    problem = problem or kernels_problem(device.type, dtype, dim)
     if problem is None:
         return Kernels
     if name == "triton":

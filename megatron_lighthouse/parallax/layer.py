@@ -18,7 +18,7 @@ from megatron_lighthouse.softmax.base import scale_of
 
 
 @dataclass(frozen=True)
-class Attend:
+class Layer:
     """Parallax over the tokens of all ranks."""
 
     scheme: Scheme
@@ -45,7 +45,7 @@ def build(
     window: int | None = None,
     cu_seqlens: Tensor | None = None,
     kernels: str = "auto",
-) -> Attend:
+) -> Layer:
     """The layer for inputs like these, of which shapes, dtype and device count; see `parallax_attention`.
 
     Raises:
@@ -55,5 +55,5 @@ def build(
     scale = scale_of(query, softmax_scale)
     block = block_for(kernels, query, scale, window, cu_seqlens, over_parts=exchange is not None and comm_type != "a2a")
     if exchange is None:
-        return Attend(Alone(block), None, cu_seqlens)
-    return Attend(scheme(comm_type, exchange, lambda: block, lambda: Alone(block)), exchange)
+        return Layer(Alone(block), None, cu_seqlens)
+    return Layer(scheme(comm_type, exchange, lambda: block, lambda: Alone(block)), exchange)

@@ -11,15 +11,15 @@ from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
 from megatron_lighthouse.parallax.config import ParallaxConfig
 from megatron_lighthouse.sequence.layout import Layout
-from megatron_lighthouse.variant import Place, Stream, Telemetry, Variant, shared_out_problem
+from megatron_lighthouse.variant import Place, Stream, Variant, shared_out_problem
 from megatron_lighthouse.work import Work
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_lighthouse.context_parallel.exchange import Exchange
     from megatron_lighthouse.context_parallel.ring import Passage
-    from megatron_lighthouse.parallax.layer import Attend
+    from megatron_lighthouse.parallax.layer import Layer
+    from megatron_lighthouse.running import Telemetry
     from megatron_lighthouse.sequence.documents import Documents
     from megatron_lighthouse.softmax import backends
     from megatron_lighthouse.softmax.documents import AttendDocuments
@@ -30,10 +30,10 @@ FLOAT64 = 8
 
 
 @dataclass(frozen=True)
-class Layer:
+class Placed:
     """A layer in its place in the model."""
 
-    attend: Attend
+    layer: Layer
     number: int
 
     def __call__(
@@ -41,12 +41,12 @@ class Layer:
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
         (r,) = streams
         with running.layer(self.number):
-            return self.attend(query, r, key, value), None
+            return self.layer(query, r, key, value), None
 
 
 @dataclass(frozen=True)
-class WithinDocuments:
-    """As `Layer`, over packed documents, each as if it were alone."""
+class PlacedDocuments:
+    """As `Placed`, over packed documents, each as if it were alone."""
 
     kernels: str
     scale: float | None
@@ -71,22 +71,22 @@ class WithinDocuments:
         """[t, 1, H, D]."""
         from megatron_lighthouse.parallax.layer import build
 
-        within = build(query, key, softmax_scale=self.scale, cu_seqlens=documents.cu_seqlens, kernels=self.kernels)
-        return within.over_rows(query, r, key, value)
+        layer = build(query, key, softmax_scale=self.scale, cu_seqlens=documents.cu_seqlens, kernels=self.kernels)
+        return layer.over_rows(query, r, key, value)
 
 
 @dataclass(frozen=True)
 class Rows:
     """Over the rows that Lighthouse gathers. Keys are centred before they travel, so none sets out as it is gathered."""
 
-    attend: Attend
+    layer: Layer
 
     def passage(self) -> None:
         return None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *streams: Tensor, passage: Passage | None = None) -> Tensor:
         (r,) = streams
-        return self.attend.over_rows(query, r, key, value)
+        return self.layer.over_rows(query, r, key, value)
 
 
 class Parallax(Variant):
@@ -129,11 +129,8 @@ class Parallax(Variant):
                     "rate."
                 )
 
-    def build(self, config: ParallaxConfig, query: Tensor, key: Tensor, place: Place) -> Layer:
-        from megatron_lighthouse.parallax.layer import build
-
-        how = (place.exchange, place.comm_type, place.scale)
-        return Layer(build(query, key, *how, kernels=config.kernels), place.number)
+    def build(self, config: ParallaxConfig, query: Tensor, key: Tensor, place: Place) -> Placed:
+        return Placed(_layer(config, query, key, place), place.number)
 
     def rows_problem(self, inner: str) -> str | None:
         if inner == "auto":
@@ -143,43 +140,20 @@ class Parallax(Variant):
             "config.inner auto, and --parallax-kernels to choose them."
         )
 
-    def build_rows(
-        self,
-        config: ParallaxConfig | None,
-        inner: str,
-        query: Tensor,
-        key: Tensor,
-        exchange: Exchange | None,
-        comm_type: str,
-        scale: float | None,
-        sinks: bool = False,
-        value_dim: int | None = None,
-    ) -> Rows:
-        if sinks:
+    def build_rows(self, inner: str, query: Tensor, key: Tensor, place: Place) -> Rows:
+        if place.sinks:
             raise ValueError(
                 f"sinks are not done by config.around {self.around}: leave them out, or use config.around softmax."
             )
-        if value_dim not in (None, query.shape[3]):
+        if place.value_dim not in (None, query.shape[3]):
             raise ValueError(
-                f"values of {value_dim} channels beside keys of {query.shape[3]} are not done by config.around {self.around}: "
-                "use config.around softmax."
+                f"values of {place.value_dim} channels beside keys of {query.shape[3]} are not done by config.around "
+                f"{self.around}: use config.around softmax."
             )
-        from megatron_lighthouse.parallax.layer import build
+        return Rows(_layer(place.around or ParallaxConfig(), query, key, place))
 
-        kernels = (config or ParallaxConfig()).kernels
-        return Rows(build(query, key, exchange, comm_type, scale, kernels=kernels))
-
-    def build_document_rows(
-        self,
-        config: ParallaxConfig | None,
-        inner: str,
-        query: Tensor,
-        key: Tensor,
-        scale: float | None,
-        value_dim: int | None = None,
-        sinks: bool = False,
-    ) -> Callable[..., Tensor]:
-        return WithinDocuments((config or ParallaxConfig()).kernels, scale).over_rows
+    def build_document_rows(self, inner: str, query: Tensor, key: Tensor, place: Place) -> Callable[..., Tensor]:
+        return PlacedDocuments((place.around or ParallaxConfig()).kernels, place.scale).over_rows
 
     def document_problems(self, config: ParallaxConfig, ranks: int) -> Iterator[str]:
         """One rank holds whole documents; several would have to share them."""
@@ -189,8 +163,8 @@ class Parallax(Variant):
                 f"{self.name}: use --context-parallel-size 1, or --attention dense."
             )
 
-    def build_documents(self, config: ParallaxConfig, query: Tensor, key: Tensor, place: Place) -> WithinDocuments:
-        return WithinDocuments(config.kernels, place.scale, place.number)
+    def build_documents(self, config: ParallaxConfig, query: Tensor, key: Tensor, place: Place) -> PlacedDocuments:
+        return PlacedDocuments(config.kernels, place.scale, place.number)
 
     def check_installed(self, config: ParallaxConfig, inputs: Inputs, place: Place) -> None:
         from megatron_lighthouse.parallax.implementations import implementation_for
@@ -208,6 +182,12 @@ class Parallax(Variant):
             forward, backward = forward + more, backward + more
         centre = 2 * 2 * shape.batch * shape.groups * shape.dim * FLOAT64 * (layout.size - 1)
         return {"attend": (forward, backward), "centre": (centre, 0)}
+
+
+def _layer(config: ParallaxConfig, query: Tensor, key: Tensor, place: Place) -> Layer:
+    from megatron_lighthouse.parallax.layer import build
+
+    return build(query, key, place.exchange, place.comm_type, place.scale, kernels=config.kernels)
 
 
 PARALLAX = Parallax()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_lighthouse.plan import calibration, memory, time
+from megatron_lighthouse.plan import calibration, layer_time, memory, time
 from megatron_lighthouse.plan.calibration import Point
 from megatron_lighthouse.plan.coefficients import Coefficients
 from megatron_lighthouse.plan.device import DEVICES
+from megatron_lighthouse.plan.layer_time import Setup
 from megatron_lighthouse.plan.run import run_of
 from megatron_lighthouse.variants import DENSE, LIGHTHOUSE
 
@@ -63,15 +64,15 @@ def predicted(p: Point, speed: Coefficients) -> float:
         run = calibration.measured_run(p)
         return memory.total(run) / 2**30 if p.direction == "peak GiB" else sum(time.step_parts(run, speed).values())
     what, _, scheme = p.what.partition(" ")
-    shape = (p.layer, p.ranks, scheme or "p2p", p.ranks, device, speed)
+    setup = Setup(p.layer, device, speed, p.ranks, scheme or "p2p", p.ranks)
     if what == "dense":
-        return time.dense_layer(p.rows, *shape)[p.direction]
+        return layer_time.dense_layer(p.rows, setup)[p.direction]
     if what == "inner":
         which = p.direction == "fwd+bwd"
-        plain = time.attention_seconds("inner", p.rows, p.layer, p.ranks, device, speed)
-        more = time.crossing_seconds(scheme or "p2p", p.rows, p.layer, p.ranks, p.ranks, device, speed, plain)
+        plain = layer_time.attention_seconds("inner", p.rows, setup)
+        more = layer_time.crossing_seconds(p.rows, setup, plain, DENSE.sent)
         return plain[which] + more[which]
-    layer = time.lighthouse_layer(p.geometry, *shape, scorer=p.what if p.kind == "scorer" else "norm")
+    layer = layer_time.lighthouse_layer(p.geometry, setup, p.what if p.kind == "scorer" else "norm")
     if p.kind == "scorer":
         return layer[p.direction]
     return layer[p.direction] if what == "lighthouse" else layer[what + (" bwd" if p.direction == "bwd" else "")]
@@ -91,9 +92,9 @@ def published(speed: Coefficients) -> list[Comparison]:
     """The paper's figures beside the model's, on one B200: extrapolated."""
     given, device = calibration.given(), DEVICES["b200"]
     point = next(p for p in calibration.points() if p.what == "lighthouse" and p.plain and p.geometry.seq_length == 524288)
-    dense = time.dense_layer(524288, point.layer, 1, "p2p", 1, device, speed)
-    ours = time.lighthouse_layer(point.geometry, point.layer, 1, "p2p", 1, device, speed)
-    inner = time.attention_seconds("inner", point.rows, point.layer, 1, device, speed)
+    setup = Setup(point.layer, device, speed)
+    dense, ours = layer_time.dense_layer(524288, setup), layer_time.lighthouse_layer(point.geometry, setup)
+    inner = layer_time.attention_seconds("inner", point.rows, setup)
     rows = []
     for direction, label in (("fwd", "forward"), ("fwd+bwd", "forward+backward")):
         start, slope = speed.authors[direction]

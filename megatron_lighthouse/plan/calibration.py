@@ -15,9 +15,10 @@ from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
-from megatron_lighthouse.plan import time, work
+from megatron_lighthouse.plan import layer_time, time, work
 from megatron_lighthouse.plan.coefficients import Coefficients, Fit
 from megatron_lighthouse.plan.device import DEVICES
+from megatron_lighthouse.plan.layer_time import Setup
 from megatron_lighthouse.plan.run import Run, run_of
 from megatron_lighthouse.sequence.layout import Layout
 
@@ -149,7 +150,7 @@ def _crossing(scheme: str, direction: str, speed: Coefficients) -> Fit:
     which = direction == "fwd+bwd"
     known, features = [], []
     for p in found:
-        known.append(time.attention_seconds("inner", p.rows, p.layer, p.ranks, DEVICE, speed)[which])
+        known.append(layer_time.attention_seconds("inner", p.rows, Setup(p.layer, DEVICE, speed, p.ranks))[which])
         forward, backward = attend_bytes(scheme, p.rows, p.layer, Layout(p.ranks, p.ranks - 1))
         travel = (forward + which * backward) / DEVICE.nvlink_bytes_s * speed.link
         features.append([p.ranks - 1.0, 0.0 if scheme == "p2p" else travel])
@@ -160,7 +161,8 @@ def _crossing(scheme: str, direction: str, speed: Coefficients) -> Fit:
 def _authors(direction: str, speed: Coefficients) -> Fit:
     """Times over the bytes of the steps, from what the authors' layer takes beyond the inner attention."""
     found = _layers("authors", direction)
-    known = [time.attention_seconds("inner", p.rows, p.layer, 1, DEVICE, speed)[direction == "fwd+bwd"] for p in found]
+    inner = [layer_time.attention_seconds("inner", p.rows, Setup(p.layer, DEVICE, speed)) for p in found]
+    known = [seconds[direction == "fwd+bwd"] for seconds in inner]
     return fit([[1.0, authors_bytes(p, direction) / DEVICE.memory_bytes_s] for p in found], [p.value for p in found], known)
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.mcore.command_line.tiles import mlp_tile_tokens
-from megatron_lighthouse.plan import memory, time
+from megatron_lighthouse.plan import memory
 from megatron_lighthouse.plan.coefficients import Coefficients
+from megatron_lighthouse.plan.layer_time import Setup, dense_layer, lighthouse_layer
 from megatron_lighthouse.plan.run import RECOMPUTE, Run
 from megatron_lighthouse.plan.stages import FRACTION, Stages
 
@@ -96,15 +97,13 @@ def crossover(run: Run, speed: Coefficients) -> list[tuple[int, int, float]]:
 
     Levels and budgets are those of each length; lengths that the config refuses are left out.
     """
-    rows = []
-    cp, span = run.context_parallel, run.spans["context parallel"]
+    rows, setup = [], Setup(run.layer, run.device, speed, run.context_parallel, run.cp_comm_type, run.spans["context parallel"])
     for length in (2**n for n in range(12, 21)):
         config = LighthouseConfig.for_length(length, pooling=run.config.pooling, scorer=run.config.scorer)
         try:
-            geometry = config.geometry(length, cp)
+            geometry = config.geometry(length, run.context_parallel)
         except ValueError:
             continue
-        shape = (run.layer, cp, run.cp_comm_type, span, run.device, speed)
-        dense, ours = time.dense_layer(length, *shape), time.lighthouse_layer(geometry, *shape, config.scorer)
+        dense, ours = dense_layer(length, setup), lighthouse_layer(geometry, setup, config.scorer)
         rows.append((length, config.budget, dense["fwd+bwd"] / ours["fwd+bwd"]))
     return rows

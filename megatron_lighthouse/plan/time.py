@@ -11,158 +11,16 @@ domains, all send all their bytes over the network. Pipeline stages are not inte
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
-from megatron_lighthouse.lighthouse.scorers import SCORERS
-from megatron_lighthouse.lighthouse.sharded.sent import layer_bytes
+from megatron_lighthouse.lighthouse.geometry import Geometry
 from megatron_lighthouse.plan import work
 from megatron_lighthouse.plan.coefficients import Coefficients
-from megatron_lighthouse.plan.device import Device
-from megatron_lighthouse.plan.documents import DocumentGeometry
+from megatron_lighthouse.plan.layer_time import Parts, Setup, dense_layer, lighthouse_layer
 from megatron_lighthouse.plan.run import Run
-from megatron_lighthouse.sequence.layout import Layout
-from megatron_lighthouse.variant import Variant
-from megatron_lighthouse.variants import DENSE
 
-type Parts = dict[str, float]
 OPTIMIZER_BYTES = 30
 """Read gradient, master and moments (16), write master, moments and bf16 parameter (14), of each parameter a rank updates."""
 HOST_AGAIN = {"none": 0.0, "mlp": 0.25, "full": 0.5}
 """Share of a layer's host time that recomputing repeats. Assumed: half of it is the forward, and half of that the MLP's."""
-
-
-def attention_seconds(
-    kind: str,
-    rows: int,
-    layer: Shape,
-    ranks: int,
-    device: Device,
-    speed: Coefficients,
-    base: Variant = DENSE,
-    around: Any = None,
-    attended: float | None = None,
-) -> tuple[float, float]:
-    """(forward, forward + backward) of causal attention over `rows` rows, of which each rank does an equal part of the work.
-
-    Args:
-        base: what attends, with the config `around`: it takes what its `Work` says beside softmax.
-        attended: rows of one document in which it does as much, where there are several.
-    """
-    other = base.work(around, layer)
-    flops = work.attention_flops(attended or rows, layer) / ranks
-    channel = rows / ranks * layer.batch * layer.heads * layer.dim / device.memory_bytes_s
-    start, slope = speed.attention[kind, "fwd"]
-    both_start, both_slope = speed.attention[kind, "fwd+bwd"]
-    both = both_start + both_slope * flops * work.FORWARD_AND_BACKWARD / device.flops
-    forward = start + slope * flops / device.flops
-    return other.forward * forward + other.moved * channel, other.both * both + other.moved_both * channel
-
-
-def crossing_seconds(
-    scheme: str,
-    rows: int,
-    layer: Shape,
-    ranks: int,
-    span: int,
-    device: Device,
-    speed: Coefficients,
-    hide: tuple[float, float],
-    sends: Callable[..., dict[str, tuple[int, int]]] = DENSE.sent,
-    around: Any = None,
-) -> tuple[float, float]:
-    """(forward, forward + backward) that attention over several ranks takes beyond its share of the work.
-
-    Args:
-        span: GPUs from the first to the last of the group, which says what links it has; 1 where no group straddles domains.
-        hide: seconds of attention, behind which p2p's bytes travel.
-        sends: `sent` of what attends, with the config `around`; of gathered rows `rows_sent`.
-    """
-    if ranks == 1:
-        return 0.0, 0.0
-    sent = [sends(around, rows, layer, Layout(ranks, rank), scheme)["attend"] for rank in range(ranks)]
-    found = []
-    for direction, bytes_sent, behind in (
-        ("fwd", max(f for f, _ in sent), hide[0]),
-        ("fwd+bwd", max(f + b for f, b in sent), hide[1]),
-    ):
-        each, start, slope = speed.ranks[scheme, direction]
-        travel = bytes_sent / device.link_bytes_s(span) * speed.link
-        exposed = max(0.0, travel - behind * (ranks - 1) / ranks) if scheme == "p2p" else slope * travel
-        found.append(start + each * (ranks - 1) + exposed)
-    return found[0], found[1]
-
-
-def dense_layer(
-    rows: int,
-    layer: Shape,
-    ranks: int,
-    scheme: str,
-    span: int,
-    device: Device,
-    speed: Coefficients,
-    base: Variant = DENSE,
-    around: Any = None,
-    attended: float | None = None,
-) -> Parts:
-    """Dense attention, or another over all tokens, without projections.
-
-    'fwd', 'fwd+bwd', and 'exposed fwd' and 'exposed', which lie within them.
-
-    Args:
-        attended: see `attention_seconds`.
-    """
-    forward, both = attention_seconds("dense", rows, layer, ranks, device, speed, base, around, attended)
-    more, more_both = crossing_seconds(scheme, rows, layer, ranks, span, device, speed, (forward, both), base.sent, around)
-    return {"fwd": forward + more, "fwd+bwd": both + more_both, "exposed fwd": more, "exposed": more_both}
-
-
-def lighthouse_layer(
-    geometry: Geometry,
-    layer: Shape,
-    ranks: int,
-    scheme: str,
-    span: int,
-    device: Device,
-    speed: Coefficients,
-    scorer: str = "norm",
-    base: Variant = DENSE,
-    around: Any = None,
-) -> Parts:
-    """As `dense_layer`, and each step by name: 'score', 'select', 'gather', 'gather bwd', 'scatter', 'scatter bwd', 'inner'."""
-    rows = geometry.gathered_length
-    packed = geometry if isinstance(geometry, DocumentGeometry) else None
-    attended = packed.attended if packed else None
-    parts: Parts = {}
-    for step, direction in work.STEPS:
-        start, slope = speed.steps[step, direction]
-        moved = work.step_bytes(step, geometry.seq_length // ranks, rows // ranks, layer)
-        if step == "gather":
-            moved *= base.row_bytes(around, layer) / DENSE.row_bytes(None, layer)
-        if step == "score":
-            moved = SCORERS[scorer].moved(geometry, layer) / ranks
-        parts[step + (" bwd" if direction == "bwd" else "")] = start + slope * moved / device.memory_bytes_s
-    flops = packed.scorer_flops(scorer, layer) if packed else SCORERS[scorer].flops(geometry, layer)
-    parts["score"] += flops / ranks / device.flops * speed.scorer
-    alone = ranks if geometry.tiles % (2 * ranks) == 0 else 1  # where tiles span chunks, every rank decides about all
-    features = work.select_features(geometry, layer, alone, device.multiprocessors)
-    parts["select"] = sum(a * b for a, b in zip(speed.select, features, strict=True))
-    if packed and packed.is_whole:
-        parts = dict.fromkeys(parts, 0.0)
-    inner, inner_both = attention_seconds("inner", rows, layer, ranks, device, speed, base, around, attended)
-    hide = (inner, inner_both)
-    more, more_both = crossing_seconds(scheme, rows, layer, ranks, span, device, speed, hide, base.rows_sent, around)
-    if ranks > 1:
-        plans = [layer_bytes(scheme, geometry, layer, Layout(ranks, rank), scorer, base, around) for rank in range(ranks)]
-        link = speed.link / device.link_bytes_s(span)
-        aside = [{key: value for key, value in plan.items() if key != "attend"} for plan in plans]
-        more += max(sum(f for f, _ in plan.values()) for plan in aside) * link
-        more_both += max(sum(f + b for f, b in plan.values()) for plan in aside) * link
-    forward = sum(parts[name] for name in ("score", "select", "gather", "scatter"))
-    backward = parts["gather bwd"] + parts["scatter bwd"]
-    parts |= {"inner": inner_both, "inner fwd": inner, "exposed fwd": more, "exposed": more_both}
-    return {**parts, "fwd": forward + inner + more, "fwd+bwd": forward + backward + inner_both + more_both}
 
 
 def step_parts(run: Run, speed: Coefficients) -> Parts:
@@ -216,21 +74,32 @@ def step_parts(run: Run, speed: Coefficients) -> Parts:
     return parts
 
 
+def setup_of(run: Run, speed: Coefficients) -> Setup:
+    """On what the attention of a run's layers takes its time."""
+    return Setup(
+        run.layer,
+        run.device,
+        speed,
+        ranks=run.context_parallel,
+        scheme=run.cp_comm_type,
+        span=run.spans["context parallel"],
+        base=run.base,
+        around=run.around,
+    )
+
+
 def _dense_parts(run: Run, speed: Coefficients) -> Parts:
     """Seconds of the attention of a dense layer for a micro batch, by part of the step."""
-    cp, span, full = run.context_parallel, run.spans["context parallel"], run.recompute == "full"
-    attended = run.documents.row(run.seq_length).attended if run.documents else None
-    where = (run.seq_length, run.layer, cp, run.cp_comm_type, span, run.device, speed)
-    layer = dense_layer(*where, run.base, run.around, attended)
+    full, attended = run.recompute == "full", run.documents.row(run.seq_length).attended if run.documents else None
+    layer = dense_layer(run.seq_length, setup_of(run, speed), attended)
     exposed = layer["exposed"] + full * layer["exposed fwd"]
     return {"dense attention": layer["fwd+bwd"] + full * layer["fwd"] - exposed, "context parallel, exposed": exposed}
 
 
 def _lighthouse_parts(run: Run, geometry: Geometry, speed: Coefficients) -> Parts:
     """As `_dense_parts`, of a Lighthouse layer."""
-    cp, span, full = run.context_parallel, run.spans["context parallel"], run.recompute == "full"
-    how = (run.cp_comm_type, span, run.device, speed, run.config.scorer, run.base, run.around)
-    layer = lighthouse_layer(geometry, run.layer, cp, *how)
+    full = run.recompute == "full"
+    layer = lighthouse_layer(geometry, setup_of(run, speed), run.config.scorer)
     parts = {}
     for name in ("score", "select", "gather", "scatter"):
         again = full + (run.discard_output and name == "scatter")

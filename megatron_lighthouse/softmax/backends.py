@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.softmax.names import FLASH_DIMS, NARROWER, UNTRIED, shards_problem, te_problem
-from megatron_lighthouse.softmax.rows import DOCUMENTS, SHARDS, Rows
+from megatron_lighthouse.softmax.rows import DOCUMENTS, SHARDS, RowKind
 from megatron_lighthouse.versions import LEAST, too_old
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -31,11 +31,11 @@ class Backend:
     """One implementation of the inner attention."""
 
     title: str
-    problem: Callable[[Rows], str | None]
+    problem: Callable[[RowKind], str | None]
     """Why it cannot take these rows, as the end of a sentence; None where it can."""
     attend: Callable[..., Tensor]
     """Of query, key, value, and the softmax scale or None; over documents, of these too."""
-    repeats: Callable[[Rows], bool] = lambda rows: True
+    repeats: Callable[[RowKind], bool] = lambda rows: True
     """Whether its backward of these rows gives the same bits again, when torch is asked to be deterministic."""
 
 
@@ -65,7 +65,7 @@ def choose(
     Raises:
         ValueError: as `inner_attention`.
     """
-    return _choose(name, Rows(device, dtype, heads, groups, dim, value_dim or dim), deterministic())
+    return _choose(name, RowKind(device, dtype, heads, groups, dim, value_dim or dim), deterministic())
 
 
 # all that torch._dynamo.assume_constant_result does; to import that would double the time that this package takes to import
@@ -100,7 +100,7 @@ def choose_for_blocks(
         raise ValueError(problem)
     passed = UNTRIED if name == "auto" else ()
     fits = [other for other in known if other not in passed and shards_problem(other, known, dim) is None]
-    return _choose(name, Rows(device, dtype, heads, groups, dim, value_dim or dim), deterministic(), tuple(fits), over)
+    return _choose(name, RowKind(device, dtype, heads, groups, dim, value_dim or dim), deterministic(), tuple(fits), over)
 
 
 def choose_for_documents(
@@ -111,11 +111,11 @@ def choose_for_documents(
     Raises:
         ValueError: as `inner_attention`.
     """
-    return _choose(name, Rows(device, dtype, heads, groups, dim, value_dim or dim), deterministic(), (), DOCUMENTS)
+    return _choose(name, RowKind(device, dtype, heads, groups, dim, value_dim or dim), deterministic(), (), DOCUMENTS)
 
 
 @cache
-def _choose(name: str, rows: Rows, deterministic: bool, known: tuple[str, ...] = (), over: str = "") -> str:
+def _choose(name: str, rows: RowKind, deterministic: bool, known: tuple[str, ...] = (), over: str = "") -> str:
     backends = FAMILIES[over]
     if problem := te_problem(name):
         raise ValueError(problem)
@@ -137,13 +137,13 @@ def _choose(name: str, rows: Rows, deterministic: bool, known: tuple[str, ...] =
     return name
 
 
-def _problem(backend: Backend, rows: Rows, deterministic: bool) -> str | None:
+def _problem(backend: Backend, rows: RowKind, deterministic: bool) -> str | None:
     if deterministic and not backend.repeats(rows):
         return "is not deterministic, and torch.use_deterministic_algorithms is on"
     return backend.problem(rows)
 
 
-def _fastest_first(rows: Rows) -> list[str]:
+def _fastest_first(rows: RowKind) -> list[str]:
     """All backends; on Hopper and Blackwell as `benchmarks/attention.py` and their authors measured them."""
     if rows.capability >= 90:
         return ["fa4", "fa3", "cudnn", "fa2", "sdpa"]
@@ -152,10 +152,10 @@ def _fastest_first(rows: Rows) -> list[str]:
 
 def flash_problem(
     package: str, module: str, dims: dict[int, Sequence[int]], function: str = "flash_attn_func"
-) -> Callable[[Rows], str | None]:
+) -> Callable[[RowKind], str | None]:
     """Why FlashAttention's `function` cannot take rows. `dims`: as in FLASH_DIMS."""
 
-    def problem(rows: Rows) -> str | None:
+    def problem(rows: RowKind) -> str | None:
         takes = dims.get(rows.capability // 10)
         if takes is None:
             return "does not run on this device"
@@ -219,8 +219,8 @@ def _flash(module: str) -> Callable[[Tensor, Tensor, Tensor, float | None], Tens
     return attend
 
 
-def _torch_problem(backend: SDPBackend) -> Callable[[Rows], str | None]:
-    def problem(rows: Rows) -> str | None:
+def _torch_problem(backend: SDPBackend) -> Callable[[RowKind], str | None]:
+    def problem(rows: RowKind) -> str | None:
         if rows.device.type != "cuda":
             return "needs a GPU"
         q, k, v = (

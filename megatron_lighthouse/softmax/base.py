@@ -12,14 +12,20 @@ from megatron_lighthouse.context_parallel.parts import Part
 
 @dataclass(frozen=True)
 class Softmax:
-    """What the backends share."""
+    """A block's scale, window and output: near is the query, far key and value, and the one average is the output."""
 
     scale: float
     window: int | None = None
-    """Rows before its own that a row sees; None: all."""
+    """Rows before its own that a row sees; None: all. With it the near rows are the last of the far ones."""
 
     def output(self, part: Part) -> Tensor:
         return part.averages[0]
+
+    @property
+    def flash_options(self) -> dict[str, float]:
+        """Of torch's FlashAttention 2, whose window is counted from the last near and the last far row."""
+        window = {} if self.window is None else {"window_size_left": self.window, "window_size_right": 0}
+        return {"scale": self.scale, **window}
 
 
 def scale_of(query: Tensor, softmax_scale: float | None) -> float:

@@ -5,7 +5,7 @@ The one average is the output. With a window the near rows are the last of the f
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from megatron_lighthouse.softmax.backends import choose_for_blocks
 from megatron_lighthouse.softmax.base import Softmax, batch_first
 from megatron_lighthouse.softmax.flash_blocks import Flash3, Flash4
 from megatron_lighthouse.softmax.rows import SHARDS
+from megatron_lighthouse.sums import accumulation_dtype
 
 aten = torch.ops.aten
 
@@ -41,16 +42,10 @@ class Cudnn(Softmax):
 class Flash2(Softmax):
     """FlashAttention 2 in torch; repeats to the bit where torch is asked for it."""
 
-    @property
-    def _within(self) -> dict[str, Any]:
-        """The kernel counts from the last near and the last far row."""
-        window = {} if self.window is None else {"window_size_left": self.window, "window_size_right": 0}
-        return {"scale": self.scale, **window}
-
     def forward(self, near: Tensors, far: Tensors, mask: Mask) -> Part:
         q, k, v = batch_first(*near, *far)
         lengths = (None, None, q.shape[1], k.shape[1])
-        out, lse, *_ = aten._flash_attention_forward(q, k, v, *lengths, 0.0, mask.causal, False, **self._within)
+        out, lse, *_ = aten._flash_attention_forward(q, k, v, *lengths, 0.0, mask.causal, False, **self.flash_options)
         return Part((out.transpose(0, 1),), lse)
 
     def backward(self, grad: Tensor, near: Tensors, far: Tensors, part: Part, mask: Mask) -> tuple[Tensors, Tensors]:
@@ -58,7 +53,7 @@ class Flash2(Softmax):
         lengths = (None, None, q.shape[1], k.shape[1])
         none = torch.zeros(2, dtype=torch.uint64, device=q.device)
         given = (g.contiguous(), q, k, v, o.contiguous(), part.lse.contiguous(), *lengths)
-        grads = aten._flash_attention_backward(*given, 0.0, mask.causal, none, none, **self._within)
+        grads = aten._flash_attention_backward(*given, 0.0, mask.causal, none, none, **self.flash_options)
         of_query, *others = batch_first(*grads)
         return (of_query,), tuple(others)
 
@@ -163,7 +158,7 @@ def heads_first(*tensors: Tensor) -> list[Tensor]:
 
 def for_each_head(*tensors: Tensor) -> list[Tensor]:
     """`heads_first` in the dtype of sums, [B, H, n, D], a key/value head repeated for each head of the first, the queries."""
-    wide, heads = torch.promote_types(tensors[0].dtype, torch.float32), tensors[0].shape[2]
+    wide, heads = accumulation_dtype(tensors[0]), tensors[0].shape[2]
     return [x.to(wide).repeat_interleave(heads // x.shape[1], 1) for x in heads_first(*tensors)]
 
 

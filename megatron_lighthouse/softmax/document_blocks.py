@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_lighthouse.context_parallel.parts import Block, Mask, Part, Tensors
 from megatron_lighthouse.sequence.documents import Documents, InChunks
+from megatron_lighthouse.softmax.base import Softmax
 
 aten = torch.ops.aten
 
@@ -111,23 +112,15 @@ class OneByOne:
         return Part(_each(torch.zeros_like, part.averages), torch.full_like(part.lse, -torch.inf))
 
 
-@dataclass(frozen=True)
-class AllAtOnce:
+class AllAtOnce(Softmax):
     """By FlashAttention 2 in torch, all documents in one call: near is the query, far key and value."""
-
-    scale: float
-    window: int | None = None
-    """Rows before its own that a row sees, where near rows are the last of the far ones; None: all."""
 
     def forward(self, near: Tensors, far: Tensors, nears: Lengths, fars: Lengths) -> Part:
         q, k, v = (x.squeeze(1) for x in (*near, *far))
-        out, lse, *_ = aten._flash_attention_forward(q, k, v, *self._how(nears, fars), False, **self._options)
+        out, lse, *_ = aten._flash_attention_forward(q, k, v, *self._how(nears, fars), False, **self.flash_options)
         if any(n and not m for n, m in zip(nears.lengths, fars.lengths, strict=True)):
             lse.masked_fill_(lse.isposinf(), -torch.inf)  # what the kernel says where a row sees nothing
         return Part((out.unsqueeze(1),), lse.unsqueeze(0))
-
-    def output(self, part: Part) -> Tensor:
-        return part.averages[0]
 
     def backward(
         self, grad: Tensor, near: Tensors, far: Tensors, part: Part, nears: Lengths, fars: Lengths
@@ -135,14 +128,8 @@ class AllAtOnce:
         g, q, k, v, o = (x.squeeze(1) for x in (grad, *near, *far, *part.averages))
         none = torch.empty(2, dtype=torch.uint64, device=q.device)  # no dropout, so its seed and offset are not read
         given = (g.contiguous(), q, k, v, o.contiguous(), part.lse.squeeze(0).contiguous(), *self._how(nears, fars))
-        dq, dk, dv = aten._flash_attention_backward(*given, none, none, **self._options)
+        dq, dk, dv = aten._flash_attention_backward(*given, none, none, **self.flash_options)
         return (dq.unsqueeze(1),), (dk.unsqueeze(1), dv.unsqueeze(1))
-
-    @property
-    def _options(self) -> dict[str, Any]:
-        """The kernel counts from the last near and the last far row."""
-        window = {} if self.window is None else {"window_size_left": self.window, "window_size_right": 0}
-        return {"scale": self.scale, **window}
 
     @staticmethod
     def _how(nears: Lengths, fars: Lengths) -> tuple[Any, ...]:

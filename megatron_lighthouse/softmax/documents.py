@@ -30,7 +30,7 @@ from megatron_lighthouse.softmax.backends import (
 )
 from megatron_lighthouse.softmax.base import scale_of
 from megatron_lighthouse.softmax.names import FLASH_DIMS
-from megatron_lighthouse.softmax.rows import DOCUMENTS, SINKS, WINDOWS, Rows
+from megatron_lighthouse.softmax.rows import DOCUMENTS, SINKS, WINDOWS, RowKind
 from megatron_lighthouse.softmax.windowed_documents import DocumentsAlone, within_documents
 
 LONG = 8 * 4096**2
@@ -49,6 +49,7 @@ def documents_attention(
     query: Tensor,
     key: Tensor,
     softmax_scale: float | None = None,
+    *,
     value_dim: int | None = None,
     window: int | None = None,
     sinks: bool = False,
@@ -87,7 +88,7 @@ def _flash(module: str) -> Callable[..., Tensor]:
     return attend
 
 
-def _torch_problem(rows: Rows) -> str | None:
+def _torch_problem(rows: RowKind) -> str | None:
     if problem := BACKENDS["fa2"].problem(rows):
         return problem
     if rows.dim % 8:

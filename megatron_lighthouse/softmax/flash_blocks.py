@@ -1,5 +1,4 @@
-"""Blocks by FlashAttention 4 and 3: see `softmax.blocks`. Who makes one has chosen it before (`choose_for_blocks`), which finds
-their functions."""
+"""Blocks by FlashAttention 4 and 3: see `softmax.blocks`. `choose_for_blocks`, which comes first, finds their functions."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from megatron_lighthouse.context_parallel.parts import Mask, Part, Tensors
 from megatron_lighthouse.softmax.backends import BACKENDS, FAMILIES, deterministic, found, import_problem
 from megatron_lighthouse.softmax.base import Softmax, batch_first
-from megatron_lighthouse.softmax.rows import SHARDS, SINKS, WINDOWS, Rows
+from megatron_lighthouse.softmax.rows import SHARDS, SINKS, WINDOWS, RowKind
 
 
 class Flash(Softmax):
@@ -84,10 +83,10 @@ class Flash3(Flash):
         return dq, dk, dv
 
 
-def _problem(name: str, package: str, functions: dict[tuple[str, str], Sequence[str]]) -> Callable[[Rows], str | None]:
+def _problem(name: str, package: str, functions: dict[tuple[str, str], Sequence[str]]) -> Callable[[RowKind], str | None]:
     """Why FlashAttention cannot take rows: as over whole sequences, or for want of a function with its options."""
 
-    def problem(rows: Rows) -> str | None:
+    def problem(rows: RowKind) -> str | None:
         missing = (import_problem(package, *function, options) for function, options in functions.items())
         return BACKENDS[name].problem(rows) or next(filter(None, missing), None)
 

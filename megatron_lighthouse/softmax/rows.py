@@ -13,7 +13,7 @@ SHARDS, DOCUMENTS, SINKS, WINDOWS = "over shards ", "over documents ", "with sin
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowKind:
     """Kinds of rows: all that a choice among backends goes by."""
 
     device: torch.device

@@ -46,6 +46,7 @@ def sharded_attention(
     exchange: Exchange,
     comm_type: str,
     softmax_scale: float | None = None,
+    *,
     window: int | None = None,
     sinks: bool = False,
     value_dim: int | None = None,

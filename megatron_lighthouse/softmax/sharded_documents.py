@@ -57,6 +57,7 @@ def sharded_documents_attention(
     exchange: Exchange,
     comm_type: str,
     softmax_scale: float | None = None,
+    *,
     value_dim: int | None = None,
     window: int | None = None,
     sinks: bool = False,
@@ -80,7 +81,7 @@ def sharded_documents_attention(
         return WindowedDocuments(within_documents(name, query, key, scale, value_dim, window, SHARDS), exchange, window)
     if comm_type == "a2a":
         q, k = (share_of_heads(x, exchange.size) for x in (query, key))
-        attend = documents_attention(name, q, k, scale, value_dim, None, sinks)
+        attend = documents_attention(name, q, k, scale, value_dim=value_dim, sinks=sinks)
         return ShardedDocuments(exchange, comm_type, OneByOne(BLOCKS["sdpa"](scale)), attend)
     within = within_documents(name, query, key, scale, value_dim, None, SHARDS)
     if query.is_cuda and isinstance(within, OneByOne):

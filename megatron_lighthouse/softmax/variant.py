@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_lighthouse.lighthouse.rows import RowAttention
-from megatron_lighthouse.variant import Variant
+from megatron_lighthouse.variant import Place, Variant
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_lighthouse.context_parallel.exchange import Exchange
     from megatron_lighthouse.context_parallel.ring import Passage
 
 
@@ -38,39 +37,21 @@ class Dense(Variant):
     native = counted = True
     around = "softmax"
 
-    def build_rows(
-        self,
-        config: Any,
-        inner: str,
-        query: Tensor,
-        key: Tensor,
-        exchange: Exchange | None,
-        comm_type: str,
-        scale: float | None,
-        sinks: bool = False,
-        value_dim: int | None = None,
-    ) -> RowAttention:
+    def build_rows(self, inner: str, query: Tensor, key: Tensor, place: Place) -> RowAttention:
         from megatron_lighthouse.softmax.backends import inner_attention
         from megatron_lighthouse.softmax.sharded import sharded_attention
         from megatron_lighthouse.softmax.sinks import sinks_attention
 
-        if exchange is None:
-            return Rows((sinks_attention if sinks else inner_attention)(inner, query, key, scale, value_dim))
-        return sharded_attention(inner, query, key, exchange, comm_type, scale, None, sinks, value_dim)
+        if place.exchange is None:
+            of_one_rank = sinks_attention if place.sinks else inner_attention
+            return Rows(of_one_rank(inner, query, key, place.scale, place.value_dim))
+        how = (inner, query, key, place.exchange, place.comm_type, place.scale)
+        return sharded_attention(*how, sinks=place.sinks, value_dim=place.value_dim)
 
-    def build_document_rows(
-        self,
-        config: Any,
-        inner: str,
-        query: Tensor,
-        key: Tensor,
-        scale: float | None,
-        value_dim: int | None = None,
-        sinks: bool = False,
-    ) -> Callable[..., Tensor]:
+    def build_document_rows(self, inner: str, query: Tensor, key: Tensor, place: Place) -> Callable[..., Tensor]:
         from megatron_lighthouse.softmax.documents import documents_attention
 
-        return documents_attention(inner, query, key, scale, value_dim, None, sinks)
+        return documents_attention(inner, query, key, place.scale, value_dim=place.value_dim, sinks=place.sinks)
 
 
 DENSE = Dense()

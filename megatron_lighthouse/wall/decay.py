@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_lighthouse.sums import accumulation_dtype
 from megatron_lighthouse.wall import cut
 
 
@@ -92,7 +93,7 @@ def summed(x: Tensor, heads: int) -> Tensor:
     """The way back: [n, B, ·, ·] -> [n, B, heads, ·], summed over those that share one of `heads`, in the dtype of sums."""
     if x.shape[2] == heads:
         return x
-    return x.unflatten(2, (heads, -1)).sum(3, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
+    return x.unflatten(2, (heads, -1)).sum(3, dtype=accumulation_dtype(x)).to(x.dtype)
 
 
 def prefix(gate: Tensor, dim: int = 0) -> Tensor:
@@ -145,7 +146,7 @@ def decay_backward(out: Tensor, x: Tensor, y: Tensor, after: bool, step: int) ->
 
 
 def cross(out: Tensor, key: Tensor, between: Tensor, step: int) -> Tensor:
-    factors = suffix(between)[: -(-len(key) // step)].exp().to(torch.promote_types(key.dtype, torch.float32))
+    factors = suffix(between)[: -(-len(key) // step)].exp().to(accumulation_dtype(key))
     for i, factor in enumerate(factors):
         rows = slice(i * step, (i + 1) * step)
         out[rows] = key[rows] * factor

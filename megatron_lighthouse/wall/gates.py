@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
 from megatron_lighthouse.lighthouse.rotary import Rotary
+from megatron_lighthouse.sums import accumulation_dtype
 from megatron_lighthouse.wall.config import WallConfig
 
 
@@ -74,4 +75,4 @@ class _LogSigmoid(torch.autograd.Function):
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(accumulation_dtype(x))

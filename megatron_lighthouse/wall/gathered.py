@@ -22,9 +22,9 @@ from torch.autograd.function import once_differentiable
 from megatron_lighthouse.gpu import triton_takes
 from megatron_lighthouse.lighthouse.packed.maps import Maps
 from megatron_lighthouse.lighthouse.packed.packing import Packing
-from megatron_lighthouse.lighthouse.reference import accumulation_dtype
 from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.ranges import profiled
+from megatron_lighthouse.sums import accumulation_dtype
 from megatron_lighthouse.wall import gathered_reference as reference
 from megatron_lighthouse.wall.decay import spread
 

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from megatron_lighthouse.lighthouse.implementations import missing
+from megatron_lighthouse.gpu import kernels_problem
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.softmax.blocks import Plain as PlainBlock
 from megatron_lighthouse.softmax.blocks import block_for
@@ -42,7 +42,7 @@ def makers_for(name: str, device: torch.device, dtype: torch.dtype, dims: tuple[
     plain = cast(Diagonal, reference), cast(Decays, decay)
     if name == "reference" or (name == "auto" and device.type != "cuda"):
         return plain
-    problem = missing(device.type, dtype, max(dims)) or (WRONG_IN_FP16 if dtype == torch.float16 else None)
+    problem = kernels_problem(device.type, dtype, max(dims)) or (WRONG_IN_FP16 if dtype == torch.float16 else None)
     if problem is None and name == "auto":
         problem = _unseen(dtype, dims)
     if problem is None:

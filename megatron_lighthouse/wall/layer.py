@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.alone import WHOLE, Alone
@@ -16,6 +15,7 @@ from megatron_lighthouse.context_parallel.schemes import check_scheme, scheme
 from megatron_lighthouse.lighthouse.transforms import refuse_transforms
 from megatron_lighthouse.ranges import profiled
 from megatron_lighthouse.softmax.base import scale_of
+from megatron_lighthouse.sums import accumulation_dtype
 from megatron_lighthouse.wall.blocks import Attention
 from megatron_lighthouse.wall.cut import Cut, Step
 from megatron_lighthouse.wall.implementations import earlier_for, makers_for
@@ -29,7 +29,7 @@ Gates = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Attend:
+class Layer:
     """Wall over the tokens of all ranks."""
 
     attention: Attention
@@ -68,7 +68,7 @@ class Attend:
     ) -> Tensor:
         """Of the heads that are here: over the rows that are, or those of all ranks."""
         exchange = None if self.comm_type == "a2a" else self.exchange
-        wide = torch.promote_types(query.dtype, torch.float32)
+        wide = accumulation_dtype(query)
         gate = self.gates(gate) if self.gates else gate.to(wide)
         if scalar is not None:
             scalar = self.scalar_gates(scalar) if self.scalar_gates else scalar.to(wide)
@@ -96,11 +96,12 @@ def build(
     comm_type: str = "p2p",
     softmax_scale: float | None = None,
     sight: Sight | None = None,
+    *,
     kernels: str = "auto",
     biased: bool = False,
     gates: Gates | None = None,
     scalar_gates: Gates | None = None,
-) -> Attend:
+) -> Layer:
     """The layer for inputs like these, of which shapes, dtype and device count; see `wall_attention`.
 
     Args:
@@ -128,4 +129,4 @@ def build(
         first_rows(Cut(cut.chunk, step), sight, chunks, query.device),
     )
     attention = Attention(diagonal, decays, earlier, scale, cut, within, sight, first)
-    return Attend(attention, exchange, comm_type, gates, scalar_gates)
+    return Layer(attention, exchange, comm_type, gates, scalar_gates)

@@ -32,7 +32,7 @@ def sight_of(documents: Documents) -> Sight:
 
 
 @dataclass(frozen=True)
-class OverDocuments:
+class PlacedDocuments:
     """A layer over the documents of a row, which each call brings."""
 
     attend: Callable[..., tuple[Tensor, Callable[[], Tensor] | None]]

@@ -8,22 +8,21 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from megatron_lighthouse import running
-from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.ring import Passage
 from megatron_lighthouse.softmax import backends
 from megatron_lighthouse.variant import Place
 from megatron_lighthouse.wall import telemetry
 from megatron_lighthouse.wall.config import WallConfig
 from megatron_lighthouse.wall.gates import LogSigmoid, of_channels
-from megatron_lighthouse.wall.layer import Attend, build
+from megatron_lighthouse.wall.layer import Layer, build
 from megatron_lighthouse.wall.pieces import Sight
 
 
 @dataclass(frozen=True)
-class Layer:
+class Placed:
     """A layer in its place in the model."""
 
-    attend: Attend
+    layer: Layer
     number: int
 
     def __call__(
@@ -37,15 +36,15 @@ class Layer:
     ) -> tuple[Tensor, Callable[[], Tensor] | None]:
         gate, *scalar = streams
         with running.layer(self.number):
-            telemetry.record(gate, self.attend.gates)
-            return self.attend(query, key, value, gate, scalar[0] if scalar else None, sinks), None
+            telemetry.record(gate, self.layer.gates)
+            return self.layer(query, key, value, gate, scalar[0] if scalar else None, sinks), None
 
 
 @dataclass(frozen=True)
 class Rows:
     """Over the rows that Lighthouse gathers. Keys have decayed to the end of their piece before they travel."""
 
-    attend: Attend
+    layer: Layer
     scalar: bool
     """Whether there are scalar gates; what follows them is the sink."""
 
@@ -55,28 +54,42 @@ class Rows:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *streams: Tensor, passage: Passage | None = None) -> Tensor:
         gate, *more = streams
         scalar = more.pop(0) if self.scalar else None
-        return self.attend.over_rows(query, key, value, gate, scalar, more[0] if more else None)
+        return self.layer.over_rows(query, key, value, gate, scalar, more[0] if more else None)
 
 
-def layer(config: WallConfig, query: Tensor, key: Tensor, place: Place, sight: Sight | None = None) -> Layer:
+def placed(config: WallConfig, query: Tensor, key: Tensor, place: Place, sight: Sight | None = None) -> Placed:
     """For inputs like these, of which shapes, dtype and device count; gates come as logits. Raises as `build`."""
     heads, sight = key.shape[2] if config.tied_gates else query.shape[2], replace(sight or Sight(), window=place.window)
-    how = (place.exchange, place.comm_type, place.scale, sight, config.kernels, config.scalar_gate)
-    gates = of_channels(config, place.rotary), LogSigmoid()
-    return Layer(build(query, key, key, heads, *how, *gates), place.number)
+    made = build(
+        query,
+        key,
+        key,
+        heads,
+        place.exchange,
+        place.comm_type,
+        place.scale,
+        sight=sight,
+        kernels=config.kernels,
+        biased=config.scalar_gate,
+        gates=of_channels(config, place.rotary),
+        scalar_gates=LogSigmoid(),
+    )
+    return Placed(made, place.number)
 
 
-def rows(
-    config: WallConfig,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    exchange: Exchange | None,
-    comm_type: str,
-    scale: float | None,
-    sight: Sight | None = None,
-) -> Rows:
-    """Over gathered rows, of gates; key and value are of as many heads as the model has."""
-    heads = key.shape[2] if config.tied_gates else query.shape[2]
-    made = build(query, key, value, heads, exchange, comm_type, scale, sight, config.kernels, config.scalar_gate)
+def rows(query: Tensor, key: Tensor, value: Tensor, place: Place, sight: Sight | None = None) -> Rows:
+    """Over the rows that a Lighthouse layer in this place gathers, of gates; key and value have the model's G heads."""
+    config = place.around or WallConfig()
+    made = build(
+        query,
+        key,
+        value,
+        key.shape[2] if config.tied_gates else query.shape[2],
+        place.exchange,
+        place.comm_type,
+        place.scale,
+        sight=sight,
+        kernels=config.kernels,
+        biased=config.scalar_gate,
+    )
     return Rows(made, config.scalar_gate)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from megatron_lighthouse.softmax.blocks import tokens_first
+from megatron_lighthouse.sums import accumulation_dtype, next_power_of_two
 from megatron_lighthouse.wall.decay import prefix, prefix_backward, suffix, suffix_backward
 from megatron_lighthouse.wall.diagonal import Grads
 from megatron_lighthouse.wall.pairs import attend, change_of, logits_of
@@ -141,8 +142,8 @@ def _first(first: Tensor, q: Tensor) -> Tensor:
 
 def _wide(heads: int, *tensors: Tensor) -> list[Tensor]:
     """[B, H, n, ·] in the dtype of sums, a key/value head repeated for each of its queries, filled up to 2^x rows by zeros."""
-    dtype, rows = torch.promote_types(tensors[0].dtype, torch.float32), tensors[0].shape[0]
-    more = (1 << (rows - 1).bit_length()) - rows
+    dtype, rows = accumulation_dtype(tensors[0]), tensors[0].shape[0]
+    more = next_power_of_two(rows) - rows
     spread = (x.permute(1, 2, 0, 3).to(dtype).repeat_interleave(heads // x.shape[2], 1) for x in tensors)
     return [pad(x, (0, 0, 0, more)) for x in spread]
 
@@ -151,4 +152,4 @@ def _scalar(gate: Tensor | None) -> Tensor | None:
     """[B, H, n], filled up likewise."""
     if gate is None:
         return None
-    return pad(gate.permute(1, 2, 0), (0, (1 << (gate.shape[0] - 1).bit_length()) - gate.shape[0]))
+    return pad(gate.permute(1, 2, 0), (0, next_power_of_two(len(gate)) - len(gate)))

@@ -72,7 +72,7 @@ class Decayed(torch.autograd.Function):
         own = [tile_sums.sum(1, dtype=torch.float64)]
         own += [torch.stack([x[piece.rows].sum(0, dtype=torch.float64) for piece in pieces]) for x in gates[1:]]
         if exchange is not None:
-            own = [exchange.in_order(exchange.all_gather(x.to(gates[0].dtype), TOTALS)) for x in own]
+            own = [exchange.whole(x.to(gates[0].dtype), TOTALS) for x in own]
         call.totals = [x.double() for x in own]
         scalar = (torch.cat([suffix(x[piece.rows]) for piece in pieces]) for x in gates[1:])
         return call.decayed(decays, pieces, key, gates[0], after=True, dtype=key.dtype), *scalar

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.lighthouse.rows import number_problem
 from megatron_lighthouse.options import as_words
 from megatron_lighthouse.sequence.layout import Layout
-from megatron_lighthouse.variant import Place, Stream, Telemetry, Variant, beyond_softmax, shared_out_problem
+from megatron_lighthouse.variant import Place, Stream, Variant, beyond_softmax, shared_out_problem
 from megatron_lighthouse.wall.config import PAIRED, TURNED, WRONG_IN_FP16, WallConfig
 from megatron_lighthouse.work import Work
 
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
     from megatron_lighthouse.context_parallel.exchange import Exchange
     from megatron_lighthouse.lighthouse.rotary import Rotary
     from megatron_lighthouse.lighthouse.selection import Selection
+    from megatron_lighthouse.running import Telemetry
     from megatron_lighthouse.sequence.documents import Documents
     from megatron_lighthouse.softmax.inputs import Inputs
-    from megatron_lighthouse.wall.over_documents import OverDocuments
+    from megatron_lighthouse.wall.over_documents import PlacedDocuments
     from megatron_lighthouse.wall.pieces import Sight
-    from megatron_lighthouse.wall.placed import Layer, Rows
+    from megatron_lighthouse.wall.placed import Placed, Rows
 
 
 class Wall(Variant):
@@ -118,19 +120,19 @@ class Wall(Variant):
             f"{math.exp(-each * args.seq_length):.2g} over --seq-length {args.seq_length}."
         )
 
-    def build(self, config: WallConfig, query: Tensor, key: Tensor, place: Place) -> Layer:
-        from megatron_lighthouse.wall.placed import layer
+    def build(self, config: WallConfig, query: Tensor, key: Tensor, place: Place) -> Placed:
+        from megatron_lighthouse.wall.placed import placed
 
-        return layer(config, query, key, place)
+        return placed(config, query, key, place)
 
-    def build_documents(self, config: WallConfig, query: Tensor, key: Tensor, place: Place) -> OverDocuments:
-        from megatron_lighthouse.wall.over_documents import OverDocuments
-        from megatron_lighthouse.wall.placed import layer
+    def build_documents(self, config: WallConfig, query: Tensor, key: Tensor, place: Place) -> PlacedDocuments:
+        from megatron_lighthouse.wall.over_documents import PlacedDocuments
+        from megatron_lighthouse.wall.placed import placed
 
         def attend(sight: Sight, query: Tensor, key: Tensor, *rows: Tensor, sinks: Tensor | None) -> Any:
-            return layer(config, query, key, place, sight)(query, key, *rows, sinks=sinks)
+            return placed(config, query, key, place, sight)(query, key, *rows, sinks=sinks)
 
-        return OverDocuments(attend, place.exchange)
+        return PlacedDocuments(attend, place.exchange)
 
     def check_installed(self, config: WallConfig, inputs: Inputs, place: Place) -> None:
         from megatron_lighthouse.wall.implementations import makers_for
@@ -219,41 +221,20 @@ class Wall(Variant):
         config, wide = config or WallConfig(), max(4, shape.itemsize)
         return sent(comm_type, rows, shape, layout, config.tied_gates, config.scalar_gate, wide, gathered=True)
 
-    def build_rows(
-        self,
-        config: WallConfig | None,
-        inner: str,
-        query: Tensor,
-        key: Tensor,
-        exchange: Exchange | None,
-        comm_type: str,
-        scale: float | None,
-        sinks: bool = False,
-        value_dim: int | None = None,
-    ) -> Rows:
+    def build_rows(self, inner: str, query: Tensor, key: Tensor, place: Place) -> Rows:
         from megatron_lighthouse.wall.placed import rows
 
-        value = key[..., :1].expand(*key.shape[:3], value_dim or key.shape[3])
-        return rows(config or WallConfig(), query, key, value, exchange, comm_type, scale)
+        value = key[..., :1].expand(*key.shape[:3], place.value_dim or key.shape[3])
+        return rows(query, key, value, place)
 
-    def build_document_rows(
-        self,
-        config: WallConfig | None,
-        inner: str,
-        query: Tensor,
-        key: Tensor,
-        scale: float | None,
-        value_dim: int | None = None,
-        sinks: bool = False,
-    ) -> Callable[..., Tensor]:
+    def build_document_rows(self, inner: str, query: Tensor, key: Tensor, place: Place) -> Callable[..., Tensor]:
         from megatron_lighthouse.wall.over_documents import sight_of
         from megatron_lighthouse.wall.placed import rows
 
-        given = config or WallConfig()
+        alone = replace(place, comm_type="p2p")  # for one rank, which no scheme concerns
 
         def attend(query: Tensor, key: Tensor, value: Tensor, documents: Documents, *streams: Tensor) -> Tensor:
-            made = rows(given, query, value, value, None, "p2p", scale, sight_of(documents))
-            return made(query, key, value, *streams)
+            return rows(query, value, value, alone, sight_of(documents))(query, key, value, *streams)
 
         return attend
 

@@ -14,6 +14,7 @@ from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse.attention import attended_rows
 from megatron_lighthouse.lighthouse.sharded.deal import Deal, _rows_between
 from megatron_lighthouse.softmax.sharded import sharded_attention
+from megatron_lighthouse.variant import Place
 from tests.context_parallel.shards import exchange_of, inputs_of, layer, shards_of, together
 from tests.oracle import Problem
 from tests.ranks import SIZES, run_ranks
@@ -48,7 +49,7 @@ def rows_of_rank(group: dist.ProcessGroup, inputs: list[Tensor], config: Lightho
         seen.append({len(x) for x in (q, k, v)})
         return inner(q, k, v)
 
-    attended = attended_rows(query, key, value, config, exchange=exchange, attend=attend)
+    attended = attended_rows(query, key, value, config, Place(exchange=exchange, base_attends=True), attend=attend)
     assert len(seen) == 1
     assert len(seen[0]) == 1
     assert len(attended.rows) == attended.selection.length

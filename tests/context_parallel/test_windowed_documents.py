@@ -63,7 +63,7 @@ def test_each_document_is_as_if_alone(seen: str, lengths: list[int]) -> None:
     window, given = SEEN[seen]
     inputs = inputs_of(sum(lengths))
     sinks = sinks_of(inputs[0], given)
-    attend = documents_attention("auto", inputs[0], inputs[1], SCALE, 12, window, given)
+    attend = documents_attention("auto", inputs[0], inputs[1], SCALE, value_dim=12, window=window, sinks=given)
     found = answers(with_sinks(attend, lengths, given), *inputs, sinks)
     for a, b in zip(found, alone(lengths, window, sinks, inputs), strict=True):
         assert_close(a, b, "float64")
@@ -80,8 +80,8 @@ def on_ranks(group: Group) -> dict[tuple[str, str, str], list[Tensor]]:
         documents = row_of(lengths)
         rows = documents.rows_of_rank(exchange.layout)
         inputs = inputs_of(sum(lengths))
-        how = (exchange, comm_type, SCALE, 12, window, given)
-        attend = sharded_documents_attention("auto", inputs[0], inputs[1], *how)
+        how = (inputs[0], inputs[1], exchange, comm_type, SCALE)
+        attend = sharded_documents_attention("auto", *how, value_dim=12, window=window, sinks=given)
         own = [x[rows] for x in inputs]
         found[name, seen, comm_type] = answers(with_sinks(attend, lengths, given), *own, sinks_of(inputs[0], given))
     return found
@@ -167,5 +167,5 @@ def test_copies_are_few_on_many_ranks() -> None:
 @pytest.mark.parametrize(("how", "says"), [((5, False), "with a window of"), ((5, True), "with sinks of")])
 def test_what_is_chosen_for_is_said(how: tuple[int, bool], says: str, caplog: pytest.LogCaptureFixture) -> None:
     query, key = torch.empty(8, 1, 6, 24), torch.empty(8, 1, 3, 24)  # of which no other test makes any
-    documents_attention("auto", query, key, SCALE, None, *how)
+    documents_attention("auto", query, key, SCALE, window=how[0], sinks=how[1])
     assert f"the inner attention {says} float32, 6 query and 3 key/value heads of 24 is" in caplog.text

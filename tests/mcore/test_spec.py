@@ -161,7 +161,7 @@ def test_attention_over_shards_takes_the_models_scale_and_scheme(monkeypatch: py
     from megatron_lighthouse.mcore.attention import over_shards as module
 
     seen: list[Any] = []
-    monkeypatch.setattr(module, "sharded_attention", lambda *given: seen.extend(given) or (lambda q, k, v, _: q))
+    monkeypatch.setattr(module, "sharded_attention", lambda *given, **_: seen.extend(given) or (lambda q, k, v, _: q))
     monkeypatch.setattr(module.Exchange, "over", lambda group: SimpleNamespace(size=2))
     how: dict[str, Any] = {"softmax_scale": 0.9, "cp_comm_type": "all_gather"}
     layer = module.ContextParallelAttention(transformer_config(), 1, AttnMaskType.causal, "self", **how)

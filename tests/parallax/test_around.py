@@ -20,6 +20,7 @@ from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.variant import LIGHTHOUSE
 from megatron_lighthouse.parallax.config import ParallaxConfig
 from megatron_lighthouse.sequence.layout import Layout
+from megatron_lighthouse.variant import Place
 from tests.context_parallel.shards import shards_of, together
 from tests.parallax.oracle import formula, inputs, with_grads
 from tests.ranks import run_ranks
@@ -41,7 +42,7 @@ def test_r_goes_the_way_of_the_queries(rotary: Rotary | None) -> None:
     """Output and gradients: pooled, gathered and attended one by one, by the paper's formula, over the same selection."""
     tensors = inputs(TOKENS, BATCH, HEADS, GROUPS, DIM, r=1.0, mean=3.0)
     plain = ALONE.replace(around="softmax")
-    selection = attended_rows(tensors[0], tensors[2], tensors[3], plain, rotary=rotary).selection
+    selection = attended_rows(tensors[0], tensors[2], tensors[3], plain, Place(rotary=rotary)).selection
 
     def by_hand(query: Tensor, r: Tensor, key: Tensor, value: Tensor) -> Tensor:
         rows_q, rows_k, rows_v = gather(query, key, value, selection, rotary=rotary)

@@ -10,8 +10,10 @@ from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
 from megatron_lighthouse.plan import accuracy, copy_measured, memory, report, time
 from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import DEVICES, device_of
+from megatron_lighthouse.plan.layer_time import Setup, crossing_seconds, lighthouse_layer
 from megatron_lighthouse.plan.models import run_of_model
 from megatron_lighthouse.plan.run import recipes, run_of
+from megatron_lighthouse.variants import DENSE
 
 POINTS = accuracy.compared(coefficients())
 PUBLISHED = {
@@ -127,7 +129,7 @@ def test_every_rank_selects_in_all_tiles_where_these_span_chunks() -> None:
 
     def select(tiles: int, ranks: int) -> float:
         geometry = run.config.replace(tile_budget=1536 // tiles).geometry(98304, ranks)
-        return time.lighthouse_layer(geometry, run.layer, ranks, "p2p", 1, busy, coefficients())["select"]
+        return lighthouse_layer(geometry, Setup(run.layer, busy, coefficients(), ranks))["select"]
 
     assert select(1, ranks=2) == select(1, ranks=1)
     assert select(4, ranks=2) < select(4, ranks=1)
@@ -139,7 +141,7 @@ def test_the_ring_hides_behind_what_is_attended_while_it_turns() -> None:
     run, speed = run_of("530m-98k", gpus=8, context_parallel=8), coefficients()
     chunk = 98304 // 16 * 2 * 1024 * 2
     travel, both = (chunks * chunk / run.device.nvlink_bytes_s * speed.link for chunks in (14, 14 + 14 + 7))
-    found = time.crossing_seconds("p2p", 98304, run.layer, 8, 1, run.device, speed, (travel, both))
+    found = crossing_seconds(98304, Setup(run.layer, run.device, speed, ranks=8), (travel, both), DENSE.sent)
     for direction, seconds, taken in zip(("fwd", "fwd+bwd"), (travel, both), found, strict=True):
         each, start, _ = speed.ranks["p2p", direction]
         assert taken == pytest.approx(start + 7 * each + seconds / 8)

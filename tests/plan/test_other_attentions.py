@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from megatron_lighthouse.plan import memory, report, time
 from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import DEVICES
+from megatron_lighthouse.plan.layer_time import Setup, dense_layer
 from megatron_lighthouse.plan.run import Run
 from megatron_lighthouse.plan.stages import Stages
 from megatron_lighthouse.plan.words import recipe_words, run_of_words
@@ -50,8 +52,8 @@ def test_memory_counts_what_it_keeps() -> None:
 
 def test_time_is_so_many_times_that_of_softmax() -> None:
     speed = coefficients()
-    shape = (DENSE.layer, 1, "p2p", 1, DENSE.device, speed)
-    dense, ours = time.dense_layer(98304, *shape), time.dense_layer(98304, *shape, base=PARALLAX)
+    setup = Setup(DENSE.layer, DENSE.device, speed)
+    dense, ours = dense_layer(98304, setup), dense_layer(98304, replace(setup, base=PARALLAX))
     work = PARALLAX.work(None, DENSE.layer)
     assert ours["fwd"] == pytest.approx(work.forward * dense["fwd"])
     assert ours["fwd+bwd"] == pytest.approx(work.both * dense["fwd+bwd"])

@@ -11,9 +11,10 @@ import torch
 
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.geometry import Shape
-from megatron_lighthouse.plan import memory, report, time
+from megatron_lighthouse.plan import memory, report
 from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import DEVICES
+from megatron_lighthouse.plan.layer_time import Setup, dense_layer, lighthouse_layer
 from megatron_lighthouse.plan.model import GPT
 from megatron_lighthouse.plan.run import Run
 from megatron_lighthouse.plan.stages import Stages
@@ -41,11 +42,11 @@ def points() -> list[dict[str, str]]:
 def test_times_are_those_of_an_h200(point: dict[str, str]) -> None:
     tokens = int(point["tokens"])
     shape = Shape(1, int(point["heads"]), int(point["groups"]), int(point["dim"]), 2)
-    how = (shape, 1, "p2p", 1, H200, coefficients())
+    setup = Setup(shape, H200, coefficients(), base=WALL)
     if point["what"] == "ours":
-        parts = time.dense_layer(tokens, *how, base=WALL)
+        parts = dense_layer(tokens, setup)
     else:
-        parts = time.lighthouse_layer(LighthouseConfig(3, 4, 1536).geometry(tokens), *how, base=WALL)
+        parts = lighthouse_layer(LighthouseConfig(3, 4, 1536).geometry(tokens), setup)
     assert parts[point["direction"]] * 1e3 == pytest.approx(float(point["ms"]), rel=PROMISED[point["what"]])
 
 
@@ -56,7 +57,8 @@ def rings() -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("point", rings(), ids=lambda row: row["tokens"])
 def test_times_over_two_are_those_of_two_h200s(point: dict[str, str]) -> None:
-    parts = time.dense_layer(int(point["tokens"]), Shape(1, 8, 8, 128, 2), 2, "p2p", 1, H200, coefficients(), base=WALL)
+    setup = Setup(Shape(1, 8, 8, 128, 2), H200, coefficients(), ranks=2, base=WALL)
+    parts = dense_layer(int(point["tokens"]), setup)
     for direction in ("fwd", "fwd+bwd"):
         assert parts[direction] * 1e3 == pytest.approx(float(point[f"{direction}_ms, all"]), rel=0.15)
 
@@ -180,8 +182,8 @@ def test_tied_gates_send_less(scheme: str) -> None:
     sent = []
     for more in ((), ("--wall-tied-gates",)):
         run = run_with("--attention", "wall", *words, *more)
-        where = (run.seq_length, run.layer, 2, scheme, 1, run.device, coefficients())
-        sent.append(time.dense_layer(*where, run.base, run.around)["exposed"])
+        setup = Setup(run.layer, run.device, coefficients(), 2, scheme, base=run.base, around=run.around)
+        sent.append(dense_layer(run.seq_length, setup)["exposed"])
         assert "context parallel" in report.link_table(run)
     # p2p's bytes travel behind the attention, whole
     assert sent[0] > sent[1] or (scheme == "p2p" and sent[0] == sent[1])

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_lighthouse.kernels.launch import cdiv, enqueue, power_of_2
+from megatron_lighthouse.kernels.launch import cdiv, enqueue
 from megatron_lighthouse.kernels.lighthouse.select import (
     BLOCK,
     HIGHEST,
@@ -22,6 +22,7 @@ from megatron_lighthouse.kernels.lighthouse.windows import documents_of, level_o
 from megatron_lighthouse.lighthouse.packed.packing import Packing
 from megatron_lighthouse.lighthouse.packed.rule import Rule
 from megatron_lighthouse.ranges import profiled
+from megatron_lighthouse.sums import next_power_of_two
 
 COUNTS = ["documents", "units", "compact_length", "coarse_length", "tokens", "budget"]
 """Numbers that change from row to row."""
@@ -149,5 +150,5 @@ def compute_packed_places(scores: Tensor, packing: Packing, pin_first: bool) -> 
 def packed_block_of(rule: Rule) -> tuple[int, bool]:
     """Scores that a program holds at a time, and whether that is all of a tile's level 1, the longest."""
     longest = rule.tile_windows * rule.pooling ** (rule.levels - 2)
-    block = min(BLOCK, power_of_2(longest))
+    block = min(BLOCK, next_power_of_two(longest))
     return block, longest <= block

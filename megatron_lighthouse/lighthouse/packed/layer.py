@@ -1,16 +1,14 @@
-"""A layer over packed documents: what their number and lengths do not decide, decided once; its calls only compute."""
+"""A Lighthouse layer over packed documents. `build_packed` decides once all that does not depend on the documents."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse import telemetry
 from megatron_lighthouse.lighthouse.around import AROUND
 from megatron_lighthouse.lighthouse.causal_rules import causal_documents_problem
@@ -28,14 +26,15 @@ from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.ranges import profiled
 from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.softmax.sharded_documents import sharded_documents_attention
+from megatron_lighthouse.variant import DEFAULT_PLACE, Place
 
 
 @dataclass(frozen=True)
 class PackedAttended:
-    """What the last step needs: all of a layer but its output."""
+    """A layer's state after the inner attention: what the last step, scatter, needs."""
 
     rows: Tensor
-    """[S, 1, H, D], attended to."""
+    """[S, 1, H, D], the inner attention's output."""
     selection: Selection
     steps: PackedSteps
 
@@ -60,23 +59,11 @@ class PackedLayer:
     steps: PackedSteps
     scorer: Scorer
     gather: Callable[..., tuple[Tensor, ...]]
-    """What rows are, of what is around: see `Variant.gather`."""
+    """Makes rows of queries, keys, values and streams: `TakesRows.gather` of the attention that `config.around` names."""
     attend: Callable[..., Tensor] | None
     """The inner attention, of rows, documents and the rows of streams; None where every call brings its own."""
     rotary: Rotary | None
-    """By which rows are turned on to their window's last token while they are pooled."""
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *streams: Tensor,
-        documents: Documents,
-        attend: Callable[..., Tensor] | None = None,
-    ) -> Tensor:
-        """[t, 1, H, D]: see `lighthouse_attention`."""
-        return self.attended(query, key, value, *streams, documents=documents, attend=attend).scatter()
+    """Rotates rows on to their window's last token while they are pooled; None: rows are averaged as they come."""
 
     def attended(
         self,
@@ -89,7 +76,7 @@ class PackedLayer:
         selection: Selection | None = None,
         sinks: Tensor | None = None,
     ) -> PackedAttended:
-        """All steps but the last."""
+        """All steps but the last, `PackedAttended.scatter`, of [t, 1, ·, D]; see `Layer.attended`."""
         attend, packing = attend or self.attend, Packing.of(documents, self.rule)
         assert attend is not None
         if selection is None:
@@ -118,34 +105,19 @@ class PackedLayer:
 
 
 def build_packed(
-    config: LighthouseConfig,
-    query: Tensor,
-    key: Tensor,
-    softmax_scale: float | None = None,
-    own_attend: bool = False,
-    rotary: Rotary | None = None,
-    around: Any = None,
-    exchange: Exchange | None = None,
-    comm_type: str = "p2p",
-    value_dim: int | None = None,
-    sinks: bool = False,
+    config: LighthouseConfig, query: Tensor, key: Tensor, place: Place = DEFAULT_PLACE
 ) -> PackedLayer | ShardedPackedLayer:
     """The layer for rows of documents like these.
 
     Args:
-        query: [t, 1, H, D]; key: [t, 1, G, D]; of these only heads, D, dtype and device count.
-        own_attend: every call brings its inner attention.
-        rotary: what queries and keys are rotated by, where pooled rows are to stand at their window's last token.
-        around: as for `lighthouse.layer.build`.
-        exchange: the ranks that share the row; then `query` and `key` are of [t / C, ...].
-        value_dim: of the values, where it is not D.
-        sinks: every call brings a sink for each head.
+        query: [t/C, 1, H, D]; key: [t/C, 1, G, D]; of these only heads, D, dtype and device count.
+        place: as for `lighthouse.layer.build`; its ranks share the row.
 
     Raises:
         ValueError: as `lighthouse_attention`.
     """
-    scorer, rule = SCORERS[config.scorer], config.rule
-    base = AROUND[config.around]
+    scorer, rule, base = SCORERS[config.scorer], config.rule, AROUND[config.around]
+    rotary, value_dim, exchange = place.rotary, place.value_dim, place.exchange
     if rotary is not None and (problem := rotary.problem(query.shape[3]) or base.rotary_problem()):
         raise ValueError(problem)
     if problem := scorer.packed_problem(rule.window) or documents_problem(config) or causal_documents_problem(config):
@@ -159,15 +131,15 @@ def build_packed(
         )
     steps, attend = packed_steps_for(config.steps, query, config.pooling), None
     if exchange is None:
-        if not own_attend:
-            attend = base.build_document_rows(around, config.inner, query, key, softmax_scale, value_dim, sinks)
+        if not place.base_attends:
+            attend = base.build_document_rows(config.inner, query, key, place)
         return PackedLayer(rule, config.pin_first, steps, scorer, base.gather, attend, rotary)
     if not base.native:
         raise ValueError(
             f"cu_seqlens over context-parallel ranks is not done with config.around {config.around}: use config.around "
             "softmax, or one rank."
         )
-    if not own_attend:
-        how = (exchange, comm_type, softmax_scale, value_dim, None, sinks)
-        attend = sharded_documents_attention(config.inner, query, key, *how)
+    if not place.base_attends:
+        how = (config.inner, query, key, exchange, place.comm_type, place.scale)
+        attend = sharded_documents_attention(*how, value_dim=value_dim, sinks=place.sinks)
     return ShardedPackedLayer(rule, config.pin_first, steps, scorer, attend, rotary, exchange)

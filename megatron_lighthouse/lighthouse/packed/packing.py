@@ -50,7 +50,7 @@ class Packing(Pyramid):
         return Pyramid(sum(self.windows) * self.rule.window, self.levels, self.pooling)
 
     @cached_property
-    def here(self) -> Packing:
+    def on_cpu(self) -> Packing:
         """The same on the CPU."""
         if self.cu_seqlens.device.type == "cpu":
             return self

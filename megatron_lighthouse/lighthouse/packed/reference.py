@@ -16,11 +16,12 @@ from megatron_lighthouse.lighthouse import reference as alone
 from megatron_lighthouse.lighthouse.packed.maps import Maps
 from megatron_lighthouse.lighthouse.packed.packing import Packing
 from megatron_lighthouse.lighthouse.packed.steps import Runs, runs_of
-from megatron_lighthouse.lighthouse.reference import accumulation_dtype, places_of, pool, read, read_or_zero, tokens_behind
+from megatron_lighthouse.lighthouse.reference import places_of, pool, read, read_or_zero, tokens_behind
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.ranges import profiled
 from megatron_lighthouse.sequence.documents import Documents
+from megatron_lighthouse.sums import accumulation_dtype
 
 __all__ = ["alone", "attended_norms", "gather", "scatter", "score", "select"]
 

@@ -28,7 +28,6 @@ from megatron_lighthouse.lighthouse.scorers.base import Scorer
 from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.ranges import profiled
 from megatron_lighthouse.sequence.documents import Documents
-from megatron_lighthouse.softmax.documents import AttendDocuments
 
 
 @dataclass(frozen=True)
@@ -69,12 +68,6 @@ class ShardedPackedLayer:
     rotary: Rotary | None
     exchange: Exchange
 
-    def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, *, documents: Documents, attend: AttendDocuments | None = None
-    ) -> Tensor:
-        """[t / C, 1, H, D]: see `lighthouse_attention`."""
-        return self.attended(query, key, value, documents=documents, attend=attend).scatter()
-
     def attended(
         self,
         query: Tensor,
@@ -85,7 +78,7 @@ class ShardedPackedLayer:
         attend: Callable[..., Tensor] | None = None,
         sinks: Tensor | None = None,
     ) -> ShardedAttended:
-        """All steps but the last."""
+        """All steps but the last, `ShardedAttended.scatter`, of this rank's [t / C, 1, ·, D]; see `Layer.attended`."""
         attend, packing = attend or self.attend, Packing.of(documents, self.rule)
         assert attend is not None
         own = () if sinks is None else (sinks,)

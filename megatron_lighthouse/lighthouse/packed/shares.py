@@ -33,12 +33,12 @@ class Shares:
     def __init__(self, packing: Packing, layout: Layout) -> None:
         self.packing, self.layout, self.window = packing, layout, packing.rule.window
         self.device = packing.cu_seqlens.device
-        here = packing.here
+        here = packing.on_cpu
         self.sizes = Documents(here.cu_seqlens, here.lengths).chunk_sizes(layout.size)
         """[2C, n], on the CPU: tokens of each chunk of each document."""
-        self.cut_here = Cut.of(here, self.sizes, layout)
+        self.cut_on_cpu = Cut.of(here, self.sizes, layout)
         """The pieces of this rank, on the CPU."""
-        self.cut = self.cut_here.on(packing)
+        self.cut = self.cut_on_cpu.on(packing)
         self.pieces, self.maps = self.cut.pieces, Maps.of(packing)
 
     @staticmethod
@@ -83,7 +83,7 @@ class Shares:
     @cached_property
     def align(self) -> Between:
         """From tokens as this rank holds them to tokens of its pieces: those that it owns travel there."""
-        given = self.cut_here, self.sizes, self.layout, self.device
+        given = self.cut_on_cpu, self.sizes, self.layout, self.device
         return Between(leaving(*given), arriving(*given), self.layout.rank)
 
     @cached_property
@@ -234,8 +234,8 @@ class Shares:
     @cached_property
     def own_runs(self) -> Runs:
         """The windows that this rank owns, as runs of each document's."""
-        first, size = self.cut_here.edges[1] // self.window, self.cut_here.windows[1]
-        of_pieces = torch.stack([self.cut_here.document, first, first + size])[:, size > 0]
+        first, size = self.cut_on_cpu.edges[1] // self.window, self.cut_on_cpu.windows[1]
+        of_pieces = torch.stack([self.cut_on_cpu.document, first, first + size])[:, size > 0]
         return tuple(zip(*of_pieces.tolist(), strict=True))
 
     def whole_tokens(self, x: Tensor, exchange: Exchange, purpose: str) -> Tensor:

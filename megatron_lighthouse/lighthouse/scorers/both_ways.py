@@ -26,14 +26,15 @@ def attended_both_ways(query: Tensor, key: Tensor, value: Tensor, steps: Steps, 
     import torch
 
     layout = None if exchange is None else exchange.layout
-
-    def whole(x: Tensor) -> Tensor:
-        return x if exchange is None else exchange.in_order(exchange.all_gather(x, "scorer"))
-
-    values = whole(value)
-    by_query = steps.attended_norms(query, whole(key), values, layout)
-    by_key = steps.attended_norms(key, whole(group_mean(query, key.shape[2])), values, layout)
+    values = whole(value, exchange)
+    by_query = steps.attended_norms(query, whole(key, exchange), values, layout)
+    by_key = steps.attended_norms(key, whole(group_mean(query, key.shape[2]), exchange), values, layout)
     return torch.stack([by_query, by_key])
+
+
+def whole(x: Tensor, exchange: Exchange | None) -> Tensor:
+    """All ranks' [n, ...], as one sequence."""
+    return x if exchange is None else exchange.whole(x, "scorer")
 
 
 def packed_both_ways(query: Tensor, key: Tensor, value: Tensor, steps: PackedSteps, documents: Documents) -> Tensor:
@@ -83,17 +84,9 @@ def both_ways_flops(rows: int, batch: int, shape: Shape) -> float:
 
 def group_mean(query: Tensor, groups: int) -> Tensor:
     """The mean query of each group (ours): [n, B, H, D] -> [n, B, G, D], in the query's dtype."""
+    from megatron_lighthouse.sums import one_by_one
+
+    if query.shape[2] == groups:
+        return query
     grouped = query.unflatten(2, (groups, -1))
-    return ordered_mean([grouped[:, :, :, r] for r in range(grouped.shape[3])])
-
-
-def ordered_mean(parts: list[Tensor]) -> Tensor:
-    """The mean of tensors of one dtype, in that dtype; added up in their order, so that it does not depend on their shape."""
-    from megatron_lighthouse.lighthouse.reference import accumulation_dtype
-
-    if len(parts) == 1:
-        return parts[0]
-    total = parts[0].to(accumulation_dtype(parts[0]))
-    for part in parts[1:]:
-        total = total + part
-    return (total / len(parts)).to(parts[0].dtype)
+    return (one_by_one(grouped, 3) / grouped.shape[3]).to(query.dtype)

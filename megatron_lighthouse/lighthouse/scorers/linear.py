@@ -12,12 +12,13 @@ from torch import Tensor
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse import reference
 from megatron_lighthouse.lighthouse.geometry import Pyramid
-from megatron_lighthouse.lighthouse.reference import accumulation_dtype, group_norms, window_maxima
+from megatron_lighthouse.lighthouse.reference import group_norms, window_maxima
 from megatron_lighthouse.lighthouse.scorers import gla
 from megatron_lighthouse.lighthouse.scorers.both_ways import group_mean
 from megatron_lighthouse.lighthouse.scorers.streams import DELTA, streams, tokens
 from megatron_lighthouse.lighthouse.steps import Steps
 from megatron_lighthouse.ranges import profiled
+from megatron_lighthouse.sums import accumulation_dtype
 from megatron_lighthouse.versions import too_old
 
 Linear = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
@@ -73,7 +74,7 @@ def _starts(states: Tensor, gates: Tensor, exchange: Exchange | None) -> Tensor:
         gates: [segments, δ*B, G], the sum of the gates of each.
     """
     if exchange is not None:
-        states, gates = (exchange.in_order(exchange.all_gather(x, "scorer")) for x in (states, gates))
+        states, gates = (exchange.whole(x, "scorer") for x in (states, gates))
     starts = [torch.zeros_like(states[0])]
     for state, gate in zip(states[:-1], gates[:-1], strict=True):
         starts.append(gate.exp()[..., None, None] * starts[-1] + state)

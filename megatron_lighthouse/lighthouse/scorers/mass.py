@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from megatron_lighthouse.lighthouse.geometry import Pyramid, Shape
 from megatron_lighthouse.lighthouse.scorers.base import Scorer, row_bytes
+from megatron_lighthouse.lighthouse.scorers.both_ways import whole
 from megatron_lighthouse.lighthouse.scorers.summary import coarsest
 
 if TYPE_CHECKING:
@@ -48,18 +49,20 @@ class Mass(Scorer):
     ) -> Tensor:
         import torch
 
+        from megatron_lighthouse.sums import one_by_one
+
         run, layout, groups = implementation(steps), None if exchange is None else exchange.layout, key.shape[2]
         pooled, rows_k, _ = coarsest(query, key, key, pyramid, steps, rotary)
-        rows_q, keys, alone = pooled, _whole(rows_k, exchange), is_local(pyramid, exchange)
+        rows_q, keys, alone = pooled, whole(rows_k, exchange), is_local(pyramid, exchange)
         lse, peak = run.rows(rows_q, keys, layout)
         if alone:
             keys, layout = rows_k, None
         else:
-            rows_q, lse = _whole(rows_q, exchange), _whole(lse.movedim(-1, 0), exchange).movedim(0, -1).contiguous()
+            rows_q, lse = whole(rows_q, exchange), whole(lse.movedim(-1, 0), exchange).movedim(0, -1).contiguous()
         by_key = run.columns(rows_q, keys, lse, pyramid.tile, layout)
         if exchange is not None and not alone:
             by_key = exchange.own(by_key.movedim(-1, 0)).movedim(0, -1)
-        top = torch.stack([_added_up(peak, groups, 1), by_key])
+        top = torch.stack([one_by_one(peak.unflatten(1, (groups, -1)), 2), by_key])
         if pyramid.levels == 2:
             return top
         mean = tile_means(rows_q, groups, pyramid.tile)
@@ -109,27 +112,11 @@ def tile_means(x: Tensor, groups: int, tile: int) -> Tensor:
     """
     from torch.nn.functional import pad
 
-    from megatron_lighthouse.lighthouse.reference import accumulation_dtype, next_power_of_two
+    from megatron_lighthouse.sums import by_neighbours, one_by_one
 
-    total, tiles = _added_up(x.to(accumulation_dtype(x)), groups, 2), -(-x.shape[0] // tile)
+    total, tiles = one_by_one(x.unflatten(2, (groups, -1)), 3), -(-x.shape[0] // tile)
     total = pad(total, (0, 0) * 3 + (0, tiles * tile - x.shape[0])).unflatten(0, (tiles, tile))
-    total = pad(total, (0, 0) * 3 + (0, next_power_of_two(tile) - tile))
-    while total.shape[1] > 1:
-        total = total[:, 0::2] + total[:, 1::2]
-    total = total[:, 0] / (tile * (x.shape[2] // groups))
+    total = by_neighbours(total, 1) / (tile * (x.shape[2] // groups))
     if rest := x.shape[0] % tile:  # the last tile has fewer
         total[-1] *= tile / rest
     return total
-
-
-def _added_up(x: Tensor, groups: int, dim: int) -> Tensor:
-    """The sums over each group's heads, which are dimension `dim`, in their order."""
-    first, *others = x.unflatten(dim, (groups, -1)).unbind(dim + 1)
-    for other in others:
-        first = first + other
-    return first
-
-
-def _whole(x: Tensor, exchange: Exchange | None) -> Tensor:
-    """All ranks' [n, ...], as one sequence."""
-    return x if exchange is None else exchange.in_order(exchange.all_gather(x, "scorer"))

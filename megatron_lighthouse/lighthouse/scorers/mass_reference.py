@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse.lighthouse.geometry import Pyramid
-from megatron_lighthouse.lighthouse.reference import accumulation_dtype, chunk_starts, next_power_of_two, window_maxima
+from megatron_lighthouse.lighthouse.reference import blocks_of, chunk_starts, window_maxima
 from megatron_lighthouse.ranges import profiled
 from megatron_lighthouse.sequence.layout import Layout
+from megatron_lighthouse.sums import accumulation_dtype, by_neighbours, one_by_one
 
 BLOCK = 64
 """Rows, and keys, that are worked on at a time."""
@@ -31,21 +32,16 @@ def rows(query: Tensor, key: Tensor, layout: Layout | None) -> tuple[Tensor, Ten
     """
     groups, dim, found = key.shape[2], key.shape[3], []
     kind, keys, begins = accumulation_dtype(query), key.permute(1, 2, 0, 3), chunk_starts(query.shape[0], layout)
-    for begin, chunk in zip(begins, query.chunk(len(begins)), strict=True):
-        before = begin % BLOCK  # a chunk may begin within a block: rows that another rank has are zero here
-        padded = torch.nn.functional.pad(chunk, (0, 0, 0, 0, 0, 0, before, -(before + chunk.shape[0]) % BLOCK))
-        for i, block in enumerate(padded.split(BLOCK)):
-            first = begin - before + i * BLOCK
-            position = first + torch.arange(BLOCK, device=query.device)
-            k = keys[:, :, : first + BLOCK].to(kind)
-            q = block.to(kind).unflatten(2, (groups, -1)).permute(1, 2, 3, 0, 4).flatten(2, 3)
-            logits = (q @ k.mT / dim**0.5).unflatten(2, (-1, BLOCK))
-            hidden = torch.arange(k.shape[2], device=query.device) >= position.unsqueeze(-1)
-            logits = logits.masked_fill_(hidden, -torch.inf)
-            lse = logits.logsumexp(-1)
-            peak = (logits.amax(-1) - lse).exp().where(position > 0, 0)
-            mine = slice(max(0, before - i * BLOCK), before + chunk.shape[0] - i * BLOCK)
-            found.append(torch.stack([lse, peak]).flatten(2, 3)[..., mine])
+    for first, block, own in blocks_of(query.chunk(len(begins)), begins, BLOCK):
+        position = first + torch.arange(BLOCK, device=query.device)
+        k = keys[:, :, : first + BLOCK].to(kind)
+        q = block.to(kind).unflatten(2, (groups, -1)).permute(1, 2, 3, 0, 4).flatten(2, 3)
+        logits = (q @ k.mT / dim**0.5).unflatten(2, (-1, BLOCK))
+        hidden = torch.arange(k.shape[2], device=query.device) >= position.unsqueeze(-1)
+        logits = logits.masked_fill_(hidden, -torch.inf)
+        lse = logits.logsumexp(-1)
+        peak = (logits.amax(-1) - lse).exp().where(position > 0, 0)
+        found.append(torch.stack([lse, peak]).flatten(2, 3)[..., own])
     lse, peak = torch.cat(found, -1)
     return lse, peak
 
@@ -106,13 +102,7 @@ def finer(query: Tensor, key: Tensor, pooled: Tensor, mean: Tensor, pyramid: Pyr
 
 def _sums(x: Tensor) -> Tensor:
     """[n, B, G, R, D] -> [B, G, n]: neighbours first, then neighbours of those, then head by head."""
-    x = torch.nn.functional.pad(x, (0, next_power_of_two(x.shape[-1]) - x.shape[-1]))
-    while x.shape[-1] > 1:
-        x = x[..., 0::2] + x[..., 1::2]
-    first, *others = x.squeeze(-1).unbind(3)
-    for other in others:
-        first = first + other
-    return first.permute(1, 2, 0)
+    return one_by_one(by_neighbours(x, -1), 3).permute(1, 2, 0)
 
 
 def _block(x: Tensor, first: int, end: int) -> Tensor:

@@ -58,8 +58,15 @@ class FusedAttention(LocalAttention):
             within = self.within.get(made)
             if within is None:
                 q, k = (x if x.dim() == 4 else x.unsqueeze(1) for x in (query, key))
-                how = (self.given_scale, value.shape[-1], self.window, self.softmax_offset is not None)
-                within = self.within[made] = documents_attention("auto", q, k, *how)
+                within = self.within[made] = documents_attention(
+                    "auto",
+                    q,
+                    k,
+                    self.given_scale,
+                    value_dim=value.shape[-1],
+                    window=self.window,
+                    sinks=self.softmax_offset is not None,
+                )
             return attend_documents(within, query, key, value, packed_seq_params, 1, self.softmax_offset)
         if attention_mask is not None:
             raise ValueError("attention without kept scores is causal, and reads no mask.")

@@ -91,16 +91,26 @@ class ContextParallelAttention(LocalAttention):
         if packed_seq_params is not None:
             within = self.within.get(made)
             if within is None:
-                beyond = (self.window, self.softmax_offset is not None)
-                how = (self.exchange, self.cp_comm_type, self.given_scale, value.shape[-1], *beyond)
-                within = self.within[made] = sharded_documents_attention("auto", query, key, *how)
+                within = self.within[made] = self._over_ranks(sharded_documents_attention, query, key, value)
             return attend_documents(within, query, key, value, packed_seq_params, size, self.softmax_offset)
         attend = self.attend.get(made)
         if attend is None:
-            softmax = (self.given_scale, self.window, self.softmax_offset is not None, value.shape[-1])
-            attend = sharded_attention("auto", query, key, self.exchange, self.cp_comm_type, *softmax)
-            self.attend[made] = attend
+            attend = self.attend[made] = self._over_ranks(sharded_attention, query, key, value)
         return attend(query, key, value, self.softmax_offset).flatten(2)
+
+    def _over_ranks[T](self, build: Callable[..., T], query: Tensor, key: Tensor, value: Tensor) -> T:
+        """What attends to rows like these, by `sharded_attention` or `sharded_documents_attention`."""
+        return build(
+            "auto",
+            query,
+            key,
+            self.exchange,
+            self.cp_comm_type,
+            self.given_scale,
+            window=self.window,
+            sinks=self.softmax_offset is not None,
+            value_dim=value.shape[-1],
+        )
 
 
 def able_local(core_attention: Any, config: TransformerConfig) -> Any:

@@ -153,33 +153,11 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
     pyramid.settle(args)
     if found := [*dict.fromkeys(attention_problems(args, config, spec is lighthouse, spec is not None))]:
         raise ValueError(f"--attention {args.attention} cannot run as asked:\n  - " + "\n  - ".join(found))
-    by_name = not VARIANTS[args.attention].native
-    chosen = settings.settings_from(args) if by_name or spec is lighthouse else None
-    if chosen is not None and chosen.attention.selects:
-        chosen = rope.settled(args, chosen)
-        hooks.log_selection(args, chosen)
-    else:
-        rope.keep(args)
-    if chosen is not None:
-        if chosen.base.logs:
-            hooks.log_layers(args, chosen)
-        if not getattr(args, "skip_train", False) and not args.rank:
-            for remark in chosen.base.remarks(chosen.base_config, args):
-                say_once(remark)
-    if chosen is None or not chosen.attention.switches:
-        selection_log.say_nothing_is_logged(args)
+    chosen = _settle(args, spec is lighthouse)
     if chosen is None and spec is not None:
         return model_cfg
-    if (
-        getattr(args, "reset_position_ids", False)
-        and args.position_embedding_type in ("rope", "yarn", "none")
-        and not args.rank
-    ):
-        kind = args.position_embedding_type
-        say_once(f"--reset-position-ids changes nothing with --position-embedding-type {kind}, which does not read them.")
     packs = documents.asked(args)
-    if packs and not args.rank:
-        say_once(documents.remark(args))
+    _say_of_data(args, packs)
     if packs and config.apply_rope_fusion and max(args.micro_batch_size, args.eval_micro_batch_size) > 1:
         say_once(f"{documents.flag_of(args)}: the rows of a micro-batch have angles of their own, so RoPE is not fused.")
         config.apply_rope_fusion = False
@@ -200,3 +178,34 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
     ):
         model_cfg.transformer_layer_spec = partial(layer_spec, settings=chosen, documents=packs)
     return model_cfg
+
+
+def _settle(args: argparse.Namespace, by_spec: bool) -> settings.LighthouseSettings | None:
+    """The settings of the attention that is asked for, whose logs and remarks begin here; None where it is Megatron's own."""
+    from megatron_lighthouse.mcore.loop import hooks
+
+    by_name = not VARIANTS[args.attention].native
+    chosen = settings.settings_from(args) if by_name or by_spec else None
+    if chosen is not None and chosen.attention.selects:
+        chosen = rope.settled(args, chosen)
+        hooks.log_selection(args, chosen)
+    else:
+        rope.keep(args)
+    if chosen is not None and chosen.base.logs:
+        hooks.log_layers(args, chosen)
+    if chosen is not None and not getattr(args, "skip_train", False) and not args.rank:
+        for remark in chosen.base.remarks(chosen.base_config, args):
+            say_once(remark)
+    if chosen is None or not chosen.attention.switches:
+        selection_log.say_nothing_is_logged(args)
+    return chosen
+
+
+def _say_of_data(args: argparse.Namespace, packs: bool) -> None:
+    """What the run's positions and packed documents come to."""
+    if args.rank:
+        return
+    if getattr(args, "reset_position_ids", False) and (kind := args.position_embedding_type) in ("rope", "yarn", "none"):
+        say_once(f"--reset-position-ids changes nothing with --position-embedding-type {kind}, which does not read them.")
+    if packs:
+        say_once(documents.remark(args))

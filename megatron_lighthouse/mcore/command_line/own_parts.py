@@ -1,7 +1,6 @@
-"""What is refused by the parts that stand in for Megatron's local ones: dense attention over shards, and torch's norm; and
-what Transformer Engine's attention lacks over ranks.
+"""What our stand-ins for Megatron's local parts refuse, and what Transformer Engine's attention lacks over ranks.
 
-Asked when these are built, and before. Imports no Megatron.
+The stand-ins are dense attention over shards, and torch's norm. Asked when these are built, and before. Imports no Megatron.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How many tokens' logits, and what of how many an MLP computes, a rank holds at once. Imports no Megatron."""
+"""`--loss-tile-tokens` and `--mlp-tile-tokens`: for how many tokens logits and an MLP's activations are held. No Megatron."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import torch
 
 from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.mcore.loop import switch
-from megatron_lighthouse.variant import Telemetry
+from megatron_lighthouse.running import Telemetry
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from megatron_lighthouse.sums import accumulation_dtype
+
 
 def apart(of_tile: Callable[..., Any], *given: Any) -> Any:
     """`of_tile(*given)`, which draws no random numbers; of what it computes nothing is kept, and backward computes it again."""
@@ -33,7 +35,7 @@ class Summed:
 
     def add(self, grad: Tensor) -> Tensor | None:
         """The sum, in the weight's dtype, when the last use has come."""
-        self.total = grad.to(torch.promote_types(grad.dtype, torch.float32)) if self.total is None else self.total.add_(grad)
+        self.total = grad.to(accumulation_dtype(grad)) if self.total is None else self.total.add_(grad)
         self.left -= 1
         if self.left:
             return None

@@ -1,9 +1,9 @@
-"""The loss, a tile of the sequence at a time: logits of a tile alone are there.
+"""The loss, one tile of the sequence at a time, so that only a tile's logits are held.
 
-Megatron's own output layer and cross entropy make them, so each token's loss is that of the whole, but for what a product of
-other sizes rounds. Their gradients are taken in forward, while the tile is there, of losses weighted as is expected
-(`loss_weights`); backward multiplies by what it is given. Where that is no multiple of those weights, it takes all again.
-Gradients of the output weight are summed over tiles in fp32, and rounded once.
+Megatron's own output layer and cross entropy compute each tile. So each token's loss is that of the whole, up to how products
+of other sizes round. A tile's gradients are computed in forward, while its logits are there, for losses weighted as expected
+(`loss_weights`). Backward multiplies them by the gradient that it is given; where that is no multiple of those weights, it
+computes all again. Gradients of the output weight are summed over tiles in fp32, and rounded once.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from megatron_lighthouse.mcore.command_line.tiles import LOSS, SHARDED, tile_tok
 from megatron_lighthouse.mcore.global_args import global_args
 from megatron_lighthouse.mcore.loop import loss_weights
 from megatron_lighthouse.notice import say_once
+from megatron_lighthouse.sums import accumulation_dtype
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Megatron's compute_language_model_loss: labels [b, n] and logits [n, b, V/tp] -> [b, n], fp32, in nats."""
@@ -104,7 +105,7 @@ class Output:
 
 
 def _plus(total: Tensor | None, grad: Tensor) -> Tensor:
-    return grad.to(torch.promote_types(grad.dtype, torch.float32)) if total is None else total.add_(grad)
+    return grad.to(accumulation_dtype(grad)) if total is None else total.add_(grad)
 
 
 @contextmanager

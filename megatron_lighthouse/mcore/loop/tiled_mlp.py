@@ -1,7 +1,7 @@
-"""MLPs, a tile of the sequence at a time: what they compute of a tile alone is there, and is made again in backward.
+"""MLPs, one tile of the sequence at a time: only a tile's activations are held, and backward computes them again.
 
-Each token's output is that of the whole, but for what a product of other sizes rounds. Backward takes each tile's forward once
-more. With Transformer Engine the norm before an MLP is part of it. Experts, which have tokens of their own, are left alone.
+Each token's output is that of the whole, up to how products of other sizes round. Backward runs each tile's forward once more.
+With Transformer Engine the norm before an MLP is part of it. Experts, which have tokens of their own, are left alone.
 """
 
 from __future__ import annotations

@@ -42,7 +42,8 @@ KINDS = {
     "eager": "",
     "local": "--cuda-graph-impl local",
     "full_iteration": FULL,
-    "optimizer too": f"{FULL} --optimizer-cuda-graph",
+    # beside a sharded optimizer Megatron saves none whose step is in a graph: see mcore/command_line/optimizer_graph
+    "optimizer too": f"{FULL} --optimizer-cuda-graph --no-save-optim",
 }
 OTHERWISE = ("optimizer too",)
 """Whose steps are rounded otherwise than eager ones."""
@@ -108,7 +109,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     kinds = [kind for kind in KINDS if kind in (*options.kinds, "eager") and (options.ranks == 1 or FULL not in KINDS[kind])]
     crossed = [Run(kind, begun) for kind, begun in CROSSED if {kind, begun} <= {*kinds}]
-    runs = [*map(Run, kinds), *(Run(kind, kind) for kind in kinds), *crossed]
+    further = [Run(kind, kind) for kind in kinds if "--no-save-optim" not in KINDS[kind]]
+    runs = [*map(Run, kinds), *further, *crossed]
     status = trained(runs, options)
     rows = table(runs, status, options)
     for run in runs:

@@ -29,7 +29,7 @@ class Case:
 FLASH = "FLASH_ATTENTION_4"
 LAYERS = "--runs 'lighthouse, first and last two layers dense'"
 STEP = f"benchmarks/training_step.py --out {{out}} --seq-length 32768 --budget 512 --limit 80 {LAYERS}"
-FULL = "--cuda-graph-impl full_iteration"
+FULL = "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad"
 EXPERIMENT = "-m experiments --within {within} --work {work}/trained/%s --out {out}/tables --corpus {work}/corpus/text"
 SMALL = """
     --steps 10 --seq-length 4096 --batch 1 --num-layers 6 --hidden-size 64 --ffn-hidden-size 128 --lighthouse-tile-budget 16

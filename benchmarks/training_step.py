@@ -5,7 +5,7 @@ twice the budget, and all 30 alike, each in a process of its own through `megatr
 peak memory from Megatron's log. Leaves training_step.csv, summary.json and the logs. `--budget`, `--seq-length` and `--layers`
 change the model; `--ranks 2` shares the sequence between two GPUs by context parallelism. `--against CHECKOUT` times another
 build's step after each. No run takes longer than `--limit` seconds; one that fails leaves the end of its log, the others go on,
-and the status is 1. What else is given goes to every run: `--cuda-graph-impl full_iteration --optimizer-cuda-graph`.
+and the status is 1. What else is given goes to every run, such as `--cuda-graph-impl local`.
 
 `--tiny` tries it on a CPU, without graphs.
 """

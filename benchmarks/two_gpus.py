@@ -76,6 +76,15 @@ class Run:
         """Whether the plan knows it: eager, of one document."""
         return self.how in ("", "TP")
 
+    def command(self, out: Path, tiny: bool) -> list[str]:
+        """What trains it, its data in `out`."""
+        budget = 0 if DOCUMENTS[0] in self.more else self.tokens // 64  # each document has one by its length
+        sizes = {"out": out, "seq_length": self.tokens, "layers": 30, "ranks": self.gpus, "budget": budget, "steps": self.steps}
+        if tiny:
+            sizes |= {"seq_length": self.tokens // 128, "layers": 6, "budget": budget and 8}
+        words = command(ARGUMENTS[self.attention], argparse.Namespace(**sizes), [*self.more])
+        return on_cpu(words) if tiny else words
+
     @property
     def predicted(self) -> float:
         """Seconds a step on H200s, by the plan."""
@@ -89,7 +98,8 @@ class Run:
 def graphs(
     attention: str, tokens: int, gpus: int, how: str = "graphs", *more: str, kind: str = "local", **environment: str
 ) -> Run:
-    return Run(attention, tokens, gpus, how, ("--cuda-graph-impl", kind, *more), environment)
+    unseen = ("--no-check-for-nan-in-loss-and-grad",) if kind == "full_iteration" else ()
+    return Run(attention, tokens, gpus, how, ("--cuda-graph-impl", kind, *unseen, *more), environment)
 
 
 ALONE = [
@@ -115,7 +125,6 @@ TOGETHER = [
     graphs("lighthouse", 32768, 2, "TP graphs", *TENSOR),
     graphs("lighthouse", 98304, 2),
     Run("lighthouse", 98304, 2, "TP", TENSOR),
-    Run("lighthouse", 98304, 2, "documents", DOCUMENTS),
     graphs("lighthouse", 32768, 2, "whole graphs", kind="full_iteration"),
     graphs("lighthouse", 32768, 2, "graphs, by NCCL", **{SWITCH: "0"}),
 ]
@@ -184,13 +193,7 @@ class Going:
         self.run, self.out = run, options.out
         self.log = options.out / f"{run.name.replace(' ', '-')}.log"
         self.until = min(options.end, time.monotonic() + LIMIT)
-        sizes = {"out": options.out / f"gpu-{gpu}", "seq_length": run.tokens, "layers": 30, "ranks": run.gpus}
-        # each document has a budget by its length
-        sizes |= {"budget": 0 if "documents" in run.how else run.tokens // 64, "steps": run.steps}
-        if options.tiny:
-            sizes |= {"seq_length": run.tokens // 128, "layers": 6, "budget": sizes["budget"] and 8}
-        words = command(ARGUMENTS[run.attention], argparse.Namespace(**sizes), [*run.more])
-        words = on_cpu(words) if options.tiny else words
+        words = run.command(options.out / f"gpu-{gpu}", options.tiny)
         seen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
         self.log.unlink(missing_ok=True)
         self.began = time.monotonic()

@@ -114,8 +114,8 @@ class Session:
         """Why it cannot run here; nothing where it can."""
         if case.gpus > self.options.gpus:
             return f"takes {case.gpus} GPUs"
-        if case.needs and not self.options.rehearse and not os.environ.get(case.needs):
-            return f"needs {case.needs}=FOLDER:… in the environment, what is put before PYTHONPATH"
+        if case.needs and not self.options.rehearse and not all(map(os.path.isdir, os.environ.get(case.needs, "").split(":"))):
+            return f"needs {case.needs}=FOLDER:… in the environment, folders that are there"
         if case.after and self.status(case.after) != DONE and case.after not in [one.case.name for one in self.going]:
             return f"needs {case.after}, which is not done"
         return ""

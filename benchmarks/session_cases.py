@@ -35,6 +35,8 @@ SMALL = """
     --steps 10 --seq-length 4096 --batch 1 --num-layers 6 --hidden-size 64 --ffn-hidden-size 128 --lighthouse-tile-budget 16
     --loss-sequences 2 --passkey-samples 1 --variables-samples 1 --hindsight-samples 2
 """
+PASSKEY = "--passkey-samples 10"
+LONG = f"--steps 3000 {PASSKEY}"
 SECOND = {
     "A": "dense norm-60 mean three-levels edge-2k causal",
     "B": "dense-2 norm-60-2 mean-2 three-levels-2 edge-2k-2 causal-2",
@@ -42,7 +44,7 @@ SECOND = {
 }
 
 
-def experiment(name: str, title: str, of: str, runs: str, more: str = "", limit: float = 1000, least: float = 700) -> Case:
+def experiment(name: str, title: str, of: str, runs: str, more: str, limit: float = 1000, least: float = 700) -> Case:
     """Some of an experiment's runs side by side, which go on where they were cut off while the machine is held."""
     words = f"{EXPERIMENT % name} --experiment {of} --at-once {len(runs.split())} {more} --runs {runs}"
     return Case(name, title, words, 2, limit, least, SMALL, after="corpus")
@@ -70,7 +72,7 @@ CASES = (
         "benchmarks/graphs_training.py --out {out} --within {within}",
         limit=200,
         least=120,
-        tiny="--tiny",
+        tiny="--tiny --kinds local",
     ),
     Case(
         "documents",
@@ -81,12 +83,29 @@ CASES = (
     Case("step-graphs", "a step in one graph (28.1)", f"{STEP} {FULL}", limit=90, tiny="--tiny"),
     Case("step-optimizer", "… and the optimizer's (28.1)", f"{STEP} {FULL} --optimizer-cuda-graph", limit=90, tiny="--tiny"),
     Case(
+        "two-gpus",
+        "training steps on one and two GPUs (31.1, 31.5)",
+        "benchmarks/two_gpus.py --out {out} --within {within}",
+        2,
+        limit=380,
+        least=90,
+        tiny="--tiny --runs 'lighthouse 32768 ?gpu*' 'dense 32768 ?gpu'",
+    ),
+    Case(
         "flash-blocks",
         "FlashAttention 4's blocks over shards (28.3)",
         "benchmarks/flash_blocks.py --out {out} --within {within} --backends fa4 cudnn",
-        limit=200,
+        limit=150,
         tiny="--device cpu --backends sdpa",
         needs=FLASH,
+    ),
+    Case(
+        "graphs-rounded",
+        "the same without deterministic mode (28.1)",
+        "benchmarks/graphs_training.py --out {out} --within {within} --rounded --kinds local full_iteration",
+        limit=140,
+        least=90,
+        tiny="--tiny --kinds local",
     ),
     Case(
         "rings-flash",
@@ -96,34 +115,9 @@ CASES = (
         tiny="--device cpu --inner sdpa",
         needs=FLASH,
     ),
-    Case(
-        "two-gpus",
-        "training steps on one and two GPUs (31.1, 31.5)",
-        "benchmarks/two_gpus.py --out {out} --within {within}",
-        2,
-        limit=420,
-        least=90,
-        tiny="--tiny",
-    ),
-    Case(
-        "graphs-rounded",
-        "the same without deterministic mode (28.1)",
-        "benchmarks/graphs_training.py --out {out} --within {within} --rounded --kinds local full_iteration",
-        limit=140,
-        least=90,
-        tiny="--tiny",
-    ),
-    experiment("qwen3-adam", "Qwen3-like, by Adam (26)", "qwen3-adam", "dense mass dense-2 mass-2", "--passkey-samples 10"),
-    experiment(
-        "qwen3-causal",
-        "Qwen3-like, a causal selection (26, 30)",
-        *("qwen3", "causal causal-2 causal-40 causal-40-2", "--steps 3000 --passkey-samples 10"),
-    ),
-    experiment(
-        "qwen3-mass-40", "Qwen3-like, 40% (26)", "qwen3", "mass-40 mass-40-2", "--steps 3000 --passkey-samples 10", 700, 450
-    ),
-    *(
-        experiment(f"second-{group}", f"group {group} (30)", "second", runs, limit=1650, least=1200)
-        for group, runs in SECOND.items()
-    ),
+    experiment("qwen3-adam", "Qwen3-like by Adam, both seeds (26)", "qwen3-adam", "dense mass dense-2 mass-2", PASSKEY),
+    experiment("qwen3-causal-40", "… by Muon, causal, 40% (26, 30)", "qwen3", "causal-40 causal-40-2", LONG, 650, 480),
+    experiment("qwen3-causal", "… by Muon, causal, 60% (26, 30)", "qwen3", "causal causal-2", LONG, 650, 480),
+    experiment("qwen3-mass-40", "… by Muon, mass, 40% (26)", "qwen3", "mass-40 mass-40-2", LONG, 650, 480),
+    *(experiment(f"second-{group}", f"group {group} (30)", "second", runs, "", 1650, 1200) for group, runs in SECOND.items()),
 )

@@ -32,10 +32,8 @@ from session_cases import CASES, Case
 
 from megatron_lighthouse.launch.torchrun import ROOT
 
-TICK, EVERY = 0.2, 15.0
-"""Seconds between two looks at what runs, and between two copies of what it left."""
-ENDING = 12.0
-"""Seconds that a case has to save and end, before its limit."""
+TICK, EVERY, ENDING = 0.2, 15.0, 12.0
+"""Seconds between two looks at what runs, between two copies of what it left, and to save and end in before a limit."""
 SLOWER = 10.0
 """Times its limit, that a case has on a CPU."""
 GOES_ON = 75
@@ -58,8 +56,6 @@ class Going:
     folder: Path
     began: float
     until: float
-    cut: bool
-    """Whether it has less time than its limit."""
 
 
 class Session:
@@ -73,6 +69,7 @@ class Session:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(options.gpus)))
         self.free = visible.split(",")[: options.gpus]
         self.going: list[Going] = []
+        self.slower = SLOWER if options.rehearse else 1.0
 
     def say(self, text: str) -> None:
         print(f"[{time.monotonic() - self.start:5.0f} s] {text}", flush=True)
@@ -122,8 +119,7 @@ class Session:
 
     def next(self, case: Case) -> bool:
         """Whether the next one may be looked at: this one was started, or never will be."""
-        left, options = self.until - time.monotonic(), self.options
-        least = case.least * (SLOWER if options.rehearse else 1)
+        left, least = self.until - time.monotonic(), case.least * self.slower
         if because := self.left_out(case):
             self.say(f"{case.name}: left out: {because}")
             return True
@@ -138,8 +134,7 @@ class Session:
     def begin(self, case: Case, left: float) -> None:
         """Start its process, which has `left` seconds at most."""
         options, now = self.options, time.monotonic()
-        limit = case.limit * (SLOWER if options.rehearse else 1)
-        seconds, folder = min(limit, left), options.work / case.name
+        seconds, folder = min(case.limit * self.slower, left), options.work / case.name
         folder.mkdir(parents=True, exist_ok=True)
         places = {"out": folder, "work": options.work, "within": max(1, int(seconds - ENDING))}
         words = [word.format(**places) for word in shlex.split(f"{case.words} {case.tiny if options.rehearse else ''}")]
@@ -148,7 +143,7 @@ class Session:
         given = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         given |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
         process = started([sys.executable, *words], folder / LOG, given, ROOT)
-        self.going.append(Going(case, process, gpus, folder, now, now + seconds, cut=seconds < limit))
+        self.going.append(Going(case, process, gpus, folder, now, now + seconds))
 
     def ended(self, one: Going) -> None:
         """Note how, after it was ended where it is over its time, and give back its GPUs."""
@@ -156,7 +151,7 @@ class Session:
         end([one.process])
         end_orphans(other.process for other in self.going)
         seconds = round(time.monotonic() - one.began, 1)
-        ways = {None: CUT_OFF if one.cut else "over its limit", 0: DONE, GOES_ON: CUT_OFF}
+        ways = {None: CUT_OFF if one.until >= self.until else "over its limit", 0: DONE, GOES_ON: CUT_OFF}
         self.state[one.case.name] = {"status": ways.get(status, f"failed: status {status}"), "seconds": seconds}
         self.going.remove(one)
         self.free = sorted([*self.free, *one.gpus])

@@ -32,7 +32,7 @@ STEP = f"benchmarks/training_step.py --out {{out}} --seq-length 32768 --budget 5
 FULL = "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad"
 EXPERIMENT = "-m experiments --within {within} --work {work}/trained/%s --out {out}/tables --corpus {work}/corpus/text"
 SMALL = """
-    --steps 10 --seq-length 4096 --batch 1 --num-layers 6 --hidden-size 64 --ffn-hidden-size 128 --lighthouse-tile-budget 16
+    --steps 10 --seq-length 1024 --batch 1 --num-layers 6 --hidden-size 64 --ffn-hidden-size 128 --lighthouse-tile-budget 16
     --loss-sequences 2 --passkey-samples 1 --variables-samples 1 --hindsight-samples 2
 """
 PASSKEY = "--passkey-samples 10"

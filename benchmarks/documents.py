@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
@@ -172,13 +173,16 @@ def time_mix(name: str, lengths: list[int], config: LighthouseConfig, device: st
             "fwd+bwd": [partial(backward_too, layer, grad, inputs) for inputs in sets],
         }
         for direction, both in calls.items():
-            mix = {"mix": name, "documents": len(lengths), "longest": max(lengths), "what": what, "direction": direction}
-            if device == "cuda":
-                rows.append({**mix, "ms": round(median_ms(both), 3), "peak_gib": round(peak_gib(both[0]), 3)})
-            else:
-                both[0]()
-                rows.append({**mix, "ms": None, "peak_gib": None})
-            print(rows[-1], flush=True)
+            row = {"mix": name, "documents": len(lengths), "longest": max(lengths), "what": what, "direction": direction}
+            try:
+                if device == "cuda":
+                    row |= {"ms": round(median_ms(both), 3), "peak_gib": round(peak_gib(both[0]), 3)}
+                else:
+                    both[0]()
+            except RuntimeError as error:  # one that fails is a result, and the others go on
+                row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
+            rows.append(row)
+            print(row, flush=True)
     return rows
 
 
@@ -187,7 +191,7 @@ def bars(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
     def fastest(mix: str, what: str, direction: str) -> tuple[float, str]:
         found = [row for row in rows if row["mix"] == mix and row["direction"] == direction and what in row["what"]]
-        return min((row["ms"], row["what"]) for row in found)
+        return min(((row["ms"], row["what"]) for row in found if "ms" in row), default=(math.nan, f"{what}, which failed"))
 
     said: dict[str, Any] = {}
     for mix, (other, direction, least) in BARS.items():
@@ -221,7 +225,7 @@ def main() -> None:
     how = (short, options.device, torch.bfloat16 if options.device == "cuda" else torch.float32)
     errors = {**dense_errors(*how), "windows and sinks": windowed_error(*how)}
     print(f"dense attention is off by {errors} of its norm at most", flush=True)
-    assert max(errors.values()) < 0.01, "a dense backend is wrong over documents"
+    wrong = [what for what, found in errors.items() if not found < 0.01]
     rows: list[dict[str, Any]] = []
     for name, lengths in mixes(options.tokens, given).items():
         rows += time_mix(name, lengths, config, options.device)
@@ -230,6 +234,9 @@ def main() -> None:
     summary = {"largest error": error, "dense errors": errors, "bars": met, **environment()}
     print(json.dumps(summary["bars"], indent=2), flush=True)
     (options.out / "documents.json").write_text(json.dumps(summary, indent=2) + "\n")
+    if wrong or any("failed" in row for row in rows):
+        failed = {f"{row['what']}, {row['mix']}" for row in rows if "failed" in row}
+        raise SystemExit(f"failed: {'; '.join(sorted(failed))}; wrong over documents: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":

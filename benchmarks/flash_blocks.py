@@ -3,14 +3,17 @@
 First each is held to plain PyTorch in float64, of the same rows: a rank's own block, one of an earlier and one of a later rank,
 and a window, of rows that are slices of one projection, in bf16 and fp16. Then whether ten backwards repeat to the bit where
 torch is asked for it. Then a pair of blocks at CP 2 is timed, forward and backward: of a rank's own rows, and of an earlier
-rank's. Leaves flash_blocks.csv and .json. What is not installed is left out, and the reason said. `--device cpu` tries the
-script, tiny, and times nothing.
+rank's. One shape is checked first, then all are timed, then the others are checked: FlashAttention 4 compiles for minutes, and
+`--within` ends it between two cases. Leaves flash_blocks.csv and .json. What is not installed is left out, and the reason said;
+what fails is written down, and the status is 1. `--device cpu` tries the script, tiny, and times nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -106,7 +109,7 @@ def check(name: str, shape: Shape, case: Case, dtype: torch.dtype, device: str) 
     largest = {f"largest {what}": float(f"{e.abs().max().item():.2e}") for what, (e, _) in errors.items()}
     lse = float(f"{(found.lse.double() - expected.lse).abs().max().item():.2e}")
     if not (all(x < MOST for x in norms.values()) and lse < 1e-3):
-        raise SystemExit(f"{name}, {case.title}, {shape}, {dtype}: {norms}, log-sum-exp {lse}: {MOST} and 1e-3 are allowed")
+        raise ArithmeticError(f"{norms}, log-sum-exp {lse}: {MOST} and 1e-3 are allowed")
     return {**norms, **largest, "lse": lse}
 
 
@@ -147,28 +150,59 @@ def each(function: Callable[..., Any], given: list[Any]) -> None:
         function(*one)
 
 
-def checks(device: str, names: list[str], save: Callable[[dict[str, object]], None]) -> None:
-    """By backend and case; why not, where it cannot run. Saved as they come, for FlashAttention 4 compiles for minutes."""
-    results: dict[str, object] = {}
-    for name in names:
-        for shape in CHECKED if device == "cuda" else TINY:
-            for case in CASES:
-                key = f"{name}, {case.title}, {shape.heads}/{shape.groups} heads of {shape.dim}"
-                half = (torch.bfloat16, torch.float16) if shape == CHECKED[0] else (torch.bfloat16,)
-                kinds = half if device == "cuda" else (torch.float32,)
-                try:
-                    for dtype in kinds:
-                        results[f"{key}, {str(dtype).removeprefix('torch.')}"] = check(name, shape, case, dtype, device)
-                    if device == "cuda":
-                        results[f"{key}, repeats"] = repeats(name, shape, case, device)
-                except ValueError as error:
-                    results[key] = str(error)
-                print(*(f"{k}: {v}" for k, v in results.items() if k.startswith(key)), sep="\n", flush=True)
-                save(results)
+class Record:
+    """What was found, written as it comes, and what failed."""
 
+    def __init__(self, out: Path, within: float) -> None:
+        self.out, self.until = out, time.monotonic() + within
+        self.checks: dict[str, object] = {}
+        self.rows: list[dict[str, object]] = []
+        self.failed: list[str] = []
+        self.left: list[str] = []
 
-def keep(to: Path, found: dict[str, object]) -> None:
-    to.write_text(json.dumps({**environment(), "checks": found}, indent=2) + "\n")
+    def taken(self, name: str, what: str, call: Callable[[], object]) -> object:
+        """What a call of one backend answers; or why it does not. A backend that fails does so in ways of its own."""
+        if time.monotonic() > self.until:
+            self.left.append(what)
+            return "no time was left"
+        try:
+            return call()
+        except ValueError as error:
+            return f"{name} is left out: {error}"
+        except Exception as error:
+            self.failed.append(what)
+            return f"failed: {type(error).__name__}: {str(error)[:600]}"
+
+    def check(self, name: str, shape: Shape, device: str) -> None:
+        """By case."""
+        half = (torch.bfloat16, torch.float16) if shape == CHECKED[0] else (torch.bfloat16,)
+        for case in CASES:
+            key = f"{name}, {case.title}, {shape.heads}/{shape.groups} heads of {shape.dim}"
+            calls: dict[str, Callable[[], object]] = {
+                f"{key}, {str(dtype).removeprefix('torch.')}": partial(check, name, shape, case, dtype, device)
+                for dtype in (half if device == "cuda" else (torch.float32,))
+            }
+            if device == "cuda":
+                calls[f"{key}, repeats"] = partial(repeats, name, shape, case, device)
+            for what, call in calls.items():
+                self.checks[what] = self.taken(name, what, call)
+                print(f"{what}: {self.checks[what]}", flush=True)
+            self.write()
+
+    def time(self, name: str, shape: Shape, deterministic: bool) -> None:
+        what = f"time of {name}, {shape}" + (", deterministic" if deterministic else "")
+        found = self.taken(name, what, partial(times, name, shape, deterministic))
+        print(f"{what}: {found}", flush=True)
+        if isinstance(found, dict):
+            self.rows.append(found)
+        else:
+            self.checks[what] = found
+        self.write()
+
+    def write(self) -> None:
+        (self.out / "flash_blocks.json").write_text(json.dumps({**environment(), "checks": self.checks}, indent=2) + "\n")
+        if self.rows:
+            write_csv(self.out / "flash_blocks.csv", self.rows)
 
 
 def main() -> None:
@@ -176,22 +210,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("flash_blocks"))
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--backends", nargs="+", choices=list(BLOCKS))
+    parser.add_argument("--within", type=float, default=math.inf, metavar="SECONDS")
     options = parser.parse_args()
     names = options.backends or (["fa4", "fa3", "cudnn", "fa2"] if options.device == "cuda" else ["sdpa"])
     options.out.mkdir(parents=True, exist_ok=True)
-    to = options.out / "flash_blocks.json"
-    checks(options.device, names, lambda found: keep(to, found))
-    rows: list[dict[str, object]] = []
+    record = Record(options.out, options.within)
+    first, *others = CHECKED if options.device == "cuda" else TINY
+    for name in names:
+        record.check(name, first, options.device)
     for shape in TIMED if options.device == "cuda" else []:
         for name, deterministic in ((name, asked) for asked in (False, True) for name in names):
-            try:
-                rows.append(times(name, shape, deterministic))
-            except ValueError as error:
-                print(f"{name} is left out: {error}", flush=True)
-                continue
-            print(rows[-1], flush=True)
-    if rows:
-        write_csv(options.out / "flash_blocks.csv", rows)
+            record.time(name, shape, deterministic)
+    for shape in others:
+        for name in names:
+            record.check(name, shape, options.device)
+    if record.failed or record.left:
+        raise SystemExit(f"failed: {'; '.join(record.failed)}; without time: {'; '.join(record.left)}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ those of one, error by norm, and the greatest of any element beside the greatest
 those of the plan, whether three repeats give the same bits (the copies and our kernels do, cuDNN's backward does not), and the
 times on one rank and on all: efficiency is one rank's over as many times that of all; and what a call takes the host from an
 idle GPU on. Documents stand beside one document of their row. Leaves rings.csv and rings.json, as far as it came, after every
-case.
+case. One that fails is written down, and the others go on in new processes; the status is 1 then. `--inner fa4 cudnn` takes
+these backends for Lighthouse and dense attention in turn.
 
 `--warm` runs every case once and times nothing: several of them side by side, each with its `--cases`, fill Triton's cache.
 `--device cpu` goes the whole way over gloo at a 128th of the length, and times nothing.
@@ -20,7 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -46,16 +47,22 @@ from megatron_lighthouse.parallax.attention import parallax_attention
 from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.softmax.backends import inner_attention
+from megatron_lighthouse.softmax.names import OVER_SHARDS
 from megatron_lighthouse.softmax.sharded import sharded_attention
 from megatron_lighthouse.variants import VARIANTS
 from megatron_lighthouse.versions import environment
 from megatron_lighthouse.wall.attention import wall_attention
 
 HEADS, DIM = 8, 128
-LENGTHS = (32768, 98304)
+LENGTHS = (32768, 98304, 262144, 524288)
+BY_DEFAULT = LENGTHS[:2]
+PATIENCE = timedelta(seconds=60)
+"""With a rank that does not come to a collective: the first call of a case compiles its kernels."""
 SHORTER = 128
 """How much shorter rows are on a CPU."""
 MEANS = {"documents, mean 8K": 8192, "documents, mean 32K": 32768}
+BACKED = ("dense", "lighthouse")
+"""Those that --inner speaks of."""
 GATE = -3.35e-4
 """Gates of Wall, those of a bias of 8."""
 REPEATS = 3
@@ -70,15 +77,18 @@ class Case:
     what: str
     """dense, lighthouse, parallax, wall, or a name of MEANS."""
     tokens: int
+    inner: str = "auto"
+    """The backend of Lighthouse's inner attention and of dense attention."""
 
     @property
     def name(self) -> str:
-        return f"{self.what}, {self.tokens}"
+        return f"{self.what}, {self.tokens}" + (f", {self.inner}" if self.inner != "auto" else "")
 
     @property
     def config(self) -> LighthouseConfig:
-        """Of Lighthouse: L = 3, p = 4, k = N/64, with tiles that no rank has to deal out."""
-        return LighthouseConfig(3, 4, max(8, self.tokens // 64), tile_budget=max(4, self.tokens // 1024))
+        """Of Lighthouse: L = 3, p = 4, k = N/64 or, of long rows, N/128, with tiles that no rank has to deal out."""
+        budget = max(8, self.tokens // (64 if self.tokens <= 131072 else 128))
+        return LighthouseConfig(3, 4, budget, tile_budget=max(4, budget // 16), inner=self.inner)
 
     def documents(self, device: str) -> Documents | None:
         """As they fill a row, from one drawing of a log-normal."""
@@ -103,8 +113,7 @@ class Case:
         if self.what == "wall":
             return partial(wall_attention, cp_group=group)
         if self.what == "dense":
-            exchange, name = Exchange.over(group), "auto" if inputs[0].is_cuda else "sdpa"
-            alike = (name, inputs[0], inputs[1])
+            exchange, alike = Exchange.over(group), (self.inner, inputs[0], inputs[1])
             return sharded_attention(*alike, exchange, "p2p") if exchange else inner_attention(*alike)
         return partial(lighthouse_attention, config=self.config, cu_seqlens=documents, cp_group=group)
 
@@ -148,13 +157,12 @@ def measure(case: Case, exchange: Exchange, device: str, warm: bool) -> dict[str
         return {}
     found = [whole(x, rows, exchange) for x in parts]
     names = ["out", "dq", "dk", "dv", *(["d of the stream"] if len(found) > 4 else [])]
-    pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True)]
-    row: dict[str, Any] = {"what": case.what, "tokens": case.tokens, "ranks": exchange.size}
+    errors = [distance(a, b) for a, b in zip(found, expected, strict=True)]
+    row: dict[str, Any] = {"what": case.what, "tokens": case.tokens, "inner": case.inner, "ranks": exchange.size}
     row["documents"] = len(documents.lengths) if documents else 1
-    row |= {f"error of {name}": f"{float((a - b).norm() / b.norm()):.2e}" for name, (a, b) in zip(names, pairs, strict=True)}
-    row["greatest, of the greatest element"] = f"{max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs):.2e}"
-    same = all(torch.equal(a, b) for _ in range(REPEATS) for a, b in zip(both(together, shards), parts, strict=True))
-    row["repeats to the bit"] = all(gathered(same, exchange))
+    row |= {f"error of {name}": f"{error:.2e}" for name, (error, _) in zip(names, errors, strict=True)}
+    row["greatest, of the greatest element"] = f"{max(greatest for _, greatest in errors):.2e}"
+    row["repeats to the bit"] = repeats(together, shards, exchange)
     counted, planned = sum(sent.values()), sum(map(sum, case.planned(layout, documents, inputs[0].element_size()).values()))
     row["sent MB"], row["planned MB"] = round(max(gathered(counted, exchange)) / 1e6, 3), max(gathered(planned, exchange)) / 1e6
     if device == "cuda":
@@ -162,7 +170,28 @@ def measure(case: Case, exchange: Exchange, device: str, warm: bool) -> dict[str
         row |= {f"{name}, one rank": x for name, x in one.items()} | {f"{name}, all": x for name, x in many.items()}
         row["host ms"] = max(gathered(host_ms(partial(both, together, shards)), exchange))
         row["efficiency"] = round(one["fwd+bwd_ms"] / many["fwd+bwd_ms"] / exchange.size, 4)
+    torch.use_deterministic_algorithms(True)
+    try:
+        row["where torch is asked for it"] = repeats(together, shards, exchange)
+    except (ValueError, RuntimeError) as error:  # a backend that cannot, on every rank alike
+        row["where torch is asked for it"] = str(error)[:200]
+    torch.use_deterministic_algorithms(False)
     return row
+
+
+def distance(found: Tensor, expected: Tensor) -> tuple[float, float]:
+    """By norm, and the greatest of any element beside the greatest element."""
+    wide, exact = found.double(), expected.double()
+    return float((wide - exact).norm() / exact.norm()), float((wide - exact).abs().max() / exact.abs().max())
+
+
+def repeats(layer: Layer, shards: Sequence[Tensor], exchange: Exchange) -> bool:
+    """Whether the same calls give the same bits on every rank."""
+    first = both(layer, shards)
+    again = [
+        all(map(torch.equal, both(layer, shards), first)) for _ in range(REPEATS)
+    ]  # all of them, for every rank takes part
+    return all(gathered(all(again), exchange))
 
 
 def host_ms(call: Callable[[], object]) -> float:
@@ -184,24 +213,21 @@ def gathered(x: float, exchange: Exchange) -> list[float]:
     return found
 
 
-def _rank(rank: int, options: argparse.Namespace, store: str) -> None:
-    how: dict[str, Any] = {"init_method": f"file://{store}/store", "rank": rank, "world_size": options.ranks}
+def _rank(rank: int, options: argparse.Namespace, cases: Sequence[Case], rows: list[dict[str, Any]]) -> None:
+    """Measure cases, and add what they say to the rows."""
+    how: dict[str, Any] = {"init_method": f"file://{options.store}/{len(rows)}", "rank": rank, "world_size": options.ranks}
     if options.device == "cuda":
         torch.cuda.set_device(rank)
         urgent = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
         how |= {"backend": "nccl", "device_id": torch.device("cuda", rank), "pg_options": urgent}
-    dist.init_process_group(timeout=timedelta(minutes=2), **({"backend": "gloo"} | how))
+    dist.init_process_group(timeout=PATIENCE, **({"backend": "gloo"} | how))
     exchange = Exchange.over(dist.group.WORLD)
     assert exchange is not None
-    rows: list[dict[str, Any]] = []
-    for case in (case for case in CASES if case.what in options.cases and case.tokens in options.lengths):
-        if options.device == "cpu":
-            case = Case(case.what, case.tokens // SHORTER)
+    for case in cases:
         begun = time.monotonic()
-        row = measure(case, exchange, options.device, options.warm)
-        rows.append(row)
+        rows.append(measure(case, exchange, options.device, options.warm))
         if rank == 0:
-            print(f"{time.monotonic() - begun:.1f} s: {case.name}: {row}", flush=True)
+            print(f"{time.monotonic() - begun:.1f} s: {case.name}: {rows[-1]}", flush=True)
         if rank == 0 and not options.warm:
             keep(rows, options.out)
     dist.barrier()
@@ -209,12 +235,31 @@ def _rank(rank: int, options: argparse.Namespace, store: str) -> None:
     os._exit(0)  # Transformer Engine's atexit hooks can outlive the process group
 
 
+def measured(cases: Sequence[Case], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Of every case a row. Where a rank fails none can go on, so that new ones take the cases after it."""
+    rows: list[dict[str, Any]] = []
+    while len(rows) < len(cases):
+        try:
+            spawn(_rank, args=(options, cases[len(rows) :], rows), nprocs=options.ranks)
+        except Exception as error:  # of any rank
+            if options.warm:
+                raise
+            rows = json.loads((options.out / "rings.json").read_text())["cases"]
+            case, said = cases[len(rows)], str(error).strip()
+            rows.append({"what": case.what, "tokens": case.tokens, "inner": case.inner, "failed": said.splitlines()[-1][:300]})
+            print(f"{case.name}: failed: {said}", flush=True)
+            keep(rows, options.out)
+        else:
+            return rows if options.warm else json.loads((options.out / "rings.json").read_text())["cases"]
+    return rows
+
+
 def keep(rows: list[dict[str, Any]], out: Path) -> None:
     """The table so far; documents beside a row of one document, ours beside dense attention."""
-    ms = {(row["what"], row["tokens"]): row.get("fwd+bwd_ms, all") for row in rows}
+    ms = {(row["what"], row["tokens"], row["inner"]): row.get("fwd+bwd_ms, all") for row in rows}
     for row in rows:
         own = row.get("fwd+bwd_ms, all")
-        other = ms.get(("lighthouse" if row["what"] in MEANS else "dense", row["tokens"]))
+        other = ms.get(("lighthouse" if row["what"] in MEANS else "dense", row["tokens"], row["inner"]))
         beside = "time of one document" if row["what"] in MEANS else "time of dense"
         if own and other and row["what"] != "dense":
             row[beside] = round(own / other, 3)
@@ -228,13 +273,27 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2, choices=(2, 4, 8))
     names = list(dict.fromkeys(case.what for case in CASES))
     parser.add_argument("--cases", nargs="+", default=names, choices=names)
-    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, choices=LENGTHS)
+    parser.add_argument("--lengths", nargs="+", type=int, default=BY_DEFAULT, choices=LENGTHS)
+    parser.add_argument(
+        "--inner", nargs="+", choices=("auto", *OVER_SHARDS), default=["auto"], help="of Lighthouse and dense attention"
+    )
     parser.add_argument("--warm", action="store_true")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    options.store = tempfile.mkdtemp()
     one_cudnn()
-    spawn(_rank, args=(options, tempfile.mkdtemp()), nprocs=options.ranks)
+    shorter = SHORTER if options.device == "cpu" else 1
+    cases = [
+        replace(case, tokens=case.tokens // shorter, inner=inner)
+        for case in CASES
+        if case.what in options.cases and case.tokens in options.lengths
+        for inner in (options.inner if case.what in BACKED else ["auto"])
+    ]
+    if not options.warm:
+        keep([], options.out)
+    if failed := [row["what"] for row in measured(cases, options) if "failed" in row]:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

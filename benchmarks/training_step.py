@@ -4,7 +4,10 @@ Megatron with Transformer Engine, bf16, no recompute: dense attention, 26 of 30 
 twice the budget, and all 30 alike, each in a process of its own through `megatron_lighthouse.pretrain_gpt`. Reads step time and
 peak memory from Megatron's log. Leaves training_step.csv, summary.json and the logs. `--budget`, `--seq-length` and `--layers`
 change the model; `--ranks 2` shares the sequence between two GPUs by context parallelism. `--against CHECKOUT` times another
-build's step after each. What else is given goes to every run: `--cuda-graph-impl full_iteration --optimizer-cuda-graph`.
+build's step after each. No run takes longer than `--limit` seconds; one that fails leaves the end of its log, the others go on,
+and the status is 1. What else is given goes to every run, such as `--cuda-graph-impl local`.
+
+`--tiny` tries it on a CPU, without graphs.
 """
 
 from __future__ import annotations
@@ -15,11 +18,14 @@ import os
 import re
 import statistics
 import subprocess
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from csv_tables import write_csv
+from million import TINY
+from processes import end, started
 
 from megatron_lighthouse.launch.torchrun import ROOT, one_rank, torchrun
 from megatron_lighthouse.recipe.presets import default_text
@@ -34,6 +40,8 @@ MODEL = """
     --log-interval 1 --log-throughput --eval-iters 0 --eval-interval 100000 --seed 7
     --no-create-attention-mask-in-dataloader
 """.split()
+ON_GPU = ("--bf16", "--cuda-graph-impl", "--optimizer-cuda-graph")
+"""What a CPU does not take."""
 EDGES = "lighthouse, edge layers with twice the budget"
 RUNS = {
     "dense": ["--attention", "dense"],
@@ -53,7 +61,11 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1, help="GPUs, by context parallelism")
     parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="time another build too")
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS), help="which of them")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="of a run")
+    parser.add_argument("--tiny", action="store_true")
     options, more = parser.parse_known_args()
+    if options.tiny:
+        options.seq_length, options.layers, options.budget = 768, 6, 8
     options.out = options.out.resolve()  # a run starts in its build's folder
     options.out.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -69,6 +81,8 @@ def main() -> None:
     write_csv(options.out / "training_step.csv", rows)
     (options.out / "summary.json").write_text(json.dumps({**environment(), "runs": rows}, indent=2) + "\n")
     print(json.dumps(rows, indent=2))
+    if failed := [row["run"] for row in rows if row["status"]]:
+        raise SystemExit(f"failed: {'; '.join(failed)}")
 
 
 def measure(
@@ -81,14 +95,26 @@ def measure(
     given["PYTHONPATH"] = os.pathsep.join([str(code), given["PYTHONPATH"]])
     if name == EDGES:
         arguments = [*arguments, "--lighthouse-edge-budget", str(2 * options.budget)]
-    with log.open("w") as file:
-        status = subprocess.run(
-            command(arguments, options, more), stdout=file, stderr=subprocess.STDOUT, env=given, cwd=code
-        ).returncode
+    words = command(arguments, options, more)
+    log.unlink(missing_ok=True)
+    process = started(on_cpu(words) if options.tiny else words, log, given, code)
+    try:
+        status: int | str = process.wait(options.limit)
+    except subprocess.TimeoutExpired:
+        status = f"over {options.limit:.0f} s"
+    finally:
+        end([process])
     text = log.read_text(errors="replace")
     if status:
-        print(text[-3000:], flush=True)
-    return said(text, options.seq_length)
+        print(f"{name}: status {status}\n{text[-3000:]}", flush=True)
+    return {"status": status, **said(text, options.seq_length)}
+
+
+def on_cpu(words: Sequence[str]) -> list[str]:
+    """The same command, small, as a CPU can take it: in fp32, with local layers, without graphs."""
+    pairs = zip(["", *words], words, strict=False)
+    left = [word for before, word in pairs if word not in ON_GPU and before != "--cuda-graph-impl"]
+    return [*left, *TINY.split()]
 
 
 def command(arguments: list[str], options: argparse.Namespace, more: list[str]) -> list[str]:

@@ -1,10 +1,11 @@
 """`python benchmarks/two_gpus.py --out FOLDER`: training steps of the 530M model's layers on two GPUs, and on one of them.
 
 32,768 tokens (k = 512) and 98,304 (k = 1536) by context parallelism over both and on one, dense and 26 of 30 layers Lighthouse,
-under Megatron's CUDA graphs too. Packed documents by tensor parallelism. Each is a run of `training_step.py`, two of one GPU at
-a time; a run starts while the one before it ends, for a process imports for longer. Leaves two_gpus.csv and two_gpus.json, as
-far as it came, after every run: seconds, memory, efficiency (one GPU's time over twice that of two, graphs or not, whichever is
-faster on one), and what the plan predicts. `--within` ends all of it; `--list` names the runs, `--runs` takes some of them.
+under Megatron's CUDA graphs too; packed documents and graphs by tensor parallelism. Each is a run of `training_step.py`, two of
+one GPU at a time; a run starts while the one before it ends, for a process imports for longer. Leaves two_gpus.csv, .json and
+.png, as far as it came, after every run: seconds, memory, efficiency (one GPU's time over twice that of two, graphs or not,
+whichever is faster on one), and what the plan predicts. `--within` ends all of it, with status 75 where runs are left. The same
+command goes on: what went well is not run again. `--list` names the runs, `--runs` takes some of them.
 
 `--tiny` tries it on a CPU.
 """
@@ -13,21 +14,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from csv_tables import write_csv
-from million import TINY
+from processes import Process, end, started
 from scaling_points import Point
-from training_step import RUNS, command, said, step_times
+from training_step import RUNS, command, on_cpu, said, step_times
+from two_gpus_plots import draw
 
 from megatron_lighthouse.context_parallel.schemes import SWITCH
 from megatron_lighthouse.launch.torchrun import one_rank
@@ -42,8 +46,13 @@ DOCUMENTS = ("--dataloader-inter-document-masking",)
 TENSOR = ("--context-parallel-size", "1", "--tensor-model-parallel-size", "2", "--sequence-parallel")
 EARLY = 8.0
 """Seconds before its last step at which the next run starts."""
-LIMIT = 90
-"""Seconds of a run."""
+LIMIT, LEAST = 90, 25
+"""Seconds of a run at most, and those in which none can be timed: none begins with less."""
+GOES_ON = 75
+"""The status where runs are left: EX_TEMPFAIL."""
+CUT_OFF = "cut off"
+GOING: list[Process] = []
+LOCK = Lock()
 
 
 @dataclass(frozen=True)
@@ -64,44 +73,62 @@ class Run:
 
     @property
     def plain(self) -> bool:
-        """Whether the plan knows it: eager, by context parallelism."""
-        return not self.how
+        """Whether the plan knows it: eager, of one document."""
+        return self.how in ("", "TP")
+
+    def command(self, out: Path, tiny: bool) -> list[str]:
+        """What trains it, its data in `out`."""
+        budget = 0 if DOCUMENTS[0] in self.more else self.tokens // 64  # each document has one by its length
+        sizes = {"out": out, "seq_length": self.tokens, "layers": 30, "ranks": self.gpus, "budget": budget, "steps": self.steps}
+        if tiny:
+            sizes |= {"seq_length": self.tokens // 128, "layers": 6, "budget": budget and 8}
+        words = command(ARGUMENTS[self.attention], argparse.Namespace(**sizes), [*self.more])
+        return on_cpu(words) if tiny else words
 
     @property
     def predicted(self) -> float:
         """Seconds a step on H200s, by the plan."""
-        point = Point(
-            self.attention, self.tokens, self.gpus, config=LighthouseConfig(3, 4, self.tokens // 64), recompute="none"
-        )
+        context, tensor = (1, self.gpus) if self.how == "TP" else (self.gpus, 1)
+        config = LighthouseConfig(3, 4, self.tokens // 64)
+        point = Point(self.attention, self.tokens, context, config=config, recompute="none", tensor_parallel=tensor)
         run = point.run.change(device=DEVICES["h200"])
         return self.tokens / tokens_per_gpu(run, coefficients()) / self.gpus
 
 
-def graphs(attention: str, tokens: int, gpus: int, how: str = "graphs", **environment: str) -> Run:
-    given = {"NCCL_GRAPH_REGISTER": "0", **environment}  # Megatron asks for it beside expandable segments
-    return Run(attention, tokens, gpus, how, ("--cuda-graph-impl", "local"), given)
+def graphs(
+    attention: str, tokens: int, gpus: int, how: str = "graphs", *more: str, kind: str = "local", **environment: str
+) -> Run:
+    unseen = ("--no-check-for-nan-in-loss-and-grad",) if kind == "full_iteration" else ()
+    return Run(attention, tokens, gpus, how, ("--cuda-graph-impl", kind, *unseen, *more), environment)
 
 
 ALONE = [
     [
-        Run("lighthouse", 32768, 1),
         graphs("lighthouse", 32768, 1),
-        graphs("lighthouse", 98304, 1),
+        Run("lighthouse", 98304, 1),
         Run("lighthouse", 98304, 1, "documents", DOCUMENTS),
     ],
-    [Run("dense", 32768, 1), Run("lighthouse", 98304, 1), Run("dense", 98304, 1, steps=6)],
+    [
+        Run("dense", 32768, 1),
+        graphs("lighthouse", 32768, 1, "whole graphs", kind="full_iteration"),
+        Run("dense", 98304, 1, steps=6),
+    ],
 ]
 """On the first GPU, and on the second."""
 TOGETHER = [
-    Run("lighthouse", 32768, 2),
+    graphs("lighthouse", 32768, 2),
     Run("lighthouse", 98304, 2),
-    Run("lighthouse", 98304, 2, "TP documents", (*TENSOR, *DOCUMENTS)),
+    Run("lighthouse", 32768, 2),
     Run("dense", 32768, 2),
     Run("dense", 98304, 2, steps=8),
+    Run("lighthouse", 98304, 2, "TP documents", (*TENSOR, *DOCUMENTS)),
+    graphs("lighthouse", 32768, 2, "TP graphs", *TENSOR),
+    graphs("lighthouse", 98304, 2),
     Run("lighthouse", 98304, 2, "TP", TENSOR),
-    graphs("lighthouse", 32768, 2),
+    graphs("lighthouse", 32768, 2, "whole graphs", kind="full_iteration"),
     graphs("lighthouse", 32768, 2, "graphs, by NCCL", **{SWITCH: "0"}),
 ]
+"""On both, the most wanted first."""
 
 
 def main() -> None:
@@ -118,20 +145,38 @@ def main() -> None:
         raise SystemExit("\n".join(run.name for lane in lanes for run in lane) or f"--runs {options.runs}: see --list")
     options.out = options.out.resolve()
     options.out.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
+    signal.signal(signal.SIGTERM, partial(stop, options))
+    before = options.out / "two_gpus.json"
+    rows = [row for row in json.loads(before.read_text())["runs"] if row["status"] == 0] if before.is_file() else []
+    names = [run.name for lane in lanes for run in lane]
+    lanes = [[run for run in lane if run.name not in {row["run"] for row in rows}] for lane in lanes]
     if options.tiny:
         in_turn([run for lane in lanes for run in lane], None, options, rows)
-        return
-    with ThreadPoolExecutor(2) as pool:
-        for one in [pool.submit(in_turn, lane, str(gpu), options, rows) for gpu, lane in enumerate(lanes[:2])]:
-            one.result()
-    in_turn(lanes[2], None, options, rows)
+    else:
+        with ThreadPoolExecutor(2) as pool:
+            for one in [pool.submit(in_turn, lane, str(gpu), options, rows) for gpu, lane in enumerate(lanes[:2])]:
+                one.result()
+        in_turn(lanes[2], None, options, rows)
+    found = {row["run"]: row["status"] for row in rows}
+    failed = [name for name, status in found.items() if status not in (0, CUT_OFF)]
+    left = [name for name in names if found.get(name, CUT_OFF) == CUT_OFF]
+    print(f"failed: {', '.join(failed) or 'none'}; left: {', '.join(left) or 'none'}", flush=True)
+    sys.exit(1 if failed else GOES_ON if left else 0)
+
+
+def stop(options: argparse.Namespace, *_: object) -> None:
+    """End what runs, so that no rank disturbs what comes after."""
+    options.end = 0
+    end([process for process in GOING if process.poll() is None])
+    sys.exit(143)
 
 
 def in_turn(runs: Sequence[Run], gpu: str | None, options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Train them one after another on a GPU, or on all, and add what they say to the table."""
     before = None
     for run in runs:
+        if options.end - time.monotonic() < LEAST:
+            break
         going = Going(run, gpu, options)
         if before:
             before.end(rows)
@@ -148,26 +193,12 @@ class Going:
         self.run, self.out = run, options.out
         self.log = options.out / f"{run.name.replace(' ', '-')}.log"
         self.until = min(options.end, time.monotonic() + LIMIT)
-        sizes = {"out": options.out / f"gpu-{gpu}", "seq_length": run.tokens, "layers": 30, "ranks": run.gpus}
-        # each document has a budget by its length
-        sizes |= {"budget": 0 if "documents" in run.how else run.tokens // 64, "steps": run.steps}
-        more = list(run.more)
-        if options.tiny:
-            sizes |= {"seq_length": run.tokens // 128, "layers": 6, "budget": sizes["budget"] and 8}
-            more = [word for word in run.more if word not in ("--cuda-graph-impl", "local")] + TINY.split()
-            more += ["--transformer-impl", "local", "--no-persist-layer-norm", "--no-masked-softmax-fusion"]
-        words = command(ARGUMENTS[run.attention], argparse.Namespace(**sizes), more)
-        if options.tiny:
-            words = [word for word in words if word != "--bf16"]
+        words = run.command(options.out / f"gpu-{gpu}", options.tiny)
         seen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-        with self.log.open("w") as file:
-            self.process = subprocess.Popen(
-                words,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env={**one_rank(), **seen, **run.environment},
-                start_new_session=True,
-            )
+        self.log.unlink(missing_ok=True)
+        self.began = time.monotonic()
+        self.process = started(words, self.log, {**one_rank(), **seen, **run.environment})
+        GOING.append(self.process)
 
     def nearly(self) -> None:
         """Wait until its last steps, or its end."""
@@ -180,27 +211,20 @@ class Going:
     def end(self, rows: list[dict[str, Any]]) -> None:
         """Wait for its end, and add a row."""
         try:
-            status = self.process.wait(max(1, self.until - time.monotonic()))
+            status: int | str = self.process.wait(max(1, self.until - time.monotonic()))
         except subprocess.TimeoutExpired:
-            status = self.stop()
+            status = f"over {LIMIT} s" if time.monotonic() - self.began >= LIMIT else CUT_OFF
+            end([self.process])
         text = self.log.read_text(errors="replace")
         if status:
             print(f"{self.run.name}: status {status}\n{text[-2500:]}", flush=True)
         run = self.run
         row = {"run": run.name, "attention": run.attention, "tokens": run.tokens, "GPUs": run.gpus, "how": run.how or "eager"}
         row |= {"status": status, **said(text, run.tokens), "predicted": round(run.predicted, 3) if run.plain else None}
-        rows.append(row)
-        print(row, flush=True)
-        keep(rows, self.out)
-
-    def stop(self) -> int:
-        """End it: torchrun's ranks are in sessions of their own, and would disturb what comes after if it were killed."""
-        os.killpg(self.process.pid, signal.SIGTERM)
-        try:
-            return self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            return self.process.wait()
+        with LOCK:
+            rows.append(row)
+            print(row, flush=True)
+            keep(rows, self.out)
 
 
 def keep(rows: list[dict[str, Any]], out: Path) -> None:
@@ -218,6 +242,7 @@ def keep(rows: list[dict[str, Any]], out: Path) -> None:
         row["of one GPU's time"] = round(row["seconds a step"] / min(same), 4) if known else None
         row["efficiency"] = round(min(same) / row["seconds a step"] / 2, 4) if known else None
     write_csv(out / "two_gpus.csv", rows)
+    draw(out / "two_gpus.png", rows)
     (out / "two_gpus.json").write_text(json.dumps({**environment(), "runs": rows}, indent=2) + "\n")
 
 

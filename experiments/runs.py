@@ -119,6 +119,7 @@ EXPERIMENTS = {
         variables_samples=20,
     ),
     "qwen3": Experiment(qwen3.TITLE, qwen3.GPT_39M, STABLE, 16384, 1500, 2, 128, qwen3.RUNS),
+    "qwen3-adam": Experiment(qwen3.ADAM_TITLE, qwen3.BY_ADAM, STABLE, 16384, 3000, 2, 128, qwen3.ADAM_RUNS),
     "parallax": Experiment(
         studies.PARALLAX_TITLE, studies.GPT_39M, STABLE, 16384, 1600, 1, 128, studies.PARALLAX, study=True, passkey_samples=0
     ),

@@ -1,0 +1,123 @@
+"""What benchmarks/session.py runs, in order of worth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Case:
+    """A process on some of the GPUs."""
+
+    name: str
+    title: str
+    words: str
+    """Python's: {out} and {work} are the folders of this case and of all, {within} the seconds that it has."""
+    gpus: int = 1
+    limit: float = 120
+    """Seconds after which it is killed."""
+    least: float = 40
+    """Seconds without which it is not begun."""
+    tiny: str = ""
+    """Further words, with which it runs on a CPU."""
+    needs: str = ""
+    """A variable of the environment that has folders to be put before PYTHONPATH; without it the case is left out."""
+    after: str = ""
+    """A case that must be done."""
+
+
+FLASH = "FLASH_ATTENTION_4"
+LAYERS = "--runs 'lighthouse, first and last two layers dense'"
+STEP = f"benchmarks/training_step.py --out {{out}} --seq-length 32768 --budget 512 --limit 80 {LAYERS}"
+FULL = "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad"
+EXPERIMENT = "-m experiments --within {within} --work {work}/trained/%s --out {out}/tables --corpus {work}/corpus/text"
+SMALL = """
+    --steps 10 --seq-length 1024 --batch 1 --num-layers 6 --hidden-size 64 --ffn-hidden-size 128 --lighthouse-tile-budget 16
+    --loss-sequences 2 --passkey-samples 1 --variables-samples 1 --hindsight-samples 2
+"""
+PASSKEY = "--passkey-samples 10"
+LONG = f"--steps 3000 {PASSKEY}"
+SECOND = {
+    "A": "dense norm-60 mean three-levels edge-2k causal",
+    "B": "dense-2 norm-60-2 mean-2 three-levels-2 edge-2k-2 causal-2",
+    "C": "edge-k edge-4k causal-edge-2k normed normed-mass causal-again",
+}
+
+
+def experiment(name: str, title: str, of: str, runs: str, more: str, limit: float = 1000, least: float = 700) -> Case:
+    """Some of an experiment's runs side by side, which go on where they were cut off while the machine is held."""
+    words = f"{EXPERIMENT % name} --experiment {of} --at-once {len(runs.split())} {more} --runs {runs}"
+    return Case(name, title, words, 2, limit, least, SMALL, after="corpus")
+
+
+CASES = (
+    Case(
+        "corpus",
+        "the text of the experiments",
+        "-m megatron_lighthouse.recipe.corpus --out {work}/corpus/text --megabytes 0",
+        gpus=0,
+        limit=300,
+        tiny="--megabytes 1",
+    ),
+    Case(
+        "rings-documents",
+        "packed documents at CP 2 (23, 31.3)",
+        "benchmarks/rings.py --out {out} --cases lighthouse 'documents, mean 8K' --lengths 98304",
+        2,
+        tiny="--device cpu",
+    ),
+    Case(
+        "graphs",
+        "whole runs under graphs, to the bit (28.1)",
+        "benchmarks/graphs_training.py --out {out} --within {within}",
+        limit=200,
+        least=120,
+        tiny="--tiny --kinds local",
+    ),
+    Case(
+        "documents",
+        "packed documents beside dense (23)",
+        "benchmarks/documents.py --out {out}",
+        tiny="--device cpu --tokens 2048",
+    ),
+    Case("step-graphs", "a step in one graph (28.1)", f"{STEP} {FULL}", limit=90, tiny="--tiny"),
+    Case("step-optimizer", "… and the optimizer's (28.1)", f"{STEP} {FULL} --optimizer-cuda-graph", limit=90, tiny="--tiny"),
+    Case(
+        "two-gpus",
+        "training steps on one and two GPUs (31.1, 31.5)",
+        "benchmarks/two_gpus.py --out {out} --within {within}",
+        2,
+        limit=380,
+        least=90,
+        tiny="--tiny --runs 'lighthouse 32768 ?gpu*' 'dense 32768 ?gpu'",
+    ),
+    Case(
+        "flash-blocks",
+        "FlashAttention 4's blocks over shards (28.3)",
+        "benchmarks/flash_blocks.py --out {out} --within {within} --backends fa4 cudnn",
+        limit=150,
+        tiny="--device cpu --backends sdpa",
+        needs=FLASH,
+    ),
+    Case(
+        "graphs-rounded",
+        "the same without deterministic mode (28.1)",
+        "benchmarks/graphs_training.py --out {out} --within {within} --rounded --kinds local full_iteration",
+        limit=140,
+        least=90,
+        tiny="--tiny --kinds local",
+    ),
+    Case(
+        "rings-flash",
+        "a layer at CP 2 with FlashAttention 4 and cuDNN (31.2, 28.4)",
+        "benchmarks/rings.py --out {out} --cases lighthouse --lengths 98304 262144 524288 --inner fa4 cudnn",
+        2,
+        tiny="--device cpu --inner sdpa",
+        needs=FLASH,
+    ),
+    experiment("qwen3-adam", "Qwen3-like by Adam, both seeds (26)", "qwen3-adam", "dense mass dense-2 mass-2", PASSKEY),
+    experiment("qwen3-causal-40", "… by Muon, causal, 40% (26, 30)", "qwen3", "causal-40 causal-40-2", LONG, 650, 480),
+    experiment("qwen3-causal", "… by Muon, causal, 60% (26, 30)", "qwen3", "causal causal-2", LONG, 650, 480),
+    experiment("qwen3-mass-40", "… by Muon, mass, 40% (26)", "qwen3", "mass-40 mass-40-2", LONG, 650, 480),
+    *(experiment(f"second-{group}", f"group {group} (30)", "second", runs, "", 1650, 1200) for group, runs in SECOND.items()),
+)

@@ -101,6 +101,16 @@ def test_scorers_equal_one_rank(scorer: str) -> None:
         check(4, MIXED, CONFIG.replace(scorer=scorer), "all_gather", rotary)
 
 
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_ranks_that_hold_no_window_equal_one_rank(scorer: str) -> None:
+    """Of the one document that selects, two of the ranks have no token."""
+    lengths, last = (10, 12, 10), 7
+    shares = Shares.of(Packing.of(row_of(lengths), CONFIG.rule), Layout(8, last))
+    assert not shares.packing.is_whole
+    assert not any(shares.pieces.given)
+    check(8, lengths, CONFIG.replace(scorer=scorer), "p2p", Rotary(torch.tensor([0.8, 0.1])))
+
+
 @settings(derandomize=True, max_examples=10)
 @given(rows(), st.sampled_from([2, 4]), st.sampled_from(COMM_TYPES), st.sampled_from([*SCORERS]))
 def test_any_row_equals_one_rank(packed: Packed, size: int, comm_type: str, scorer: str) -> None:

@@ -146,6 +146,8 @@ class _Scatter(torch.autograd.Function):
         tokens, *coarse = selection.rows
         out = read_or_zero(rows, tokens)
         for level, places in enumerate(coarse, start=1):
+            if not places.shape[-1]:  # the pieces of a rank may hold no window
+                continue
             entry = maps.received(level)
             out += read_or_zero(rows, places[..., entry.clamp(min=0)].where(entry >= 0, -1))
         return out.to(rows.dtype)

@@ -110,5 +110,5 @@ def coarsest(
 
     windows = pyramid.entries(pyramid.levels - 1)
     places = query.new_full((query.shape[1], key.shape[2], pyramid.pyramid_length), -1, dtype=torch.int32)
-    places[..., -windows:] = torch.arange(windows, dtype=torch.int32, device=query.device)
+    places[..., pyramid.pyramid_length - windows :] = torch.arange(windows, dtype=torch.int32, device=query.device)
     return steps.gather(query, key, value, Selection(pyramid, places, windows), rotary=rotary)

@@ -59,7 +59,9 @@ _compiled: dict[tuple[Any, ...], dict[tuple[Any, ...], Any]] = {}
 device, and which tensors are not aligned."""
 DEFAULTS = {"enable_fp_fusion": True}
 """Options of the compiler where a step names none. Triton 3.9 warns that 3.10 will fuse no multiply-add unasked."""
-DIRECT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4)
+RELEASE = tuple(map(int, triton.__version__.split(".")[:2]))
+"""Triton's, to the minor number."""
+DIRECT = RELEASE >= (3, 4)
 """Whether a compiled kernel is run as `Prepared` does it: so it is from Triton 3.4 on."""
 
 

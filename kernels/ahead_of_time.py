@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megatron_lighthouse.kernels import descriptors, placed
-from megatron_lighthouse.kernels.launch import launch, padded
+from megatron_lighthouse.kernels.launch import DEFAULTS, launch, padded
 from megatron_lighthouse.kernels.lighthouse import attended, causal
 from megatron_lighthouse.kernels.lighthouse.edge import edge_kernel
 from megatron_lighthouse.kernels.lighthouse.gather import gather_backward_kernel, gather_forward_kernel
@@ -258,7 +258,7 @@ def _compile(kernel: Any, capability: int, dtype: str, constants: Mapping[str, A
             aligned[i,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=given, attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": warps, **options})
+    compiled = triton.compile(source, target=target, options=DEFAULTS | {"num_warps": warps, **options})
     columns = getattr(compiled.metadata, "tmem_size", None) or 0
     if columns > TENSOR_MEMORY:  # Triton has made a kernel that only traps, and says so at launch alone
         raise ValueError(

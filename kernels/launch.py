@@ -54,7 +54,11 @@ def cdiv(a: int, b: int) -> int:
 _compiled: dict[tuple[Any, ...], dict[tuple[Any, ...], Any]] = {}
 """Compiled kernels: by kernel, the kinds of numbers, the values of all other arguments and the dtypes of tensors; then by
 device, and which tensors are not aligned."""
-DIRECT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4)
+DEFAULTS = {"enable_fp_fusion": True}
+"""Options of the compiler where a step names none. Triton 3.9 warns that 3.10 will fuse no multiply-add unasked."""
+RELEASE = tuple(map(int, triton.__version__.split(".")[:2]))
+"""Triton's, to the minor number."""
+DIRECT = RELEASE >= (3, 4)
 """Whether a compiled kernel is run as `Prepared` does it: so it is from Triton 3.4 on."""
 
 
@@ -81,7 +85,8 @@ class Prepared:
         Args:
             options: of the compiler, such as num_warps.
         """
-        self.kernel, self.grid, self.numbers, self.constants, self.options = kernel, grid, numbers, constants, options
+        self.kernel, self.grid, self.numbers, self.constants = kernel, grid, numbers, constants
+        self.options = DEFAULTS | options
         self.behind = *numbers, *constants.values()
         self.compiled: dict[Any, Any] | None = None
 

@@ -31,7 +31,8 @@ def compiled(*calls: Call) -> dict[Call, list[list[Any]]]:
     All are compiled in one process of their own: the interpreter, which the other tests run under, is chosen at import.
     """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", SCRIPT, json.dumps(calls)]
+    # what Triton says of its options is to be decided, and not left to its next release
+    command = [sys.executable, "-W", "error::UserWarning:triton.knobs", "-c", SCRIPT, json.dumps(calls)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(zip(calls, json.loads(done.stdout.splitlines()[-1]), strict=True))

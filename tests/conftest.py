@@ -100,6 +100,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         stand_ready()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # Triton 3.9 lists what of it is left at the end, which garbage is not
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield

@@ -13,6 +13,9 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
+
+from megatron_lighthouse.kernels.launch import Prepared
 
 SCRIPT = """
 import json, sys
@@ -155,3 +158,12 @@ def test_addresses_are_those_of_the_tensors() -> None:
 
 def test_who_asks_to_be_told_of_launches_is_told() -> None:
     assert launched()["told"] == [False, True, False]
+
+
+@pytest.mark.parametrize(("asked", "fused"), [({}, True), ({"enable_fp_fusion": False}, False)], ids=str)
+def test_each_launch_says_whether_multiply_adds_are_fused(asked: dict[str, bool], fused: bool) -> None:
+    """Triton 3.10 will not fuse them unasked."""
+    given: dict[str, Any] = {}
+    kernel = {(1, 1, 1): lambda *_, **options: given.update(options)}
+    Prepared(kernel, (1, 1, 1), (), {}, num_warps=1, **asked)(torch.zeros(1))
+    assert given == {"num_warps": 1, "enable_fp_fusion": fused}

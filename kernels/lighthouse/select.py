@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_lighthouse.gpu import capability_of
-from megatron_lighthouse.kernels.launch import Prepared, cdiv
+from megatron_lighthouse.kernels.launch import RELEASE, Prepared, cdiv
 from megatron_lighthouse.kernels.lighthouse.windows import level_offset
 from megatron_lighthouse.lighthouse.geometry import Geometry
 from megatron_lighthouse.ranges import profiled
@@ -250,8 +250,9 @@ def warps_of(block: int) -> int:
 
 
 def limit_of(capability: int) -> dict[str, int]:
-    """The option of `refine_kernel`'s compiler: Blackwell's assembler spills under a limit, and not without one."""
-    return {"maxnreg": REGISTERS} if capability < 100 else {}
+    """The option of `refine_kernel`'s compiler: Blackwell's assembler spills under a limit, by Triton 3.9 Hopper's too, and
+    neither does without one."""
+    return {"maxnreg": REGISTERS} if capability < 100 and RELEASE < (3, 9) else {}
 
 
 @cache

@@ -1,8 +1,9 @@
 """The inner attention over documents, end to end in one row: plain causal attention within each, by the fastest backend.
 
 The backends are those of `softmax.backends`, by the same names, where they take documents of unequal lengths in one call.
-cuDNN's does not: torch hands it whole rows, and documents only without the causal mask. It is the faster of the two that torch
-has, so long documents have a call of it each, and those between two of them one of FlashAttention 2's.
+cuDNN's does not: torch hands it whole rows, and documents only without the causal mask (2.15 with it too: not timed).
+It is the faster of the two that torch has, so long documents have a call of it each, and those between two of them one of
+FlashAttention 2's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad
 
 from megatron_lighthouse.sequence.documents import Documents
@@ -113,7 +115,8 @@ def _torch(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | Non
     options: dict[str, Any] = {"scale": softmax_scale, "window_size": (-1, 0)}
     if "enable_gqa" in _taken():  # torch 2.11 takes fewer key/value heads without being told
         options["enable_gqa"] = q.shape[1] != k.shape[1]
-    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # unasked, torch 2.15 takes cuDNN's, which does not repeat to the bit
+        out = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
     assert isinstance(out, Tensor)  # with the log-sum-exp where that is asked for
     return out.unsqueeze(1)
 

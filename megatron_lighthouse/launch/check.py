@@ -94,10 +94,11 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
     """What is wrong as far as no Megatron is needed to tell; and the run in one line where nothing is."""
     from megatron_lighthouse.launch import offered, restart
     from megatron_lighthouse.launch.data_files import data, descriptions, here, unseen
-    from megatron_lighthouse.launch.fits import counted, names_vocabulary, needs, too_much, with_vocabulary, without_logits
+    from megatron_lighthouse.launch.fits import counted, needs, too_much, without_logits
     from megatron_lighthouse.launch.layout import enough, layout
     from megatron_lighthouse.launch.sizes import sizes
     from megatron_lighthouse.mcore.command_line import flags, fp8, inner, places, precision
+    from megatron_lighthouse.mcore.data import vocabulary
     from megatron_lighthouse.plan.device import DEVICES
 
     sees, kinds = options.sees, KINDS[options.arch]
@@ -126,12 +127,11 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
         return [*dict.fromkeys(problems)], ""
     if not device or args.skip_train:  # an evaluation needs less than the training that it is of
         return [], summary(args, world)
-    words = with_vocabulary(words, args, partial(here, sees))
     try:
-        run = counted(words, args, device, world)
+        run = counted(words, args, device, world, partial(here, sees))
     except ValueError as error:
         return [], f"{summary(args, world)}; memory is not looked at: {str(error).splitlines()[0]}"
-    named = names_vocabulary(words)
+    named = vocabulary.rows(args, partial(here, sees)) is not None
     return [*too_much(run if named else without_logits(run), named)], f"{summary(args, world)}; {needs(run, named)}"
 
 

@@ -40,7 +40,7 @@ def test_a_recipe_fits(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("llama3-8b-512k", 6, "", ("= 64 must divide the GPUs of the job, 6 nodes x 8 = 48: use --nodes 8 or 16",)),
         ("530m-1m", 4, "--seq-length 1000000", ("--seq-length 1000000 must be a multiple", "1024000")),
-        ("530m-98k", 1, "--global-batch-size 12", ("multiple of 8", "use --global-batch-size 16")),
+        ("530m-98k", 1, "--global-batch-size 12", ("multiple of 8", "use --global-batch-size 8 or 16")),
         ("llama3-8b-512k", 8, "--num-layers 33", ("--num-layers 33",)),
         ("llama3-8b-512k", 8, "--tensor-model-parallel-size 16 --context-parallel-size 2", ("--num-query-groups 8 must",)),
         ("530m-98k", 1, "--train-iters 0", ("--train-iters 0 trains nothing: give",)),

@@ -3,18 +3,20 @@
 
 UNREACHABLE=75 # the status where Slurm does not answer: EX_TEMPFAIL, as another try may help
 
-# check ARGUMENTS, or the points of STUDY, on NODES x GPUS_PER_NODE by PYTHON; "$@" are more options of the check
+# check ARGUMENTS, or the points of STUDY, on NODES x GPUS_PER_NODE by PYTHON; "$@" are more options of the check. Of what is not known
+# nothing is said: the cluster file is wrong then
 check_arguments() {
     local found
     [[ $CHECK != quick ]] || set -- "$@" --without-megatron
+    [[ -z $NOWHERE ]] || set -- "$@" --without-files
     for found in "${WRONG[@]}"; do set -- "$@" "--wrong=$found"; done
+    set -- --arch "${ARCH:-unknown}" --device "$(device)" ${NODES:+--nodes "$NODES"} ${GPUS_PER_NODE:+--gpus-per-node "$GPUS_PER_NODE"} "$@"
     (
         architecture_environment # Megatron's rules read it
         if [[ -n ${STUDY:-} ]]; then
-            check_study "$NODES" "$GPUS_PER_NODE" "$@"
+            check_study "$@"
         else
-            "$PYTHON" -m megatron_lighthouse.launch.check --arch "$ARCH" --device "$(device)" \
-                --nodes "$NODES" --gpus-per-node "$GPUS_PER_NODE" "$@" -- "${ARGUMENTS[@]}"
+            "$PYTHON" -m megatron_lighthouse.launch.check "$@" -- "${ARGUMENTS[@]}"
         fi
     )
 }
@@ -24,7 +26,7 @@ check_arguments() {
 check_here() {
     local PYTHON=$PYTHON sees options=() # a container's Python is not here
     [[ -z $IMAGE || ! -x $ROOT/.venv/bin/python ]] || PYTHON=$ROOT/.venv/bin/python
-    [[ -n $IMAGE || -n $CHECK_PYTHON ]] || options=(--runs-here)
+    [[ -n $IMAGE || -n $CHECK_PYTHON || -n $NOWHERE ]] || options=(--runs-here)
     PYTHON=${CHECK_PYTHON:-$PYTHON} sees=$(container_folders)
     "$PYTHON" -c 'import importlib.util as found, sys; sys.exit(sys.version_info < (3, 12) or not found.find_spec("numpy"))' 2>/dev/null ||
         die "The check needs a Python of 3.12 or newer with numpy, and $PYTHON is none here. Nothing was queued: make one in" \
@@ -61,6 +63,12 @@ say_only_checked() {
 
 # --check and --only-check have values; `quietly` is two_stage.sh's, which speaks for three jobs
 check_check() {
-    [[ $CHECK =~ ^(0|1|quick)$ ]] || die "--check must be 0 or 1 or quick: see --help."
-    [[ $ONLY_CHECK =~ ^([01]|quietly)$ ]] || die "--only-check must be 0 or 1: see --help."
+    [[ $CHECK =~ ^(0|1|quick)$ ]] || {
+        wrong "--check $CHECK must be 0 or 1 or quick: see --help."
+        CHECK=1
+    }
+    [[ $ONLY_CHECK =~ ^([01]|quietly)$ ]] || {
+        wrong "--only-check $ONLY_CHECK must be 0 or 1: see --help."
+        ONLY_CHECK=1
+    }
 }

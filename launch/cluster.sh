@@ -34,17 +34,20 @@ read_cluster() {
     PYTHON=${python:-$PYTHON} CHECK_PYTHON=${check_python:-$CHECK_PYTHON}
 }
 
-# sets LOST where the check has nothing to reckon with
-# shellcheck disable=SC2034 # parse_options reads it
+# what it does not say; then what is wrong with it: NODES, GPUS_PER_NODE and ARCH are empty where they are not known
 check_cluster() {
     local key n fit
     : "${TIME:=4:00:00}" "${SIGNAL_SECONDS:=600}" "${MAX_REQUEUES:=10}" "${EXCLUSIVE:=0}" "${NUMA:=1}"
     : "${PREFLIGHT:=1}" "${PREFLIGHT_SECONDS:=600}"
+    if [[ -z $PYTHON ]]; then
+        PYTHON=python3
+        [[ -n $IMAGE || ! -x $ROOT/.venv/bin/python ]] || PYTHON=$ROOT/.venv/bin/python
+    fi
+    [[ -z ${NOWHERE:-} ]] || return 0
     for key in NODES GPUS_PER_NODE SIGNAL_SECONDS MAX_REQUEUES PREFLIGHT_SECONDS; do
         [[ ${!key} =~ ^[0-9]+$ && (${!key} =~ [1-9] || ! $key =~ ^(NODES|GPUS_PER_NODE)$) ]] || {
             wrong "$key='${!key}' in $CLUSTER must be a whole number$([[ $key == *NODE* ]] && echo " of at least 1" || true)."
-            declare -g "$key=1"
-            [[ ! $key =~ NODE ]] || LOST=1 # no layout can be told
+            if [[ $key == *NODE* ]]; then declare -g "$key="; else declare -g "$key=1"; fi
         }
     done
     for key in EXCLUSIVE PREFLIGHT NUMA; do
@@ -55,7 +58,7 @@ check_cluster() {
     done
     [[ $ARCH =~ ^(blackwell|hopper|cpu)$ ]] || {
         wrong "ARCH='$ARCH' in $CLUSTER is not known: use blackwell, hopper or cpu."
-        LOST=1 ARCH=''
+        ARCH=''
     }
     [[ -z $GPU || -z $ARCH || "$ARCH $GPU" =~ ^(hopper h[12]00|blackwell g?b200)$ ]] ||
         wrong "GPU='$GPU' in $CLUSTER is no GPU of ARCH=$ARCH: use h100 or h200 with hopper, b200 or gb200 with blackwell, or leave it out."
@@ -63,17 +66,13 @@ check_cluster() {
         wrong "SEGMENT='$SEGMENT' in $CLUSTER must be 1 to 18: an NVLink domain has 18 trays."
         SEGMENT=''
     }
-    if [[ -n $SEGMENT ]] && ((NODES % SEGMENT)); then
+    if [[ -n $SEGMENT && -n $NODES ]] && ((NODES % SEGMENT)); then
         fit=$(for ((n = 1; n <= 18 && n <= NODES; n++)); do ((NODES % n)) || echo "$n"; done)
         n=$((NODES / SEGMENT * SEGMENT))
         wrong "SEGMENT=$SEGMENT in $CLUSTER must divide the $NODES nodes: use SEGMENT=$(words "$fit" | sed 's/ / or /g')," \
             "or --nodes $( ((n == 0)) || echo "$n or ")$((n + SEGMENT))."
     fi
     [[ -z $MOUNTS || -n $IMAGE ]] || wrong "MOUNTS=$MOUNTS in $CLUSTER is for a container: set IMAGE too, or leave it out."
-    if [[ -z $PYTHON ]]; then
-        PYTHON=python3
-        [[ -n $IMAGE || ! -x $ROOT/.venv/bin/python ]] || PYTHON=$ROOT/.venv/bin/python
-    fi
 }
 
 # seconds of a time limit as Slurm writes it; 0 is none. What is wrong with another, and a failure

@@ -33,66 +33,93 @@ words() { printf '%s\n' "$@" | xargs; }
 # of files, without folders and endings
 names() { words "${@##*/}" | sed -E 's/\.(env|args)( |$)/\2/g'; }
 
-# options that all scripts share; what follows -- goes to Megatron. A script's own are in OWN: "--flag=VARIABLE …"
+# options that all scripts share; what follows -- goes to Megatron. A script's own are in OWN: "--flag=VARIABLE …". What is wrong is kept,
+# and the rest read all the same; NOWHERE is set where there is no cluster file to say how many GPUs, of which kind, and whose files
 parse_options() {
     local script=$1 pair own="--cluster=CLUSTER --recipe=RECIPE --run=RUN --nodes=OVER_NODES --time=OVER_TIME --as=AS"
     own+=" --profile=PROFILE --profile-steps=PROFILE_STEPS --profile-ranks=PROFILE_RANKS ${OWN:-}"
     shift
-    CLUSTER='' RECIPE='' RUN='' LOST='' OVER_NODES='' OVER_TIME='' MEGATRON=() AS=train
+    CLUSTER='' RECIPE='' RUN='' NOWHERE='' OVER_NODES='' OVER_TIME='' MEGATRON=() AS=train
     PROFILE='' PROFILE_STEPS=11-12 PROFILE_RANKS=0
-    while (($#)); do
-        case $1 in
-            -h | --help) usage "$script" && exit 0 ;;
-            --)
-                shift
-                MEGATRON=("$@")
-                break
-                ;;
-        esac
-        for pair in $own; do
-            [[ $1 == "${pair%%=*}" ]] || continue
-            [[ -n ${2:-} && $2 != -- && ($1 == --sbatch || $2 != --*) ]] ||
-                die "$1 needs a value${2:+, and $2 follows it}: see --help."
-            declare -g "${pair#*=}=$2"
-            shift 2
-            continue 2
-        done
-        die "$1 is not an option of $(basename "$script"): see --help. Megatron's arguments come after a --."
-    done
-    for pair in --cluster=CLUSTER --recipe=RECIPE --run=RUN; do
-        [[ -n $(declare -n value=${pair#*=} && echo "$value") ]] || wrong "${pair%%=*} is missing: see --help."
-    done
-    die_if_wrong
+    read_options "$script" "$own" "$@"
     keep_out_own "$own"
     [[ -z $OVER_NODES || $OVER_NODES =~ ^[1-9][0-9]*$ ]] || {
         wrong "--nodes $OVER_NODES must be a whole number of at least 1."
         OVER_NODES=''
     }
-    [[ $AS =~ ^(train|point|evaluation)$ ]] || die "--as $AS is not known: use train, point or evaluation."
-    CLUSTER=$(file_of --cluster "$CLUSTER" "$LAUNCH/clusters" env) RECIPE=$(file_of --recipe "$RECIPE" "$LAUNCH/recipes" args)
-    RUN=$(realpath -ms "$RUN") # whoever runs or queues something makes the folder
+    [[ $AS =~ ^(train|point|evaluation)$ ]] || {
+        wrong "--as $AS is not known: use train, point or evaluation."
+        AS=train
+    }
     check_run
-    if can_be_read --recipe "$RECIPE"; then read_recipe "$RECIPE"; else LOST=1; fi
-    if can_be_read --cluster "$CLUSTER"; then
+    if [[ -n $CLUSTER ]]; then CLUSTER=$(file_of --cluster "$CLUSTER" "$LAUNCH/clusters" env); fi
+    if [[ -n $CLUSTER ]] && can_be_read --cluster "$CLUSTER"; then
+        CLUSTER=$(realpath "$CLUSTER")
         read_cluster "$CLUSTER"
-        NODES=${OVER_NODES:-$NODES} TIME=${OVER_TIME:-$TIME}
-        check_cluster
     else
-        LOST=1
+        NOWHERE=1
+        read_cluster /dev/null
     fi
-    [[ -z $LOST ]] || die_if_wrong
-    [[ $ARCH == cpu ]] || say_allocator
+    NODES=${OVER_NODES:-$NODES} TIME=${OVER_TIME:-$TIME}
+    check_cluster
+    if [[ -n $RECIPE ]]; then RECIPE=$(file_of --recipe "$RECIPE" "$LAUNCH/recipes" args); fi
+    if [[ -n $RECIPE ]] && can_be_read --recipe "$RECIPE"; then
+        RECIPE=$(realpath "$RECIPE")
+        read_recipe "$RECIPE"
+    else
+        die_if_wrong # there is no model of which more could be said
+    fi
+    [[ -z $ARCH || $ARCH == cpu ]] || say_allocator
     check_profiler
-    CLUSTER=$(realpath "$CLUSTER") RECIPE=$(realpath "$RECIPE")
 }
+
+# the options among "$@" in their variables, for script $1 with those in $2; an option of Megatron's is kept as if it stood behind the --
+read_options() {
+    local script=$1 own=$2 pair megatrons given=' '
+    shift 2
+    while (($#)); do
+        case $1 in
+            -h | --help) usage "$script" && exit 0 ;;
+            --)
+                shift
+                MEGATRON+=("$@")
+                break
+                ;;
+        esac
+        for pair in $own; do
+            [[ $1 == "${pair%%=*}" ]] || continue
+            given+="$1 "
+            if [[ -n ${2:-} && $2 != -- && ($1 == --sbatch || $2 != --*) ]]; then
+                declare -g "${pair#*=}=$2"
+                shift 2
+            else
+                wrong "$1 needs a value${2:+, and $2 follows it}: see --help."
+                shift
+                (($# == 0)) || [[ -n $1 ]] || shift # an empty one
+            fi
+            continue 2
+        done
+        wrong "$1 is not an option of $(basename "$script"): see --help. Megatron's arguments come after a --."
+        if is_megatrons "${1%%=*}"; then megatrons=1; else megatrons=''; fi
+        while :; do # with its values
+            [[ -z $megatrons ]] || MEGATRON+=("$1")
+            shift
+            (($#)) && [[ $1 != --* && $1 != -h ]] || break
+        done
+    done
+    for pair in --cluster --recipe --run; do
+        [[ $given == *" $pair "* ]] || wrong "$pair is missing: see --help."
+    done
+}
+
+is_megatrons() { grep -q "\"$1\"" "$ROOT/megatron_lighthouse/mcore/command_line/megatron_flags.jsonl"; }
 
 # take options of the script, "--flag=VARIABLE …" in $1, out of MEGATRON, but those of which Megatron has one too
 keep_out_own() {
     local word kept=() skip='' own
     own=" $(words "$1" | sed -E 's/=[A-Z_]+//g') "
     for word in "${MEGATRON[@]}"; do
-        if [[ $word == --* && $own == *" ${word%%=*} "* ]] &&
-            ! grep -q "\"${word%%=*}\"" "$ROOT/megatron_lighthouse/mcore/command_line/megatron_flags.jsonl"; then
+        if [[ $word == --* && $own == *" ${word%%=*} "* ]] && ! is_megatrons "${word%%=*}"; then
             wrong "$word after the -- is an option of this script: put it before the --."
             [[ $word == *=* ]] || skip=1
         elif [[ -n $skip && $word != --* ]]; then
@@ -121,9 +148,12 @@ can_be_read() {
     return 1
 }
 
-# RUN is a folder that may be written, or can be made
+# RUN is a folder that may be written, or can be made; where it is none, another for the rest of the check
 check_run() {
-    local at=$RUN why
+    local at why
+    [[ -n $RUN ]] || RUN=$ROOT # which was said
+    RUN=$(realpath -ms "$RUN") # whoever runs or queues something makes the folder
+    at=$RUN
     while [[ ! -e $at && ! -L $at ]]; do at=$(dirname "$at"); done
     if [[ ! -d $at ]]; then
         why="is no folder"
@@ -134,7 +164,7 @@ check_run() {
     fi
     wrong "--run $RUN $([[ $at == "$RUN" ]] || echo "cannot be made: $at ")$why: name a folder that you may write, on a file system that" \
         "all nodes share."
-    RUN=$ROOT # for the rest of the check
+    RUN=$ROOT
 }
 
 # line $2 of file $1, which the caller has in its variable line, as text from any editor: without a byte order mark or a DOS line end

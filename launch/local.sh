@@ -39,7 +39,7 @@ fi
 # GPUs that a process here sees; nothing where that cannot be told
 gpus_here() {
     local seen
-    [[ $ARCH != cpu ]] || return 0
+    [[ -n $ARCH && $ARCH != cpu ]] || return 0
     if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
         IFS=, read -ra seen <<<"$CUDA_VISIBLE_DEVICES"
         echo "${#seen[@]}"
@@ -101,34 +101,42 @@ run_study() {
     ((${#failed[@]} == 0)) || die "study: failed: ${failed[*]}"
 }
 
-((${OVER_NODES:-1} == 1)) || die "--nodes $OVER_NODES: local.sh runs on this machine alone: use --gpus, or launch/submit.sh for Slurm."
-[[ -z $OVER_TIME ]] || die "--time $OVER_TIME: local.sh has no time limit: leave it out, or use launch/submit.sh for Slurm."
+((${OVER_NODES:-1} == 1)) || wrong "--nodes $OVER_NODES: local.sh runs on this machine alone: use --gpus, or launch/submit.sh for Slurm."
+[[ -z $OVER_TIME ]] || wrong "--time $OVER_TIME: local.sh has no time limit: leave it out, or use launch/submit.sh for Slurm."
 here=$(gpus_here)
-[[ $here != 0 ]] || die "ARCH=$ARCH in $CLUSTER needs a GPU, and this process sees none (CUDA_VISIBLE_DEVICES='${CUDA_VISIBLE_DEVICES-unset}'):" \
-    "name GPUs, as in CUDA_VISIBLE_DEVICES=0,1, or use --cluster cpu-test."
+[[ $here != 0 ]] || {
+    wrong "ARCH=$ARCH in $CLUSTER needs a GPU, and this process sees none (CUDA_VISIBLE_DEVICES='${CUDA_VISIBLE_DEVICES-unset}'):" \
+        "name GPUs, as in CUDA_VISIBLE_DEVICES=0,1, or use --cluster cpu-test."
+    here=''
+}
 if [[ -n $STUDY ]]; then
     AS=point
-    study_points "$STUDY"
+    study_points "$STUDY" || STUDY='' # then the rest is checked without it
     GPUS=${GPUS:-${here:-$GPUS_PER_NODE}}
 else
     GPUS=${GPUS:-$GPUS_PER_NODE}
 fi
-[[ $GPUS =~ ^[1-9][0-9]*$ ]] || die "--gpus $GPUS must be a whole number of at least 1."
-[[ -z $here ]] || ((GPUS <= here)) || die "$GPUS GPUs are asked for, and this machine shows $here: use --gpus $here, or fewer."
+[[ -z $GPUS || $GPUS =~ ^[1-9][0-9]*$ ]] || {
+    wrong "--gpus $GPUS must be a whole number of at least 1."
+    GPUS=''
+}
+[[ -z $here ]] || ((GPUS <= here)) || wrong "$GPUS GPUs are asked for, and this machine shows $here: use --gpus $here, or fewer."
 find_profiler env
 forget_launcher
 if [[ -n $STUDY ]]; then
     run_arguments
-    CHECK=1 NODES=1 GPUS_PER_NODE=$GPUS check_arguments --exact --runs-here now || exit 2
+    CHECK=1 NODES=${GPUS:+1} GPUS_PER_NODE=$GPUS check_arguments --exact --runs-here now || exit 2
+    die_if_wrong # which the check has said
     ((ONLY_CHECK == 0)) || exit 0
     run_study
     exit
 fi
 
-[[ $AS != evaluation ]] || (($(iteration))) || die "--as evaluation: $RUN/checkpoints holds no whole checkpoint."
+[[ $AS != evaluation ]] || (($(iteration))) || wrong "--as evaluation: $RUN/checkpoints holds no whole checkpoint."
 run_arguments
 architecture_environment
-NODES=1 GPUS_PER_NODE=$GPUS check_arguments --runs-here now || exit 2
+NODES=${GPUS:+1} GPUS_PER_NODE=$GPUS check_arguments --runs-here now || exit 2
+die_if_wrong
 ((ONLY_CHECK == 0)) || exit 0
 log=$RUN/logs/$([[ $AS == evaluation ]] && echo evaluation || echo local).log
 [[ $AS != evaluation ]] || rm -f "$log" # the loss of an earlier one is not this one's

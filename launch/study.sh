@@ -5,46 +5,49 @@
 known_attentions() { sed -n 's/^register(\([A-Z_]*\))$/\1/p' "$ROOT/megatron_lighthouse/variants.py" | tr A-Z_ a-z-; }
 
 # the points of "CP=1:2 SEQ=32768:98304 ATTENTION=dense:lighthouse" in POINTS, "ATTENTION LENGTH CP" each, the attention changing fastest.
-# Without CP or SEQ they are the recipe's
+# Without CP or SEQ they are the recipe's. A failure where they cannot be told
 study_points() {
     local study=$1 word name names value CP SEQ ATTENTION=dense:lighthouse sizes lengths attentions known size length attention
-    local ARGUMENTS=("${RECIPE_ARGUMENTS[@]}" "${MEGATRON[@]}")
+    local ARGUMENTS=("${RECIPE_ARGUMENTS[@]}" "${MEGATRON[@]}") before=${#WRONG[@]}
     CP=$(argument --context-parallel-size 1) SEQ=$(argument --seq-length '')
     for word in $study; do
-        [[ $word =~ ^(CP|SEQ|ATTENTION)=([^:]+(:[^:]+)*)$ ]] ||
-            die "--study '$study': '$word' is none of CP=…, SEQ=…, ATTENTION=… with values apart by colons:" \
+        if [[ $word =~ ^(CP|SEQ|ATTENTION)=([^:]+(:[^:]+)*)$ ]]; then
+            declare "${BASH_REMATCH[1]}=${BASH_REMATCH[2]}"
+        else
+            wrong "--study '$study': '$word' is none of CP=…, SEQ=…, ATTENTION=… with values apart by colons:" \
                 "use \"CP=1:2 SEQ=32768:98304 ATTENTION=dense:lighthouse\"."
-        declare "${BASH_REMATCH[1]}=${BASH_REMATCH[2]}"
+        fi
     done
     for name in --train-iters --exit-interval; do
         value=$(argument $name '')
-        [[ ! $value =~ ^0*[12]$ ]] || die "$name $value ends a point before its third iteration, the first that has a time of its own" \
+        [[ ! $value =~ ^0*[12]$ ]] || wrong "$name $value ends a point before its third iteration, the first that has a time of its own" \
             "in the table: use $name 10, or 3 at least."
     done
-    [[ -n $SEQ ]] || die "--study '$study': neither it nor the recipe names a length: add SEQ=32768:98304."
+    [[ -n $SEQ || $study == *SEQ=* ]] || wrong "--study '$study': neither it nor the recipe names a length: add SEQ=32768:98304."
     for name in CP SEQ ATTENTION; do # a point's folder is named by its values
         value=$(words "$(tr : '\n' <<<"${!name}" | sort | uniq -d)")
-        [[ -z $value ]] || die "--study '$study': $name=${!name} holds $value twice, and a point runs once: leave one of them out."
+        [[ -z $value ]] || wrong "--study '$study': $name=${!name} holds $value twice, and a point runs once: leave one of them out."
     done
     IFS=: read -ra sizes <<<"$CP"
     IFS=: read -ra lengths <<<"$SEQ"
     IFS=: read -ra attentions <<<"$ATTENTION"
     for value in "${sizes[@]}" "${lengths[@]}"; do
-        [[ $value =~ ^[1-9][0-9]*$ ]] || die "--study '$study': CP and SEQ hold whole numbers apart by colons, and '$value' is none:" \
+        [[ $value =~ ^[1-9][0-9]*$ ]] || wrong "--study '$study': CP and SEQ hold whole numbers apart by colons, and '$value' is none:" \
             "write all digits, as 131072 for 128K."
     done
     read -ra known <<<"$(words "$(known_attentions)")"
     names="${known[*]}"
+    for attention in "${attentions[@]}"; do
+        [[ " ${known[*]} " == *" $attention "* ]] ||
+            wrong "--study '$study': ATTENTION holds ${names// / or }, and '$attention' is neither."
+    done
     POINTS=()
     for size in "${sizes[@]}"; do
         for length in "${lengths[@]}"; do
-            for attention in "${attentions[@]}"; do
-                [[ " ${known[*]} " == *" $attention "* ]] ||
-                    die "--study '$study': ATTENTION holds ${names// / or }, and '$attention' is neither."
-                POINTS+=("$attention $length $size")
-            done
+            for attention in "${attentions[@]}"; do POINTS+=("$attention $length $size"); done
         done
     done
+    ((${#WRONG[@]} == before))
 }
 
 # the name of point $1 in NAME, what it adds to Megatron's arguments in POINT
@@ -55,15 +58,14 @@ point() {
     POINT=(--attention "$attention" --seq-length "$length" --max-position-embeddings "$length" --context-parallel-size "$size")
 }
 
-# check every point before any runs: on the GPUs of $1 nodes x $2, or with --exact on no more of them than one sequence takes
+# check every point before any runs: "$@" are options of the check, of which --exact takes no more GPUs than one sequence does
 check_study() {
     local found points=()
     for found in "${POINTS[@]}"; do
         point "$found"
         points+=(--point "$NAME ${POINT[*]}")
     done
-    "$PYTHON" -m megatron_lighthouse.launch.check "${points[@]}" --arch "$ARCH" --device "$(device)" \
-        --nodes "$1" --gpus-per-node "$2" "${@:3}" -- "${ARGUMENTS[@]}"
+    "$PYTHON" -m megatron_lighthouse.launch.check "${points[@]}" "$@" -- "${ARGUMENTS[@]}"
 }
 
 # go to point $1: RUN is its folder, ARGUMENTS its command line
@@ -114,6 +116,19 @@ recompute() {
 # whether run.json says that these very arguments have run, and the log that they ran to the end
 point_is_done() { grep -qsF "\"arguments\": $(quoted "${ARGUMENTS[*]}")" "$RUN/run.json" && finished; }
 
+# rows of the vocabulary, as far as the words say them: a tokenizer's own size, which wins over --vocab-size, is not read here
+vocabulary() {
+    local padded kind
+    padded=$(argument --padded-vocab-size '') kind=$(argument --tokenizer-type NullTokenizer)
+    if [[ -n $(argument --text-data '') ]]; then
+        echo 384 # a text's tokens are bytes: PADDED_VOCABULARY of megatron_lighthouse.mcore.data.text
+    elif [[ -z $padded && $kind =~ ^(Null.*|Tik)Tokenizer$ ]]; then
+        argument --vocab-size ''
+    else
+        echo "$padded"
+    fi
+}
+
 # run.json of the point that ARGUMENTS is, on $1 GPUs: see `python -m megatron_lighthouse.plan scaling --help`. Earlier logs go aside
 describe_point() {
     local gpus=$1 pair value apart text
@@ -132,12 +147,12 @@ describe_point() {
         pipeline_parallel=--pipeline-model-parallel-size levels=--lighthouse-levels pooling=--lighthouse-pooling \
         budget=--lighthouse-budget tile_budget=--lighthouse-tile-budget edge_budget=--lighthouse-edge-budget dense_first=--lighthouse-dense-first \
         dense_last=--lighthouse-dense-last layers=--num-layers hidden=--hidden-size ffn=--ffn-hidden-size \
-        heads=--num-attention-heads head_dim=--kv-channels vocab=--vocab-size; do
+        heads=--num-attention-heads head_dim=--kv-channels; do
         value=$(argument "${pair#*=}" '')
-        # a text's tokens are bytes: PADDED_VOCABULARY of megatron_lighthouse.mcore.data.text
-        [[ $pair != vocab=* || -z $(argument --text-data '') ]] || value=384
         [[ -z $value ]] || text+=", \"${pair%%=*}\": $value"
     done
+    value=$(vocabulary)
+    [[ -z $value ]] || text+=", \"vocab\": $value"
     value=$(argument --num-attention-heads '') # what Megatron takes where a flag is not given
     [[ -z $value || -n $(argument --kv-channels '') ]] || text+=", \"head_dim\": $(($(argument --hidden-size 0) / value))"
     [[ " ${ARGUMENTS[*]} " != *" --group-query-attention "* ]] || value=$(argument --num-query-groups 1)

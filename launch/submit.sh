@@ -33,7 +33,7 @@ check_check
 script=pretrain
 if [[ -n $STUDY ]]; then
     script=scaling AS=point
-    study_points "$STUDY"
+    study_points "$STUDY" || STUDY='' # then the rest is checked without it
 fi
 run_arguments
 
@@ -68,9 +68,9 @@ say_what_stays() {
 
 # without either, Slurm gives a task one core
 check_cores() {
-    [[ $ARCH == cpu || $EXCLUSIVE == 1 || -n $CPUS_PER_TASK || $SBATCH =~ (--(exclusive|cpus-per-)|-c\ ) ]] ||
+    [[ -z $ARCH || $ARCH == cpu || $EXCLUSIVE == 1 || -n $CPUS_PER_TASK || $SBATCH =~ (--(exclusive|cpus-per-)|-c\ ) ]] ||
         wrong "EXCLUSIVE=0 and no CPUS_PER_TASK in $CLUSTER is one core for each GPU: set EXCLUSIVE=1, or CPUS_PER_TASK to a node's" \
-            "cores / GPUS_PER_NODE=$GPUS_PER_NODE, such as 8."
+            "cores / GPUS_PER_NODE${GPUS_PER_NODE:+=$GPUS_PER_NODE}, such as 8."
 }
 
 [[ $AS != train ]] || check_time

@@ -63,6 +63,8 @@ OFF = ("no", "disable", "skip", "without", "dont")
 """Of flags that turn it off."""
 NEAR = 0.8
 """How alike two flags must be for one to be taken for the other."""
+STRAY = "--"
+"""To argparse the end of all flags: all behind it are none."""
 NAMED = 3
 """Of several runs of which the same is said, or flags that may be meant, how many are named."""
 
@@ -116,7 +118,8 @@ def with_nearest(message: str, known: Mapping[str, argparse.Action]) -> str:
     if not message.startswith("unrecognized arguments: "):
         return as_sentence(message)
     words = message.partition(": ")[2].split()
-    flags = [word for word in words if word.startswith("--")]
+    behind = {*known} if STRAY in words else set()  # which are unknown for that alone
+    flags = [word for word in words if word.startswith("--") and word.partition("=")[0] not in behind]
     return " ".join(unknown_flag(word, known) for word in flags) or f"{' '.join(words)} follows no flag that takes it."
 
 
@@ -157,6 +160,8 @@ def unknown_flag(word: str, known: Mapping[str, argparse.Action]) -> str:
     Args:
         known: by flag, what a parser does with it.
     """
+    if word == STRAY:
+        return f"{STRAY} among the arguments hides all flags behind it: leave it out."
     name = word.partition("=")[0]
     if (use := ELSEWHERE.get(name)) and {*use.split()} & {*known}:
         return f"{name} is not a known flag: use {use}."

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
-from megatron_lighthouse.lighthouse.remedies import Allowed, anything
+from megatron_lighthouse.lighthouse.remedies import Allowed, Sizes, anything
 from megatron_lighthouse.lighthouse.rows import TakesRows
 from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
+from megatron_lighthouse.nearest import around, either, multiples
 from megatron_lighthouse.options import as_words
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.usage import as_flag
@@ -134,11 +135,10 @@ def shared_out_problem(flag: str, heads: int, ranks: int, common: int | None = N
     """Why so many heads cannot be shared out among tensor-parallel ranks, of which those are offered that divide `common`."""
     if heads % ranks == 0:
         return None
-    fits = [size for size in range(1, heads + 1) if (common or heads) % size == 0]
-    near = sorted(sorted(fits, key=lambda size: abs(size - ranks))[:2])
+    near = around(ranks, lambda size: (common or heads) % size == 0, heads)
     return (
         f"{flag} {heads} must be a multiple of --tensor-model-parallel-size {ranks}: use --tensor-model-parallel-size "
-        f"{' or '.join(map(str, near))}."
+        f"{either(near)}."
     )
 
 
@@ -194,9 +194,10 @@ class Variant(TakesRows):
     def length_problems(self, config: Any, seq_length: int, ranks: int, allowed: Allowed = anything) -> Iterator[str]:
         """Why so many tokens do not fit, on so many context-parallel ranks; of sizes of its own, those that are allowed."""
         if ranks > 1 and seq_length % (2 * ranks):
+            near = multiples(seq_length, 2 * ranks, lambda n: allowed(Sizes(1, 1, 1, 1, n, ranks)))
             yield (
                 f"--seq-length {seq_length} must be a multiple of {2 * ranks}, two chunks for each of "
-                f"--context-parallel-size {ranks}: use {max(1, seq_length // (2 * ranks)) * 2 * ranks}."
+                f"--context-parallel-size {ranks}: use {either(near or [2 * ranks])}."
             )
 
     def remarks(self, config: Any, args: Any) -> Iterator[str]:

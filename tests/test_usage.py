@@ -120,6 +120,8 @@ def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: p
         parser.parse_args(["word"])
     assert capsys.readouterr().err == ""
     assert with_nearest("unrecognized arguments: --b --ab", flags("--abc")).count("is not a known flag") == 2
+    stray = "-- among the arguments hides all flags behind it: leave it out."
+    assert with_nearest("unrecognized arguments: -- --abc 1", flags("--abc")) == stray
 
 
 def test_imports_say_nothing_and_what_follows_does(

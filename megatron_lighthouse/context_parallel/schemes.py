@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from megatron_lighthouse.nearest import around, either
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -54,8 +56,8 @@ def comm_type_problem(comm_type: str, heads: int, groups: int, size: int) -> str
             "Transformer Engine's layers."
         )
     if comm_type == "a2a" and (heads % size or groups % size):
-        fits = [n for n in range(2, groups + 1) if heads % n == 0 and groups % n == 0]
-        other = f", or cp_group.size() {' or '.join(map(str, fits))}" if fits else ""
+        fits = around(size, lambda n: heads % n == 0 and groups % n == 0, groups)
+        other = f", or cp_group.size() {either(fits)}" if fits else ""
         return (
             f"cp_comm_type a2a shares out the {heads} query and {groups} key/value heads of a tensor-parallel rank among "
             f"cp_group.size() {size}, which must divide both: use cp_comm_type p2p{other}."

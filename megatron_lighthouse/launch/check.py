@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 CAPABILITY = {"blackwell": 10, "hopper": 9, "cpu": 0}
 """Of the GPUs of an architecture, the major compute capability."""
+UNKNOWN = "unknown"
+SOME = (1, 2, 8)
+"""Times the GPUs of one sequence."""
 KINDS = {"hopper": ("h100", "h200"), "blackwell": ("b200", "gb200"), "cpu": ()}
 """Devices of an architecture, as the plan names them. The first has the least memory, and is taken where none is named."""
 
@@ -37,13 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_lighthouse.mcore.refusal import HEADER
 
     parser = Parser(prog="python -m megatron_lighthouse.launch.check", description=__doc__)
-    parser.add_argument("--nodes", type=int, required=True, help="nodes of the job")
-    parser.add_argument("--gpus-per-node", type=int, required=True, help="GPUs, and so processes, of a node")
+    parser.add_argument("--nodes", type=int, help="nodes of the job; beside --wrong it may be missing: not known")
+    parser.add_argument("--gpus-per-node", type=int, help="GPUs, and so processes, of a node; likewise")
     parser.add_argument(
         "--point", action="append", default=[], metavar="'NAME WORDS'", help="one of several runs: its name, and what it adds"
     )
     parser.add_argument("--wrong", action="append", default=[], help="what a script refuses: said with what is found here")
-    parser.add_argument("--arch", choices=KINDS, default="cpu", help="of the GPUs; with cpu memory is not looked at")
+    parser.add_argument(
+        "--arch", choices=(*KINDS, UNKNOWN), default="cpu", help="of the GPUs; with cpu memory is not looked at"
+    )
     parser.add_argument("--device", default="", help="which GPU of that architecture; another is not heeded")
     parser.add_argument(
         "--sees",
@@ -56,8 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--without-megatron", action="store_true", help="do not ask Megatron, which takes seconds: the run does so itself"
     )
+    parser.add_argument("--without-files", action="store_true", help="look for no files: it is not known on which machine")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="Megatron's command line")
     options = parser.parse_args(argv)
+    if not options.wrong and None in (options.nodes, options.gpus_per_node):
+        parser.error("--nodes and --gpus-per-node are missing.")
     words = options.arguments[1:] if options.arguments[:1] == ["--"] else options.arguments
     points = [point.split() for point in options.point] or [[""]]
     folders = (folder.partition("=") for folder in options.sees.split(":") if folder)
@@ -80,9 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.arch != "cpu" and (remark := graphs.remark(args, world_of(args, options))):
                 notes.append((name, f"note: {remark}"))
     how = ""
-    if not wrong:
+    # what a script refuses hides nothing; Megatron ends with the first of its rules, which ours say before
+    if len(wrong) == len(options.wrong) and is_known(options) and options.arch != UNKNOWN:
         found, how = asked_of_megatron(options, runs)
-        wrong = found
+        wrong += found
     if wrong:
         print(f"{HEADER}\n  - " + "\n  - ".join(once(wrong)), file=sys.stderr)
         return 1
@@ -94,44 +103,43 @@ def quick(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[str],
     """What is wrong as far as no Megatron is needed to tell; and the run in one line where nothing is."""
     from megatron_lighthouse.launch import offered, restart
     from megatron_lighthouse.launch.data_files import data, descriptions, here, unseen
-    from megatron_lighthouse.launch.fits import counted, names_vocabulary, needs, too_much, with_vocabulary, without_logits
+    from megatron_lighthouse.launch.fits import counted, needs, too_much, without_logits
     from megatron_lighthouse.launch.layout import enough, layout
     from megatron_lighthouse.launch.sizes import sizes
     from megatron_lighthouse.mcore.command_line import flags, fp8, inner, places, precision
+    from megatron_lighthouse.mcore.data import vocabulary
     from megatron_lighthouse.plan.device import DEVICES
 
-    sees, kinds = options.sees, KINDS[options.arch]
+    sees, kinds = options.sees, KINDS.get(options.arch, ())
     args, wrong, load, base = read(words, partial(here, sees))
     device = DEVICES[options.device if options.device in kinds else kinds[0]] if kinds else None
-    world = world_of(args, options)
-    problems = [*(enough(args, options.nodes * options.gpus_per_node) if options.exact else ())]
-    nodes, gpus_per_node = (1, world) if options.exact else (options.nodes, options.gpus_per_node)
-    args.world_size = None if options.exact else world  # a study takes as many as a point needs
-
+    world, known = world_of(args, options), is_known(options)
+    problems = [*(enough(args, options.nodes * options.gpus_per_node) if options.exact and known else ())]
+    args.world_size = world if known and not options.exact else None  # a study takes as many as a point needs
+    runs_here = options.runs_here if options.arch != UNKNOWN else None
     asked_by = "--gpus" if options.runs_here == "now" else "--nodes"
 
     def of_sizes(tried: argparse.Namespace) -> list[str]:
-        return [
-            *layout(tried, nodes, gpus_per_node, asked_by),
-            *sizes(tried, options.runs_here, options.arch != "cpu"),
-        ]
+        first, *others = ([*layout(tried, *one, asked_by)] for one in machines(args, options))
+        on_all = (problem for problem in first if all(problem in found for found in others))
+        return [*on_all, *sizes(tried, runs_here, options.arch != "cpu")]
 
     problems += offered.left(of_sizes(args), args, world, of_sizes)
-    problems += [*data(args, sees), *descriptions(args, sees), *places.problems(args, partial(here, sees)), *unseen(args, sees)]
-    problems += restart.problems(args, load, base)
-    problems += inner.device_problems(args, CAPABILITY[options.arch])
-    problems += precision.device_problems(args, CAPABILITY[options.arch])
-    problems += fp8.device_problems(args, CAPABILITY[options.arch])
+    problems += data(args, None if options.without_files else sees)
+    if not options.without_files:
+        problems += [*descriptions(args, sees), *places.problems(args, partial(here, sees)), *unseen(args, sees)]
+        problems += restart.problems(args, load, base)
+    for of in (inner, precision, fp8) if options.arch != UNKNOWN else ():
+        problems += of.device_problems(args, CAPABILITY[options.arch])
     if problems := [*wrong, *flags.apart(problems, args.malformed)]:
         return [*dict.fromkeys(problems)], ""
-    if not device or args.skip_train:  # an evaluation needs less than the training that it is of
+    if not (device and known) or args.skip_train:  # an evaluation needs less than the training that it is of
         return [], summary(args, world)
-    words = with_vocabulary(words, args, partial(here, sees))
     try:
-        run = counted(words, args, device, world)
+        run = counted(words, args, device, world, partial(here, sees))
     except ValueError as error:
         return [], f"{summary(args, world)}; memory is not looked at: {str(error).splitlines()[0]}"
-    named = names_vocabulary(words)
+    named = vocabulary.rows(args, partial(here, sees)) is not None
     return [*too_much(run if named else without_logits(run), named)], f"{summary(args, world)}; {needs(run, named)}"
 
 
@@ -178,11 +186,23 @@ def read(words: Sequence[str], here: Here) -> tuple[argparse.Namespace, list[str
     return args, wrong, load, base
 
 
+def is_known(options: argparse.Namespace) -> bool:
+    """Whether it is known how many GPUs there are."""
+    return None not in (options.nodes, options.gpus_per_node)
+
+
 def world_of(args: argparse.Namespace, options: argparse.Namespace) -> int:
-    """How many processes a run has."""
+    """How many processes a run has: those of one sequence where it takes just these, or that is not known."""
     from megatron_lighthouse.launch.offered import one_sequence
 
-    return one_sequence(args) if options.exact else int(options.nodes * options.gpus_per_node)
+    return one_sequence(args) if options.exact or not is_known(options) else int(options.nodes * options.gpus_per_node)
+
+
+def machines(args: argparse.Namespace, options: argparse.Namespace) -> list[tuple[int, int]]:
+    """Nodes, and GPUs of each, on which a run is judged: where these are not known, what is wrong on all of some is."""
+    if is_known(options) and not options.exact:
+        return [(options.nodes, options.gpus_per_node)]
+    return [(1, world_of(args, options) * times) for times in ((1,) if options.exact else SOME)]
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:

@@ -31,11 +31,12 @@ def here(sees: Sees, path: str) -> Path:
     return Path(path) if inside is None else Path(sees[inside]) / Path(path).relative_to(inside)
 
 
-def data(args: argparse.Namespace, sees: Sees) -> Iterator[str]:
-    """Whether there is data, and every file of it is whole."""
+def data(args: argparse.Namespace, sees: Sees | None) -> Iterator[str]:
+    """Whether there is data, and every file of it is whole; with None, of which no file is looked for."""
     if not blends.sources(args):
         yield "the run has no data: add --data-path PREFIX, --text-data PATH or --mock-data after the --."
-    yield from files.problems(args, partial(here, sees))
+    if sees is not None:
+        yield from files.problems(args, partial(here, sees))
 
 
 def descriptions(args: argparse.Namespace, sees: Sees) -> Iterator[str]:

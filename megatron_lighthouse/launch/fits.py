@@ -8,7 +8,6 @@ from dataclasses import replace
 
 from megatron_lighthouse.mcore.data.blends import Here
 from megatron_lighthouse.mcore.data.text import PADDED_VOCABULARY
-from megatron_lighthouse.mcore.data.tokenizers import tokens_of_folder
 from megatron_lighthouse.plan import memory
 from megatron_lighthouse.plan.device import Device
 from megatron_lighthouse.plan.run import Run
@@ -20,37 +19,29 @@ REFUSED = 1.25
 """Memory over what a run may allocate above which it is refused: the count may be wrong by 10%, and no logits were measured."""
 
 
-def counted(words: Sequence[str], args: argparse.Namespace, device: Device, world: int) -> Run:
+def counted(words: Sequence[str], args: argparse.Namespace, device: Device, world: int, here: Here) -> Run:
     """The run as the plan counts it, of both its stages the one that needs more.
+
+    Args:
+        here: where a path of the words is on this machine.
 
     Raises:
         ValueError: why the plan does not count it.
     """
-    run = run_of_words(words, device, world)
+    run = run_of_words(words, device, world, here)
     return max([run, run.change(attention=run.base.name)] if args.lighthouse_stage2_at else [run], key=memory.total)
-
-
-def with_vocabulary(words: Sequence[str], args: argparse.Namespace, here: Here) -> list[str]:
-    """The words, with the size of the vocabulary where the tokenizer's folder says it: it wins over --vocab-size in a run."""
-    tokens = tokens_of_folder(args, here) if args.text_data is None else None
-    return [*words, *(["--vocab-size", str(tokens)] if tokens else [])]
 
 
 def needs(run: Run, named: bool) -> str:
     """The memory of a GPU, in words.
 
     Args:
-        named: as `too_much`.
+        named: whether its vocabulary is known here, else a tokenizer says it when the run starts.
     """
     total, usable = memory.total(run), run.device.usable_bytes
     vocabulary = f"vocabulary {run.model.vocab:,}{'' if named else ', which is assumed'}"
     found = f"{total / 2**30:.1f} of {usable / 2**30:.1f} GiB by the plan ({run.device.name}, {vocabulary})"
     return found if total <= usable else f"{found}: IT MAY RUN OUT OF MEMORY"
-
-
-def names_vocabulary(words: Sequence[str]) -> bool:
-    """Whether the rows of the vocabulary are known here: else a tokenizer says so when the run starts."""
-    return any(word.partition("=")[0] in ("--vocab-size", "--padded-vocab-size", "--text-data") for word in words)
 
 
 def without_logits(run: Run) -> Run:
@@ -62,14 +53,14 @@ def too_much(run: Run, named: bool = True) -> Iterator[str]:
     """Whether the run needs far more memory than a GPU has.
 
     Args:
-        named: whether the words name its vocabulary; else it is the smallest there is.
+        named: as `needs`; else its vocabulary is the smallest there is.
     """
     total, usable = memory.total(run), run.device.usable_bytes
     if total <= REFUSED * usable:
         return
     use = " or ".join(enough_memory(run)) or "more of --context-parallel-size and recompute together, or a shorter --seq-length"
     words = f"with a vocabulary of {run.model.vocab:,}"
-    words = words if named else f"even {words}, for none is named here"
+    words = words if named else f"even {words}, for the tokenizer's is not known here"
     yield (
         f"--seq-length {run.seq_length} needs {total / 2**30:.1f} GiB of a GPU by the plan, {words}, and "
         f"{usable / 2**30:.1f} are there ({run.device.name}; where the nodes have others, --check 0 of submit.sh): use {use}."

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from megatron_lighthouse.launch import offered
 from megatron_lighthouse.launch.offered import one_sequence
 from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern
+from megatron_lighthouse.nearest import around, either, multiples
 from megatron_lighthouse.variant import shared_out_problem
 from megatron_lighthouse.variants import VARIANTS
 
@@ -49,7 +50,7 @@ def layout(args: argparse.Namespace, nodes: int, gpus_per_node: int, asked_by: s
     elif batch and batch % (unit := micro * (world // one)) and not args.decrease_batch_size_if_needed:
         yield (
             f"--global-batch-size {batch} must be a multiple of {unit} (--micro-batch-size {micro} x {world // one} "
-            f"data-parallel ranks): use --global-batch-size {-(-batch // unit) * unit}."
+            f"data-parallel ranks): use --global-batch-size {either(multiples(batch, unit))}."
         )
     elif batch:
         yield from interleaved(args, batch // unit, unit)
@@ -59,7 +60,7 @@ def layout(args: argparse.Namespace, nodes: int, gpus_per_node: int, asked_by: s
     if world % one == 0 and (world // tensor // pipeline) % (instances := args.num_distributed_optimizer_instances):
         yield (
             f"--num-distributed-optimizer-instances {instances} must divide the {world // tensor // pipeline} data- and "
-            f"context-parallel ranks: use {math.gcd(instances, world // tensor // pipeline)}."
+            f"context-parallel ranks: use {either(around(instances, lambda n: world // tensor // pipeline % n == 0, world))}."
         )
     # torchrun's Megatron only profiles none of them
     if (
@@ -82,9 +83,13 @@ def layout(args: argparse.Namespace, nodes: int, gpus_per_node: int, asked_by: s
     if "a2a" in args.cp_comm_type and groups % context:
         engine = args.transformer_impl == "transformer_engine" and (args.window_size or args.softmax_type != "vanilla")
         offers = [] if engine else ["--cp-comm-type p2p"]  # which has no windows and no sinks there
-        common = math.gcd(groups, context)
-        if not batch or batch % (micro * max(1, world // (one // context * common))) == 0:
-            offers.append(f"--context-parallel-size {common}")
+        alone = one // context
+
+        def fits(size: int) -> bool:
+            ranks, rest = divmod(world, alone * size)
+            return groups % size == 0 and rest == 0 and (not batch or batch % (micro * ranks) == 0)
+
+        offers += [f"--context-parallel-size {either(near)}" for near in [around(context, fits, groups)] if near]
         yield (
             f"--cp-comm-type a2a shares out a tensor-parallel rank's {groups} key/value heads, and --context-parallel-size "
             f"{context} does not divide them: use {', or '.join(offers) or f'a divisor of {groups}'}."
@@ -98,7 +103,7 @@ def evaluated(args: argparse.Namespace, batch: int, ranks: int) -> Iterator[str]
         yield (
             f"--eval-global-batch-size {size} (where not given, --global-batch-size) must be a multiple of {unit} "
             f"(--eval-micro-batch-size {micro} x {ranks} data-parallel ranks): use --eval-global-batch-size "
-            f"{-(-size // unit) * unit}."
+            f"{either(multiples(size, unit))}."
         )
 
 
@@ -113,7 +118,7 @@ def interleaved(args: argparse.Namespace, micro_batches: int, unit: int) -> Iter
     pipeline = args.pipeline_model_parallel_size
     group = args.microbatch_group_size_per_vp_stage or pipeline
     if 0 < micro_batches % group < pipeline:
-        use = -(-micro_batches // group) * group * unit
+        use = either(n * unit for n in multiples(micro_batches, group))
         yield (
             f"--global-batch-size {micro_batches * unit} makes {micro_batches} micro batches, of which stages of several parts "
             f"take groups of {group}: use --global-batch-size {use}."
@@ -127,9 +132,10 @@ def experts(args: argparse.Namespace, world: int) -> Iterator[str]:
     if not args.num_experts or world % (expert * tensor * pipeline) == 0:
         return
     alone = tensor > 1 and world % (expert * pipeline) == 0
-    fits = max((n for n in range(1, expert) if expert % n == 0 and world % (n * tensor * pipeline) == 0), default=None)
+    one = tensor * pipeline
+    fits = around(expert, lambda n: args.num_experts % n == 0 and world % (n * one) == 0, args.num_experts)
     offers = ["--expert-tensor-parallel-size 1"] if alone else []
-    offers += [f"--expert-model-parallel-size {fits}"] if fits else []
+    offers += [f"--expert-model-parallel-size {either(fits)}"] if fits else []
     yield (
         f"--expert-model-parallel-size {expert} x --expert-tensor-parallel-size {tensor} (where not given, "
         f"--tensor-model-parallel-size) x --pipeline-model-parallel-size {pipeline} = {expert * tensor * pipeline} must divide "

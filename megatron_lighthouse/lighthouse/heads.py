@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.scorers import SCORERS
+from megatron_lighthouse.nearest import around, either
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,8 +27,7 @@ def heads_problem(config: LighthouseConfig, groups: int, dim: int, value_dim: in
     """Why a layer cannot have `groups` key/value heads, of so many channels; None where it can."""
     shared = config.heads_per_selection or 1
     if groups % shared:
-        fits = sorted((n for n in range(1, groups + 1) if groups % n == 0), key=lambda n: abs(n - shared))
-        use = " or ".join(map(str, sorted(fits[:2])))
+        use = either(around(shared, lambda n: groups % n == 0, groups))
         return f"{NAME} {shared} must divide the {groups} key/value heads of a tensor-parallel rank: use {use}."
     if SCORERS[config.scorer].reads_values and value_dim not in (None, dim):
         fits_all = " or ".join(name for name, scorer in SCORERS.items() if not scorer.reads_values)

@@ -34,7 +34,7 @@ from megatron_lighthouse.plan.placed import FLAGS as LAYOUT
 from megatron_lighthouse.plan.placed import does_not_fit, near, placed
 from megatron_lighthouse.plan.run import RECOMPUTE, Run, check_names, recipes, run_of
 from megatron_lighthouse.plan.stages import FRACTION, Stages
-from megatron_lighthouse.plan.words import recipe_words, run_of_words
+from megatron_lighthouse.plan.words import assumes_rows, recipe_words, run_of_words
 from megatron_lighthouse.usage import Parser
 from megatron_lighthouse.variants import LIGHTHOUSE, counted
 
@@ -124,7 +124,10 @@ def run_from(options: argparse.Namespace) -> Run:
         flags = {**RUN_FLAGS, **CONFIG_FLAGS, "scorer": flag("scorer"), "attention": "--attention"}
         flags |= {"cp_comm_type": "--cp-comm-type"}
         own = [word for name, one in flags.items() if name in given and name != "gpus" for word in (one, str(given[name]))]
-        run = run_of_words([*recipe_words(Path(recipe)), *own], device, options.gpus)
+        words = [*recipe_words(Path(recipe)), *own]
+        run = run_of_words(words, device, options.gpus)
+        if assumes_rows(words) and "vocab" not in given:
+            print(f"{recipe}: the vocabulary is assumed: {run.model.vocab:,}. --vocab-size sets another.", file=sys.stderr)
         run = run.change(**{name: given[name] for name in ("recompute", "loss_fusion", "gradient_bytes") if name in given})
     if options.document_lengths:
         run = run.change(documents=Mix.read(options.document_lengths))

@@ -18,6 +18,7 @@ from megatron_lighthouse.mcore.command_line.checks import model_problems
 from megatron_lighthouse.mcore.command_line.documents import document_problems
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, of_edge
 from megatron_lighthouse.mcore.command_line.tiles import tile_tokens
+from megatron_lighthouse.nearest import either, multiples
 from megatron_lighthouse.plan.device import DEVICES, Device
 from megatron_lighthouse.plan.documents import DocumentGeometry, Mix
 from megatron_lighthouse.plan.model import GPT
@@ -154,7 +155,7 @@ class Run:
         if self.global_batch % (dp := self.data_parallel):
             raise ValueError(
                 f"--global-batch-size {self.global_batch} must be a multiple of the {dp} data-parallel ranks: "
-                f"use {-(-self.global_batch // dp) * dp}."
+                f"use {either(multiples(self.global_batch, dp))}."
             )
         if self.documents and (found := [*self._document_problems()]):
             raise ValueError("\n".join(found))
@@ -165,12 +166,12 @@ class Run:
         elif cp > 1 and self.seq_length % (2 * cp):
             raise ValueError(
                 f"--seq-length {self.seq_length} must be a multiple of {2 * cp}, two chunks for each of "
-                f"--context-parallel-size {cp}: use {max(1, self.seq_length // (2 * cp)) * 2 * cp}."
+                f"--context-parallel-size {cp}: use {either(multiples(self.seq_length, 2 * cp))}."
             )
         if self.seq_length % (cp * tp):
             raise ValueError(
                 f"--seq-length {self.seq_length} must be a multiple of {cp * tp}, for sequence parallelism shares out "
-                f"each rank's tokens: use {max(1, self.seq_length // (cp * tp)) * cp * tp}."
+                f"each rank's tokens: use {either(multiples(self.seq_length, cp * tp))}."
             )
         if self.cp_comm_type == "a2a" and (model.groups // tp) % cp:
             raise ValueError(

@@ -11,7 +11,8 @@ from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
 from megatron_lighthouse.mcore.command_line import documents, tiles
 from megatron_lighthouse.mcore.command_line.checks import argument_problems
 from megatron_lighthouse.mcore.command_line.settings import add_arguments, settings_from
-from megatron_lighthouse.mcore.data.text import PADDED_VOCABULARY
+from megatron_lighthouse.mcore.data import vocabulary
+from megatron_lighthouse.mcore.data.blends import Here
 from megatron_lighthouse.plan.device import Device
 from megatron_lighthouse.plan.model import GPT, UNTIED
 from megatron_lighthouse.plan.run import Run
@@ -19,7 +20,7 @@ from megatron_lighthouse.usage import as_sentence
 from megatron_lighthouse.variants import VARIANTS, base_in, counted, named_in
 
 LLAMA3_VOCAB = 128256
-"""Rows of the vocabulary where the words name none: that of the recipes."""
+"""Rows of the vocabulary where neither the words nor a tokenizer that is here say: that of the recipes."""
 SIZES = ("--num-layers", "--hidden-size", "--num-attention-heads", "--seq-length")
 NEEDED = ("--swiglu", "--bf16", "--use-distributed-optimizer")
 NOT_COUNTED = (
@@ -39,6 +40,7 @@ OPTIONS |= dict.fromkeys(("qk_layernorm", "qk_l2_norm", "qk_clip", "log_max_atte
 """Arguments of the model that Lighthouse may refuse, by their names, and what it is without them."""
 REFUSED = ("sft", "reset_attention_mask", "dataloader_inter_document_masking", "hybrid_context_parallel", "perform_rl_step")
 """Arguments of the run, likewise."""
+TOKENIZER = ("--tokenizer-type", "--tokenizer-model")
 RECOMPUTE_WORDS = {
     "none": "",
     "mlp": "--recompute-granularity selective --recompute-modules mlp",
@@ -66,11 +68,12 @@ def recipe_words(path: Path) -> list[str]:
     return [word for line in lines for word in re.split(r"[ \t]+", line) if word]
 
 
-def run_of_words(words: Sequence[str], device: Device, gpus: int | None = None) -> Run:
+def run_of_words(words: Sequence[str], device: Device, gpus: int | None = None, here: Here = Path) -> Run:
     """The run that these words ask for, not yet checked.
 
     Args:
         gpus: of the job; those of one sequence where None.
+        here: where a path of the words is on this machine.
 
     Without --global-batch-size each data-parallel rank has one sequence, as in Megatron.
 
@@ -90,7 +93,7 @@ def run_of_words(words: Sequence[str], device: Device, gpus: int | None = None) 
     if VARIANTS[args.attention].selects and (found := [*argument_problems(args, settings)]):
         raise ValueError("\n".join(found))
     return Run(
-        model=_model(args),
+        model=_model(args, vocabulary.rows(args, here) or LLAMA3_VOCAB),
         seq_length=args.seq_length,
         device=device,
         attention=args.attention,
@@ -111,6 +114,11 @@ def run_of_words(words: Sequence[str], device: Device, gpus: int | None = None) 
         around=settings.base_config if settings.base.config else None,
         options={name: getattr(args, name) for name, default in OPTIONS.items() if getattr(args, name) != default},
     )
+
+
+def assumes_rows(words: Sequence[str]) -> bool:
+    """Whether neither these words nor a tokenizer that is here say how many rows the vocabulary has."""
+    return vocabulary.rows(_parse(words), Path) is None
 
 
 def _not_counted(args: argparse.Namespace) -> Iterator[str]:
@@ -152,8 +160,9 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=1)
     parser.add_argument("--num-query-groups", type=int, default=1)
     parser.add_argument("--micro-batch-size", type=int, default=1)
-    for flag in ("--recompute-granularity", "--recompute-method", "--transformer-impl"):
+    for flag in (*TOKENIZER, "--recompute-granularity", "--recompute-method", "--transformer-impl"):
         parser.add_argument(flag)
+    parser.add_argument("--no-pad-vocab-size", "--disable-pad-vocab-size", action="store_false", dest="pad_vocab_size")
     for flag in ("--group-query-attention", "--sequence-parallel", "--recompute-activations", UNTIED):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--attention-dropout", type=float, default=0.1)  # Megatron's
@@ -172,7 +181,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         raise ValueError(as_sentence(f"{error.argument_name}: {error.message}")) from error
 
 
-def _model(args: argparse.Namespace) -> GPT:
+def _model(args: argparse.Namespace, rows: int) -> GPT:
     """The model, with what Megatron takes where a size is not given."""
     hidden, heads = args.hidden_size, args.num_attention_heads
     if not args.kv_channels and (heads < 1 or hidden % heads):
@@ -187,7 +196,7 @@ def _model(args: argparse.Namespace) -> GPT:
         heads=heads,
         groups=args.num_query_groups if args.group_query_attention else heads,
         head_dim=args.kv_channels or hidden // heads,
-        vocab=PADDED_VOCABULARY if args.text_data else args.padded_vocab_size or args.vocab_size or LLAMA3_VOCAB,
+        vocab=rows,
         dense_first=args.lighthouse_dense_first,
         dense_last=args.lighthouse_dense_last,
         tied=not args.untie_embeddings_and_output_weights,

@@ -14,7 +14,7 @@ import hashlib
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.quiet import quiet_imports
 from megatron_lighthouse.recipe import evaluation_files, held_out_loss, hindsight, positions, probes
 from megatron_lighthouse.recipe.readers import Reader
+from megatron_lighthouse.recipe.refused import Refused
 from megatron_lighthouse.recipe.which_attention import selecting, trained_with
 from megatron_lighthouse.usage import Parser
 from megatron_lighthouse.variants import VARIANTS
@@ -81,7 +82,7 @@ def held_out(args: argparse.Namespace, reader: Reader) -> tuple[list[Path], Arra
         return reader.read(args.held_out)
     if not args.text_data:
         raise ValueError("--held-out PATH is missing: name text that the run did not train on.")
-    folder = args.data_cache_path or os.path.join(args.load, "data")
+    folder = args.data_cache_path or os.path.join(args.load or "", "data")
     _, valid = text.names_of(text.text_files(args.text_data), folder)
     if not os.path.exists(f"{valid}.idx"):
         raise ValueError(
@@ -91,23 +92,21 @@ def held_out(args: argparse.Namespace, reader: Reader) -> tuple[list[Path], Arra
     return [], numpy.fromfile(f"{valid}.bin", dtype=numpy.uint16)
 
 
-def check_hindsight(args: argparse.Namespace, tokens: int, iteration: int) -> None:
-    """Refuse hindsight that cannot be measured on `tokens` tokens, or of layers that were dense in `iteration`.
-
-    Raises:
-        ValueError: the argument, and what would work.
-    """
-    hindsight.check(tokens, args.seq_length, args.hindsight_samples, args.hindsight_seed)
+def hindsight_problems(args: argparse.Namespace, tokens: int, iteration: int | None) -> Iterator[str]:
+    """Why hindsight cannot be measured on `tokens` tokens, or of layers that were dense in `iteration`, where that is known."""
+    yield from hindsight.problems(tokens, args.seq_length, args.hindsight_samples, args.hindsight_seed)
     if asked(args):
-        raise ValueError(
+        yield (
             f"--hindsight-samples {args.hindsight_samples} puts other text after a position, which with {FLAG} would end its "
             "document elsewhere, and the budget goes by that length: use --hindsight-samples 0."
         )
+    if iteration is None:
+        return
     trained = trained_with(args, iteration) if VARIANTS[args.attention].selects else None
     if args.switched_at is not None or (trained and not VARIANTS[trained].selects):
         why = f"--lighthouse-stage2-at {args.switched_at}" if trained is None else "as they were trained"
         steps = " or ".join(map(str, selecting(args)[-3:]))
-        raise ValueError(
+        yield (
             f"--hindsight-samples {args.hindsight_samples} asks what Lighthouse layers owe to later tokens, and in iteration "
             f"{iteration} of --load {args.load} all are dense ({why}): "
             f"{f'give --ckpt-step {steps}' if steps else 'name a checkpoint of stage 1'}, or --hindsight-samples 0."
@@ -161,29 +160,39 @@ def prepared() -> tuple[Trained, Array, list[Grid]]:
     """The checkpoint, the held-out tokens and the questions of each probe that the command line asks for. Every rank calls it.
 
     Raises:
-        ValueError: what is refused, before the model is built.
+        ValueError: all that is refused, before the model is built.
     """
     with quiet_imports():
         from megatron_lighthouse.recipe import trained as checkpoint
 
-    args = checkpoint.parse(add_arguments)
-    reader = checkpoint.reader(args)
-    files, tokens = held_out(args, reader)
-    checkpoint.check_not_trained_on(files, checkpoint.training_text(args))
-    filler = len(probes.text_for(args, tokens, reader.end))
-    questions = [probes.grid_of(probe, args, filler, reader.encode) for probe in probes.asked_for(args)]
-    if args.loss_sequences:  # refused before the model is built
-        positions.bucket_edges(args.seq_length, args.loss_grid, args.loss_buckets)
-        positions.sequence_starts(len(tokens), args.seq_length, args.loss_sequences)
+    refused, first = Refused(), os.environ["RANK"] == "0"
+    args, iteration = checkpoint.parse(add_arguments, refused)
+    if first:
+        refused.ask(evaluation_files.check, args.out)
+    reader = refused.ask(checkpoint.reader, args)
+    files, tokens = (refused.ask(held_out, args, reader) if reader else None) or ([], None)
+    if iteration is not None:
+        refused.ask(checkpoint.check_not_trained_on, files, checkpoint.training_text(args))
+    count = filler = sys.maxsize  # tokens, where the text is not known: as many as it takes
+    if reader and tokens is not None:
+        count, filler = len(tokens), len(probes.text_for(args, tokens, reader.end))
+    asked_for = probes.asked_for(args) if reader else []
+    questions = [refused.ask(probes.grid_of, probe, args, filler, reader.encode) for probe in asked_for if reader]
+    if args.loss_sequences:
+        refused.ask(positions.bucket_edges, args.seq_length, args.loss_grid, args.loss_buckets)
+        refused.ask(positions.sequence_starts, count, args.seq_length, args.loss_sequences)
     if args.hindsight_samples:
-        check_hindsight(args, len(tokens), checkpoint.iteration_of(args))
-    if os.environ["RANK"] == "0":
+        refused.said += hindsight_problems(args, count, iteration)
+    refused.end()
+    assert tokens is not None  # else something was refused
+    if first:
         evaluation_files.start(args.out)
     trained = checkpoint.load(args)
-    for _, said in questions:
+    grids = [grid for grid in questions if grid is not None]
+    for _, said in grids:
         for line in said:
             say_once(line)
-    return trained, tokens, [grid for grid, _ in questions]
+    return trained, tokens, [grid for grid, _ in grids]
 
 
 def measure(trained: Trained, tokens: Array, grids: Sequence[Grid]) -> None:

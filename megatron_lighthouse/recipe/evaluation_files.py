@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,8 +26,20 @@ NAMES = (
     *("hindsight.csv", "hindsight.png"),
 )
 """All there can be; the summary, which says that the others are there, is removed first."""
+NO_FOLDER = "--out {} must be a folder that can be written to, or not exist yet, such as results: {}."
 PARTIAL = ".partial"
 """After the name of a file that is being written."""
+
+
+def check(out: Path) -> None:
+    """Refuse a path that cannot be such a folder; nothing is made or removed.
+
+    Raises:
+        ValueError: why.
+    """
+    at = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not at.is_dir() or not os.access(at, os.W_OK | os.X_OK):
+        raise ValueError(NO_FOLDER.format(out, f"{at} is {'not yours to write' if at.is_dir() else 'no folder'}"))
 
 
 def start(out: Path) -> None:
@@ -43,9 +56,7 @@ def start(out: Path) -> None:
         with tempfile.TemporaryFile(dir=out):  # whether files can be written, before hours of work
             pass
     except OSError as error:
-        raise ValueError(
-            f"--out {out} must be a folder that can be written to, or not exist yet, such as results: {error}."
-        ) from None
+        raise ValueError(NO_FOLDER.format(out, error)) from None
 
 
 def loss(out: Path, found: Result, title: str) -> Result:

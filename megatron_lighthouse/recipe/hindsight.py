@@ -7,13 +7,14 @@ the tokens before. In a causal model nothing changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy
 
 from megatron_lighthouse.recipe.positions import mean_and_error
+from megatron_lighthouse.recipe.refused import raise_all
 
 type Array = numpy.ndarray[Any, Any]
 FARTHEST = 256
@@ -36,14 +37,19 @@ def check(text: int, length: int, samples: int, seed: int) -> None:
     """Refuse what cannot be drawn from `text` tokens of held-out text.
 
     Raises:
-        ValueError: the argument, and what would work.
+        ValueError: each argument that is wrong, a line each, and what would work.
     """
+    raise_all(problems(text, length, samples, seed))
+
+
+def problems(text: int, length: int, samples: int, seed: int) -> Iterator[str]:
+    """What `check` refuses."""
     if samples < 1:
-        raise ValueError(f"--hindsight-samples {samples} must be at least 1, or 0 for no hindsight.")
+        yield f"--hindsight-samples {samples} must be at least 1, or 0 for no hindsight."
     if seed < 0:
-        raise ValueError(f"--hindsight-seed {seed} must be at least 0, such as 1234.")
+        yield f"--hindsight-seed {seed} must be at least 0, such as 1234."
     if text < 2 * length:
-        raise ValueError(
+        yield (
             f"the held-out text has {text} tokens: --hindsight-samples needs at least {2 * length}, twice --seq-length "
             f"{length}, for what is replaced is replaced by text from elsewhere. Give more by --held-out, or "
             "--hindsight-samples 0."

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, product
 from typing import Any
 
 import numpy
+
+from megatron_lighthouse.recipe.refused import raise_all
 
 type Array = numpy.ndarray[Any, Any]
 type Encode = Callable[[str], Array]
@@ -170,21 +172,25 @@ class Grid:
         """Refuse a grid that cannot be asked with `text` tokens of held-out text.
 
         Raises:
-            ValueError: the argument, and what would work.
+            ValueError: each argument that is wrong, a line each, and what would work.
         """
+        raise_all(self.problems(text))
+
+    def problems(self, text: int) -> Iterator[str]:
+        """What `check` refuses."""
         flag, axis = f"--{self.probe.name}", self.probe.axis
         if self.samples < 1:
-            raise ValueError(f"{flag}-samples {self.samples} must be at least 1; best a multiple of ten.")
+            yield f"{flag}-samples {self.samples} must be at least 1; best a multiple of ten."
         for value in self.values:
             if not 0 <= value <= axis.greatest:
-                raise ValueError(f"{flag}-{axis.flag} {value:g} must be from 0 to {axis.greatest:g}.")
-        shortest = self.words.shortest(max(self.values))
+                yield f"{flag}-{axis.flag} {value:g} must be from 0 to {axis.greatest:g}."
+        shortest = self.words.shortest(min(max(self.values), axis.greatest))
         for length in self.lengths:
             if length < shortest:
-                raise ValueError(f"{flag}-lengths {length} must be at least {shortest}.")
+                yield f"{flag}-lengths {length} must be at least {shortest}."
         if (longest := max(self.lengths)) > text and "noise" in self.fillers:
             fits = f"{flag}-lengths up to {text}, " if text >= shortest else ""
-            raise ValueError(
+            yield (
                 f"the held-out text has {text} tokens: the {self.probe.title} in {longest} needs as many. Give more by "
                 f"--held-out, {fits}{flag}-fillers classic or {flag}-samples 0."
             )

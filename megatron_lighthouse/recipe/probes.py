@@ -11,6 +11,7 @@ import numpy
 from megatron_lighthouse.mcore.command_line.documents import asked
 from megatron_lighthouse.recipe import passkey, variables
 from megatron_lighthouse.recipe.probe import CHANCE, FILLERS, Encode, Grid, Probe, bytes_of, statistics, unbalanced
+from megatron_lighthouse.recipe.refused import raise_all
 from megatron_lighthouse.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -57,10 +58,8 @@ def grid_of(probe: Probe, args: argparse.Namespace, tokens: int, encode: Encode 
         if left_out := [n for n in shorter if n not in lengths]:
             said.append(f"no {probe.title} in {', '.join(map(str, left_out))} tokens: {_misfit(args, left_out[0])}")
     grid = Grid(probe, words, lengths, values, samples, fillers, seed)
-    grid.check(tokens)
-    for length in lengths:
-        if problem := _misfit(args, length):
-            raise ValueError(f"--{probe.name}-lengths {length} {problem}")
+    misfits = (f"--{probe.name}-lengths {length} {problem}" for length in lengths if (problem := _misfit(args, length)))
+    raise_all([*grid.problems(tokens), *misfits])
     return grid, said + ([uneven] if (uneven := unbalanced(probe, samples)) else [])
 
 

@@ -33,7 +33,7 @@ from megatron_lighthouse.bars import bar
 from megatron_lighthouse.mcore.attention.document_rotary import rotate_by
 from megatron_lighthouse.mcore.attention.fused_spec import with_fused_attention
 from megatron_lighthouse.mcore.attention.packed import packed
-from megatron_lighthouse.mcore.command_line import conversations, pyramid
+from megatron_lighthouse.mcore.command_line import conversations, flags, pyramid
 from megatron_lighthouse.mcore.command_line.arguments import (
     ArgumentsProvider,
     model_config,
@@ -49,6 +49,7 @@ from megatron_lighthouse.mcore.loop import hooks, pretrain
 from megatron_lighthouse.mcore.loop.further_tokens import ends_of
 from megatron_lighthouse.recipe.of_run import of_one_sequence
 from megatron_lighthouse.recipe.readers import BYTES, Reader, reader_of
+from megatron_lighthouse.recipe.refused import Refused, raise_all
 from megatron_lighthouse.recipe.same_model import check_same_model
 from megatron_lighthouse.recipe.which_attention import settle_attention
 
@@ -105,18 +106,27 @@ def _last_row(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...
     return hidden[-1:], *others
 
 
-def parse(add_arguments: ArgumentsProvider) -> argparse.Namespace:
+def parse(add_arguments: ArgumentsProvider, refused: Refused) -> tuple[argparse.Namespace, int | None]:
     """Megatron's arguments and those of the entry point, so that a run's own command line is understood, and what is added.
 
+    Args:
+        refused: keeps a checkpoint that is not there or holds another model, options and a layout that are not supported.
+
+    Returns:
+        The arguments, and the checkpoint's iteration: None where there is none.
+
     Raises:
-        ValueError: a checkpoint that is not there or holds another model, or a layout that is not supported.
+        ValueError: words that cannot be read, or a checkpoint that is not there and should say what the model is.
     """
     hooks.adapt_machine()
     hooks.load_weights()
     hooks.keep_documents_apart()
     hooks.tile()
     sys.argv[1:] = of_one_sequence(sys.argv[1:])
-    args = parse_args(with_lighthouse_arguments(_with(add_arguments)))
+    everything = with_lighthouse_arguments(_with(add_arguments))
+    raise_all(flags.parse(sys.argv[1:], everything, strict=flags.installed() == flags.VERSION)[1])
+    args = parse_args(everything)
+    iteration = iteration_there(args) if args.use_checkpoint_args else refused.ask(iteration_there, args)
     if args.use_checkpoint_args:
         load_args_from_checkpoint(args)
     if args.tokenizer_type is None:
@@ -125,27 +135,23 @@ def parse(add_arguments: ArgumentsProvider) -> argparse.Namespace:
     for name in ("context_parallel_size", "pipeline_model_parallel_size"):  # before Megatron divides the ranks by them
         if getattr(args, name) != 1:
             flag = "--" + name.replace("_", "-")
-            raise ValueError(
+            refused.said.append(
                 f"{flag} {getattr(args, name)}: an evaluation splits neither sequences nor layers over ranks. Use {flag} 1: "
                 "a checkpoint loads in any layout, and more ranks share out the samples."
             )
+            setattr(args, name, 1)
     with mock.patch.object(arguments, "_print_args"):  # hundreds of lines, which stand in the run's own log
         validate_args(args)
     set_global_variables(args)
     args.skip_train = args.no_load_optim = args.no_load_rng = True  # no optimizer is made
     args.finetune, args.save = False, None
     args.train_samples = None  # a run's: in batches of another size they are other iterations
-    with explained(args, _with(add_arguments)):
-        check_run_options(args)
-    if not checkpoint_exists(args.load):
-        raise ValueError(f"--load {args.load} holds no checkpoint: name the folder that the run was given as --save.")
-    if not Path(_folder(args)).is_dir():
-        there = ", ".join(sorted(path.name for path in Path(args.load).glob("iter_*")))
-        raise ValueError(f"--load {args.load} has no {Path(_folder(args)).name}: give --ckpt-step one of {there}.")
-    check_same_model(args, stored_arguments(args))
+    refused.ask(explained(args, _with(add_arguments))(check_run_options), args)
+    if iteration is not None:
+        refused.ask(check_same_model, args, stored_arguments(args))
     pyramid.settle(args)
-    settle_attention(args, iteration_of(args))
-    return args
+    settle_attention(args, iteration or 0)
+    return args, iteration
 
 
 def _leave_training(args: argparse.Namespace) -> None:
@@ -201,8 +207,17 @@ def reader(args: argparse.Namespace) -> Reader:
     return found
 
 
-def iteration_of(args: argparse.Namespace) -> int:
-    """Of the checkpoint that `args` name; 0 of a release."""
+def iteration_there(args: argparse.Namespace) -> int:
+    """Of the checkpoint that `args` name; 0 of a release.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not checkpoint_exists(args.load):
+        raise ValueError(f"--load {args.load} holds no checkpoint: name the folder that the run was given as --save.")
+    if not Path(_folder(args)).is_dir():
+        there = ", ".join(sorted(path.name for path in Path(args.load).glob("iter_*")))
+        raise ValueError(f"--load {args.load} has no {Path(_folder(args)).name}: give --ckpt-step one of {there}.")
     return args.ckpt_step or read_metadata(get_checkpoint_tracker_filename(args.load))[0]
 
 

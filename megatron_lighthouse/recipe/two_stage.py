@@ -24,7 +24,7 @@ from megatron_lighthouse.needed import ask_for_megatron
 from megatron_lighthouse.recipe import next_commands
 from megatron_lighthouse.recipe.begun import check_begun
 from megatron_lighthouse.recipe.presets import Preset, default_text, preset_for
-from megatron_lighthouse.usage import WRONG, Parser
+from megatron_lighthouse.usage import STRAY, WRONG, Parser
 
 SHOWN = ("tokens/s=", "validation loss", "saving checkpoint", "loaded checkpoint", "--text-data has ")
 """Lines of Megatron's log that the terminal shows; the log file has all."""
@@ -120,9 +120,11 @@ def _train(run: Path, stages: Mapping[str, tuple[int, int]], arguments: Mapping[
 
 
 def _cut_short(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
-    """Those of the words for Megatron that are none of its flags, and nearly one of these."""
+    """Those of the words for Megatron that are none of its flags, and nearly one of these; of those behind a -- that alone."""
     known = {flag for one in flags.listed() for flag in one["flags"]}
     given = [word.partition("=")[0] for word in words if word.startswith("--")]
+    if STRAY in given:
+        return [STRAY]
     own = [*parser._option_string_actions]
     return [word for word in given if word not in known and get_close_matches(word, own, 1, 0.7)]
 

@@ -43,9 +43,8 @@ def test_a_recipe_fits_by_the_plan(recipe: str, capsys: pytest.CaptureFixture[st
 
 
 def test_a_point_that_cannot_fit_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    million = (
-        "--vocab-size 128256 --attention dense --seq-length 1048576 --max-position-embeddings 1048576 --context-parallel-size 1"
-    )
+    million = "--padded-vocab-size 128256 --attention dense --seq-length 1048576 --max-position-embeddings 1048576"
+    million += " --context-parallel-size 1"
     assert checked("530m-98k", 32, "", "--arch", "blackwell", "--point", f"dense-1m {million}") == 1
     error = capsys.readouterr().err
     assert re.search(r"dense-1m: --seq-length 1048576 needs \d+\.\d GiB of a GPU .* 171\.0 are there \(HGX B200 180GB; ", error)
@@ -56,7 +55,7 @@ def test_a_point_that_cannot_fit_is_refused(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_what_is_offered_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    vocabulary = "--vocab-size 128256 "
+    vocabulary = "--padded-vocab-size 128256 "
     assert checked("530m-1m", 32, vocabulary, "--arch", "hopper") == 1
     offered = capsys.readouterr().err.partition(": use ")[2].rstrip(".\n").split(" or ")
     assert offered == [
@@ -74,19 +73,19 @@ def test_what_takes_more_gpus_says_how_many(capsys: pytest.CaptureFixture[str]) 
     long = "--seq-length 8388608 --max-position-embeddings 8388608"
     assert checked("530m-1m", 8, long, "--arch", "blackwell", logits="") == 1
     error = capsys.readouterr().err
-    assert "even with a vocabulary of 384, for none is named here" in error
+    assert "even with a vocabulary of 384, for the tokenizer's is not known here" in error
     assert re.search(r"--context-parallel-size 16 on 16 GPUs or --tensor-model-parallel-size 2 .* on 16 GPUs", error)
 
 
 @pytest.mark.parametrize(
     ("more", "options", "says"),
     [
-        ("--vocab-size 32000 --seq-length 110592 --max-position-embeddings 110592", H100, "of 76.0 GiB .* MAY RUN OUT"),
-        ("--vocab-size 32000", H100, r"of 76.0 GiB by the plan \(H100 SXM 80GB, vocabulary 32,000\)\n"),
+        ("--padded-vocab-size 32000 --seq-length 110592 --max-position-embeddings 110592", H100, "of 76.0 GiB .* MAY RUN OUT"),
+        ("--padded-vocab-size 32000", H100, r"of 76.0 GiB by the plan \(H100 SXM 80GB, vocabulary 32,000\)\n"),
         ("", (*H100, "--device", "h200"), r"of 13[34]\.\d GiB by the plan \(H200"),
         ("", ("--arch", "blackwell", "--device", "h100"), "HGX B200"),  # the GPU of a login node
         ("", ("--arch", "blackwell", "--device", ""), "HGX B200"),
-        ("--vocab-size 384", H100, "57.3 of"),
+        ("--padded-vocab-size 384", H100, "57.3 of"),
     ],
 )
 def test_what_is_said(more: str, options: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,7 +96,7 @@ def test_what_is_said(more: str, options: tuple[str, ...], says: str, capsys: py
 def test_no_run_is_refused_for_an_assumed_vocabulary(capsys: pytest.CaptureFixture[str]) -> None:
     assert checked("530m-98k", 8, "", *H100) == 0
     assert "vocabulary 128,256, which is assumed): IT MAY RUN OUT OF MEMORY" in capsys.readouterr().out
-    assert checked("530m-98k", 8, "--vocab-size 128256", *H100) == 1
+    assert checked("530m-98k", 8, "--padded-vocab-size 128256", *H100) == 1
 
 
 @pytest.mark.parametrize("more", ["--num-experts 8", "--multi-latent-attention --attention dense", "--micro-batch-size 2"])
@@ -139,23 +138,46 @@ def test_the_scripts_say_which_gpus(script: str, study: tuple[str, ...], tmp_pat
     assert re.search(r"launch\.check (--point .* )?--arch hopper --device h200 --nodes", (tmp_path / "noted").read_text())
 
 
+def pieces(*lengths: int) -> bytes:
+    """A model of SentencePiece's, of as many pieces, and another field behind them."""
+    return (
+        b"".join(b"\n" + (bytes([n]) if n < 128 else bytes([n % 128 | 128, n // 128])) + b"\n" * n for n in lengths)
+        + b"\x12\x01\n"
+    )
+
+
+NUMBERED = {"vocab": {"a": 0, "b": 1}}
+ASSUMED = "128,256, which is assumed)"
+
+
 @pytest.mark.parametrize(
-    ("table", "says"),
+    ("kind", "file", "content", "says"),
     [
-        ({"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 1}, {"id": 2}]}, "vocabulary 3)"),
-        ({"model": {"vocab": [["a", -1.0], ["b", -2.0]]}}, "vocabulary 2)"),
-        ({"model": None}, "vocabulary 128,256, which is assumed)"),
+        ("HuggingFaceTokenizer", "tokenizer.json", {"model": NUMBERED, "added_tokens": [{"id": 1}, {"id": 2}]}, "3)"),
+        ("HuggingFaceTokenizer", "tokenizer.json", {"model": {"vocab": [["a", -1.0], ["b", -2.0]]}}, "2)"),
+        ("HuggingFaceTokenizer", "tokenizer.json", {"model": None}, ASSUMED),
+        ("Llama2Tokenizer", "tokenizer.model", pieces(3, 200, 5), "3)"),
+        ("GPT2BPETokenizer", "vocab.json", {}, ASSUMED),
+        ("TikTokenizer", "ranks.json", {}, "500)"),
+        ("NullTokenizer", "", {}, "500)"),
     ],
 )
-def test_the_vocabulary_is_the_tokenizer_s_where_it_is_here(
-    table: dict[str, object], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_vocabulary_is_the_one_that_megatron_takes(
+    kind: str, file: str, content: dict[str, object] | bytes, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whose size --vocab-size does not change."""
-    (tmp_path / "tokenizer.json").write_text(json.dumps(table))
-    given = "" if "assumed" in says else "--vocab-size 500 "
+    """A tokenizer's own, whatever --vocab-size says, but for those that are made of it."""
+    (tmp_path / (file or "none")).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    model = tmp_path if kind == "HuggingFaceTokenizer" else tmp_path / file
     own = ["--nodes", "8", "--gpus-per-node", "1", "--without-megatron", *H100, "--", *words("530m-98k"), "--mock-data"]
-    assert check.main([*own, *given.split(), "--tokenizer-model", str(tmp_path)]) == 0
-    assert says in capsys.readouterr().out
+    tokenizer = ["--vocab-size", "500", "--tokenizer-type", kind, "--tokenizer-model", str(model)]
+    assert check.main([*own, *tokenizer]) == 0
+    said = capsys.readouterr().out
+    assert f"vocabulary {says}" in said
+    assert ("--vocab-size is not read with such a --tokenizer-type" in said) == (says != "500)")
+    assert check.main([*own, *tokenizer, "--padded-vocab-size", "640"]) == 0
+    assert "vocabulary 640)" in capsys.readouterr().out
+    assert check.main([*own, *tokenizer, "--no-pad-vocab-size"]) == 0  # then the model has what the words say
+    assert "vocabulary 500)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def test_what_only_slurm_takes_is_refused(arguments: str, says: str, machine: Pa
     done = local(machine, *arguments.split(), *([] if "--" in arguments.split() else ["--"]), "--mock-data")
     assert done.returncode == 2
     assert says in done.stderr
-    assert not (machine / "noted").exists()
+    assert [line.split()[1] for line in (machine / "noted").read_text().splitlines()] == ["megatron_lighthouse.launch.check"]
     assert not (machine / "run").exists()
 
 

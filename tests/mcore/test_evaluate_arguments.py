@@ -94,8 +94,27 @@ def test_up_to_the_switch_it_is_lighthouse(switched: Path, tmp_path: Path) -> No
             ["--context-parallel-size 2: an evaluation splits neither", "Use --context-parallel-size 1"],
         ),
         (["--out", "FILE"], ["--out", "must be a folder that can be written to, or not exist yet"]),
+        (
+            "--context-parallel-size 2 --pipeline-model-parallel-size 2 --rotary-base 500000 --held-out nowhere --out FILE "
+            "--loss-sequences -1 --loss-grid equal --loss-buckets 0 --passkey-depths 2 --passkey-lengths 999 "
+            "--hindsight-samples -1 --hindsight-seed -2".split(),
+            [
+                *("--context-parallel-size 2: an", "--pipeline-model-parallel-size 2: an", "--rotary-base 500000, there 10000"),
+                *("nowhere", "must be a folder that can be", "--loss-sequences -1 must be", "--loss-buckets 0 must be"),
+                *("--passkey-depths 2 must be", "--passkey-lengths 999 must be", "--hindsight-samples -1 must be"),
+                *("--hindsight-seed -2 must be", "all are dense (--lighthouse-stage2-at 2)"),
+            ],
+        ),
+        (
+            ["--load", "nowhere", "--loss-buckets", "0", "--loss-grid", "equal"],
+            ["holds no checkpoint", "--loss-buckets 0 must"],
+        ),
+        (
+            ["--loss-buckets", "some", "--passkey-samples", "2e1", "--held-outs", "x"],
+            ["--loss-buckets some must be", "--passkey-samples 2e1 must be", "did you mean --held-out?"],
+        ),
     ],
-    ids=["hindsight", "model", "context parallel", "out"],
+    ids=["hindsight", "model", "context parallel", "out", "all at once", "no checkpoint", "words"],
 )
 def test_refused_before_the_model_is_built(switched: Path, tmp_path: Path, more: list[str], messages: list[str]) -> None:
     file = tmp_path / "file"

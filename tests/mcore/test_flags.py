@@ -56,6 +56,12 @@ def test_a_value_that_a_flag_does_not_take(words: str, says: str) -> None:
     assert [says in one for one in wrong] == [True], wrong
 
 
+def test_dashes_among_the_words_hide_nothing() -> None:
+    args, wrong = flags.parse("--num-layers 2 -- --lr 1 --seq-len 8".split(), with_all_arguments)
+    assert (args.num_layers, args.lr, len(wrong)) == (2, 1, 2)
+    assert wrong[0] == "-- among the arguments hides all flags behind it: leave it out."
+
+
 def test_a_malformed_value_hides_nothing() -> None:
     """Each is said; the number that may be meant is taken, else the flag's default, and what follows from that is left out."""
     words = "--lr abc --lighthouse-budget 2k --train-iters 1e3 --bf16=yes --swiglu --seq-length --window-size 128,x"

@@ -160,6 +160,25 @@ def test_what_can_be_is_not() -> None:
     assert not [*before.problems(parsed("--graphs auto --eval-interval 9"))]
 
 
+@pytest.mark.parametrize(
+    ("words", "evaluates"),
+    [
+        ("--eval-interval 3", True),
+        ("--eval-interval 10", True),  # at the end
+        ("--eval-interval 10 --exit-interval 4", True),  # the last job's
+        ("--eval-interval 10 --exit-interval 3", False),
+        ("--eval-interval 9 --exit-interval 3", True),
+        ("--eval-interval 4 --exit-interval 3 --start-eval-at-iter 8", True),
+        ("--eval-interval 4 --exit-interval 3 --start-eval-at-iter 9", False),
+        ("--eval-interval 3 --skip-train", False),  # then nothing is captured that trains
+        ("--eval-interval 3 --eval-iters 0", False),
+    ],
+)
+def test_dropout_goes_with_graphs_of_layers_where_nothing_is_evaluated(words: str, evaluates: bool) -> None:
+    given = parsed(f"--cuda-graph-impl local --hidden-dropout 0.1 --eval-iters 2 --eval-micro-batch-size 2 {words}")
+    assert len([*graphs.problems(given)]) == 2 * evaluates
+
+
 @pytest.mark.parametrize("loss", [1.0, float("nan")])
 def test_losses_of_a_captured_iteration_are_checked(loss: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """By Megatron's machine, as it does without graphs: an iteration that is not finite does not step, an evaluation ends."""

@@ -78,7 +78,7 @@ WRONG = {
     "a negative rate": ("--lr -1", "--lr -1.0 must not be negative: use a learning rate"),
     "a negative start": ("--lr-warmup-init -1", "use --lr-warmup-init 0, or"),
     "no iteration": ("--train-iters 0", "--train-iters 0 trains nothing: give"),
-    "a batch": ("--global-batch-size 12", "use --global-batch-size 16"),
+    "a batch": ("--global-batch-size 12", "use --global-batch-size 8 or 16"),
     "its channels": ("--lighthouse-inner fa2 --kv-channels 132", "with head dimension 132: over several ranks use .* sdpa,"),
     "of other layers": ("--lighthouse-inner te --transformer-impl local", "use it with --transformer-impl transformer_engine"),
     "wide heads": ("--lighthouse-inner fa4 --cp-comm-type a2a --kv-channels 260", "does not take heads of 260 channels"),
@@ -91,11 +91,14 @@ WRONG = {
     ),
     "schemes": ("--cp-comm-type p2p all_gather", "names 2, and --num-layers is 32: give one for all, such as p2p"),
     "schemes of windows": ("--window-size 9,0 --window-attn-skip-freq 2 --cp-comm-type a2a p2p", "names 2, and --num-layers"),
-    "heads": ("--num-attention-heads 36", "must be a multiple of --num-query-groups 8: use --num-attention-heads 40"),
+    "heads": (
+        "--num-attention-heads 36",
+        "must be a multiple of --num-query-groups 8: use --num-query-groups 6 or 12, or --num-attention-heads 32 or 40",
+    ),
     "choices": ("--num-experts 8 --moe-router-topk 16", "must be at most --num-experts 8: use 2"),
     "ranks of experts": (
         "--num-experts 30 --expert-model-parallel-size 4",
-        "use --expert-model-parallel-size 2, or --num-experts 32",
+        "use --expert-model-parallel-size 2, or --num-experts 28 or 32",
     ),
     "layers of experts": (
         "--num-experts 8 --moe-layer-freq ([0]+[1]*3)",

@@ -129,6 +129,28 @@ def test_all_that_is_wrong_is_said_at_once(words: str, says: str, tmp_path: Path
     assert all(line in said for line in (says, f"{__file__} is no folder", "nowhere is no file"))
 
 
+def test_the_kind_of_each_file_is_settled_before_any_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All are named at once, and neither a tokenizer is built nor a file written for those before."""
+    wrong = {
+        "lines.txt": ('{"text": "1"}\n' * 3).encode(),
+        "other.jsonl": b'\n{"content": "1"}\n',
+        "no.jsonl": b"1 2\n",
+        "latin.txt": "1 é".encode("latin-1"),
+        "cut.txt.gz": b"1 2",
+    }
+    for name, content in {"good.txt": b"1 2", "good.jsonl": b'{"text": "3"}\n', **wrong}.items():
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr(prepare, "_build", lambda _: pytest.fail("it is too early"))
+    inputs = [str(path) for path in sorted(tmp_path.iterdir())]
+    assert prepare.main(["--input", *inputs, "--output", str(tmp_path / "out"), *NUMBERS]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == len(wrong)
+    assert all(any(name in line for line in said) for name in wrong), said
+    assert len(inputs) == len([*tmp_path.iterdir()])
+
+
 def test_a_folder_that_nobody_may_write_to(
     files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

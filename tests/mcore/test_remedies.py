@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from functools import cache
 
+import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -71,6 +72,48 @@ def test_what_is_offered_is_taken(run: dict[str, object]) -> None:
         TRIED.append(found[0])
         changes = {f"lighthouse_{name}" if name in OURS else name: value for name, value in offer.items()}
         assert problems(run | changes) == [], (found[0], offer)
+
+
+@pytest.mark.parametrize(
+    ("changes", "use"),
+    [
+        ({"num_query_groups": 6}, "--num-query-groups 4 or 8, or --num-attention-heads 30 or 36"),
+        ({"num_query_groups": 6, "tensor_model_parallel_size": 4}, "--num-query-groups 4 or 8"),
+        ({"num_attention_heads": 36}, "--num-query-groups 6 or 9, or --num-attention-heads 32 or 40"),
+        ({"num_attention_heads": 33, "kv_channels": None}, "--num-query-groups 3 or 11, or --num-attention-heads 32"),
+        ({"hidden_size": 4100, "kv_channels": None}, "4096 or 4160, or give --kv-channels"),
+        ({"global_batch_size": 12}, "--global-batch-size 8 or 16"),
+        ({"eval_global_batch_size": 12, "eval_micro_batch_size": 1}, "--eval-global-batch-size 8 or 16"),
+        ({"save": "x", "save_interval": 100, "save_retain_interval": 250}, "200 or 300"),
+        ({"log_memory_interval": 25}, "20 or 30"),
+        ({"num_distributed_optimizer_instances": 3}, "2 or 4"),
+        ({"num_experts": 30, "expert_model_parallel_size": 4}, "--expert-model-parallel-size 2, or --num-experts 28 or 32"),
+        ({"num_experts": 96, "expert_model_parallel_size": 12, "nodes": 2}, "--expert-model-parallel-size 8 or 16"),
+        ({"tensor_model_parallel_size": 16, "nodes": 2, "num_query_groups": 8}, "--tensor-model-parallel-size 8"),
+        (
+            {"attention": "dense", "cp_comm_type": ["a2a"], "context_parallel_size": 8, "num_query_groups": 4},
+            "--cp-comm-type p2p, or --context-parallel-size 4",
+        ),
+        (
+            {"attention": "dense", "seq_length": 131080, "max_position_embeddings": 2**18, "context_parallel_size": 8},
+            "131072 or 131088",
+        ),
+        (
+            {"context_parallel_size": 6, "nodes": 6, "tensor_model_parallel_size": 2, "sequence_parallel": True},
+            "--context-parallel-size 4 or 8",
+        ),
+    ],
+    ids=lambda given: " ".join(given) if isinstance(given, dict) else "",
+)
+def test_the_nearest_on_both_sides_are_offered(changes: dict[str, object], use: str) -> None:
+    """And each is taken, where it is all that is wrong."""
+    run = {"nodes": 1, **changes}
+    found = problems(run)
+    said = [problem for problem in found if problem.endswith(f"use {use}.")]
+    assert said, found
+    for offer in advice(said[0]) if said == found else ():
+        if "cp_comm_type" not in offer:
+            assert problems(run | offer) == [], offer
 
 
 def test_many_were_tried() -> None:

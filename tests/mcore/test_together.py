@@ -139,11 +139,11 @@ def test_parameters_are_gathered_beside_a_sharded_optimizer() -> None:
         (
             "--num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 64 --expert-model-parallel-size 64",
             r"64 x --expert-tensor-parallel-size 2 .* = 128 must divide the 64 GPUs: use --expert-tensor-parallel-size 1, or "
-            "--expert-model-parallel-size 32",
+            "--expert-model-parallel-size 8",
         ),
         (
             "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --global-batch-size 12",
-            "makes 3 micro batches, of which stages of several parts take groups of 2: use --global-batch-size 16",
+            "makes 3 micro batches, of which stages of several parts take groups of 2: use --global-batch-size 8 or 16",
         ),
         ("--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 3", "must divide the 16 layers"),
         ("--fp8-format hybrid --transformer-impl local", "is read by Transformer Engine's layers alone: leave it out"),

@@ -64,6 +64,7 @@ def test_both_stages_and_again(tmp_path: Path) -> None:
     [
         ("--dense-step 3", "--dense-step is not a known flag: did you mean --dense-steps?"),
         ("--lighthouse-bugdet 64", "--lighthouse-bugdet is not a known flag: did you mean --lighthouse-budget?"),
+        ("--seq-length 128 -- --steps 3", "-- among the arguments hides all flags behind it: leave it out."),
         ("--seq-length 1000", "--seq-length 1000 must be a multiple of"),
         ("--data nowhere", "nowhere is not there"),
         ("--train-iters 7", "--train-iters is made of --steps and --dense-steps here: use these."),

@@ -35,6 +35,7 @@ def test_what_megatron_takes_where_nothing_is_given() -> None:
     assert run_of_words(words, B200).model.ffn == 2688  # int((4 * 1024 * 2 / 3) / 64) * 64
     assert of("530m-98k", "--vocab-size 32000").model.vocab == 32000
     assert of("530m-98k", "--vocab-size 32000 --text-data a b --bf16").model.vocab == 384
+    assert of("530m-98k", "--vocab-size 32000 --tokenizer-type HuggingFaceTokenizer").model.vocab == 128256  # its own, not here
     assert (of("530m-1m").gpus, of("530m-1m").global_batch, of("530m-1m", gpus=32).global_batch) == (8, 1, 4)
     assert not of("530m-98k", "--no-lighthouse-discard-output").discard_output
     tied = [word for word in recipe_words(FILES / "530m-98k.args") if word != UNTIED]
@@ -119,6 +120,7 @@ def test_the_command_takes_a_file(capsys: pytest.CaptureFixture[str]) -> None:
             run_from(parser().parse_args(["--recipe", name, *options])) for name in (str(FILES / "530m-1m.args"), "530m-1m")
         ]
         assert runs[0].change(global_batch=4) == runs[1]
+        assert ("the vocabulary is assumed: 128,256. --vocab-size sets another." in capsys.readouterr().err) == (not more)
     assert main(["--recipe", str(FILES / "cpu-test.args")]) == 2
     assert "--bf16 --use-distributed-optimizer is missing" in capsys.readouterr().err
     assert "Lighthouse in 26 of 30" in report.title(runs[0].change(attention="lighthouse"))

@@ -6,14 +6,15 @@ Its own rules are bare assertions in `validate_args` and `OptimizerParamSchedule
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Iterator, Sequence
 
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
 from megatron_lighthouse.mcore.command_line import evenly, flags, hybrid, numbers, precision, schedule, together
 from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
 from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern, is_latent, local_window_problem
+from megatron_lighthouse.nearest import around, either, multiples, offers
 from megatron_lighthouse.usage import GONE, as_flag
+from megatron_lighthouse.variants import VARIANTS
 
 SCHEMES = (*COMM_TYPES, "a2a+p2p")
 """Of --cp-comm-type, for which Megatron takes any word."""
@@ -66,7 +67,7 @@ def _model(args: argparse.Namespace) -> Iterator[str]:
     if hidden and heads and args.kv_channels is None and hidden % heads:
         yield (
             f"--hidden-size {hidden} must be a multiple of --num-attention-heads {heads} where --kv-channels is not given: use "
-            f"{-(-hidden // heads) * heads}, or give --kv-channels."
+            f"{either(multiples(hidden, heads * (2 if _rotates(args) else 1)))}, or give --kv-channels."
         )
     if (dim := _rotated_channels(args)) is not None and (dim < 2 or (dim % 2 and args.rotary_percent == 1)):
         channels = args.kv_channels or hidden // heads
@@ -86,12 +87,7 @@ def _model(args: argparse.Namespace) -> Iterator[str]:
             f"--cp-comm-type {' '.join(kinds)} names {len(kinds)}, and --num-layers is {layers}: give one for all, such as "
             "p2p, or one a layer."
         )
-    groups = args.num_query_groups if args.group_query_attention else None
-    if heads and groups and heads % groups:
-        yield (
-            f"--num-attention-heads {heads} must be a multiple of --num-query-groups {groups}: use --num-attention-heads "
-            f"{-(-heads // groups) * groups}, or --num-query-groups {math.gcd(heads, groups)}."
-        )
+    yield from _groups(args)
     if args.transformer_impl == "local" and (problem := local_window_problem(args.window_size)):
         yield problem
     yield from _experts(args, layers)
@@ -110,6 +106,26 @@ def _model(args: argparse.Namespace) -> Iterator[str]:
         yield "--cp-comm-type a2a+p2p needs --hierarchical-context-parallel-sizes: add it, or use --cp-comm-type p2p."
 
 
+def _groups(args: argparse.Namespace) -> Iterator[str]:
+    """Whether query heads share key/value heads evenly; offers numbers that tensor-parallel ranks share out too."""
+    heads, groups = args.num_attention_heads, args.num_query_groups if args.group_query_attention else None
+    if not heads or not groups or heads % groups == 0:
+        return
+    ranks, hidden = args.tensor_model_parallel_size, args.hidden_size if args.kv_channels is None else None
+    copied = VARIANTS[args.attention].native  # Megatron gives several ranks the same group
+
+    def shared(n: int) -> bool:
+        return n % ranks == 0 or (copied and ranks % n == 0)
+
+    near = {
+        "--num-query-groups": around(groups, lambda n: heads % n == 0 and shared(n), heads),
+        "--num-attention-heads": multiples(
+            heads, groups, lambda n: n % ranks == 0 and (hidden or n) % n == 0 and shared(groups)
+        ),
+    }
+    yield f"--num-attention-heads {heads} must be a multiple of --num-query-groups {groups}: use {offers(near)}."
+
+
 def _experts(args: argparse.Namespace, layers: int | None) -> Iterator[str]:
     experts, ranks, pattern = args.num_experts, args.expert_model_parallel_size, args.moe_layer_freq
     if not experts:
@@ -117,10 +133,11 @@ def _experts(args: argparse.Namespace, layers: int | None) -> Iterator[str]:
     if args.moe_router_topk > experts:
         yield f"--moe-router-topk {args.moe_router_topk} must be at most --num-experts {experts}: use {min(2, experts)}, or so."
     if experts % ranks:
-        yield (
-            f"--num-experts {experts} must be a multiple of --expert-model-parallel-size {ranks}: use "
-            f"--expert-model-parallel-size {math.gcd(experts, ranks)}, or --num-experts {-(-experts // ranks) * ranks}."
-        )
+        world, one = getattr(args, "world_size", None), args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+        one *= args.pipeline_model_parallel_size
+        fits = around(ranks, lambda n: experts % n == 0 and (world or n * one) % (n * one) == 0, experts)
+        near = {"--expert-model-parallel-size": fits, "--num-experts": multiples(experts, ranks)}
+        yield f"--num-experts {experts} must be a multiple of --expert-model-parallel-size {ranks}: use {offers(near)}."
     if isinstance(pattern, list) and layers and len(pattern) != layers:
         yield (
             f"--moe-layer-freq names {len(pattern)} layers, and --num-layers is {layers}: give one number a layer, such as "
@@ -134,11 +151,15 @@ def _experts(args: argparse.Namespace, layers: int | None) -> Iterator[str]:
         )
 
 
+def _rotates(args: argparse.Namespace) -> bool:
+    """Whether pairs of a head's channels are turned."""
+    return args.position_embedding_type in ROTATED or args.use_rotary_position_embeddings
+
+
 def _rotated_channels(args: argparse.Namespace) -> int | None:
     """Of a head; None where none are, or where MLA says how many."""
-    rotates = args.position_embedding_type in ROTATED or args.use_rotary_position_embeddings
     dim = args.kv_channels or (args.hidden_size and args.num_attention_heads and args.hidden_size // args.num_attention_heads)
-    return int(dim * args.rotary_percent) if rotates and dim and not args.multi_latent_attention else None
+    return int(dim * args.rotary_percent) if _rotates(args) and dim and not args.multi_latent_attention else None
 
 
 def _batch(args: argparse.Namespace) -> Iterator[str]:
@@ -163,7 +184,7 @@ def _saves(args: argparse.Namespace) -> Iterator[str]:
         given = "needs --save-interval" if every is None else f"with --save-interval {every} would save never"
         yield f"--save {args.save} {given}: add --save-interval N, such as 500 iterations."
     elif args.save is not None and keep is not None and (keep < 1 or keep % every):
-        use = max(1, keep // every) * every
+        use = either(multiples(max(0, keep), every))
         yield f"--save-retain-interval {keep} must be a multiple of --save-interval {every}: use {use}."
     if args.non_persistent_save_interval and args.non_persistent_ckpt_type is None:
         yield (
@@ -175,7 +196,7 @@ def _saves(args: argparse.Namespace) -> Iterator[str]:
     if args.log_memory_interval is not None and args.log_interval > 0 and args.log_memory_interval % args.log_interval:
         yield (
             f"--log-memory-interval {args.log_memory_interval} must be a multiple of --log-interval {args.log_interval}: use "
-            f"{-(-args.log_memory_interval // args.log_interval) * args.log_interval}."
+            f"{either(multiples(args.log_memory_interval, args.log_interval))}."
         )
 
 

@@ -10,7 +10,9 @@ import math
 from collections.abc import Iterator
 
 from megatron_lighthouse.mcore.command_line.layers import written_pattern
+from megatron_lighthouse.nearest import around, either, multiples, offers
 from megatron_lighthouse.usage import as_flag
+from megatron_lighthouse.variants import VARIANTS
 
 
 def problems(args: argparse.Namespace) -> Iterator[str]:
@@ -23,10 +25,21 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
     length, context = args.seq_length or args.encoder_seq_length, args.context_parallel_size
     if length and length % (unit := tokens(args, context)):
         every = math.lcm(unit, 2 * context if context > 1 else 1)
+        most, world = args.max_position_embeddings or length, getattr(args, "world_size", None)
+        alone = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+
+        def fits(ranks: int) -> bool:
+            shared = length % math.lcm(tokens(args, ranks), 2 * ranks if ranks > 1 else 1) == 0
+            return shared and (world or alone * ranks) % (alone * ranks) == 0
+
+        sizes = around(context, fits, 2 * context)
+        lengths = multiples(length, every, lambda n: n <= most)
+        by_attention = VARIANTS[args.attention].selects and sizes  # which has rules of its own for lengths
+        near = {"--context-parallel-size": sizes, "--seq-length": [] if by_attention else lengths}
         yield (
             f"--seq-length {length} must be a multiple of {unit} with --sequence-parallel, --tensor-model-parallel-size "
             f"{args.tensor_model_parallel_size} and --context-parallel-size {context}, whose ranks share out the tokens: use "
-            f"{max(1, length // every) * every}."
+            f"{offers(near)}."
         )
 
 
@@ -64,5 +77,4 @@ def _width(name: str, width: int | None, *shares: tuple[int, str]) -> Iterator[s
     if not width or width % (unit := math.lcm(*(number for number, _ in shares))) == 0:
         return
     by = " and ".join(words for _, words in shares)
-    fits = " or ".join(str(n) for n in (width // unit * unit, -(-width // unit) * unit) if n)
-    yield f"{as_flag(name)} {width} must be a multiple of {unit} ({by}): use {fits}."
+    yield f"{as_flag(name)} {width} must be a multiple of {unit} ({by}): use {either(multiples(width, unit))}."

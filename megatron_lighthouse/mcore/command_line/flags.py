@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_lighthouse.usage import as_sentence, digits_meant, unknown_flag
+from megatron_lighthouse.usage import STRAY, as_sentence, digits_meant, unknown_flag
 
 VERSION = "0.19.2"
 """Of the Megatron-core whose flags are listed."""
@@ -105,7 +105,7 @@ class Collecting(argparse.ArgumentParser):
         self.wrong.append(as_sentence(str(error)))
         self.malformed |= set() if guessed else {*action.option_strings}
 
-    def without_values(self, words: Sequence[str]) -> Iterator[str]:
+    def without_values(self, words: Iterable[str]) -> Iterator[str]:
         """The words, of which switches have no value: argparse would end with that error alone."""
         for word in words:
             flag, equals, value = word.partition("=")
@@ -125,7 +125,7 @@ def parser(add_arguments: Add) -> Collecting:
     return made
 
 
-def parse(words: Sequence[str], add_arguments: Add, strict: bool = True) -> tuple[argparse.Namespace, list[str]]:
+def parse(given: Sequence[str], add_arguments: Add, strict: bool = True) -> tuple[argparse.Namespace, list[str]]:
     """The arguments, and all that is wrong with the words, each in a sentence.
 
     A value that its flag does not take hides nothing: the argument is the number that may be meant, as 2048 by 2k, or else the
@@ -133,15 +133,17 @@ def parse(words: Sequence[str], add_arguments: Add, strict: bool = True) -> tupl
     be it their default.
 
     Args:
+        given: the words.
         strict: whether a flag that is not listed is wrong: a Megatron of another release may know it.
     """
     made = parser(add_arguments)
-    words = [*made.without_values(words)]
+    words = [*made.without_values(word for word in given if word != STRAY)]
     try:
         args, rest = made.parse_known_args(words)
     except _UnreadError:
         words, (args, rest) = [], made.parse_known_args([])
-    wrong, args.malformed = [*made.wrong], frozenset(made.malformed)
+    wrong = [*([unknown_flag(STRAY, {})] if STRAY in given else ()), *made.wrong]
+    args.malformed = frozenset(made.malformed)
     args.said = frozenset(vars(made.parse_known_args(words, _Said())[0]))
     if strict:
         unknown = [unknown_flag(word, made._option_string_actions) for word in rest if word.startswith("-")]

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_lighthouse.context_parallel.schemes import SWITCH
 from megatron_lighthouse.lighthouse.config import flag
-from megatron_lighthouse.mcore.command_line import pyramid
+from megatron_lighthouse.mcore.command_line import evaluations, pyramid
 from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern
 from megatron_lighthouse.mcore.command_line.stage import Stage2
 from megatron_lighthouse.notice import say_once
@@ -121,7 +121,7 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
 
 def _evaluated(args: argparse.Namespace, kind: str) -> Iterator[str]:
     """What an evaluation would not be as without graphs: `local` repeats in it the graphs that train, with what these do."""
-    if kind != "local" or not args.eval_iters:
+    if kind != "local" or not evaluations.of_what_trains(args):
         return
     asked, rows = f"--cuda-graph-impl {kind}", args.micro_batch_size
     evaluated = getattr(args, "eval_micro_batch_size", None) or rows

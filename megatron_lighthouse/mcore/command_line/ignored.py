@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megatron_lighthouse.mcore.command_line.flags import listed
-from megatron_lighthouse.mcore.data.tokenizers import HUGGING_FACE, SENTENCE_PIECE
+from megatron_lighthouse.mcore.data.tokenizers import takes_size
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.usage import as_flag
 from megatron_lighthouse.variants import VARIANTS
@@ -33,8 +33,8 @@ class Rule:
 RULES = (
     Rule(
         "vocab_size",
-        lambda args: args.tokenizer_type not in (*HUGGING_FACE, *SENTENCE_PIECE),
-        "with such a --tokenizer-type, whose own size the model has (memory is counted by it all the same)",
+        lambda args: takes_size(args.tokenizer_type) or not args.pad_vocab_size,
+        "with such a --tokenizer-type, whose own size the model has (--padded-vocab-size sets another)",
     ),
     Rule(
         "lighthouse_.*",

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import numpy
 
@@ -30,6 +30,7 @@ OF_TOKENIZERS = (
     *("chat_template", "metadata_path", "sft_tokenizer_"),
 )
 """How Megatron's arguments begin that a tokenizer is built by."""
+NO_TEXT = "--input {} is no text in UTF-8 ({}): convert it, or leave it out."
 EVERY = 100_000
 """Documents from one line of progress to the next."""
 _tokenizer: Any = None
@@ -108,10 +109,40 @@ def problems(options: argparse.Namespace, args: argparse.Namespace) -> Iterator[
         yield f"--output {options.output}: nothing can be written in {above}: name another folder."
     if options.workers < 1:
         yield f"--workers {options.workers} must be at least 1."
+    yield from (problem for path in options.input if (problem := kind_problem(path, options.json_key)))
     yield from tokenizers.problems(args, Path)
     for name in tokenizers.packages(args.tokenizer_type):
         if not find_spec(name):
             yield f"--tokenizer-type {args.tokenizer_type} needs the package {name}: pip install {name}."
+
+
+def kind_problem(path: str, key: str) -> str | None:
+    """Why the beginning of a file says that it is not what its name does; None where it is, or is not there."""
+    name = path.removesuffix(".gz")
+    try:
+        with _opened(path) as file:
+            if name.endswith(LINES):
+                number, line = next(((n, line) for n, line in enumerate(file, 1) if line.strip()), (1, None))
+                if line is not None:
+                    _text_of(line, key, f"{path}, line {number}")
+            elif are_json_lines(name, file.read(START).encode()):
+                return (
+                    f"--input {path} holds JSON lines, and would be one document by its name: let it end in "
+                    f"{' or '.join(LINES)}, or give plain text."
+                )
+    except UnicodeDecodeError as error:
+        return NO_TEXT.format(path, error)
+    except (gzip.BadGzipFile, EOFError) as error:
+        return f"--input {path} cannot be unpacked ({error}): pack it again, or leave it out."
+    except ValueError as error:
+        return str(error)
+    except OSError:  # `problems` says so
+        return None
+    return None
+
+
+def _opened(path: str) -> TextIO:
+    return cast(TextIO, (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8"))
 
 
 def prepare(options: argparse.Namespace, args: argparse.Namespace) -> tuple[int, int, int]:
@@ -151,29 +182,22 @@ def prepare(options: argparse.Namespace, args: argparse.Namespace) -> tuple[int,
 
 
 def documents(paths: Iterable[str], key: str) -> Iterator[str]:
-    """The texts of files, one after another.
+    """The texts of files, one after another, each of the kind that its name says (`kind_problem`).
 
     Raises:
-        ValueError: a file that is no UTF-8, JSON lines by another name, or a line that is no object with such a text.
+        ValueError: a file that is no UTF-8, or a line that is no object with such a text.
     """
     for path in paths:
-        name = path.removesuffix(".gz")
-        with (gzip.open if path != name else open)(path, "rt", encoding="utf-8") as file:
+        with _opened(path) as file:
             try:
-                if not name.endswith(LINES):
-                    text = file.read()
-                    if are_json_lines(name, text[:START].encode()):
-                        raise ValueError(
-                            f"--input {path} holds JSON lines, and would be one document by its name: let it end in "
-                            f"{' or '.join(LINES)}, or give plain text."
-                        )
-                    yield text
+                if not path.removesuffix(".gz").endswith(LINES):
+                    yield file.read()
                     continue
                 for number, line in enumerate(file, 1):
                     if line.strip():
                         yield _text_of(line, key, f"{path}, line {number}")
             except UnicodeDecodeError as error:
-                raise ValueError(f"--input {path} is no text in UTF-8 ({error}): convert it, or leave it out.") from error
+                raise ValueError(NO_TEXT.format(path, error)) from error
 
 
 def _text_of(line: str, key: str, where: str) -> str:

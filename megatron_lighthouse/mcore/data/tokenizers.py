@@ -13,10 +13,11 @@ from megatron_lighthouse.mcore.data.blends import TOKENIZERS, Here, value
 HUGGING_FACE = ("HuggingFaceTokenizer", "SFTTokenizer", "MultimodalTokenizer")
 """Those that take a folder, or a name of Hugging Face's hub."""
 SENTENCE_PIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+TIKTOKEN = "TikTokenizer"
 PACKAGES = {
     **dict.fromkeys((*HUGGING_FACE, "GPT2BPETokenizer", "BertWordPieceLowerCase", "BertWordPieceCase"), ("transformers",)),
     **dict.fromkeys(SENTENCE_PIECE, ("sentencepiece",)),
-    "TikTokenizer": ("tiktoken",),
+    TIKTOKEN: ("tiktoken",),
 }
 """What Megatron-core 0.19 builds each by; it depends on none of them."""
 DOWNLOADED = {
@@ -25,9 +26,13 @@ DOWNLOADED = {
 }
 """Of tokenizers that Megatron knows by name."""
 NULL = ("NullTokenizer", "NullMultimodalTokenizer")
+MOST_OF_TIKTOKEN = 2**17
+"""Tokens that Megatron-core 0.19 takes of such a tokenizer where --vocab-size does not say."""
 OF_HUGGING_FACE = "tokenizer.json"
 OF_A_FOLDER = (OF_HUGGING_FACE, "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
 """Of these one at least is in a folder that transformers makes a tokenizer of; *.tiktoken too."""
+PIECE = b"\n"
+"""With which a piece of a model of SentencePiece's begins: field 1 of the message, of so many bytes."""
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
@@ -50,20 +55,46 @@ def file_of(args: argparse.Namespace, name: str, here: Here) -> str | None:
     return path
 
 
-def tokens_of_folder(args: argparse.Namespace, here: Here) -> int | None:
-    """How many tokens a Hugging Face tokenizer has, by its tokenizer.json; None where that is not here or does not say."""
-    path = file_of(args, "--tokenizer-model", here) if args.tokenizer_type in HUGGING_FACE else None
+def takes_size(kind: str | None) -> bool:
+    """Whether Megatron makes a tokenizer of --vocab-size; any other of a known type has a size of its own."""
+    return kind is None or kind in (*NULL, TIKTOKEN)
+
+
+def tokens(args: argparse.Namespace, here: Here) -> int | None:
+    """How many tokens a tokenizer with a size of its own has, by its file; None where that is not here or does not say."""
+    path = file_of(args, "--tokenizer-model", here)
     try:
-        table = json.loads((here(path) / OF_HUGGING_FACE).read_text()) if path else {}
-        tokens = table["model"]["vocab"]  # the number of each, or with its score in their order
-        numbers = set(tokens.values() if isinstance(tokens, dict) else range(len(tokens)))
-        return len(numbers | {token["id"] for token in table.get("added_tokens", ())})
+        if path and args.tokenizer_type in HUGGING_FACE:
+            return _tokens_of_folder(here(path))
+        return _pieces(here(path).read_bytes()) if path and args.tokenizer_type in SENTENCE_PIECE else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
+def _tokens_of_folder(folder: Path) -> int:
+    """Of a Hugging Face tokenizer."""
+    table = json.loads((folder / OF_HUGGING_FACE).read_text())
+    vocabulary = table["model"]["vocab"]  # the number of each, or with its score in their order
+    numbers = set(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))
+    return len(numbers | {token["id"] for token in table.get("added_tokens", ())})
+
+
+def _pieces(model: bytes) -> int | None:
+    """Of a model of SentencePiece's: the fields 1 with which its message begins. None where it begins otherwise."""
+    at = found = 0
+    while model[at : at + 1] == PIECE:
+        length, shift, at = 0, 0, at + 1
+        while True:  # seven bits a byte, the lowest first, as protobuf writes numbers
+            byte = model[at]
+            length, shift, at = length | (byte & 127) << shift, shift + 7, at + 1
+            if byte < 128:
+                break
+        found, at = found + 1, at + length
+    return found or None
+
+
 def _may_be_of_the_hub(args: argparse.Namespace, name: str, path: str) -> bool:
-    by_file = args.tokenizer_type in (*SENTENCE_PIECE, "TikTokenizer")
+    by_file = args.tokenizer_type in (*SENTENCE_PIECE, TIKTOKEN)
     return name == "--tokenizer-model" and not by_file and HUB_NAME.fullmatch(path) is not None
 
 
@@ -107,7 +138,7 @@ def _file(name: str, path: str, here: Here, kind: str | None) -> Iterator[str]:
             yield f"{name} {path} holds no tokenizer (none of {', '.join(OF_A_FOLDER)}): give the folder of one."
         elif (found / OF_HUGGING_FACE).is_file() and (why := _no_json(found / OF_HUGGING_FACE)):
             yield f"{name} {path}: its {OF_HUGGING_FACE} is no JSON ({why}): copy or write it again."
-    elif kind == "TikTokenizer" and found.suffix != ".json":
+    elif kind == TIKTOKEN and found.suffix != ".json":
         other = f", or use --tokenizer-type {HUGGING_FACE[0]}" if (found / OF_HUGGING_FACE).is_file() else ""
         yield f"{name} {path} must be a .json of ranks with --tokenizer-type {kind}: give that file{other}."
     elif kind in SENTENCE_PIECE:
@@ -127,7 +158,7 @@ def _is_sentence_piece(path: Path) -> bool:
     """Whether a file begins as a model of SentencePiece's does: with its first piece, field 1 of the message."""
     with path.open("rb") as file:
         start = file.read(2)
-    return len(start) == 2 and start[:1] == b"\n" and path.stat().st_size > 2 + start[1]
+    return len(start) == 2 and start[:1] == PIECE and path.stat().st_size > 2 + start[1]
 
 
 def _sentence_piece(name: str, path: str, found: Path, kind: str | None) -> Iterator[str]:

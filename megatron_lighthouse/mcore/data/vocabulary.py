@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-from megatron_lighthouse.mcore.data import indexed
+from megatron_lighthouse.mcore.data import indexed, tokenizers
 from megatron_lighthouse.mcore.data.blends import Here
+from megatron_lighthouse.mcore.data.text import PADDED_VOCABULARY
 from megatron_lighthouse.mcore.data.tokenizers import NULL
 
 
@@ -18,6 +19,25 @@ def size_of(args: argparse.Namespace) -> tuple[str, int] | None:
     if args.tokenizer_type in NULL and args.vocab_size and args.text_data is None:
         return "--vocab-size", args.vocab_size
     return ("--padded-vocab-size", args.padded_vocab_size) if args.padded_vocab_size else None
+
+
+def rows(args: argparse.Namespace, here: Here) -> int | None:
+    """How many tokens the model has rows for, before padding, as Megatron-core 0.19 reads the words.
+
+    Args:
+        args: as the words say, not validated.
+
+    Returns:
+        None where that is the size of a tokenizer that is not here, or nothing says it.
+    """
+    if args.text_data:
+        return PADDED_VOCABULARY
+    if args.padded_vocab_size:
+        return int(args.padded_vocab_size)
+    size: int | None = args.vocab_size
+    if not args.pad_vocab_size or tokenizers.takes_size(args.tokenizer_type):
+        return size or (tokenizers.MOST_OF_TIKTOKEN if args.tokenizer_type == tokenizers.TIKTOKEN else None)
+    return tokenizers.tokens(args, here)
 
 
 def size_problems(args: argparse.Namespace) -> Iterator[str]:

@@ -166,15 +166,6 @@ def test_a_second_derivative_is_refused(pieces: None) -> None:
         grad.sum().backward()
 
 
-def test_a_backward_for_some_inputs_leaves_nothing_behind(pieces: None) -> None:
-    """The gradients of what lies between pieces are summed aside."""
-    leaves = [x.requires_grad_() for x in inputs(16, 1, 2, 1, (4, 4))[:4]]
-    out = wall_attention(*leaves).square().sum()
-    torch.autograd.grad(out, leaves[0], retain_graph=True)
-    torch.autograd.grad(out, leaves, retain_graph=True)
-    assert_close(torch.autograd.grad(out, leaves)[3], with_grads(formula, [*leaves, 2 * formula(*leaves)])[-1], "ranks float64")
-
-
 def test_few_logits_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_lighthouse.wall.earlier import Plain
     from megatron_lighthouse.wall.reference import Size

@@ -25,13 +25,21 @@ def check_own(
     attend: object,
     exchange: Exchange | None,
 ) -> None:
-    """Raises ValueError for what is of the default inner attention beside another, and for streams that it does not read."""
+    """Raises ValueError for what is of the default inner attention beside another, and for streams that it does not read;
+    TypeError for streams that are no tensors, and for options of another attention."""
     if attend is not None and (softmax_scale is not None or around is not None):
         check(query, key, value)
         name = "around" if softmax_scale is None else "softmax_scale"
         own = "options" if softmax_scale is None else "scale"
         raise ValueError(f"{name} belongs to the default inner attention: give `attend` its own {own} instead.")
-    if problem := AROUND[config.around].streams_problem(around, query, key, streams, exchange):
+    for x in streams:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"streams must be torch.Tensors, not a {type(x).__name__}.")
+    variant = AROUND[config.around]
+    if around is not None and not (variant.config and isinstance(around, variant.config)):
+        wanted = f"a {variant.config.__name__}" if variant.config else "None, for it has no options"
+        raise TypeError(f"around of config.around {config.around} must be {wanted}, not a {type(around).__name__}.")
+    if problem := variant.streams_problem(around, query, key, streams, exchange):
         check(query, key, value)
         raise ValueError(problem)
 

@@ -35,7 +35,7 @@ class Dense(Variant):
 
     name, title = "dense", "dense attention"
     help = "is Megatron's own"
-    native = counted = True
+    native = counted = copies_groups = True
     around = "softmax"
 
     def build_rows(

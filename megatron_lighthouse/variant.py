@@ -165,6 +165,8 @@ class Variant(TakesRows):
     """Whether layers may be dense at the model's ends, and become so in stage 2: `--lighthouse-dense-first` and those after."""
     windows = False
     """Whether layers may see a window alone (`--window-size`); else those of a model that do stay dense."""
+    copies_groups = False
+    """Whether tensor-parallel ranks may have the same key/value head, as Megatron gives them where there are fewer of these."""
     latent = False
     """Whether values may have another width than keys, as those of MLA."""
     selects = False
@@ -227,6 +229,13 @@ class Variant(TakesRows):
             yield f"{option} is not done by --attention {self.name}: leave it out, or use --attention dense."
         if getattr(model, "softmax_type", "vanilla") != "vanilla":
             yield f"--softmax-type {model.softmax_type} is not done by --attention {self.name}: use --softmax-type vanilla."
+
+    def groups_problems(self, model: Any) -> Iterator[str]:
+        """Why tensor-parallel ranks cannot share out the key/value heads of a model, a TransformerConfig of Megatron."""
+        groups, ranks = model.num_query_groups or model.num_attention_heads, model.tensor_model_parallel_size
+        copied = self.copies_groups and ranks % groups == 0
+        if not copied and (message := shared_out_problem("--num-query-groups", groups, ranks)):
+            yield message
 
     def document_problems(self, config: Any, ranks: int) -> Iterator[str]:
         """Why its layers cannot keep packed documents apart, on so many context-parallel ranks."""

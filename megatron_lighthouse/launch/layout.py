@@ -71,7 +71,8 @@ def layout(args: argparse.Namespace, nodes: int, gpus_per_node: int, asked_by: s
         yield f"--profile-ranks {' '.join(map(str, beyond))} is beyond the last of {world} ranks: use 0 to {world - 1}."
     yield from stages(args)
     heads, groups = args.num_attention_heads, args.num_query_groups or args.num_attention_heads
-    copied = VARIANTS[args.attention].native and groups and tensor % groups == 0  # Megatron gives several ranks the same group
+    # Megatron gives several ranks the same group
+    copied = VARIANTS[args.attention].copies_groups and groups and tensor % groups == 0
     unknown = copied or args.use_checkpoint_args  # then it is the checkpoint's, whatever is said here
     for name, size in (("num-attention-heads", heads), ("num-query-groups", args.num_query_groups)):
         if size and not (name == "num-query-groups" and unknown):

@@ -23,12 +23,20 @@ def check_own(
     streams: Sequence[Tensor],
     place: Place,
 ) -> None:
-    """Raises ValueError for what is of the default inner attention beside another, and for streams that it does not read."""
+    """Raises ValueError for what is of the default inner attention beside another, and for streams that it does not read;
+    TypeError for streams that are no tensors, and for options of another attention."""
     if place.base_attends and (place.scale is not None or place.around is not None):
         check(query, key, value)
         name, own = ("around", "options") if place.scale is None else ("softmax_scale", "scale")
         raise ValueError(f"{name} belongs to the default inner attention: give `attend` its own {own} instead.")
-    if problem := AROUND[config.around].streams_problem(place.around, query, key, streams, place.exchange):
+    for x in streams:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"streams must be torch.Tensors, not a {type(x).__name__}.")
+    variant = AROUND[config.around]
+    if place.around is not None and not (variant.config and isinstance(place.around, variant.config)):
+        wanted = f"a {variant.config.__name__}" if variant.config else "None, for it has no options"
+        raise TypeError(f"around of config.around {config.around} must be {wanted}, not a {type(place.around).__name__}.")
+    if problem := variant.streams_problem(place.around, query, key, streams, place.exchange):
         check(query, key, value)
         raise ValueError(problem)
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
-import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.given import check_types
+from megatron_lighthouse.given import bounds_of, check_tokens, check_types
 from megatron_lighthouse.parallax.layer import build
 from megatron_lighthouse.softmax.inputs import check
 
@@ -51,14 +48,11 @@ def parallax_attention(
         TypeError: an argument of another type.
         RuntimeError: under torch.func or forward-mode differentiation; in backward, a second derivative.
     """
-    check_types(query=query, r=r, key=key, value=value, softmax_scale=softmax_scale, cp_group=cp_group, cu_seqlens=cu_seqlens)
+    check_types(query=query, r=r, key=key, value=value, softmax_scale=softmax_scale, cp_group=cp_group, window=window)
     exchange = Exchange.over(cp_group)
     check(query, key, value, one_dim=True)
     check_r(query, r)
-    if window is not None and window < 1:
-        raise ValueError(f"window {window} must be at least 1, for a query sees itself: use 1 or more, or None for all tokens.")
-    if exchange is not None and query.shape[0] % 2:
-        raise ValueError(f"a rank holds two chunks of equal length, got {query.shape[0]} tokens: pad the sequence.")
+    check_tokens(query, window, exchange)
     if cu_seqlens is not None:
         _check_documents(cu_seqlens, query, exchange)
     return build(query, key, exchange, cp_comm_type, softmax_scale, window, cu_seqlens)(query, r, key, value)
@@ -77,13 +71,6 @@ def _check_documents(cu_seqlens: Tensor, query: Tensor, exchange: Exchange | Non
     """Raises ValueError: see `parallax_attention`. Reads the lengths on the host."""
     if exchange is not None:
         raise ValueError(f"cu_seqlens does not go with cp_group of {exchange.size} ranks: leave one of them out.")
-    if query.shape[1] != 1:
-        raise ValueError(f"cu_seqlens is of one row of tokens, B = 1, got B = {query.shape[1]}: lay the rows end to end.")
-    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.device != query.device:
-        raise ValueError(
-            f"cu_seqlens must be [documents + 1] int32 or int64 on {query.device}, got {tuple(cu_seqlens.shape)} "
-            f"{cu_seqlens.dtype} on {cu_seqlens.device}."
-        )
-    places, tokens = cu_seqlens.tolist(), query.shape[0]
-    if len(places) < 2 or places[0] != 0 or places[-1] != tokens or any(a > b for a, b in pairwise(places)):
-        raise ValueError(f"cu_seqlens must rise from 0 to the {tokens} tokens of the query, got {places[:8]} … {places[-1:]}.")
+    bounds_of(cu_seqlens, query)
+    if cu_seqlens.device != query.device:
+        raise ValueError(f"cu_seqlens must be on {query.device}, as the query, not on {cu_seqlens.device}.")

@@ -11,7 +11,7 @@ from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
 from megatron_lighthouse.parallax.config import ParallaxConfig
 from megatron_lighthouse.sequence.layout import Layout
-from megatron_lighthouse.variant import Place, Stream, Variant, shared_out_problem
+from megatron_lighthouse.variant import Place, Stream, Variant
 from megatron_lighthouse.work import Work
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ class Parallax(Variant):
     config = ParallaxConfig
     streams = (Stream("r", like_queries=True, zero_at_first=True),)
     dense_weights = False
+    copies_groups = True
     logs = True
     around = "parallax"
     counted = True
@@ -112,9 +113,7 @@ class Parallax(Variant):
 
     def problems(self, config: ParallaxConfig, model: Any) -> Iterator[str]:
         yield from super().problems(config, model)
-        groups, ranks = model.num_query_groups or model.num_attention_heads, model.tensor_model_parallel_size
-        if message := shared_out_problem("--num-query-groups", groups, ranks):
-            yield message
+        yield from self.groups_problems(model)
 
     def remarks(self, config: ParallaxConfig, args: Any) -> Iterator[str]:
         if "muon" not in args.optimizer:

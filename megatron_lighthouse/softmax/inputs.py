@@ -64,6 +64,8 @@ def check(query: Tensor, key: Tensor, value: Tensor, one_dim: bool = False) -> N
         raise ValueError(
             f"the query heads (dimension 2) must be a multiple of the key/value heads, and neither can be 0, got {shapes}."
         )
+    if not query.numel():
+        raise ValueError(f"N, B and D must be at least 1, got {shapes}.")
     kinds = {(x.dtype, x.device) for x in (query, key, value)}
     if len(kinds) > 1 or query.dtype not in DTYPES:
         raise ValueError(

@@ -34,7 +34,7 @@ class Dense(Variant):
 
     name, title = "dense", "dense attention"
     help = "is Megatron's own"
-    native = counted = True
+    native = counted = copies_groups = True
     around = "softmax"
 
     def build_rows(self, inner: str, query: Tensor, key: Tensor, place: Place) -> RowAttention:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
-import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.given import bounds_of, check_tokens, check_types
 from megatron_lighthouse.softmax.inputs import check
 from megatron_lighthouse.wall.layer import build
 from megatron_lighthouse.wall.pieces import Sight
@@ -62,18 +60,18 @@ def wall_attention(
     Raises:
         ValueError: shapes or dtypes that do not fit each other, gates above 0, or what cannot be done. Raised before any
             collective.
+        TypeError: an argument of another type.
         RuntimeError: under torch.func or forward-mode differentiation; in backward, a second derivative.
     """
+    check_types(query=query, key=key, value=value, gate=gate, scalar_gate=scalar_gate, sink=sink)
+    check_types(softmax_scale=softmax_scale, window=window, cp_group=cp_group)
     exchange = Exchange.over(cp_group)
     check(query, key, value)
     check_gates(query, key, gate, scalar_gate, sink)
     if exchange is None and query.device.type == "cpu":
         _check_signs(gate=gate, scalar_gate=scalar_gate)
-    if window is not None and window < 1:
-        raise ValueError(f"window {window} must be at least 1, for a query sees itself: use 1 or more, or None for all tokens.")
-    if exchange is not None and query.shape[0] % 2:
-        raise ValueError(f"a rank holds two chunks of equal length, got {query.shape[0]} tokens: pad the sequence.")
-    bounds = () if cu_seqlens is None else _bounds(cu_seqlens, query, exchange.size if exchange else 1)
+    check_tokens(query, window, exchange)
+    bounds = () if cu_seqlens is None else bounds_of(cu_seqlens, query, exchange.size if exchange else 1)
     how = (exchange, cp_comm_type, softmax_scale, Sight(bounds, window))
     attend = build(query, key, value, gate.shape[2], *how, biased=scalar_gate is not None)
     return attend(query, key, value, gate, None if scalar_gate is None else scalar_gate.unsqueeze(-1), sink)
@@ -105,17 +103,3 @@ def _check_signs(**gates: Tensor | None) -> None:
                 f"{name} must be natural logarithms <= 0, got up to {x.max().item():g}: use such as "
                 "torch.nn.functional.logsigmoid."
             )
-
-
-def _bounds(cu_seqlens: Tensor, query: Tensor, ranks: int) -> tuple[int, ...]:
-    """The documents' bounds on the host. Raises ValueError: see `wall_attention`."""
-    if query.shape[1] != 1:
-        raise ValueError(f"cu_seqlens is of one row of tokens, B = 1, got B = {query.shape[1]}: lay the rows end to end.")
-    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"cu_seqlens must be [documents + 1] int32 or int64, got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}."
-        )
-    places, tokens = cu_seqlens.tolist(), query.shape[0] * ranks
-    if len(places) < 2 or places[0] != 0 or places[-1] != tokens or any(a > b for a, b in pairwise(places)):
-        raise ValueError(f"cu_seqlens must rise from 0 to the {tokens} tokens of the query, got {places[:8]} … {places[-1:]}.")
-    return tuple(places)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_lighthouse.options import flag_of, option
 
 INTERVAL = flag_of("wall", "telemetry_interval")
-PAIRED = flag_of("wall", "paired_gates")
+PAIRED, TIED = flag_of("wall", "paired_gates"), flag_of("wall", "tied_gates")
 TURNED = ("rope", "yarn")
 """Positions by which the two channels of a pair are turned by one angle a token."""
 KERNELS = ("auto", "triton", "reference")

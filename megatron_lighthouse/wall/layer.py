@@ -84,7 +84,9 @@ class Layer:
             far = (decayed, value, *scalars)
         if exchange is None:
             return Alone(attention)(near, far)
-        return scheme(self.comm_type, exchange, lambda: attention, lambda: Alone(attention))(near, far)
+        out = scheme(self.comm_type, exchange, lambda: attention, lambda: Alone(attention))(near, far)
+        call.begin_anew_with(out)
+        return out
 
 
 def build(

@@ -53,10 +53,10 @@ class Call:
         self.of_totals = self.of_totals or [torch.zeros_like(total) for total in self.totals]
         return self.of_totals
 
-    def take_total_grads(self) -> list[Tensor]:
-        """Likewise, all of them: the next backward pass begins anew."""
-        found, self.of_totals = self.total_grads(), []
-        return found
+    def begin_anew_with(self, attended: Tensor) -> None:
+        """Of each backward pass through `attended`: one for some inputs alone leaves what the gates' would have taken."""
+        if attended.grad_fn is not None:
+            attended.grad_fn.register_prehook(lambda _: self.of_totals.clear())
 
 
 class Decayed(torch.autograd.Function):
@@ -83,7 +83,7 @@ class Decayed(torch.autograd.Function):
         decays, pieces, exchange = ctx.decays, ctx.pieces, ctx.exchange
         key, *gates = ctx.saved_tensors
         of_keys = ctx.call.decayed(decays, pieces, grad, gates[0], after=True, dtype=gates[0].dtype)
-        totals = ctx.call.take_total_grads()
+        totals = ctx.call.total_grads()
         if exchange is not None:
             sums = (exchange.out_of_order(x.to(gates[0].dtype)) for x in totals)
             shares = (exchange.all_to_all(x.flatten(0, 1), TOTALS) for x in sums)

@@ -11,8 +11,8 @@ from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.lighthouse.rows import number_problem
 from megatron_lighthouse.options import as_words
 from megatron_lighthouse.sequence.layout import Layout
-from megatron_lighthouse.variant import Place, Stream, Variant, beyond_softmax, shared_out_problem
-from megatron_lighthouse.wall.config import PAIRED, TURNED, WRONG_IN_FP16, WallConfig
+from megatron_lighthouse.variant import Place, Stream, Variant, beyond_softmax
+from megatron_lighthouse.wall.config import PAIRED, TIED, TURNED, WRONG_IN_FP16, WallConfig
 from megatron_lighthouse.work import Work
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Wall(Variant):
         Stream("gs", rotated=False, bias=8.0, per_channel=False),
     )
     dense_weights = False
-    windows = True
+    windows = copies_groups = True
     position = "none"
     around = "wall"
     counted = logs = True
@@ -89,9 +89,13 @@ class Wall(Variant):
             yield f"--wall-kernels triton cannot run: {WRONG_IN_FP16}. Use auto or reference."
         if config.paired_gates and (dim := getattr(model, "kv_channels", None) or 0) % 2:
             yield f"{PAIRED} is for an even number of channels: use --kv-channels {dim + 1}, not {dim}."
+        yield from self.groups_problems(model)
         groups, ranks = model.num_query_groups or model.num_attention_heads, model.tensor_model_parallel_size
-        if message := shared_out_problem("--num-query-groups", groups, ranks):
-            yield message
+        if config.tied_gates and groups < ranks:
+            yield (
+                f"{TIED} has gates of --num-query-groups {groups}, fewer than --tensor-model-parallel-size {ranks}: leave it "
+                f"out, or use --tensor-model-parallel-size {groups}."
+            )
 
     def position_problems(self, config: WallConfig, kind: str | None) -> Iterator[str]:
         said = f"--position-embedding-type {kind} does not go with --attention {self.name}"

@@ -57,10 +57,11 @@ LAYOUTS = {
     "pipeline": (f"{PIPELINE} --num-layers-per-virtual-pipeline-stage 1", 2),
     "context": (CONTEXT, 2),
     "tensor and context": (f"{TENSOR} {CONTEXT} --sequence-parallel", 4),
+    "fewer key/value heads than ranks": ("--tensor-model-parallel-size 4", 4),
     "data": ("", 2),
     "recompute": ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", 1),
 }
-SLOW = ("tensor", "context", "pipeline", "data", "recompute")
+SLOW = ("tensor", "context", "pipeline", "fewer key/value heads than ranks", "data", "recompute")
 """The first two are tried together in `make test`."""
 
 

@@ -12,6 +12,7 @@ import torch
 from megatron_lighthouse import LighthouseConfig
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
 from megatron_lighthouse.plots import read_scalars
+from megatron_lighthouse.variants import WALL
 from megatron_lighthouse.wall.config import WallConfig
 from tests.mcore.harness import Run, refused, run, some_slow
 from tests.mcore.test_checkpoints import keys, save_interval
@@ -74,10 +75,11 @@ LAYOUTS = {
     "context": (CONTEXT, 2),
     "heads": (f"{CONTEXT} --cp-comm-type a2a", 2),
     "tensor and context": (f"{TENSOR} {CONTEXT}", 4),
+    "fewer key/value heads than ranks": ("--tensor-model-parallel-size 4 --sequence-parallel", 4),
     "data": ("", 2),
     "recompute": ("--recompute-granularity selective --recompute-modules core_attn", 1),
 }
-SLOW = ("pipeline", "heads", "tensor and context", "data")
+SLOW = ("pipeline", "heads", "tensor and context", "fewer key/value heads than ranks", "data")
 """What is asked of these is not Wall's own, or is asked of it apart."""
 
 
@@ -179,6 +181,22 @@ class TestLayers:
 )
 def test_what_does_not_go_with_it(changes: dict[str, Any], says: str, megatron: None) -> None:
     found = problems(settings(), **changes)
+    assert says in found
+    assert bool(says) == bool(found)
+
+
+@pytest.mark.parametrize(
+    ("tied", "groups", "says"),
+    [
+        (False, 2, ""),
+        (True, 2, "--wall-tied-gates has gates of --num-query-groups 2, fewer than --tensor-model-parallel-size 4"),
+        (False, 3, "--num-query-groups 3 must be a multiple of --tensor-model-parallel-size 4"),
+    ],
+)
+def test_ranks_with_the_same_key_value_head(tied: bool, groups: int, says: str, megatron: None) -> None:
+    model = Namespace(num_attention_heads=12, num_query_groups=groups, tensor_model_parallel_size=4)
+    model.attention_dropout, model.window_size = 0.0, None
+    found = "".join(WALL.problems(WallConfig(tied_gates=tied), model))
     assert says in found
     assert bool(says) == bool(found)
 

@@ -21,6 +21,7 @@ from megatron_lighthouse.lighthouse.variant import LIGHTHOUSE
 from megatron_lighthouse.parallax.config import ParallaxConfig
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.variant import Place
+from megatron_lighthouse.wall.config import WallConfig
 from tests.context_parallel.shards import shards_of, together
 from tests.parallax.oracle import formula, inputs, with_grads
 from tests.ranks import run_ranks
@@ -150,6 +151,26 @@ def test_what_cannot_be_is_refused(config: LighthouseConfig, shapes: list[int], 
     query, key = (torch.zeros(TOKENS, 1, n, DIM) for n in (HEADS, GROUPS))
     with pytest.raises(ValueError, match=says):
         lighthouse_attention(query, key, key, config, streams=[torch.zeros(TOKENS, 1, n, DIM) for n in shapes], **how)
+
+
+@pytest.mark.parametrize(
+    ("around", "streams", "options", "says"),
+    [
+        ("wall", [None], None, "streams must be torch.Tensors, not a NoneType"),
+        (
+            "wall",
+            [torch.zeros(64, 1, 2, 4)],
+            ParallaxConfig(),
+            "around of config.around wall must be a WallConfig, not",
+        ),
+        ("softmax", [], WallConfig(), "around of config.around softmax must be None, for it has no options, not a WallConfig"),
+    ],
+)
+def test_options_of_another_attention_are_refused(around: str, streams: list[Any], options: Any, says: str) -> None:
+    query = torch.zeros(64, 1, 2, 4)
+    config = ALONE.replace(budget=8, around=around)
+    with pytest.raises(TypeError, match=says):
+        lighthouse_attention(query, query, query, config, streams=streams, around=options)
 
 
 def test_backends_of_softmax_are_refused() -> None:

@@ -116,6 +116,19 @@ def test_what_cannot_be_is_refused_by_name(shapes: tuple[tuple[int, ...], ...], 
         parallax_attention(*(torch.zeros(shape) for shape in shapes), **how)
 
 
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ({"window": 2.5}, "window must be a whole number, not a float"),
+        ({"cu_seqlens": [0, 8]}, "cu_seqlens must be a torch.Tensor, not a list"),
+        ({"softmax_scale": True}, "softmax_scale must be a number, not a bool"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(how: dict[str, Any], says: str) -> None:
+    with pytest.raises(TypeError, match=says):
+        parallax_attention(*(torch.zeros(x) for x in (Q, Q, K, K)), **how)
+
+
 @pytest.mark.parametrize("which", range(4))
 def test_mixed_dtypes_are_refused(which: int) -> None:
     tensors = inputs(8, 1, 2, 2, 4)[:4]

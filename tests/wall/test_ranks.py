@@ -66,6 +66,25 @@ def test_ranks_equal_one(comm_type: str, size: int) -> None:
             assert_close(together, expected, "ranks float64")
 
 
+def in_turns_on_rank(group: dist.ProcessGroup, tensors: list[Tensor], comm_type: str) -> list[list[Tensor]]:
+    """Gradients of all inputs, twice, and of one of them between."""
+    tokens, Step.TOKENS = Step.TOKENS, 4
+    *leaves, grad = (x.requires_grad_() for x in shards_of(group, tensors))
+    query, key, value, gate, scalar = leaves
+    out = wall_attention(query, key, value, gate, scalar_gate=scalar, cp_group=group, cp_comm_type=comm_type)
+    turns = (leaves, leaves[:1], leaves)
+    found = [list(torch.autograd.grad(out, some, grad.detach(), retain_graph=True)) for some in turns]
+    Step.TOKENS = tokens
+    return found
+
+
+@pytest.mark.parametrize("comm_type", ["p2p", "all_gather"])
+def test_a_backward_for_some_inputs_leaves_nothing_behind(comm_type: str) -> None:
+    """The gradients of what lies between pieces are summed aside."""
+    for first, _, again in run_ranks(2, in_turns_on_rank, inputs(24, 1, 4, 2, (4, 4), scalar=-0.1), comm_type):
+        assert all(map(torch.equal, first, again))
+
+
 TOKENS, BATCH, HEADS, GROUPS, DIM = 64, 2, 8, 4, 8
 
 

@@ -155,10 +155,11 @@ def head_dims(config: Any) -> tuple[int, int]:
 
 
 def heads_of_rank(config: TransformerConfig) -> tuple[int, int]:
-    """Query heads and key/value heads of one tensor-parallel rank. In MLA each query head has keys of its own."""
+    """Query heads and key/value heads of one tensor-parallel rank, where these are fewer one that others have too. In MLA each
+    query head has keys of its own."""
     heads, groups = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
     groups = heads if getattr(config, "multi_latent_attention", False) else groups
-    return heads // config.tensor_model_parallel_size, groups // config.tensor_model_parallel_size
+    return heads // config.tensor_model_parallel_size, max(1, groups // config.tensor_model_parallel_size)
 
 
 def own_comm_types(config: TransformerConfig, settings: LighthouseSettings) -> list[str]:

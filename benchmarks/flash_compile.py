@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_lighthouse.softmax.backends import FAMILIES
 from megatron_lighthouse.softmax.flash_blocks import Flash4
-from megatron_lighthouse.softmax.rows import SHARDS, Rows
+from megatron_lighthouse.softmax.rows import SHARDS, RowKind
 
 TARGET = {
     "FLASH_ATTENTION_ARCH": "sm_90",
@@ -39,7 +39,7 @@ LAYER = Shape(2048, 1, 8, 8, 128)
 def compiled(shape: Shape, case: Case, dtype: torch.dtype, deterministic: bool) -> None:
     """A block forward and backward, of tensors that hold nothing."""
     torch.use_deterministic_algorithms(deterministic)
-    kind = Rows(torch.device("cuda"), dtype, shape.heads, shape.groups, shape.dim, shape.dim)
+    kind = RowKind(torch.device("cuda"), dtype, shape.heads, shape.groups, shape.dim, shape.dim)
     if problem := FAMILIES[SHARDS]["fa4"].problem(kind):
         raise ValueError(f"FlashAttention 4 {problem}")
     block, rows = Flash4(shape.dim**-0.5, case.window), rows_of(shape, case, dtype, "cuda")

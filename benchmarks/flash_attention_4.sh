@@ -30,8 +30,10 @@ pack-3)
 	ls -l "$2/first/flash" "$2/second/flash"
 	;;
 unpack-4)
-	mkdir -p "$4"
-	cat "$2" "$3" | tar -xJ -C "$4"
+	rm -rf "$4" "$4.part"
+	mkdir -p "$4.part"
+	cat "$2" "$3" | tar -xJ -C "$4.part"
+	mv "$4.part" "$4" # whole, for a session may be waiting for it
 	PYTHONPATH=$(of "$4") "$python" -c 'import flash_attn.cute.interface as found; found.flash_attn_func, found._flash_attn_bwd' >&2
 	echo "FLASH_ATTENTION_4=$(of "$4") FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1 FLASH_ATTENTION_CUTE_DSL_CACHE_DIR=$4/cache"
 	;;

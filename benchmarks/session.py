@@ -30,8 +30,8 @@ from typing import Any
 from processes import Process, adopt, end, end_orphans, started
 from session_cases import CASES, Case
 
-from megatron_lighthouse.launch.torchrun import ROOT
-
+ROOT = Path(__file__).resolve().parents[1]
+"""Put before PYTHONPATH of every case: this script imports nothing of the package, which need not be installed."""
 TICK, EVERY, ENDING = 0.2, 15.0, 12.0
 """Seconds between two looks at what runs, between two copies of what it left, and to save and end in before a limit."""
 SLOWER = 10.0

@@ -23,6 +23,7 @@ pack-3)
 	mkdir -p "$2/first" "$2/second"
 	PYTHONPATH=$root:$(of "$site") "$python" "$root/benchmarks/flash_compile.py" --to "$site/cache" >"$2/compiled.txt" 2>&1 ||
 		echo "some do not compile: see $2/compiled.txt" >&2
+	rm -rf "$site/nvidia_cutlass_dsl/dsl_packages/iket" # a profiler
 	find "$site" -name __pycache__ -prune -exec rm -rf {} +
 	tar -cJf "$site.tar.xz" -C "$site" .
 	head -c "$(($3 << 20))" "$site.tar.xz" >"$2/first/flash"

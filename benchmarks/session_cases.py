@@ -78,6 +78,7 @@ CASES = (
         "documents",
         "packed documents beside dense (23)",
         "benchmarks/documents.py --out {out}",
+        limit=150,
         tiny="--device cpu --tokens 2048",
     ),
     Case("step-graphs", "a step in one graph (28.1)", f"{STEP} {FULL}", limit=90, tiny="--tiny"),

@@ -132,8 +132,8 @@ def _repeats(group: dist.ProcessGroup) -> dict[str, bool]:
     result = {}
     for name, layer in layers.items():
         first = both(layer, shards)
-        same = all(torch.equal(a, b) for _ in range(REPEATS) for a, b in zip(both(layer, shards), first, strict=True))
-        every = torch.tensor([same], device="cuda", dtype=torch.int32)
+        again = [all(map(torch.equal, both(layer, shards), first)) for _ in range(REPEATS)]  # all: every rank takes part
+        every = torch.tensor([all(again)], device="cuda", dtype=torch.int32)
         dist.all_reduce(every, dist.ReduceOp.MIN)
         result[name] = bool(every.item())
     torch.use_deterministic_algorithms(False)

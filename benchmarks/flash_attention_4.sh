@@ -23,6 +23,7 @@ pack-3)
 	mkdir -p "$2/first" "$2/second"
 	PYTHONPATH=$root:$(of "$site") "$python" "$root/benchmarks/flash_compile.py" --to "$site/cache" >"$2/compiled.txt" 2>&1 ||
 		echo "some do not compile: see $2/compiled.txt" >&2
+	rm -rf "$site/nvidia_cutlass_dsl/dsl_packages/iket" # a profiler
 	find "$site" -name __pycache__ -prune -exec rm -rf {} +
 	tar -cJf "$site.tar.xz" -C "$site" .
 	head -c "$(($3 << 20))" "$site.tar.xz" >"$2/first/flash"
@@ -30,8 +31,10 @@ pack-3)
 	ls -l "$2/first/flash" "$2/second/flash"
 	;;
 unpack-4)
-	mkdir -p "$4"
-	cat "$2" "$3" | tar -xJ -C "$4"
+	rm -rf "$4" "$4.part"
+	mkdir -p "$4.part"
+	cat "$2" "$3" | tar -xJ -C "$4.part"
+	mv "$4.part" "$4" # whole, for a session may be waiting for it
 	PYTHONPATH=$(of "$4") "$python" -c 'import flash_attn.cute.interface as found; found.flash_attn_func, found._flash_attn_bwd' >&2
 	echo "FLASH_ATTENTION_4=$(of "$4") FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1 FLASH_ATTENTION_CUTE_DSL_CACHE_DIR=$4/cache"
 	;;

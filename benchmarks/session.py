@@ -30,14 +30,13 @@ from typing import Any
 from processes import Process, adopt, end, end_orphans, started
 from session_cases import CASES, Case
 
-from megatron_lighthouse.launch.torchrun import ROOT
-
+ROOT = Path(__file__).resolve().parents[1]
+"""Put before PYTHONPATH of every case: this script imports nothing of the package, which need not be installed."""
 TICK, EVERY, ENDING = 0.2, 15.0, 12.0
 """Seconds between two looks at what runs, between two copies of what it left, and to save and end in before a limit."""
 SLOWER = 10.0
 """Times its limit, that a case has on a CPU."""
-GOES_ON = 75
-"""The status of what goes on with the same command: EX_TEMPFAIL."""
+GOES_ON = 75  # EX_TEMPFAIL: the status of what goes on with the same command
 LOG, SHOWN = "log.txt", 6
 """Of a case, and how many lines of it are shown where it was not done."""
 DONE, CUT_OFF, NOT_BEGUN = "done", "cut off", "not begun"

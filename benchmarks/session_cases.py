@@ -30,7 +30,7 @@ FLASH = "FLASH_ATTENTION_4"
 LAYERS = "--runs 'lighthouse, first and last two layers dense'"
 STEP = f"benchmarks/training_step.py --out {{out}} --seq-length 32768 --budget 512 --limit 80 {LAYERS}"
 FULL = "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad"
-EXPERIMENT = "-m experiments --within {within} --work {work}/trained/%s --out {out}/tables --corpus {work}/corpus/text"
+EXPERIMENT = "-m experiments --within {within} --work {work}/trained/%s --out {out}/tables --corpus {work}/text"
 SMALL = """
     --steps 10 --seq-length 1024 --batch 1 --num-layers 6 --hidden-size 64 --ffn-hidden-size 128 --lighthouse-tile-budget 16
     --loss-sequences 2 --passkey-samples 1 --variables-samples 1 --hindsight-samples 2
@@ -54,7 +54,7 @@ CASES = (
     Case(
         "corpus",
         "the text of the experiments",
-        "-m megatron_lighthouse.recipe.corpus --out {work}/corpus/text --megabytes 0",
+        "-m megatron_lighthouse.recipe.corpus --out {work}/text --megabytes 0",
         gpus=0,
         limit=300,
         tiny="--megabytes 1",
@@ -78,6 +78,7 @@ CASES = (
         "documents",
         "packed documents beside dense (23)",
         "benchmarks/documents.py --out {out}",
+        limit=150,
         tiny="--device cpu --tokens 2048",
     ),
     Case("step-graphs", "a step in one graph (28.1)", f"{STEP} {FULL}", limit=90, tiny="--tiny"),

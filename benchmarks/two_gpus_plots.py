@@ -18,13 +18,13 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     places, names = range(len(timed)), [row["run"] for row in timed]
     left.barh(places, [row["seconds a step"] for row in timed], color=[f"C{row['GPUs'] - 1}" for row in timed])
-    told = [(row["predicted"], place) for place, row in enumerate(timed) if row["predicted"]]
-    left.plot(*zip(*told, strict=True), "k|", markersize=14, label="predicted by the plan") if told else None
-    left.set(yticks=places, yticklabels=names, xlabel="seconds a step")
-    left.legend(frameon=False, loc="lower right") if told else None
+    for place, row in enumerate(timed):
+        if row["predicted"]:
+            left.plot(row["predicted"], place, "k|", markersize=14)
+        if row["efficiency"]:
+            right.plot(100 * row["efficiency"], place, "C1o")
+    left.set(yticks=places, yticklabels=names, xlabel="seconds a step; |: predicted by the plan, of H200s")
     left.invert_yaxis()
-    both = [(100 * row["efficiency"], place) for place, row in enumerate(timed) if row["efficiency"]]
-    right.plot(*zip(*both, strict=True), "o") if both else None
     right.axvline(100, color="black", linewidth=0.8)
     right.set(xlabel="% of twice one GPU's speed", xlim=(0, None))
     for axes in (left, right):

@@ -84,3 +84,39 @@ def test_lighthouse_around_wall_launches_little() -> None:
     """Launches are the host's time: with 225 it was busier than an H200."""
     *_, count, _, _ = printed("launches.py")
     assert 70 < int(count) <= 90
+
+
+PYTHON = """#!/usr/bin/env bash
+# stands for pip, for what compiles, and for the import that is tried
+words="$*"
+case $words in
+*pip*--target*) site=${words#*--target } && site=${site%% *}
+	mkdir -p "$site/nvidia_cutlass_dsl/dsl_packages/iket" && head -c 1500000 /dev/urandom >"$site/library.so" ;;
+*flash_compile.py*) mkdir "${!#}" && echo kernel >"${!#}/kernel.o" ;;
+*) [[ -e ${PYTHONPATH%%:*}/library.so ]] ;;
+esac
+"""
+
+
+def test_flash_attention_4_travels_in_two_parts(tmp_path: Path) -> None:
+    python, script = tmp_path / "python", str(ROOT / "benchmarks" / "flash_attention_4.sh")
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+
+    def answered(*words: str) -> str:
+        done = subprocess.run(
+            ["bash", script, *words], capture_output=True, text=True, env={**os.environ, "PYTHON": str(python)}
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    answered("pack", str(tmp_path), "1")
+    parts = [tmp_path / name / "flash" for name in ("first", "second")]
+    assert (parts[0].stat().st_size, parts[1].stat().st_size > 400_000) == (2**20, True)
+    to = tmp_path / "there"
+    said = answered("unpack", *map(str, parts), str(to)).split()
+    assert said[0] == f"FLASH_ATTENTION_4={to}:{to}/nvidia_cutlass_dsl/dsl_packages"
+    assert said[2] == f"FLASH_ATTENTION_CUTE_DSL_CACHE_DIR={to}/cache"
+    assert sorted(path.name for path in to.iterdir()) == ["cache", "library.so", "nvidia_cutlass_dsl"]
+    assert (to / "cache" / "kernel.o").read_text() == "kernel\n"
+    assert not (to / "nvidia_cutlass_dsl" / "dsl_packages" / "iket").exists()

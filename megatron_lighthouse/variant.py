@@ -12,7 +12,7 @@ from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
 from megatron_lighthouse.lighthouse.remedies import Allowed, Sizes, anything
 from megatron_lighthouse.lighthouse.rows import TakesRows
 from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
-from megatron_lighthouse.nearest import around, either, multiples
+from megatron_lighthouse.nearest import either, multiples
 from megatron_lighthouse.options import as_words
 from megatron_lighthouse.sequence.layout import Layout
 
@@ -148,17 +148,6 @@ def beyond_softmax(model: Any, windows: bool = False) -> Iterator[str]:
     """Options of a model (a TransformerConfig) by which its attention is more than a causal softmax over all tokens."""
     names = (*([] if windows else ["window_size"]), "qk_clip", "log_max_attention_logit")
     yield from (as_words(as_flag(name), value) for name in names if (value := getattr(model, name, None)))
-
-
-def shared_out_problem(flag: str, heads: int, ranks: int, common: int | None = None) -> str | None:
-    """Why so many heads cannot be shared out among tensor-parallel ranks, of which those are offered that divide `common`."""
-    if heads % ranks == 0:
-        return None
-    near = around(ranks, lambda size: (common or heads) % size == 0, heads)
-    return (
-        f"{flag} {heads} must be a multiple of --tensor-model-parallel-size {ranks}: use --tensor-model-parallel-size "
-        f"{either(near)}."
-    )
 
 
 class Variant(TakesRows):

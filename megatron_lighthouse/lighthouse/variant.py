@@ -18,7 +18,8 @@ from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.lighthouse.sharded.sent import layer_bytes, summary
 from megatron_lighthouse.options import as_words, in_flags
 from megatron_lighthouse.sequence.layout import Layout
-from megatron_lighthouse.variant import Place, Variant, shared_out_problem
+from megatron_lighthouse.shared_out import groups_problem
+from megatron_lighthouse.variant import Place, Variant
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -172,8 +173,7 @@ class Lighthouse(Variant):
         if not self.base(config).native and (window := getattr(model, "window_size", None)):
             ours = f"{flag('around')} {config.around}"
             yield f"{as_words('--window-size', window)} is not done by {ours}: leave it out, or use --attention dense."
-        groups, tensor_parallel = model.num_query_groups or model.num_attention_heads, model.tensor_model_parallel_size
-        if message := shared_out_problem("--num-query-groups", groups, tensor_parallel):
+        if message := groups_problem(model):
             yield message
 
     def check_installed(self, config: LighthouseConfig, inputs: Inputs, place: Place) -> None:

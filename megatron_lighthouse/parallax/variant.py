@@ -11,7 +11,8 @@ from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
 from megatron_lighthouse.parallax.config import ParallaxConfig
 from megatron_lighthouse.sequence.layout import Layout
-from megatron_lighthouse.variant import Place, Stream, Telemetry, Variant, shared_out_problem
+from megatron_lighthouse.shared_out import groups_problem
+from megatron_lighthouse.variant import Place, Stream, Telemetry, Variant
 from megatron_lighthouse.work import Work
 
 if TYPE_CHECKING:
@@ -112,8 +113,7 @@ class Parallax(Variant):
 
     def problems(self, config: ParallaxConfig, model: Any) -> Iterator[str]:
         yield from super().problems(config, model)
-        groups, ranks = model.num_query_groups or model.num_attention_heads, model.tensor_model_parallel_size
-        if message := shared_out_problem("--num-query-groups", groups, ranks):
+        if message := groups_problem(model):
             yield message
 
     def remarks(self, config: ParallaxConfig, args: Any) -> Iterator[str]:

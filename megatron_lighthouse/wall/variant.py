@@ -10,7 +10,8 @@ from megatron_lighthouse.lighthouse.geometry import Shape
 from megatron_lighthouse.lighthouse.rows import number_problem
 from megatron_lighthouse.options import as_words
 from megatron_lighthouse.sequence.layout import Layout
-from megatron_lighthouse.variant import Place, Stream, Telemetry, Variant, beyond_softmax, shared_out_problem
+from megatron_lighthouse.shared_out import groups_problem
+from megatron_lighthouse.variant import Place, Stream, Telemetry, Variant, beyond_softmax
 from megatron_lighthouse.wall.config import PAIRED, TURNED, WRONG_IN_FP16, WallConfig
 from megatron_lighthouse.work import Work
 
@@ -87,8 +88,7 @@ class Wall(Variant):
             yield f"--wall-kernels triton cannot run: {WRONG_IN_FP16}. Use auto or reference."
         if config.paired_gates and (dim := getattr(model, "kv_channels", None) or 0) % 2:
             yield f"{PAIRED} is for an even number of channels: use --kv-channels {dim + 1}, not {dim}."
-        groups, ranks = model.num_query_groups or model.num_attention_heads, model.tensor_model_parallel_size
-        if message := shared_out_problem("--num-query-groups", groups, ranks):
+        if message := groups_problem(model):
             yield message
 
     def position_problems(self, config: WallConfig, kind: str | None) -> Iterator[str]:

@@ -17,6 +17,8 @@ UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
 """Of numbers as people write them."""
 BINARY = {"K": 2**10, "M": 2**20, "G": 2**30}
 """Of lengths in tokens."""
+CHOICE = re.compile(r"invalid choice: '(?P<word>.*)' \(choose from")
+"""How argparse says that a word is none of those that a flag takes."""
 LENGTH = re.compile(r"(length|lengths|seqlen-\S+|position-embeddings|budget|tile-tokens)$")
 """How flags end whose numbers are lengths in tokens."""
 GROUPED = re.compile(r"-?\d{1,3}(,\d{3})+")
@@ -132,6 +134,14 @@ def as_sentence(message: str) -> str:
     rule = "a whole number, in digits alone" if found["kind"] == "int" else "a number"
     digits = digits_meant(message)
     return f"{found['flag']} {found['word']} must be {rule}: {f'write {digits}' if digits else 'give one'}."
+
+
+def choice_meant(message: str, choices: Iterable[Any] | None) -> str | None:
+    """The choice that a word may stand for, by another case or nearly; None where none is alike."""
+    by_lower = {str(choice).lower(): str(choice) for choice in choices or ()}
+    found = CHOICE.search(message)
+    near = get_close_matches(found["word"].lower(), by_lower, 1, NEAR) if found else []
+    return by_lower[near[0]] if near else None
 
 
 def digits_meant(message: str) -> str | None:

@@ -10,9 +10,10 @@ from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
 from megatron_lighthouse.lighthouse.remedies import Allowed, Sizes, anything
 from megatron_lighthouse.lighthouse.rows import TakesRows
 from megatron_lighthouse.lighthouse.sharded.sent import attend_bytes
-from megatron_lighthouse.nearest import around, either, multiples
+from megatron_lighthouse.nearest import either, multiples
 from megatron_lighthouse.options import as_words
 from megatron_lighthouse.sequence.layout import Layout
+from megatron_lighthouse.shared_out import groups_problem
 from megatron_lighthouse.usage import as_flag
 from megatron_lighthouse.work import Work
 
@@ -131,17 +132,6 @@ def beyond_softmax(model: Any, windows: bool = False) -> Iterator[str]:
     yield from (as_words(as_flag(name), value) for name in names if (value := getattr(model, name, None)))
 
 
-def shared_out_problem(flag: str, heads: int, ranks: int, common: int | None = None) -> str | None:
-    """Why so many heads cannot be shared out among tensor-parallel ranks, of which those are offered that divide `common`."""
-    if heads % ranks == 0:
-        return None
-    near = around(ranks, lambda size: (common or heads) % size == 0, heads)
-    return (
-        f"{flag} {heads} must be a multiple of --tensor-model-parallel-size {ranks}: use --tensor-model-parallel-size "
-        f"{either(near)}."
-    )
-
-
 class Variant(TakesRows):
     """An attention. What is not overridden is right for one that sees all tokens and refuses what it does not know."""
 
@@ -232,9 +222,7 @@ class Variant(TakesRows):
 
     def groups_problems(self, model: Any) -> Iterator[str]:
         """Why tensor-parallel ranks cannot share out the key/value heads of a model, a TransformerConfig of Megatron."""
-        groups, ranks = model.num_query_groups or model.num_attention_heads, model.tensor_model_parallel_size
-        copied = self.copies_groups and ranks % groups == 0
-        if not copied and (message := shared_out_problem("--num-query-groups", groups, ranks)):
+        if message := groups_problem(model, self.copies_groups):
             yield message
 
     def document_problems(self, config: Any, ranks: int) -> Iterator[str]:

@@ -10,9 +10,12 @@ from megatron_lighthouse.launch import offered
 from megatron_lighthouse.launch.offered import one_sequence
 from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern
 from megatron_lighthouse.nearest import around, either, multiples
-from megatron_lighthouse.variant import shared_out_problem
+from megatron_lighthouse.shared_out import gpus_shared, groups_problem, shared_out_problem
+from megatron_lighthouse.usage import as_flag
 from megatron_lighthouse.variants import VARIANTS
 
+OWN = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+"""Layers of the first and of the last stage, where these have other numbers than the rest."""
 ENDS = ("--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split")
 """Each counts as a layer where the pipeline is split."""
 
@@ -74,12 +77,13 @@ def layout(args: argparse.Namespace, nodes: int, gpus_per_node: int, asked_by: s
     # Megatron gives several ranks the same group
     copied = VARIANTS[args.attention].copies_groups and groups and tensor % groups == 0
     unknown = copied or args.use_checkpoint_args  # then it is the checkpoint's, whatever is said here
-    for name, size in (("num-attention-heads", heads), ("num-query-groups", args.num_query_groups)):
-        if size and not (name == "num-query-groups" and unknown):
-            # of tensor-parallel sizes that the heads take, those that the key/value heads take too
-            common = size if unknown else math.gcd(size, groups)
-            if size % tensor and (problem := shared_out_problem(f"--{name}", size, tensor, common)):
-                yield problem
+    if heads:
+        # of tensor-parallel sizes that the heads take, those that the key/value heads and the GPUs take too
+        common = math.gcd(heads if unknown else math.gcd(heads, groups), gpus_shared(args))
+        if problem := shared_out_problem("--num-attention-heads", heads, tensor, common):
+            yield problem
+        if args.num_query_groups and not unknown and (problem := groups_problem(args)):
+            yield problem
     groups = max(1, (groups or context * tensor) // tensor)
     if "a2a" in args.cp_comm_type and groups % context:
         engine = args.transformer_impl == "transformer_engine" and (args.window_size or args.softmax_type != "vanilla")
@@ -145,9 +149,11 @@ def experts(args: argparse.Namespace, world: int) -> Iterator[str]:
 
 
 def stages(args: argparse.Namespace) -> Iterator[str]:
-    """Whether the layers make pipeline stages of one size. Where the command line gives the sizes, Megatron checks them."""
-    own = ("pipeline_model_parallel_layout", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
-    if not args.num_layers or hybrid_pattern(args) or any(getattr(args, name) is not None for name in own):
+    """Whether the layers make pipeline stages of one size; where the command line gives all sizes, Megatron checks them."""
+    if not args.num_layers or hybrid_pattern(args) or args.pipeline_model_parallel_layout is not None:
+        return
+    if any(getattr(args, name) is not None for name in OWN):
+        yield from uneven_stages(args)
         return
     layers, pipeline = args.num_layers, args.pipeline_model_parallel_size
     ends = [flag for flag in ENDS if getattr(args, flag[2:].replace("-", "_"))]
@@ -158,3 +164,25 @@ def stages(args: argparse.Namespace) -> Iterator[str]:
             f"{' + '.join([f'--num-layers {layers}', *(f'1 ({flag})' for flag in ends)])} must be a multiple of "
             f"--pipeline-model-parallel-size {pipeline}: use --num-layers {use}."
         )
+
+
+def uneven_stages(args: argparse.Namespace) -> Iterator[str]:
+    """Whether the stages between the first and the last share out the layers that these leave."""
+    given = [name for name in OWN if getattr(args, name) is not None]
+    layers, stages, own = args.num_layers, args.pipeline_model_parallel_size, sum(getattr(args, name) for name in given)
+    others = stages - len(given)
+
+    def works(own: int) -> bool:
+        left = layers - own
+        return left == 0 if others == 0 else left > 0 and left % others == 0
+
+    if stages > 1 and works(own):
+        return
+    name, rest = given[0], own - getattr(args, given[0])
+    near = around(getattr(args, name), lambda n: works(n + rest), layers) if stages > 1 else []
+    use = f"use {as_flag(name)} {either(near)}" if near else "use more stages, or leave it out"
+    said = " and ".join(f"{as_flag(one)} {getattr(args, one)}" for one in given)
+    yield (
+        f"{said}: {layers - own} of --num-layers {layers} are left to the {others} other stages of "
+        f"--pipeline-model-parallel-size {stages}, which must have equally many: {use}."
+    )

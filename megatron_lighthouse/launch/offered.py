@@ -37,13 +37,20 @@ def in_words(offers: Iterable[tuple[str, list[int]]]) -> list[str]:
 
 
 def left(found: list[str], args: argparse.Namespace, world: int, problems: Problems) -> list[str]:
-    """Of what is found, the first, and what the sizes that it offers would leave: the rest would send elsewhere."""
+    """Of what is found, the first, and what the sizes that it offers would leave, with what works then: the rest would send
+    elsewhere."""
     offers = [*sizes(args, world), *sizes(args, world, alone=True)] if world % one_sequence(args) else []
     offer = next((one for one in offers if in_words([one])[0] in found[0]), None)
     if offer is None:
         return found
-    still = {*problems(argparse.Namespace(**vars(args) | {offer[0]: offer[1][0]}))}
-    return [found[0], *(problem for problem in found[1:] if problem in still)]
+    there = {_rule(problem) for problem in found[1:]}
+    still = problems(argparse.Namespace(**vars(args) | {offer[0]: offer[1][0]}))
+    return [found[0], *(problem for problem in still if _rule(problem) in there)]
+
+
+def _rule(problem: str) -> str:
+    """What a problem says before what works."""
+    return problem.partition(": use ")[0]
 
 
 def gpus(args: argparse.Namespace, nodes: int, gpus_per_node: int, asked_by: str) -> Iterator[str]:

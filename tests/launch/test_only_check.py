@@ -152,8 +152,8 @@ def test_all_that_is_wrong_with_a_cluster_file(tmp_path: Path) -> None:
         assert done.stderr.count(says) == 1, (says, done.stderr)
 
 
-TWO_OF_TEN = "--lr abc --global-batch-size 3 --micro-batch-size 2 --num-attention-heads 6 --num-query-groups 4"
-"""Faults that are there on any GPUs, of any kind, and one that is gone on some."""
+ANYWHERE = "--lr abc --global-batch-size 12 --num-attention-heads 6 --num-query-groups 4"
+"""Faults on any number of GPUs, of any kind, and a batch that some numbers would take."""
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_what_is_not_known_hides_nothing(lines: str | None, options: str, says: 
     if lines is not None:
         (tmp_path / "mine.env").write_text(f"{lines}\n")
     own = ("--cluster", f"{tmp_path}/mine.env", "--recipe", "cpu-test", *CHECKED, *options.split())
-    done = submit(tmp_path, *own, "--", "--data-path", "/nowhere", *TWO_OF_TEN.split())
+    done = submit(tmp_path, *own, "--", "--data-path", "/nowhere", *ANYWHERE.split())
     assert (done.returncode, done.stderr.count("The run cannot start as asked:")) == (2, 1), done.stderr
     rules = ["--lr abc must be a number", "--num-attention-heads 6 must be a multiple of --num-query-groups 4"]
     for text in [*(one.format(folder=tmp_path) for one in says), *rules]:

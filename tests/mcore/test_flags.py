@@ -56,6 +56,25 @@ def test_a_value_that_a_flag_does_not_take(words: str, says: str) -> None:
     assert [says in one for one in wrong] == [True], wrong
 
 
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("--attention lighthous", "lighthouse"),
+        ("--normalization rmsnorm", "RMSNorm"),
+        ("--optimizer AdamW", "adam"),
+        ("--attention sparse", None),
+    ],
+)
+def test_a_choice_that_may_be_meant_is_gone_on_with(words: str, meant: str | None) -> None:
+    """So that what is wrong with it is said in the same round."""
+    args, wrong = flags.parse(words.split(), with_all_arguments)
+    flag = words.split()[0]
+    assert len(wrong) == 1
+    assert wrong[0].endswith(f" Did you mean {meant}?" if meant else ").")
+    assert getattr(args, flag[2:]) == (meant or "dense")
+    assert args.malformed == ({flag} if meant is None else set())
+
+
 def test_dashes_among_the_words_hide_nothing() -> None:
     args, wrong = flags.parse("--num-layers 2 -- --lr 1 --seq-len 8".split(), with_all_arguments)
     assert (args.num_layers, args.lr, len(wrong)) == (2, 1, 2)

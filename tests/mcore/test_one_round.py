@@ -142,7 +142,7 @@ ROUNDS = {
     ),
     "a batch of evaluation": (
         "--eval-micro-batch-size 3",
-        "must be a multiple of 3 (--eval-micro-batch-size 3 x 1 data-parallel ranks): use --eval-global-batch-size 18",
+        "must be a multiple of 3 (--eval-micro-batch-size 3 x 1 data-parallel ranks): use --eval-global-batch-size 15 or 18",
         ["--eval-micro-batch-size 3 --eval-global-batch-size 18"],
     ),
     "offloading": (
@@ -185,6 +185,25 @@ ROUNDS = {
         "= 64 must divide the GPUs of the job, 1 node x 8 = 8: use --tensor-model-parallel-size 2.",
         ["--tensor-model-parallel-size 2"],
     ),
+    "stages of other sizes": (
+        "--pipeline-model-parallel-size 2 --context-parallel-size 2 --decoder-first-pipeline-num-layers 10 "
+        "--decoder-last-pipeline-num-layers 20",
+        "2 of --num-layers 32 are left to the 0 other stages of --pipeline-model-parallel-size 2, which must have equally "
+        "many: use --decoder-first-pipeline-num-layers 12.",
+        [
+            "--pipeline-model-parallel-size 2 --context-parallel-size 2 --decoder-first-pipeline-num-layers 12 "
+            "--decoder-last-pipeline-num-layers 20"
+        ],
+    ),
+    "a first stage of another size": (
+        "--pipeline-model-parallel-size 4 --context-parallel-size 1 --decoder-first-pipeline-num-layers 4",
+        "28 of --num-layers 32 are left to the 3 other stages of --pipeline-model-parallel-size 4, which must have equally "
+        "many: use --decoder-first-pipeline-num-layers 2 or 5.",
+        [
+            f"--pipeline-model-parallel-size 4 --context-parallel-size 1 --decoder-first-pipeline-num-layers {layers}"
+            for layers in (2, 5)
+        ],
+    ),
     "stages": (
         "--pipeline-model-parallel-size 2",
         "use --context-parallel-size 2, or --pipeline-model-parallel-size 1, or --tensor-model-parallel-size 1, or --nodes 2",
@@ -219,6 +238,30 @@ def test_sizes_say_all_that_is_wrong_with_them(capsys: pytest.CaptureFixture[str
     more = ["--context-parallel-size", "3", "--attention-dropout", "0.1"]
     assert check.main([*NODES, "--without-megatron", "--", *LLAMA, *more]) == 1
     assert "--attention-dropout 0.1 would drop whole windows" in capsys.readouterr().err
+
+
+def test_a_remedy_that_sizes_change_is_said_beside_them(capsys: pytest.CaptureFixture[str]) -> None:
+    """With what works on the sizes that are offered."""
+    more = ["--context-parallel-size", "3", "--lighthouse-budget", "1000"]
+    assert check.main([*NODES, "--without-megatron", "--", *LLAMA, *more]) == 1
+    error = capsys.readouterr().err
+    assert "use --context-parallel-size 2 or 4" in error
+    assert "--lighthouse-budget 1000 must be a positive multiple of --lighthouse-tile-budget 128: use" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--attention lighthous --lighthouse-levels 9", ["Did you mean lighthouse?", "use --lighthouse-levels 5"]),
+        ("--data-path /no/where", ["--data-path and --mock-data are each", "--data-path /no/where has no"]),
+        ("--num-query-groups 6 --tensor-model-parallel-size 4", ["must be a multiple of --num-query-groups 6: use"]),
+    ],
+)
+def test_two_faults_are_said_in_one_round(words: str, says: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert check.main([*GPUS, "--without-megatron", "--", *LLAMA, *words.split()]) == 1
+    error = capsys.readouterr().err
+    assert [text in error for text in says] == [True] * len(says), error
+    assert error.count("\n  - ") == len(says), error
 
 
 def test_windows_too_wide_for_the_layout_are_fewer_levels(capsys: pytest.CaptureFixture[str]) -> None:

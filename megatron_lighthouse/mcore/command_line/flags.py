@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_lighthouse.usage import STRAY, as_sentence, digits_meant, unknown_flag
+from megatron_lighthouse.usage import CHOICE, STRAY, as_sentence, choice_meant, digits_meant, unknown_flag
 
 VERSION = "0.19.2"
 """Of the Megatron-core whose flags are listed."""
@@ -90,19 +90,21 @@ class Collecting(argparse.ArgumentParser):
             try:
                 return super()._get_values(action, words)
             except argparse.ArgumentError as error:
-                digits, word = digits_meant(str(error)), str(error).rpartition(": ")[2].strip("'")
-                self._keep(action, error, guessed=digits is not None)
-                if digits is None:
+                message, choice = str(error), choice_meant(str(error), action.choices)
+                word = found["word"] if (found := CHOICE.search(message)) else message.rpartition(": ")[2].strip("'")
+                meant = choice or digits_meant(message)
+                self._keep(action, error, guessed=meant is not None, hint=f" Did you mean {choice}?" if choice else "")
+                if meant is None:
                     return action.default
-                words[words.index(word)] = digits
+                words[words.index(word)] = meant
 
     def error(self, message: str) -> NoReturn:
         """What argparse says of a whole command line: nothing of it is read."""
         self.wrong.append(as_sentence(message))
         raise _UnreadError
 
-    def _keep(self, action: argparse.Action, error: argparse.ArgumentError, guessed: bool = False) -> None:
-        self.wrong.append(as_sentence(str(error)))
+    def _keep(self, action: argparse.Action, error: argparse.ArgumentError, guessed: bool = False, hint: str = "") -> None:
+        self.wrong.append(as_sentence(str(error)) + hint)
         self.malformed |= set() if guessed else {*action.option_strings}
 
     def without_values(self, words: Iterable[str]) -> Iterator[str]:
@@ -128,9 +130,9 @@ def parser(add_arguments: Add) -> Collecting:
 def parse(given: Sequence[str], add_arguments: Add, strict: bool = True) -> tuple[argparse.Namespace, list[str]]:
     """The arguments, and all that is wrong with the words, each in a sentence.
 
-    A value that its flag does not take hides nothing: the argument is the number that may be meant, as 2048 by 2k, or else the
-    default, and its flag in the arguments' `malformed` (`apart`). Their `said` holds the names of those that the words give,
-    be it their default.
+    A value that its flag does not take hides nothing: the argument is what may be meant, as 2048 by 2k, or else the default,
+    and its flag in the arguments' `malformed` (`apart`). Their `said` holds the names of those that the words give, be it their
+    default.
 
     Args:
         given: the words.

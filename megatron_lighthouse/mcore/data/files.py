@@ -23,10 +23,22 @@ def problems(args: argparse.Namespace, here: Here, whole: bool = True) -> Iterat
     """
     if problem := blends.exclusion(args):  # what else is wrong with the data depends on which stays
         yield problem
+        yield from _not_there(args, here)
     else:
         yield from _of_source(args, here, whole)
     yield from tokenizers.problems(args, here)
     yield from vocabulary.size_problems(args)
+
+
+def _not_there(args: argparse.Namespace, here: Here) -> Iterator[str]:
+    """Datasets that are not there, of all sources."""
+    try:
+        for name, words in () if conversations.asked(args) else blends.blends(args, here):
+            for prefix in blends.prefixes(name, words):
+                if not remote(prefix) and (message := _dataset(name, prefix, here, whole=False)):
+                    yield message
+    except ValueError as error:
+        yield str(error)
 
 
 def _of_source(args: argparse.Namespace, here: Here, whole: bool) -> Iterator[str]:

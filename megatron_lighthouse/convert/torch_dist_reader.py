@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 
 from megatron_lighthouse.convert.archive import Mapped
 from megatron_lighthouse.convert.memory import Reused
 from megatron_lighthouse.convert.torch_dist import EXTRA
+from megatron_lighthouse.mcore.command_line.stored import read_metadata
 
 NOT_WEIGHTS = ("optimizer", "rng_state", "rerun_state_machine_state", "common_state", "opt_param_scheduler", "content_metadata")
 """What the names of a run's other state begin with."""
@@ -36,13 +36,7 @@ class TorchDist:
             raise ValueError(
                 f"{folder} holds no .metadata: it is no checkpoint of --ckpt-format torch_dist, or an unfinished one."
             )
-        try:
-            metadata = FileSystemReader(folder).read_metadata()
-        except Exception as error:
-            raise ValueError(
-                f"{folder}/.metadata cannot be read by torch {torch.__version__} ({error}): it was written by a newer torch, "
-                "or is cut. Install the torch of the run that wrote it."
-            ) from error
+        metadata = read_metadata(folder)
         self._where: dict[tuple[str, torch.Size | None], Any] = {
             (rename(i.fqn), i.offset): at for i, at in metadata.storage_data.items()
         }

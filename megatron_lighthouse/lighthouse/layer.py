@@ -106,14 +106,14 @@ class Layer:
         # what is gathered for a ring can set out at once, unless it is dealt first
         take = partial(self.steps.gather, selection=selection, travel=None if deal else passage, rotary=self.rotary)
         rows = self.gather(take, selection, query, key, value, *streams)
-        rows_q, rows_k, rows_v, *others = deal.out.of_groups(groups, *rows) if deal else rows
-        others += [] if sinks is None else [sinks]
+        rows = deal.out.of_groups(groups, *rows) if deal else rows
+        others = () if sinks is None else (sinks,)
         with profiled("attend"):
             if attend:
-                attended = attend(rows_q, rows_k, rows_v, *others)
+                attended = attend(*rows, *others)
             else:
                 assert self.attend is not None
-                attended = self.attend(rows_q, rows_k, rows_v, *others, passage=passage)
+                attended = self.attend(*rows, *others, passage=passage)
         back = deal.back.of_groups(groups, attended)[0] if deal else attended
         if self.exchange is None:
             return Attended(back, attended, selection, self.steps)

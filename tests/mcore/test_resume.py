@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import shutil
 from argparse import Namespace
 from collections import Counter, defaultdict
 from dataclasses import fields
@@ -12,6 +14,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint import load as read
+from torch.distributed.checkpoint.metadata import TensorProperties
 
 from megatron_lighthouse.launch import check
 from megatron_lighthouse.mcore.command_line import resume, stored
@@ -159,6 +162,24 @@ def test_no_checkpoint_is_no_problem(tmp_path: Path) -> None:
     assert [*resume.problems(words(), tmp_path)] == []
     (tmp_path / "iter_0000002" / "common.pt").write_bytes(b"cut off")
     assert [*resume.problems(words(), tmp_path)] == []
+
+
+class Newer:
+    """Pickled, the properties of a tensor by a torch that knows more of them."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TensorProperties, (), tuple(range(9))
+
+
+def test_a_checkpoint_of_a_newer_torch_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    """Torch would end in unpacking, after ranks have met. A machine that only queues may have another torch than the run."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, folder)
+    (folder / "iter_0000002/.metadata").write_bytes(pickle.dumps(Newer()))
+    args = words("--load", str(folder))
+    with pytest.raises(ValueError, match=r"iter_0000002/\.metadata cannot be read by torch .*unpack.*newer torch"):
+        resume.check_resume(args)
+    assert [*resume.problems(args, folder)] == []
 
 
 def test_releases_before_kept_it_in_a_file_of_its_own(tmp_path: Path) -> None:

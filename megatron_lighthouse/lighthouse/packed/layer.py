@@ -85,10 +85,9 @@ class PackedLayer:
         if not packing.is_whole:  # else rows are tokens
             take = partial(self.steps.gather, selection=selection, rotary=self.rotary)
             rows = self.gather(take, selection, *rows)
-        query, key, value, *others = rows
-        others += [] if sinks is None else [sinks]
+        others = rows[3:] if sinks is None else (*rows[3:], sinks)
         with profiled("attend"):
-            attended = attend(query, key, value, packing.rows, *others)
+            attended = attend(*rows[:3], packing.rows, *others)
         return PackedAttended(attended, selection, self.steps)
 
     def select(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Selection:

@@ -42,7 +42,10 @@ def check_resume(args: argparse.Namespace) -> None:
     Raises:
         ValueError: why not, and what works.
     """
-    if found := [*problems(args, *stored.folders(args))]:
+    start = stored.before(args, *stored.folders(args))
+    if start is not None and not start.state and (start.checkpoint / stored.METADATA).is_file():
+        stored.read_metadata(start.checkpoint)
+    if found := [*_problems(args, start)]:
         raise ValueError("\n".join(found))
 
 
@@ -51,9 +54,13 @@ def problems(args: argparse.Namespace, load: Path | None, pretrained: Path | Non
 
     Args:
         args: Megatron's, validated or not.
-        load, pretrained: --load and --pretrained-checkpoint, where this machine has them.
+        load, pretrained: --load and --pretrained-checkpoint, where this machine has them. Of one that this machine's torch
+            cannot read nothing is said: the run's may.
     """
-    start = stored.before(args, load, pretrained)
+    yield from _problems(args, stored.before(args, load, pretrained))
+
+
+def _problems(args: argparse.Namespace, start: stored.Before | None) -> Iterator[str]:
     if start is None or not start.state:
         return
     before, folder = start.args, start.folder

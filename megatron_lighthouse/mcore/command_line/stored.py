@@ -11,7 +11,10 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
 
 TRACKER = "latest_checkpointed_iteration.txt"
 COMMON = "common_state/shard_0_1"
@@ -99,20 +102,37 @@ def common_state_of(checkpoint: Path) -> Mapping[str, Any] | None:
         return None
     try:
         import torch  # takes seconds
-        from torch.distributed.checkpoint.filesystem import FileSystemReader
 
         if (checkpoint / "common.pt").is_file():
             return _plain((checkpoint / "common.pt").read_bytes())
         if ranks := sorted(checkpoint.glob(OF_RANK)):  # of which mmap leaves the tensors where they are
             state = torch.load(ranks[0], map_location="cpu", mmap=True, pickle_module=_Plain, weights_only=False)
             return {name: state[name] for name in PARTS if name in state}
-        metadata = FileSystemReader(checkpoint).read_metadata()
+        metadata = read_metadata(checkpoint)
         places = {index.fqn: place for index, place in metadata.storage_data.items()}
         if COMMON in places:
             return _read(checkpoint, places[COMMON])[0]
         return _parts(checkpoint, places, metadata.planner_data or {})
     except UNREADABLE:
         return None
+
+
+def read_metadata(checkpoint: Path) -> Metadata:
+    """What one of torch's distributed checkpoints says of its tensors.
+
+    Raises:
+        ValueError: a newer torch wrote it, or it is cut.
+    """
+    import torch
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    try:
+        return FileSystemReader(checkpoint).read_metadata()
+    except Exception as error:
+        raise ValueError(
+            f"{checkpoint / METADATA} cannot be read by torch {torch.__version__} ({error}): it was written by a newer torch, "
+            "or is cut. Install the torch of the run that wrote it."
+        ) from error
 
 
 def _read(checkpoint: Path, place: Any) -> Any:
@@ -151,9 +171,7 @@ def is_zero(checkpoint: Path, module: str) -> bool:
     """
     if not (checkpoint / METADATA).is_file():
         return False
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-
-    stored = FileSystemReader(checkpoint).read_metadata().storage_data
+    stored = read_metadata(checkpoint).storage_data
     names = {index.fqn for index in stored if module in index.fqn and not index.fqn.startswith("optimizer")}
     names = {name for name in names if not name.endswith("_extra_state") and "_extra_state/" not in name}
     for index, place in stored.items():

@@ -34,7 +34,7 @@ class Documents:
     """The documents of one row of tokens, end to end."""
 
     cu_seqlens: Tensor
-    """[n + 1], int32: where each begins, and where the last ends."""
+    """[n + 1], int32, contiguous, as kernels take it: where each begins, and where the last ends."""
     lengths: tuple[int, ...]
     """In tokens, as the host knows them."""
 
@@ -45,7 +45,8 @@ class Documents:
         Raises:
             ValueError: as `check_cu_seqlens`.
         """
-        return Documents(cu_seqlens, check_cu_seqlens(cu_seqlens, tokens, device, most))
+        lengths = check_cu_seqlens(cu_seqlens, tokens, device, most)
+        return Documents(cu_seqlens.contiguous(), lengths)
 
     @staticmethod
     def known(cu_seqlens: Tensor, tokens: int, device: torch.device) -> Documents:

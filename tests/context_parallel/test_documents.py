@@ -110,6 +110,14 @@ def test_boundaries_that_break_a_rule_are_refused(bounds: Tensor, message: str) 
     assert re.search(message, str(refusal.value))
 
 
+def test_boundaries_that_are_not_contiguous_are_taken() -> None:
+    every_other = torch.tensor([0, 9, 3, 9, 8, 9], dtype=torch.int32)[::2]
+    assert not every_other.is_contiguous()
+    documents = Documents.of(every_other, 8)
+    assert documents.cu_seqlens.is_contiguous()  # as attention's kernels want it
+    assert documents.cu_seqlens.tolist() == [0, 3, 8]
+
+
 def test_a_row_that_ranks_cannot_share_is_refused() -> None:
     with pytest.raises(ValueError, match=r"ends at 10 tokens, which 2 .* a multiple of 4 .* such as 12"):
         row_of([7, 3]).rows_of_rank(Layout(2, 0))

@@ -156,6 +156,18 @@ def test_further_tokens_are_predicted_alike_on_two_ranks(tmp_path: Path, documen
     assert_close([*one.losses.values(), *further(one.log)], [*two.losses.values(), *further(two.log)], "parallel loss")
 
 
+def test_further_tokens_are_predicted_alike_under_sequence_parallelism(tmp_path: Path, documents: list[str]) -> None:
+    """Where Megatron's norms of these layers would be torch's, which refuse it."""
+    saved, words = tmp_path / "checkpoint", [*PACKED, *FURTHER, "--train-iters", "3"]
+    one = run(tmp_path / "one", *words, *save_interval(saved, 1), data=documents)
+    parallel = "--tensor-model-parallel-size 2 --sequence-parallel --ckpt-step 1 --load".split()
+    two = run(tmp_path / "two", *words, *parallel, str(saved), ranks=2, data=documents)
+    assert list(two.losses) == [2, 3]
+    for name in ("lm loss", "mtp_1 loss"):
+        logged, expected = (read_scalars(x.folder / "tensorboard")[name][1] for x in (two, one))
+        assert_close([*logged], [*expected[1:]], "parallel loss")
+
+
 def further(log: str) -> list[float]:
     """The losses of a further token that were logged."""
     return [float(line.split("mtp_1 loss: ")[1].split("|")[0]) for line in log.splitlines() if "mtp_1 loss: " in line]

@@ -12,12 +12,14 @@ from megatron_lighthouse.mcore.command_line.own_parts import NORMS, norm_problem
 
 OF_LAYER, OF_ATTENTION = ("input_layernorm", "pre_mlp_layernorm"), ("q_layernorm", "k_layernorm", "kv_layernorm")
 """The norms of a layer spec."""
+OF_FURTHER = ("enorm", "hnorm", "layer_norm")
+"""Those of a layer that predicts a further token, around the layer in it."""
 
 
 def take_torch_norms(layer: Any) -> None:
     """Put `torch_norm` where a layer's submodules, or its attention's, name Megatron's own norm of torch."""
     attention = getattr(getattr(layer, "self_attention", None), "submodules", None)
-    for holder, names in ((layer, OF_LAYER), (attention, OF_ATTENTION)):
+    for holder, names in ((layer, OF_LAYER + OF_FURTHER), (attention, OF_ATTENTION)):
         for name in names:
             if getattr(holder, name, None) is WrappedTorchNorm:
                 setattr(holder, name, torch_norm)

@@ -14,20 +14,27 @@ from torch import Tensor
 
 from megatron_lighthouse.mcore.attention.copied import copied
 from megatron_lighthouse.mcore.attention.layer_specs import take_documents
+from megatron_lighthouse.mcore.attention.norm import take_torch_norms
 from megatron_lighthouse.mcore.attention.packed import PackedDocuments
 from megatron_lighthouse.mcore.command_line.documents import asked
 from megatron_lighthouse.mcore.global_args import global_args
 from megatron_lighthouse.sequence.documents import Documents
 
 
-def block_spec(inner: Callable[..., Any], *args: Any, **named: Any) -> Any:
-    """In place of `mtp_block_spec`, which makes these layers' specs anew: with attention that takes documents."""
-    spec, given = inner(*args, **named), global_args()
-    if spec is None or given is None or not asked(given):
+def block_spec(inner: Callable[..., Any], config: Any, *args: Any, **named: Any) -> Any:
+    """In place of `mtp_block_spec`, which makes these layers' specs anew: with attention that takes documents, and norms that
+    take sequence parallelism."""
+    spec, given = inner(config, *args, **named), global_args()
+    packs = given is not None and asked(given)
+    if spec is None or not (packs or config.transformer.sequence_parallel):
         return spec
     spec = copied(spec)
-    for layer in spec.layer_specs:
-        take_documents(layer.submodules.mtp_model_layer)
+    for layer in (x.submodules for x in spec.layer_specs):
+        if config.transformer.sequence_parallel:
+            take_torch_norms(layer)
+            take_torch_norms(layer.mtp_model_layer.submodules)
+        if packs:
+            take_documents(layer.mtp_model_layer)
     return spec
 
 

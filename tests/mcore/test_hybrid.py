@@ -71,6 +71,18 @@ def test_windows_and_sinks_of_a_hybrid_are_those_of_a_gpt(tmp_path: Path) -> Non
     assert_same(run(tmp_path / "hybrid", *own, "[1,0,0,0,1,0,0,0]", *load, *PATTERN, *layout, ranks=2), gpt)
 
 
+@pytest.mark.parametrize(
+    "words", ["wall --position-embedding-type none", pytest.param("parallax --qk-layernorm", marks=pytest.mark.slow)]
+)
+def test_projections_of_a_hybrid_are_those_of_a_gpt(words: str, tmp_path: Path) -> None:
+    """Those that an attention adds, in layers of *."""
+    own, saved = ["--attention", *words.split()], str(tmp_path / "checkpoint")
+    harness.run(tmp_path / "start", *own, "--train-iters", "1", "--save", saved, "--save-interval", "1")
+    load = ["--load", saved, *START]
+    gpt = harness.run(tmp_path / "gpt", *own, *load)
+    assert_same(run(tmp_path / "hybrid", *own, *load, *PATTERN), gpt)
+
+
 @pytest.mark.parametrize("kind", ["attention_layer", "mla_layer"])
 def test_norms_of_a_local_stack_go_with_sequence_parallelism(kind: str) -> None:
     """Those of queries, keys and latents too, which Megatron's norm of torch refuses."""

@@ -76,7 +76,8 @@ def with_lighthouse(spec: LayerSpec, settings: LighthouseSettings, rotary: Rotar
     if needs is not None and (problems := [*rope.last_problems(settings)]):
         raise ValueError("\n".join(problems))
     spec = copied(spec)
-    for layer in _layers_of(spec):
+    # a hybrid stack has a layer of MLA too, whose model is refused when its core attention is built
+    for layer in [spec.submodules.attention_layer] if _is_hybrid(spec) else _layers_of(spec):
         add_streams(layer.submodules, settings)
     found = 0
     for submodules in attentions_of(spec):
@@ -269,7 +270,11 @@ def attentions_of(spec: LayerSpec) -> Iterator[Any]:
             yield submodules
 
 
+def _is_hybrid(spec: LayerSpec) -> bool:
+    return isinstance(spec, ModuleSpec) and hasattr(spec.submodules, "attention_layer")
+
+
 def _layers_of(spec: LayerSpec) -> list[ModuleSpec]:
-    if isinstance(spec, ModuleSpec) and hasattr(spec.submodules, "attention_layer"):  # a hybrid stack
+    if _is_hybrid(spec):
         return [spec.submodules.attention_layer, spec.submodules.mla_layer]
     return [spec] if isinstance(spec, ModuleSpec) else list(spec.layer_specs or [])

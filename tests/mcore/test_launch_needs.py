@@ -97,7 +97,7 @@ def test_a_batch_that_may_shrink_is_taken(capsys: pytest.CaptureFixture[str]) ->
     ("more", "says"),
     [
         ("--seq-length 131071", ["--seq-length 131071 must be a multiple of 256 ", "use --seq-length 130816 or 131072."]),
-        ("--seq-length 131071 --attention dense", ["--seq-length 131071 must be a multiple of 8", "use 131064."]),
+        ("--seq-length 131071 --attention dense", ["--seq-length 131071 must be a multiple of 8", "use 131064 or 131072."]),
         (
             "--context-parallel-size 3 --seq-length 131070 --attention-dropout 0.1",
             ["8 nodes x 8 = 64: use --context-parallel-size 2 or 4", "--attention-dropout 0.1"],

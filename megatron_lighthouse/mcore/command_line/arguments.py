@@ -10,6 +10,7 @@ from typing import Any
 from megatron_lighthouse.mcore.command_line import documents, fp8, graphs, hybrid, layer_log, named, pyramid, rope, settings
 from megatron_lighthouse.mcore.command_line.checks import run_problems
 from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern
+from megatron_lighthouse.mcore.command_line.lengths import limits_of
 from megatron_lighthouse.mcore.command_line.own_parts import (
     engine_problems,
     has_own_attention,
@@ -108,7 +109,8 @@ def attention_problems(args: argparse.Namespace, config: Any, by_spec: bool, has
             yield from layer_log.problems(args, chosen.base.name, chosen.base_config)
         return
     yield from named.option_problems(args)
-    yield from VARIANTS[args.attention].length_problems(None, args.seq_length, config.context_parallel_size)
+    allowed = limits_of(args, config)
+    yield from VARIANTS[args.attention].length_problems(None, args.seq_length, config.context_parallel_size, allowed)
     yield from documents.document_problems(args, config)
     yield from engine_problems(config)
     yield from fp8.problems(config)

@@ -90,8 +90,9 @@ class Collecting(argparse.ArgumentParser):
             try:
                 return super()._get_values(action, words)
             except argparse.ArgumentError as error:
-                message, choice = str(error), choice_meant(str(error), action.choices)
-                word = found["word"] if (found := CHOICE.search(message)) else message.rpartition(": ")[2].strip("'")
+                message, none_of = str(error), CHOICE.search(str(error))
+                word = none_of["word"] if none_of else message.rpartition(": ")[2].strip("'")
+                choice = choice_meant(message, action.choices)
                 meant = choice or digits_meant(message)
                 self._keep(action, error, guessed=meant is not None, hint=f" Did you mean {choice}?" if choice else "")
                 if meant is None:

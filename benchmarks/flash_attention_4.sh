@@ -10,7 +10,7 @@ python=${PYTHON:-python3}
 # with what they need, but for what comes with torch
 packages=(
 	flash-attn-4==4.0.0b36 quack-kernels==0.6.5 einops==0.8.2 torch-c-dlpack-ext==0.1.5 apache-tvm-ffi==0.1.15.post2
-	nvidia-cutlass-dsl==4.8.1 nvidia-cutlass-dsl-libs-{base,core,cu13}==4.8.1
+	nvidia-cutlass-dsl==4.8.1 nvidia-cutlass-dsl-libs-{base,core,cu13}"==4.8.1"
 )
 root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 of() { echo "$1:$1/nvidia_cutlass_dsl/dsl_packages"; }

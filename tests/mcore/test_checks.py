@@ -72,7 +72,7 @@ REFUSED = [
     ({"log_max_attention_logit": True}, "--log-max-attention-logit", "leave it out"),
     ({"flash_decode": True}, "--flash-decode", "--attention dense"),
     ({"fp8_multi_head_attention": True}, "fp8_multi_head_attention", "use --fp8-dot-product-attention"),
-    ({"tensor_model_parallel_size": 4}, "--tensor-model-parallel-size 4", "use --tensor-model-parallel-size 1 or 2"),
+    ({"tensor_model_parallel_size": 4}, "--tensor-model-parallel-size 4", "use --tensor-model-parallel-size 2."),
 ]
 
 

@@ -109,7 +109,7 @@ def test_selections_of_as_many_heads_as_sixteen() -> None:
             r"--lighthouse-scorer dilated reads values .* have 12 and 10: use --lighthouse-scorer norm",
         ),
         ({"heads_per_selection": 3}, {}, r"--lighthouse-heads-per-selection 3 must divide the 4 .*: use 2 or 4"),
-        ({"heads_per_selection": 4}, {"tensor_model_parallel_size": 2}, r"must divide the 2 .*: use 1 or 2"),
+        ({"heads_per_selection": 4}, {"tensor_model_parallel_size": 2}, r"must divide the 2 .*: use 2"),
     ],
 )
 def test_latent_layers_that_are_refused(config: dict[str, Any], model: dict[str, Any], message: str) -> None:

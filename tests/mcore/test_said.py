@@ -21,8 +21,8 @@ NOT_READ = {
     "--fp8-recipe delayed": "--fp8-recipe is not read without --fp8-format.",
     "--attention parallax": "--lighthouse-budget is not read without --attention lighthouse, or what --lighthouse-around names "
     "for its stage 2.",
-    "--vocab-size 500": "--vocab-size is not read with such a --tokenizer-type, whose own size the model has (memory is "
-    "counted by it all the same).",
+    "--vocab-size 500": "--vocab-size is not read with such a --tokenizer-type, whose own size the model has "
+    "(--padded-vocab-size sets another).",
     "--loss-scale 1024": "--loss-scale is not read without --fp16.",
     "--muon-momentum 0.95": "--muon-momentum is not read without --optimizer muon.",
     "--hierarchical-context-parallel-sizes 2 2": "is not read without --cp-comm-type a2a+p2p.",

@@ -150,7 +150,7 @@ def test_what_does_not_go_with_it(megatron: None) -> None:
     given.load, given.finetune, given.seq_length = None, False, 256
     with pytest.raises(ValueError, match=r"--lighthouse-stage2-at 7 .* leave it out, or use --attention lighthouse"):
         use_attention(given, Namespace(transformer_layer_spec=None, transformer=config))
-    given.skip_train, given.lighthouse_telemetry_interval = True, 0  # --as evaluation of the launch scripts
+    given.skip_train, given.lighthouse_telemetry_interval, given.rank = True, 0, 0  # --as evaluation of the launch scripts
     assert use_attention(given, Namespace(transformer_layer_spec=None, transformer=config)).transformer_layer_spec is None
     config.cuda_graph_impl = "local"
     check(config, replace(SETTINGS, stage2=Stage2(7)), None)

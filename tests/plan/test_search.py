@@ -89,7 +89,7 @@ def test_crossover_grows() -> None:
             ["--pipeline-model-parallel-size 4 must divide --num-layers 30", "use 1 or 2"],
         ),
         (["--gpus", "12", "--context-parallel-size", "8"], ["--gpus 12 must be a multiple of", "use 8"]),
-        (["--global-batch-size", "9"], ["--global-batch-size 9 must be a multiple of the 8", "use 16"]),
+        (["--global-batch-size", "9"], ["--global-batch-size 9 must be a multiple of the 8", "use 8 or 16"]),
         (["--context-parallel-size", "0"], ["--context-parallel-size 0 must be at least 1"]),
         (["--num-query-groups", "3"], ["--num-query-groups 3 must divide --num-attention-heads 8"]),
         (["--lighthouse-budget", "100"], ["--lighthouse-budget 100 must be a positive multiple", "use"]),

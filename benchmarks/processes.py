@@ -50,6 +50,8 @@ def end(processes: Sequence[Process], grace: float = 10) -> None:
     for process in running:
         with suppress(subprocess.TimeoutExpired):
             process.wait(GONE)
+    begun = {process.pid for process in running}
+    psutil.wait_procs([one for one in family if one.pid not in begun], GONE)  # the kernel takes a while to end them
 
 
 def adopt() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -24,9 +24,9 @@ KINDS: dict[str, tuple[type, ...]] = {
     "cp_group": (ProcessGroup,),
     "cu_seqlens": (Tensor, Documents),
     "softmax_scale": (Real,),
-    "window": (int,),
+    "window": (Integral,),
 }
-NUMBERS = {Real: "number", int: "whole number"}
+NUMBERS: dict[type, str] = {Real: "number", Integral: "whole number"}
 NEEDED = ("query", "key", "value", "r", "gate", "config")
 
 

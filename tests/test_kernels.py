@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,14 +73,16 @@ def test_bit_identical_from_run_to_run() -> None:
     assert all(map(torch.equal, first, second))
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_a_compiled_layer_around_it_has_no_graph_break(causal: bool) -> None:
-    config = CONFIG.replace(causal_selection=causal)
+@pytest.mark.parametrize("more", [{}, {"causal_selection": True}, {"around": "parallax"}], ids=str)
+def test_a_compiled_layer_around_it_has_no_graph_break(more: dict[str, Any]) -> None:
+    config = CONFIG.replace(**more)
 
-    def layer(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return lighthouse_attention(2 * query, key, value, config).sin()
+    def layer(query: Tensor, key: Tensor, value: Tensor, *streams: Tensor) -> Tensor:
+        return lighthouse_attention(2 * query, key, value, config, streams=streams).sin()
 
     inputs = tensors(PROBLEM, "float32")
+    if "around" in more:
+        inputs.append(torch.randn_like(inputs[0]).requires_grad_())
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for a, b in zip(differentiated(compiled, inputs), differentiated(layer, inputs), strict=True):
         assert_close(a, b, "float32")

@@ -15,7 +15,7 @@ WHOLE = Mask((0,), (0,))
 """Near rows see far ones up to their own, and the last of both is the same row."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # as softmax.variant.Rows
 class Alone:
     """Attention without shards: see `Scheme`."""
 

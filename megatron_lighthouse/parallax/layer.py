@@ -17,7 +17,7 @@ from megatron_lighthouse.ranges import profiled
 from megatron_lighthouse.softmax.base import scale_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # as softmax.variant.Rows
 class Layer:
     """Parallax over the tokens of all ranks."""
 

@@ -75,7 +75,7 @@ class PlacedDocuments:
         return layer.over_rows(query, r, key, value)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # as softmax.variant.Rows
 class Rows:
     """Over the rows that Lighthouse gathers. Keys are centred before they travel, so none sets out as it is gathered."""
 

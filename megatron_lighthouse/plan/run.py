@@ -173,11 +173,11 @@ class Run:
                 f"--seq-length {self.seq_length} must be a multiple of {cp * tp}, for sequence parallelism shares out "
                 f"each rank's tokens: use {either(multiples(self.seq_length, cp * tp))}."
             )
-        if self.cp_comm_type == "a2a" and (model.groups // tp) % cp:
+        if self.cp_comm_type == "a2a" and self.layer.groups % cp:
             raise ValueError(
-                f"--cp-comm-type a2a shares out the {model.groups // tp} key/value heads of a tensor-parallel rank among "
+                f"--cp-comm-type a2a shares out the {self.layer.groups} key/value heads of a tensor-parallel rank among "
                 f"--context-parallel-size {cp}, which must divide them: use --cp-comm-type p2p, or --context-parallel-size "
-                f"{_divisors(model.groups // tp)}."
+                f"{_divisors(self.layer.groups)}."
             )
         return self
 
@@ -245,8 +245,8 @@ class Run:
     @property
     def layer(self) -> Shape:
         """Inputs of a layer's attention on one tensor-parallel rank, bf16."""
-        model, tp = self.model, self.tensor_parallel
-        return Shape(1, model.heads // tp, model.groups // tp, model.head_dim, 2)
+        model, tp = self.model, self.tensor_parallel  # of fewer key/value heads than ranks several have the same one
+        return Shape(1, model.heads // tp, max(1, model.groups // tp), model.head_dim, 2)
 
     @property
     def lighthouse_layers(self) -> int:

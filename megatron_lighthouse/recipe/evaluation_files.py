@@ -37,7 +37,10 @@ def check(out: Path) -> None:
     Raises:
         ValueError: why.
     """
-    at = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    try:
+        at = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    except OSError as error:
+        raise ValueError(NO_FOLDER.format(out, error)) from None
     if not at.is_dir() or not os.access(at, os.W_OK | os.X_OK):
         raise ValueError(NO_FOLDER.format(out, f"{at} is {'not yours to write' if at.is_dir() else 'no folder'}"))
 

@@ -141,7 +141,11 @@ def parse(add_arguments: ArgumentsProvider, refused: Refused) -> tuple[argparse.
             )
             setattr(args, name, 1)
     with mock.patch.object(arguments, "_print_args"):  # hundreds of lines, which stand in the run's own log
-        validate_args(args)
+        try:
+            validate_args(args)
+        except Exception:
+            refused.end()  # of a line that was refused before, Megatron's own words may be about what is no more
+            raise
     set_global_variables(args)
     args.skip_train = args.no_load_optim = args.no_load_rng = True  # no optimizer is made
     args.finetune, args.save = False, None

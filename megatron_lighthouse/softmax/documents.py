@@ -11,11 +11,13 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from importlib import import_module
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad
@@ -41,6 +43,10 @@ launches of a call then. Ours, by `benchmarks/documents.py` on an H200."""
 
 PLANNED = 512
 """What a long document's rows are filled up to a multiple of: documents come in all lengths, and so in few numbers of rows."""
+
+CHOOSES = Version(torch.__version__).release >= (2, 15)
+"""Whether torch's attention over documents would take cuDNN's unasked, which does not repeat to the bit. Asking costs the host
+20 µs a call."""
 
 AttendDocuments = Callable[[Tensor, Tensor, Tensor, Documents], Tensor]
 """Causal attention within each document: ([S, 1, H, D], [S, 1, G, D], [S, 1, G, D], documents) -> [S, 1, H, D]."""
@@ -115,7 +121,7 @@ def _torch(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | Non
     options: dict[str, Any] = {"scale": softmax_scale, "window_size": (-1, 0)}
     if "enable_gqa" in _taken():  # torch 2.11 takes fewer key/value heads without being told
         options["enable_gqa"] = q.shape[1] != k.shape[1]
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # unasked, torch 2.15 takes cuDNN's, which does not repeat to the bit
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if CHOOSES else nullcontext():
         out = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
     assert isinstance(out, Tensor)  # with the log-sum-exp where that is asked for
     return out.unsqueeze(1)

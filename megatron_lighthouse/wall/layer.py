@@ -28,7 +28,7 @@ Gates = Callable[[Tensor], Tensor]
 """What makes gates of a stream: natural logarithms <= 0, in the dtype of sums."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # as softmax.variant.Rows
 class Layer:
     """Wall over the tokens of all ranks."""
 

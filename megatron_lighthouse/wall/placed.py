@@ -40,7 +40,7 @@ class Placed:
             return self.layer(query, key, value, gate, scalar[0] if scalar else None, sinks), None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # as softmax.variant.Rows
 class Rows:
     """Over the rows that Lighthouse gathers. Keys have decayed to the end of their piece before they travel."""
 

@@ -93,6 +93,14 @@ def test_up_to_the_switch_it_is_lighthouse(switched: Path, tmp_path: Path) -> No
             ["--context-parallel-size", "2"],
             ["--context-parallel-size 2: an evaluation splits neither", "Use --context-parallel-size 1"],
         ),
+        (
+            ["--context-parallel-size", "4", *"--cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2".split()],
+            ["--context-parallel-size 4: an evaluation splits neither"],
+        ),
+        (
+            ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"],
+            ["--pipeline-model-parallel-size 2: an evaluation splits neither"],
+        ),
         (["--out", "FILE"], ["--out", "must be a folder that can be written to, or not exist yet"]),
         (
             "--context-parallel-size 2 --pipeline-model-parallel-size 2 --rotary-base 500000 --held-out nowhere --out FILE "
@@ -114,7 +122,7 @@ def test_up_to_the_switch_it_is_lighthouse(switched: Path, tmp_path: Path) -> No
             ["--loss-buckets some must be", "--passkey-samples 2e1 must be", "did you mean --held-out?"],
         ),
     ],
-    ids=["hindsight", "model", "context parallel", "out", "all at once", "no checkpoint", "words"],
+    ids=["hindsight", "model", "context parallel", "its groups", "pipeline", "out", "all at once", "no checkpoint", "words"],
 )
 def test_refused_before_the_model_is_built(switched: Path, tmp_path: Path, more: list[str], messages: list[str]) -> None:
     file = tmp_path / "file"

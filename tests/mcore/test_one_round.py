@@ -112,6 +112,16 @@ def test_a_full_validation_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     assert check.main([*NODES, "--without-megatron", "--", *LLAMA, *more]) == 0, capsys.readouterr().err
 
 
+@pytest.mark.parametrize("attention", ["dense", "parallax", "wall"])
+def test_ranks_may_be_more_than_key_value_heads(attention: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As Megatron has it; memory is counted of them too."""
+    words = line(f"!--lighthouse-budget !--use-rope-scaling !--rope-scaling-factor --attention {attention}")
+    words += "--num-query-groups 2 --tensor-model-parallel-size 4 --context-parallel-size 2".split()
+    if attention == "wall":
+        words = [*without(words, "--rotary-base"), "--position-embedding-type", "none"]
+    assert check.main([*NODES, "--without-megatron", "--", *words]) == 0, capsys.readouterr().err
+
+
 def test_modules_that_need_an_engine(capsys: pytest.CaptureFixture[str]) -> None:
     words = line(f"{RECOMPUTE} --recompute-granularity selective --transformer-impl local --no-rope-fusion")
     own = [*NODES, "--runs-here", "--without-megatron", "--", *words, "--recompute-modules"]

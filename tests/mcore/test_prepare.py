@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -139,6 +140,7 @@ def test_the_kind_of_each_file_is_settled_before_any_is_read(
         "no.jsonl": b"1 2\n",
         "latin.txt": "1 é".encode("latin-1"),
         "cut.txt.gz": b"1 2",
+        "spoilt.txt.gz": gzip.compress(b"1 2 3 4")[:10] + b"\xff" * 20,
     }
     for name, content in {"good.txt": b"1 2", "good.jsonl": b'{"text": "3"}\n', **wrong}.items():
         (tmp_path / name).write_bytes(content)
@@ -149,6 +151,13 @@ def test_the_kind_of_each_file_is_settled_before_any_is_read(
     assert len(said) == len(wrong)
     assert all(any(name in line for line in said) for name in wrong), said
     assert len(inputs) == len([*tmp_path.iterdir()])
+
+
+def test_a_pipe_is_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody writes to it: to open it would wait for ever."""
+    os.mkfifo(pipe := tmp_path / "pipe.jsonl")
+    assert prepare.main(["--input", str(pipe), "--output", str(tmp_path / "out"), *NUMBERS]) == 2
+    assert f"--input {pipe} is no file" in capsys.readouterr().err
 
 
 def test_a_folder_that_nobody_may_write_to(

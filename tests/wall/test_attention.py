@@ -203,7 +203,7 @@ def test_few_logits_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_lighthouse.wall.reference import Size
 
     tensors = inputs(23, 2, 4, 2, (5, 3), scalar=-0.1)
-    expected: list[Tensor] = with_grads(wall_attention, tensors, window=12)
+    expected: list[Tensor] = with_grads(wall_attention, tensors, window=np.int64(12))
     monkeypatch.setattr(Step, "TOKENS", 8)
     monkeypatch.setattr(Plain, "ELEMENTS", 150)
     monkeypatch.setattr(Size, "ELEMENTS", 40)

@@ -112,7 +112,7 @@ def _groups(args: argparse.Namespace) -> Iterator[str]:
     if not heads or not groups or heads % groups == 0:
         return
     ranks, hidden = args.tensor_model_parallel_size, args.hidden_size if args.kv_channels is None else None
-    copied = VARIANTS[args.attention].native  # Megatron gives several ranks the same group
+    copied = VARIANTS[args.attention].copies_groups  # Megatron gives several ranks the same group
 
     def shared(n: int) -> bool:
         return n % ranks == 0 or (copied and ranks % n == 0)

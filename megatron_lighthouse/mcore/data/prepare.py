@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import sys
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
@@ -109,7 +110,8 @@ def problems(options: argparse.Namespace, args: argparse.Namespace) -> Iterator[
         yield f"--output {options.output}: nothing can be written in {above}: name another folder."
     if options.workers < 1:
         yield f"--workers {options.workers} must be at least 1."
-    yield from (problem for path in options.input if (problem := kind_problem(path, options.json_key)))
+    there = [path for path in options.input if Path(path).is_file()]
+    yield from (problem for path in there if (problem := kind_problem(path, options.json_key)))
     yield from tokenizers.problems(args, Path)
     for name in tokenizers.packages(args.tokenizer_type):
         if not find_spec(name):
@@ -132,7 +134,7 @@ def kind_problem(path: str, key: str) -> str | None:
                 )
     except UnicodeDecodeError as error:
         return NO_TEXT.format(path, error)
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         return f"--input {path} cannot be unpacked ({error}): pack it again, or leave it out."
     except ValueError as error:
         return str(error)

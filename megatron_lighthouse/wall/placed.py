@@ -14,7 +14,7 @@ from megatron_lighthouse.variant import Place
 from megatron_lighthouse.wall import telemetry
 from megatron_lighthouse.wall.config import WallConfig
 from megatron_lighthouse.wall.gates import LogSigmoid, of_channels
-from megatron_lighthouse.wall.layer import Layer, build
+from megatron_lighthouse.wall.layer import Gates, Layer, build
 from megatron_lighthouse.wall.pieces import Sight
 
 
@@ -59,28 +59,21 @@ class Rows:
 
 def placed(config: WallConfig, query: Tensor, key: Tensor, place: Place, sight: Sight | None = None) -> Placed:
     """For inputs like these, of which shapes, dtype and device count; gates come as logits. Raises as `build`."""
-    heads, sight = key.shape[2] if config.tied_gates else query.shape[2], replace(sight or Sight(), window=place.window)
-    made = build(
-        query,
-        key,
-        key,
-        heads,
-        place.exchange,
-        place.comm_type,
-        place.scale,
-        sight=sight,
-        kernels=config.kernels,
-        biased=config.scalar_gate,
-        gates=of_channels(config, place.rotary),
-        scalar_gates=LogSigmoid(),
-    )
-    return Placed(made, place.number)
+    sight = replace(sight or Sight(), window=place.window)
+    gates: dict[str, Gates] = {"gates": of_channels(config, place.rotary), "scalar_gates": LogSigmoid()}
+    return Placed(_built(config, query, key, key, place, sight, **gates), place.number)
 
 
 def rows(query: Tensor, key: Tensor, value: Tensor, place: Place, sight: Sight | None = None) -> Rows:
     """Over the rows that a Lighthouse layer in this place gathers, of gates; key and value have the model's G heads."""
     config = place.around or WallConfig()
-    made = build(
+    return Rows(_built(config, query, key, value, place, sight), config.scalar_gate)
+
+
+def _built(
+    config: WallConfig, query: Tensor, key: Tensor, value: Tensor, place: Place, sight: Sight | None, **gates: Gates
+) -> Layer:
+    return build(
         query,
         key,
         value,
@@ -91,5 +84,5 @@ def rows(query: Tensor, key: Tensor, value: Tensor, place: Place, sight: Sight |
         sight=sight,
         kernels=config.kernels,
         biased=config.scalar_gate,
+        **gates,
     )
-    return Rows(made, config.scalar_gate)

@@ -253,3 +253,24 @@ def test_the_switch_forgets_before_the_first_iteration_of_other_layers(monkeypat
     assert found == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 1)]
     assert forgotten == ["model"]
     assert Stage2(1).over == 1  # of more than one, graphs are refused
+
+
+class Graph:
+    """In torch's place, which makes none without a GPU."""
+
+    held = True
+
+    def reset(self) -> None:
+        self.held = False
+
+
+def test_at_the_end_nothing_is_held_that_a_process_group_would_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs, waited = [Graph(), Graph()], list[bool]()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    captured.end()  # without a GPU there is none
+    assert all(graph.held for graph in graphs)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(all(graph.held for graph in graphs)))
+    captured.end()
+    assert waited == [True]
+    assert not any(graph.held for graph in graphs)

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import TensorProperties
 
 from megatron_lighthouse.launch import check
 from megatron_lighthouse.mcore.command_line import resume, stored
+from megatron_lighthouse.mcore.loop import unsaved
 from tests.mcore.harness import refused, run
 from tests.tolerances import assert_close
 
@@ -67,6 +68,27 @@ def test_the_moments_go_on(flag: str, words: list[str], rate: float, checkpoint:
         step = after[first] / (1 - beta1**3) / ((after[second] / (1 - beta2**3)).sqrt() + epsilon)
         shrunk = before[name] * (1 - rate * (0 if "norm" in name else decay))
         assert_close(after[name], shrunk - rate * step, "resumed step")
+
+
+@pytest.mark.slow
+def test_a_job_that_saves_no_optimizer_goes_on_with_the_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
+    """Megatron 0.19 asks the checkpoint for what the job would save, and ends in a KeyError."""
+    plain, bare = (
+        run(tmp_path / name, *STEPS, "--load", str(checkpoint), *words).losses
+        for name, words in (("plain", []), ("bare", ["--no-save-optim", "--no-save-rng"]))
+    )
+    assert [*plain] == [3, 4]
+    assert bare == plain
+
+
+def test_what_is_not_saved_is_asked_for_while_loading_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = Namespace(no_save_optim=True, no_save_rng=None)
+    monkeypatch.setattr(unsaved, "get_args", lambda: args)
+    seen = unsaved.load_checkpoint(lambda *rest, **named: (args.no_save_optim, args.no_save_rng, rest, named), "model", n=1)
+    assert seen == (None, None, ("model",), {"n": 1})
+    with pytest.raises(KeyError):
+        unsaved.load_checkpoint({}.__getitem__, "model")
+    assert (args.no_save_optim, args.no_save_rng) == (True, None)
 
 
 def test_another_rate_without_a_flag_is_refused_before_ranks_meet(checkpoint: Path, tmp_path: Path) -> None:

@@ -86,6 +86,15 @@ def forget(model: Sequence[torch.nn.Module]) -> None:
         _pool.clear()
 
 
+def end() -> None:
+    """Before the process group ends, on every rank: NCCL waits for ever to end what a graph may still repeat."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        for one in gc.get_objects():  # of layers, of iterations, of the optimizer, of Transformer Engine
+            if issubclass(type(one), torch.cuda.CUDAGraph):
+                one.reset()
+
+
 def _forget_uses() -> None:
     """Take Megatron's notes from tensors that live on, as the rotary angles that it caches.
 

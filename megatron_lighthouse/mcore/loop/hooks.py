@@ -36,6 +36,7 @@ from megatron_lighthouse.mcore.loop import (
     switch,
     tiled_loss,
     tiled_mlp,
+    unsaved,
     validation,
     weights,
 )
@@ -75,6 +76,7 @@ def follow_training() -> None:
     wrap(loop, "training_log", "progress", progress.Progress().training_log)
     wrap(loop, "train", "progress", progress.train)
     wrap(loop, "load_checkpoint", "rates", rates.load_checkpoint)
+    wrap(loop, "load_checkpoint", "unsaved", unsaved.load_checkpoint)
     wrap(loop, "evaluate", "conversations", validation.evaluate)
     wrap(loop, "dummy_train_step", "skip", skip.skip_step)
     wrap(loop, "train_step", "finite", finite.train_step)

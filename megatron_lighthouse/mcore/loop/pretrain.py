@@ -22,7 +22,7 @@ from megatron_lighthouse.lighthouse import telemetry
 from megatron_lighthouse.mcore.command_line import before, graphs, ignored, kept
 from megatron_lighthouse.mcore.command_line.entry import LAYER, add_arguments, checked_model, with_all_arguments
 from megatron_lighthouse.mcore.data.datasets import train_valid_test_datasets
-from megatron_lighthouse.mcore.loop import hooks, selection_log
+from megatron_lighthouse.mcore.loop import captured, hooks, selection_log
 from megatron_lighthouse.mcore.loop.forward_step import forward_step
 from megatron_lighthouse.mcore.refusal import REFUSED, repeats, say
 
@@ -74,6 +74,7 @@ def run(program_start: float | None = None) -> None:
         _draw_selection(layer_number, path)
     if pictures:
         _say_what_is_not_drawn(pictures)
+    captured.end()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -2,9 +2,9 @@
 
 A Lighthouse layer and dense attention over shards by `p2p`, each forward and backward: as one graph, as Megatron's
 `full_iteration` has them, and as two, as its `local` has. Each is replayed 100 times, every time with other inputs copied in,
-and held to the same call without a graph: to the bit, with deterministic attention. Then the times with cuDNN's, which is not
-deterministic: medians of single calls, and from call to call where the GPU is never waited for. Leaves graphs_cp.csv and
-graphs_cp.json, as far as it came, after every case.
+and held to the same call without a graph: to the bit, with deterministic attention. Then the times without that, by `--inner`:
+medians of single calls, and from call to call where the GPU is never waited for; beside them that of the whole sequence on one
+GPU, in a graph too. Leaves graphs_cp.csv and graphs_cp.json, as far as it came, after every case.
 
 Over NCCL and copies between the GPUs of one machine; `--by-nccl` leaves all to NCCL. `--one-gpu` has two processes on one GPU,
 which copy to each other, the halo too, for NCCL refuses that; its times say nothing. Ends within `--within` seconds: a rank
@@ -39,11 +39,16 @@ from megatron_lighthouse.context_parallel.copies import Copies, Message
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.gpu import Gpu
 from megatron_lighthouse.context_parallel.schemes import SWITCH
+from megatron_lighthouse.softmax.backends import inner_attention
+from megatron_lighthouse.softmax.names import OVER_SHARDS
 from megatron_lighthouse.softmax.sharded import sharded_attention
 from megatron_lighthouse.versions import environment
 
 RANKS, HEADS, DIM = 2, 8, 128
-CASES = {"dense 16384": 16384, "lighthouse 32768": 32768, "dense 32768": 32768, "lighthouse 98304": 98304}
+CASES = {
+    **{"dense 16384": 16384, "lighthouse 32768": 32768, "dense 32768": 32768},
+    **{f"lighthouse {n}": n for n in (98304, 262144, 524288)},
+}
 """Tokens of the whole sequence."""
 REPLAYS = 100
 SO_MANY: dict[str, Any] = {"seconds": 1e6, "most": 30}
@@ -59,8 +64,8 @@ class Given:
     grad: Tensor
 
     @staticmethod
-    def of(tokens: int) -> Given:
-        shape = tokens // RANKS, 1, HEADS, DIM
+    def of(rows: int) -> Given:
+        shape = rows, 1, HEADS, DIM
         *leaves, grad = (torch.empty(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4))
         given = Given([x.requires_grad_() for x in leaves], grad)
         given.draw(0)
@@ -74,18 +79,17 @@ class Given:
             x.copy_(torch.randn(x.shape, device="cuda", generator=numbers))
 
 
-def layer_of(name: str, given: Given) -> Callable[[], Tensor]:
-    """The layer of that case; made anew for each kind of attention inside."""
+def layer_of(name: str, given: Given, inner: str = "auto", alone: bool = False) -> Callable[[], Tensor]:
+    """The layer of that case, over this rank's rows or `alone` over all; made anew for each kind of attention inside."""
     query, key, value = given.leaves
-    exchange = Exchange.over(dist.group.WORLD)
-    assert exchange is not None
+    exchange = None if alone else Exchange.over(dist.group.WORLD)
     if name.startswith("dense"):
-        attend = sharded_attention("auto", query, key, exchange, "p2p")
+        attend = sharded_attention(inner, query, key, exchange, "p2p") if exchange else inner_attention(inner, query, key)
         return lambda: attend(query, key, value)
-    tokens = RANKS * query.shape[0]
     # tiles that no rank has to deal out
-    config = LighthouseConfig(3, 4, tokens // 64, tile_budget=tokens // 1024)
-    return lambda: lighthouse_attention(query, key, value, config, cp_group=exchange.group)
+    budget = CASES[name] // (64 if CASES[name] <= 131072 else 128)
+    config = LighthouseConfig(3, 4, budget, tile_budget=budget // 16, inner=inner)
+    return lambda: lighthouse_attention(query, key, value, config, cp_group=exchange.group if exchange else None)
 
 
 def captured(forward: Callable[[], Tensor], given: Given, graphs: int) -> tuple[Step, list[Tensor]]:
@@ -120,10 +124,11 @@ def both(forward: Callable[[], Tensor], given: Given) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, given.leaves, given.grad)]
 
 
-def check(name: str, given: Given, graphs: int) -> dict[str, Any]:
-    """Whether replays give the bits of calls without a graph."""
+def check(name: str, graphs: int, inner: str) -> dict[str, Any]:
+    """Whether replays give the bits of calls without a graph; by `auto` where `inner` does not repeat itself."""
+    given = Given.of(CASES[name] // RANKS)
     deterministic(True)
-    forward = layer_of(name, given)
+    forward = layer_of(name, given, "auto" if inner == "cudnn" else inner)
     began = time.monotonic()
     replay, results = captured(forward, given, graphs)
     torch.cuda.synchronize()
@@ -141,18 +146,21 @@ def check(name: str, given: Given, graphs: int) -> dict[str, Any]:
     return row | {"replays": REPLAYS, "with other bits": wrong, "seconds for them": round(time.monotonic() - begun, 2)}
 
 
-def timed(name: str, given: Given, graphs: int) -> dict[str, Any]:
+def timed(name: str, graphs: int, inner: str) -> dict[str, Any]:
     deterministic(False)
-    forward = layer_of(name, given)
+    whole = Given.of(CASES[name])
+    replay, _ = captured(layer_of(name, whole, inner, alone=True), whole, graphs)
+    row: dict[str, Any] = {"inner": inner, "one GPU's ms": round(median_ms([replay], **SO_MANY), 4)}
+    given = Given.of(CASES[name] // RANKS)
+    forward = layer_of(name, given, inner)
     replay, _ = captured(forward, given, graphs)
-    row = {}
     for how, call in (("eager", lambda: both(forward, given)), ("graph", replay)):
         dist.barrier()
         torch.cuda.synchronize()
         row[f"{how} ms"] = round(median_ms([call], **SO_MANY), 4)
         dist.barrier()
         row[f"{how} ms from call to call"] = round(statistics.median(host_ms(call) for _ in range(3)), 4)
-    return row
+    return row | {"efficiency": round(row["one GPU's ms"] / RANKS / row["graph ms from call to call"], 4)}
 
 
 def deterministic(on: bool) -> None:
@@ -200,7 +208,7 @@ def rank_of(rank: int, options: argparse.Namespace, store: str) -> None:
             row: dict[str, Any] = {"case": name, "graphs": graphs}
             for part in (check, timed):
                 print(f"rank {rank}: {time.monotonic() - options.began:.1f} s: {part.__name__} {name}, {graphs}", flush=True)
-                row |= part(name, Given.of(CASES[name]), graphs)
+                row |= part(name, graphs, options.inner)
             of_ranks: list[Any] = [None] * RANKS
             dist.all_gather_object(of_ranks, row["with other bits"])
             rows.append({**row, "with other bits": max(of_ranks)})
@@ -236,6 +244,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "graphs_cp")
     parser.add_argument("--cases", nargs="+", default=list(CASES)[:3], choices=list(CASES))
     parser.add_argument("--graphs", type=int, nargs="+", default=[1, 2], choices=[1, 2], help="into how many each is captured")
+    parser.add_argument("--inner", choices=["auto", *OVER_SHARDS], default="cudnn", help="whose times")
     parser.add_argument("--one-gpu", action="store_true")
     parser.add_argument("--by-nccl", action="store_true")
     parser.add_argument("--within", type=float, default=85, metavar="SECONDS")

@@ -28,7 +28,8 @@ class Case:
 
 FLASH = "FLASH_ATTENTION_4"
 LAYERS = "--runs 'lighthouse, first and last two layers dense'"
-STEP = f"benchmarks/training_step.py --out {{out}} --seq-length 32768 --budget 512 --limit 80 {LAYERS}"
+TRAINED = "benchmarks/training_step.py --out {out} --seq-length 32768 --budget 512 --limit 80"
+STEP = f"{TRAINED} {LAYERS}"
 FULL = "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad"
 EXPERIMENT = "-m experiments --within {within} --work {work}/trained/%s --out {out}/tables --corpus {work}/text"
 SMALL = """
@@ -114,6 +115,22 @@ CASES = (
         "benchmarks/rings.py --out {out} --cases lighthouse --lengths 98304 262144 524288 --inner fa4 cudnn",
         2,
         tiny="--device cpu --inner sdpa",
+        needs=FLASH,
+    ),
+    Case(
+        "step-flash",
+        "a step in one graph, all attention by FlashAttention 4",
+        f"{STEP} {FULL} --optimizer-cuda-graph --attention-backend flash",
+        limit=90,
+        tiny="--tiny --attention-backend auto",
+        needs=FLASH,
+    ),
+    Case(
+        "step-flash-dense",
+        "… and a dense one",
+        f"{TRAINED} --runs dense --attention-backend flash",
+        limit=90,
+        tiny="--tiny --attention-backend auto",
         needs=FLASH,
     ),
     experiment("qwen3-adam", "Qwen3-like by Adam, both seeds", "qwen3-adam", "dense mass dense-2 mass-2", PASSKEY),

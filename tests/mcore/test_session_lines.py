@@ -43,7 +43,7 @@ def of_steps() -> Lines:
     found = {}
     for case in (case for case in CASES if "training_step.py" in case.words):
         words = shlex.split(case.words)
-        more = words[words.index("--cuda-graph-impl") :]
+        more = words[words.index("--runs") + 2 :]
         options = argparse.Namespace(out=OUT, ranks=1, seq_length=32768, layers=30, budget=512, steps=10)
         found[case.name] = (1, training_step.command(training_step.RUNS[words[words.index("--runs") + 1]], options, more))
     return found

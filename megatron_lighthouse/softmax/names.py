@@ -11,8 +11,8 @@ MODULES = {"fa4": ("flash_attn.cute", "flash-attn-4"), "fa3": ("flash_attn_inter
 """Of those that are no part of torch: what is imported, and what pip knows it by."""
 OVER_SHARDS = ("fa4", "fa3", "cudnn", "fa2", "sdpa")
 """Those that return their log-sum-exp, by which shards are merged: `blocks.BLOCKS`."""
-UNTRIED = ("fa4", "fa3")
-"""Of these: no GPU has run them so yet. They are taken where they are forced, not by 'auto'."""
+UNTRIED = ("fa3",)
+"""Of these: no GPU has run it so yet. It is taken where it is forced, not by 'auto'."""
 OVER_SHARDED_DOCUMENTS = ("fa2", "sdpa")
 """cuDNN's in torch compiles anew for each length, of which documents have many; FlashAttention 4 and 3 are not written here."""
 UP_TO_256, BLACKWELL = range(8, 257, 8), (*range(8, 129, 8), 256)

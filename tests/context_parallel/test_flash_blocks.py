@@ -50,7 +50,8 @@ def tried(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_auto_takes_none_that_are_untried() -> None:
-    assert chosen("fa4", "fa3") is Plain
+    assert chosen("fa4", "fa3") is Flash4
+    assert chosen("fa3") is Plain
 
 
 @each

@@ -30,14 +30,15 @@ def run_row(facts: Row, points: Sequence[Row], evaluation: Row | None) -> Row:
         points: its part of curves.csv.
         evaluation: evaluation.json of its last checkpoint, where there is one.
     """
-    switch, dense_from = facts["switch"], facts["dense_from"]
-    times = stages(points, switch, dense_from)
+    switch, dense_from, warmup = facts["switch"], facts["dense_from"], facts.get("warmup", 0)
+    times = stages(points, switch, dense_from, warmup)
     last = [point["loss"] for point in points[-facts["smooth"] :]]
     answer: Row = {name: facts[name] for name in ("run", "title", "seed", "ranks", "at_once", "steps", "switch", "dense_from")}
+    answer |= {"warmup": warmup} if warmup else {}
     answer |= {"smooth": facts["smooth"], "device": facts.get("device"), "gpu": facts.get("gpu")}
     answer |= {"iterations": len(points), "tokens": len(points) * facts["tokens"]}
     answer["seconds"] = round(sum(point["seconds"] for point in points), 2)
-    answer["steady_seconds"] = round(sum(steady(points, switch, dense_from)), 2)
+    answer["steady_seconds"] = round(sum(steady(points, switch, dense_from, warmup)), 2)
     for name in ("lighthouse", "dense"):
         seconds = median(times[name])
         answer[f"tokens_per_second_{name}"] = round(facts["tokens"] / seconds, 1) if seconds else None
@@ -51,7 +52,7 @@ def run_row(facts: Row, points: Sequence[Row], evaluation: Row | None) -> Row:
     if times["lighthouse"] and times["dense"]:
         losses = {point["iteration"]: point["loss"] for point in points}
         try:
-            measured = recovery.measure(losses, switch, dense_from, facts["smooth"])
+            measured = recovery.measure(losses, switch, dense_from, facts["smooth"], warmup)
         except ValueError as error:
             print(f"{facts['run']}: recovery is left out: {error}", file=sys.stderr)
             measured = None

@@ -4,7 +4,8 @@ Reads the TensorBoard log of a run that switched in one job (`--lighthouse-stage
 for each attention, as of `recipe.two_stage`. Leaves recovery.csv and recovery.png.
 
 Definitions, ours; W is --smooth, and losses are the training losses that were logged:
-- smoothed: the mean of a loss and of up to W - 1 before it in the same stage, so that no mean has both attentions in it.
+- smoothed: the mean of a loss and of up to W - 1 before it in the same stage, so that no mean has both attentions in it. A dense
+  warm-up is no part of stage 1.
 - level: the last smoothed loss of stage 1; scatter: the standard deviation of the W losses in it, to judge the spike by.
 - spike: the highest single loss from the switch to the W-th loss after all layers are dense, less the level.
 - recovered: in the first iteration, from that of the spike on, whose smoothed loss is at most the level; up to W - 1 losses
@@ -49,6 +50,8 @@ class Run:
     """The first logged one in which all are."""
     tokens: int | None
     """Tokens of an iteration, where the log has the run's arguments."""
+    warmup: int = 0
+    """The last logged iteration of a dense warm-up; 0 without one."""
 
 
 @dataclass(frozen=True)
@@ -71,20 +74,23 @@ def smoothed(losses: Losses, width: int) -> Losses:
     return {i: float(numpy.mean(values[max(0, n + 1 - width) : n + 1])) for n, i in enumerate(losses)}
 
 
-def measure(losses: Losses, switch: int, dense_from: int, width: int) -> Recovery:
+def measure(losses: Losses, switch: int, dense_from: int, width: int, warmup: int = 0) -> Recovery:
     """Measure a run whose layers all use Lighthouse up to iteration `switch`, and are all dense from `dense_from` on.
+
+    Its losses up to iteration `warmup`, when all were dense too, are of neither stage.
 
     Raises:
         ValueError: no loss on one side of the switch, or losses that cannot be judged by.
     """
     check_finite(losses)
+    losses = {i: x for i, x in losses.items() if i > warmup}
     before, after = ({i: x for i, x in losses.items() if (i > switch) == later} for later in (False, True))
     if not before or not after:
         where, what = ("after", "stage 2 is") if before else ("up to", "stage 1 is")
         raise ValueError(
             f"there is no loss {where} iteration {switch}, the last with Lighthouse: {what} missing, or --switch wrong."
         )
-    check_around(losses, switch, width)
+    check_around(losses, switch, width, warmup)
     last = list(before.values())[-width:]
     level, scatter = float(numpy.mean(last)), float(numpy.std(last))
     mean = smoothed(after, width)
@@ -161,8 +167,10 @@ def read_run(folder: Path, switch: int | None = None) -> Run:
         raise ValueError(f"the log in {folders[0]} does not say when layers became dense: add --switch ITER.")
     # where all use Lighthouse after --switch, stage 1 had trained on past the checkpoint that stage 2 took up
     dense_from = min((i for i in losses if i > switch and layers.get(i, 0) in (0, full)), default=switch + 1)
+    begun = min((i for i, n in layers.items() if n == full), default=0)
+    warmup = max((i for i, n in layers.items() if i < begun and n == 0), default=0)
     tokens = math.prod(said[name] for name in SIZES) if said.keys() >= {*SIZES} else None
-    return Run(losses, switch, dense_from, tokens)
+    return Run(losses, switch, dense_from, tokens, warmup)
 
 
 def logs(folder: Path) -> list[Path]:
@@ -232,11 +240,15 @@ def draw(run: Run, measured: Recovery, dense: Losses | None, width: int, path: P
     if dense:
         mean = smoothed(dense, width)
         axes.plot(list(mean), list(mean.values()), color="#999999", label="dense from scratch")
-    for stage, later in zip(STAGES, (False, True), strict=True):
-        part = {i: x for i, x in run.losses.items() if (i > run.switch) == later}
+    begins, ends = (0, run.warmup, run.switch), (run.warmup, run.switch, max(run.losses))
+    names = ("dense warm-up", *(f"stage {n}, {stage}" for n, stage in enumerate(STAGES, 1)))
+    for name, stage, begin, end in zip(names, (STAGES[1], *STAGES), begins, ends, strict=True):
+        part = {i: x for i, x in run.losses.items() if begin < i <= end}
+        if not part:
+            continue
         mean, colour = smoothed(part, width), STAGE_COLOURS[stage]
         axes.plot(list(part), list(part.values()), color=colour, alpha=0.25, linewidth=1)
-        axes.plot(list(mean), list(mean.values()), color=colour, label=f"stage {1 + later}, {stage} (mean of {width})")
+        axes.plot(list(mean), list(mean.values()), color=colour, label=f"{name} (mean of {width})")
     axes.axvline(run.switch + 0.5, color="#999999", linestyle=":", label=f"switch after {run.switch:,}")
     axes.hlines(
         measured.level, run.switch, measured.final_iteration, color="#999999", linestyle="--", linewidth=1, label="level"
@@ -273,9 +285,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.smooth < 1:
             raise ValueError(f"--smooth {options.smooth} must be at least 1: use 10, or more where single losses scatter.")
         run = read_run(options.run, options.switch)
-        width, why = width_of(run.losses, run.switch, options.smooth)
+        width, why = width_of(run.losses, run.switch, options.smooth, run.warmup)
         with said_of(options.run):
-            measured = measure(run.losses, run.switch, run.dense_from, width)
+            measured = measure(run.losses, run.switch, run.dense_from, width, run.warmup)
         dense = read_losses(logs(options.dense))[0] if options.dense else None
         check_comparable(logs(options.run), logs(options.dense) if options.dense else [])
         with said_of(options.dense):

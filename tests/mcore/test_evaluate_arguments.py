@@ -151,9 +151,9 @@ def lighthouse(*words: str, **more: Any) -> Namespace:
         (["--lighthouse-stage2-at", "6"], 9, ("dense", 0, None)),  # of a run's arguments; --attention dense
         (["--attention", "lighthouse"], 9, ("lighthouse", 4, None)),
         (["--attention", "lighthouse", "--lighthouse-stage2-at", "6"], 6, ("lighthouse", 4, None)),
-        (["--attention", "lighthouse", "--lighthouse-stage2-at", "6"], 7, ("dense", 0, 6)),
+        (["--attention", "lighthouse", "--lighthouse-stage2-at", "6"], 7, ("dense", 0, "--lighthouse-stage2-at 6")),
         (["--attention", "lighthouse", "--lighthouse-stage2-at", "6", *LAYERS], 7, ("lighthouse", 3, None)),
-        (["--attention", "lighthouse", "--lighthouse-stage2-at", "6", *LAYERS], 10, ("dense", 0, 6)),
+        (["--attention", "lighthouse", "--lighthouse-stage2-at", "6", *LAYERS], 10, ("dense", 0, "--lighthouse-stage2-at 6")),
     ],
 )
 def test_attention_is_that_of_the_iteration(words: list[str], iteration: int, expected: tuple[Any, ...]) -> None:
@@ -164,7 +164,7 @@ def test_attention_is_that_of_the_iteration(words: list[str], iteration: int, ex
         given.append(lighthouse(*words[2:], spec=BY_SPEC))
     for args in given:
         settle_attention(args, iteration)
-        assert (args.attention, args.lighthouse_layers, args.switched_at) == expected
+        assert (args.attention, args.lighthouse_layers, args.dense_by) == expected
         assert args.spec is None
         assert args.lighthouse_stage2_at is None or args.attention == "lighthouse"
 

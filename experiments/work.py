@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.tables import PROBED, Results, Row, column_of, first, read_csv, read_json
-from megatron_lighthouse.recipe import recovery
+from megatron_lighthouse.recipe import recovery, recovery_log
 from megatron_lighthouse.recipe.printed_log import curve, median, stages, steady
 from megatron_lighthouse.recipe.probe import FILLERS, Probe
 from megatron_lighthouse.recipe.probes import PROBES
@@ -59,7 +59,7 @@ def run_row(facts: Row, points: Sequence[Row], evaluation: Row | None) -> Row:
         found = (
             {}
             if measured is None
-            else recovery.report(recovery.Run(losses, switch, dense_from, facts["tokens"]), measured, None, facts["smooth"])
+            else recovery.report(recovery_log.Run(losses, switch, dense_from, facts["tokens"]), measured, None, facts["smooth"])
         )
     for name in ("level", "scatter", "spike", "spike_iteration", "iterations_to_recover", "tokens_to_recover"):
         answer[name] = found.get(name)

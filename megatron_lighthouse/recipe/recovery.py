@@ -4,8 +4,8 @@ Reads the TensorBoard log of a run that switched in one job (`--lighthouse-stage
 for each attention, as of `recipe.two_stage`. Leaves recovery.csv and recovery.png.
 
 Definitions, ours; W is --smooth, and losses are the training losses that were logged:
-- smoothed: the mean of a loss and of up to W - 1 before it in the same stage, so that no mean has both attentions in it. A dense
-  warm-up is no part of stage 1.
+- smoothed: the mean of a loss and of up to W - 1 before it in the same stage, so that no mean has both attentions in it.
+  A dense warm-up is of neither.
 - level: the last smoothed loss of stage 1; scatter: the standard deviation of the W losses in it, to judge the spike by.
 - spike: the highest single loss from the switch to the W-th loss after all layers are dense, less the level.
 - recovered: in the first iteration, from that of the spike on, whose smoothed loss is at most the level; up to W - 1 losses
@@ -18,7 +18,6 @@ Definitions, ours; W is --smooth, and losses are the training losses that were l
 from __future__ import annotations
 
 import csv
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,30 +27,10 @@ from typing import Any
 import numpy
 
 from megatron_lighthouse.needed import ask_for_megatron
-from megatron_lighthouse.recipe.comparable import check_comparable, check_switches, told, unit
-from megatron_lighthouse.recipe.of_run import log_folder
+from megatron_lighthouse.recipe.comparable import check_comparable, unit
+from megatron_lighthouse.recipe.recovery_log import STAGES, Run, logs, read_losses, read_run
 from megatron_lighthouse.recipe.whole_log import Losses, check_around, check_finite, check_since, said_of, width_of
 from megatron_lighthouse.usage import Parser
-
-STAGES = ("lighthouse", "dense")
-LAYERS = "lighthouse/layers"  # the scalar that `mcore.loop.switch` writes: layers that use Lighthouse
-STAGE2_AT = "lighthouse_stage2_at"  # when the run's job switches
-SIZES = ("seq_length", "global_batch_size")
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a log says."""
-
-    losses: Losses
-    switch: int
-    """The last iteration before any layer became dense."""
-    dense_from: int
-    """The first logged one in which all are."""
-    tokens: int | None
-    """Tokens of an iteration, where the log has the run's arguments."""
-    warmup: int = 0
-    """The last logged iteration of a dense warm-up; 0 without one."""
 
 
 @dataclass(frozen=True)
@@ -120,70 +99,6 @@ def caught_up(losses: Losses, dense: Losses, spike_iteration: int, width: int) -
     """The iteration in which a run is level with `dense`; None where it is not by its end."""
     above = {i: x - dense[i] for i, x in losses.items() if i >= spike_iteration and i in dense}
     return next((i for i, mean in [*smoothed(above, width).items()][width - 1 :] if mean <= 0), None)
-
-
-def read_losses(folders: Sequence[Path]) -> tuple[Losses, list[int], Losses]:
-    """Of logs that follow each other: the losses, the first iteration of each log, and Lighthouse layers by iteration.
-
-    Raises:
-        ValueError: a folder without a log of training losses.
-    """
-    from megatron_lighthouse.plots import read_scalars
-
-    losses: Losses = {}
-    layers: Losses = {}
-    starts = []
-    for folder in folders:
-        scalars = read_scalars(folder) if folder.is_dir() else {}
-        if "lm loss" not in scalars:
-            raise ValueError(f"{folder} has no TensorBoard log with training losses: give the folder of a run, or of its log.")
-        steps, values = scalars["lm loss"]
-        starts.append(int(steps[0]))
-        losses, layers = ({i: x for i, x in known.items() if i < starts[-1]} for known in (losses, layers))
-        losses |= {int(i): float(x) for i, x in zip(steps, values, strict=True)}
-        layers |= {int(i): float(n) for i, n in zip(*scalars.get(LAYERS, ((), ())), strict=True)}
-    return losses, starts, layers
-
-
-def read_run(folder: Path, switch: int | None = None) -> Run:
-    """A run and where it switched: as `switch` says, else the last job's argument, else the scalar of Lighthouse layers, of
-    which not every iteration is logged, else between its two logs.
-
-    Raises:
-        ValueError: a log without losses, of a run that had none to switch, or one that does not say where the switch was.
-    """
-    folders = logs(folder)
-    losses, starts, layers = read_losses(folders)
-    layers = {i: n for i, n in layers.items() if i in losses}
-    check_switches(folders, layers.values())
-    said, full = arguments(folders[-1]), max(layers.values(), default=0)
-    if switch is None:
-        switch = said.get(STAGE2_AT)
-    if switch is None and layers:
-        switch = max(i for i, n in layers.items() if n == full)
-    if switch is None and len(folders) > 1:
-        switch = max((i for i in losses if i < starts[-1]), default=starts[-1] - 1)
-    if switch is None:
-        raise ValueError(f"the log in {folders[0]} does not say when layers became dense: add --switch ITER.")
-    # where all use Lighthouse after --switch, stage 1 had trained on past the checkpoint that stage 2 took up
-    dense_from = min((i for i in losses if i > switch and layers.get(i, 0) in (0, full)), default=switch + 1)
-    begun = min((i for i, n in layers.items() if n == full), default=0)
-    warmup = max((i for i, n in layers.items() if i < begun and n == 0), default=0)
-    tokens = math.prod(said[name] for name in SIZES) if said.keys() >= {*SIZES} else None
-    return Run(losses, switch, dense_from, tokens, warmup)
-
-
-def logs(folder: Path) -> list[Path]:
-    """The folders of a run's log: one, or one a stage."""
-    folder = log_folder(folder)
-    base = folder / "tensorboard" if (folder / "tensorboard").is_dir() else folder
-    stages = [part for part in base.iterdir() if [*part.glob("*tfevents*")]] if base.is_dir() else []
-    return sorted(stages, key=lambda part: part.name != STAGES[0]) or [base]
-
-
-def arguments(folder: Path) -> dict[str, int]:
-    """`SIZES` and `STAGE2_AT`, where given, of the last job in a log: Megatron writes its arguments into it."""
-    return {name: int(value) for name, value in told(folder, (*SIZES, STAGE2_AT)).items() if value.isdigit()}
 
 
 def report(run: Run, measured: Recovery, dense: Losses | None, width: int) -> dict[str, Any]:

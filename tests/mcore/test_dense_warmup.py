@@ -149,7 +149,16 @@ def from_iteration(folder: Path, iteration: int) -> list[str]:
 def test_one_job_is_the_same_run_as_three(folder: Path, in_one_job: Run) -> None:
     """A dense job, one with Lighthouse that takes up its checkpoint, and a dense one."""
     parts: dict[str, list[str]] = {
-        "first": ["--attention", "dense", "--exit-interval", str(BEGINS), "--save", str(folder / "of-dense")],
+        "first": [
+            "--attention",
+            "dense",
+            "--exit-interval",
+            str(BEGINS),
+            "--save",
+            str(folder / "of-dense"),
+            "--save-interval",
+            "2",
+        ],
         "second": ["--attention", "lighthouse", "--exit-interval", str(RETURNS), "--load", str(folder / "of-dense")],
         "third": ["--attention", "dense", *from_iteration(folder, RETURNS)],
     }

@@ -101,7 +101,7 @@ def _loss(results: Results, path: Path) -> None:
         min(ends) - 0.03, max(tops, default=max(ends)) + 0.05
     )  # the fall at the start would flatten all that follows
     by_iteration.set(xlabel="iteration", ylabel="training loss, running mean (nats per byte)")
-    meanings = {"v": "▼: end of the dense warm-up", "o": "●: switch to dense", "s": "□: back at the level before it"}
+    meanings = {"v": "▼: Lighthouse begins\n", "o": "●: switch to dense", "s": "□: back at the level before it"}
     by_iteration.set_title("   ".join(meaning for form, meaning in meanings.items() if form in drawn))
     for axes in by_time:
         axes.set(xlabel="seconds of training, steady", ylim=by_iteration.get_ylim())

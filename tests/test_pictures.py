@@ -55,7 +55,7 @@ def test_a_legend_explains_the_marks_that_are_drawn(
     title = drawn[0].axes[0].get_title()
     assert "●: switch" in title
     assert ("□" in title) == (back is not None)
-    assert ("▼: end of the dense warm-up" in title) == (warmup is not None)
+    assert ("▼: Lighthouse begins" in title) == (warmup is not None)
 
 
 def test_tables_of_two_devices_are_not_drawn_as_one(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def report(run: Run, measured: Recovery, dense: Losses | None, width: int) -> di
     Raises:
         ValueError: `run` and `dense` have no iteration in common.
     """
-    row: dict[str, Any] = {"switch": run.switch, "dense_from": run.dense_from}
+    row: dict[str, Any] = {"warmup": run.warmup, "switch": run.switch, "dense_from": run.dense_from}
     row |= {name: getattr(measured, name) for name in ("level", "scatter", "spike", "spike_iteration")}
     level = caught_up(run.losses, dense, measured.spike_iteration, width) if dense else None
     for what, iteration in (("recover", measured.recovered), ("catch_up", level)):
@@ -128,7 +128,8 @@ def table(row: dict[str, Any]) -> str:
             return "not within the run"
         return f"{iterations:,} iterations" + ("" if tokens is None else f", {tokens:,} tokens")
 
-    lines = [
+    lines = [("dense warm-up to", f"{row['warmup']:,}")] if row["warmup"] else []
+    lines += [
         ("Lighthouse to iteration", f"{row['switch']:,}"),
         ("all layers dense from", f"{row['dense_from']:,}"),
         ("level before the switch", f"{row['level']:.4f}, single losses scatter by {row['scatter']:.4f}"),

@@ -159,6 +159,16 @@ def test_a_dense_warmup_is_no_part_of_stage_1(tmp_path: Path) -> None:
         measure(losses, 6, 7, 2, warmup=6)
 
 
+def test_the_report_and_the_picture_of_a_dense_warmup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, curve(9.0, 9.0, 4.0, 3.0, 5.0, 3.0), curve(0, 0, 4, 4, 0, 0))
+    assert main([str(tmp_path), "--smooth", "2"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "dense warm-up to 2 Lighthouse to iteration 4 all layers dense from 5 level before the switch 3.5000" in said
+    assert (tmp_path / "recovery.png").stat().st_size > 0
+    with (tmp_path / "recovery.csv").open() as table:
+        assert [row["warmup"] for row in csv.DictReader(table)] == ["2"]
+
+
 def test_a_warmup_alone_is_no_switch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, SPIKE, curve(0, 0, 0, 4, 4, 4, 4, 4, 4))
     assert main([str(tmp_path), "--smooth", "2"]) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from argparse import Namespace
 from dataclasses import replace
@@ -13,7 +14,8 @@ import pytest
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, settings_from
 from megatron_lighthouse.mcore.command_line.stage import Schedule
 from megatron_lighthouse.plots import read_scalars
-from tests.mcore.harness import MODEL, TEXT, Processes, Run, run
+from tests.mcore.harness import MODEL, ROOT, TEXT, Processes, Run, run
+from tests.mcore.test_evaluate import evaluate
 from tests.mcore.test_spec import SETTINGS, transformer_config
 from tests.mcore.test_stage import arguments, validation
 from tests.tolerances import assert_close
@@ -210,6 +212,20 @@ def test_an_evaluation_within_it_is_dense(folder: Path, in_one_job: Run) -> None
     }
     assert found["scheduled", BEGINS] == found["dense", BEGINS]
     assert found["scheduled", 3] != found["dense", 3]
+
+
+def test_the_evaluation_of_its_checkpoint_is_dense(folder: Path, in_one_job: Run) -> None:
+    """By the run's own arguments."""
+    (folder / "held-out.txt").write_bytes((ROOT / "README.md").read_bytes()[:1100])
+    given = ["--held-out", str(folder / "held-out.txt"), "--out", str(folder / "out"), *from_iteration(folder, BEGINS)]
+    few = ["--loss-sequences", "2", "--passkey-samples", "0", "--variables-samples", "0"]
+    result = evaluate(1, *SCHEDULED, *STEPS, *given, *few)
+    assert result.returncode == 0, result.stdout[-3000:]
+    summary = json.loads((folder / "out" / "evaluation.json").read_text())
+    assert [summary[name] for name in ("iteration", "attention", "lighthouse_layers")] == [BEGINS, "dense", 0]
+    result = evaluate(1, *SCHEDULED, *STEPS, *given, *few, "--hindsight-samples", "2")
+    assert result.returncode == 2
+    assert f"all are dense ({WARMUP} {BEGINS}): give --ckpt-step 3 or 4 or 5, or" in result.stdout
 
 
 def evaluated(folder: Path, *words: str) -> list[str]:

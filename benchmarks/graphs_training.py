@@ -8,8 +8,9 @@ bit, for --deterministic-mode is on. With `--rounded` it is off, and distances a
 graph, which computes its step otherwise.
 
 All share the GPU, so that their times say how long a capture took and little else; `--kinds` takes some. `--ranks 2` has each
-run's sequences over two GPUs, where whole iterations are left out. Ends within `--within` seconds. Leaves graphs_training.csv,
-graphs_training.json and the logs, and ends with status 1 where a run failed or differs. `--tiny` tries it on a CPU, all eager.
+run's sequences over two GPUs, where whole iterations are left out. `--warmup 6` begins all of them with a dense warm-up. Ends
+within `--within` seconds. Leaves graphs_training.csv, graphs_training.json and the logs, and ends with status 1 where a run
+failed or differs. `--tiny` tries it on a CPU, all eager.
 """
 
 from __future__ import annotations
@@ -86,10 +87,11 @@ class Run:
         folder, first = self.folder(options), Run(self.begun).folder(options)
         start = [sys.executable] if options.ranks == 1 else torchrun(options.ranks)
         how = TOY if options.tiny else " ".join([*ON_GPU, KINDS[self.kind], "" if options.rounded else "--deterministic-mode"])
+        warmup = ("--lighthouse-dense-warmup-iters", str(options.warmup)) if options.warmup else ()
         load = ("--load", str(first / "checkpoints"), "--ckpt-step", str(SAVED)) if self.begun else ()
         return [
             *start,
-            *("-m", "megatron_lighthouse.pretrain_gpt", *MODEL, *RUN.split(), *how.split()),
+            *("-m", "megatron_lighthouse.pretrain_gpt", *MODEL, *RUN.split(), *warmup, *how.split()),
             *("--context-parallel-size", str(options.ranks), "--save", str(folder / "checkpoints"), *load),
             *("--tensorboard-dir", str(folder / "tensorboard"), "--data-cache-path", str(folder / "data")),
             *("--text-data", *default_text()),
@@ -101,6 +103,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="besides eager")
     parser.add_argument("--ranks", type=int, default=1, help="GPUs, by context parallelism")
+    parser.add_argument("--warmup", type=int, default=0, metavar="N", help="dense iterations at the start")
     parser.add_argument("--rounded", action="store_true", help="without --deterministic-mode")
     parser.add_argument("--within", type=float, default=90, metavar="SECONDS")
     parser.add_argument("--tiny", action="store_true")

@@ -215,6 +215,7 @@ class Bench:
         facts |= {"at_once": max(self.at_once, known.get("at_once", 1)), "smooth": self.smooth}
         facts |= {"seq_length": size.seq_length, "evaluated": size.evaluated, "tokens": size.tokens, "steps": size.steps}
         facts |= {"switch": run.switch(size.steps), "dense_from": run.dense_from(size.steps)}
+        facts |= {"warmup": run.warmup_to(size.steps)} if run.warmup else {}
         commands = self.commands.of(run, path.parent, self.corpus)
         facts |= {"command": shlex.join(sys.argv)}
         facts |= {what: shlex.join(["python", *command[1:]]) for what, command in commands.items()}

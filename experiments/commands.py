@@ -12,7 +12,7 @@ from megatron_lighthouse.launch.torchrun import torchrun
 from megatron_lighthouse.recipe.probes import PROBES
 
 SAVES = 2
-"""Checkpoints a run, and one at the switch."""
+"""Checkpoints a run, and one at each switch."""
 
 
 @dataclass(frozen=True)

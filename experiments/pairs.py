@@ -129,11 +129,11 @@ def training(results: Results, run: str, against: str) -> Row:
     switch, dense_from = facts["switch"], facts["dense_from"]
     if switch and not other["switch"] and max(ours, default=0) >= dense_from:
         try:
-            spike = recovery.measure(ours, switch, dense_from, facts["smooth"]).spike_iteration
+            measured = recovery.measure(ours, switch, dense_from, facts["smooth"], facts.get("warmup", 0))
         except ValueError:  # said with the run's own row
             level = None
         else:
-            level = recovery.caught_up(ours, theirs, spike, facts["smooth"])
+            level = recovery.caught_up(ours, theirs, measured.spike_iteration, facts["smooth"])
         answer["iterations_to_catch_up"] = None if level is None else level - switch
     answer["greatest_distance_at_first"] = max([*distance.values()][:FIRST])
     answer["early_distance"] = statistics.fmean([*distance.values()][:EARLY])

@@ -58,7 +58,7 @@ def draw(results: Results, out: Path) -> None:
 
 
 def _loss(results: Results, path: Path) -> None:
-    """Smoothed training losses by iteration and by time, marked at the switch and where the loss is back; and less dense's.
+    """Smoothed training losses by iteration and by time, marked at the switches and where the loss is back; and less dense's.
 
     Runs of a seed read the same sequence in the same iteration, so that the last has none of the text's scatter in it.
     """
@@ -74,8 +74,10 @@ def _loss(results: Results, path: Path) -> None:
             continue
         mean = smoothed({point["iteration"]: point["loss"] for point in points}, row["smooth"])
         iterations, losses = list(mean), list(mean.values())
-        x_of: tuple[list[Any], ...] = (iterations, list(accumulate(steady(points, row["switch"], row["dense_from"]))))
-        marks = [(row["switch"], "o")] if row["switch"] else []
+        warmup = row.get("warmup") or 0
+        seconds = steady(points, row["switch"], row["dense_from"], warmup)
+        x_of: tuple[list[Any], ...] = (iterations, list(accumulate(seconds)))
+        marks = [(at, form) for at, form in ((warmup, "v"), (row["switch"], "o")) if at]
         if row["iterations_to_recover"]:
             marks.append((row["switch"] + row["iterations_to_recover"], "s"))
         for axes, x in zip((by_iteration, *by_time), x_of, strict=False):
@@ -99,7 +101,7 @@ def _loss(results: Results, path: Path) -> None:
         min(ends) - 0.03, max(tops, default=max(ends)) + 0.05
     )  # the fall at the start would flatten all that follows
     by_iteration.set(xlabel="iteration", ylabel="training loss, running mean (nats per byte)")
-    meanings = {"o": "●: switch to dense", "s": "□: back at the level before it"}
+    meanings = {"v": "▼: Lighthouse begins\n", "o": "●: switch to dense", "s": "□: back at the level before it"}
     by_iteration.set_title("   ".join(meaning for form, meaning in meanings.items() if form in drawn))
     for axes in by_time:
         axes.set(xlabel="seconds of training, steady", ylim=by_iteration.get_ylim())

@@ -26,6 +26,7 @@ _FIRST = {
     "mass": _MASS,
     "dilated": Run("60% scorer dilated, then dense", 60, scorer="dilated"),
     "mass-40": Run("40% scorer mass, then dense", 40, scorer="mass", against=(REFERENCE, "mass")),
+    "warm": Run("25% dense, to 60% scorer mass, then dense", 60, warmup=25, scorer="mass", against=(REFERENCE, "mass")),
     # scores of mass rest on all queries of a tile, so that its selection cannot be causal
     "causal": Run(
         f"60% scorer {_CAUSAL}, then dense", 60, scorer="dilated", options=CAUSAL, hindsight=True, against=(REFERENCE, "mass")

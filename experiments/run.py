@@ -16,7 +16,9 @@ class Run:
 
     title: str
     share: int = 0
-    """Per cent of the iterations that use Lighthouse; the rest is dense."""
+    """Per cent of the iterations after which it is dense; up to there it uses Lighthouse."""
+    warmup: int = 0
+    """Per cent of the iterations that are dense before."""
     attention: str = "dense"
     """That of a run without Lighthouse, and of its evaluation."""
     scorer: str = "norm"
@@ -53,6 +55,10 @@ class Run:
     def switch(self, steps: int) -> int:
         """The last iteration in which all Lighthouse layers select; 0 for a run that is dense throughout."""
         return steps * self.share // 100
+
+    def warmup_to(self, steps: int) -> int:
+        """The last iteration of the dense warm-up; 0 for a run without one."""
+        return steps * self.warmup // 100
 
     def dense_from(self, steps: int) -> int:
         """The first iteration in which all layers are dense; 1 for a run that is dense throughout."""

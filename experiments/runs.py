@@ -239,6 +239,8 @@ def attention_arguments(run: Run, size: Size) -> list[str]:
         return ["--attention", run.attention]
     at = run.switch(size.steps)
     arguments = [*lighthouse_arguments(run, size), "--lighthouse-stage2-at", str(at)]
+    if run.warmup:
+        arguments += ["--lighthouse-dense-warmup-iters", str(run.warmup_to(size.steps))]
     if run.gradual:
         arguments += ["--lighthouse-return", "layers", "--lighthouse-return-iters", str(run.dense_from(size.steps) - at)]
     if run.telemetry:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.tables import PROBED, Results, Row, column_of, first, read_csv, read_json
-from megatron_lighthouse.recipe import recovery
+from megatron_lighthouse.recipe import recovery, recovery_log
 from megatron_lighthouse.recipe.printed_log import curve, median, stages, steady
 from megatron_lighthouse.recipe.probe import FILLERS, Probe
 from megatron_lighthouse.recipe.probes import PROBES
@@ -30,14 +30,15 @@ def run_row(facts: Row, points: Sequence[Row], evaluation: Row | None) -> Row:
         points: its part of curves.csv.
         evaluation: evaluation.json of its last checkpoint, where there is one.
     """
-    switch, dense_from = facts["switch"], facts["dense_from"]
-    times = stages(points, switch, dense_from)
+    switch, dense_from, warmup = facts["switch"], facts["dense_from"], facts.get("warmup", 0)
+    times = stages(points, switch, dense_from, warmup)
     last = [point["loss"] for point in points[-facts["smooth"] :]]
     answer: Row = {name: facts[name] for name in ("run", "title", "seed", "ranks", "at_once", "steps", "switch", "dense_from")}
+    answer |= {"warmup": warmup} if warmup else {}
     answer |= {"smooth": facts["smooth"], "device": facts.get("device"), "gpu": facts.get("gpu")}
     answer |= {"iterations": len(points), "tokens": len(points) * facts["tokens"]}
     answer["seconds"] = round(sum(point["seconds"] for point in points), 2)
-    answer["steady_seconds"] = round(sum(steady(points, switch, dense_from)), 2)
+    answer["steady_seconds"] = round(sum(steady(points, switch, dense_from, warmup)), 2)
     for name in ("lighthouse", "dense"):
         seconds = median(times[name])
         answer[f"tokens_per_second_{name}"] = round(facts["tokens"] / seconds, 1) if seconds else None
@@ -51,14 +52,14 @@ def run_row(facts: Row, points: Sequence[Row], evaluation: Row | None) -> Row:
     if times["lighthouse"] and times["dense"]:
         losses = {point["iteration"]: point["loss"] for point in points}
         try:
-            measured = recovery.measure(losses, switch, dense_from, facts["smooth"])
+            measured = recovery.measure(losses, switch, dense_from, facts["smooth"], warmup)
         except ValueError as error:
             print(f"{facts['run']}: recovery is left out: {error}", file=sys.stderr)
             measured = None
         found = (
             {}
             if measured is None
-            else recovery.report(recovery.Run(losses, switch, dense_from, facts["tokens"]), measured, None, facts["smooth"])
+            else recovery.report(recovery_log.Run(losses, switch, dense_from, facts["tokens"]), measured, None, facts["smooth"])
         )
     for name in ("level", "scatter", "spike", "spike_iteration", "iterations_to_recover", "tokens_to_recover"):
         answer[name] = found.get(name)

@@ -42,6 +42,9 @@ run_arguments
 at=$(argument --lighthouse-stage2-at '')
 [[ -z $at ]] || wrong "--lighthouse-stage2-at $at is both stages in one job, and two_stage.sh queues a job for each: leave it out, or use" \
     "launch/submit.sh for the one job."
+warmup=$(argument --lighthouse-dense-warmup-iters '')
+[[ -z $warmup ]] || wrong "--lighthouse-dense-warmup-iters $warmup is of stage 1, and stage 2 would refuse it: leave it out, or use" \
+    "launch/submit.sh with --lighthouse-stage2-at $STAGE1 for all in one job."
 STAGE2=$(stage2_attention)
 attention=$(argument --attention lighthouse)
 stages="lighthouse $STAGE2"

@@ -32,7 +32,7 @@ def test_a_missing_step_is_far(script: Any) -> None:
 
 
 def test_runs_are_alike_but_for_their_graphs(script: Any, tmp_path: Path) -> None:
-    options = argparse.Namespace(out=tmp_path, ranks=1, tiny=False, rounded=False)
+    options = argparse.Namespace(out=tmp_path, ranks=1, warmup=6, tiny=False, rounded=False)
     words = {kind: script.Run(kind).command(options)[3:] for kind in script.KINDS}
     folders = {kind: str(script.Run(kind).folder(options)) for kind in script.KINDS}
     for kind, command in words.items():
@@ -41,7 +41,8 @@ def test_runs_are_alike_but_for_their_graphs(script: Any, tmp_path: Path) -> Non
         assert same == words["eager"]
         args = flags.parse(command, with_all_arguments, strict=False)[0]
         assert not [*graphs.problems(args)]
-        assert args.eval_interval < script.SAVED < args.lighthouse_stage2_at < args.train_iters == script.STEPS
+        assert args.lighthouse_dense_warmup_iters == 6
+        assert args.eval_interval < 6 < script.SAVED < args.lighthouse_stage2_at < args.train_iters == script.STEPS
     further = script.Run("full_iteration", "eager")
     assert not further.may_start(options)
     checkpoints = script.Run("eager").folder(options) / "checkpoints"

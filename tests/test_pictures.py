@@ -36,9 +36,12 @@ def test_position_0_stands_at_0(drawn: list[Figure]) -> None:
     assert axes.get_ylabel() == "held-out loss (nats per token)"
 
 
+@pytest.mark.parametrize("warmup", [None, 2])
 @pytest.mark.parametrize("back", [None, 4])
-def test_a_legend_explains_the_marks_that_are_drawn(back: int | None, drawn: list[Figure], monkeypatch: Any) -> None:
-    row = {"run": "norm-60", "title": "", "at_once": 2, "smooth": 1, "switch": 4, "dense_from": 5, "steps": 9}
+def test_a_legend_explains_the_marks_that_are_drawn(
+    back: int | None, warmup: int | None, drawn: list[Figure], monkeypatch: Any
+) -> None:
+    row = {"run": "norm-60", "title": "", "at_once": 2, "smooth": 1, "switch": 4, "dense_from": 5, "steps": 9, "warmup": warmup}
     points = [{"iteration": i, "loss": 3.0 / i, "seconds": 1.0} for i in range(1, 10)]
     tables = {"runs": [{**row, "iterations_to_recover": back}], "curves": points}
     results = SimpleNamespace(
@@ -52,6 +55,7 @@ def test_a_legend_explains_the_marks_that_are_drawn(back: int | None, drawn: lis
     title = drawn[0].axes[0].get_title()
     assert "●: switch" in title
     assert ("□" in title) == (back is not None)
+    assert ("▼: Lighthouse begins" in title) == (warmup is not None)
 
 
 def test_tables_of_two_devices_are_not_drawn_as_one(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from megatron_lighthouse.mcore.command_line.stage import SWITCHES
 from megatron_lighthouse.mcore.data.blends import Here
 from megatron_lighthouse.mcore.data.text import PADDED_VOCABULARY
 from megatron_lighthouse.plan import memory
@@ -20,7 +21,7 @@ REFUSED = 1.25
 
 
 def counted(words: Sequence[str], args: argparse.Namespace, device: Device, world: int, here: Here) -> Run:
-    """The run as the plan counts it, of both its stages the one that needs more.
+    """The run as the plan counts it, of its stages the one that needs more.
 
     Args:
         here: where a path of the words is on this machine.
@@ -29,7 +30,8 @@ def counted(words: Sequence[str], args: argparse.Namespace, device: Device, worl
         ValueError: why the plan does not count it.
     """
     run = run_of_words(words, device, world, here)
-    return max([run, run.change(attention=run.base.name)] if args.lighthouse_stage2_at else [run], key=memory.total)
+    dense_too = any(getattr(args, f"lighthouse_{name}") for name in SWITCHES)
+    return max([run, run.change(attention=run.base.name)] if dense_too else [run], key=memory.total)
 
 
 def needs(run: Run, named: bool) -> str:

@@ -103,8 +103,8 @@ def hindsight_problems(args: argparse.Namespace, tokens: int, iteration: int | N
     if iteration is None:
         return
     trained = trained_with(args, iteration) if VARIANTS[args.attention].selects else None
-    if args.switched_at is not None or (trained and not VARIANTS[trained].selects):
-        why = f"--lighthouse-stage2-at {args.switched_at}" if trained is None else "as they were trained"
+    if args.dense_by is not None or (trained and not VARIANTS[trained].selects):
+        why = args.dense_by if trained is None else "as they were trained"
         steps = " or ".join(map(str, selecting(args)[-3:]))
         yield (
             f"--hindsight-samples {args.hindsight_samples} asks what Lighthouse layers owe to later tokens, and in iteration "

@@ -34,18 +34,20 @@ def curve(log: str, start: str) -> list[Row]:
     return list(rows.values())
 
 
-def stages(points: Sequence[Row], switch: int, dense_from: int) -> dict[str, list[float]]:
-    """The seconds of the iterations of each stage.
+def stages(points: Sequence[Row], switch: int, dense_from: int, warmup: int = 0) -> dict[str, list[float]]:
+    """The seconds of the iterations of each stage, in their order.
 
     Args:
         points: rows of `curve`.
         switch: the last iteration with Lighthouse in all its layers.
-        dense_from: the first in which all layers are dense.
+        dense_from: the first after it in which all layers are dense.
+        warmup: the last of a dense warm-up; 0 without one.
     """
-    found: dict[str, list[float]] = {"lighthouse": [], "return": [], "dense": []}
+    found: dict[str, list[float]] = {"warmup": [], "lighthouse": [], "return": [], "dense": []}
     for point in points:
         i = point["iteration"]
-        found["lighthouse" if i <= switch else "return" if i < dense_from else "dense"].append(point["seconds"])
+        stage = "warmup" if i <= warmup else "lighthouse" if i <= switch else "return" if i < dense_from else "dense"
+        found[stage].append(point["seconds"])
     return found
 
 
@@ -54,7 +56,7 @@ def median(times: Sequence[float]) -> float | None:
     return statistics.median(times[len(times) // 2 :]) if times else None
 
 
-def steady(points: Sequence[Row], switch: int, dense_from: int) -> list[float]:
+def steady(points: Sequence[Row], switch: int, dense_from: int, warmup: int = 0) -> list[float]:
     """[iterations] the seconds of each iteration, replaced by the `median` of its stage."""
-    found = stages(points, switch, dense_from).values()
+    found = stages(points, switch, dense_from, warmup).values()
     return [seconds for times in found for seconds in [median(times) or 0.0] * len(times)]

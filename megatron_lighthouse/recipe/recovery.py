@@ -5,6 +5,7 @@ for each attention, as of `recipe.two_stage`. Leaves recovery.csv and recovery.p
 
 Definitions, ours; W is --smooth, and losses are the training losses that were logged:
 - smoothed: the mean of a loss and of up to W - 1 before it in the same stage, so that no mean has both attentions in it.
+  A dense warm-up is of neither.
 - level: the last smoothed loss of stage 1; scatter: the standard deviation of the W losses in it, to judge the spike by.
 - spike: the highest single loss from the switch to the W-th loss after all layers are dense, less the level.
 - recovered: in the first iteration, from that of the spike on, whose smoothed loss is at most the level; up to W - 1 losses
@@ -17,7 +18,6 @@ Definitions, ours; W is --smooth, and losses are the training losses that were l
 from __future__ import annotations
 
 import csv
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,28 +27,10 @@ from typing import Any
 import numpy
 
 from megatron_lighthouse.needed import ask_for_megatron
-from megatron_lighthouse.recipe.comparable import check_comparable, check_switches, told, unit
-from megatron_lighthouse.recipe.of_run import log_folder
+from megatron_lighthouse.recipe.comparable import check_comparable, unit
+from megatron_lighthouse.recipe.recovery_log import STAGES, Run, logs, read_losses, read_run
 from megatron_lighthouse.recipe.whole_log import Losses, check_around, check_finite, check_since, said_of, width_of
 from megatron_lighthouse.usage import Parser
-
-STAGES = ("lighthouse", "dense")
-LAYERS = "lighthouse/layers"  # the scalar that `mcore.loop.switch` writes: layers that use Lighthouse
-STAGE2_AT = "lighthouse_stage2_at"  # when the run's job switches
-SIZES = ("seq_length", "global_batch_size")
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a log says."""
-
-    losses: Losses
-    switch: int
-    """The last iteration before any layer became dense."""
-    dense_from: int
-    """The first logged one in which all are."""
-    tokens: int | None
-    """Tokens of an iteration, where the log has the run's arguments."""
 
 
 @dataclass(frozen=True)
@@ -71,20 +53,23 @@ def smoothed(losses: Losses, width: int) -> Losses:
     return {i: float(numpy.mean(values[max(0, n + 1 - width) : n + 1])) for n, i in enumerate(losses)}
 
 
-def measure(losses: Losses, switch: int, dense_from: int, width: int) -> Recovery:
+def measure(losses: Losses, switch: int, dense_from: int, width: int, warmup: int = 0) -> Recovery:
     """Measure a run whose layers all use Lighthouse up to iteration `switch`, and are all dense from `dense_from` on.
+
+    Its losses up to iteration `warmup`, when all were dense too, are of neither stage.
 
     Raises:
         ValueError: no loss on one side of the switch, or losses that cannot be judged by.
     """
     check_finite(losses)
+    losses = {i: x for i, x in losses.items() if i > warmup}
     before, after = ({i: x for i, x in losses.items() if (i > switch) == later} for later in (False, True))
     if not before or not after:
         where, what = ("after", "stage 2 is") if before else ("up to", "stage 1 is")
         raise ValueError(
             f"there is no loss {where} iteration {switch}, the last with Lighthouse: {what} missing, or --switch wrong."
         )
-    check_around(losses, switch, width)
+    check_around(losses, switch, width, warmup)
     last = list(before.values())[-width:]
     level, scatter = float(numpy.mean(last)), float(numpy.std(last))
     mean = smoothed(after, width)
@@ -116,75 +101,13 @@ def caught_up(losses: Losses, dense: Losses, spike_iteration: int, width: int) -
     return next((i for i, mean in [*smoothed(above, width).items()][width - 1 :] if mean <= 0), None)
 
 
-def read_losses(folders: Sequence[Path]) -> tuple[Losses, list[int], Losses]:
-    """Of logs that follow each other: the losses, the first iteration of each log, and Lighthouse layers by iteration.
-
-    Raises:
-        ValueError: a folder without a log of training losses.
-    """
-    from megatron_lighthouse.plots import read_scalars
-
-    losses: Losses = {}
-    layers: Losses = {}
-    starts = []
-    for folder in folders:
-        scalars = read_scalars(folder) if folder.is_dir() else {}
-        if "lm loss" not in scalars:
-            raise ValueError(f"{folder} has no TensorBoard log with training losses: give the folder of a run, or of its log.")
-        steps, values = scalars["lm loss"]
-        starts.append(int(steps[0]))
-        losses, layers = ({i: x for i, x in known.items() if i < starts[-1]} for known in (losses, layers))
-        losses |= {int(i): float(x) for i, x in zip(steps, values, strict=True)}
-        layers |= {int(i): float(n) for i, n in zip(*scalars.get(LAYERS, ((), ())), strict=True)}
-    return losses, starts, layers
-
-
-def read_run(folder: Path, switch: int | None = None) -> Run:
-    """A run and where it switched: as `switch` says, else the last job's argument, else the scalar of Lighthouse layers, of
-    which not every iteration is logged, else between its two logs.
-
-    Raises:
-        ValueError: a log without losses, of a run that had none to switch, or one that does not say where the switch was.
-    """
-    folders = logs(folder)
-    losses, starts, layers = read_losses(folders)
-    layers = {i: n for i, n in layers.items() if i in losses}
-    check_switches(folders, layers.values())
-    said, full = arguments(folders[-1]), max(layers.values(), default=0)
-    if switch is None:
-        switch = said.get(STAGE2_AT)
-    if switch is None and layers:
-        switch = max(i for i, n in layers.items() if n == full)
-    if switch is None and len(folders) > 1:
-        switch = max((i for i in losses if i < starts[-1]), default=starts[-1] - 1)
-    if switch is None:
-        raise ValueError(f"the log in {folders[0]} does not say when layers became dense: add --switch ITER.")
-    # where all use Lighthouse after --switch, stage 1 had trained on past the checkpoint that stage 2 took up
-    dense_from = min((i for i in losses if i > switch and layers.get(i, 0) in (0, full)), default=switch + 1)
-    tokens = math.prod(said[name] for name in SIZES) if said.keys() >= {*SIZES} else None
-    return Run(losses, switch, dense_from, tokens)
-
-
-def logs(folder: Path) -> list[Path]:
-    """The folders of a run's log: one, or one a stage."""
-    folder = log_folder(folder)
-    base = folder / "tensorboard" if (folder / "tensorboard").is_dir() else folder
-    stages = [part for part in base.iterdir() if [*part.glob("*tfevents*")]] if base.is_dir() else []
-    return sorted(stages, key=lambda part: part.name != STAGES[0]) or [base]
-
-
-def arguments(folder: Path) -> dict[str, int]:
-    """`SIZES` and `STAGE2_AT`, where given, of the last job in a log: Megatron writes its arguments into it."""
-    return {name: int(value) for name, value in told(folder, (*SIZES, STAGE2_AT)).items() if value.isdigit()}
-
-
 def report(run: Run, measured: Recovery, dense: Losses | None, width: int) -> dict[str, Any]:
     """The row of recovery.csv; empty where something is not known.
 
     Raises:
         ValueError: `run` and `dense` have no iteration in common.
     """
-    row: dict[str, Any] = {"switch": run.switch, "dense_from": run.dense_from}
+    row: dict[str, Any] = {"warmup": run.warmup, "switch": run.switch, "dense_from": run.dense_from}
     row |= {name: getattr(measured, name) for name in ("level", "scatter", "spike", "spike_iteration")}
     level = caught_up(run.losses, dense, measured.spike_iteration, width) if dense else None
     for what, iteration in (("recover", measured.recovered), ("catch_up", level)):
@@ -205,7 +128,8 @@ def table(row: dict[str, Any]) -> str:
             return "not within the run"
         return f"{iterations:,} iterations" + ("" if tokens is None else f", {tokens:,} tokens")
 
-    lines = [
+    lines = [("dense warm-up to", f"{row['warmup']:,}")] if row["warmup"] else []
+    lines += [
         ("Lighthouse to iteration", f"{row['switch']:,}"),
         ("all layers dense from", f"{row['dense_from']:,}"),
         ("level before the switch", f"{row['level']:.4f}, single losses scatter by {row['scatter']:.4f}"),
@@ -232,11 +156,15 @@ def draw(run: Run, measured: Recovery, dense: Losses | None, width: int, path: P
     if dense:
         mean = smoothed(dense, width)
         axes.plot(list(mean), list(mean.values()), color="#999999", label="dense from scratch")
-    for stage, later in zip(STAGES, (False, True), strict=True):
-        part = {i: x for i, x in run.losses.items() if (i > run.switch) == later}
+    begins, ends = (0, run.warmup, run.switch), (run.warmup, run.switch, max(run.losses))
+    names = ("dense warm-up", *(f"stage {n}, {stage}" for n, stage in enumerate(STAGES, 1)))
+    for name, stage, begin, end in zip(names, (STAGES[1], *STAGES), begins, ends, strict=True):
+        part = {i: x for i, x in run.losses.items() if begin < i <= end}
+        if not part:
+            continue
         mean, colour = smoothed(part, width), STAGE_COLOURS[stage]
         axes.plot(list(part), list(part.values()), color=colour, alpha=0.25, linewidth=1)
-        axes.plot(list(mean), list(mean.values()), color=colour, label=f"stage {1 + later}, {stage} (mean of {width})")
+        axes.plot(list(mean), list(mean.values()), color=colour, label=f"{name} (mean of {width})")
     axes.axvline(run.switch + 0.5, color="#999999", linestyle=":", label=f"switch after {run.switch:,}")
     axes.hlines(
         measured.level, run.switch, measured.final_iteration, color="#999999", linestyle="--", linewidth=1, label="level"
@@ -273,9 +201,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.smooth < 1:
             raise ValueError(f"--smooth {options.smooth} must be at least 1: use 10, or more where single losses scatter.")
         run = read_run(options.run, options.switch)
-        width, why = width_of(run.losses, run.switch, options.smooth)
+        width, why = width_of(run.losses, run.switch, options.smooth, run.warmup)
         with said_of(options.run):
-            measured = measure(run.losses, run.switch, run.dense_from, width)
+            measured = measure(run.losses, run.switch, run.dense_from, width, run.warmup)
         dense = read_losses(logs(options.dense))[0] if options.dense else None
         check_comparable(logs(options.run), logs(options.dense) if options.dense else [])
         with said_of(options.dense):

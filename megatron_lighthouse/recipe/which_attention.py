@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from megatron_lighthouse.mcore.command_line import settings, stored
+from megatron_lighthouse.mcore.command_line.stage import SWITCHES
 from megatron_lighthouse.variants import LIGHTHOUSE, VARIANTS
 
 BY_SPEC = ["megatron_lighthouse.mcore.spec", "lighthouse"]
@@ -13,20 +14,20 @@ BY_SPEC = ["megatron_lighthouse.mcore.spec", "lighthouse"]
 
 
 def settle_attention(args: argparse.Namespace, iteration: int) -> None:
-    """Make `attention` what the layers do at the checkpoint's iteration: what they select for, where all have switched by then.
+    """Make `attention` what the layers do at the checkpoint's iteration: what they select for, where all are dense then.
 
-    Sets `lighthouse_layers`, how many have not, and `switched_at`: --lighthouse-stage2-at where none is left, else None.
+    Sets `lighthouse_layers`, how many are not, and `dense_by`: the flag, with its value, by which all are dense, else None.
     """
     if args.spec == BY_SPEC:
         args.spec, args.attention = None, LIGHTHOUSE.name
-    args.lighthouse_layers, args.switched_at = 0, None
+    args.lighthouse_layers, args.dense_by = 0, None
     if VARIANTS[args.attention].selects:
         given, layers = settings.settings_from(args), args.num_layers
         args.lighthouse_layers = given.lighthouse_layers(layers) - given.dense_by_now(layers, iteration)
-        if given.stage2 and not args.lighthouse_layers:
-            args.attention, args.switched_at = given.base.name, given.stage2.at
+        if given.schedule and not args.lighthouse_layers:
+            args.attention, args.dense_by = given.base.name, given.schedule.because(iteration)
     if not VARIANTS[args.attention].switches:
-        args.lighthouse_stage2_at = None  # there is nothing to switch
+        vars(args).update(dict.fromkeys(f"lighthouse_{name}" for name in SWITCHES))  # there is nothing to switch
 
 
 def trained_with(args: argparse.Namespace, iteration: int) -> str | None:

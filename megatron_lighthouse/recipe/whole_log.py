@@ -15,14 +15,15 @@ NAMED = 3
 """Iterations and holes that an error names."""
 
 
-def width_of(losses: Losses, switch: int, asked: int) -> tuple[int, str]:
+def width_of(losses: Losses, switch: int, asked: int, warmup: int = 0) -> tuple[int, str]:
     """Losses in a mean: those asked for, or as many as the shorter stage has; and what to say of it.
 
-    A log that lacks its beginning is no short stage.
+    A log that lacks its beginning is no short stage, and neither is a warm-up, whose last iteration is `warmup`.
     """
+    losses = {i: x for i, x in losses.items() if i > warmup}
     stages = [sum((i > switch) == later for i in losses) for later in (False, True)]
     fewest, every = min(stages), _interval([*losses])
-    lacks = every is not None and min(losses) > every
+    lacks = every is not None and min(losses) - warmup > every
     if asked <= fewest or not fewest or (lacks and fewest == stages[0]):
         return asked, ""
     stage = 1 + stages.index(fewest)
@@ -36,8 +37,10 @@ def check_finite(losses: Losses) -> None:
         raise ValueError(f"not all losses are finite ({named}): nothing is judged. Train again from a checkpoint before that.")
 
 
-def check_around(losses: Losses, switch: int, width: int) -> None:
+def check_around(losses: Losses, switch: int, width: int, warmup: int = 0) -> None:
     """Raises ValueError where an iteration that should be logged is not: of the last `width` up to `switch`, and of all since.
+
+    Stage 1 begins after `warmup`, of which there are no losses here.
 
     How often a run logs is the commonest distance of its iterations, in each stage: a second job may log more rarely.
     """
@@ -46,7 +49,7 @@ def check_around(losses: Losses, switch: int, width: int) -> None:
         return
     before, after = ([i for i in losses if (i > switch) == later] for later in (False, True))
     early, late = (_interval(stage) if len(stage) > 2 else every for stage in (before, after))
-    begin = before[-width:] if len(before) >= width else [0, *before]
+    begin = before[-width:] if len(before) >= width else [warmup, *before]
     # a stage may end, and the next begin, between two iterations that are logged
     found = _holes([*begin, switch + 1], early or every) + _holes([switch, *after], late or every)
     if found:

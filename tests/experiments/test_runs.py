@@ -40,10 +40,11 @@ def test_every_run_is_one_that_the_product_takes(experiment: str, name: str) -> 
     if args.attention == "lighthouse":
         found = settings.settings_from(args)
         assert found.config.geometry(size.seq_length)
-        assert found.stage2 is not None
-        assert not list(found.stage2.problems(size.steps))
-        assert found.stage2.at == run.switch(size.steps) == size.steps * run.share // 100
-        assert found.stage2.at + found.stage2.over == run.dense_from(size.steps)
+        assert (schedule := found.schedule) is not None
+        assert not list(schedule.problems(size.steps))
+        assert schedule.stage2_at == run.switch(size.steps) == size.steps * run.share // 100
+        assert schedule.stage2_at + schedule.return_iters == run.dense_from(size.steps)
+        assert (schedule.dense_warmup_iters or 0) == run.warmup_to(size.steps) == size.steps * run.warmup // 100
 
 
 def test_help_names_the_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,6 +44,16 @@ def test_a_row_by_hand() -> None:
     assert (row["level"], row["spike"], row["iterations_to_recover"], row["held_out_loss"]) == (3.5, -1.5, 0, None)
 
 
+def test_a_dense_warmup_is_a_stage_of_its_own() -> None:
+    seconds = [9.0, 3.0, 1.0, 1.0, 2.0, 2.0]
+    losses = [9.0, 9.0, 4.0, 3.0, 5.0, 3.0]
+    points = [{"iteration": i, "loss": x, "seconds": s} for i, (x, s) in enumerate(zip(losses, seconds, strict=True), 1)]
+    row = run_row(facts(BASE, switch=4, dense_from=5, warmup=2, steps=6), points, None)
+    assert (row["warmup"], row["steady_seconds"], row["level"], row["spike"]) == (2, 2 * 3 + 2 * 1 + 2 * 2, 3.5, 1.5)
+    assert (row["tokens_per_second_lighthouse"], row["tokens_per_second_dense"]) == (8.0, 4.0)
+    assert "warmup" not in run_row(facts(BASE, switch=4, dense_from=5), points, None)
+
+
 def test_pairs_by_hand(tmp_path: Path) -> None:
     pairs.write(tables.merged([DENSE, OURS]), tmp_path)
     (pair,) = tables.read_csv(tmp_path / "pairs.csv")

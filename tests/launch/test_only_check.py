@@ -102,11 +102,12 @@ CHECKED = ("--only-check", "1", "--check", "quick")
         (
             "two_stage.sh",
             ("--stage1", "1x", "--total", "20", "--eval-iters", "some"),
-            "--train-iters 5 --lighthouse-stage2-at 3 --lr abc",
+            "--train-iters 5 --lighthouse-stage2-at 3 --lighthouse-dense-warmup-iters 2 --lr abc",
             [
                 "--stage1 1x must be a number of iterations",
                 "--train-iters after the --",
                 "--lighthouse-stage2-at 3 is both stages in one job",
+                "--lighthouse-dense-warmup-iters 2 is of stage 1",
                 "--eval-iters some must be",
                 "--lr abc must be a number",
             ],

@@ -14,6 +14,7 @@ from tests.launch.scripts import refused, submit, words
 from tests.mcore.test_spec import transformer_config
 
 SWITCH = "--lighthouse-stage2-at"
+WARMUP = "--lighthouse-dense-warmup-iters"
 ENDS = "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split"
 
 
@@ -30,6 +31,12 @@ def checked(recipe: str, more: str, gpus: int = 8) -> int:
     [
         (f"--train-iters 100 {SWITCH} 100", f"{SWITCH} 100 leaves no iteration of --train-iters 100 .* at most {SWITCH} 99"),
         (f"--attention dense {SWITCH} 5", f"{SWITCH} 5 makes Lighthouse layers dense, .* use --attention lighthouse"),
+        (f"--attention dense {WARMUP} 5", f"{WARMUP} 5 makes Lighthouse layers dense, .* use --attention lighthouse"),
+        (f"--train-iters 9 {WARMUP} 9", f"{WARMUP} 9 leaves no iteration of --train-iters 9 .* at most {WARMUP} 8"),
+        (
+            f"{WARMUP} 5 {SWITCH} 5",
+            f"{WARMUP} 5 leaves no iteration .* before {SWITCH} 5: use {WARMUP} 4 or less, or {SWITCH} 6",
+        ),
         ("--lighthouse-return layers", f"says how layers become dense, .* add {SWITCH} ITER"),
         ("--lighthouse-dense-first 29 --lighthouse-dense-last 1", "29 and .* 1 leave none of 30 layers to Lighthouse"),
         ("--lighthouse-dense-last -1", "--lighthouse-dense-last -1 must not be negative"),

@@ -15,7 +15,7 @@ from megatron.core.transformer.cuda_graphs import CudaGraphManager, _CudaGraphRu
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_lighthouse.mcore.command_line.stage import Stage2
+from megatron_lighthouse.mcore.command_line.stage import Schedule
 from megatron_lighthouse.mcore.loop import captured, switch
 from tests.mcore.test_spec import SETTINGS, transformer_config
 
@@ -252,7 +252,7 @@ def test_the_switch_forgets_before_the_first_iteration_of_other_layers(monkeypat
     found = [follows.train_step(train_step, None, None, "model", iteration=i) for i in range(5)]
     assert found == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 1)]
     assert forgotten == ["model"]
-    assert Stage2(1).over == 1  # of more than one, graphs are refused
+    assert Schedule(1).return_iters == 1  # of more than one, graphs are refused
 
 
 class Graph:

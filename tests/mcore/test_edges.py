@@ -12,7 +12,7 @@ from megatron_lighthouse.launch.sizes import sizes
 from megatron_lighthouse.mcore.command_line.layers import layer_problems
 from megatron_lighthouse.mcore.command_line.lengths import settings_problems
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, add_arguments, settings_from
-from megatron_lighthouse.mcore.command_line.stage import Stage2
+from megatron_lighthouse.mcore.command_line.stage import Schedule
 from tests.mcore.harness import MODEL
 from tests.mcore.test_spec import SETTINGS, gpt, lighthouse_layers, local_spec, transformer_config
 
@@ -36,7 +36,7 @@ def test_edge_layers_are_the_dense_ones_and_select() -> None:
 
 
 def test_at_the_switch_they_become_dense_with_the_rest() -> None:
-    settings = replace(EDGES, stage2=Stage2(10, 3))
+    settings = replace(EDGES, schedule=Schedule(10, 3))
     for iteration, selecting in ((10, [1, 2, 3, 4, 5, 6]), (11, [3, 4, 5, 6]), (12, [5, 6]), (13, [])):
         assert [n for n in range(1, 7) if not settings.is_dense(n, 6, iteration)] == selecting
 

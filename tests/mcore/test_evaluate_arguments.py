@@ -21,6 +21,8 @@ from tests.mcore.test_evaluate import TOKENS, evaluate, tiny
 
 RUN = ["--attention", "lighthouse", "--lighthouse-stage2-at", "2", "--global-batch-size", "1"]
 """Of MODEL's three iterations, the last is dense."""
+WARMUP_OF = "--lighthouse-dense-warmup-iters 2"
+WARMUP = WARMUP_OF.split()
 LAYERS = ["--lighthouse-return", "layers", "--lighthouse-return-iters", "4"]
 NOTHING = ["--loss-sequences", "0", "--passkey-samples", "0"]
 BUILT = "number of parameters on"
@@ -151,9 +153,14 @@ def lighthouse(*words: str, **more: Any) -> Namespace:
         (["--lighthouse-stage2-at", "6"], 9, ("dense", 0, None)),  # of a run's arguments; --attention dense
         (["--attention", "lighthouse"], 9, ("lighthouse", 4, None)),
         (["--attention", "lighthouse", "--lighthouse-stage2-at", "6"], 6, ("lighthouse", 4, None)),
-        (["--attention", "lighthouse", "--lighthouse-stage2-at", "6"], 7, ("dense", 0, 6)),
+        (["--attention", "lighthouse", "--lighthouse-stage2-at", "6"], 7, ("dense", 0, "--lighthouse-stage2-at 6")),
+        (["--attention", "lighthouse", *WARMUP], 0, ("dense", 0, WARMUP_OF)),
+        (["--attention", "lighthouse", *WARMUP], 2, ("dense", 0, WARMUP_OF)),
+        (["--attention", "lighthouse", *WARMUP], 3, ("lighthouse", 4, None)),
+        (["--attention", "lighthouse", *WARMUP, "--lighthouse-stage2-at", "6"], 2, ("dense", 0, WARMUP_OF)),
+        (["--attention", "lighthouse", *WARMUP, "--lighthouse-stage2-at", "6"], 7, ("dense", 0, "--lighthouse-stage2-at 6")),
         (["--attention", "lighthouse", "--lighthouse-stage2-at", "6", *LAYERS], 7, ("lighthouse", 3, None)),
-        (["--attention", "lighthouse", "--lighthouse-stage2-at", "6", *LAYERS], 10, ("dense", 0, 6)),
+        (["--attention", "lighthouse", "--lighthouse-stage2-at", "6", *LAYERS], 10, ("dense", 0, "--lighthouse-stage2-at 6")),
     ],
 )
 def test_attention_is_that_of_the_iteration(words: list[str], iteration: int, expected: tuple[Any, ...]) -> None:
@@ -164,9 +171,9 @@ def test_attention_is_that_of_the_iteration(words: list[str], iteration: int, ex
         given.append(lighthouse(*words[2:], spec=BY_SPEC))
     for args in given:
         settle_attention(args, iteration)
-        assert (args.attention, args.lighthouse_layers, args.switched_at) == expected
+        assert (args.attention, args.lighthouse_layers, args.dense_by) == expected
         assert args.spec is None
-        assert args.lighthouse_stage2_at is None or args.attention == "lighthouse"
+        assert args.attention == "lighthouse" or args.lighthouse_stage2_at is args.lighthouse_dense_warmup_iters is None
 
 
 def test_what_the_layers_did_in_training_is_asked_of_the_checkpoint(switched: Path) -> None:

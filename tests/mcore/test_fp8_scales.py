@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
-from megatron_lighthouse.mcore.command_line.stage import Stage2
+from megatron_lighthouse.mcore.command_line.stage import Schedule
 from tests.mcore.test_fp8 import ASKED
 from tests.mcore.test_spec import SETTINGS, N, fused_qkv, gpt, local_spec, transformer_config
 
@@ -128,7 +128,7 @@ def test_a_layer_keeps_its_scales_at_the_switch(monkeypatch: pytest.MonkeyPatch)
 
     now = [1]
     monkeypatch.setattr(switch, "iteration", lambda: now[0])
-    settings = LighthouseSettings(SETTINGS.config, dense_first=1, dense_last=2, rope="mean", stage2=Stage2(at=2))
+    settings = LighthouseSettings(SETTINGS.config, dense_first=1, dense_last=2, rope="mean", schedule=Schedule(stage2_at=2))
     core = cores(model(settings))[1]
     attend(core)
     now[0] = 3

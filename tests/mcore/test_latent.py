@@ -15,7 +15,7 @@ from megatron_lighthouse.lighthouse.geometry import Pyramid
 from megatron_lighthouse.lighthouse.reference import pool
 from megatron_lighthouse.mcore.command_line.layers import attention_layers
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_per_selection, settings_from
-from megatron_lighthouse.mcore.command_line.stage import Stage2
+from megatron_lighthouse.mcore.command_line.stage import Schedule
 from megatron_lighthouse.mcore.loop import selection_log
 from tests.mcore.test_selection_log import arguments
 from tests.mcore.test_spec import SETTINGS, gpt, lighthouse_layers, local_spec, transformer_config
@@ -153,7 +153,7 @@ def test_windowed_layers_stay_and_the_others_are_counted() -> None:
     assert attention_layers(transformer_config(**every_second)) == (2, 4, 6)
     args = arguments(**every_second)
     assert settings_from(args).numbers(12) == selection_log.watched_layers(args) == (6, 8)
-    gradual = replace(settings_from(args), stage2=Stage2(10, 2))
+    gradual = replace(settings_from(args), schedule=Schedule(10, 2))
     assert [n for n in range(1, 13) if not gradual.is_dense(n, 12, 11)] == [8]
     listed = {"window_size": (7, 0), "window_attn_skip_freq": [0, 1, 1, 0, 0, 0]}
     config = transformer_config(**listed, softmax_type="learnable")

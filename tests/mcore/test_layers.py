@@ -14,7 +14,7 @@ from megatron_lighthouse.launch import check
 from megatron_lighthouse.launch.sizes import sizes
 from megatron_lighthouse.mcore.command_line.layers import attention_layers, in_words
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, settings_from
-from megatron_lighthouse.mcore.command_line.stage import Stage2
+from megatron_lighthouse.mcore.command_line.stage import Schedule
 from megatron_lighthouse.mcore.loop import selection_log
 from tests.mcore.harness import MODEL
 from tests.mcore.test_selection_log import arguments
@@ -71,7 +71,7 @@ def test_first_and_last_are_of_those_with_attention() -> None:
     settings = settings_from(given())
     assert settings.numbers(12) == (5, 6, 7)
     assert settings.lighthouse_layers(12) == 3
-    gradual = replace(settings, stage2=Stage2(10, 3))
+    gradual = replace(settings, schedule=Schedule(10, 3))
     for iteration, selecting in ((10, [5, 6, 7]), (11, [6, 7]), (12, [7]), (13, [])):
         assert [n for n in range(1, 13) if not gradual.is_dense(n, 12, iteration)] == selecting
 

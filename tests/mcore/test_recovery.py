@@ -11,8 +11,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_lighthouse.mcore.command_line.settings import add_arguments
 from megatron_lighthouse.mcore.loop import switch
-from megatron_lighthouse.recipe import recovery
-from megatron_lighthouse.recipe.recovery import Recovery, caught_up, gap, main, measure, read_run, smoothed
+from megatron_lighthouse.recipe import recovery, recovery_log
+from megatron_lighthouse.recipe.recovery import Recovery, caught_up, gap, main, measure, smoothed
+from megatron_lighthouse.recipe.recovery_log import read_run
 from megatron_lighthouse.recipe.whole_log import width_of
 
 
@@ -94,21 +95,21 @@ def test_level_with_dense_from_the_first_whole_mean() -> None:
 
 def write(folder: Path, losses: dict[int, float], layers: dict[int, int] | None = None, at: int | None = None) -> None:
     with SummaryWriter(str(folder)) as log:
-        for name, value in (("seq_length", 64), ("global_batch_size", 2), (recovery.STAGE2_AT, at)):
+        for name, value in (("seq_length", 64), ("global_batch_size", 2), (recovery_log.STAGE2_AT, at)):
             log.add_text(name, str(value))
         for iteration, loss in losses.items():
             log.add_scalar("lm loss", loss, iteration)
         for iteration, count in (layers or {}).items():
-            log.add_scalar(recovery.LAYERS, count, iteration)
+            log.add_scalar(recovery_log.LAYERS, count, iteration)
 
 
 def test_the_scalar_is_the_one_that_a_run_writes() -> None:
-    assert recovery.LAYERS == switch.SCALAR
+    assert recovery_log.LAYERS == switch.SCALAR
 
 
 def test_the_argument_is_the_one_that_a_run_has() -> None:
     parser = add_arguments(argparse.ArgumentParser())
-    assert getattr(parser.parse_args(["--lighthouse-stage2-at", "5"]), recovery.STAGE2_AT) == 5
+    assert getattr(parser.parse_args(["--lighthouse-stage2-at", "5"]), recovery_log.STAGE2_AT) == 5
 
 
 def test_one_job(tmp_path: Path) -> None:
@@ -140,6 +141,38 @@ def test_a_named_switch_of_a_return_layer_by_layer(tmp_path: Path) -> None:
         run = read_run(tmp_path, named)
         measured = measure(run.losses, run.switch, run.dense_from, 10)
         assert (run.switch, run.dense_from, measured.spike, measured.spike_iteration) == (40, 56, 3.0, 60)
+
+
+def test_a_dense_warmup_is_no_part_of_stage_1(tmp_path: Path) -> None:
+    """Dense to iteration 3, with Lighthouse to 6: neither is 3 a switch, nor are its losses in the level."""
+    losses = curve(9.0, 9.0, 9.0, 4.0, 3.0, 3.0, 5.0, 3.0, 2.0)
+    write(tmp_path, losses, curve(0, 0, 0, 4, 4, 4, 0, 0, 0))
+    run = read_run(tmp_path)
+    assert (run.losses, run.warmup, run.switch, run.dense_from) == (losses, 3, 6, 7)
+    assert width_of(losses, 6, 10, 3)[0] == 3
+    for width, level in ((2, 3.0), (3, 10 / 3), (9, 10 / 3)):
+        found = measure(losses, 6, 7, width, run.warmup)
+        assert (found.level, found.spike) == (pytest.approx(level), pytest.approx(5.0 - level))
+    with pytest.raises(ValueError, match="no loss of iterations 4 to 4"):
+        measure({i: x for i, x in losses.items() if i != 4}, 6, 7, 3, run.warmup)
+    with pytest.raises(ValueError, match="stage 1 is missing"):
+        measure(losses, 6, 7, 2, warmup=6)
+
+
+def test_the_report_and_the_picture_of_a_dense_warmup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, curve(9.0, 9.0, 4.0, 3.0, 5.0, 3.0), curve(0, 0, 4, 4, 0, 0))
+    assert main([str(tmp_path), "--smooth", "2"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "dense warm-up to 2 Lighthouse to iteration 4 all layers dense from 5 level before the switch 3.5000" in said
+    assert (tmp_path / "recovery.png").stat().st_size > 0
+    with (tmp_path / "recovery.csv").open() as table:
+        assert [row["warmup"] for row in csv.DictReader(table)] == ["2"]
+
+
+def test_a_warmup_alone_is_no_switch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, SPIKE, curve(0, 0, 0, 4, 4, 4, 4, 4, 4))
+    assert main([str(tmp_path), "--smooth", "2"]) == 1
+    assert "there is no loss after iteration 9, the last with Lighthouse" in capsys.readouterr().err
 
 
 def test_a_named_switch_before_the_end_of_stage_1(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_lighthouse import notice
 from megatron_lighthouse.plots import read_scalars
-from megatron_lighthouse.recipe import recovery
+from megatron_lighthouse.recipe import recovery_log
 from megatron_lighthouse.recipe.recovery import main
 
 SWITCH = 20
@@ -25,7 +25,7 @@ def write(folder: Path, losses: dict[int, float], with_layers: bool = True) -> P
         for iteration, loss in losses.items():
             log.add_scalar("lm loss", loss, iteration)
             if with_layers:
-                log.add_scalar(recovery.LAYERS, 4 if iteration <= SWITCH else 0, iteration)
+                log.add_scalar(recovery_log.LAYERS, 4 if iteration <= SWITCH else 0, iteration)
     (made,) = {*folder.glob("*tfevents*")} - known
     return made
 

@@ -35,7 +35,7 @@ def of_two_gpus() -> Lines:
 
 
 def of_graphs() -> Lines:
-    options = argparse.Namespace(out=OUT, ranks=1, tiny=False, rounded=False)
+    options = argparse.Namespace(out=OUT, ranks=1, tiny=False, rounded=False, warmup=0)
     return {f"graphs, {kind}": (1, graphs_training.Run(kind).command(options)) for kind in graphs_training.KINDS}
 
 

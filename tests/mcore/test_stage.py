@@ -12,7 +12,7 @@ import torch
 
 from megatron_lighthouse.lighthouse import telemetry
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, add_arguments, settings_from
-from megatron_lighthouse.mcore.command_line.stage import Stage2
+from megatron_lighthouse.mcore.command_line.stage import Schedule
 from megatron_lighthouse.plots import read_scalars
 from tests.mcore.harness import Run, run
 from tests.mcore.test_output import RECOMPUTE, loss
@@ -23,22 +23,22 @@ ITER = 3
 
 
 @pytest.mark.parametrize(
-    ("stage2", "layers", "dense"),
+    ("schedule", "layers", "dense"),
     [
-        (Stage2(3), 5, [0, 0, 0, 5, 5, 5]),
-        (Stage2(1, 4), 4, [0, 1, 2, 3, 4, 4]),
-        (Stage2(1, 3), 5, [0, 2, 4, 5, 5, 5]),
-        (Stage2(1, 5), 2, [0, 1, 1, 2, 2, 2]),
-        (Stage2(2, 3), 0, [0, 0, 0, 0, 0, 0]),
+        (Schedule(3), 5, [0, 0, 0, 5, 5, 5]),
+        (Schedule(1, 4), 4, [0, 1, 2, 3, 4, 4]),
+        (Schedule(1, 3), 5, [0, 2, 4, 5, 5, 5]),
+        (Schedule(1, 5), 2, [0, 1, 1, 2, 2, 2]),
+        (Schedule(2, 3), 0, [0, 0, 0, 0, 0, 0]),
     ],
     ids=str,
 )
-def test_dense_layers_in_iterations_1_to_6(stage2: Stage2, layers: int, dense: list[int]) -> None:
-    assert [stage2.dense_layers(iteration, layers) for iteration in range(1, 7)] == dense
+def test_dense_layers_in_iterations_1_to_6(schedule: Schedule, layers: int, dense: list[int]) -> None:
+    assert [schedule.dense_layers(iteration, layers) for iteration in range(1, 7)] == dense
 
 
 def test_the_lowest_layers_go_first_and_none_returns() -> None:
-    settings = LighthouseSettings(dense_first=1, dense_last=2, stage2=Stage2(10, 7))
+    settings = LighthouseSettings(dense_first=1, dense_last=2, schedule=Schedule(10, 7))
     always = {1, 8, 9}
     before = always
     for iteration in range(30):
@@ -56,10 +56,10 @@ def arguments(*words: str) -> Namespace:
 
 
 def test_arguments() -> None:
-    assert settings_from(arguments()).stage2 is None
-    assert settings_from(arguments("--lighthouse-stage2-at", "7")).stage2 == Stage2(7, 1)
+    assert settings_from(arguments()).schedule is None
+    assert settings_from(arguments("--lighthouse-stage2-at", "7")).schedule == Schedule(7, 1)
     layers = ["--lighthouse-stage2-at", "7", "--lighthouse-return", "layers", "--lighthouse-return-iters", "4"]
-    assert settings_from(arguments(*layers)).stage2 == Stage2(7, 4)
+    assert settings_from(arguments(*layers)).schedule == Schedule(7, 4)
 
 
 @pytest.mark.parametrize(
@@ -90,23 +90,23 @@ def test_the_progress_bar_says_dense_with_the_last_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage2", "train_iters", "advice"),
+    ("schedule", "train_iters", "advice"),
     [
-        (Stage2(9), 10, ""),
-        (Stage2(10), 10, "use at most --lighthouse-stage2-at 9"),
-        (Stage2(6, 4), 10, ""),
-        (Stage2(7, 4), 10, "use at most --lighthouse-stage2-at 6"),
-        (Stage2(2, 10), 10, "use at least --train-iters 12"),
-        (Stage2(9), None, ""),
+        (Schedule(9), 10, ""),
+        (Schedule(10), 10, "use at most --lighthouse-stage2-at 9"),
+        (Schedule(6, 4), 10, ""),
+        (Schedule(7, 4), 10, "use at most --lighthouse-stage2-at 6"),
+        (Schedule(2, 10), 10, "use at least --train-iters 12"),
+        (Schedule(9), None, ""),
     ],
     ids=str,
 )
-def test_the_switch_must_come_before_the_end(stage2: Stage2, train_iters: int | None, advice: str) -> None:
+def test_the_switch_must_come_before_the_end(schedule: Schedule, train_iters: int | None, advice: str) -> None:
     from megatron_lighthouse.mcore.command_line.checks import check_run
 
     samples = Namespace(train_samples=None, step_batch_size_schedule=None, global_batch_size=2)
     given = Namespace(seq_length=256, train_iters=train_iters, **vars(samples))
-    settings = replace(SETTINGS, stage2=stage2)
+    settings = replace(SETTINGS, schedule=schedule)
     if not advice:
         check_run(given, transformer_config(), settings)
         return
@@ -128,7 +128,7 @@ def test_the_iteration_before_the_switch_is_trained(skipped: list[int] | None, a
     from megatron_lighthouse.mcore.command_line.checks import check_run
 
     given = Namespace(seq_length=256, train_iters=20, iterations_to_skip=skipped, save="folder", load=str(tmp_path))
-    settings = replace(SETTINGS, stage2=Stage2(8))
+    settings = replace(SETTINGS, schedule=Schedule(8))
     if advice:
         with pytest.raises(ValueError, match=rf"--lighthouse-stage2-at 8 .* use --lighthouse-stage2-at {advice}\."):
             check_run(given, transformer_config(), settings)
@@ -153,13 +153,13 @@ def test_what_does_not_go_with_it(megatron: None) -> None:
     given.skip_train, given.lighthouse_telemetry_interval, given.rank = True, 0, 0  # --as evaluation of the launch scripts
     assert use_attention(given, Namespace(transformer_layer_spec=None, transformer=config)).transformer_layer_spec is None
     config.cuda_graph_impl = "local"
-    check(config, replace(SETTINGS, stage2=Stage2(7)), None)
+    check(config, replace(SETTINGS, schedule=Schedule(7)), None)
     with pytest.raises(ValueError, match=r"--cuda-graph-impl local would be captured anew .* use --lighthouse-return hard"):
-        check(config, replace(SETTINGS, stage2=Stage2(7, 3)), None)
+        check(config, replace(SETTINGS, schedule=Schedule(7, 3)), None)
     config.cuda_graph_impl = "transformer_engine"
     check(config, SETTINGS, None)
     with pytest.raises(ValueError, match=r"--cuda-graph-impl transformer_engine captures once, .* leave one of them out"):
-        check(config, replace(SETTINGS, stage2=Stage2(7)), None)
+        check(config, replace(SETTINGS, schedule=Schedule(7)), None)
     known = {action.dest for action in add_megatron_arguments(ArgumentParser())._actions}
     assert {"train_samples", "step_batch_size_schedule", "cuda_graph_impl", "skip_train"} <= known
 
@@ -179,7 +179,7 @@ def test_the_iteration_of_the_training_loop(given: dict[str, Any], expected: int
 
     from megatron_lighthouse.mcore.loop import switch
 
-    with pytest.raises(ValueError, match="there is none: leave it out"):
+    with pytest.raises(ValueError, match="there is none: leave them out"):
         switch.iteration()
     monkeypatch.setattr(megatron.training, "get_args", lambda: Namespace(**{"skip_train": False, **given}))
     assert switch.iteration() == expected
@@ -203,7 +203,7 @@ def test_layers_are_those_of_a_model_with_fewer_lighthouse_layers(
     """Of six layers 2, 3 and 4 are Lighthouse, and become dense one by one: outputs and gradients to the bit."""
     from megatron_lighthouse.mcore.loop import switch
 
-    scheduled, options = replace(SETTINGS, stage2=Stage2(10, 3)), RECOMPUTE[recompute]
+    scheduled, options = replace(SETTINGS, schedule=Schedule(10, 3)), RECOMPUTE[recompute]
     for iteration, same in ((10, SETTINGS), (11, replace(SETTINGS, dense_first=2)), (13, None)):
         monkeypatch.setattr(switch, "iteration", lambda now=iteration: now)
         assert all(map(torch.equal, gradients(scheduled, **options), gradients(same, **options)))

@@ -159,7 +159,7 @@ class VariantMixin:
     def _now(self) -> tuple[Variant, Any]:
         """What it is in this iteration, and the config of that."""
         given = self.settings
-        if given.stage2 is None or not given.is_dense(self.layer_number, self.config.num_layers, switch.iteration()):
+        if given.schedule is None or not given.is_dense(self.layer_number, self.config.num_layers, switch.iteration()):
             return self.variant, self.own
         return given.base, given.base_config
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from megatron_lighthouse.lighthouse.config import flag
 from megatron_lighthouse.mcore.command_line import documents, fp8, graphs, hybrid, layer_log, named, pyramid, rope, settings
 from megatron_lighthouse.mcore.command_line.checks import run_problems
 from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern
@@ -18,6 +19,7 @@ from megatron_lighthouse.mcore.command_line.own_parts import (
     over_shards_problems,
     scheme_problems,
 )
+from megatron_lighthouse.mcore.command_line.stage import SWITCHES
 from megatron_lighthouse.mcore.loop import selection_log
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.variants import VARIANTS, switching
@@ -34,14 +36,14 @@ def with_lighthouse_arguments(provider: ArgumentsProvider | None = None) -> Argu
     return provide
 
 
-def nothing_to_switch(args: argparse.Namespace) -> str | None:
-    """Why --lighthouse-stage2-at means nothing to such an attention; None where it is not given, or nothing is trained."""
-    if args.lighthouse_stage2_at is None or getattr(args, "skip_train", False):
-        return None
-    return (
-        f"--lighthouse-stage2-at {args.lighthouse_stage2_at} makes Lighthouse layers dense, and with "
-        f"--attention {args.attention} there are none: leave it out, or use {switching()}."
-    )
+def nothing_to_switch(args: argparse.Namespace) -> Iterator[str]:
+    """Why a schedule means nothing to such an attention; nothing where none is given, or nothing is trained."""
+    for name in () if getattr(args, "skip_train", False) else SWITCHES:
+        if (iteration := getattr(args, f"lighthouse_{name}")) is not None:
+            yield (
+                f"{flag(name)} {iteration} makes Lighthouse layers dense, and with --attention {args.attention} there are "
+                f"none: leave it out, or use {switching()}."
+            )
 
 
 def model_config(args: argparse.Namespace) -> Any:
@@ -79,8 +81,8 @@ def attention_problems(args: argparse.Namespace, config: Any, by_spec: bool, has
     except ValueError as error:
         yield str(error)
         return
-    if (chosen is None or not chosen.attention.switches) and (message := nothing_to_switch(args)):
-        yield message
+    if chosen is None or not chosen.attention.switches:
+        yield from nothing_to_switch(args)
     if chosen is None and has_spec:
         if documents.asked(args):
             yield f"{documents.flag_of(args)} needs core attention that takes documents, and --spec {args.spec} has its own."

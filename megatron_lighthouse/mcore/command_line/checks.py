@@ -22,6 +22,7 @@ from megatron_lighthouse.mcore.command_line.settings import (
     of_edge,
     own_comm_types,
 )
+from megatron_lighthouse.mcore.command_line.stage import Schedule
 from megatron_lighthouse.options import in_flags
 
 if TYPE_CHECKING:  # what needs no Megatron is asked on a login node too
@@ -67,7 +68,7 @@ def run_problems(args: Namespace, config: TransformerConfig, settings: Lighthous
     yield from inner.problems(config, settings, documents.asked(args))
     yield from fp8.run_problems(args, config)
     yield from _documents(args, config, settings)
-    yield from _stage2(args, settings)
+    yield from _schedule(args, settings.schedule)
     yield from graphs.beside_copies(args, config, own_comm_types(config, settings))
     kind = getattr(args, "position_embedding_type", None)
     positions = [*named.of_base(settings.base.position_problems(settings.base_config, kind), settings)]
@@ -162,27 +163,32 @@ def cp_layout_problems(given: object) -> Iterator[str]:
             )
 
 
-def _stage2(args: Namespace, settings: LighthouseSettings) -> Iterator[str]:
-    if settings.stage2 is None:
+def _schedule(args: Namespace, schedule: Schedule | None) -> Iterator[str]:
+    if schedule is None:
         return
     iterations = args.train_iters
     if not iterations and args.train_samples and args.step_batch_size_schedule is None:
         iterations = args.train_samples // args.global_batch_size
-    yield from settings.stage2.problems(iterations or None)
-    yield from _skipped_switch(args, settings.stage2.at)
+    yield from schedule.problems(iterations or None)
+    yield from _skipped_switches(args, schedule)
 
 
-def _skipped_switch(args: Namespace, at: int) -> Iterator[str]:
-    """Whether the checkpoint before the switch is of an iteration that is not trained, and so not saved."""
+def _skipped_switches(args: Namespace, schedule: Schedule) -> Iterator[str]:
+    """Whether the checkpoint before a switch is of an iteration that is not trained, and so not saved."""
     load, skipped = getattr(args, "load", None), set(getattr(args, "iterations_to_skip", None) or ())
-    saved = stored.last_iteration(Path(load)) if load else None
-    if at not in skipped or not args.save or (saved or 0) >= at:
-        return
-    use = next(i for i in (*range(at - 1, 0, -1), *range(at + 1, at + len(skipped) + 1)) if i not in skipped)
-    yield (
-        f"{flag('stage2_at')} {at} is to save a checkpoint of an iteration that --iterations-to-skip (or the file of "
-        f"--result-rejected-tracker-filename) leaves out: use {flag('stage2_at')} {use}."
-    )
+    saved = (stored.last_iteration(Path(load)) if load else None) or 0
+    for name, at in schedule.changes.items():
+        if at not in skipped or not args.save or saved >= at:
+            continue
+        others = [other for other in schedule.changes.values() if other != at]
+        tried = (*range(at - 1, 0, -1), *range(at + 1, at + len(skipped) + 1))
+        # the warm-up stays before stage 2
+        found = (i for i in tried if i not in skipped and all((i < other) == (at < other) and i != other for other in others))
+        use = next((f"use {name} {i}" for i in found), "leave one of them out")
+        yield (
+            f"{name} {at} is to save a checkpoint of an iteration that --iterations-to-skip (or the file of "
+            f"--result-rejected-tracker-filename) leaves out: {use}."
+        )
 
 
 def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Iterator[str]:
@@ -215,8 +221,8 @@ def _unsupported(config: TransformerConfig, settings: LighthouseSettings) -> Ite
             f"--mtp-num-layers {further} makes layers that are to stay dense, and go by the numbers of the first of the model: "
             f"{use if settings.base.native else 'leave it out, or use --attention dense.'}"
         )
-    if settings.stage2 is not None:
-        yield from graphs.switch_problems(config, settings.stage2)
+    if settings.schedule is not None:
+        yield from graphs.switch_problems(config, settings.schedule)
     yield from graphs.copies_problems(config, own_comm_types(config, settings))
     yield from _comm_types(config, settings)
     yield from engine_problems(config) if settings.attention.switches else ()  # else no layer is dense

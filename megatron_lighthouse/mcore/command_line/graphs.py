@@ -16,7 +16,7 @@ from megatron_lighthouse.context_parallel.schemes import SWITCH
 from megatron_lighthouse.lighthouse.config import flag
 from megatron_lighthouse.mcore.command_line import evaluations, pyramid
 from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern
-from megatron_lighthouse.mcore.command_line.stage import Stage2
+from megatron_lighthouse.mcore.command_line.stage import Schedule
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.variants import VARIANTS
 
@@ -176,19 +176,20 @@ def copied(comm_types: Sequence[str]) -> bool:
     return "p2p" in comm_types and os.environ.get(SWITCH) != "0"
 
 
-def switch_problems(config: Any, stage2: Stage2) -> Iterator[str]:
-    """Which kinds cannot capture anew at a switch of stage: see `loop.captured`."""
-    kind, at = kind_of(config), stage2.at
+def switch_problems(config: Any, schedule: Schedule) -> Iterator[str]:
+    """Which kinds cannot capture anew where layers change: see `loop.captured`."""
+    kind = kind_of(config)
     if kind == "transformer_engine":
-        yield (
-            f"--cuda-graph-impl {kind} captures once, so that {flag('stage2_at')} {at} would change nothing: use "
-            f"--cuda-graph-impl local, or leave one of them out (--exit-interval {at} and a second job with --attention dense "
-            "give the same run)."
-        )
-    elif kind != "none" and stage2.over > 1:
+        for name, at in schedule.changes.items():
+            yield (
+                f"--cuda-graph-impl {kind} captures once, so that {name} {at} would change nothing: use --cuda-graph-impl "
+                f"local, or leave one of them out (--exit-interval {at} and a second job give the same run, with --attention "
+                f"dense in the {'second' if at == schedule.stage2_at else 'first'} of them)."
+            )
+    elif kind != "none" and schedule.return_iters > 1:
         yield (
             f"--cuda-graph-impl {kind} would be captured anew for each of the layers that become dense over "
-            f"{flag('return_iters')} {stage2.over}: use {flag('return')} hard, or leave it out."
+            f"{flag('return_iters')} {schedule.return_iters}: use {flag('return')} hard, or leave it out."
         )
 
 

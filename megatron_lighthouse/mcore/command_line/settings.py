@@ -34,8 +34,8 @@ class LighthouseSettings:
     """How many of them at the top stay dense."""
     discard_output: bool = True
     """Whether a layer's output is scattered again in backward rather than kept: see `mcore.attention.output`."""
-    stage2: stage.Stage2 | None = None
-    """When Lighthouse layers become dense; None where another job does that, or none."""
+    schedule: stage.Schedule | None = None
+    """When Lighthouse layers are dense; None where another job does that, or none."""
     rope: str = rope.LAST
     """Whether pooled queries and keys stand at their window's last token, or at the mean of its tokens: see `rope`."""
     edge_budget: int | None = None
@@ -53,7 +53,7 @@ class LighthouseSettings:
 
     @property
     def base(self) -> Variant:
-        """What a layer is that does not select, in stage 2 or at the model's ends; its streams are those of all layers."""
+        """What a layer is that does not select, by the schedule or by its place; its streams are those of all layers."""
         return self.attention.base(self.config)
 
     @property
@@ -82,12 +82,13 @@ class LighthouseSettings:
             return own
         return replace(own, attention_layers=tuple(n for n in full if n in self.holding(max(full, default=0))))
 
-    def is_dense(self, layer_number: int, num_layers: int, iteration: int = 0) -> bool:
-        """Whether the layer of this global, 1-based number is dense in this iteration, from 1; in 0, whether it always is.
+    def is_dense(self, layer_number: int, num_layers: int, iteration: int | None = None) -> bool:
+        """Whether the layer of this global, 1-based number is dense in this iteration; without one, whether it always is.
 
         One that holds no attention, or sees a window alone, is as a dense one.
         """
-        return layer_number not in self.numbers(num_layers)[self.dense_by_now(num_layers, iteration) :]
+        dense = 0 if iteration is None else self.dense_by_now(num_layers, iteration)
+        return layer_number not in self.numbers(num_layers)[dense:]
 
     def numbers(self, num_layers: int) -> tuple[int, ...]:
         """The numbers of the layers that begin with Lighthouse."""
@@ -126,7 +127,7 @@ class LighthouseSettings:
 
     def dense_by_now(self, num_layers: int, iteration: int) -> int:
         """How many of those are dense in this iteration."""
-        return self.stage2.dense_layers(iteration, self.lighthouse_layers(num_layers)) if self.stage2 else 0
+        return self.schedule.dense_layers(iteration, self.lighthouse_layers(num_layers)) if self.schedule else 0
 
 
 def of_edge(message: str) -> str:
@@ -275,7 +276,7 @@ def settings_from(args: argparse.Namespace | None) -> LighthouseSettings:
     own = {name: getattr(args, "lighthouse_" + name) for name in names}
     base = LIGHTHOUSE.base(config)
     around = read_options(args, base.name, base.config) if base.config else None
-    settings = LighthouseSettings(config, **own, stage2=stage.stage2_from(args), attention_layers=holding, around=around)
+    settings = LighthouseSettings(config, **own, schedule=stage.schedule_from(args), attention_layers=holding, around=around)
     _ = settings.edge  # checked
     return settings
 

@@ -14,7 +14,7 @@ from megatron.core.num_microbatches_calculator import get_current_global_batch_s
 from megatron.training import get_args
 
 from megatron_lighthouse.bars import SECONDS, bar
-from megatron_lighthouse.mcore.command_line.stage import stage2_from
+from megatron_lighthouse.mcore.command_line.stage import schedule_from
 from megatron_lighthouse.mcore.loop.forward_step import ROW_TOKENS
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.variants import VARIANTS, base_in
@@ -90,9 +90,9 @@ def train(inner: Callable[..., Any], *given: Any, **named: Any) -> Any:
 
 
 def attention_in(args: argparse.Namespace, iteration: int) -> str:
-    """--attention, until --lighthouse-stage2-at has made all layers what they select for."""
-    stage2, base = stage2_from(args) if VARIANTS[args.attention].switches else None, base_in(args)
-    return base.name if base and stage2 and iteration >= stage2.at + stage2.over else str(args.attention)
+    """--attention, but where the schedule makes all layers what they select for."""
+    schedule, base = schedule_from(args) if VARIANTS[args.attention].switches else None, base_in(args)
+    return base.name if base and schedule and schedule.all_dense(iteration) else str(args.attention)
 
 
 def last_iteration(iteration: int, train_iters: int, exit_interval: int | None) -> int:

@@ -1,6 +1,6 @@
-"""The switch to stage 2 in Megatron's training loop: the iteration it is in, its checkpoint, its line in the log.
+"""The schedule's switches in Megatron's training loop: the iteration it is in, a checkpoint and a line in the log at each.
 
-The layers themselves ask `iteration()` in every call, so that nothing of stage 2 is kept anywhere but in the checkpoint's
+The layers themselves ask `iteration()` in every call, so that nothing of the schedule is kept anywhere but in the checkpoint's
 iteration: a job that is started again goes on in the right stage, and all ranks switch in the same iteration.
 """
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_lighthouse.lighthouse.config import flag
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
+from megatron_lighthouse.mcore.command_line.stage import SWITCHES
 from megatron_lighthouse.notice import say_once
 
 SCALAR = "lighthouse/layers"
@@ -29,7 +30,8 @@ def iteration() -> int:
         args = get_args()
     except (ImportError, AssertionError):
         raise ValueError(
-            f"{flag('stage2_at')} goes by the iterations that Megatron's training loop counts, and there is none: leave it out."
+            f"{' and '.join(map(flag, SWITCHES))} go by the iterations that Megatron's training loop counts, and there is "
+            "none: leave them out."
         ) from None
     # Megatron counts those that are done; what it has not trained in this process it knows from the checkpoint alone
     running = 0 if args.skip_train else args.curr_iteration + 1
@@ -54,7 +56,7 @@ class Switch:
     def checkpoint_and_decide_exit(
         self, decide: Callable[..., Any], model: Any, optimizer: Any, scheduler: Any, iteration: int, *rest: Any, **named: Any
     ) -> Any:
-        """Around Megatron's: a checkpoint of the last iteration before the switch."""
+        """Around Megatron's: a checkpoint of the last iteration before a switch."""
         from megatron.training import get_args
 
         args = get_args()
@@ -72,7 +74,7 @@ class Switch:
             delete(folder, iteration, *rest, **named)
 
     def _is_last_before(self, iteration: int) -> bool:
-        return self.settings.stage2 is not None and iteration == self.settings.stage2.at
+        return self.settings.schedule is not None and iteration in self.settings.schedule.changes.values()
 
 
 def _tell(settings: LighthouseSettings, before: int) -> int:
@@ -81,8 +83,8 @@ def _tell(settings: LighthouseSettings, before: int) -> int:
 
     args, now = get_args(), iteration()
     layers, dense = settings.lighthouse_layers(args.num_layers), settings.dense_by_now(args.num_layers, now)
-    if settings.stage2 and dense != before:
-        say_once(f"iteration {now}: {dense} of {layers} Lighthouse layers are dense ({flag('stage2_at')} {settings.stage2.at})")
+    if settings.schedule and dense != before:
+        say_once(f"iteration {now}: {dense} of {layers} Lighthouse layers are dense ({settings.schedule.because(now)})")
     writer = get_tensorboard_writer()
     if writer and now % args.tensorboard_log_interval == 0:
         writer.add_scalar(SCALAR, layers - dense, now)

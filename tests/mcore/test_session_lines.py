@@ -35,7 +35,7 @@ def of_two_gpus() -> Lines:
 
 
 def of_graphs() -> Lines:
-    options = argparse.Namespace(out=OUT, ranks=1, tiny=False, rounded=False)
+    options = argparse.Namespace(out=OUT, ranks=1, tiny=False, rounded=False, warmup=0)
     return {f"graphs, {kind}": (1, graphs_training.Run(kind).command(options)) for kind in graphs_training.KINDS}
 
 
@@ -51,7 +51,8 @@ def of_steps() -> Lines:
 
 def of_experiments() -> Lines:
     found = {}
-    runs = {"second": " ".join(SECOND.values()), "qwen3-adam": "mass mass-2 causal", "qwen3": "causal causal-40-2 mass-40"}
+    runs = {"second": " ".join(SECOND.values()), "qwen3-adam": "mass mass-2 causal"}
+    runs["qwen3"] = "causal causal-40-2 mass-40 warm-2"
     for experiment, names in runs.items():
         one = EXPERIMENTS[experiment]
         size = Size(experiment, one.seq_length, one.steps, one.batch)

@@ -51,7 +51,8 @@ def of_steps() -> Lines:
 
 def of_experiments() -> Lines:
     found = {}
-    runs = {"second": " ".join(SECOND.values()), "qwen3-adam": "mass mass-2 causal", "qwen3": "causal causal-40-2 mass-40"}
+    runs = {"second": " ".join(SECOND.values()), "qwen3-adam": "mass mass-2 causal"}
+    runs["qwen3"] = "causal causal-40-2 mass-40 warm-2"
     for experiment, names in runs.items():
         one = EXPERIMENTS[experiment]
         size = Size(experiment, one.seq_length, one.steps, one.batch)

@@ -22,6 +22,7 @@ from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.schemes import comm_type_problem
 from megatron_lighthouse.gpu import capability_of
 from megatron_lighthouse.lighthouse.rotary import Rotary
+from megatron_lighthouse.mcore.attention import te_flash
 from megatron_lighthouse.mcore.attention.builder import Builder
 from megatron_lighthouse.mcore.attention.output import remember_source
 from megatron_lighthouse.mcore.attention.over_shards import able_local, context_parallel_group, tensor_parallel_rank
@@ -215,6 +216,8 @@ class CoreAttentionBuilder(Builder):
         here = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         inputs = Inputs(here, config.params_dtype, *heads_of_rank(config), *head_dims(config))
         of_te = "transformer_engine" in module.__module__
+        if of_te:
+            te_flash.mend()
         groups = kwargs.get("pg_collection")
         base_attends = now.base_attends(own, of_te, issubclass(module, DotProductAttention))
         place = Place(

@@ -21,6 +21,7 @@ from megatron.training import training as loop
 from megatron.training.models import gpt as gpt_builder
 
 from megatron_lighthouse.lighthouse.geometry import Shape
+from megatron_lighthouse.mcore.attention import te_flash
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings
 from megatron_lighthouse.mcore.loop import (
     captured,
@@ -70,6 +71,7 @@ def adapt_machine() -> None:
 
 def follow_training() -> None:
     """For every run of the entry point, on every rank, before training."""
+    te_flash.mend()
     load_weights()
     keep_documents_apart()
     tile()  # what it sees of moved masks is what documents made of them

@@ -39,8 +39,8 @@ def mend() -> None:
     elif is_local(resolve):
         setattr(interface, RESOLVE, reading(resolve))
         say_once(
-            "lighthouse: this FlashAttention 4 would attend to nothing where Transformer Engine asks for causal attention by the "
-            "window (-1, 0): in this run -1 leaves a window open."
+            "lighthouse: this FlashAttention 4 would attend to nothing where Transformer Engine asks for causal attention, "
+            "by the window (-1, 0): in this run -1 leaves a window open."
         )
 
 

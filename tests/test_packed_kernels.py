@@ -235,11 +235,13 @@ def test_long_documents_have_a_call_each_and_those_between_one(
 
     def alone(*rows: Any) -> Tensor:
         called.append((len(rows[0]),))
+        assert len(calls) > 1 or rows[0] is inputs[0], "a row of one part is not cut"
         return BACKENDS["sdpa"].attend(*rows)
 
     def together(query: Tensor, key: Tensor, value: Tensor, scale: float | None, documents: Documents) -> Tensor:
         assert documents.cu_seqlens.tolist() == [0, *accumulate(documents.lengths)]
         called.append(documents.lengths)
+        assert len(calls) > 1 or query is inputs[0], "a row of one part is not cut"
         return documents_attention("sdpa", query, key, scale)(query, key, value, documents)
 
     monkeypatch.setattr(softmax_documents, "LONG", 4 * 16**2)

@@ -130,13 +130,17 @@ def _torch(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | Non
 def _long_alone(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None, documents: Documents) -> Tensor:
     """Which documents are long goes by lengths and heads alone: all layers and repeats choose alike."""
     parts = documents.long_alone(math.isqrt((LONG - 1) // query.shape[2]) + 1)
+    if len(parts) == 1:  # not cut: autograd would put the pieces' gradients together by a copy
+        return _part(BACKENDS["cudnn"].attend, query, key, value, softmax_scale, parts[0])
     sizes = [part.tokens for part in parts]
-    alone = _padded if len(parts) > 1 else BACKENDS["cudnn"].attend
-    out = [
-        alone(q, k, v, softmax_scale) if len(part.lengths) == 1 else _torch(q, k, v, softmax_scale, part)
-        for q, k, v, part in zip(query.split(sizes), key.split(sizes), value.split(sizes), parts, strict=True)
-    ]
-    return torch.cat(out) if len(out) > 1 else out[0]
+    cut = zip(query.split(sizes), key.split(sizes), value.split(sizes), parts, strict=True)
+    return torch.cat([_part(_padded, q, k, v, softmax_scale, part) for q, k, v, part in cut])
+
+
+def _part(
+    alone: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, part: Documents
+) -> Tensor:
+    return alone(q, k, v, softmax_scale) if len(part.lengths) == 1 else _torch(q, k, v, softmax_scale, part)
 
 
 def _padded(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None) -> Tensor:

@@ -60,3 +60,21 @@ def host() -> list[list[str]]:
 
 def test_tables_are_those_of_the_files() -> None:
     assert tables(SECTION) == [rope(), edges(), host()]
+
+
+def test_steps_under_graphs_are_their_file() -> None:
+    words = " ".join((ROOT / "docs/performance.md").read_text().split())
+    seconds = {
+        (row["run"].split(",")[0], row["graphs"], row["attention"]): float(row["seconds a step"])
+        for row in rows_of("training_step/h200_graphs/steps.csv")
+    }
+    whole, too, (cudnn, flash) = "full_iteration", "full_iteration, the optimizer too", ("cuDNN", "FlashAttention 4")
+    ours = {kind: seconds["lighthouse", too, kind] for kind in (cudnn, flash)}
+    dense = {kind: seconds["dense", "none", kind] for kind in (cudnn, flash)}
+    assert f"| `local` | {seconds['lighthouse', 'local', cudnn]:.4f} s | |" in words
+    assert f"| `full_iteration` | {seconds['lighthouse', whole, cudnn]:.4f} s | |" in words
+    assert f"| the optimizer's step too | {ours[cudnn]:.4f} s | **{ours[flash]:.4f} s** |" in words
+    assert f"| {dense[cudnn]:.4f} s | {dense[flash]:.4f} s |" in words
+    gains = dense[cudnn] / ours[cudnn], dense[flash] / ours[flash], dense[cudnn] / ours[flash]
+    assert "is {:.2f} times as fast as dense with cuDNN, and {:.2f} times with FlashAttention 4".format(*gains[:2]) in words
+    assert f"the best step is {gains[2]:.2f} times as fast" in words

@@ -216,13 +216,22 @@ def test_telemetry_finds_no_later_token(scorer: str) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"scorer": "mass"}, "causal_selection True .* config.scorer mass .*: use config.scorer norm"),
+        ({"scorer": "mass"}, "config.scorer mass .*: use config.scorer dilated or gla, where .* also norm or summary, or"),
         ({"pin_first": False}, "causal_selection True .* config.pin_first False .*: use config.pin_first True"),
     ],
 )
 def test_refused(more: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LighthouseConfig(causal_selection=True, **more)  # type: ignore[arg-type]
+
+
+def test_a_scorer_that_is_offered_is_causal() -> None:
+    query, key, _ = tensors(PROBLEM)
+    value = key[..., :4]
+    for causal, offered in ((True, "config.scorer norm."), (False, "config.scorer norm or mass.")):
+        config = config_of(PROBLEM, scorer="dilated").replace(causal_selection=causal)
+        with pytest.raises(ValueError, match=f"reads values .*: use {offered}$"):
+            lighthouse_attention(query, key, value, config)
 
 
 def test_documents_are_refused() -> None:

@@ -40,6 +40,10 @@ WRONG = {
     "a flag cut short": ("--lr-warmup-iter 100", "did you mean --lr-warmup-iters?"),
     "a value": ("--normalization rmsnorm", "--normalization: invalid choice: 'rmsnorm'"),
     "QK-norm": ("--qk-layernorm --lighthouse-scorer norm", "use --lighthouse-scorer mass, dilated or gla"),
+    "QK-norm, causal": (
+        "--qk-layernorm --lighthouse-scorer norm --lighthouse-causal-selection",
+        "use --lighthouse-scorer dilated or gla",
+    ),
     "MLA": ("--multi-latent-attention --lighthouse-scorer dilated", "reads values .* use --lighthouse-scorer norm"),
     "a window": ("--window-size 4096,0", r"--window-size 4096,0 .* give --window-attn-skip-freq N"),
     "windows over ranks": ("--window-size 4096,0 --window-attn-skip-freq 2", r"with --cp-comm-type p2p: .* a2a or all_gather"),

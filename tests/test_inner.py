@@ -153,8 +153,10 @@ def test_what_flash_attention_takes(name: str, device: int, takes: list[int], mo
         assert "does not run on this device" in refusal(name)
         return
     assert chosen(name, torch.float16, takes[-1]) == name
-    narrow = replace(rows[0], dim=192, value_dim=128)
+    grouped = replace(rows[0], dim=192, value_dim=128)
+    narrow = replace(grouped, groups=4)
     assert problem(narrow) is None
+    assert ("where query heads share them" in str(problem(grouped))) == ((name, device) == ("fa4", 90))  # its backward asserts
     assert "head dimensions 192 (keys) and 64 (values)" in str(problem(replace(narrow, value_dim=64)))
     assert "takes bf16 and fp16 alone" in refusal(name, torch.float32)
     for dim in (60, takes[-1] + 8):

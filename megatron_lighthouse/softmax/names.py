@@ -19,6 +19,8 @@ UP_TO_256, BLACKWELL = range(8, 257, 8), (*range(8, 129, 8), 256)
 """Head dimensions of FlashAttention on Hopper, and of FlashAttention 4 on Blackwell."""
 NARROWER = (192, 128)
 """Of keys and values: what FlashAttention 3 and 4 take where they are not the same, DeepSeek's."""
+EQUAL_IF_GROUPED = ("flash-attn-4", 9)
+"""On Hopper FlashAttention 4's backward asserts that they are the same where query heads share keys and values."""
 FLASH_DIMS: dict[str, dict[int, Sequence[int]]] = {
     "fa4": {9: UP_TO_256, 10: BLACKWELL, 11: BLACKWELL},
     "fa3": {9: UP_TO_256},

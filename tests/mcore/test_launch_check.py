@@ -85,6 +85,10 @@ WRONG = {
     "a batch": ("--global-batch-size 12", "use --global-batch-size 8 or 16"),
     "its channels": ("--lighthouse-inner fa2 --kv-channels 132", "with head dimension 132: over several ranks use .* sdpa,"),
     "of other layers": ("--lighthouse-inner te --transformer-impl local", "use it with --transformer-impl transformer_engine"),
+    "one that does not repeat": (
+        "--lighthouse-inner cudnn --deterministic-mode --transformer-impl local",
+        "cudnn does not repeat to the bit, as --deterministic-mode asks: use --lighthouse-inner auto.",
+    ),
     "wide heads": ("--lighthouse-inner fa4 --cp-comm-type a2a --kv-channels 260", "does not take heads of 260 channels"),
     "FP8 attention": ("--fp8-dot-product-attention", "is read with --fp8-format alone: add --fp8-format hybrid"),
     "heads of FP8": ("--fp8-format hybrid --fp8-dot-product-attention --kv-channels 64", "takes heads of 128 channels"),

@@ -24,7 +24,7 @@ from megatron_lighthouse.wall.config import WallConfig
 from megatron_lighthouse.wall.cut import Step
 from tests import causal_oracle
 from tests.oracle import Problem, number, order, problems
-from tests.steps import DEVICE, both, chosen, poisoned, precision, random_like, small_problems, tensors
+from tests.steps import DEVICE, both, chosen, differentiate, poisoned, precision, random_like, small_problems, tensors
 from tests.test_kernels import differentiated
 from tests.test_select import level_scores
 from tests.test_telemetry import choice_of
@@ -159,6 +159,24 @@ def test_later_tokens_change_no_output_of_the_kernels(scorer: str, start: int) -
     problem = replace(PROBLEM, seq_length=64, budget=8, batch=1)
     config = config_of(problem, scorer=scorer, steps="kernels")
     assert changed_before(tensors(problem, "float32"), config, start) == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "steps"), [("float64", "reference"), ("float32", "reference"), ("bfloat16", "reference"), ("float32", "kernels")]
+)
+def test_nor_do_they_change_a_gradient(dtype: str, steps: str) -> None:
+    """Of a loss of the positions before them; and by them goes none."""
+    problem = replace(PROBLEM, seq_length=48, budget=6, tile_budget=2)
+    inputs, config = tensors(problem, dtype), config_of(problem, steps=steps)
+    grad, others = random_like(inputs[:1])[0], [10 * x for x in random_like(inputs, seed=8)]
+    for start in (7, 22, 37):
+        before = torch.cat([grad[:start], torch.zeros_like(grad[start:])])
+        changed = [torch.cat([x[:start], other[start:]]) for x, other in zip(inputs, others, strict=True)]
+        found = [differentiate(lambda *x: lighthouse_attention(*x, config), given, [before]) for given in (inputs, changed)]
+        for one, other in zip(*found, strict=True):
+            assert torch.equal(one[:start], other[:start])
+            assert not one[start:].any()
+            assert not other[start:].any()
 
 
 def test_nor_where_heads_share_a_selection() -> None:

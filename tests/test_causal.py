@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_lighthouse import LighthouseConfig, Rotary, lighthouse_attention
 from megatron_lighthouse.kernels import lighthouse as kernels
 from megatron_lighthouse.lighthouse import reference
+from megatron_lighthouse.lighthouse.attention import attended_rows
 from megatron_lighthouse.lighthouse.layer import build
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.lighthouse.steps import Steps
@@ -184,14 +185,20 @@ def test_nor_where_heads_share_a_selection() -> None:
     assert [changed_before(inputs, config, start) for start in (17, 50, 79)] == [0, 0, 0]
 
 
-def test_nor_where_rows_are_gathered_for_another_attention() -> None:
+@pytest.mark.parametrize("start", [5, 39, 70])
+def test_nor_where_rows_are_gathered_for_another_attention(start: int) -> None:
+    """Of keys with a mean, which Parallax takes from them elsewhere: that is of later ones too."""
     *inputs, stream = [*tensors(PROBLEM), random_like(tensors(PROBLEM)[:1])[0]]
+    inputs[1] += 3
     config = config_of(PROBLEM, around="parallax")
     others = [10 * x for x in random_like([*inputs, stream], seed=39)]
-    changed = [torch.cat([x[:39], other[39:]]) for x, other in zip((*inputs, stream), others, strict=True)]
+    changed = [torch.cat([x[:start], other[start:]]) for x, other in zip((*inputs, stream), others, strict=True)]
     before, after = (lighthouse_attention(*x[:3], config, streams=x[3:]) for x in ([*inputs, stream], changed))
-    assert torch.equal(before[:39], after[:39])
-    assert not torch.equal(before[39:], after[39:])
+    assert torch.equal(before[:start], after[:start])
+    assert not torch.equal(before[start:], after[start:])
+    selection = attended_rows(*inputs, config, streams=[stream]).selection
+    paper = config.replace(causal_selection=False)
+    assert_close(before, lighthouse_attention(*inputs, paper, streams=[stream], selection=selection), "float64")
 
 
 @pytest.mark.parametrize("pieces", [4096, 16])

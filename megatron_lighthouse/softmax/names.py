@@ -19,7 +19,7 @@ UP_TO_256, BLACKWELL = range(8, 257, 8), (*range(8, 129, 8), 256)
 """Head dimensions of FlashAttention 3 on Hopper, and of FlashAttention 4 on Blackwell."""
 HOPPER = (24, 32, 56, 64, 88, 96, 120, *range(128, 257, 8))
 """Of FlashAttention 4 on Hopper. Up to 128 its backward there fills heads up to multiples of 16, and what reads its gradient of
-the queries to multiples of 32: where these differ that is wrong (flash-attention 2896, open; by its source in 4.0.0b36 too)."""
+the queries to multiples of 32. Where these differ that is wrong: findings/flash_attention_4_pads_heads_in_two_ways.sh."""
 NARROWER = (192, 128)
 """Of keys and values: what FlashAttention 3 and 4 take where they are not the same, DeepSeek's."""
 REPEATS_TO = {"cudnn": 0, "fa3": 192}

@@ -173,6 +173,7 @@ def test_what_can_be_is_not() -> None:
     older = "--cuda-graph-impl local --cuda-graph-scope full_iteration"  # is what whole iterations were asked for by
     assert not [*graphs.problems(parsed(f"{older} --recompute-granularity full --eval-iters 2 --hidden-dropout 0.1"))]
     assert not [*graphs.problems(parsed("--cuda-graph-impl local --cuda-graph-modules attn mlp"))]
+    assert not [*graphs.problems(parsed("--cuda-graph-impl local --cuda-graph-modules mamba --use-checkpoint-args"))]
     assert not [*graphs.problems(parsed("--cuda-graph-impl local --cuda-graph-scope full --inference-cuda-graph-scope layer"))]
 
 

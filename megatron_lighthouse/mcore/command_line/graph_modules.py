@@ -31,7 +31,8 @@ def problems(args: argparse.Namespace, kind: str) -> Iterator[str]:
     found = names(args)
     if unknown := [name for name in found if name not in (*MODULES, WHOLE, ITERATION, INFERENCE)]:
         yield f"{flag} {' '.join(unknown)} is not known: use some of {', '.join(MODULES)}, or leave it out for whole layers."
-    if found == ["mamba"] and kind in ("local", "transformer_engine") and not hybrid_pattern(args):
+    without = not getattr(args, "use_checkpoint_args", False) and not hybrid_pattern(args)
+    if found == ["mamba"] and kind in ("local", "transformer_engine") and without:
         yield f"{flag} mamba with --cuda-graph-impl {kind} captures Mamba layers alone, and there are none: use attn or mlp."
     scope = getattr(args, "inference_cuda_graph_scope", None)
     if kind == "local" and (getattr(scope, "name", scope) == "block" or INFERENCE in found):

@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         options.out = options.out or Path(__file__).parent / "results" / options.experiment
         options.work = options.work or Path(gettempdir()) / f"quality-{options.experiment}"
-        options.runs = options.runs or _runs_of(options.experiment)
+        options.runs = [*dict.fromkeys(options.runs or _runs_of(options.experiment))]
         bench = Bench(options, more)
         bench.prepare()
         statuses = bench.all(options.runs)

@@ -67,6 +67,9 @@ class Bench:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.publishing, self.published, self.renewed, self.said = Lock(), -math.inf, False, ""
         check(options.runs, self.size, options.at_once)
+        for name, count in {"loss-sequences": sequences, **{f"{probe.name}-samples": n for probe, n in asked.items()}}.items():
+            if count < 0:  # refused now, not when a run is trained
+                raise ValueError(f"--{name} {count} must be at least 0, for none.")
         if options.within is not None and options.within <= ENDING:
             raise ValueError(f"--within {options.within} leaves no time: give more than the {ENDING} s that saving may take.")
         self.gpus = shared_out({name: self.runs[name].ranks for name in options.runs}, self.at_once)
@@ -92,10 +95,14 @@ class Bench:
                 facts |= {"manifest_sha256": hashlib.sha256(manifest.read_bytes()).hexdigest()}
                 facts |= json.loads(manifest.read_text())
             tables.write_json(self.work / "corpus.json", facts)
+        have = sum(file.stat().st_size for file in (self.corpus / "train").rglob("*.txt"))
+        if not have:
+            raise ValueError(
+                f"--corpus {self.corpus} has no train/*.txt: give a folder that recipe.corpus made, or leave it out."
+            )
         if self.foreseen:  # refused now, not when a run is trained
             held_out = sum(file.stat().st_size + 1 for file in (self.corpus / "held-out").rglob("*.txt"))
             hindsight.check(held_out, self.size.seq_length, self.foreseen, seed=0)
-        have = sum(file.stat().st_size for file in (self.corpus / "train").rglob("*.txt"))
         need = self.size.tokens * self.size.steps
         for said in self.uneven:
             say(said)
@@ -206,8 +213,10 @@ class Bench:
             raise ValueError(f"--work {self.work} holds runs of {others.pop()}, not {size.experiment}: name another folder.")
         arguments = [*self.commands.arguments(run), "--corpus", str(self.corpus)]
         known = work.facts_of(path) if path.exists() else {}
-        before = known.get("arguments", arguments)
-        if before != arguments:
+        before, log = known.get("arguments", arguments), path.parent / "train.log"
+        if before != arguments and not self._iterations_done(path.parent):
+            log.unlink(missing_ok=True)  # of what was refused, or ended before it saved
+        elif before != arguments:
             flags = [{f"{a} {b}" for a, b in pairwise(these) if a.startswith("--")} for these in (before, arguments)]
             old, new = (" ".join(sorted(these)) for these in (flags[0] - flags[1], flags[1] - flags[0]))
             raise ValueError(f"--work {self.work} holds {name} with {old}, not {new}: name another folder, or the same values.")

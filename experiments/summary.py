@@ -82,17 +82,25 @@ def verdict(above: dict[str, Row]) -> list[str]:
     """What two seeds say of a run, each held to the dense run of its own; and how far seeds of dense lie apart."""
     notes = []
     for name in reversed(above):  # in the order of the runs
-        rows = [above.get(seed, {}) for seed in (name, f"{name}-2")]
-        known = [row.get("difference") for row in rows if row.get("against", "").startswith(REFERENCE)]
-        found = [float(difference) for difference in known if difference is not None]
-        if len(found) == 2:
-            mean, half = (found[0] + found[1]) / 2, abs(found[0] - found[1]) / 2
-            notes.append(
-                f"`{name}` above dense, mean of two seeds: {mean:+.4f} nats, each {half:.4f} from it; the bar is +{MARGIN}."
-            )
+        rows = [row for seed in (name, f"{name}-2") if (row := above.get(seed, {})).get("against", "").startswith(REFERENCE)]
+        if not (loss := _of_two(rows, "difference", ".4f", " nats")):
+            continue
+        said = [f"`{name}` above dense, mean of two seeds: {loss}; the bar is +{MARGIN}."]
+        for probe in PROBES:
+            if found := _of_two(rows, column_of(probe, "noise_accuracy_difference"), ".1%"):
+                said.append(f"{probe.title.capitalize()}: {found}{'; the bar is 0' if first(probe) else ''}.")
+        notes.append(" ".join(said))
     if (seeds := above.get(SECOND_SEED, {}).get("difference")) is not None:
         notes.append(f"Dense with another seed: {seeds:+.4f} nats.")
     return notes
+
+
+def _of_two(rows: list[Row], column: str, form: str, unit: str = "") -> str:
+    """The mean of two seeds, and how far each lies from it; '' where not both are known."""
+    found = [float(row[column]) for row in rows if row.get(column) is not None]
+    if len(found) != 2:
+        return ""
+    return f"{sum(found) / 2:+{form}}{unit}, each {abs(found[0] - found[1]) / 2:{form}} from it"
 
 
 def difference(value: float | None, error: float | None, form: str) -> str:

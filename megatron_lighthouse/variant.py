@@ -93,6 +93,8 @@ class Place:
     """Tokens that a token sees, itself among them, of a variant that has `windows`; None: all."""
     sinks: bool = False
     """Whether every call brings a sink for each head, [H], which only a variant that takes them is asked for."""
+    past_alone: bool = False
+    """Whether no output may rest on a later row, be it by rounding."""
 
 
 DEFAULT_PLACE = Place()

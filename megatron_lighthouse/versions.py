@@ -11,11 +11,12 @@ import torch
 from packaging.version import InvalidVersion, Version
 
 LEAST = {
-    "flash-attn-4": ("flash_attn.cute", "4.0.0b30"),
+    "flash-attn-4": ("flash_attn.cute", "4.0.0b31"),
     "flash-linear-attention": ("fla", "0.6.0"),
 }
 """Module, and least release. FlashAttention 4: beta 12 and 13 mend its deterministic backward (flash-attention 2510, 2549), and
-from beta 30 no fault of its backward is known (2662, 2482). flash-linear-attention: before 0.6.0 offsets overflow 32 bits."""
+beta 31 the gradients of more than 128 channels on Hopper (2482, 2662, 2888); `softmax.names.HOPPER` has what is not mended.
+flash-linear-attention: before 0.6.0 offsets overflow 32 bits."""
 
 
 def too_old(package: str) -> str | None:

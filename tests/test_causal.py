@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_lighthouse import LighthouseConfig, Rotary, lighthouse_attention
 from megatron_lighthouse.kernels import lighthouse as kernels
 from megatron_lighthouse.lighthouse import reference
+from megatron_lighthouse.lighthouse.attention import attended_rows
 from megatron_lighthouse.lighthouse.layer import build
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.lighthouse.steps import Steps
@@ -24,7 +25,7 @@ from megatron_lighthouse.wall.config import WallConfig
 from megatron_lighthouse.wall.cut import Step
 from tests import causal_oracle
 from tests.oracle import Problem, number, order, problems
-from tests.steps import DEVICE, both, chosen, poisoned, precision, random_like, small_problems, tensors
+from tests.steps import DEVICE, both, chosen, differentiate, poisoned, precision, random_like, small_problems, tensors
 from tests.test_kernels import differentiated
 from tests.test_select import level_scores
 from tests.test_telemetry import choice_of
@@ -161,19 +162,43 @@ def test_later_tokens_change_no_output_of_the_kernels(scorer: str, start: int) -
     assert changed_before(tensors(problem, "float32"), config, start) == 0
 
 
+@pytest.mark.parametrize(
+    ("dtype", "steps"), [("float64", "reference"), ("float32", "reference"), ("bfloat16", "reference"), ("float32", "kernels")]
+)
+def test_nor_do_they_change_a_gradient(dtype: str, steps: str) -> None:
+    """Of a loss of the positions before them; and by them goes none."""
+    problem = replace(PROBLEM, seq_length=48, budget=6, tile_budget=2)
+    inputs, config = tensors(problem, dtype), config_of(problem, steps=steps)
+    grad, others = random_like(inputs[:1])[0], [10 * x for x in random_like(inputs, seed=8)]
+    for start in (7, 22, 37):
+        before = torch.cat([grad[:start], torch.zeros_like(grad[start:])])
+        changed = [torch.cat([x[:start], other[start:]]) for x, other in zip(inputs, others, strict=True)]
+        found = [differentiate(lambda *x: lighthouse_attention(*x, config), given, [before]) for given in (inputs, changed)]
+        for one, other in zip(*found, strict=True):
+            assert torch.equal(one[:start], other[:start])
+            assert not one[start:].any()
+            assert not other[start:].any()
+
+
 def test_nor_where_heads_share_a_selection() -> None:
     inputs, config = tensors(PROBLEM), config_of(PROBLEM, heads_per_selection=2)
     assert [changed_before(inputs, config, start) for start in (17, 50, 79)] == [0, 0, 0]
 
 
-def test_nor_where_rows_are_gathered_for_another_attention() -> None:
+@pytest.mark.parametrize("start", [5, 39, 70])
+def test_nor_where_rows_are_gathered_for_another_attention(start: int) -> None:
+    """Of keys with a mean, which Parallax takes from them elsewhere: that is of later ones too."""
     *inputs, stream = [*tensors(PROBLEM), random_like(tensors(PROBLEM)[:1])[0]]
+    inputs[1] += 3
     config = config_of(PROBLEM, around="parallax")
     others = [10 * x for x in random_like([*inputs, stream], seed=39)]
-    changed = [torch.cat([x[:39], other[39:]]) for x, other in zip((*inputs, stream), others, strict=True)]
+    changed = [torch.cat([x[:start], other[start:]]) for x, other in zip((*inputs, stream), others, strict=True)]
     before, after = (lighthouse_attention(*x[:3], config, streams=x[3:]) for x in ([*inputs, stream], changed))
-    assert torch.equal(before[:39], after[:39])
-    assert not torch.equal(before[39:], after[39:])
+    assert torch.equal(before[:start], after[:start])
+    assert not torch.equal(before[start:], after[start:])
+    selection = attended_rows(*inputs, config, streams=[stream]).selection
+    paper = config.replace(causal_selection=False)
+    assert_close(before, lighthouse_attention(*inputs, paper, streams=[stream], selection=selection), "float64")
 
 
 @pytest.mark.parametrize("pieces", [4096, 16])
@@ -216,13 +241,22 @@ def test_telemetry_finds_no_later_token(scorer: str) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"scorer": "mass"}, "causal_selection True .* config.scorer mass .*: use config.scorer norm"),
+        ({"scorer": "mass"}, "config.scorer mass .*: use config.scorer dilated or gla, where .* also norm or summary, or"),
         ({"pin_first": False}, "causal_selection True .* config.pin_first False .*: use config.pin_first True"),
     ],
 )
 def test_refused(more: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LighthouseConfig(causal_selection=True, **more)  # type: ignore[arg-type]
+
+
+def test_a_scorer_that_is_offered_is_causal() -> None:
+    query, key, _ = tensors(PROBLEM)
+    value = key[..., :4]
+    for causal, offered in ((True, "config.scorer norm."), (False, "config.scorer norm or mass.")):
+        config = config_of(PROBLEM, scorer="dilated").replace(causal_selection=causal)
+        with pytest.raises(ValueError, match=f"reads values .*: use {offered}$"):
+            lighthouse_attention(query, key, value, config)
 
 
 def test_documents_are_refused() -> None:

@@ -12,15 +12,22 @@ if TYPE_CHECKING:
 NAME = "config.causal_selection"
 
 
+def causal_scorers() -> list[str]:
+    """The names of those that no later token decides."""
+    return [name for name, scorer in SCORERS.items() if scorer.causal]
+
+
 def causal_problem(config: LighthouseConfig) -> str | None:
     """Why the selection that a config asks for cannot be causal; None where it can, or need not be."""
     if not config.causal_selection:
         return None
     if not SCORERS[config.scorer].causal:
-        others = " or ".join(name for name, scorer in SCORERS.items() if scorer.causal)
+        by_length = [name for name in causal_scorers() if SCORERS[name].by_length]
+        others = " or ".join(name for name in causal_scorers() if name not in by_length)
         return (
             f"{NAME} True is for scores that no later token decides, and those of config.scorer {config.scorer} rest on tokens "
-            f"up to the end of the tile: use config.scorer {others}, or {NAME} False."
+            f"up to the end of the tile: use config.scorer {others}, where queries and keys are not normed also "
+            f"{' or '.join(by_length)}, or {NAME} False."
         )
     if not config.pin_first:
         return (

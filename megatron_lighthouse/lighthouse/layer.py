@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -155,7 +155,7 @@ def build(config: LighthouseConfig, query: Tensor, key: Tensor, place: Place = D
     attend: RowAttention | None = None
     if not place.base_attends:
         rows_q, rows_k = (x[:1].expand(geometry.gathered_length // size, -1, -1, -1) for x in (query, key))
-        attend = base.build_rows(config.inner, rows_q, rows_k, place)
+        attend = base.build_rows(config.inner, rows_q, rows_k, replace(place, past_alone=config.causal_selection))
     return Layer(
         geometry=geometry,
         own=Tiled(query.shape[0], config.levels, config.pooling, geometry.tile),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_lighthouse import running
 from megatron_lighthouse.lighthouse.around import AROUND
-from megatron_lighthouse.lighthouse.causal_rules import causal_documents_problem
+from megatron_lighthouse.lighthouse.causal_rules import causal_documents_problem, causal_scorers
 from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
 from megatron_lighthouse.lighthouse.heads import documents_problem
@@ -154,7 +154,8 @@ class Lighthouse(Variant):
     def problems(self, config: LighthouseConfig, model: Any) -> Iterator[str]:
         yield from self.dropout_problems(model.attention_dropout)
         if SCORERS[config.scorer].by_length:
-            *more, last = (name for name, scorer in SCORERS.items() if not scorer.by_length)
+            known = causal_scorers() if config.causal_selection else SCORERS
+            *more, last = (name for name in known if not SCORERS[name].by_length)
             others = f"{', '.join(more)} or {last}"
             for name, what in (("qk_layernorm", "--qk-layernorm"), ("qk_l2_norm", "--qk-l2-norm")):
                 if getattr(model, name, False) and not getattr(model, "multi_latent_attention", False):  # MLA norms latents

@@ -24,6 +24,8 @@ class Layer:
     scheme: Scheme
     exchange: Exchange | None = None
     cu_seqlens: Tensor | None = None
+    past_alone: bool = False
+    """Whether keys stay as they come: their mean is of later ones too, by which outputs are rounded."""
 
     @profiled("attend")
     def __call__(self, query: Tensor, r: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -33,7 +35,8 @@ class Layer:
 
     def over_rows(self, query: Tensor, r: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The same, as a step of another attention, which has a name of its own in profiles."""
-        return self.scheme((query, r), (centred(key, self.exchange, self.cu_seqlens), value))
+        keys = key if self.past_alone else centred(key, self.exchange, self.cu_seqlens)
+        return self.scheme((query, r), (keys, value))
 
 
 def build(
@@ -45,6 +48,7 @@ def build(
     window: int | None = None,
     cu_seqlens: Tensor | None = None,
     kernels: str = "auto",
+    past_alone: bool = False,
 ) -> Layer:
     """The layer for inputs like these, of which shapes, dtype and device count; see `parallax_attention`.
 
@@ -55,5 +59,5 @@ def build(
     scale = scale_of(query, softmax_scale)
     block = block_for(kernels, query, scale, window, cu_seqlens, over_parts=exchange is not None and comm_type != "a2a")
     if exchange is None:
-        return Layer(Alone(block), None, cu_seqlens)
-    return Layer(scheme(comm_type, exchange, lambda: block, lambda: Alone(block)), exchange)
+        return Layer(Alone(block), None, cu_seqlens, past_alone)
+    return Layer(scheme(comm_type, exchange, lambda: block, lambda: Alone(block)), exchange, None, past_alone)

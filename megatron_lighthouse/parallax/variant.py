@@ -186,7 +186,8 @@ class Parallax(Variant):
 def _layer(config: ParallaxConfig, query: Tensor, key: Tensor, place: Place) -> Layer:
     from megatron_lighthouse.parallax.layer import build
 
-    return build(query, key, place.exchange, place.comm_type, place.scale, kernels=config.kernels)
+    kernels, past_alone = config.kernels, place.past_alone
+    return build(query, key, place.exchange, place.comm_type, place.scale, kernels=kernels, past_alone=past_alone)
 
 
 PARALLAX = Parallax()

@@ -18,7 +18,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_lighthouse.notice import say_once
-from megatron_lighthouse.softmax.names import FLASH_DIMS, NARROWER, UNTRIED, shards_problem, te_problem
+from megatron_lighthouse.softmax.names import (
+    EQUAL_IF_GROUPED,
+    FLASH_DIMS,
+    NARROWER,
+    REPEATS_TO,
+    UNTRIED,
+    shards_problem,
+    te_problem,
+)
 from megatron_lighthouse.softmax.rows import DOCUMENTS, SHARDS, RowKind
 from megatron_lighthouse.versions import LEAST, too_old
 
@@ -163,6 +171,8 @@ def flash_problem(
             return "takes bf16 and fp16 alone"
         if (rows.dim, rows.value_dim) != NARROWER and (rows.dim not in takes or rows.dim != rows.value_dim):
             return f"does not take {rows.dims}"
+        if rows.dim != rows.value_dim and rows.heads != rows.groups and (package, rows.capability // 10) == EQUAL_IF_GROUPED:
+            return f"does not take {rows.dims} where query heads share them"
         return import_problem(package, module, function)
 
     return problem
@@ -263,7 +273,7 @@ BACKENDS: dict[str, Backend] = {
         "FlashAttention 3",
         flash_problem("hopper/ of the flash-attention repository", "flash_attn_interface", FLASH_DIMS["fa3"]),
         _flash("flash_attn_interface"),
-        lambda rows: rows.dim <= 192,
+        lambda rows: rows.dim <= REPEATS_TO["fa3"],
     ),
     "cudnn": Backend(
         "cuDNN's attention in torch",

@@ -16,14 +16,21 @@ UNTRIED = ("fa3",)
 OVER_SHARDED_DOCUMENTS = ("fa2", "sdpa")
 """cuDNN's in torch compiles anew for each length, of which documents have many; FlashAttention 4 and 3 are not written here."""
 UP_TO_256, BLACKWELL = range(8, 257, 8), (*range(8, 129, 8), 256)
-"""Head dimensions of FlashAttention on Hopper, and of FlashAttention 4 on Blackwell."""
+"""Head dimensions of FlashAttention 3 on Hopper, and of FlashAttention 4 on Blackwell."""
+HOPPER = (24, 32, 56, 64, 88, 96, 120, *range(128, 257, 8))
+"""Of FlashAttention 4 on Hopper. Up to 128 its backward there fills heads up to multiples of 16, and what reads its gradient of
+the queries to multiples of 32. Where these differ that is wrong: findings/flash_attention_4_pads_heads_in_two_ways.sh."""
 NARROWER = (192, 128)
 """Of keys and values: what FlashAttention 3 and 4 take where they are not the same, DeepSeek's."""
+REPEATS_TO = {"cudnn": 0, "fa3": 192}
+"""The most channels with which a backward repeats to the bit, where that is not all."""
+EQUAL_IF_GROUPED = ("flash-attn-4", 9)
+"""On Hopper FlashAttention 4's backward asserts that they are the same where query heads share keys and values."""
 FLASH_DIMS: dict[str, dict[int, Sequence[int]]] = {
-    "fa4": {9: UP_TO_256, 10: BLACKWELL, 11: BLACKWELL},
+    "fa4": {9: HOPPER, 10: BLACKWELL, 11: BLACKWELL},
     "fa3": {9: UP_TO_256},
 }
-"""The head dimensions that they take, by major compute capability: what FlashAttention 4's interface asserts."""
+"""The head dimensions that they take, by major compute capability: of those that FlashAttention 4's interface asserts."""
 
 
 def shards_problem(name: str, known: Sequence[str], dim: int) -> str | None:
@@ -57,13 +64,14 @@ def document_sinks_problem(name: str) -> str | None:
     return f"config.inner {name} takes no sinks over packed documents: use config.inner {fits}."
 
 
-def device_problem(name: str, major: int, dims: tuple[int, int], half: bool) -> str | None:
+def device_problem(name: str, major: int, dims: tuple[int, int], half: bool, repeats: bool = False) -> str | None:
     """Why a backend cannot run, as far as settings tell; whether it is installed is seen where it runs.
 
     Args:
         major: compute capability of the GPUs; 0: none.
         dims: channels of a key and of a value.
         half: whether the model is in bf16 or fp16.
+        repeats: whether runs are to repeat to the bit.
     """
     if name in ("auto", "te", "sdpa"):
         return None
@@ -71,6 +79,9 @@ def device_problem(name: str, major: int, dims: tuple[int, int], half: bool) -> 
         return f"config.inner {name} needs a GPU: use config.inner auto or sdpa."
     if not half:
         return f"config.inner {name} takes bf16 and fp16 alone: add --bf16, or use config.inner auto."
+    if repeats and dims[0] > REPEATS_TO.get(name, dims[0]):
+        beyond = f" with heads of {dims[0]} channels" if REPEATS_TO[name] else ""
+        return f"config.inner {name} does not repeat to the bit{beyond}, as --deterministic-mode asks: use config.inner auto."
     if name not in FLASH_DIMS:
         return None
     if (takes := FLASH_DIMS[name].get(major)) is None:

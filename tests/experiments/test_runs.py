@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import re
 import subprocess
+import time
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
+from experiments import bench
 from experiments.__main__ import main
 from experiments.machine import seeing, shared_out
 from experiments.pairs import dense_of
@@ -113,20 +115,18 @@ def test_a_run_of_another_experiment_is_refused(capsys: pytest.CaptureFixture[st
         ("--at-once 0", "--at-once 0 must be at least 1."),
         ("--within 40", "--within 40 leaves no time: give more than the 40 s that saving may take."),
         ("--hindsight-samples -1", "--hindsight-samples -1 must be at least 1, or 0 for no hindsight."),
+        ("--passkey-samples -1", "--passkey-samples -1 must be at least 0, for none."),
+        ("--loss-sequences -4", "--loss-sequences -4 must be at least 0, for none."),
+        ("--corpus /no/such", "--corpus /no/such has no train/*.txt: give a folder that recipe.corpus made, or leave it out."),
         ("--seq-length 1024", "the held-out text has 513 tokens: --hindsight-samples needs at least 2048"),
     ],
 )
 def test_refused_before_a_run_is_trained(
     options: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(subprocess, "Popen", None)
-    (tmp_path / "corpus" / "held-out").mkdir(parents=True)
-    (tmp_path / "corpus" / "train").mkdir()
-    for part in ("train", "held-out"):
-        (tmp_path / "corpus" / part / "1.txt").write_text(512 * "a")
-    paths = [f"--{name}={tmp_path / name}" for name in ("corpus", "work", "out")]
+    paths = folders(tmp_path, monkeypatch)
     with pytest.raises(SystemExit):
-        main(["--experiment", "tiny", "--runs", BASE, *paths, *options.split()])
+        main(["--experiment", "tiny", "--runs", BASE, BASE, "--hindsight-samples", "2", *paths, *options.split()])
     assert says in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
 
@@ -157,3 +157,31 @@ def test_runs_side_by_side_share_out_the_gpus(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert seeing([0, 1]) == {"CUDA_VISIBLE_DEVICES": "0,1"}
+
+
+def test_what_was_refused_or_never_saved_does_not_stay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same folder takes other values until a run has saved by those that it has."""
+    given = ["--experiment", "tiny", "--runs", "dense", *folders(tmp_path, monkeypatch)]
+    assert main([*given, "--learning-rate-that-is-none", "1"]) == 1
+    log = tmp_path / "work" / "dense" / "train.log"
+    assert log.exists()
+    monkeypatch.setattr(bench, "START", time.monotonic() - 60)  # so that no time is left
+    assert main([*given, "--within", "50", "--steps", "12"]) == bench.CUT_OFF
+    assert not log.exists()
+    checkpoints = tmp_path / "work" / "dense" / "checkpoints"
+    checkpoints.mkdir()
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text("5")
+    with pytest.raises(SystemExit):
+        main([*given, "--steps", "14"])
+    assert "holds dense with --eval-interval 13 --train-iters 12, not" in capsys.readouterr().err
+
+
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A small corpus, and where no process can be started."""
+    monkeypatch.setattr(subprocess, "Popen", None)
+    for part in ("train", "held-out"):
+        (tmp_path / "corpus" / part).mkdir(parents=True)
+        (tmp_path / "corpus" / part / "1.txt").write_text(512 * "a")
+    return [f"--{name}={tmp_path / name}" for name in ("corpus", "work", "out")]

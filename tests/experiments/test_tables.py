@@ -144,6 +144,19 @@ def test_two_seeds_are_held_each_to_its_own_dense_run() -> None:
     assert summary.verdict({name: {**row, "against": "dilated"} for name, row in above.items() if name != "dense-2"}) == []
 
 
+def test_the_verdict_has_the_probes_too() -> None:
+    """The bar is of both: right digits of two seeds, each less those of its own dense run."""
+    passkey, tracking = "noise_accuracy_difference", "variables_noise_accuracy_difference"
+    first = {"against": "dense", "difference": 0.01, passkey: 0.1, tracking: None}
+    second = {"against": "dense-2", "difference": -0.03, passkey: -0.02, tracking: 0.5}
+    assert summary.verdict({"causal-2": second, "causal": first}) == [
+        "`causal` above dense, mean of two seeds: -0.0100 nats, each 0.0200 from it; the bar is +0.005. "
+        "Passkey: +4.0%, each 6.0% from it; the bar is 0."
+    ]
+    (said,) = summary.verdict({"causal-2": second, "causal": {**first, tracking: 0.25}})
+    assert said.endswith(" Variable tracking: +37.5%, each 12.5% from it.")
+
+
 def test_what_the_later_folder_knows_counts() -> None:
     later = made("dense", [[0.0, 0.0, 0.0]], [1.0])
     both = tables.merged([DENSE, OURS, later])

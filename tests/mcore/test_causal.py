@@ -53,7 +53,7 @@ def test_a_checkpoint_goes_on_with_its_own(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--lighthouse-scorer mass", f"{GIVEN} .* use --lighthouse-scorer norm or .*, or {NOT}"),
+        ("--lighthouse-scorer mass", f"{GIVEN} .* use --lighthouse-scorer dilated or .* norm or summary, or {NOT}"),
         ("--no-lighthouse-pin-first", f"{GIVEN} .* --no-lighthouse-pin-first .*: use --lighthouse-pin-first, or {NOT}"),
     ],
 )

@@ -199,6 +199,12 @@ def test_a_model_is_refused_where_the_gpus_have_none(monkeypatch: pytest.MonkeyP
             layer_specs._check_fp8(config)
     vars(config).update(fp8_dot_product_attention=False)
     layer_specs._check_fp8(config)
+    vars(config).update(fp8_recipe="mxfp8")  # of layers alone: Transformer Engine says it in the first step
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(layer_specs, "capability_of", lambda device: 90)
+    with pytest.raises(ValueError, match="--fp8-recipe mxfp8 needs Blackwell's GPUs"):
+        layer_specs._check_fp8(config)
 
 
 def test_the_flag() -> None:

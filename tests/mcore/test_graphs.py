@@ -10,7 +10,7 @@ import pytest
 import torch
 from megatron.core.rerun_state_machine import RerunMode, RerunStateMachine
 
-from megatron_lighthouse.mcore.command_line import before, flags, graphs, optimizer_graph, run_options
+from megatron_lighthouse.mcore.command_line import before, flags, graph_modules, graphs, optimizer_graph, run_options
 from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
 from megatron_lighthouse.mcore.loop import finite
 from megatron_lighthouse.recipe.presets import preset_for
@@ -52,9 +52,14 @@ def test_auto_takes_them_where_they_save_time(said: list[str], monkeypatch: pyte
     assert graphs.taken(parsed("--graphs auto"), gpu=True) == []
     assert "not tried with evaluations over 4 ranks" in said[-1]
     assert graphs.taken(parsed("--graphs auto --cuda-graph-impl transformer_engine"), gpu=True) == []
-    assert graphs.taken(parsed("--cuda-graph-impl full_iteration"), gpu=True) == [graphs.CHECK]
-    with pytest.raises(ValueError, match="--cuda-graph-impl local needs a GPU"):
-        graphs.taken(parsed("--cuda-graph-impl local"), gpu=False)
+    for words in ("--cuda-graph-impl full_iteration", "--cuda-graph-scope full_iteration"):
+        assert graphs.taken(parsed(words), gpu=True) == [graphs.CHECK]
+
+
+@pytest.mark.parametrize("words", ["--cuda-graph-impl local", "--enable-cuda-graph", "--cuda-graph-modules full_iteration"])
+def test_graphs_need_a_gpu(words: str) -> None:
+    (problem,) = run_options.without_gpus(parsed(f"{words} --distributed-backend gloo"))
+    assert problem.startswith(f"--cuda-graph-impl {'full_iteration' if 'full' in words else 'local'} needs a GPU")
 
 
 def test_make_train_on_one_gpu_takes_them(said: list[str]) -> None:
@@ -121,6 +126,13 @@ def test_why_they_are_left_off(words: str, because: str, said: list[str]) -> Non
         ("--cuda-graph-impl full_iteration --save-activations-interval 5", "it sees nothing: leave one of them out"),
         ("--cuda-graph-impl full_iteration --timing-log-level 1", "leave it out, or use --cuda-graph-impl local"),
         ("--cuda-graph-impl full_iteration --log-straggler", "--log-straggler True with"),
+        ("--cuda-graph-scope full_iteration --timing-log-level 1", "--timing-log-level 1 with --cuda-graph-impl full"),
+        ("--graphs off --cuda-graph-scope full_iteration", "--graphs off with --cuda-graph-impl full_iteration"),
+        ("--cuda-graph-impl local --cuda-graph-modules attn nonsense", "--cuda-graph-modules nonsense is not known: use some"),
+        ("--cuda-graph-impl local --cuda-graph-scope atn", "--cuda-graph-scope atn is not known: use some of attn, mlp"),
+        ("--cuda-graph-impl local --cuda-graph-modules mamba", "captures Mamba layers alone, and there are none"),
+        ("--cuda-graph-impl local --inference-cuda-graph-scope block", "scope block with --cuda-graph-impl local, which then"),
+        ("--enable-cuda-graph --cuda-graph-scope full_iteration_inference", "captures no layer that trains: leave it out"),
     ],
 )
 def test_what_cannot_be_is_refused(words: str, message: str) -> None:
@@ -158,6 +170,24 @@ def test_what_can_be_is_not() -> None:
     assert not [*graphs.problems(parsed("--cuda-graph-impl local --timing-log-level 2 --hidden-dropout 0.1"))]  # no evaluation
     assert not [*graphs.problems(parsed("--cuda-graph-impl full_iteration --eval-iters 2 --hidden-dropout 0.1"))]
     assert not [*before.problems(parsed("--graphs auto --eval-interval 9"))]
+    older = "--cuda-graph-impl local --cuda-graph-scope full_iteration"  # is what whole iterations were asked for by
+    assert not [*graphs.problems(parsed(f"{older} --recompute-granularity full --eval-iters 2 --hidden-dropout 0.1"))]
+    assert not [*graphs.problems(parsed("--cuda-graph-impl local --cuda-graph-modules attn mlp"))]
+    assert not [*graphs.problems(parsed("--cuda-graph-impl local --cuda-graph-modules mamba --use-checkpoint-args"))]
+    assert not [*graphs.problems(parsed("--cuda-graph-impl local --cuda-graph-scope full --inference-cuda-graph-scope layer"))]
+
+
+@pytest.mark.usefixtures("megatron")
+def test_the_modules_are_megatrons() -> None:
+    from megatron.core.transformer.cuda_graph_config import CUDA_GRAPH_MODULES_DEPRECATIONS
+    from megatron.core.transformer.enums import CudaGraphModule
+
+    assert [*CudaGraphModule.__members__] == [*graph_modules.MODULES]
+    assert {*CUDA_GRAPH_MODULES_DEPRECATIONS} == {graph_modules.ITERATION, graph_modules.INFERENCE}
+    config = transformer_config()
+    config.cuda_graph_modules = [CudaGraphModule.attn]
+    assert graph_modules.names(config) == ["attn"]
+    assert graphs.kind_of(config) == "none"
 
 
 @pytest.mark.parametrize(

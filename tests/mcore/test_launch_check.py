@@ -40,6 +40,10 @@ WRONG = {
     "a flag cut short": ("--lr-warmup-iter 100", "did you mean --lr-warmup-iters?"),
     "a value": ("--normalization rmsnorm", "--normalization: invalid choice: 'rmsnorm'"),
     "QK-norm": ("--qk-layernorm --lighthouse-scorer norm", "use --lighthouse-scorer mass, dilated or gla"),
+    "QK-norm, causal": (
+        "--qk-layernorm --lighthouse-scorer norm --lighthouse-causal-selection",
+        "use --lighthouse-scorer dilated or gla",
+    ),
     "MLA": ("--multi-latent-attention --lighthouse-scorer dilated", "reads values .* use --lighthouse-scorer norm"),
     "a window": ("--window-size 4096,0", r"--window-size 4096,0 .* give --window-attn-skip-freq N"),
     "windows over ranks": ("--window-size 4096,0 --window-attn-skip-freq 2", r"with --cp-comm-type p2p: .* a2a or all_gather"),
@@ -81,6 +85,10 @@ WRONG = {
     "a batch": ("--global-batch-size 12", "use --global-batch-size 8 or 16"),
     "its channels": ("--lighthouse-inner fa2 --kv-channels 132", "with head dimension 132: over several ranks use .* sdpa,"),
     "of other layers": ("--lighthouse-inner te --transformer-impl local", "use it with --transformer-impl transformer_engine"),
+    "one that does not repeat": (
+        "--lighthouse-inner cudnn --deterministic-mode --transformer-impl local",
+        "cudnn does not repeat to the bit, as --deterministic-mode asks: use --lighthouse-inner auto.",
+    ),
     "wide heads": ("--lighthouse-inner fa4 --cp-comm-type a2a --kv-channels 260", "does not take heads of 260 channels"),
     "FP8 attention": ("--fp8-dot-product-attention", "is read with --fp8-format alone: add --fp8-format hybrid"),
     "heads of FP8": ("--fp8-format hybrid --fp8-dot-product-attention --kv-channels 64", "takes heads of 128 channels"),

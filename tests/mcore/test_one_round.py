@@ -6,12 +6,14 @@ What Megatron itself says of it then, is asked too.
 from __future__ import annotations
 
 import re
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from megatron_lighthouse.launch import check
 from megatron_lighthouse.launch import megatron as asked_megatron
+from megatron_lighthouse.mcore.command_line import precision
 from tests.mcore.harness import MODEL, TEXT, Processes, without
 from tests.mcore.test_launch_check import GPUS, LLAMA
 from tests.mcore.test_together import MAJOR
@@ -104,6 +106,29 @@ def test_formats_of_other_gpus(more: str, right: str, capsys: pytest.CaptureFixt
     capsys.readouterr()
     assert check.main([*GPUS, "--without-megatron", "--", *LLAMA, *more.split()]) == 1
     assert right in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("recipe", "here", "right"),
+    [
+        ("mxfp8", (9, 0), "needs Blackwell's GPUs, of compute capability 10, and these are of 9.0: use --fp8-recipe blockwise"),
+        ("mxfp8", (12, 0), "and these are of 12.0: use --fp8-recipe blockwise, tensorwise or delayed."),
+        ("mxfp8", (10, 3), None),
+        ("blockwise", (8, 9), "compute capability 9.0 or later, and these are of 8.9: use --fp8-recipe tensorwise or delayed."),
+        ("delayed", (8, 9), None),
+        (
+            "delayed",
+            (8, 0),
+            "--fp8-format hybrid needs GPUs of compute capability 8.9 or later, and these are of 8.0: leave it",
+        ),
+        ("custom", (9, 0), None),
+        ("delayed", (0, 0), None),
+    ],
+)
+def test_recipes_of_other_gpus(recipe: str, here: tuple[int, int], right: str | None) -> None:
+    found = [*precision.device_problems(Namespace(fp8="hybrid", fp4=None, fp8_recipe=recipe), *here)]
+    assert len(found) == (right is not None)
+    assert right is None or right in found[0]
 
 
 def test_a_full_validation_is_taken(capsys: pytest.CaptureFixture[str]) -> None:

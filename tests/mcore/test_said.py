@@ -24,6 +24,8 @@ NOT_READ = {
     "--vocab-size 500": "--vocab-size is not read with such a --tokenizer-type, whose own size the model has "
     "(--padded-vocab-size sets another).",
     "--loss-scale 1024": "--loss-scale is not read without --fp16.",
+    "--cuda-graph-modules attn": "--cuda-graph-modules is not read without --cuda-graph-impl.",
+    "--cuda-graph-warmup-steps 5": "is not read without --cuda-graph-impl or --optimizer-cuda-graph.",
     "--muon-momentum 0.95": "--muon-momentum is not read without --optimizer muon.",
     "--hierarchical-context-parallel-sizes 2 2": "is not read without --cp-comm-type a2a+p2p.",
     "--recompute-modules mlp": "--recompute-modules is not read with --recompute-granularity full.",

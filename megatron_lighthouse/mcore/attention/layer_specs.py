@@ -32,7 +32,7 @@ from megatron_lighthouse.mcore.attention.rotary import rotary_of
 from megatron_lighthouse.mcore.attention.scales import with_scales
 from megatron_lighthouse.mcore.attention.streams import add_streams
 from megatron_lighthouse.mcore.attention.tensor_ranks import OverTensorRanks
-from megatron_lighthouse.mcore.command_line import fp8, rope
+from megatron_lighthouse.mcore.command_line import fp8, precision, rope
 from megatron_lighthouse.mcore.command_line.checks import check_run
 from megatron_lighthouse.mcore.command_line.documents import asked, upstream_problems
 from megatron_lighthouse.mcore.command_line.layers import attention_layers
@@ -206,13 +206,12 @@ def _say_what_is_sent(config: TransformerConfig, settings: LighthouseSettings) -
 
 
 def _check_fp8(config: TransformerConfig) -> None:
-    """Raises ValueError where attention is to be in FP8, and these GPUs have none."""
-    if not fp8.asked(config):
-        return
+    """Raises ValueError where layers or their attention are to be in FP8, and these GPUs have none so."""
     here = capability_of(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else 0
-    if found := [*fp8.device_problems(config, here // 10, cudnn())]:
+    if found := [*precision.device_problems(config, *divmod(here, 10)), *fp8.device_problems(config, here // 10, cudnn())]:
         raise ValueError("\n".join(found))
-    say_once(fp8.EXPERIMENTAL)
+    if fp8.asked(config):
+        say_once(fp8.EXPERIMENTAL)
 
 
 def _dense(spec: LayerSpec, config: TransformerConfig) -> LayerSpec:

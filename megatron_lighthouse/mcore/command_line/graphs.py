@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_lighthouse.context_parallel.schemes import SWITCH
 from megatron_lighthouse.lighthouse.config import flag
-from megatron_lighthouse.mcore.command_line import evaluations, pyramid
+from megatron_lighthouse.mcore.command_line import evaluations, graph_modules, pyramid
 from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern
 from megatron_lighthouse.mcore.command_line.stage import Schedule
 from megatron_lighthouse.notice import say_once
@@ -73,12 +73,16 @@ def flag_named(name: str) -> str:
 def kind_of(args: Any) -> str:
     """Megatron's --cuda-graph-impl, by its older names too; of arguments or a TransformerConfig."""
     older = (kind for name, kind in OLDER.items() if getattr(args, name, False))
-    return str(next(older, getattr(args, "cuda_graph_impl", "none")))
+    kind = str(next(older, getattr(args, "cuda_graph_impl", "none")))
+    # beside Transformer Engine's Megatron refuses it
+    whole = kind in ("none", "local") and graph_modules.ITERATION in graph_modules.names(args)
+    return graph_modules.ITERATION if whole else kind
 
 
 def problems(args: argparse.Namespace) -> Iterator[str]:
     """What graphs do not go with, whatever the attention."""
     kind = kind_of(args)
+    yield from graph_modules.problems(args, kind)
     if kind == "none":
         return
     asked = f"--cuda-graph-impl {kind}"
@@ -198,14 +202,9 @@ def taken(args: argparse.Namespace, gpu: bool) -> list[str]:
 
     Args:
         args: as the words say, not validated.
-        gpu: whether there is one.
-
-    Raises:
-        ValueError: graphs that are asked for where there is none.
+        gpu: whether there is one; graphs that are asked for where there is none are refused before.
     """
     kind = kind_of(args)
-    if kind != "none" and not gpu:
-        raise ValueError(f"--cuda-graph-impl {kind} needs a GPU, and there is none here: leave it out.")
     if kind != "none":
         return _prepared(args, kind)
     if not gpu or args.skip_train:

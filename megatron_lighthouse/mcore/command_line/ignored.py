@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from megatron_lighthouse.mcore.command_line import graphs
 from megatron_lighthouse.mcore.command_line.flags import listed
 from megatron_lighthouse.mcore.data.tokenizers import takes_size
 from megatron_lighthouse.notice import say_once
@@ -50,6 +51,16 @@ RULES = (
     ),
     Rule("moe_.*", lambda args: bool(args.num_experts), "without --num-experts"),
     Rule("mtp_.*", lambda args: bool(args.mtp_num_layers), "without --mtp-num-layers"),
+    Rule(
+        "cuda_graph_(modules|scope_deprecated)|inference_cuda_graph_scope",
+        lambda args: graphs.kind_of(args) != "none",
+        "without --cuda-graph-impl",
+    ),
+    Rule(
+        "cuda_graph_warmup_steps",
+        lambda args: graphs.kind_of(args) != "none" or args.optimizer_cuda_graph,
+        "without --cuda-graph-impl or --optimizer-cuda-graph",
+    ),
     Rule("fp8_.*", lambda args: bool(args.fp8), "without --fp8-format"),
     Rule("fp4_.*", lambda args: bool(args.fp4), "without --fp4-format"),
     Rule("(initial_|min_)?loss_scale(_window)?|hysteresis", lambda args: args.fp16, "without --fp16"),

@@ -50,7 +50,8 @@ def device_problems(args: Namespace, major: int) -> Iterator[str]:
     except ValueError:  # said elsewhere
         return
     if _forced(args, settings) and args.hidden_size and args.num_attention_heads:
-        found = names.device_problem(settings.config.inner, major, head_dims(args), bool(args.bf16 or args.fp16))
+        half, repeats = bool(args.bf16 or args.fp16), bool(args.deterministic_mode)
+        found = names.device_problem(settings.config.inner, major, head_dims(args), half, repeats)
         yield from [in_flags(found)] if found else []
 
 

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_lighthouse.mcore.command_line import graphs
 from megatron_lighthouse.options import flag_of
 
 
@@ -16,5 +17,5 @@ def problems(args: argparse.Namespace, name: str, config: Any) -> Iterator[str]:
     asked = f"{flag_of(name, 'telemetry_interval')} {config.telemetry_interval}"
     if not args.tensorboard_dir and not getattr(args, "wandb_project", None):
         yield f"{asked} has nowhere to log to: add --tensorboard-dir DIR or --wandb-project NAME."
-    if (graphs := getattr(args, "cuda_graph_impl", "none")) != "none":
-        yield f"{asked} cannot look into the graphs of --cuda-graph-impl {graphs}: leave one of them out."
+    if (kind := graphs.kind_of(args)) != "none":
+        yield f"{asked} cannot look into the graphs of --cuda-graph-impl {kind}: leave one of them out."

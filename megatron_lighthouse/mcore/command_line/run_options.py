@@ -41,7 +41,9 @@ def check_run_options(args: Namespace) -> None:
 
 
 def without_gpus(args: Namespace) -> Iterator[str]:
-    """Why ranks could not meet that have no GPUs."""
+    """Why ranks could not meet that have no GPUs, or not do what is asked of them."""
+    if (kind := graphs.kind_of(args)) != "none":
+        yield f"--cuda-graph-impl {kind} needs a GPU, and there is none here: leave it out."
     if args.distributed_backend == "nccl" and not getattr(args, "fake_process_group", False):
         yield (
             "--distributed-backend nccl (Megatron's default) is for GPUs, and the ranks have none: add "
@@ -80,6 +82,8 @@ def _asked_for(args: Namespace) -> Iterator[tuple[str, str, str]]:
         yield f"--wandb-project {project}", "wandb", "wandb"
     if getattr(args, "skip_train", False):
         return
+    if graphs.kind_of(args) == "transformer_engine" and args.transformer_impl == "local":
+        yield "--cuda-graph-impl transformer_engine", "transformer_engine", "'transformer-engine[core_cu13,pytorch]'"
     if (optimizer := getattr(args, "optimizer", "adam")) not in ("adam", "sgd"):
         yield f"--optimizer {optimizer}", "emerging_optimizers", "emerging-optimizers"
     if optimizer_graph.missing(args):

@@ -9,6 +9,7 @@ import argparse
 import math
 from collections.abc import Iterator
 
+from megatron_lighthouse.mcore.command_line import graphs
 from megatron_lighthouse.options import as_words
 from megatron_lighthouse.usage import as_flag
 
@@ -42,7 +43,7 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
             yield f"{as_words(flag, value)} is read by Transformer Engine's layers alone: leave it out, or use {ENGINE}."
     if args.cross_entropy_loss_fusion and args.cross_entropy_fusion_impl == "te":
         yield "--cross-entropy-fusion-impl te is turned off in Megatron 0.19, for it was not stable: use native."
-    if args.cuda_graph_impl == "full_iteration" and args.check_for_nan_in_loss_and_grad:
+    if graphs.kind_of(args) == "full_iteration" and args.check_for_nan_in_loss_and_grad:
         yield "--cuda-graph-impl full_iteration needs --no-check-for-nan-in-loss-and-grad: add it, or use local."
     sizes, ranks = args.hierarchical_context_parallel_sizes, args.context_parallel_size
     if ranks > 1 and "a2a+p2p" in args.cp_comm_type and sizes and math.prod(sizes) != ranks:

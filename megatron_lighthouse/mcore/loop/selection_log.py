@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_lighthouse.lighthouse.config import flag
+from megatron_lighthouse.mcore.command_line import graphs
 from megatron_lighthouse.mcore.command_line.layers import in_words
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, settings_from
 from megatron_lighthouse.mcore.loop import switch
@@ -67,8 +68,8 @@ def problems(args: argparse.Namespace, settings: LighthouseSettings) -> Iterator
         return
     if not args.tensorboard_dir and not getattr(args, "wandb_project", None):
         yield f"{INTERVAL} {interval} has nowhere to log to: add --tensorboard-dir DIR or --wandb-project NAME."
-    if (graphs := getattr(args, "cuda_graph_impl", "none")) != "none":
-        yield f"{INTERVAL} {interval} cannot look into the graphs of --cuda-graph-impl {graphs}: leave one of them out."
+    if (kind := graphs.kind_of(args)) != "none":
+        yield f"{INTERVAL} {interval} cannot look into the graphs of --cuda-graph-impl {kind}: leave one of them out."
 
 
 def check(args: argparse.Namespace, settings: LighthouseSettings) -> None:

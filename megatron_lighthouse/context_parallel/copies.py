@@ -127,8 +127,6 @@ class _Channel:
     """Of the last message."""
     open: set[int] = field(default_factory=set)
     """Hops of messages that are not closed."""
-    capture: int = 0
-    """In which capture of a CUDA graph the last message was sent; 0: in none."""
 
     def came(self, rank: int, hop: int) -> int:
         """The address of the flag of `rank` that the message of this hop has come to it."""
@@ -161,10 +159,7 @@ class Copies:
             RuntimeError: a message that is not this channel's next, or that no slot is free for.
         """
         at = self._channel(channel, room + ALIGNMENT * len(tensors))
-        to, number, capture = (self.rank + hop) % self.size, abs(hop), self.gpu.capture()
-        if at.capture not in (0, capture):  # whether it failed or not: nothing that it was given has been done
-            at.hop, at.open = 0, set()
-        at.capture = capture
+        to, number = (self.rank + hop) % self.size, abs(hop)
         if number != at.hop % (self.size - 1) + 1 or len(at.open) == min(SLOTS, self.size - 1):  # it would wait for itself
             raise RuntimeError(f"{channel}: hop {hop} is sent after hop {at.hop}, while hops {sorted(at.open)} are open.")
         at.hop = number

@@ -87,16 +87,6 @@ class Gpu:
         """The flag becomes 1 when what the current stream has been given is done and seen by all GPUs."""
         self._write(address, 1)
 
-    def capture(self) -> int:
-        """The number of the capture that the current stream is in, which no other in this process has; 0 outside of one."""
-        if not torch.cuda.is_current_stream_capturing():
-            return 0
-        from cuda.bindings import driver
-
-        result, _, number, *_ = driver.cuStreamGetCaptureInfo(self._current())
-        _check((result,))
-        return int(number)
-
     def _write(self, address: int, value: int) -> None:
         from cuda.bindings import driver
 

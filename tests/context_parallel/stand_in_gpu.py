@@ -102,7 +102,6 @@ class Gpu:
     def __init__(self, rank: int, world: World, one_queue: bool = False) -> None:
         self.rank, self.world, self.one_queue, self.inside = rank, world, one_queue, False
         self.graph: Graph | None = None
-        self.captures = 0
         self.queue: Queue[Callable[[], None]] = Queue()
         Thread(target=self._copy_for_ever, daemon=True).start()
 
@@ -110,17 +109,11 @@ class Gpu:
     def capturing(self) -> Iterator[Graph]:
         """What is done inside is kept, and the work of streams not done."""
         self.graph = graph = Graph()
-        self.captures += 1
-        try:
-            with graph:
-                yield graph
-        finally:
-            self.graph = None
+        with graph:
+            yield graph
+        self.graph = None
         left = set(range(len(graph.nodes))) - set().union(*(before for *_, before in graph.nodes))
         assert left <= graph.last[False], "a stream was not joined: CUDA refuses such a graph"
-
-    def capture(self) -> int:
-        return self.captures if self.graph else 0
 
     def shared(self, size: int) -> Shared:
         own = torch.zeros(size, dtype=torch.uint8)

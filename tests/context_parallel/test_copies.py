@@ -259,64 +259,6 @@ def test_a_captured_ring_repeats_what_it_does_without_a_graph(size: int, monkeyp
         list(pool.map(of_rank, range(size)))
 
 
-class Failing(Slow):
-    """An attention that fails while it is told to: in forward, or in backward."""
-
-    fails = ""
-
-    def forward(self, *args: Any) -> Any:
-        return super().forward(*args) if self.fails != "forward" else self._fail()
-
-    def backward(self, *args: Any) -> Any:
-        return super().backward(*args) if self.fails != "backward" else self._fail()
-
-    def _fail(self) -> None:
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-
-@pytest.mark.parametrize("fails", ["forward", "backward"])
-@pytest.mark.parametrize("size", [2, 3])
-def test_a_capture_that_failed_changes_nothing(size: int, fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another capture and calls without a graph go on as if it had not been; several graphs live at once."""
-    world = World(size)
-    gpus = [Gpu(rank, world) for rank in range(size)]
-    copies = [Copies(rank, size, gpu) for rank, gpu in enumerate(gpus)]  # type: ignore[arg-type]
-    monkeypatch.setattr(exchange_module, "copies_over", lambda group, device: copies[group])
-    cases = [_case(24, seed) for seed in range(3)]
-
-    def of_rank(rank: int) -> None:
-        exchange: Any = Exchange(rank, Layout(size, rank))  # type: ignore[arg-type]
-        block, random = Failing(rank), Random(rank)
-        attend = Ring(block, exchange)
-        held = [[exchange.own(x) for x in case] for case in cases]
-
-        def step(case: list[Tensor]) -> list[Tensor]:
-            query, key, value = leaves = [x.detach().requires_grad_() for x in case[:3]]
-            out = attend((query,), (key, value))
-            return [out.detach(), *torch.autograd.grad(out, leaves, case[3])]
-
-        expected = [step(case) for case in held]
-        graphs = []
-        for case in held:
-            block.fails = fails
-            with pytest.raises(RuntimeError, match="not permitted"), gpus[rank].capturing():
-                step(case)
-            block.fails = ""
-            assert all(map(torch.equal, step(case), expected[len(graphs)]))
-            with gpus[rank].capturing() as graph:
-                results = step(case)
-            graphs.append((graph, results))
-        for number in (1, 0, 2, 1):
-            graph, results = graphs[number]
-            for x in results:
-                x.fill_(torch.nan)
-            graph.replay(random, early=0)
-            assert all(map(torch.equal, results, expected[number]))
-
-    with ThreadPoolExecutor(size) as pool:
-        list(pool.map(of_rank, range(size)))
-
-
 def test_ranks_do_not_agree_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of it would be done then; the first call of a size comes before."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -133,10 +133,9 @@ CASES = (
         tiny="--tiny --attention-backend auto",
         needs=FLASH,
     ),
-    experiment("qwen3-warm", "Qwen3-like by Muon, mass after a dense warm-up", "qwen3", "warm warm-2", LONG, 700, 480),
     experiment("qwen3-adam", "Qwen3-like by Adam, both seeds", "qwen3-adam", "dense mass dense-2 mass-2", PASSKEY),
-    experiment("qwen3-causal-40", "… by Muon, causal, 40%", "qwen3", "causal-40 causal-40-2", LONG, 650, 480),
     experiment("qwen3-causal", "… by Muon, causal, 60%", "qwen3", "causal causal-2", LONG, 650, 480),
+    experiment("qwen3-causal-40", "… by Muon, causal, 40%", "qwen3", "causal-40 causal-40-2", LONG, 650, 480),
     experiment("qwen3-mass-40", "… by Muon, mass, 40%", "qwen3", "mass-40 mass-40-2", LONG, 650, 480),
     *(experiment(f"second-{group}", f"group {group}", "second", runs, "", 1650, 1200) for group, runs in SECOND.items()),
 )

@@ -107,7 +107,7 @@ def _loss(results: Results, path: Path) -> None:
         axes.set(xlabel="seconds of training, steady", ylim=by_iteration.get_ylim())
     above.set_yscale("symlog", linthresh=0.02)  # a spike is a hundred times what is left at the end
     above.axhline(0, color=colour[REFERENCE], linewidth=1)
-    above.set(xlabel="iteration", title="above dense from scratch, in the same iterations")
+    above.set(xlabel="iteration", title="above dense, in the same iterations")
     _tidy(figure, (by_iteration, *by_time, above))
     _save(figure, path)
 

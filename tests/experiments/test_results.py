@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ import pytest
 from experiments import archive, pairs, study_table
 from experiments.__main__ import main
 from experiments.runs import BASE, EXPERIMENTS
-from experiments.tables import Row, read_csv
-from tests.mcore.harness import ROOT, some_slow
+from experiments.tables import Row
+from tests.experiments.kept import RESULTS, kept, missing_in_docs
+from tests.mcore.harness import some_slow
 
-RESULTS = ROOT / "experiments" / "results"
 ARCHIVED = sorted(path.parent.name for path in RESULTS.glob("*/work.tgz"))
 
 
@@ -24,15 +23,15 @@ def test_what_is_kept_is_what_the_archive_makes(experiment: str, tmp_path: Path)
     results = archive.read(RESULTS / experiment / "work.tgz")
     pairs.write(results, tmp_path)
     (tmp_path / "table.md").write_text(study_table.table_of(results))
-    kept = {path.name for path in (RESULTS / experiment).iterdir() if path.suffix not in (".png", ".tgz")}
-    assert {"runs.csv", "pairs.csv", "table.md"} <= kept
-    for name in sorted(kept):
+    names = {path.name for path in (RESULTS / experiment).iterdir() if path.suffix not in (".png", ".tgz")}
+    assert {"runs.csv", "pairs.csv", "table.md"} <= names
+    for name in sorted(names):
         assert (RESULTS / experiment / name).read_bytes() == (tmp_path / name).read_bytes(), name
 
 
 def test_every_experiment_keeps_its_archive() -> None:
-    kept = {"pilot", "recipe", "short", "variants", "parallax", "parallax-normed", "qwen3", "qwen3-3000", "wall"}
-    assert kept <= {*ARCHIVED}
+    known = {"pilot", "recipe", "short", "variants", "parallax", "parallax-normed", "qwen3", "qwen3-3000", "wall"}
+    assert known <= {*ARCHIVED}
     assert {re.sub(r"-\d+$", "", name) for name in ARCHIVED} <= {
         *EXPERIMENTS
     }  # a longer run of one has its iterations in its name
@@ -64,18 +63,6 @@ def test_a_run_whose_facts_are_cut_short_is_not_left_out_in_silence(
     with pytest.raises(SystemExit):
         main(["--remake", str(tmp_path), "--out", str(tmp_path / "out")])
     assert f"{tmp_path / 'norm-60' / 'run.json'} is cut short" in " ".join(capsys.readouterr().err.split())
-
-
-def kept(experiment: str, table: str) -> list[Row]:
-    return read_csv(RESULTS / experiment / f"{table}.csv")
-
-
-QWEN3 = "../experiments/qwen3.md"
-
-
-def missing_in_docs(rows: list[str], page: str = "quality_appendix.md") -> list[str]:
-    text = (ROOT / "docs" / page).read_text()
-    return [row for row in (re.sub(r"(?<!\w)-(?=\d)", "−", row) for row in rows) if row not in text]
 
 
 def test_docs_say_what_the_recipe_gave() -> None:
@@ -131,86 +118,6 @@ def test_docs_say_what_the_variants_gave() -> None:
         rows.append(f"| `{run}` | {' | '.join(losses)} | {mean} | {hint(run, 1, '.3f')} |")
     assert len(rows) == 15
     assert not missing_in_docs(rows)
-
-
-def test_docs_say_what_a_qwen3_like_model_gave() -> None:
-    """Held-out losses and passkeys, less those of the dense run with the same seed; on both pages."""
-    losses = {row["run"]: row["held_out_loss"] for row in kept("qwen3", "runs")}
-    rows, losses_above = [f"| `{run}` | {losses[run]:.4f} | | |" for run in ("dense", "dense-2")], []
-    for pair in kept("qwen3", "pairs"):
-        if pair["against"] == pair["run"].replace("mass", "dense").replace("dilated", "dense"):
-            above = f"{pair['difference']:+.4f} ± {pair['standard_error']:.4f}"
-            passkey = f"{pair['noise_accuracy_difference']:+.1%} ± {pair['noise_accuracy_error']:.1%}"
-            rows.append(f"| `{pair['run']}` | {losses[pair['run']]:.4f} | {above} | {passkey} |")
-            losses_above.append((pair["run"], pair["difference"], above))
-    mass = [(difference, above) for run, difference, above in losses_above if run.startswith("mass")]
-    rows.append(f"It ends {sum(difference for difference, _ in mass) / 2:.3f} above, in the mean of two seeds")
-    assert len(rows) == 7
-    assert not missing_in_docs(rows, QWEN3)
-    assert not missing_in_docs(
-        [f"`mass`: loss | `qwen3`, 16K, 49 MB | {' | '.join(above for _, above in mass)} |"], "quality.md"
-    )
-
-
-def test_docs_say_what_twice_the_iterations_gave() -> None:
-    """A Qwen3-like model's losses, passkeys of both kinds, and how far its training loss is above dense after the switch."""
-    runs, shorter = ({row["run"]: row for row in kept(name, "runs")} for name in ("qwen3-3000", "qwen3"))
-    above = {(row["run"], row["against"]): row for row in kept("qwen3-3000", "pairs")}
-    judged = {seed: above[f"mass{seed}", f"dense{seed}"] for seed in ("", "-2")}
-
-    def of(pair: Row, form: str, what: str = "") -> str:
-        names = (f"{what}_accuracy_difference", f"{what}_accuracy_error") if what else ("difference", "standard_error")
-        return " ± ".join((f"{pair[names[0]]:{form}}", f"{pair[names[1]]:{form.lstrip('+')}}"))
-
-    rows = []
-    for seed, pair in judged.items():
-        dense, mass = runs[f"dense{seed}"], runs[f"mass{seed}"]
-        right = [f"{mass[f'{kind}_accuracy']:.1%} ({of(pair, '+.1%', kind)})" for kind in ("noise", "classic")]
-        found = " | ".join(f"{dense[f'{kind}_accuracy']:.1%}" for kind in ("noise", "classic"))
-        rows.append(f"| `dense{seed}` | {dense['held_out_loss']:.4f} | | {found} |")
-        rows.append(f"| `mass{seed}` | {mass['held_out_loss']:.4f} | {of(pair, '+.4f')} | {' | '.join(right)} |")
-    rows.append(
-        f"It ends {sum(pair['difference'] for pair in judged.values()) / 2:.3f} above, in the mean of two seeds. Chance"
-    )
-    apart = above["dense-2", "dense"]
-    rows.append(f"those end {-apart['difference']:.4f} apart")
-    rows.append(f"the dense seeds lie {apart['noise_accuracy_difference'] * 100:.1f} points apart")
-    assert all(pair["iterations_to_catch_up"] is None and pair["noise_accuracy_difference"] < 0 for pair in judged.values())
-    before = {run: f"{row['classic_accuracy'] * 100:.1f}" for run, row in shorter.items()}
-    now = {run: f"{row['classic_accuracy'] * 100:.1f}" for run, row in runs.items()}
-    rows.append(f"from {before['dense']} and {before['dense-2']}% to {now['dense']} and {now['dense-2']}%. `mass`")
-    for run in ("mass", "mass-2"):
-        rows.append(f"from {before[run]} to {now[run]}%")
-    assert not missing_in_docs(rows, QWEN3)
-    pairs_of = judged.values()
-    short = [
-        f"| … for 3,000 iterations: loss | `qwen3-3000`, 98 MB | {' | '.join(of(pair, '+.4f') for pair in pairs_of)} |",
-        *(
-            f"| … {title} | | {' | '.join(of(pair, '+.1%', kind) for pair in pairs_of)} |"
-            for title, kind in (("passkey", "noise"), ("classic passkey", "classic"))
-        ),
-    ]
-    assert not missing_in_docs(short, "quality.md")
-
-
-def test_docs_say_how_the_distance_falls_after_the_switch() -> None:
-    """Of a Qwen3-like model's two lengths: training losses above dense's, means of 200 iterations."""
-    distances = []
-    for experiment, steps in (("qwen3", 1500), ("qwen3-3000", 3000)):
-        results = archive.read(RESULTS / experiment / "work.tgz")
-        for seed in ("", "-2"):
-            mass, dense = (results.losses(f"{run}{seed}") for run in ("mass", "dense"))
-            distances.append([mass[i] - dense[i] for i in range(steps * 3 // 5 + 1, steps + 1)])
-    rows = []
-    means = [[sum(of[start : start + 200]) / 200 for start in range(0, len(of), 200)] for of in distances]
-    for i in range(6):
-        cells = "".join(f" {of[i]:.3f} |" if i < len(of) else " |" for of in means)
-        rows.append(f"| {200 * i + 1:,} to {200 * (i + 1):,} |{cells}")
-    halves = [800 / math.log2(of[1] / of[5]) for of in means[2:]]
-    rows.append("it halves in {:.0f}0 and {:.0f}0 iterations".format(*(x / 10 for x in halves)))
-    more = [half * math.log2(of[5] / 0.005) for half, of in zip(halves, means[2:], strict=True)]
-    rows.append("would take some {:,.0f} and {:,.0f} dense iterations more".format(*(round(x, -2) for x in more)))
-    assert not missing_in_docs(rows, QWEN3)
 
 
 def test_docs_say_what_wall_gave() -> None:

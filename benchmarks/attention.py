@@ -2,9 +2,9 @@
 
 Dense (cuDNN, FlashAttention), Lighthouse, Lighthouse by step, the inner attention alone and the memory floor, over sequence
 length and over (L, p, k), forward and forward + backward, with peak memory and the bytes kept for backward. `--reference
-PATH` also times the authors' public code from a checkout of yours, in the same run. Leaves a CSV, a JSON summary and two
-pictures; `--part` runs a part. Times are medians of CUDA events; inputs are random, bf16, and rotate so that no cache holds
-them. All of it takes about seven minutes on an H100.
+PATH` also times the authors' public code from a checkout of yours, in the same run, and `--against CHECKOUT` another build of
+this project. Leaves a CSV, a JSON summary and two pictures; `--part` runs a part. Times are medians of CUDA events; inputs are
+random, bf16, and rotate so that no cache holds them. All of it takes about seven minutes on an H100.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import another_build
 import torch
 from attention_cases import LENGTHS, OTHERS, SHAPES, Case
 from attention_checks import QKV, check, each
@@ -133,7 +134,9 @@ def kept_bytes(layer: Layer, inputs: QKV) -> int:
     return sum(kept.values())
 
 
-def run_case(table: Table, case: Case, reference: Path | None, rate: float, dense_seconds: float, backends: bool) -> None:
+def run_case(
+    table: Table, case: Case, reference: Path | None, against: Path | None, rate: float, dense_seconds: float, backends: bool
+) -> None:
     one = case.inputs()
     count = max(1, min(3, -(-(200 << 20) // sum(x.nbytes for x in one))))
     sets = [one, *(case.inputs() for _ in range(count - 1))]
@@ -143,6 +146,8 @@ def run_case(table: Table, case: Case, reference: Path | None, rate: float, dens
         return lighthouse_attention(q, k, v, config)
 
     time_layer(table, case, "lighthouse", ours, sets, 0.4)
+    for direction, ms in another_build.times(case, against).items() if against else ():
+        table.add(case, "other build", direction, ms)
     time_steps(table, case, sets, rate)
     # dense attention over a million tokens would take 15 s a step
     names = available(*one[:2]) if backends else ["cudnn"] if case.seq_length <= 524288 else []
@@ -166,6 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "attention")
     parser.add_argument("--reference", type=Path, help="a checkout of the authors' repository; needs the package einops")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="time another build too")
     parser.add_argument("--part", choices=list(PARTS), nargs="+", default=["lengths", "variants", "shapes"])
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -174,7 +180,8 @@ def main() -> None:
     checks = check()
     for case in (case for part in options.part for case in PARTS[part]):
         # dense attention over half a million tokens takes seconds: once is enough
-        run_case(table, case, options.reference, rate, 0.4 if case.seq_length <= 131072 else 0.1, case.seq_length <= 98304)
+        seconds = 0.4 if case.seq_length <= 131072 else 0.1
+        run_case(table, case, options.reference, options.against, rate, seconds, case.seq_length <= 98304)
         write(options.out, "-".join(options.part), table, rate, checks)
     draw(options.out, table.rows)
 

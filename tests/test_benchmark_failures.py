@@ -143,3 +143,13 @@ def test_every_part_of_the_issue_has_a_run(load: Any) -> None:
     options = argparse.Namespace(end=0.0)
     with pytest.raises(SystemExit):
         script.stop(options)
+
+
+def test_another_build_that_fails(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is that checkout's package that runs, not this one's."""
+    package = tmp_path / "megatron_lighthouse" / "__init__.py"
+    package.parent.mkdir()
+    package.write_text("raise RuntimeError('of the other build')\n")
+    case = load("attention_cases").Case(64, 8)
+    assert load("another_build").times(case, tmp_path) == {"fwd": None, "fwd+bwd": None}
+    assert "RuntimeError: of the other build" in capsys.readouterr().out

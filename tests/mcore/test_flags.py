@@ -81,6 +81,25 @@ def test_dashes_among_the_words_hide_nothing() -> None:
     assert wrong[0] == "-- among the arguments hides all flags behind it: leave it out."
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "found"),
+    [
+        ("--hybrid-layer-pattern", "-*-*", "-*-*"),
+        ("--hybrid-layer-pattern", "--*E", "--*E"),
+        ("--window-size", "-1,0", (-1, 0)),
+        ("--min-lr", "-1e-3", -1e-3),
+    ],
+)
+def test_a_value_that_looks_like_a_flag(flag: str, value: str, found: object) -> None:
+    """It is gone on with; a word that is a flag, or a number, is what it is."""
+    args, wrong = flags.parse([flag, value, "--lr", "-1", "--num-layer", "2"], with_all_arguments)
+    assert getattr(args, flag[2:].replace("-", "_")) == found
+    said = f"{flag} {value}: a value that begins with - follows an equals sign: write {flag}={value}."
+    assert wrong == [said, "--num-layer is not a known flag: did you mean --num-layers?"]
+    assert flags.parse([f"{flag}={value}"], with_all_arguments)[1] == []
+    assert flags.parse([flag, "--seq-len", "8"], with_all_arguments)[1][0] == f"{flag}: expected one argument."
+
+
 def test_a_malformed_value_hides_nothing() -> None:
     """Each is said; the number that may be meant is taken, else the flag's default, and what follows from that is left out."""
     words = "--lr abc --lighthouse-budget 2k --train-iters 1e3 --bf16=yes --swiglu --seq-length --window-size 128,x"

@@ -118,6 +118,25 @@ class Collecting(argparse.ArgumentParser):
                 word = flag
             yield word
 
+    def with_equals(self, words: Iterable[str]) -> Iterator[str]:
+        """The words, of which a value that begins with a dash is joined to its flag: argparse takes it for a flag."""
+        before: str | None = None
+        for word in words:
+            if before is not None and self._hidden(before, word):
+                self.wrong.append(f"{before} {word}: a value that begins with - follows an equals sign: write {before}={word}.")
+                word, before = f"{before}={word}", None
+            if before is not None:
+                yield before
+            before = word
+        if before is not None:
+            yield before
+
+    def _hidden(self, flag: str, word: str) -> bool:
+        action = self._option_string_actions.get(flag)
+        if action is None or action.nargs is not None or not word.startswith("-") or re.match("-$|--$|--[a-z]", word):
+            return False
+        return not self._negative_number_matcher.match(word)
+
 
 def parser(add_arguments: Add) -> Collecting:
     """A parser of Megatron's flags, and of what `add_arguments` adds."""
@@ -140,7 +159,7 @@ def parse(given: Sequence[str], add_arguments: Add, strict: bool = True) -> tupl
         strict: whether a flag that is not listed is wrong: a Megatron of another release may know it.
     """
     made = parser(add_arguments)
-    words = [*made.without_values(word for word in given if word != STRAY)]
+    words = [*made.with_equals(made.without_values(word for word in given if word != STRAY))]
     try:
         args, rest = made.parse_known_args(words)
     except _UnreadError:

@@ -28,6 +28,7 @@ GATED = ["--attention-output-gate"]
 LAYOUTS = {
     "TP2+SP, in tiles": (2, PATTERN, "--tensor-model-parallel-size 2 --sequence-parallel --loss-tile-tokens 48"),
     "PP2": (2, ["--hybrid-layer-pattern", "*-*-|*-*-"], "--pipeline-model-parallel-size 2"),
+    "PP2, embedding and loss alone": (2, ["--hybrid-layer-pattern", "|*-*-|*-*-|"], "--pipeline-model-parallel-size 2"),
     "CP2": (2, PATTERN, "--context-parallel-size 2"),
     "DP2, recompute": (2, PATTERN, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
 }
@@ -47,7 +48,7 @@ def gpt(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Run:
     return harness.run(tmp_path_factory.mktemp("gpt"), *LIGHTHOUSE, *GATED, "--load", str(checkpoint), *START)
 
 
-@pytest.mark.parametrize("layout", some_slow(LAYOUTS, {"CP2", "DP2, recompute"}))
+@pytest.mark.parametrize("layout", some_slow(LAYOUTS, {"CP2", "DP2, recompute", "PP2"}))
 def test_the_layers_of_a_gpt_by_their_symbols_are_that_gpt(layout: str, tmp_path: Path, checkpoint: Path, gpt: Run) -> None:
     """From the GPT's checkpoint, against the GPT on one process. The middle two of its four attention layers are Lighthouse."""
     ranks, pattern, words = LAYOUTS[layout]
@@ -155,6 +156,7 @@ def test_what_does_not_go_with_a_pattern(given: dict[str, object], message: str)
         ({"hybrid_layer_pattern": "*-Q-"}, "Q is no symbol of a layer"),
         ({"hybrid_layer_pattern": "*-/*/*", "mtp_num_layers": 1}, "disagrees with .*, of 2 further tokens"),
         ({"hybrid_layer_pattern": "*-+-"}, r"has both \* and \+"),
+        ({"hybrid_layer_pattern": "*|*||-", "pipeline_model_parallel_size": 2}, "a stage without layers between others"),
         ({"hybrid_layer_pattern": "/*-"}, r"/\*- names no layer: give one symbol a layer, before any /"),
         ({"hybrid_layer_pattern": "*-*-/"}, r"its parts behind / must be alike, .*: use \*-\*-/\*-, or leave"),
         ({"hybrid_layer_pattern": "*-*-/*-/*E", "num_experts": 4}, r"must be alike, .*: use \*-\*-/\*-/\*-, or leave"),
@@ -177,8 +179,9 @@ def test_words_that_disagree_with_a_pattern(given: dict[str, object], message: s
     base |= {"mtp_num_layers": None, "num_experts": None, "moe_layer_freq": 1, "mtp_hybrid_override_pattern": None}
     base |= dict.fromkeys((*hybrid.OF_PATTERN, "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"))
     assert not [*hybrid.word_problems(arguments(**base))]
-    right: dict[str, object] = {"hybrid_layer_pattern": "*-|*-", "pipeline_model_parallel_size": 2, "num_layers": 4}
-    assert not [*hybrid.word_problems(arguments(**{**base, **right}))]
+    for pattern in ("*-|*-", "|*-*-", "|*-|*-|"):
+        right = {"hybrid_layer_pattern": pattern, "pipeline_model_parallel_size": 2, "num_layers": 4}
+        assert not [*hybrid.word_problems(arguments(**{**base, **right}))]
     (problem,) = hybrid.word_problems(arguments(**{**base, **given}))
     assert re.search(message, problem)
 

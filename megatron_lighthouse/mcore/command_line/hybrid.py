@@ -61,7 +61,13 @@ def word_problems(args: Namespace) -> Iterator[str]:
     for name in OF_PATTERN:
         if getattr(args, name):
             yield f"--{name.replace('_', '-')} does not go with {flag}: leave it out, and part the pattern by |."
-    stages, size = pattern.partition("/")[0].count("|") + 1, args.pipeline_model_parallel_size
+    parts, size = pattern.partition("/")[0].split("|"), args.pipeline_model_parallel_size
+    stages = len(parts)
+    if symbols and not all(parts[1:-1]):
+        yield (
+            f"{flag} {pattern} has a stage without layers between others, whose gradients Megatron loses: give each a layer "
+            "but the first and the last."
+        )
     ends = tuple(getattr(args, name) for name in OF_STAGES)
     if stages > 1 and (own := [name for name in OF_STAGES if getattr(args, name) is not None]):
         asked = " and ".join(f"{as_flag(name)} {getattr(args, name)}" for name in own)

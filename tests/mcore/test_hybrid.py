@@ -107,6 +107,15 @@ def test_the_spec_makes_the_same_model(tmp_path: Path, checkpoint: Path, gpt: Ru
     assert_same(result, gpt)
 
 
+@pytest.mark.parametrize("attention", [LIGHTHOUSE, ["--attention", "dense"]], ids=lambda words: words[1])
+def test_norms_without_weights_are_in_a_gpt_too(attention: list[str], tmp_path: Path, checkpoint: Path, gpt: Run) -> None:
+    """Megatron's own local layers of a GPT leave them out."""
+    words = [*attention, *GATED, "--qk-l2-norm", "--load", str(checkpoint), *START]
+    normed = harness.run(tmp_path / "gpt", *words)
+    assert_same(run(tmp_path / "hybrid", *words, *PATTERN), normed)
+    assert abs(normed.losses[1] - gpt.losses[1]) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("pattern", "numbers"),
     [("M-*-|ME*E", (3, 7)), ("*-*-/M*", (1, 3)), ("M-M-", ()), ("+E|+E", (1, 3)), (None, None)],

@@ -48,7 +48,12 @@ def test_what_is_not_listed(words: str, says: str) -> None:
         ("--lr", "--lr: expected one argument."),
         ("--attention sparse", "--attention: invalid choice: 'sparse'"),
         ("--normalization Norm", "--normalization: invalid choice: 'Norm'"),
-        ("--window-size 128,x", "--window-size: invalid"),
+        ("--window-size 128,x", "--window-size 128,x must be whole numbers apart by commas, such as 128,0."),
+        (
+            "--window-attn-skip-freq [1,0",
+            "--window-attn-skip-freq [1,0 must be a whole number N, of each N-th layer, or a list",
+        ),
+        ("--no-rope-freq all", "--no-rope-freq all must be a whole number N"),
     ],
 )
 def test_a_value_that_a_flag_does_not_take(words: str, says: str) -> None:

@@ -105,7 +105,10 @@ class Collecting(argparse.ArgumentParser):
         raise _UnreadError
 
     def _keep(self, action: argparse.Action, error: argparse.ArgumentError, guessed: bool = False, hint: str = "") -> None:
-        self.wrong.append(as_sentence(str(error)) + hint)
+        rule = LISTS.get(action.type)
+        word = str(error).partition(" value: ")[2].strip("'")
+        said = f"{action.option_strings[0]} {word} must be {rule}." if rule and word else as_sentence(str(error))
+        self.wrong.append(said + hint)
         self.malformed |= set() if guessed else {*action.option_strings}
 
     def without_values(self, words: Iterable[str]) -> Iterator[str]:
@@ -231,6 +234,11 @@ TYPES: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("moe_freq_type", "no_rope_freq_type", "la_freq_type"), _frequency),
 }
 """By the names of Megatron's own. Another than these takes any word."""
+LISTS: dict[Any, str] = {
+    _integers: "whole numbers apart by commas, such as 128,0",
+    _frequency: "a whole number N, of each N-th layer, or a list of one number a layer, such as [1,0,1,0]",
+}
+"""What a word must be, of types whose names say nothing."""
 
 
 def described(made: argparse.ArgumentParser) -> Iterator[dict[str, Any]]:

@@ -21,11 +21,17 @@ THETA = 10000.0
 
 
 def parameters(config: Config) -> dict[str, Any]:
-    """What a config.json says, of either style, with `rope_theta` and `rope_type` in it."""
+    """What a config.json says, of either style, with `rope_theta` and `rope_type` in it.
+
+    Raises:
+        ValueError: RoPE that is not the same in all layers.
+    """
     said = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     kind = said.pop("type", None)
     said.setdefault("rope_type", kind or "default")
     said.setdefault("rope_theta", config.get("rope_theta") or THETA)
+    if of := [name for name, value in said.items() if isinstance(value, Mapping)]:
+        raise ValueError(f"RoPE of its own for {' and '.join(of)} cannot be carried over: Megatron rotates all layers alike.")
     return {name: value for name, value in said.items() if value is not None}
 
 
@@ -47,7 +53,7 @@ def arguments(config: Config, latent: bool) -> list[str]:
     if kind == "default":
         return ["--position-embedding-type", "rope", *base]
     if kind == "linear":
-        factor = said["factor"]
+        factor = _factor(said)
         if factor != int(factor):
             raise ValueError(
                 f"linear RoPE's factor {factor} is no integer, and --rotary-seq-len-interpolation-factor takes no other."
@@ -55,8 +61,7 @@ def arguments(config: Config, latent: bool) -> list[str]:
         return ["--position-embedding-type", "rope", *base, "--rotary-seq-len-interpolation-factor", str(int(factor))]
     if kind == "llama3":
         _only(said, LLAMA3, "--use-rope-scaling fixes it")
-        factor = ["--use-rope-scaling", "--rope-scaling-factor", str(float(said["factor"]))]
-        return ["--position-embedding-type", "rope", *base, *factor]
+        return ["--position-embedding-type", "rope", *base, "--use-rope-scaling", "--rope-scaling-factor", str(_factor(said))]
     if kind == "yarn":
         return ["--position-embedding-type", "yarn", *base, *_yarn(said, config)]
     raise ValueError(f"rope_type {kind} cannot be carried over: default, linear, llama3 and yarn can.")
@@ -66,11 +71,7 @@ def _yarn(said: Mapping[str, Any], config: Config) -> list[str]:
     original = int(said.get("original_max_position_embeddings") or config["max_position_embeddings"])
     factor = float(said.get("factor") or config["max_position_embeddings"] / original)
     scale, all_dim = _mscales(said)
-    if "attention_factor" in said and not math.isclose(said["attention_factor"], concentration(factor, scale, all_dim)):
-        raise ValueError(
-            f"YaRN's attention_factor {said['attention_factor']} cannot be carried over: Megatron takes "
-            f"{concentration(factor, scale, all_dim)} from factor {factor:g}."
-        )
+    _concentrated(said, factor, scale, all_dim)
     return [
         *("--rotary-scaling-factor", str(factor), "--yarn-original-max-position-embeddings", str(original)),
         *("--yarn-beta-fast", str(float(said.get("beta_fast", 32)))),
@@ -86,11 +87,16 @@ def _latent(kind: str, said: Mapping[str, Any], config: Config) -> list[str]:
         return ["--position-embedding-type", "rope", "--rope-type", "rope"]
     if kind != "yarn":
         raise ValueError(f"rope_type {kind} cannot be carried over for multi-latent attention: default and yarn can.")
-    _only(said, LATENT_YARN, "Megatron's command line fixes it for multi-latent attention")
+    original = {"original_max_position_embeddings": config["max_position_embeddings"]}  # where it is not said
+    _only(
+        {**original, **said}, {**LATENT_YARN, "truncate": True}, "Megatron's command line fixes it for multi-latent attention"
+    )
     if bool(said.get("mscale")) != bool(said.get("mscale_all_dim")):
         raise ValueError("YaRN with one of mscale and mscale_all_dim cannot be carried over: both, or none, can.")
     scale, all_dim = _mscales(said)
-    words = ["--rotary-scaling-factor", str(float(said["factor"])), "--mscale", str(scale), "--mscale-all-dim", str(all_dim)]
+    factor = _factor(said)
+    _concentrated(said, factor, scale, all_dim)
+    words = ["--rotary-scaling-factor", str(factor), "--mscale", str(scale), "--mscale-all-dim", str(all_dim)]
     return ["--position-embedding-type", "rope", "--rope-type", "yarn", *words]
 
 
@@ -100,10 +106,24 @@ def _mscales(said: Mapping[str, Any]) -> tuple[float, float]:
     return (float(scale), float(all_dim)) if scale and all_dim else (1.0, 0.0)
 
 
+def _factor(said: Mapping[str, Any]) -> float:
+    if "factor" not in said:
+        raise ValueError(f"config.json's RoPE of type {said['rope_type']} has no factor: without it its angles are not known.")
+    return float(said["factor"])
+
+
+def _concentrated(said: Mapping[str, Any], factor: float, scale: float, all_dim: float) -> None:
+    if "attention_factor" in said and not math.isclose(said["attention_factor"], concentration(factor, scale, all_dim)):
+        raise ValueError(
+            f"YaRN's attention_factor {said['attention_factor']} cannot be carried over: Megatron takes "
+            f"{concentration(factor, scale, all_dim)} from factor {factor:g}."
+        )
+
+
 def _only(said: Mapping[str, Any], allowed: Mapping[str, Any], why: str) -> None:
     for name, value in allowed.items():
         if said.get(name, value) != value:
-            raise ValueError(f"RoPE's {name} {said[name]} cannot be carried over: {why} at {value:g}.")
+            raise ValueError(f"RoPE's {name} {said[name]} cannot be carried over: {why} at {value}.")
 
 
 def concentration(factor: float, scale: float, all_dim: float) -> float:

@@ -215,12 +215,13 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 def settled(args: argparse.Namespace) -> argparse.Namespace:
     """With what Megatron makes of one argument by another, as far as the rules read it."""
-    from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern, is_latent
+    from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern, is_latent, written_pattern
 
     args.seq_length = args.encoder_seq_length if args.seq_length is None else args.seq_length
     args.num_layers = args.encoder_num_layers if args.num_layers is None else args.num_layers
     if pattern := hybrid_pattern(args):
         args.num_layers, args.multi_latent_attention = len(pattern), is_latent(args)
+        args.mtp_num_layers = args.mtp_num_layers or (written_pattern(args)[1] or "").count("/") or None
     args.rank = 0
     if not args.group_query_attention:  # then it is not read
         args.num_query_groups = None

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from megatron_lighthouse.launch import offered
 from megatron_lighthouse.launch.offered import one_sequence
-from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern
+from megatron_lighthouse.mcore.command_line.layers import written_pattern
 from megatron_lighthouse.nearest import around, either, multiples
 from megatron_lighthouse.shared_out import gpus_shared, groups_problem, shared_out_problem
 from megatron_lighthouse.usage import as_flag
@@ -150,10 +150,14 @@ def experts(args: argparse.Namespace, world: int) -> Iterator[str]:
 
 def stages(args: argparse.Namespace) -> Iterator[str]:
     """Whether the layers make pipeline stages of one size; where the command line gives all sizes, Megatron checks them."""
-    if not args.num_layers or hybrid_pattern(args) or args.pipeline_model_parallel_layout is not None:
+    if not args.num_layers or args.pipeline_model_parallel_layout is not None:
         return
+    flag, pattern = written_pattern(args)
     if any(getattr(args, name) is not None for name in OWN):
-        yield from uneven_stages(args)
+        layers = f"--num-layers {args.num_layers}" if pattern is None else f"the {args.num_layers} layers of {flag}"
+        yield from uneven_stages(args, layers) if "|" not in (pattern or "") else ()
+        return
+    if pattern is not None:  # which says so itself
         return
     layers, pipeline = args.num_layers, args.pipeline_model_parallel_size
     ends = [flag for flag in ENDS if getattr(args, flag[2:].replace("-", "_"))]
@@ -166,8 +170,12 @@ def stages(args: argparse.Namespace) -> Iterator[str]:
         )
 
 
-def uneven_stages(args: argparse.Namespace) -> Iterator[str]:
-    """Whether the stages between the first and the last share out the layers that these leave."""
+def uneven_stages(args: argparse.Namespace, of_model: str) -> Iterator[str]:
+    """Whether the stages between the first and the last share out the layers that these leave.
+
+    Args:
+        of_model: the model's layers, in words.
+    """
     given = [name for name in OWN if getattr(args, name) is not None]
     layers, stages, own = args.num_layers, args.pipeline_model_parallel_size, sum(getattr(args, name) for name in given)
     others = stages - len(given)
@@ -183,6 +191,6 @@ def uneven_stages(args: argparse.Namespace) -> Iterator[str]:
     use = f"use {as_flag(name)} {either(near)}" if near else "use more stages, or leave it out"
     said = " and ".join(f"{as_flag(one)} {getattr(args, one)}" for one in given)
     yield (
-        f"{said}: {layers - own} of --num-layers {layers} are left to the {others} other stages of "
+        f"{said}: {layers - own} of {of_model} are left to the {others} other stages of "
         f"--pipeline-model-parallel-size {stages}, which must have equally many: {use}."
     )

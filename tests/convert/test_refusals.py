@@ -39,6 +39,8 @@ NORM = "model.layers.1.input_layernorm.weight"
         ),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 2.0}}, ["attention_factor 2.0", "1.13"]),
         ({"rope_theta": 10000.5}, ["10000.5"]),
+        ({"rope_scaling": {"type": "linear"}}, ["RoPE of type linear has no factor"]),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["RoPE of its own for full_attention"]),
     ],
 )
 def test_a_config_that_cannot_be_carried_over(fields: dict[str, Any], named: list[str], tmp_path: Path, capsys: Any) -> None:

@@ -69,6 +69,16 @@ def test_no_edges_for_a_budget() -> None:
     assert not [*layer_problems(0, 0, 6)]
 
 
+@pytest.mark.parametrize(
+    ("first", "last", "layers", "use"),
+    [(2, 2, 3, (1, 1)), (2, 2, 4, (2, 1)), (1, 1, 2, (1, 0)), (9, 0, 4, (3, 0)), (0, 5, 1, (0, 0))],
+)
+def test_numbers_of_dense_layers_that_leave_one_are_offered(first: int, last: int, layers: int, use: tuple[int, int]) -> None:
+    (problem,) = layer_problems(first, last, layers)
+    assert f"use --lighthouse-dense-first {use[0]} and --lighthouse-dense-last {use[1]}, or --attention dense" in problem
+    assert not [*layer_problems(*use, layers)]
+
+
 def test_the_check_before_a_job() -> None:
     words = [*MODEL, "--num-layers", "6", "--attention", "lighthouse"]
     args = check.parse([*words, "--lighthouse-edge-budget", "16"])

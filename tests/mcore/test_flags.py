@@ -48,7 +48,12 @@ def test_what_is_not_listed(words: str, says: str) -> None:
         ("--lr", "--lr: expected one argument."),
         ("--attention sparse", "--attention: invalid choice: 'sparse'"),
         ("--normalization Norm", "--normalization: invalid choice: 'Norm'"),
-        ("--window-size 128,x", "--window-size: invalid"),
+        ("--window-size 128,x", "--window-size 128,x must be whole numbers apart by commas, such as 128,0."),
+        (
+            "--window-attn-skip-freq [1,0",
+            "--window-attn-skip-freq [1,0 must be a whole number N, of each N-th layer, or a list",
+        ),
+        ("--no-rope-freq all", "--no-rope-freq all must be a whole number N"),
     ],
 )
 def test_a_value_that_a_flag_does_not_take(words: str, says: str) -> None:
@@ -79,6 +84,25 @@ def test_dashes_among_the_words_hide_nothing() -> None:
     args, wrong = flags.parse("--num-layers 2 -- --lr 1 --seq-len 8".split(), with_all_arguments)
     assert (args.num_layers, args.lr, len(wrong)) == (2, 1, 2)
     assert wrong[0] == "-- among the arguments hides all flags behind it: leave it out."
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "found"),
+    [
+        ("--hybrid-layer-pattern", "-*-*", "-*-*"),
+        ("--hybrid-layer-pattern", "--*E", "--*E"),
+        ("--window-size", "-1,0", (-1, 0)),
+        ("--min-lr", "-1e-3", -1e-3),
+    ],
+)
+def test_a_value_that_looks_like_a_flag(flag: str, value: str, found: object) -> None:
+    """It is gone on with; a word that is a flag, or a number, is what it is."""
+    args, wrong = flags.parse([flag, value, "--lr", "-1", "--num-layer", "2"], with_all_arguments)
+    assert getattr(args, flag[2:].replace("-", "_")) == found
+    said = f"{flag} {value}: a value that begins with - follows an equals sign: write {flag}={value}."
+    assert wrong == [said, "--num-layer is not a known flag: did you mean --num-layers?"]
+    assert flags.parse([f"{flag}={value}"], with_all_arguments)[1] == []
+    assert flags.parse([flag, "--seq-len", "8"], with_all_arguments)[1][0] == f"{flag}: expected one argument."
 
 
 def test_a_malformed_value_hides_nothing() -> None:

@@ -10,6 +10,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
+from megatron_lighthouse.launch.layout import stages
 from megatron_lighthouse.mcore.attention.copied import copied
 from megatron_lighthouse.mcore.command_line import hybrid
 from megatron_lighthouse.mcore.command_line.layers import attention_layers
@@ -27,6 +28,7 @@ GATED = ["--attention-output-gate"]
 LAYOUTS = {
     "TP2+SP, in tiles": (2, PATTERN, "--tensor-model-parallel-size 2 --sequence-parallel --loss-tile-tokens 48"),
     "PP2": (2, ["--hybrid-layer-pattern", "*-*-|*-*-"], "--pipeline-model-parallel-size 2"),
+    "PP2, embedding and loss alone": (2, ["--hybrid-layer-pattern", "|*-*-|*-*-|"], "--pipeline-model-parallel-size 2"),
     "CP2": (2, PATTERN, "--context-parallel-size 2"),
     "DP2, recompute": (2, PATTERN, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
 }
@@ -46,7 +48,7 @@ def gpt(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Run:
     return harness.run(tmp_path_factory.mktemp("gpt"), *LIGHTHOUSE, *GATED, "--load", str(checkpoint), *START)
 
 
-@pytest.mark.parametrize("layout", some_slow(LAYOUTS, {"CP2", "DP2, recompute"}))
+@pytest.mark.parametrize("layout", some_slow(LAYOUTS, {"CP2", "DP2, recompute", "PP2"}))
 def test_the_layers_of_a_gpt_by_their_symbols_are_that_gpt(layout: str, tmp_path: Path, checkpoint: Path, gpt: Run) -> None:
     """From the GPT's checkpoint, against the GPT on one process. The middle two of its four attention layers are Lighthouse."""
     ranks, pattern, words = LAYOUTS[layout]
@@ -105,6 +107,15 @@ def test_the_spec_makes_the_same_model(tmp_path: Path, checkpoint: Path, gpt: Ru
     assert_same(result, gpt)
 
 
+@pytest.mark.parametrize("attention", [LIGHTHOUSE, ["--attention", "dense"]], ids=lambda words: words[1])
+def test_norms_without_weights_are_in_a_gpt_too(attention: list[str], tmp_path: Path, checkpoint: Path, gpt: Run) -> None:
+    """Megatron's own local layers of a GPT leave them out."""
+    words = [*attention, *GATED, "--qk-l2-norm", "--load", str(checkpoint), *START]
+    normed = harness.run(tmp_path / "gpt", *words)
+    assert_same(run(tmp_path / "hybrid", *words, *PATTERN), normed)
+    assert abs(normed.losses[1] - gpt.losses[1]) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("pattern", "numbers"),
     [("M-*-|ME*E", (3, 7)), ("*-*-/M*", (1, 3)), ("M-M-", ()), ("+E|+E", (1, 3)), (None, None)],
@@ -154,6 +165,19 @@ def test_what_does_not_go_with_a_pattern(given: dict[str, object], message: str)
         ({"hybrid_layer_pattern": "*-Q-"}, "Q is no symbol of a layer"),
         ({"hybrid_layer_pattern": "*-/*/*", "mtp_num_layers": 1}, "disagrees with .*, of 2 further tokens"),
         ({"hybrid_layer_pattern": "*-+-"}, r"has both \* and \+"),
+        ({"hybrid_layer_pattern": "*|*||-", "pipeline_model_parallel_size": 2}, "a stage without layers between others"),
+        ({"hybrid_layer_pattern": "/*-"}, r"/\*- names no layer: give one symbol a layer, before any /"),
+        ({"hybrid_layer_pattern": "*-*-/"}, r"its parts behind / must be alike, .*: use \*-\*-/\*-, or leave"),
+        ({"hybrid_layer_pattern": "*-*-/*-/*E", "num_experts": 4}, r"must be alike, .*: use \*-\*-/\*-/\*-, or leave"),
+        ({"hybrid_layer_pattern": "*-*-/*|-"}, r"must be alike, of layers alone: use \*-\*-/\*-, or leave"),
+        ({"hybrid_layer_pattern": "*E*-"}, "layers of E need --num-experts: add it, or use - in their place"),
+        ({"num_experts": 4}, r"--num-experts 4 is of layers of E, and --hybrid-layer-pattern \*-\*- has none: leave it out"),
+        ({"moe_layer_freq": 2}, "--moe-layer-freq 2 is not read with --hybrid-layer-pattern"),
+        ({"mtp_hybrid_override_pattern": "*-"}, r"leave it out, and give --hybrid-layer-pattern /\*- for each token"),
+        (
+            {"hybrid_layer_pattern": "*-|*-", "pipeline_model_parallel_size": 2, "decoder_first_pipeline_num_layers": 2},
+            r"--decoder-first-pipeline-num-layers 2 does not go with .* \*-\|\*-, whose \| say what a stage has",
+        ),
         ({"hybrid_layer_pattern": "*-|*-"}, "has 2 parts, .* use --pipeline-model-parallel-size 2, or leave"),
         ({"pipeline_model_parallel_size": 3}, "has 4 layers, which --pipeline-model-parallel-size 3 must divide"),
         ({"pipeline_model_parallel_layout": "Et*2|t*2L"}, "--pipeline-model-parallel-layout does not go with"),
@@ -161,13 +185,28 @@ def test_what_does_not_go_with_a_pattern(given: dict[str, object], message: str)
 )
 def test_words_that_disagree_with_a_pattern(given: dict[str, object], message: str) -> None:
     base: dict[str, object] = {"hybrid_override_pattern": None, "num_layers": None, "pipeline_model_parallel_size": 1}
-    base["mtp_num_layers"] = None
+    base |= {"mtp_num_layers": None, "num_experts": None, "moe_layer_freq": 1, "mtp_hybrid_override_pattern": None}
     base |= dict.fromkeys((*hybrid.OF_PATTERN, "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"))
     assert not [*hybrid.word_problems(arguments(**base))]
-    right: dict[str, object] = {"hybrid_layer_pattern": "*-|*-", "pipeline_model_parallel_size": 2, "num_layers": 4}
-    assert not [*hybrid.word_problems(arguments(**{**base, **right}))]
+    for pattern in ("*-|*-", "|*-*-", "|*-|*-|"):
+        right = {"hybrid_layer_pattern": pattern, "pipeline_model_parallel_size": 2, "num_layers": 4}
+        assert not [*hybrid.word_problems(arguments(**{**base, **right}))]
     (problem,) = hybrid.word_problems(arguments(**{**base, **given}))
     assert re.search(message, problem)
+
+
+def test_stages_of_a_pattern_share_out_its_layers() -> None:
+    """As those of a GPT do; where | parts it, nothing is left to share out."""
+
+    def said(pattern: str, first: int, last: int | None = None) -> list[str]:
+        of_stages = {"decoder_first_pipeline_num_layers": first, "decoder_last_pipeline_num_layers": last}
+        plain = {"num_layers": len(pattern.replace("|", "")), "pipeline_model_parallel_layout": None}
+        return [*stages(arguments(hybrid_layer_pattern=pattern, pipeline_model_parallel_size=2, **of_stages, **plain))]
+
+    assert said("*-*-*-", 4) == said("*-*-*-", 4, 2) == said("*-|*-", 4, 4) == []
+    (problem,) = said("*-*-*-", 2, 2)
+    assert "2 of the 6 layers of --hybrid-layer-pattern are left to the 0 other stages" in problem
+    assert "use --decoder-first-pipeline-num-layers 4." in problem
 
 
 def test_the_symbols_are_megatrons() -> None:

@@ -13,6 +13,9 @@ import torch
 from megatron_lighthouse import LighthouseConfig
 from megatron_lighthouse.lighthouse.geometry import Pyramid
 from megatron_lighthouse.lighthouse.reference import pool
+from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
+from megatron_lighthouse.mcore.command_line.flags import parse
+from megatron_lighthouse.mcore.command_line.latent import problems
 from megatron_lighthouse.mcore.command_line.layers import attention_layers
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, heads_per_selection, settings_from
 from megatron_lighthouse.mcore.command_line.stage import Schedule
@@ -53,12 +56,12 @@ def built(model_cfg: Any) -> Any:
     return GPTModelBuilder(model_cfg).build_model(groups, pre_process=True, post_process=True)
 
 
-@pytest.mark.parametrize("rope_type", ["rope", "yarn"])
-def test_rows_of_a_latent_layer_stand_at_their_last_token(rope_type: str) -> None:
-    """The rotated channels come last; what is before them is not turned."""
+@pytest.mark.parametrize("options", [{"rope_type": "rope"}, {"rope_type": "yarn"}, {"no_rope_freq": [0, 1]}], ids=str)
+def test_rows_of_a_latent_layer_stand_at_their_last_token(options: dict[str, Any]) -> None:
+    """The rotated channels come last; what is before them is not turned. No layer is left out, whatever is asked for."""
     from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 
-    first, second = (layer.self_attention for layer in built(latent(rope_type=rope_type)).decoder.layers)
+    first, second = (layer.self_attention for layer in built(latent(**options)).decoder.layers)
     core, rotary = second.core_attention, second.core_attention.place.rotary
     assert lighthouse_numbers(first, second) == [2]
     assert (first.core_attention.hidden_size_per_partition, core.hidden_size_per_partition) == (48, 48)
@@ -118,6 +121,37 @@ def test_latent_layers_that_are_refused(config: dict[str, Any], model: dict[str,
     settings = replace(LATENT, config=LATENT.config.replace(**config))
     with pytest.raises(ValueError, match=message):
         check(latent(**model).transformer, settings, N)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--no-rope-freq 2", "--no-rope-freq 2 is not read with multi-latent attention"),
+        ("--qk-l2-norm", "use --qk-layernorm"),
+        ("--attention-output-gate", "--attention-output-gate does not go with"),
+        ("--cache-mla-latents", "is of inference"),
+        ("--position-embedding-type yarn", "use --position-embedding-type rope, and --rope-type yarn"),
+        ("--rope-type rope", "add --no-rope-fusion"),
+        ("--mla-down-proj-fusion --q-lora-rank 8", "leave it out, or use --transformer-impl transformer_engine"),
+        ("--mla-down-proj-fusion --transformer-impl transformer_engine", "fuses what --q-lora-rank makes"),
+    ],
+)
+@pytest.mark.parametrize("of", ["--multi-latent-attention", "--hybrid-layer-pattern +-"])
+def test_words_that_latent_attention_does_not_take(of: str, words: str, says: str) -> None:
+    """Of which Megatron says nothing, or fails once layers are built or called."""
+
+    def said(*more: str) -> list[str]:
+        given = [*of.split(), "--transformer-impl", "local", "--position-embedding-type", "rope", *more]
+        return [*problems(parse(given, with_all_arguments)[0])]
+
+    assert said() == said("--mla-down-proj-fusion", "--q-lora-rank", "8", "--transformer-impl", "transformer_engine") == []
+    (problem,) = said(*words.split())
+    assert says in problem
+
+
+def test_a_fused_projection_of_latents_needs_them() -> None:
+    (problem,) = problems(parse(["--mla-down-proj-fusion"], with_all_arguments)[0])
+    assert "leave it out, or add that" in problem
 
 
 def test_norms_of_latents_leave_heads_of_unlike_lengths() -> None:

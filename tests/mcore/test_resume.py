@@ -175,6 +175,37 @@ def test_an_optimizer_that_was_shared_out_or_of_half_precision(tmp_path: Path) -
     assert not found("--optimizer", "dist_muon", "--use-distributed-optimizer", use_distributed_optimizer=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "default", "flag"),
+    [("qk_layernorm", True, False, "--qk-layernorm"), ("softmax_type", "learnable", "vanilla", "--softmax-type learnable")],
+)
+def test_weights_that_the_model_or_the_checkpoint_lacks(name: str, given: Any, default: Any, flag: str) -> None:
+    """Megatron drops the former without a word, and ends without the latter once it loads."""
+
+    def said(before: Any, now: Any, **more: Any) -> list[str]:
+        args = Namespace(**{"attention": "lighthouse", name: now, **more})
+        return [*resume.attention_problems(args, Namespace(**{name: before}), Path("run"), Path("run/iter_0000001"))]
+
+    assert said(given, given) == said(default, default) == said(None, given) == []
+    assert said(given, default, drop_attention_weights=True) == said(default, given, dist_ckpt_strictness="log_all") == []
+    assert said(given, default, use_checkpoint_args=True) == []
+    (lost,) = said(given, default)
+    assert f"trained with {flag}" in lost
+    assert f"add {flag}, or --drop-attention-weights" in lost
+    (missing,) = said(default, given)
+    assert f"trained without {flag}" in missing
+
+
+def test_a_hybrid_model_has_the_layers_of_its_checkpoint() -> None:
+    def said(before: str | None, now: str | None) -> list[str]:
+        args, was = (Namespace(hybrid_layer_pattern=pattern) for pattern in (now, before))
+        return [*resume.attention_problems(args, was, Path("run"), Path("run/iter_0000001"))]
+
+    assert said("*-*-", "*-|*-/*") == said(None, "*-*-") == []
+    (problem,) = said("*-|*-", "**--")
+    assert "is of layers *-*-, and --hybrid-layer-pattern of **--: give its own" in problem
+
+
 def test_no_checkpoint_is_no_problem(tmp_path: Path) -> None:
     assert [*resume.problems(words(), None), *resume.problems(words(), tmp_path)] == []
     (tmp_path / stored.TRACKER).write_text("release")

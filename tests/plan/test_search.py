@@ -95,7 +95,7 @@ def test_crossover_grows() -> None:
         (["--lighthouse-budget", "100"], ["--lighthouse-budget 100 must be a positive multiple", "use"]),
         (["--attention", "sparse"], ["--attention 'sparse'", "dense or lighthouse"]),
         (["--tokens", "0"], ["--tokens 0 must be above 0"]),
-        (["--num-layers", "3"], ["--lighthouse-dense-last 2 leave none of 3 layers", "use smaller numbers"]),
+        (["--num-layers", "3"], ["--lighthouse-dense-last 2 leave none of 3 layers", "-first 1 and"]),
         (["scaling", "/nowhere"], ["scaling /nowhere", "run.json"]),
     ],
     ids=lambda x: " ".join(x[:2]) if isinstance(x, list) and x[0].startswith(("-", "s")) else "",

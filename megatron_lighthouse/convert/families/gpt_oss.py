@@ -26,6 +26,8 @@ EXPERTS = [
     Weight("mlp.experts.experts.linear_fc2.weight", {"mlp.experts.down_proj": ("ffn", "hidden")}, TURNED),
     Weight("mlp.experts.experts.linear_fc2.bias", {"mlp.experts.down_proj_bias": ("hidden",)}),
 ]
+KINDS = ("full_attention", "sliding_attention")
+"""Of layers, as config.json's `layer_types` has them."""
 FIXED = {"hidden_act": ("silu",), "attention_bias": (True,), "swiglu_limit": (7.0,), "swiglu_alpha": (1.702,)}
 
 
@@ -42,6 +44,8 @@ def arguments(config: Config) -> list[str]:
     if config["sliding_window"] is None:
         raise ValueError("config.json's sliding_window None cannot be carried over: a number of tokens can.")
     kinds = config.get("layer_types") or ["full_attention" if n % 2 else "sliding_attention" for n in layers]
+    if other := sorted({*kinds} - {*KINDS}):
+        raise ValueError(f"config.json's layer_types {' and '.join(other)} cannot be carried over: {' and '.join(KINDS)} can.")
     windowed = ",".join(str(int(kind == "sliding_attention")) for kind in kinds)
     return [
         *("--quick-geglu", "--glu-linear-offset", "1.0", "--activation-func-clamp-value", "7.0", "--add-qkv-bias"),

@@ -229,7 +229,7 @@ class CoreAttentionBuilder(Builder):
             base_attends=base_attends,
             discard_output=settings.discard_output,
             around=settings.around,
-            rotary=None if config.no_rope_freq and config.no_rope_freq[layer_number - 1] else self.rotary,
+            rotary=self.rotary if _rotates(config, layer_number) else None,
             value_dim=inputs.value_dim,
             window=config.window_size[0] + 1 if now.windows and is_windowed(config, layer_number) else None,
             sinks=not base_attends and config.softmax_type != "vanilla",
@@ -244,6 +244,11 @@ class CoreAttentionBuilder(Builder):
         if place.base_attends and of_te and not fp8.asked(config):  # of which more is said elsewhere
             say_once(te_choice(capability_of(here)))
         return over_tensor_ranks(layer, config)
+
+
+def _rotates(config: TransformerConfig, layer_number: int) -> bool:
+    """Whether this layer rotates queries and keys, where any does: multi-latent attention does not read `no_rope_freq`."""
+    return config.multi_latent_attention or not config.no_rope_freq or not config.no_rope_freq[layer_number - 1]
 
 
 def _check(variant: Variant, config: Any, inputs: Inputs, place: Place) -> None:

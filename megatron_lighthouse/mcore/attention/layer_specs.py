@@ -25,7 +25,7 @@ from megatron_lighthouse.mcore.attention.copied import copied
 from megatron_lighthouse.mcore.attention.core_attention import CoreAttentionBuilder
 from megatron_lighthouse.mcore.attention.document_latent import latent_of_documents
 from megatron_lighthouse.mcore.attention.fused import of_documents
-from megatron_lighthouse.mcore.attention.norm import take_torch_norms, torch_norm
+from megatron_lighthouse.mcore.attention.norm import take_l2_norms, take_torch_norms, torch_norm
 from megatron_lighthouse.mcore.attention.output import without_kept_output
 from megatron_lighthouse.mcore.attention.over_shards import able_local
 from megatron_lighthouse.mcore.attention.rotary import rotary_of
@@ -170,6 +170,10 @@ def layer_spec(
     spec = default_layer_spec(model_cfg, vp_stage)
     if config.sequence_parallel:
         spec = _with_sequence_parallel_norm(spec, config, vp_stage)
+    if config.qk_l2_norm:
+        spec = copied(spec)
+        for submodules in attentions_of(spec):
+            take_l2_norms(submodules)
     if documents:
         spec = _with_documents(spec, config)
     return _with_attention(spec, model_cfg, settings)

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.torch_norm import L2Norm, WrappedTorchNorm
 
 from megatron_lighthouse.mcore.command_line.own_parts import NORMS, norm_problem
 
@@ -23,6 +24,13 @@ def take_torch_norms(layer: Any) -> None:
         for name in names:
             if getattr(holder, name, None) is WrappedTorchNorm:
                 setattr(holder, name, torch_norm)
+
+
+def take_l2_norms(attention: Any) -> None:
+    """Put `--qk-l2-norm` into an attention's submodules, from which Megatron's local spec of one layer leaves it out."""
+    for name in ("q_layernorm", "k_layernorm"):
+        if getattr(attention, name, None) is IdentityOp:
+            setattr(attention, name, L2Norm)
 
 
 def torch_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:

@@ -178,6 +178,7 @@ def use_attention(args: argparse.Namespace, model_cfg: Any) -> Any:
         or config.context_parallel_size > 1
         or learns_shared_sinks(config)
         or config.multi_latent_attention
+        or config.qk_l2_norm
         or fp8.asked(config)
     ):
         model_cfg.transformer_layer_spec = partial(layer_spec, settings=chosen, documents=packs)

@@ -87,6 +87,7 @@ def _model(args: argparse.Namespace) -> Iterator[str]:
             f"--cp-comm-type {' '.join(kinds)} names {len(kinds)}, and --num-layers is {layers}: give one for all, such as "
             "p2p, or one a layer."
         )
+    yield from _unrotated(args, layers or len(hybrid_pattern(args) or ""))
     yield from _groups(args)
     if args.transformer_impl == "local" and (problem := local_window_problem(args.window_size)):
         yield problem
@@ -104,6 +105,22 @@ def _model(args: argparse.Namespace) -> Iterator[str]:
     sizes = args.hierarchical_context_parallel_sizes
     if "a2a+p2p" in args.cp_comm_type and not sizes and args.transformer_impl != "local":  # whose layers have it not
         yield "--cp-comm-type a2a+p2p needs --hierarchical-context-parallel-sizes: add it, or use --cp-comm-type p2p."
+
+
+def _unrotated(args: argparse.Namespace, layers: int) -> Iterator[str]:
+    """Which layers go without RoPE, by a period or by a list."""
+    every = args.no_rope_freq
+    if isinstance(every, list) and layers and len(every) != layers:
+        yield (
+            f"--no-rope-freq {every} is of {len(every)} layers, and the model has {layers}: give one number a layer, 1 where "
+            "nothing is rotated, or one number N, by which each N-th goes without."
+        )
+    elif isinstance(every, int) and layers and layers % every:
+        use = either(around(every, lambda n: layers % n == 0, layers))
+        yield (
+            f"--no-rope-freq {every} must divide the {layers} layers: use {use}, or a list of one number a layer, 1 for none "
+            "rotated."
+        )
 
 
 def _groups(args: argparse.Namespace) -> Iterator[str]:

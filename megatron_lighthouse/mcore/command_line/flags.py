@@ -105,7 +105,10 @@ class Collecting(argparse.ArgumentParser):
         raise _UnreadError
 
     def _keep(self, action: argparse.Action, error: argparse.ArgumentError, guessed: bool = False, hint: str = "") -> None:
-        self.wrong.append(as_sentence(str(error)) + hint)
+        rule = LISTS.get(action.type)
+        word = str(error).partition(" value: ")[2].strip("'")
+        said = f"{action.option_strings[0]} {word} must be {rule}." if rule and word else as_sentence(str(error))
+        self.wrong.append(said + hint)
         self.malformed |= set() if guessed else {*action.option_strings}
 
     def without_values(self, words: Iterable[str]) -> Iterator[str]:
@@ -117,6 +120,25 @@ class Collecting(argparse.ArgumentParser):
                 self.wrong.append(f"{flag} takes no value: leave ={value} out.")
                 word = flag
             yield word
+
+    def with_equals(self, words: Iterable[str]) -> Iterator[str]:
+        """The words, of which a value that begins with a dash is joined to its flag: argparse takes it for a flag."""
+        before: str | None = None
+        for word in words:
+            if before is not None and self._hidden(before, word):
+                self.wrong.append(f"{before} {word}: a value that begins with - follows an equals sign: write {before}={word}.")
+                word, before = f"{before}={word}", None
+            if before is not None:
+                yield before
+            before = word
+        if before is not None:
+            yield before
+
+    def _hidden(self, flag: str, word: str) -> bool:
+        action = self._option_string_actions.get(flag)
+        if action is None or action.nargs is not None or not word.startswith("-") or re.match("-$|--$|--[a-z]", word):
+            return False
+        return not self._negative_number_matcher.match(word)
 
 
 def parser(add_arguments: Add) -> Collecting:
@@ -140,7 +162,7 @@ def parse(given: Sequence[str], add_arguments: Add, strict: bool = True) -> tupl
         strict: whether a flag that is not listed is wrong: a Megatron of another release may know it.
     """
     made = parser(add_arguments)
-    words = [*made.without_values(word for word in given if word != STRAY)]
+    words = [*made.with_equals(made.without_values(word for word in given if word != STRAY))]
     try:
         args, rest = made.parse_known_args(words)
     except _UnreadError:
@@ -212,6 +234,11 @@ TYPES: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("moe_freq_type", "no_rope_freq_type", "la_freq_type"), _frequency),
 }
 """By the names of Megatron's own. Another than these takes any word."""
+LISTS: dict[Any, str] = {
+    _integers: "whole numbers apart by commas, such as 128,0",
+    _frequency: "a whole number N, of each N-th layer, or a list of one number a layer, such as [1,0,1,0]",
+}
+"""What a word must be, of types whose names say nothing."""
 
 
 def described(made: argparse.ArgumentParser) -> Iterator[dict[str, Any]]:

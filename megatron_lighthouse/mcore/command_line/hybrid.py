@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 from megatron_lighthouse.mcore.command_line import documents
 from megatron_lighthouse.mcore.command_line.layers import ATTEND, hybrid_pattern, written_pattern
+from megatron_lighthouse.usage import as_flag
 
 LOCAL = "*+-E|"
 """The symbols of layers that are made of Megatron's local modules too."""
@@ -23,6 +24,8 @@ OF_PATTERN = """
     account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split
 """.split()
 """Options that say what a pattern says."""
+OF_STAGES = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+"""Those that part a pattern without |."""
 
 
 def word_problems(args: Namespace) -> Iterator[str]:
@@ -36,6 +39,8 @@ def word_problems(args: Namespace) -> Iterator[str]:
         return
     if args.hybrid_layer_pattern and args.hybrid_override_pattern:
         yield "--hybrid-layer-pattern and --hybrid-override-pattern, its old name, exclude each other: leave the latter out."
+    if not symbols:
+        yield f"{flag} {pattern} names no layer: give one symbol a layer, before any /."
     if odd := sorted({*pattern} - {*LAYERS, "|", "/"}):
         yield f"{flag} {pattern}: {' '.join(odd)} is no symbol of a layer: use {' '.join(LAYERS)}, and | between stages."
     elif "*" in pattern and {*pattern} & {"+", "D"}:
@@ -45,6 +50,8 @@ def word_problems(args: Namespace) -> Iterator[str]:
             f"--num-layers {args.num_layers} disagrees with {flag} {pattern}, of {len(symbols)} layers: leave --num-layers "
             "out, or give another pattern."
         )
+    yield from _further_parts(flag, pattern)
+    yield from _experts(args, flag, pattern)
     depths = pattern.count("/")
     if args.mtp_num_layers not in (None, depths):
         yield (
@@ -54,8 +61,17 @@ def word_problems(args: Namespace) -> Iterator[str]:
     for name in OF_PATTERN:
         if getattr(args, name):
             yield f"--{name.replace('_', '-')} does not go with {flag}: leave it out, and part the pattern by |."
-    stages, size = pattern.partition("/")[0].count("|") + 1, args.pipeline_model_parallel_size
-    ends = (args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers)
+    parts, size = pattern.partition("/")[0].split("|"), args.pipeline_model_parallel_size
+    stages = len(parts)
+    if symbols and not all(parts[1:-1]):
+        yield (
+            f"{flag} {pattern} has a stage without layers between others, whose gradients Megatron loses: give each a layer "
+            "but the first and the last."
+        )
+    ends = tuple(getattr(args, name) for name in OF_STAGES)
+    if stages > 1 and (own := [name for name in OF_STAGES if getattr(args, name) is not None]):
+        asked = " and ".join(f"{as_flag(name)} {getattr(args, name)}" for name in own)
+        yield f"{asked} does not go with {flag} {pattern}, whose | say what a stage has: leave it out, or | out."
     if stages > 1 and (stages % size or size == 1):
         yield (
             f"{flag} {pattern} has {stages} parts, and --pipeline-model-parallel-size {size} must be above 1 and divide them: "
@@ -66,6 +82,27 @@ def word_problems(args: Namespace) -> Iterator[str]:
             f"{flag} {pattern} has {len(symbols)} layers, which --pipeline-model-parallel-size {size} must divide where no | "
             "parts them: use another size, or | between stages."
         )
+
+
+def _further_parts(flag: str, pattern: str) -> Iterator[str]:
+    """Of a pattern's parts behind /, one for each further token."""
+    further = pattern.split("/")[1:]
+    if any("|" in part or not part for part in further) or len({*further}) > 1:
+        fits = next((part for part in (part.replace("|", "") for part in further) if part), "*-")
+        use = "/".join([pattern.partition("/")[0], *[fits] * len(further)])
+        yield f"{flag} {pattern}: its parts behind / must be alike, of layers alone: use {use}, or leave them out."
+
+
+def _experts(args: Namespace, flag: str, pattern: str) -> Iterator[str]:
+    """Which layers have experts is the pattern's to say, and how many not."""
+    if "E" in pattern and not args.num_experts:
+        yield f"{flag} {pattern}: layers of E need --num-experts: add it, or use - in their place."
+    if args.num_experts and "E" not in pattern:
+        yield f"--num-experts {args.num_experts} is of layers of E, and {flag} {pattern} has none: leave it out, or use E."
+    if args.moe_layer_freq != 1:
+        yield f"--moe-layer-freq {args.moe_layer_freq} is not read with {flag}, whose E are layers of experts: leave it out."
+    if other := args.mtp_hybrid_override_pattern:
+        yield f"--mtp-hybrid-override-pattern {other} is an older name: leave it out, and give {flag} /{other} for each token."
 
 
 def problems(args: Namespace) -> Iterator[str]:

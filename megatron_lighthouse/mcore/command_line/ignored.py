@@ -45,7 +45,7 @@ RULES = (
     Rule("num_query_groups", lambda args: args.group_query_attention, "without --group-query-attention"),
     Rule("lr_wsd_decay_(iters|samples|style)", lambda args: args.lr_decay_style == "WSD", "without --lr-decay-style WSD"),
     Rule(
-        "rotary_.*|use_rope_scaling|rope_scaling_factor",
+        "rotary_.*|use_rope_scaling|rope_scaling_factor|no_rope_freq",
         lambda args: args.position_embedding_type != "none" or args.multi_latent_attention,
         "with --position-embedding-type none",
     ),

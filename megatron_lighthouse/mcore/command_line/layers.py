@@ -32,7 +32,7 @@ def hybrid_pattern(model: Any) -> str | None:
 
 def is_latent(model: Any) -> bool:
     """Whether its attention is multi-latent: by its flag, or by a pattern's symbols, of which Megatron makes the flag."""
-    return bool(model.multi_latent_attention or {*(hybrid_pattern(model) or "")} & {*LATENT})
+    return bool(getattr(model, "multi_latent_attention", False) or {*(hybrid_pattern(model) or "")} & {*LATENT})
 
 
 def written_pattern(model: Any) -> tuple[str, str | None]:
@@ -110,8 +110,17 @@ def layer_problems(dense_first: int, dense_last: int, layers: int, edge_budget: 
     if dense_first + dense_last >= layers:
         yield (
             f"{flag('dense_first')} {dense_first} and {flag('dense_last')} {dense_last} leave none of {layers} layers to "
-            "Lighthouse, of those that attend to all tokens: use smaller numbers, or --attention dense."
+            f"Lighthouse, of those that attend to all tokens: use {_fewer(dense_first, dense_last, layers)}--attention dense."
         )
+
+
+def _fewer(dense_first: int, dense_last: int, layers: int) -> str:
+    """As many dense layers at both ends as leave one of those that attend to all tokens; nothing where there is none."""
+    if layers < 1:
+        return ""
+    last = min(max(0, dense_last), (layers - 1) // 2)
+    first = min(max(0, dense_first), layers - 1 - last)
+    return f"{flag('dense_first')} {first} and {flag('dense_last')} {last}, or "
 
 
 def local_window_problem(size: tuple[int, int] | None) -> str | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Iterator
 
-TURNED = ("rotary_base", "rotary_percent", "rotary_interleaved", "rotary_seq_len_interpolation_factor", "use_rope_scaling")
+TURNED = """
+    rotary_base rotary_percent rotary_interleaved rotary_seq_len_interpolation_factor use_rope_scaling no_rope_freq
+""".split()
 """Of RoPE, by their names, and what they are where they say nothing (`NOTHING`)."""
 YARN = ("rotary_scaling_factor", "mscale", "mscale_all_dim")
 """Of YaRN, in MLA too."""

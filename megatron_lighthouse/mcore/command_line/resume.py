@@ -6,11 +6,12 @@ Megatron finds out when ranks and memory are taken, and ends with a status that 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_lighthouse.mcore.command_line import stored
+from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern, written_pattern
 from megatron_lighthouse.options import read_options, set_options
 from megatron_lighthouse.variant import Stream, Variant, norm_of
 from megatron_lighthouse.variants import VARIANTS, base_in, named_in
@@ -34,6 +35,15 @@ OF_GROUPS = {"decoupled_lr": "--decoupled-lr", "decoupled_min_lr": "--decoupled-
 OF_ADAM = ("adam_beta1", "adam_beta2", "adam_eps")
 OF_OPTIMIZER = {"adam": OF_ADAM, "sgd": ("sgd_momentum",), "muon": ("muon_momentum", *OF_ADAM)}
 """What torch takes from the state of an optimizer that goes on. Muon leaves vectors to Adam."""
+
+
+OF_ATTENTION: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
+    ("qk_layernorm", bool, "weights of these norms", "--qk-layernorm"),
+    ("softmax_type", lambda kind: kind == "learnable", "sinks", "--softmax-type learnable"),
+)
+"""Options that give attention weights: when, which, and the words."""
+LENIENT = ("log_all", "ignore_all")
+"""Of --dist-ckpt-strictness: what a checkpoint lacks begins anew."""
 
 
 def check_resume(args: argparse.Namespace) -> None:
@@ -93,6 +103,9 @@ def attention_problems(args: argparse.Namespace, before: Any, folder: Path, chec
         before: the checkpoint's arguments; None, and without an attention, where another program wrote it.
         folder: of checkpoints, in which `checkpoint` is.
     """
+    if not getattr(args, "use_checkpoint_args", False):  # else the model is the checkpoint's, whatever the words say
+        yield from _other_weights(args, before, folder)
+        yield from _other_layers(args, before, folder)
     if getattr(before, "attention", None) is None or getattr(args, "attention", None) is None:
         return
     old, new = base_in(before), base_in(args)
@@ -123,6 +136,30 @@ def attention_problems(args: argparse.Namespace, before: Any, folder: Path, chec
             f"the checkpoint in {folder} is of --attention {was}, so that its optimizer knows other weights than --attention "
             f"{now} has: add --no-load-optim, and the optimizer begins anew."
         )
+
+
+def _other_weights(args: argparse.Namespace, before: Any, folder: Path) -> Iterator[str]:
+    """Weights of attention for an option's sake: Megatron drops without a word what the model lacks, and ends late without
+    what the checkpoint lacks."""
+    for name, has, what, words in OF_ATTENTION:
+        was, now = (getattr(one, name, None) for one in (before, args))
+        if was is None or now is None or has(was) == has(now):
+            continue
+        if has(was) and not getattr(args, "drop_attention_weights", False):
+            yield (
+                f"the checkpoint in {folder} was trained with {words}, and this model has no {what}: add {words}, or "
+                "--drop-attention-weights to lose them and what they did."
+            )
+        elif has(now) and getattr(args, "dist_ckpt_strictness", None) not in LENIENT:
+            yield f"the checkpoint in {folder} was trained without {words}, and has no {what}: leave it out, or begin anew."
+
+
+def _other_layers(args: argparse.Namespace, before: Any, folder: Path) -> Iterator[str]:
+    """Of hybrid models, whose weights are named by the numbers of their layers."""
+    was, now = hybrid_pattern(before), hybrid_pattern(args)
+    if was and now and was != now:
+        flag = written_pattern(args)[0]
+        yield f"the checkpoint in {folder} is of layers {was}, and {flag} of {now}: give its own, with | where you want them."
 
 
 def _other_columns(base: Variant, args: argparse.Namespace, before: Any, folder: Path) -> Iterator[str]:

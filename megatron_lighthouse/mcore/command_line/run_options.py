@@ -6,7 +6,16 @@ from argparse import Namespace
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-from megatron_lighthouse.mcore.command_line import conversations, graphs, hybrid, inner, optimizer_graph, positions, tiles
+from megatron_lighthouse.mcore.command_line import (
+    conversations,
+    graphs,
+    hybrid,
+    inner,
+    latent,
+    optimizer_graph,
+    positions,
+    tiles,
+)
 from megatron_lighthouse.mcore.command_line.checks import PACKED, cp_layout_problems, packed_problems
 from megatron_lighthouse.mcore.command_line.own_parts import norm_problem
 from megatron_lighthouse.mcore.command_line.unread import unread_problems
@@ -182,6 +191,7 @@ def problems(args: Namespace, model_is_known: bool = True) -> Iterator[str]:
     yield from conversations.problems(args)
     if model_is_known:
         yield from positions.problems(args)
+        yield from latent.problems(args)
     yield from _full_validation(args)
     yield from cp_layout_problems(args)
     yield from _wrong_in_megatron(args)

@@ -190,7 +190,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--drop-attention-weights",
         action="store_true",
         help="Take the weights of a checkpoint of another attention although it has some that this one does not know, such as "
-        "linear_r of Parallax or linear_g of Wall: what they did is lost.",
+        "linear_r of Parallax, linear_g of Wall, norms of queries and keys, or sinks: what they did is lost.",
     )
     add_options(group, LIGHTHOUSE.name, LighthouseConfig)
     group.add_argument(

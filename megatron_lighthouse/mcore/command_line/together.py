@@ -57,6 +57,8 @@ def model_problems(args: argparse.Namespace) -> Iterator[str]:
     """Options of a model that do not go together, where the words say it and not a checkpoint."""
     if len(shapes := [flag for flag in ACTIVATIONS if getattr(args, flag[2:].replace("-", "_"))]) > 1:
         yield f"{' and '.join(shapes)} exclude each other: leave all but one out."
+    if args.qk_layernorm and args.qk_l2_norm:
+        yield "--qk-layernorm and --qk-l2-norm exclude each other: leave one of them out."
     if args.num_experts and (size := args.tensor_model_parallel_size) > 1 and not args.sequence_parallel:
         yield f"--num-experts {args.num_experts} with --tensor-model-parallel-size {size} needs --sequence-parallel: add it."
     if not args.num_experts and args.expert_model_parallel_size > 1:

@@ -1,4 +1,7 @@
-"""Times of Lighthouse's layer as another checkout builds it, in a process of its own: what `--against` asks for."""
+"""Times of Lighthouse's layer as another checkout builds it, in a process of its own: what `--against` asks for.
+
+Imports of the package no more than `attention_cases` does: other builds have other insides.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,6 @@ from pathlib import Path
 
 import torch
 from attention_cases import Case
-from attention_checks import QKV
 from measure import median_ms
 from torch import Tensor
 
@@ -39,8 +41,9 @@ def main() -> None:
     case = Case(**json.loads(sys.argv[1]))
     sets = [case.inputs() for _ in range(2)]
 
-    def layer(qkv: QKV) -> Tensor:
-        return lighthouse_attention(*qkv, config=case.config)
+    def layer(qkv: tuple[Tensor, ...]) -> Tensor:
+        query, key, value = qkv
+        return lighthouse_attention(query, key, value, case.config)
 
     grad = torch.randn_like(layer(sets[0]))
     calls = {"fwd": layer, "fwd+bwd": lambda qkv: torch.autograd.grad(layer(qkv), qkv, grad)}

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_lighthouse.launch import check, preflight
+from megatron_lighthouse.mcore.command_line import run_options
 from tests.launch.scripts import words as launch_words
 from tests.mcore.harness import MODEL, TEXT, Processes, without
 from tests.mcore.test_launch_check import GPUS, LLAMA
@@ -112,3 +113,32 @@ def test_remedies_do_not_contradict(more: str, says: list[str], capsys: pytest.C
         assert text in error, error
     assert error.count("\n  - --seq-length") <= 1, error
     assert "smaller sizes" not in error
+
+
+def test_packages_that_the_run_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused where the job's Python is this one; another's are not looked at here."""
+    monkeypatch.setattr(run_options, "find_spec", lambda name: None)
+    assert check.main([*GPUS, "--", *LLAMA]) == 0
+    capsys.readouterr()
+    assert check.main([*GPUS, "--runs-here", "--", *LLAMA, "--gradient-accumulation-fusion"][:-1]) == 1
+    error = capsys.readouterr().err
+    assert "needs the package transformers, which is not installed: install it (pip install transformers)" in error
+    assert "needs the package transformer_engine" in error
+    assert "or use --transformer-impl local --no-rope-fusion." in error
+    for option, package in (("--optimizer muon", "emerging_optimizers"), ("--wandb-project x", "wandb")):
+        assert check.main([*GPUS, "--runs-here", "--", *LLAMA, *option.split()]) == 1
+        assert f"{option} needs the package {package}, which is not installed" in capsys.readouterr().err
+    assert error.count("name it by IMAGE in the cluster file; another Python by PYTHON. With CHECK_PYTHON the job's") == 1
+    assert check.main([*GPUS, "--runs-here", "now", "--", *LLAMA]) == 1  # which takes no container
+    assert "Name another Python that has these packages by PYTHON." in (here := capsys.readouterr().err)
+    assert "IMAGE" not in here
+    by_name = ["--tokenizer-type", "GPT2BPETokenizer"]
+    assert check.main([*GPUS, "--runs-here", "--", *LLAMA, *by_name, "--vocab-file", __file__]) == 1
+    assert "GPT2BPETokenizer without --merge-file, which it downloads (or give these), needs the package wget" in (
+        capsys.readouterr().err
+    )
+    assert check.main([*GPUS, "--runs-here", "--", *LLAMA, *by_name, "--vocab-file", __file__, "--merge-file", __file__]) == 1
+    assert "wget" not in capsys.readouterr().err
+    for kind, package in (("TikTokenizer", "tiktoken"), ("GPTSentencePieceTokenizer", "sentencepiece")):
+        assert check.main([*GPUS, "--runs-here", "--", *LLAMA, "--tokenizer-type", kind, "--tokenizer-model", __file__]) == 1
+        assert f"needs the package {package}" in capsys.readouterr().err

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_lighthouse.plan.accuracy import predicted
+from megatron_lighthouse.plan.calibration import coefficients, points
 from tests.test_performance import rows_of, tables
 
 ROOT = Path(__file__).parents[1]
@@ -96,6 +98,29 @@ def rings() -> list[list[str]]:
     ]
 
 
+OURS = ("eager", "graphs", "whole graphs", "documents", "TP", "TP graphs", "TP documents")
+HOWS = ["dense, eager", *(f"lighthouse, {how}" for how in OURS)]
+
+
+def steps() -> list[list[str]]:
+    """Seconds of each step, call by call, and what the plan says."""
+    found: dict[tuple[int, int, int], list[str]] = {}
+    for row in rows_of("two_gpus/steps.csv"):
+        kind = int(row["tokens"]), int(row["GPUs"]), HOWS.index(f"{row['attention']}, {row['how']}")
+        found.setdefault(kind, []).append(f"{float(row['seconds a step']):#.3g}")
+    fitted = {(32768, 1, 1), (32768, 2, 0), (32768, 2, 1)}
+    known = {(p.geometry.seq_length, p.ranks, HOWS.index(p.what)): p for p in points() if p.kind == "h200"}
+    return [
+        [
+            f"{kind[0]:,}, {kind[1]}",
+            HOWS[kind[2]].removesuffix(", eager").removeprefix("lighthouse, "),
+            f"{', '.join(found[kind])} s",
+            f"{predicted(known[kind], coefficients()):#.3g} s{', fitted' * (kind in fitted)}" if kind in known else "",
+        ]
+        for kind in sorted(found)
+    ]
+
+
 def flash_blocks() -> list[list[str]]:
     found: dict[str, list[str]] = {}
     for row in rows_of("flash_blocks/flash_blocks.csv"):
@@ -117,7 +142,8 @@ KINDS = ("ours", "fla", "dense", "around")
         pytest.param(5, million, id="a million tokens"),
         pytest.param(6, layers_of_8b, id="layers of 8B"),
         pytest.param(7, rings, id="two GPUs"),
-        pytest.param(8, flash_blocks, id="blocks over shards"),
+        pytest.param(8, steps, id="steps over two GPUs"),
+        pytest.param(9, flash_blocks, id="blocks over shards"),
     ],
 )
 def test_a_table_is_its_files(number: int, expected: object) -> None:
@@ -234,6 +260,23 @@ def test_documents_over_two_ranks_are_their_file() -> None:
     assert f"takes {both['98304']} at 98,304 tokens, where one rank takes {alone:.1f}, and {both['32768']} at 32,768" in words
     bytes_of = [(float(row["sent MB"]), float(row["planned MB"])) for row in rows.values()]
     assert all(abs(sent / planned - 1) < 0.005 for sent, planned in bytes_of)
+
+
+def test_how_much_two_gpus_gain_is_the_file_of_steps() -> None:
+    words = " ".join(PAGE.split())
+    rows = {(row["call"], row["run"]): float(row["seconds a step"]) for row in rows_of("two_gpus/steps.csv")}
+
+    def of_one(call: str, two: str, one: str) -> float:
+        return rows[call, f"lighthouse {two}"] / rows["first", f"lighthouse {one}"]
+
+    calls = [of_one(call, "32768 2gpu graphs", "32768 1gpu graphs") for call in ("first", "second")]
+    assert "One call took {:.3f}, another {:.3f}: met once".format(*calls) in words
+    assert f"Whole iterations took {of_one('fourth', '32768 2gpu whole graphs', '32768 1gpu whole graphs'):.3f}" in words
+    long = [("first", ""), ("first", " graphs"), ("third", " graphs")]
+    efficient = [1 / of_one(call, f"98304 2gpu{how}", "98304 1gpu") / 2 for call, how in long]
+    assert "Eager it was {:.1%}, under graphs {:.1%} and {:.1%}".format(*efficient) in words
+    tensor = of_one("fourth", "98304 2gpu TP", "98304 1gpu"), of_one("first", "98304 2gpu TP documents", "98304 1gpu documents")
+    assert "TP 2 is {:.0%} efficient at 98,304 tokens, with documents {:.0%}".format(*(1 / x / 2 for x in tensor)) in words
 
 
 def test_the_steps_of_models_are_their_file() -> None:

@@ -117,9 +117,7 @@ def host_lines(run: Run, speed: Coefficients) -> str:
     layer = " or ".join(dict.fromkeys(f"{1e3 * own:.1f}" for own, count in zip(hosts, counts, strict=True) if count))
     lines = [f"host: {layer} ms a layer, {1e3 * whole:,.0f} ms in all, as on {run.device.host}{_host(run)}"]
     if time.step_parts(run, speed)["host, exposed"]:
-        lines += [
-            f"by the GPU alone: {1e3 * step:.1f} ms, {rate:,.0f} tokens/s/GPU; a faster host or --graphs auto comes closer"
-        ]
+        lines += [f"by the GPU alone: {1e3 * step:.1f} ms, {rate:,.0f} tokens/s/GPU; a faster host or CUDA graphs come closer"]
     else:
         lines[0] += "; the GPU does not wait for it"
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 GPU and host work at once, so a layer takes the longer of the two times (ours). The host is that of `Device.host`; under CUDA
 graphs none is waited for.
 
-Not measured, so assumed: tensor-parallel communication is not hidden, and costs the host what the ring of two ranks does;
+Not fitted, so assumed: tensor-parallel communication is not hidden, and costs the host what a dense ring of two ranks does;
 context parallelism costs it on more ranks what it does on two; the gradients' reduction hides behind the last micro batch's
 work; links of the network reach the share of their datasheet that NVLink does; where a context-parallel group straddles NVLink
 domains, all send all their bytes over the network. Pipeline stages are not interleaved, and the slowest sets the pace of all.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -153,3 +154,23 @@ def test_ranking_is_by_the_whole_step() -> None:
     assert f"by the GPU alone the first would be {report.layout(alone[0])}" in report.ranking(
         run, search.rank(run, SPEED), SPEED
     )
+
+
+def test_the_docs_say_what_h200s_say() -> None:
+    """The host's numbers, and the rows of errors, in docs/plan.md."""
+    page = (Path(__file__).parents[2] / "docs/plan.md").read_text()
+    of = {name: f"{1e3 * seconds:.1f}" for name, seconds in SPEED.h200_host.items()}
+    assert f"{of['lighthouse', '']} ms on one GPU |\n" in page
+    assert f"| {of['lighthouse', 'p2p']} ms, a dense layer {of['dense', 'p2p']} |" in page
+    found: dict[str, list[float]] = {}
+    for p in accuracy.compared(SPEED):
+        if "H200" in p.group:
+            found.setdefault("TP" if "TP" in p.group else p.group.rpartition(", ")[2], []).append(abs(p.error))
+    for kind, start in (
+        ("eager", "| iteration on one and two H200s, eager, "),
+        ("graphs", "| … under graphs "),
+        ("TP", "| … by TP 2, "),
+    ):
+        row = next(line for line in page.splitlines() if line.startswith(start) and line.count("|") == 6)
+        errors = found[kind]
+        assert f"| {len(errors)} | {max(errors):.1%} | {sum(errors) / len(errors):.1%} |" in row

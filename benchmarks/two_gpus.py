@@ -42,6 +42,7 @@ from megatron_lighthouse.plan.time import tokens_per_gpu
 from megatron_lighthouse.versions import environment
 
 ARGUMENTS = {"dense": RUNS["dense"], "lighthouse": RUNS["lighthouse, first and last two layers dense"]}
+GRAPHS = "--cuda-graph-impl"
 DOCUMENTS = ("--dataloader-inter-document-masking",)
 TENSOR = ("--context-parallel-size", "1", "--tensor-model-parallel-size", "2", "--sequence-parallel")
 EARLY = 8.0
@@ -73,8 +74,8 @@ class Run:
 
     @property
     def plain(self) -> bool:
-        """Whether the plan knows it: eager, of one document."""
-        return self.how in ("", "TP")
+        """Whether the plan knows it: of one document."""
+        return DOCUMENTS[0] not in self.more
 
     def command(self, out: Path, tiny: bool) -> list[str]:
         """What trains it, its data in `out`."""
@@ -88,10 +89,11 @@ class Run:
     @property
     def predicted(self) -> float:
         """Seconds a step on H200s, by the plan."""
-        context, tensor = (1, self.gpus) if self.how == "TP" else (self.gpus, 1)
+        context, tensor = (1, self.gpus) if set(TENSOR) <= {*self.more} else (self.gpus, 1)
         config = LighthouseConfig(3, 4, self.tokens // 64)
         point = Point(self.attention, self.tokens, context, config=config, recompute="none", tensor_parallel=tensor)
-        run = point.run.change(device=DEVICES["h200"])
+        graphed = {"cuda_graph_impl": self.more[1]} if GRAPHS in self.more else {}
+        run = point.run.change(device=DEVICES["h200"], options=graphed)
         return self.tokens / tokens_per_gpu(run, coefficients()) / self.gpus
 
 
@@ -99,7 +101,7 @@ def graphs(
     attention: str, tokens: int, gpus: int, how: str = "graphs", *more: str, kind: str = "local", **environment: str
 ) -> Run:
     unseen = ("--no-check-for-nan-in-loss-and-grad",) if kind == "full_iteration" else ()
-    return Run(attention, tokens, gpus, how, ("--cuda-graph-impl", kind, *unseen, *more), environment)
+    return Run(attention, tokens, gpus, how, (GRAPHS, kind, *unseen, *more), environment)
 
 
 ALONE = [

@@ -17,6 +17,11 @@ def multiples(number: int, unit: int, works: Callable[[int], bool] = bool) -> li
     return [n for n in (below, below + unit) if n > 0 and works(n)]
 
 
+def divisors(number: int) -> list[int]:
+    """All of them, the least first."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
 def either(numbers: Iterable[int]) -> str:
     """In words."""
     return " or ".join(map(str, numbers))

@@ -84,36 +84,6 @@ def layers_of_8b() -> list[list[str]]:
     ]
 
 
-def rings() -> list[list[str]]:
-    return [
-        [
-            f"{row['what']}, {int(row['tokens']):,}",
-            *(ms(float(row[f"fwd+bwd_ms, {ranks}"])) for ranks in ("one rank", "all")),
-            f"{float(row['efficiency']):.0%}",
-        ]
-        for row in rows_of("two_gpus/rings.csv")
-        if not row["what"].startswith("documents")
-    ]
-
-
-def inner() -> list[list[str]]:
-    return [
-        [
-            f"{row['inner']}, {int(row['tokens']):,}",
-            *(ms(float(row[f"fwd+bwd_ms, {ranks}"])) for ranks in ("one rank", "all")),
-            f"{float(row['efficiency']):.0%}",
-        ]
-        for row in rows_of("two_gpus/inner.csv")
-    ]
-
-
-def flash_blocks() -> list[list[str]]:
-    found: dict[str, list[str]] = {}
-    for row in rows_of("flash_blocks/flash_blocks.csv"):
-        found.setdefault(f"{int(row['rows']):,}, {row['groups']}", []).append(ms(float(row["both_ms"])))
-    return [[title, *times] for title, times in found.items()]
-
-
 KINDS = ("ours", "fla", "dense", "around")
 
 
@@ -127,9 +97,6 @@ KINDS = ("ours", "fla", "dense", "around")
         pytest.param(4, models, id="models"),
         pytest.param(5, million, id="a million tokens"),
         pytest.param(6, layers_of_8b, id="layers of 8B"),
-        pytest.param(7, rings, id="two GPUs"),
-        pytest.param(8, inner, id="two GPUs, by what attends"),
-        pytest.param(9, flash_blocks, id="blocks over shards"),
     ],
 )
 def test_a_table_is_its_files(number: int, expected: object) -> None:
@@ -227,42 +194,6 @@ def test_the_parts_of_lighthouse_around_wall_are_their_file() -> None:
     assert f"took {wholes[0]} ms in pieces of 4,096 rows and {wholes[1]} in pieces of 2,048" in words
     took = {row["what"]: float(row["ms"]) for row in rows_of("wall/h200_30_november.csv") if row["direction"] == "fwd+bwd"}
     assert f"takes {took['ours']:.0f} ms at 98,304 tokens, dense {took['dense']:.0f}" in words
-
-
-def test_documents_over_two_ranks_are_their_file() -> None:
-    words = " ".join(PAGE.split())
-    row = next(row for row in rows_of("two_gpus/documents.csv") if row["what"] == "documents, mean 8K")
-    both, alone = (float(row[f"fwd+bwd_ms, {ranks}"]) for ranks in ("all", "one rank"))
-    assert f"takes {both:.2f} ms at 98,304 tokens, where one rank takes {alone:.2f}" in words
-    assert f"the host's time, {float(row['host ms']):.1f} ms" in words
-    rings = {(row["what"], row["tokens"]): row for row in rows_of("two_gpus/rings.csv")}
-    before = rings["documents, mean 8K", "98304"]
-    assert f"without kernels, took {float(before['fwd+bwd_ms, all']):.1f} ms" in words
-    assert abs(float(row["sent MB"]) / float(row["planned MB"]) - 1) < 0.005
-
-
-def test_what_attends_over_two_ranks_is_its_files() -> None:
-    words = " ".join(PAGE.split())
-    times = {
-        (row["inner"], row["tokens"]): [float(row[f"fwd+bwd_ms, {ranks}"]) for ranks in ("one rank", "all")]
-        for row in rows_of("two_gpus/inner.csv")
-    }
-    saved = [
-        sorted(round(100 * (1 - times["fa4", n][i] / times["cudnn", n][i])) for n in ("98304", "262144", "524288"))
-        for i in (0, 1)
-    ]
-    assert {*saved[0]} <= {12, 13}
-    assert f"{saved[1][0]} to {saved[1][-1]}% less on two" in words
-    assert {row["where torch is asked for it"] for row in rows_of("two_gpus/inner.csv") if row["inner"] == "fa4"} == {"True"}
-    one, other = ([float(row[name]) for name in ("one GPU's ms", "graph ms")] for row in rows_of("graphs_cp/fa4.csv"))
-    assert f"{one[0]:.2f} ms on one and {one[1]:.2f} ms on two at 98,304" in words
-    assert f"{other[0]:.1f} and {other[1]:.2f} ms at 262,144" in words
-    assert all(row["with other bits"] == "0" and row["replays"] == "100" for row in rows_of("graphs_cp/fa4.csv"))
-    blocks = rows_of("flash_blocks/flash_blocks.csv")
-    ours = {row["deterministic"]: float(row["both_ms"]) for row in blocks if (row["backend"], row["rows"]) == ("fa4", "49152")}
-    slow = max(float(row["both_ms"]) for row in rows_of("flash_blocks/fa2.csv") if row["deterministic"] == "True")
-    assert f"needed [{slow:.0f} ms]" in words
-    assert f"shards {slow / ours['True']:.1f} times as fast" in words
 
 
 def test_the_steps_of_models_are_their_file() -> None:

@@ -21,7 +21,7 @@ from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
 from megatron_lighthouse.lighthouse.by_length import NAMES
 from megatron_lighthouse.lighthouse.config import AUTO, flag
 from megatron_lighthouse.lighthouse.scorers import SCORERS
-from megatron_lighthouse.mcore.command_line import scorer
+from megatron_lighthouse.mcore.command_line import graphs, scorer
 from megatron_lighthouse.options import in_flags
 from megatron_lighthouse.plan import gains, longest, memory, numbers, report, scaling, search
 from megatron_lighthouse.plan.answer import answer
@@ -45,6 +45,7 @@ RUN_FLAGS = {
     "global_batch": "--global-batch-size",
     "edge_budget": "--lighthouse-edge-budget",
 }
+GRAPHS = "--cuda-graph-impl"
 BF16_GRADIENTS = "--grad-reduce-in-bf16"
 NOT_OF_LONGEST = {name: f"--{name.replace('_', '-')}" for name in ("tokens", "stage1_fraction", "seq_length", "details")}
 NOT_OF_LONGEST |= {"global_batch": "--global-batch-size", "document_lengths": FLAG}
@@ -79,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--recompute", help=f"{', '.join(RECOMPUTE)}")
     made.add_argument("--cp-comm-type", help=f"{', '.join(COMM_TYPES)}")
     made.add_argument(flag("scorer"), dest="scorer", help=f"{', '.join((AUTO, *SCORERS))}")
+    made.add_argument(GRAPHS, choices=["none", *graphs.KINDS], help="under CUDA graphs, as Megatron's")
     made.add_argument("--qk-layernorm", action="store_true", help="the model norms queries and keys")
     made.add_argument("--cross-entropy-loss-fusion", dest="loss_fusion", action="store_true", help="as Megatron's")
     made.add_argument(BF16_GRADIENTS, dest="gradient_bytes", action="store_const", const=2, help="as Megatron's")
@@ -131,6 +133,8 @@ def run_from(options: argparse.Namespace) -> Run:
         run = run.change(**{name: given[name] for name in ("recompute", "loss_fusion", "gradient_bytes") if name in given})
     if options.document_lengths:
         run = run.change(documents=Mix.read(options.document_lengths))
+    if options.cuda_graph_impl:
+        run = run.change(options={**run.options, "cuda_graph_impl": options.cuda_graph_impl})
     if options.qk_layernorm:
         run = run.change(options={**run.options, "qk_layernorm": True})
         if run.variant.selects and "scorer" not in given and SCORERS[run.config.scorer].by_length:

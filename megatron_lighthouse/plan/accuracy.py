@@ -17,6 +17,8 @@ BOUNDS = {
     "two GPUs (CP 2)": 0.20,
     "training step": 0.15,
     "training step, CP 2": 0.20,
+    "training step, H200, eager": 0.10,
+    "training step, H200, graphs": 0.15,
     "memory": memory.PROMISED,
 }
 """Relative error that the plan promises, by group; the groups that are not here are only reported."""
@@ -45,6 +47,9 @@ def compared(speed: Coefficients) -> list[Comparison]:
 
 
 def _group(p: Point) -> str:
+    if p.kind == "h200":
+        how = p.what.partition(", ")[2]
+        return "training step, H200, " + (how if how in ("eager", "TP") else how.replace("whole ", ""))
     if p.kind == "run":
         step = "training step" + (f", CP {p.ranks}" if p.ranks > 1 else "")
         return "memory" if p.direction == "peak GiB" else step
@@ -60,7 +65,7 @@ def _group(p: Point) -> str:
 def predicted(p: Point, speed: Coefficients) -> float:
     """What the model says of a measured point, in its unit."""
     device = calibration.DEVICE
-    if p.kind == "run":
+    if p.kind in calibration.STEPS:
         run = calibration.measured_run(p)
         return memory.total(run) / 2**30 if p.direction == "peak GiB" else sum(time.step_parts(run, speed).values())
     what, _, scheme = p.what.partition(" ")

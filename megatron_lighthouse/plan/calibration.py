@@ -23,7 +23,9 @@ from megatron_lighthouse.plan.run import Run, run_of
 from megatron_lighthouse.sequence.layout import Layout
 
 DEVICE = DEVICES["h100"]
-"""Where everything was measured."""
+"""Where everything was measured, but for what `STEPS` says."""
+STEPS = {"run": DEVICE, "h200": DEVICES["h200"]}
+"""Kinds of points that are training steps, and where these were measured."""
 MEASURED_VOCAB = 384
 """Rows of the embedding in the measured training steps: plain text, one byte a token (docs/usage.md)."""
 ROUNDS, SMALL = 3, 1e-6
@@ -57,8 +59,9 @@ class Point:
     @property
     def name(self) -> str:
         n, g, l = self.geometry.seq_length, self.geometry, self.layer
-        shape = "" if self.plain or self.kind == "run" else f" B={l.batch} H={l.heads} G={l.groups} D={l.dim}"
-        return f"{self.what}, {self.direction}, N={n} L={g.levels} p={g.pooling} k={g.budget}{shape} CP={self.ranks}"
+        shape = "" if self.plain or self.kind in STEPS else f" B={l.batch} H={l.heads} G={l.groups} D={l.dim}"
+        ranks = "TP" if "TP" in self.what else "CP"
+        return f"{self.what}, {self.direction}, N={n} L={g.levels} p={g.pooling} k={g.budget}{shape} {ranks}={self.ranks}"
 
 
 @cache
@@ -73,7 +76,7 @@ def _point(row: dict[str, str]) -> Point:
     geometry = config.geometry(int(row["tokens"]), int(row["ranks"]))
     batch, heads, groups, dim = (int(row[key] or 0) for key in ("batch", "heads", "groups", "dim"))
     layer = Shape(batch, heads, groups, dim, 2)
-    value = float(row["value"]) * (1 if row["kind"] == "run" else 1e-3)
+    value = float(row["value"]) * (1 if row["kind"] in STEPS else 1e-3)
     return Point(row["kind"], row["source"], row["what"], row["direction"], geometry, layer, int(row["ranks"]), value)
 
 
@@ -110,7 +113,8 @@ def coefficients() -> Coefficients:
             speed.ranks[scheme, direction] = _crossing(scheme, direction, speed)
     for direction in ("fwd", "fwd+bwd"):
         speed.authors[direction] = _authors(direction, speed)
-    return _training(speed)
+    speed = _training(speed)
+    return replace(speed, h200_host=_h200_host(speed))
 
 
 def _host() -> dict[str, float]:
@@ -199,20 +203,46 @@ def _training(speed: Coefficients) -> Coefficients:
     return replace(speed, elementwise=elementwise, layer_host=layer_host)
 
 
+def _h200_host(speed: Coefficients) -> dict[tuple[str, str], float]:
+    """What an H200's host takes for a layer: that by which the shortest eager step takes as long as measured.
+
+    On one rank that is a Lighthouse step, for no dense one waited for the host; dense layers are taken to need as much there.
+    """
+    found: dict[tuple[str, str], float] = {}
+    for attention, ranks, scheme, of in (
+        ("lighthouse", 1, "", ("lighthouse", "dense")),
+        ("dense", 2, "p2p", ("dense",)),
+        ("lighthouse", 2, "p2p", ("lighthouse",)),
+    ):
+        eager = [p for p in points() if (p.kind, p.what, p.ranks) == ("h200", f"{attention}, eager", ranks)]
+        shortest = min(eager, key=lambda p: p.value)
+        run = measured_run(shortest)
+        host = shortest.value / run.model.layers
+        for _ in range(ROUNDS):  # a step is linear in it as long as the same layers wait
+            known = [{**found, **dict.fromkeys(((one, scheme) for one in of), value)} for value in (host, host + SMALL)]
+            base, more = (sum(time.step_parts(run, replace(speed, h200_host=one)).values()) for one in known)
+            host += (shortest.value - base) / (more - base) * SMALL
+        found |= dict.fromkeys(((one, scheme) for one in of), host)
+    return found
+
+
 def measured_run(point: Point) -> Run:
     """The run of a training step that was measured."""
     g, what = point.geometry, point.what
+    tensor = point.ranks if "TP" in what else 1
     run = run_of(
         "530m-98k",
-        device=DEVICE,
+        device=STEPS[point.kind],
         attention="dense" if what.startswith("dense") else "lighthouse",
         seq_length=g.seq_length,
         config=LighthouseConfig(g.levels, g.pooling, g.budget),
         gpus=point.ranks,
-        context_parallel=point.ranks,
+        tensor_parallel=tensor,
+        context_parallel=point.ranks // tensor,
         global_batch=1,
         recompute="full" if "recompute full" in what else "none",
         discard_output="outputs kept" not in what,
+        options={"cuda_graph_impl": "full_iteration" if "whole" in what else "local"} if "graphs" in what else {},
     )
     model = replace(run.model, dense_first=0, dense_last=0) if "all layers" in what else run.model
     return run.change(model=replace(model, vocab=MEASURED_VOCAB))

@@ -29,9 +29,10 @@ def collected(results: Path = RESULTS) -> str:
         *_scorers(results),
         *_scaling(results, "scaling.csv"),
         *_scaling(results, "all-layers/scaling.csv"),
+        *_two_gpus(results),
     ]
     text = io.StringIO()
-    text.write("# Written by megatron_lighthouse.plan.copy_measured, from H100s; run: seconds, and GiB at the peak; else ms.\n")
+    text.write("# Written by megatron_lighthouse.plan.copy_measured; h200: steps of H200s; else of H100s; seconds, GiB, ms.\n")
     writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
@@ -110,6 +111,18 @@ def _scaling(results: Path, name: str) -> list[dict[str, object]]:
         sizes = {"tokens": row["seq_length"], **{name: row[name] for name in ("levels", "pooling", "budget")}}
         rows += [{**head, **sizes, "direction": "seconds", "value": row["seconds_a_step"]}]
         rows += [{**head, **sizes, "direction": "peak GiB", "value": row["peak_gib"]}]
+    return rows
+
+
+def _two_gpus(results: Path) -> list[dict[str, object]]:
+    """Steps of the 530M recipe's layers on H200s, eager and under graphs, by context and by tensor parallelism (TP)."""
+    rows: list[dict[str, object]] = []
+    for row in _read(results / "two_gpus" / "steps.csv"):
+        if row["seconds a step"] and "documents" not in row["how"]:
+            what = f"{row['attention']}, {row['how']}"
+            head = {"kind": "h200", "source": "two_gpus/steps.csv", "what": what, "direction": "seconds", "ranks": row["GPUs"]}
+            sizes = {"tokens": row["tokens"], "levels": 3, "pooling": 4, "budget": int(row["tokens"]) // 64}
+            rows.append({**head, **sizes, "value": row["seconds a step"]})
     return rows
 
 

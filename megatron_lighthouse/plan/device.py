@@ -31,6 +31,8 @@ class Device:
     source: str
     measured: bool = False
     """Whether calibration points come from this device; all others are extrapolated by datasheet ratios."""
+    host: str = "the slow host of the H100 points"
+    """Whose time a run waits for: of the machines whose hosts were measured."""
 
     @property
     def usable_bytes(self) -> float:
@@ -49,9 +51,13 @@ class Device:
         return self.nvlink_bytes_s if self.holds(gpus) else self.network_bytes_s
 
 
+H200 = "the hosts of H200s on 30 November"
+"""A `Device.host`."""
 DEVICES = {
     "h100": Device("H100 SXM 80GB", 989e12, 3.35e12, 80, 450e9, 50e9, 8, 8, 132, "NVIDIA H100 and DGX H100 datasheets", True),
-    "h200": Device("H200 SXM 141GB", 989e12, 4.8e12, 141, 450e9, 50e9, 8, 8, 132, "NVIDIA H200 and DGX H200 datasheets"),
+    "h200": Device(
+        "H200 SXM 141GB", 989e12, 4.8e12, 141, 450e9, 50e9, 8, 8, 132, "NVIDIA H200 and DGX H200 datasheets", host=H200
+    ),
     "b200": Device("HGX B200 180GB", 2250e12, 8e12, 180, 900e9, 50e9, 8, 8, 148, "NVIDIA DGX B200 datasheet, an eighth of it"),
     "gb200": Device("GB200 186GB", 2500e12, 8e12, 186, 900e9, 50e9, 72, 4, 148, "NVIDIA GB200 NVL72 datasheet, a 72nd of it"),
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_lighthouse.plan import accuracy, lengths, memory, search, time
 from megatron_lighthouse.plan.coefficients import Coefficients
-from megatron_lighthouse.plan.device import HELD_BACK
+from megatron_lighthouse.plan.device import H200, HELD_BACK
 from megatron_lighthouse.plan.run import Run
 from megatron_lighthouse.plan.stages import Stages
 from megatron_lighthouse.plan.words import layout_words
@@ -110,14 +110,14 @@ def host_lines(run: Run, speed: Coefficients) -> str:
     """What the host costs the step, whose host that is, and the step without it."""
     alone = speed.without_host()
     step, rate = sum(time.step_parts(run, alone).values()), time.tokens_per_gpu(run, alone)
-    layer, whole = time.layer_host_seconds(run, speed), time.host_seconds(run, speed)
-    lines = [
-        f"host: {1e3 * layer:.1f} ms a layer, {1e3 * whole:,.0f} ms in all, as on the slow host of the H100 points{_host(run)}"
-    ]
+    hosts, whole = time.layer_host_seconds(run, speed), time.host_seconds(run, speed)
+    if not whole:
+        return "host: the GPU does not wait for it within CUDA graphs; between them it may, which is not counted"
+    counts = map(sum, zip(*run.stages, strict=True))
+    layer = " or ".join(dict.fromkeys(f"{1e3 * own:.1f}" for own, count in zip(hosts, counts, strict=True) if count))
+    lines = [f"host: {layer} ms a layer, {1e3 * whole:,.0f} ms in all, as on {run.device.host}{_host(run)}"]
     if time.step_parts(run, speed)["host, exposed"]:
-        lines += [
-            f"by the GPU alone: {1e3 * step:.1f} ms, {rate:,.0f} tokens/s/GPU; a faster host or --graphs auto comes closer"
-        ]
+        lines += [f"by the GPU alone: {1e3 * step:.1f} ms, {rate:,.0f} tokens/s/GPU; a faster host or CUDA graphs come closer"]
     else:
         lines[0] += "; the GPU does not wait for it"
     return "\n".join(lines)
@@ -125,7 +125,7 @@ def host_lines(run: Run, speed: Coefficients) -> str:
 
 def _host(run: Run) -> str:
     """What of the host's time was not measured."""
-    lacking = [] if run.device.measured else ["no other host was measured"]
+    lacking = [] if run.device.measured or run.device.host == H200 else ["its own was not measured"]
     lacking += ["more than two context-parallel ranks are taken as two"] if run.context_parallel > 2 else []
     lacking += ["tensor parallelism is taken to cost it what the ring of two ranks does"] if run.tensor_parallel > 1 else []
     return f" [{'; '.join(lacking)}]" if lacking else ""
@@ -215,7 +215,7 @@ def errors(speed: Coefficients, every: bool = False) -> str:
         for p in own:
             if every or (bound and abs(p.error) > bound):
                 lines.append((p.name, f"{p.measured:.6g}", f"{p.predicted:.6g}", f"{p.error:+.1%}"))
-    text = table(["error of this model against H100 points", "points", "greatest", "mean", "promised", "outside"], rows)
+    text = table(["error of this model against measured points", "points", "greatest", "mean", "promised", "outside"], rows)
     return text + ("\n" + table(["point (s or GiB)", "measured", "model", "error"], lines) if lines else "")
 
 

@@ -8,17 +8,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
-from types import SimpleNamespace
 from typing import Any
 
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
+from megatron_lighthouse.mcore.command_line import graphs, tiles
 from megatron_lighthouse.mcore.command_line.checks import model_problems
 from megatron_lighthouse.mcore.command_line.documents import document_problems
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, of_edge
-from megatron_lighthouse.mcore.command_line.tiles import tile_tokens
-from megatron_lighthouse.nearest import either, multiples
+from megatron_lighthouse.nearest import divisors, either, multiples
 from megatron_lighthouse.plan.device import DEVICES, Device
 from megatron_lighthouse.plan.documents import DocumentGeometry, Mix
 from megatron_lighthouse.plan.model import GPT
@@ -143,11 +142,12 @@ class Run:
         if model.groups % tp or model.ffn % tp or model.hidden % tp:
             raise ValueError(
                 f"--tensor-model-parallel-size {tp} must divide the {model.groups} key/value heads, hidden size {model.hidden} "
-                f"and FFN size {model.ffn}: use {_divisors(model.groups)}."
+                f"and FFN size {model.ffn}: use {either(divisors(model.groups))}."
             )
         if model.layers % pp:
             raise ValueError(
-                f"--pipeline-model-parallel-size {pp} must divide --num-layers {model.layers}: use {_divisors(model.layers)}."
+                f"--pipeline-model-parallel-size {pp} must divide --num-layers {model.layers}: "
+                f"use {either(divisors(model.layers))}."
             )
         if self.gpus % (one := tp * cp * pp):
             use = max(1, self.gpus // one) * one
@@ -159,9 +159,11 @@ class Run:
             )
         if self.documents and (found := [*self._document_problems()]):
             raise ValueError("\n".join(found))
+        if found := [*graphs.problems(asked := self._as_megatron()), *tiles.problems(asked)]:
+            raise ValueError("\n".join(found))
         if self.variant.selects:
             length = None if self.documents else self.seq_length
-            if found := [*model_problems(self._as_megatron(), self.settings, length)]:
+            if found := [*model_problems(asked, self.settings, length)]:
                 raise ValueError("\n".join(found))
         elif cp > 1 and self.seq_length % (2 * cp):
             raise ValueError(
@@ -177,14 +179,14 @@ class Run:
             raise ValueError(
                 f"--cp-comm-type a2a shares out the {self.layer.groups} key/value heads of a tensor-parallel rank among "
                 f"--context-parallel-size {cp}, which must divide them: use --cp-comm-type p2p, or --context-parallel-size "
-                f"{_divisors(self.layer.groups)}."
+                f"{either(divisors(self.layer.groups))}."
             )
         return self
 
     @property
     def logits_at_once(self) -> int:
         """Tokens whose logits the last stage holds at once."""
-        tile = tile_tokens(self.loss_tile_tokens, self.vocab_rank)
+        tile = tiles.tile_tokens(self.loss_tile_tokens, self.vocab_rank)
         return min(self.tokens, tile or self.tokens)
 
     def _document_problems(self) -> Iterator[str]:
@@ -199,14 +201,15 @@ class Run:
         how = (self.config, self.model.dense_first, self.model.dense_last, self.discard_output)
         return LighthouseSettings(*how, edge_budget=self.edge_budget, around=around)
 
-    def _as_megatron(self) -> SimpleNamespace:
+    def _as_megatron(self) -> Namespace:
         """Those fields of Megatron's TransformerConfig that its refusals read."""
         model = self.model
         own: dict[str, Any] = {"num_layers": model.layers, "num_attention_heads": model.heads, "num_query_groups": model.groups}
         own |= {"tensor_model_parallel_size": self.tensor_parallel, "context_parallel_size": self.context_parallel}
+        own |= {"recompute_granularity": "full" if self.recompute == "full" else None, "mlp_tile_tokens": self.mlp_tile_tokens}
         own |= {"cp_comm_type": self.cp_comm_type, "transformer_impl": "transformer_engine", "flash_decode": False}
-        off = {"attention_dropout": 0.0, "window_size": None, "multi_latent_attention": False}
-        return SimpleNamespace(**{**off, **own, **self.options})
+        off = {"skip_train": True, "attention_dropout": 0.0, "window_size": None, "multi_latent_attention": False}
+        return Namespace(**{**off, **own, **self.options})
 
     @property
     def geometry(self) -> Geometry:
@@ -294,7 +297,3 @@ def run_of(name: str, **changes: Any) -> Run:
     lighthouse = {**known[name].get("lighthouse", {}), **table.pop("lighthouse", {})}
     config = LighthouseConfig.for_length(table["seq_length"], **lighthouse)
     return Run(**{"config": config, **table, "model": GPT(**table["model"])})
-
-
-def _divisors(value: int) -> str:
-    return " or ".join(str(n) for n in range(1, value + 1) if value % n == 0)

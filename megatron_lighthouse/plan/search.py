@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.mcore.command_line.tiles import mlp_tile_tokens
+from megatron_lighthouse.nearest import divisors
 from megatron_lighthouse.plan import memory
 from megatron_lighthouse.plan.coefficients import Coefficients
 from megatron_lighthouse.plan.layer_time import Setup, dense_layer, lighthouse_layer
@@ -68,11 +69,11 @@ def layouts(run: Run, held: Held = NOTHING) -> Iterator[Run]:
         return (value for value in values if value == held.get(name, value))
 
     model = run.model
-    for tp in tried("tensor_parallel", _divisors(math.gcd(model.groups, run.gpus))):
+    for tp in tried("tensor_parallel", divisors(math.gcd(model.groups, run.gpus))):
         if not run.device.holds(run.change(tensor_parallel=tp).spans["tensor parallel"]) and "tensor_parallel" not in held:
             continue  # tensor parallelism stays within an NVLink domain
-        for pp in tried("pipeline_parallel", _divisors(math.gcd(model.layers, run.gpus // tp))):
-            for cp in tried("context_parallel", _divisors(run.gpus // (tp * pp))):
+        for pp in tried("pipeline_parallel", divisors(math.gcd(model.layers, run.gpus // tp))):
+            for cp in tried("context_parallel", divisors(run.gpus // (tp * pp))):
                 for scheme in [held["cp_comm_type"]] if "cp_comm_type" in held else SCHEMES[: 1 if cp == 1 else None]:
                     sizes = {"tensor_parallel": tp, "pipeline_parallel": pp, "context_parallel": cp}
                     for way in ways(run.change(**sizes, cp_comm_type=scheme)):
@@ -86,10 +87,6 @@ def ways(run: Run) -> Iterator[Run]:
     yield from (run.change(recompute=recompute) for recompute in RECOMPUTE)
     if not run.mlp_tile_tokens and run.tokens > tile:
         yield run.change(recompute=RECOMPUTE[-1], mlp_tile_tokens=tile)
-
-
-def _divisors(value: int) -> list[int]:
-    return [n for n in range(1, value + 1) if value % n == 0]
 
 
 def crossover(run: Run, speed: Coefficients) -> list[tuple[int, int, float]]:

@@ -1,9 +1,9 @@
 """Time of a step by part. Seconds. What is fitted comes from `Coefficients`; all else is counted, and said so here.
 
-GPU and host work at once, so a layer takes the longer of the two times (ours). The host is the measured machine's, for every
-device; a dense layer is taken to need it for as long as a Lighthouse layer, which agrees with the measured steps.
+GPU and host work at once, so a layer takes the longer of the two times (ours). The host is that of `Device.host`; under CUDA
+graphs none is waited for.
 
-Not measured, so assumed: tensor-parallel communication is not hidden, and costs the host what the ring of two ranks does;
+Not fitted, so assumed: tensor-parallel communication is not hidden, and costs the host what a dense ring of two ranks does;
 context parallelism costs it on more ranks what it does on two; the gradients' reduction hides behind the last micro batch's
 work; links of the network reach the share of their datasheet that NVLink does; where a context-parallel group straddles NVLink
 domains, all send all their bytes over the network. Pipeline stages are not interleaved, and the slowest sets the pace of all.
@@ -11,11 +11,16 @@ domains, all send all their bytes over the network. Pipeline stages are not inte
 
 from __future__ import annotations
 
+from argparse import Namespace
+from functools import partial
+
 from megatron_lighthouse.lighthouse.geometry import Geometry
+from megatron_lighthouse.mcore.command_line import graphs
 from megatron_lighthouse.plan import work
 from megatron_lighthouse.plan.coefficients import Coefficients
 from megatron_lighthouse.plan.layer_time import Parts, Setup, dense_layer, lighthouse_layer
 from megatron_lighthouse.plan.run import Run
+from megatron_lighthouse.variants import DENSE, LIGHTHOUSE
 
 OPTIMIZER_BYTES = 30
 """Read gradient, master and moments (16), write master, moments and bf16 parameter (14), of each parameter a rank updates."""
@@ -46,7 +51,7 @@ def step_parts(run: Run, speed: Coefficients) -> Parts:
     tiles = -(-tokens // run.logits_at_once)
     sums = 10 * model.hidden * (tiles if tiles > 1 else 0)  # fp32 sums read and written, and a tile's bf16 gradient read
     logits = tokens * output + (20 * tokens + sums) * run.vocab_rank / device.memory_bytes_s * speed.copy
-    host = layer_host_seconds(run, speed)
+    hosts = layer_host_seconds(run, speed)
     ends = _lighthouse_parts(run, run.edge, speed) if run.edge else _dense_parts(run, speed)
     kinds = ends, _lighthouse_parts(run, run.geometry, speed) if run.lighthouse_layers else {}
 
@@ -55,7 +60,7 @@ def step_parts(run: Run, speed: Coefficients) -> Parts:
         found = {name: layers * value for name, value in every.items()}
         found["logits and loss"] = logits if stage == pp - 1 else 0.0
         waits = 0.0
-        for count, own in zip(run.stages[stage], kinds, strict=True):
+        for count, own, host in zip(run.stages[stage], kinds, hosts, strict=True):
             if count:
                 for name, value in own.items():
                     found[name] = found.get(name, 0.0) + count * value
@@ -108,16 +113,28 @@ def _lighthouse_parts(run: Run, geometry: Geometry, speed: Coefficients) -> Part
     return {**parts, "context parallel, exposed": layer["exposed"] + full * layer["exposed fwd"]}
 
 
-def layer_host_seconds(run: Run, speed: Coefficients) -> float:
-    """What the host of the measured machine takes to start one layer's work, forward, backward and what is done again."""
+def layer_host_seconds(run: Run, speed: Coefficients) -> tuple[float, float]:
+    """What the device's host takes to start one layer's work, forward, backward and what is done again.
+
+    Returns:
+        Of the first and last layers, as `Run.stages` counts them, and of the Lighthouse layers between; 0 under CUDA graphs.
+    """
+    if graphs.kind_of(Namespace(**run.options)) != "none":
+        return 0.0, 0.0
+    seconds = partial(speed.layer_host_seconds, run.device.host)
     scheme = run.cp_comm_type if run.context_parallel > 1 else ""
-    tensor = speed.host["p2p"] - speed.host[""] if run.tensor_parallel > 1 else 0.0
-    return (speed.layer_host + speed.host[scheme] + tensor) * (1 + HOST_AGAIN[run.recompute])
+    tensor = seconds(DENSE.name, "p2p") - seconds(DENSE.name, "") if run.tensor_parallel > 1 else 0.0
+    ends, own = (
+        (seconds(kind, scheme) + tensor) * (1 + HOST_AGAIN[run.recompute])
+        for kind in (LIGHTHOUSE.name if run.edge else DENSE.name, LIGHTHOUSE.name)
+    )
+    return ends, own
 
 
 def host_seconds(run: Run, speed: Coefficients) -> float:
-    """What that host takes in a step for a rank's layers: the step is never shorter."""
-    return run.model.layers / run.pipeline_parallel * run.micro_batches * layer_host_seconds(run, speed)
+    """What that host takes in a step for the layers of a rank that has most: the step is never shorter."""
+    hosts = layer_host_seconds(run, speed)
+    return run.micro_batches * max(sum(n * host for n, host in zip(stage, hosts, strict=True)) for stage in run.stages)
 
 
 def link_bytes(run: Run) -> tuple[float, float, float]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_lighthouse.context_parallel.schemes import COMM_TYPES
-from megatron_lighthouse.mcore.command_line import documents, tiles
+from megatron_lighthouse.mcore.command_line import documents, flags, graphs, tiles
 from megatron_lighthouse.mcore.command_line.checks import argument_problems
 from megatron_lighthouse.mcore.command_line.settings import add_arguments, settings_from
 from megatron_lighthouse.mcore.data import vocabulary
@@ -35,7 +35,7 @@ NOT_COUNTED = (
     *("--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split"),
 )
 """Flags that change what takes memory in ways that the plan does not know."""
-OPTIONS = {"attention_dropout": 0.0, "softmax_type": "vanilla"}
+OPTIONS = {"attention_dropout": 0.0, "softmax_type": "vanilla", "cuda_graph_impl": "none"}
 OPTIONS |= dict.fromkeys(("qk_layernorm", "qk_l2_norm", "qk_clip", "log_max_attention_logit"), False)
 """Arguments of the model that Lighthouse may refuse, by their names, and what it is without them."""
 REFUSED = ("sft", "reset_attention_mask", "dataloader_inter_document_masking", "hybrid_context_parallel", "perform_rl_step")
@@ -90,6 +90,8 @@ def run_of_words(words: Sequence[str], device: Device, gpus: int | None = None, 
         raise ValueError(wrong)
     tp, cp, pp = args.tensor_model_parallel_size, args.context_parallel_size, args.pipeline_model_parallel_size
     settings, gpus = settings_from(args), max(1, tp * cp * pp) if gpus is None else gpus
+    if args.graphs == graphs.AUTO and args.cuda_graph_impl == "none":
+        args.cuda_graph_impl = _by_itself(words, gpus)
     if VARIANTS[args.attention].selects and (found := [*argument_problems(args, settings)]):
         raise ValueError("\n".join(found))
     return Run(
@@ -121,6 +123,13 @@ def assumes_rows(words: Sequence[str]) -> bool:
     return vocabulary.rows(_parse(words), Path) is None
 
 
+def _by_itself(words: Sequence[str], gpus: int) -> str:
+    """The --cuda-graph-impl that `--graphs auto` takes."""
+    from megatron_lighthouse.mcore.command_line.entry import with_all_arguments  # and torch with it
+
+    return graphs.choice(flags.parse(words, with_all_arguments, strict=False)[0], gpus)[0] or "none"
+
+
 def _not_counted(args: argparse.Namespace) -> Iterator[str]:
     """Why the plan does not know what these arguments ask for."""
     if args.attention not in counted():
@@ -146,6 +155,7 @@ def _not_counted(args: argparse.Namespace) -> Iterator[str]:
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser = add_arguments(argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False))
     tiles.add_arguments(parser)
+    graphs.add_arguments(parser)
     for flag in (
         *SIZES,
         "--ffn-hidden-size",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ from megatron_lighthouse.plan.run import RECOMPUTE, Run, recipes, run_of
 SPEED = coefficients()
 ALONE = SPEED.without_host()
 STEPS = [p for p in calibration.points() if (p.kind, p.direction) == ("run", "seconds")]
+H200 = [p for p in calibration.points() if p.kind == "h200"]
 STUDY = [calibration.measured_run(p) for p in STEPS]
 RUNS = [*STUDY, *(run_of(name, recompute=again) for name in recipes() for again in RECOMPUTE)]
 
@@ -50,7 +52,7 @@ def test_each_kind_of_layer_waits_for_itself() -> None:
     assert time.step_parts(study(98304, 2, "dense"), SPEED)["host, exposed"] == 0
     alone = time.step_parts(run.change(model=replace(run.model, dense_first=0, dense_last=0)), ALONE)
     layer = sum(value for name, value in alone.items() if name not in ("logits and loss", "optimizer")) / 30
-    waits = 26 * (time.layer_host_seconds(run, SPEED) - layer)
+    waits = 26 * (time.layer_host_seconds(run, SPEED)[1] - layer)
     assert time.step_parts(run, SPEED)["host, exposed"] == pytest.approx(waits)
     assert waits > 0
     assert time.host_seconds(run, SPEED) < sum(time.step_parts(run, ALONE).values())
@@ -68,7 +70,7 @@ def test_parallelism_takes_the_host_longer() -> None:
         time.layer_host_seconds(run_of("530m-98k", gpus=2, tensor_parallel=t, context_parallel=c), SPEED)
         for t, c in ((1, 1), (2, 1), (1, 2))
     )
-    assert one < tensor == context
+    assert one < tensor == context  # each of two kinds of layer
 
 
 def test_recompute_takes_the_host_longer() -> None:
@@ -76,8 +78,42 @@ def test_recompute_takes_the_host_longer() -> None:
     assert times == sorted(set(times))
 
 
-def test_the_host_is_the_same_on_every_device() -> None:
-    assert len({time.host_seconds(run_of("530m-98k", device=d), SPEED) for d in DEVICES.values()}) == 1
+def test_every_device_has_one_of_two_hosts() -> None:
+    hosts = {name: time.host_seconds(run_of("530m-98k", device=d), SPEED) for name, d in DEVICES.items()}
+    assert hosts["h200"] < hosts["h100"] == hosts["b200"] == hosts["gb200"]
+
+
+def test_on_an_h200_a_layer_takes_its_own_host() -> None:
+    """Dense layers wait for Transformer Engine's ring, Lighthouse's copy; other schemes cost more as on the H100's."""
+
+    def host(scheme: str, tensor: int = 1) -> tuple[float, float]:
+        context = 2 // tensor if scheme else 1
+        one = run_of("530m-98k", device=DEVICES["h200"], gpus=2, context_parallel=context, tensor_parallel=tensor)
+        return time.layer_host_seconds(one.change(cp_comm_type=scheme or "p2p", recompute="none"), SPEED)
+
+    dense, ours = host("p2p")
+    assert ours < host("")[0] == host("")[1] < dense
+    more = SPEED.host["all_gather"] - SPEED.host["p2p"]
+    assert host("all_gather") == pytest.approx([dense + more] * 2)
+    assert host("", tensor=2) == pytest.approx([dense] * 2)  # what Transformer Engine's ring costs
+
+
+@pytest.mark.parametrize(("attention", "ranks"), [("lighthouse", 1), ("dense", 2), ("lighthouse", 2)])
+def test_the_shortest_eager_steps_of_h200s_say_it(attention: str, ranks: int) -> None:
+    own = [p for p in H200 if (p.what, p.ranks) == (f"{attention}, eager", ranks)]
+    shortest = min(own, key=lambda p: p.value)
+    assert accuracy.predicted(shortest, SPEED) == pytest.approx(shortest.value, rel=1e-4)
+    assert accuracy.predicted(shortest, ALONE) < 0.9 * shortest.value
+
+
+def test_under_graphs_nothing_waits_for_the_host() -> None:
+    graphed = [p for p in H200 if "graphs" in p.what]
+    assert len(graphed) == 11
+    for p in graphed:
+        run = calibration.measured_run(p)
+        assert time.host_seconds(run, SPEED) == 0
+        assert time.step_parts(run, SPEED) == time.step_parts(run.change(options={}), ALONE)
+        assert report.host_lines(run, SPEED).startswith("host: the GPU does not wait for it within CUDA graphs")
 
 
 def test_no_other_fit_is_better() -> None:
@@ -106,7 +142,7 @@ def test_report_says_whose_host() -> None:
     assert "as on the slow host of the H100 points\nby the GPU alone" in report.host_lines(study(32768, 2, "dense"), SPEED)
     assert "the GPU does not wait for it" in report.host_lines(study(262144, 2, "dense"), SPEED)
     wide = report.host_lines(run_of("530m-256k-cp8"), SPEED)
-    assert "[no other host was measured; more than two context-parallel ranks are taken as two]" in wide
+    assert "[its own was not measured; more than two context-parallel ranks are taken as two]" in wide
 
 
 def test_ranking_is_by_the_whole_step() -> None:
@@ -118,3 +154,23 @@ def test_ranking_is_by_the_whole_step() -> None:
     assert f"by the GPU alone the first would be {report.layout(alone[0])}" in report.ranking(
         run, search.rank(run, SPEED), SPEED
     )
+
+
+def test_the_docs_say_what_h200s_say() -> None:
+    """The host's numbers, and the rows of errors, in docs/plan.md."""
+    page = (Path(__file__).parents[2] / "docs/plan.md").read_text()
+    of = {name: f"{1e3 * seconds:.1f}" for name, seconds in SPEED.h200_host.items()}
+    assert f"{of['lighthouse', '']} ms on one GPU |\n" in page
+    assert f"| {of['lighthouse', 'p2p']} ms, a dense layer {of['dense', 'p2p']} |" in page
+    found: dict[str, list[float]] = {}
+    for p in accuracy.compared(SPEED):
+        if "H200" in p.group:
+            found.setdefault("TP" if "TP" in p.group else p.group.rpartition(", ")[2], []).append(abs(p.error))
+    for kind, start in (
+        ("eager", "| iteration on one and two H200s, eager, "),
+        ("graphs", "| … under graphs "),
+        ("TP", "| … by TP 2, "),
+    ):
+        row = next(line for line in page.splitlines() if line.startswith(start) and line.count("|") == 6)
+        errors = found[kind]
+        assert f"| {len(errors)} | {max(errors):.1%} | {sum(errors) / len(errors):.1%} |" in row

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_lighthouse.plan import memory, report, time
 from megatron_lighthouse.plan.__main__ import main, parser, run_from
+from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import DEVICES
 from megatron_lighthouse.plan.model import UNTIED
 from megatron_lighthouse.plan.run import RECOMPUTE, Run, recipes, run_of
@@ -67,6 +69,44 @@ def test_gradients_in_bf16_take_half_of_memory_and_link(capsys: pytest.CaptureFi
         assert run_from(parser().parse_args(start.split())).gradient_bytes == 4
     assert main(["--recipe", "530m-98k", "--details", flag]) == 0
     assert "gradients (bf16)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "gpus", "kind"),
+    [
+        ("", 1, "none"),
+        ("--cuda-graph-impl local", 1, "local"),
+        ("--graphs auto --seq-length 32768", 1, "full_iteration"),
+        ("--graphs auto --seq-length 32768", 2, "none"),  # over several ranks it leaves them off
+        ("--graphs auto", 1, "none"),  # as at 98,304 tokens
+        ("--graphs auto --cuda-graph-impl local", 2, "local"),
+    ],
+)
+def test_a_run_has_the_graphs_that_it_would_take(more: str, gpus: int, kind: str) -> None:
+    run = of("530m-98k", more, gpus=gpus).check()
+    assert run.options.get("cuda_graph_impl", "none") == kind
+    speed = coefficients()
+    alone, ours = (sum(time.step_parts(run, one).values()) for one in (speed.without_host(), speed))
+    assert (alone == ours) == (kind != "none")
+
+
+def test_graphs_of_a_model_and_of_a_recipe_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--cuda-graph-impl", "local", "--details", "--recompute", "none", "--gpus", "1", "--device", "h200"]
+    for start in (["--recipe", "530m-98k", "--seq-length", "32K"], ["--model", "qwen3-0.6b", "--seq-length", "32K"]):
+        assert main([*start, *given]) == 0
+        assert "host: the GPU does not wait for it within CUDA graphs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"recompute": "full"}, "--recompute-granularity full with --cuda-graph-impl local"),
+        ({"mlp_tile_tokens": 4096}, "--mlp-tile-tokens 4096 with --cuda-graph-impl local"),
+    ],
+)
+def test_graphs_that_a_run_refuses_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        of("530m-98k", "--cuda-graph-impl local").change(**change).check()
 
 
 def test_a_causal_selection_gathers_as_many_rows_and_keeps_a_second_map() -> None:

@@ -24,6 +24,8 @@ FLAG = "--graphs"
 AUTO, OFF = "auto", "off"
 BY_DEFAULT = OFF
 """Of `--graphs`."""
+KINDS = ("local", "transformer_engine", "full_iteration")
+"""Of Megatron's --cuda-graph-impl, but for none."""
 BEST = "full_iteration"
 """Of Megatron's --cuda-graph-impl, what `--graphs auto` takes: 0.198 s a step of the 530M model at 32,768 tokens (one H200),
 where `local` takes 0.206. Through evaluations, checkpoints and a switch of stage its losses had an eager run's bits there."""

@@ -166,7 +166,7 @@ def test_flash_attention_is_told_the_documents_by_name(
     monkeypatch.setitem(sys.modules, module, stand_in)
     monkeypatch.setattr(RowKind, "capability", 90)
     monkeypatch.setattr(backends, "too_old", lambda package: None)
-    packed = of((9, 3, 20), dim=8)
+    packed = of((9, 3, 20), dim=32)
     query, key, value = tensors(packed, "bfloat16")
     documents = Documents.of(bounds(packed), packed.seq_length)
     out = documents_attention(name, query, key, scale)(query, key, value, documents)

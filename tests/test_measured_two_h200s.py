@@ -100,7 +100,7 @@ def test_what_attends_over_two_ranks_is_its_files() -> None:
         sorted(round(100 * (1 - times["fa4", n][i] / times["cudnn", n][i])) for n in ("98304", "262144", "524288"))
         for i in (0, 1)
     ]
-    assert {*saved[0]} <= {12, 13}
+    assert f"{saved[0][0]} to {saved[0][-1]}% less time on one GPU" in words
     assert f"{saved[1][0]} to {saved[1][-1]}% less on two" in words
     assert {row["where torch is asked for it"] for row in rows_of("two_gpus/inner.csv") if row["inner"] == "fa4"} == {"True"}
     one, other = ([float(row[name]) for name in ("one GPU's ms", "graph ms")] for row in rows_of("graphs_cp/fa4.csv"))

@@ -23,9 +23,9 @@ from megatron_lighthouse.softmax.names import (
     FLASH_DIMS,
     NARROWER,
     REPEATS_TO,
-    UNTRIED,
     shards_problem,
     te_problem,
+    untried,
 )
 from megatron_lighthouse.softmax.rows import DOCUMENTS, SHARDS, RowKind
 from megatron_lighthouse.versions import LEAST, too_old
@@ -99,16 +99,17 @@ def choose_for_blocks(
 ) -> str:
     """As `choose`, among the backends `known` that return their log-sum-exp: shards are merged by it, and sinks enter by it.
 
-    'auto' takes none of `UNTRIED`.
+    'auto' takes none that is `untried`.
 
     Raises:
         ValueError: as `inner_attention`, or a backend that is forced and is not among those.
     """
     if problem := shards_problem(name, known, dim):
         raise ValueError(problem)
-    passed = UNTRIED if name == "auto" else ()
-    fits = [other for other in known if other not in passed and shards_problem(other, known, dim) is None]
-    return _choose(name, RowKind(device, dtype, heads, groups, dim, value_dim or dim), deterministic(), tuple(fits), over)
+    rows = RowKind(device, dtype, heads, groups, dim, value_dim or dim)
+    major, dims, alone = rows.capability // 10, (rows.dim, rows.value_dim), name != "auto"
+    fits = [o for o in known if (alone or not untried(o, major, dims)) and shards_problem(o, known, dim) is None]
+    return _choose(name, rows, deterministic(), tuple(fits), over)
 
 
 def choose_for_documents(

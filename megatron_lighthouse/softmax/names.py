@@ -11,8 +11,9 @@ MODULES = {"fa4": ("flash_attn.cute", "flash-attn-4"), "fa3": ("flash_attn_inter
 """Of those that are no part of torch: what is imported, and what pip knows it by."""
 OVER_SHARDS = ("fa4", "fa3", "cudnn", "fa2", "sdpa")
 """Those that return their log-sum-exp, by which shards are merged: `blocks.BLOCKS`."""
-UNTRIED = ("fa3",)
-"""Of these: no GPU has run it so yet. It is taken where it is forced, not by 'auto'."""
+TRIED = {"fa4": 9, "fa3": None}
+"""The major compute capability of GPUs that have run them so, with values as wide as keys; None: none has yet. Elsewhere they
+are taken where they are forced, not by 'auto'."""
 OVER_SHARDED_DOCUMENTS = ("fa2", "sdpa")
 """cuDNN's in torch compiles anew for each length, of which documents have many; FlashAttention 4 and 3 are not written here."""
 UP_TO_256, BLACKWELL = range(8, 257, 8), (*range(8, 129, 8), 256)
@@ -31,6 +32,11 @@ FLASH_DIMS: dict[str, dict[int, Sequence[int]]] = {
     "fa3": {9: UP_TO_256},
 }
 """The head dimensions that they take, by major compute capability: of those that FlashAttention 4's interface asserts."""
+
+
+def untried(name: str, major: int, dims: tuple[int, int]) -> bool:
+    """Whether no GPU of this compute capability has run it over shards, with keys and values of so many channels."""
+    return name in TRIED and (TRIED[name] != major or dims[0] != dims[1])
 
 
 def shards_problem(name: str, known: Sequence[str], dim: int) -> str | None:

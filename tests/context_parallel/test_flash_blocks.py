@@ -13,7 +13,7 @@ from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.parts import Block
 from megatron_lighthouse.context_parallel.schemes import scheme
 from megatron_lighthouse.context_parallel.windowed import Windowed
-from megatron_lighthouse.softmax import backends
+from megatron_lighthouse.softmax import backends, names
 from megatron_lighthouse.softmax.blocks import BLOCKS, Plain, block_for
 from megatron_lighthouse.softmax.document_blocks import OneByOne
 from megatron_lighthouse.softmax.flash_blocks import Flash3, Flash4
@@ -46,12 +46,13 @@ def block_of(name: str, window: int | None = None, scale: float = SCALE) -> Bloc
 def tried(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if a GPU had run them, but where the test is of that."""
     if "untried" not in request.node.name:
-        monkeypatch.setattr(backends, "UNTRIED", ())
+        monkeypatch.setattr(backends, "untried", lambda *_: False)
 
 
 def test_auto_takes_none_that_are_untried() -> None:
     assert chosen("fa4", "fa3") is Flash4
-    assert chosen("fa3") is Plain
+    assert chosen("fa3") is chosen("fa4", capability=100) is Plain
+    assert names.untried("fa4", 9, names.NARROWER)
 
 
 @each

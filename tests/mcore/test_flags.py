@@ -103,6 +103,8 @@ def test_a_value_that_looks_like_a_flag(flag: str, value: str, found: object) ->
     assert wrong == [said, "--num-layer is not a known flag: did you mean --num-layers?"]
     assert flags.parse([f"{flag}={value}"], with_all_arguments)[1] == []
     assert flags.parse([flag, "--seq-len", "8"], with_all_arguments)[1][0] == f"{flag}: expected one argument."
+    named, none = flags.parse(["--wandb-exp-name", "-a run"], with_all_arguments)  # a word with a space is no flag to argparse
+    assert (named.wandb_exp_name, none) == ("-a run", [])
 
 
 def test_a_malformed_value_hides_nothing() -> None:

@@ -13,6 +13,7 @@ import torch
 from megatron_lighthouse import LighthouseConfig
 from megatron_lighthouse.lighthouse.geometry import Pyramid
 from megatron_lighthouse.lighthouse.reference import pool
+from megatron_lighthouse.mcore.command_line import before
 from megatron_lighthouse.mcore.command_line.entry import with_all_arguments
 from megatron_lighthouse.mcore.command_line.flags import parse
 from megatron_lighthouse.mcore.command_line.latent import problems
@@ -147,6 +148,13 @@ def test_words_that_latent_attention_does_not_take(of: str, words: str, says: st
     assert said() == said("--mla-down-proj-fusion", "--q-lora-rank", "8", "--transformer-impl", "transformer_engine") == []
     (problem,) = said(*words.split())
     assert says in problem
+    assert said("--rope-type", "rope", "--position-embedding-type", "none") == []  # with which Megatron fuses nothing
+
+
+def test_layers_without_rotation_are_not_counted_where_none_is_read() -> None:
+    words = ["--no-rope-freq", "2"]
+    assert [*before._unrotated(parse(words, with_all_arguments)[0], 3)]
+    assert not [*before._unrotated(parse([*words, "--multi-latent-attention"], with_all_arguments)[0], 3)]
 
 
 def test_a_fused_projection_of_latents_needs_them() -> None:

@@ -50,6 +50,7 @@ def test_an_open_side_stays_open(there: ModuleType, caplog: pytest.LogCaptureFix
     assert resolve(False, -1, -1) == later(False, None, None) == (False, False, None, None)
     assert resolve(True, 128, 0) == later(True, 128, 0) == (False, True, 128, 0)
     assert resolve(True, -1, 0, mask_mod=len) == later(True, None, 0, len)
+    assert resolve(True, left=-1, right=0) == later(True, None, None)
     assert resolve.__wrapped__ is later, "once"
     assert len(caplog.messages) == 1
 
@@ -61,7 +62,10 @@ def test_one_that_reads_it_so_is_left_as_it_is(there: ModuleType, caplog: pytest
     assert not caplog.messages
 
 
-def test_one_that_cannot_be_asked_is_not_called(there: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("why", ["no function", "another's"])
+def test_one_that_cannot_be_asked_is_not_called(why: str, there: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
+    if why == "another's":
+        setattr(there, te_flash.RESOLVE, lambda window: window)
     te_flash.mend()
     assert os.environ[te_flash.SWITCH] == "0"
     assert f"{te_flash.SWITCH}=0" in caplog.text

@@ -7,6 +7,7 @@ Transformer Engine writes -1 for a side on which a window does not end, as Flash
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -29,14 +30,15 @@ def mend() -> None:
     interface = sys.modules.get(MODULE)
     if interface is None or "transformer_engine" not in sys.modules or os.environ.get(SWITCH) == "0":
         return
-    resolve = getattr(interface, RESOLVE, None)
-    if resolve is None:
+    resolve: Any = getattr(interface, RESOLVE, None)
+    local = is_local(resolve)
+    if local is None:
         os.environ[SWITCH] = "0"
         say_once(
             f"lighthouse: {SWITCH}=0: whether this FlashAttention 4 attends to what Transformer Engine asks for is not known. "
             "--lighthouse-inner fa4 calls it otherwise."
         )
-    elif is_local(resolve):
+    elif local:
         setattr(interface, RESOLVE, reading(resolve))
         say_once(
             "lighthouse: this FlashAttention 4 would attend to nothing where Transformer Engine asks for causal attention, "
@@ -44,18 +46,24 @@ def mend() -> None:
         )
 
 
-def is_local(resolve: Callable[..., Any]) -> bool:
-    """Whether it takes causal attention without an end for a window."""
-    _, local, *_ = resolve(*UNBOUNDED_CAUSAL)
+def is_local(resolve: Callable[..., Any]) -> bool | None:
+    """Whether it takes causal attention without an end for a window; None where it cannot be asked."""
+    try:
+        _, local, *_ = resolve(*UNBOUNDED_CAUSAL)
+    except Exception:  # none of this name, or a function of others
+        return None
     return bool(local)
 
 
 def reading(resolve: Callable[..., Any]) -> Callable[..., Any]:
     """The same, but for negative sides."""
+    signature = inspect.signature(resolve)
+    sides = [*signature.parameters][1:3]
 
     @wraps(resolve)
-    def resolved(causal: bool, left: int | None, right: int | None, *rest: Any, **named: Any) -> Any:
-        left, right = (None if side is not None and side < 0 else side for side in (left, right))
-        return resolve(causal, left, right, *rest, **named)
+    def resolved(*args: Any, **named: Any) -> Any:
+        given = signature.bind(*args, **named)
+        given.arguments |= {side: None for side in sides if (given.arguments.get(side) or 0) < 0}
+        return resolve(*given.args, **given.kwargs)
 
     return resolved

@@ -109,7 +109,7 @@ def _model(args: argparse.Namespace) -> Iterator[str]:
 
 def _unrotated(args: argparse.Namespace, layers: int) -> Iterator[str]:
     """Which layers go without RoPE, by a period or by a list."""
-    every = args.no_rope_freq
+    every = None if is_latent(args) else args.no_rope_freq  # which latent attention does not read: said there
     if isinstance(every, list) and layers and len(every) != layers:
         yield (
             f"--no-rope-freq {every} is of {len(every)} layers, and the model has {layers}: give one number a layer, 1 where "

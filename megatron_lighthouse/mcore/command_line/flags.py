@@ -136,8 +136,8 @@ class Collecting(argparse.ArgumentParser):
 
     def _hidden(self, flag: str, word: str) -> bool:
         action = self._option_string_actions.get(flag)
-        if action is None or action.nargs is not None or not word.startswith("-") or re.match("-$|--$|--[a-z]", word):
-            return False
+        if action is None or action.nargs is not None or not word.startswith("-") or re.match("-$|--$|--[a-z]|.* ", word):
+            return False  # with a space argparse takes it for a value
         return not self._negative_number_matcher.match(word)
 
 

@@ -37,7 +37,8 @@ def problems(args: Namespace) -> Iterator[str]:
             "--position-embedding-type yarn does not go with multi-latent attention, which rotates by itself: use "
             "--position-embedding-type rope, and --rope-type yarn (its default)."
         )
-    if getattr(args, "rope_type", None) == "rope" and getattr(args, "apply_rope_fusion", False):
+    rotated = (args.position_embedding_type, getattr(args, "rope_type", None)) == ("rope", "rope")
+    if rotated and getattr(args, "apply_rope_fusion", False):  # which Megatron turns off for other positions
         yield "--rope-type rope of multi-latent attention goes without RoPE fusion (Megatron's default): add --no-rope-fusion."
     if fused and args.transformer_impl == "local":
         yield f"--mla-down-proj-fusion is Transformer Engine's, and --transformer-impl is local: leave it out, or use {ENGINE}."

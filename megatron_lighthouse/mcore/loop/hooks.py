@@ -62,7 +62,9 @@ def wrap(owner: Any, name: str, subject: Hashable, around: Callable[..., Any]) -
 
 
 def adapt_machine() -> None:
-    """Before Megatron is initialized: no compiler is needed where the helper is compiled, and no GPU."""
+    """Before Megatron is initialized: no compiler is needed where the helper is compiled, no GPU, and what attends is asked for
+    in words that it reads."""
+    te_flash.mend()
     if machine.has_dataset_helpers():
         wrap(initialize, "_compile_dependencies", "machine", machine.skip_compilation)
     if not torch.cuda.is_available():
@@ -71,7 +73,6 @@ def adapt_machine() -> None:
 
 def follow_training() -> None:
     """For every run of the entry point, on every rank, before training."""
-    te_flash.mend()
     load_weights()
     keep_documents_apart()
     tile()  # what it sees of moved masks is what documents made of them

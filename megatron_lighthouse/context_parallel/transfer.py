@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.gpu import triton_takes
+from megatron_lighthouse.once import once_differentiable
 from megatron_lighthouse.sums import accumulation_dtype
 
 

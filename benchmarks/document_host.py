@@ -1,9 +1,9 @@
-"""`python benchmarks/document_host.py`: what a layer over packed documents costs the host of one rank of two, without a GPU.
+"""`python benchmarks/document_host.py`: what a layer over packed documents costs the host of one rank, without a GPU.
 
-The other rank is not there: kernels are found as ever and their launch is nothing (`no_launches.py`), as are messages and the
-inner attention. What is left is our Python, and torch's operations on few tokens. Prints the least microseconds of the thread,
-and how many operations (not views, nor new memory) and kernels there are; `--profile` which functions the time goes to. On two
-GPUs `rings.py` times the host.
+The other ranks are not there: kernels are found as ever and their launch is nothing (`no_launches.py`), as are messages and the
+inner attention. What is left is our Python, and torch's operations on few tokens. `--ranks`, `--rank` and `--mean` say which.
+Prints the least microseconds of the thread, and how many operations (not views, nor new memory) and kernels there are;
+`--profile` which functions the time goes to. On two GPUs `rings.py` times the host.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.softmax import document_blocks, sharded_documents
 from megatron_lighthouse.variant import Place
 
-CASE, DIM, CALLS = rings.Case("documents, mean 8K", 98304 // rings.SHORTER), 16, 200
+TOKENS, DIM, CALLS = 98304 // rings.SHORTER, 16, 200
 
 
 class Received:
@@ -48,7 +48,7 @@ class Received:
 
 
 class Alone(Exchange):
-    """Rank 0 of two, and new memory for all that comes."""
+    """A rank, and new memory for all that comes."""
 
     def all_gather(self, x: Tensor, purpose: str) -> Tensor:
         return x.new_empty(self.size, *x.shape)
@@ -76,14 +76,14 @@ def stand_ins() -> None:
     named[5].packed_steps_for = lambda *_: kernels
 
 
-def calls() -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+def calls(case: rings.Case, place: Layout) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
     """Forward, and backward of what it gives."""
-    documents, exchange = CASE.documents("cpu"), Alone(SimpleNamespace(), Layout(2, 0))  # type: ignore[arg-type]
+    documents, exchange = case.documents("cpu"), Alone(SimpleNamespace(), place)  # type: ignore[arg-type]
     assert documents is not None
-    tokens = documents.tokens // 2
+    tokens = documents.tokens // place.size
     *inputs, grad = torch.randn(4, tokens, 1, rings.HEADS, DIM, dtype=torch.bfloat16).unbind()
-    made = layer.build_packed(CASE.config, inputs[0], inputs[1], Place(exchange=exchange))
-    packing = Packing.of(documents, CASE.config.rule)
+    made = layer.build_packed(case.config, inputs[0], inputs[1], Place(exchange=exchange))
+    packing = Packing.of(documents, case.config.rule)
     scores = torch.rand(2, 1, rings.HEADS, packing.coarse_length)
     selection, select = reference.select(scores, packing, True), kernels.select
     kernels.select = lambda *given: select(*given) and selection  # for the kernel leaves what memory held
@@ -99,21 +99,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--only-count", action="store_true", help="time nothing, and compile nothing")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rank", type=int, default=0)
+    parser.add_argument("--mean", default="documents, mean 8K", choices=rings.MEANS, help="default: %(default)s")
     options = parser.parse_args()
     torch.set_num_threads(1)
     stand_ins()
+    given = rings.Case(options.mean, TOKENS), Layout(options.ranks, options.rank)
     if not options.only_count:
         no_launches.install()
-        time_it(options.profile)
-    forward, backward = calls()
+        time_it(options.profile, *given)
+    forward, backward = calls(*given)
     counted = launches(forward), launches(lambda: backward(forward()))
     for name, found in (("forward", counted[0]), ("backward", counted[1] - counted[0])):
         print(*(f"{count:4} {what}" for what, count in found.most_common()), f"{found.total():4} in all {name}", sep="\n")
 
 
-def time_it(profiled: bool) -> None:
+def time_it(profiled: bool, case: rings.Case, place: Layout) -> None:
     """The least of many calls."""
-    forward, backward = calls()
+    forward, backward = calls(case, place)
     backward(forward())  # makes tables, and compiles
     no_launches.as_if_initialized()
     torch.autograd.set_multithreading_enabled(False)

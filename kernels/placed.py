@@ -6,13 +6,14 @@ Of up to three tensors in one launch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_lighthouse.kernels.launch import cdiv, enqueue, last_contiguous, launch, padded
+from megatron_lighthouse.kernels.launch import Launch, cdiv, enqueue, last_contiguous, launch, padded
 
 MOST = 1024
 """Elements of a row that one program holds at a time."""
@@ -96,9 +97,10 @@ def placed_kernel(
 
 def taken(rows: Sequence[Tensor], leaving: Tensor) -> Tensor:
     """See `megatron_lighthouse.context_parallel.transfer.taken`."""
-    message = rows[0].new_empty(len(leaving), sum(x.shape[1] for x in rows))
+    length = leaving.shape[0]  # len of a tensor is several calls
+    message = rows[0].new_empty(length, sum([x.shape[1] for x in rows]))
     for few, part in _parts(rows, message):
-        _launch(taken_kernel, few, (leaving, part), len(leaving), part)
+        _launch(taken_kernel, few, (leaving, part), length, part)
     return message
 
 
@@ -118,7 +120,7 @@ def _parts(rows: Sequence[Tensor], message: Tensor) -> Iterator[tuple[list[Tenso
     before = 0
     for first in range(0, len(rows), TOGETHER):
         few = [last_contiguous(x) for x in rows[first : first + TOGETHER]]
-        yield few, message[:, before:]
+        yield few, message[:, before:] if before else message
         before += sum(x.shape[1] for x in few)
 
 
@@ -134,14 +136,21 @@ def _launch(
     if length == 0:
         return
     three = _three(rows)
-    widths = [x.shape[1] for x in three]
-    block = min(MOST, padded(max(widths)))
-    how = launch("spread", block, rows[0].element_size())
+    widths = tuple([x.shape[1] for x in three])
+    blocks, shape, how = _blocks(widths, rows[0].element_size())
     enqueue(
         kernel,
-        (cdiv(length, how.rows), cdiv(max(widths), block), len(rows)),
+        (cdiv(length, how.rows), blocks, len(rows)),
         (*three, *others),
-        (tuple(x.stride(0) for x in three), tuple(widths), message.stride(0), length),
-        {**constants, "BLOCK_W": block, "BLOCK": how.rows},
+        (tuple([x.stride(0) for x in three]), widths, message.stride(0), length),
+        {**constants, **shape},
         num_warps=how.warps,
     )
+
+
+@cache
+def _blocks(widths: tuple[int, ...], itemsize: int) -> tuple[int, dict[str, int], Launch]:
+    """Of rows so wide: blocks of elements; the kernels' constants; and the launch."""
+    block = min(MOST, padded(max(widths)))
+    how = launch("spread", block, itemsize)
+    return cdiv(max(widths), block), {"BLOCK_W": block, "BLOCK": how.rows}, how

@@ -25,7 +25,7 @@ from megatron_lighthouse.kernels.launch import (
 from megatron_lighthouse.kernels.lighthouse.tiles import NONE
 from megatron_lighthouse.kernels.lighthouse.windows import collect, spread
 from megatron_lighthouse.lighthouse.steps import FarTravel
-from megatron_lighthouse.lighthouse.transforms import once_differentiable
+from megatron_lighthouse.once import once_differentiable
 from megatron_lighthouse.ranges import profiled
 
 NOT_TURNED = (NONE, 0, 0)

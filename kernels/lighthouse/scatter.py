@@ -24,7 +24,7 @@ from megatron_lighthouse.kernels.launch import (
 )
 from megatron_lighthouse.kernels.lighthouse.windows import collect, spread
 from megatron_lighthouse.lighthouse.steps import HaloTravel
-from megatron_lighthouse.lighthouse.transforms import once_differentiable
+from megatron_lighthouse.once import once_differentiable
 from megatron_lighthouse.ranges import profiled
 
 

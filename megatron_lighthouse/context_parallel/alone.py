@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.context_parallel.parts import Block, Mask, Part, Tensors, sinks_gradient
+from megatron_lighthouse.once import once_differentiable
 
 WHOLE = Mask((0,), (0,))
 """Near rows see far ones up to their own, and the last of both is the same row."""

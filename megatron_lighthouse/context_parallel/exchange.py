@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Protocol
 
 import torch
@@ -54,7 +55,7 @@ class Exchange:
 
     def all_gather(self, x: Tensor, purpose: str) -> Tensor:
         """[C, *x.shape]: the tensors of all ranks, which have one shape."""
-        _count(purpose, x, self.size - 1)
+        _count(purpose, x.nbytes * (self.size - 1))
         x = x.contiguous()
         out = x.new_empty(self.size, *x.shape)
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.14
@@ -68,7 +69,7 @@ class Exchange:
             to, by: rows for each rank, and from each; equal shares by default.
         """
         pieces = x.shape[0] // self.size if to is None else to[self.rank]
-        _count(purpose, x[: x.shape[0] - pieces])
+        _count(purpose, (x.shape[0] - pieces) * prod(x.shape[1:]) * x.element_size())
         out = x.new_empty(x.shape[0] if by is None else sum(by), *x.shape[1:])
         splits = (None if by is None else list(by), None if to is None else list(to))
         dist.all_to_all_single(out, x.contiguous(), *splits, group=self.group)
@@ -82,7 +83,7 @@ class Exchange:
         Two ranks that send each other several tensors list them in the same order.
         """
         for x, _ in sends:
-            _count(purpose, x)
+            _count(purpose, x.nbytes)
         operations = [dist.P2POp(dist.irecv, x, group=self.group, group_peer=peer) for x, peer in receives]
         operations += [dist.P2POp(dist.isend, x, group=self.group, group_peer=peer) for x, peer in sends]
         return dist.batch_isend_irecv(operations) if operations else []
@@ -101,7 +102,7 @@ class Exchange:
         """
         if copies := self.copies(tensors[0].device):
             for x in tensors:
-                _count(purpose, x)
+                _count(purpose, x.nbytes)
             return copies.send(channel, tensors, hop, shapes, room)
         to, by = ((self.rank + way) % self.size for way in (hop, -hop))
         received = [x.new_empty(shape) for x, shape in zip(tensors, shapes, strict=True)]
@@ -157,5 +158,5 @@ def finish(works: Sequence[dist.Work]) -> None:
         work.wait()
 
 
-def _count(purpose: str, x: Tensor, times: int = 1) -> None:
-    sent[purpose] = sent.get(purpose, 0) + x.numel() * x.element_size() * times
+def _count(purpose: str, size: int) -> None:
+    sent[purpose] = sent.get(purpose, 0) + size

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.context_parallel.parts import Tensors
+from megatron_lighthouse.once import once_differentiable
 
 Way = Callable[[Tensor, Exchange], Tensor]
 

@@ -6,7 +6,7 @@ tensors begin with a dimension of rows: [n, B, heads, ·].
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol, Self
 
 import torch
@@ -44,10 +44,10 @@ class Part:
 
     def __getitem__(self, rows: slice) -> Self:
         """That of some of the near rows, as views."""
-        return replace(self, averages=tuple(x[rows] for x in self.averages), lse=self.lse[..., rows])
+        return type(self)(tuple([x[rows] for x in self.averages]), self.lse[..., rows])
 
     def to(self, *dtypes: torch.dtype) -> Self:
-        return replace(self, averages=tuple(x.to(dtype) for x, dtype in zip(self.averages, dtypes, strict=True)))
+        return type(self)(tuple([x.to(dtype) for x, dtype in zip(self.averages, dtypes, strict=True)]), self.lse)
 
     @property
     def dtypes(self) -> list[torch.dtype]:

@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.gpu import triton_takes
+from megatron_lighthouse.once import once_differentiable
 from megatron_lighthouse.sums import accumulation_dtype
 
 
@@ -151,35 +152,37 @@ class Transfer:
     def __call__(self, *rows: Tensor) -> tuple[Tensor, ...]:
         """[rows here, ...] each to [rows there, ...]. Differentiable: gradients come the other way, and those of a
         row's copies are added up in order."""
-        moved: tuple[Tensor, ...] = _Transfer.apply(self, *rows)
+        moved: tuple[Tensor, ...] = _Transfer.apply(self, 1, *rows)
         return moved
 
     def of_groups(self, groups: int, *rows: Tensor) -> tuple[Tensor, ...]:
         """[n, B, ·, ·] each to [m, B, ·, ·], where the heads of each of G groups travel apart: as rows (n * B + b) * G + g."""
-        moved = self(*(x.reshape(len(x) * x.shape[1] * groups, x.shape[2] // groups * x.shape[3]) for x in rows))
-        return tuple(y.view(len(y) // (x.shape[1] * groups), *x.shape[1:]) for x, y in zip(rows, moved, strict=True))
+        moved: tuple[Tensor, ...] = _Transfer.apply(self, rows[0].shape[1] * groups, *rows)
+        return moved
 
 
 class _Transfer(torch.autograd.Function):
+    """(transfer, rows that travel apart of each row given, *rows) -> rows."""
+
     @staticmethod
-    def forward(ctx: Any, transfer: Transfer, *rows: Tensor) -> tuple[Tensor, ...]:
-        ctx.transfer = transfer
-        return _move(rows, transfer, transfer.way)
+    def forward(ctx: Any, transfer: Transfer, each: int, *rows: Tensor) -> tuple[Tensor, ...]:
+        ctx.transfer, ctx.each = transfer, each
+        return _move(rows, each, transfer, transfer.way)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_move(grads, ctx.transfer, ctx.transfer.way.back)
+        return None, None, *_move(grads, ctx.each, ctx.transfer, ctx.transfer.way.back)
 
 
-def _move(rows: Sequence[Tensor], transfer: Transfer, way: Way) -> tuple[Tensor, ...]:
+def _move(rows: Sequence[Tensor], each: int, transfer: Transfer, way: Way) -> tuple[Tensor, ...]:
     moved: list[Tensor] = [*rows]
     for dtype in {x.dtype: None for x in rows}:
         alike = [i for i, x in enumerate(rows) if x.dtype == dtype]
-        flat = [rows[i].flatten(1) for i in alike]
+        flat = [x.reshape(x.shape[0] * each, prod(x.shape[1:]) // each) for x in (rows[i] for i in alike)]
         message = transfer.exchange.all_to_all(taken(flat, way.leaving), transfer.purpose, *way.counts)
         for i, x in zip(alike, placed(flat, message, way.slots), strict=True):
-            moved[i] = x.view(len(x), *rows[i].shape[1:])
+            moved[i] = x.view(x.shape[0] // each, *rows[i].shape[1:])
     return tuple(moved)
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.context_parallel.alone import WHOLE
 from megatron_lighthouse.context_parallel.exchange import Exchange, finish
 from megatron_lighthouse.context_parallel.parts import Block, Part, Tensors, sinks_gradient
+from megatron_lighthouse.once import once_differentiable
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.sums import accumulation_dtype
 

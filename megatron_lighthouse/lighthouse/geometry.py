@@ -7,6 +7,7 @@ numbers all entries, level 0 first. `Geometry` comes from `LighthouseConfig.geom
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 
@@ -26,12 +27,12 @@ class Pyramid:
         """(N, L, p): what makes a Pyramid again."""
         return self.seq_length, self.levels, self.pooling
 
-    @property
+    @cached_property
     def pyramid_length(self) -> int:
         """Entries of all levels together."""
         return self.offset(self.levels)
 
-    @property
+    @cached_property
     def coarse_length(self) -> int:
         """Entries of levels 1..L-1 together: those that are scored."""
         return self.pyramid_length - self.seq_length

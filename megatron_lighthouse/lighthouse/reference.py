@@ -10,13 +10,14 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from megatron_lighthouse.lighthouse.causal import earlier_as_high, select_causally
 from megatron_lighthouse.lighthouse.geometry import Geometry, Pyramid
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.lighthouse.steps import FarTravel, HaloTravel
+from megatron_lighthouse.once import once_differentiable
 from megatron_lighthouse.ranges import profiled
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.sums import accumulation_dtype, by_neighbours, one_by_one

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad, function
+from torch.autograd import forward_ad
 
 ONCE = (
     "lighthouse_attention is differentiable once: its backward has no derivative of its own. Leave out the second derivative "
@@ -30,17 +28,6 @@ def refuse_transforms(*inputs: Tensor, of: str = "lighthouse_attention") -> None
             f"{of} has no forward-mode derivative (torch.autograd.forward_ad): take gradients by backward() or "
             "torch.autograd.grad."
         )
-
-
-def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's decorator, without what it costs the host where backward makes no graph: as it nearly always is."""
-    refusing = function.once_differentiable(backward)
-
-    @wraps(backward)
-    def once(ctx: Any, *grads: Tensor) -> Any:
-        return refusing(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
-
-    return once
 
 
 def differentiable_once(*inputs: Tensor) -> tuple[Tensor, ...]:

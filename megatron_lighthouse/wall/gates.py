@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
 from megatron_lighthouse.lighthouse.rotary import Rotary
+from megatron_lighthouse.once import once_differentiable
 from megatron_lighthouse.sums import accumulation_dtype
 from megatron_lighthouse.wall.config import WallConfig
 

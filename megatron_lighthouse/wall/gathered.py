@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.gpu import triton_takes
 from megatron_lighthouse.lighthouse.packed.maps import Maps
 from megatron_lighthouse.lighthouse.packed.packing import Packing
 from megatron_lighthouse.lighthouse.selection import Selection
+from megatron_lighthouse.once import once_differentiable
 from megatron_lighthouse.ranges import profiled
 from megatron_lighthouse.sums import accumulation_dtype
 from megatron_lighthouse.wall import gathered_reference as reference

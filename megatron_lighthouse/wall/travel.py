@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
+from megatron_lighthouse.once import once_differentiable
 from megatron_lighthouse.wall.cut import TOTALS, Piece
 from megatron_lighthouse.wall.decay import Decays, joined, suffix, suffix_backward, summed
 from megatron_lighthouse.wall.pieces import Run, runs

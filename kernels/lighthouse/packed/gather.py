@@ -18,7 +18,7 @@ from megatron_lighthouse.kernels.lighthouse.windows import collect, spread
 from megatron_lighthouse.lighthouse.packed.packing import Packing
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.selection import Selection
-from megatron_lighthouse.lighthouse.transforms import once_differentiable
+from megatron_lighthouse.once import once_differentiable
 from megatron_lighthouse.ranges import profiled
 
 COUNTS = ["documents", "units", "tokens", "windows", "pyramid_length"]

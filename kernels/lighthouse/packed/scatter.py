@@ -15,7 +15,7 @@ from megatron_lighthouse.kernels.lighthouse.scatter import head_of
 from megatron_lighthouse.kernels.lighthouse.windows import collect, spread
 from megatron_lighthouse.lighthouse.packed.packing import Packing
 from megatron_lighthouse.lighthouse.selection import Selection
-from megatron_lighthouse.lighthouse.transforms import once_differentiable
+from megatron_lighthouse.once import once_differentiable
 from megatron_lighthouse.ranges import profiled
 
 

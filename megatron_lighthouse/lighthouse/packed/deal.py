@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-import numpy
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
@@ -42,7 +41,7 @@ class DocumentDeal:
 
     @property
     def groups(self) -> int:
-        return len(self.tables.gathered)
+        return self.tables.gathered.shape[0]
 
     @cached_property
     def gathered(self) -> Selection:
@@ -81,8 +80,9 @@ class DocumentDeal:
     def _most(self, section: int) -> int:
         """Rows of the group that has most; 1 at least."""
         (begin, each), blocks = SECTIONS[section], self.exchange.size * self.groups
-        of_blocks = numpy.diff(self.before[begin * blocks : (begin + each) * blocks + 1 : each])
-        return max(1, int(of_blocks.reshape(-1, self.groups).sum(0).max()))
+        bounds = self.before[begin * blocks : (begin + each) * blocks + 1 : each]
+        of_blocks = [end - start for start, end in pairwise(bounds)]
+        return max(1, *(sum(of_blocks[group :: self.groups]) for group in range(self.groups)))
 
     def deal(self, *rows: Tensor) -> tuple[Tensor, ...]:
         """Rows as gathered, [·, 1, ·, D] each, to rows as attended to, [S filled up / C, 1, ·, D]; differentiable."""

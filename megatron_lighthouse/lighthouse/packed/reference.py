@@ -10,7 +10,7 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from megatron_lighthouse.lighthouse import reference as alone
 from megatron_lighthouse.lighthouse.packed.maps import Maps
@@ -19,6 +19,7 @@ from megatron_lighthouse.lighthouse.packed.steps import Runs, runs_of
 from megatron_lighthouse.lighthouse.reference import places_of, pool, read, read_or_zero, tokens_behind
 from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.selection import Selection
+from megatron_lighthouse.once import once_differentiable
 from megatron_lighthouse.ranges import profiled
 from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.sums import accumulation_dtype

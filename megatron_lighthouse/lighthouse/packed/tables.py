@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -55,15 +57,28 @@ class Tables:
     @staticmethod
     def empty(shares: Shares, groups: int) -> Tables:
         """With room for any selection."""
-        rows, own, pieces = len(shares.row_at), len(shares.own_rows), shares.pieces.pyramid_length
-        gathered, scattered, copies = min(rows, pieces), min(2 * rows, pieces), shares.copies
-        sizes = [pieces, pieces, gathered, own, own, gathered, copies * own, scattered, scattered, copies * own]
-        parts = [n for size in sizes for n in (size * groups, -size * groups % 4)]  # so that all are aligned to 16 bytes
-        tables = torch.full((sum(parts),), -1, dtype=torch.int32, device=shares.device).split(parts)[::2]
-        out, back = (WayTables(a, b.view(1, -1), c, d.view(1, -1)) for a, b, c, d in (tables[2:6], tables[6:]))
-        back = back._replace(back_slots=back.back_slots.view(copies, -1))
-        gathers, scatters = (x.view(groups, -1) for x in tables[:2])
-        return Tables(gathers, scatters, out, back)
+        size, places = _room(shares, groups)
+        memory = torch.full((size,), -1, dtype=torch.int32, device=shares.device)
+        gathers, scatters, *lists = (memory.as_strided(*place) for place in places)
+        return Tables(gathers, scatters, WayTables(*lists[:4]), WayTables(*lists[4:]))
+
+
+Place = tuple[tuple[int, ...], tuple[int, ...], int]
+"""Where a table lies: shape, strides, and the first of its elements."""
+
+
+def _room(shares: Shares, groups: int) -> tuple[int, list[Place]]:
+    """What tables take together, and where each lies; made once for all layers."""
+    made: dict[int, tuple[int, list[Place]]] = vars(shares).setdefault("room", {})
+    if groups not in made:
+        rows, own, pieces = len(shares.row_at), groups * len(shares.own_rows), shares.pieces.pyramid_length
+        gathered, scattered, copies = groups * min(rows, pieces), groups * min(2 * rows, pieces), shares.copies
+        shapes: list[tuple[int, ...]] = [(groups, pieces), (groups, pieces)]
+        shapes += [(gathered,), (1, own), (own,), (1, gathered), (copies * own,), (1, scattered), (scattered,), (copies, own)]
+        begins = [0, *accumulate(-(-prod(shape) // 4) * 4 for shape in shapes)]  # all aligned to 16 bytes
+        strides = [(shape[-1], 1)[-len(shape) :] for shape in shapes]
+        made[groups] = begins[-1], list(zip(shapes, strides, begins[:-1], strict=True))
+    return made[groups]
 
 
 def tables_of(places: Tensor, shares: Shares) -> tuple[Tables, Tensor]:

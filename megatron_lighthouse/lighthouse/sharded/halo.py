@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.context_parallel.exchange import Exchange, finish
 from megatron_lighthouse.gpu import triton_takes
 from megatron_lighthouse.lighthouse.selection import Selection
+from megatron_lighthouse.once import once_differentiable
 
 
 def with_halo(rows: Tensor, selection: Selection, exchange: Exchange) -> tuple[Tensor, Tensor, HaloTravel]:

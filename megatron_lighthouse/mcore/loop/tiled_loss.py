@@ -16,12 +16,12 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_lighthouse.mcore.command_line.tiles import LOSS, SHARDED, tile_tokens
 from megatron_lighthouse.mcore.global_args import global_args
 from megatron_lighthouse.mcore.loop import loss_weights
 from megatron_lighthouse.notice import say_once
+from megatron_lighthouse.once import once_differentiable
 from megatron_lighthouse.sums import accumulation_dtype
 
 Loss = Callable[[Tensor, Tensor], Tensor]

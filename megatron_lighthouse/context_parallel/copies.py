@@ -44,8 +44,6 @@ SLOTS = 2
 ALIGNMENT = 256
 FLAG = 4
 """Bytes."""
-MOST_VIEWS = 256
-"""That a channel keeps: packed rows come in many sizes."""
 
 _of_group: dict[dist.ProcessGroup, Copies | str] = {}
 
@@ -129,8 +127,6 @@ class _Channel:
     """Of the last message."""
     open: set[int] = field(default_factory=set)
     """Hops of messages that are not closed."""
-    views: dict[Any, list[Tensor]] = field(default_factory=dict)
-    """Of slots, as `Copies._views` makes them."""
 
     def came(self, rank: int, hop: int) -> int:
         """The address of the flag of `rank` that the message of this hop has come to it."""
@@ -178,17 +174,13 @@ class Copies:
         return Message(self, at, hop, self._views(at, self.rank, begin, shapes, tensors), left, tuple(tensors))
 
     def _views(self, at: _Channel, rank: int, begin: int, shapes: Sequence[torch.Size], like: Sequence[Tensor]) -> list[Tensor]:
-        """Tensors of `shapes`, one after another from byte `begin` on in the slots of `rank`; made once for messages alike."""
-        key = rank, begin, *[(shape, x.dtype) for shape, x in zip(shapes, like, strict=True)]
-        if key not in at.views:
-            if len(at.views) >= MOST_VIEWS:
-                at.views.clear()
-            at.views[key] = views = []
-            for shape, x in zip(shapes, like, strict=True):
-                size = prod(shape) * x.element_size()
-                views.append(at.slots[rank][begin : begin + size].view(x.dtype).view(shape))
-                begin += -(-size // ALIGNMENT) * ALIGNMENT
-        return [*at.views[key]]
+        """Tensors of `shapes`, one after another from byte `begin` on in the slots of `rank`."""
+        views = []
+        for shape, x in zip(shapes, like, strict=True):
+            size = prod(shape) * x.element_size()
+            views.append(at.slots[rank][begin : begin + size].view(x.dtype).view(shape))
+            begin += -(-size // ALIGNMENT) * ALIGNMENT
+        return views
 
     def _bytes(self, size: int) -> list[Tensor]:
         """New memory of every rank."""
@@ -211,7 +203,6 @@ class Copies:
         elif at.room < room:
             refuse_in_capture()
             at.slots, at.room = self._bytes(slots * room), room
-            at.views.clear()
         return at
 
 

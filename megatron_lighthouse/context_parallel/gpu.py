@@ -94,7 +94,7 @@ class Gpu:
         _check(driver.cuStreamWriteValue32(self._current(), address, value, flag))
 
     def _current(self) -> int:
-        return torch._C._cuda_getCurrentRawStream(self.device.index)  # without a torch.cuda.Stream, which takes longer
+        return torch.cuda.current_stream(self.device).cuda_stream
 
 
 @contextmanager

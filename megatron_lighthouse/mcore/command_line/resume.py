@@ -152,6 +152,12 @@ def _other_weights(args: argparse.Namespace, before: Any, folder: Path) -> Itera
             )
         elif has(now) and getattr(args, "dist_ckpt_strictness", None) not in LENIENT:
             yield f"the checkpoint in {folder} was trained without {words}, and has no {what}: leave it out, or begin anew."
+        elif getattr(args, "use_distributed_optimizer", False) and not (args.skip_train or args.finetune or args.no_load_optim):
+            given = "with" if has(was) else "without"
+            yield (
+                f"the checkpoint in {folder} was trained {given} {words}, and the state of --use-distributed-optimizer is of "
+                "other sizes than this model's: add --no-load-optim, and the optimizer begins anew."
+            )
 
 
 def _other_layers(args: argparse.Namespace, before: Any, folder: Path) -> Iterator[str]:

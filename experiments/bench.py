@@ -215,7 +215,8 @@ class Bench:
         known = work.facts_of(path) if path.exists() else {}
         before, log = known.get("arguments", arguments), path.parent / "train.log"
         if before != arguments and not self._iterations_done(path.parent):
-            log.unlink(missing_ok=True)  # of what was refused, or ended before it saved
+            if log.exists():
+                log.replace(f"{log}.before")  # of what was refused, or ended before it saved
         elif before != arguments:
             flags = [{f"{a} {b}" for a, b in pairwise(these) if a.startswith("--")} for these in (before, arguments)]
             old, new = (" ".join(sorted(these)) for these in (flags[0] - flags[1], flags[1] - flags[0]))

@@ -34,10 +34,10 @@ def compared() -> list[str]:
 
 def told(folder: Path, names: Sequence[str]) -> dict[str, str]:
     """Arguments of the last job in a TensorBoard log, as text; of those that it has."""
-    return {name: values[-1] for name, values in _of_jobs(folder, names).items()}
+    return {name: values[-1] for name, values in of_jobs(folder, names).items()}
 
 
-def _of_jobs(folder: Path, names: Sequence[str]) -> dict[str, list[str]]:
+def of_jobs(folder: Path, names: Sequence[str]) -> dict[str, list[str]]:
     """The same of each job in a log."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -62,7 +62,7 @@ def check_switches(folders: Sequence[Path], layers: Iterable[float]) -> None:
     Raises:
         ValueError: what it was trained with.
     """
-    jobs = [_of_jobs(folder, ["attention", "spec"]) for folder in folders]
+    jobs = [of_jobs(folder, ["attention", "spec"]) for folder in folders]
     named = [name for job in jobs for name in job.get("attention", [])]
     by_spec = any(spec != "None" for job in jobs for spec in job.get("spec", []))  # which brings an attention of its own
     switches = any(name in VARIANTS and VARIANTS[name].switches for name in named)

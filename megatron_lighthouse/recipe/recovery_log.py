@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_lighthouse.recipe.comparable import check_switches, told
+from megatron_lighthouse.recipe.comparable import check_switches, of_jobs, told
 from megatron_lighthouse.recipe.of_run import log_folder
 from megatron_lighthouse.recipe.whole_log import Losses
 
 STAGES = ("lighthouse", "dense")
 LAYERS = "lighthouse/layers"  # the scalar that `mcore.loop.switch` writes: layers that use Lighthouse
 STAGE2_AT = "lighthouse_stage2_at"  # when the run's job switches
+WARMUP = "lighthouse_dense_warmup_iters"  # up to when a job was dense
 SIZES = ("seq_length", "global_batch_size")
 
 
@@ -29,7 +30,10 @@ class Run:
     tokens: int | None
     """Tokens of an iteration, where the log has the run's arguments."""
     warmup: int = 0
-    """The last logged iteration of a dense warm-up; 0 without one."""
+    """The last iteration of a dense warm-up, as a job's arguments say, else as was logged; 0 without one.
+
+    Of one by a job of its own nothing is known here: a dense job logs no Lighthouse layers.
+    """
 
 
 def read_losses(folders: Sequence[Path]) -> tuple[Losses, list[int], Losses]:
@@ -77,8 +81,8 @@ def read_run(folder: Path, switch: int | None = None) -> Run:
         raise ValueError(f"the log in {folders[0]} does not say when layers became dense: add --switch ITER.")
     # where all use Lighthouse after --switch, stage 1 had trained on past the checkpoint that stage 2 took up
     dense_from = min((i for i in losses if i > switch and layers.get(i, 0) in (0, full)), default=switch + 1)
-    begun = min((i for i, n in layers.items() if n == full), default=0)
-    warmup = max((i for i, n in layers.items() if i < begun and n == 0), default=0)
+    named = [int(end) for part in folders for end in of_jobs(part, [WARMUP]).get(WARMUP, []) if end.isdigit()]
+    warmup = named[-1] if named else max((i for i, n in layers.items() if i <= switch and n == 0 < full), default=0)
     tokens = math.prod(said[name] for name in SIZES) if said.keys() >= {*SIZES} else None
     return Run(losses, switch, dense_from, tokens, warmup)
 

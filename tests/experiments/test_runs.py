@@ -166,10 +166,11 @@ def test_what_was_refused_or_never_saved_does_not_stay(
     given = ["--experiment", "tiny", "--runs", "dense", *folders(tmp_path, monkeypatch)]
     assert main([*given, "--learning-rate-that-is-none", "1"]) == 1
     log = tmp_path / "work" / "dense" / "train.log"
-    assert log.exists()
+    said = log.read_text()
     monkeypatch.setattr(bench, "START", time.monotonic() - 60)  # so that no time is left
     assert main([*given, "--within", "50", "--steps", "12"]) == bench.CUT_OFF
     assert not log.exists()
+    assert log.with_name("train.log.before").read_text() == said
     checkpoints = tmp_path / "work" / "dense" / "checkpoints"
     checkpoints.mkdir()
     (checkpoints / "latest_checkpointed_iteration.txt").write_text("5")

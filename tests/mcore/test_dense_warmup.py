@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from megatron_lighthouse.launch import check
+from megatron_lighthouse.mcore.command_line import resume, stored
 from megatron_lighthouse.mcore.command_line.settings import LighthouseSettings, settings_from
 from megatron_lighthouse.mcore.command_line.stage import Schedule
 from megatron_lighthouse.plots import read_scalars
@@ -105,7 +107,7 @@ def test_the_iterations_before_both_switches_are_trained(skipped: list[int], adv
 
 def test_what_does_not_go_with_it(megatron: None) -> None:
     from megatron_lighthouse.mcore.command_line.arguments import use_attention
-    from megatron_lighthouse.mcore.command_line.checks import check
+    from megatron_lighthouse.mcore.command_line.checks import check as check_model
 
     config, settings = transformer_config(), replace(SETTINGS, schedule=Schedule(dense_warmup_iters=7))
     given = arguments("--attention", "wall", WARMUP, "7")
@@ -113,10 +115,52 @@ def test_what_does_not_go_with_it(megatron: None) -> None:
     with pytest.raises(ValueError, match=rf"{WARMUP} 7 .* leave it out, or use --attention lighthouse"):
         use_attention(given, Namespace(transformer_layer_spec=None, transformer=config))
     config.cuda_graph_impl = "local"
-    check(config, settings, None)
+    check_model(config, settings, None)
     config.cuda_graph_impl = "transformer_engine"
     with pytest.raises(ValueError, match=rf"{WARMUP} 7 would change nothing: use .* dense in the first of them"):
-        check(config, settings, None)
+        check_model(config, settings, None)
+
+
+@pytest.mark.parametrize(
+    ("was", "iteration", "now", "refused"),
+    [
+        ("lighthouse 400", 500, "lighthouse 400", False),
+        ("lighthouse 400", 500, "lighthouse 600", True),
+        ("lighthouse 400", 500, "lighthouse 450", True),
+        ("lighthouse 400", 500, "lighthouse 300", True),
+        ("lighthouse 400", 500, "lighthouse", True),
+        ("lighthouse", 100, "lighthouse 400", True),
+        ("lighthouse 400", 400, "lighthouse 600", False),  # the switch tried again, from its checkpoint
+        ("lighthouse 400", 300, "lighthouse 300", False),  # or earlier
+        ("lighthouse 400", 500, "dense", False),  # stage 2 in a job of its own
+        ("dense", 500, "lighthouse", False),  # a warm-up in one
+        ("dense", 500, "lighthouse 400", False),
+        ("dense 400", 500, "dense 600", True),  # by --spec, whatever the name
+        ("lighthouse 400", 500, "lighthouse 600 --no-load-optim", True),
+        ("lighthouse 400", 500, "lighthouse 600 --finetune", False),
+        ("lighthouse 400", 500, "lighthouse 600 --skip-train", False),
+    ],
+)
+def test_a_resume_keeps_the_warmup_that_has_ended(was: str, iteration: int, now: str, refused: bool, tmp_path: Path) -> None:
+    import torch
+
+    checkpoint = tmp_path / f"iter_{iteration:07}"
+    checkpoint.mkdir()
+    (tmp_path / stored.TRACKER).write_text(str(iteration))
+    attention, _, end = was.partition(" ")
+    args = Namespace(attention=attention, lighthouse_dense_warmup_iters=int(end) if end else None)
+    torch.save({"args": args}, checkpoint / "common.pt")
+
+    def found(folders: tuple[Path | None, Path | None]) -> list[str]:
+        given = check.parse([*MODEL, *re.sub(r" (\d+)", rf" {WARMUP} \1", f"--attention {now}").split()])
+        return [problem for problem in resume.problems(given, *folders) if WARMUP in problem]
+
+    assert len(problems := found((tmp_path, None))) == refused
+    assert not found((None, tmp_path))  # --pretrained-checkpoint
+    if refused:
+        ends = [words.removeprefix(attention).split("--")[0].strip() or "none" for words in (was, now)]
+        assert f"{WARMUP} {ends[0]}, and this run has {ends[1]}," in problems[0]
+        assert (f"give {WARMUP} {end}, or" if end else "leave it out, or") in problems[0]
 
 
 def test_the_progress_bar_says_dense_in_it() -> None:

@@ -106,3 +106,6 @@ def test_what_is_built_and_refused() -> None:
     with pytest.raises(ValueError, match=r"use --lighthouse-dense-first 1 or more"):
         check_model(further, replace(SETTINGS, dense_first=0), 256)
     check_model(further, SETTINGS, 256)
+    # numbers for both ends would be 3 and 2
+    with pytest.raises(ValueError, match=r"leave none of 6 layers to Lighthouse, .*: use --attention dense"):
+        check_model(transformer_config(mtp_num_layers=4), replace(SETTINGS, dense_first=5, dense_last=5), 256)

@@ -93,9 +93,16 @@ def test_level_with_dense_from_the_first_whole_mean() -> None:
     assert [caught_up(same, same, 4, width) for width in (1, 2, 4, 5)] == [4, 5, 7, None]
 
 
-def write(folder: Path, losses: dict[int, float], layers: dict[int, int] | None = None, at: int | None = None) -> None:
+def write(
+    folder: Path,
+    losses: dict[int, float],
+    layers: dict[int, int] | None = None,
+    at: int | None = None,
+    warmup: int | None = None,
+) -> None:
+    sizes = {"seq_length": 64, "global_batch_size": 2}
     with SummaryWriter(str(folder)) as log:
-        for name, value in (("seq_length", 64), ("global_batch_size", 2), (recovery_log.STAGE2_AT, at)):
+        for name, value in {**sizes, recovery_log.STAGE2_AT: at, recovery_log.WARMUP: warmup}.items():
             log.add_text(name, str(value))
         for iteration, loss in losses.items():
             log.add_scalar("lm loss", loss, iteration)
@@ -110,6 +117,7 @@ def test_the_scalar_is_the_one_that_a_run_writes() -> None:
 def test_the_argument_is_the_one_that_a_run_has() -> None:
     parser = add_arguments(argparse.ArgumentParser())
     assert getattr(parser.parse_args(["--lighthouse-stage2-at", "5"]), recovery_log.STAGE2_AT) == 5
+    assert getattr(parser.parse_args(["--lighthouse-dense-warmup-iters", "5"]), recovery_log.WARMUP) == 5
 
 
 def test_one_job(tmp_path: Path) -> None:
@@ -157,6 +165,21 @@ def test_a_dense_warmup_is_no_part_of_stage_1(tmp_path: Path) -> None:
         measure({i: x for i, x in losses.items() if i != 4}, 6, 7, 3, run.warmup)
     with pytest.raises(ValueError, match="stage 1 is missing"):
         measure(losses, 6, 7, 2, warmup=6)
+
+
+def test_a_warmup_by_its_flag_and_by_all_that_was_logged(tmp_path: Path) -> None:
+    """The flag says more than a scalar that was logged now and then, in whichever job; else the last zero counts."""
+    rarely = {2: 0, 4: 4, 6: 4, 8: 0}
+    write(tmp_path / "rare", SPIKE, rarely, at=6, warmup=3)
+    assert read_run(tmp_path / "rare").warmup == 3
+    write(tmp_path / "both" / "lighthouse", {i: SPIKE[i] for i in range(1, 7)}, {2: 0, 4: 4, 6: 4}, warmup=3)
+    write(tmp_path / "both" / "dense", {i: SPIKE[i] for i in (7, 8, 9)})
+    run = read_run(tmp_path / "both")
+    assert (run.switch, run.warmup) == (6, 3)
+    write(tmp_path / "again", SPIKE, curve(0, 4, 0, 0, 4, 4, 0, 0, 0))
+    assert read_run(tmp_path / "again").warmup == 4
+    write(tmp_path / "none", SPIKE, curve(4, 4, 4, 0, 0, 0, 0, 0, 0))
+    assert read_run(tmp_path / "none").warmup == 0
 
 
 def test_the_report_and_the_picture_of_a_dense_warmup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

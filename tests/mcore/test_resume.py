@@ -194,6 +194,15 @@ def test_weights_that_the_model_or_the_checkpoint_lacks(name: str, given: Any, d
     assert f"add {flag}, or --drop-attention-weights" in lost
     (missing,) = said(default, given)
     assert f"trained without {flag}" in missing
+    resumed = {"drop_attention_weights": True, "use_distributed_optimizer": True, "dist_ckpt_strictness": "log_all"}
+    resumed |= {"skip_train": False, "finetune": False, "no_load_optim": False}
+    for before, now, word in ((given, default, "with"), (default, given, "without")):
+        (flat,) = said(before, now, **resumed)
+        assert f"was trained {word} {flag}" in flat
+        assert "add --no-load-optim, and the optimizer begins anew" in flat
+        assert said(given, given, **resumed) == []
+        for other in ("skip_train", "finetune", "no_load_optim"):
+            assert said(before, now, **{**resumed, other: True}) == []
 
 
 def test_a_hybrid_model_has_the_layers_of_its_checkpoint() -> None:

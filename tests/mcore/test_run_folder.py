@@ -146,6 +146,26 @@ def test_arguments_are_kept_and_taken_from_anywhere(tmp_path: Path, monkeypatch:
     assert kept.resumed(own) == of_one_sequence(own) == own
 
 
+def test_switches_are_left_out_for_an_attention_that_has_none(tmp_path: Path) -> None:
+    """As for stage 2 in a job of its own. What the command line itself gives stays, and is refused."""
+    switches = ["--lighthouse-dense-warmup-iters", "400", "--lighthouse-stage2-at=900"]
+    spread = ["--lighthouse-dense-warmup-iters", "400", "--lighthouse-stage2-at", "900"]
+
+    def resumed(kept_words: list[str], *own: str) -> list[str]:
+        (tmp_path / kept.NAME).write_text(json.dumps({"arguments": kept_words}))
+        return kept.resumed(["--run-folder", str(tmp_path), *own])
+
+    run = ["--attention", "lighthouse", *switches, "--seed", "3"]
+    for name, variant in VARIANTS.items():
+        first = ["--attention", "lighthouse", *(spread if variant.switches else []), "--seed", "3"]
+        assert resumed(run, "--attention", name) == [*first, "--attention", name]
+    assert resumed(run, "--lr", "1") == ["--attention", "lighthouse", *spread, "--seed", "3", "--lr", "1"]
+    own = ["--attention=dense", "--lighthouse-stage2-at", "900"]
+    assert resumed(run, *own) == ["--attention", "lighthouse", "--seed", "3", *own]
+    by_spec = ["--spec", "module", "lighthouse", *spread]  # whose layers switch, whatever the name
+    assert resumed(by_spec, "--attention", "dense") == [*by_spec, "--attention", "dense"]
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -98,7 +98,8 @@ def model_problems(
         if not holding and config.window_size:
             yield window_problem(config)
         else:
-            yield from layer_problems(settings.dense_first, settings.dense_last, holding, settings.edge_budget)
+            further = getattr(config, "mtp_num_layers", None) or 0
+            yield from layer_problems(settings.dense_first, settings.dense_last, holding, settings.edge_budget, further)
     if seq_length is None:
         return
     size, kind = config.context_parallel_size, graphs.kind_of(config)

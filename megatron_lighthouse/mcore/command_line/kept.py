@@ -15,6 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_lighthouse.lighthouse.config import flag as lighthouse_flag
+from megatron_lighthouse.mcore.command_line.stage import SWITCHES
+from megatron_lighthouse.variants import VARIANTS
+
 RUN = "--run-folder"
 """Not --run: the argparse of Python 3.12.1, by which torchrun reads the line, finds it ambiguous: --run-path or --run_path."""
 NAME = "arguments.json"
@@ -135,6 +139,8 @@ def of_run(given: Sequence[str], here: Callable[[str], Path] = Path) -> tuple[li
 def resumed(given: Sequence[str], here: Callable[[str], Path] = Path) -> list[str]:
     """A command line of the entry point, with the arguments of `--run-folder` before its own; it goes on from its checkpoint.
 
+    Less those of how it began, and less switches of a run that goes on with an attention that has none, as stage 2 does.
+
     Args:
         here: as in `of_run`.
 
@@ -144,8 +150,10 @@ def resumed(given: Sequence[str], here: Callable[[str], Path] = Path) -> list[st
     before, own = of_run(given, here)
     if not before:
         return own
-    save = value([*before, *own], "--save")
-    kept = words((flag, values) for flag, values in options(before) if flag not in ONCE)
+    save, spec = (value([*before, *own], flag) for flag in ("--save", "--spec"))  # a spec brings layers that switch, too
+    now = None if spec else VARIANTS.get(value(own, "--attention") or "")
+    left = ONCE if now is None or now.switches else (*ONCE, *map(lighthouse_flag, SWITCHES))
+    kept = words((flag, values) for flag, values in options(before) if flag not in left)
     return [*kept, *(["--load", save] if save else []), *own]
 
 

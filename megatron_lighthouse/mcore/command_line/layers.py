@@ -97,8 +97,14 @@ def _holding(model: Any) -> tuple[int, ...] | None:
         ) from error
 
 
-def layer_problems(dense_first: int, dense_last: int, layers: int, edge_budget: int | None = None) -> Iterator[str]:
-    """Of which of the model's layers are dense, or have a budget of their own, of as many as attend to all tokens."""
+def layer_problems(
+    dense_first: int, dense_last: int, layers: int, edge_budget: int | None = None, further: int = 0
+) -> Iterator[str]:
+    """Of which of the model's layers are dense, or have a budget of their own, of as many as attend to all tokens.
+
+    Args:
+        further: tokens of --mtp-num-layers, which have a rule of their own for the first layers: then no numbers are offered.
+    """
     for name, count in (("dense_first", dense_first), ("dense_last", dense_last)):
         if count < 0:
             yield f"{flag(name)} {count} must not be negative: use 0 to leave no layer dense."
@@ -108,9 +114,10 @@ def layer_problems(dense_first: int, dense_last: int, layers: int, edge_budget: 
             f"{flag('dense_last')} 0 name none: leave it out, or name some, such as 2 and 2."
         )
     if dense_first + dense_last >= layers:
+        fewer = "" if further else _fewer(dense_first, dense_last, layers)
         yield (
             f"{flag('dense_first')} {dense_first} and {flag('dense_last')} {dense_last} leave none of {layers} layers to "
-            f"Lighthouse, of those that attend to all tokens: use {_fewer(dense_first, dense_last, layers)}--attention dense."
+            f"Lighthouse, of those that attend to all tokens: use {fewer}--attention dense."
         )
 
 

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_lighthouse.lighthouse.config import flag
 from megatron_lighthouse.mcore.command_line import stored
 from megatron_lighthouse.mcore.command_line.layers import hybrid_pattern, written_pattern
 from megatron_lighthouse.options import read_options, set_options
 from megatron_lighthouse.variant import Stream, Variant, norm_of
-from megatron_lighthouse.variants import VARIANTS, base_in, named_in
+from megatron_lighthouse.variants import DENSE, VARIANTS, base_in, named_in
 
 OVERRIDE, KEEP = "--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"
 
@@ -76,7 +77,10 @@ def _problems(args: argparse.Namespace, start: stored.Before | None) -> Iterator
     before, folder = start.args, start.folder
     begins = argparse.Namespace(**{**vars(args), "finetune": start.begins})
     yield from attention_problems(begins, before, folder, start.checkpoint)
-    if args.skip_train or start.begins or args.no_load_optim:
+    if args.skip_train or start.begins:
+        return
+    yield from _other_warmup(args, before, start)
+    if args.no_load_optim:
         return
     if getattr(before, "no_save_optim", False):
         yield (
@@ -152,14 +156,38 @@ def _other_weights(args: argparse.Namespace, before: Any, folder: Path) -> Itera
             )
         elif has(now) and getattr(args, "dist_ckpt_strictness", None) not in LENIENT:
             yield f"the checkpoint in {folder} was trained without {words}, and has no {what}: leave it out, or begin anew."
+        elif getattr(args, "use_distributed_optimizer", False) and not (args.skip_train or args.finetune or args.no_load_optim):
+            given = "with" if has(was) else "without"
+            yield (
+                f"the checkpoint in {folder} was trained {given} {words}, and the state of --use-distributed-optimizer is of "
+                "other sizes than this model's: add --no-load-optim, and the optimizer begins anew."
+            )
 
 
 def _other_layers(args: argparse.Namespace, before: Any, folder: Path) -> Iterator[str]:
     """Of hybrid models, whose weights are named by the numbers of their layers."""
     was, now = hybrid_pattern(before), hybrid_pattern(args)
     if was and now and was != now:
-        flag = written_pattern(args)[0]
-        yield f"the checkpoint in {folder} is of layers {was}, and {flag} of {now}: give its own, with | where you want them."
+        given = written_pattern(args)[0]
+        yield f"the checkpoint in {folder} is of layers {was}, and {given} of {now}: give its own, with | where you want them."
+
+
+def _other_warmup(args: argparse.Namespace, before: Any, start: stored.Before) -> Iterator[str]:
+    """A dense warm-up that ends elsewhere, once past the earlier end: iterations were, or would be, of the other attention.
+
+    Up to there another end changes nothing that was trained. Without a warm-up it is 0.
+    """
+    was, now = (getattr(one, "lighthouse_dense_warmup_iters", None) or 0 for one in (before, args))
+    kinds = (VARIANTS.get(getattr(one, "attention", None) or DENSE.name, DENSE) for one in (before, args))
+    if not all(end or kind.switches for end, kind in zip((was, now), kinds, strict=True)):
+        return  # one of the two is a dense stage, in a job of its own
+    if was != now and start.iteration > min(was, now):
+        name = flag("dense_warmup_iters")
+        yield (
+            f"the checkpoint in {start.folder} is of iteration {start.iteration} and was trained with {name} {was or 'none'}, "
+            f"and this run has {now or 'none'}, which would change what is dense after it began: "
+            f"{f'give {name} {was}' if was else 'leave it out'}, or begin a new run with --finetune."
+        )
 
 
 def _other_columns(base: Variant, args: argparse.Namespace, before: Any, folder: Path) -> Iterator[str]:

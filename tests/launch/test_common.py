@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.launch.scripts import LAUNCH, ROOT, common
+from tests.mcore.harness import some_slow
+
+TWO_STAGE = "two_stage.sh --stage1 1 --total 2"
 
 PARTS = {"check.sh", "cluster.sh", "common.sh", "environment.sh", "profiler.sh", "requeue.sh", "study.sh", "task.sh", "wait.sh"}
 SCRIPTS = sorted({path.name for path in LAUNCH.glob("*.s*")} - PARTS)
@@ -171,7 +174,7 @@ def test_shellcheck() -> None:
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("script", ["submit.sh", "two_stage.sh --stage1 1 --total 2", "local.sh --gpus 2"])
+@pytest.mark.parametrize("script", some_slow(["submit.sh", TWO_STAGE, "local.sh --gpus 2"], {"submit.sh", TWO_STAGE}))
 def test_a_folder_that_cannot_be_made_is_refused_at_once(script: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")

@@ -90,9 +90,8 @@ def end() -> None:
     """Before the process group ends, on every rank: NCCL waits for ever to end what a graph may still repeat."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-        for one in gc.get_objects():  # of layers, of iterations, of the optimizer, of Transformer Engine
-            if issubclass(type(one), torch.cuda.CUDAGraph):
-                one.reset()
+        for graph in _living(torch.cuda.CUDAGraph):  # of layers, of iterations, of the optimizer, of Transformer Engine
+            graph.reset()
 
 
 def _forget_uses() -> None:
@@ -100,9 +99,14 @@ def _forget_uses() -> None:
 
     It counts on each how often a recording reads it, and asserts while capturing that each of these reads came.
     """
-    for one in gc.get_objects():
-        if issubclass(type(one), torch.Tensor) and hasattr(one, "cg_buffer_metadata"):
+    for one in _living(torch.Tensor):
+        if hasattr(one, "cg_buffer_metadata"):
             del one.cg_buffer_metadata
+
+
+def _living(kind: type) -> list[Any]:
+    """All objects of a class, by their types alone: asking some objects of others for theirs runs code."""
+    return [one for one in gc.get_objects() if issubclass(type(one), kind)]
 
 
 def _timed(what: str, captured: Callable[[], bool], work: Callable[[], Any]) -> Any:

@@ -38,6 +38,7 @@ SMALL = """
 """
 PASSKEY = "--passkey-samples 10"
 LONG = f"--steps 3000 {PASSKEY}"
+ADAM = "dense mass dense-2 mass-2 causal causal-2"
 SECOND = {
     "A": "dense norm-60 mean three-levels edge-2k causal",
     "B": "dense-2 norm-60-2 mean-2 three-levels-2 edge-2k-2 causal-2",
@@ -45,10 +46,12 @@ SECOND = {
 }
 
 
-def experiment(name: str, title: str, of: str, runs: str, more: str, limit: float = 1000, least: float = 700) -> Case:
+def experiment(
+    name: str, title: str, of: str, runs: str, more: str, gpus: int = 1, limit: float = 1650, least: float = 1200
+) -> Case:
     """Some of an experiment's runs side by side, which go on where they were cut off while the machine is held."""
     words = f"{EXPERIMENT % name} --experiment {of} --at-once {len(runs.split())} {more} --runs {runs}"
-    return Case(name, title, words, 2, limit, least, SMALL, after="corpus")
+    return Case(name, title, words, gpus, limit, least, SMALL, after="corpus")
 
 
 CASES = (
@@ -133,9 +136,9 @@ CASES = (
         tiny="--tiny --attention-backend auto",
         needs=FLASH,
     ),
-    experiment("qwen3-adam", "Qwen3-like by Adam, both seeds", "qwen3-adam", "dense mass dense-2 mass-2", PASSKEY),
-    experiment("qwen3-causal", "… by Muon, causal, 60%", "qwen3", "causal causal-2", LONG, 650, 480),
-    experiment("qwen3-causal-40", "… by Muon, causal, 40%", "qwen3", "causal-40 causal-40-2", LONG, 650, 480),
-    experiment("qwen3-mass-40", "… by Muon, mass, 40%", "qwen3", "mass-40 mass-40-2", LONG, 650, 480),
-    *(experiment(f"second-{group}", f"group {group}", "second", runs, "", 1650, 1200) for group, runs in SECOND.items()),
+    experiment("qwen3-adam", "Qwen3-like by Adam, both seeds", "qwen3-adam", ADAM, PASSKEY),
+    *(experiment(f"second-{group}", f"group {group}", "second", runs, "") for group, runs in SECOND.items()),
+    experiment("qwen3-causal", "… by Muon, causal, 60%", "qwen3", "causal causal-2", LONG, 2, 650, 480),
+    experiment("qwen3-causal-40", "… by Muon, causal, 40%", "qwen3", "causal-40 causal-40-2", LONG, 2, 650, 480),
+    experiment("qwen3-mass-40", "… by Muon, mass, 40%", "qwen3", "mass-40 mass-40-2", LONG, 2, 650, 480),
 )

@@ -110,13 +110,13 @@ def probed(results: Results, run: str, against: str, probe: Probe) -> Row:
 def training(results: Results, run: str, against: str) -> Row:
     """How far the training losses lie apart. Empty where the seeds differ: the runs then read other text in an iteration.
 
-    `gap` is that of the last ones, and `iterations_to_catch_up` is counted from the switch to dense attention, of a run that
-    switched and one that was dense from the start (recipe.recovery). `distance_before_switch` is the mean up to the earlier of
-    two switches: of runs that are the same until then, it is what the order of floating-point sums does.
+    `gap` is that of the last ones. Of a run that switched and one that was dense from the start, `iterations_to_catch_up` is
+    counted from the switch, and `dense_spike` is that one's own (recipe.recovery). `distance_before_switch` is the mean up to the
+    earlier of two switches: of runs that are the same until then, it is what the order of floating-point sums does.
     """
     answer: Row = dict.fromkeys(
         (
-            *("gap", "gap_iteration", "iterations_to_catch_up"),
+            *("gap", "gap_iteration", "iterations_to_catch_up", "dense_spike"),
             *("greatest_distance_at_first", "early_distance", "mean_distance", "distance_before_switch"),
         )
     )
@@ -134,6 +134,7 @@ def training(results: Results, run: str, against: str) -> Row:
             level = None
         else:
             level = recovery.caught_up(ours, theirs, measured.spike_iteration, facts["smooth"])
+            answer["dense_spike"] = recovery.own_spike(theirs, switch, dense_from, facts["smooth"])
         answer["iterations_to_catch_up"] = None if level is None else level - switch
     answer["greatest_distance_at_first"] = max([*distance.values()][:FIRST])
     answer["early_distance"] = statistics.fmean([*distance.values()][:EARLY])

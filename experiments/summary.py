@@ -27,6 +27,7 @@ def table(results: Results) -> str:
         "above dense",
         *(title for probe in probes for title in (probe.title, "above dense", "log p")),
         "spike",
+        "dense's own",
         "back",
         "level with dense",
     )
@@ -50,6 +51,7 @@ def table(results: Results) -> str:
             difference(pair.get("difference"), pair.get("standard_error"), ".4f"),
             *(cell for probe in probes for cell in _probed(probe, row, pair)),
             number(row["spike"], "+.3f"),
+            number(pair.get("dense_spike"), "+.3f"),
             number(row["iterations_to_recover"], ",.0f"),
             number(pair.get("iterations_to_catch_up"), ",.0f"),
         ]

@@ -8,6 +8,7 @@ Definitions, ours; W is --smooth, and losses are the training losses that were l
   A dense warm-up is of neither.
 - level: the last smoothed loss of stage 1; scatter: the standard deviation of the W losses in it, to judge the spike by.
 - spike: the highest single loss from the switch to the W-th loss after all layers are dense, less the level.
+- dense's own spike: the same of the dense run, which has no switch: what single losses scatter by alone.
 - recovered: in the first iteration, from that of the spike on, whose smoothed loss is at most the level; up to W - 1 losses
   late, for the mean lags. Without a spike above 0: after 0 iterations.
 - final loss: the last smoothed loss. Gap: the mean of the last W losses less that of the dense run in the same iterations.
@@ -73,13 +74,25 @@ def measure(losses: Losses, switch: int, dense_from: int, width: int, warmup: in
     last = list(before.values())[-width:]
     level, scatter = float(numpy.mean(last)), float(numpy.std(last))
     mean = smoothed(after, width)
-    settled = [i for i in after if i >= dense_from][:width]
-    near = [i for i in after if i < dense_from] + settled
-    peak = max(near, key=lambda i: after[i])
+    peak = highest(after, dense_from, width)
     spike = after[peak] - level
     back = next((i for i in after if i >= peak and mean[i] <= level), None) if spike > 0 else switch
     end = max(after)
     return Recovery(level, scatter, spike, peak, back, mean[end], end)
+
+
+def highest(after: Losses, dense_from: int, width: int) -> int:
+    """The iteration of the highest loss up to the `width`-th one from iteration `dense_from` on."""
+    settled = [i for i in after if i >= dense_from][:width]
+    return max([*(i for i in after if i < dense_from), *settled], key=lambda i: after[i])
+
+
+def own_spike(dense: Losses, switch: int, dense_from: int, width: int) -> float | None:
+    """The spike that a run without a switch has in the iterations where another has one; None where it has no loss there."""
+    before, after = ({i: x for i, x in dense.items() if (i > switch) == later} for later in (False, True))
+    if not before or not after:
+        return None
+    return after[highest(after, dense_from, width)] - float(numpy.mean([*before.values()][-width:]))
 
 
 def gap(losses: Losses, dense: Losses, width: int) -> tuple[float, float, int]:
@@ -114,6 +127,7 @@ def report(run: Run, measured: Recovery, dense: Losses | None, width: int) -> di
         iterations = None if iteration is None else iteration - run.switch
         row[f"iterations_to_{what}"] = iterations
         row[f"tokens_to_{what}"] = None if iterations is None or run.tokens is None else iterations * run.tokens
+    row |= {"dense_spike": own_spike(dense, run.switch, run.dense_from, width) if dense else None}
     row |= {"final_iteration": measured.final_iteration, "final_loss": measured.final}
     found = gap(run.losses, dense, width) if dense else (None, None, None)
     return row | dict(zip(("gap", "dense_loss", "gap_iteration"), found, strict=True))
@@ -134,6 +148,7 @@ def table(row: dict[str, Any]) -> str:
         ("all layers dense from", f"{row['dense_from']:,}"),
         ("level before the switch", f"{row['level']:.4f}, single losses scatter by {row['scatter']:.4f}"),
         ("spike above it", f"{row['spike']:+.4f} at iteration {row['spike_iteration']:,}"),
+        *([] if row["dense_spike"] is None else [("dense's own, there", f"{row['dense_spike']:+.4f}")]),
         ("back at the level after", after("recover")),
         ("final loss", f"{row['final_loss']:.4f} at iteration {row['final_iteration']:,}"),
     ]

@@ -61,7 +61,7 @@ def test_pairs_by_hand(tmp_path: Path) -> None:
     assert (pair["run"], pair["against"], pair["sequences"]) == (BASE, "dense", 2)
     assert_close(numpy.array([pair["difference"], pair["standard_error"]]), [0.875, 0.375], "float64")
     assert (pair["gap"], pair["greatest_distance_at_first"], pair["mean_distance"]) == (0.5, 1.0, 0.5)
-    assert pair["iterations_to_catch_up"] is None  # from no switch
+    assert pair["iterations_to_catch_up"] is pair["dense_spike"] is None  # from no switch
     above = [row["above"] for row in tables.read_csv(tmp_path / "positions.csv") if row["run"] == BASE]
     assert above == [0.5, 0.5, 1.25]
 
@@ -70,7 +70,8 @@ def test_iterations_until_level_with_dense() -> None:
     """Counted from the switch; the mean of two differences is 1 in iteration 2, 0.75 and 0 in the next."""
     dense = made("dense", [], [3.0, 2.0, 1.0, 1.0])
     ours = made(BASE, [], [3.5, 3.0, 1.5, 0.5], switch=1, dense_from=2)
-    assert pairs.training(tables.merged([dense, ours]), BASE, "dense")["iterations_to_catch_up"] == 3
+    found = pairs.training(tables.merged([dense, ours]), BASE, "dense")
+    assert (found["iterations_to_catch_up"], found["dense_spike"]) == (3, -1.0)
 
 
 def test_sequences_of_one_document_count_as_one(tmp_path: Path) -> None:

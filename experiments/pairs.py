@@ -111,8 +111,8 @@ def training(results: Results, run: str, against: str) -> Row:
     """How far the training losses lie apart. Empty where the seeds differ: the runs then read other text in an iteration.
 
     `gap` is that of the last ones. Of a run that switched and one that was dense from the start, `iterations_to_catch_up` is
-    counted from the switch, and `dense_spike` is that one's own (recipe.recovery). `distance_before_switch` is the mean up to the
-    earlier of two switches: of runs that are the same until then, it is what the order of floating-point sums does.
+    counted from the switch, and `dense_spike` is that one's own (recipe.recovery). `distance_before_switch` is the mean up to
+    the earlier of two switches: of runs that are the same until then, it is what the order of floating-point sums does.
     """
     answer: Row = dict.fromkeys(
         (

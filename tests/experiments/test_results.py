@@ -30,7 +30,7 @@ def test_what_is_kept_is_what_the_archive_makes(experiment: str, tmp_path: Path)
 
 
 def test_every_experiment_keeps_its_archive() -> None:
-    known = {"pilot", "recipe", "short", "variants", "parallax", "parallax-normed", "qwen3", "qwen3-3000", "wall"}
+    known = {"pilot", "recipe", "short", "variants", "parallax", "parallax-normed", "qwen3", "qwen3-3000", "qwen3-adam", "wall"}
     assert known <= {*ARCHIVED}
     assert {re.sub(r"-\d+$", "", name) for name in ARCHIVED} <= {
         *EXPERIMENTS
@@ -194,8 +194,8 @@ def test_the_short_page_says_what_the_results_say() -> None:
     for row in kept("variants", "hindsight"):
         if row["distance"] == 0:
             hint = f"{row['difference']:.2f} ± {row['standard_error']:.2f}"
-            spike = found["variants", row["run"]]["spike"]
-            rows.append(f"| `{row['run']}` | {row['loss_true_future']:.3f} | {hint} | {spike:+.2f} |")
+            spike, own = found["variants", row["run"]]["spike"], above["variants", row["run"], "dense"]["dense_spike"]
+            rows.append(f"| `{row['run']}` | {row['loss_true_future']:.3f} | {hint} | {spike:+.2f} | {own:+.2f} |")
     assert len(rows) == 14
     for run, words in {
         "three-levels": "three levels end {:.3f} higher",

@@ -3,6 +3,8 @@
 First it must be right there: kernels choose what the reference chooses, and tokens from a cut on change no bit of an output
 before it, bf16, selection not held fixed. Then milliseconds of selection alone (of the GPU, and from call to call, which the
 host bounds) and of the whole layer, forward with backward; one sequence, H = G = 8, D = 128. Leaves causal.csv and causal.json.
+
+`--device cpu` goes the whole way on a CPU by the reference, at a 32nd of the lengths, and times nothing.
 """
 
 from __future__ import annotations
@@ -18,22 +20,23 @@ from measure import host_ms, median_ms
 from torch import Tensor
 
 from megatron_lighthouse import LighthouseConfig, lighthouse_attention
-from megatron_lighthouse.kernels import lighthouse as kernels
 from megatron_lighthouse.lighthouse import reference
 from megatron_lighthouse.lighthouse.geometry import Geometry
+from megatron_lighthouse.lighthouse.implementations import steps_for
 from megatron_lighthouse.versions import environment
 
 HEADS, DIM = 8, 128
 LENGTHS = (16384, 98304, 524288, 1048576)
+SHORTER = 32
 
 
-def check(tokens: int = 16384, dim: int = DIM) -> None:
+def check(tokens: int, device: str) -> None:
     """Raises RuntimeError where the kernels choose otherwise than the reference, or an output rests on a later token."""
     config = LighthouseConfig.for_length(tokens, causal_selection=True)
     geometry = config.geometry(tokens)
-    query, key, value = (torch.randn(tokens, 2, heads, dim, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
-    scores = reference.score(query, key, geometry)
-    ours, expected = kernels.select(scores, geometry, True, True), reference.select(scores, geometry, True, True)
+    query, key, value = (torch.randn(tokens, 2, heads, DIM, device=device, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    scores, steps = reference.score(query, key, geometry), steps_for("auto", query)
+    ours, expected = steps.select(scores, geometry, True, True), reference.select(scores, geometry, True, True)
     if not (torch.equal(ours.places, expected.places) and torch.equal(ours.scattered, expected.scattered)):
         raise RuntimeError("kernels and reference choose otherwise")
     before = lighthouse_attention(query, key, value, config)
@@ -43,23 +46,27 @@ def check(tokens: int = 16384, dim: int = DIM) -> None:
             raise RuntimeError(f"tokens from {start} on change outputs before it")
 
 
-def times(tokens: int) -> list[dict[str, float | int | bool]]:
-    """Milliseconds, by whether the selection is causal."""
-    query, key, value, grad = (torch.randn(tokens, 1, HEADS, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(4))
-    leaves, rows = [x.requires_grad_() for x in (query, key, value)], []
+def times(tokens: int, device: str) -> list[dict[str, float | int | bool]]:
+    """Milliseconds, by whether the selection is causal; none on a CPU."""
+    query, key, value, grad = (torch.randn(tokens, 1, HEADS, DIM, device=device, dtype=torch.bfloat16) for _ in range(4))
+    leaves, rows, steps = [x.requires_grad_() for x in (query, key, value)], [], steps_for("auto", query)
     for causal in (False, True):
         config = LighthouseConfig.for_length(tokens, causal_selection=causal)
         geometry = config.geometry(tokens)
-        scores = [torch.rand(2, 1, HEADS, geometry.coarse_length, device="cuda") for _ in range(4)]
+        scores = [torch.rand(2, 1, HEADS, geometry.coarse_length, device=device) for _ in range(4)]
 
         def select(i: int, geometry: Geometry = geometry, causal: bool = causal, scores: list[Tensor] = scores) -> object:
-            return kernels.select(scores[i], geometry, True, causal)
+            return steps.select(scores[i], geometry, True, causal)
 
         def layer(config: LighthouseConfig = config) -> object:
             return torch.autograd.grad(lighthouse_attention(query, key, value, config), leaves, grad)
 
-        row = {"tokens": tokens, "causal": causal, "select": median_ms([partial(select, i) for i in range(4)])}
-        row |= {"select_host": host_ms(partial(select, 0)), "layer": median_ms([layer]), "layer_host": host_ms(layer)}
+        row: dict[str, float | int | bool] = {"tokens": tokens, "causal": causal}
+        if device == "cuda":
+            row |= {"select": median_ms([partial(select, i) for i in range(4)]), "select_host": host_ms(partial(select, 0))}
+            row |= {"layer": median_ms([layer]), "layer_host": host_ms(layer)}
+        else:
+            select(0), layer()
         rows.append(row)
         print(row, flush=True)
     return rows
@@ -69,12 +76,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "causal")
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     options = parser.parse_args()
+    shorter = 1 if options.device == "cuda" else SHORTER
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(1)
-    check()
+    check(LENGTHS[0] // shorter, options.device)
     print("kernels choose as the reference does, and no output rests on a later token", flush=True)
-    rows = [row for length in options.lengths for row in times(length)]
+    rows = [row for length in options.lengths for row in times(length // shorter, options.device)]
     write_csv(options.out / "causal.csv", rows)
     (options.out / "causal.json").write_text(json.dumps({**environment(), "runs": rows}, indent=2) + "\n")
 

@@ -63,6 +63,7 @@ CASES = (
         limit=300,
         tiny="--megabytes 1",
     ),
+    Case("causal", "a causal selection beside the paper's", "benchmarks/causal.py --out {out}", tiny="--device cpu"),
     Case(
         "rings-documents",
         "packed documents at CP 2",

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_lighthouse import lighthouse_attention
+from megatron_lighthouse.launch import check
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.mcore.attention.core_attention import VariantMixin
 from megatron_lighthouse.mcore.command_line import resume
@@ -22,6 +23,7 @@ from megatron_lighthouse.variants import DENSE, LIGHTHOUSE, PARALLAX, base_in, n
 from tests.mcore.harness import Run, run, some_slow
 from tests.mcore.test_checkpoints import keys, save_interval
 from tests.mcore.test_checks import problems
+from tests.mcore.test_launch_check import GPUS, LLAMA
 from tests.mcore.test_packed import documents_of_rows, each_alone, with_gradients
 from tests.mcore.test_parallax import PROJECTION
 from tests.mcore.test_spec import N, fused_qkv, gpt, local_spec, transformer_config
@@ -193,3 +195,11 @@ def test_an_evaluation_after_the_switch_is_of_parallax(whole: Run) -> None:
     args.lighthouse_stage2_at = SAVED
     settle_attention(args, SAVED + 1)
     assert (args.attention, args.lighthouse_layers) == ("parallax", 0)
+
+
+def test_documents_over_ranks_are_refused_once_in_the_words_of_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """Which has no --attention parallax."""
+    words = "--lighthouse-around parallax --dataloader-inter-document-masking --transformer-impl local"
+    assert check.main([*GPUS, "--without-megatron", "--", *LLAMA, *words.split()]) == 1
+    assert (error := capsys.readouterr().err).count("--context-parallel-size 4 is not done") == 1, error
+    assert "is not done with --lighthouse-around parallax: use --lighthouse-around softmax" in error

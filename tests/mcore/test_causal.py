@@ -15,6 +15,8 @@ from megatron_lighthouse import LighthouseConfig, notice
 from megatron_lighthouse.lighthouse.variant import LIGHTHOUSE
 from megatron_lighthouse.mcore.command_line import causal, pyramid
 from megatron_lighthouse.mcore.command_line.settings import settings_from
+from megatron_lighthouse.mcore.command_line.stage import Schedule
+from megatron_lighthouse.parallax.config import ParallaxConfig
 from tests.mcore.test_pyramid import arguments
 from tests.mcore.test_rotary import SETTINGS, N, built, checkpoint, config_of
 
@@ -77,7 +79,36 @@ def test_no_logit_rests_on_a_later_token(is_causal: bool, megatron: None) -> Non
     model_cfg = config_of({}, {})
     settings = replace(SETTINGS, config=SETTINGS.config.replace(causal_selection=is_causal))
     model_cfg.transformer_layer_spec = partial(layer_spec, settings=settings)
-    model, changed = built(model_cfg).eval(), 0
+    assert (changed_before_others(built(model_cfg)) == 0) == is_causal
+
+
+STAGE2 = Schedule(stage2_at=3)
+
+
+@pytest.mark.parametrize(("schedule", "changes"), [(None, False), (STAGE2, False), (STAGE2, True)])
+def test_around_parallax_layers_that_do_not_select_round_by_no_later_token(
+    schedule: Schedule | None, changes: bool, megatron: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their keys share a mean, which they would be less of; in stage 2 they are plain Parallax, and are."""
+    from megatron_lighthouse.mcore.attention.layer_specs import layer_spec
+    from megatron_lighthouse.mcore.loop import switch
+
+    monkeypatch.setattr(switch, "iteration", lambda: 4 if changes else 3)
+    torch.manual_seed(5)
+    model_cfg = config_of({"position_embedding_type": "none"}, {"add_qkv_bias": True})
+    own = SETTINGS.config.replace(causal_selection=True, around="parallax")
+    settings = replace(SETTINGS, config=own, around=ParallaxConfig(), dense_first=1, schedule=schedule)
+    model_cfg.transformer_layer_spec = partial(layer_spec, settings=settings)
+    model = built(model_cfg)
+    for layer in model.decoder.layers:
+        torch.nn.init.constant_(layer.self_attention.linear_qkv.bias, 9)
+        torch.nn.init.normal_(layer.self_attention.linear_r.weight, std=0.1)
+    assert (changed_before_others(model) > 0) == changes
+
+
+def changed_before_others(model: Any) -> int:
+    """How often, of five, other tokens changed logits before them."""
+    model, changed = model.eval(), 0
     tokens, positions = torch.randint(64, (2, N)), torch.arange(N).expand(2, N)
     with torch.no_grad():
         before = model(tokens, positions, None)
@@ -86,4 +117,4 @@ def test_no_logit_rests_on_a_later_token(is_causal: bool, megatron: None) -> Non
             after = model(others, positions, None)
             changed += not torch.equal(before[:, :start], after[:, :start])
             assert not torch.equal(before[:, start:], after[:, start:])
-    assert (changed == 0) == is_causal
+    return changed

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy
 import pytest
+import torch
 
 from megatron_lighthouse.plots import read_scalars
 from tests.mcore import harness
-from tests.mcore.harness import MODEL, ROOT, Run, some_slow
+from tests.mcore.harness import MODEL, ROOT, Run, some_slow, without
 from tests.mcore.test_checkpoints import save_interval
 from tests.mcore.test_parity import START, assert_same
+from tests.mcore.test_resume import tensors
 from tests.mcore.test_wall import LOGGED, half_lives
 from tests.tolerances import assert_close
 
@@ -166,6 +168,31 @@ def test_further_tokens_are_predicted_alike_under_sequence_parallelism(tmp_path:
     for name in ("lm loss", "mtp_1 loss"):
         logged, expected = (read_scalars(x.folder / "tensorboard")[name][1] for x in (two, one))
         assert_close([*logged], [*expected[1:]], "parallel loss")
+
+
+LATENT = """
+    --multi-latent-attention --kv-lora-rank 16 --qk-head-dim 8 --qk-pos-emb-head-dim 8 --v-head-dim 12 --rope-type rope
+    --softmax-type learnable --optimizer sgd --sgd-momentum 0 --lr 1
+"""
+
+
+@pytest.mark.parametrize("own", [[], PACKED[2:4]], ids=["one sequence", "documents"])
+def test_layers_of_further_tokens_learn_from_all_heads(own: list[str], tmp_path: Path, documents: list[str]) -> None:
+    """Keys' rotated channels, which the heads of tensor-parallel ranks share, and sinks, of which each rank has its own."""
+    model = without(MODEL_OF_DOCUMENTS, "--group-query-attention", "--num-query-groups")
+    words = [*PACKED[:2], *own, *FURTHER, *LATENT.split(), "--eval-iters", "0"]
+    train = partial(harness.run, model=model, data=documents)
+    saved, later = tmp_path / "checkpoint", tmp_path / "later"
+    one = train(tmp_path / "one", *words, *save_interval(saved, 1))
+    parallel = "--tensor-model-parallel-size 2 --sequence-parallel --no-load-optim --ckpt-step 1 --load".split()
+    two = train(tmp_path / "two", *words, *parallel, str(saved), *save_interval(later, 2), ranks=2)
+    assert_close(two.gradient_norms[2], one.gradient_norms[2], "parallel gradient norm")
+    before, expected, found = tensors(saved, 1), tensors(saved, 2), tensors(later, 2)
+    names = [name for name in expected if name.startswith("mtp.")]
+    assert any("softmax_offset" in name for name in names)
+    for name in names:
+        assert_close(found[name] - before[name], expected[name] - before[name], "float32")
+        assert not torch.equal(expected[name], before[name])
 
 
 def further(log: str) -> list[float]:

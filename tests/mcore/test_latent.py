@@ -130,6 +130,7 @@ def test_latent_layers_that_are_refused(config: dict[str, Any], model: dict[str,
         ("--no-rope-freq 2", "--no-rope-freq 2 is not read with multi-latent attention"),
         ("--qk-l2-norm", "use --qk-layernorm"),
         ("--attention-output-gate", "--attention-output-gate does not go with"),
+        ("--qk-layernorm", "with --q-lora-rank alone: give that, leave it out, or use --transformer-impl transformer_engine"),
         ("--cache-mla-latents", "is of inference"),
         ("--position-embedding-type yarn", "use --position-embedding-type rope, and --rope-type yarn"),
         ("--rope-type rope", "add --no-rope-fusion"),
@@ -148,6 +149,7 @@ def test_words_that_latent_attention_does_not_take(of: str, words: str, says: st
     assert said() == said("--mla-down-proj-fusion", "--q-lora-rank", "8", "--transformer-impl", "transformer_engine") == []
     (problem,) = said(*words.split())
     assert says in problem
+    assert said("--qk-layernorm", "--q-lora-rank", "8") == []
     assert said("--rope-type", "rope", "--position-embedding-type", "none") == []  # with which Megatron fuses nothing
 
 

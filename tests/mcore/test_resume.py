@@ -157,6 +157,18 @@ def test_what_the_optimizer_was_begun_with_goes_on() -> None:
     }
 
 
+def test_sgd_goes_on_with_momentum_anew(tmp_path: Path) -> None:
+    """Megatron asks for a state that its SGD does not make, and ends in a TypeError. Without momentum nothing is lost."""
+    folder, sgd = tmp_path / "checkpoint", [*STEPS, "--optimizer", "sgd", "--sgd-momentum", "0"]
+    whole = run(tmp_path / "whole", *sgd, "--save", str(folder), "--save-interval", "1", "--exit-interval", "2")
+    (folder / stored.TRACKER).write_text("1")
+    log = refused(tmp_path / "refused", *sgd, "--load", str(folder))
+    assert "--optimizer sgd cannot go on" in log
+    assert "add --no-load-optim" in log
+    gone_on = run(tmp_path / "on", *sgd, "--load", str(folder), "--no-load-optim", "--exit-interval", "2")
+    assert gone_on.losses == {2: whole.losses[2]}
+
+
 def test_an_optimizer_that_was_shared_out_or_of_half_precision(tmp_path: Path) -> None:
     def found(*more: str, **was: bool) -> list[str]:
         before = {"args": Namespace(**was), "opt_param_scheduler": {}}

@@ -7,7 +7,7 @@ methods Megatron calls on it stay those of the dense layer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -146,12 +146,20 @@ class VariantMixin:
     def _built[T](
         self, build: Callable[[Any, Tensor, Tensor, Place], T], own: Any, query: Tensor, key: Tensor, value: Tensor
     ) -> T:
-        made = (build.__qualname__, *made_from(query, key, value))
+        past_alone = self._past_alone
+        made = (build.__qualname__, past_alone, *made_from(query, key, value))
         layer: T | None = self.layers.get(made)
         if layer is None:
             check_inputs(query, key, value)
-            layer = self.layers[made] = build(own, query, key, self.place)
+            layer = self.layers[made] = build(own, query, key, replace(self.place, past_alone=past_alone))
         return layer
+
+    @property
+    def _past_alone(self) -> bool:
+        """While layers select causally, none of the others may round by later tokens either."""
+        given = self.settings
+        causal = bool(getattr(given.config, "causal_selection", False))
+        return causal and not (given.schedule and given.schedule.all_dense(switch.iteration()))
 
     @property
     def _ranks(self) -> int:

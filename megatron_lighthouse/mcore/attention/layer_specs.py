@@ -183,7 +183,7 @@ def _with_attention(spec: LayerSpec, model_cfg: Any, settings: LighthouseSetting
     config = model_cfg.transformer
     _check_fp8(config)
     if settings is None:
-        return _dense(spec, config)
+        return dense(spec, config)
     _say_what_is_sent(config, settings)
     rotary = None if rope.rotary_option(settings) is None else rotary_of(model_cfg)
     if rotary is None:  # nothing is rotated, or nothing turned
@@ -218,7 +218,7 @@ def _check_fp8(config: TransformerConfig) -> None:
         say_once(fp8.EXPERIMENTAL)
 
 
-def _dense(spec: LayerSpec, config: TransformerConfig) -> LayerSpec:
+def dense(spec: LayerSpec, config: TransformerConfig) -> LayerSpec:
     """The spec of a dense model, whose core attention, where it is Megatron's local one, can do what the model asks for."""
     latent = config.multi_latent_attention
     differs = learns_shared_sinks(config) or (latent and config.tensor_model_parallel_size > 1)

@@ -149,7 +149,9 @@ def _documents(args: Namespace, config: TransformerConfig, settings: LighthouseS
         for own in filter(None, (here.config, here.edge)):
             found += settings.attention.document_problems(own, config.context_parallel_size)
         if not settings.base.native and settings.base is not settings.attention:
-            found += settings.base.document_problems(settings.base_config, config.context_parallel_size)
+            of_base = settings.base.document_problems(settings.base_config, config.context_parallel_size)
+            said = {problem.partition(" is ")[0] for problem in found}
+            found += [one for one in named.of_base(of_base, settings) if one.partition(" is ")[0] not in said]
         yield from (problem.replace(documents.FLAG, asks) for problem in found)
 
 

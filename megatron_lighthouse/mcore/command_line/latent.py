@@ -28,6 +28,11 @@ def problems(args: Namespace) -> Iterator[str]:
         yield f"--no-rope-freq {every} is not read with multi-latent attention, which rotates in all layers: leave it out."
     if getattr(args, "qk_l2_norm", False):
         yield "--qk-l2-norm does not go with multi-latent attention: use --qk-layernorm, which norms latents, or leave it out."
+    if getattr(args, "qk_layernorm", False) and args.transformer_impl == "local" and args.q_lora_rank is None:
+        yield (
+            "--qk-layernorm norms the latents of queries too, which --transformer-impl local has with --q-lora-rank alone: "
+            f"give that, leave it out, or use {ENGINE}."
+        )
     if getattr(args, "attention_output_gate", False):
         yield "--attention-output-gate does not go with multi-latent attention: leave it out."
     if getattr(args, "cache_mla_latents", False):

@@ -227,7 +227,13 @@ def _other_optimizer(args: argparse.Namespace, before: Any, folder: Path) -> Ite
 
 
 def _other_state(args: argparse.Namespace, before: Any, folder: Path) -> Iterator[str]:
-    """Whether the optimizer's state would be made of other tensors: Megatron reads none of another form."""
+    """Whether the optimizer's state would be made of other tensors: Megatron reads none of another form, and none of SGD."""
+    if args.optimizer == "sgd" and getattr(before, "ckpt_format", None) == "torch_dist":
+        yield (
+            f"--optimizer sgd cannot go on with its state in {folder}, which Megatron-core 0.19 does not load from "
+            "--ckpt-format torch_dist: add --no-load-optim, and momentum begins anew."
+        )
+        return
     shared = getattr(before, "use_distributed_optimizer", args.use_distributed_optimizer)
     half, was_half = (bool(getattr(one, "bf16", args.bf16) or getattr(one, "fp16", args.fp16)) for one in (args, before))
     if args.use_distributed_optimizer != shared:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse.mcore.attention.copied import copied
-from megatron_lighthouse.mcore.attention.layer_specs import take_documents
+from megatron_lighthouse.mcore.attention.layer_specs import dense, take_documents
 from megatron_lighthouse.mcore.attention.norm import take_torch_norms
 from megatron_lighthouse.mcore.attention.packed import PackedDocuments
 from megatron_lighthouse.mcore.command_line.documents import asked
@@ -22,11 +22,11 @@ from megatron_lighthouse.sequence.documents import Documents
 
 
 def block_spec(inner: Callable[..., Any], config: Any, *args: Any, **named: Any) -> Any:
-    """In place of `mtp_block_spec`, which makes these layers' specs anew: with attention that takes documents, and norms that
-    take sequence parallelism."""
+    """In place of `mtp_block_spec`, which makes these layers' specs anew: with attention that takes documents and latents, what
+    tensor-parallel ranks get wrong made right, and norms that take sequence parallelism."""
     spec, given = inner(config, *args, **named), global_args()
     packs = given is not None and asked(given)
-    if spec is None or not (packs or config.transformer.sequence_parallel):
+    if spec is None:
         return spec
     spec = copied(spec)
     for layer in (x.submodules for x in spec.layer_specs):
@@ -35,6 +35,7 @@ def block_spec(inner: Callable[..., Any], config: Any, *args: Any, **named: Any)
             take_torch_norms(layer.mtp_model_layer.submodules)
         if packs:
             take_documents(layer.mtp_model_layer)
+        layer.mtp_model_layer = dense(layer.mtp_model_layer, config.transformer)
     return spec
 
 

@@ -124,11 +124,11 @@ def compile_all(capability: int, geometry: Geometry, dtype: str, dim: int) -> It
     yield _compile(place_kernel, capability, dtype, {**levels, "BLOCK": 256}, 4)
     yield _compile(causal.earlier_kernel, capability, dtype, {"BLOCK": causal.BLOCK}, causal.WARPS)
     blocks = attended.blocks_of(dim, BYTES[dtype])
-    constants = {**shape, "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
+    constants = attended.constants_of(dim, dim**-0.5, blocks)
     for kernel in (attended.attended_kernel, rows_kernel):
         yield _compile(kernel, capability, dtype, constants, blocks.warps, num_stages=blocks.stages)
     blocks = column_blocks_of(dim, BYTES[dtype])
-    constants = {**shape, "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
+    constants = attended.constants_of(dim, dim**-0.5, blocks)
     yield _compile(columns_kernel, capability, dtype, constants, blocks.warps, num_stages=blocks.stages)
     how = launch("score", dim, BYTES[dtype])
     block, digit, fused = blocks_of(geometry, how.rows)
@@ -161,7 +161,7 @@ def compile_packed(capability: int, geometry: Geometry, dtype: str, dim: int) ->
     for kernel in (deal.flags_kernel, deal.tables_kernel):
         yield _compile(kernel, capability, dtype, {"COPIES": 2, "BLOCK": deal.BLOCK}, 4)
     blocks = attended.blocks_of(dim, BYTES[dtype])
-    constants = {**shape, "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
+    constants = attended.constants_of(dim, dim**-0.5, blocks)
     yield _compile(packed_attended_kernel, capability, dtype, constants, blocks.warps, num_stages=stages_on(capability, blocks))
 
 

@@ -51,6 +51,8 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+LOG2_E = 1.4426950408889634
+"""By which kernels scale what they take powers of 2 of, where powers of e are meant."""
 _compiled: dict[tuple[Any, ...], dict[tuple[Any, ...], Any]] = {}
 """Compiled kernels: by kernel, the kinds of numbers, the values of all other arguments and the dtypes of tensors; then by
 device, and which tensors are not aligned."""

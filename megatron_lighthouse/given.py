@@ -35,7 +35,7 @@ def check_types(**given: Any) -> None:
 
     Raises:
         TypeError: the argument, its type, and what it should be.
-        ValueError: a `softmax_scale` that is not finite.
+        ValueError: a `softmax_scale` that is not above 0 and finite.
     """
     if torch.compiler.is_compiling():
         return
@@ -49,8 +49,8 @@ def check_types(**given: Any) -> None:
             kinds = " or ".join(NUMBERS.get(kind) or f"{kind.__module__}.{kind.__name__}" for kind in KINDS[name])
             raise TypeError(f"{name} must be a {kinds}, not a {type(value).__name__}.")
     scale = given.get("softmax_scale")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"softmax_scale {scale} must be finite: leave it out for 1/sqrt(D).")
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"softmax_scale {scale} must be above 0 and finite: leave it out for 1/sqrt(D).")
 
 
 def check_tokens(query: Tensor, window: int | None, exchange: Exchange | None) -> None:

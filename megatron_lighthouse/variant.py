@@ -268,8 +268,10 @@ class Variant(TakesRows):
         gathers rows for, None for its defaults."""
         return {"attend": attend_bytes(comm_type, seq_length, shape, layout)}
 
-    def rows_sent(self, config: Any, rows: int, shape: Shape, layout: Layout, comm_type: str) -> dict[str, tuple[int, int]]:
-        """The same while it attends to so many gathered rows of all ranks; `config` is None for its defaults."""
+    def rows_sent(
+        self, config: Any, rows: int, shape: Shape, layout: Layout, comm_type: str, past_alone: bool = False
+    ) -> dict[str, tuple[int, int]]:
+        """The same while it attends to so many gathered rows of all ranks; `config` is None for its defaults; see `Place`."""
         return self.sent(config, rows, shape, layout, comm_type)
 
     def summary(self, config: Any, seq_length: int, shape: Shape, ranks: int, comm_type: str, around: Any = None) -> str:

@@ -25,8 +25,12 @@ def both_ways(rows_of: Callable[[Array, Array, Array], Array], q: Array, k: Arra
     return np.array(norms(by_query)), np.array(norms(rows_of(k, q.mean(1), v)))
 
 
-def softmax_rows(q: Array, k: Array, v: Array) -> Array:
-    return attend(q, k, v, 1 / math.sqrt(q.shape[1]))
+def softmax_rows(scale: float | None) -> Callable[[Array, Array, Array], Array]:
+    return lambda q, k, v: attend(q, k, v, scale_of(q, scale))
+
+
+def scale_of(q: Array, scale: float | None) -> float:
+    return 1 / math.sqrt(q.shape[-1]) if scale is None else scale
 
 
 def streams(score: Callable[[Array, Array, Array], Pair], q: Array, k: Array, v: Array) -> Pair:
@@ -38,8 +42,8 @@ def streams(score: Callable[[Array, Array, Array], Pair], q: Array, k: Array, v:
     return out
 
 
-def dilated_oracle(q: Array, k: Array, v: Array) -> Pair:
-    return streams(lambda *x: both_ways(softmax_rows, *x), q, k, v)
+def dilated_oracle(q: Array, k: Array, v: Array, scale: float | None = None) -> Pair:
+    return streams(lambda *x: both_ways(softmax_rows(scale), *x), q, k, v)
 
 
 def gla_oracle(q: Array, k: Array, v: Array) -> Pair:
@@ -70,12 +74,12 @@ def finer_oracle(q: Array, k: Array, window: int) -> Pair:
     return (apart**2).sum((1, 2)), np.array([1 + x if x >= 0 else 1 / (1 - x) for x in k @ q.mean((0, 1))])
 
 
-def mass_oracle(q: Array, k: Array, tile: int) -> Pair:
+def mass_oracle(q: Array, k: Array, tile: int, scale: float | None = None) -> Pair:
     """Of pooled rows: the greatest weight of each, over the windows before it; and the weight from the rest of its tile."""
     by_query, by_key = np.zeros(len(k)), np.zeros(len(k))
     for a in range(1, len(k)):
         for r in range(q.shape[1]):
-            weights = np.exp(k[:a] @ q[a, r] / math.sqrt(q.shape[2]))
+            weights = np.exp(k[:a] @ q[a, r] * scale_of(q, scale))
             weights /= weights.sum()
             by_query[a] += weights.max()
             by_key[a // tile * tile : a] += weights[a // tile * tile :]
@@ -91,8 +95,8 @@ ORACLES = {"norm": norm_oracle, "summary": norm_oracle, "dilated": dilated_oracl
 """Of each scorer: [N, R, D], [N, D], [N, D] -> s^Q and s^K of every token, [N] each. (Of `mass`: see `oracle`.)"""
 
 
-def oracle(scorer: str, q: Array, k: Array, v: Array, problem: Problem) -> Array:
-    """[2, B, G, coarse length], of q [N, B, H, D], k and v [N, B, G, D]."""
+def oracle(scorer: str, q: Array, k: Array, v: Array, problem: Problem, scale: float | None = None) -> Array:
+    """[2, B, G, coarse length], of q [N, B, H, D], k and v [N, B, G, D], where the softmax has this scale."""
     token, ratio = ORACLES[scorer], problem.queries_per_group
     out = np.zeros((2, problem.batch, problem.groups, pyramid_of(problem).coarse_length))
     for b in range(problem.batch):
@@ -100,12 +104,12 @@ def oracle(scorer: str, q: Array, k: Array, v: Array, problem: Problem) -> Array
             inputs = q[:, b, g * ratio : (g + 1) * ratio], k[:, b, g], v[:, b, g]
             pooled = [x.reshape(-1, problem.window, *x.shape[1:]).mean(1) for x in inputs]
             tops: Pair | tuple[()] = ()
-            scores = token(*inputs)
+            scores = dilated_oracle(*inputs, scale) if scorer == "dilated" else token(*inputs)
             if scorer == "summary":
-                tops = both_ways(softmax_rows, *pooled)
+                tops = both_ways(softmax_rows(scale), *pooled)
             elif scorer == "mass":
                 tile = pyramid_of(problem).tile
-                tops = mass_oracle(*pooled[:2], tile)
+                tops = mass_oracle(*pooled[:2], tile, scale)
                 firsts = range(0, len(q), tile * problem.window)
                 tiles = [[x[i : i + tile * problem.window] for x in inputs[:2]] for i in firsts]
                 by_query, by_key = zip(*(finer_oracle(*x, problem.window) for x in tiles), strict=True)

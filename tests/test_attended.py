@@ -75,7 +75,7 @@ def test_a_row_has_the_same_bits_on_any_rank(length: int, size: int, dtype: str,
 def test_the_fake_implementation_is_that_of_the_op() -> None:
     inputs = tensors(ROWS["D=1"], "float32")
     checks = ["test_schema", "test_faketensor"]
-    torch.library.opcheck(torch.ops.lighthouse.attended_squares, (*inputs, [0]), test_utils=checks)
+    torch.library.opcheck(torch.ops.lighthouse.attended_squares, (*inputs, [0], 0.9), test_utils=checks)
 
 
 @both

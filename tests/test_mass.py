@@ -97,10 +97,10 @@ def test_a_window_that_all_look_at_is_found_although_all_are_equally_long() -> N
 def test_fake_implementations_are_those_of_the_ops() -> None:
     query, key, _ = tensors(Problem(24, 2, 2, 2, 2, groups=2, queries_per_group=2), "float32")
     ops, checks = torch.ops.lighthouse, ["test_schema", "test_faketensor"]
-    lse, _ = ops.mass_rows(query, key, [0])
+    lse, _ = ops.mass_rows(query, key, [0], 0.9)
     for op, args in (
-        (ops.mass_rows, (query, key, [0])),
-        (ops.mass_columns, (query, key, lse, 12, [0, 0, 24])),
+        (ops.mass_rows, (query, key, [0], 0.9)),
+        (ops.mass_columns, (query, key, lse, 12, [0, 0, 24], 0.9)),
         (ops.mass_finer, (query, key, query[:6], key[:1], [24, 3, 2], [0, 0, 24, 24])),
     ):
         torch.library.opcheck(op, args, test_utils=checks)

@@ -87,11 +87,12 @@ def test_a_document_of_whole_tiles_equals_the_sequence(scorer: str, rotary: Rota
     inputs, config = tensors(packed), config_of(packed, scorer=scorer)
     plain = config.replace(budget=3 * packed.tile_budget)  # three tiles of eight windows of four
     (grad,) = random_like(inputs[:1])
-    actual = forward_backward(inputs, config, grad, cu_seqlens=bounds(96), rotary=rotary)
-    for a, b in zip(actual, forward_backward(inputs, plain, grad, rotary=rotary), strict=True):
+    how: dict[str, Any] = {"rotary": rotary, "softmax_scale": 0.9}
+    actual = forward_backward(inputs, config, grad, cu_seqlens=bounds(96), **how)
+    for a, b in zip(actual, forward_backward(inputs, plain, grad, **how), strict=True):
         assert_close(a, b, "float64")
-    numbers = lighthouse_select(*inputs[:2], config, value=inputs[2], rotary=rotary, cu_seqlens=bounds(96))
-    assert torch.equal(numbers, lighthouse_select(*inputs[:2], plain, value=inputs[2], rotary=rotary))
+    numbers = lighthouse_select(*inputs[:2], config, value=inputs[2], cu_seqlens=bounds(96), **how)
+    assert torch.equal(numbers, lighthouse_select(*inputs[:2], plain, value=inputs[2], **how))
 
 
 def test_documents_that_would_not_become_fewer_rows_are_dense() -> None:

@@ -42,6 +42,8 @@ def in_plain_pytorch(monkeypatch: pytest.MonkeyPatch, segment: int, block: int) 
     monkeypatch.setattr(linear, "_flash_linear_attention", lambda: linear.plain)
 
 
+SCALE = 0.9
+"""That no D gives by itself."""
 PROBLEMS = {
     "grouped queries": Problem(96, 3, 2, 8, 4, batch=2, groups=2, queries_per_group=3, dim=8),
     "a head for each": Problem(72, 2, 3, 4, 4, groups=2, dim=5),
@@ -62,6 +64,17 @@ def test_equals_the_oracle(scorer: str, shape: str, layout: str, steps: Steps, m
         scores = SCORERS[scorer](*restride(layout, *inputs), pyramid_of(case), steps, None)
     assert scores.dtype == inputs[0].dtype
     assert_close(scores, expected, precision(steps))
+
+
+@both
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_those_that_attend_take_the_scale_of_the_softmax(scorer: str, steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_plain_pytorch(monkeypatch, segment=7, block=3)
+    case = PROBLEMS["grouped queries"]
+    inputs, how = tensors(case, precision(steps)), (pyramid_of(case), steps, None, None)
+    found = SCORERS[scorer](*inputs, *how, SCALE)
+    assert_close(found, oracle(scorer, *(x.double().cpu().numpy() for x in inputs), case, SCALE), precision(steps))
+    assert torch.equal(found, SCORERS[scorer](*inputs, *how)) != SCORERS[scorer].by_scale
 
 
 def in_ranks(size: int, function: Callable[[Exchange], Tensor]) -> list[Tensor]:
@@ -87,12 +100,14 @@ def in_ranks(size: int, function: Callable[[Exchange], Tensor]) -> list[Tensor]:
         return list(pool.map(run, range(size)))
 
 
-def of_ranks(scorer: str, size: int, case: Problem, steps: Steps, inputs: list[Tensor]) -> list[Tensor]:
+def of_ranks(
+    scorer: str, size: int, case: Problem, steps: Steps, inputs: list[Tensor], scale: float | None = None
+) -> list[Tensor]:
     """The scores of the whole sequence, level by level [2, B, G, N/p^l], put together from those of `size` ranks."""
     here = replace(pyramid_of(case), seq_length=case.seq_length // size)
 
     def score(exchange: Exchange) -> Tensor:
-        return SCORERS[scorer](*(exchange.own(x) for x in inputs), here, steps, exchange)
+        return SCORERS[scorer](*(exchange.own(x) for x in inputs), here, steps, exchange, None, scale)
 
     scores = torch.stack(in_ranks(size, score))
     exchange, levels = (
@@ -112,8 +127,8 @@ def test_scores_have_the_same_bits_on_any_number_of_ranks(
     length = 128 if scorer == "gla" else 64  # its chunks on ranks are whole segments
     case = Problem(length, 3, 2, 8, 4, batch=2, groups=2, queries_per_group=2, dim=8)
     inputs = tensors(case, precision(steps))
-    expected = SCORERS[scorer](*inputs, pyramid_of(case), steps, None)
-    found = torch.cat(of_ranks(scorer, size, case, steps, inputs), -1)
+    expected = SCORERS[scorer](*inputs, pyramid_of(case), steps, None, None, SCALE)
+    found = torch.cat(of_ranks(scorer, size, case, steps, inputs, SCALE), -1)
     if scorer == "gla" and found.is_cuda:  # cuBLAS adds up in an order that hangs on the shape
         assert_close(found, expected, "float64" if found.dtype == torch.float64 else "float32")
     else:
@@ -124,8 +139,8 @@ def test_scores_have_the_same_bits_on_any_number_of_ranks(
 def test_mass_has_the_same_bits_where_tiles_lie_in_chunks(steps: Steps) -> None:
     case = Problem(64, 3, 2, 16, 4, groups=2, queries_per_group=2, dim=8)
     inputs = tensors(case, precision(steps))
-    found = torch.cat(of_ranks("mass", 2, case, steps, inputs), -1)
-    assert torch.equal(found, SCORERS["mass"](*inputs, pyramid_of(case), steps, None))
+    found = torch.cat(of_ranks("mass", 2, case, steps, inputs, SCALE), -1)
+    assert torch.equal(found, SCORERS["mass"](*inputs, pyramid_of(case), steps, None, None, SCALE))
 
 
 def test_gla_on_chunks_that_are_not_whole_segments(monkeypatch: pytest.MonkeyPatch) -> None:

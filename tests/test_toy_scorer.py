@@ -60,7 +60,7 @@ def test_the_tests_of_scorers_take_it_up(monkeypatch: pytest.MonkeyPatch) -> Non
             else:
                 test(**given, **needs)
         ran.add(test.__name__)
-    assert len(ran) == 6
+    assert len(ran) == 7
 
 
 @pytest.mark.usefixtures("registered")

@@ -35,6 +35,7 @@ class Greatest(Scorer):
         steps: Steps,
         exchange: Exchange | None,
         rotary: Rotary | None = None,
+        scale: float | None = None,
     ) -> Tensor:
         of_query = query.unflatten(2, (key.shape[2], -1)).abs().amax((-1, -2))
         return window_maxima(torch.stack([of_query, key.abs().amax(-1)]).permute(0, 2, 3, 1), pyramid)

@@ -22,6 +22,7 @@ from megatron_lighthouse.lighthouse.rotary import Rotary
 from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.lighthouse.steps import FarTravel, HaloTravel
 from megatron_lighthouse.sequence.layout import Layout
+from megatron_lighthouse.softmax.base import scale_of
 
 
 def score(query: Tensor, key: Tensor, geometry: Pyramid) -> Tensor:
@@ -29,10 +30,11 @@ def score(query: Tensor, key: Tensor, geometry: Pyramid) -> Tensor:
     return run(score_op, compute_scores, query, key, geometry.pyramid)
 
 
-def attended_norms(query: Tensor, key: Tensor, value: Tensor, layout: Layout | None) -> Tensor:
+def attended_norms(query: Tensor, key: Tensor, value: Tensor, layout: Layout | None, scale: float | None = None) -> Tensor:
     """See `Steps.attended_norms`."""
     starts = chunk_starts(query.shape[0], layout)
-    squares = run(attended_op, compute_squares, query.detach(), key.detach(), value.detach(), starts)
+    inputs = (query.detach(), key.detach(), value.detach())
+    squares = run(attended_op, compute_squares, *inputs, starts, scale_of(query, scale))
     return group_norms(squares.unflatten(1, (key.shape[2], -1)))
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_lighthouse.kernels.launch import cdiv, enqueue, last_contiguous, padded, strides
+from megatron_lighthouse.kernels.launch import LOG2_E, cdiv, enqueue, last_contiguous, padded, strides
 from megatron_lighthouse.ranges import profiled
 
 
@@ -34,6 +34,11 @@ def blocks_of(dim: int, itemsize: int) -> Blocks:
     if itemsize == 4:
         return Blocks(32, 16, 4, 2)
     return Blocks(128, 128, 8, 3) if padded(dim) <= 128 else Blocks(64, 64, 8, 2)
+
+
+def constants_of(dim: int, scale: float, how: Blocks) -> dict[str, float]:
+    """The constants of a kernel that attends, in its order. SCALE is of exponents of 2."""
+    return {"SCALE": scale * LOG2_E, "D": dim, "BLOCK_D": padded(dim), "BLOCK_M": how.queries, "BLOCK_N": how.keys}
 
 
 @triton.jit
@@ -60,6 +65,7 @@ def attend_to(
     begin,
     end,
     keys,
+    SCALE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -67,7 +73,6 @@ def attend_to(
 ):
     """Online softmax (acc, total, best) over the keys begin..end - 1; DIAGONAL: not all rows see all of them."""
     acc, total, best = state
-    scale: tl.constexpr = 1.4426950408889634 / D**0.5  # log2(e): what follows takes powers of 2
     i_n, i_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     p_k += (begin + i_n).to(tl.int64)[:, None] * stride_k + i_d[None, :]
     p_v += (begin + i_n).to(tl.int64)[:, None] * stride_v + i_d[None, :]
@@ -76,9 +81,9 @@ def attend_to(
         logits = tl.dot(q, tl.trans(k), input_precision="ieee")
         if DIAGONAL:
             logits = tl.where(i_position[:, None] >= i_first + i_n[None, :], logits, float("-inf"))
-        higher = tl.maximum(best, tl.max(logits, 1) * scale)
+        higher = tl.maximum(best, tl.max(logits, 1) * SCALE)
         # keys that a row does not see leave all of this as it was, to the last bit
-        weights = tl.exp2(logits * scale - higher[:, None])
+        weights = tl.exp2(logits * SCALE - higher[:, None])
         shrink = tl.exp2(best - higher)
         total = total * shrink + tl.sum(weights, 1)
         v = _rows(p_v, i_first + i_n, i_d, keys, D, BLOCK_D, DIAGONAL)
@@ -115,6 +120,7 @@ def attended_kernel(
     keys,
     H,
     R,
+    SCALE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -140,16 +146,18 @@ def attended_kernel(
     acc, total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     state = (acc, total, tl.full([BLOCK_M], float("-inf"), tl.float32))
     end = tl.minimum(i_first + BLOCK_M, keys)
-    state = attend_to(state, q, p_k, p_v, strides_k[0], strides_v[0], i_position, 0, i_first, keys, D, BLOCK_D, BLOCK_N, False)
+    state = attend_to(
+        state, q, p_k, p_v, strides_k[0], strides_v[0], i_position, 0, i_first, keys, SCALE, D, BLOCK_D, BLOCK_N, False
+    )
     acc, total, _ = attend_to(
-        state, q, p_k, p_v, strides_k[0], strides_v[0], i_position, i_first, end, keys, D, BLOCK_D, BLOCK_N, True
+        state, q, p_k, p_v, strides_k[0], strides_v[0], i_position, i_first, end, keys, SCALE, D, BLOCK_D, BLOCK_N, True
     )
     acc = acc / total[:, None]
     p_squares += tl.program_id(1).to(tl.int64) * (chunks * length)
     tl.store(p_squares + i_row, tl.sum(acc * acc, 1), mask=m_row)
 
 
-def compute_squares(query: Tensor, key: Tensor, value: Tensor, starts: Sequence[int]) -> Tensor:
+def compute_squares(query: Tensor, key: Tensor, value: Tensor, starts: Sequence[int], scale: float) -> Tensor:
     """[B, H, n] fp32: the squared norms of the rows of attention, for `Steps.attended_norms`.
 
     Args:
@@ -169,7 +177,7 @@ def compute_squares(query: Tensor, key: Tensor, value: Tensor, starts: Sequence[
                 *(strides(x) for x in (query, key, value)),
                 *(starts[0], starts[-1], length, blocks, len(starts), keys, heads, heads // groups),
             ),
-            {"D": dim, "BLOCK_D": padded(dim), "BLOCK_M": how.queries, "BLOCK_N": how.keys},
+            constants_of(dim, scale, how),
             num_warps=how.warps,
             num_stages=how.stages,
         )
@@ -182,4 +190,4 @@ def _empty(query: Tensor) -> Tensor:
 
 
 attended_op = torch.library.custom_op("lighthouse::attended_squares", compute_squares, mutates_args=())
-attended_op.register_fake(lambda query, key, value, starts: _empty(query))
+attended_op.register_fake(lambda query, key, value, starts, scale: _empty(query))

@@ -14,12 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_lighthouse.kernels.launch import cdiv, enqueue, last_contiguous, padded, run, strides
-from megatron_lighthouse.kernels.lighthouse.attended import Blocks, block_of_chunk, blocks_of
+from megatron_lighthouse.kernels.launch import cdiv, enqueue, last_contiguous, run, strides
+from megatron_lighthouse.kernels.lighthouse.attended import Blocks, block_of_chunk, blocks_of, constants_of
 from megatron_lighthouse.kernels.lighthouse.mass_finer import chunks_of, finer
 from megatron_lighthouse.lighthouse.reference import chunk_starts
 from megatron_lighthouse.ranges import profiled
 from megatron_lighthouse.sequence.layout import Layout
+from megatron_lighthouse.softmax.base import scale_of
 
 __all__ = ["columns", "finer", "rows"]
 
@@ -41,6 +42,7 @@ def _over_keys(
     begin,
     end,
     keys,
+    SCALE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -48,11 +50,10 @@ def _over_keys(
 ):
     """Online softmax (total, best) over the keys begin..end - 1; DIAGONAL: some are not before all rows."""
     total, best = state
-    scale: tl.constexpr = 1.4426950408889634 / D**0.5  # log2(e): what follows takes powers of 2
     i_d = tl.arange(0, BLOCK_D)
     for i_first in range(begin, end, BLOCK_N):
         i_n = i_first + tl.arange(0, BLOCK_N)
-        logits = tl.dot(q, tl.trans(_tile(p_k, stride_k, i_n, i_d, keys, D)), input_precision="ieee") * scale
+        logits = tl.dot(q, tl.trans(_tile(p_k, stride_k, i_n, i_d, keys, D)), input_precision="ieee") * SCALE
         if DIAGONAL:
             logits = tl.where(i_position[:, None] > i_n[None, :], logits, float("-inf"))
         higher = tl.maximum(best, tl.max(logits, 1))
@@ -78,6 +79,7 @@ def rows_kernel(
     keys,
     H,
     R,
+    SCALE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -99,8 +101,8 @@ def rows_kernel(
     q = tl.load(p_q, mask=m_row[:, None] & (i_d < D)[None, :], other=0.0)
     state = (tl.zeros([BLOCK_M], tl.float32), tl.full([BLOCK_M], float("-inf"), tl.float32))
     end = tl.minimum(i_first + BLOCK_M, keys)
-    state = _over_keys(state, q, p_k, strides_k[0], i_position, 0, i_first, keys, D, BLOCK_D, BLOCK_N, False)
-    total, best = _over_keys(state, q, p_k, strides_k[0], i_position, i_first, end, keys, D, BLOCK_D, BLOCK_N, True)
+    state = _over_keys(state, q, p_k, strides_k[0], i_position, 0, i_first, keys, SCALE, D, BLOCK_D, BLOCK_N, False)
+    total, best = _over_keys(state, q, p_k, strides_k[0], i_position, i_first, end, keys, SCALE, D, BLOCK_D, BLOCK_N, True)
     i_out = tl.program_id(1).to(tl.int64) * (chunks * length) + i_row
     some = tl.where(total == 0.0, 1.0, total)  # the first row sees no key
     tl.store(p_lse + i_out, best + tl.log2(some), mask=m_row)
@@ -123,6 +125,7 @@ def columns_kernel(
     blocks,
     H,
     R,
+    SCALE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -139,7 +142,6 @@ def columns_kernel(
     G = H // R
     i_b, i_g = (tl.program_id(1) // G).to(tl.int64), (tl.program_id(1) % G).to(tl.int64)
     i_n, i_d = i_first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    scale: tl.constexpr = 1.4426950408889634 / D**0.5
     k = _tile(p_k + i_b * strides_k[1] + i_g * strides_k[2], strides_k[0], i_n, i_d, end, D)
     total = tl.zeros([BLOCK_N], tl.float32)
     for r in range(R):
@@ -147,26 +149,27 @@ def columns_kernel(
         p_head, p_row = p_q + i_b * strides_q[1] + i_h * strides_q[2], p_lse + (i_b * H + i_h) * rows
         for i_query in range(i_first, end, BLOCK_M):
             i_m = i_query + tl.arange(0, BLOCK_M)
-            logits = tl.dot(_tile(p_head, strides_q[0], i_m, i_d, end, D), tl.trans(k), input_precision="ieee") * scale
+            logits = tl.dot(_tile(p_head, strides_q[0], i_m, i_d, end, D), tl.trans(k), input_precision="ieee") * SCALE
             lse = tl.load(p_row + i_m, mask=i_m < end, other=0.0)
             seen = (i_m[:, None] > i_n[None, :]) & (i_m < end)[:, None]
             total += tl.sum(tl.exp2(tl.where(seen, logits - lse[:, None], float("-inf"))), 0)
     tl.store(p_mass + tl.program_id(1).to(tl.int64) * rows + i_n, total, mask=i_n < end)
 
 
-def rows(query: Tensor, key: Tensor, layout: Layout | None) -> tuple[Tensor, Tensor]:
+def rows(query: Tensor, key: Tensor, layout: Layout | None, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """See `mass_reference.rows`; the log-sum-exp is in powers of 2."""
-    lse, peak = run(rows_op, compute_rows, query.detach(), key.detach(), chunk_starts(query.shape[0], layout))
+    starts, scale = chunk_starts(query.shape[0], layout), scale_of(query, scale)
+    lse, peak = run(rows_op, compute_rows, query.detach(), key.detach(), starts, scale)
     return lse, peak
 
 
-def columns(query: Tensor, key: Tensor, lse: Tensor, tile: int, layout: Layout | None) -> Tensor:
+def columns(query: Tensor, key: Tensor, lse: Tensor, tile: int, layout: Layout | None, scale: float | None = None) -> Tensor:
     """See `mass_reference.columns`, with the log-sum-exp of `rows` here."""
     chunks = [*chunks_of(key.shape[0], layout, layout.size if layout else 1)]
-    return run(columns_op, compute_columns, query.detach(), key.detach(), lse, tile, chunks)
+    return run(columns_op, compute_columns, query.detach(), key.detach(), lse, tile, chunks, scale_of(query, scale))
 
 
-def compute_rows(query: Tensor, key: Tensor, starts: Sequence[int]) -> tuple[Tensor, Tensor]:
+def compute_rows(query: Tensor, key: Tensor, starts: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
     """As `rows`; `starts`: the position in the sequence of the first row of each chunk of the queries, one or two."""
     with profiled("mass"):
         query, key = last_contiguous(query), last_contiguous(key)
@@ -183,7 +186,7 @@ def compute_rows(query: Tensor, key: Tensor, starts: Sequence[int]) -> tuple[Ten
                 *(strides(x) for x in (query, key)),
                 *(starts[0], starts[-1], length, blocks, len(starts), keys, heads, heads // groups),
             ),
-            {"D": dim, "BLOCK_D": padded(dim), "BLOCK_M": how.queries, "BLOCK_N": how.keys},
+            constants_of(dim, scale, how),
             num_warps=how.warps,
             num_stages=how.stages,
         )
@@ -196,7 +199,7 @@ def column_blocks_of(dim: int, itemsize: int) -> Blocks:
     return how._replace(queries=min(64, how.keys), keys=how.queries)
 
 
-def compute_columns(query: Tensor, key: Tensor, lse: Tensor, tile: int, chunks: Sequence[int]) -> Tensor:
+def compute_columns(query: Tensor, key: Tensor, lse: Tensor, tile: int, chunks: Sequence[int], scale: float) -> Tensor:
     """As `columns`, of the keys of two chunks: where they begin, and their length."""
     with profiled("mass"):
         query, key = last_contiguous(query), last_contiguous(key)
@@ -208,7 +211,7 @@ def compute_columns(query: Tensor, key: Tensor, lse: Tensor, tile: int, chunks: 
             (cdiv(count, tile) * blocks, batch * groups, 1),
             (query, key, lse, mass),
             (*(strides(x) for x in (query, key)), *chunks, count, tile, blocks, heads, heads // groups),
-            {"D": dim, "BLOCK_D": padded(dim), "BLOCK_M": how.queries, "BLOCK_N": how.keys},
+            constants_of(dim, scale, how),
             num_warps=how.warps,
             num_stages=how.stages,
         )
@@ -226,6 +229,6 @@ def _empty_columns(key: Tensor) -> Tensor:
 
 
 rows_op = torch.library.custom_op("lighthouse::mass_rows", compute_rows, mutates_args=())
-rows_op.register_fake(lambda query, key, starts: _empty_rows(query))
+rows_op.register_fake(lambda query, key, starts, scale: _empty_rows(query))
 columns_op = torch.library.custom_op("lighthouse::mass_columns", compute_columns, mutates_args=())
-columns_op.register_fake(lambda query, key, lse, tile, chunks: _empty_columns(key))
+columns_op.register_fake(lambda query, key, lse, tile, chunks, scale: _empty_columns(key))

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_lighthouse.kernels.launch import padded
+from megatron_lighthouse.kernels.launch import LOG2_E, padded
 
 
 class Blocks(NamedTuple):
@@ -55,9 +55,6 @@ def in_bulk(*tensors: Tensor) -> bool:
 def apart(x: Tensor) -> bool:
     """Whether its rows, of 2-byte elements, lie multiples of 16 bytes apart, as that engine needs."""
     return x.element_size() == 2 and x.data_ptr() % 16 == 0 and all(n > 0 and n % 8 == 0 for n in x.stride()[:3])
-
-
-LOG2_E = 1.4426950408889634
 
 
 def constants_of(

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_lighthouse.kernels.launch import padded
-from megatron_lighthouse.kernels.parallax.tiles import LOG2_E, tile
+from megatron_lighthouse.kernels.launch import LOG2_E, padded
+from megatron_lighthouse.kernels.parallax.tiles import tile
 
 
 class Blocks(NamedTuple):

@@ -59,7 +59,8 @@ def lighthouse_attention(
         streams: what else the attention `config.around` reads, each [N, B, H, D] and rotated as the queries, unless its page
             in the docs says otherwise.
         around: options of that attention, an object of its variant's `config`; its defaults if None. Not with `attend`.
-        softmax_scale: of the inner attention; 1/sqrt(D) by default. Not with `attend`.
+        softmax_scale: of the inner attention, and of scorers that attend ('mass', 'summary' and 'dilated'); 1/sqrt(D) by
+            default. With `attend`, which scales by itself, for those scorers alone.
         rotary: what queries and keys are rotated by. With it a pooled row stands at the last token of its window, as the
             authors now have it: see `Rotary`. Without it rows are averaged as they come, which is the paper's text.
         cp_group: the context-parallel ranks among which the sequence is sharded. Each of C ranks passes its zigzag shard,
@@ -225,6 +226,7 @@ def lighthouse_select(
     config: LighthouseConfig,
     *,
     value: Tensor | None = None,
+    softmax_scale: float | None = None,
     rotary: Rotary | None = None,
     cp_group: ProcessGroup | None = None,
     cu_seqlens: Tensor | Documents | None = None,
@@ -234,6 +236,7 @@ def lighthouse_select(
     Args:
         query, key: as for `lighthouse_attention`.
         value: likewise, for the scorers that read it: all but 'norm' and 'mass'.
+        softmax_scale: likewise, for the scorers that attend by it: 'mass', 'summary' and 'dilated'.
         rotary: likewise, for the scorers that pool: 'summary' and 'mass'.
         cp_group: the context-parallel ranks among which the sequence is sharded.
         cu_seqlens: as for `lighthouse_attention`.
@@ -249,7 +252,8 @@ def lighthouse_select(
         ValueError: as `lighthouse_attention`, or a scorer that lacks the values.
         TypeError: an argument of another type.
     """
-    check_types(query=query, key=key, config=config, rotary=rotary, cp_group=cp_group, cu_seqlens=cu_seqlens)
+    check_types(query=query, key=key, config=config, softmax_scale=softmax_scale, rotary=rotary)
+    check_types(cp_group=cp_group, cu_seqlens=cu_seqlens)
     if value is None:
         if SCORERS[config.scorer].reads_values:
             raise ValueError(f"config.scorer {config.scorer} reads the values: pass `value`.")
@@ -257,7 +261,7 @@ def lighthouse_select(
     check_types(value=value)
     refuse_transforms(query, key, value)
     exchange = Exchange.over(cp_group)
-    place = Place(exchange=exchange, base_attends=True, rotary=rotary, value_dim=value.shape[-1])
+    place = Place(exchange=exchange, scale=softmax_scale, base_attends=True, rotary=rotary, value_dim=value.shape[-1])
     if cu_seqlens is not None:
         packed, documents = _packed(config, query, key, value, cu_seqlens, place)
         if isinstance(packed, ShardedPackedLayer):

@@ -10,6 +10,7 @@ from megatron_lighthouse.context_parallel.exchange import Exchange
 from megatron_lighthouse.lighthouse.around import AROUND
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.geometry import Pyramid
+from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.softmax.inputs import check
 from megatron_lighthouse.variant import Place
@@ -25,9 +26,10 @@ def check_own(
 ) -> None:
     """Raises ValueError for what is of the default inner attention beside another, and for streams that it does not read;
     TypeError for streams that are no tensors, and for options of another attention."""
-    if place.base_attends and (place.scale is not None or place.around is not None):
+    scaled = place.scale is not None and not SCORERS[config.scorer].by_scale
+    if place.base_attends and (scaled or place.around is not None):
         check(query, key, value)
-        name, own = ("around", "options") if place.scale is None else ("softmax_scale", "scale")
+        name, own = ("softmax_scale", "scale") if scaled else ("around", "options")
         raise ValueError(f"{name} belongs to the default inner attention: give `attend` its own {own} instead.")
     for x in streams:
         if not isinstance(x, Tensor):

@@ -79,6 +79,8 @@ class Layer:
     """Key/value heads that share a selection."""
     rotary: Rotary | None
     """Rotates rows on to their window's last token while they are pooled; None: rows are averaged as they come."""
+    scale: float | None
+    """Of the softmax, by which some scorers attend too; 1/sqrt(D) if None."""
 
     def attended(
         self,
@@ -124,7 +126,7 @@ class Layer:
         """The entries of this rank; and, where the ranks hold different numbers of rows, how these are dealt."""
         # no decorator, which torch.compile cannot follow on a method; and not no_grad, which costs the host twice as much
         with torch.set_grad_enabled(False):
-            scores = self.scorer(query, key, value, self.own, self.steps, self.exchange, self.rotary)
+            scores = self.scorer(query, key, value, self.own, self.steps, self.exchange, self.rotary, self.scale)
             scores = summed(scores, self.heads_per_selection)
             how, deal = (self.pin_first, self.causal), None
             if self.exchange is None:
@@ -169,4 +171,5 @@ def build(config: LighthouseConfig, query: Tensor, key: Tensor, place: Place = D
         attend=attend,
         heads_per_selection=config.heads_per_selection or 1,
         rotary=rotary,
+        scale=place.scale,
     )

@@ -20,6 +20,7 @@ from megatron_lighthouse.lighthouse.steps import FarTravel, HaloTravel
 from megatron_lighthouse.once import once_differentiable
 from megatron_lighthouse.ranges import profiled
 from megatron_lighthouse.sequence.layout import Layout
+from megatron_lighthouse.softmax.base import scaled
 from megatron_lighthouse.sums import accumulation_dtype, by_neighbours, one_by_one
 
 
@@ -67,25 +68,27 @@ QUERIES = 64
 
 @torch.no_grad()
 @profiled("attended_norms")
-def attended_norms(query: Tensor, key: Tensor, value: Tensor, layout: Layout | None) -> Tensor:
+def attended_norms(query: Tensor, key: Tensor, value: Tensor, layout: Layout | None, scale: float | None = None) -> Tensor:
     """See `Steps.attended_norms`."""
     begins = chunk_starts(query.shape[0], layout)
-    return norms_of_chunks(query.chunk(len(begins)), begins, key, value)
+    return norms_of_chunks(query.chunk(len(begins)), begins, key, value, scale)
 
 
-def norms_of_chunks(chunks: Sequence[Tensor], begins: Sequence[int], key: Tensor, value: Tensor) -> Tensor:
+def norms_of_chunks(
+    chunks: Sequence[Tensor], begins: Sequence[int], key: Tensor, value: Tensor, scale: float | None = None
+) -> Tensor:
     """`attended_norms` of queries that are runs of the sequence, each of which begins at its position.
 
     Every product has a shape that the position in the sequence settles, and so one order.
     """
-    groups, (heads, dim), query = key.shape[2], chunks[0].shape[2:], chunks[0]
+    groups, heads, query = key.shape[2], chunks[0].shape[2], chunks[0]
     kind, squares = accumulation_dtype(query), []
     keys, values = (x.permute(1, 2, 0, 3) for x in (key, value))
     for first, block, own in blocks_of(chunks, begins, QUERIES):
         position = first + torch.arange(QUERIES, device=query.device)
         k, v = (x[:, :, : first + QUERIES].to(kind) for x in (keys, values))
         q = block.to(kind).unflatten(2, (groups, -1)).permute(1, 2, 3, 0, 4).flatten(2, 3)
-        logits = (q @ k.mT / dim**0.5).unflatten(2, (-1, QUERIES))
+        logits = scaled(q @ k.mT, query, scale).unflatten(2, (-1, QUERIES))
         hidden = torch.arange(k.shape[2], device=query.device) > position.unsqueeze(-1)
         weights = logits.masked_fill_(hidden, -torch.inf).softmax(-1).flatten(2, 3)
         squares.append((weights @ v).square().sum(-1).unflatten(2, (heads // groups, QUERIES))[..., own])

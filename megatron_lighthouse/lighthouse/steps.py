@@ -47,8 +47,10 @@ class Steps(Protocol):
             s^Q, then s^K, of the entries of levels 1..L-1, in the order of the concatenated pyramid.
         """
 
-    def attended_norms(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout | None) -> Tensor:
-        """The L2 norms of the rows of causal attention, scale 1/sqrt(D): [B, G, n], fp32 (fp64 for fp64), no gradient.
+    def attended_norms(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: Layout | None, scale: float | None = None
+    ) -> Tensor:
+        """The L2 norms of the rows of causal attention: [B, G, n], fp32 (fp64 for fp64), no gradient.
 
         The same to the last bit whichever rank computes a row, for any number of ranks.
 
@@ -56,6 +58,7 @@ class Steps(Protocol):
             query: [n, B, H, D], any strides: the rows of the two chunks that `layout` gives a rank, one after the other; all
                 rows of the sequence where it is None.
             key, value: [C * n, B, G, D], any strides: the whole sequence in its order.
+            scale: of the softmax; 1/sqrt(D) if None.
 
         Returns:
             For each token the norm of its group's H/G rows of the output, taken as one vector (ours; H = G is the paper).

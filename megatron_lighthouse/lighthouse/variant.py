@@ -219,12 +219,14 @@ class Lighthouse(Variant):
         self, config: LighthouseConfig, seq_length: int, shape: Shape, layout: Layout, comm_type: str, around: Any = None
     ) -> dict[str, tuple[int, int]]:
         geometry = config.geometry(seq_length, layout.size)
-        return layer_bytes(comm_type, geometry, shape, layout, config.scorer, self.base(config), around)
+        what = (config.scorer, self.base(config), around, config.causal_selection)
+        return layer_bytes(comm_type, geometry, shape, layout, *what)
 
     def summary(
         self, config: LighthouseConfig, seq_length: int, shape: Shape, ranks: int, comm_type: str, around: Any = None
     ) -> str:
-        return summary(config.geometry(seq_length, ranks), shape, ranks, comm_type, config.scorer, self.base(config), around)
+        what = (config.scorer, self.base(config), around, config.causal_selection)
+        return summary(config.geometry(seq_length, ranks), shape, ranks, comm_type, *what)
 
 
 LIGHTHOUSE = Lighthouse()

@@ -182,6 +182,14 @@ class Parallax(Variant):
         centre = 2 * 2 * shape.batch * shape.groups * shape.dim * FLOAT64 * (layout.size - 1)
         return {"attend": (forward, backward), "centre": (centre, 0)}
 
+    def rows_sent(
+        self, config: Any, rows: int, shape: Shape, layout: Layout, comm_type: str, past_alone: bool = False
+    ) -> dict[str, tuple[int, int]]:
+        sent = self.sent(config, rows, shape, layout, comm_type)
+        if past_alone:  # then keys are not centred: see `Layer`
+            del sent["centre"]
+        return sent
+
 
 def _layer(config: ParallaxConfig, query: Tensor, key: Tensor, place: Place) -> Layer:
     from megatron_lighthouse.parallax.layer import build

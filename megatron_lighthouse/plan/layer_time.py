@@ -37,6 +37,8 @@ class Setup:
     """What attends; it takes what its `Work` says beside softmax."""
     around: Any = None
     """The config of `base`; None for its defaults."""
+    past_alone: bool = False
+    """Whether it attends to rows of a causal selection."""
 
 
 def attention_seconds(kind: str, rows: int, setup: Setup, attended: float | None = None) -> tuple[float, float]:
@@ -140,7 +142,8 @@ def _aside_seconds(geometry: Geometry, setup: Setup, scorer: str) -> tuple[float
     if ranks == 1:
         return 0.0, 0.0
     layouts = [Layout(ranks, rank) for rank in range(ranks)]
-    plans = [layer_bytes(setup.scheme, geometry, setup.layer, layout, scorer, setup.base, setup.around) for layout in layouts]
+    what = (scorer, setup.base, setup.around, setup.past_alone)
+    plans = [layer_bytes(setup.scheme, geometry, setup.layer, layout, *what) for layout in layouts]
     aside = [[sent for purpose, sent in plan.items() if purpose != "attend"] for plan in plans]
     link = setup.speed.link / setup.device.link_bytes_s(setup.span)
     return max(sum(f for f, _ in plan) for plan in aside) * link, max(sum(f + b for f, b in plan) for plan in aside) * link

@@ -90,6 +90,7 @@ def setup_of(run: Run, speed: Coefficients) -> Setup:
         span=run.spans["context parallel"],
         base=run.base,
         around=run.around,
+        past_alone=getattr(run.config, "causal_selection", False),
     )
 
 

@@ -33,6 +33,11 @@ def scale_of(query: Tensor, softmax_scale: float | None) -> float:
     return 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
 
 
+def scaled(products: Tensor, query: Tensor, scale: float | None) -> Tensor:
+    """The logits of products of queries and keys; divided, so that 1/sqrt(D) gives the bits that it always gave."""
+    return products / (1 / scale_of(query, scale))
+
+
 def batch_first(*tensors: Tensor) -> list[Tensor]:
     """[n, B, H, D] -> [B, n, H, D], or back, as views."""
     return [x.transpose(0, 1) for x in tensors]

@@ -221,7 +221,7 @@ class Wall(Variant):
         return shape.batch * (given * shape.itemsize + of_gates * wide)
 
     def rows_sent(
-        self, config: WallConfig | None, rows: int, shape: Shape, layout: Layout, comm_type: str
+        self, config: WallConfig | None, rows: int, shape: Shape, layout: Layout, comm_type: str, past_alone: bool = False
     ) -> dict[str, tuple[int, int]]:
         from megatron_lighthouse.wall.sent import sent
 

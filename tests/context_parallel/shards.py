@@ -75,7 +75,7 @@ def layer(
     out = lighthouse_attention(query, key, value, config, **how)
     grad = restride(strides, grad, grad, grad)[0]
     grads = torch.autograd.grad(out, (query, key, value), grad, materialize_grads=True)
-    entries = lighthouse_select(query, key, config, value=value, rotary=rotary, cp_group=group)
+    entries = lighthouse_select(query, key, config, value=value, softmax_scale=scale, rotary=rotary, cp_group=group)
     return [out.detach(), *grads, entries.movedim(-1, 0)]
 
 

@@ -48,7 +48,7 @@ def layer(
     size, rank = (1, 0) if group is None else (group.size(), group.rank())
     rows = documents.rows_of_rank(Layout(size, rank))
     leaves = [x[rows].requires_grad_() for x in inputs[:3]]
-    how: dict[str, Any] = {"cu_seqlens": documents, "rotary": rotary, "cp_group": group}
+    how: dict[str, Any] = {"cu_seqlens": documents, "softmax_scale": 0.9, "rotary": rotary, "cp_group": group}
     out = lighthouse_attention(*leaves, config, cp_comm_type=comm_type, **how)
     grads = torch.autograd.grad(out, leaves, inputs[3][rows])
     chosen = lighthouse_select(leaves[0], leaves[1], config, value=leaves[2], **how)

@@ -52,10 +52,10 @@ def lighthouse_layers(model: Any) -> list[int]:
     return [number for number, core in cores.items() if isinstance(core, VariantMixin)]
 
 
-def core_attention(**changes: Any) -> Any:
+def core_attention(settings: LighthouseSettings = SETTINGS, **changes: Any) -> Any:
     from megatron_lighthouse.mcore.attention.layer_specs import with_lighthouse
 
-    model = gpt(with_lighthouse(local_spec(), SETTINGS), transformer_config(**changes))
+    model = gpt(with_lighthouse(local_spec(), settings), transformer_config(**changes))
     return model.decoder.layers[1].self_attention.core_attention
 
 
@@ -133,13 +133,37 @@ def test_a_layer_computes_lighthouse_attention(batch: int) -> None:
         assert_close(found.grad, wanted.grad, "float32")
 
 
-def test_a_layer_takes_the_models_scale() -> None:
+@pytest.mark.parametrize("scorer", ["norm", "mass"])
+def test_a_layer_takes_the_models_scale(scorer: str) -> None:
     from megatron.core.transformer.enums import AttnMaskType
 
-    layer, inputs = core_attention(softmax_scale=0.9), fused_qkv(1, torch.float32)
+    settings = replace(SETTINGS, config=SETTINGS.config.replace(scorer=scorer))
+    layer, inputs = core_attention(settings, softmax_scale=0.9), fused_qkv(1, torch.float32)
     out = layer(*inputs, None, attn_mask_type=AttnMaskType.causal)
-    assert_close(out, lighthouse_attention(*inputs, SETTINGS.config, softmax_scale=0.9).flatten(2), "float32")
-    assert not torch.allclose(out, lighthouse_attention(*inputs, SETTINGS.config).flatten(2), atol=1e-3)
+    assert_close(out, lighthouse_attention(*inputs, settings.config, softmax_scale=0.9).flatten(2), "float32")
+    assert not torch.allclose(out, lighthouse_attention(*inputs, settings.config).flatten(2), atol=1e-3)
+
+
+def test_scores_have_the_models_scale_where_the_spec_s_attention_attends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Transformer Engine's does: it has got the scale itself. muP's, by the width of heads."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from megatron_lighthouse.lighthouse.variant import Lighthouse
+
+    settings = replace(SETTINGS, config=SETTINGS.config.replace(scorer="mass"))
+    monkeypatch.setattr(Lighthouse, "base_attends", lambda *_: True)
+    layer, inputs = core_attention(settings, use_mup=True, mup_base_hidden_size=32), fused_qkv(1, torch.float32)
+    assert layer.place.base_attends
+    assert layer.place.scale == layer.softmax_scale == 1 / 8
+    rows: list[Tensor] = []
+    forward = DotProductAttention.forward
+    monkeypatch.setattr(
+        DotProductAttention, "forward", lambda self, q, *given, **named: rows.append(q) or forward(self, q, *given, **named)
+    )
+    out = layer(*inputs, None, attn_mask_type=AttnMaskType.causal)
+    assert len(rows) == 1
+    assert_close(out, lighthouse_attention(*inputs, settings.config, softmax_scale=1 / 8).flatten(2), "float32")
 
 
 def test_the_attention_of_evaluations_takes_the_models_scale() -> None:

@@ -126,7 +126,11 @@ def sent_by(group: dist.ProcessGroup, config: LighthouseConfig, comm_type: str) 
 
 
 @pytest.mark.parametrize("comm_type", ["p2p", "a2a"])
-@pytest.mark.parametrize("config", [ALONE, DEAL], ids=["ranks select alone", "one tile"])
+@pytest.mark.parametrize(
+    "config",
+    [ALONE, DEAL, ALONE.replace(causal_selection=True)],
+    ids=["ranks select alone", "one tile", "causal, whose keys are not centred"],
+)
 def test_ranks_send_what_was_counted(config: LighthouseConfig, comm_type: str) -> None:
     for rank, ways in enumerate(run_ranks(4, sent_by, config, comm_type)):
         plan = LIGHTHOUSE.sent(config, TOKENS, Shape(BATCH, HEADS, GROUPS, DIM, 4), Layout(4, rank), comm_type)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import DEVICES
 from megatron_lighthouse.plan.run import RECOMPUTE, Run, recipes, run_of
 
+ROOT = Path(__file__).parents[2]
 SPEED = coefficients()
 ALONE = SPEED.without_host()
 STEPS = [p for p in calibration.points() if (p.kind, p.direction) == ("run", "seconds")]
@@ -116,6 +118,18 @@ def test_under_graphs_nothing_waits_for_the_host() -> None:
         assert report.host_lines(run, SPEED).startswith("host: the GPU does not wait for it within CUDA graphs")
 
 
+def test_what_graphs_hold_is_said_as_it_was_measured() -> None:
+    (graphed, *_) = (calibration.measured_run(p) for p in H200 if "graphs" in p.what)
+    assert "CUDA graphs hold more, which is not counted: 8% of all" in report.memory_table(graphed)
+    assert "graphs" not in report.memory_table(graphed.change(options={}))
+    with (ROOT / "benchmarks/results/training_step/h200_graphs/steps.csv").open() as file:
+        found = [row for row in csv.DictReader(file) if row["graphs"].startswith("full_iteration")]
+    assert len(found) == 4
+    for row in found:
+        more = float(row["held GiB with graphs"]) / float(row["held GiB"]) - 1
+        assert more == pytest.approx(report.GRAPHS_HOLD, abs=0.005)
+
+
 def test_no_other_fit_is_better() -> None:
     """The fit goes by slopes; a grid around it and far from it finds no less error."""
 
@@ -158,7 +172,7 @@ def test_ranking_is_by_the_whole_step() -> None:
 
 def test_the_docs_say_what_h200s_say() -> None:
     """The host's numbers, and the rows of errors, in docs/plan.md."""
-    page = (Path(__file__).parents[2] / "docs/plan.md").read_text()
+    page = (ROOT / "docs/plan.md").read_text()
     of = {name: f"{1e3 * seconds:.1f}" for name, seconds in SPEED.h200_host.items()}
     assert f"{of['lighthouse', '']} ms on one GPU |\n" in page
     assert f"| {of['lighthouse', 'p2p']} ms, a dense layer {of['dense', 'p2p']} |" in page

@@ -178,9 +178,10 @@ def test_nothing_to_attend_to_is_refused() -> None:
             wall_attention(query, query, value, query)
 
 
-def test_a_scale_that_is_not_finite_is_refused() -> None:
-    with pytest.raises(ValueError, match="softmax_scale nan must be finite"):
-        wall_attention(*(torch.zeros(x) for x in (Q, K, V, Q)), softmax_scale=torch.nan)
+@pytest.mark.parametrize("scale", [torch.nan, torch.inf, 0, -0.5])
+def test_a_scale_that_is_not_above_0_and_finite_is_refused(scale: float) -> None:
+    with pytest.raises(ValueError, match=f"softmax_scale {scale} must be above 0 and finite"):
+        wall_attention(*(torch.zeros(x) for x in (Q, K, V, Q)), softmax_scale=scale)
 
 
 @pytest.mark.parametrize("bad", [1e-3, torch.nan])

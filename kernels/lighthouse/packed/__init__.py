@@ -29,9 +29,16 @@ def score(query: Tensor, key: Tensor, packing: Packing) -> Tensor:
     return compute_packed_scores(query.detach(), key.detach(), packing)
 
 
-def attended_norms(query: Tensor, key: Tensor, value: Tensor, documents: Documents, runs: Runs | None = None) -> Tensor:
+def attended_norms(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Documents,
+    runs: Runs | None = None,
+    scale: float | None = None,
+) -> Tensor:
     """See `PackedSteps.attended_norms`."""
-    squares = compute_packed_squares(query.detach(), key.detach(), value.detach(), documents, runs)
+    squares = compute_packed_squares(query.detach(), key.detach(), value.detach(), documents, runs, scale)
     return group_norms(squares.unflatten(1, (key.shape[2], -1)))
 
 

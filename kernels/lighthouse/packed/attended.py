@@ -11,11 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_lighthouse.gpu import capability_of
-from megatron_lighthouse.kernels.launch import cdiv, enqueue, last_contiguous, padded, strides
-from megatron_lighthouse.kernels.lighthouse.attended import Blocks, attend_to, blocks_of
+from megatron_lighthouse.kernels.launch import cdiv, enqueue, last_contiguous, strides
+from megatron_lighthouse.kernels.lighthouse.attended import Blocks, attend_to, blocks_of, constants_of
 from megatron_lighthouse.lighthouse.packed.steps import Runs, runs_of
 from megatron_lighthouse.ranges import profiled
 from megatron_lighthouse.sequence.documents import Documents
+from megatron_lighthouse.softmax.base import scale_of
 
 
 @triton.jit(repr=lambda _: "lighthouse_packed_attended", do_not_specialize=["rows"])
@@ -32,6 +33,7 @@ def packed_attended_kernel(
     H,
     R,
     rows,
+    SCALE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -54,14 +56,23 @@ def packed_attended_kernel(
     state = (acc, total, tl.full([BLOCK_M], float("-inf"), tl.float32))
     end = tl.minimum(i_first + BLOCK_M, keys)
     stride_k, stride_v = strides_k[0], strides_v[0]
-    state = attend_to(state, q, p_k, p_v, stride_k, stride_v, i_position, 0, i_first, keys, D, BLOCK_D, BLOCK_N, False)
-    acc, total, _ = attend_to(state, q, p_k, p_v, stride_k, stride_v, i_position, i_first, end, keys, D, BLOCK_D, BLOCK_N, True)
+    state = attend_to(state, q, p_k, p_v, stride_k, stride_v, i_position, 0, i_first, keys, SCALE, D, BLOCK_D, BLOCK_N, False)
+    acc, total, _ = attend_to(
+        state, q, p_k, p_v, stride_k, stride_v, i_position, i_first, end, keys, SCALE, D, BLOCK_D, BLOCK_N, True
+    )
     acc = acc / total[:, None]
     p_squares += tl.program_id(1).to(tl.int64) * rows + start
     tl.store(p_squares + i_position, tl.sum(acc * acc, 1), mask=i_position < keys)
 
 
-def compute_packed_squares(query: Tensor, key: Tensor, value: Tensor, documents: Documents, runs: Runs | None = None) -> Tensor:
+def compute_packed_squares(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Documents,
+    runs: Runs | None = None,
+    scale: float | None = None,
+) -> Tensor:
     """[B, H, n] fp32: the squared norms of the rows of attention, for `PackedSteps.attended_norms`."""
     with profiled("attended_norms"):
         query, key, value = (last_contiguous(x) for x in (query, key, value))
@@ -74,7 +85,7 @@ def compute_packed_squares(query: Tensor, key: Tensor, value: Tensor, documents:
             (len(blocks), batch * heads, 1),
             (query, key, value, squares, blocks, documents.cu_seqlens),
             (strides(query), strides(key), strides(value), heads, heads // groups, rows),
-            {"D": dim, "BLOCK_D": padded(dim), "BLOCK_M": how.queries, "BLOCK_N": how.keys},
+            constants_of(dim, scale_of(query, scale), how),
             num_warps=how.warps,
             num_stages=stages_on(capability_of(query.device), how),
         )

@@ -64,6 +64,8 @@ class PackedLayer:
     """The inner attention, of rows, documents and the rows of streams; None where every call brings its own."""
     rotary: Rotary | None
     """Rotates rows on to their window's last token while they are pooled; None: rows are averaged as they come."""
+    scale: float | None
+    """Of the softmax, by which some scorers attend too; 1/sqrt(D) if None."""
 
     def attended(
         self,
@@ -97,7 +99,7 @@ class PackedLayer:
             places = torch.arange(packing.seq_length, dtype=torch.int32, device=query.device)
             return Selection(packing, places.expand(1, key.shape[2], -1), packing.seq_length)
         with torch.no_grad():
-            scores = self.scorer.packed(query, key, value, packing, self.steps, self.rotary)
+            scores = self.scorer.packed(query, key, value, packing, self.steps, self.rotary, self.scale)
             selection = self.steps.select(scores, packing, self.pin_first)
             telemetry.record(selection, scores, packing, self.pin_first, False, self.steps, self.scorer.causal)
             return selection
@@ -132,7 +134,7 @@ def build_packed(
     if exchange is None:
         if not place.base_attends:
             attend = base.build_document_rows(config.inner, query, key, place)
-        return PackedLayer(rule, config.pin_first, steps, scorer, base.gather, attend, rotary)
+        return PackedLayer(rule, config.pin_first, steps, scorer, base.gather, attend, rotary, place.scale)
     if not base.native:
         raise ValueError(
             f"cu_seqlens over context-parallel ranks is not done with config.around {config.around}: use config.around "
@@ -141,4 +143,4 @@ def build_packed(
     if not place.base_attends:
         how = (config.inner, query, key, exchange, place.comm_type, place.scale)
         attend = sharded_documents_attention(*how, value_dim=value_dim, sinks=place.sinks)
-    return ShardedPackedLayer(rule, config.pin_first, steps, scorer, attend, rotary, exchange)
+    return ShardedPackedLayer(rule, config.pin_first, steps, scorer, attend, rotary, place.scale, exchange)

@@ -35,7 +35,14 @@ def score(query: Tensor, key: Tensor, packing: Packing) -> Tensor:
 
 
 @torch.no_grad()
-def attended_norms(query: Tensor, key: Tensor, value: Tensor, documents: Documents, runs: Runs | None = None) -> Tensor:
+def attended_norms(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Documents,
+    runs: Runs | None = None,
+    scale: float | None = None,
+) -> Tensor:
     """See `PackedSteps.attended_norms`."""
     kind, starts = accumulation_dtype(query), [0, *accumulate(documents.lengths)]
     norms = torch.zeros((query.shape[1], key.shape[2], len(query)), dtype=kind, device=query.device)
@@ -43,7 +50,7 @@ def attended_norms(query: Tensor, key: Tensor, value: Tensor, documents: Documen
         if first < end:
             start, rows = starts[i], slice(starts[i] + first, starts[i] + end)
             k, v = key[start : start + documents.lengths[i]], value[start : start + documents.lengths[i]]
-            norms[..., rows] = alone.norms_of_chunks([query[rows]], [first], k, v)
+            norms[..., rows] = alone.norms_of_chunks([query[rows]], [first], k, v, scale)
     return norms
 
 

@@ -66,6 +66,7 @@ class ShardedPackedLayer:
     attend: Callable[..., Tensor] | None
     """The inner attention over the rows of all ranks; None where every call brings its own."""
     rotary: Rotary | None
+    scale: float | None
     exchange: Exchange
 
     def attended(
@@ -113,7 +114,7 @@ class ShardedPackedLayer:
     def _chosen(self, query: Tensor, key: Tensor, value: Tensor, shares: Shares) -> Selection:
         """The entries of all documents, the same on all ranks."""
         with torch.no_grad():
-            scores = self.scorer.shared(query, key, value, shares, self.steps, self.exchange, self.rotary)
+            scores = self.scorer.shared(query, key, value, shares, self.steps, self.exchange, self.rotary, self.scale)
             selection = self.steps.select(scores, shares.packing, self.pin_first)
             telemetry.record(selection, scores, shares.packing, self.pin_first, False, self.steps, self.scorer.causal)
             return selection

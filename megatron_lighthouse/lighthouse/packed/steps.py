@@ -32,7 +32,13 @@ class PackedSteps(Protocol):
         """[2, 1, G, coarse length]: see `Steps.score`."""
 
     def attended_norms(
-        self, query: Tensor, key: Tensor, value: Tensor, documents: Documents, runs: Runs | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        documents: Documents,
+        runs: Runs | None = None,
+        scale: float | None = None,
     ) -> Tensor:
         """[B, G, n]: see `Steps.attended_norms`. No row of [n, B, ·, D] sees those of another document.
 

@@ -35,6 +35,8 @@ class Scorer(ABC):
     """How its time grows with N tokens; F = p^(L-1) are a coarsest window."""
     unit: int = 1
     """Tokens that a chunk must be a multiple of, in addition to what the pyramid asks for."""
+    by_scale: bool = False
+    """Whether it attends by the scale of the layer's softmax."""
     causal: bool = True
     """Whether an entry's scores depend on no token after its last; else on those up to the end of its tile."""
     shares: bool = False
@@ -52,6 +54,7 @@ class Scorer(ABC):
         steps: Steps,
         exchange: Exchange | None,
         rotary: Rotary | None = None,
+        scale: float | None = None,
     ) -> Tensor:
         """The scores of the entries of levels 1..L-1, in the order of the concatenated pyramid. Called without gradients.
 
@@ -60,13 +63,21 @@ class Scorer(ABC):
             pyramid: of these tokens; `pyramid.tile` is what is selected from at a time.
             exchange: connects the ranks; None where there is one.
             rotary: by which pooled rows are turned on to their window's last token; tokens come rotated already.
+            scale: of the layer's softmax, for those that attend by it; 1/sqrt(D) if None.
 
         Returns:
             s^Q, then s^K: [2, B, G, coarse length], fp32 (fp64 for fp64). They do not depend on how many ranks there are.
         """
 
     def packed(
-        self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, steps: PackedSteps, rotary: Rotary | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        packing: Packing,
+        steps: PackedSteps,
+        rotary: Rotary | None = None,
+        scale: float | None = None,
     ) -> Tensor:
         """The same of a row of documents, each with the scores that its windows have alone: one after the other, unless a
         scorer does all at once.
@@ -82,7 +93,7 @@ class Scorer(ABC):
             if windows:
                 pyramid = Tiled(windows * packing.rule.window, *shape)
                 tokens = slice(start, start + pyramid.seq_length)
-                scores = self(query[tokens], key[tokens], value[tokens], pyramid, steps.alone, None, rotary)
+                scores = self(query[tokens], key[tokens], value[tokens], pyramid, steps.alone, None, rotary, scale)
                 sizes = [pyramid.entries(level) for level in range(1, packing.levels)]
                 for level, part in zip(levels, scores.split(sizes, -1), strict=True):
                     level.append(part)
@@ -97,6 +108,7 @@ class Scorer(ABC):
         steps: PackedSteps,
         exchange: Exchange,
         rotary: Rotary | None = None,
+        scale: float | None = None,
     ) -> Tensor:
         """The same of a row whose tokens lie on several ranks, on all of them: here each scores all tokens, unless a scorer
         shares the work.
@@ -105,7 +117,7 @@ class Scorer(ABC):
             query: [tokens of the pieces, 1, H, D], of which this rank has those of its windows; key, value: likewise, G.
         """
         whole = [shares.whole_tokens(x, exchange, "scorer") for x in (query, key, value)]
-        return self.packed(whole[0], whole[1], whole[2], shares.packing, steps, rotary)
+        return self.packed(whole[0], whole[1], whole[2], shares.packing, steps, rotary, scale)
 
     def packed_problem(self, window: int) -> str | None:
         """Why it cannot rank documents whose coarsest windows have so many tokens; None where it can."""

@@ -17,18 +17,21 @@ if TYPE_CHECKING:
     from megatron_lighthouse.sequence.documents import Documents
 
 
-def attended_both_ways(query: Tensor, key: Tensor, value: Tensor, steps: Steps, exchange: Exchange | None) -> Tensor:
+def attended_both_ways(
+    query: Tensor, key: Tensor, value: Tensor, steps: Steps, exchange: Exchange | None, scale: float | None
+) -> Tensor:
     """The norms of causal attention on (Q, K, V) and on (K, Q, V): [2, B, G, n] for [n, B, H, D] and twice [n, B, G, D].
 
-    Source: the paper's "dilated" scorer, for H = G. Grouped queries (ours): a token's first norm is that of its group's H/G
-    rows taken as one vector, and in the second the mean of the group's queries stands for them.
+    Source: the paper's "dilated" scorer, for H = G. Ours: the scale is the layer's softmax's; of grouped queries a token's
+    first norm is that of its group's H/G rows taken as one vector, and in the second the mean of these queries stands for them.
     """
     import torch
 
     layout = None if exchange is None else exchange.layout
     values = whole(value, exchange)
-    by_query = steps.attended_norms(query, whole(key, exchange), values, layout)
-    by_key = steps.attended_norms(key, whole(group_mean(query, key.shape[2]), exchange), values, layout)
+    by_query = steps.attended_norms(query, whole(key, exchange), values, layout, scale)
+    mean = whole(group_mean(query, key.shape[2]), exchange)
+    by_key = steps.attended_norms(key, mean, values, layout, scale)
     return torch.stack([by_query, by_key])
 
 
@@ -37,16 +40,26 @@ def whole(x: Tensor, exchange: Exchange | None) -> Tensor:
     return x if exchange is None else exchange.whole(x, "scorer")
 
 
-def packed_both_ways(query: Tensor, key: Tensor, value: Tensor, steps: PackedSteps, documents: Documents) -> Tensor:
+def packed_both_ways(
+    query: Tensor, key: Tensor, value: Tensor, steps: PackedSteps, documents: Documents, scale: float | None
+) -> Tensor:
     """The same of rows that are documents, end to end."""
     import torch
 
-    by_query = steps.attended_norms(query, key, value, documents)
-    return torch.stack([by_query, steps.attended_norms(key, group_mean(query, key.shape[2]), value, documents)])
+    by_query = steps.attended_norms(query, key, value, documents, scale=scale)
+    by_key = steps.attended_norms(key, group_mean(query, key.shape[2]), value, documents, scale=scale)
+    return torch.stack([by_query, by_key])
 
 
 def shared_both_ways(
-    query: Tensor, key: Tensor, value: Tensor, steps: PackedSteps, shares: Shares, unit: int, exchange: Exchange
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    steps: PackedSteps,
+    shares: Shares,
+    unit: int,
+    exchange: Exchange,
+    scale: float | None,
 ) -> Tensor:
     """The same of the windows that this rank owns, a row for every `unit` of their tokens: [2, B, G, own rows]."""
     import torch
@@ -60,7 +73,7 @@ def shared_both_ways(
     def norms(queries: Tensor, keys: Tensor) -> Tensor:
         in_row = queries.new_zeros(documents.tokens, *queries.shape[1:])
         in_row[index] = queries
-        return steps.attended_norms(in_row, keys, values, documents, own)[..., index]
+        return steps.attended_norms(in_row, keys, values, documents, own, scale)[..., index]
 
     values = whole(value)
     by_query = norms(query, whole(key))

@@ -40,6 +40,7 @@ class Dilated(Scorer):
     by_length: bool = False
     grows: str = f"N²/{DELTA}"
     unit: int = DELTA
+    by_scale: bool = True
     shares: bool = True
 
     def __call__(
@@ -51,22 +52,30 @@ class Dilated(Scorer):
         steps: Steps,
         exchange: Exchange | None,
         rotary: Rotary | None = None,
+        scale: float | None = None,
     ) -> Tensor:
         from megatron_lighthouse.lighthouse.reference import window_maxima
 
         self.check_length(query.shape[0], exchange)
-        norms = attended_both_ways(streams(query), streams(key), streams(value), steps, exchange)
+        norms = attended_both_ways(streams(query), streams(key), streams(value), steps, exchange, scale)
         return window_maxima(tokens(norms), pyramid)
 
     def packed(
-        self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, steps: PackedSteps, rotary: Rotary | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        packing: Packing,
+        steps: PackedSteps,
+        rotary: Rotary | None = None,
+        scale: float | None = None,
     ) -> Tensor:
         from megatron_lighthouse.lighthouse.packed.maps import Maps
         from megatron_lighthouse.lighthouse.reference import window_maxima
 
         inside = Maps.of(packing).inside
         q, k, v = (streams(x[inside]) for x in (query, key, value))
-        norms = packed_both_ways(q, k, v, steps, packing.compact_documents(DELTA))
+        norms = packed_both_ways(q, k, v, steps, packing.compact_documents(DELTA), scale)
         return window_maxima(tokens(norms), packing.compact)
 
     def shared(
@@ -78,11 +87,12 @@ class Dilated(Scorer):
         steps: PackedSteps,
         exchange: Exchange,
         rotary: Rotary | None = None,
+        scale: float | None = None,
     ) -> Tensor:
         from megatron_lighthouse.lighthouse.reference import window_maxima
 
         q, k, v = (streams(x[shares.own_inside]) for x in (query, key, value))
-        norms = shared_both_ways(q, k, v, steps, shares, DELTA, exchange)
+        norms = shared_both_ways(q, k, v, steps, shares, DELTA, exchange, scale)
         pyramid = Pyramid(len(shares.own_inside), *shares.packing.pyramid[1:])
         return shares.whole_scores(window_maxima(tokens(norms), pyramid), exchange)
 

@@ -54,6 +54,7 @@ class Gla(Scorer):
         steps: Steps,
         exchange: Exchange | None,
         rotary: Rotary | None = None,
+        scale: float | None = None,
     ) -> Tensor:
         from megatron_lighthouse.lighthouse.scorers import linear
 

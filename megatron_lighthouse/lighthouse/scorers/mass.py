@@ -35,6 +35,7 @@ class Mass(Scorer):
     reads_values: bool = False
     by_length: bool = False
     grows: str = "(N/F)²"
+    by_scale: bool = True
     causal: bool = False
 
     def __call__(
@@ -46,6 +47,7 @@ class Mass(Scorer):
         steps: Steps,
         exchange: Exchange | None,
         rotary: Rotary | None = None,
+        scale: float | None = None,
     ) -> Tensor:
         import torch
 
@@ -54,12 +56,12 @@ class Mass(Scorer):
         run, layout, groups = implementation(steps), None if exchange is None else exchange.layout, key.shape[2]
         pooled, rows_k, _ = coarsest(query, key, key, pyramid, steps, rotary)
         rows_q, keys, alone = pooled, whole(rows_k, exchange), is_local(pyramid, exchange)
-        lse, peak = run.rows(rows_q, keys, layout)
+        lse, peak = run.rows(rows_q, keys, layout, scale)
         if alone:
             keys, layout = rows_k, None
         else:
             rows_q, lse = whole(rows_q, exchange), whole(lse.movedim(-1, 0), exchange).movedim(0, -1).contiguous()
-        by_key = run.columns(rows_q, keys, lse, pyramid.tile, layout)
+        by_key = run.columns(rows_q, keys, lse, pyramid.tile, layout, scale)
         if exchange is not None and not alone:
             by_key = exchange.own(by_key.movedim(-1, 0)).movedim(0, -1)
         top = torch.stack([one_by_one(peak.unflatten(1, (groups, -1)), 2), by_key])

@@ -12,6 +12,7 @@ from megatron_lighthouse.lighthouse.geometry import Pyramid
 from megatron_lighthouse.lighthouse.reference import blocks_of, chunk_starts, window_maxima
 from megatron_lighthouse.ranges import profiled
 from megatron_lighthouse.sequence.layout import Layout
+from megatron_lighthouse.softmax.base import scaled
 from megatron_lighthouse.sums import accumulation_dtype, by_neighbours, one_by_one
 
 BLOCK = 64
@@ -20,23 +21,24 @@ BLOCK = 64
 
 @torch.no_grad()
 @profiled("mass")
-def rows(query: Tensor, key: Tensor, layout: Layout | None) -> tuple[Tensor, Tensor]:
-    """The log-sum-exp of each row's logits over the keys before its own, scale 1/sqrt(D), and its greatest weight.
+def rows(query: Tensor, key: Tensor, layout: Layout | None, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """The log-sum-exp of each row's logits over the keys before its own, and its greatest weight.
 
     Args:
         query: [n, B, H, D], the rows of the two chunks that `layout` gives a rank; all of the sequence where it is None.
         key: [C * n, B, G, D], the whole sequence in its order.
+        scale: of the softmax; 1/sqrt(D) if None.
 
     Returns:
         Both [B, H, n], fp32 (fp64 for fp64): the first row sees no key, and has minus infinity and 0.
     """
-    groups, dim, found = key.shape[2], key.shape[3], []
+    groups, found = key.shape[2], []
     kind, keys, begins = accumulation_dtype(query), key.permute(1, 2, 0, 3), chunk_starts(query.shape[0], layout)
     for first, block, own in blocks_of(query.chunk(len(begins)), begins, BLOCK):
         position = first + torch.arange(BLOCK, device=query.device)
         k = keys[:, :, : first + BLOCK].to(kind)
         q = block.to(kind).unflatten(2, (groups, -1)).permute(1, 2, 3, 0, 4).flatten(2, 3)
-        logits = (q @ k.mT / dim**0.5).unflatten(2, (-1, BLOCK))
+        logits = scaled(q @ k.mT, query, scale).unflatten(2, (-1, BLOCK))
         hidden = torch.arange(k.shape[2], device=query.device) >= position.unsqueeze(-1)
         logits = logits.masked_fill_(hidden, -torch.inf)
         lse = logits.logsumexp(-1)
@@ -48,14 +50,15 @@ def rows(query: Tensor, key: Tensor, layout: Layout | None) -> tuple[Tensor, Ten
 
 @torch.no_grad()
 @profiled("mass")
-def columns(query: Tensor, key: Tensor, lse: Tensor, tile: int, layout: Layout | None) -> Tensor:
+def columns(query: Tensor, key: Tensor, lse: Tensor, tile: int, layout: Layout | None, scale: float | None = None) -> Tensor:
     """How much weight each key gets from the later queries of its tile: [B, G, n], added up over a group's heads.
 
     Args:
         query: [n, B, H, D]; key: [n, B, G, D]; lse: [B, H, n], as `rows` gives it: all in tiles of `tile` rows from the first.
         layout: the rank whose keys are wanted, where not all are: other columns may hold anything.
+        scale: as of `rows`.
     """
-    (n, _, groups, dim), kind = key.shape, accumulation_dtype(query)
+    (n, _, groups, _), kind = key.shape, accumulation_dtype(query)
     out = lse.new_zeros(*key.shape[1:3], n)
     for begin in range(0, n, tile):
         end = min(begin + tile, n)
@@ -64,7 +67,7 @@ def columns(query: Tensor, key: Tensor, lse: Tensor, tile: int, layout: Layout |
             k = _block(key, first, end).to(kind).permute(1, 2, 3, 0)
             for start in range(first, end, BLOCK):
                 q = _block(query, start, end).to(kind).unflatten(2, (groups, -1)).permute(1, 2, 3, 0, 4)
-                logits = (q.flatten(2, 3) @ k / dim**0.5).unflatten(2, (-1, BLOCK))
+                logits = scaled(q.flatten(2, 3) @ k, query, scale).unflatten(2, (-1, BLOCK))
                 least = _block(lse.movedim(-1, 0), start, end).movedim(0, -1).unflatten(1, (groups, -1))
                 row, column = (x + torch.arange(BLOCK, device=key.device) for x in (start, first))
                 seen = (row.unsqueeze(-1) > column) & (row < end).unsqueeze(-1)

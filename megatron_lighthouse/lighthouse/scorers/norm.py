@@ -38,11 +38,19 @@ class Norm(Scorer):
         steps: Steps,
         exchange: Exchange | None,
         rotary: Rotary | None = None,
+        scale: float | None = None,
     ) -> Tensor:
         return steps.score(query, key, pyramid)
 
     def packed(
-        self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, steps: PackedSteps, rotary: Rotary | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        packing: Packing,
+        steps: PackedSteps,
+        rotary: Rotary | None = None,
+        scale: float | None = None,
     ) -> Tensor:
         return steps.score(query, key, packing)
 
@@ -55,6 +63,7 @@ class Norm(Scorer):
         steps: PackedSteps,
         exchange: Exchange,
         rotary: Rotary | None = None,
+        scale: float | None = None,
     ) -> Tensor:
         return shares.whole_scores(shares.own_scores(steps.score(query, key, shares.pieces)), exchange)
 

@@ -38,6 +38,7 @@ class Summary(Scorer):
     reads_values: bool = True
     by_length: bool = True
     grows: str = "(N/F)²"
+    by_scale: bool = True
     shares: bool = True
 
     def __call__(
@@ -49,21 +50,29 @@ class Summary(Scorer):
         steps: Steps,
         exchange: Exchange | None,
         rotary: Rotary | None = None,
+        scale: float | None = None,
     ) -> Tensor:
         import torch
 
         q, k, v = coarsest(query, key, value, pyramid, steps, rotary)
-        top = attended_both_ways(q, k, v, steps, exchange)
+        top = attended_both_ways(q, k, v, steps, exchange, scale)
         finer = steps.score(query, key, pyramid)[..., : -top.shape[-1]]
         return torch.cat([finer, top], -1)
 
     def packed(
-        self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, steps: PackedSteps, rotary: Rotary | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        packing: Packing,
+        steps: PackedSteps,
+        rotary: Rotary | None = None,
+        scale: float | None = None,
     ) -> Tensor:
         import torch
 
         q, k, v = coarsest(query, key, value, packing, steps, rotary)
-        top = packed_both_ways(q, k, v, steps, packing.compact_documents(packing.rule.window))
+        top = packed_both_ways(q, k, v, steps, packing.compact_documents(packing.rule.window), scale)
         return torch.cat([steps.score(query, key, packing)[..., : -top.shape[-1]], top], -1)
 
     def shared(
@@ -75,11 +84,12 @@ class Summary(Scorer):
         steps: PackedSteps,
         exchange: Exchange,
         rotary: Rotary | None = None,
+        scale: float | None = None,
     ) -> Tensor:
         import torch
 
         q, k, v = (x[shares.own_windows] for x in coarsest(query, key, value, shares.pieces, steps, rotary))
-        top = shared_both_ways(q, k, v, steps, shares, shares.window, exchange)
+        top = shared_both_ways(q, k, v, steps, shares, shares.window, exchange, scale)
         finer = shares.own_scores(steps.score(query, key, shares.pieces))[..., : -len(q) or None]
         return shares.whole_scores(torch.cat([finer, top], -1), exchange)
 

@@ -44,17 +44,18 @@ def layer_bytes(
     scorer: str = "norm",
     base: Variant | None = None,
     around: Any = None,
+    past_alone: bool = False,
 ) -> dict[str, tuple[int, int]]:
     """(forward, backward) bytes that a rank sends in one Lighthouse layer, by purpose; `base` attends to the rows, or softmax.
 
-    `around` is the config of that, None for its defaults.
+    `around` is the config of that, None for its defaults; `past_alone`: the selection is causal (`Place`).
     'deal', of rows that are dealt because tiles span chunks, is the most it can be: how many are dealt depends on the data.
     """
     size = layout.size
     halo = ((layout.rank < size - 1) + (layout.rank > 0)) * (geometry.levels - 1) * shape.batch * shape.heads * shape.values
     base = base or _softmax()
     plan = {
-        **base.rows_sent(around, geometry.gathered_length, shape, layout, comm_type),
+        **base.rows_sent(around, geometry.gathered_length, shape, layout, comm_type, past_alone),
         "halo": (halo * shape.itemsize, halo * shape.itemsize),
     }
     if forward := SCORERS[scorer].sent(geometry, shape, size):
@@ -83,11 +84,13 @@ def summary(
     scorer: str = "norm",
     base: Variant | None = None,
     around: Any = None,
+    past_alone: bool = False,
 ) -> str:
     """One line for the start of a run: what the busiest rank sends in a layer and step, by each scheme."""
 
     def megabytes(scheme: str) -> str:
-        ranks = [layer_bytes(scheme, geometry, shape, Layout(size, rank), scorer, base, around) for rank in range(size)]
+        what = (scorer, base, around, past_alone)
+        ranks = [layer_bytes(scheme, geometry, shape, Layout(size, rank), *what) for rank in range(size)]
         return f"{max(sum(f + b for f, b in plan.values()) for plan in ranks) / 1e6:,.1f}"
 
     others = [name for name in COMM_TYPES if name != comm_type]

@@ -33,7 +33,7 @@ from megatron_lighthouse.versions import environment
 
 EARLY = 8.0
 """Seconds before its last step at which the next run starts."""
-LIMIT, LEAST = 90.0, 25.0
+LIMIT, LEAST = 120.0, 25.0
 """Seconds that a run has at most, beside twice the predicted ones, and those in which no step can be timed."""
 SLOWER = 10.0
 """Times its limit, that a run has on a CPU."""

@@ -36,11 +36,11 @@ def draw(path: Path, rows: Sequence[dict[str, Any]], panels: Sequence[Panel]) ->
     for axes, panel in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
         found = [row.get(panel.column) or 0 for row in timed]
         axes.barh(places, found, color=[f"C{row['GPUs'] - 1}" for row in timed])
-        for place, row in enumerate(timed):
-            if row.get(panel.predicted):
-                axes.plot(row[panel.predicted], place, "k|", markersize=14)
+        foretold = {place: x for place, row in enumerate(timed) if (x := row.get(panel.predicted))}
+        axes.plot(foretold.values(), foretold.keys(), "k|", markersize=14)
         axes.set(yticks=places, yticklabels=[row["run"] for row in timed], xlabel=panel.label)
-        if max(found) > SPREAD * min([x for x in found if x], default=max(found)):
+        drawn = [x for x in (*found, *foretold.values()) if x]
+        if drawn and max(drawn) > SPREAD * min(drawn):
             axes.set_xscale("log")
         axes.spines[["top", "right"]].set_visible(False)
     axes.invert_yaxis()  # of all, which share it

@@ -81,6 +81,19 @@ def test_a_recipes_own_layout_is_the_recipe(layouts: Any) -> None:
     assert layouts.run_of_words(recipe, layouts.H200, 8) == run.planned
 
 
+def test_the_docs_predict_what_the_plan_says(layouts: Any) -> None:
+    """Row by row, in the order of the runs."""
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    table = page.split("### Long sequences on four and eight H200s")[1].split("\n\n")[2]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    runs = [run for runs in layouts.RUNS.values() for run in runs]
+    for run, (_, tokens, layout, seconds, gib) in zip(runs, rows, strict=True):
+        assert tokens == {98304: "98K", 2**20: "1M", 2**22: "4M"}[run.tokens]
+        assert layout.replace("`", "").replace("P ", "P") in run.layout
+        assert float(seconds) == pytest.approx(run.predicted, rel=5e-3)
+        assert float(gib) == pytest.approx(memory.total(run.planned) / 2**30, rel=5e-3)
+
+
 def test_how_runs_stand_beside_each_other(layouts: Any) -> None:
     alike = {"recipe": "a", "tokens": 4, "sequences": 1, "GPUs": 8}
     rows = [

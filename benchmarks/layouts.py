@@ -157,14 +157,16 @@ FOUR = [
     ),
     Layout("qwen3-0.6b-1m-1gpu", "dense", 1, 1, 4, steps=2),
 ]
-BY_EIGHT = "qwen3-8b-1m-8gpu"
+QWEN3_8B = "qwen3-8b-1m-8gpu"
 EIGHT = [
-    *(Layout(BY_EIGHT, attention, 2, 1, 4, steps=10) for attention in ("all layers", "edge budgets")),
-    *(Layout(BY_EIGHT, "all layers", tensor, 1, context, steps=5) for tensor, context in ((1, 8), (4, 2))),
-    Layout(BY_EIGHT, "dense", 2, 1, 4, steps=2),
+    *(Layout(QWEN3_8B, attention, 2, 1, 4, steps=10) for attention in ("all layers", "edge budgets")),
+    *(Layout(QWEN3_8B, "all layers", tensor, 1, context, steps=5) for tensor, context in ((1, 8), (4, 2))),
+    Layout(QWEN3_8B, "dense", 2, 1, 4, steps=2),
 ]
 RUNS = {4: FOUR, 8: EIGHT}
 """By the GPUs of a machine, the most wanted first."""
+ALIKE = ("recipe", "attention", "tokens", "sequences", "GPUs")
+"""What layouts of one run share."""
 
 
 def beside(rows: Sequence[Row]) -> None:
@@ -187,7 +189,6 @@ def beside(rows: Sequence[Row]) -> None:
             )
 
 
-ALIKE = ("recipe", "attention", "tokens", "sequences", "GPUs")
 MEMORY = Panel("peak GiB", "GiB of a GPU; |: predicted", "predicted GiB")
 TABLE = Table("layouts", beside, (SECONDS, MEMORY), lists=("losses",))
 
@@ -196,7 +197,7 @@ def main() -> None:
     made = parser(__doc__, TABLE)
     made.add_argument("--gpus", type=int, choices=RUNS, required=True, help="of the machine")
     options = made.parse_args()
-    runs, there = RUNS[options.gpus], (options.out / "random.bin").is_file()
+    runs, there = RUNS[options.gpus], (options.out / "random.idx").is_file()
     if not (options.list or there or all(run.text for run in chosen(runs, options))):
         prepare(options.out, FEW if options.tiny else VOCABULARY)
     train(options, TABLE, [], runs)

@@ -139,8 +139,7 @@ def main() -> None:
         raise SystemExit("\n".join(case.name for case in known) if options.list else f"--runs {options.runs}: see --list")
     end = time.monotonic() + options.within
     options.out = options.out.resolve()
-    with multiprocessing.get_context("spawn").Pool(1) as pool:  # what it holds of the GPU ends with it
-        environment = pool.apply(prepare, (options.out / "data",))
+    environment = prepare(options.out / "data")
     rows: list[dict[str, Any]] = []
     for case in wanted:
         if case.before and any(row["before"] and row["status"] != "trained" for row in rows):
@@ -154,14 +153,19 @@ def main() -> None:
     draw(rows, options.out / "million.png")
 
 
-def prepare(folder: Path) -> dict[str, object]:
-    """Write the tokens; answers device and versions."""
+def prepare(folder: Path, rows: int = VOCABULARY) -> dict[str, object]:
+    """Write tokens of so many rows' vocabulary; answers device and versions."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # what it holds of the GPU ends with it
+        return pool.apply(_prepare, (folder, rows))
+
+
+def _prepare(folder: Path, rows: int) -> dict[str, object]:
     from megatron_lighthouse.mcore.data.write import write_dataset
     from megatron_lighthouse.versions import environment
 
     folder.mkdir(parents=True, exist_ok=True)
     random = numpy.random.default_rng(7)
-    documents = (random.integers(0, VOCABULARY - 1, 2**16, dtype=numpy.int32) for _ in range(128))
+    documents = (random.integers(0, rows - 1, 2**16, dtype=numpy.int32) for _ in range(128))
     write_dataset(str(folder / "random"), documents, numpy.int32)
     return environment()
 

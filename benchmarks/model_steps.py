@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import sys
 import time
 from fnmatch import fnmatch
@@ -30,11 +29,16 @@ ATTENTION = {
     "dense": ["--attention", "dense"],
     "lighthouse": "--attention lighthouse --lighthouse-dense-first 0 --lighthouse-dense-last 0".split(),
 }
+TIMED = """
+    --lr 1e-4 --lr-decay-style constant --lr-warmup-fraction 0 --log-interval 1 --eval-iters 0 --eval-interval 100000
+    --num-workers 0 --seed 7
+""".split()
+"""What a recipe is timed with."""
+RANDOM = ("--tokenizer-type", "NullTokenizer", "--split", "100,0,0")
+"""Tokens, as million.py writes them."""
 ONE_GPU = """
     --context-parallel-size 1 --tensor-model-parallel-size 1 --expert-model-parallel-size 1 --global-batch-size 1
     --recompute-granularity full --recompute-method uniform --recompute-num-layers 1
-    --lr 1e-4 --lr-decay-style constant --lr-warmup-fraction 0 --log-interval 1 --eval-iters 0 --eval-interval 100000
-    --split 100,0,0 --num-workers 0 --tokenizer-type NullTokenizer --seed 7
 """.split()
 OF_RANKS = {"--sequence-parallel", "--overlap-grad-reduce", "--overlap-param-gather", "--use-distributed-optimizer"}
 """What a recipe asks of several ranks, without a value."""
@@ -70,7 +74,16 @@ def command(model: str, attention: str, options: argparse.Namespace) -> list[str
     if "--moe-layer-freq" in words:  # as many as there are layers
         words += ["--moe-layer-freq", f"[0]+[1]*{options.layers - 1}"]
     words += ["--seq-length", str(length), "--max-position-embeddings", str(length), "--num-layers", str(options.layers)]
-    words += [*ONE_GPU, "--train-iters", str(options.steps), "--vocab-size", str(vocabulary - 1), *ATTENTION[attention]]
+    words += [
+        *ONE_GPU,
+        *TIMED,
+        *RANDOM,
+        "--train-iters",
+        str(options.steps),
+        "--vocab-size",
+        str(vocabulary - 1),
+        *ATTENTION[attention],
+    ]
     if options.tiny:
         experts = ("--num-experts", "--moe-") if model == "gpt-oss" else ("--moe-grouped-gemm",)
         words = [*without(words, ("--bf16", *experts)), *TINY.split(), *TINY_OF[model].split()]
@@ -96,8 +109,7 @@ def main() -> None:
     wanted = list(dict.fromkeys(case for pattern in options.runs for case in known if fnmatch(" ".join(case), pattern)))
     end = time.monotonic() + options.within
     options.out = options.out.resolve()
-    with multiprocessing.get_context("spawn").Pool(1) as pool:  # what it holds of the GPU ends with it
-        environment = pool.apply(prepare, (options.out / "data",))
+    environment = prepare(options.out / "data")
     rows: list[dict[str, Any]] = []
     for model, attention in wanted:
         log = options.out / f"{model}-{attention}.log"

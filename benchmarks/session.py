@@ -5,7 +5,7 @@ some, in the order in which they are given. The first that waits starts as soon 
 left than it is worth, not at all. One that is over its limit is killed with all that it started, and one that fails leaves the
 end of its log: the others go on. A line is printed for each as it ends. Tables, logs and pictures are copied to --out every
 quarter of a minute, checkpoints stay in --work. The same command again goes on where it was cut off; `--again` repeats what has
-ended.
+ended. With four GPUs `--gpus 4 --cases 'four-*'` is what needs them, with eight `--gpus 8 --cases 'eight-*'`.
 
 `--rehearse` runs all of it on a CPU, tiny. Ends with status 0 where all is done, 75 where the same command goes on, and else
 1, where something failed. To outlive the command that starts it: benchmarks/detached.sh.
@@ -14,6 +14,7 @@ ended.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import os
 import shlex
@@ -87,13 +88,13 @@ class Session:
                     waiting.pop(0)
                 if time.monotonic() - copied > EVERY:
                     for one in self.going:
-                        keep(one.folder, self.options.out / one.case.name)
+                        keep(one.folder, self.options.out / one.case.folder)
                     copied = time.monotonic()
                 time.sleep(TICK)
         finally:  # of a session that was told to end
             end([one.process for one in self.going])
             for one in self.going:
-                keep(one.folder, self.options.out / one.case.name)
+                keep(one.folder, self.options.out / one.case.folder)
         found = [self.status(case.name) for case in cases]
         left = [case.name for case in cases if not self.settled(case) and not self.left_out(case)]
         self.say(f"{found.count(DONE)} of {len(cases)} done" + (f", left: {' '.join(left)}" if left else ""))
@@ -133,7 +134,7 @@ class Session:
     def begin(self, case: Case, left: float) -> None:
         """Start its process, which has `left` seconds at most."""
         options, now = self.options, time.monotonic()
-        seconds, folder = min(case.limit * self.slower, left), options.work / case.name
+        seconds, folder = min(case.limit * self.slower, left), options.work / case.folder
         folder.mkdir(parents=True, exist_ok=True)
         places = {"out": folder, "work": options.work, "within": max(1, int(seconds - ENDING))}
         words = [word.format(**places) for word in shlex.split(f"{case.words} {case.tiny if options.rehearse else ''}")]
@@ -157,7 +158,7 @@ class Session:
         log = [] if status == 0 else (one.folder / LOG).read_text(errors="replace").splitlines()[-SHOWN:]
         said = [f"{one.case.name}: {self.status(one.case.name)} after {seconds:.0f} s", *(line[:200] for line in log)]
         self.say("\n        ".join(said))
-        keep(one.folder, self.options.out / one.case.name)
+        keep(one.folder, self.options.out / one.case.folder)
         self.state_file.write_text(json.dumps(self.state, indent=2) + "\n")
 
 
@@ -178,13 +179,16 @@ def main(cases: Sequence[Case] = CASES, argv: Sequence[str] | None = None) -> in
     parser.add_argument("--work", type=Path, help="for what is large")
     parser.add_argument("--within", type=float, default=1650, metavar="SECONDS")
     parser.add_argument("--gpus", type=int, default=2, help="that are there (default: %(default)s)")
-    parser.add_argument("--cases", nargs="+", choices=known, default=list(known), metavar="CASE")
+    parser.add_argument("--cases", nargs="+", default=list(known), metavar="CASE", help="* stands for any letters")
     parser.add_argument("--again", nargs="+", choices=known, default=[], metavar="CASE")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args(argv)
+    chosen = [name for one in options.cases for name in fnmatch.filter(known, one)]
+    if odd := [one for one in options.cases if not fnmatch.filter(known, one)]:
+        parser.error(f"--cases {' '.join(odd)}: no such case: --list names all.")
     if options.list:
-        for case in cases:
+        for case in map(known.__getitem__, chosen):
             print(f"{case.name:18} {case.gpus} GPUs, {case.limit:4.0f} s: {case.title}")
         return 0
     if not (options.out and options.work):
@@ -192,7 +196,7 @@ def main(cases: Sequence[Case] = CASES, argv: Sequence[str] | None = None) -> in
     options.out, options.work = options.out.resolve(), options.work.resolve()
     options.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs ends too
-    return Session(options).run([known[name] for name in options.cases])
+    return Session(options).run([known[name] for name in dict.fromkeys(chosen)])
 
 
 if __name__ == "__main__":

@@ -24,6 +24,13 @@ class Case:
     """A variable of the environment that has folders to be put before PYTHONPATH; without it the case is left out."""
     after: str = ""
     """A case that must be done."""
+    table: str = ""
+    """A folder that it shares with cases before it, whose table it goes on with."""
+
+    @property
+    def folder(self) -> str:
+        """Where it leaves what it finds."""
+        return self.table or self.name
 
 
 FLASH = "FLASH_ATTENTION_4"
@@ -36,6 +43,7 @@ SMALL = """
     --steps 10 --seq-length 1024 --batch 1 --num-layers 6 --hidden-size 64 --ffn-hidden-size 128 --lighthouse-tile-budget 16
     --loss-sequences 2 --passkey-samples 1 --variables-samples 1 --hindsight-samples 2
 """
+NUMBERS = {4: "four", 8: "eight"}
 PASSKEY = "--passkey-samples 10"
 LONG = f"--steps 3000 {PASSKEY}"
 ADAM = "dense mass dense-2 mass-2"
@@ -54,6 +62,44 @@ def experiment(
     return Case(name, title, words, gpus, limit, least, SMALL, after="corpus")
 
 
+def steps_of_layouts(name: str, title: str, runs: str, gpus: int, limit: float, least: float = 100) -> Case:
+    """Some of the training runs that take all GPUs of a machine."""
+    words = f"benchmarks/layouts.py --gpus {gpus} --out {{out}} --within {{within}} --runs {runs}"
+    return Case(name, title, words, gpus, limit, least, "--tiny", table=f"{NUMBERS[gpus]}-steps")
+
+
+def losses_of_layouts(gpus: int, layouts: str) -> Case:
+    """A small model by these layouts, from one checkpoint."""
+    words = "benchmarks/training_agreement.py --out {out} --at-once 8 --only 'layouts, bf16'"
+    tiny = f"--tiny {gpus} --only 'layouts, fp32' --steps 3 --at-once 1"
+    title = f"whether layouts of {gpus} GPUs train alike"
+    return Case(f"{NUMBERS[gpus]}-losses", title, f"{words} --layouts {layouts}", gpus, 110, 60, tiny)
+
+
+def rings(name: str, title: str, tokens: int, limit: float) -> Case:
+    """Layers over four GPUs, of rows so long."""
+    return Case(name, title, f"benchmarks/rings.py --ranks 4 --out {{out}} --lengths {tokens}", 4, limit, 60, "--device cpu")
+
+
+FOUR = (
+    steps_of_layouts("four-edges", "530M layers at 1M: edge budgets, all alike, 26 of 30", "'530m-1m *'", 4, 270),
+    steps_of_layouts("four-million", "Qwen3-0.6B at 1M and 4M", "'qwen3-0.6b-* all *'", 4, 280),
+    steps_of_layouts("four-layouts", "TP 2 CP 2 and PP 2 CP 2, by each scheme", "'530m-98k *'", 4, 290),
+    rings("four-rings", "documents, Parallax and Wall at CP 4", 98304, 170),
+    losses_of_layouts(4, "'?P 2, CP 2, *'"),
+    steps_of_layouts("four-dense", "Qwen3-0.6B at 1M, dense", "'qwen3-0.6b-* dense *'", 4, 590, 340),
+    rings("four-rings-long", "… and at 262,144 tokens", 262144, 80),
+)
+"""What four GPUs are for: half an hour at most."""
+EIGHT = (
+    steps_of_layouts(
+        "eight-million", "Qwen3-8B at 1M by its recipe, and with edge budgets", "'* all * TP2 *' '* edge *'", 8, 470, 240
+    ),
+    steps_of_layouts("eight-layouts", "… by CP 8, and by TP 4 CP 2", "'* CP8 *' '* TP4 *'", 8, 330),
+    losses_of_layouts(8, "'CP 8' 'TP ?, CP ?'"),
+    steps_of_layouts("eight-dense", "Qwen3-8B at 1M, dense", "'* dense *'", 8, 800, 430),
+)
+"""What eight GPUs are for, likewise."""
 CASES = (
     Case(
         "corpus",
@@ -142,4 +188,6 @@ CASES = (
     experiment("qwen3-adam-6000", "… by Adam, 6,000 iterations", "qwen3-adam", ADAM, f"--steps 6000 {PASSKEY}", 2, 1650, 1100),
     experiment("qwen3-causal-40", "… by Muon, causal, 40%", "qwen3", "causal-40 causal-40-2", LONG, 2, 650, 480),
     experiment("qwen3-mass-40", "… by Muon, mass, 40%", "qwen3", "mass-40 mass-40-2", LONG, 2, 650, 480),
+    *FOUR,
+    *EIGHT,
 )

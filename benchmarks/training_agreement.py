@@ -7,6 +7,7 @@ dense, whose messages go by copy engine or by NCCL: with --deterministic-mode bo
 every parallel layout that the GPUs have room for, against one GPU, all from one checkpoint. And one GPU with Megatron's CUDA
 graphs against it without.
 Leaves agreement.json with the losses of every step. --at-once runs several side by side: losses are compared, not times.
+--layouts takes some of the layouts. --tiny RANKS tries it on a CPU, with as many processes as there are GPUs otherwise.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -28,7 +30,7 @@ from megatron_lighthouse.context_parallel.schemes import SWITCH
 from megatron_lighthouse.launch.torchrun import one_rank, torchrun
 from megatron_lighthouse.plan.words import RECOMPUTE_WORDS
 from megatron_lighthouse.plots import read_scalars
-from megatron_lighthouse.recipe.presets import COMMON, LOCAL, default_text
+from megatron_lighthouse.recipe.presets import COMMON, LOCAL, ON_CPU, default_text
 from megatron_lighthouse.versions import environment
 
 MODEL = f"""
@@ -42,18 +44,27 @@ TE = "--bf16 --transformer-impl transformer_engine --attention-backend fused".sp
 RECOMPUTE = RECOMPUTE_WORDS["full"].split()
 NCCL = {SWITCH: "0"}
 START = "--finetune --no-load-optim --no-load-rng".split()
+TINY = f"""
+    {ON_CPU} --no-bias-swiglu-fusion --hidden-size 64 --ffn-hidden-size 128 --kv-channels 16
+    --seq-length 512 --max-position-embeddings 512 --lighthouse-budget 8 --lighthouse-tile-budget 4
+""".split()
+TENSOR = "--tensor-model-parallel-size 2 --sequence-parallel"
 LAYOUTS = {
-    "TP 2": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "TP 2": (2, TENSOR),
     "PP 2": (2, "--pipeline-model-parallel-size 2"),
     "DP 2": (2, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
     "CP 4": (4, "--context-parallel-size 4"),
-    "TP 2, CP 2": (4, "--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 2"),
-    "PP 2, CP 2": (4, "--pipeline-model-parallel-size 2 --context-parallel-size 2"),
+    **{
+        f"{name}, CP 2, {scheme}": (4, f"{words} --context-parallel-size 2 --cp-comm-type {scheme}")
+        for name, words in (("TP 2", TENSOR), ("PP 2", "--pipeline-model-parallel-size 2"))
+        for scheme in ("p2p", "all_gather", "a2a")
+    },
     "DP 2, CP 2": (4, "--context-parallel-size 2"),
     "CP 8": (8, "--context-parallel-size 8"),
-    "TP 2, CP 4": (8, "--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 4"),
+    "TP 4, CP 2": (8, "--tensor-model-parallel-size 4 --sequence-parallel --context-parallel-size 2"),
+    "TP 2, CP 4": (8, f"{TENSOR} --context-parallel-size 4"),
     "PP 2, CP 4": (8, "--pipeline-model-parallel-size 2 --context-parallel-size 4"),
-    "TP 2, PP 2, DP 2": (8, "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2"),
+    "TP 2, PP 2, DP 2": (8, f"{TENSOR} --pipeline-model-parallel-size 2"),
 }
 """GPUs, and Megatron's arguments, by name."""
 
@@ -85,6 +96,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--only", default="", help="comparisons whose title holds this; agreement.json keeps the others")
     parser.add_argument("--at-once", type=int, default=1, help="runs at a time (default: %(default)s)")
+    parser.add_argument("--layouts", nargs="+", default=["*"], metavar="NAME", help="* stands for any letters")
+    parser.add_argument("--tiny", type=int, default=0, metavar="RANKS")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "agreement.json"
@@ -92,10 +105,10 @@ def main() -> None:
     result: dict[str, object] = {**before, **environment(), "steps": options.steps}
     failed = False
     with ThreadPoolExecutor(options.at_once) as pool:
-        comparisons = [one for one in _comparisons(options.steps) if options.only in one.title]
-        starts = [pool.submit(_start, one, options) if one.one_start else None for one in comparisons]
+        wanted = [one for one in comparisons(options) if options.only in one.title]
+        starts = [pool.submit(_start, one, options) if one.one_start else None for one in wanted]
         started = []
-        for one, start in zip(comparisons, starts, strict=True):
+        for one, start in zip(wanted, starts, strict=True):
             more = start.result() if start else []
             if more is None:
                 failed = True
@@ -117,9 +130,10 @@ def main() -> None:
         raise SystemExit(1)
 
 
-def _comparisons(steps: int) -> list[Comparison]:
+def comparisons(options: argparse.Namespace) -> list[Comparison]:
+    steps, gpus = options.steps, options.tiny or torch.cuda.device_count()
     one, reference = Run("one rank"), Run("reference", more=("--lighthouse-steps", "reference"))
-    has_te = importlib.util.find_spec("transformer_engine")
+    has_te = not options.tiny and importlib.util.find_spec("transformer_engine")
     graphs = [
         Run(how, 1, ("--cuda-graph-impl", how, *more), {"NCCL_GRAPH_REGISTER": "0"})
         for how, more in (
@@ -129,12 +143,16 @@ def _comparisons(steps: int) -> list[Comparison]:
         )
     ]
     graphed = [Comparison("bf16, CUDA graphs", TE, [one, *graphs])] if has_te else []
-    if torch.cuda.device_count() < 2:
+    if gpus < 2:
         return [Comparison("fp32", FP32, [one, reference]), *graphed]
     two = ("--context-parallel-size", "2", "--cp-comm-type")
     schemes = [Run(f"context parallel 2, {scheme}", 2, (*two, scheme)) for scheme in ("p2p", "all_gather", "a2a")]
-    layouts = [Run(name, n, tuple(more.split())) for name, (n, more) in LAYOUTS.items() if n <= torch.cuda.device_count()]
-    comparisons = [
+    layouts = [
+        Run(name, n, tuple(more.split()))
+        for name, (n, more) in LAYOUTS.items()
+        if n <= gpus and any(fnmatch(name, one) for one in options.layouts)
+    ]
+    found = [
         Comparison("fp32", FP32, [one, reference, *schemes]),
         Comparison("layouts, fp32", FP32, [one, *layouts], one_start=True),
     ]
@@ -144,7 +162,7 @@ def _comparisons(steps: int) -> list[Comparison]:
         exact = [*whole, "--eval-iters", "2", "--deterministic-mode", "--lighthouse-inner", "fa2"]
         rounded = [*whole, "--eval-iters", "2", "--lighthouse-inner", "cudnn"]
         p2p = (*two, "p2p")
-        comparisons += [
+        found += [
             Comparison("bf16, Transformer Engine", TE, [one, *schemes]),
             Comparison("layouts, bf16, Transformer Engine", TE, [one, *layouts], one_start=True),
             Comparison(
@@ -158,20 +176,21 @@ def _comparisons(steps: int) -> list[Comparison]:
             ),
             Comparison("bf16, our own ring, cuDNN", rounded, [Run("copies", 2, p2p), Run("NCCL", 2, p2p, NCCL), one]),
         ]
-    return comparisons + graphed
+    return found + graphed
 
 
 def _start(comparison: Comparison, options: argparse.Namespace) -> list[str] | None:
     """Arguments of a run that starts from a checkpoint of one rank, which is made here by one step; None where that fails."""
     folder = _folder(comparison, "start", options)
-    ended = _trains(comparison, Run("start"), folder, "--train-iters 1 --lr-warmup-iters 0 --no-save-optim".split())
+    more = "--train-iters 1 --lr-warmup-iters 0 --no-save-optim".split()
+    ended = _trains(comparison, Run("start"), folder, more, options.tiny)
     return ["--load", str(folder / "checkpoints"), *START] if ended else None
 
 
 def _losses(comparison: Comparison, run: Run, options: argparse.Namespace, more: Sequence[str] = ()) -> list[float]:
     """The training losses of every step, then the validation losses; none, and the end of the log, of a run that failed."""
     folder = _folder(comparison, run.name, options)
-    ended = _trains(comparison, run, folder, ["--train-iters", str(options.steps), *more])
+    ended = _trains(comparison, run, folder, ["--train-iters", str(options.steps), *more], options.tiny)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     if not ended:
         return []
@@ -186,19 +205,24 @@ def _folder(comparison: Comparison, name: str, options: argparse.Namespace) -> P
     return folder
 
 
-def _trains(comparison: Comparison, run: Run, folder: Path, more: Sequence[str]) -> bool:
-    """Whether it ends well; if not, prints the end of its log."""
+def command(comparison: Comparison, run: Run, folder: Path, more: Sequence[str], tiny: int) -> list[str]:
+    """What trains it in `folder`."""
     evaluation = [] if "--eval-iters" in comparison.arguments else ["--eval-iters", "0", "--eval-interval", "1000"]
-    command = [
+    return [
         *torchrun(run.ranks),
         *("-m", "megatron_lighthouse.pretrain_gpt", *MODEL, *evaluation, *comparison.arguments, *run.more, *more),
         *("--save", str(folder / "checkpoints"), "--save-interval", "1000"),  # at the switch, and at the end
         *("--tensorboard-dir", str(folder / "tensorboard")),
-        *("--data-cache-path", str(folder / "data"), "--text-data", *default_text()),
+        *("--data-cache-path", str(folder / "data"), *(TINY if tiny else []), "--text-data", *default_text()),
     ]
+
+
+def _trains(comparison: Comparison, run: Run, folder: Path, more: Sequence[str], tiny: int) -> bool:
+    """Whether it ends well; if not, prints the end of its log."""
+    words = command(comparison, run, folder, more, tiny)
     log = folder / "log.txt"
     with log.open("w") as file:
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env={**one_rank(), **run.environment})
+        done = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, env={**one_rank(), **run.environment})
     if done.returncode:
         print(f"{log} ends with\n{log.read_text(errors='replace')[-5000:]}", flush=True)
     return not done.returncode

@@ -141,15 +141,16 @@ def losses(log: str) -> list[float]:
     return [float(x) for x in re.findall(r"lm loss: ([\d.E+-]+)", log)]
 
 
-def said(log: str, tokens: int) -> dict[str, object]:
-    """What a log says of a run with so many tokens a step."""
+def said(log: str, tokens: int, warm: int = 3) -> dict[str, Any]:
+    """What a log says of a run with so many tokens a step, of which the first `warm` are not counted."""
     times = step_times(log)
+    step = statistics.median(times[warm:]) if len(times) > warm else None
     each = losses(log)
     peaks, held = ([float(x) for x in re.findall(rf"max {kind}: ([\d.]+)", log)] for kind in ("allocated", "reserved"))
     graphs = [(float(x), float(y)) for x, y in re.findall(r"were captured in ([\d.]+) s; ([\d.]+) GiB", log)]
     return {
-        "seconds a step": round(statistics.median(times[3:]), 4) if len(times) > 3 else None,
-        "tokens a second": round(tokens / statistics.median(times[3:])) if len(times) > 3 else None,
+        "seconds a step": round(step, 4) if step else None,
+        "tokens a second": round(tokens / step) if step else None,
         # Megatron logs MiB once, after the second step; the optimizer's state is there by then
         "peak GB": round(max(peaks) * 2**20 / 1e9, 2) if peaks else None,
         "peak GiB": round(max(peaks) / 1024, 2) if peaks else None,

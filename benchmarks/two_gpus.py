@@ -2,10 +2,9 @@
 
 32,768 tokens (k = 512) and 98,304 (k = 1536) by context parallelism over both and on one, dense and 26 of 30 layers Lighthouse,
 under Megatron's CUDA graphs too; packed documents and graphs by tensor parallelism. Each is a run of `training_step.py`, two of
-one GPU at a time; a run starts while the one before it ends, for a process imports for longer. Leaves two_gpus.csv, .json and
-.png, as far as it came, after every run: seconds, memory, efficiency (one GPU's time over twice that of two, graphs or not,
-whichever is faster on one), and what the plan predicts. `--within` ends all of it, with status 75 where runs are left. The same
-command goes on: what went well is not run again. `--list` names the runs, `--runs` takes some of them.
+one GPU at a time. Leaves two_gpus.csv, .json and .png, after every run: seconds, memory, efficiency (one GPU's time over twice
+that of two, graphs or not, whichever is faster on one), and what the plan predicts. `--list` names the runs, `--runs` takes
+some; how they go on: benchmarks/training_runs.py.
 
 `--tiny` tries it on a CPU.
 """
@@ -13,47 +12,25 @@ command goes on: what went well is not run again. `--list` names the runs, `--ru
 from __future__ import annotations
 
 import argparse
-import json
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path
-from threading import Lock
-from typing import Any
 
-from csv_tables import write_csv
-from processes import Process, end, started
 from scaling_points import Point
-from training_step import RUNS, command, on_cpu, said, step_times
-from two_gpus_plots import draw
+from training_runs import Row, Table, parser, train
+from training_runs_plots import SECONDS, Panel
+from training_step import RUNS, command, on_cpu, said
 
 from megatron_lighthouse.context_parallel.schemes import SWITCH
-from megatron_lighthouse.launch.torchrun import one_rank
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.plan.calibration import coefficients
 from megatron_lighthouse.plan.device import DEVICES
 from megatron_lighthouse.plan.time import tokens_per_gpu
-from megatron_lighthouse.versions import environment
 
 ARGUMENTS = {"dense": RUNS["dense"], "lighthouse": RUNS["lighthouse, first and last two layers dense"]}
 GRAPHS = "--cuda-graph-impl"
 DOCUMENTS = ("--dataloader-inter-document-masking",)
 TENSOR = ("--context-parallel-size", "1", "--tensor-model-parallel-size", "2", "--sequence-parallel")
-EARLY = 8.0
-"""Seconds before its last step at which the next run starts."""
-LIMIT, LEAST = 90, 25
-"""Seconds of a run at most, and those in which none can be timed: none begins with less."""
-GOES_ON = 75
-"""The status where runs are left: EX_TEMPFAIL."""
-CUT_OFF = "cut off"
-GOING: list[Process] = []
-LOCK = Lock()
 
 
 @dataclass(frozen=True)
@@ -71,6 +48,13 @@ class Run:
     @property
     def name(self) -> str:
         return " ".join(filter(None, (self.attention, str(self.tokens), f"{self.gpus}gpu", self.how)))
+
+    @property
+    def title(self) -> Row:
+        return {"attention": self.attention, "tokens": self.tokens, "GPUs": self.gpus, "how": self.how or "eager"}
+
+    def found(self, log: str) -> Row:
+        return {**said(log, self.tokens), "predicted": round(self.predicted, 3) if self.plain else None}
 
     @property
     def plain(self) -> bool:
@@ -133,104 +117,8 @@ TOGETHER = [
 """On both, the most wanted first."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "two_gpus")
-    parser.add_argument("--runs", nargs="+", default=["*"], metavar="NAME", help="which of them; * stands for any letters")
-    parser.add_argument("--within", type=float, default=400, metavar="SECONDS")
-    parser.add_argument("--list", action="store_true")
-    parser.add_argument("--tiny", action="store_true")
-    options = parser.parse_args()
-    options.end = time.monotonic() + options.within
-    lanes = [[run for run in lane if any(fnmatch(run.name, x) for x in options.runs)] for lane in (*ALONE, TOGETHER)]
-    if options.list or not any(lanes):
-        raise SystemExit("\n".join(run.name for lane in lanes for run in lane) or f"--runs {options.runs}: see --list")
-    options.out = options.out.resolve()
-    options.out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, partial(stop, options))
-    before = options.out / "two_gpus.json"
-    rows = [row for row in json.loads(before.read_text())["runs"] if row["status"] == 0] if before.is_file() else []
-    names = [run.name for lane in lanes for run in lane]
-    lanes = [[run for run in lane if run.name not in {row["run"] for row in rows}] for lane in lanes]
-    if options.tiny:
-        in_turn([run for lane in lanes for run in lane], None, options, rows)
-    else:
-        with ThreadPoolExecutor(2) as pool:
-            for one in [pool.submit(in_turn, lane, str(gpu), options, rows) for gpu, lane in enumerate(lanes[:2])]:
-                one.result()
-        in_turn(lanes[2], None, options, rows)
-    found = {row["run"]: row["status"] for row in rows}
-    failed = [name for name, status in found.items() if status not in (0, CUT_OFF)]
-    left = [name for name in names if found.get(name, CUT_OFF) == CUT_OFF]
-    print(f"failed: {', '.join(failed) or 'none'}; left: {', '.join(left) or 'none'}", flush=True)
-    sys.exit(1 if failed else GOES_ON if left else 0)
-
-
-def stop(options: argparse.Namespace, *_: object) -> None:
-    """End what runs, so that no rank disturbs what comes after."""
-    options.end = 0
-    end([process for process in GOING if process.poll() is None])
-    sys.exit(143)
-
-
-def in_turn(runs: Sequence[Run], gpu: str | None, options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Train them one after another on a GPU, or on all, and add what they say to the table."""
-    before = None
-    for run in runs:
-        if options.end - time.monotonic() < LEAST:
-            break
-        going = Going(run, gpu, options)
-        if before:
-            before.end(rows)
-        going.nearly()
-        before = going
-    if before:
-        before.end(rows)
-
-
-class Going:
-    """A run that goes on."""
-
-    def __init__(self, run: Run, gpu: str | None, options: argparse.Namespace) -> None:
-        self.run, self.out = run, options.out
-        self.log = options.out / f"{run.name.replace(' ', '-')}.log"
-        self.until = min(options.end, time.monotonic() + LIMIT)
-        words = run.command(options.out / f"gpu-{gpu}", options.tiny)
-        seen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-        self.log.unlink(missing_ok=True)
-        self.began = time.monotonic()
-        self.process = started(words, self.log, {**one_rank(), **seen, **run.environment})
-        GOING.append(self.process)
-
-    def nearly(self) -> None:
-        """Wait until its last steps, or its end."""
-        while self.process.poll() is None and time.monotonic() < self.until:
-            times = step_times(self.log.read_text(errors="replace"))
-            if len(times) > 3 and (self.run.steps - len(times)) * times[-1] < EARLY:
-                return
-            time.sleep(0.3)
-
-    def end(self, rows: list[dict[str, Any]]) -> None:
-        """Wait for its end, and add a row."""
-        try:
-            status: int | str = self.process.wait(max(1, self.until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            status = f"over {LIMIT} s" if time.monotonic() - self.began >= LIMIT else CUT_OFF
-            end([self.process])
-        text = self.log.read_text(errors="replace")
-        if status:
-            print(f"{self.run.name}: status {status}\n{text[-2500:]}", flush=True)
-        run = self.run
-        row = {"run": run.name, "attention": run.attention, "tokens": run.tokens, "GPUs": run.gpus, "how": run.how or "eager"}
-        row |= {"status": status, **said(text, run.tokens), "predicted": round(run.predicted, 3) if run.plain else None}
-        with LOCK:
-            rows.append(row)
-            print(row, flush=True)
-            keep(rows, self.out)
-
-
-def keep(rows: list[dict[str, Any]], out: Path) -> None:
-    """The table so far, and how efficient two GPUs are."""
+def beside(rows: Sequence[Row]) -> None:
+    """How efficient two GPUs are."""
     for row in rows:
         same = [
             one["seconds a step"]
@@ -243,9 +131,13 @@ def keep(rows: list[dict[str, Any]], out: Path) -> None:
         known = row["GPUs"] == 2 and row["seconds a step"] and same
         row["of one GPU's time"] = round(row["seconds a step"] / min(same), 4) if known else None
         row["efficiency"] = round(min(same) / row["seconds a step"] / 2, 4) if known else None
-    write_csv(out / "two_gpus.csv", rows)
-    draw(out / "two_gpus.png", rows)
-    (out / "two_gpus.json").write_text(json.dumps({**environment(), "runs": rows}, indent=2) + "\n")
+
+
+TABLE = Table("two_gpus", beside, (SECONDS, Panel("efficiency", "of twice one GPU's speed")))
+
+
+def main() -> None:
+    train(parser(__doc__, TABLE).parse_args(), TABLE, ALONE, TOGETHER)
 
 
 if __name__ == "__main__":

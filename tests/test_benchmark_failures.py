@@ -103,7 +103,7 @@ def two_gpus(load: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
         return [sys.executable, "-c", codes.get(run.name, f"print({says!r})")]
 
     monkeypatch.setattr(script.Run, "command", words)
-    monkeypatch.setattr(script, "LEAST", 1)
+    monkeypatch.setattr(load("training_runs"), "LEAST", 1)
     return script
 
 
@@ -142,7 +142,7 @@ def test_every_part_of_the_issue_has_a_run(load: Any) -> None:
         assert run.predicted > 0
     options = argparse.Namespace(end=0.0)
     with pytest.raises(SystemExit):
-        script.stop(options)
+        load("training_runs").stop(options)
 
 
 def test_another_build_that_fails(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,6 +116,20 @@ def test_gpus_are_shared_out(script: Any, tmp_path: Path) -> None:
     assert states(tmp_path).keys() == {"one", "other", "both", "after"}
 
 
+def test_cases_may_share_a_table(script: Any, tmp_path: Path) -> None:
+    adds = "open('{out}/table.csv','a').write('%s')"
+    cases = [case(script, name, adds % name, table="both") for name in ("first", "second")]
+    assert run(script, tmp_path, [*cases, case(script, "other", TABLE)], "--cases", "[fs]*") == 0
+    assert (tmp_path / "out" / "both" / "table.csv").read_text() == "firstsecond"
+    assert states(tmp_path).keys() == {"first", "second"}
+
+
+def test_a_case_that_is_not_there(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(script, tmp_path, [case(script, "one", TABLE)], "--cases", "one", "tw*")
+    assert "--cases tw*: no such case" in capsys.readouterr().err
+
+
 def session_of(code: str, tmp_path: Path) -> subprocess.Popen[bytes]:
     """A session with one fake case, as a process."""
     words = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--within", "60"]

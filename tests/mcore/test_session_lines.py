@@ -13,11 +13,13 @@ from experiments.commands import Commands
 from experiments.runs import EXPERIMENTS, Size
 from megatron_lighthouse.launch import check
 from megatron_lighthouse.recipe.presets import default_text
-from tests.mcore.harness import ROOT
+from tests.mcore.harness import ROOT, without
 
 sys.path.append(str(ROOT / "benchmarks"))
 
 import graphs_training
+import layouts
+import training_agreement
 import training_step
 import two_gpus
 from session_cases import CASES, SECOND
@@ -32,6 +34,25 @@ OUT = Path("out")
 def of_two_gpus() -> Lines:
     runs = [run for lane in (*two_gpus.ALONE, two_gpus.TOGETHER) for run in lane]
     return {f"two_gpus, {run.name}": (run.gpus, run.command(OUT, tiny=False)) for run in runs}
+
+
+def of_layouts() -> Lines:
+    """Without the data that the script writes first."""
+    found = {}
+    for run in (run for runs in layouts.RUNS.values() for run in runs):
+        words = run.command(OUT, tiny=False)
+        found[run.name] = run.gpus, words if run.text else [*without(words, "--data-path"), "--mock-data"]
+    return found
+
+
+def of_losses() -> Lines:
+    """Of every layout, but for the checkpoint that all start from."""
+    alike = training_agreement.Comparison("layouts", training_agreement.TE, [])
+    found = {}
+    for name, (gpus, words) in training_agreement.LAYOUTS.items():
+        run = training_agreement.Run(name, gpus, tuple(words.split()))
+        found[f"losses, {name}"] = gpus, training_agreement.command(alike, run, OUT, ["--train-iters", "20"], tiny=0)
+    return found
 
 
 def of_graphs() -> Lines:
@@ -64,7 +85,7 @@ def of_experiments() -> Lines:
     return found
 
 
-LINES = {**of_two_gpus(), **of_graphs(), **of_steps(), **of_experiments()}
+LINES = {**of_two_gpus(), **of_layouts(), **of_losses(), **of_graphs(), **of_steps(), **of_experiments()}
 
 
 @pytest.mark.parametrize("name", LINES)

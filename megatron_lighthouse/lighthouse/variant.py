@@ -16,7 +16,7 @@ from megatron_lighthouse.lighthouse.heads import documents_problem
 from megatron_lighthouse.lighthouse.remedies import Allowed, anything
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.lighthouse.sharded.sent import layer_bytes, summary
-from megatron_lighthouse.options import as_words, in_flags
+from megatron_lighthouse.options import as_words, errors_in_flags, in_flags
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.variant import Place, Variant
 
@@ -181,21 +181,17 @@ class Lighthouse(Variant):
         from megatron_lighthouse.softmax.inputs import check_backend
 
         rows = torch.empty(0, inputs.dim, dtype=inputs.dtype, device=inputs.device)
-        try:
+        with errors_in_flags():
             SCORERS[config.scorer].check_installed(steps_for(config.steps, rows), inputs.device)
             if not place.base_attends and self.base(config).native:
                 ranks = place.exchange.size if place.exchange else 1
                 check_backend(config.inner, inputs, ranks, place.comm_type, place.sinks)
-        except ValueError as error:
-            raise ValueError(in_flags(str(error))) from None
 
     def build(self, config: LighthouseConfig, query: Tensor, key: Tensor, place: Place) -> Placed:
         from megatron_lighthouse.lighthouse.layer import build
 
-        try:
+        with errors_in_flags():
             return Placed(build(config, query, key, self._for_rows(config, place)), place, self.base(config))
-        except ValueError as error:
-            raise ValueError(in_flags(str(error))) from None
 
     def _for_rows(self, config: LighthouseConfig, place: Place) -> Place:
         """Less the rotation, around what reads that for itself: then --lighthouse-rope is mean."""
@@ -204,16 +200,12 @@ class Lighthouse(Variant):
     def build_documents(self, config: LighthouseConfig, query: Tensor, key: Tensor, place: Place) -> PlacedDocuments:
         from megatron_lighthouse.lighthouse.packed.layer import build_packed
 
-        try:
+        with errors_in_flags():
             return PlacedDocuments(build_packed(config, query, key, self._for_rows(config, place)), place, self.base(config))
-        except ValueError as error:
-            raise ValueError(in_flags(str(error))) from None
 
     def cost(self, config: LighthouseConfig, seq_length: int, ranks: int) -> Geometry:
-        try:
+        with errors_in_flags():
             return config.geometry(seq_length, ranks)
-        except ValueError as error:
-            raise ValueError(in_flags(str(error))) from None
 
     def sent(
         self, config: LighthouseConfig, seq_length: int, shape: Shape, layout: Layout, comm_type: str, around: Any = None

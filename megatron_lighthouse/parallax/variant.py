@@ -131,14 +131,6 @@ class Parallax(Variant):
     def build(self, config: ParallaxConfig, query: Tensor, key: Tensor, place: Place) -> Placed:
         return Placed(_layer(config, query, key, place), place.number)
 
-    def rows_problem(self, inner: str) -> str | None:
-        if inner == "auto":
-            return None
-        return (
-            f"config.inner {inner} is of softmax attention, and config.around {self.around} has kernels of its own: use "
-            "config.inner auto, and --parallax-kernels to choose them."
-        )
-
     def build_rows(self, inner: str, query: Tensor, key: Tensor, place: Place) -> Rows:
         if place.sinks:
             raise ValueError(

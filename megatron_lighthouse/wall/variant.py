@@ -152,14 +152,6 @@ class Wall(Variant):
         own = (config.tied_gates, config.scalar_gate)
         return sent(comm_type, seq_length, shape, layout, *own, paired=config.paired_gates)
 
-    def rows_problem(self, inner: str) -> str | None:
-        if inner == "auto":
-            return None
-        return (
-            f"config.inner {inner} is of softmax attention, and config.around {self.around} has kernels of its own: use "
-            "config.inner auto, and --wall-kernels to choose them."
-        )
-
     def rotary_problem(self) -> str:
         return (
             f"rotary: config.around {self.around} fades keys to their window's end, and turns none: leave `rotary` out. "

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from megatron_lighthouse.sequence.documents import Documents
     from megatron_lighthouse.softmax.backends import Attend
     from megatron_lighthouse.softmax.documents import AttendDocuments
-    from megatron_lighthouse.softmax.inputs import Inputs
+    from megatron_lighthouse.softmax.rows import RowKind
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class Lighthouse(Variant):
             yield f"{as_words('--window-size', window)} is not done by {ours}: leave it out, or use --attention dense."
         yield from self.groups_problems(model)
 
-    def check_installed(self, config: LighthouseConfig, inputs: Inputs, place: Place) -> None:
+    def check_installed(self, config: LighthouseConfig, inputs: RowKind, place: Place) -> None:
         import torch
 
         from megatron_lighthouse.lighthouse.implementations import steps_for

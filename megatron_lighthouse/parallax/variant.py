@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from megatron_lighthouse.sequence.documents import Documents
     from megatron_lighthouse.softmax import backends
     from megatron_lighthouse.softmax.documents import AttendDocuments
-    from megatron_lighthouse.softmax.inputs import Inputs
+    from megatron_lighthouse.softmax.rows import RowKind
 
 FLOAT64 = 8
 """Bytes."""
@@ -157,7 +157,7 @@ class Parallax(Variant):
     def build_documents(self, config: ParallaxConfig, query: Tensor, key: Tensor, place: Place) -> PlacedDocuments:
         return PlacedDocuments(config.kernels, place.scale, place.number)
 
-    def check_installed(self, config: ParallaxConfig, inputs: Inputs, place: Place) -> None:
+    def check_installed(self, config: ParallaxConfig, inputs: RowKind, place: Place) -> None:
         from megatron_lighthouse.parallax.implementations import implementation_for
 
         implementation_for(config.kernels, inputs.device, inputs.dtype, inputs.dim)

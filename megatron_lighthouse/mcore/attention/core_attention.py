@@ -39,8 +39,9 @@ from megatron_lighthouse.mcore.loop import switch
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.options import in_flags
 from megatron_lighthouse.sequence.documents import Documents
-from megatron_lighthouse.softmax.inputs import Inputs, made_from
 from megatron_lighthouse.softmax.inputs import check as check_inputs
+from megatron_lighthouse.softmax.inputs import made_from
+from megatron_lighthouse.softmax.rows import RowKind
 from megatron_lighthouse.variant import DocumentLayer, Layer, Place, Stream, Variant
 
 
@@ -214,7 +215,7 @@ class CoreAttentionBuilder(Builder):
             )
         check(config, settings, None)
         here = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        inputs = Inputs(here, config.params_dtype, *heads_of_rank(config), *head_dims(config))
+        inputs = RowKind(here, config.params_dtype, *heads_of_rank(config), *head_dims(config))
         of_te = "transformer_engine" in module.__module__
         if of_te:
             te_flash.mend()
@@ -251,7 +252,7 @@ def _rotates(config: TransformerConfig, layer_number: int) -> bool:
     return config.multi_latent_attention or not config.no_rope_freq or not config.no_rope_freq[layer_number - 1]
 
 
-def _check(variant: Variant, config: Any, inputs: Inputs, place: Place) -> None:
+def _check(variant: Variant, config: Any, inputs: RowKind, place: Place) -> None:
     """Name a backend that is missing, or a scheme that cannot be, before training starts."""
     variant.check_installed(config, inputs, place)
     if place.base_attends or place.exchange is None:

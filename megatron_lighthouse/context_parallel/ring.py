@@ -1,11 +1,11 @@
 """Ring: in hop i each rank attends to the far rows of the rank i places before it, while the next ones travel.
 
 They come straight from the rank that holds them, and only the half that will be read: of a lower rank the early chunk. In
-backward they come again, and their gradients go straight back to their rank, which sums them: no partial sum
-is rounded on its way. A rank's own rows come first in forward, while the first others travel, and last in backward, where the
-first others set out before the gradient of the near rows is known (`Passage.begin_backward_with`). What NCCL sends beside an
-attention kernel that takes all SMs costs its own time; so where NCCL sends (see `copies`), the last gradients go while those of
-the near rows are spread over the tokens.
+backward they come again, and their gradients go straight back to their rank, which sums them: no partial sum is rounded on its
+way. A rank's own rows come first in forward, while the first others travel, and last in backward, where the first others set
+out before the gradient of the near rows is known (`Passage.begin_backward_with`). What NCCL sends beside an attention kernel
+that takes all SMs costs its own time; so where NCCL sends (see `copies`), the last gradients go while those of the near rows
+are spread over the tokens.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange, Parcel
-from megatron_lighthouse.context_parallel.parts import Block, Mask, Part, Tensors, sinks_gradient
+from megatron_lighthouse.context_parallel.parts import Block, Mask, Tensors, saved_in, sinks_gradient
 from megatron_lighthouse.once import once_differentiable
 from megatron_lighthouse.sequence.layout import Layout
 
@@ -112,8 +112,7 @@ class _Ring(torch.autograd.Function):
         ring: Ring = ctx.ring
         passage: Passage = ctx.passage
         (saved, arriving), passage.begun = passage.begun or passage.read(ctx), None
-        near, far = saved[: ctx.near], saved[ctx.near : ctx.near + ctx.far]
-        part, sinks = Part(saved[ctx.near + ctx.far : -2], saved[-2]), saved[-1]
+        near, far, part = saved_in(saved[:-1], ctx.near, ctx.far)
         block, exchange, wide = ring.block, ring.exchange, part.lse.dtype
         sums, returning = [_Sum(x, wide, exchange.size > 2) for x in near], _Returning(far, wide, exchange)
         for hop, (rank, parcel) in enumerate(arriving, 1):
@@ -135,7 +134,7 @@ class _Ring(torch.autograd.Function):
             passage.returning = returning
         else:
             own_far = returning.added_to(own_far)
-        d_sinks = sinks_gradient(sinks, grad, block.output(part), part.lse)
+        d_sinks = sinks_gradient(saved[-1], grad, block.output(part), part.lse)
         return None, None, d_sinks, None, *(s.with_own(x) for s, x in zip(sums, own_near, strict=True)), *own_far
 
 

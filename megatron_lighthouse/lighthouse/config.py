@@ -218,7 +218,7 @@ class LighthouseConfig:
             )
         return Geometry(seq_length, self.levels, self.pooling, self.budget, self.tile_budget)
 
-    def scorer_problem(self, seq_length: int, context_parallel: int = 1, allowed: Allowed = anything) -> str | None:
+    def scorer_problem(self, seq_length: int, context_parallel: int, allowed: Allowed) -> str | None:
         """Why the scorer cannot rank so many tokens on so many ranks, with lengths that all rules take."""
         scorer = SCORERS[self.scorer]
         if scorer.takes(seq_length, context_parallel):

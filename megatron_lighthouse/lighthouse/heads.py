@@ -24,7 +24,7 @@ def summed(scores: Tensor, heads: int) -> Tensor:
     return one_by_one(scores.unflatten(2, (-1, heads)), 3)
 
 
-def heads_problem(config: LighthouseConfig, groups: int, dim: int, value_dim: int | None = None) -> str | None:
+def heads_problem(config: LighthouseConfig, groups: int, dim: int, value_dim: int | None) -> str | None:
     """Why a layer cannot have `groups` key/value heads, of so many channels; None where it can."""
     shared = config.heads_per_selection or 1
     if groups % shared:

@@ -95,7 +95,7 @@ def budget_problem(sizes: Sizes, allowed: Allowed = anything) -> str | None:
     return None
 
 
-def others(sizes: Sizes, allowed: Allowed = anything) -> str:
+def others(sizes: Sizes, allowed: Allowed) -> str:
     """The nearest settings that would work, of each kind up to two: budgets first, or levels where windows are too wide."""
 
     def works(**changes: int) -> bool:

@@ -84,8 +84,7 @@ class Scorer(ABC):
                 pyramid = Tiled(windows * packing.rule.window, *shape)
                 tokens = slice(start, start + pyramid.seq_length)
                 scores = self(query[tokens], key[tokens], value[tokens], pyramid, steps.alone, None, rotary)
-                sizes = [pyramid.entries(level) for level in range(1, packing.levels)]
-                for level, part in zip(levels, scores.split(sizes, -1), strict=True):
+                for level, part in zip(levels, scores.split(pyramid.level_lengths[1:], -1), strict=True):
                     level.append(part)
         return torch.cat([part for level in levels for part in level], -1)
 

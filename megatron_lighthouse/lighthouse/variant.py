@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_lighthouse import running
 from megatron_lighthouse.lighthouse.around import AROUND
-from megatron_lighthouse.lighthouse.causal_rules import causal_documents_problem, causal_scorers
+from megatron_lighthouse.lighthouse.causal_rules import causal_documents_problem, scorers_for
 from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
 from megatron_lighthouse.lighthouse.heads import documents_problem
@@ -18,6 +18,7 @@ from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.lighthouse.sharded.sent import layer_bytes, summary
 from megatron_lighthouse.options import as_words, errors_in_flags, in_flags
 from megatron_lighthouse.sequence.layout import Layout
+from megatron_lighthouse.usage import as_flag
 from megatron_lighthouse.variant import Place, Variant
 
 if TYPE_CHECKING:
@@ -154,20 +155,20 @@ class Lighthouse(Variant):
     def problems(self, config: LighthouseConfig, model: Any) -> Iterator[str]:
         yield from self.dropout_problems(model.attention_dropout)
         if SCORERS[config.scorer].by_length:
-            known = causal_scorers() if config.causal_selection else SCORERS
-            *more, last = (name for name in known if not SCORERS[name].by_length)
+            *more, last = (name for name in scorers_for(config) if not SCORERS[name].by_length)
             others = f"{', '.join(more)} or {last}"
-            for name, what in (("qk_layernorm", "--qk-layernorm"), ("qk_l2_norm", "--qk-l2-norm")):
+            for name in ("qk_layernorm", "qk_l2_norm"):
                 if getattr(model, name, False) and not getattr(model, "multi_latent_attention", False):  # MLA norms latents
                     yield (
-                        f"{what} makes all queries and keys nearly equally long, so that {flag('scorer')} {config.scorer}, "
-                        f"which goes by their length, selects at random: leave it out, or use {flag('scorer')} {others}."
+                        f"{as_flag(name)} makes all queries and keys nearly equally long, so that {flag('scorer')} "
+                        f"{config.scorer}, which goes by their length, selects at random: leave it out, or use "
+                        f"{flag('scorer')} {others}."
                     )
-        for name, option in (("qk_clip", "--qk-clip"), ("log_max_attention_logit", "--log-max-attention-logit")):
+        for name in ("qk_clip", "log_max_attention_logit"):
             if getattr(model, name, False):
                 yield (
-                    f"{option} goes by the greatest logit of a layer, which Lighthouse has of gathered rows alone, not of "
-                    "tokens: leave it out, or use --attention dense."
+                    f"{as_flag(name)} goes by the greatest logit of a layer, which Lighthouse has of gathered rows alone, not "
+                    "of tokens: leave it out, or use --attention dense."
                 )
         if not self.base(config).native and (window := getattr(model, "window_size", None)):
             ours = f"{flag('around')} {config.around}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import Field, field, fields
 from typing import Any
 
@@ -65,6 +66,15 @@ def in_flags(message: str, prefix: str = "lighthouse") -> str:
     return re.sub(r"\bconfig\.([a-z]\w*)(?: (True|False)\b(?! must))?", said, message)
 
 
+@contextmanager
+def errors_in_flags(prefix: str = "lighthouse") -> Iterator[None]:
+    """A ValueError raised inside is said in the words of the command line."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(in_flags(str(error), prefix)) from None
+
+
 def add_options(group: argparse._ArgumentGroup, prefix: str, config: type) -> None:
     """Add `--<prefix>-…` for each field of the dataclass `config`; a bool has a `--no-<prefix>-…` too."""
     for one in fields(config):
@@ -87,10 +97,8 @@ def read_options(args: argparse.Namespace, prefix: str, config: type) -> Any:
     Raises its constructor's ValueError, in flags.
     """
     given = {one.name: getattr(args, _dest(prefix, one), None) for one in fields(config)}
-    try:
+    with errors_in_flags(prefix):
         return config(**{name: value for name, value in given.items() if value is not None})
-    except ValueError as error:
-        raise ValueError(in_flags(str(error), prefix)) from None
 
 
 def set_options(args: argparse.Namespace, prefix: str, config: type) -> Iterator[str]:

@@ -8,13 +8,13 @@ from typing import Any
 from megatron_lighthouse.nearest import around, either
 
 
-def shared_out_problem(flag: str, heads: int, ranks: int, common: int | None = None) -> str | None:
+def shared_out_problem(flag: str, heads: int, ranks: int, common: int) -> str | None:
     """Why so many heads cannot be shared out among tensor-parallel ranks, of which those are offered that divide `common`."""
     if heads % ranks == 0:
         return None
     return (
         f"{flag} {heads} must be a multiple of --tensor-model-parallel-size {ranks}: use --tensor-model-parallel-size "
-        f"{either(around(ranks, lambda size: (common or heads) % size == 0, heads))}."
+        f"{either(around(ranks, lambda size: common % size == 0, heads))}."
     )
 
 

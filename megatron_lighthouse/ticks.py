@@ -27,11 +27,11 @@ def along_log2(axes: Any, values: Iterable[int], say: Callable[[int], str] = tok
     _label(axes, known, [math.log2(x) for x in known], say)
 
 
-def from_zero(axes: Any, values: Iterable[int], say: Callable[[int], str] = tokens) -> None:
+def from_zero(axes: Any, values: Iterable[int]) -> None:
     """The same of values that begin at 0, which stands as far before 1 as 1 before 2."""
     known = sorted(set(values))
     axes.set_xscale("symlog", base=2, linthresh=1)
-    _label(axes, known, [math.log2(x) if x else -1.0 for x in known], say)
+    _label(axes, known, [math.log2(x) if x else -1.0 for x in known], tokens)
 
 
 def _label(axes: Any, values: list[int], places: list[float], say: Callable[[int], str]) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from megatron_lighthouse.sequence.documents import Documents
     from megatron_lighthouse.softmax.backends import Attend
     from megatron_lighthouse.softmax.documents import AttendDocuments
-    from megatron_lighthouse.softmax.inputs import Inputs
+    from megatron_lighthouse.softmax.rows import RowKind
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ class Variant(TakesRows):
         """Why --cuda-graph-impl `graphs` cannot capture it; `length_problems` has none."""
         yield from ()
 
-    def check_installed(self, config: Any, inputs: Inputs, place: Place) -> None:
+    def check_installed(self, config: Any, inputs: RowKind, place: Place) -> None:
         """Raises ValueError, before training starts, where a package that it needs is missing."""
 
     def build(self, config: Any, query: Tensor, key: Tensor, place: Place) -> Layer:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_lighthouse import LighthouseConfig
 from megatron_lighthouse.lighthouse import remedies as module
+from megatron_lighthouse.lighthouse.by_length import TRIED
 from megatron_lighthouse.lighthouse.config import flag
 from megatron_lighthouse.options import in_flags
 
@@ -224,7 +225,7 @@ def test_a_length_with_digits_too_many_is_refused_after_few_tries(
     monkeypatch.setattr(module, "_nearest", counted)
     with pytest.raises(ValueError, match="use ") as refused:
         LighthouseConfig(**options).geometry(seq_length or 0, ranks)
-    assert len(tried) <= 2 * (2 * module.TRIED + 1)  # of budgets and of ranks
+    assert len(tried) <= 2 * (2 * TRIED + 1)  # of budgets and of ranks
     for offer in advice(str(refused.value)):
         left = {name: value for name, value in (options | offer).items() if name not in ("seq_length", "context_parallel_size")}
         if seq_length:

@@ -18,6 +18,7 @@ from megatron_lighthouse.mcore.command_line import checks, settings
 from megatron_lighthouse.options import in_flags
 from megatron_lighthouse.parallax.attention import parallax_attention
 from megatron_lighthouse.softmax.backends import choose_for_blocks
+from megatron_lighthouse.softmax.rows import RowKind
 
 SMALL = {"levels": 2, "pooling": 4, "budget": 8, "tile_budget": 4}
 
@@ -47,7 +48,7 @@ REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
     "inner": (lambda: attend(inner="fa3"), "config.inner fa3"),
     "inner of Transformer Engine": (lambda: attend(inner="te"), "config.inner te"),
     "inner over ranks": (
-        lambda: choose_for_blocks("fa3", ["sdpa"], torch.device("cpu"), torch.float32, 1, 1, 8),
+        lambda: choose_for_blocks("fa3", ["sdpa"], RowKind(torch.device("cpu"), torch.float32, 1, 1, 8, 8)),
         "config.inner fa3",
     ),
     "steps": (lambda: attend(steps="kernels"), "config.steps kernels"),

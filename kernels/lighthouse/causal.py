@@ -54,7 +54,7 @@ def earlier_as_high(scores: Tensor) -> Tensor:
 def _places_of(gathered: list[Tensor], geometry: Geometry) -> Tensor:
     """The places of entries, from which are gathered, a mask a level: the children of refined entries."""
     refined = torch.cat([level[..., :: geometry.pooling] for level in gathered[:-1]], -1).int()
-    lengths = [geometry.entries(level) for level in range(1, geometry.levels)]
+    lengths = geometry.level_lengths[1:]
     before = torch.cat([level.cumsum(-1) - level for level in refined.split(lengths, -1)], -1)
     batch, groups, _ = refined.shape
     places = refined.new_empty(batch, groups, geometry.pyramid_length)

@@ -141,7 +141,7 @@ def _settled(
 
 def coarsen(scores: Tensor, geometry: Pyramid, fused: int) -> None:
     """The levels above `fused`, each from the one below."""
-    levels = scores.split([geometry.entries(level) for level in range(1, geometry.levels)], -1)
+    levels = scores.split(geometry.level_lengths[1:], -1)
     for level in range(fused + 1, geometry.levels):
         length, grid = geometry.entries(level), (2 * scores.shape[1] * scores.shape[2], 1)
         numbers, constants = (geometry.coarse_length, length), {"P": geometry.pooling, "BLOCK": 256}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lighthouse.context_parallel.parts import Block, Mask, Part, Tensors, sinks_gradient
+from megatron_lighthouse.context_parallel.parts import Block, Mask, Tensors, saved_in, sinks_gradient
 from megatron_lighthouse.once import once_differentiable
 
 WHOLE = Mask((0,), (0,))
@@ -41,8 +41,7 @@ class _Alone(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *saved, sinks = ctx.saved_tensors
-        near, far = tuple(saved[: ctx.near]), tuple(saved[ctx.near : ctx.near + ctx.far])
-        part = Part(tuple(saved[ctx.near + ctx.far : -1]), saved[-1])
+        near, far, part = saved_in(saved, ctx.near, ctx.far)
         d_near, d_far = ctx.block.backward(grad, near, far, part, WHOLE)
         d_sinks = sinks_gradient(sinks, grad, ctx.block.output(part), part.lse)
         return None, d_sinks, None, *d_near, *d_far

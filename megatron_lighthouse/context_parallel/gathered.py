@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange
-from megatron_lighthouse.context_parallel.parts import Block, Mask, Part, Tensors, sinks_gradient
+from megatron_lighthouse.context_parallel.parts import Block, Mask, Tensors, saved_in, sinks_gradient
 from megatron_lighthouse.once import once_differentiable
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.sums import accumulation_dtype
@@ -63,9 +63,9 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved, scheme = ctx.saved_tensors, ctx.scheme
-        near, far = saved[: ctx.near], saved[ctx.near : ctx.near + ctx.far]
-        part, sinks = Part(saved[ctx.near + ctx.far : -2], saved[-2]), saved[-1]
+        *saved, sinks = ctx.saved_tensors
+        scheme: Gathered = ctx.scheme
+        near, far, part = saved_in(saved, ctx.near, ctx.far)
         exchange: Exchange = scheme.exchange
         wholes = tuple(exchange.all_gather(x, "attend") for x in far)
         d_near, d_far = scheme.block.backward(grad, near, far, part, scheme.own)

@@ -6,6 +6,7 @@ tensors begin with a dimension of rows: [n, B, heads, ·].
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -69,6 +70,12 @@ class Part:
         lse = torch.logaddexp(self.lse, sinks.to(self.lse.dtype).unsqueeze(-1))
         share = (self.lse - lse).exp().permute(2, 0, 1).unsqueeze(-1)
         return Part(tuple((x * share).to(x.dtype) for x in self.averages), lse)
+
+
+def saved_in(tensors: Sequence[Tensor], near: int, far: int) -> tuple[Tensors, Tensors, Part]:
+    """Near rows, far rows and the part over all of them, from `near` + `far` tensors, the averages and the log-sum-exp."""
+    *rows, lse = tensors
+    return tuple(rows[:near]), tuple(rows[near : near + far]), Part(tuple(rows[near + far :]), lse)
 
 
 def sinks_gradient(sinks: Tensor | None, grad: Tensor, output: Tensor, lse: Tensor) -> Tensor | None:

@@ -1,11 +1,11 @@
 """Ring: in hop i each rank attends to the far rows of the rank i places before it, while the next ones travel.
 
 They come straight from the rank that holds them, and only the half that will be read: of a lower rank the early chunk. In
-backward they come again, and their gradients go straight back to their rank, which sums them: no partial sum
-is rounded on its way. A rank's own rows come first in forward, while the first others travel, and last in backward, where the
-first others set out before the gradient of the near rows is known (`Passage.begin_backward_with`). What NCCL sends beside an
-attention kernel that takes all SMs costs its own time; so where NCCL sends (see `copies`), the last gradients go while those of
-the near rows are spread over the tokens.
+backward they come again, and their gradients go straight back to their rank, which sums them: no partial sum is rounded on its
+way. A rank's own rows come first in forward, while the first others travel, and last in backward, where the first others set
+out before the gradient of the near rows is known (`Passage.begin_backward_with`). What NCCL sends beside an attention kernel
+that takes all SMs costs its own time; so where NCCL sends (see `copies`), the last gradients go while those of the near rows
+are spread over the tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_lighthouse.context_parallel.exchange import Exchange, Parcel
-from megatron_lighthouse.context_parallel.parts import Block, Mask, Part, Tensors, sinks_gradient
+from megatron_lighthouse.context_parallel.parts import Block, Mask, Tensors, saved_in, sinks_gradient
 from megatron_lighthouse.once import once_differentiable
 from megatron_lighthouse.sequence.layout import Layout
 
@@ -112,8 +112,7 @@ class _Ring(torch.autograd.Function):
         ring: Ring = ctx.ring
         passage: Passage = ctx.passage
         (saved, arriving), passage.begun = passage.begun or passage.read(ctx), None
-        near, far = saved[: ctx.near], saved[ctx.near : ctx.near + ctx.far]
-        part, sinks = Part(saved[ctx.near + ctx.far : -2], saved[-2]), saved[-1]
+        near, far, part = saved_in(saved[:-1], ctx.near, ctx.far)
         block, exchange, wide = ring.block, ring.exchange, part.lse.dtype
         sums, returning = [_Sum(x, wide, exchange.size > 2) for x in near], _Returning(far, wide, exchange)
         for hop, (rank, parcel) in enumerate(arriving, 1):
@@ -135,7 +134,7 @@ class _Ring(torch.autograd.Function):
             passage.returning = returning
         else:
             own_far = returning.added_to(own_far)
-        d_sinks = sinks_gradient(sinks, grad, block.output(part), part.lse)
+        d_sinks = sinks_gradient(saved[-1], grad, block.output(part), part.lse)
         return None, None, d_sinks, None, *(s.with_own(x) for s, x in zip(sums, own_near, strict=True)), *own_far
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_lighthouse.context_parallel.alone import WHOLE
 from megatron_lighthouse.context_parallel.exchange import Exchange, finish
-from megatron_lighthouse.context_parallel.parts import Block, Part, Tensors, sinks_gradient
+from megatron_lighthouse.context_parallel.parts import Block, Tensors, saved_in, sinks_gradient
 from megatron_lighthouse.once import once_differentiable
 from megatron_lighthouse.sequence.layout import Layout
 from megatron_lighthouse.sums import accumulation_dtype
@@ -117,9 +117,7 @@ class _Windowed(torch.autograd.Function):
         scheme: Windowed = ctx.scheme
         d_near, d_fetched, d_sinks, each = [], [], [], len(saved) // 2
         for i, given in enumerate(grad.chunk(2)):
-            kept = tuple(saved[i * each : (i + 1) * each])
-            near, far = kept[: ctx.near], kept[ctx.near : ctx.near + ctx.far]
-            part = Part(kept[ctx.near + ctx.far : -1], kept[-1])
+            near, far, part = saved_in(saved[i * each : (i + 1) * each], ctx.near, ctx.far)
             of_near, of_far = scheme.block.backward(given, near, far, part, WHOLE)
             d_near.append(of_near)
             d_fetched.append(of_far)

@@ -10,7 +10,7 @@ The paper's k at 98,304 tokens is N/64; the rows after it are what was measured 
 TILE = 128
 """m, and the budget where that is smaller."""
 TRIED = 1000
-"""Multiples of a tile that are tried each way."""
+"""Multiples that are tried each way."""
 NAMES = ("levels", "budget", "tile_budget")
 
 
@@ -38,7 +38,7 @@ def by_length(
     near = (
         (budget, tile)
         for tile in tiles
-        for budget in sorted(_around(wanted, tile), key=lambda budget: abs(budget - wanted))
+        for budget in sorted(multiples_about(wanted, tile), key=lambda budget: abs(budget - wanted))
         if wanted <= 2 * budget <= 4 * wanted and fits(budget, tile)
     )
     tile = next((tile for tile in tiles if tile <= wanted), tiles[-1])
@@ -48,7 +48,7 @@ def by_length(
     return {"levels": levels, "budget": found[0], "tile_budget": found[1]}
 
 
-def _around(value: int, unit: int) -> range:
+def multiples_about(value: int, unit: int) -> range:
     """Multiples of `unit` about a value, TRIED each way: trying all takes hours where a length is far too great."""
     middle = value // unit * unit
     return range(max(unit, middle - TRIED * unit), middle + TRIED * unit + 1, unit)

@@ -46,7 +46,7 @@ def select_causally(
     """
     half, pooling, top = geometry.tile_budget // 2, geometry.pooling, geometry.levels - 1
     scores = scores.nan_to_num(nan=torch.inf, posinf=torch.inf)  # a NaN is the highest
-    by_level = scores.split([geometry.entries(level) for level in range(1, geometry.levels)], -1)
+    by_level = scores.split(geometry.level_lengths[1:], -1)
     shape = (*scores.shape[1:3], geometry.tiles, geometry.tile)
     candidates = torch.arange(geometry.entries(top), device=scores.device).view(shape[2:]).expand(shape)
     # live: in no window that keys refined; heard: the row is scattered, not silent

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 NAME = "config.causal_selection"
 
 
-def causal_scorers() -> list[str]:
-    """The names of those that no later token decides."""
-    return [name for name, scorer in SCORERS.items() if scorer.causal]
+def scorers_for(config: LighthouseConfig) -> list[str]:
+    """The names of those that go with the selection that a config asks for: a causal one, those that no later token decides."""
+    return [name for name, scorer in SCORERS.items() if scorer.causal or not config.causal_selection]
 
 
 def causal_problem(config: LighthouseConfig) -> str | None:
@@ -22,8 +22,8 @@ def causal_problem(config: LighthouseConfig) -> str | None:
     if not config.causal_selection:
         return None
     if not SCORERS[config.scorer].causal:
-        by_length = [name for name in causal_scorers() if SCORERS[name].by_length]
-        others = " or ".join(name for name in causal_scorers() if name not in by_length)
+        by_length = [name for name in scorers_for(config) if SCORERS[name].by_length]
+        others = " or ".join(name for name in scorers_for(config) if name not in by_length)
         return (
             f"{NAME} True is for scores that no later token decides, and those of config.scorer {config.scorer} rest on tokens "
             f"up to the end of the tile: use config.scorer {others}, where queries and keys are not normed also "

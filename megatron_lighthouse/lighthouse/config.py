@@ -26,11 +26,6 @@ def flag(name: str) -> str:
     return flag_of("lighthouse", name)
 
 
-def named(name: str) -> str:
-    """What a caller of the library knows the field `name` as."""
-    return f"config.{name}"
-
-
 @dataclass(frozen=True)
 class LighthouseConfig:
     """Options of Lighthouse Attention (arXiv 2605.06554), checked when constructed.
@@ -142,24 +137,24 @@ class LighthouseConfig:
             value = getattr(self, field.name)
             kind = {"str": str, "bool": bool, "int": int}[str(field.type)]
             if type(value) is not kind:
-                raise ValueError(f"{named(field.name)} {value!r} must be of type {field.type}, not {type(value).__name__}.")
+                raise ValueError(f"config.{field.name} {value!r} must be of type {field.type}, not {type(value).__name__}.")
         if self.levels < 2:
             raise ValueError(
-                f"{named('levels')} {self.levels} must be at least 2 (one is dense attention): use 3 to 5, as the paper."
+                f"config.levels {self.levels} must be at least 2 (one is dense attention): use 3 to 5, as the paper."
             )
         if self.pooling < 2:
-            raise ValueError(f"{named('pooling')} {self.pooling} must be at least 2: use 2, 4 or 8, as the paper.")
+            raise ValueError(f"config.pooling {self.pooling} must be at least 2: use 2, 4 or 8, as the paper.")
         if problem := budget_problem(self.sizes()):
             raise ValueError(problem)
         for name, known in (("scorer", SCORERS), ("inner", INNER), ("steps", STEPS), ("around", AROUND)):
             value = getattr(self, name)
             if value not in known:
-                raise ValueError(f"{named(name)} {value!r} is not known: use {' or '.join(map(repr, known))}.")
+                raise ValueError(f"config.{name} {value!r} is not known: use {' or '.join(map(repr, known))}.")
 
         if problem := AROUND[self.around].rows_problem(self.inner):
             raise ValueError(problem)
         if self.heads_per_selection < 0:
-            raise ValueError(f"{named('heads_per_selection')} {self.heads_per_selection} must not be negative: use 1.")
+            raise ValueError(f"config.heads_per_selection {self.heads_per_selection} must not be negative: use 1.")
         if problem := rule_problem(self) or causal_problem(self):
             raise ValueError(problem)
 
@@ -203,7 +198,7 @@ class LighthouseConfig:
         if sizes.refined % chunks:
             raise ValueError(
                 f"cp_group.size() {context_parallel} deals the gathered rows into {chunks} equal chunks, and "
-                f"{named('levels')} {self.levels} with {named('pooling')} {self.pooling} and {named('budget')} {self.budget} "
+                f"config.levels {self.levels} with config.pooling {self.pooling} and config.budget {self.budget} "
                 f"refines into {sizes.refined} rows, no multiple of it: use {use()}."
             )
         if seq_length < 1 or seq_length % (tiles * window):
@@ -218,12 +213,12 @@ class LighthouseConfig:
             )
         if seq_length < window * self.budget:
             raise ValueError(
-                f"{named('budget')} {self.budget} refines more windows than the {seq_length // window} windows of {window} "
+                f"config.budget {self.budget} refines more windows than the {seq_length // window} windows of {window} "
                 f"tokens that query's N {seq_length} has: use {use()}."
             )
         return Geometry(seq_length, self.levels, self.pooling, self.budget, self.tile_budget)
 
-    def scorer_problem(self, seq_length: int, context_parallel: int = 1, allowed: Allowed = anything) -> str | None:
+    def scorer_problem(self, seq_length: int, context_parallel: int, allowed: Allowed) -> str | None:
         """Why the scorer cannot rank so many tokens on so many ranks, with lengths that all rules take."""
         scorer = SCORERS[self.scorer]
         if scorer.takes(seq_length, context_parallel):

@@ -50,6 +50,11 @@ class Pyramid:
         """Entries of `level`: N/p^l."""
         return self.seq_length // self.window(level)
 
+    @property
+    def level_lengths(self) -> list[int]:
+        """Entries of each level, finest first."""
+        return [self.entries(level) for level in range(self.levels)]
+
     def offset(self, level: int) -> int:
         """The number that entry (level, 0) has in the concatenated pyramid."""
         return sum(self.entries(l) for l in range(level))

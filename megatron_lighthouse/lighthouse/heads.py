@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_lighthouse.lighthouse.causal_rules import causal_scorers
+from megatron_lighthouse.lighthouse.causal_rules import scorers_for
 from megatron_lighthouse.lighthouse.config import LighthouseConfig
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.nearest import around, either
@@ -24,15 +24,14 @@ def summed(scores: Tensor, heads: int) -> Tensor:
     return one_by_one(scores.unflatten(2, (-1, heads)), 3)
 
 
-def heads_problem(config: LighthouseConfig, groups: int, dim: int, value_dim: int | None = None) -> str | None:
+def heads_problem(config: LighthouseConfig, groups: int, dim: int, value_dim: int | None) -> str | None:
     """Why a layer cannot have `groups` key/value heads, of so many channels; None where it can."""
     shared = config.heads_per_selection or 1
     if groups % shared:
         use = either(around(shared, lambda n: groups % n == 0, groups))
         return f"{NAME} {shared} must divide the {groups} key/value heads of a tensor-parallel rank: use {use}."
     if SCORERS[config.scorer].reads_values and value_dim not in (None, dim):
-        known = causal_scorers() if config.causal_selection else SCORERS
-        fits_all = " or ".join(name for name in known if not SCORERS[name].reads_values)
+        fits_all = " or ".join(name for name in scorers_for(config) if not SCORERS[name].reads_values)
         return (
             f"config.scorer {config.scorer} reads values of as many channels as keys, and these have {value_dim} and {dim}: "
             f"use config.scorer {fits_all}."

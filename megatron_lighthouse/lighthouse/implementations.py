@@ -42,7 +42,7 @@ def steps_for(name: str, query: Tensor, pooling: int = 2) -> Steps:
     return reference
 
 
-def packed_steps_for(name: str, query: Tensor, pooling: int = 2) -> PackedSteps:
+def packed_steps_for(name: str, query: Tensor, pooling: int) -> PackedSteps:
     """As `steps_for`, over packed documents."""
     if steps_for(name, query, pooling) is reference:
         return packed_reference

@@ -130,7 +130,7 @@ def select(scores: Tensor, geometry: Geometry, pin_first: bool, causal: bool = F
     if causal:
         return select_causally(scores, geometry, places_of, earlier_as_high)
     half, top = geometry.tile_budget // 2, geometry.levels - 1
-    by_level = scores.split([geometry.entries(level) for level in range(1, geometry.levels)], -1)
+    by_level = scores.split(geometry.level_lengths[1:], -1)
     batch, groups, device = *scores.shape[1:3], scores.device
     everything = torch.arange(geometry.entries(top), device=device)
     candidates = everything.reshape(geometry.tiles, -1).expand(batch, groups, -1, -1)

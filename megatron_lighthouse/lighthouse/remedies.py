@@ -7,10 +7,8 @@ from collections.abc import Callable
 from itertools import islice
 from typing import NamedTuple
 
-from megatron_lighthouse.lighthouse.by_length import by_length
-
-TRIED = 1000
-"""Values that are tried each way from one that does not work: trying all takes hours where a length is far too great."""
+from megatron_lighthouse.lighthouse.by_length import by_length, multiples_about
+from megatron_lighthouse.nearest import either
 
 MOST = 5
 """Levels that are offered: what the paper takes."""
@@ -50,7 +48,7 @@ class Sizes(NamedTuple):
 
     @property
     def fit(self) -> bool:
-        """Whether N is right."""
+        """Whether the budgets go together, and N, where it is known, with them and the ranks."""
         if self.tile_budget < 2 or self.tile_budget % 2 or self.budget < 1 or self.budget % self.tile_budget:
             return False
         if not self.seq_length:
@@ -97,7 +95,7 @@ def budget_problem(sizes: Sizes, allowed: Allowed = anything) -> str | None:
     return None
 
 
-def others(sizes: Sizes, allowed: Allowed = anything) -> str:
+def others(sizes: Sizes, allowed: Allowed) -> str:
     """The nearest settings that would work, of each kind up to two: budgets first, or levels where windows are too wide."""
 
     def works(**changes: int) -> bool:
@@ -154,11 +152,10 @@ def _fewer_levels(sizes: Sizes, allowed: Allowed) -> str:
 
 
 def _nearest(to: int, unit: int, most: int, fits: Callable[[int], bool]) -> list[int]:
-    """The two multiples of `unit`, at most `most`, that fit and lie nearest to `to`, which does not; of TRIED each way."""
-    middle = min(to, most) // unit * unit
-    near = range(max(unit, middle - TRIED * unit), min(most, middle + TRIED * unit) + 1, unit)
+    """The two multiples of `unit`, at most `most`, that fit and lie nearest to `to`, which does not."""
+    near = (n for n in multiples_about(min(to, most), unit) if n <= most)
     return sorted(islice(filter(fits, sorted(near, key=lambda n: abs(n - to))), 2))
 
 
 def _either(name: str, values: list[int]) -> str:
-    return f"{name} " + " or ".join(str(v) for v in values) if values else ""
+    return f"{name} {either(values)}" if values else ""

@@ -34,12 +34,18 @@ class TakesRows:
 
     name: str
     streams: tuple[Stream, ...]
+    native: bool
     around: str | None = None
     """Its name in `--lighthouse-around`, where Lighthouse can gather rows for it: then it has `build_rows`."""
 
     def rows_problem(self, inner: str) -> str | None:
         """Why it cannot attend to gathered rows by the backend `inner` of `--lighthouse-inner`; None where it can."""
-        return None
+        if inner == "auto" or self.native:
+            return None
+        return (
+            f"config.inner {inner} is of softmax attention, and config.around {self.around} has kernels of its own: use "
+            f"config.inner auto, and the options --{self.name}-… to choose them."
+        )
 
     def streams_problem(
         self, config: Any, query: Tensor, key: Tensor, streams: Sequence[Tensor], exchange: Exchange | None

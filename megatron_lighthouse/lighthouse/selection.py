@@ -48,7 +48,7 @@ class Selection:
 
     def by_level(self, x: Tensor) -> tuple[Tensor, ...]:
         """Views of something of each entry, [..., pyramid length], one a level."""
-        return x.split([self.geometry.entries(level) for level in range(self.geometry.levels)], -1)
+        return x.split(self.geometry.level_lengths, -1)
 
     @property
     def last_places(self) -> Tensor:

@@ -99,6 +99,6 @@ class Steps(Protocol):
         Position j sums, over the levels, the row of entry (j - p^l + 1) // p^l where that was gathered and is not silent
         (`Selection.spills`). What an entry spills past the end of its chunk is dropped. `halo` is [chunks, L-1, B, H, D]: the
         rows of the entries of levels 1..L-1 that end where a chunk begins, zero where not gathered; with `travel` it may still
-        be under way. Differentiable in `rows`
-        and `halo`: dÕ_m = sum of dO over the range of entry m. Keeps only the map for backward.
+        be under way. Differentiable in `rows` and `halo`: dÕ_m = sum of dO over the range of entry m. Keeps only the map for
+        backward.
         """

@@ -73,7 +73,7 @@ def whole(choice: Choice, sequence: Exchange | None, heads: Exchange | None = No
     if heads is not None:
         places, scores = (torch.cat([*heads.all_gather(x, "telemetry")], -2) for x in (places, scores))
     if sequence is not None and not isinstance(geometry, Packing):
-        counts = [choice.selection.geometry.entries(level) for level in range(geometry.levels)]
+        counts = choice.selection.geometry.level_lengths
         places = _in_order((places >= 0).to(torch.int8), counts, sequence).int() - 1
         scores = _in_order(scores, counts[1:], sequence)
     return replace(choice, selection=Selection(geometry, places, geometry.gathered_length), scores=scores)

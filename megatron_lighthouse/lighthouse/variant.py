@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_lighthouse import running
 from megatron_lighthouse.lighthouse.around import AROUND
-from megatron_lighthouse.lighthouse.causal_rules import causal_documents_problem, causal_scorers
+from megatron_lighthouse.lighthouse.causal_rules import causal_documents_problem, scorers_for
 from megatron_lighthouse.lighthouse.config import LighthouseConfig, flag
 from megatron_lighthouse.lighthouse.geometry import Geometry, Shape
 from megatron_lighthouse.lighthouse.heads import documents_problem
 from megatron_lighthouse.lighthouse.remedies import Allowed, anything
 from megatron_lighthouse.lighthouse.scorers import SCORERS
 from megatron_lighthouse.lighthouse.sharded.sent import layer_bytes, summary
-from megatron_lighthouse.options import as_words, in_flags
+from megatron_lighthouse.options import as_words, errors_in_flags, in_flags
 from megatron_lighthouse.sequence.layout import Layout
+from megatron_lighthouse.usage import as_flag
 from megatron_lighthouse.variant import Place, Variant
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from megatron_lighthouse.sequence.documents import Documents
     from megatron_lighthouse.softmax.backends import Attend
     from megatron_lighthouse.softmax.documents import AttendDocuments
-    from megatron_lighthouse.softmax.inputs import Inputs
+    from megatron_lighthouse.softmax.rows import RowKind
 
 
 @dataclass(frozen=True)
@@ -154,48 +155,44 @@ class Lighthouse(Variant):
     def problems(self, config: LighthouseConfig, model: Any) -> Iterator[str]:
         yield from self.dropout_problems(model.attention_dropout)
         if SCORERS[config.scorer].by_length:
-            known = causal_scorers() if config.causal_selection else SCORERS
-            *more, last = (name for name in known if not SCORERS[name].by_length)
+            *more, last = (name for name in scorers_for(config) if not SCORERS[name].by_length)
             others = f"{', '.join(more)} or {last}"
-            for name, what in (("qk_layernorm", "--qk-layernorm"), ("qk_l2_norm", "--qk-l2-norm")):
+            for name in ("qk_layernorm", "qk_l2_norm"):
                 if getattr(model, name, False) and not getattr(model, "multi_latent_attention", False):  # MLA norms latents
                     yield (
-                        f"{what} makes all queries and keys nearly equally long, so that {flag('scorer')} {config.scorer}, "
-                        f"which goes by their length, selects at random: leave it out, or use {flag('scorer')} {others}."
+                        f"{as_flag(name)} makes all queries and keys nearly equally long, so that {flag('scorer')} "
+                        f"{config.scorer}, which goes by their length, selects at random: leave it out, or use "
+                        f"{flag('scorer')} {others}."
                     )
-        for name, option in (("qk_clip", "--qk-clip"), ("log_max_attention_logit", "--log-max-attention-logit")):
+        for name in ("qk_clip", "log_max_attention_logit"):
             if getattr(model, name, False):
                 yield (
-                    f"{option} goes by the greatest logit of a layer, which Lighthouse has of gathered rows alone, not of "
-                    "tokens: leave it out, or use --attention dense."
+                    f"{as_flag(name)} goes by the greatest logit of a layer, which Lighthouse has of gathered rows alone, not "
+                    "of tokens: leave it out, or use --attention dense."
                 )
         if not self.base(config).native and (window := getattr(model, "window_size", None)):
             ours = f"{flag('around')} {config.around}"
             yield f"{as_words('--window-size', window)} is not done by {ours}: leave it out, or use --attention dense."
         yield from self.groups_problems(model)
 
-    def check_installed(self, config: LighthouseConfig, inputs: Inputs, place: Place) -> None:
+    def check_installed(self, config: LighthouseConfig, inputs: RowKind, place: Place) -> None:
         import torch
 
         from megatron_lighthouse.lighthouse.implementations import steps_for
         from megatron_lighthouse.softmax.inputs import check_backend
 
         rows = torch.empty(0, inputs.dim, dtype=inputs.dtype, device=inputs.device)
-        try:
+        with errors_in_flags():
             SCORERS[config.scorer].check_installed(steps_for(config.steps, rows), inputs.device)
             if not place.base_attends and self.base(config).native:
                 ranks = place.exchange.size if place.exchange else 1
                 check_backend(config.inner, inputs, ranks, place.comm_type, place.sinks)
-        except ValueError as error:
-            raise ValueError(in_flags(str(error))) from None
 
     def build(self, config: LighthouseConfig, query: Tensor, key: Tensor, place: Place) -> Placed:
         from megatron_lighthouse.lighthouse.layer import build
 
-        try:
+        with errors_in_flags():
             return Placed(build(config, query, key, self._for_rows(config, place)), place, self.base(config))
-        except ValueError as error:
-            raise ValueError(in_flags(str(error))) from None
 
     def _for_rows(self, config: LighthouseConfig, place: Place) -> Place:
         """Less the rotation, around what reads that for itself: then --lighthouse-rope is mean."""
@@ -204,16 +201,12 @@ class Lighthouse(Variant):
     def build_documents(self, config: LighthouseConfig, query: Tensor, key: Tensor, place: Place) -> PlacedDocuments:
         from megatron_lighthouse.lighthouse.packed.layer import build_packed
 
-        try:
+        with errors_in_flags():
             return PlacedDocuments(build_packed(config, query, key, self._for_rows(config, place)), place, self.base(config))
-        except ValueError as error:
-            raise ValueError(in_flags(str(error))) from None
 
     def cost(self, config: LighthouseConfig, seq_length: int, ranks: int) -> Geometry:
-        try:
+        with errors_in_flags():
             return config.geometry(seq_length, ranks)
-        except ValueError as error:
-            raise ValueError(in_flags(str(error))) from None
 
     def sent(
         self, config: LighthouseConfig, seq_length: int, shape: Shape, layout: Layout, comm_type: str, around: Any = None

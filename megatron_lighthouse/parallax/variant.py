@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from megatron_lighthouse.sequence.documents import Documents
     from megatron_lighthouse.softmax import backends
     from megatron_lighthouse.softmax.documents import AttendDocuments
-    from megatron_lighthouse.softmax.inputs import Inputs
+    from megatron_lighthouse.softmax.rows import RowKind
 
 FLOAT64 = 8
 """Bytes."""
@@ -131,14 +131,6 @@ class Parallax(Variant):
     def build(self, config: ParallaxConfig, query: Tensor, key: Tensor, place: Place) -> Placed:
         return Placed(_layer(config, query, key, place), place.number)
 
-    def rows_problem(self, inner: str) -> str | None:
-        if inner == "auto":
-            return None
-        return (
-            f"config.inner {inner} is of softmax attention, and config.around {self.around} has kernels of its own: use "
-            "config.inner auto, and --parallax-kernels to choose them."
-        )
-
     def build_rows(self, inner: str, query: Tensor, key: Tensor, place: Place) -> Rows:
         if place.sinks:
             raise ValueError(
@@ -165,7 +157,7 @@ class Parallax(Variant):
     def build_documents(self, config: ParallaxConfig, query: Tensor, key: Tensor, place: Place) -> PlacedDocuments:
         return PlacedDocuments(config.kernels, place.scale, place.number)
 
-    def check_installed(self, config: ParallaxConfig, inputs: Inputs, place: Place) -> None:
+    def check_installed(self, config: ParallaxConfig, inputs: RowKind, place: Place) -> None:
         from megatron_lighthouse.parallax.implementations import implementation_for
 
         implementation_for(config.kernels, inputs.device, inputs.dtype, inputs.dim)

@@ -85,18 +85,7 @@ def deterministic() -> bool:
     return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
-def choose_for_blocks(
-    name: str,
-    known: Sequence[str],
-    device: torch.device,
-    dtype: torch.dtype,
-    heads: int,
-    groups: int,
-    dim: int,
-    value_dim: int | None = None,
-    *,
-    over: str = SHARDS,
-) -> str:
+def choose_for_blocks(name: str, known: Sequence[str], rows: RowKind, over: str = SHARDS) -> str:
     """As `choose`, among the backends `known` that return their log-sum-exp: shards are merged by it, and sinks enter by it.
 
     'auto' takes none that is `untried`.
@@ -104,23 +93,20 @@ def choose_for_blocks(
     Raises:
         ValueError: as `inner_attention`, or a backend that is forced and is not among those.
     """
-    if problem := shards_problem(name, known, dim):
+    if problem := shards_problem(name, known, rows.dim):
         raise ValueError(problem)
-    rows = RowKind(device, dtype, heads, groups, dim, value_dim or dim)
     major, dims, alone = rows.capability // 10, (rows.dim, rows.value_dim), name != "auto"
-    fits = [o for o in known if (alone or not untried(o, major, dims)) and shards_problem(o, known, dim) is None]
+    fits = [o for o in known if (alone or not untried(o, major, dims)) and shards_problem(o, known, rows.dim) is None]
     return _choose(name, rows, deterministic(), tuple(fits), over)
 
 
-def choose_for_documents(
-    name: str, device: torch.device, dtype: torch.dtype, heads: int, groups: int, dim: int, value_dim: int | None = None
-) -> str:
+def choose_for_documents(name: str, rows: RowKind) -> str:
     """As `choose`, among the backends that attend over documents.
 
     Raises:
         ValueError: as `inner_attention`.
     """
-    return _choose(name, RowKind(device, dtype, heads, groups, dim, value_dim or dim), deterministic(), (), DOCUMENTS)
+    return _choose(name, rows, deterministic(), (), DOCUMENTS)
 
 
 @cache

@@ -15,7 +15,7 @@ from megatron_lighthouse.gpu import capability_of
 from megatron_lighthouse.softmax.backends import choose_for_blocks
 from megatron_lighthouse.softmax.base import Softmax, batch_first
 from megatron_lighthouse.softmax.flash_blocks import Flash3, Flash4
-from megatron_lighthouse.softmax.rows import SHARDS
+from megatron_lighthouse.softmax.rows import SHARDS, RowKind
 from megatron_lighthouse.sums import accumulation_dtype
 
 aten = torch.ops.aten
@@ -141,9 +141,8 @@ def block_for(
     Raises:
         ValueError: a backend that is forced and is not there, cannot take these rows, or does not return its log-sum-exp.
     """
-    rows = (query.device, query.dtype, query.shape[2], key.shape[2], query.shape[3], value_dim)
     known = [other for other in BLOCKS if window is None or _takes_windows(other, query)]
-    return BLOCKS[choose_for_blocks(name, known, *rows, over=over)](scale, window)
+    return BLOCKS[choose_for_blocks(name, known, RowKind.of(query, key, value_dim), over)](scale, window)
 
 
 def _takes_windows(name: str, query: Tensor) -> bool:

@@ -77,7 +77,7 @@ def documents_attention(
     if window is not None or sinks:
         scale = scale_of(query, softmax_scale)
         return DocumentsAlone(within_documents(name, query, key, scale, value_dim, window, SINKS if sinks else WINDOWS))
-    chosen = choose_for_documents(name, query.device, query.dtype, query.shape[2], key.shape[2], query.shape[3], value_dim)
+    chosen = choose_for_documents(name, RowKind.of(query, key, value_dim))
     attend = FAMILIES[DOCUMENTS][chosen].attend
     return lambda q, k, v, documents: attend(q, k, v, softmax_scale, documents)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,37 +9,23 @@ from torch import Tensor
 
 from megatron_lighthouse.softmax.backends import choose, choose_for_blocks, deterministic
 from megatron_lighthouse.softmax.blocks import BLOCKS
-from megatron_lighthouse.softmax.rows import SHARDS, SINKS
+from megatron_lighthouse.softmax.rows import SHARDS, SINKS, RowKind
 from megatron_lighthouse.softmax.sinks import CHANNELS, key_row_backends
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Those that the steps and the inner attention compute in."""
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What a layer's inputs will be, on one tensor-parallel rank."""
-
-    device: torch.device
-    dtype: torch.dtype
-    heads: int
-    groups: int
-    dim: int
-    """Of queries and keys."""
-    value_dim: int | None = None
-    """Of values, where it is another."""
-
-
-def check_backend(name: str, inputs: Inputs, ranks: int, comm_type: str, sinks: bool = False) -> None:
-    """Raises ValueError where the backend `name` ('auto': any) cannot attend to such inputs, on so many ranks."""
-    rows = (inputs.device, inputs.dtype, inputs.heads, inputs.groups, inputs.dim, inputs.value_dim)
+def check_backend(name: str, rows: RowKind, ranks: int, comm_type: str, sinks: bool = False) -> None:
+    """Raises ValueError where the backend `name` ('auto': any) cannot attend to such rows, on so many ranks."""
+    kind = (rows.device, rows.dtype, rows.heads, rows.groups)
     alone = ranks == 1 or comm_type == "a2a"
-    if alone and sinks and name in key_row_backends(inputs.dim):
-        choose(name, *rows[:-2], inputs.dim + CHANNELS)
+    if alone and sinks and name in key_row_backends(rows.dim):
+        choose(name, *kind, rows.dim + CHANNELS)
     elif alone and not sinks:
-        choose(name, *rows)
+        choose(name, *kind, rows.dim, rows.value_dim)
     else:
-        choose_for_blocks(name, list(BLOCKS), *rows, over=SINKS if alone else SHARDS)
+        choose_for_blocks(name, list(BLOCKS), rows, SINKS if alone else SHARDS)
 
 
 def made_from(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:

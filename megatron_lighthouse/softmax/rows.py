@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from megatron_lighthouse.gpu import capability_of
 
@@ -14,7 +15,7 @@ SHARDS, DOCUMENTS, SINKS, WINDOWS = "over shards ", "over documents ", "with sin
 
 @dataclass(frozen=True)
 class RowKind:
-    """Kinds of rows: all that a choice among backends goes by."""
+    """What the rows of a tensor-parallel rank are: all that a choice among backends goes by."""
 
     device: torch.device
     dtype: torch.dtype
@@ -23,6 +24,12 @@ class RowKind:
     dim: int
     """Of queries and keys."""
     value_dim: int
+
+    @staticmethod
+    def of(query: Tensor, key: Tensor, value_dim: int | None = None) -> RowKind:
+        """That of queries [·, ·, H, D] and keys [·, ·, G, D], and of values of `value_dim` channels; None: D."""
+        heads, dim = query.shape[2:]
+        return RowKind(query.device, query.dtype, heads, key.shape[2], dim, value_dim or dim)
 
     @property
     def capability(self) -> int:

@@ -20,6 +20,7 @@ from megatron_lighthouse.softmax.backends import choose_for_blocks
 from megatron_lighthouse.softmax.blocks import BLOCKS
 from megatron_lighthouse.softmax.document_blocks import AllAtOnce, OneByOne, Within
 from megatron_lighthouse.softmax.names import OVER_SHARDED_DOCUMENTS
+from megatron_lighthouse.softmax.rows import RowKind
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,5 @@ def within_documents(
     Raises:
         ValueError: a backend that is forced and cannot do it.
     """
-    rows = (query.device, query.dtype, query.shape[2], key.shape[2], query.shape[3], value_dim)
-    chosen = choose_for_blocks(name, OVER_SHARDED_DOCUMENTS, *rows, over=over)
+    chosen = choose_for_blocks(name, OVER_SHARDED_DOCUMENTS, RowKind.of(query, key, value_dim), over)
     return AllAtOnce(scale, window) if chosen == "fa2" else OneByOne(BLOCKS[chosen](scale, window))

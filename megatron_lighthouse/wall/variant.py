@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from megatron_lighthouse.lighthouse.selection import Selection
     from megatron_lighthouse.running import Telemetry
     from megatron_lighthouse.sequence.documents import Documents
-    from megatron_lighthouse.softmax.inputs import Inputs
+    from megatron_lighthouse.softmax.rows import RowKind
     from megatron_lighthouse.wall.over_documents import PlacedDocuments
     from megatron_lighthouse.wall.pieces import Sight
     from megatron_lighthouse.wall.placed import Placed, Rows
@@ -138,10 +138,10 @@ class Wall(Variant):
 
         return PlacedDocuments(attend, place.exchange)
 
-    def check_installed(self, config: WallConfig, inputs: Inputs, place: Place) -> None:
+    def check_installed(self, config: WallConfig, inputs: RowKind, place: Place) -> None:
         from megatron_lighthouse.wall.implementations import makers_for
 
-        makers_for(config.kernels, inputs.device, inputs.dtype, (inputs.dim, inputs.value_dim or inputs.dim))
+        makers_for(config.kernels, inputs.device, inputs.dtype, (inputs.dim, inputs.value_dim))
 
     def sent(
         self, config: WallConfig | None, seq_length: int, shape: Shape, layout: Layout, comm_type: str, around: Any = None
@@ -151,14 +151,6 @@ class Wall(Variant):
         config = config or WallConfig()
         own = (config.tied_gates, config.scalar_gate)
         return sent(comm_type, seq_length, shape, layout, *own, paired=config.paired_gates)
-
-    def rows_problem(self, inner: str) -> str | None:
-        if inner == "auto":
-            return None
-        return (
-            f"config.inner {inner} is of softmax attention, and config.around {self.around} has kernels of its own: use "
-            "config.inner auto, and --wall-kernels to choose them."
-        )
 
     def rotary_problem(self) -> str:
         return (

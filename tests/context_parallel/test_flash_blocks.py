@@ -17,7 +17,8 @@ from megatron_lighthouse.softmax import backends, names
 from megatron_lighthouse.softmax.blocks import BLOCKS, Plain, block_for
 from megatron_lighthouse.softmax.document_blocks import OneByOne
 from megatron_lighthouse.softmax.flash_blocks import Flash3, Flash4
-from megatron_lighthouse.softmax.inputs import Inputs, check_backend
+from megatron_lighthouse.softmax.inputs import check_backend
+from megatron_lighthouse.softmax.rows import RowKind
 from megatron_lighthouse.softmax.sharded_documents import sharded_documents_attention
 from megatron_lighthouse.softmax.sinks import sinks_attention
 from tests.context_parallel.shards import exchange_of, inputs_of, shards_of, together
@@ -199,7 +200,7 @@ def test_auto_takes_them_in_the_order_of_one_gpu_and_says_which(caplog: pytest.L
 def refusal(name: str, dim: int = 64, there: tuple[str, ...] = ("fa4", "fa3"), **how: Any) -> str:
     """When the layer is built."""
     with installed(*there, **how), pytest.raises(ValueError, match=f"^config.inner {name} cannot run: ") as error:
-        check_backend(name, Inputs(torch.device("cpu"), torch.bfloat16, 4, 2, dim), 2, "p2p")
+        check_backend(name, RowKind(torch.device("cpu"), torch.bfloat16, 4, 2, dim, dim), 2, "p2p")
     return str(error.value)
 
 

@@ -96,7 +96,7 @@ def test_what_is_built_and_refused() -> None:
 
     model = gpt(with_lighthouse(local_spec(), EDGES), transformer_config())
     assert lighthouse_layers(model) == [1, 2, 3, 4, 5, 6]
-    budgets = [layer.self_attention.core_attention.own.budget for layer in model.decoder.layers]
+    budgets = [layer.self_attention.core_attention.variant_config.budget for layer in model.decoder.layers]
     assert budgets == [16, 8, 8, 8, 16, 16]
     with pytest.raises(ValueError, match="--lighthouse-edge-budget 64 refines more"):
         check_model(transformer_config(), replace(EDGES, edge_budget=64), 256)

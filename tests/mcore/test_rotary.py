@@ -111,7 +111,7 @@ def test_rows_are_the_raw_mean_rotated_by_megatron_at_the_last_token(name: str, 
         raw_q, raw_k, raw_v, *given = seen[layer.layer_number]
         core = layer.self_attention.core_attention
         assert_close(given[0], by_megatron(model, layer, raw_q), "float64")  # else the following would not be of this run
-        ours = core._layer_for(*given).layer
+        ours = core._built(core.variant.build, core.variant_config, *given).layer
         selection, _ = ours.select(*given)
         rows = ours.steps.gather(*given, selection, None, ours.rotary)
         for x, gathered, turned in zip((raw_q, raw_k, raw_v), rows, (True, True, False), strict=True):
@@ -144,7 +144,7 @@ def test_turning_matters(megatron: None) -> None:
     core = model.decoder.layers[0].self_attention.core_attention
     assert isinstance(core.place.rotary, Rotary)
     given = [torch.randn(N, 1, heads, 16, dtype=torch.float64) for heads in (4, 2, 2)]
-    ours = core._layer_for(*given).layer
+    ours = core._built(core.variant.build, core.variant_config, *given).layer
     selection, _ = ours.select(*given)
     turned, mean = (ours.steps.gather(*given, selection, None, how)[0] for how in (ours.rotary, None))
     assert (turned - mean).abs().max() > 0.1

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megatron_lighthouse.options import option
 from megatron_lighthouse.softmax.backends import Attend, inner_attention
-from megatron_lighthouse.softmax.inputs import Inputs, check_backend
+from megatron_lighthouse.softmax.inputs import check_backend
+from megatron_lighthouse.softmax.rows import RowKind
 from megatron_lighthouse.softmax.sharded import sharded_attention
 from megatron_lighthouse.variant import Place, Stream, Variant
 
@@ -49,7 +50,7 @@ class Toy(Variant):
     streams = (Stream("r", init=torch.nn.init.zeros_ if "TOY_ZERO" in os.environ else None),)
     dense_weights = "TOY_ALONE" not in os.environ
 
-    def check_installed(self, config: ToyConfig, inputs: Inputs, place: Place) -> None:
+    def check_installed(self, config: ToyConfig, inputs: RowKind, place: Place) -> None:
         check_backend(config.inner, inputs, place.exchange.size if place.exchange else 1, place.comm_type)
 
     def build(self, config: ToyConfig, query: Tensor, key: Tensor, place: Place) -> Layer:

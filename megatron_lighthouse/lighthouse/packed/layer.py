@@ -26,7 +26,7 @@ from megatron_lighthouse.lighthouse.selection import Selection
 from megatron_lighthouse.ranges import profiled
 from megatron_lighthouse.sequence.documents import Documents
 from megatron_lighthouse.softmax.sharded_documents import sharded_documents_attention
-from megatron_lighthouse.variant import DEFAULT_PLACE, Place
+from megatron_lighthouse.variant import Place
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,7 @@ class PackedLayer:
             return selection
 
 
-def build_packed(
-    config: LighthouseConfig, query: Tensor, key: Tensor, place: Place = DEFAULT_PLACE
-) -> PackedLayer | ShardedPackedLayer:
+def build_packed(config: LighthouseConfig, query: Tensor, key: Tensor, place: Place) -> PackedLayer | ShardedPackedLayer:
     """The layer for rows of documents like these.
 
     Args:

@@ -59,7 +59,7 @@ def attended_norms(
 def select(scores: Tensor, packing: Packing, pin_first: bool) -> Selection:
     """See `PackedSteps.select`. The tiles of all documents at once: their candidates are ranked together, tile by tile."""
     compact, device = packing.compact, scores.device
-    by_level = scores.split([compact.entries(level) for level in range(1, compact.levels)], -1)
+    by_level = scores.split(compact.level_lengths[1:], -1)
     _, _, windows, budgets, firsts = packing.tiles.long()
     candidates = torch.ones(*scores.shape[1:3], compact.entries(compact.levels - 1), dtype=torch.bool, device=device)
     gathered = [torch.empty(0)] * compact.levels
@@ -89,7 +89,7 @@ def _highest(scores: Tensor, lengths: Tensor, counts: Tensor) -> Tensor:
 def _places(compact: Tensor, packing: Packing) -> Tensor:
     """The rows of the windows of one sequence, as rows of the packed row: loose tokens stand between."""
     maps, levels = Maps.of(packing), []
-    sizes = [packing.compact.entries(level) for level in range(packing.levels)]
+    sizes = packing.compact.level_lengths
     for level, places in enumerate(compact.split(sizes, -1)):
         shift = maps.rows_shift.repeat_interleave(packing.rule.window // packing.window(level))
         levels.append(torch.where(places >= 0, places + shift, -1))

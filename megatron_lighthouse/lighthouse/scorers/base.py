@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from megatron_lighthouse.lighthouse.geometry import Pyramid, Shape, Tiled
+from megatron_lighthouse.nearest import either, multiples
 
 if TYPE_CHECKING:
     import torch
@@ -94,8 +95,7 @@ class Scorer(ABC):
                 pyramid = Tiled(windows * packing.rule.window, *shape)
                 tokens = slice(start, start + pyramid.seq_length)
                 scores = self(query[tokens], key[tokens], value[tokens], pyramid, steps.alone, None, rotary, scale)
-                sizes = [pyramid.entries(level) for level in range(1, packing.levels)]
-                for level, part in zip(levels, scores.split(sizes, -1), strict=True):
+                for level, part in zip(levels, scores.split(pyramid.level_lengths[1:], -1), strict=True):
                     level.append(part)
         return torch.cat([part for level in levels for part in level], -1)
 
@@ -116,8 +116,8 @@ class Scorer(ABC):
         Args:
             query: [tokens of the pieces, 1, H, D], of which this rank has those of its windows; key, value: likewise, G.
         """
-        whole = [shares.whole_tokens(x, exchange, "scorer") for x in (query, key, value)]
-        return self.packed(whole[0], whole[1], whole[2], shares.packing, steps, rotary, scale)
+        query, key, value = (shares.whole_tokens(x, exchange, "scorer") for x in (query, key, value))
+        return self.packed(query, key, value, shares.packing, steps, rotary, scale)
 
     def packed_problem(self, window: int) -> str | None:
         """Why it cannot rank documents whose coarsest windows have so many tokens; None where it can."""
@@ -167,10 +167,10 @@ class Scorer(ABC):
             return None
         unit = self.multiple(size)
         of = "" if size == 1 else f" of each of the {2 * size} chunks of {size} context-parallel ranks"
-        use = lengths or [n for n in (seq_length // unit * unit, (seq_length // unit + 1) * unit) if n > 0]
+        use = either(lengths or multiples(seq_length, unit))
         return (
             f"query's N {seq_length} must be a multiple of {unit} for config.scorer {self.name}, which takes every "
-            f"{self.unit}th token{of}: use query's N {' or '.join(map(str, use))}."
+            f"{self.unit}th token{of}: use query's N {use}."
         )
 
     def check_length(self, rows: int, exchange: Exchange | None) -> None:

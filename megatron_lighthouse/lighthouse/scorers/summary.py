@@ -111,7 +111,7 @@ def coarsest(
     value: Tensor,
     pyramid: Pyramid,
     steps: Steps | PackedSteps,
-    rotary: Rotary | None = None,
+    rotary: Rotary | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The means of the coarsest windows: [n, ...] -> [n/F, ...] for each of the three, as `Steps.gather` makes them."""
     import torch

@@ -50,7 +50,7 @@ def select_shard(
     size, (length, levels, pooling) = exchange.size, geometry.pyramid
     if own is not None:
         return replace(steps.select(scores, own, pin_first and exchange.rank == 0, causal), chunks=2), None
-    counts = [geometry.entries(level) // size for level in range(1, levels)]
+    counts = [length // size for length in geometry.level_lengths[1:]]
     # [C, n, 2, B, G] a level, windows first, as `in_order` takes them
     shares = exchange.all_gather(scores.movedim(-1, 0), "select").split(counts, 1)
     whole = torch.cat([exchange.in_order(x) for x in shares]).movedim(0, -1).contiguous()

@@ -39,8 +39,9 @@ from megatron_lighthouse.mcore.loop import switch
 from megatron_lighthouse.notice import say_once
 from megatron_lighthouse.options import in_flags
 from megatron_lighthouse.sequence.documents import Documents
-from megatron_lighthouse.softmax.inputs import Inputs, made_from
 from megatron_lighthouse.softmax.inputs import check as check_inputs
+from megatron_lighthouse.softmax.inputs import made_from
+from megatron_lighthouse.softmax.rows import RowKind
 from megatron_lighthouse.variant import DocumentLayer, Layer, Place, Stream, Variant
 
 
@@ -51,8 +52,9 @@ class VariantMixin:
     place: Place
     """Where it stands; with what of Megatron's."""
     variant: Variant
-    """What it is at first; with its config."""
-    own: Any
+    """What it is at first."""
+    variant_config: Any
+    """The config of that."""
     layers: dict[Any, Any]
     """By the variant, and the shapes of their inputs."""
     settings: LighthouseSettings
@@ -90,7 +92,7 @@ class VariantMixin:
             ValueError: a call that is not causal self-attention over whole sequences.
         """
         dense = super().forward  # type: ignore[misc]
-        now, _ = self._now()
+        now, now_config = self._now()
         if now.native:
             given = {"attn_mask_type": attn_mask_type, "attention_bias": attention_bias, "packed_seq_params": packed_seq_params}
             return dense(query, key, value, attention_mask, **given, **kwargs)
@@ -106,7 +108,7 @@ class VariantMixin:
         if packed_seq_params is not None:
             return self._within_documents(query, key, value, packed_seq_params, attend)
         query, value, streams = self._apart(query, key, value)
-        layer = self._layer_for(query, key, value)
+        layer: Layer = self._built(now.build, now_config, query, key, value)
         out, again = layer(query, key, value, *streams, attend=attend, **self._sinks())
         return out.flatten(2) if again is None else remember_source(out.flatten(2), again)
 
@@ -121,7 +123,8 @@ class VariantMixin:
         documents = documents_of(params, query.shape[0] * rows * ranks)
         query, key, value = (in_one_row(x, ranks) for x in (query, key, value))
         query, value, streams = self._apart(query, key, value)
-        layer = self._document_layer_for(query, key, value)
+        now, now_config = self._now()
+        layer: DocumentLayer = self._built(now.build_documents, now_config, query, key, value)
         out, again = layer(query, key, value, *streams, documents=documents, attend=attend, **self._sinks())
         out = in_rows(out, rows, ranks).flatten(2)
         return out if again is None else remember_source(out, lambda: in_rows(again(), rows, ranks))
@@ -134,24 +137,16 @@ class VariantMixin:
         """The base class's, where the layer attends instead of it."""
         return {"sinks": self.softmax_offset} if self.place.sinks else {}
 
-    def _layer_for(self, query: Tensor, key: Tensor, value: Tensor) -> Layer:
-        """Built once for each shape of the inputs, which a run has one or two of."""
-        now, own = self._now()
-        return self._built(now.build, own, query, key, value)
-
-    def _document_layer_for(self, query: Tensor, key: Tensor, value: Tensor) -> DocumentLayer:
-        now, own = self._now()
-        return self._built(now.build_documents, own, query, key, value)
-
     def _built[T](
-        self, build: Callable[[Any, Tensor, Tensor, Place], T], own: Any, query: Tensor, key: Tensor, value: Tensor
+        self, build: Callable[[Any, Tensor, Tensor, Place], T], config: Any, query: Tensor, key: Tensor, value: Tensor
     ) -> T:
+        """What `build` makes, once for each shape of the inputs, which a run has one or two of."""
         past_alone = self._past_alone
         made = (build.__qualname__, past_alone, *made_from(query, key, value))
         layer: T | None = self.layers.get(made)
         if layer is None:
             check_inputs(query, key, value)
-            layer = self.layers[made] = build(own, query, key, replace(self.place, past_alone=past_alone))
+            layer = self.layers[made] = build(config, query, key, replace(self.place, past_alone=past_alone))
         return layer
 
     @property
@@ -169,14 +164,14 @@ class VariantMixin:
         """What it is in this iteration, and the config of that."""
         given = self.settings
         if given.schedule is None or not given.is_dense(self.layer_number, self.config.num_layers, switch.iteration()):
-            return self.variant, self.own
+            return self.variant, self.variant_config
         return given.base, given.base_config
 
     def _check_call(self, query: Tensor, key: Tensor, mask_type: AttnMaskType | None, bias: Tensor | None, params: Any) -> None:
         ours = f"--attention {self.settings.variant}"
         if params is not None:
-            now, own = self._now()
-            if problem := cut_problem(params, self._ranks) or next(now.document_problems(own, self._ranks), None):
+            now, now_config = self._now()
+            if problem := cut_problem(params, self._ranks) or next(now.document_problems(now_config, self._ranks), None):
                 raise ValueError(problem)
         if bias is not None:
             raise ValueError(f"attention_bias is not supported by {ours}: use --attention dense.")
@@ -212,7 +207,7 @@ class CoreAttentionBuilder(Builder):
             if self.base.submodules is not None:
                 params["submodules"] = self.base.submodules
         module, settings = with_scales(able_local(module, config), config), self.settings.in_model(config)
-        now, own = settings.at_first(layer_number, config.num_layers)
+        now, now_config = settings.at_first(layer_number, config.num_layers)
         if now.native or layer_number not in settings.holding(config.num_layers):
             return over_tensor_ranks(module(config=config, layer_number=layer_number, **params, **kwargs), config)
         if not isinstance(module, type):
@@ -222,12 +217,12 @@ class CoreAttentionBuilder(Builder):
             )
         check(config, settings, None)
         here = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        inputs = Inputs(here, config.params_dtype, *heads_of_rank(config), *head_dims(config))
+        inputs = RowKind(here, config.params_dtype, *heads_of_rank(config), *head_dims(config))
         of_te = "transformer_engine" in module.__module__
         if of_te:
             te_flash.mend()
         groups = kwargs.get("pg_collection")
-        base_attends = now.base_attends(own, of_te, issubclass(module, DotProductAttention))
+        base_attends = now.base_attends(now_config, of_te, issubclass(module, DotProductAttention))
         place = Place(
             number=layer_number,
             exchange=Exchange.over(context_parallel_group(groups)),
@@ -242,13 +237,13 @@ class CoreAttentionBuilder(Builder):
             window=config.window_size[0] + 1 if now.windows and is_windowed(config, layer_number) else None,
             sinks=not base_attends and config.softmax_type != "vanilla",
         )
-        _check(now, own, inputs, place)
+        _check(now, now_config, inputs, place)
         base, of_base = settings.base, settings.base_config
         if base is not now and not base.native:
             _check(base, of_base, inputs, place)
         layer = class_over(module, now.title)(config=config, layer_number=layer_number, **params, **kwargs)
         layer.settings, layer.place, layer.layers = settings, place, {}
-        layer.variant, layer.own, layer.streams = now, own, settings.streams
+        layer.variant, layer.variant_config, layer.streams = now, now_config, settings.streams
         if place.base_attends and of_te and not fp8.asked(config):  # of which more is said elsewhere
             say_once(te_choice(capability_of(here)))
         return over_tensor_ranks(layer, config)
@@ -259,7 +254,7 @@ def _rotates(config: TransformerConfig, layer_number: int) -> bool:
     return config.multi_latent_attention or not config.no_rope_freq or not config.no_rope_freq[layer_number - 1]
 
 
-def _check(variant: Variant, config: Any, inputs: Inputs, place: Place) -> None:
+def _check(variant: Variant, config: Any, inputs: RowKind, place: Place) -> None:
     """Name a backend that is missing, or a scheme that cannot be, before training starts."""
     variant.check_installed(config, inputs, place)
     if place.base_attends or place.exchange is None:

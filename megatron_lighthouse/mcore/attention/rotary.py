@@ -26,7 +26,7 @@ def rotary_of(model_cfg: Any) -> Rotary | None:
     Raises:
         ValueError: a model whose rotation is not one angle a token.
     """
-    if problems := [*rope_problems(model_cfg.transformer, model_cfg.position_embedding_type)]:
+    if problems := [*rope_problems(model_cfg.position_embedding_type)]:
         raise ValueError("\n".join(problems))
     config = model_cfg.transformer
     latent = config.multi_latent_attention  # rotates by itself, whatever the model's positions are

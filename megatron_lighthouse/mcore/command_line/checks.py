@@ -74,7 +74,7 @@ def run_problems(args: Namespace, config: TransformerConfig, settings: Lighthous
     positions = [*named.of_base(settings.base.position_problems(settings.base_config, kind), settings)]
     yield from positions
     if settings.attention.selects and settings.rope == rope.LAST:
-        yield from rope.rope_problems(config, kind)
+        yield from rope.rope_problems(kind)
         yield from rope.last_problems(settings) if kind in ("rope", "yarn") and not positions else ()
 
 

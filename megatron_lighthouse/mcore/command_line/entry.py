@@ -9,12 +9,7 @@ import argparse
 from typing import Any
 
 from megatron_lighthouse.mcore.command_line import fp8, graphs, kept, tiles
-from megatron_lighthouse.mcore.command_line.arguments import (
-    ArgumentsProvider,
-    model_config,
-    use_attention,
-    with_lighthouse_arguments,
-)
+from megatron_lighthouse.mcore.command_line.arguments import model_config, use_attention, with_lighthouse_arguments
 from megatron_lighthouse.mcore.command_line.from_checkpoint import explained
 from megatron_lighthouse.mcore.command_line.resume import check_resume
 from megatron_lighthouse.mcore.command_line.run_options import missing_packages, problems
@@ -59,7 +54,7 @@ def repair_help(parser: argparse.ArgumentParser) -> None:
             action.help = (action.help or "").replace("%", "%%")
 
 
-def checked_model(args: argparse.Namespace, provider: ArgumentsProvider = with_all_arguments, packages: bool = True) -> Any:
+def checked_model(args: argparse.Namespace, packages: bool = True) -> Any:
     """Megatron's GPTModelConfig of the run, once nothing of its command line is refused.
 
     Args:
@@ -69,7 +64,7 @@ def checked_model(args: argparse.Namespace, provider: ArgumentsProvider = with_a
     Raises:
         ValueError: what is refused, and what works.
     """
-    with explained(args, provider):
+    with explained(args, with_all_arguments):
         if found := [*problems(args), *(missing_packages(args) if packages else ())]:
             raise ValueError("\n".join(found))
         check_resume(args)

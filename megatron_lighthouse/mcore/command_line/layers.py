@@ -45,8 +45,7 @@ def attention_layers(model: Any, windows: bool = False) -> tuple[int, ...] | Non
     """The numbers, from 1, of the layers that attend to all tokens, or with `windows` to any; None where all do.
 
     In a heterogeneous model (`--heterogeneous-layers-config-path`) a layer may have no attention, or a linear map in its place,
-    and in a hybrid model what its pattern says.
-    With `--window-size` a layer may see a window alone (`is_windowed`).
+    and in a hybrid model what its pattern says. With `--window-size` a layer may see a window alone (`is_windowed`).
 
     Args:
         model: a TransformerConfig, or Megatron's arguments.
@@ -139,9 +138,8 @@ def local_window_problem(size: tuple[int, int] | None) -> str | None:
         return None
     fits = f"{size[0]},0" if size[0] >= 0 else "127,0, or so"
     return (
-        f"{as_words('--window-size', size)} with --transformer-impl local is none of a causal model: use {fits}, tokens "
-        "before a token and "
-        "none after it, or leave it out."
+        f"{as_words('--window-size', size)} with --transformer-impl local is none of a causal model: use {fits}, tokens before "
+        "a token and none after it, or leave it out."
     )
 
 

@@ -47,18 +47,14 @@ def engine_problems(config: Any) -> Iterator[str]:
     """What Transformer Engine's attention lacks over context-parallel ranks, which it says once a layer is called."""
     if config.transformer_impl != "transformer_engine" or config.context_parallel_size == 1:
         return
-    window, softmax, kinds = (
-        getattr(config, "window_size", None),
-        getattr(config, "softmax_type", "vanilla"),
-        config.cp_comm_type,
-    )
+    window, softmax = getattr(config, "window_size", None), getattr(config, "softmax_type", "vanilla")
+    kinds = config.cp_comm_type
     numbers = [n for n in range(1, config.num_layers + 1) if is_windowed(config, n)] if window else []
     of_windows = {kinds[n - 1] for n in numbers if n <= len(kinds)} if isinstance(kinds, list) else {kinds or "p2p"}
     for kind in sorted(of_windows - {"a2a", "all_gather"}) if numbers else ():
         yield (
-            f"{as_words('--window-size', window)} with --cp-comm-type {kind}: Transformer Engine's attention "
-            "has no windows over ranks by "
-            "it: use --cp-comm-type a2a or all_gather, or --transformer-impl local."
+            f"{as_words('--window-size', window)} with --cp-comm-type {kind}: Transformer Engine's attention has no windows "
+            "over ranks by it: use --cp-comm-type a2a or all_gather, or --transformer-impl local."
         )
     for kind in comm_types_of(config) if softmax != "vanilla" else ():
         if kind != "a2a":

@@ -36,12 +36,8 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def rope_problems(config: Any, position_embedding_type: str | None) -> Iterator[str]:
-    """Why a model does not say one angle a token and channel.
-
-    Args:
-        config: a TransformerConfig.
-    """
+def rope_problems(position_embedding_type: str | None) -> Iterator[str]:
+    """Why a model does not say one angle a token and channel."""
     if position_embedding_type == "mrope":
         yield (
             f"--position-embedding-type mrope rotates by three positions a token, of which {FLAG} last would need each: use "

@@ -101,7 +101,7 @@ class LighthouseSettings:
 
     def config_of(self, layer_number: int, num_layers: int) -> LighthouseConfig:
         """The config of a Lighthouse layer."""
-        return self.edge or self.config if layer_number not in self._inner(num_layers) else self.config
+        return self.config if layer_number in self._inner(num_layers) else self.edge or self.config
 
     @property
     def edge(self) -> LighthouseConfig | None:

@@ -28,6 +28,7 @@ from megatron_lighthouse.versions import environment
 HEADS, DIM = 8, 128
 LENGTHS = (16384, 98304, 524288, 1048576)
 SHORTER = 32
+STEPS = {"cuda": "kernels", "cpu": "reference"}
 
 
 def check(tokens: int, device: str) -> None:
@@ -35,7 +36,7 @@ def check(tokens: int, device: str) -> None:
     config = LighthouseConfig.for_length(tokens, causal_selection=True)
     geometry = config.geometry(tokens)
     query, key, value = (torch.randn(tokens, 2, heads, DIM, device=device, dtype=torch.bfloat16) for heads in (4, 2, 2))
-    scores, steps = reference.score(query, key, geometry), steps_for("auto", query)
+    scores, steps = reference.score(query, key, geometry), steps_for(STEPS[device], query)
     ours, expected = steps.select(scores, geometry, True, True), reference.select(scores, geometry, True, True)
     if not (torch.equal(ours.places, expected.places) and torch.equal(ours.scattered, expected.scattered)):
         raise RuntimeError("kernels and reference choose otherwise")
@@ -49,7 +50,7 @@ def check(tokens: int, device: str) -> None:
 def times(tokens: int, device: str) -> list[dict[str, float | int | bool]]:
     """Milliseconds, by whether the selection is causal; none on a CPU."""
     query, key, value, grad = (torch.randn(tokens, 1, HEADS, DIM, device=device, dtype=torch.bfloat16) for _ in range(4))
-    leaves, rows, steps = [x.requires_grad_() for x in (query, key, value)], [], steps_for("auto", query)
+    leaves, rows, steps = [x.requires_grad_() for x in (query, key, value)], [], steps_for(STEPS[device], query)
     for causal in (False, True):
         config = LighthouseConfig.for_length(tokens, causal_selection=causal)
         geometry = config.geometry(tokens)
@@ -82,7 +83,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(1)
     check(LENGTHS[0] // shorter, options.device)
-    print("kernels choose as the reference does, and no output rests on a later token", flush=True)
+    print(f"{STEPS[options.device]}: chosen as the reference does, and no output rests on a later token", flush=True)
     rows = [row for length in options.lengths for row in times(length // shorter, options.device)]
     write_csv(options.out / "causal.csv", rows)
     (options.out / "causal.json").write_text(json.dumps({**environment(), "runs": rows}, indent=2) + "\n")

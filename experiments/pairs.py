@@ -128,13 +128,14 @@ def training(results: Results, run: str, against: str) -> Row:
     answer["gap"], _, answer["gap_iteration"] = recovery.gap(ours, theirs, facts["smooth"])
     switch, dense_from = facts["switch"], facts["dense_from"]
     if switch and not other["switch"] and max(ours, default=0) >= dense_from:
+        where = (switch, dense_from, facts["smooth"], facts.get("warmup", 0))
         try:
-            measured = recovery.measure(ours, switch, dense_from, facts["smooth"], facts.get("warmup", 0))
+            measured = recovery.measure(ours, *where)
         except ValueError:  # said with the run's own row
             level = None
         else:
             level = recovery.caught_up(ours, theirs, measured.spike_iteration, facts["smooth"])
-            answer["dense_spike"] = recovery.own_spike(theirs, switch, dense_from, facts["smooth"])
+            answer["dense_spike"] = recovery.own_spike(ours, theirs, *where)
         answer["iterations_to_catch_up"] = None if level is None else level - switch
     answer["greatest_distance_at_first"] = max([*distance.values()][:FIRST])
     answer["early_distance"] = statistics.fmean([*distance.values()][:EARLY])

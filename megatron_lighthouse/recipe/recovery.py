@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,25 +74,26 @@ def measure(losses: Losses, switch: int, dense_from: int, width: int, warmup: in
     last = list(before.values())[-width:]
     level, scatter = float(numpy.mean(last)), float(numpy.std(last))
     mean = smoothed(after, width)
-    peak = highest(after, dense_from, width)
+    peak = max(near_the_switch(after, dense_from, width), key=lambda i: after[i])
     spike = after[peak] - level
     back = next((i for i in after if i >= peak and mean[i] <= level), None) if spike > 0 else switch
     end = max(after)
     return Recovery(level, scatter, spike, peak, back, mean[end], end)
 
 
-def highest(after: Losses, dense_from: int, width: int) -> int:
-    """The iteration of the highest loss up to the `width`-th one from iteration `dense_from` on."""
-    settled = [i for i in after if i >= dense_from][:width]
-    return max([*(i for i in after if i < dense_from), *settled], key=lambda i: after[i])
+def near_the_switch(after: Iterable[int], dense_from: int, width: int) -> list[int]:
+    """Of iterations after the switch those up to the `width`-th one from iteration `dense_from` on."""
+    after = sorted(after)
+    return [*(i for i in after if i < dense_from), *[i for i in after if i >= dense_from][:width]]
 
 
-def own_spike(dense: Losses, switch: int, dense_from: int, width: int) -> float | None:
-    """The spike that a run without a switch has in the iterations where another has one; None where it has no loss there."""
-    before, after = ({i: x for i, x in dense.items() if (i > switch) == later} for later in (False, True))
-    if not before or not after:
+def own_spike(losses: Losses, dense: Losses, switch: int, dense_from: int, width: int, warmup: int = 0) -> float | None:
+    """What the definition of `losses`' spike gives of `dense`, in the same iterations; None where one of them is missing."""
+    before = [i for i in losses if warmup < i <= switch][-width:]
+    near = near_the_switch((i for i in losses if i > switch), dense_from, width)
+    if not before or not near or not dense.keys() >= {*before, *near}:
         return None
-    return after[highest(after, dense_from, width)] - float(numpy.mean([*before.values()][-width:]))
+    return max(dense[i] for i in near) - float(numpy.mean([dense[i] for i in before]))
 
 
 def gap(losses: Losses, dense: Losses, width: int) -> tuple[float, float, int]:
@@ -127,7 +128,8 @@ def report(run: Run, measured: Recovery, dense: Losses | None, width: int) -> di
         iterations = None if iteration is None else iteration - run.switch
         row[f"iterations_to_{what}"] = iterations
         row[f"tokens_to_{what}"] = None if iterations is None or run.tokens is None else iterations * run.tokens
-    row |= {"dense_spike": own_spike(dense, run.switch, run.dense_from, width) if dense else None}
+    where = (run.switch, run.dense_from, width, run.warmup)
+    row |= {"dense_spike": own_spike(run.losses, dense, *where) if dense else None}
     row |= {"final_iteration": measured.final_iteration, "final_loss": measured.final}
     found = gap(run.losses, dense, width) if dense else (None, None, None)
     return row | dict(zip(("gap", "dense_loss", "gap_iteration"), found, strict=True))

@@ -13,6 +13,7 @@ from tests.experiments.kept import RESULTS, kept, missing_in_docs
 from tests.experiments.test_qwen3_results import PAGE, SEEDS, SWITCH, Losses, above, below, dense_of, of
 
 LIGHTHOUSE = ("mass", "mass-2", "causal", "causal-2")
+BOTH = ("qwen3-adam", "qwen3-3000")
 SMOOTH = 75
 """W of these runs."""
 
@@ -64,14 +65,19 @@ def test_losses_and_passkeys(runs: dict[str, Row], judged: dict[str, Row]) -> No
     rows.append(f"by {fewer[0]:.0f} to {fewer[-1]:.1f} points")
     rows.append(f"Dense seeds lie {-judged['dense-2']['noise_accuracy_difference'] * 100:.0f} points apart")
     rows.append(f"learnt nothing ({runs['dense']['classic_accuracy']:.1%})")
-    assert judged["mass-2"]["classic_accuracy_difference"] > 0
+    classic = {run: judged[run]["classic_accuracy_difference"] * 100 for run in ("mass-2", "causal-2")}
+    rows.append(f"`mass-2` gains {classic['mass-2']:.1f} points, and `causal-2` loses {-classic['causal-2']:.1f}")
+    other = {row["run"]: row["difference"] for row in kept("qwen3-adam", "pairs") if row["against"].startswith("mass")}
+    rows.append(f"`causal` less `mass` is {other['causal']:+.4f} and {other['causal-2']:+.4f}")
+    assert len({row["held_out_loss"] for row in runs.values()}) == 6
     assert not missing_in_docs([row.replace("|  |", "| |") for row in rows], PAGE)
     short = [
         f"| … by Adam, `mass`: loss | `qwen3-adam`, 98 MB | {' | '.join(of(row, '+.4f') for row in seeds('mass', judged))} |",
         f"| … by Adam, causal: loss | | {' | '.join(of(row, '+.4f') for row in seeds('causal', judged))} |",
         *(
-            f"| … passkey | | {' | '.join(of(row, '+.1%', 'noise') for row in seeds(run, judged))} |"
+            f"| … {words} | | {' | '.join(of(row, '+.1%', kind) for row in seeds(run, judged))} |"
             for run in ("mass", "causal")
+            for words, kind in (("passkey", "noise"), ("classic passkey", "classic"))
         ),
         "{:.4f} below dense, in the mean of two seeds, and a causal selection {:.4f}".format(*(-mean for mean in means)),
     ]
@@ -85,7 +91,7 @@ def test_where_they_fall_and_pass_dense(losses: Losses, judged: dict[str, Row]) 
     rows = [f"{pairs['mass']} (`mass`), {pairs['causal']} (`causal`), dense at {pairs['dense']} (means of 51)"]
     level = sorted(row["iterations_to_catch_up"] for row in judged.values() if row["iterations_to_catch_up"])
     assert len(level) == 3
-    rows.append(f"three of them {level[0]:.0f} to {level[-1]:.0f} iterations after the switch")
+    rows.append(f"Three of them pass it, {level[0]:.0f} to {level[-1]:.0f} iterations after the switch")
     assert not missing_in_docs(rows, PAGE)
 
 
@@ -93,8 +99,9 @@ def test_where_in_a_sequence(results: Results) -> None:
     found = {run: {row["start"]: row["above"] for row in positions(results) if row["run"] == run} for run in LIGHTHOUSE}
     late = [[above for start, above in found[run].items() if start >= 32] for run in LIGHTHOUSE]
     spans = [f"{min(values):+.3f} to {max(values):+.3f}" for values in late]
-    assert all(above > 0 for run in LIGHTHOUSE for start, above in found[run].items() if 1 <= start < 16)
-    assert not missing_in_docs(["`mass` {} and {}, `causal` {} and {}".format(*spans)], PAGE)
+    early = [above for run in LIGHTHOUSE for start, above in found[run].items() if 1 <= start < 16]
+    rows = ["`mass` {} and {}, `causal` {} and {}".format(*spans), f"by {min(early):.3f} to {max(early):.3f}"]
+    assert not missing_in_docs(rows, PAGE)
 
 
 def test_what_the_switch_takes(results: Results, losses: Losses, runs: dict[str, Row], judged: dict[str, Row]) -> None:
@@ -125,13 +132,14 @@ def test_what_the_switch_takes(results: Results, losses: Losses, runs: dict[str,
         row("spike over the level of stage 1", spikes, "+.3f"),
         row("dense's own, in the same iterations", own, "+.3f"),
         f"has one of {own['causal']:.3f} and {own['causal-2']:.3f} in the same iterations",
-        "`causal` has {:.3f} and {:.3f} more".format(*(spikes[run] - own[run] for run in LIGHTHOUSE[2:])),
-        f"{spikes['causal']:.3f}, which is over the bar, and {spikes['causal-2']:.3f}",
+        f"`causal` has {spikes['causal']:.3f}, which is over the bar, and {spikes['causal-2']:.3f}",
+        f"it rises by {first['causal']:.2f} and {first['causal-2']:.2f} for ten iterations",
     ]
     assert not missing_in_docs(rows, PAGE)
     level = {run: foresight[run]["loss_true_future"] for run in LIGHTHOUSE}
     short = [
-        f"| `{run}`, by Adam | {level[run]:.3f} | {hints[run]} | {spikes[run]:+.2f} | {own[run]:+.2f} |" for run in LIGHTHOUSE
+        f"| `{run}`, `qwen3-adam` | {level[run]:.3f} | {hints[run]} | {spikes[run]:+.2f} | {own[run]:+.2f} |"
+        for run in LIGHTHOUSE
     ]
     assert not missing_in_docs(short, "quality.md")
 
@@ -139,9 +147,13 @@ def test_what_the_switch_takes(results: Results, losses: Losses, runs: dict[str,
 def test_by_muon_it_is_further_on(losses: Losses) -> None:
     """Where a dense run by Muon has the training loss that the one by Adam ends with, in means of 75."""
     muon = archive.read(RESULTS / "qwen3-3000" / "work.tgz")
-    found = []
+    found, levels = [], []
     for run in ("dense", "dense-2"):
         ends = fmean(losses[run][i] for i in range(3001 - SMOOTH, 3001))
         other = muon.losses(run)
+        levels.append(ends)
         found.append(next(i for i in range(100, 2950) if fmean(other[j] for j in range(i - 37, i + 38)) < ends))
-    assert not missing_in_docs(["at iteration {:,} and {:,}".format(*found)], PAGE)
+    rows = ["at iteration {:,} and {:,}".format(*found), "training losses of {:.2f} and {:.2f}".format(*levels)]
+    assert not missing_in_docs(rows, PAGE)
+    ends = [fmean(row["held_out_loss"] for row in kept(name, "runs") if row["title"].startswith("dense from")) for name in BOTH]
+    assert not missing_in_docs([f"dense is {ends[0] - ends[1]:.2f} lower"], "quality.md")

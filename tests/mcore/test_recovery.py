@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_lighthouse.mcore.command_line.settings import add_arguments
 from megatron_lighthouse.mcore.loop import switch
 from megatron_lighthouse.recipe import recovery, recovery_log
-from megatron_lighthouse.recipe.recovery import Recovery, caught_up, gap, main, measure, own_spike, smoothed
+from megatron_lighthouse.recipe.recovery import Recovery, caught_up, gap, main, measure, smoothed
 from megatron_lighthouse.recipe.recovery_log import read_run
 from megatron_lighthouse.recipe.whole_log import width_of
 
@@ -76,17 +76,6 @@ def test_gap_at_equal_iterations() -> None:
     assert gap(SPIKE, dense, 2) == (2.0 - 1.5, 1.5, 8)
     with pytest.raises(ValueError, match="no logged iteration in common"):
         gap(SPIKE, curve(1.0, start=50), 2)
-
-
-def test_the_spike_of_a_run_without_a_switch() -> None:
-    """The highest loss less the mean of two, or one, before: as of a run that switches after iteration 3."""
-    dense = curve(9.0, 3.0, 1.0, 4.0, 2.0, 6.0, 9.0)
-    assert own_spike(dense, 3, 5, 2) == 4.0
-    assert own_spike(dense, 3, 5, 1) == 3.0
-    assert own_spike(dense, 3, 4, 1) == 3.0
-    assert own_spike(SPIKE, 3, 4, 2) == measure(SPIKE, 3, 4, 2).spike
-    assert own_spike(dense, 7, 8, 2) is None
-    assert own_spike(curve(1.0, start=9), 3, 4, 2) is None
 
 
 def test_level_with_dense() -> None:
@@ -268,8 +257,7 @@ def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "run"), "--dense", str(tmp_path / "scratch"), "--smooth", "2"]) == 0
     text = capsys.readouterr().out
     for line in (
-        "+2.0000 at iteration 4",
-        "dense's own, there       +0.0000",
+        "+2.0000 at iteration 4\ndense's own, there       +0.0000",
         "back at the level after  4 iterations, 512 tokens",
         "level with dense after   not within the run",
         "1.5000 at iteration 9",

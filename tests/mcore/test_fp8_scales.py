@@ -53,12 +53,12 @@ class Engine(torch.nn.Module):
 
 def model(settings: LighthouseSettings | None = SETTINGS, **changes: Any) -> Any:
     """Of six layers, the first and the last two dense; with no settings, all of them."""
-    from megatron_lighthouse.mcore.attention.layer_specs import _dense, with_lighthouse
+    from megatron_lighthouse.mcore.attention.layer_specs import dense, with_lighthouse
 
     config, spec = transformer_config(), local_spec()
     vars(config).update({**ASKED, **changes})
     spec.submodules.self_attention.submodules.core_attention = Engine
-    return gpt(_dense(spec, config) if settings is None else with_lighthouse(spec, settings), config)
+    return gpt(dense(spec, config) if settings is None else with_lighthouse(spec, settings), config)
 
 
 def cores(of: Any) -> list[Any]:

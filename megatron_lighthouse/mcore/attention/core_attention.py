@@ -146,7 +146,8 @@ class VariantMixin:
         layer: T | None = self.layers.get(made)
         if layer is None:
             check_inputs(query, key, value)
-            layer = self.layers[made] = build(config, query, key, replace(self.place, past_alone=past_alone))
+            place = replace(self.place, past_alone=True) if past_alone else self.place
+            layer = self.layers[made] = build(config, query, key, place)
         return layer
 
     @property
